@@ -1,0 +1,65 @@
+# Every target sets up what it needs in $(VENV); nothing is installed outside the checkout.
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+TESTS  ?= tests
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check install --quiet
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help chat test test-oldest cpu-check gpu-check bench lint docs wheel clean
+
+help:                 ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+chat: $(VENV)/.ktx    ## talk to the bundled demo model (or: make chat ARGS="--model_path DIR --gguf_path FILE")
+	@$(PY) -m ktx.local_chat $(ARGS)
+
+test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avx512vnni chooses the kernels)
+	$(PY) -m pytest $(TESTS)
+
+test-oldest: $(VENV)/.oldest  ## the whole suite on the oldest transformers we support
+	PYTHONPATH=$(VENV)/transformers-5.17:. $(PY) -m pytest $(TESTS)
+
+cpu-check: $(VENV)/.dev   ## every weight type on every instruction set of this CPU, with its error
+	$(PY) -m ktx.kernels.check
+
+gpu-check: $(VENV)/.dev   ## what a machine with a CUDA GPU has to show (under ten minutes)
+	$(PY) benchmarks/gpu_check.py
+
+bench: $(VENV)/.dev   ## kernel speeds against this machine's own limits
+	$(PY) benchmarks/kernels.py
+
+lint: $(VENV)/.dev    ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+docs: $(VENV)/.dev    ## run every command and code block of README and docs/
+	$(PY) -m pytest tests/test_docs.py
+
+wheel: $(VENV)/.dev   ## one cp311-abi3 wheel in dist/
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
+
+clean:                ## remove everything that was built here
+	rm -rf $(VENV) build dist *.egg-info ktx/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("ktx needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
+	@command -v $${CXX:-g++} >/dev/null || { echo "ktx needs a C++ compiler: apt-get install g++"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "setuptools>=77" wheel
+	$(PIP) $(TORCH)
+
+$(VENV)/.ktx: pyproject.toml $(SOURCES) | $(VENV)/bin/python
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.ktx
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(VENV)/.oldest: $(VENV)/.dev
+	$(PIP) --target $(VENV)/transformers-5.17 --no-deps transformers==5.17.0 'huggingface_hub<2' httpx httpcore h11 anyio certifi idna
+	@touch $@

@@ -1,0 +1,93 @@
+"""Every code block of README and docs/ is executed.
+
+A page is one sandbox: its blocks run in order in one directory. A block whose first line is a comment with a file name
+(`# my_rules.yaml`) is written to that file; other `python` blocks run in one namespace; `sh` blocks run line by line.
+MODEL and WEIGHTS name the demo model. `make` targets are asked for (`make -n`), because the landing runs them for real;
+the few commands that need gigabytes run on the smaller twin that SMALLER names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ktx.demo
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUN = {"sh", "bash", "python", "yaml"}
+SHOWN = {"", "text", "json", "cpp", "console", "diff"}  # output and fragments, not commands
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.S | re.M)
+FILE = re.compile(r"^(?:#|//) ([\w./-]+\.(?:py|yaml|yml|json|txt))\s*$")
+SMALLER: list[tuple[str, str]] = [
+    (r"--preset v2lite", "--preset v2lite --layers 2 --experts 4 --moe-ff 64 --hidden 256 --ff 512 --vocab 512"),
+    (r"-p 512 -n 32 -t 2 -r 3", "-p 16 -n 2 -t 2 -r 1"),
+    (r" --peer llama\.cpp", ""),
+    (r"^git clone .*|^cd ktx$|^pip install .*|^apt-get .*", "true"),
+    (r"^make ([a-z-]+).*", r"make -n \1"),
+    (r"^\.ci/run$", "bash -n .ci/run"),
+]
+
+
+def blocks(page: Path) -> list[tuple[int, str, str]]:
+    text = page.read_text()
+    return [(text[: m.start()].count("\n") + 1, m[1].strip(), m[2]) for m in BLOCK.finditer(text)]
+
+
+def commands(body: str) -> list[str]:
+    lines = body.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.startswith("#")]
+
+
+def smaller(command: str) -> str:
+    for pattern, twin in SMALLER:
+        command = re.sub(pattern, twin, command)
+    return command
+
+
+def run_command(command: str, sandbox: Path, where: str) -> None:
+    in_root = command.startswith(("make -n", "bash -n")) or "benchmarks/" in command
+    env = os.environ | {
+        "MODEL": str(ktx.demo.path()), "WEIGHTS": str(ktx.demo.gguf()), "OUT": str(sandbox), "NO_COLOR": "1",
+        "PATH": f"{sandbox / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{sandbox}:{os.environ.get('PYTHONPATH', '')}",
+    }
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=ROOT if in_root else sandbox, env=env,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{where}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Path:
+    shim = tmp_path / "bin" / "ktx"
+    shim.parent.mkdir()
+    shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ktx "$@"\n')
+    shim.chmod(0o755)
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_page(page: Path, sandbox: Path, monkeypatch):
+    monkeypatch.chdir(sandbox)
+    monkeypatch.syspath_prepend(str(sandbox))
+    monkeypatch.setenv("MODEL", str(ktx.demo.path()))
+    monkeypatch.setenv("WEIGHTS", str(ktx.demo.gguf()))
+    namespace: dict = {"__name__": "docs"}
+    for line, language, body in blocks(page):
+        where = f"{page.name}:{line}"
+        assert language in RUN | SHOWN, f"{where}: a block marked {language!r} is neither run nor shown"
+        name = FILE.match(body.partition("\n")[0])
+        if language in RUN and name:
+            (sandbox / name[1]).write_text(body)
+        elif language == "python":
+            exec(compile(body, where, "exec"), namespace)
+        elif language in ("sh", "bash"):
+            for command in commands(body):
+                run_command(smaller(command), sandbox, where)
+        elif language == "yaml":
+            pytest.fail(f"{where}: a yaml block needs a first line '# name.yaml', so that the page can use it")
