@@ -1,0 +1,62 @@
+"""`make gpu-check`: what a machine with a CUDA GPU has to show, in under ten minutes.
+
+Runs on the installed wheel or the checkout: the CPU kernels on this host (its CPU may have instructions that the
+developers' machines lack), the model families, and the tests marked `gpu`. Appends one line to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing is marked gpu)
+    ("cpu kernels", ["-m", "ktx.kernels.check"], (0,)),
+    ("families and demo model", ["-m", "pytest", "-q", "tests/models", "tests/test_demo.py", "tests/kernels"], (0,)),
+    ("gpu tests", ["-m", "pytest", "-q", "-m", "gpu", "tests"], (0, 5)),
+)
+
+
+def machine() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "", "host": platform.processor() or platform.machine(),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "gpu_check.jsonl"), help="file the record is appended to")
+    args = parser.parse_args()
+    record = machine()
+    if not record["gpu"]:
+        print("gpu-check: torch sees no CUDA device on this machine; run `make test` and `make cpu-check` here instead", file=sys.stderr)
+        return 1
+    print(" · ".join(f"{key} {value}" for key, value in record.items()), flush=True)
+    stages = {}
+    for name, command, passing in STAGES:
+        print(f"\n== {name}", flush=True)
+        start = time.perf_counter()
+        code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+        stages[name] = {"ok": code in passing, "exit": code, "seconds": round(time.perf_counter() - start, 1)}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    line = record | {"date": datetime.date.today().isoformat(), "commit": commit, "stages": stages}
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(stages, indent=1))
+    return 0 if all(stage["ok"] for stage in stages.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
