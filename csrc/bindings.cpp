@@ -1,0 +1,175 @@
+// The weight kernels as torch operators. With bindings_attention.cpp the only files that know torch, and only its stable ABI:
+// one binary serves every torch from 2.11 on and every Python from 3.11 on.
+#include <sys/mman.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+#include <string>
+#include <tuple>
+
+#include "bindings.h"
+#include "cpu/experts.h"
+#include "cpu/isa.h"
+#include "cpu/layout.h"
+#include "cpu/linear.h"
+#include "cpu/pool.h"
+#include "cpu/probes.h"
+
+namespace {
+using namespace ktx;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const Layout& layout_of(int64_t code, int64_t k) {
+  const Layout* layout = find_layout(int(code));
+  STD_TORCH_CHECK(layout, "no weight type has the code ", code);
+  STD_TORCH_CHECK(k > 0 && k % layout->block == 0, layout->name, " packs rows in blocks of ", layout->block, ", a row of ", k, " does not fit");
+  return *layout;
+}
+
+const uint8_t* packed_data(const Tensor& packed, const Layout& layout, int64_t matrices, int64_t n, int64_t k, const char* what) {
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(), what, " must be a contiguous uint8 tensor");
+  const int64_t need = matrices * int64_t(packed_bytes(layout, n, k));
+  STD_TORCH_CHECK(packed.numel() == need, what, " holds ", packed.numel(), " bytes, ", matrices, " x [", n, ", ", k, "] of ", layout.name, " takes ", need);
+  return static_cast<const uint8_t*>(packed.const_data_ptr());
+}
+
+const float* optional_floats(const std::optional<Tensor>& t, int64_t count, const char* what) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == count, what, " must be ", count, " contiguous float32");
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+std::string isa() { return ISA_NAMES[picked_isa()]; }
+std::string best() { return ISA_NAMES[best_isa()]; }
+int64_t threads_() { return threads(); }
+void set_threads_(int64_t n) {
+  STD_TORCH_CHECK(n >= 1 && n <= 1024, "threads must be 1 to 1024, got ", n);
+  set_threads(int(n));
+}
+double probe_read_(int64_t threads, int64_t mib) { return probe_read(int(threads), int(mib)); }
+double probe_int8_(int64_t threads, double seconds) { return probe_int8(int(threads), seconds); }
+double probe_fma_(int64_t threads, double seconds) { return probe_fma(int(threads), seconds); }
+
+int64_t packed_nbytes(int64_t code, int64_t n, int64_t k) {
+  STD_TORCH_CHECK(n > 0, "a matrix needs rows, got ", n);
+  return int64_t(packed_bytes(layout_of(code, k), n, k));
+}
+
+Tensor empty_packed(int64_t nbytes) {
+  STD_TORCH_CHECK(nbytes > 0, "nbytes must be positive, got ", nbytes);
+  const size_t size = size_t(nbytes);
+  void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  STD_TORCH_CHECK(memory != MAP_FAILED, "no memory for ", nbytes, " bytes of packed weights");
+  madvise(memory, size, MADV_HUGEPAGE);  // fewer page faults and TLB misses where the system allows it
+  const int64_t sizes[1] = {nbytes}, strides[1] = {1};
+  return torch::stable::from_blob(memory, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  ScalarType::Byte, [size](void* p) { munmap(p, size); });
+}
+
+void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, int64_t row0, const std::optional<Tensor>& scale) {
+  const Layout& layout = layout_of(code, k);
+  const int64_t row_bytes = k / layout.block * layout.bytes;
+  STD_TORCH_CHECK(src.scalar_type() == ScalarType::Byte && src.dim() == 2 && src.size(1) == row_bytes && src.stride(1) == 1,
+                  "src must be uint8 [rows, ", row_bytes, "] for rows of ", k, " in ", layout.name);
+  STD_TORCH_CHECK(row0 >= 0 && row0 % 16 == 0 && row0 + src.size(0) <= n && (src.size(0) % 16 == 0 || row0 + src.size(0) == n),
+                  "rows ", row0, " to ", row0 + src.size(0), " of ", n, " do not make whole groups of 16");
+  packed_data(dst, layout, 1, n, k, "dst");
+  const int64_t columns = (k + 127) / 128;
+  STD_TORCH_CHECK((layout.code == F8_E4M3) == scale.has_value(), layout.name, scale ? " takes no scale" : " needs its block scales");
+  const float* scales = optional_floats(scale, (n + 127) / 128 * columns, "scale");
+  pack_rows(layout, static_cast<const uint8_t*>(src.const_data_ptr()), size_t(src.stride(0)), src.size(0), k,
+            static_cast<uint8_t*>(dst.mutable_data_ptr()), row0, scales, columns);
+}
+
+Tensor unpack_rows_(const Tensor& packed, int64_t code, int64_t n, int64_t k, const Tensor& rows) {
+  const Layout& layout = layout_of(code, k);
+  const uint8_t* data = packed_data(packed, layout, 1, n, k, "packed");
+  STD_TORCH_CHECK(rows.scalar_type() == ScalarType::Long && rows.is_contiguous() && rows.dim() == 1, "rows must be int64 [count]");
+  const int64_t* index = static_cast<const int64_t*>(rows.const_data_ptr());
+  for (int64_t i = 0; i < rows.numel(); ++i) STD_TORCH_CHECK(index[i] >= 0 && index[i] < n, "row ", index[i], " of ", n, " rows");
+  Tensor out = torch::stable::new_empty(packed, {rows.numel(), k}, std::make_optional(ScalarType::Float));
+  if (rows.numel()) unpack_rows(layout, data, k, index, rows.numel(), static_cast<float*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const std::optional<Tensor>& bias) {
+  const Layout& layout = layout_of(code, k);
+  const uint8_t* data = packed_data(packed, layout, 1, n, k, "packed");
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k && x.is_contiguous(), "x must be contiguous with ", k, " columns");
+  const float* b = optional_floats(bias, n, "bias");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  Tensor y = torch::stable::new_empty(x, shape);
+  if (x.numel()) linear(x.const_data_ptr(), ktx_number(x), x.numel() / k, layout, data, n, k, b, y.mutable_data_ptr());
+  return y;
+}
+
+Activation activation(const std::string& name) {
+  static const std::pair<const char*, Activation> names[] = {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH},
+                                                             {"relu", RELU}, {"relu2", RELU2}, {"swiglu_oai", SWIGLU_OAI}};
+  for (const auto& [known, act] : names)
+    if (name == known) return act;
+  STD_TORCH_CHECK(false, "activation '", name, "' is not one of silu gelu gelu_tanh relu relu2 swiglu_oai");
+}
+
+Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& gate, const Tensor& up, const Tensor& down,
+                int64_t gate_code, int64_t up_code, int64_t down_code, int64_t n_experts, int64_t ff,
+                const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias,
+                std::string act, double alpha, double limit) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be contiguous [tokens, hidden]");
+  STD_TORCH_CHECK(n_experts > 0 && ff > 0, "n_experts and ff must be positive");
+  const int64_t tokens = x.size(0), hidden = x.size(1);
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.dim() == 2 && ids.is_contiguous() && ids.size(0) == tokens, "ids must be contiguous int64 [tokens, top]");
+  STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == tokens && weights.size(1) == ids.size(1), "weights must be float32 [tokens, top]");
+  const Layout &lg = layout_of(gate_code, hidden), &lu = layout_of(up_code, hidden), &ld = layout_of(down_code, ff);
+  Tensor out = torch::stable::new_empty(x, {tokens, hidden});
+  ExpertsCall call{x.const_data_ptr(), out.mutable_data_ptr(), ktx_number(x), static_cast<const int64_t*>(ids.const_data_ptr()),
+                   optional_floats(weights, tokens * ids.size(1), "weights"), tokens, ids.size(1), hidden, ff, n_experts,
+                   {&lg, packed_data(gate, lg, n_experts, ff, hidden, "gate"), optional_floats(gate_bias, n_experts * ff, "gate_bias")},
+                   {&lu, packed_data(up, lu, n_experts, ff, hidden, "up"), optional_floats(up_bias, n_experts * ff, "up_bias")},
+                   {&ld, packed_data(down, ld, n_experts, hidden, ff, "down"), optional_floats(down_bias, n_experts * hidden, "down_bias")},
+                   activation(act), float(alpha), float(limit)};
+  if (tokens) experts(call);
+  return out;
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY(ktx, m) {
+  m.def("isa() -> str");
+  m.def("best_isa() -> str");
+  m.def("threads() -> int");
+  m.def("set_threads(int n) -> ()");
+  m.def("probe_read(int threads, int mib) -> float");
+  m.def("probe_int8(int threads, float seconds) -> float");
+  m.def("probe_fma(int threads, float seconds) -> float");
+  m.def("packed_nbytes(int code, int n, int k) -> int");
+  m.def("empty_packed(int nbytes) -> Tensor");
+  m.def("pack(Tensor src, int code, int n, int k, Tensor(a!) dst, int row0, Tensor? scale=None) -> ()");
+  m.def("unpack_rows(Tensor packed, int code, int n, int k, Tensor rows) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, int code, int n, int k, Tensor? bias=None) -> Tensor");
+  m.def("experts(Tensor x, Tensor ids, Tensor weights, Tensor gate, Tensor up, Tensor down, int gate_code, int up_code, int down_code, "
+        "int n_experts, int ff, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, float alpha, float limit) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("best_isa", TORCH_BOX(&best));
+  m.impl("threads", TORCH_BOX(&threads_));
+  m.impl("set_threads", TORCH_BOX(&set_threads_));
+  m.impl("probe_read", TORCH_BOX(&probe_read_));
+  m.impl("probe_int8", TORCH_BOX(&probe_int8_));
+  m.impl("probe_fma", TORCH_BOX(&probe_fma_));
+  m.impl("packed_nbytes", TORCH_BOX(&packed_nbytes));
+  m.impl("empty_packed", TORCH_BOX(&empty_packed));
+}
+STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("unpack_rows", TORCH_BOX(&unpack_rows_));
+  m.impl("linear", TORCH_BOX(&linear_));
+  m.impl("experts", TORCH_BOX(&experts_));
+}

@@ -1,0 +1,181 @@
+// Two phases with a barrier after each: (gate, up, activation, requantise) and (down, weighted sum), after the activations have
+// been quantised once. Work is one queue of (expert, block of rows); an expert with few tokens takes the fused kernels, one with
+// many the tiles.
+#include "experts.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "pool.h"
+#include "scratch.h"
+
+namespace ktx {
+namespace {
+constexpr int64_t CHUNK = 2048;  // tokens at once
+constexpr int INNER_GROUPS = 4;  // row groups of gate and up an item takes: 64 rows, so two blocks of 32 for down
+thread_local Scratch shared_scratch, member_scratch;
+thread_local std::vector<int64_t> order;
+
+struct Chunk {
+  const ExpertsCall& c;
+  const Kernels& k;
+  int64_t tokens;
+  const uint8_t* x;
+  uint8_t* out;
+  const int64_t* ids;
+  const float* weights;
+  // slots: the (token, choice) pairs sorted by expert
+  int64_t *offset, *slot_token, *slot_of;  // [experts+1], [slots], [tokens*top] (-1: skipped)
+  float* slot_weight;
+  std::vector<int64_t>& active;
+  Tokens xs, hs;  // activations of all slots: input of gate/up, input of down
+  int64_t inner_items, out_items, out_groups;
+  Queue rows, inner, outer;
+
+  int count(int64_t e) const { return int(offset[e + 1] - offset[e]); }
+  bool ints_in() const { return !c.gate.layout->is_float || !c.up.layout->is_float; }
+
+  void group() {
+    std::fill(offset, offset + c.experts + 1, 0);
+    const int64_t pairs = tokens * c.top;
+    for (int64_t i = 0; i < pairs; ++i)
+      if (ids[i] >= 0 && ids[i] < c.experts) ++offset[ids[i] + 1];
+    for (int64_t e = 0; e < c.experts; ++e) offset[e + 1] += offset[e];
+    int64_t* next = slot_of + pairs;  // room for one counter an expert
+    std::copy(offset, offset + c.experts, next);
+    for (int64_t i = 0; i < pairs; ++i) {
+      const bool valid = ids[i] >= 0 && ids[i] < c.experts;
+      const int64_t slot = slot_of[i] = valid ? next[ids[i]]++ : -1;
+      if (valid) slot_token[slot] = i / c.top, slot_weight[slot] = weights[i];
+    }
+    active.clear();
+    for (int64_t e = 0; e < c.experts; ++e)
+      if (count(e)) active.push_back(e);
+    std::sort(active.begin(), active.end(), [&](int64_t a, int64_t b) { return count(a) != count(b) ? count(a) > count(b) : a < b; });
+  }
+
+  void quantise_inputs(Scratch& own) {
+    float* room = own.take<float>(c.hidden);
+    const RowView row = ints_in() ? take_row(own, c.hidden) : RowView{};
+    for (int64_t t; (t = rows.take()) < tokens;) {
+      const float* values = as_floats(x + t * c.hidden * size_of(c.type), c.type, c.hidden, room);
+      if (ints_in()) k.quantise(values, c.hidden, row);
+      for (int64_t j = 0; j < c.top; ++j) {
+        const int64_t slot = slot_of[t * c.top + j];
+        if (slot < 0) continue;
+        const int64_t e = ids[t * c.top + j];
+        const Tokens to = slice(xs, offset[e], count(e), k);
+        if (xs.q) k.place(row, to, int(slot - offset[e]), 0, c.hidden);
+        if (xs.f) k.place_floats(values, to, int(slot - offset[e]), 0, c.hidden);
+      }
+    }
+  }
+
+  void project(const ExpertMatrix& m, int64_t e, int64_t group, int groups, int64_t rows_of, const Tokens& in, float* sums, uint8_t* work) {
+    const size_t stride = group_bytes(*m.layout, in.k), matrix = packed_bytes(*m.layout, rows_of, in.k);
+    k.multiply(*m.layout, m.packed + e * matrix + group * stride, groups, in, sums, work);
+    if (!m.bias) return;
+    const float* bias = m.bias + e * rows_of + group * 16;
+    for (int g = 0; g < groups; ++g)
+      for (int t = 0; t < in.n; ++t)
+        for (int i = 0; i < 16 && (group + g) * 16 + i < rows_of; ++i) sums[(g * in.n + t) * 16 + i] += bias[g * 16 + i];
+  }
+
+  // Rows group*16 .. of one expert's inner activations, into down's input.
+  void hand_over(int64_t e, int64_t group, int groups, const float* h, const RowView& row, float* line) {
+    const int n = count(e);
+    const Tokens to = slice(hs, offset[e], n, k);
+    const int64_t first = group * 16, width = std::min<int64_t>(groups * 16, c.inner - first);
+    for (int t = 0; t < n; ++t) {
+      for (int64_t i = 0; i < width; ++i) line[i] = h[(i / 16 * n + t) * 16 + i % 16];
+      if (hs.f) k.place_floats(line, to, t, first, width);
+      else k.quantise(line, width, row), k.place(row, to, t, first, width);
+    }
+  }
+
+  void inner_phase(Scratch& own) {
+    const int64_t widest = count(active.empty() ? 0 : active[0]);
+    float* gate = own.take<float>(INNER_GROUPS * 16 * widest);
+    float* up = own.take<float>(INNER_GROUPS * 16 * widest);
+    float* line = own.take<float>(INNER_GROUPS * 16);
+    const RowView row = take_row(own, INNER_GROUPS * 16);
+    uint8_t* work = own.take<uint8_t>(WORK_BYTES);
+    for (int64_t item; (item = inner.take()) < inner_items * int64_t(active.size());) {
+      const int64_t e = active[item / inner_items], first = item % inner_items * INNER_GROUPS;
+      const int groups = int(std::min<int64_t>(INNER_GROUPS, (c.inner + 15) / 16 - first));
+      const Tokens in = slice(xs, offset[e], count(e), k);
+      project(c.gate, e, first, groups, c.inner, in, gate, work);
+      project(c.up, e, first, groups, c.inner, in, up, work);
+      k.gate(c.act, c.alpha, c.limit, gate, up, gate, int64_t(groups) * in.n * 16);
+      hand_over(e, first, groups, gate, row, line);
+    }
+  }
+
+  void outer_phase(Scratch& own) {
+    const int64_t widest = count(active.empty() ? 0 : active[0]), columns = out_groups * 16;
+    float* sums = own.take<float>(columns * std::max<int64_t>(widest, 1));
+    float* total = own.take<float>(columns * tokens);
+    uint8_t* work = own.take<uint8_t>(WORK_BYTES);
+    const int64_t all_groups = (c.hidden + 15) / 16;
+    for (int64_t item; (item = outer.take()) < out_items;) {
+      const int64_t first = item * out_groups;
+      const int groups = int(std::min<int64_t>(out_groups, all_groups - first));
+      std::fill(total, total + columns * tokens, 0.0f);
+      for (const int64_t e : active) {
+        const Tokens in = slice(hs, offset[e], count(e), k);
+        project(c.down, e, first, groups, c.hidden, in, sums, work);
+        for (int g = 0; g < groups; ++g)
+          for (int t = 0; t < in.n; ++t) {
+            const int64_t slot = offset[e] + t;
+            const float weight = slot_weight[slot], *from = sums + (g * in.n + t) * 16;
+            float* to = total + slot_token[slot] * columns + g * 16;
+            for (int i = 0; i < 16; ++i) to[i] += weight * from[i];
+          }
+      }
+      const int64_t width = std::min<int64_t>(groups * 16, c.hidden - first * 16);
+      for (int64_t t = 0; t < tokens; ++t)
+        from_floats(total + t * columns, c.type, width, out + (t * c.hidden + first * 16) * int64_t(size_of(c.type)));
+    }
+  }
+};
+
+void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
+  const Kernels& k = kernels();
+  const bool in_ints = !c.gate.layout->is_float || !c.up.layout->is_float, in_floats = c.gate.layout->is_float || c.up.layout->is_float;
+  const bool down_ints = !c.down.layout->is_float;
+  const int64_t slots = tokens * c.top;
+  shared_scratch.reset(tokens_bytes(slots, c.hidden, in_ints, in_floats) + tokens_bytes(slots, c.inner, down_ints, !down_ints) +
+                       size_t(2 * c.experts + 1 + 2 * slots) * 8 + size_t(slots) * 4 + 1024);
+  Scratch& s = shared_scratch;
+  Chunk chunk{.c = c, .k = k, .tokens = tokens,
+              .x = static_cast<const uint8_t*>(c.x) + first * c.hidden * size_of(c.type),
+              .out = static_cast<uint8_t*>(c.out) + first * c.hidden * size_of(c.type),
+              .ids = c.ids + first * c.top, .weights = c.weights + first * c.top,
+              .offset = s.take<int64_t>(c.experts + 1), .slot_token = s.take<int64_t>(slots),
+              .slot_of = s.take<int64_t>(slots + c.experts), .slot_weight = s.take<float>(slots), .active = order,
+              .xs = take_tokens(s, slots, c.hidden, in_ints, in_floats), .hs = take_tokens(s, slots, c.inner, down_ints, !down_ints),
+              .inner_items = (c.inner + INNER_GROUPS * 16 - 1) / (INNER_GROUPS * 16), .out_items = 0,
+              .out_groups = tokens > 16 ? 4 : 2, .rows = {}, .inner = {}, .outer = {}};
+  chunk.group();
+  const int64_t all_groups = (c.hidden + 15) / 16;
+  chunk.out_items = (all_groups + chunk.out_groups - 1) / chunk.out_groups;
+  const int64_t widest = chunk.active.empty() ? 0 : chunk.count(chunk.active[0]);
+  const size_t own = row_bytes(std::max<int64_t>(c.hidden, 64)) + size_t(2 * INNER_GROUPS) * 16 * widest * 4 +
+                     size_t(chunk.out_groups) * 16 * (widest + tokens + 1) * 4 + WORK_BYTES + 4096;
+  parallel([&](int) {
+    member_scratch.reset(own);
+    chunk.quantise_inputs(member_scratch);
+    barrier();
+    member_scratch.reset(own);
+    chunk.inner_phase(member_scratch);
+    barrier();
+    member_scratch.reset(own);
+    chunk.outer_phase(member_scratch);
+  });
+}
+}  // namespace
+
+void experts(const ExpertsCall& call) {
+  for (int64_t t = 0; t < call.tokens; t += CHUNK) run_chunk(call, t, std::min(CHUNK, call.tokens - t));
+}
+}  // namespace ktx

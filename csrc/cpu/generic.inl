@@ -1,0 +1,409 @@
+// The kernels, over the verbs and decoders of one instruction set.
+
+constexpr int SPAN = 256;  // k unpacked at once: 4 KB of weights for a group of 16 rows
+
+template <int N> struct Int { static constexpr int value = N; };
+
+AI Block block_at(const Layout& l, const uint8_t* group, int64_t k, int64_t b) {
+  const size_t plane = narrow_plane(l, k);
+  return {group + b * l.narrow_bytes * 16, group + plane + b * l.narrow_bytes * 16,
+          group + l.narrows * plane + b * size_t(l.word_count()) * 64};
+}
+
+template <class D> struct Traits {
+  static constexpr int OFF = D::SIGNED ? SIGNED_OFFSET : D::OFFSET;  // what the carried codes have too much
+  static constexpr int SUBS = D::BLOCK / D::SUB, VECTORS = D::SUB / 4;
+};
+
+// ---- few tokens: weights are expanded in registers and used at once --------------------------------------------------
+
+template <class D, int T>
+static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x, float* out) {
+  typedef Traits<D> R;
+  F total[T];
+  for (int t = 0; t < T; ++t) total[t] = zero();
+  const int8_t* q = x.q;
+  const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
+  const float *parts = D::SUB == 16 ? x.part16 : x.part32, *scales = x.scale;
+  const int64_t blocks = x.k / D::BLOCK;
+  const size_t plane = narrow_plane(l, x.k), words = size_t(l.word_count()) * 64, narrow = size_t(l.narrow_bytes) * 16;
+  Block b = {group, group + plane, group + l.narrows * plane};
+  for (int64_t i = 0; i < blocks; ++i) {
+    const typename D::Head head = D::head(b);
+#pragma GCC unroll 2
+    for (int s = 0; s < R::SUBS; ++s) {
+      for (size_t at = 0; at < words / R::SUBS; at += 64) __builtin_prefetch(b.words + 4096 + s * (words / R::SUBS) + at);
+      V w[R::VECTORS];
+      F scale, minimum;
+      D::part(head, b, s, w, scale, minimum);
+      for (int t = 0; t < T; ++t) {
+        V acc = R::OFF ? mul(broadcast(sums + t), set(uint32_t(-R::OFF))) : set(0);
+#pragma GCC unroll 8
+        for (int g = 0; g < R::VECTORS; ++g)
+          acc = dot<D::SIGNED>(acc, D::SIGNED ? carried(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
+        total[t] = fma(mulf(to_float(acc), scale), broadcastf(scales + t), total[t]);
+        if (D::MINIMUM) total[t] = fnma(minimum, broadcastf(parts + t), total[t]);
+      }
+      q += D::SUB * T, sums += T, parts += T;
+      if (D::SUB == 32 || s % 2) scales += T;
+    }
+    b.n0 += narrow, b.n1 += narrow, b.words += words;
+  }
+  for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
+}
+
+// ---- many tokens: a span of weights is expanded once into L1 and used by every tile -----------------------------------
+
+struct Span {  // one group's expanded weights
+  uint8_t w[SPAN / 4 * 64];
+  float scale[SPAN / 16 * 16], minimum[SPAN / 16 * 16];
+};
+static_assert(2 * sizeof(Span) <= WORK_BYTES, "work buffer");
+
+template <class D>
+static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out) {
+  typedef Traits<D> R;
+  for (int at = 0, s16 = 0; at < length; at += D::BLOCK) {
+    const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
+    const typename D::Head head = D::head(b);
+    for (int s = 0; s < R::SUBS; ++s, ++s16) {
+      V w[R::VECTORS];
+      F scale, minimum = zero();
+      D::part(head, b, s, w, scale, minimum);
+      uint8_t* to = out.w + (at + s * D::SUB) * 16;
+#pragma GCC unroll 8
+      for (int g = 0; g < R::VECTORS; ++g) store(to + g * 64, D::SIGNED ? carried(w[g]) : w[g]);
+      storef(out.scale + s16 * 16, scale);
+      if (D::MINIMUM) storef(out.minimum + s16 * 16, minimum);
+    }
+  }
+}
+
+template <class D, int R, int T>
+static void multiply_tile(const Span* spans, int length, const int8_t* q, const float* scales, const int32_t* sums,
+                          const float* parts, float* out, size_t stride) {
+  F total[R * T];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) total[r * T + t] = loadf(out + r * stride + t * 16);
+  for (int s = 0; s < length / D::SUB; ++s) {
+    V acc[R * T];
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) {
+      const V first = Traits<D>::OFF ? mul(broadcast(sums + t), set(uint32_t(-Traits<D>::OFF))) : set(0);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) acc[r * T + t] = first;
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < D::SUB / 4; ++g) {
+      V w[R];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) w[r] = load(spans[r].w + (s * (D::SUB / 4) + g) * 64);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) {
+        const V x = broadcast(q + (g * T + t) * 4);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) acc[r * T + t] = dot<D::SIGNED>(acc[r * T + t], w[r], x);
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      const F scale = loadf(spans[r].scale + s * 16);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t)
+        total[r * T + t] = fma(mulf(to_float(acc[r * T + t]), scale), broadcastf(scales + t), total[r * T + t]);
+      if (D::MINIMUM) {
+        const F minimum = loadf(spans[r].minimum + s * 16);
+#pragma GCC unroll 6
+        for (int t = 0; t < T; ++t) total[r * T + t] = fnma(minimum, broadcastf(parts + t), total[r * T + t]);
+      }
+    }
+    q += D::SUB * T, sums += T, parts += T;
+    if (D::SUB == 32 || s % 2) scales += T;
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) storef(out + r * stride + t * 16, total[r * T + t]);
+}
+
+// The tile kernel depends on the type only through these traits, so types of one shape share the code.
+template <int SUB_, bool SIGNED_, int OFFSET_, bool MINIMUM_> struct Shape {
+  static constexpr int SUB = SUB_, OFFSET = OFFSET_, BLOCK = SUB_;
+  static constexpr bool SIGNED = SIGNED_, MINIMUM = MINIMUM_;
+};
+
+typedef void (*TileKernel)(const Span*, int, const int8_t*, const float*, const int32_t*, const float*, float*, size_t);
+template <class S, int R> static TileKernel tile_kernel(int tokens) {
+  static const TileKernel table[] = {nullptr, multiply_tile<S, R, 1>, multiply_tile<S, R, 2>,
+#if KTX_TILE == 6
+                                     multiply_tile<S, R, 3>, multiply_tile<S, R, 4>, multiply_tile<S, R, 5>, multiply_tile<S, R, 6>
+#endif
+  };
+  return table[tokens];
+}
+
+template <class D, int R>
+static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& x, float* out, Span* spans) {
+  typedef Shape<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM> S;
+  const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+  const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
+  const float* parts = D::SUB == 16 ? x.part16 : x.part32;
+  __builtin_memset(out, 0, R * stride * sizeof(float));
+  for (int64_t from = 0; from < x.k; from += SPAN) {
+    const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
+    for (int r = 0; r < R; ++r) expand<D>(l, packed + r * group, x.k, from, length, spans[r]);
+    for (int tile = 0; tile < x.tiles; ++tile) {
+      const int first = x.start(tile), tokens = x.start(tile + 1) - first;
+      const int64_t at32 = first * (x.k / 32) + from / 32 * tokens;
+      const int64_t at = first * (x.k / D::SUB) + from / D::SUB * tokens;
+      tile_kernel<S, R>(tokens)(spans, length, x.q + first * x.k + from * tokens, x.scale + at32, sums + at, parts + at,
+                                out + first * 16, stride);
+    }
+  }
+}
+
+template <class D>
+static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work) {
+  const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+  Span* spans = reinterpret_cast<Span*>(work);
+  int g = 0;
+  if (x.tiles == 1 && x.n <= KTX_FEW) {
+    for (; g < groups; ++g, packed += group, out += stride) {
+      if (x.n == 1) multiply_few<D, 1>(l, packed, x, out);
+      else if (x.n == 2) multiply_few<D, 2>(l, packed, x, out);
+#if KTX_FEW == 4
+      else if (x.n == 3) multiply_few<D, 3>(l, packed, x, out);
+      else multiply_few<D, 4>(l, packed, x, out);
+#endif
+    }
+    return;
+  }
+#if KTX_TILE == 6
+  for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) multiply_many<D, 2>(l, packed, x, out, spans);
+#endif
+  for (; g < groups; ++g, packed += group, out += stride) multiply_many<D, 1>(l, packed, x, out, spans);
+}
+
+// ---- float weights -----------------------------------------------------------------------------------------------------
+
+struct LF32 { enum { BYTES = 4 }; AI static F get(const uint8_t* p) { return loadf(reinterpret_cast<const float*>(p)); } };
+struct LF16 { enum { BYTES = 2 }; AI static F get(const uint8_t* p) { return load_f16(p); } };
+struct LBF16 { enum { BYTES = 2 }; AI static F get(const uint8_t* p) { return as_float(shl(load_u16(p), 16)); } };
+struct LF8 {  // e4m3: sign, exponent and mantissa moved to f32's places; 2^120 mends the bias (subnormals too)
+  enum { BYTES = 1 };
+  AI static F get(const uint8_t* p) {
+    const V x = load_u8(p);
+    const V bits = or_(shl(and_(x, set(0x80)), 24), shl(and_(x, set(0x7f)), 20));
+    return mulf(as_float(bits), setf(0x1p120f));
+  }
+};
+
+template <class L, int R, int T>
+static void multiply_float_tile(const uint8_t* w, size_t group, const float* scales, int64_t k, const float* x, float* out,
+                                size_t stride) {
+  F total[R * T];
+#pragma GCC unroll 12
+  for (int i = 0; i < R * T; ++i) total[i] = zero();
+  for (int64_t from = 0; from < k; from += 128) {
+    const int64_t to = from + 128 < k ? from + 128 : k;
+    F sum[R * T];
+#pragma GCC unroll 12
+    for (int i = 0; i < R * T; ++i) sum[i] = zero();
+    for (int64_t i = from; i < to; ++i) {
+      F v[R];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) v[r] = L::get(w + r * group + i * 16 * L::BYTES);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) {
+        const F xt = broadcastf(x + i * T + t);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) sum[r * T + t] = fma(v[r], xt, sum[r * T + t]);
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      const F scale = scales ? loadf(reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(scales) + r * group) + from / 128 * 16) : setf(1);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) total[r * T + t] = fma(sum[r * T + t], scale, total[r * T + t]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) storef(out + r * stride + t * 16, total[r * T + t]);
+}
+
+typedef void (*FloatTile)(const uint8_t*, size_t, const float*, int64_t, const float*, float*, size_t);
+template <class L, int R> static FloatTile float_tile(int tokens) {
+  static const FloatTile table[] = {nullptr, multiply_float_tile<L, R, 1>, multiply_float_tile<L, R, 2>,
+#if KTX_TILE == 6
+                                    multiply_float_tile<L, R, 3>, multiply_float_tile<L, R, 4>, multiply_float_tile<L, R, 5>,
+                                    multiply_float_tile<L, R, 6>
+#endif
+  };
+  return table[tokens];
+}
+
+template <class L>
+static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t*) {
+  const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+  for (int g = 0; g < groups;) {
+    const int r = KTX_TILE == 6 && g + 2 <= groups ? 2 : 1;
+    const float* scales = L::BYTES == 1 ? reinterpret_cast<const float*>(packed + float_scales_at(l, x.k)) : nullptr;
+    for (int tile = 0; tile < x.tiles; ++tile) {
+      const int first = x.start(tile), tokens = x.start(tile + 1) - first;
+      const FloatTile fn =
+#if KTX_TILE == 6
+          r == 2 ? float_tile<L, 2>(tokens) :
+#endif
+                 float_tile<L, 1>(tokens);
+      fn(packed, group, scales, x.k, x.f + first * x.k, out + first * 16, stride);
+    }
+    g += r, packed += r * group, out += r * stride;
+  }
+}
+
+// ---- exact unpacking ------------------------------------------------------------------------------------------------------
+
+template <class D> static void unpack_ints(const Layout& l, const uint8_t* group, int64_t k, float* out) {
+  typedef Traits<D> R;
+  for (int64_t i = 0; i < k / D::BLOCK; ++i) {
+    const Block b = block_at(l, group, k, i);
+    const typename D::Head head = D::head(b);
+    for (int s = 0; s < R::SUBS; ++s) {
+      V w[R::VECTORS];
+      F scale, minimum = zero();
+      D::part(head, b, s, w, scale, minimum);
+      for (int j = 0; j < D::SUB; ++j, out += 16) {
+        V code = byte(w[j / 4], j % 4);
+        code = D::SIGNED ? sign_extend8(code) : add(code, set(uint32_t(-D::OFFSET)));
+        const F value = mulf(scale, to_float(code));
+        storef(out, D::MINIMUM ? fma(minimum, setf(-1), value) : value);
+      }
+    }
+  }
+}
+
+template <class L> static void unpack_floats(const Layout& l, const uint8_t* group, int64_t k, float* out) {
+  const float* scales = reinterpret_cast<const float*>(group + float_scales_at(l, k));
+  for (int64_t i = 0; i < k; ++i) {
+    const F value = L::get(group + i * 16 * L::BYTES);
+    storef(out + i * 16, L::BYTES == 1 ? mulf(value, loadf(scales + i / 128 * 16)) : value);
+  }
+}
+
+// ---- dispatch on the type -------------------------------------------------------------------------------------------------
+
+#define KTX_FORMATS(X)                                                                                                       \
+  X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0)      \
+  X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M)
+
+typedef void (*Multiply)(const Layout&, const uint8_t*, int, const Tokens&, float*, uint8_t*);
+typedef void (*Unpack)(const Layout&, const uint8_t*, int64_t, float*);
+struct Row { int code; Multiply multiply; Unpack unpack; };
+static const Row ROWS[] = {
+#define X(name) {ktx::name, multiply_ints<D##name>, unpack_ints<D##name>},
+    KTX_FORMATS(X)
+#undef X
+    {ktx::F32, multiply_floats<LF32>, unpack_floats<LF32>},
+    {ktx::F16, multiply_floats<LF16>, unpack_floats<LF16>},
+    {ktx::BF16, multiply_floats<LBF16>, unpack_floats<LBF16>},
+    {ktx::F8_E4M3, multiply_floats<LF8>, unpack_floats<LF8>},
+};
+
+static const Row& row_of(int code) {
+  for (const Row& row : ROWS)
+    if (row.code == code) return row;
+  __builtin_trap();  // the drivers check the code before they come here
+}
+static void multiply(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work) {
+  row_of(l.code).multiply(l, packed, groups, x, out, work);
+}
+static void unpack(const Layout& l, const uint8_t* group, int64_t k, float* out) { row_of(l.code).unpack(l, group, k, out); }
+
+// ---- activations ----------------------------------------------------------------------------------------------------------
+
+static void quantise(const float* x, int64_t k, RowView out) {
+  for (int64_t b = 0; b < k / 32; ++b, x += 32) {
+    const F lo = loadf(x), hi = loadf(x + 16);
+    const float most = max_lane(maxf(absf(lo), absf(hi)));
+    const F inverse = setf(most > 0 ? 127.0f / most : 0.0f);
+    out.scale[b] = most / 127.0f;
+    store_s8(out.q + b * 32, to_int(mulf(lo, inverse)));
+    store_s8(out.q + b * 32 + 16, to_int(mulf(hi, inverse)));
+    for (int half = 0; half < 2; ++half) {
+      int sum = 0;
+      for (int i = 0; i < 16; ++i) sum += out.q[b * 32 + half * 16 + i];
+      out.sum16[2 * b + half] = sum;
+    }
+  }
+}
+
+AI int tile_of(const Tokens& to, int token) {
+  int tile = int(int64_t(token) * to.tiles / to.n);
+  while (to.start(tile + 1) <= token) ++tile;
+  while (to.start(tile) > token) --tile;
+  return tile;
+}
+
+static void place(const RowView& row, const Tokens& to, int token, int64_t from, int64_t length) {
+  const int tile = tile_of(to, token), first = to.start(tile), T = to.start(tile + 1) - first, t = token - first;
+  const int64_t at16 = first * (to.k / 16) + from / 16 * T + t, at32 = first * (to.k / 32) + from / 32 * T + t;
+  int32_t *q = reinterpret_cast<int32_t*>(to.q + first * to.k + from * T) + t, *s16 = to.sum16 + at16, *s32 = to.sum32 + at32;
+  float *scale = to.scale + at32, *p16 = to.part16 + at16, *p32 = to.part32 + at32;
+  const int32_t* source = reinterpret_cast<const int32_t*>(row.q);
+  for (int64_t i = 0; i < length / 4; ++i) q[i * T] = source[i];
+  for (int64_t i = 0; i < length / 32; ++i) {
+    const int32_t a = row.sum16[2 * i], b = row.sum16[2 * i + 1];
+    const float d = row.scale[i];
+    scale[i * T] = d, s16[2 * i * T] = a, s16[(2 * i + 1) * T] = b, s32[i * T] = a + b;
+    p16[2 * i * T] = d * float(a), p16[(2 * i + 1) * T] = d * float(b), p32[i * T] = d * float(a + b);
+  }
+}
+
+static void place_floats(const float* x, const Tokens& to, int token, int64_t from, int64_t length) {
+  const int tile = tile_of(to, token), first = to.start(tile), T = to.start(tile + 1) - first;
+  float* f = to.f + first * to.k + from * T + token - first;
+  for (int64_t i = 0; i < length; ++i) f[i * T] = x[i];
+}
+
+// exp(x) by 2^n * p(f): relative error below 2e-7 for |x| <= 87
+AI F exp_(F x) {
+  const F y = minf(maxf(mulf(x, setf(1.44269504f)), setf(-126.0f)), setf(126.0f));
+  const V n = to_int(y);
+  const F f = addf(y, mulf(to_float(n), setf(-1.0f)));
+  F p = setf(1.5403530e-4f);
+  p = fma(p, f, setf(1.3333558e-3f));
+  p = fma(p, f, setf(9.6181291e-3f));
+  p = fma(p, f, setf(5.5504109e-2f));
+  p = fma(p, f, setf(2.4022651e-1f));
+  p = fma(p, f, setf(6.9314718e-1f));
+  p = fma(p, f, setf(1.0f));
+  return mulf(p, as_float(shl(add(n, set(127)), 23)));
+}
+AI F sigmoid(F x) { return divf(setf(1), addf(setf(1), exp_(mulf(x, setf(-1))))); }
+
+static void gate(Activation act, float alpha, float limit, const float* g, const float* u, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    F a = loadf(g + i), b = loadf(u + i);
+    if (act == SILU) a = mulf(a, sigmoid(a));
+    else if (act == SWIGLU_OAI) {
+      a = minf(a, setf(limit)), b = addf(minf(maxf(b, setf(-limit)), setf(limit)), setf(1));
+      a = mulf(a, sigmoid(mulf(a, setf(alpha))));
+    } else if (act == GELU_TANH) {  // 0.5 (1 + tanh z) is sigmoid(2 z)
+      const F z = mulf(mulf(a, setf(0.79788456f)), fma(mulf(a, a), setf(0.044715f), setf(1)));
+      a = mulf(a, sigmoid(addf(z, z)));
+    } else if (act == GELU) {
+      float v[16];
+      storef(v, a);
+      for (float& e : v) e *= 0.5f * (1.0f + erff(e * 0.70710678f));
+      a = loadf(v);
+    } else {
+      a = maxf(a, zero());
+      if (act == RELU2) a = mulf(a, a);
+    }
+    storef(out + i, mulf(a, b));
+  }
+}

@@ -1,0 +1,53 @@
+#include "isa.h"
+
+#include <cpuid.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+namespace ktx {
+const char* const ISA_NAMES[ISA_COUNT] = {"scalar", "avx2", "avx512vnni"};
+
+namespace {
+bool bit(uint32_t word, int i) { return (word >> i) & 1; }
+
+// Register state the operating system saves (XCR0): a CPU may know instructions that the kernel does not allow.
+uint64_t saved_state() {
+  uint32_t low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t(high) << 32) | low;
+}
+
+Isa probe() {
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return SCALAR;  // 27: OSXSAVE
+  const bool fma = bit(c, 12), f16c = bit(c, 29);
+  const uint64_t state = saved_state();
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return SCALAR;
+  const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
+  if (!(ymm && fma && f16c && bit(b, 5))) return SCALAR;
+  const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
+  return zmm && avx512 && bit(c, 11) ? AVX512VNNI : AVX2;                    // 11: VNNI
+}
+
+Isa lowered(Isa best) {
+  const char* wish = std::getenv("KTX_ISA");
+  if (!wish || !*wish) return best;
+  for (int i = 0; i < ISA_COUNT; ++i)
+    if (std::string(wish) == ISA_NAMES[i]) return i < best ? Isa(i) : best;
+  throw std::runtime_error("KTX_ISA=" + std::string(wish) + " is not known: use scalar, avx2 or avx512vnni");
+}
+}  // namespace
+
+Isa best_isa() {
+  static const Isa isa = probe();
+  return isa;
+}
+
+Isa picked_isa() {
+  static const Isa isa = lowered(best_isa());
+  return isa;
+}
+}  // namespace ktx

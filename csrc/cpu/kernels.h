@@ -1,0 +1,48 @@
+// What an instruction set offers to the drivers (linear.cpp, experts.cpp): one table of plain functions.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace ktx {
+struct Layout;
+
+// One row of activations, quantised: int8 with a scale per 32 k, and the sums that offsets and minimums need.
+struct RowView {
+  int8_t* q;        // [k]
+  float* scale;     // [k/32]
+  int32_t* sum16;   // [k/16] sum of q
+};
+
+// Activations of n tokens, cut into tiles of at most `tile` tokens. Tile t starts at token start(t); all arrays are indexed
+// [element of the row][token of the tile] inside a tile, and a tile's part begins at start(t) * (elements of a row).
+struct Tokens {
+  int n = 0, tiles = 0;
+  int64_t k = 0;
+  int8_t* q = nullptr;       // [k/4][T][4]
+  float* scale = nullptr;    // [k/32][T]
+  int32_t* sum16 = nullptr;  // [k/16][T]
+  int32_t* sum32 = nullptr;  // [k/32][T]
+  float* part16 = nullptr;   // [k/16][T]  scale * sum16
+  float* part32 = nullptr;   // [k/32][T]
+  float* f = nullptr;        // [k][T] unquantised, for float weights
+  int start(int t) const { return int(int64_t(n) * t / tiles); }
+};
+
+enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU_OAI };
+
+struct Kernels {
+  int tile, few;  // widest tile; up to `few` tokens make one tile and take the fused path
+  void (*quantise)(const float* x, int64_t k, RowView out);
+  // Columns from..from+length of a token into its tile; `row` and `x` hold these columns only. Multiples of 32 for `place`.
+  void (*place)(const RowView& row, const Tokens& to, int token, int64_t from, int64_t length);
+  void (*place_floats)(const float* x, const Tokens& to, int token, int64_t from, int64_t length);
+  // out[group][token][16] = packed rows of `groups` groups times every token; `work` holds WORK_BYTES
+  void (*multiply)(const Layout& layout, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work);
+  void (*unpack)(const Layout& layout, const uint8_t* group, int64_t k, float* out);  // [k][16]
+  void (*gate)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out, int64_t n);  // n % 16 == 0
+};
+constexpr size_t WORK_BYTES = 2 * (64 * 64 + 2 * 16 * 64);
+
+extern const Kernels SCALAR_KERNELS, AVX2_KERNELS, AVX512VNNI_KERNELS;
+const Kernels& kernels();  // of picked_isa()
+}  // namespace ktx

@@ -1,0 +1,101 @@
+#include "layout.h"
+
+#include <cstring>
+
+namespace ktx {
+namespace {
+// Offsets are those of the ggml block structures (gguf-py's constants and dequantisers name the same fields).
+const Layout LAYOUTS[] = {
+    //  code     name      elems bytes  narrow           words (in the decoder's order)
+    {F32, "F32", 1, 4, 0, 0, {0, 0}, {}, true},
+    {F16, "F16", 1, 2, 0, 0, {0, 0}, {}, true},
+    {BF16, "BF16", 1, 2, 0, 0, {0, 0}, {}, true},
+    {F8_E4M3, "F8_E4M3", 1, 1, 0, 0, {0, 0}, {}, true},
+    {Q4_0, "Q4_0", 32, 18, 2, 1, {0, 0}, {{2, 16}}, false},
+    {Q4_1, "Q4_1", 32, 20, 2, 2, {0, 2}, {{4, 16}}, false},
+    {Q5_0, "Q5_0", 32, 22, 2, 1, {0, 0}, {{6, 16}, {2, 4}}, false},
+    {Q5_1, "Q5_1", 32, 24, 2, 2, {0, 2}, {{8, 16}, {4, 4}}, false},
+    {Q8_0, "Q8_0", 32, 34, 2, 1, {0, 0}, {{2, 32}}, false},
+    {Q2_K, "Q2_K", 256, 84, 2, 2, {80, 82}, {{16, 64}, {0, 16}}, false},
+    {Q3_K, "Q3_K", 256, 110, 2, 1, {108, 0}, {{32, 64}, {0, 32}, {96, 12}}, false},
+    {Q4_K, "Q4_K", 256, 144, 2, 2, {0, 2}, {{16, 128}, {4, 12}}, false},
+    {Q5_K, "Q5_K", 256, 176, 2, 2, {0, 2}, {{48, 128}, {16, 32}, {4, 12}}, false},
+    {Q6_K, "Q6_K", 256, 210, 2, 1, {208, 0}, {{0, 128}, {128, 64}, {192, 16}}, false},
+    {IQ2_XXS, "IQ2_XXS", 256, 66, 2, 1, {0, 0}, {{2, 64}}, false},
+    {IQ2_XS, "IQ2_XS", 256, 74, 2, 1, {0, 0}, {{2, 64}, {66, 8}}, false},
+    {IQ2_S, "IQ2_S", 256, 82, 2, 1, {0, 0}, {{2, 32}, {34, 32}, {66, 8}, {74, 8}}, false},
+    {IQ3_XXS, "IQ3_XXS", 256, 98, 2, 1, {0, 0}, {{2, 64}, {66, 32}}, false},
+    {IQ3_S, "IQ3_S", 256, 110, 2, 1, {0, 0}, {{2, 64}, {74, 32}, {66, 8}, {106, 4}}, false},
+    {IQ1_S, "IQ1_S", 256, 50, 2, 1, {0, 0}, {{2, 32}, {34, 16}}, false},
+    {IQ1_M, "IQ1_M", 256, 56, 0, 0, {0, 0}, {{0, 32}, {32, 16}, {48, 8}}, false},
+    {IQ4_NL, "IQ4_NL", 32, 18, 2, 1, {0, 0}, {{2, 16}}, false},
+    {IQ4_XS, "IQ4_XS", 256, 136, 2, 2, {0, 2}, {{8, 128}, {4, 4}}, false},
+    {MXFP4, "MXFP4", 32, 17, 1, 1, {0, 0}, {{1, 16}}, false},
+    {TQ1_0, "TQ1_0", 256, 54, 2, 1, {52, 0}, {{0, 48}, {48, 4}}, false},
+    {TQ2_0, "TQ2_0", 256, 66, 2, 1, {64, 0}, {{0, 64}}, false},
+};
+
+uint32_t load32(const uint8_t* p) {
+  uint32_t word;
+  std::memcpy(&word, p, 4);
+  return word;
+}
+
+// The fifth bits of Q5_0 and Q5_1 lie as bit 4*i+b for byte b of vector i; as bit 8*b+i one shift and one mask serve a vector.
+uint32_t fifth_bits(uint32_t bits) {
+  uint32_t out = 0;
+  for (int i = 0; i < 8; ++i)
+    for (int b = 0; b < 4; ++b) out |= ((bits >> (4 * i + b)) & 1) << (8 * b + i);
+  return out;
+}
+
+// One block of one row, into lane r of its group.
+void put_block(const Layout& l, const uint8_t* block, int64_t index, int64_t k, uint8_t* group, int r) {
+  const size_t plane = narrow_plane(l, k);
+  for (int i = 0; i < l.narrows; ++i)
+    std::memcpy(group + i * plane + (index * 16 + r) * l.narrow_bytes, block + l.narrow_at[i], l.narrow_bytes);
+  uint8_t* words = group + words_at(l, k) + index * l.word_count() * 64 + 4 * r;
+  for (const Segment& s : l.words)
+    for (int at = 0; at < s.bytes; at += 4, words += 64) std::memcpy(words, block + s.offset + at, 4);
+  if (l.code == Q5_0 || l.code == Q5_1) {
+    words -= 64;
+    const uint32_t bits = fifth_bits(load32(words));
+    std::memcpy(words, &bits, 4);
+  }
+}
+
+template <int BYTES>
+void put_floats(const uint8_t* row, int64_t k, uint8_t* group, int r) {
+  for (int64_t i = 0; i < k; ++i) std::memcpy(group + (i * 16 + r) * BYTES, row + i * BYTES, BYTES);
+}
+
+void put_row(const Layout& l, const uint8_t* row, int64_t k, uint8_t* group, int r) {
+  if (!l.is_float)
+    for (int64_t b = 0; b < k / l.block; ++b) put_block(l, row + b * l.bytes, b, k, group, r);
+  else if (l.bytes == 4) put_floats<4>(row, k, group, r);
+  else if (l.bytes == 2) put_floats<2>(row, k, group, r);
+  else put_floats<1>(row, k, group, r);
+}
+}  // namespace
+
+const Layout* find_layout(int code) {
+  for (const Layout& l : LAYOUTS)
+    if (l.code == code) return &l;
+  return nullptr;
+}
+
+void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t rows, int64_t k, uint8_t* packed, int64_t row0,
+               const float* scale, int64_t scale_columns) {
+  const size_t stride = group_bytes(l, k);
+  for (int64_t row = 0; row < rows; row += 16) {
+    uint8_t* group = packed + (row0 + row) / 16 * stride;
+    const int lanes = rows - row < 16 ? int(rows - row) : 16;
+    if (lanes < 16) std::memset(group, 0, stride);
+    for (int r = 0; r < lanes; ++r) put_row(l, source + (row + r) * row_bytes, k, group, r);
+    if (!scale) continue;
+    float* scales = reinterpret_cast<float*>(group + float_scales_at(l, k));
+    for (int64_t c = 0; c < scale_columns; ++c)
+      for (int r = 0; r < lanes; ++r) scales[c * 16 + r] = scale[(row0 + row + r) / 128 * scale_columns + c];
+  }
+}
+}  // namespace ktx

@@ -1,0 +1,13 @@
+// y = x W^T + bias for one packed matrix.
+#pragma once
+#include <cstdint>
+
+#include "layout.h"
+#include "numbers.h"
+
+namespace ktx {
+// x [tokens][k] and y [tokens][n] of `type`, rows dense; bias f32 [n] or null.
+void linear(const void* x, Number type, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
+            const float* bias, void* y);
+void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const int64_t* rows, int64_t count, float* out);
+}  // namespace ktx

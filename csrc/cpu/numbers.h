@@ -1,0 +1,69 @@
+// Activations come and go as f32, f16 or bf16; inside the drivers they are f32.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace ktx {
+enum class Number { F32, F16, BF16 };
+
+inline float from_bf16(uint16_t h) {
+  const uint32_t bits = uint32_t(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint16_t to_bf16(float f) {  // rounds to nearest even, keeps NaN
+  uint32_t x;
+  std::memcpy(&x, &f, 4);
+  if ((x & 0x7fffffffu) > 0x7f800000u) return uint16_t(x >> 16 | 0x40);
+  return uint16_t((x + 0x7fff + ((x >> 16) & 1)) >> 16);
+}
+inline float from_f16(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16, magnitude = uint32_t(h & 0x7fffu) << 13;
+  float f;
+  std::memcpy(&f, &magnitude, 4);
+  f *= 0x1p112f;  // moves the exponent bias from 15 to 127, subnormals too
+  uint32_t x;
+  std::memcpy(&x, &f, 4);
+  if ((h & 0x7c00u) == 0x7c00u) x |= 0x7f800000u;
+  x |= sign;
+  std::memcpy(&f, &x, 4);
+  return f;
+}
+inline uint16_t to_f16(float f) {
+  uint32_t x;
+  std::memcpy(&x, &f, 4);
+  const uint32_t sign = (x >> 16) & 0x8000u, magnitude = x & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return uint16_t(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return uint16_t(sign | 0x7c00u);  // rounds to infinity
+  if (magnitude < 0x38800000u) {                                  // subnormal: adding 0.5 lines the bits up
+    float m;
+    std::memcpy(&m, &magnitude, 4);
+    m += 0.5f;
+    std::memcpy(&x, &m, 4);
+    return uint16_t(sign | (x - 0x3f000000u));
+  }
+  return uint16_t(sign | ((magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13));
+}
+
+inline size_t size_of(Number type) { return type == Number::F32 ? 4 : 2; }
+
+// n values as f32: the source itself when it is f32 already, else converted into `room`.
+inline const float* as_floats(const void* x, Number type, int64_t n, float* room) {
+  if (type == Number::F32) return static_cast<const float*>(x);
+  const uint16_t* h = static_cast<const uint16_t*>(x);
+  if (type == Number::BF16)
+    for (int64_t i = 0; i < n; ++i) room[i] = from_bf16(h[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) room[i] = from_f16(h[i]);
+  return room;
+}
+inline void from_floats(const float* x, Number type, int64_t n, void* out) {
+  uint16_t* h = static_cast<uint16_t*>(out);
+  if (type == Number::F32) std::memcpy(out, x, size_t(n) * 4);
+  else if (type == Number::BF16)
+    for (int64_t i = 0; i < n; ++i) h[i] = to_bf16(x[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) h[i] = to_f16(x[i]);
+}
+}  // namespace ktx

@@ -1,0 +1,176 @@
+#include "pool.h"
+
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+namespace ktx {
+namespace {
+// Spinning is bounded: beside a busy neighbour an endless spin costs up to forty times the work itself.
+constexpr int SPINS = 4000;  // about 50 us of pause instructions
+
+void relax() { __builtin_ia32_pause(); }
+
+void futex_wait(std::atomic<uint32_t>& word, uint32_t seen) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
+}
+void futex_wake(std::atomic<uint32_t>& word) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// A word that threads wait on: spin a little, then sleep.
+struct Signal {
+  std::atomic<uint32_t> value{0};
+  std::atomic<int> sleepers{0};
+  void set(uint32_t v) {
+    value.store(v, std::memory_order_seq_cst);
+    if (sleepers.load(std::memory_order_seq_cst)) futex_wake(value);
+  }
+  void wait_while(uint32_t seen) {
+    for (int i = 0; i < SPINS; ++i, relax())
+      if (value.load(std::memory_order_acquire) != seen) return;
+    sleepers.fetch_add(1, std::memory_order_seq_cst);
+    while (value.load(std::memory_order_seq_cst) == seen) futex_wait(value, seen);
+    sleepers.fetch_sub(1, std::memory_order_relaxed);
+  }
+};
+
+std::vector<int> allowed_cores() {
+  cpu_set_t set;
+  std::vector<int> cores;
+  if (sched_getaffinity(0, sizeof set, &set) == 0)
+    for (int i = 0; i < CPU_SETSIZE; ++i)
+      if (CPU_ISSET(i, &set)) cores.push_back(i);
+  return cores;
+}
+
+thread_local bool inside = false;
+
+class Team {
+ public:
+  explicit Team(int size) : size(size), pid(getpid()) {
+    const std::vector<int> cores = allowed_cores();
+    for (int member = 1; member < size; ++member) {
+      workers.emplace_back([this, member] { work(member); });
+      if (size <= int(cores.size())) pin(workers.back(), cores[member]);
+    }
+  }
+  ~Team() {
+    stop = true;
+    start.set(start.value + 1);
+    for (auto& worker : workers) worker.join();
+  }
+  void run(void (*f)(void*, int), void* c) {
+    fn = f, context = c, error = nullptr;
+    running.store(size - 1, std::memory_order_relaxed);
+    start.set(start.value.load(std::memory_order_relaxed) + 1);
+    member_run(0);
+    for (;;) {
+      const uint32_t seen = done.value.load(std::memory_order_acquire);
+      if (running.load(std::memory_order_acquire) == 0) break;
+      done.wait_while(seen);
+    }
+    if (error) std::rethrow_exception(error);
+  }
+  void barrier() {
+    const uint32_t seen = gate.value.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+      arrived.store(0, std::memory_order_relaxed);
+      gate.set(seen + 1);
+    } else {
+      gate.wait_while(seen);
+    }
+  }
+  const int size;
+  const pid_t pid;
+
+ private:
+  static void pin(std::thread& worker, int core) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(core, &set);
+    pthread_setaffinity_np(worker.native_handle(), sizeof set, &set);  // refused in some containers: then unpinned
+  }
+  void member_run(int member) {
+    inside = true;
+    try {
+      fn(context, member);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+    }
+    inside = false;
+  }
+  void work(int member) {
+    for (uint32_t seen = 0;; ++seen) {
+      start.wait_while(seen);
+      if (stop) return;
+      member_run(member);
+      if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) done.set(done.value.load(std::memory_order_relaxed) + 1);
+    }
+  }
+  void (*fn)(void*, int) = nullptr;
+  void* context = nullptr;
+  std::vector<std::thread> workers;
+  Signal start, done, gate;
+  std::atomic<int> running{0}, arrived{0};
+  std::atomic<bool> stop{false};
+  std::mutex error_mutex;
+  std::exception_ptr error;
+};
+
+int wanted() {
+  if (const char* text = std::getenv("KTX_THREADS")) {
+    const int n = std::atoi(text);
+    if (n >= 1 && n <= 1024) return n;
+  }
+  const int cores = int(allowed_cores().size());
+  return cores > 0 ? cores : 1;
+}
+
+std::mutex team_mutex;
+int team_size = 0;
+Team* team = nullptr;  // never destroyed at exit: workers may still sleep in it
+
+Team& current() {
+  if (!team_size) team_size = wanted();
+  if (team && team->pid != getpid()) team = nullptr;  // after fork the workers are gone: leave the old team to the parent
+  if (team && team->size != team_size) {
+    delete team;
+    team = nullptr;
+  }
+  if (!team) team = new Team(team_size);
+  return *team;
+}
+}  // namespace
+
+int threads() {
+  std::lock_guard<std::mutex> lock(team_mutex);
+  return team_size ? team_size : team_size = wanted();
+}
+
+void set_threads(int n) {
+  if (n < 1 || n > 1024) throw std::runtime_error("threads must be 1 to 1024, got " + std::to_string(n));
+  std::lock_guard<std::mutex> lock(team_mutex);
+  team_size = n;
+}
+
+void run(void (*fn)(void*, int), void* context) {
+  if (inside) throw std::runtime_error("ktx: a kernel called another kernel's team from inside");
+  std::lock_guard<std::mutex> lock(team_mutex);
+  current().run(fn, context);
+}
+
+void barrier() { team->barrier(); }
+}  // namespace ktx

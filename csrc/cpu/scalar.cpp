@@ -1,0 +1,24 @@
+// The kernels for one instruction set. All headers come before the target region: code of a standard header compiled inside it
+// could be picked by the linker for every caller, and would then fault on lesser machines.
+#include <immintrin.h>
+#include <math.h>
+
+#include "grids.h"
+#include "kernels.h"
+#include "layout.h"
+
+#define AI inline __attribute__((always_inline))
+#define KTX_TILE 2
+#define KTX_FEW 2
+
+namespace ktx {
+namespace scalar {
+namespace {
+#include "verbs_scalar.inl"
+#include "formats.inl"
+#include "generic.inl"
+}  // namespace
+}  // namespace scalar
+
+const Kernels SCALAR_KERNELS = {KTX_TILE, KTX_FEW, scalar::quantise, scalar::place, scalar::place_floats, scalar::multiply, scalar::unpack, scalar::gate};
+}  // namespace ktx

@@ -1,0 +1,112 @@
+// Sixteen 32-bit lanes in two ymm. Included inside a region whose target has AVX2, FMA and F16C.
+struct V { __m256i a, b; };
+struct F { __m256 a, b; };
+#define KTX_V1(name, op) AI V name(V x) { return {op(x.a), op(x.b)}; }
+#define KTX_V2(name, op) AI V name(V x, V y) { return {op(x.a, y.a), op(x.b, y.b)}; }
+#define KTX_F2(name, op) AI F name(F x, F y) { return {op(x.a, y.a), op(x.b, y.b)}; }
+#define KTX_F3(name, op) AI F name(F x, F y, F z) { return {op(x.a, y.a, z.a), op(x.b, y.b, z.b)}; }
+#define KTX_SHIFT(name, op) AI V name(V x, int n) { return {op(x.a, n), op(x.b, n)}; }
+
+AI V load(const void* p) {
+  const __m256i* q = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+AI void store(void* p, V v) {
+  __m256i* q = static_cast<__m256i*>(p);
+  _mm256_storeu_si256(q, v.a), _mm256_storeu_si256(q + 1, v.b);
+}
+AI V set(uint32_t x) { const __m256i v = _mm256_set1_epi32(int(x)); return {v, v}; }
+AI V set8(int x) { const __m256i v = _mm256_set1_epi8(char(x)); return {v, v}; }
+AI V broadcast(const void* p) { const __m256i v = _mm256_set1_epi32(*static_cast<const int*>(p)); return {v, v}; }
+KTX_V2(and_, _mm256_and_si256)
+KTX_V2(or_, _mm256_or_si256)
+KTX_V2(xor_, _mm256_xor_si256)
+KTX_SHIFT(shr, _mm256_srli_epi32)
+KTX_SHIFT(shl, _mm256_slli_epi32)
+KTX_SHIFT(shr16, _mm256_srli_epi16)
+KTX_V2(add, _mm256_add_epi32)
+KTX_V2(sub, _mm256_sub_epi32)
+KTX_V2(mul, _mm256_mullo_epi32)
+KTX_V2(mul16, _mm256_mullo_epi16)
+KTX_V2(sub8, _mm256_sub_epi8)
+KTX_V2(add8, _mm256_add_epi8)
+KTX_V2(equal8, _mm256_cmpeq_epi8)
+AI V table16(const int8_t* table, V index) {
+  const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
+}
+AI V gather(const uint32_t* table, V i) {
+  const int* t = reinterpret_cast<const int*>(table);
+  return {_mm256_i32gather_epi32(t, i.a, 4), _mm256_i32gather_epi32(t, i.b, 4)};
+}
+AI V load_u8(const uint8_t* p) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
+}
+AI V load_u16(const uint8_t* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), _mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1))};
+}
+AI V sign_extend8(V x) {
+  return {_mm256_srai_epi32(_mm256_slli_epi32(x.a, 24), 24), _mm256_srai_epi32(_mm256_slli_epi32(x.b, 24), 24)};
+}
+
+AI F setf(float x) { const __m256 v = _mm256_set1_ps(x); return {v, v}; }
+AI F zero() { return setf(0); }
+AI F loadf(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+AI void storef(float* p, F v) { _mm256_storeu_ps(p, v.a), _mm256_storeu_ps(p + 8, v.b); }
+AI F broadcastf(const float* p) { const __m256 v = _mm256_broadcast_ss(p); return {v, v}; }
+KTX_F2(addf, _mm256_add_ps)
+KTX_F2(mulf, _mm256_mul_ps)
+KTX_F2(divf, _mm256_div_ps)
+KTX_F2(minf, _mm256_min_ps)
+KTX_F2(maxf, _mm256_max_ps)
+KTX_F3(fma, _mm256_fmadd_ps)
+KTX_F3(fnma, _mm256_fnmadd_ps)
+AI V as_int(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
+AI F as_float(V x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+AI F absf(F x) { return as_float(and_(as_int(x), set(0x7fffffff))); }
+AI float max_lane(F x) {
+  __m256 m = _mm256_max_ps(x.a, x.b);
+  __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
+}
+AI F to_float(V x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+AI V to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+AI F load_f16(const void* p) {
+  const __m128i* q = static_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+AI __m128i low_halves(__m256i x) {
+  const __m256i p = _mm256_packus_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)), _mm256_setzero_si256());
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(p, 0x08));
+}
+AI F f16_lanes(V x) { return {_mm256_cvtph_ps(low_halves(x.a)), _mm256_cvtph_ps(low_halves(x.b))}; }
+AI void store_f16(void* p, F x) {
+  __m128i* q = static_cast<__m128i*>(p);
+  _mm_storeu_si128(q, _mm256_cvtps_ph(x.a, 0)), _mm_storeu_si128(q + 1, _mm256_cvtps_ph(x.b, 0));
+}
+AI void store_s8(int8_t* p, V x) {
+  const __m128i lo = low_halves(x.a), hi = low_halves(x.b), mask = _mm_set1_epi16(0xff);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(_mm_and_si128(lo, mask), _mm_and_si128(hi, mask)));
+}
+
+// maddubs adds two products in 16 bits: unsigned codes up to 127 fit, signed ones go as |w| times x with w's sign.
+AI __m256i dot256(__m256i acc, __m256i w, __m256i x) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+template <bool SIGNED> AI V dot(V acc, V w, V x) {
+  if (!SIGNED) return {dot256(acc.a, w.a, x.a), dot256(acc.b, w.b, x.b)};
+  return {dot256(acc.a, _mm256_sign_epi8(w.a, w.a), _mm256_sign_epi8(x.a, w.a)),
+          dot256(acc.b, _mm256_sign_epi8(w.b, w.b), _mm256_sign_epi8(x.b, w.b))};
+}
+constexpr int SIGNED_OFFSET = 0;
+AI V carried(V weights) { return weights; }
+constexpr int TILE = 2;  // 16 registers: two tokens of one row group, integer and float accumulators
+constexpr int GROUPS = 1;
+#undef KTX_V1
+#undef KTX_V2
+#undef KTX_F2
+#undef KTX_F3
+#undef KTX_SHIFT

@@ -1,0 +1,67 @@
+// Sixteen 32-bit lanes in one zmm. Included inside a region whose target has AVX512 F, BW, DQ, VL and VNNI.
+typedef __m512i V;  // 16 lanes of 32 bits, or 64 bytes
+typedef __m512 F;   // 16 floats
+
+AI V load(const void* p) { return _mm512_loadu_si512(p); }
+AI void store(void* p, V v) { _mm512_storeu_si512(p, v); }
+AI V set(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+AI V set8(int x) { return _mm512_set1_epi8(char(x)); }
+AI V broadcast(const void* p) {  // asm: GCC would rather fold it into the dot product, which then costs two issue slots
+  V v;
+  __asm__("vpbroadcastd %1, %0" : "=v"(v) : "m"(*static_cast<const int*>(p)));
+  return v;
+}
+AI V and_(V a, V b) { return _mm512_and_si512(a, b); }
+AI V or_(V a, V b) { return _mm512_or_si512(a, b); }
+AI V xor_(V a, V b) { return _mm512_xor_si512(a, b); }
+AI V shr(V a, int n) { return _mm512_srli_epi32(a, unsigned(n)); }
+AI V shl(V a, int n) { return _mm512_slli_epi32(a, unsigned(n)); }
+AI V shr16(V a, int n) { return _mm512_srli_epi16(a, unsigned(n)); }
+AI V add(V a, V b) { return _mm512_add_epi32(a, b); }
+AI V sub(V a, V b) { return _mm512_sub_epi32(a, b); }
+AI V mul(V a, V b) { return _mm512_mullo_epi32(a, b); }
+AI V mul16(V a, V b) { return _mm512_mullo_epi16(a, b); }
+AI V sub8(V a, V b) { return _mm512_sub_epi8(a, b); }
+AI V add8(V a, V b) { return _mm512_add_epi8(a, b); }
+AI V equal8(V a, V b) { return _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b)); }
+AI V table16(const int8_t* table, V index) {  // index: bytes 0..15
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
+}
+AI V gather(const uint32_t* table, V index) { return _mm512_i32gather_epi32(index, table, 4); }
+AI V load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+AI V load_u16(const uint8_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+AI V sign_extend8(V a) { return _mm512_srai_epi32(_mm512_slli_epi32(a, 24), 24); }
+
+AI F zero() { return _mm512_setzero_ps(); }
+AI F setf(float x) { return _mm512_set1_ps(x); }
+AI F loadf(const float* p) { return _mm512_loadu_ps(p); }
+AI void storef(float* p, F v) { _mm512_storeu_ps(p, v); }
+AI F broadcastf(const float* p) { return _mm512_set1_ps(*p); }
+AI F addf(F a, F b) { return _mm512_add_ps(a, b); }
+AI F mulf(F a, F b) { return _mm512_mul_ps(a, b); }
+AI F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }    // a*b + c
+AI F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a*b
+AI F divf(F a, F b) { return _mm512_div_ps(a, b); }
+AI F minf(F a, F b) { return _mm512_min_ps(a, b); }
+AI F maxf(F a, F b) { return _mm512_max_ps(a, b); }
+AI F absf(F a) { return _mm512_abs_ps(a); }
+AI float max_lane(F a) { return _mm512_reduce_max_ps(a); }
+AI F to_float(V a) { return _mm512_cvtepi32_ps(a); }
+AI V to_int(F a) { return _mm512_cvtps_epi32(a); }  // rounds to nearest
+AI F as_float(V a) { return _mm512_castsi512_ps(a); }
+AI V as_int(F a) { return _mm512_castps_si512(a); }
+AI F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+AI F f16_lanes(V a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }  // low halves of the lanes
+AI void store_f16(void* p, F a) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a, 0)); }
+AI void store_s8(int8_t* p, V a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
+
+// Dot product of four bytes a lane. Signed weights are carried with 128 added (see `carried`), so there is one instruction.
+AI V dot(V acc, V weights, V x) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(x));
+  return acc;
+}
+constexpr int SIGNED_OFFSET = 128;
+AI V carried(V weights) { return _mm512_xor_si512(weights, _mm512_set1_epi8(char(0x80))); }
+template <bool SIGNED> AI V dot(V acc, V weights, V x) { return dot(acc, weights, x); }
+constexpr int TILE = 6;    // tokens a GEMM tile takes
+constexpr int GROUPS = 2;  // row groups a GEMM tile takes

@@ -1,0 +1,126 @@
+// Sixteen 32-bit lanes in plain arrays: what the other two are checked against, and what any x86-64 runs.
+struct V { uint32_t v[16]; };
+struct F { float v[16]; };
+#define KTX_LANES for (int i = 0; i < 16; ++i)
+#define KTX_V2(name, expr) AI V name(V x, V y) { V r; KTX_LANES { const uint32_t a = x.v[i], b = y.v[i]; r.v[i] = expr; } return r; }
+#define KTX_F2(name, expr) AI F name(F x, F y) { F r; KTX_LANES { const float a = x.v[i], b = y.v[i]; r.v[i] = expr; } return r; }
+
+AI V load(const void* p) { V r; __builtin_memcpy(r.v, p, 64); return r; }
+AI void store(void* p, V x) { __builtin_memcpy(p, x.v, 64); }
+AI V set(uint32_t x) { V r; KTX_LANES r.v[i] = x; return r; }
+AI V set8(int x) { return set(uint32_t(x & 0xff) * 0x01010101u); }
+AI V broadcast(const void* p) { uint32_t x; __builtin_memcpy(&x, p, 4); return set(x); }
+KTX_V2(and_, a & b)
+KTX_V2(or_, a | b)
+KTX_V2(xor_, a ^ b)
+KTX_V2(add, a + b)
+KTX_V2(sub, a - b)
+KTX_V2(mul, a * b)
+KTX_V2(mul16, ((a & 0xffff) * (b & 0xffff) & 0xffff) | ((a >> 16) * (b >> 16)) << 16)
+AI uint32_t bytewise(uint32_t a, uint32_t b, int op) {
+  uint32_t r = 0;
+  for (int s = 0; s < 32; s += 8) {
+    const uint32_t x = (a >> s) & 0xff, y = (b >> s) & 0xff;
+    r |= ((op == 0 ? x - y : op == 1 ? x + y : (x == y ? 0xffu : 0u)) & 0xff) << s;
+  }
+  return r;
+}
+KTX_V2(sub8, bytewise(a, b, 0))
+KTX_V2(add8, bytewise(a, b, 1))
+KTX_V2(equal8, bytewise(a, b, 2))
+AI V shr(V x, int n) { V r; KTX_LANES r.v[i] = x.v[i] >> n; return r; }
+AI V shl(V x, int n) { V r; KTX_LANES r.v[i] = x.v[i] << n; return r; }
+AI V shr16(V x, int n) { V r; KTX_LANES r.v[i] = ((x.v[i] & 0xffff) >> n) | ((x.v[i] >> 16) >> n) << 16; return r; }
+AI V table16(const int8_t* table, V x) {
+  V r;
+  KTX_LANES {
+    r.v[i] = 0;
+    for (int s = 0; s < 32; s += 8) r.v[i] |= uint32_t(uint8_t(table[(x.v[i] >> s) & 15])) << s;
+  }
+  return r;
+}
+AI V gather(const uint32_t* table, V x) { V r; KTX_LANES r.v[i] = table[x.v[i]]; return r; }
+AI V load_u8(const uint8_t* p) { V r; KTX_LANES r.v[i] = p[i]; return r; }
+AI V load_u16(const uint8_t* p) { V r; KTX_LANES r.v[i] = uint32_t(p[2 * i]) | uint32_t(p[2 * i + 1]) << 8; return r; }
+AI V sign_extend8(V x) { V r; KTX_LANES r.v[i] = uint32_t(int32_t(int8_t(x.v[i]))); return r; }
+
+AI F setf(float x) { F r; KTX_LANES r.v[i] = x; return r; }
+AI F zero() { return setf(0); }
+AI F loadf(const float* p) { F r; __builtin_memcpy(r.v, p, 64); return r; }
+AI void storef(float* p, F x) { __builtin_memcpy(p, x.v, 64); }
+AI F broadcastf(const float* p) { return setf(*p); }
+KTX_F2(addf, a + b)
+KTX_F2(mulf, a * b)
+KTX_F2(divf, a / b)
+KTX_F2(minf, a < b ? a : b)
+KTX_F2(maxf, a > b ? a : b)
+AI F fma(F x, F y, F z) { F r; KTX_LANES r.v[i] = x.v[i] * y.v[i] + z.v[i]; return r; }
+AI F fnma(F x, F y, F z) { F r; KTX_LANES r.v[i] = z.v[i] - x.v[i] * y.v[i]; return r; }
+AI V as_int(F x) { V r; __builtin_memcpy(r.v, x.v, 64); return r; }
+AI F as_float(V x) { F r; __builtin_memcpy(r.v, x.v, 64); return r; }
+AI F absf(F x) { return as_float(and_(as_int(x), set(0x7fffffff))); }
+AI float max_lane(F x) { float m = x.v[0]; KTX_LANES m = x.v[i] > m ? x.v[i] : m; return m; }
+AI F to_float(V x) { F r; KTX_LANES r.v[i] = float(int32_t(x.v[i])); return r; }
+AI V to_int(F x) {  // adding 1.5 * 2^23 rounds to nearest even, for |x| < 2^22
+  V r;
+  KTX_LANES { const float y = x.v[i] + 12582912.0f; uint32_t bits; __builtin_memcpy(&bits, &y, 4); r.v[i] = bits - 0x4b400000u; }
+  return r;
+}
+AI float f16_value(uint32_t h) {
+  const uint32_t sign = (h & 0x8000u) << 16, rest = (h & 0x7fffu) << 13;
+  uint32_t bits = rest + ((127 - 15) << 23);
+  float f;
+  if ((h & 0x7c00u) == 0x7c00u) bits += (128 - 16) << 23;  // infinities and NaN
+  if ((h & 0x7c00u) == 0) {                                // subnormal: let the FPU normalise it
+    bits += 1 << 23;
+    __builtin_memcpy(&f, &bits, 4);
+    f -= 6.103515625e-05f;
+    __builtin_memcpy(&bits, &f, 4);
+  }
+  bits |= sign;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+AI F f16_lanes(V x) { F r; KTX_LANES r.v[i] = f16_value(x.v[i] & 0xffff); return r; }
+AI F load_f16(const void* p) { return f16_lanes(load_u16(static_cast<const uint8_t*>(p))); }
+AI uint32_t f16_bits(float f) {
+  uint32_t x;
+  __builtin_memcpy(&x, &f, 4);
+  const uint32_t sign = (x >> 16) & 0x8000u, mag = x & 0x7fffffffu;
+  if (mag > 0x7f800000u) return sign | 0x7e00u;
+  if (mag >= 0x477ff000u) return sign | 0x7c00u;  // rounds to infinity
+  if (mag < 0x38800000u) {                        // subnormal result
+    float m;
+    __builtin_memcpy(&m, &mag, 4);
+    m += 0.5f;  // one unit in the last place of 0.5 is the f16 subnormal step
+    uint32_t bits;
+    __builtin_memcpy(&bits, &m, 4);
+    return sign | (bits - 0x3f000000u);
+  }
+  return sign | ((mag + 0xc8000fffu + ((mag >> 13) & 1)) >> 13);
+}
+AI void store_f16(void* p, F x) {
+  uint8_t* q = static_cast<uint8_t*>(p);
+  KTX_LANES { const uint32_t h = f16_bits(x.v[i]); q[2 * i] = uint8_t(h), q[2 * i + 1] = uint8_t(h >> 8); }
+}
+AI void store_s8(int8_t* p, V x) { KTX_LANES p[i] = int8_t(x.v[i]); }
+
+template <bool SIGNED> AI V dot(V acc, V w, V x) {
+  V r;
+  KTX_LANES {
+    int32_t sum = 0;
+    for (int s = 0; s < 32; s += 8) {
+      const int32_t a = SIGNED ? int32_t(int8_t(w.v[i] >> s)) : int32_t((w.v[i] >> s) & 0xff);
+      sum += a * int32_t(int8_t(x.v[i] >> s));
+    }
+    r.v[i] = acc.v[i] + uint32_t(sum);
+  }
+  return r;
+}
+constexpr int SIGNED_OFFSET = 0;
+AI V carried(V weights) { return weights; }
+constexpr int TILE = 2;
+constexpr int GROUPS = 1;
+#undef KTX_V2
+#undef KTX_F2
+#undef KTX_LANES

@@ -1,0 +1,63 @@
+"""Builds the one extension, ktx/_C.abi3.so: LibTorch's stable ABI and Python's limited API, so one binary fits all.
+
+No -m flags: the instruction sets are chosen by regions inside the sources, and at run time by cpuid.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+TORCH_2_11 = "0x020b000000000000"  # the oldest torch whose stable ABI has all we use; newer API is a compile error
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized",
+         "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_2_11}", "-DPy_LIMITED_API=0x030b0000"]
+
+
+class Build(build_ext):
+    """Compiles every source on its own, the longest first and as many at a time as there are cores."""
+
+    def build_extension(self, ext: Extension) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        compiler = os.environ.get("CXX", "g++").split()
+        temporary = Path(self.build_temp)
+        temporary.mkdir(parents=True, exist_ok=True)
+        includes = ["-Icsrc", *(flag for path in include_paths() for flag in ("-isystem", path))]
+
+        def compile_one(source: str) -> str:
+            target = temporary / (source.replace("/", "_") + ".o")
+            level = "-O3" if "/cpu/" in source else "-O2"
+            self.call([*compiler, "-c", source, "-o", str(target), level, *FLAGS, *(includes if "/cpu/" not in source else [])])
+            return str(target)
+
+        first = {"csrc/cpu/scalar.cpp": 0, "csrc/cpu/avx512.cpp": 1, "csrc/bindings.cpp": 2}
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(compile_one, sorted(ext.sources, key=lambda s: first.get(s, 9))))
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        libraries = [f"-L{path}" for path in library_paths()]
+        self.call([*compiler, "-shared", "-o", str(output), *objects, *libraries, "-ltorch_cpu", "-lpthread", "-Wl,-z,defs", "-Wl,--as-needed"])
+
+    @staticmethod
+    def call(command: list[str]) -> None:
+        done = subprocess.run(command, cwd=ROOT)
+        if done.returncode:
+            sys.exit(f"ktx: this command failed (a C++20 compiler is needed, g++ 11 or newer):\n  {' '.join(command)}")
+
+
+setup(
+    ext_modules=[Extension("ktx._C", SOURCES, py_limited_api=True)],
+    cmdclass={"build_ext": Build},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    packages=["ktx", *(f"ktx.{p}" for p in ("weights", "kernels", "cache", "ops", "engine", "chat", "commands", "demo")), "ktx.optimize_rules"],
+    package_dir={"ktx": "ktx", "ktx.optimize_rules": "optimize_rules"},
+    package_data={"ktx.optimize_rules": ["*.yaml"], "ktx.demo": ["*.jsonl", "*.txt", "model/*"]},
+)
