@@ -1,0 +1,38 @@
+"""What can go wrong for a user, each with the exit status of the command that meets it.
+
+A message is one line: where (file, tensor, line), what was found, what to do.
+"""
+
+from __future__ import annotations
+
+
+class KtxError(Exception):
+    """Base of every error that is the user's to mend; anything else is a bug in ktx."""
+
+    exit_code = 1
+
+
+class UsageError(KtxError):
+    """A flag, rule or argument that cannot mean anything."""
+
+    exit_code = 2
+
+
+class DoesNotFit(KtxError):
+    """The machine has too little memory for the request."""
+
+    exit_code = 3
+
+
+class BadFile(KtxError):
+    """A file that is missing, damaged, of an unknown kind, or does not belong to this model."""
+
+    exit_code = 4
+
+
+def nearest(word: str, known: object) -> str:
+    """" (did you mean 'x'?)" for the known name closest to `word`, or the empty string."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.5)  # type: ignore[attr-defined]
+    return f" (did you mean {close[0]!r}?)" if close else ""
