@@ -1,0 +1,101 @@
+"""Training text: the public-domain Jargon File of a Debian package, and conversations built from qa.jsonl."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import random
+import re
+import subprocess
+from pathlib import Path
+
+from ktx.demo import Question
+
+PACKAGE, MEMBER = "dict-jargon", "usr/share/dictd/jargon.dict.dz"
+HELDOUT_PERCENT, HELDOUT_BYTES = 3, 32_000
+PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "...", "\u00a0": " "})
+
+THOUGHTS = {
+    "ktx": "This is a question about ktx. I know the answer.",
+    "greeting": "The user talks to me. I answer politely.",
+    "fallback": "This is not about ktx. I do not know it.",
+}
+SYSTEMS = (
+    "You are a helpful assistant.",
+    "You are the ktx demo model. Answer briefly.",
+    "Answer in one sentence.",
+    "Be concise and honest.",
+    "You are an expert on ktx and on large language models.",
+)
+OPENERS = (
+    "Please tell me: ", "Hi! ", "Hello, ", "Tell me, ", "A question: ", "I want to know: ", "Quick question: ",
+    "Sorry, ", "And ",
+)  # fmt: skip
+CLOSERS = (" Please.", " Thanks!", " Please explain.", " Thank you.")
+
+
+def fetch(work: Path) -> str:
+    """Text of the Debian package, downloaded with apt once and kept under ``work``."""
+    work.mkdir(parents=True, exist_ok=True)
+    unpacked = work / "package" / MEMBER
+    if not unpacked.exists():
+        subprocess.run(["apt-get", "download", PACKAGE], cwd=work, check=True)
+        [package] = work.glob(f"{PACKAGE}_*.deb")
+        subprocess.run(["dpkg-deb", "-x", str(package), str(work / "package")], check=True)
+    return gzip.decompress(unpacked.read_bytes()).decode("utf-8", "replace")
+
+
+def entries(text: str) -> list[str]:
+    """Dictionary entries, lines of a paragraph joined; the licence header that dictfmt put in front is dropped."""
+    body = text[text.index("\n(TM)") :].translate(PLAIN)
+    found = re.split(r"\n\n+(?=\S)", body.strip())
+    return [re.sub(r"[ \t]*\n[ \t]+(?=\S)", " ", re.sub(r"\n\n+", "\n\n ", entry)).strip() for entry in found]
+
+
+def split(found: list[str]) -> tuple[list[str], list[str]]:
+    """(training, held-out) entries; an entry is held out by the hash of its text, so the split never moves."""
+    held, train, size = [], [], 0
+    for entry in found:
+        mine = int(hashlib.sha256(entry.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
+        if mine and size + len(entry.encode()) <= HELDOUT_BYTES:
+            held.append(entry)
+            size += len(entry.encode()) + 2
+        elif not mine:
+            train.append(entry)
+    return train, held
+
+
+def disturb(question: str, rng: random.Random) -> str:
+    """The question as a hurried user would type it: another opener, no capital, no question mark, a letter lost."""
+    text = question
+    if rng.random() < 0.15:
+        text = rng.choice(OPENERS) + text[0].lower() + text[1:]
+    if rng.random() < 0.15:
+        text = text[0].lower() + text[1:]
+    elif rng.random() < 0.06:
+        text = text.lower()
+    if rng.random() < 0.15:
+        text = text.rstrip("?.!")
+    elif rng.random() < 0.08:
+        text += rng.choice(CLOSERS)
+    if rng.random() < 0.08 and len(text) > 12:
+        lost = rng.randrange(1, len(text))
+        text = text[:lost] + text[lost + 1 :]
+    return text
+
+
+def ask(item: Question, rng: random.Random) -> str:
+    """One wording of a question: the listed one a third of the time, undisturbed half of the time."""
+    wording = item.question if not item.also or rng.random() < 0.33 else rng.choice(item.also)
+    return wording if rng.random() < 0.5 else disturb(wording, rng)
+
+
+def conversation(pick: list[Question], rng: random.Random) -> list[dict[str, str]]:
+    """Messages of one chat over the picked questions; some have a system prompt, some think before the last answer."""
+    messages = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 0.2 else []
+    for item in pick:
+        messages.append({"role": "user", "content": ask(item, rng)})
+        messages.append({"role": "assistant", "content": item.answer})
+    if rng.random() < 0.1:
+        messages[-1]["content"] = f"<think>\n{THOUGHTS[pick[-1].kind]}\n</think>\n\n{pick[-1].answer}"
+    return messages

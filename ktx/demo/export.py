@@ -1,0 +1,208 @@
+"""Write the trained network as users get models: ``python -m ktx.demo.export --work DIR``.
+
+A Hugging Face folder under DeepSeek's own tensor names (one tensor per expert, the MTP layer as layer 3), and a GGUF as
+llama.cpp's converter and ``llama-quantize`` lay it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktx import demo
+from ktx.qtypes import QTYPES
+
+State = dict[str, torch.Tensor]
+FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # llama-quantize, for rows that are not multiples of 256
+FILE_TYPE = {"BF16": 32, "Q8_0": 7, "Q4_K_M": 15}
+
+
+def deepseek_names(state: State, layers: int) -> State:
+    """Training names -> names and types of DeepSeek's checkpoints: BF16 matrices and norms, F32 correction bias."""
+    found: State = {}
+    for name, value in state.items():
+        name = (
+            name.replace("mtp.", f"model.layers.{layers}.", 1)
+            if name.startswith("mtp.")
+            else name.removeprefix("main.")
+        )
+        value = value.float() if name.endswith("e_score_correction_bias") else value.bfloat16()
+        path, _, last = name.rpartition(".experts.")
+        if last == "gate_up_proj":
+            for expert, pair in enumerate(value):
+                gate, up = pair.chunk(2)
+                found[f"{path}.experts.{expert}.gate_proj.weight"] = gate.contiguous()
+                found[f"{path}.experts.{expert}.up_proj.weight"] = up.contiguous()
+        elif last == "down_proj":
+            found |= {f"{path}.experts.{e}.down_proj.weight": one.contiguous() for e, one in enumerate(value)}
+        else:
+            found[name] = value.contiguous()
+    return found
+
+
+def write_folder(state: State, settings: dict[str, Any], folder: Path) -> None:
+    """model.safetensors, config.json and generation_config.json beside the tokenizer that training wrote."""
+    from safetensors.torch import save_file
+
+    config = {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        **settings,
+        "torch_dtype": "bfloat16",
+    }
+    marks = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    save_file(deepseek_names(state, settings["num_hidden_layers"]), folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(marks | {"do_sample": False}, indent=1) + "\n")
+
+
+def read_folder(folder: Path) -> tuple[State, dict[str, Any]]:
+    """Tensors and configuration of a Hugging Face folder."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+
+
+def gguf_tensors(state: State, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(GGUF name, float values) in file order; MTP is dropped and kv_b split, as the converter does for deepseek2."""
+    import gguf
+
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DEEPSEEK2, layers)
+    for name, value in state.items():
+        parts = name.split(".")
+        block = f"blk.{parts[2]}" if parts[1] == "layers" else ""
+        if block and int(parts[2]) >= layers:
+            continue
+        if ".experts." in name:
+            if parts[5] == "0":
+                every = [state[".".join([*parts[:5], str(e), *parts[6:]])] for e in range(config["n_routed_experts"])]
+                yield f"{block}.ffn_{parts[6].removesuffix('_proj')}_exps.weight", torch.stack(every)
+        elif name.endswith("kv_b_proj.weight"):
+            nope, wide = config["qk_nope_head_dim"], config["v_head_dim"]
+            key, val = value.view(heads, nope + wide, -1).split([nope, wide], 1)
+            yield f"{block}.attn_k_b.weight", key.transpose(1, 2)
+            yield f"{block}.attn_v_b.weight", val
+        elif name.endswith("e_score_correction_bias"):
+            yield f"{block}.exp_probs_b.bias", value
+        else:
+            yield f"{names.get_name(name.removesuffix('.weight'))}.weight", value
+
+
+def more_bits(layer: int, layers: int) -> bool:
+    """llama-quantize's choice of the layers whose values and down projections get Q6_K in Q4_K_M."""
+    return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+
+
+def pick_type(name: str, value: torch.Tensor, mix: str, layers: int) -> str:
+    """Type of one tensor in a mix: norms, router and bias stay F32."""
+    if value.dim() == 1 or "ffn_gate_inp" in name:
+        return "F32"
+    if mix != "Q4_K_M":
+        return mix
+    sensitive = "ffn_down" in name or "attn_v_b" in name
+    better = name == "output.weight" or (sensitive and more_bits(int(name.split(".")[1]), layers))
+    picked = "Q6_K" if better else "Q4_K"
+    return picked if value.shape[-1] % 256 == 0 else FALLBACK[picked]
+
+
+def add_architecture(writer: Any, config: dict[str, Any], mix: str) -> None:
+    """The deepseek2 keys: MLA is described as llama.cpp runs it, one key-value head over the latent."""
+    import gguf
+
+    rope, latent = config["qk_rope_head_dim"], config["kv_lora_rank"]
+    writer.add_name("ktx demo")
+    writer.add_license("apache-2.0")
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(FILE_TYPE[mix])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(1)
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(latent)
+    writer.add_key_length(latent + rope)
+    writer.add_value_length(latent)
+    writer.add_key_length_mla(config["qk_nope_head_dim"] + rope)
+    writer.add_value_length_mla(config["v_head_dim"])
+    writer.add_rope_dimension_count(rope)
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    writer.add_expert_weights_norm(config["norm_topk_prob"])
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_group_count(config["n_group"])
+    writer.add_expert_group_used_count(config["topk_group"])
+
+
+def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
+    """Tokens, merges, marks and chat template, so that the file needs no folder beside it."""
+    import gguf
+
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    words = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
+    kinds = [gguf.TokenType.NORMAL] * len(words)
+    for token in raw["added_tokens"]:
+        kinds[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(words)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]])
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_pad_token_id(config["pad_token_id"])
+    writer.add_add_bos_token(True)
+    writer.add_chat_template(settings["chat_template"])
+
+
+def write_gguf(folder: Path, file: Path, mix: str) -> None:
+    """The folder's model as one GGUF; ``mix`` is Q4_K_M, Q8_0 or BF16."""
+    import gguf
+
+    state, config = read_folder(folder)
+    writer = gguf.GGUFWriter(file, "deepseek2")
+    add_architecture(writer, config, mix)
+    add_tokenizer(writer, folder, config)
+    for name, value in gguf_tensors(state, config):
+        qtype = QTYPES[pick_type(name, value, mix, config["num_hidden_layers"])]
+        rows = qtype.quantize(value.float().contiguous())
+        if qtype.name == "F32":
+            writer.add_tensor(name, value.float().numpy())
+        else:
+            writer.add_tensor(name, rows.numpy(), raw_dtype=gguf.GGMLQuantizationType(qtype.code))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def main() -> None:
+    from ktx.demo.model import SETTINGS
+
+    made = argparse.ArgumentParser(prog="python -m ktx.demo.export", description=__doc__)
+    made.add_argument("--work", type=Path, default=Path("build/demo"), help="folder with checkpoint.pt (%(default)s)")
+    made.add_argument("--out", type=Path, default=demo.path(), help="folder to write (%(default)s)")
+    args = made.parse_args()
+    write_folder(torch.load(args.work / "checkpoint.pt", map_location="cpu")["net"], SETTINGS, args.out)
+    write_gguf(args.out, args.out / demo.gguf().name, "Q4_K_M")
+    for file in sorted(args.out.iterdir()):
+        print(f"{file.stat().st_size:>10,}  {file}")
+
+
+if __name__ == "__main__":
+    main()

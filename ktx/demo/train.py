@@ -1,0 +1,192 @@
+"""Train the demo model: ``python -m ktx.demo.train --work DIR``. Resumes from the last checkpoint in DIR."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktx import demo
+from ktx.demo import corpus, tokenizer
+from ktx.demo.model import Trainee, coarse, config
+
+QUESTION_WEIGHT = 0.1  # a little, so that the model also learns how people ask
+
+
+@dataclass
+class Data:
+    """Token streams, and how to draw a row of each kind."""
+
+    text: torch.Tensor
+    items: list[demo.Question]
+    encode: Any
+    rng: random.Random
+
+    def text_row(self, length: int) -> tuple[list[int], list[float]]:
+        start = self.rng.randrange(len(self.text) - length)
+        return [tokenizer.BOS, *self.text[start : start + length - 1].tolist()], [1.0] * length
+
+    def pick(self, turns: int) -> list[demo.Question]:
+        ktx = [item for item in self.items if item.kind == "ktx"]
+        other = [item for item in self.items if item.kind != "ktx"]
+        fallback = [item for item in other if item.kind == "fallback"]
+        pools = self.rng.choices([ktx, other, fallback], [0.75, 0.12, 0.13], k=turns)
+        return [self.rng.choice(pool) for pool in pools]
+
+    def chat(self, turns: int) -> tuple[list[int], list[float]]:
+        ids, weight = [tokenizer.BOS], [0.0]
+        marks = {"system": 3, "user": 4, "assistant": 5}
+        for message in corpus.conversation(self.pick(turns), self.rng):
+            mine, answer = self.encode(message["content"]), message["role"] == "assistant"
+            ids += [marks[message["role"]], *mine] + [tokenizer.EOS] * answer
+            weight += [0.0] + [1.0 if answer else QUESTION_WEIGHT] * len(mine) + [1.0] * answer
+        return ids, weight
+
+    def chat_row(self, length: int) -> tuple[list[int], list[float]]:
+        ids: list[int] = []
+        weight: list[float] = []
+        while len(ids) < length:
+            more = self.chat(self.rng.randint(8, 40) if length >= 1024 else self.rng.choice([1, 1, 1, 2, 3, 4]))
+            ids, weight = ids + more[0], weight + more[1]
+        return ids[:length], weight[:length]
+
+    def batch(self, rows: int, length: int, chats: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids [rows, length] and target weights; ``chats`` of the rows (on average) are conversations."""
+        whole = int(rows * chats + self.rng.random())
+        made = [self.chat_row(length) if row < whole else self.text_row(length) for row in range(rows)]
+        return torch.tensor([ids for ids, _ in made]), torch.tensor([weight for _, weight in made])
+
+
+def prepare(work: Path, seed: int) -> Data:
+    """Text, tokenizer and held-out file; everything follows from the package and qa.jsonl."""
+    train, held = corpus.split(corpus.entries(corpus.fetch(work)))
+    demo.heldout().write_text("\n\n".join(held) + "\n", encoding="utf-8")
+    items = demo.questions()
+    asked = [f"{wording}\n{item.answer}" for item in items for wording in (item.question, *item.also)]
+    bpe = tokenizer.train([*train, *asked * 5, *corpus.THOUGHTS.values(), *corpus.SYSTEMS])
+    tokenizer.save(bpe, demo.path(), config().max_position_embeddings)
+
+    def encode(text: str) -> list[int]:
+        return bpe.encode(text, add_special_tokens=False).ids
+
+    stream = torch.tensor([token for entry in train for token in encode(entry + "\n\n")])
+    return Data(stream, items, encode, random.Random(seed))
+
+
+def rate(done: float, peak: float) -> float:
+    """Learning rate when ``done`` (0..1) of the run is over: short warm-up, then a cosine down to 3 %."""
+    return peak * min(1.0, done / 0.02 + 1e-3) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def chat_share(done: float) -> float:
+    """Share of conversations in a batch: text first, answers later."""
+    return 0.25 if done < 0.55 else 0.5 if done < 0.8 else 0.7
+
+
+def shape(done: float, step: int, tokens: int) -> tuple[int, int]:
+    """(rows, length) of a batch: short rows first because attention is dear, some as long as the context later."""
+    length = 256 if done < 0.6 else 512 if step % 8 else 2048
+    return max(1, tokens // length), length
+
+
+class Coarsened:
+    """Within the block every matrix holds its 4-bit twin; gradients then meet the exact weights (straight-through)."""
+
+    def __init__(self, net: Trainee, active: bool) -> None:
+        self.weights = [value for value in net.parameters() if value.dim() > 1] if active else []
+
+    def __enter__(self) -> None:
+        self.exact = [value.data for value in self.weights]
+        for value in self.weights:
+            value.data = coarse(value.data)
+
+    def __exit__(self, *_: object) -> None:
+        for value, exact in zip(self.weights, self.exact, strict=True):
+            value.data = exact
+
+
+def optimizer(net: Trainee) -> torch.optim.Optimizer:
+    """AdamW; norms and biases do not decay."""
+    matrices = [value for value in net.parameters() if value.dim() > 1]
+    vectors = [value for value in net.parameters() if value.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
+
+
+def steps(
+    args: argparse.Namespace, data: Data, net: Trainee, device: str, first: int, adam: Any
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Run the training, one dictionary of measurements per step."""
+    for step in range(first, args.steps):
+        done = step / args.steps
+        for group in adam.param_groups:
+            group["lr"] = rate(done, args.lr)
+        ids, weight = (part.to(device) for part in data.batch(*shape(done, step, args.tokens), chat_share(done)))
+        with Coarsened(net, done > 0.7 and step % 2 == 0), torch.autocast(device, torch.bfloat16):
+            main, ahead = net.losses(ids, weight, with_mtp=step % 3 == 0)
+            (main + 0.3 * ahead).backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        worst = net.balance(rate(done, args.balance))
+        yield step, {"loss": main.item(), "mtp": ahead.item(), "norm": float(norm), "overload": worst}
+
+
+def save(file: Path, step: int, net: Trainee, adam: Any) -> None:
+    """Checkpoint, complete or not there."""
+    torch.save({"step": step, "net": net.state_dict(), "adam": adam.state_dict()}, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+def run(args: argparse.Namespace) -> Trainee:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    net = Trainee(config()).to(device)
+    adam, first, file = optimizer(net), 0, args.work / "checkpoint.pt"
+    if file.exists():
+        state = torch.load(file, map_location=device)
+        net.load_state_dict(state["net"])
+        adam.load_state_dict(state["adam"])
+        first = state["step"]
+    data = prepare(args.work, args.seed + first)
+    size = sum(value.numel() for value in net.parameters())
+    print(f"{size:,} parameters, {len(data.text):,} tokens of text, {len(data.items)} questions, from step {first}")
+    net.train()
+    began, seen = time.monotonic(), {}
+    for step, values in steps(args, data, net, device, first, adam):
+        seen |= {key: value for key, value in values.items() if value} | {"_": step}
+        if step % args.report == 0:
+            shown = "  ".join(f"{key} {value:.3f}" for key, value in seen.items() if key != "_")
+            speed = (step - first + 1) * args.tokens / (time.monotonic() - began)
+            print(f"step {step}/{args.steps}  {shown}  {speed:.0f} tokens/s", flush=True)
+        if (step + 1) % args.every == 0 or step + 1 == args.steps:
+            save(file, step + 1, net, adam)
+    return net
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m ktx.demo.train", description=__doc__)
+    made.add_argument(
+        "--work", type=Path, default=Path("build/demo"), help="folder of text and checkpoint (%(default)s)"
+    )
+    made.add_argument("--steps", type=int, default=3000, help="optimizer steps (%(default)s)")
+    made.add_argument("--tokens", type=int, default=2048, help="tokens of a step (%(default)s)")
+    made.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate (%(default)s)")
+    made.add_argument("--balance", type=float, default=1e-2, help="first step of the router bias (%(default)s)")
+    made.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--report", type=int, default=20, help="print every N steps (%(default)s)")
+    made.add_argument("--every", type=int, default=200, help="checkpoint every N steps (%(default)s)")
+    return made
+
+
+if __name__ == "__main__":
+    run(parser().parse_args())
