@@ -1,0 +1,219 @@
+"""Reads a GGUF header and nothing else, trusting none of its numbers.
+
+Every count, length and offset is checked against what is left of the file before anything is allocated or skipped by it. Arrays
+stay unread until somebody asks, so a vocabulary of 130,000 strings costs a scan, not objects. Format: ggml's docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ktx.errors import BadFile
+from ktx.qtypes import BY_CODE
+from ktx.weights.source import TensorSpec
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+MAX_ITEMS = 1 << 24  # of an array or of tensors: far above any model, far below what a hostile count could cost
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """An array of metadata that is read when it is iterated."""
+
+    data: mmap.mmap | bytes
+    offset: int
+    kind: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        at = self.offset
+        if self.kind in SCALARS:
+            yield from (value for (value,) in struct.iter_unpack("<" + SCALARS[self.kind], self._bytes()))
+            return
+        for _ in range(self.count):
+            (length,) = struct.unpack_from("<Q", self.data, at)
+            yield bytes(self.data[at + 8 : at + 8 + length]).decode("utf-8", errors="replace")
+            at += 8 + length
+
+    def _bytes(self) -> bytes:
+        size = struct.calcsize("<" + SCALARS[self.kind]) * self.count
+        return bytes(self.data[self.offset : self.offset + size])
+
+
+@dataclass
+class Header:
+    """Metadata and tensors of one GGUF file; `offset` of a tensor counts from the start of the file."""
+
+    file: str
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorSpec]
+
+
+class _Reader:
+    def __init__(self, data: mmap.mmap | bytes, file: str):
+        self.data, self.file, self.at, self.end = data, file, 0, len(data)
+
+    def fail(self, what: str) -> BadFile:
+        return BadFile(f"{self.file}: {what} (at byte {self.at}); the file is damaged or not complete: fetch it again")
+
+    def need(self, size: int, what: str) -> None:
+        if size > self.end - self.at:
+            raise self.fail(f"{what} needs {size} bytes, the file has {self.end - self.at} left")
+
+    def scalar(self, letter: str, what: str) -> Any:
+        size = struct.calcsize("<" + letter)
+        self.need(size, what)
+        (value,) = struct.unpack_from("<" + letter, self.data, self.at)
+        self.at += size
+        return value
+
+    def string(self, what: str, most: int = 1 << 30) -> str:
+        length = self.scalar("Q", what)
+        if length > most:
+            raise self.fail(f"{what} claims {length} bytes")
+        self.need(length, what)
+        raw = bytes(self.data[self.at : self.at + length])
+        self.at += length
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            if what.startswith("the value"):  # some tools store latin-1 descriptions: not worth refusing a model for
+                return raw.decode("utf-8", errors="replace")
+            raise self.fail(f"{what} is no UTF-8 text") from None
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind in SCALARS:
+            return self.scalar(SCALARS[kind], f"the value of {key}")
+        if kind == STRING:
+            return self.string(f"the value of {key}")
+        if kind == ARRAY:
+            return self.array(key)
+        raise self.fail(f"metadata {key} has the unknown type {kind}")
+
+    def array(self, key: str) -> LazyArray:
+        kind, count = self.scalar("I", f"array {key}"), self.scalar("Q", f"array {key}")
+        if count > MAX_ITEMS:
+            raise self.fail(f"array {key} claims {count} items")
+        start = self.at
+        if kind in SCALARS:
+            size = struct.calcsize("<" + SCALARS[kind]) * count
+            self.need(size, f"array {key} of {count} items")
+            self.at += size
+        elif kind == STRING:
+            self.need(8 * count, f"array {key} of {count} strings")
+            self.skip_strings(count, key)
+        else:
+            raise self.fail(f"array {key} has items of the unknown type {kind}")
+        return LazyArray(self.data, start, kind, count)
+
+    def skip_strings(self, count: int, key: str) -> None:
+        at, end, data, unpack = self.at, self.end, self.data, struct.Struct("<Q").unpack_from
+        for i in range(count):
+            if end - at < 8:
+                self.at = at
+                raise self.fail(f"array {key} ends after {i} of {count} strings")
+            at += 8 + unpack(data, at)[0]
+            if at > end:
+                self.at = end
+                raise self.fail(f"string {i} of array {key} reaches past the end of the file")
+        self.at = at
+
+
+def read_header(path: Path) -> Header:
+    """Maps the file and reads its header; the mapping lives as long as a lazy array needs it."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            data: mmap.mmap | bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_header(data, str(path))
+
+
+def parse_header(data: mmap.mmap | bytes, file: str) -> Header:
+    """Header of a GGUF image; BadFile names the first thing that cannot be."""
+    r = _Reader(data, file)
+    magic = bytes(data[:4])
+    if magic != b"GGUF":
+        raise BadFile(f"{file}: is no GGUF file (it starts with {magic!r})")
+    r.at = 4
+    version = r.scalar("I", "the version")
+    if version not in (2, 3):
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        why = "is big-endian" if swapped in (2, 3) else f"has GGUF version {version}"
+        raise BadFile(f"{file}: {why}; ktx reads little-endian versions 2 and 3: convert it with a current llama.cpp")
+    n_tensors, n_keys = r.scalar("Q", "the tensor count"), r.scalar("Q", "the metadata count")
+    if n_tensors > min(MAX_ITEMS, r.end // 32) or n_keys > min(MAX_ITEMS, r.end // 13):
+        raise r.fail(f"the header claims {n_tensors} tensors and {n_keys} metadata keys")
+    metadata = _read_metadata(r, n_keys)
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
+        raise BadFile(f"{file}: general.alignment is {alignment}, not a power of two from 8 up")
+    raw = [_read_tensor(r) for _ in range(n_tensors)]
+    start = (r.at + alignment - 1) // alignment * alignment
+    tensors: dict[str, TensorSpec] = {}
+    for name, dims, code, offset in raw:
+        if name in tensors:
+            raise BadFile(f"{file}: tensor {name} appears twice")
+        tensors[name] = _check_tensor(file, name, dims, code, start + offset, alignment, offset, r.end)
+    return Header(file, metadata, tensors)
+
+
+def _read_metadata(r: _Reader, count: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for i in range(count):
+        key = r.string(f"metadata key {i}", 1 << 16)
+        if not key or key in metadata:
+            raise r.fail(f"metadata key {key!r} is empty or appears twice")
+        metadata[key] = r.value(r.scalar("I", f"the type of {key}"), key)
+    return metadata
+
+
+def _read_tensor(r: _Reader) -> tuple[str, tuple[int, ...], int, int]:
+    name = r.string("a tensor name", 1 << 10)
+    if not name:
+        raise r.fail("a tensor has no name")
+    n_dims = r.scalar("I", f"tensor {name}")
+    if not 1 <= n_dims <= 4:
+        raise r.fail(f"tensor {name} has {n_dims} dimensions")
+    dims = tuple(r.scalar("Q", f"tensor {name}") for _ in range(n_dims))
+    return name, dims, r.scalar("I", f"tensor {name}"), r.scalar("Q", f"tensor {name}")
+
+
+def _check_tensor(
+    file: str, name: str, dims: tuple[int, ...], code: int, at: int, alignment: int, offset: int, size: int
+) -> TensorSpec:
+    qtype = BY_CODE.get(code)
+    if qtype is None or code >= 1000:
+        raise BadFile(f"{file}: tensor {name} has ggml type {code}, which ktx does not know; it knows {_known()}")
+    if 0 in dims:
+        raise BadFile(f"{file}: tensor {name} is empty: its shape is {dims}")
+    if dims[0] % qtype.block:
+        raise BadFile(f"{file}: tensor {name} has rows of {dims[0]} weights, {qtype} needs multiples of {qtype.block}")
+    if offset % alignment:
+        raise BadFile(f"{file}: tensor {name} starts at {offset}, which is not a multiple of {alignment}")
+    nbytes = qtype.row_bytes(dims[0]) * prod(dims[1:])
+    if at + nbytes > size:
+        raise BadFile(f"{file}: tensor {name} ends at byte {at + nbytes}, the file at {size}; it is truncated: fetch it again")
+    return TensorSpec(name, tuple(reversed(dims)), qtype, nbytes, file, at)
+
+
+def _known() -> str:
+    return " ".join(qtype.name for code, qtype in BY_CODE.items() if code < 1000)
+
+
+def architecture(metadata: Mapping[str, Any], file: str) -> str:
+    arch = metadata.get("general.architecture")
+    if not isinstance(arch, str):
+        raise BadFile(f"{file}: the metadata key general.architecture is missing; ktx cannot tell what model this is")
+    return arch

@@ -1,0 +1,283 @@
+"""Hugging Face checkpoints as a WeightSource: one file, shards, or a folder; F32, F16, BF16 and block-FP8.
+
+The header is parsed here and not by the safetensors library, because a WeightSource needs offsets into the mapped file and a
+damaged or hostile header must be told before anything is mapped. Format: safetensors' README.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+import threading
+import warnings
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktx.compat import checkpoint_renaming
+from ktx.errors import BadFile
+from ktx.qtypes import FP8_BLOCK, QTYPES
+from ktx.weights.gguf import PAGE
+from ktx.weights.source import QuantizedTensor, TensorSpec, joined
+
+DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F8_E4M3": "F8_E4M3"}
+MAX_HEADER = 100 << 20  # the format's own limit
+EXPERT = re.compile(r"^(.+\.experts)\.(gate|up|down)_proj(_bias)?$")
+MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+
+
+class SafetensorsSource:
+    """Headers when made; views of the mapping afterwards."""
+
+    def __init__(self, path: Path, config: Any):
+        self.path, self.config = str(path), config
+        self.metadata: dict[str, Any] = {"general.architecture": config.model_type}
+        rename = checkpoint_renaming(config.model_type)
+        self.tensors: dict[str, TensorSpec] = {}
+        for file in shards(path):
+            for spec in read_safetensors_header(file):
+                name = rename(spec.name)
+                if name in self.tensors:
+                    raise BadFile(f"{spec.file}: tensor {spec.name} is in {self.tensors[name].file} too")
+                self.tensors[name] = spec
+        self.total_bytes = sum(spec.nbytes for spec in self.tensors.values())
+        self._maps: dict[str, mmap.mmap] = {}
+        self._lock = threading.Lock()
+        self._used: set[str] = set()
+
+    # ---- what is there
+
+    def _sources(self, name: str) -> list[str]:
+        """The checkpoint's tensors behind a parameter, in row order; empty when there are none."""
+        if name in self.tensors:
+            return [name]
+        expert = EXPERT.match(name)
+        if expert:
+            return self._expert_sources(expert[1], expert[2], bool(expert[3]))
+        fused = re.match(r"^(.+\.self_attn)\.([kv])_b_proj\.weight$", name)
+        if fused and f"{fused[1]}.kv_b_proj.weight" in self.tensors:
+            return [f"{fused[1]}.kv_b_proj.weight"]
+        return []
+
+    def _expert_sources(self, experts: str, which: str, bias: bool) -> list[str]:
+        fused = ("down_proj" if which == "down" else "gate_up_proj") + ("_bias" if bias else "")
+        if f"{experts}.{fused}" in self.tensors:
+            return [f"{experts}.{fused}"]
+        for key in (f"{which}_proj", MIXTRAL[which]):
+            names = []
+            while f"{experts}.{len(names)}.{key}.weight" in self.tensors:
+                names.append(f"{experts}.{len(names)}.{key}.weight")
+            if names and not bias:
+                return names
+        return []
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        return sorted((self.tensors[source] for source in self._sources(name)), key=lambda spec: (spec.file, spec.offset))
+
+    def spec(self, name: str) -> TensorSpec | None:
+        sources = self._sources(name)
+        if not sources:
+            return None
+        first = self.tensors[sources[0]]
+        shape = self._shape(name, sources)
+        nbytes = prod(shape) * first.qtype.nbytes
+        return TensorSpec(name, shape, first.qtype, nbytes, first.file, first.offset)
+
+    def _shape(self, name: str, sources: list[str]) -> tuple[int, ...]:
+        shape = self.tensors[sources[0]].shape
+        if sources == [name] and not self._transposed(name):
+            return shape
+        if re.search(r"\.k_b_proj\.weight$", name):
+            return (self.config.num_attention_heads, self.config.kv_lora_rank, self.config.qk_nope_head_dim)
+        if re.search(r"\.v_b_proj\.weight$", name):
+            return (self.config.num_attention_heads, self.config.v_head_dim, self.config.kv_lora_rank)
+        if EXPERT.match(name) and ".gate_up_proj" in sources[0]:
+            if sources[0].endswith("_bias"):
+                return (shape[0], shape[1] // 2)
+            return (shape[0], shape[2] // 2, shape[1]) if self._transposed(name) else (shape[0], shape[1] // 2, shape[2])
+        if self._transposed(name):
+            return (shape[0], shape[2], shape[1])
+        return (len(sources), *shape)
+
+    def _transposed(self, name: str) -> bool:
+        """gpt-oss keeps experts as [experts, columns, rows], gate and up interleaved."""
+        return self.config.model_type == "gpt_oss" and EXPERT.match(name) is not None and not name.endswith("_bias")
+
+    # ---- what it holds
+
+    def parts(self, name: str) -> list[QuantizedTensor]:
+        """Row-wise parts of a parameter; per-expert tensors come as one part an expert."""
+        sources = self._sources(name)
+        if not sources:
+            raise BadFile(f"{self.path}: no tensor for {name}")
+        if sources == [name] and not EXPERT.match(name):
+            return [self.read(name)]
+        if ".self_attn." in name:
+            return [self._half_of_kv_b(name, sources[0])]
+        if re.search(r"\.experts\.\d+\.", sources[0]):
+            return [self.read(source) for source in sources]
+        return [self._from_fused(name, sources[0])]
+
+    def get(self, name: str) -> QuantizedTensor:
+        parts = self.parts(name)
+        return joined(parts, self._shape(name, self._sources(name)))
+
+    def _half_of_kv_b(self, name: str, source: str) -> QuantizedTensor:
+        c = self.config
+        heads, rank, nope, value = c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.v_head_dim
+        whole = self.read(source)
+        if name.endswith(".k_b_proj.weight"):
+            values = whole.dequantize().reshape(heads, nope + value, rank)[:, :nope]
+            return QuantizedTensor.of(values.transpose(1, 2))
+        rows = torch.arange(heads * (nope + value)).reshape(heads, -1)[:, nope:].reshape(-1)
+        return whole.rows(rows).reshape(heads, value, rank)
+
+    def _from_fused(self, name: str, source: str) -> QuantizedTensor:
+        whole, which = self.read(source), EXPERT.match(name)[2]  # type: ignore[index]
+        bias = source.endswith("_bias")
+        if self.config.model_type == "gpt_oss":
+            values = whole.dequantize()
+            values = values if bias else values.transpose(1, 2)
+            if which != "down":
+                values = values[:, (0 if which == "gate" else 1) :: 2]
+            return QuantizedTensor.of(values) if whole.qtype is QTYPES["F32"] else _as_type(values, whole)
+        if which == "down":
+            return whole
+        half = whole.shape[1] // 2
+        return whole.rows(slice(0, half) if which == "gate" else slice(half, 2 * half))
+
+    def read(self, name: str) -> QuantizedTensor:
+        """A checkpoint tensor under its present name."""
+        spec = self.tensors[name]
+        with self._lock:
+            self._used.add(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            flat = torch.frombuffer(self._map(spec.file), dtype=torch.uint8, count=spec.nbytes, offset=spec.offset)
+        data = flat.reshape(*spec.shape[:-1], -1) if len(spec.shape) > 1 else flat
+        return QuantizedTensor(data, spec.qtype, spec.shape, self._scale(name, spec))
+
+    def _scale(self, name: str, spec: TensorSpec) -> torch.Tensor | None:
+        if spec.qtype.name != "F8_E4M3":
+            return None
+        key = f"{name}_scale_inv"
+        if key not in self.tensors:
+            raise BadFile(f"{spec.file}: {name} is F8_E4M3 but {key} is missing; ktx reads DeepSeek's block-FP8")
+        blocks = tuple(-(-size // FP8_BLOCK) for size in spec.shape[-2:])
+        if self.tensors[key].shape[-2:] != blocks:
+            raise BadFile(f"{spec.file}: {key} has shape {self.tensors[key].shape}, {name} {spec.shape} needs {blocks}")
+        return self.read(key).dequantize()
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        for name in names:
+            for spec in self.specs(name):
+                start = spec.offset // PAGE * PAGE
+                self._map(spec.file).madvise(mmap.MADV_WILLNEED, start, spec.offset + spec.nbytes - start)
+
+    def release(self, names: Iterable[str]) -> None:
+        for name in names:
+            for spec in self.specs(name):
+                start = (spec.offset + PAGE - 1) // PAGE * PAGE
+                length = (spec.offset + spec.nbytes - start) // PAGE * PAGE
+                if length > 0:
+                    self._map(spec.file).madvise(mmap.MADV_DONTNEED, start, length)
+
+    def unused(self) -> set[str]:
+        layers = int(self.config.num_hidden_layers)
+        left = {name for name in self.tensors if name not in self._used}
+        return {name for name in left if not ((m := re.search(r"layers\.(\d+)\.", name)) and int(m[1]) >= layers)}
+
+    def differences(self, config: Any) -> list[str]:
+        spec = self.tensors.get("model.embed_tokens.weight")
+        if spec is not None and spec.shape != (config.vocab_size, config.hidden_size):
+            return [f"embeddings: {spec.shape} in the file, ({config.vocab_size}, {config.hidden_size}) in the configuration"]
+        return []
+
+    def _map(self, file: str) -> mmap.mmap:
+        with self._lock:
+            if file not in self._maps:
+                with open(file, "rb") as handle:
+                    self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+            return self._maps[file]
+
+
+def _as_type(values: torch.Tensor, like: QuantizedTensor) -> QuantizedTensor:
+    return QuantizedTensor(like.qtype.quantize(values.contiguous()), like.qtype, tuple(values.shape))
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of a checkpoint; BadFile names the first shard that is missing."""
+    if path.is_dir():
+        indices = sorted(path.glob("*.safetensors.index.json"))
+        if not indices:
+            return sorted(path.glob("*.safetensors"))
+        path = indices[0]
+    if path.suffix != ".json":
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise BadFile(f"{path}: is no safetensors index: it needs a JSON object with a weight_map") from error
+    files = [path.parent / str(name) for name in names]
+    for file in files:
+        if file.resolve().parent != path.parent.resolve() and not file.is_symlink():
+            raise BadFile(f"{path}: names the shard {file.name!r} outside its folder")
+        if not file.exists():
+            raise BadFile(f"{path}: the shard {file.name} is missing ({sum(not f.exists() for f in files)} of {len(files)} are)")
+    return files
+
+
+def read_safetensors_header(path: Path) -> list[TensorSpec]:
+    """Tensors of one file; BadFile for anything that cannot be."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
+                raise BadFile(f"{path}: is no safetensors file, or truncated: its header claims {length} of {size} bytes")
+            raw = file.read(length)
+    except OSError as error:
+        raise BadFile(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_safetensors_header(raw, str(path), size)
+
+
+def parse_safetensors_header(raw: bytes, path: str, size: int) -> list[TensorSpec]:
+    """Tensors named by a header of a file of `size` bytes."""
+    try:
+        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{path}: its safetensors header is damaged: {str(error)[:100]}") from error
+    if not isinstance(header, dict):
+        raise BadFile(f"{path}: its safetensors header is no JSON object")
+    start = 8 + len(raw)
+    return [_entry(path, name, entry, start, size) for name, entry in header.items() if name != "__metadata__"]
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name appears twice")
+    return result
+
+
+def _entry(path: str, name: str, entry: Any, start: int, size: int) -> TensorSpec:
+    if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list) or not isinstance(entry.get("data_offsets"), list):
+        raise BadFile(f"{path}: tensor {name} has no dtype, shape and data_offsets")
+    numbers = [*entry["shape"], *entry["data_offsets"]]
+    if len(entry["data_offsets"]) != 2 or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers) or len(entry["shape"]) > 8:
+        raise BadFile(f"{path}: tensor {name} has shape {entry['shape']} and data_offsets {entry['data_offsets']}"[:300])
+    qtype = QTYPES.get(DTYPES.get(entry.get("dtype"), "")) if isinstance(entry.get("dtype"), str) else None
+    if qtype is None:
+        known = " ".join(DTYPES)
+        raise BadFile(f"{path}: tensor {name} has dtype {str(entry.get('dtype'))[:40]!r}; ktx reads {known}")
+    shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+    if prod(shape) == 0:
+        raise BadFile(f"{path}: tensor {name} is empty: its shape is {shape}")
+    if last - first != prod(shape) * qtype.nbytes or start + last > size:
+        raise BadFile(f"{path}: tensor {name} {shape} of {qtype} does not fit bytes {first} to {last} of {size - start}: truncated?")
+    return TensorSpec(name, shape, qtype, last - first, path, start + first)
