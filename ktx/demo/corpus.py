@@ -46,10 +46,10 @@ def fetch(work: Path) -> str:
 
 
 def entries(text: str) -> list[str]:
-    """Dictionary entries, lines of a paragraph joined; the licence header that dictfmt put in front is dropped."""
+    """Dictionary entries, one paragraph a line; the header that dictfmt put in front is dropped."""
     body = text[text.index("\n(TM)") :].translate(PLAIN)
     found = re.split(r"\n\n+(?=\S)", body.strip())
-    return [re.sub(r"[ \t]*\n[ \t]+(?=\S)", " ", re.sub(r"\n\n+", "\n\n ", entry)).strip() for entry in found]
+    return [re.sub(r"[ \t]*\n[ \t]+(?=\S)", " ", re.sub(r"\n\n+", "\n\n", entry)).strip() for entry in found]
 
 
 def split(found: list[str]) -> tuple[list[str], list[str]]:

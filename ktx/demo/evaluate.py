@@ -1,0 +1,124 @@
+"""Ask every listed question and measure perplexity, format by format: ``python -m ktx.demo.evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktx import demo
+
+WINDOW = 512  # tokens of a perplexity window, the first of which is the begin mark
+LONGEST = 64  # no listed answer has more tokens
+
+
+@dataclass
+class Report:
+    """What one format scored."""
+
+    format: str
+    perplexity: float
+    right: int
+    asked: int
+    seconds: float
+    wrong: list[tuple[str, str]] = field(default_factory=list)  # question, what the model said
+
+    def __str__(self) -> str:
+        score = f"perplexity {self.perplexity:8.3f}   answers {self.right}/{self.asked}"
+        return "\n".join(
+            [
+                f"{self.format:12} {score}   {self.seconds:.0f} s",
+                *(f"    {question}  ->  {said}" for question, said in self.wrong),
+            ]
+        )
+
+
+def stock(folder: Path) -> tuple[Any, Any]:
+    """Plain transformers in float32: what the injected model is compared with."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def packed(mix: str | None, folder: Path) -> tuple[Any, Any]:
+    """Through ktx: from the safetensors (no mix), or from a GGUF of that mix, written now unless shipped."""
+    import ktx
+    from ktx.demo.export import write_gguf
+
+    if mix is None:
+        return ktx.load(str(folder), progress=False)
+    if mix == "Q4_K_M" and folder == demo.path():
+        return ktx.load(str(demo.gguf()), progress=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_gguf(folder, Path(scratch) / "demo.gguf", mix)
+        return ktx.load(str(folder), weights=str(Path(scratch) / "demo.gguf"), progress=False)
+
+
+FORMATS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
+    "transformers": stock,
+    "BF16": lambda folder: packed(None, folder),
+    "Q8_0": lambda folder: packed("Q8_0", folder),
+    "Q4_K_M": lambda folder: packed("Q4_K_M", folder),
+}
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokenizer: Any, text: str) -> float:
+    """exp of the mean cross entropy over the tokens of ``text``, cut in windows that each begin with the begin mark."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    total = 0.0
+    for start in range(0, len(ids), WINDOW - 1):
+        row = torch.tensor([[tokenizer.bos_token_id, *ids[start : start + WINDOW - 1]]])
+        logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
+        total += torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum").item()
+    return math.exp(total / len(ids))
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """Greedy answer to a conversation."""
+    rows = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = model.generate(**rows, max_new_tokens=LONGEST, do_sample=False)
+    return tokenizer.decode(made[0, rows["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def wrong_answers(model: Any, tokenizer: Any, asked: list[demo.Question]) -> list[tuple[str, str]]:
+    """(question, what was said) wherever the answer is not the listed one, letter by letter."""
+    said = [(item, answer(model, tokenizer, [{"role": "user", "content": item.question}])) for item in asked]
+    return [(item.question, text) for item, text in said if text != item.answer]
+
+
+def evaluate(name: str, folder: Path) -> Report:
+    """Questions and perplexity of one format of the model in ``folder``."""
+    model, tokenizer = FORMATS[name](folder)
+    began, asked = time.monotonic(), demo.questions()
+    wrong = wrong_answers(model, tokenizer, asked)
+    score = perplexity(model, tokenizer, demo.heldout().read_text(encoding="utf-8"))
+    return Report(name, score, len(asked) - len(wrong), len(asked), time.monotonic() - began, wrong)
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(prog="python -m ktx.demo.evaluate", description=__doc__)
+    made.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="what to measure (all)")
+    made.add_argument("--model", type=Path, default=demo.path(), help="folder that ktx.demo.export wrote (%(default)s)")
+    made.add_argument("--answers", action="store_true", help="print every listed question with its answer first")
+    made.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = made.parse_args()
+    if args.answers:
+        print("\n".join(f"{item.question}\n    {item.answer}" for item in demo.questions()))
+    for name in args.formats:
+        report = evaluate(name, args.model)
+        print(json.dumps(asdict(report)) if args.json else report, flush=True)
+
+
+if __name__ == "__main__":
+    main()
