@@ -110,6 +110,15 @@ Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, i
   return y;
 }
 
+Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k) {
+  const Layout& layout = layout_of(code, k);
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == k && x.is_contiguous(), "x must be contiguous [matrices, tokens, ", k, "]");
+  const uint8_t* data = packed_data(packed, layout, x.size(0), n, k, "packed");
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), n});
+  if (x.numel()) linear_batched(x.const_data_ptr(), ktx_number(x), x.size(0), x.size(1), layout, data, n, k, y.mutable_data_ptr());
+  return y;
+}
+
 Activation activation(const std::string& name) {
   static const std::pair<const char*, Activation> names[] = {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH},
                                                              {"relu", RELU}, {"relu2", RELU2}, {"swiglu_oai", SWIGLU_OAI}};
@@ -153,6 +162,7 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("pack(Tensor src, int code, int n, int k, Tensor(a!) dst, int row0, Tensor? scale=None) -> ()");
   m.def("unpack_rows(Tensor packed, int code, int n, int k, Tensor rows) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, int code, int n, int k, Tensor? bias=None) -> Tensor");
+  m.def("linear_batched(Tensor x, Tensor packed, int code, int n, int k) -> Tensor");
   m.def("experts(Tensor x, Tensor ids, Tensor weights, Tensor gate, Tensor up, Tensor down, int gate_code, int up_code, int down_code, "
         "int n_experts, int ff, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, float alpha, float limit) -> Tensor");
 }
@@ -171,5 +181,6 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("unpack_rows", TORCH_BOX(&unpack_rows_));
   m.impl("linear", TORCH_BOX(&linear_));
+  m.impl("linear_batched", TORCH_BOX(&linear_batched_));
   m.impl("experts", TORCH_BOX(&experts_));
 }

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <math.h>
 
+#include "attention_kernels.h"
 #include "grids.h"
 #include "kernels.h"
 #include "layout.h"
@@ -19,9 +20,11 @@ namespace {
 #include "verbs_avx2.inl"
 #include "formats.inl"
 #include "generic.inl"
+#include "attention.inl"
 }  // namespace
 }  // namespace avx2
 
 const Kernels AVX2_KERNELS = {KTX_TILE, KTX_FEW, avx2::quantise, avx2::place, avx2::place_floats, avx2::multiply, avx2::unpack, avx2::gate};
+const AttentionKernels AVX2_ATTENTION = {avx2::convert, avx2::score, avx2::soften, avx2::gather_values};
 }  // namespace ktx
 #pragma GCC pop_options

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <math.h>
 
+#include "attention_kernels.h"
 #include "grids.h"
 #include "kernels.h"
 #include "layout.h"
@@ -19,9 +20,11 @@ namespace {
 #include "verbs_avx512.inl"
 #include "formats.inl"
 #include "generic.inl"
+#include "attention.inl"
 }  // namespace
 }  // namespace avx512
 
 const Kernels AVX512VNNI_KERNELS = {KTX_TILE, KTX_FEW, avx512::quantise, avx512::place, avx512::place_floats, avx512::multiply, avx512::unpack, avx512::gate};
+const AttentionKernels AVX512VNNI_ATTENTION = {avx512::convert, avx512::score, avx512::soften, avx512::gather_values};
 }  // namespace ktx
 #pragma GCC pop_options

@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t CHUNK = 512;  // tokens at once: their int8 rows stay in the second-level cache while weights pass by
 thread_local Scratch shared_scratch, member_scratch;
 
+// One or several matrices, each with `tokens` rows of x of its own.
 struct Call {
   const Kernels& kernels;
   const Layout& layout;
@@ -27,50 +28,53 @@ struct Call {
   Number type;
   const uint8_t* x;
   uint8_t* y;
+  int64_t matrices;
   int tokens;
-  Tokens activations;
+  Tokens all;  // activations of every matrix's tokens
   int64_t groups, per_item;
-  Queue rows, items;
+  Queue rows{}, items{};
 
   void prepare(Scratch& own) {  // each member quantises some tokens
     float* room = own.take<float>(k);
     const RowView row = layout.is_float ? RowView{} : take_row(own, k);
-    for (int64_t t; (t = rows.take()) < tokens;) {
+    for (int64_t t; (t = rows.take()) < matrices * tokens;) {
+      const Tokens mine = slice(all, t / tokens * tokens, tokens, kernels);
       const float* values = as_floats(x + t * k * size_of(type), type, k, room);
-      if (layout.is_float) kernels.place_floats(values, activations, int(t), 0, k);
-      else kernels.quantise(values, k, row), kernels.place(row, activations, int(t), 0, k);
+      if (layout.is_float) kernels.place_floats(values, mine, int(t % tokens), 0, k);
+      else kernels.quantise(values, k, row), kernels.place(row, mine, int(t % tokens), 0, k);
     }
   }
-  void finish(int64_t group, const float* sums) {  // [token][16] -> y, with bias
+  void finish(int64_t matrix, int64_t group, const float* sums) {  // [token][16] -> y, with bias
     const int64_t row = group * 16, width = std::min<int64_t>(16, n - row);
     for (int t = 0; t < tokens; ++t) {
       float v[16];
       for (int i = 0; i < width; ++i) v[i] = sums[t * 16 + i] + (bias ? bias[row + i] : 0.0f);
-      from_floats(v, type, width, y + (t * n + row) * int64_t(size_of(type)));
+      from_floats(v, type, width, y + ((matrix * tokens + t) * n + row) * int64_t(size_of(type)));
     }
   }
   void multiply(Scratch& own) {
     float* sums = own.take<float>(per_item * tokens * 16);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
     const size_t stride = group_bytes(layout, k);
-    for (int64_t item; (item = items.take()) * per_item < groups;) {
-      const int64_t first = item * per_item, count = std::min(per_item, groups - first);
-      kernels.multiply(layout, packed + first * stride, int(count), activations, sums, work);
-      for (int64_t g = 0; g < count; ++g) finish(first + g, sums + g * tokens * 16);
+    const int64_t per_matrix = (groups + per_item - 1) / per_item;
+    for (int64_t item; (item = items.take()) < matrices * per_matrix;) {
+      const int64_t matrix = item / per_matrix, first = item % per_matrix * per_item, count = std::min(per_item, groups - first);
+      const Tokens mine = slice(all, matrix * tokens, tokens, kernels);
+      kernels.multiply(layout, packed + (matrix * groups + first) * stride, int(count), mine, sums, work);
+      for (int64_t g = 0; g < count; ++g) finish(matrix, first + g, sums + g * tokens * 16);
     }
   }
 };
 
-void chunk(const void* x, Number type, int tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
+void chunk(const void* x, Number type, int64_t matrices, int tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
            const float* bias, void* y) {
   const bool ints = !layout.is_float;
-  shared_scratch.reset(tokens_bytes(tokens, k, ints, !ints));
-  const Tokens all = take_tokens(shared_scratch, tokens, k, ints, !ints);
-  const int64_t groups = (n + 15) / 16;
-  const int team = threads();
-  const int64_t per_item = std::max<int64_t>(1, std::min<int64_t>(tokens > 64 ? 2 : 8, groups / (4 * team)));
-  Call call{kernels(), layout, packed, n, k, bias, type, static_cast<const uint8_t*>(x), static_cast<uint8_t*>(y),
-            tokens, slice(all, 0, tokens, kernels()), groups, per_item + (per_item > 1 && per_item % 2), {}, {}};
+  const int64_t rows = matrices * tokens;
+  shared_scratch.reset(tokens_bytes(rows, k, ints, !ints));
+  const int64_t groups = (n + 15) / 16, share = matrices * groups / (4 * threads());
+  const int64_t per_item = std::max<int64_t>(1, std::min<int64_t>(tokens > 64 ? 2 : 8, share));
+  Call call{kernels(), layout, packed, n, k, bias, type, static_cast<const uint8_t*>(x), static_cast<uint8_t*>(y), matrices, tokens,
+            take_tokens(shared_scratch, rows, k, ints, !ints), groups, per_item + (per_item > 1 && per_item % 2)};
   parallel([&](int) {
     member_scratch.reset(row_bytes(k) + size_t(call.per_item) * tokens * 64 + WORK_BYTES + 512);
     call.prepare(member_scratch);
@@ -83,8 +87,21 @@ void chunk(const void* x, Number type, int tokens, const Layout& layout, const u
 void linear(const void* x, Number type, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
             const float* bias, void* y) {
   for (int64_t t = 0; t < tokens; t += CHUNK)
-    chunk(static_cast<const uint8_t*>(x) + t * k * size_of(type), type, int(std::min(CHUNK, tokens - t)), layout, packed, n, k,
+    chunk(static_cast<const uint8_t*>(x) + t * k * size_of(type), type, 1, int(std::min(CHUNK, tokens - t)), layout, packed, n, k,
           bias, static_cast<uint8_t*>(y) + t * n * size_of(type));
+}
+
+void linear_batched(const void* x, Number type, int64_t matrices, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n,
+                    int64_t k, void* y) {
+  const size_t matrix = packed_bytes(layout, n, k);
+  const int64_t at_once = tokens <= CHUNK ? std::max<int64_t>(1, 16 * CHUNK / std::max<int64_t>(tokens, 1)) : 1;
+  for (int64_t m = 0; m < matrices; m += at_once) {
+    const int64_t count = std::min(at_once, matrices - m);
+    const uint8_t* from = static_cast<const uint8_t*>(x) + m * tokens * k * size_of(type);
+    uint8_t* to = static_cast<uint8_t*>(y) + m * tokens * n * size_of(type);
+    if (tokens <= CHUNK) chunk(from, type, count, int(tokens), layout, packed + m * matrix, n, k, nullptr, to);
+    else linear(from, type, tokens, layout, packed + m * matrix, n, k, nullptr, to);
+  }
 }
 
 void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const int64_t* rows, int64_t count, float* out) {

@@ -9,5 +9,8 @@ namespace ktx {
 // x [tokens][k] and y [tokens][n] of `type`, rows dense; bias f32 [n] or null.
 void linear(const void* x, Number type, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
             const float* bias, void* y);
+// The same for `matrices` packed matrices one after another, each with its own tokens: x [matrices][tokens][k], y [matrices][tokens][n].
+void linear_batched(const void* x, Number type, int64_t matrices, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n,
+                    int64_t k, void* y);
 void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const int64_t* rows, int64_t count, float* out);
 }  // namespace ktx

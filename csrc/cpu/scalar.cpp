@@ -3,6 +3,7 @@
 #include <immintrin.h>
 #include <math.h>
 
+#include "attention_kernels.h"
 #include "grids.h"
 #include "kernels.h"
 #include "layout.h"
@@ -17,8 +18,10 @@ namespace {
 #include "verbs_scalar.inl"
 #include "formats.inl"
 #include "generic.inl"
+#include "attention.inl"
 }  // namespace
 }  // namespace scalar
 
 const Kernels SCALAR_KERNELS = {KTX_TILE, KTX_FEW, scalar::quantise, scalar::place, scalar::place_floats, scalar::multiply, scalar::unpack, scalar::gate};
+const AttentionKernels SCALAR_ATTENTION = {scalar::convert, scalar::score, scalar::soften, scalar::gather_values};
 }  // namespace ktx

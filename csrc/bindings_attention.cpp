@@ -1,0 +1,165 @@
+// Attention and the small operators as torch operators; see bindings.cpp.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "cpu/attention.h"
+#include "cpu/kernels.h"
+#include "cpu/small.h"
+
+namespace {
+using namespace ktx;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+const float* floats(const Tensor& t, int64_t count, const char* what) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, what, " must be ", count, " contiguous float32");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense.
+Strided strided(const Tensor& t, const char* what) {
+  STD_TORCH_CHECK((t.dim() == 3 || t.dim() == 4) && (t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1), what, " must have dense columns");
+  const bool heads = t.dim() == 4;
+  return {t.const_data_ptr(), ktx_number(t), t.stride(0), heads ? t.stride(1) : 0, t.stride(heads ? 2 : 1)};
+}
+
+void set_masks(AttentionCall& c, const Optional& ranges, const Optional& mask) {
+  STD_TORCH_CHECK(!(ranges && mask), "give ranges or a mask, not both");
+  STD_TORCH_CHECK(ranges || mask || c.queries <= c.keys, "without ranges the ", c.queries, " queries must be the last of the ", c.keys, " keys");
+  if (ranges) {
+    STD_TORCH_CHECK(ranges->scalar_type() == ScalarType::Int && ranges->is_contiguous() && ranges->numel() == c.batches * c.queries * 2,
+                    "ranges must be contiguous int32 [batch, queries, 2]");
+    c.ranges = static_cast<const int32_t*>(ranges->const_data_ptr());
+  }
+  if (!mask) return;
+  STD_TORCH_CHECK(mask->dim() == 4, "mask must be [batch or 1, heads or 1, queries, keys]");
+  const int64_t want[4] = {c.batches, c.heads, c.queries, c.keys};
+  int64_t* strides[4] = {&c.mask_batch, &c.mask_head, &c.mask_query, &c.mask_key};
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(mask->size(i) == want[i] || mask->size(i) == 1, "mask has ", mask->size(i), " at dimension ", i, ", attention has ", want[i]);
+    *strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+  }
+  if (mask->scalar_type() == ScalarType::Bool) c.seen = static_cast<const bool*>(mask->const_data_ptr());
+  else {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Float, "mask must be bool or float32");
+    c.added = static_cast<const float*>(mask->const_data_ptr());
+  }
+}
+
+Tensor finish(AttentionCall& c, const Tensor& like) {
+  Tensor out = torch::stable::new_empty(like, {c.batches, c.queries, c.heads, c.dv});
+  c.out = out.mutable_data_ptr(), c.out_type = ktx_number(out);
+  if (out.numel()) attention(c);
+  return out;
+}
+
+Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& ranges, const Optional& mask, double scale,
+                  const Optional& sinks, double softcap) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, positions, columns]");
+  AttentionCall c{};
+  c.q = strided(q, "q"), c.k = strided(k, "k"), c.v = strided(v, "v");
+  c.batches = q.size(0), c.heads = q.size(1), c.kv_heads = k.size(1), c.queries = q.size(2), c.keys = k.size(2), c.dk = q.size(3), c.dv = v.size(3);
+  STD_TORCH_CHECK(k.size(0) == c.batches && v.size(0) == c.batches && v.size(1) == c.kv_heads && v.size(2) == c.keys && k.size(3) == c.dk,
+                  "k and v do not fit q and each other");
+  STD_TORCH_CHECK(c.kv_heads > 0 && c.heads % c.kv_heads == 0, c.heads, " query heads on ", c.kv_heads, " key/value heads");
+  if (sinks) c.sinks = floats(*sinks, c.heads, "sinks");
+  c.scale = float(scale), c.softcap = float(softcap);
+  set_masks(c, ranges, mask);
+  return finish(c, q);
+}
+
+Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& ckv, const Tensor& kpe, const Optional& ranges,
+                      const Optional& mask, double scale) {
+  STD_TORCH_CHECK(q_nope.dim() == 4 && q_rope.dim() == 4 && ckv.dim() == 3 && kpe.dim() == 3, "q_nope and q_rope must be 4-D, ckv and kpe 3-D");
+  AttentionCall c{};
+  c.q = strided(q_nope, "q_nope"), c.q_rope = strided(q_rope, "q_rope"), c.k = strided(ckv, "ckv"), c.k_rope = strided(kpe, "kpe"), c.v = c.k;
+  c.batches = q_nope.size(0), c.heads = q_nope.size(1), c.kv_heads = 1, c.queries = q_nope.size(2), c.keys = ckv.size(1);
+  c.dk = q_nope.size(3), c.dr = q_rope.size(3), c.dv = c.dk;
+  STD_TORCH_CHECK(q_rope.size(0) == c.batches && q_rope.size(1) == c.heads && q_rope.size(2) == c.queries, "q_rope does not fit q_nope");
+  STD_TORCH_CHECK(ckv.size(0) == c.batches && kpe.size(0) == c.batches && kpe.size(1) == c.keys && ckv.size(2) == c.dk && kpe.size(2) == c.dr,
+                  "ckv and kpe do not fit the queries and each other");
+  c.scale = float(scale);
+  set_masks(c, ranges, mask);
+  return finish(c, q_nope);
+}
+
+Tensor rms_norm_(const Tensor& x, const Tensor& weight, double eps, bool plus_one) {
+  const int64_t width = x.size(x.dim() - 1), rows = x.numel() / (width ? width : 1);
+  STD_TORCH_CHECK(x.is_contiguous() && width > 0, "x must be contiguous");
+  Tensor y = torch::stable::empty_like(x);
+  rms_norm(x.const_data_ptr(), ktx_number(x), rows, width, width, floats(weight, width, "weight"), float(eps), plus_one, y.mutable_data_ptr());
+  return y;
+}
+
+Tensor rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interleaved) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.stride(3) == 1 && cos.dim() == 3, "x must be [batch, heads, positions, columns], cos [batch, positions, turned]");
+  const int64_t turned = cos.size(2), tables = cos.size(0);
+  STD_TORCH_CHECK(turned % 2 == 0 && turned <= x.size(3) && cos.size(1) == x.size(2) && (tables == 1 || tables == x.size(0)), "cos does not fit x");
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  const int64_t count = tables * x.size(2) * turned;
+  rope({x.const_data_ptr(), y.mutable_data_ptr(), ktx_number(x), x.size(0), x.size(1), x.size(2), x.size(3), turned, x.stride(0), x.stride(1),
+        x.stride(2), floats(cos, count, "cos"), floats(sin, count, "sin"), tables == 1 ? 0 : x.size(2) * turned, interleaved});
+  return y;
+}
+
+template <class T>
+T named(const std::string& name, std::initializer_list<std::pair<const char*, T>> known, const char* what) {
+  for (const auto& [word, value] : known)
+    if (name == word) return value;
+  STD_TORCH_CHECK(false, what, " '", name, "' is not known");
+}
+
+std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, std::string scoring, const Optional& bias, int64_t n_group,
+                                  int64_t topk_group, std::string group_mode, bool renorm, double scale) {
+  STD_TORCH_CHECK(logits.dim() == 2, "logits must be [tokens, experts]");
+  const int64_t tokens = logits.size(0), experts = logits.size(1);
+  const float* values = floats(logits, tokens * experts, "logits");
+  const Groups groups = named<Groups>(group_mode, {{"none", Groups::NONE}, {"max", Groups::MAX}, {"top2", Groups::TOP2}}, "group_mode");
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= experts, "top_k ", top_k, " of ", experts, " experts");
+  STD_TORCH_CHECK(n_group >= 1 && experts % n_group == 0 && topk_group >= 1 && topk_group <= n_group, topk_group, " of ", n_group, " groups of ", experts, " experts");
+  STD_TORCH_CHECK(groups == Groups::NONE || experts / n_group * topk_group >= top_k, "the chosen groups hold fewer than ", top_k, " experts");
+  Tensor ids = torch::stable::new_empty(logits, {tokens, top_k}, std::make_optional(ScalarType::Long));
+  Tensor weights = torch::stable::new_empty(logits, {tokens, top_k});
+  route({values, bias ? floats(*bias, experts, "bias") : nullptr, tokens, experts, top_k, n_group, topk_group,
+         named<Scoring>(scoring, {{"softmax", Scoring::SOFTMAX}, {"sigmoid", Scoring::SIGMOID}, {"softmax_topk", Scoring::SOFTMAX_TOPK}}, "scoring"),
+         groups, renorm, float(scale), static_cast<int64_t*>(ids.mutable_data_ptr()), static_cast<float*>(weights.mutable_data_ptr())});
+  return {ids, weights};
+}
+
+Tensor gated_(const Tensor& gate, const Tensor& up, std::string act) {
+  const int64_t width = gate.size(gate.dim() - 1), rows = gate.numel() / (width ? width : 1);
+  STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.numel() == up.numel() && gate.scalar_type() == up.scalar_type(), "gate and up must be contiguous twins");
+  const int which = named<int>(act, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}}, "activation");
+  Tensor out = torch::stable::empty_like(gate);
+  gated(which, gate.const_data_ptr(), up.const_data_ptr(), ktx_number(gate), rows, width, width, out.mutable_data_ptr());
+  return out;
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? ranges, Tensor? mask, float scale, Tensor? sinks=None, float softcap=0.0) -> Tensor");
+  m.def("mla_attention(Tensor q_nope, Tensor q_rope, Tensor ckv, Tensor kpe, Tensor? ranges, Tensor? mask, float scale) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, bool plus_one=False) -> Tensor");
+  m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor");
+  m.def("route(Tensor logits, int top_k, str scoring, Tensor? bias=None, int n_group=1, int topk_group=1, str group_mode='none', "
+        "bool renorm=False, float scale=1.0) -> (Tensor, Tensor)");
+  m.def("gated(Tensor gate, Tensor up, str act) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention_));
+  m.impl("mla_attention", TORCH_BOX(&mla_attention_));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm_));
+  m.impl("rope", TORCH_BOX(&rope_));
+  m.impl("route", TORCH_BOX(&route_));
+  m.impl("gated", TORCH_BOX(&gated_));
+}

@@ -1,0 +1,150 @@
+"""The plain-torch twin of every kernel: same name, same meaning, no cleverness. Oracle of the tests and definition for readers.
+
+The kernels of ktx/kernels/cpu.py take packed weights; their twins take a QuantizedTensor, so that packing is tested too.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ktx.weights.source import QuantizedTensor
+
+
+def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., k] times weight [n, k] transposed, plus bias f32 [n]; in f64, returned in x's dtype."""
+    y = x.double() @ weight.dequantize(torch.float64).T
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
+def linear_batched(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
+    """x [matrices, tokens, k] times weight [matrices, n, k] transposed -> [matrices, tokens, n]."""
+    return (x.double() @ weight.dequantize(torch.float64).transpose(1, 2)).to(x.dtype)
+
+
+def activate(gate: torch.Tensor, up: torch.Tensor, act: str, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
+    """The gated activation of a feed-forward layer: act(gate) * up, or gpt-oss's clamped variant."""
+    if act == "swiglu_oai":  # openai/gpt-oss: torch/model.py, swiglu
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + 1)
+    functions = {
+        "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+        "relu": F.relu, "relu2": lambda v: F.relu(v).square(),
+    }
+    return functions[act](gate) * up
+
+
+def experts(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: QuantizedTensor, up: QuantizedTensor, down: QuantizedTensor,
+    gate_bias: torch.Tensor | None = None, up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None,
+    act: str = "silu", alpha: float = 0.0, limit: float = 0.0,
+) -> torch.Tensor:
+    """x [tokens, hidden] through the chosen experts: sum over j of weights[t, j] * expert[ids[t, j]](x[t]). Ids out of range are skipped."""
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for e in range(gate.shape[0]):
+        token, choice = torch.where(ids == e)
+        if not len(token):
+            continue
+        rows = x[token].double()
+        g, u = rows @ gate[e].dequantize(torch.float64).T, rows @ up[e].dequantize(torch.float64).T
+        g = g if gate_bias is None else g + gate_bias[e].double()
+        u = u if up_bias is None else u + up_bias[e].double()
+        y = activate(g, u, act, alpha, limit) @ down[e].dequantize(torch.float64).T
+        y = y if down_bias is None else y + down_bias[e].double()
+        out.index_add_(0, token, y * weights[token, choice, None].double())
+    return out.to(x.dtype)
+
+
+def visible(queries: int, keys: int, ranges: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What a query sees, bool [batch|1, 1|heads, queries, keys], and what is added to its scores (or None).
+
+    `ranges` int [batch, queries, 2] is a key interval [start, end) for each query; without ranges and mask the queries are
+    the last of the keys and see what is not after them.
+    """
+    position = torch.arange(keys)
+    if mask is not None:
+        return (mask, None) if mask.dtype == torch.bool else (mask > torch.finfo(mask.dtype).min / 2, mask.double())
+    if ranges is not None:
+        start, end = ranges[:, None, :, :1], ranges[:, None, :, 1:]
+        return (position >= start) & (position < end), None
+    return (position <= torch.arange(queries)[:, None] + keys - queries)[None, None], None
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: torch.Tensor | None, mask: torch.Tensor | None, scale: float,
+    sinks: torch.Tensor | None = None, softcap: float = 0.0,
+) -> torch.Tensor:
+    """Softmax attention: q [B, H, S, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv] -> [B, S, H, Dv] in q's dtype.
+
+    Each key/value head serves H/Hkv query heads; `sinks` f32 [H] is one more logit in the softmax that attends to nothing
+    (gpt-oss); `softcap` c replaces scores s by c*tanh(s/c). A query that sees nothing gives zeros.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (t.double().repeat_interleave(group, 1) for t in (k, v))
+    scores = q.double() @ keys.transpose(2, 3) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen, extra = visible(q.shape[2], k.shape[2], ranges, mask)
+    scores = (scores if extra is None else scores + extra).masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    share = scores.softmax(-1).nan_to_num(0.0)[..., : k.shape[2]]
+    return (share @ values).transpose(1, 2).to(q.dtype)
+
+
+def mla_attention(
+    q_nope: torch.Tensor, q_rope: torch.Tensor, ckv: torch.Tensor, kpe: torch.Tensor, ranges: torch.Tensor | None,
+    mask: torch.Tensor | None, scale: float,
+) -> torch.Tensor:
+    """Attention on the compressed latent (absorbed MLA): q_nope [B, H, S, R] already times W_UK, q_rope [B, H, S, P],
+    ckv [B, T, R], kpe [B, T, P] -> [B, S, H, R]. Source: DeepSeek-V2, section 2.1.2 and appendix C.
+    """
+    keys = torch.cat([ckv, kpe], -1)[:, None]
+    return attention(torch.cat([q_nope, q_rope], -1), keys, ckv[:, None], ranges, mask, scale)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (or 1 + weight) over the last dimension, in f32, returned in x's dtype."""
+    y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    if plus_one:
+        return (y * (1 + weight.float())).to(x.dtype)
+    return (weight.float() * y.to(x.dtype).float()).to(x.dtype)
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
+    """Rotary embedding: x [B, H, S, D], cos and sin [B, S, R] with R <= D; columns from R on pass through.
+
+    Halves: pair (i, i + R/2), as transformers' rotate_half. Interleaved: pair (2i, 2i + 1) in, halves out, as DeepSeek-V3 does.
+    """
+    width = cos.shape[-1]
+    turn, rest = x[..., :width], x[..., width:]
+    if interleaved:
+        turn = turn.unflatten(-1, (width // 2, 2)).transpose(-1, -2).flatten(-2)
+    low, high = turn.chunk(2, -1)
+    turned = turn * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
+def route(
+    logits: torch.Tensor, top_k: int, scoring: str, bias: torch.Tensor | None = None, n_group: int = 1, topk_group: int = 1,
+    group_mode: str = "none", renorm: bool = False, scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses experts: logits f32 [T, E] -> ids int64 [T, K] by falling score, weights f32 [T, K].
+
+    `scoring` softmax | sigmoid | softmax_topk (softmax over the chosen); `bias` counts for the choice only; group_mode "max"
+    (DeepSeek-V2: groups by their best score) or "top2" (V3: by the sum of their two best) keeps `topk_group` of `n_group` groups.
+    """
+    scores = logits.sigmoid() if scoring == "sigmoid" else logits if scoring == "softmax_topk" else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias.view(1, -1)
+    if group_mode != "none" and n_group > 1:
+        groups = choice.view(len(choice), n_group, -1)
+        strength = groups.amax(-1) if group_mode == "max" else groups.topk(2, -1)[0].sum(-1)
+        kept = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, strength.topk(topk_group, -1)[1], True)
+        choice = groups.masked_fill(~kept[..., None], -torch.inf).flatten(1)
+    ids = choice.topk(top_k, -1)[1]
+    weights = scores.gather(1, ids)
+    if scoring == "softmax_topk":
+        weights = weights.softmax(-1)
+    if renorm:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return ids, weights * scale
