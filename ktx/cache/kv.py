@@ -1,0 +1,109 @@
+"""A transformers cache that grows by doubling and stores half precision.
+
+A stock DynamicCache copies everything at each token; here a token is written in place. Layers that attend (also MLA's latent,
+whose two halves transformers hands over as keys and values) are stored whole, sliding windows too, so that a chat can take tokens back;
+recurrent layers (linear attention) stay transformers' own and cannot.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+FIRST = 256  # positions of the first allocation
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values [batch, heads, length, columns] as views of larger buffers."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, dtype: torch.dtype | None = torch.float16):
+        super().__init__()
+        self.store_dtype, self.length = dtype, 0
+        self.buffers: list[torch.Tensor] = []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        values = key_states if value_states is None else value_states
+        self.dtype, self.device = self.store_dtype or key_states.dtype, key_states.device
+        self.buffers = [self._buffer(states, FIRST) for states in (key_states, values)]
+        self.is_initialized = True
+
+    def _buffer(self, like: torch.Tensor, length: int) -> torch.Tensor:
+        return torch.empty((*like.shape[:2], length, like.shape[3]), dtype=self.dtype, device=like.device)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends [batch, heads, new, columns] and returns everything stored so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        if end > self.buffers[0].shape[2]:
+            self._grow(end)
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = states
+        self.length = end
+        self._show()
+        return self.keys, self.values
+
+    def _grow(self, need: int) -> None:
+        size = max(FIRST, 1 << (need - 1).bit_length())
+        for i, old in enumerate(self.buffers):
+            self.buffers[i] = self._buffer(old, size)
+            self.buffers[i][:, :, : self.length] = old[:, :, : self.length]
+
+    def _show(self) -> None:
+        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+
+    def get_seq_length(self, *args: Any) -> int:
+        return self.length
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last tokens back: a negative number says how many, as transformers 5 counts."""
+        self.length = max(0, self.length - abs(tokens_to_remove))
+        if self.is_initialized:
+            self._show()
+
+    def reset(self) -> None:
+        self.length = 0
+        if self.is_initialized:
+            self._show()
+
+    def _rearrange(self, index: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.buffers = [buffer.index_select(0, index.to(buffer.device)) for buffer in self.buffers]
+            self._show()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._rearrange(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._rearrange(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.buffers = [buffer.repeat_interleave(repeats, dim=0) for buffer in self.buffers]
+            self._show()
+
+
+class KVCache(Cache):
+    """What chat, bench and engine pass as `past_key_values`; `dtype` None keeps the model's own."""
+
+    def __init__(self, config: Any, dtype: torch.dtype | None = torch.float16):
+        stock = DynamicCache(config=config).layers
+        super().__init__(layers=[GrowingLayer(dtype) if isinstance(layer, DynamicLayer) else layer for layer in stock])
+
+    @property
+    def can_crop(self) -> bool:
+        """False when a layer keeps a running state instead of positions."""
+        return all(isinstance(layer, GrowingLayer) for layer in self.layers)
+
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` positions."""
+        for layer in self.layers:
+            layer.crop(min(0, length - layer.get_seq_length()))
+
+    def nbytes(self) -> int:
+        return sum(buffer.numel() * buffer.element_size() for layer in self.layers if isinstance(layer, GrowingLayer) for buffer in layer.buffers)

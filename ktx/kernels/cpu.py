@@ -1,0 +1,155 @@
+"""The CPU kernels: `torch.ops.ktx.*` of ktx/_C.abi3.so, with fake versions for torch.compile, and packed matrices.
+
+Shapes, types and errors are checked in C++ (csrc/bindings*.cpp); each operator has a plain-torch twin in reference.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktx.errors import KtxError
+from ktx.qtypes import QType
+from ktx.weights.source import QuantizedTensor
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
+PACK_ROWS = 1 << 10  # rows packed by one call, so that loading threads share the work evenly
+
+
+def _load() -> Any:
+    if not LIBRARY.exists():
+        raise KtxError(f"{LIBRARY} is missing: build it with `pip install --no-build-isolation -e .` (needs g++)")
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        raise KtxError(f"{LIBRARY} does not load into torch {torch.__version__}: {error}; ktx needs torch 2.11 or newer") from error
+    return torch.ops.ktx
+
+
+ops = _load()
+
+
+@dataclass
+class Packed:
+    """One matrix, or several of one shape, in the order the kernels read: `data` uint8, `matrices` x [n, k] of `qtype`."""
+
+    data: torch.Tensor
+    qtype: QType
+    n: int
+    k: int
+    matrices: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """f32 [len(index), k]: rows of a single matrix, dequantised exactly. index int64."""
+        return ops.unpack_rows(self.data, self.qtype.code, self.n, self.k, index)
+
+
+def packed_nbytes(qtype: QType, n: int, k: int, matrices: int = 1) -> int:
+    """Bytes of packed matrices; RuntimeError when k is not whole blocks."""
+    return matrices * ops.packed_nbytes(qtype.code, n, k)
+
+
+def pack(weight: QuantizedTensor | Sequence[QuantizedTensor]) -> Packed:
+    """Weights [n, k] or [matrices, n, k] (or one part a matrix, all of one type) -> packed, in memory of its own.
+
+    May run in several threads at once: the work is done outside Python's lock.
+    """
+    parts = [weight] if isinstance(weight, QuantizedTensor) else list(weight)
+    matrices = [part[i] for part in parts for i in range(part.shape[0])] if len(parts[0].shape) == 3 else parts
+    first = matrices[0]
+    n, k = first.shape
+    if any(m.shape != (n, k) or m.qtype is not first.qtype for m in matrices):
+        raise KtxError(f"matrices of one packed tensor differ: {sorted({(m.shape, m.qtype.name) for m in matrices})}")
+    size = ops.packed_nbytes(first.qtype.code, n, k)
+    data = ops.empty_packed(size * len(matrices))
+    for i, matrix in enumerate(matrices):
+        scale = None if matrix.scale is None else matrix.scale.contiguous()
+        for row in range(0, n, PACK_ROWS):
+            rows = matrix.data.reshape(n, -1)[row : row + PACK_ROWS]
+            ops.pack(rows, first.qtype.code, n, k, data[i * size : (i + 1) * size], row, scale)
+    return Packed(data, first.qtype, n, k, len(matrices))
+
+
+def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., k] (f32, f16, bf16) times w [n, k] transposed plus bias f32 [n] -> [..., n] in x's dtype."""
+    return ops.linear(x.contiguous(), w.data, w.qtype.code, w.n, w.k, bias)
+
+
+def linear_batched(x: torch.Tensor, w: Packed) -> torch.Tensor:
+    """x [matrices, tokens, k] times each matrix of w transposed -> [matrices, tokens, n]."""
+    return ops.linear_batched(x.contiguous(), w.data, w.qtype.code, w.n, w.k)
+
+
+def experts(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: Packed, up: Packed, down: Packed,
+    gate_bias: torch.Tensor | None = None, up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None,
+    act: str = "silu", alpha: float = 0.0, limit: float = 0.0,
+) -> torch.Tensor:
+    """x [tokens, hidden], ids int64 and weights f32 [tokens, top] -> [tokens, hidden] in x's dtype; see reference.experts."""
+    return ops.experts(
+        x, ids, weights, gate.data, up.data, down.data, gate.qtype.code, up.qtype.code, down.qtype.code, gate.matrices, gate.n,
+        gate_bias, up_bias, down_bias, act, alpha, limit,
+    )
+
+
+attention, mla_attention = ops.attention, ops.mla_attention
+rms_norm, rope, route, gated = ops.rms_norm, ops.rope, ops.route, ops.gated
+
+
+@torch.library.register_fake("ktx::linear")
+def _(x, packed, code, n, k, bias=None):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("ktx::linear_batched")
+def _(x, packed, code, n, k):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("ktx::experts")
+def _(x, *rest):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("ktx::unpack_rows")
+def _(packed, code, n, k, rows):  # type: ignore[no-untyped-def]
+    return packed.new_empty((rows.shape[0], k), dtype=torch.float32)
+
+
+@torch.library.register_fake("ktx::attention")
+def _(q, k, v, ranges, mask, scale, sinks=None, softcap=0.0):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+@torch.library.register_fake("ktx::mla_attention")
+def _(q_nope, q_rope, ckv, kpe, ranges, mask, scale):  # type: ignore[no-untyped-def]
+    return q_nope.new_empty((q_nope.shape[0], q_nope.shape[2], q_nope.shape[1], q_nope.shape[3]))
+
+
+@torch.library.register_fake("ktx::rms_norm")
+def _(x, weight, eps, plus_one=False):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("ktx::rope")
+def _(x, cos, sin, interleaved=False):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("ktx::route")
+def _(logits, top_k, *rest, **more):  # type: ignore[no-untyped-def]
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
+
+
+@torch.library.register_fake("ktx::gated")
+def _(gate, up, act):  # type: ignore[no-untyped-def]
+    return torch.empty_like(gate)

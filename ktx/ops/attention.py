@@ -1,0 +1,109 @@
+"""Attention for every family: transformers' own module around our kernel.
+
+The kernel is registered as the attention implementation "ktx". Its mask is not a matrix but an interval of visible keys for each query,
+int32 [batch, 1, queries, 2]: causal, sliding, left-padded and static-cache masks all are intervals, and the kernel skips what lies
+outside. A mask that is not (holes, custom functions) stays transformers' bool matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ktx.errors import UsageError
+from ktx.kernels import cpu, reference
+from ktx.ops.base import Context, Operator, adopt
+
+NAME = "ktx"
+
+
+def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What transformers hands over as a mask -> (ranges, mask) as the kernels take them."""
+    if mask is None:
+        return None, None
+    if mask.dtype == torch.int32:
+        return mask[:, 0].contiguous(), None
+    mask = mask[..., :keys]
+    return None, mask if mask.dtype == torch.bool else mask.float()
+
+
+def attend(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, s_aux: torch.Tensor | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query [B, H, S, D], key and value [B, Hkv, T, D] -> [B, S, H, D]."""
+    ranges, mask = split_mask(attention_mask, key.shape[2])
+    if ranges is None and mask is None and query.shape[2] > key.shape[2]:
+        raise ValueError(f"{query.shape[2]} queries on {key.shape[2]} keys need a mask")
+    kernel = cpu.attention if query.device.type == "cpu" else reference.attention
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks = None if s_aux is None else s_aux.detach().float().contiguous()
+    return kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, float(softcap or 0.0)), None
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def interval_mask(
+    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None, device: Any = "cpu", **kwargs: Any,
+) -> torch.Tensor:
+    """transformers' mask function: int32 [B, 1, S, 2] where the mask is an interval for each query, else bool [B, 1, S, T]."""
+    q_offset = int(q_offset)
+    if mask_function is causal_mask_function:
+        first = _left_padding(attention_mask, batch_size, kv_offset, kv_length)
+        if first is not None:
+            last = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length).clamp(max=kv_length)
+            return torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1).to(torch.int32)[:, None]
+    kwargs |= {"allow_is_causal_skip": False}
+    full = sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
+    )
+    return intervals_of(full)
+
+
+def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: int) -> torch.Tensor | None:
+    """First key of each sequence; None when its padding is not all on the left."""
+    if mask is None:
+        return torch.zeros(batch, dtype=torch.int64)
+    seen = mask[:, offset : offset + length].bool()
+    first = seen.int().argmax(1)
+    left = seen.sum(1) + first == seen.shape[1]
+    return first if bool(left.all()) else None
+
+
+def intervals_of(full: torch.Tensor) -> torch.Tensor:
+    """bool [B, 1, S, T] -> int32 [B, 1, S, 2] if every row is one interval (or empty), else the mask itself."""
+    count, first = full.sum(-1), full.int().argmax(-1)
+    last = full.shape[-1] - full.flip(-1).int().argmax(-1)
+    if bool(((last - first == count) | (count == 0)).all()):
+        return torch.stack([first, torch.where(count == 0, first, last)], -1).to(torch.int32)
+    return full
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, interval_mask)
+
+
+class Attention(Operator):
+    """The transformers module itself, computing with our kernel: projections, norms, rotary code and gates are its own."""
+
+    @classmethod
+    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Attention:
+        if not hasattr(old, "config"):
+            raise UsageError(f"{ctx.path} is a {type(old).__name__}, which has no configuration to choose its attention by")
+        new: Attention = adopt(cls, old, ctx)
+        new.transformers_forward = type(old).forward
+        new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself
+        new.config._attn_implementation = NAME
+        return new
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.transformers_forward(self, *args, **kwargs)

@@ -1,0 +1,107 @@
+"""What an operator is: the module that a rule puts in the place of a transformers module."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ktx.errors import UsageError, nearest
+from ktx.weights.source import WeightSource
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an operator is told when it is made. `path` is its module path, `config` the model's own configuration."""
+
+    path: str
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype | None = None
+
+
+class Operator(nn.Module):
+    """Base of all operators.
+
+    `from_hf` makes one from the module it replaces (on the meta device) and may keep some of its children; those are subject to
+    later rules. `consumes` names the children whose weights it takes itself. `tensors` and `load` are the only places
+    that know weights; `load` may run beside other modules' loads. `ready` runs once when everything is loaded.
+    """
+
+    consumes: ClassVar[tuple[str, ...]] = ()
+    path: str = ""
+
+    @classmethod
+    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Operator:
+        """The operator that replaces `old`; subclasses override it. UsageError when it cannot stand in for this module."""
+        raise NotImplementedError(f"{cls.__name__} must say how it is made from a transformers module")
+
+    def tensors(self) -> list[str]:
+        """Full parameter paths that `load` reads."""
+        return []
+
+    def load(self, source: WeightSource) -> None:
+        """Reads `tensors()` from the source and packs them."""
+
+    def ready(self) -> None:
+        """Called after the whole model is loaded."""
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """Packed bytes held, and bytes a single token makes the kernels read."""
+        return 0, 0
+
+
+def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
+    """An instance of `cls` with everything `old` had: its attributes, parameters and children."""
+    new = cls.__new__(cls)
+    nn.Module.__init__(new)
+    new.__dict__.update(old.__dict__)
+    new.__dict__["_modules"] = dict(old._modules)
+    new.__dict__["_parameters"] = dict(old._parameters)
+    new.__dict__["_buffers"] = dict(old._buffers)
+    new.path = ctx.path
+    return new
+
+
+SHIPPED = {
+    "Linear": "ktx.ops.linear", "Experts": "ktx.ops.experts", "MoE": "ktx.ops.moe", "Router": "ktx.ops.router", "MLA": "ktx.ops.mla",
+    "Attention": "ktx.ops.attention", "RMSNorm": "ktx.ops.norm", "RotaryEmbedding": "ktx.ops.rope", "Embedding": "ktx.ops.embed",
+    "MLP": "ktx.ops.mlp",
+}
+_REGISTERED: dict[str, type[Operator]] = {}
+
+
+def register(name: str) -> Callable[[type[Operator]], type[Operator]]:
+    """Class decorator: makes an operator known to rule files under a short name."""
+
+    def keep(cls: type[Operator]) -> type[Operator]:
+        if name in SHIPPED or name == "default":
+            raise UsageError(f"the operator name {name!r} is taken by ktx; choose another")
+        _REGISTERED[name] = cls
+        return cls
+
+    return keep
+
+
+def resolve(name: str, where: str = "") -> type[Operator]:
+    """The class a rule names: short name of a shipped or registered operator, or a dotted path. UsageError otherwise."""
+    at = f"{where}: " if where else ""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    module, _, attribute = (f"{SHIPPED[name]}.{name}" if name in SHIPPED else name).rpartition(".")
+    if not module:
+        raise UsageError(f"{at}no operator is called {name!r}{nearest(name, [*SHIPPED, *_REGISTERED])}; give one of {' '.join(SHIPPED)} or a dotted path")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise UsageError(f"{at}cannot import {name}: {error}") from error
+    except AttributeError as error:
+        raise UsageError(f"{at}module {module} has no class {attribute}{nearest(attribute, dir(importlib.import_module(module)))}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Operator)):
+        raise UsageError(f"{at}{name} is no ktx.Operator")
+    return cls

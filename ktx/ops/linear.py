@@ -1,0 +1,65 @@
+"""Linear on packed weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktx.errors import UsageError
+from ktx.kernels import cpu
+from ktx.ops.base import Context, Operator
+from ktx.weights.source import WeightSource
+
+
+class Linear(Operator):
+    """y = x W^T + b with W as the file has it; several row-wise parts when the file keeps the rows in tensors of different types.
+
+    `weight` is a read-only dequantised view for code that peeks (PEFT, checks); `requires_grad` is never set.
+    """
+
+    def __init__(self, path: str, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
+        super().__init__()
+        self.path, self.in_features, self.out_features, self.dtype = path, in_features, out_features, dtype
+        self.has_bias, self.tied_to = bias, ""
+        self.bias: torch.Tensor | None = None
+        self.parts: list[cpu.Packed] = []
+
+    @classmethod
+    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Linear:
+        if not isinstance(old, nn.Linear):
+            raise UsageError(f"{ctx.path} is a {type(old).__name__}, Linear stands in for nn.Linear only")
+        return cls(ctx.path, old.in_features, old.out_features, old.bias is not None, ctx.dtype)
+
+    def tensors(self) -> list[str]:
+        name = self.tied_to or f"{self.path}.weight"
+        return [name, f"{self.path}.bias"] if self.has_bias else [name]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        named = {self.tensors()[0]: (self.out_features, self.in_features)}
+        return named | ({f"{self.path}.bias": (self.out_features,)} if self.has_bias else {})
+
+    def load(self, source: WeightSource) -> None:
+        if not self.parts:  # a tied output layer is given the embedding's
+            self.parts = [cpu.pack(part) for part in source.parts(self.tensors()[0])]
+        if self.has_bias:
+            self.bias = source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.parts) == 1:
+            return cpu.linear(x, self.parts[0], self.bias)
+        y = torch.cat([cpu.linear(x, part) for part in self.parts], -1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.cat([part.rows(torch.arange(part.n)) for part in self.parts]).to(self.dtype)
+
+    def weight_bytes(self) -> tuple[int, int]:
+        held = sum(part.nbytes for part in self.parts)
+        return held, held
+
+    def extra_repr(self) -> str:
+        types = "+".join(part.qtype.name for part in self.parts) or "not loaded"
+        return f"{self.in_features} -> {self.out_features}, {types}"

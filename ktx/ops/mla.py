@@ -1,0 +1,119 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): the cache holds the compressed latent.
+
+Few tokens: absorbed. W_UK is multiplied into the query and W_UV into the result, so attention is multi-query on the latent and the
+past is never expanded. Many tokens: the latent is expanded to keys and values once and attention has 192 columns
+instead of 576. A call decides by what it sees, so mixed use is right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktx.errors import UsageError
+from ktx.kernels import cpu
+from ktx.ops.attention import split_mask
+from ktx.ops.base import Context, Operator, adopt
+from ktx.qtypes import QTYPES
+from ktx.weights.source import QuantizedTensor, WeightSource
+
+EXPAND_FROM = 128  # tokens of a call from which expanding pays: 2 * 768 * S > 2 * 512 * 256 operations a key and head
+EXPAND_BYTES = 1 << 29  # but never more memory than this for expanded keys and values
+PARTS = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "o_proj")
+
+
+class MLA(Operator):
+    """Replaces every transformers attention that caches a latent (deepseek_v2, deepseek_v3 and their kin)."""
+
+    consumes = ("kv_b_proj",)
+
+    @classmethod
+    def from_hf(cls, old: nn.Module, ctx: Context, absorb_for_prefill: bool = False, **kwargs: Any) -> MLA:
+        if not hasattr(old, "kv_lora_rank") or not hasattr(old, "kv_a_proj_with_mqa"):
+            raise UsageError(f"{ctx.path} is a {type(old).__name__}, MLA needs an attention with a compressed latent (kv_lora_rank)")
+        new: MLA = adopt(cls, old, ctx)
+        del new._modules["kv_b_proj"]
+        new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
+        new.interleaved = bool(getattr(ctx.config, "rope_interleave", True))
+        new.w_uk_t, new.w_uv, new.w_uk = None, None, None
+        return new
+
+    def tensors(self) -> list[str]:
+        return [f"{self.path}.k_b_proj.weight", f"{self.path}.v_b_proj.weight"]
+
+    def load(self, source: WeightSource) -> None:
+        k_b, v_b = (source.get(name) for name in self.tensors())
+        self.w_uk_t, self.w_uv = cpu.pack(_kept(k_b)), cpu.pack(_kept(v_b))
+        if not self.absorb_for_prefill:  # W_UK once more, rows along the latent, for expanding
+            w_uk = k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank).contiguous()
+            self.w_uk = cpu.pack(_kept(QuantizedTensor.of(w_uk), exact=k_b.qtype is QTYPES["F32"]))
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_embeddings: Any = None, attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        batch, length, _ = hidden_states.shape
+        q = self.q_proj(hidden_states) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        q_nope, q_rope = q.view(batch, length, self.num_heads, -1).transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
+        cos, sin = rotary_tables(position_embeddings)
+        q_rope = cpu.rope(q_rope, cos, sin, self.interleaved)
+        k_rope = cpu.rope(k_rope[:, None], cos, sin, self.interleaved)
+        latent = self.kv_a_layernorm(latent)[:, None]
+        if past_key_values is not None:
+            kept = self.kv_dtype or latent.dtype
+            latent, k_rope = past_key_values.update(latent.to(kept), k_rope.to(kept), self.layer_idx)
+        mix = self.expanded if self._expands(batch, length, latent.shape[2]) else self.absorbed
+        ranges, mask = split_mask(attention_mask, latent.shape[2])
+        return self.o_proj(mix(q_nope, q_rope, latent[:, 0], k_rope[:, 0], ranges, mask)), None
+
+    def _expands(self, batch: int, length: int, keys: int) -> bool:
+        columns = self.qk_head_dim + self.v_head_dim
+        return self.w_uk is not None and length >= EXPAND_FROM and batch * keys * self.num_heads * columns * 4 <= EXPAND_BYTES
+
+    def absorbed(self, q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, ranges: Any, mask: Any) -> torch.Tensor:
+        """q_nope [B, H, S, nope], q_rope [B, H, S, rope], latent [B, T, rank], k_rope [B, T, rope] -> [B, S, H * v]."""
+        batch, heads, length, _ = q_nope.shape
+        by_head = cpu.linear_batched(q_nope.transpose(0, 1).reshape(heads, batch * length, -1), self.w_uk_t)
+        query = by_head.view(heads, batch, length, -1).transpose(0, 1)
+        context = cpu.mla_attention(query, q_rope, latent, k_rope, ranges, mask, self.scaling)  # [B, S, H, rank]
+        out = cpu.linear_batched(context.permute(2, 0, 1, 3).reshape(heads, batch * length, -1), self.w_uv)
+        return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).reshape(batch, length, -1)
+
+    def expanded(self, q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, ranges: Any, mask: Any) -> torch.Tensor:
+        """The same with keys and values made from the latent: k = [W_UK c | k_rope], v = W_UV c."""
+        batch, heads, length, _ = q_nope.shape
+        keys = latent.shape[1]
+        flat = latent.to(q_nope.dtype).reshape(batch * keys, -1)
+        k_nope = cpu.linear(flat, self.w_uk).view(batch, keys, heads, -1).transpose(1, 2)
+        values = cpu.linear_batched(flat.expand(heads, -1, -1), self.w_uv).view(heads, batch, keys, -1).transpose(0, 1)
+        key = torch.cat([k_nope, k_rope[:, None].to(k_nope.dtype).expand(-1, heads, -1, -1)], -1)
+        query = torch.cat([q_nope, q_rope], -1)
+        return cpu.attention(query, key, values, ranges, mask, self.scaling).reshape(batch, length, -1)
+
+    def weight_bytes(self) -> tuple[int, int]:
+        read = sum(w.nbytes for w in (self.w_uk_t, self.w_uv) if w is not None)
+        return read + (0 if self.w_uk is None else self.w_uk.nbytes), read
+
+
+def _kept(weight: QuantizedTensor, exact: bool = False) -> QuantizedTensor:
+    """What had to be computed comes as F32; unless the file itself is F32 it is kept in f16, which rounds less than any quant type."""
+    if weight.qtype is not QTYPES["F32"] or exact:
+        return weight
+    half = weight.dequantize().half()
+    if not half.isfinite().all() or not torch.equal(half.float(), weight.dequantize()):
+        return weight
+    return QuantizedTensor(half.contiguous().view(torch.uint8).reshape(*half.shape[:-1], -1), QTYPES["F16"], weight.shape)
+
+
+def rotary_tables(embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin f32 [B, S, rope] from transformers' pair, or from deepseek_v2's complex [B, S, rope / 2]."""
+    if not isinstance(embeddings, torch.Tensor):
+        return embeddings[0].float().contiguous(), embeddings[1].float().contiguous()
+    known = getattr(embeddings, "ktx_tables", None)  # one tensor serves all layers of a forward
+    if known is None:
+        known = tuple(torch.cat([part, part], -1).float().contiguous() for part in (embeddings.real, embeddings.imag))
+        embeddings.ktx_tables = known  # type: ignore[attr-defined]
+    return known

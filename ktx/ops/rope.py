@@ -1,0 +1,40 @@
+"""Rotary tables computed once and looked up by position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktx.errors import UsageError
+from ktx.ops.base import Context, Operator, adopt
+
+
+class RotaryEmbedding(Operator):
+    """The transformers module with a memory: positions seen before are not computed again.
+
+    Tables whose frequencies depend on the length (dynamic NTK, long-rope) are left to transformers' own forward.
+    """
+
+    @classmethod
+    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> RotaryEmbedding:
+        if not hasattr(old, "inv_freq"):
+            raise UsageError(f"{ctx.path} is a {type(old).__name__}, RotaryEmbedding needs inv_freq")
+        new: RotaryEmbedding = adopt(cls, old, ctx)
+        new.transformers_forward = type(old).forward
+        new.table, new.fixed = None, getattr(old, "rope_type", "default") in ("default", "linear", "yarn", "llama3")
+        return new
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.fixed or args or kwargs:
+            return self.transformers_forward(self, x, position_ids, *args, **kwargs)
+        need = int(position_ids.max()) + 1
+        if self.table is None or need > self.table[0]:
+            size = max(256, 1 << (need - 1).bit_length())
+            positions = torch.arange(size, device=position_ids.device)[None]
+            self.table = size, self.transformers_forward(self, x.float(), positions)
+        values = self.table[1]
+        if isinstance(values, torch.Tensor):  # deepseek_v2: one complex table
+            return values[0][position_ids]
+        return tuple(v[0][position_ids].to(x.dtype) for v in values)

@@ -1,0 +1,78 @@
+"""The router of a mixture of experts: one matrix product in f32, then one call that scores, groups, chooses and weighs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktx.errors import UsageError, nearest
+from ktx.kernels import cpu
+from ktx.ops.base import Context, Operator, adopt
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a family routes; True means: as the module's own attribute says."""
+
+    scoring: str
+    groups: str = "none"
+    renorm: bool | str = False  # or the attribute that tells
+    scaled: bool = False
+    own_dtype: bool = False  # weights come back in the hidden states' dtype
+
+
+STYLES: dict[str, Style] = {
+    "DeepseekV2TopkRouter": Style("softmax", "max", scaled=True),
+    "DeepseekV3TopkRouter": Style("sigmoid", "top2", "norm_topk_prob", scaled=True),
+    "Glm4MoeTopkRouter": Style("sigmoid", "top2", "norm_topk_prob", scaled=True),
+    "Qwen2MoeTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
+    "Qwen3MoeTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
+    "Qwen3NextTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
+    "MixtralTopKRouter": Style("softmax", renorm=True),
+    "MiniMaxM2TopKRouter": Style("sigmoid", renorm=True),
+    "Ernie4_5_MoeTopKRouter": Style("softmax", renorm=True, own_dtype=True),
+    "GptOssTopKRouter": Style("softmax_topk", own_dtype=True),
+}
+
+
+class Router(Operator):
+    """Stands in for the routers of STYLES; same weights, same return (logits, weights, ids)."""
+
+    @classmethod
+    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Router:
+        name = type(old).__name__
+        if name not in STYLES:
+            raise UsageError(f"{ctx.path}: no routing style is known for {name}{nearest(name, STYLES)}; leave the module as it is")
+        new: Router = adopt(cls, old, ctx)
+        new.style = STYLES[name]
+        if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
+            new.style = Style("softmax", scaled=True)
+        new.in_f32 = None
+        return new
+
+    def ready(self) -> None:
+        bias = getattr(self, "bias", None)
+        self.in_f32 = self.weight.detach().float().contiguous(), None if bias is None else bias.detach().float()
+
+    def correction(self, given: torch.Tensor | None) -> torch.Tensor | None:
+        """The bias that counts for the choice only: an argument (MiniMax), a buffer of its own, or of a child (ERNIE)."""
+        if given is None:
+            given = getattr(self, "e_score_correction_bias", None)
+        if given is None and hasattr(self, "moe_statics"):
+            given = self.moe_statics.e_score_correction_bias
+        return None if given is None else given.detach().float().reshape(-1).contiguous()
+
+    def forward(self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        style = self.style
+        flat = hidden.reshape(-1, hidden.shape[-1]).float()
+        logits = torch.nn.functional.linear(flat, *self.in_f32)
+        renorm = getattr(self, style.renorm) if isinstance(style.renorm, str) else style.renorm
+        grouped = style.groups != "none"
+        ids, weights = cpu.route(
+            logits, self.top_k, style.scoring, self.correction(e_score_correction_bias), (self.num_group or 1) if grouped else 1,
+            (self.topk_group or 1) if grouped else 1, style.groups, bool(renorm), float(self.routed_scaling_factor) if style.scaled else 1.0,
+        )
+        return logits, weights.to(hidden.dtype) if style.own_dtype else weights, ids
