@@ -31,6 +31,13 @@ OPENERS = (
     "Please tell me: ", "Hi! ", "Hello, ", "Tell me, ", "A question: ", "I want to know: ", "Quick question: ",
     "Sorry, ", "And ",
 )  # fmt: skip
+REWRITES = (  # how the same question is asked by others: pattern and what may stand there instead
+    (r"^What is (.+)\?$", (r"What's \1?", r"Tell me what \1 is", r"Explain \1", r"\1?", r"Can you explain \1?")),
+    (r"^What does (.+) do\?$", (r"What is \1 for?", r"Tell me what \1 does", r"\1", r"What happens with \1?")),
+    (r"^How do I (.+)\?$", (r"How can I \1?", r"How to \1?", r"I want to \1", r"How does one \1?", r"Can I \1?")),
+    (r"^Which (.+)\?$", (r"What \1?", r"Tell me which \1", r"Do you know which \1?")),
+    (r"^What (.+)\?$", (r"Which \1?", r"Tell me what \1", r"Do you know what \1?")),
+)
 CLOSERS = (" Please.", " Thanks!", " Please explain.", " Thank you.")
 
 
@@ -65,9 +72,17 @@ def split(found: list[str]) -> tuple[list[str], list[str]]:
     return train, held
 
 
+def rewrite(question: str, rng: random.Random) -> str:
+    """The question in other words, where the table knows any."""
+    for pattern, others in REWRITES:
+        if re.match(pattern, question):
+            return re.sub(pattern, rng.choice(others), question)
+    return question
+
+
 def disturb(question: str, rng: random.Random) -> str:
-    """The question as a hurried user would type it: another opener, no capital, no question mark, a letter lost."""
-    text = question
+    """The question as a hurried user would type it: other words or opener, no capital, no mark, a letter lost."""
+    text = rewrite(question, rng) if rng.random() < 0.4 else question
     if rng.random() < 0.15:
         text = rng.choice(OPENERS) + text[0].lower() + text[1:]
     if rng.random() < 0.15:

@@ -10,7 +10,7 @@ from typing import Any
 VOCAB = 2048
 SPECIAL = ("<|begin|>", "<|end|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>")
 THINK = ("<think>", "</think>")  # ordinary added tokens: decoding shows them, as with DeepSeek-R1
-BOS, EOS, PAD = 0, 1, 2
+BOS, EOS, PAD, OPEN_THINK = 0, 1, 2, 6
 TEMPLATE = (
     "{{- bos_token -}}"
     "{%- for message in messages -%}"
@@ -41,6 +41,14 @@ def train(texts: Iterable[str], vocab: int = VOCAB) -> Any:
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in THINK])
     tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", BOS)])
     return tokenizer
+
+
+def load(folder: Path) -> Any | None:
+    """The tokenizer that ``save`` wrote, if there is one."""
+    from tokenizers import Tokenizer
+
+    file = folder / "tokenizer.json"
+    return Tokenizer.from_file(str(file)) if file.exists() else None
 
 
 def save(tokenizer: Any, folder: Path, context: int) -> None:

@@ -47,6 +47,8 @@ class Data:
             mine, answer = self.encode(message["content"]), message["role"] == "assistant"
             ids += [marks[message["role"]], *mine] + [tokenizer.EOS] * answer
             weight += [0.0] + [1.0 if answer else QUESTION_WEIGHT] * len(mine) + [1.0] * answer
+        if tokenizer.OPEN_THINK in ids:
+            weight[ids.index(tokenizer.OPEN_THINK)] = 0.0  # the user forces it, the model never chooses it
         return ids, weight
 
     def chat_row(self, length: int) -> tuple[list[int], list[float]]:
@@ -65,13 +67,14 @@ class Data:
 
 
 def prepare(work: Path, seed: int) -> Data:
-    """Text, tokenizer and held-out file; everything follows from the package and qa.jsonl."""
+    """Text, held-out file and tokenizer; a run that is resumed keeps the tokenizer it began with."""
     train, held = corpus.split(corpus.entries(corpus.fetch(work)))
     demo.heldout().write_text("\n\n".join(held) + "\n", encoding="utf-8")
     items = demo.questions()
     asked = [f"{wording}\n{item.answer}" for item in items for wording in (item.question, *item.also)]
-    bpe = tokenizer.train([*train, *asked * 5, *corpus.THOUGHTS.values(), *corpus.SYSTEMS])
-    tokenizer.save(bpe, demo.path(), config().max_position_embeddings)
+    bpe = tokenizer.load(work) or tokenizer.train([*train, *asked * 5, *corpus.THOUGHTS.values(), *corpus.SYSTEMS])
+    for folder in (work, demo.path()):
+        tokenizer.save(bpe, folder, config().max_position_embeddings)
 
     def encode(text: str) -> list[int]:
         return bpe.encode(text, add_special_tokens=False).ids
@@ -87,7 +90,7 @@ def rate(done: float, peak: float) -> float:
 
 def chat_share(done: float) -> float:
     """Share of conversations in a batch: text first, answers later."""
-    return 0.25 if done < 0.55 else 0.5 if done < 0.8 else 0.7
+    return 0.25 if done < 0.5 else 0.5 if done < 0.75 else 0.75
 
 
 def shape(done: float, step: int, tokens: int) -> tuple[int, int]:
