@@ -17,7 +17,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.ops",),
     ("ktx.rules",),
     ("ktx.inject",),
-    ("ktx.load",),
+    ("ktx.loading",),
     ("ktx.engine",),
     ("ktx.chat", "ktx.commands"),
     ("ktx.local_chat", "ktx.__main__"),

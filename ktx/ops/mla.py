@@ -45,10 +45,12 @@ class MLA(Operator):
 
     def load(self, source: WeightSource) -> None:
         k_b, v_b = (source.get(name) for name in self.tensors())
-        self.w_uk_t, self.w_uv = cpu.pack(_kept(k_b)), cpu.pack(_kept(v_b))
+        spec = source.spec(self.tensors()[0])
+        exact = spec is not None and spec.qtype is QTYPES["F32"]
+        self.w_uk_t, self.w_uv = cpu.pack(_kept(k_b, exact)), cpu.pack(_kept(v_b, exact))
         if not self.absorb_for_prefill:  # W_UK once more, rows along the latent, for expanding
-            w_uk = k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank).contiguous()
-            self.w_uk = cpu.pack(_kept(QuantizedTensor.of(w_uk), exact=k_b.qtype is QTYPES["F32"]))
+            w_uk = k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank)
+            self.w_uk = cpu.pack(_kept(QuantizedTensor.of(w_uk), exact))
 
     def forward(
         self, hidden_states: torch.Tensor, position_embeddings: Any = None, attention_mask: torch.Tensor | None = None,
@@ -98,12 +100,12 @@ class MLA(Operator):
         return read + (0 if self.w_uk is None else self.w_uk.nbytes), read
 
 
-def _kept(weight: QuantizedTensor, exact: bool = False) -> QuantizedTensor:
-    """What had to be computed comes as F32; unless the file itself is F32 it is kept in f16, which rounds less than any quant type."""
+def _kept(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
+    """What had to be computed from a file's type comes as F32; unless the file itself is F32, f16 rounds less than its type did."""
     if weight.qtype is not QTYPES["F32"] or exact:
         return weight
     half = weight.dequantize().half()
-    if not half.isfinite().all() or not torch.equal(half.float(), weight.dequantize()):
+    if not half.isfinite().all():
         return weight
     return QuantizedTensor(half.contiguous().view(torch.uint8).reshape(*half.shape[:-1], -1), QTYPES["F16"], weight.shape)
 

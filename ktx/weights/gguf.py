@@ -52,8 +52,7 @@ class GGUFSource:
         total = 0
         for part in recipe.parts:
             spec = self.tensors[part.tensor]
-            rows = spec.shape[-2] if part.rows is None else part.rows.stop - part.rows.start
-            total += spec.nbytes if part.rows is None else spec.nbytes // spec.shape[-2] * rows
+            total += spec.nbytes if part.rows is None else spec.nbytes // spec.shape[-2] * (part.rows.stop - part.rows.start)
         return TensorSpec(name, recipe.shape, largest.qtype, total, largest.file, largest.offset)
 
     def specs(self, name: str) -> list[TensorSpec]:

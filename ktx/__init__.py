@@ -1,0 +1,27 @@
+"""ktx: very large mixture-of-experts models inside plain PyTorch, on one GPU plus CPU memory or on no GPU at all."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ktx.inject import Plan as Plan
+    from ktx.loading import load as load
+    from ktx.loading import plan as plan
+    from ktx.ops.base import Context as Context
+    from ktx.ops.base import Operator as Operator
+    from ktx.ops.base import register as register
+    from ktx.rules import Rule as Rule
+
+__version__ = "0.1.0"
+__all__ = ["Context", "Operator", "Plan", "Rule", "load", "plan", "register"]
+
+_HOMES = {"Plan": "ktx.inject", "Context": "ktx.ops.base", "Operator": "ktx.ops.base", "register": "ktx.ops.base", "Rule": "ktx.rules", "load": "ktx.loading", "plan": "ktx.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are asked for, so that `import ktx` costs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ktx' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

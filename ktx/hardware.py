@@ -1,0 +1,153 @@
+"""What this machine has. No torch here: a plan or a help text must not wait for it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A NUMA node: its usable cpus and its memory in bytes."""
+
+    number: int
+    cpus: tuple[int, ...]
+    memory: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The hardware as this process may use it; memory in bytes."""
+
+    cpu: str
+    flags: frozenset[str]
+    cpus: tuple[int, ...]  # usable logical cpus: affinity
+    cores: int  # usable physical cores, not more than the cgroup's quota
+    quota: float | None  # cpus a cgroup allows, None when unlimited
+    memory: int
+    available: int
+    nodes: tuple[Node, ...] = field(default=())
+    huge_pages: str = "?"
+
+    @property
+    def isa(self) -> str:
+        """The best instruction set our kernels could use, by the kernel's own account of the CPU."""
+        if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= self.flags:
+            return "avx512vnni"
+        return "avx2" if {"avx2", "fma", "f16c"} <= self.flags else "scalar"
+
+
+def machine() -> Machine:
+    """Reads /proc and /sys; costs a millisecond."""
+    info = _cpuinfo()
+    cpus = tuple(sorted(os.sched_getaffinity(0)))
+    quota = cpu_quota()
+    physical = len({_core_of(cpu) for cpu in cpus})
+    cores = max(1, min(physical, int(quota))) if quota else physical
+    total, available = memory()
+    return Machine(
+        info.get("model name", platform.processor() or "unknown"), frozenset(info.get("flags", "").split()), cpus, cores, quota, total, available,
+        tuple(_nodes(set(cpus))), _first_line(Path("/sys/kernel/mm/transparent_hugepage/enabled"), "?"),
+    )
+
+
+def default_threads() -> int:
+    """One worker for each usable physical core."""
+    return machine().cores
+
+
+def memory() -> tuple[int, int]:
+    """(total, available) bytes for this process: the machine's, or its cgroup's if that is less."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
+    total, available = info["MemTotal"], info.get("MemAvailable", info["MemFree"])
+    for limit, used, cache in _cgroup_memory():
+        total, available = min(total, limit), min(available, max(0, limit - used + cache))
+    return total, available
+
+
+def cpu_quota() -> float | None:
+    """CPUs the cgroup (v2 or v1) gives this process; None when it sets no limit."""
+    for folder in _own_cgroups(""):
+        text = _first_line(folder / "cpu.max", "")
+        if text and not text.startswith("max"):
+            limit, period = text.split()
+            return int(limit) / int(period)
+    limit, period = (_first_line(CGROUP / "cpu" / name, "-1") for name in ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+    return int(limit) / int(period) if int(limit) > 0 and int(period) > 0 else None
+
+
+def amx_permitted() -> bool:
+    """Whether the kernel lets this process use AMX tiles (arch_prctl ARCH_REQ_XCOMP_PERM)."""
+    if "amx_tile" not in _cpuinfo().get("flags", "").split():
+        return False
+    import ctypes
+
+    return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
+
+
+def _cgroup_memory() -> Iterator[tuple[int, int, int]]:
+    """(limit, used, reclaimable page cache) of each limited cgroup above this process."""
+    for folder in _own_cgroups(""):
+        limit = _first_line(folder / "memory.max", "max")
+        if limit != "max":
+            yield int(limit), int(_first_line(folder / "memory.current", "0")), _stat(folder / "memory.stat", "file")
+    limit = _first_line(CGROUP / "memory" / "memory.limit_in_bytes", "")
+    if limit and int(limit) < 1 << 60:
+        folder = CGROUP / "memory"
+        yield int(limit), int(_first_line(folder / "memory.usage_in_bytes", "0")), _stat(folder / "memory.stat", "cache")
+
+
+def _own_cgroups(controller: str) -> Iterator[Path]:
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, names, path = line.split(":", 2)
+        if names == controller:
+            folder = CGROUP / path.lstrip("/")
+            while folder.is_relative_to(CGROUP):
+                yield folder
+                if folder == CGROUP:
+                    break
+                folder = folder.parent
+
+
+def _stat(file: Path, key: str) -> int:
+    lines = file.read_text().splitlines() if file.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[0] == key), 0)
+
+
+def _cpuinfo() -> dict[str, str]:
+    info: dict[str, str] = {}
+    for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines():
+        key, _, value = line.partition(":")
+        info[key.strip()] = value.strip()
+    return info
+
+
+def _core_of(cpu: int) -> str:
+    return _first_line(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"), str(cpu))
+
+
+def _nodes(usable: set[int]) -> Iterator[Node]:
+    for folder in sorted(Path("/sys/devices/system/node").glob("node[0-9]*")):
+        cpus = tuple(cpu for cpu in _list(_first_line(folder / "cpulist", "")) if cpu in usable)
+        total = next((int(line.split()[3]) * 1024 for line in (folder / "meminfo").read_text().splitlines() if "MemTotal" in line), 0)
+        yield Node(int(folder.name.removeprefix("node")), cpus, total)
+
+
+def _list(text: str) -> Iterator[int]:
+    """Numbers of a kernel list: "0-3,8"."""
+    for part in filter(None, text.split(",")):
+        low, _, high = part.partition("-")
+        yield from range(int(low), int(high or low) + 1)
+
+
+def _first_line(path: Path, default: str) -> str:
+    try:
+        return path.read_text().strip() or default
+    except OSError:
+        return default

@@ -1,0 +1,214 @@
+"""Rules on a model: each module that a rule names is replaced, and the plan says what happened and what will be read."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktx.errors import BadFile, UsageError, nearest
+from ktx.ops.base import Context, Operator, resolve
+from ktx.rules import Rule
+from ktx.weights.source import TensorSpec, WeightSource
+
+
+@dataclass
+class Step:
+    """One module of the new tree that reads weights or was replaced."""
+
+    path: str
+    old: str
+    new: str  # operator, or "" when the module is kept
+    rule: Rule | None
+    device: str
+    tensors: list[str]
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    specs: list[TensorSpec] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs)
+
+    @property
+    def types(self) -> str:
+        names = dict.fromkeys(spec.qtype.name for spec in sorted(self.specs, key=lambda spec: -spec.nbytes))
+        return "+".join(names)
+
+
+class Plan(list[Step]):
+    """What will be where. str() is the table, `totals()` the bytes by device, `check` names what is missing."""
+
+    unmatched: list[Rule]
+
+    def fill(self, source: WeightSource) -> None:
+        """Looks every tensor up in the headers."""
+        for step in self:
+            step.specs = [spec for spec in map(source.spec, step.tensors) if spec is not None]
+
+    def check(self, source: WeightSource) -> None:
+        """BadFile naming every tensor that the file lacks or has in another shape."""
+        wrong = []
+        for step in self:
+            for name in step.tensors:
+                spec, shape = source.spec(name), step.shapes.get(name)
+                if spec is None:
+                    wrong.append(f"{name} is missing")
+                elif shape and spec.shape != shape and not (prod(spec.shape) == prod(shape) and len(spec.shape) != len(shape)):
+                    wrong.append(f"{name} is {_shape(spec.shape)}, the model needs {_shape(shape)}")
+        if wrong:
+            more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+            raise BadFile(f"{source.path}: does not fit this model: {'; '.join(wrong[:8])}{more}")
+
+    def totals(self) -> dict[str, int]:
+        """Bytes of weights by device."""
+        total: Counter[str] = Counter()
+        for step in self:
+            total[step.device] += step.nbytes
+        return dict(total)
+
+    def table(self, fold: bool = True) -> str:
+        """The table; `fold` writes layers that are alike as one row."""
+        head = ("module", "class", "operator", "device", "type", "bytes", "rule")
+        rows = [
+            (path, step.old, step.new or "(kept)", step.device, step.types, human(nbytes) if nbytes else "", step.rule.where if step.rule else "default")
+            for path, step, nbytes in (_folded(self) if fold else ((step.path, step, step.nbytes) for step in self))
+        ]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        lines = ["  ".join(cell.rjust(w) if i == 5 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in [head, *rows]]
+        totals = [f"total {device}: {human(nbytes)}" for device, nbytes in sorted(self.totals().items())]
+        return "\n".join([*lines, *totals])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def human(nbytes: float) -> str:
+    """Bytes for people: 1.5 GB, by powers of 1000 as disks and downloads count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _folded(plan: Plan) -> Iterator[tuple[str, Step, int]]:
+    """Steps that differ only in the layer number as one, in order of first appearance."""
+    groups: dict[tuple[Any, ...], list[Step]] = {}
+    for step in plan:
+        generic = re.sub(r"\.\d+(?=\.|$)", ".{}", step.path, count=1)
+        groups.setdefault((generic, step.old, step.new, step.device, step.types, step.rule.where if step.rule else ""), []).append(step)
+    for (generic, *_), steps in groups.items():
+        numbers = [int(m[1]) for step in steps if (m := re.search(r"\.(\d+)(?=\.|$)", step.path))]
+        name = generic.replace("{}", _spans(numbers)) if len(steps) > 1 else steps[0].path
+        yield name, steps[0], sum(step.nbytes for step in steps)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return "[" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) + "]"
+
+
+def inject(model: nn.Module, rules: Sequence[Rule], config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Plan:
+    """Replaces modules of a model on the meta device, top down on the new tree, and returns the plan.
+
+    A rule that matches nothing is told by a warning.
+    """
+    walk = _Walk(model, rules, config, dtype, kv_dtype)
+    walk.visit("", model, torch.device("cpu"))
+    walk.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in walk.hits]
+    for rule in walk.plan.unmatched:
+        pattern = rule.name.pattern if rule.name else rule.cls
+        warnings.warn(f"{rule.where}: the rule for {pattern!r} matched no module", stacklevel=2)
+    return walk.plan
+
+
+class _Walk:
+    def __init__(self, model: nn.Module, rules: Sequence[Rule], config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None):
+        self.model, self.rules, self.config, self.dtype, self.kv_dtype = model, rules, config, dtype, kv_dtype
+        self.plan, self.hits = Plan(), set[int]()
+        self.tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+
+    def visit(self, path: str, module: nn.Module, device: torch.device) -> None:
+        index = next((i for i, rule in enumerate(self.rules) if path and rule.matches(path, type(module))), None)
+        rule = None if index is None else self.rules[index]
+        if index is not None:
+            self.hits.add(index)
+        if rule is not None and rule.device:
+            device = _device(rule)
+        old = type(module).__name__
+        if rule is not None and rule.replace:
+            module = self.replaced(path, module, rule, device)
+            self.model.set_submodule(path, module)
+        self.step(path, old, module, rule, device)
+        if rule is None or rule.recursive:
+            for name, child in list(module.named_children()):
+                self.visit(f"{path}.{name}" if path else name, child, device)
+        else:
+            self.keep_below(path, module, device)
+
+    def replaced(self, path: str, old: nn.Module, rule: Rule, device: torch.device) -> Operator:
+        assert rule.replace
+        cls = resolve(rule.replace, rule.where)
+        check_kwargs(cls, rule)
+        try:
+            return cls.from_hf(old, Context(path, self.config, device, self.dtype, self.kv_dtype), **rule.kwargs)
+        except UsageError as error:
+            raise UsageError(f"{rule.where}: {error}") from error
+
+    def step(self, path: str, old: str, module: nn.Module, rule: Rule | None, device: torch.device) -> None:
+        """Records a module that was replaced or holds weights of its own."""
+        tensors, shapes = [], {}
+        own = [*module.named_parameters(recurse=False), *((n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set)]
+        for name, tensor in own:
+            full = f"{path}.{name}"
+            if tensor is not None and full not in self.tied:
+                tensors.append(full)
+                shapes[full] = tuple(tensor.shape)
+        if isinstance(module, Operator):
+            tensors += [name for name in module.tensors() if name not in self.tied and name not in tensors]
+            shapes |= getattr(module, "shapes", dict)()
+        if tensors or isinstance(module, Operator):
+            new = type(module).__name__ if rule is not None and rule.replace else ""
+            self.plan.append(Step(path, old, new, rule, str(device), tensors, shapes))
+
+    def keep_below(self, path: str, module: nn.Module, device: torch.device) -> None:
+        for name, child in module.named_modules():
+            if name:
+                self.step(f"{path}.{name}", type(child).__name__, child, None, device)
+
+
+def check_kwargs(cls: type[Operator], rule: Rule) -> None:
+    """UsageError for an option that the operator's from_hf does not name."""
+    parameters = inspect.signature(cls.from_hf).parameters
+    known = [name for name, p in parameters.items() if name not in ("old", "ctx") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    for key in rule.kwargs:
+        if key not in known:
+            options = " ".join(known) or "none"
+            raise UsageError(f"{rule.where}: {cls.__name__} has no option {key!r}{nearest(key, known)}; its options: {options}")
+
+
+def _device(rule: Rule) -> torch.device:
+    try:
+        device = torch.device(str(rule.device))
+    except RuntimeError as error:
+        raise UsageError(f"{rule.where}: {rule.device!r} is no device; write cpu or cuda:0") from error
+    if device.type != "cpu":
+        warnings.warn(f"{rule.where}: {device} is not used by this version's operators; the module stays on the CPU", stacklevel=3)
+    return torch.device("cpu")

@@ -1,0 +1,323 @@
+"""The only assembler: configuration, skeleton, rules, checks, weights, repair, a model that is ready."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktx.compat import dtype_plan
+from ktx.config import environment, warn_unknown
+from ktx.errors import BadFile, DoesNotFit, UsageError
+from ktx.hardware import default_threads, memory
+from ktx.inject import Plan, human, inject
+from ktx.kernels import cpu
+from ktx.ops.base import Operator
+from ktx.ops.embed import Embedding
+from ktx.ops.linear import Linear
+from ktx.rules import Rule, load_rules
+from ktx.weights.source import WeightSource, open_weights
+
+RESERVE = 1 << 30  # what Python, torch and one layer in flight take beside the packed weights
+
+
+@dataclass
+class Handle:
+    """What `model.ktx` holds: how the model was made."""
+
+    plan: Plan
+    weights: str
+    seconds: float
+    nbytes: int  # packed bytes
+    bytes_per_token: int  # packed bytes that one token makes the kernels read
+    isa: str
+    threads: int
+
+    @property
+    def load_speed(self) -> float:
+        """GB/s of packed weights while loading."""
+        return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a folder, hub id or GGUF file. Kimi-K2 is DeepSeek-V3 under another name."""
+    from transformers import AutoConfig
+
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        from ktx.weights.metadata import config_from_gguf
+
+        return config_from_gguf(path)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise BadFile(f"{source}: has no config.json; --model must be a Hugging Face folder (its GGUF goes to --weights)")
+    if path.is_dir():
+        try:
+            raw = json.loads((path / "config.json").read_text())
+        except ValueError as error:
+            raise BadFile(f"{path / 'config.json'}: is no JSON: {error}") from error
+        if raw.get("model_type") == "kimi_k2":
+            keep = {key: value for key, value in raw.items() if key not in ("auto_map", "model_type", "architectures")}
+            return AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **keep)
+    elif path.exists() or str(source).count("/") > 1 or str(source).startswith((".", "~", "/")):
+        raise BadFile(f"{source}: no such folder")
+    try:
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise BadFile(f"{source}: no configuration: {first[:300]}") from error
+
+
+def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """The transformers model on the meta device, attending with our kernel."""
+    from transformers import AutoModelForCausalLM
+
+    import ktx.ops.attention as attention
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.config._attn_implementation = attention.NAME
+    return model.eval().requires_grad_(False)
+
+
+def plan(model: str | Path, weights: str | Path | None = None, rules: Any = None, trust_remote_code: bool = False) -> Plan:
+    """What `load` would do, from headers alone."""
+    return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code)[1]
+
+
+def _prepare(
+    model: str | Path, weights: str | Path | None, rules: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None, moe_experts: int | None,
+    trust_remote_code: bool,
+) -> tuple[nn.Module, Plan, WeightSource]:
+    warn_unknown()
+    where = Path(weights or model).expanduser()
+    if not weights and not where.exists():
+        where = _hub_folder(str(model))
+    if not where.exists():
+        raise BadFile(f"{where}: no such file or folder")
+    config = copy.deepcopy(read_config(model, trust_remote_code))
+    if moe_experts is not None:
+        _fewer_experts(config, moe_experts)
+    chosen = load_rules(rules, config.model_type)
+    source = open_weights(where, config)
+    wrong = source.differences(config)
+    if wrong:
+        raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
+    built = skeleton(config, dtype, trust_remote_code)
+    made = inject(built, chosen, config, dtype, kv_dtype)
+    _tie(built, made, source)
+    made.fill(source)
+    return built, made, source
+
+
+def _hub_folder(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+    except Exception as error:  # the hub client's errors have no common base but Exception
+        raise BadFile(f"{model}: is no folder and cannot be fetched from the hub: {str(error).splitlines()[0][:200]}") from error
+
+
+def _fewer_experts(config: Any, count: int) -> None:
+    usual = getattr(config, "num_experts_per_tok", None)
+    if usual is None:
+        raise UsageError(f"moe_experts={count}: {config.model_type} has no experts")
+    if not 1 <= count <= usual:
+        raise UsageError(f"moe_experts={count}: must be 1 to {usual}, what the model was trained with")
+    config.num_experts_per_tok = count
+
+
+def _tie(model: nn.Module, made: Plan, source: WeightSource) -> None:
+    """An output layer without weights of its own reads the embedding's; if the file has some, they count."""
+    for target, origin in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        module = model.get_submodule(target.rpartition(".")[0])
+        if not isinstance(module, Linear):
+            continue
+        if source.spec(target) is None:
+            module.tied_to = origin
+        else:
+            step = next(step for step in made if step.path == module.path)
+            step.tensors.insert(0, target)
+
+
+def load(
+    model: str | Path, weights: str | Path | None = None, rules: str | Path | Sequence[Rule] | None = None, *, dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None, threads: int | None = None, moe_experts: int | None = None, trust_remote_code: bool = False, progress: bool = True,
+) -> tuple[Any, Any]:
+    """A transformers model on packed weights, and its tokenizer.
+
+    `model` is a Hugging Face folder, a hub id, or a GGUF file whose metadata suffices; `weights` a GGUF file, a folder of one, or
+    safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). Raises
+    BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
+    """
+    team = threads or int(environment("KTX_THREADS") or 0) or default_threads()  # type: ignore[call-overload]
+    cpu.ops.set_threads(team)
+    built, made, source = _prepare(model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code)
+    made.check(source)
+    check_memory(made)
+    tokenizer = read_tokenizer(model, source, trust_remote_code)
+    start = time.perf_counter()
+    with progress_bar(sum(step.nbytes for step in made), progress) as advance:
+        _load_all(built, made, source, dtype, team, advance)
+    _repair(built)
+    for module in built.modules():
+        if isinstance(module, Operator):
+            module.ready()
+    held, read = _weight_bytes(built)
+    built.ktx = Handle(made, source.path, time.perf_counter() - start, held, read, cpu.ops.isa(), team)  # type: ignore[assignment]
+    _generation(built, model)
+    return built, tokenizer
+
+
+def check_memory(made: Plan) -> None:
+    """DoesNotFit, with the numbers, when packed weights and a reserve exceed the memory that is free."""
+    need, (total, available) = int(sum(step.nbytes for step in made) * 1.02) + RESERVE, memory()
+    if need > available:
+        raise DoesNotFit(f"the weights need {human(need)} of memory, {human(available)} of {human(total)} are free; close programs or take a smaller quant")
+
+
+def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer, or the GGUF's own when the folder has none."""
+    from transformers import AutoTokenizer
+
+    path = Path(model).expanduser()
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if path.suffix == ".gguf" or (path.is_dir() and not any((path / name).exists() for name in names)):
+        from ktx.weights.metadata import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(source.metadata, source.path)
+    try:
+        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadFile(f"{model}: no tokenizer: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+# ---- weights
+
+
+def _load_all(model: nn.Module, made: Plan, source: WeightSource, dtype: torch.dtype, threads: int, advance: Callable[[int], None]) -> None:
+    """Every step in file order on `threads` threads; the first error stops the rest."""
+    keep = _dtype_of(model, dtype)
+    steps = sorted(made, key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
+
+    def one(index: int) -> None:
+        for following in steps[index + threads : index + threads + 1]:
+            source.prefetch(following.tensors)
+        step = steps[index]
+        module = model.get_submodule(step.path) if step.path else model
+        if isinstance(module, Operator) and not getattr(module, "tied_to", ""):
+            module.load(source)
+        own = {name for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
+        for full in step.tensors:
+            name = full.removeprefix(f"{step.path}.")
+            if name in own:
+                _set_own(module, name, source.get(full).dequantize(), keep(full))
+        source.release(step.tensors)
+        advance(step.nbytes)
+
+    with ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(one, index) for index in range(len(steps))]
+        for job in jobs:
+            try:
+                job.result()
+            except BaseException:
+                for other in jobs:
+                    other.cancel()
+                raise
+    for module in model.modules():
+        if isinstance(module, Linear) and module.tied_to:
+            owner = model.get_submodule(module.tied_to.rpartition(".")[0])
+            if isinstance(owner, Embedding) and owner.packed is not None:
+                module.parts = [owner.packed]
+            module.load(source)
+
+
+def _set_own(module: nn.Module, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+    old = module._parameters.get(name)
+    if old is not None:
+        module._parameters[name] = nn.Parameter(values.reshape(old.shape).to(dtype), requires_grad=False)
+    else:
+        buffer = module._buffers[name]
+        assert buffer is not None
+        module._buffers[name] = values.reshape(buffer.shape).to(torch.float32 if buffer.is_floating_point() else buffer.dtype)
+
+
+def _dtype_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    plan = dtype_plan(model, dtype)
+
+    def dtype_for(name: str) -> torch.dtype:
+        return plan.get(name, dtype)
+
+    return dtype_for
+
+
+def _repair(model: Any) -> None:
+    """What no file holds: rotary tables and other computed buffers, by transformers' own initialiser; then nothing may be left on meta."""
+    for module in model.modules():
+        meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in meta:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if meta:
+            model._init_weights(module)
+    embeddings = {name for name in (getattr(model, "all_tied_weights_keys", None) or {})}
+    for target in embeddings:
+        module, _, name = target.rpartition(".")
+        owner = model.get_submodule(module)
+        if isinstance(owner, nn.Linear):  # kept by the rules: tied as transformers does
+            source = model.get_submodule(model.all_tied_weights_keys[target].rpartition(".")[0]).weight
+            owner._parameters[name] = source if isinstance(source, nn.Parameter) else nn.Parameter(source, requires_grad=False)
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise BadFile(f"these parameters were not loaded: {', '.join(left[:5])}{' and more' if len(left) > 5 else ''}")
+
+
+def _weight_bytes(model: nn.Module) -> tuple[int, int]:
+    """Packed bytes held, and read for one token; plain parameters count as they are."""
+    held = read = 0
+    shared: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, Operator):
+            mine, token = module.weight_bytes()
+            tied = isinstance(module, Linear) and module.tied_to
+            held, read = held + (0 if tied else mine), read + token
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in shared:
+                shared.add(id(parameter))
+                size = parameter.numel() * parameter.element_size()
+                held, read = held + size, read + (0 if isinstance(module, nn.Embedding) else size)
+    return held, read
+
+
+def _generation(model: Any, folder: str | Path) -> None:
+    from transformers import GenerationConfig
+
+    if (Path(folder).expanduser() / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    model.generation_config.disable_compile = True  # kernels are opaque to the compiler; compiling around them costs minutes
+
+
+@contextmanager
+def progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """One bar in bytes with GB/s and the time left on a terminal; nothing elsewhere."""
+    if not show or not sys.stderr.isatty():
+        yield lambda nbytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)

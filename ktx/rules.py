@@ -1,0 +1,183 @@
+"""Rule files: YAML -> rules -> a plan.
+
+A rule file is a list; each item has `match` (`name`, a regular expression searched in the module path, and/or `class`, dotted or
+short, compared with the module's class and its bases) and `replace` (`class`, an operator's short name or a dotted path,
+or `default` to keep the module; `kwargs`), and optionally `recursive` and `device`. The first rule that matches wins.
+Parsing knows no torch; every error names file and line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ktx.errors import BadFile, UsageError, nearest
+
+KEYS: dict[str, dict[str, type]] = {
+    "": {"match": dict, "replace": dict, "recursive": bool, "device": str},
+    "match": {"name": str, "class": str},
+    "replace": {"class": str, "kwargs": dict, "device": str},
+}
+FILES = {  # model_type -> rule file; a type that is not here gets `generic`
+    "deepseek_v2": "deepseek-v2", "deepseek_v3": "deepseek-v3", "kimi_k2": "deepseek-v3", "qwen2_moe": "qwen2-moe", "qwen3_moe": "qwen3-moe",
+    "qwen3_next": "qwen3-next", "mixtral": "mixtral", "glm4_moe": "glm4-moe", "minimax_m2": "minimax-m2", "ernie4_5_moe": "ernie4_5-moe",
+    "gpt_oss": "gpt-oss", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One entry of a rule file. `replace` None keeps the module; `where` is "file:line" for messages."""
+
+    name: re.Pattern[str] | None = None
+    cls: str | None = None
+    replace: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    device: str | None = None
+    recursive: bool = True
+    where: str = "rule"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.name, str):  # a rule written in Python may give the expression as text
+            object.__setattr__(self, "name", re.compile(self.name))
+        if self.name is None and self.cls is None:
+            raise UsageError(f"{self.where}: a rule must match something: give match.name or match.class")
+
+    def matches(self, path: str, cls: type) -> bool:
+        if self.name is not None and not self.name.search(path):
+            return False
+        return self.cls is None or any(_is_called(base, self.cls) for base in cls.__mro__)
+
+
+def _is_called(cls: type, name: str) -> bool:
+    """A class's short name, its full path, or a public path of the same package (torch.nn.Linear)."""
+    package, _, short = name.rpartition(".")
+    return cls.__name__ == short and (not package or package.split(".")[0] == cls.__module__.split(".")[0])
+
+
+class _Marked:
+    """YAML values that remember their line."""
+
+    def __init__(self, file: str):
+        self.file = file
+
+    def at(self, node: yaml.Node) -> str:
+        return f"{self.file}:{node.start_mark.line + 1}"
+
+    def mapping(self, node: yaml.Node, what: str) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            raise UsageError(f"{self.at(node)}: {what} must be a mapping of keys, found {_shown(node)}")
+        found: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            if key.value in found:
+                raise UsageError(f"{self.at(key)}: the key {key.value!r} appears twice")
+            found[str(key.value)] = value
+        return found
+
+    def known(self, node: yaml.Node, section: str) -> dict[str, yaml.Node]:
+        """The section's keys; an unknown one is an error with the nearest that exists."""
+        found = self.mapping(node, section or "a rule")
+        keys = {str(key.value): key for key, _ in node.value}
+        for name in found:
+            if name not in KEYS[section]:
+                where = f" in {section}" if section else ""
+                raise UsageError(f"{self.at(keys[name])}: unknown key {name!r}{where}{nearest(name, KEYS[section])}; known: {' '.join(KEYS[section])}")
+        return found
+
+    def value(self, node: yaml.Node, kind: type, what: str) -> Any:
+        value = yaml.SafeLoader("").construct_object(node, deep=True)
+        if value is None and kind is not bool:
+            return None
+        if not isinstance(value, kind):
+            raise UsageError(f"{self.at(node)}: {what} must be {_kind(kind)}, found {_shown(node)}")
+        return value
+
+
+def _kind(kind: type) -> str:
+    return {bool: "true or false", str: "text", dict: "a mapping"}[kind]
+
+
+def _shown(node: yaml.Node) -> str:
+    return repr(node.value)[:40] if isinstance(node, yaml.ScalarNode) else {"sequence": "a list", "mapping": "a mapping"}[node.id]
+
+
+def parse(text: str, file: str = "<rules>") -> list[Rule]:
+    """Rules of a YAML text. UsageError with file and line for whatever cannot be meant."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UsageError(f"{file}:{mark.line + 1 if mark else 1}: is no YAML: {getattr(error, 'problem', error)}") from None
+    if root is None:
+        raise UsageError(f"{file}:1: holds no rules")
+    if not isinstance(root, yaml.SequenceNode):
+        raise UsageError(f"{file}:{root.start_mark.line + 1}: a rule file is a list; begin each rule with '- match:'")
+    from ktx.ktransformers import translate
+
+    return [translate(_rule(item, _Marked(file))) for item in root.value]
+
+
+def _rule(node: yaml.Node, at: _Marked) -> Rule:
+    top = at.known(node, "")
+    if "match" not in top:
+        raise UsageError(f"{at.at(node)}: a rule needs 'match'")
+    match = at.known(top["match"], "match")
+    replace = at.known(top["replace"], "replace") if "replace" in top else {}
+    name = at.value(match["name"], str, "match.name") if "name" in match else None
+    cls = at.value(match["class"], str, "match.class") if "class" in match else None
+    if not name and not cls:
+        raise UsageError(f"{at.at(top['match'])}: match needs a name or a class")
+    new = at.value(replace["class"], str, "replace.class") if "class" in replace else "default"
+    kwargs = at.value(replace["kwargs"], dict, "replace.kwargs") if "kwargs" in replace else None
+    device = next((at.value(section["device"], str, "device") for section in (top, replace) if "device" in section), None)
+    return Rule(
+        _pattern(name, match, at), cls, None if new in ("default", None) else new, kwargs or {}, device,
+        at.value(top["recursive"], bool, "recursive") if "recursive" in top else True, at.at(node),
+    )
+
+
+def _pattern(name: str | None, match: Mapping[str, yaml.Node], at: _Marked) -> re.Pattern[str] | None:
+    if not name:
+        return None
+    try:
+        return re.compile(name)
+    except re.error as error:
+        raise UsageError(f"{at.at(match['name'])}: match.name {name!r} is no regular expression: {error}") from None
+
+
+# ---- finding rule files
+
+
+def rule_folder() -> Path:
+    """Where the shipped rule files lie: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "optimize_rules"
+    return checkout if checkout.is_dir() else package / "optimize_rules"
+
+
+def shipped() -> list[str]:
+    return sorted(file.stem for file in rule_folder().glob("*.yaml"))
+
+
+def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") -> list[Rule]:
+    """Rules by name ("deepseek-v3"), by path, as a list, or (None) by model type."""
+    if isinstance(rules, (list, tuple)):
+        return list(rules)
+    if rules is None:
+        rules = FILES.get(model_type, "generic")
+    path = Path(str(rules)).expanduser()
+    if not path.is_file():
+        named = rule_folder() / f"{path.name.removesuffix('.yaml').lower()}.yaml"
+        if path.parent != Path(".") or not named.is_file():
+            raise BadFile(f"{rules}: no such rule file, and no shipped one is called so{nearest(path.stem, shipped())}; shipped: {' '.join(shipped())}")
+        path = named
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadFile(f"{path}: cannot be read as a rule file: {error}") from error
+    return parse(text, str(path))
