@@ -34,7 +34,7 @@ class Build(build_ext):
 
         def compile_one(source: str) -> str:
             target = temporary / (source.replace("/", "_") + ".o")
-            level = "-O3" if "/cpu/" in source else "-O2"
+            level = "-O3" if "/cpu/" in source and "scalar" not in source else "-O2"
             self.call([*compiler, "-c", source, "-o", str(target), level, *FLAGS, *(includes if "/cpu/" not in source else [])])
             return str(target)
 

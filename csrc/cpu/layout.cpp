@@ -43,38 +43,50 @@ uint32_t load32(const uint8_t* p) {
 
 // The fifth bits of Q5_0 and Q5_1 lie as bit 4*i+b for byte b of vector i; as bit 8*b+i one shift and one mask serve a vector.
 uint32_t fifth_bits(uint32_t bits) {
-  uint32_t out = 0;
-  for (int i = 0; i < 8; ++i)
-    for (int b = 0; b < 4; ++b) out |= ((bits >> (4 * i + b)) & 1) << (8 * b + i);
-  return out;
+  // Swaps the roles of (i, b) by exchanging neighbouring index bits: i2 i1 i0 b1 b0 -> b1 b0 i2 i1 i0 in two perfect shuffles.
+  auto swap = [](uint32_t x, uint32_t mask, int by) { const uint32_t t = (x ^ (x >> by)) & mask; return x ^ t ^ (t << by); };
+  for (int round = 0; round < 3; ++round) {  // a perfect shuffle rotates the five index bits by one
+    bits = swap(bits, 0x0000ff00u, 8), bits = swap(bits, 0x00f000f0u, 4), bits = swap(bits, 0x0c0c0c0cu, 2), bits = swap(bits, 0x22222222u, 1);
+  }
+  return bits;
 }
 
-// One block of one row, into lane r of its group.
-void put_block(const Layout& l, const uint8_t* block, int64_t index, int64_t k, uint8_t* group, int r) {
-  const size_t plane = narrow_plane(l, k);
-  for (int i = 0; i < l.narrows; ++i)
-    std::memcpy(group + i * plane + (index * 16 + r) * l.narrow_bytes, block + l.narrow_at[i], l.narrow_bytes);
-  uint8_t* words = group + words_at(l, k) + index * l.word_count() * 64 + 4 * r;
-  for (const Segment& s : l.words)
-    for (int at = 0; at < s.bytes; at += 4, words += 64) std::memcpy(words, block + s.offset + at, 4);
-  if (l.code == Q5_0 || l.code == Q5_1) {
-    words -= 64;
-    const uint32_t bits = fifth_bits(load32(words));
-    std::memcpy(words, &bits, 4);
+// Block `index` of up to 16 rows into their group: a word of all rows at a time, so that stores are whole lines.
+void put_blocks(const Layout& l, const uint8_t* const* rows, int lanes, int64_t index, int64_t k, uint8_t* group) {
+  const size_t plane = narrow_plane(l, k), at = size_t(index) * l.bytes;
+  for (int i = 0; i < l.narrows; ++i) {
+    uint8_t* narrow = group + i * plane + index * 16 * l.narrow_bytes;
+    for (int r = 0; r < lanes; ++r) std::memcpy(narrow + r * l.narrow_bytes, rows[r] + at + l.narrow_at[i], l.narrow_bytes);
   }
+  uint8_t* words = group + words_at(l, k) + index * l.word_count() * 64;
+  for (const Segment& s : l.words)
+    for (int offset = s.offset; offset < s.offset + s.bytes; offset += 4, words += 64) {
+      uint32_t line[16] = {};
+      if (lanes == 16)
+        for (int r = 0; r < 16; ++r) line[r] = load32(rows[r] + at + offset);
+      else
+        for (int r = 0; r < lanes; ++r) line[r] = load32(rows[r] + at + offset);
+      std::memcpy(words, line, 64);
+    }
+  if (l.code != Q5_0 && l.code != Q5_1) return;
+  uint32_t line[16];
+  std::memcpy(line, words - 64, 64);
+  for (uint32_t& bits : line) bits = fifth_bits(bits);
+  std::memcpy(words - 64, line, 64);
 }
 
 template <int BYTES>
-void put_floats(const uint8_t* row, int64_t k, uint8_t* group, int r) {
-  for (int64_t i = 0; i < k; ++i) std::memcpy(group + (i * 16 + r) * BYTES, row + i * BYTES, BYTES);
+void put_floats(const uint8_t* const* rows, int lanes, int64_t k, uint8_t* group) {
+  for (int64_t i = 0; i < k; ++i)
+    for (int r = 0; r < lanes; ++r) std::memcpy(group + (i * 16 + r) * BYTES, rows[r] + i * BYTES, BYTES);
 }
 
-void put_row(const Layout& l, const uint8_t* row, int64_t k, uint8_t* group, int r) {
+void put_rows(const Layout& l, const uint8_t* const* rows, int lanes, int64_t k, uint8_t* group) {
   if (!l.is_float)
-    for (int64_t b = 0; b < k / l.block; ++b) put_block(l, row + b * l.bytes, b, k, group, r);
-  else if (l.bytes == 4) put_floats<4>(row, k, group, r);
-  else if (l.bytes == 2) put_floats<2>(row, k, group, r);
-  else put_floats<1>(row, k, group, r);
+    for (int64_t b = 0; b < k / l.block; ++b) put_blocks(l, rows, lanes, b, k, group);
+  else if (l.bytes == 4) put_floats<4>(rows, lanes, k, group);
+  else if (l.bytes == 2) put_floats<2>(rows, lanes, k, group);
+  else put_floats<1>(rows, lanes, k, group);
 }
 }  // namespace
 
@@ -91,7 +103,9 @@ void pack_rows(const Layout& l, const uint8_t* source, size_t row_bytes, int64_t
     uint8_t* group = packed + (row0 + row) / 16 * stride;
     const int lanes = rows - row < 16 ? int(rows - row) : 16;
     if (lanes < 16) std::memset(group, 0, stride);
-    for (int r = 0; r < lanes; ++r) put_row(l, source + (row + r) * row_bytes, k, group, r);
+    const uint8_t* lines[16];
+    for (int r = 0; r < lanes; ++r) lines[r] = source + (row + r) * row_bytes;
+    put_rows(l, lines, lanes, k, group);
     if (!scale) continue;
     float* scales = reinterpret_cast<float*>(group + float_scales_at(l, k));
     for (int64_t c = 0; c < scale_columns; ++c)
