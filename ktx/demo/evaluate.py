@@ -44,7 +44,10 @@ class Report:
 def stock(folder: Path) -> tuple[Any, Any]:
     """Plain transformers in float32: what the injected model is compared with."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it reports the MTP layer, which it does not use, as unexpected
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
