@@ -58,7 +58,7 @@ def packed(mix: str | None, folder: Path) -> tuple[Any, Any]:
     from ktx.demo.export import write_gguf
 
     if mix is None:
-        return ktx.load(str(folder), progress=False)
+        return ktx.load(str(folder), weights=str(folder / "model.safetensors"), progress=False)
     if mix == "Q4_K_M" and folder == demo.path():
         return ktx.load(str(demo.gguf()), progress=False)
     with tempfile.TemporaryDirectory() as scratch:

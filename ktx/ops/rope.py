@@ -23,6 +23,9 @@ class RotaryEmbedding(Operator):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, RotaryEmbedding needs inv_freq")
         new: RotaryEmbedding = adopt(cls, old, ctx)
         new.transformers_forward = type(old).forward
+        for name in ("compute_default_rope_parameters", "compute_ntk_alpha_rope_parameters"):
+            if hasattr(old, name):  # transformers' initialiser asks the module for its own frequencies
+                setattr(new, name, getattr(old, name))
         new.table, new.fixed = None, getattr(old, "rope_type", "default") in ("default", "linear", "yarn", "llama3")
         return new
 
