@@ -1,0 +1,83 @@
+"""The `ktx` command."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ktx.commands.arguments import Parser
+from ktx.errors import KtxError
+
+COMMANDS = ("chat", "plan", "doctor", "verify", "bench")
+
+
+def build_parser(wanted: Sequence[str] = COMMANDS) -> Parser:
+    """The parser with all sub-commands."""
+    import ktx
+
+    parser = Parser(prog="ktx", description=ktx.__doc__)
+    parser.add_argument("--version", action="version", version=f"ktx {ktx.__version__}")
+    parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="print a completion script for bash, zsh or tcsh and leave")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    for name in wanted:
+        module = importlib.import_module(f"ktx.commands.{name}")
+        sub = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__.partition(": ")[2])
+        module.add_arguments(sub)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Exit status: 0 done, 1 failed, 2 usage, 3 does not fit in memory, 4 bad file, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    args = parser.parse_args(words)
+    if args.print_completion:
+        import shtab
+
+        print(shtab.complete(parser, shell=args.print_completion))
+        return 0
+    if not args.command:
+        parser.print_help()
+        return 2
+    return guarded(args)
+
+
+def guarded(args: object) -> int:
+    """Runs a parsed command; an error that is the user's to mend becomes one line."""
+    module = importlib.import_module(f"ktx.commands.{args.command}")  # type: ignore[attr-defined]
+    debug = getattr(args, "debug", False)
+    if not debug:
+        _quiet_warnings()
+    try:
+        return module.run(args)
+    except KtxError as error:
+        if debug:
+            raise
+        print(f"ktx: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except MemoryError:
+        print("ktx: out of memory; take a smaller quant, a shorter --max-context, or close programs", file=sys.stderr)
+        return 3
+
+
+def _quiet_warnings() -> None:
+    """A warning is one line too."""
+    import warnings
+
+    def show(message: object, category: type, *rest: object) -> None:
+        print(f"ktx: warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,99 @@
+"""What a chat knows between turns: messages, settings, the session. No terminal here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ktx.engine.sampling import Sampling
+from ktx.engine.stream import Text
+from ktx.engine.text import Done, Session
+from ktx.errors import BadFile, UsageError, nearest
+
+ROLES = ("system", "user", "assistant")
+SETTABLE = [f.name for f in fields(Sampling) if f.name != "stop"]
+
+
+@dataclass
+class Conversation:
+    """Messages of one chat; `send` asks the model and keeps its answer, also one that was cut short."""
+
+    session: Session
+    sampling: Sampling
+    system: str = ""
+    force_think: bool = False
+    turns: list[dict[str, str]] = field(default_factory=list)
+    last: Done | None = None
+
+    def messages(self) -> list[dict[str, str]]:
+        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
+
+    def send(self, text: str) -> Iterator[Text | Done]:
+        """The answer to a new message as a stream of events. Nothing is kept when the prompt is refused."""
+        self.turns.append({"role": "user", "content": text})
+        try:
+            ids = self.session.prompt(self.messages(), self.force_think)
+            thinking = self._opens_thinking(ids)
+            answer = ""
+            for event in self.session.answer(ids, self.sampling, thinking):
+                if isinstance(event, Done):
+                    self.last = event
+                elif event.kind == "answer":
+                    answer += event.text
+                yield event
+        except UsageError:
+            self.turns.pop()
+            raise
+        self.turns.append({"role": "assistant", "content": answer})
+
+    def _opens_thinking(self, ids: list[int]) -> bool:
+        tail = self.session.tokenizer.decode(ids[-8:], skip_special_tokens=False)
+        return tail.rstrip().endswith("<think>")
+
+    def clear(self) -> None:
+        self.turns, self.last = [], None
+        self.session.forget()
+
+    def undo(self) -> str | None:
+        """Takes the last question and its answer back and returns the question."""
+        while self.turns:
+            turn = self.turns.pop()
+            if turn["role"] == "user":
+                return turn["content"]
+        return None
+
+    def set(self, name: str, value: str) -> str:
+        """Changes one sampling setting; UsageError for an unknown name or a value out of range."""
+        name = name.replace("-", "_")
+        if name not in SETTABLE:
+            raise UsageError(f"no setting is called {name!r}{nearest(name, SETTABLE)}; settings: {' '.join(SETTABLE)}")
+        old = {f.name: getattr(self.sampling, f.name) for f in fields(Sampling)}
+        kind = int if name in ("top_k", "seed", "max_new_tokens") else float
+        try:
+            old[name] = None if name == "seed" and value.lower() in ("none", "off") else kind(value)
+        except ValueError:
+            raise UsageError(f"{name} needs a number, found {value!r}") from None
+        self.sampling = Sampling(**old)
+        return f"{name} = {old[name]}"
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"system": self.system, "turns": self.turns}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+    def load(self, path: Path) -> int:
+        """Replaces the conversation by a saved one and returns its number of messages. BadFile when it is none."""
+        try:
+            saved: Any = json.loads(path.read_text(encoding="utf-8"))
+            turns, system = saved["turns"], saved.get("system", "")
+            good = isinstance(system, str) and all(t["role"] in ROLES and isinstance(t["content"], str) for t in turns)
+        except OSError as error:
+            raise BadFile(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise BadFile(f"{path}: is no saved chat") from error
+        if not good:
+            raise BadFile(f"{path}: is no saved chat: roles must be {', '.join(ROLES)} and contents text")
+        self.clear()
+        self.system, self.turns = system, [{"role": t["role"], "content": t["content"]} for t in turns]
+        return len(self.turns)

@@ -1,0 +1,72 @@
+"""Command-line words that several commands share. No torch here: help must be instant."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes --like_this for --like-this, and answers an unknown option with the nearest one. Usage errors exit with 2."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):  # type: ignore[no-untyped-def, override]
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args([_dashed(word, self._option_string_actions) for word in words], namespace)
+
+    def error(self, message: str) -> NoReturn:
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        for word in unknown:
+            close = difflib.get_close_matches(word.split("=")[0].replace("_", "-"), options, n=1)
+            if close:
+                message += f" (did you mean {close[0]}?)"
+        self.exit(2, f"{self.prog}: {message}\n{self.prog}: --help shows the options\n")
+
+
+def _dashed(word: str, known: dict[str, argparse.Action]) -> str:
+    if not word.startswith("--") or len(word) < 3:
+        return word
+    name, equals, value = word.partition("=")
+    dashed = "--" + name[2:].replace("_", "-")
+    return dashed + equals + value if dashed in known else word
+
+
+def yes_no(text: str) -> bool:
+    """The value of an option like --force_think true."""
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be true or false, found {text!r}")
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, found {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value
+
+
+def counts(text: str) -> list[int]:
+    """One or several positive numbers: 512,2048."""
+    return [positive(part) for part in text.split(",")]
+
+
+def flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str, help: str) -> None:
+    """An option that stands alone or takes true or false."""
+    parser.add_argument(*names, nargs="?", const=True, default=False, type=yes_no, metavar="true|false", help=help)
+
+
+def model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--model, --weights, --rules and their KTransformers names."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", "--model-path", dest="model", metavar="DIR", required=required, help="Hugging Face folder or hub id (config.json, tokenizer), or a GGUF file alone")
+    group.add_argument("--weights", "--gguf-path", dest="weights", metavar="PATH", help="GGUF file, the first of a split one, a folder of it, or safetensors (default: the model folder)")
+    group.add_argument("--rules", "--optimize-config-path", dest="rules", metavar="FILE", help="rule file, or the name of a shipped one (default: by architecture)")
+    flag(group, "--trust-remote-code", help="run Python code that comes with the model (default: never)")

@@ -1,0 +1,27 @@
+"""ktx plan: what would be loaded where, from headers alone."""
+
+from __future__ import annotations
+
+import argparse
+
+from ktx.commands.arguments import flag, model_options
+
+SUMMARY = "show what rules do to a model, without reading its weights"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    model_options(parser)
+    flag(parser, "--all", help="one row a module instead of one for layers that are alike")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table; exit status 4 when tensors are missing or do not fit."""
+    import ktx
+    from ktx.weights.source import open_weights
+
+    plan = ktx.plan(args.model, args.weights, args.rules, trust_remote_code=args.trust_remote_code)
+    print(plan.table(fold=not args.all))
+    from ktx.loading import read_config
+
+    plan.check(open_weights(args.weights or args.model, read_config(args.model, args.trust_remote_code)))
+    return 0

@@ -1,0 +1,89 @@
+"""Token ids -> text as it may be shown: whole characters, no piece of a stop string, thinking apart from the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+THINK, END_THINK = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A piece of output; `kind` is "answer" or "think"."""
+
+    text: str
+    kind: str = "answer"
+
+
+class Detokeniser:
+    """Decodes with a few tokens of context, and holds back what is not yet a whole character.
+
+    Decoding a token alone would lose the spaces that some tokenizers keep between tokens, so the text is the difference
+    of two decodings that start at the same token.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer, self.ids = tokenizer, list[int]()
+        self.start, self.shown = 0, 0  # decoding starts at `start`; tokens before `shown` have been given out
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def feed(self, token: int) -> str:
+        """The text that this token completes; empty while a character is unfinished."""
+        self.ids.append(token)
+        before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
+        if now.endswith("�") or len(now) <= len(before):
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
+        return now[len(before) :]
+
+    def rest(self) -> str:
+        """What was held back, when no more tokens come."""
+        before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
+        self.start = self.shown = len(self.ids)
+        return now[len(before) :]
+
+
+class Router:
+    """Splits a stream at <think> tags and stops at stop strings; either may lie across pieces."""
+
+    def __init__(self, stop: Iterable[str] = (), thinking: bool = False):
+        self.stop, self.kind, self.held, self.stopped = [s for s in stop if s], "think" if thinking else "answer", "", False
+        self.fresh = True  # nothing of this kind has been shown: leading newlines after a tag are layout
+
+    def feed(self, piece: str) -> Iterator[Text]:
+        self.held += piece
+        while not self.stopped:
+            marks = self.stop + ([END_THINK] if self.kind == "think" else [THINK])
+            found = [(self.held.find(mark), mark) for mark in marks if mark in self.held]
+            if not found:
+                break
+            at, mark = min(found)
+            yield from self._show(self.held[:at])
+            self.held = self.held[at + len(mark) :]
+            if mark in self.stop:
+                self.stopped, self.held = True, ""
+            else:
+                self.kind, self.fresh = ("think" if mark == THINK else "answer"), True
+        keep = max((_overlap(self.held, mark) for mark in [*self.stop, END_THINK if self.kind == "think" else THINK]), default=0)
+        yield from self._show(self.held[: len(self.held) - keep])
+        self.held = self.held[len(self.held) - keep :]
+
+    def finish(self) -> Iterator[Text]:
+        """What was held back as the possible start of a mark."""
+        yield from self._show("" if self.stopped else self.held)
+        self.held = ""
+
+    def _show(self, text: str) -> Iterator[Text]:
+        text = text.lstrip("\n") if self.fresh else text
+        if text:
+            self.fresh = False
+            yield Text(text, self.kind)
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Length of the longest proper start of `mark` that `text` ends with."""
+    return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)
