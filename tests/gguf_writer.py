@@ -1,0 +1,208 @@
+"""Writes a tiny transformers model as GGUF the way llama.cpp's converter lays it out, and returns the weights as they can be read back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+
+from ktx.qtypes import QTYPES, QType
+
+ARCH = {
+    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "qwen3_next": "qwen3next",
+    "mixtral": "llama", "llama": "llama", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "ernie4_5_moe": "ernie4_5-moe",
+    "gpt_oss": "gpt-oss", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3",
+}
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q2_K": "Q4_0", "Q3_K": "Q4_0"}  # as llama-quantize: rows that are no 256-blocks
+EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def permuted(w: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp's order of llama's q and k rows."""
+    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def unpermuted(w: torch.Tensor, heads: int) -> torch.Tensor:
+    return w.reshape(heads, w.shape[0] // heads // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+class Writer:
+    """One file; `put` writes a tensor in the wanted type and returns what a reader will see."""
+
+    def __init__(self, path: Path, config: Any, quant: str | Callable[[str], str], split_kvb: bool, fuse_gate_up: bool, fuse_qkv: bool, mangle: dict[str, Any]):
+        self.config, self.quant, self.split_kvb, self.fuse_gate_up, self.fuse_qkv = config, quant, split_kvb, fuse_gate_up, fuse_qkv
+        self.arch = ARCH[config.model_type]
+        self.w = gguf.GGUFWriter(path, self.arch)
+        self.oracle: dict[str, torch.Tensor] = {}
+        number = {name: n for n, name in gguf.MODEL_ARCH_NAMES.items()}[self.arch]
+        self.names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
+        self.head(mangle)
+
+    def head(self, mangle: dict[str, Any]) -> None:
+        c = self.config
+        values = {
+            "block_count": c.num_hidden_layers, "embedding_length": c.hidden_size, "attention.head_count": c.num_attention_heads,
+            "attention.head_count_kv": 1 if getattr(c, "kv_lora_rank", None) else c.num_key_value_heads,
+            "expert_count": next((getattr(c, k) for k in EXPERT_KEYS if getattr(c, k, None)), None),
+            "expert_used_count": getattr(c, "num_experts_per_tok", None), "expert_feed_forward_length": getattr(c, "moe_intermediate_size", None),
+            "attention.kv_lora_rank": getattr(c, "kv_lora_rank", None), "vocab_size": c.vocab_size, **mangle,
+        }
+        for key, value in values.items():
+            if value is not None:
+                self.w.add_uint32(f"{self.arch}.{key}", int(value))
+
+    def type_for(self, name: str, shape: tuple[int, ...]) -> QType:
+        wanted = self.quant if isinstance(self.quant, str) else self.quant(name)
+        if len(shape) < 2 or "ffn_gate_inp" in name or "norm" in name or "ssm_conv1d" in name:
+            return QTYPES["F32"]
+        if shape[-1] % QTYPES[wanted].block:
+            wanted = FALLBACK.get(wanted, wanted)
+        return QTYPES[wanted if shape[-1] % QTYPES[wanted].block == 0 else "F32"]
+
+    def put(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        x = x.float().contiguous()
+        qtype = self.type_for(name, tuple(x.shape))
+        data = qtype.quantize(x)
+        kind = gguf.GGMLQuantizationType(qtype.code)
+        if qtype.name == "F32":
+            self.w.add_tensor(name, x.numpy())
+        elif qtype.name == "F16":
+            self.w.add_tensor(name, x.half().numpy())
+        else:
+            self.w.add_tensor(name, data.numpy(), raw_dtype=kind)
+        return qtype.dequantize(data).reshape(x.shape)
+
+    # ---- one parameter
+
+    def write(self, hf: str, x: torch.Tensor) -> None:
+        layer = re.match(r"model\.layers\.(\d+)\.(.+)$", hf)
+        block, rest = (f"blk.{layer[1]}.", layer[2]) if layer else ("", hf)
+        for pattern, method in SPECIAL:
+            hit = re.fullmatch(pattern, rest)
+            if hit and layer:
+                seen = getattr(self, method)(block, hit, x)
+                if seen is not None:
+                    self.oracle[hf] = seen.reshape(x.shape)
+                    return
+        plus = 1 if self.arch == "qwen3next" and rest.endswith("norm.weight") and "linear_attn" not in rest else 0
+        base, suffix = (hf.removesuffix(".weight"), ".weight") if hf.endswith(".weight") else (hf.removesuffix(".bias"), ".bias")
+        name = self.names.get_name(base)
+        assert name, hf
+        self.oracle[hf] = (self.put(name + suffix, x.float() + plus) - plus).reshape(x.shape)
+
+    def qkv(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor | None:
+        which, suffix = hit[1], hit[2]
+        heads = self.config.num_attention_heads if which == "q" else self.config.num_key_value_heads
+        swap = self.arch == "llama" and which != "v"
+        y = permuted(x, heads) if swap else x
+        if self.fuse_qkv and suffix == "weight":
+            self.pending[which] = y
+            if len(self.pending) == 3:
+                sizes = [self.pending[w].shape[0] for w in "qkv"]
+                seen = self.put(f"{block}attn_qkv.weight", torch.cat([self.pending[w] for w in "qkv"])).split(sizes)
+                for w, part in zip("qkv", seen, strict=True):
+                    n = self.config.num_attention_heads if w == "q" else self.config.num_key_value_heads
+                    back = unpermuted(part, n) if self.arch == "llama" and w != "v" else part
+                    self.oracle[f"model.layers.{block[4:-1]}.self_attn.{w}_proj.weight"] = back
+                self.pending = {}
+            return self.oracle.get(f"model.layers.{block[4:-1]}.self_attn.{which}_proj.weight", x)
+        seen = self.put(f"{block}attn_{which}.{suffix}", y)
+        return unpermuted(seen, heads) if swap else seen
+
+    pending: dict[str, torch.Tensor] = {}
+
+    def kv_b(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor | None:
+        if not self.split_kvb:
+            return None
+        c = self.config
+        kv = x.reshape(c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim, -1)
+        k = self.put(f"{block}attn_k_b.weight", kv[:, : c.qk_nope_head_dim].transpose(1, 2))
+        v = self.put(f"{block}attn_v_b.weight", kv[:, c.qk_nope_head_dim :])
+        return torch.cat([k.transpose(1, 2), v], 1)
+
+    def gate_up_experts(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        oss = self.arch == "gpt-oss"
+        y = x.transpose(1, 2) if oss else x
+        gate, up = (y[:, ::2], y[:, 1::2]) if oss else y.chunk(2, 1)
+        if self.fuse_gate_up:
+            return self.put(f"{block}ffn_gate_up_exps.weight", y)
+        gate, up = self.put(f"{block}ffn_gate_exps.weight", gate), self.put(f"{block}ffn_up_exps.weight", up)
+        if not oss:
+            return torch.cat([gate, up], 1)
+        return torch.stack([gate, up], 2).flatten(1, 2).transpose(1, 2)
+
+    def down_experts(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        if self.arch == "gpt-oss":
+            return self.put(f"{block}ffn_down_exps.weight", x.transpose(1, 2)).transpose(1, 2)
+        return self.put(f"{block}ffn_down_exps.weight", x)
+
+    def gate_up_bias(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        self.put1(f"{block}ffn_gate_exps.bias", x[:, ::2]), self.put1(f"{block}ffn_up_exps.bias", x[:, 1::2])
+        return x
+
+    def down_bias(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        return self.put1(f"{block}ffn_down_exps.bias", x)
+
+    def put1(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        self.w.add_tensor(name, x.float().contiguous().numpy())
+        return x
+
+    def correction(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        return self.put1(f"{block}exp_probs_b.bias", x.reshape(-1))
+
+    def sinks(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        return self.put1(f"{block}attn_sinks.weight", x)
+
+    def shared_gate(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        return self.put1(f"{block}ffn_gate_inp_shexp.weight", x.reshape(-1))
+
+    def dt_bias(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        return self.put1(f"{block}ssm_dt.bias", x)
+
+    def a_log(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        return torch.log(-self.put1(f"{block}ssm_a", -torch.exp(x.float())))
+
+    def conv1d(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        return self.put1(f"{block}ssm_conv1d.weight", x.squeeze(1))
+
+    def qkvz(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        c = self.config
+        k, v = c.linear_key_head_dim, c.linear_num_value_heads // c.linear_num_key_heads * c.linear_value_head_dim
+        heads = x.reshape(c.linear_num_key_heads, 2 * k + 2 * v, -1)
+        parts = [p.reshape(-1, x.shape[1]) for p in heads.split([k, k, v, v], 1)]
+        qkv, z = self.put(f"{block}attn_qkv.weight", torch.cat(parts[:3])), self.put(f"{block}attn_gate.weight", parts[3])
+        back = [*qkv.split([p.shape[0] for p in parts[:3]]), z]
+        return torch.cat([p.reshape(c.linear_num_key_heads, -1, x.shape[1]) for p in back], 1)
+
+
+SPECIAL = [
+    (r"self_attn\.([qkv])_proj\.(weight|bias)", "qkv"), (r"self_attn\.kv_b_proj\.weight", "kv_b"), (r"self_attn\.sinks", "sinks"),
+    (r"mlp\.experts\.gate_up_proj", "gate_up_experts"), (r"mlp\.experts\.down_proj", "down_experts"),
+    (r"mlp\.experts\.gate_up_proj_bias", "gate_up_bias"), (r"mlp\.experts\.down_proj_bias", "down_bias"),
+    (r"mlp\..*e_score_correction_bias|mlp\.e_score_correction_bias", "correction"), (r"mlp\.shared_expert_gate\.weight", "shared_gate"),
+    (r"linear_attn\.dt_bias", "dt_bias"), (r"linear_attn\.A_log", "a_log"), (r"linear_attn\.conv1d\.weight", "conv1d"),
+    (r"linear_attn\.in_proj_qkvz\.weight", "qkvz"),
+]
+
+
+def write_gguf(
+    path: Path, model: Any, quant: str | Callable[[str], str] = "Q8_0", *, split_kvb: bool = True, fuse_gate_up: bool = False, fuse_qkv: bool = False,
+    mangle: dict[str, Any] | None = None, extra: Callable[[gguf.GGUFWriter], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Writes the model's parameters; returns the state dict with the values that the file holds."""
+    writer = Writer(path, model.config, quant, split_kvb, fuse_gate_up, fuse_qkv, mangle or {})
+    if extra:
+        extra(writer.w)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            writer.write(name, tensor.detach())
+    writer.w.write_header_to_file()
+    writer.w.write_kv_data_to_file()
+    writer.w.write_tensors_to_file()
+    writer.w.close()
+    return writer.oracle

@@ -1,0 +1,165 @@
+"""Every family: the injected model is the transformers model on the weights that the file holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ktx
+from ktx.cache.kv import KVCache
+from tests.gguf_writer import write_gguf
+from tests.models.families import FAMILIES, tiny
+
+IDS = torch.randint(3, 320, (1, 150), generator=torch.Generator().manual_seed(3))
+FLOATS = ("F32", "BF16")
+
+
+def mixed(name: str) -> str:
+    """A Q4_K_M-like file: other types for some tensors."""
+    return "Q6_K" if "down" in name or "attn_v" in name or name == "output.weight" else "Q4_K"
+
+
+class Pair:
+    """A family's model in ktx and in transformers, on the same weights."""
+
+    def __init__(self, folder, family, quant, **options):
+        original = tiny(family)
+        original.config.save_pretrained(folder)
+        oracle = write_gguf(folder / "model.gguf", original, quant, **options)
+        original.load_state_dict(oracle, strict=False)
+        self.reference = original
+        self.model = load(folder, folder / "model.gguf")
+
+
+def load(folder, weights, **more):
+    """ktx.load without a tokenizer, which these folders do not have."""
+    import ktx.loading
+
+    keep = ktx.loading.read_tokenizer
+    ktx.loading.read_tokenizer = lambda *args, **kwargs: None
+    try:
+        return ktx.load(folder, weights, progress=False, **more)[0]
+    finally:
+        ktx.loading.read_tokenizer = keep
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    return Pair(tmp_path_factory.mktemp(request.param), request.param, "F32")
+
+
+def logits(model, ids=IDS, **more):
+    with torch.inference_mode():
+        return model(input_ids=ids, **more).logits
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def test_float_logits(pair):
+    assert (logits(pair.model) - logits(pair.reference)).abs().max() < 1e-4
+
+
+def test_token_by_token_is_prefill(pair):
+    whole = logits(pair.model, IDS[:, :40])
+    with torch.inference_mode():
+        cache = KVCache(pair.model.config, dtype=None)
+        steps = [pair.model(input_ids=IDS[:, i : i + 1], past_key_values=cache).logits for i in range(40)]
+    assert (torch.cat(steps, 1) - whole).abs().max() < 1e-4
+
+
+def test_chunks_are_whole(pair):
+    whole = logits(pair.model)[:, -1]
+    cache = KVCache(pair.model.config, dtype=None)
+    with torch.inference_mode():
+        for at in (0, 1, 30):
+            end = {0: 1, 1: 30, 30: 150}[at]
+            out = pair.model(input_ids=IDS[:, at:end], past_key_values=cache).logits
+    assert (out[:, -1] - whole).abs().max() < 1e-4
+
+
+def test_half_precision_cache_is_close(pair):
+    cache = KVCache(pair.model.config)
+    with torch.inference_mode():
+        pair.model(input_ids=IDS[:, :100], past_key_values=cache)
+        out = pair.model(input_ids=IDS[:, 100:], past_key_values=cache).logits
+    assert relative(out, logits(pair.model)[:, 100:]) < 2e-3
+
+
+def test_left_padded_batch_is_single(pair):
+    rows = [IDS[:, :20], IDS[:, 50:61]]
+    ids, mask = torch.zeros(2, 20, dtype=torch.long), torch.zeros(2, 20, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, 20 - row.shape[1] :], mask[i, 20 - row.shape[1] :] = row, 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    batch = logits(pair.model, ids, attention_mask=mask, position_ids=positions)
+    for i, row in enumerate(rows):
+        assert (batch[i, -1] - logits(pair.model, row)[0, -1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("how", ["dynamic", "static", "beams"])
+def test_generate(pair, how):
+    if how == "static" and pair.model.config.model_type == "qwen3_next":
+        how = "dynamic"  # transformers has no static cache for linear attention in every version we support
+    options = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}, "beams": {"num_beams": 3}}[how]
+    ids = IDS[:, :12].repeat(2, 1)
+    ids[1, :4] = 0
+    mask = (ids != 0).long()
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask, "pad_token_id": 0, **options}
+    with torch.inference_mode():
+        assert torch.equal(pair.model.generate(ids, **kwargs), pair.reference.generate(ids, **kwargs))
+
+
+def test_generate_with_our_cache_and_streamer(pair):
+    class Streamer:
+        def __init__(self):
+            self.seen = []
+
+        def put(self, value):
+            self.seen += value.reshape(-1).tolist()
+
+        def end(self):
+            self.seen.append("end")
+
+    streamer = Streamer()
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.inference_mode():
+        mine = pair.model.generate(IDS[:, :9], past_key_values=KVCache(pair.model.config, dtype=None), streamer=streamer, **kwargs)
+        assert torch.equal(mine, pair.reference.generate(IDS[:, :9], **kwargs))
+    assert streamer.seen == [*mine[0].tolist(), "end"]
+
+
+@pytest.mark.parametrize("quant", ["BF16", "Q8_0", mixed], ids=["BF16", "Q8_0", "Q4_K_M"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantised_logits(tmp_path, family, quant):
+    pair = Pair(tmp_path, family, quant)
+    mine, theirs = logits(pair.model), logits(pair.reference)
+    if quant == "BF16":
+        assert (mine - theirs).abs().max() < 1e-4
+        return
+    # A router turns a small error into another expert, which random weights punish: the median token must be near, most must agree.
+    error = (mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    assert error.median() < 0.03
+    top = theirs.topk(2, -1)[0][0]
+    clear = top[:, 0] - top[:, 1] > 0.05 * theirs.std()
+    agree = (mine.argmax(-1) == theirs.argmax(-1))[0]
+    assert agree[clear].float().mean() > 0.9
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_unsplit_kv_b(tmp_path, family):
+    pair = Pair(tmp_path, family, "F32", split_kvb=False)
+    assert (logits(pair.model) - logits(pair.reference)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "deepseek_v3"])
+def test_fused_gate_up(tmp_path, family):
+    pair = Pair(tmp_path, family, "Q8_0", fuse_gate_up=True)
+    assert relative(logits(pair.model), logits(pair.reference)) < 0.03
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_fused_qkv(tmp_path, family):
+    pair = Pair(tmp_path, family, "F32", fuse_qkv=True)
+    assert (logits(pair.model) - logits(pair.reference)).abs().max() < 1e-4
