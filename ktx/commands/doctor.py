@@ -127,7 +127,7 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if os.isatty(1) else 160, highlight=False)
+    console = Console(width=None if os.isatty(1) else 160, highlight=False, markup=False)
     for title in ("machine", "measured", "kernels", "weight types", "operators", "versions"):
         if title not in found:
             continue
