@@ -1,0 +1,127 @@
+"""Attention and the small operators against their twins in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ktx.kernels import cpu, reference
+from ktx.kernels.check import relative
+
+CASES = [  # batch, heads, kv heads, queries, keys, key columns, value columns, type of keys and values
+    (1, 4, 2, 1, 1, 64, 64, torch.float32), (2, 8, 2, 5, 5, 40, 72, torch.float32), (1, 16, 16, 63, 100, 192, 128, torch.float16),
+    (1, 32, 4, 1, 4097, 128, 128, torch.float16), (1, 12, 4, 17, 130, 80, 80, torch.bfloat16), (1, 128, 1, 2, 70, 64, 64, torch.float32),
+]
+
+
+def made(case):
+    b, h, g, s, t, dk, dv, dtype = case
+    return torch.randn(b, h, s, dk), torch.randn(b, g, t, dk).to(dtype), torch.randn(b, g, t, dv).to(dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_causal(case):
+    q, k, v = made(case)
+    assert relative(cpu.attention(q, k, v, None, None, 0.1), reference.attention(q.double(), k, v, None, None, 0.1)) < 4e-6
+
+
+@pytest.mark.parametrize("case", CASES[1:], ids=str)
+def test_ranges_and_masks(case):
+    q, k, v = made(case)
+    (b, h, s), t = q.shape[:3], k.shape[2]
+    start = torch.randint(0, t, (b, s))
+    ranges = torch.stack([start, (start + torch.randint(1, t + 1, (b, s))).clamp(max=t)], -1).int()
+    assert relative(cpu.attention(q, k, v, ranges, None, 0.1), reference.attention(q.double(), k, v, ranges, None, 0.1)) < 4e-6
+    seen = torch.rand(b, 1, s, t) > 0.3
+    seen[..., 0] = True
+    sinks = torch.randn(h)
+    got = cpu.attention(q, k, v, None, seen, 0.1, sinks, 30.0)
+    assert relative(got, reference.attention(q.double(), k, v, None, seen, 0.1, sinks, 30.0)) < 4e-6
+    added = torch.where(seen, torch.randn(b, 1, s, t), torch.finfo(torch.float32).min)
+    assert relative(cpu.attention(q, k, v, None, added, 0.1), reference.attention(q.double(), k, v, None, added, 0.1)) < 4e-6
+
+
+def test_error_is_no_worse_than_twice_torchs():
+    q, k, v = (torch.randn(1, 8, 200, 64) for _ in range(3))
+    exact = reference.attention(q.double(), k, v, None, None, 0.125)
+    torchs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125).transpose(1, 2)
+    assert relative(cpu.attention(q, k, v, None, None, 0.125), exact) <= 2 * relative(torchs, exact)
+
+
+def test_nothing_visible_gives_zeros():
+    q, k, v = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16)
+    ranges = torch.tensor([[[0, 0], [4, 2], [0, 5]]], dtype=torch.int32)
+    out = cpu.attention(q, k, v, ranges, None, 1.0)
+    assert not out[0, :2].any() and out[0, 2].isfinite().all() and out[0, 2].any()
+
+
+def test_chunks_are_whole_and_batch_is_single():
+    q, k, v = torch.randn(3, 4, 90, 32), torch.randn(3, 2, 90, 32), torch.randn(3, 2, 90, 32)
+    whole = cpu.attention(q, k, v, None, None, 0.2)
+    for end in (1, 37, 90):
+        part = cpu.attention(q[:, :, max(0, end - 9) : end], k[:, :, :end], v[:, :, :end], None, None, 0.2)
+        torch.testing.assert_close(part, whole[:, max(0, end - 9) : end], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(cpu.attention(q[1:2], k[1:2], v[1:2], None, None, 0.2), whole[1:2], rtol=1e-5, atol=1e-6)
+
+
+def test_views_of_a_larger_cache():
+    keys, values = torch.randn(2, 3, 256, 40).half(), torch.randn(2, 3, 256, 24).half()
+    q = torch.randn(2, 6, 1, 40)
+    got = cpu.attention(q, keys[:, :, :77], values[:, :, :77], None, None, 0.3)
+    torch.testing.assert_close(got, cpu.attention(q, keys[:, :, :77].clone(), values[:, :, :77].clone(), None, None, 0.3))
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 1, 3000, 512, 64), (2, 5, 7, 40, 96, 32), (1, 128, 1, 65, 64, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_mla(shape, dtype):
+    b, h, s, t, rank, rope = shape
+    q, qr = torch.randn(b, h, s, rank), torch.randn(b, h, s, rope)
+    c, p = torch.randn(b, t, rank).to(dtype), torch.randn(b, t, rope).to(dtype)
+    assert relative(cpu.mla_attention(q, qr, c, p, None, None, 0.05), reference.mla_attention(q.double(), qr.double(), c, p, None, None, 0.05)) < 4e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_rms_norm(dtype, plus_one):
+    x, w = torch.randn(3, 5, 200).to(dtype), torch.randn(200)
+    torch.testing.assert_close(cpu.rms_norm(x, w, 1e-6, plus_one), reference.rms_norm(x, w, 1e-6, plus_one), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turned", [64, 32])
+def test_rope(interleaved, turned):
+    x = torch.randn(2, 7, 4, 64).transpose(1, 2)
+    cos, sin = torch.randn(2, 7, turned // 2), torch.randn(2, 7, turned // 2)
+    cos, sin = torch.cat([cos, cos], -1), torch.cat([sin, sin], -1)
+    torch.testing.assert_close(cpu.rope(x, cos, sin, interleaved), reference.rope(x, cos, sin, interleaved))
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "softmax_topk"])
+@pytest.mark.parametrize("groups", [("none", 1, 1), ("max", 8, 3), ("top2", 8, 4)])
+@pytest.mark.parametrize("renorm", [False, True])
+def test_route(scoring, groups, renorm):
+    logits, bias = torch.randn(50, 64), torch.randn(64) * 0.1
+    ids, weights = cpu.route(logits, 6, scoring, bias, groups[1], groups[2], groups[0], renorm, 2.5)
+    ids_, weights_ = reference.route(logits, 6, scoring, bias, groups[1], groups[2], groups[0], renorm, 2.5)
+    assert torch.equal(ids, ids_)
+    torch.testing.assert_close(weights, weights_, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2"])
+def test_gated(act):
+    gate, up = torch.randn(3, 37), torch.randn(3, 37)
+    torch.testing.assert_close(cpu.gated(gate, up, act), reference.activate(gate, up, act), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("call", [
+    lambda: cpu.attention(torch.randn(1, 3, 1, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), None, None, 1.0),
+    lambda: cpu.attention(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), None, None, 1.0),
+    lambda: cpu.attention(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 4, 9), torch.randn(1, 2, 4, 8), None, None, 1.0),
+    lambda: cpu.rms_norm(torch.randn(2, 8), torch.randn(9), 1e-6),
+    lambda: cpu.route(torch.randn(2, 8), 9, "softmax"), lambda: cpu.route(torch.randn(2, 8), 2, "wishful"),
+    lambda: cpu.gated(torch.randn(2, 8), torch.randn(2, 9), "silu"),
+])
+def test_bad_arguments_are_exceptions(call):
+    with pytest.raises(RuntimeError):
+        call()

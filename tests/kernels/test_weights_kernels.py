@@ -1,0 +1,161 @@
+"""Packing, linear and experts: every type, odd shapes, one token and many. Runs on the instruction set KTX_ISA picks."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from ktx.errors import KtxError
+from ktx.kernels import cpu, reference
+from ktx.kernels.check import relative, sample
+from ktx.qtypes import QTYPES
+from ktx.weights.source import QuantizedTensor
+
+INTS = [q.name for q in QTYPES.values() if not q.is_float]
+FLOATS = [q.name for q in QTYPES.values() if q.is_float]
+
+
+def columns(name):
+    return (256, 768) if QTYPES[name].block == 256 else (32, 96, 1408) if QTYPES[name].block == 32 else (1, 40, 200)
+
+
+def bound(name):
+    return 1e-6 if QTYPES[name].is_float else 8e-3
+
+
+@pytest.mark.parametrize("name", QTYPES)
+def test_unpacking_is_exact(name):
+    for n in (1, 16, 33):
+        for k in columns(name):
+            weight = sample(name, n, k)
+            got = cpu.pack(weight).rows(torch.arange(n))
+            torch.testing.assert_close(got, weight.dequantize(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 17, 130])
+@pytest.mark.parametrize("name", QTYPES)
+def test_linear(name, tokens):
+    n, k = 50, columns(name)[-1]
+    weight, bias = sample(name, n, k), torch.randn(50)
+    x = torch.randn(tokens, k)
+    packed = cpu.pack(weight)
+    exact = reference.linear(x.double(), weight)
+    # A row of few tokens is a small sample: the bound is on the root mean square over many, so few tokens get room for chance.
+    room = 1 if QTYPES[name].is_float or tokens * n > 800 else 2
+    assert relative(cpu.linear(x, packed), exact) < bound(name) * room
+    torch.testing.assert_close(cpu.linear(x, packed, bias), cpu.linear(x, packed) + bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "Q4_K", "Q5_0", "Q6_K", "Q8_0", "IQ2_XXS"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_activation_types(name, dtype):
+    weight = sample(name, 40, 512)
+    x = torch.randn(3, 2, 512).to(dtype)
+    y = cpu.linear(x, cpu.pack(weight))
+    assert y.dtype == dtype and y.shape == (3, 2, 40)
+    assert relative(y, reference.linear(x.double(), weight)) < bound(name) * 1.5 + (0 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "BF16"])
+def test_many_tokens_are_each_token(name):
+    weight = cpu.pack(sample(name, 35, 256))
+    x = torch.randn(1100, 256)
+    whole = cpu.linear(x, weight)
+    singly = torch.cat([cpu.linear(row[None], weight) for row in x])
+    torch.testing.assert_close(whole, singly, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["F32", "Q8_0", "Q5_0"])
+def test_linear_batched(name):
+    weights = [sample(name, 24, 64, seed) for seed in range(3)]
+    x = torch.randn(3, 7, 64)
+    got = cpu.linear_batched(x, cpu.pack(weights))
+    for i, weight in enumerate(weights):
+        assert relative(got[i], reference.linear(x[i].double(), weight)) < bound(name) * 1.5
+
+
+def stack(name, count, rows, k):
+    parts = [sample(name, rows, k, seed) for seed in range(count)]
+    return QuantizedTensor(torch.stack([p.data for p in parts]), parts[0].qtype, (count, rows, k))
+
+
+@pytest.mark.parametrize("types", [("Q4_K", "Q4_K", "Q5_0"), ("Q8_0",) * 3, ("IQ2_XXS", "Q6_K", "IQ4_NL"), ("F32",) * 3, ("BF16", "Q4_0", "F16"), ("MXFP4",) * 3])
+@pytest.mark.parametrize("tokens", [1, 2, 40, 300])
+def test_experts(types, tokens):
+    count, hidden, inner, top = 5, 256, 96, 2
+    gate, up, down = stack(types[0], count, inner, hidden), stack(types[1], count, inner, hidden), stack(types[2], count, hidden, inner)
+    x, weights = torch.randn(tokens, hidden), torch.rand(tokens, top)
+    ids = torch.stack([torch.randperm(count - 1)[:top] for _ in range(tokens)])  # the last expert stays empty
+    ids[0, 0] = -1
+    if tokens > 1:
+        ids[1, 1] = count  # out of range: skipped too
+    got = cpu.experts(x, ids, weights, cpu.pack(gate), cpu.pack(up), cpu.pack(down))
+    exact = reference.experts(x.double(), ids, weights, gate, up, down)
+    assert relative(got, exact) < (1e-5 if types == ("F32",) * 3 else 1.8e-2)
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"])
+def test_expert_activations_and_biases(act):
+    gate, up, down = (stack("F32", 3, *shape) for shape in ((48, 64), (48, 64), (64, 48)))
+    biases = [torch.randn(3, rows) for rows in (48, 48, 64)]
+    x, ids, weights = torch.randn(6, 64) * 20, torch.randint(0, 3, (6, 2)), torch.rand(6, 2)
+    ids[:, 1] = (ids[:, 0] + 1) % 3
+    got = cpu.experts(x, ids, weights, cpu.pack(gate), cpu.pack(up), cpu.pack(down), *biases, act, 1.702, 7.0)
+    assert relative(got, reference.experts(x.double(), ids, weights, gate, up, down, *biases, act, 1.702, 7.0)) < 1e-5
+
+
+def test_no_tokens():
+    packed = cpu.pack(stack("Q8_0", 2, 32, 64))
+    out = cpu.experts(torch.zeros(0, 64), torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1), packed, packed, cpu.pack(stack("Q8_0", 2, 64, 32)))
+    assert out.shape == (0, 64)
+
+
+def test_two_models_in_two_threads_and_too_many_workers():
+    weights = [sample("Q4_K", 64, 512, seed) for seed in range(2)]
+    packed = [cpu.pack(weight) for weight in weights]
+    x = torch.randn(5, 512)
+    expected = [cpu.linear(x, p) for p in packed]
+    before, wrong = cpu.ops.threads(), []
+
+    def work(i):
+        for _ in range(200):
+            if not torch.equal(cpu.linear(x, packed[i]), expected[i]):
+                wrong.append(i)
+
+    cpu.ops.set_threads(7)
+    try:
+        team = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        [t.start() for t in team]
+        [t.join() for t in team]
+    finally:
+        cpu.ops.set_threads(before)
+    assert not wrong
+
+
+BAD = {
+    "a row that is no whole block": lambda w: cpu.ops.packed_nbytes(12, 16, 100),
+    "an unknown type": lambda w: cpu.ops.packed_nbytes(99, 16, 256),
+    "wrong columns": lambda w: cpu.linear(torch.randn(2, 128), w),
+    "packed bytes that do not fit": lambda w: cpu.ops.linear(torch.randn(2, 256), w.data[:-1], 8, 32, 256, None),
+    "integer activations": lambda w: cpu.linear(torch.ones(2, 256, dtype=torch.int32), w),
+    "a bias of another size": lambda w: cpu.linear(torch.randn(2, 256), w, torch.randn(5)),
+    "a row past the end": lambda w: w.rows(torch.tensor([32])),
+    "no threads": lambda w: cpu.ops.set_threads(0),
+    "ids of another length": lambda w: cpu.experts(torch.randn(2, 256), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1), w, w, w),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_arguments_are_exceptions(what):
+    packed = cpu.pack(sample("Q8_0", 32, 256))
+    with pytest.raises((RuntimeError, KtxError)):
+        BAD[what](packed)
+
+
+def test_compiles_without_a_graph_break():
+    packed = cpu.pack(sample("Q8_0", 32, 256))
+    traced = torch.compile(lambda x: cpu.linear(x, packed) * 2, fullgraph=True, backend="eager")
+    x = torch.randn(2, 256)
+    torch.testing.assert_close(traced(x), cpu.linear(x, packed) * 2)
