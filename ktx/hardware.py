@@ -91,6 +91,18 @@ def amx_permitted() -> bool:
     return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
+def second_opinion() -> str:
+    """What the cpufeature package says of the CPU, or how to get it."""
+    import importlib.util
+
+    if importlib.util.find_spec("cpufeature") is None:
+        return "not installed: pip install cpufeature"
+    from cpufeature import CPUFeature
+
+    names = ("AVX2", "AVX512f", "AVX512bw", "AVX512vl", "OS_AVX", "OS_AVX512")
+    return " ".join(name for name in names if CPUFeature.get(name))
+
+
 def _cgroup_memory() -> Iterator[tuple[int, int, int]]:
     """(limit, used, reclaimable page cache) of each limited cgroup above this process."""
     for folder in _own_cgroups(""):

@@ -101,12 +101,12 @@ def _prepare(
     trust_remote_code: bool,
 ) -> tuple[nn.Module, Plan, WeightSource]:
     warn_unknown()
+    config = copy.deepcopy(read_config(model, trust_remote_code))
     where = Path(weights or model).expanduser()
     if not weights and not where.exists():
         where = _hub_folder(str(model))
     if not where.exists():
         raise BadFile(f"{where}: no such file or folder")
-    config = copy.deepcopy(read_config(model, trust_remote_code))
     if moe_experts is not None:
         _fewer_experts(config, moe_experts)
     chosen = load_rules(rules, config.model_type)

@@ -15,14 +15,14 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.weights", "ktx.kernels"),
     ("ktx.cache",),
     ("ktx.ops",),
-    ("ktx.rules",),
+    ("ktx.rules", "ktx.ktransformers"),
     ("ktx.inject",),
     ("ktx.loading",),
     ("ktx.engine",),
     ("ktx.chat", "ktx.commands"),
     ("ktx.local_chat", "ktx.__main__"),
 )
-BY_HAND = {"ktx": None, "ktx.demo.train": None, "ktx.demo.export": None, "ktx.demo.evaluate": None}  # entry points over everything
+BY_HAND = {"ktx": None, "ktx.demo.train": None, "ktx.demo.export": None, "ktx.demo.evaluate": None, "ktx.kernels.check": None}  # entry points over everything
 ONE_FILE = {"prompt_toolkit": "ktx/chat/", "triton": "ktx/kernels/", "flashinfer": "ktx/kernels/", "cpufeature": "ktx/hardware.py"}
 LIGHT = ["ktx", "ktx.rules", "ktx.hardware", "ktx.config", "ktx.errors", "ktx.__main__"]  # import no torch
 

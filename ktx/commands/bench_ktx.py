@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--trust", action="store_true")
     args = parser.parse_args()
-    from ktx.__main__ import KtxError
+    from ktx.errors import KtxError
 
     try:
         import ktx

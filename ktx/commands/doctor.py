@@ -38,13 +38,13 @@ def run(args: argparse.Namespace) -> int:
 
 def report(quick: bool) -> dict[str, Any]:
     """Everything doctor knows, as plain data."""
-    from ktx.hardware import amx_permitted, machine
+    from ktx.hardware import amx_permitted, machine, second_opinion
 
     m = machine()
     found: dict[str, Any] = {
         "machine": {
             "cpu": m.cpu, "usable cpus": len(m.cpus), "physical cores": m.cores, "cgroup cpu limit": m.quota or "none",
-            "instruction sets": _isas(m.flags), "AMX permitted": amx_permitted(), "second opinion (cpufeature)": _cpufeature(),
+            "instruction sets": _isas(m.flags), "AMX permitted": amx_permitted(), "second opinion (cpufeature)": second_opinion(),
             "memory": f"{m.available / 1e9:.1f} GB free of {m.memory / 1e9:.1f} GB", "NUMA": [f"node {n.number}: {len(n.cpus)} cpus, {n.memory / 1e9:.1f} GB" for n in m.nodes],
             "transparent huge pages": m.huge_pages,
         },
@@ -85,15 +85,6 @@ def _gpu(torch: Any) -> str:
 def _isas(flags: frozenset[str]) -> str:
     wanted = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     return " ".join(name for name in wanted if name in flags) or "none of ours"
-
-
-def _cpufeature() -> str:
-    if importlib.util.find_spec("cpufeature") is None:
-        return "not installed: pip install cpufeature"
-    from cpufeature import CPUFeature
-
-    names = ("AVX2", "AVX512f", "AVX512bw", "AVX512vl", "OS_AVX", "OS_AVX512")
-    return " ".join(name for name in names if CPUFeature.get(name))
 
 
 def _version(name: str) -> str:

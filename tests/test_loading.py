@@ -1,0 +1,232 @@
+"""Plan, checks, injection and loading on tiny models, and every way in which they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import ktx
+import ktx.loading
+import ktx.rules
+from ktx.errors import BadFile, DoesNotFit, UsageError
+from ktx.ops.base import register
+from tests.gguf_writer import write_gguf
+from tests.models.families import tiny
+
+IDS = torch.randint(3, 320, (1, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(autouse=True)
+def no_tokenizer(monkeypatch):
+    monkeypatch.setattr(ktx.loading, "read_tokenizer", lambda *args, **kwargs: None)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3_moe")
+    model = tiny("qwen3_moe")
+    model.config.save_pretrained(folder)
+    model.load_state_dict(write_gguf(folder / "m.gguf", model, "Q8_0"), strict=False)
+    return folder, model
+
+
+def load(folder, weights=None, **more):
+    return ktx.load(folder, weights or folder / "m.gguf", progress=False, **more)[0]
+
+
+def logits(model):
+    with torch.inference_mode():
+        return model(IDS).logits
+
+
+def test_plan_reads_no_weights_and_shows_everything(qwen):
+    plan = ktx.plan(qwen[0], qwen[0] / "m.gguf")
+    text = str(plan)
+    assert "Qwen3MoeExperts" in text and "Experts" in text and "Q8_0" in text and "qwen3-moe.yaml:" in text and "model.layers.[0-1].mlp.experts" in text
+    assert plan.totals()["cpu"] == sum(step.nbytes for step in plan) > 0
+    assert len(plan.table(fold=False).splitlines()) > len(text.splitlines())
+
+
+def test_a_users_operator_in_a_yaml(qwen, tmp_path, monkeypatch):
+    (tmp_path / "my_ops.py").write_text(
+        "import torch, ktx\nfrom ktx.ops.experts import Experts\n"
+        "class SkipLow(Experts):\n"
+        "    @classmethod\n    def from_hf(cls, old, ctx, threshold=0.0):\n        new = super().from_hf(old, ctx)\n        new.threshold = threshold\n        return new\n"
+        "    def forward(self, hidden, ids, weights):\n        return super().forward(hidden, torch.where(weights < self.threshold, -1, ids), weights)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    rules = tmp_path / "mine.yaml"
+    rules.write_text("- match: {name: 'experts$'}\n  replace: {class: my_ops.SkipLow, kwargs: {threshold: THRESHOLD}}\n  recursive: false\n" + (ktx.rules.rule_folder() / "qwen3-moe.yaml").read_text())
+    text = rules.read_text()
+    rules.write_text(text.replace("THRESHOLD", "0.0"))
+    assert torch.equal(logits(load(qwen[0], rules=rules)), logits(load(qwen[0])))
+    rules.write_text(text.replace("THRESHOLD", "0.3"))
+    assert not torch.equal(logits(load(qwen[0], rules=rules)), logits(load(qwen[0])))
+
+
+def test_registered_short_names(qwen):
+    from ktx.ops.linear import Linear
+
+    @register("LoudLinear")
+    class LoudLinear(Linear):
+        pass
+
+    rules = [ktx.Rule(name="lm_head", replace="LoudLinear"), *ktx.rules.load_rules("qwen3-moe")]
+    assert type(load(qwen[0], rules=rules).lm_head).__name__ == "LoudLinear"
+    with pytest.raises(UsageError):
+        register("Linear")(LoudLinear)
+
+
+@pytest.mark.parametrize("rule,words", [
+    (ktx.Rule(name="lm_head", replace="Liner", where="r.yaml:4"), ["r.yaml:4", "'Liner'", "did you mean 'Linear'"]),
+    (ktx.Rule(name="lm_head", replace="no_such_package.Op", where="r.yaml:4"), ["r.yaml:4", "cannot import"]),
+    (ktx.Rule(name="lm_head", replace="ktx.ops.linear.Lineal", where="r.yaml:4"), ["no class Lineal", "Linear"]),
+    (ktx.Rule(name="lm_head", replace="Linear", kwargs={"bitz": 4}, where="r.yaml:4"), ["r.yaml:4", "no option 'bitz'"]),
+    (ktx.Rule(name="embed_tokens", replace="Linear", where="r.yaml:4"), ["r.yaml:4", "model.embed_tokens is a Embedding"]),
+    (ktx.Rule(name="lm_head", replace="torch.nn.Linear", where="r.yaml:4"), ["no ktx.Operator"]),
+    (ktx.Rule(name="lm_head", replace="Linear", device="gpu0", where="r.yaml:4"), ["r.yaml:4", "is no device"]),
+])
+def test_bad_rules_are_told_before_loading(qwen, rule, words):
+    with pytest.raises(UsageError) as error:
+        ktx.plan(qwen[0], qwen[0] / "m.gguf", rules=[rule])
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_rule_that_matches_nothing_is_told(qwen):
+    with pytest.warns(UserWarning, match="r.yaml:9: the rule for 'no_such_module' matched no module"):
+        ktx.plan(qwen[0], qwen[0] / "m.gguf", rules=[ktx.Rule(name="no_such_module", where="r.yaml:9"), *ktx.rules.load_rules("qwen3-moe")])
+
+
+def test_without_rules_the_model_is_transformers_own(qwen):
+    model = load(qwen[0], rules=[ktx.Rule(name="experts$", replace="Experts", recursive=False)])
+    assert type(model.lm_head) is nn.Linear
+    torch.testing.assert_close(logits(model), logits(qwen[1]), rtol=0.05, atol=0.05)
+
+
+def test_two_models_in_one_process(qwen, tmp_path):
+    other = tiny("llama")
+    other.config.save_pretrained(tmp_path)
+    other.load_state_dict(write_gguf(tmp_path / "m.gguf", other, "F32"), strict=False)
+    first, second = load(qwen[0]), load(tmp_path)
+    before = logits(first)
+    assert (logits(second) - logits(other)).abs().max() < 1e-4
+    assert torch.equal(logits(first), before)
+
+
+def test_fewer_experts(qwen):
+    assert load(qwen[0], moe_experts=1).model.layers[0].mlp.gate.top_k == 1
+    for wrong in (0, 9):
+        with pytest.raises(UsageError, match="must be 1 to 3"):
+            load(qwen[0], moe_experts=wrong)
+
+
+def test_safetensors_folder(qwen, tmp_path):
+    model = tiny("deepseek_v3")
+    model.save_pretrained(tmp_path)
+    assert (logits(load(tmp_path, tmp_path)) - logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "minimax_m2", "ernie4_5_moe", "qwen3_next"])
+def test_safetensors_families(tmp_path, family):
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    assert (logits(load(tmp_path, tmp_path)) - logits(model)).abs().max() < 1e-4
+
+
+def test_block_fp8_safetensors(tmp_path):
+    from ktx.qtypes import expand_scale
+
+    model = tiny("llama", intermediate_size=300)
+    model.config.save_pretrained(tmp_path)
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith("_proj.weight"):
+            scale = torch.rand(-(-tensor.shape[0] // 128), -(-tensor.shape[1] // 128)) * 0.01 + 0.005
+            spread = expand_scale(scale, *tensor.shape)
+            tensors[name], tensors[f"{name}_scale_inv"] = (tensor / spread).to(torch.float8_e4m3fn), scale
+            tensor.copy_(tensors[name].float() * spread)
+        else:
+            tensors[name] = tensor.clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert (logits(load(tmp_path, tmp_path)) - logits(model)).abs().max() < 1e-4
+
+
+def test_kimi_k2_is_deepseek_v3_without_remote_code(tmp_path):
+    model = tiny("deepseek_v3")
+    model.config.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw |= {"model_type": "kimi_k2", "architectures": ["KimiK2ForCausalLM"], "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    model.load_state_dict(write_gguf(tmp_path / "m.gguf", model, "F32"), strict=False)
+    loaded = load(tmp_path)
+    assert type(loaded).__name__ == "DeepseekV3ForCausalLM" and (logits(loaded) - logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family", ["olmoe", "dots1"])
+def test_a_new_family_needs_no_code(tmp_path, family):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "intermediate_size": 96, "num_experts": 4,
+              "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common)).float().eval()
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, tmp_path, rules="generic")
+    assert type(loaded.model.layers[1].mlp.experts).__name__ == "Experts"
+    assert (logits(loaded) - logits(model)).abs().max() < 1e-4
+
+
+# ---- refusals
+
+
+def test_a_file_of_another_model_is_told_in_full(qwen, tmp_path):
+    raw = json.loads((qwen[0] / "config.json").read_text())
+    raw |= {"num_hidden_layers": 3, "num_experts": 4, "vocab_size": 999}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(BadFile) as error:
+        load(tmp_path, qwen[0] / "m.gguf")
+    assert all(part in str(error.value) for part in ("layers: 2 in the file, 3", "experts: 8 in the file, 4", "vocabulary: 320 in the file, 999"))
+
+
+def test_missing_and_misshapen_tensors_are_named(tmp_path):
+    model = tiny("llama")
+    model.config.save_pretrained(tmp_path)
+    state = dict(model.state_dict())
+    del state["model.layers.1.mlp.up_proj.weight"]
+    state["model.norm.weight"] = torch.zeros(7)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(BadFile) as error:
+        load(tmp_path, tmp_path)
+    assert "model.layers.1.mlp.up_proj.weight is missing" in str(error.value) and "model.norm.weight is 7, the model needs 256" in str(error.value)
+
+
+def test_too_little_memory_is_said_before_loading(qwen, monkeypatch):
+    monkeypatch.setattr(ktx.loading, "memory", lambda: (2 << 30, 1 << 20))
+    with pytest.raises(DoesNotFit, match="of memory, 1.0 MB of 2.1 GB are free"):
+        load(qwen[0])
+
+
+@pytest.mark.parametrize("model,weights,words", [
+    ("/no/such/folder", None, "no such"), ("FOLDER", "/no/such/file.gguf", "no such file or folder"), ("EMPTY", "FOLDER/m.gguf", "has no config.json"),
+    ("BROKEN", "FOLDER/m.gguf", "is no JSON"), ("FOLDER", "FOLDER/config.json", "is no GGUF file"), ("FOLDER", "EMPTY", "no .gguf and no .safetensors"),
+])
+def test_wrong_paths(qwen, tmp_path, model, weights, words):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+
+    def real(text):
+        return text and text.replace("FOLDER", str(qwen[0])).replace("EMPTY", str(tmp_path / "empty")).replace("BROKEN", str(tmp_path / "broken"))
+
+    with pytest.raises(BadFile, match=words):
+        ktx.load(real(model), real(weights), progress=False)
+
+
+def test_unknown_variables_are_told(qwen, monkeypatch):
+    monkeypatch.setenv("KTX_THREDS", "2")
+    with pytest.warns(UserWarning, match="KTX_THREDS is not known"):
+        ktx.plan(qwen[0], qwen[0] / "m.gguf")

@@ -1,0 +1,135 @@
+"""Rule files: what they may say, where they are wrong, and KTransformers' own."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from torch import nn
+
+from ktx.errors import BadFile, UsageError
+from ktx.rules import Rule, load_rules, parse, shipped
+
+GOOD = """
+- match: {name: '^a\\.b$', class: torch.nn.Linear}
+  replace: {class: Linear}
+  recursive: false
+  device: cpu
+- match: {class: LlamaRMSNorm}
+"""
+
+
+def test_a_rule_file():
+    first, second = parse(GOOD, "x.yaml")
+    assert (first.name.pattern, first.cls, first.replace, first.recursive, first.device) == (r"^a\.b$", "torch.nn.Linear", "Linear", False, "cpu")
+    assert (first.where, second.where) == ("x.yaml:2", "x.yaml:6")
+    assert second.replace is None and second.recursive
+
+
+@pytest.mark.parametrize("text,line,words", [
+    ("- mach: {name: a}", 1, ["'mach'", "did you mean 'match'?"]),
+    ("- match: {nmae: a}", 1, ["'nmae'", "in match", "'name'"]),
+    ("- match: {name: a}\n  replace:\n    clas: Linear", 3, ["'clas'", "'class'"]),
+    ("- match: {name: '('}", 1, ["no regular expression"]),
+    ("- match: {name: a}\n- replace: {class: Linear}", 2, ["needs 'match'"]),
+    ("- match: {}", 1, ["a name or a class"]),
+    ("match: {name: a}", 1, ["is a list"]),
+    ("- match: {name: a}\n  recursive: maybe", 2, ["true or false", "'maybe'"]),
+    ("- match: {name: a}\n  match: {name: b}", 2, ["appears twice"]),
+    ("- match: [a, b]", 1, ["must be a mapping", "a list"]),
+    ("- match: {name: a\n", 2, ["no YAML"]),
+    ("", 1, ["no rules"]),
+    ("- match: {name: 3}", 1, ["must be text"]),
+])
+def test_errors_name_file_and_line(text, line, words):
+    with pytest.raises(UsageError) as error:
+        parse(text, "my.yaml")
+    assert str(error.value).startswith(f"my.yaml:{line}:")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_matching_by_name_and_class():
+    linear = nn.Linear(2, 2)
+    assert Rule(cls="Linear").matches("x", type(linear)) and Rule(cls="torch.nn.Linear").matches("x", type(linear))
+    assert not Rule(cls="other.nn.Linear").matches("x", type(linear))
+    assert Rule(cls="Module").matches("x", type(linear))  # bases count
+    assert Rule(name="b").matches("a.b.c", type(linear)) and not Rule(name="^b").matches("a.b.c", type(linear))
+    assert not Rule(name="b", cls="Embedding").matches("a.b.c", type(linear))
+
+
+def test_every_shipped_file_parses_and_is_short():
+    from ktx.rules import FILES, rule_folder
+
+    assert set(FILES.values()) <= set(shipped())
+    for name in shipped():
+        assert parse((rule_folder() / f"{name}.yaml").read_text(), name)
+        assert len((rule_folder() / f"{name}.yaml").read_text().splitlines()) <= 40
+
+
+def test_finding_rule_files(tmp_path):
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    assert len(load_rules(tmp_path / "mine.yaml")) == 2
+    assert load_rules("deepseek-v3") and load_rules("DeepSeek-V3.yaml") and load_rules(None, "qwen3_moe") and load_rules(None, "brand_new")
+    with pytest.raises(BadFile, match="did you mean 'deepseek-v3'"):
+        load_rules("deepsek-v3")
+
+
+KTRANSFORMERS = """
+- match:
+    name: "^model\\\\.layers\\\\.(?!.*self_attn\\\\.kv_b_proj).*$"
+    class: torch.nn.Linear
+  replace:
+    class: ktransformers.operators.linear.KTransformersLinear
+    kwargs:
+      generate_device: "cuda"
+      prefill_device: "cuda"
+      generate_op: "KLinearMarlin"
+      prefill_op: "KLinearTorch"
+- match:
+    name: "^model\\\\.layers\\\\..*\\\\.mlp$"
+    class: ktransformers.models.modeling_deepseek_v3.DeepseekV3MoE
+  replace:
+    class: ktransformers.operators.experts.KDeepseekV3MoE
+    kwargs:
+      generate_device: "cuda"
+- match:
+    name: "^model\\\\.layers\\\\..*\\\\.self_attn$"
+  replace:
+    class: ktransformers.operators.attention.KDeepseekV2Attention
+    kwargs:
+      generate_device: "cuda"
+      absorb_for_prefill: False
+- match:
+    name: "^model.embed_tokens"
+  replace:
+    class: "default"
+    kwargs:
+      generate_device: "cpu"
+"""
+
+
+def test_ktransformers_rule_files():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        linear, moe, mla, embed = parse(KTRANSFORMERS, "DeepSeek-V3-Chat.yaml")
+    assert linear.replace == "Linear" and linear.kwargs == {} and linear.device == "cuda:0"
+    assert moe.replace is None and moe.cls == "DeepseekV3MoE"
+    assert mla.replace == "MLA" and mla.kwargs == {"absorb_for_prefill": False}
+    assert embed.replace is None and embed.device == "cpu"
+    text = [str(w.message) for w in said]
+    assert any("DeepSeek-V3-Chat.yaml:2" in line and "prefill_op has no meaning" in line for line in text)
+    assert any("generate_op" in line for line in text)
+
+
+def test_an_unknown_ktransformers_class_is_an_error():
+    with pytest.raises(UsageError, match="did you mean 'KTransformersExperts'"):
+        parse("- match: {name: a}\n  replace: {class: ktransformers.operators.experts.KTransformerExperts}", "k.yaml")
+
+
+def test_a_rule_must_match_something():
+    with pytest.raises(UsageError):
+        Rule()
+
+
+def test_rules_import_no_torch_operator_until_planned():
+    assert parse("- match: {name: a}\n  replace: {class: no.such.module.Class}", "x")[0].replace == "no.such.module.Class"
