@@ -185,11 +185,11 @@ def test_a_new_family_needs_no_code(tmp_path, family):
 
 def test_a_file_of_another_model_is_told_in_full(qwen, tmp_path):
     raw = json.loads((qwen[0] / "config.json").read_text())
-    raw |= {"num_hidden_layers": 3, "num_experts": 4, "vocab_size": 999}
+    raw |= {"num_hidden_layers": 3, "num_local_experts": 4, "vocab_size": 999}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(BadFile) as error:
         load(tmp_path, qwen[0] / "m.gguf")
-    assert all(part in str(error.value) for part in ("layers: 2 in the file, 3", "experts: 8 in the file, 4", "vocabulary: 320 in the file, 999"))
+    assert all(part in str(error.value) for part in ("layers: 2 in the file, 3", "experts: 8 in the file, 4", "vocabulary: 320 in the file, 999")), str(error.value)
 
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path):

@@ -23,7 +23,7 @@ def main() -> int:
         print(json.dumps({"error": f"llama.cpp is not there ({error}): pip install llama-cpp-python", "exit": 1}), flush=True)
         return 1
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # llama.cpp's log
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where llama.cpp logs
     lib.llama_backend_init()
     params = lib.llama_model_default_params()
     params.n_gpu_layers, params.use_mmap, params.use_extra_bufts = 0, True, bool(args.repack)
@@ -39,8 +39,8 @@ def main() -> int:
     print(json.dumps({"ready": True, "load_seconds": time.perf_counter() - start}), file=out, flush=True)
 
     def decode(ids: list[int]) -> None:
-        batch = lib.llama_batch_get_one((lib.llama_token * len(ids))(*ids), len(ids))
-        if lib.llama_decode(state, batch):
+        tokens = (lib.llama_token * len(ids))(*ids)  # the batch only points to them
+        if lib.llama_decode(state, lib.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError("llama_decode failed")
 
     decode([5, 6, 7])  # touches every page once
