@@ -127,9 +127,10 @@ def _separate_qkv(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | 
         return names.one(tensor, order=lambda: _unpermuted(rows, heads))
     if not names.has(fused):
         return None
-    dim, q, kv = _head_dim(names.config), _heads(names, "q"), _heads(names, "k")
-    start = {"q": 0, "k": q, "v": q + kv}[which] * dim
-    rows = heads * dim
+    kv_rows = _heads(names, "k") * _head_dim(names.config)
+    q_rows = names.shape(fused)[0] - 2 * kv_rows  # not heads * head_dim: Qwen3-Next's q carries a gate
+    start = {"q": 0, "k": q_rows, "v": q_rows + kv_rows}[which]
+    rows = q_rows if which == "q" else kv_rows
     if suffix == "bias":
         return Recipe((Part(fused),), (rows,), value=lambda v: v[start : start + rows])
     if names.arch == "llama" and which != "v":
