@@ -1,0 +1,338 @@
+"""A model of real shapes with random weights: a GGUF file and the Hugging Face folder it belongs to, in one directory.
+
+    python benchmarks/make_model.py --preset v2lite -o /tmp/v2lite
+
+writes /tmp/v2lite/v2lite-Q4_K_M.gguf, config.json and a byte-level tokenizer, which ktx and llama.cpp both load. Speed does
+not depend on what the weights say, so benchmarks need no download; the answers are noise. Every tensor is cut out of a small
+pool of quantised Gaussian rows, so memory stays small and 10 GB take a minute. `--header-only` leaves the tensor data a hole in
+the file: `ktx plan` reads 671B headers without 400 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from ktx.qtypes import QTYPES, QType  # noqa: E402
+from ktx.quantize import random_rows  # noqa: E402
+
+POOL = 1 << 22  # weights in a pool: several times a last-level cache once a model repeats it
+CHUNK = 1 << 24
+YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+DEEPSEEK = {
+    "hidden_act": "silu", "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "moe_layer_freq": 1,
+    "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": False, "tie_word_embeddings": False,
+}
+PRESETS: dict[str, dict[str, Any]] = {  # the published config.json of each
+    "v2lite": DEEPSEEK | {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_size": 2048, "intermediate_size": 10944,
+        "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2,
+        "n_routed_experts": 64, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
+        "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0, "q_lora_rank": None, "vocab_size": 102400,
+        "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}, "bos_token_id": 100000, "eos_token_id": 100001,
+    },
+    "v3": DEEPSEEK | {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 1,
+        "n_routed_experts": 256, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5, "q_lora_rank": 1536, "vocab_size": 129280,
+        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "bos_token_id": 0, "eos_token_id": 1,
+    },
+    "qwen3-30b": {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
+        "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "attention_bias": False, "tie_word_embeddings": False,
+        "vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645,
+    },
+}
+CHANGES = {  # option -> the key of config.json that it changes
+    "layers": "num_hidden_layers", "experts": "n_routed_experts", "experts-used": "num_experts_per_tok", "moe-ff": "moe_intermediate_size",
+    "hidden": "hidden_size", "ff": "intermediate_size", "vocab": "vocab_size",
+}
+FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # rows that are no 256-blocks; IQ*: IQ4_NL
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the file: its rows are shape[-1] long. `role` decides the type under a mix such as Q4_K_M."""
+
+    name: str
+    shape: tuple[int, ...]
+    role: str  # embedding, output, norm, router, bias, value, down or other
+    layer: int = 0
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+
+def configuration(preset: str, changes: dict[str, int | None]) -> dict[str, Any]:
+    """config.json of a preset with other dimensions where asked."""
+    config = dict(PRESETS[preset])
+    for option, value in changes.items():
+        key = CHANGES[option]
+        if value is not None:
+            config["num_experts" if key == "n_routed_experts" and key not in config else key] = value
+    config["num_experts_per_tok"] = min(config["num_experts_per_tok"], experts_of(config))
+    if experts_of(config) % config.get("n_group", 1):
+        config |= {"n_group": 1, "topk_group": 1}
+    if max(config["bos_token_id"], config["eos_token_id"]) >= config["vocab_size"]:
+        config |= {"bos_token_id": config["vocab_size"] - 2, "eos_token_id": config["vocab_size"] - 1}
+    return config
+
+
+def experts_of(config: dict[str, Any]) -> int:
+    return config.get("n_routed_experts") or config["num_experts"]
+
+
+def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
+    """Every tensor in file order, as llama.cpp's converter names and shapes it."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    yield Tensor("token_embd.weight", (vocab, hidden), "embedding")
+    yield Tensor("output_norm.weight", (hidden,), "norm")
+    yield Tensor("output.weight", (vocab, hidden), "output")
+    attention = _mla if "kv_lora_rank" in config else _grouped_query
+    for layer in range(config["num_hidden_layers"]):
+        for name, shape, role in [*attention(config), *_feed_forward(config, layer)]:
+            yield Tensor(f"blk.{layer}.{name}", shape, role, layer)
+
+
+Entry = tuple[str, tuple[int, ...], str]
+
+
+def _mla(c: dict[str, Any]) -> Iterator[Entry]:
+    hidden, heads, latent, nope, rope, value = (c[k] for k in ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    yield "attn_norm.weight", (hidden,), "norm"
+    if c["q_lora_rank"]:
+        yield "attn_q_a_norm.weight", (c["q_lora_rank"],), "norm"
+        yield "attn_q_a.weight", (c["q_lora_rank"], hidden), "other"
+        yield "attn_q_b.weight", (heads * (nope + rope), c["q_lora_rank"]), "other"
+    else:
+        yield "attn_q.weight", (heads * (nope + rope), hidden), "other"
+    yield "attn_kv_a_norm.weight", (latent,), "norm"
+    yield "attn_kv_a_mqa.weight", (latent + rope, hidden), "other"
+    yield "attn_k_b.weight", (heads, latent, nope), "other"
+    yield "attn_v_b.weight", (heads, value, latent), "value"
+    yield "attn_output.weight", (hidden, heads * value), "other"
+
+
+def _grouped_query(c: dict[str, Any]) -> Iterator[Entry]:
+    hidden, heads, groups, width = (c[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
+    yield "attn_norm.weight", (hidden,), "norm"
+    yield "attn_q.weight", (heads * width, hidden), "other"
+    yield "attn_k.weight", (groups * width, hidden), "other"
+    yield "attn_v.weight", (groups * width, hidden), "value"
+    yield "attn_output.weight", (hidden, heads * width), "other"
+    yield "attn_q_norm.weight", (width,), "norm"
+    yield "attn_k_norm.weight", (width,), "norm"
+
+
+def _feed_forward(c: dict[str, Any], layer: int) -> Iterator[Entry]:
+    hidden, width, count = c["hidden_size"], c["moe_intermediate_size"], experts_of(c)
+    yield "ffn_norm.weight", (hidden,), "norm"
+    if layer < c.get("first_k_dense_replace", 0):
+        yield from _gated("", (), c["intermediate_size"], hidden)
+        return
+    yield "ffn_gate_inp.weight", (count, hidden), "router"
+    if c.get("topk_method") == "noaux_tc":
+        yield "exp_probs_b.bias", (count,), "bias"
+    yield from _gated("_exps", (count,), width, hidden)
+    if c.get("n_shared_experts"):
+        yield from _gated("_shexp", (), width * c["n_shared_experts"], hidden)
+
+
+def _gated(suffix: str, lead: tuple[int, ...], width: int, hidden: int) -> Iterator[Entry]:
+    yield f"ffn_gate{suffix}.weight", (*lead, width, hidden), "other"
+    yield f"ffn_up{suffix}.weight", (*lead, width, hidden), "other"
+    yield f"ffn_down{suffix}.weight", (*lead, hidden, width), "down"
+
+
+def qtype_of(tensor: Tensor, quant: str, layers: int) -> QType:
+    """The type llama-quantize would store a tensor in: of a mix, or of one type for all."""
+    if tensor.role in ("norm", "router", "bias"):
+        return QTYPES["F32"]
+    name = quant
+    if quant == "Q4_K_M":
+        name = "Q6_K" if tensor.role == "output" or (tensor.role in ("value", "down") and _more_bits(tensor.layer, layers)) else "Q4_K"
+    if tensor.columns % QTYPES[name].block:
+        name = FALLBACK.get(name, "IQ4_NL" if name.startswith("IQ") else "F16")
+    return QTYPES[name if tensor.columns % QTYPES[name].block == 0 else "F16"]
+
+
+def _more_bits(layer: int, layers: int) -> bool:
+    """llama-quantize's choice: the first and the last eighth, and every third layer between."""
+    eighth = layers // 8
+    return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+
+
+def metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    """What llama.cpp needs to know, from config.json."""
+    arch = writer.arch
+    common = {
+        "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+        "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads", "vocab_size": "vocab_size",
+        "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size",
+    }
+    numbers: dict[str, Any] = {key: config[name] for key, name in common.items()} | {"expert_count": experts_of(config)}
+    numbers |= _deepseek_numbers(config) if arch == "deepseek2" else {
+        "attention.head_count_kv": config["num_key_value_heads"], "attention.key_length": config["head_dim"],
+        "attention.value_length": config["head_dim"], "rope.dimension_count": config["head_dim"],
+    }
+    writer.add_quantization_version(2)
+    for key, number in numbers.items():
+        writer.add_uint32(f"{arch}.{key}", number)
+    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
+    writer.add_float32(f"{arch}.rope.freq_base", config["rope_theta"])
+    if arch == "deepseek2":
+        writer.add_float32(f"{arch}.expert_weights_scale", config["routed_scaling_factor"])
+        writer.add_bool(f"{arch}.expert_weights_norm", config["norm_topk_prob"])
+        writer.add_string(f"{arch}.rope.scaling.type", "yarn")
+        writer.add_float32(f"{arch}.rope.scaling.factor", config["rope_scaling"]["factor"])
+        writer.add_float32(f"{arch}.rope.scaling.yarn_log_multiplier", 0.1 * config["rope_scaling"]["mscale_all_dim"])
+
+
+def _deepseek_numbers(c: dict[str, Any]) -> dict[str, int]:
+    """MLA in its absorbed form: one key/value head whose key is latent and rope, whose value is the latent."""
+    numbers = {
+        "attention.head_count_kv": 1, "attention.key_length": c["kv_lora_rank"] + c["qk_rope_head_dim"], "attention.value_length": c["kv_lora_rank"],
+        "attention.key_length_mla": c["qk_nope_head_dim"] + c["qk_rope_head_dim"], "attention.value_length_mla": c["v_head_dim"],
+        "attention.kv_lora_rank": c["kv_lora_rank"], "rope.dimension_count": c["qk_rope_head_dim"], "leading_dense_block_count": c["first_k_dense_replace"],
+        "expert_shared_count": c["n_shared_experts"], "expert_gating_func": 2 if c["scoring_func"] == "sigmoid" else 1,
+        "rope.scaling.original_context_length": c["rope_scaling"]["original_max_position_embeddings"],
+    }
+    if c["n_group"] > 1:
+        numbers |= {"expert_group_count": c["n_group"], "expert_group_used_count": c["topk_group"]}
+    if c["q_lora_rank"] or c["num_hidden_layers"] not in (26, 27):  # llama.cpp tells the Lite model by its depth
+        numbers["attention.q_lora_rank"] = c["q_lora_rank"] or 0
+    return numbers
+
+
+def vocabulary(config: dict[str, Any]) -> tuple[list[str], list[int]]:
+    """Tokens and their kinds (1 normal, 3 control): the special ones at their ids, the 256 bytes, then words nobody types."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    if config["vocab_size"] < 260:
+        sys.exit(f"make_model.py: a vocabulary of {config['vocab_size']} has no room for 256 bytes and the special tokens")
+    special = {config["bos_token_id"]: "<|begin|>", config["eos_token_id"]: "<|end|>"}
+    plain = iter([*bytes_to_unicode().values(), "Ġt", *(f"Ġx{number:05x}" for number in range(config["vocab_size"]))])
+    tokens = [special.get(i) or next(plain) for i in range(config["vocab_size"])]
+    return tokens, [3 if i in special else 1 for i in range(config["vocab_size"])]
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def tokenizer(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    tokens, kinds = vocabulary(config)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2" if config["model_type"] == "qwen3_moe" else "deepseek-llm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(["Ġ t"])  # llama.cpp insists on one
+    writer.add_bos_token_id(config["bos_token_id"])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_pad_token_id(config["eos_token_id"])
+    writer.add_add_bos_token(config["model_type"] != "qwen3_moe")
+    writer.add_chat_template(TEMPLATE)
+
+
+class Pools:
+    """Rows of quantised Gaussian weights, one pool for each type and spread; a tensor is cut out from a random block on."""
+
+    def __init__(self, seed: int):
+        self.random, self.made = np.random.default_rng(seed), dict[tuple[str, int], Any]()
+
+    def write(self, file: BinaryIO, tensor: Tensor, qtype: QType, nbytes: int) -> None:
+        if tensor.role == "norm":
+            file.write(np.ones(tensor.shape, np.float32).tobytes())
+            return
+        key = (qtype.name, 1 if tensor.role == "embedding" else tensor.columns)
+        if key not in self.made:
+            self.made[key] = random_rows(qtype, max(1, POOL // 2048), 2048, seed=len(self.made), std=key[1] ** -0.5).numpy().reshape(-1)
+        pool = self.made[key]
+        at = int(self.random.integers(len(pool) // qtype.nbytes)) * qtype.nbytes
+        while nbytes:
+            piece = pool[at : at + min(nbytes, CHUNK)]
+            file.write(piece.data)
+            nbytes, at = nbytes - len(piece), (at + len(piece)) % len(pool)
+
+
+def write_gguf(path: Path, config: dict[str, Any], quant: str, seed: int = 0, header_only: bool = False) -> int:
+    """Writes the file and returns its size; with `header_only` the data is a hole."""
+    writer = gguf.GGUFWriter(path, "qwen3moe" if config["model_type"] == "qwen3_moe" else "deepseek2")
+    writer.add_name(f"{path.stem} (random weights)")
+    metadata(writer, config)
+    tokenizer(writer, config)
+    plan = [(tensor, qtype_of(tensor, quant, config["num_hidden_layers"])) for tensor in tensors(config)]
+    sizes = [qtype.row_bytes(tensor.columns) * math.prod(tensor.shape[:-1]) for tensor, qtype in plan]
+    for (tensor, qtype), nbytes in zip(plan, sizes, strict=True):
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=gguf.GGMLQuantizationType(qtype.code))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout
+    file, pools, align = writer.fout[0], Pools(seed), writer.data_alignment
+    start = -(-file.tell() // align) * align
+    for (tensor, qtype), nbytes in zip(plan, sizes, strict=True):
+        if not header_only:
+            file.seek(start)
+            pools.write(file, tensor, qtype, nbytes)
+        start = -(-(start + nbytes) // align) * align
+    file.truncate(start)
+    writer.close()
+    return start
+
+
+def write_folder(folder: Path, config: dict[str, Any], file: Path) -> None:
+    """config.json, generation_config.json and the file's tokenizer in Hugging Face form."""
+    from ktx.weights.gguf_header import read_header
+    from ktx.weights.metadata import tokenizer_from_gguf
+
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
+    tokenizer_from_gguf(read_header(file).metadata, str(file)).save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the model; the last line printed is the GGUF file's path."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, required=True)
+    quants = [name for name, qtype in QTYPES.items() if qtype.code < 1000]
+    parser.add_argument("--quant", default="Q4_K_M", choices=["Q4_K_M", *quants], metavar="TYPE", help="Q4_K_M (default) or one type for all matrices: %(choices)s")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder for the GGUF file, config.json and the tokenizer")
+    parser.add_argument("--header-only", action="store_true", help="leave the tensor data a hole: enough for `ktx plan`")
+    parser.add_argument("--seed", type=int, default=0)
+    for option, key in CHANGES.items():
+        parser.add_argument(f"--{option}", type=int, metavar="N", help=f"{key} instead of the preset's")
+    args = parser.parse_args(argv)
+    config = configuration(args.preset, {option: getattr(args, option.replace("-", "_")) for option in CHANGES})
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"{args.preset}-{args.quant}.gguf"
+    begin = time.perf_counter()
+    size = write_gguf(file, config, args.quant, args.seed, args.header_only)
+    write_folder(args.out, config, file)
+    params = sum(math.prod(tensor.shape) for tensor in tensors(config))
+    print(f"{config['num_hidden_layers']} layers, {params / 1e9:.2f} B weights, {size / 2**30:.2f} GiB{' (a hole)' if args.header_only else ''}, {time.perf_counter() - begin:.0f} s")
+    print(file)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
