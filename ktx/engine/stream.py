@@ -55,7 +55,8 @@ class Router:
         self.fresh = True  # nothing of this kind has been shown: leading newlines after a tag are layout
 
     def feed(self, piece: str) -> Iterator[Text]:
-        self.held += piece
+        """What of the stream so far may be shown; nothing more after a stop string."""
+        self.held += "" if self.stopped else piece
         while not self.stopped:
             marks = self.stop + ([END_THINK] if self.kind == "think" else [THINK])
             found = [(self.held.find(mark), mark) for mark in marks if mark in self.held]

@@ -36,7 +36,7 @@ def test_greedy_is_the_likeliest_and_a_seed_repeats():
     assert [hot.choose(logits, [], hot.generator()) for _ in range(5)] == [hot.choose(logits, [], hot.generator()) for _ in range(5)]
 
 
-@pytest.mark.parametrize("cut,allowed", [({"top_k": 1}, {1}), ({"top_p": 0.5}, {1}), ({"top_k": 2}, {1, 3}), ({"min_p": 0.8}, {1, 3}), ({"top_p": 0.0}, {1})])
+@pytest.mark.parametrize("cut,allowed", [({"top_k": 1}, {1}), ({"top_p": 0.4}, {1}), ({"top_k": 2}, {1, 3}), ({"min_p": 0.8}, {1, 3}), ({"top_p": 0.0}, {1})])
 def test_cuts(cut, allowed):
     logits, hot = torch.tensor([0.1, 3.0, 0.2, 2.9]), Sampling(temperature=1.0, seed=1, **cut)
     source = hot.generator()
@@ -139,9 +139,9 @@ def test_limits(loaded):
 def test_stop_strings(loaded):
     model, tok = loaded
     text, _ = answer(Session(model, tok), tok("abc")["input_ids"], max_new_tokens=30)
-    if len(text) > 4:
-        cut, done = answer(Session(model, tok), tok("abc")["input_ids"], max_new_tokens=30, stop=[text[2:4]])
-        assert cut == text[:2].lstrip("\n") and done.stats.end == "stop"
+    at = next(i for i, c in enumerate(text) if c not in "\ufffd\n")  # a random model says few whole characters
+    cut, done = answer(Session(model, tok), tok("abc")["input_ids"], max_new_tokens=30, stop=[text[at]])
+    assert cut == text[:at].lstrip("\n") and done.stats.end == "stop"
 
 
 def test_a_cache_that_cannot_be_cropped_is_rebuilt(tmp_path):
