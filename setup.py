@@ -17,8 +17,18 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
 TORCH_2_11 = "0x020b000000000000"  # the oldest torch whose stable ABI has all we use; newer API is a compile error
-FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized",
-         "-DTORCH_STABLE_ONLY", f"-DTORCH_TARGET_VERSION={TORCH_2_11}", "-DPy_LIMITED_API=0x030b0000"]
+FLAGS = [
+    "-std=c++20",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+    "-DTORCH_STABLE_ONLY",
+    f"-DTORCH_TARGET_VERSION={TORCH_2_11}",
+    "-DPy_LIMITED_API=0x030b0000",
+]
 
 
 class Build(build_ext):
@@ -35,7 +45,18 @@ class Build(build_ext):
         def compile_one(source: str) -> str:
             target = temporary / (source.replace("/", "_") + ".o")
             level = "-O3" if "/cpu/" in source and "scalar" not in source else "-O2"
-            self.call([*compiler, "-c", source, "-o", str(target), level, *FLAGS, *(includes if "/cpu/" not in source else [])])
+            self.call(
+                [
+                    *compiler,
+                    "-c",
+                    source,
+                    "-o",
+                    str(target),
+                    level,
+                    *FLAGS,
+                    *(includes if "/cpu/" not in source else []),
+                ]
+            )
             return str(target)
 
         first = {"csrc/cpu/scalar.cpp": 0, "csrc/cpu/avx512.cpp": 1, "csrc/bindings.cpp": 2}
@@ -44,7 +65,20 @@ class Build(build_ext):
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{path}" for path in library_paths()]
-        self.call([*compiler, "-shared", "-o", str(output), *objects, *libraries, "-ltorch_cpu", "-lpthread", "-Wl,-z,defs", "-Wl,--as-needed"])
+        self.call(
+            [
+                *compiler,
+                "-shared",
+                "-o",
+                str(output),
+                *objects,
+                *libraries,
+                "-ltorch_cpu",
+                "-lpthread",
+                "-Wl,-z,defs",
+                "-Wl,--as-needed",
+            ]
+        )
 
     @staticmethod
     def call(command: list[str]) -> None:
@@ -57,7 +91,11 @@ setup(
     ext_modules=[Extension("ktx._C", SOURCES, py_limited_api=True)],
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
-    packages=["ktx", *(f"ktx.{p}" for p in ("weights", "kernels", "cache", "ops", "engine", "chat", "commands", "demo")), "ktx.optimize_rules"],
+    packages=[
+        "ktx",
+        *(f"ktx.{p}" for p in ("weights", "kernels", "cache", "ops", "engine", "chat", "commands", "demo")),
+        "ktx.optimize_rules",
+    ],
     package_dir={"ktx": "ktx", "ktx.optimize_rules": "optimize_rules"},
     package_data={"ktx.optimize_rules": ["*.yaml"], "ktx.demo": ["*.jsonl", "*.txt", "model/*"]},
 )

@@ -28,18 +28,26 @@ def machine() -> dict[str, str]:
     import transformers
 
     return {
-        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "", "host": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "",
+        "host": platform.processor() or platform.machine(),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "gpu_check.jsonl"), help="file the record is appended to")
+    parser.add_argument(
+        "--out", default=str(ROOT / "benchmarks" / "results" / "gpu_check.jsonl"), help="file the record is appended to"
+    )
     args = parser.parse_args()
     record = machine()
     if not record["gpu"]:
-        print("gpu-check: torch sees no CUDA device on this machine; run `make test` and `make cpu-check` here instead", file=sys.stderr)
+        print(
+            "gpu-check: torch sees no CUDA device on this machine; run `make test` and `make cpu-check` here instead",
+            file=sys.stderr,
+        )
         return 1
     print(" · ".join(f"{key} {value}" for key, value in record.items()), flush=True)
     stages = {}
@@ -48,7 +56,9 @@ def main() -> int:
         start = time.perf_counter()
         code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
         stages[name] = {"ok": code in passing, "exit": code, "seconds": round(time.perf_counter() - start, 1)}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     line = record | {"date": datetime.date.today().isoformat(), "commit": commit, "stages": stages}
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)

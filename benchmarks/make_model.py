@@ -32,37 +32,113 @@ POOL = 1 << 22  # weights in a pool: several times a last-level cache once a mod
 CHUNK = 1 << 24
 YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 DEEPSEEK = {
-    "hidden_act": "silu", "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "moe_layer_freq": 1,
-    "max_position_embeddings": 163840, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": False, "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "moe_layer_freq": 1,
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
 }
 PRESETS: dict[str, dict[str, Any]] = {  # the published config.json of each
-    "v2lite": DEEPSEEK | {
-        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "hidden_size": 2048, "intermediate_size": 10944,
-        "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2,
-        "n_routed_experts": 64, "num_experts_per_tok": 6, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "greedy",
-        "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0, "q_lora_rank": None, "vocab_size": 102400,
-        "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}, "bos_token_id": 100000, "eos_token_id": 100001,
+    "v2lite": DEEPSEEK
+    | {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "n_shared_experts": 2,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "q_lora_rank": None,
+        "vocab_size": 102400,
+        "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        "bos_token_id": 100000,
+        "eos_token_id": 100001,
     },
-    "v3": DEEPSEEK | {
-        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432,
-        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128, "num_key_value_heads": 128, "n_shared_experts": 1,
-        "n_routed_experts": 256, "num_experts_per_tok": 8, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid", "norm_topk_prob": True, "routed_scaling_factor": 2.5, "q_lora_rank": 1536, "vocab_size": 129280,
-        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, "bos_token_id": 0, "eos_token_id": 1,
+    "v3": DEEPSEEK
+    | {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "first_k_dense_replace": 3,
+        "n_group": 8,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "q_lora_rank": 1536,
+        "vocab_size": 129280,
+        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        "bos_token_id": 0,
+        "eos_token_id": 1,
     },
     "qwen3-30b": {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144,
-        "moe_intermediate_size": 768, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-        "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "attention_bias": False, "tie_word_embeddings": False,
-        "vocab_size": 151936, "bos_token_id": 151643, "eos_token_id": 151645,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "vocab_size": 151936,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
     },
 }
 CHANGES = {  # option -> the key of config.json that it changes
-    "layers": "num_hidden_layers", "experts": "n_routed_experts", "experts-used": "num_experts_per_tok", "moe-ff": "moe_intermediate_size",
-    "hidden": "hidden_size", "ff": "intermediate_size", "vocab": "vocab_size",
+    "layers": "num_hidden_layers",
+    "experts": "n_routed_experts",
+    "experts-used": "num_experts_per_tok",
+    "moe-ff": "moe_intermediate_size",
+    "hidden": "hidden_size",
+    "ff": "intermediate_size",
+    "vocab": "vocab_size",
 }
-FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # rows that are no 256-blocks; IQ*: IQ4_NL
+FALLBACK = {
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}  # rows that are no 256-blocks; IQ*: IQ4_NL
 
 
 @dataclass(frozen=True)
@@ -114,7 +190,17 @@ Entry = tuple[str, tuple[int, ...], str]
 
 
 def _mla(c: dict[str, Any]) -> Iterator[Entry]:
-    hidden, heads, latent, nope, rope, value = (c[k] for k in ("hidden_size", "num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    hidden, heads, latent, nope, rope, value = (
+        c[k]
+        for k in (
+            "hidden_size",
+            "num_attention_heads",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+        )
+    )
     yield "attn_norm.weight", (hidden,), "norm"
     if c["q_lora_rank"]:
         yield "attn_q_a_norm.weight", (c["q_lora_rank"],), "norm"
@@ -130,7 +216,9 @@ def _mla(c: dict[str, Any]) -> Iterator[Entry]:
 
 
 def _grouped_query(c: dict[str, Any]) -> Iterator[Entry]:
-    hidden, heads, groups, width = (c[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
+    hidden, heads, groups, width = (
+        c[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
     yield "attn_norm.weight", (hidden,), "norm"
     yield "attn_q.weight", (heads * width, hidden), "other"
     yield "attn_k.weight", (groups * width, hidden), "other"
@@ -166,7 +254,11 @@ def qtype_of(tensor: Tensor, quant: str, layers: int) -> QType:
         return QTYPES["F32"]
     name = quant
     if quant == "Q4_K_M":
-        name = "Q6_K" if tensor.role == "output" or (tensor.role in ("value", "down") and _more_bits(tensor.layer, layers)) else "Q4_K"
+        name = (
+            "Q6_K"
+            if tensor.role == "output" or (tensor.role in ("value", "down") and _more_bits(tensor.layer, layers))
+            else "Q4_K"
+        )
     if tensor.columns % QTYPES[name].block:
         name = FALLBACK.get(name, "IQ4_NL" if name.startswith("IQ") else "F16")
     return QTYPES[name if tensor.columns % QTYPES[name].block == 0 else "F16"]
@@ -182,15 +274,26 @@ def metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
     """What llama.cpp needs to know, from config.json."""
     arch = writer.arch
     common = {
-        "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
-        "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads", "vocab_size": "vocab_size",
-        "expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size",
+        "block_count": "num_hidden_layers",
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "feed_forward_length": "intermediate_size",
+        "attention.head_count": "num_attention_heads",
+        "vocab_size": "vocab_size",
+        "expert_used_count": "num_experts_per_tok",
+        "expert_feed_forward_length": "moe_intermediate_size",
     }
     numbers: dict[str, Any] = {key: config[name] for key, name in common.items()} | {"expert_count": experts_of(config)}
-    numbers |= _deepseek_numbers(config) if arch == "deepseek2" else {
-        "attention.head_count_kv": config["num_key_value_heads"], "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"], "rope.dimension_count": config["head_dim"],
-    }
+    numbers |= (
+        _deepseek_numbers(config)
+        if arch == "deepseek2"
+        else {
+            "attention.head_count_kv": config["num_key_value_heads"],
+            "attention.key_length": config["head_dim"],
+            "attention.value_length": config["head_dim"],
+            "rope.dimension_count": config["head_dim"],
+        }
+    )
     writer.add_quantization_version(2)
     for key, number in numbers.items():
         writer.add_uint32(f"{arch}.{key}", number)
@@ -207,10 +310,16 @@ def metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 def _deepseek_numbers(c: dict[str, Any]) -> dict[str, int]:
     """MLA in its absorbed form: one key/value head whose key is latent and rope, whose value is the latent."""
     numbers = {
-        "attention.head_count_kv": 1, "attention.key_length": c["kv_lora_rank"] + c["qk_rope_head_dim"], "attention.value_length": c["kv_lora_rank"],
-        "attention.key_length_mla": c["qk_nope_head_dim"] + c["qk_rope_head_dim"], "attention.value_length_mla": c["v_head_dim"],
-        "attention.kv_lora_rank": c["kv_lora_rank"], "rope.dimension_count": c["qk_rope_head_dim"], "leading_dense_block_count": c["first_k_dense_replace"],
-        "expert_shared_count": c["n_shared_experts"], "expert_gating_func": 2 if c["scoring_func"] == "sigmoid" else 1,
+        "attention.head_count_kv": 1,
+        "attention.key_length": c["kv_lora_rank"] + c["qk_rope_head_dim"],
+        "attention.value_length": c["kv_lora_rank"],
+        "attention.key_length_mla": c["qk_nope_head_dim"] + c["qk_rope_head_dim"],
+        "attention.value_length_mla": c["v_head_dim"],
+        "attention.kv_lora_rank": c["kv_lora_rank"],
+        "rope.dimension_count": c["qk_rope_head_dim"],
+        "leading_dense_block_count": c["first_k_dense_replace"],
+        "expert_shared_count": c["n_shared_experts"],
+        "expert_gating_func": 2 if c["scoring_func"] == "sigmoid" else 1,
         "rope.scaling.original_context_length": c["rope_scaling"]["original_max_position_embeddings"],
     }
     if c["n_group"] > 1:
@@ -225,7 +334,9 @@ def vocabulary(config: dict[str, Any]) -> tuple[list[str], list[int]]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     if config["vocab_size"] < 260:
-        sys.exit(f"make_model.py: a vocabulary of {config['vocab_size']} has no room for 256 bytes and the special tokens")
+        sys.exit(
+            f"make_model.py: a vocabulary of {config['vocab_size']} has no room for 256 bytes and the special tokens"
+        )
     special = {config["bos_token_id"]: "<|begin|>", config["eos_token_id"]: "<|end|>"}
     plain = iter([*bytes_to_unicode().values(), "Ġt", *(f"Ġx{number:05x}" for number in range(config["vocab_size"]))])
     tokens = [special.get(i) or next(plain) for i in range(config["vocab_size"])]
@@ -264,7 +375,11 @@ class Pools:
             return
         key = (qtype.name, 1 if tensor.role == "embedding" else tensor.columns)
         if key not in self.made:
-            self.made[key] = random_rows(qtype, max(1, POOL // 2048), 2048, seed=len(self.made), std=key[1] ** -0.5).numpy().reshape(-1)
+            self.made[key] = (
+                random_rows(qtype, max(1, POOL // 2048), 2048, seed=len(self.made), std=key[1] ** -0.5)
+                .numpy()
+                .reshape(-1)
+            )
         pool = self.made[key]
         at = int(self.random.integers(len(pool) // qtype.nbytes)) * qtype.nbytes
         while nbytes:
@@ -282,7 +397,9 @@ def write_gguf(path: Path, config: dict[str, Any], quant: str, seed: int = 0, he
     plan = [(tensor, qtype_of(tensor, quant, config["num_hidden_layers"])) for tensor in tensors(config)]
     sizes = [qtype.row_bytes(tensor.columns) * math.prod(tensor.shape[:-1]) for tensor, qtype in plan]
     for (tensor, qtype), nbytes in zip(plan, sizes, strict=True):
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=gguf.GGMLQuantizationType(qtype.code))
+        writer.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=gguf.GGMLQuantizationType(qtype.code)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -315,9 +432,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, required=True)
     quants = [name for name, qtype in QTYPES.items() if qtype.code < 1000]
-    parser.add_argument("--quant", default="Q4_K_M", choices=["Q4_K_M", *quants], metavar="TYPE", help="Q4_K_M (default) or one type for all matrices: %(choices)s")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder for the GGUF file, config.json and the tokenizer")
-    parser.add_argument("--header-only", action="store_true", help="leave the tensor data a hole: enough for `ktx plan`")
+    parser.add_argument(
+        "--quant",
+        default="Q4_K_M",
+        choices=["Q4_K_M", *quants],
+        metavar="TYPE",
+        help="Q4_K_M (default) or one type for all matrices: %(choices)s",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for the GGUF file, config.json and the tokenizer",
+    )
+    parser.add_argument(
+        "--header-only", action="store_true", help="leave the tensor data a hole: enough for `ktx plan`"
+    )
     parser.add_argument("--seed", type=int, default=0)
     for option, key in CHANGES.items():
         parser.add_argument(f"--{option}", type=int, metavar="N", help=f"{key} instead of the preset's")
@@ -329,7 +461,9 @@ def main(argv: list[str] | None = None) -> int:
     size = write_gguf(file, config, args.quant, args.seed, args.header_only)
     write_folder(args.out, config, file)
     params = sum(math.prod(tensor.shape) for tensor in tensors(config))
-    print(f"{config['num_hidden_layers']} layers, {params / 1e9:.2f} B weights, {size / 2**30:.2f} GiB{' (a hole)' if args.header_only else ''}, {time.perf_counter() - begin:.0f} s")
+    print(
+        f"{config['num_hidden_layers']} layers, {params / 1e9:.2f} B weights, {size / 2**30:.2f} GiB{' (a hole)' if args.header_only else ''}, {time.perf_counter() - begin:.0f} s"
+    )
     print(file)
     return 0
 

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Context", "Operator", "Plan", "Rule", "load", "plan", "register"]
 
-_HOMES = {"Plan": "ktx.inject", "Context": "ktx.ops.base", "Operator": "ktx.ops.base", "register": "ktx.ops.base", "Rule": "ktx.rules", "load": "ktx.loading", "plan": "ktx.loading"}
+_HOMES = {
+    "Plan": "ktx.inject",
+    "Context": "ktx.ops.base",
+    "Operator": "ktx.ops.base",
+    "register": "ktx.ops.base",
+    "Rule": "ktx.rules",
+    "load": "ktx.loading",
+    "plan": "ktx.loading",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,11 +19,16 @@ def build_parser(wanted: Sequence[str] = COMMANDS) -> Parser:
 
     parser = Parser(prog="ktx", description=ktx.__doc__)
     parser.add_argument("--version", action="version", version=f"ktx {ktx.__version__}")
-    parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="print a completion script for bash, zsh or tcsh and leave")
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh", "tcsh"),
+        metavar="SHELL",
+        help="print a completion script for bash, zsh or tcsh and leave",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name in wanted:
         module = importlib.import_module(f"ktx.commands.{name}")
-        sub = commands.add_parser(name, help=module.SUMMARY, description=module.__doc__.partition(": ")[2])
+        sub = commands.add_parser(name, help=module.SUMMARY, description=(module.__doc__ or "").partition(": ")[2])
         module.add_arguments(sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

@@ -11,7 +11,9 @@ def checkpoint_renaming(model_type: str) -> Callable[[str], str]:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
-    entries = [entry for entry in get_checkpoint_conversion_mapping(model_type) or [] if isinstance(entry, WeightRenaming)]
+    entries = [
+        entry for entry in get_checkpoint_conversion_mapping(model_type) or [] if isinstance(entry, WeightRenaming)
+    ]
 
     def rename(key: str) -> str:
         for entry in entries:

@@ -31,7 +31,7 @@ class BadFile(KtxError):
 
 
 def nearest(word: str, known: object) -> str:
-    """" (did you mean 'x'?)" for the known name closest to `word`, or the empty string."""
+    """ " (did you mean 'x'?)" for the known name closest to `word`, or the empty string."""
     from difflib import get_close_matches
 
     close = get_close_matches(word, [str(name) for name in known], n=1, cutoff=0.5)  # type: ignore[attr-defined]

@@ -61,7 +61,11 @@ class Plan(list[Step]):
                 spec, shape = source.spec(name), step.shapes.get(name)
                 if spec is None:
                     wrong.append(f"{name} is missing")
-                elif shape and spec.shape != shape and not (prod(spec.shape) == prod(shape) and len(spec.shape) != len(shape)):
+                elif (
+                    shape
+                    and spec.shape != shape
+                    and not (prod(spec.shape) == prod(shape) and len(spec.shape) != len(shape))
+                ):
                     wrong.append(f"{name} is {_shape(spec.shape)}, the model needs {_shape(shape)}")
         if wrong:
             more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -78,11 +82,24 @@ class Plan(list[Step]):
         """The table; `fold` writes layers that are alike as one row."""
         head = ("module", "class", "operator", "device", "type", "bytes", "rule")
         rows = [
-            (path, step.old, step.new or "(kept)", step.device, step.types, human(nbytes) if nbytes else "", step.rule.where if step.rule else "default")
+            (
+                path,
+                step.old,
+                step.new or "(kept)",
+                step.device,
+                step.types,
+                human(nbytes) if nbytes else "",
+                step.rule.where if step.rule else "default",
+            )
             for path, step, nbytes in (_folded(self) if fold else ((step.path, step, step.nbytes) for step in self))
         ]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(cell.rjust(w) if i == 5 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in [head, *rows]]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i == 5 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in [head, *rows]
+        ]
         totals = [f"total {device}: {human(nbytes)}" for device, nbytes in sorted(self.totals().items())]
         return "\n".join([*lines, *totals])
 
@@ -108,7 +125,9 @@ def _folded(plan: Plan) -> Iterator[tuple[str, Step, int]]:
     groups: dict[tuple[Any, ...], list[Step]] = {}
     for step in plan:
         generic = re.sub(r"\.\d+(?=\.|$)", ".{}", step.path, count=1)
-        groups.setdefault((generic, step.old, step.new, step.device, step.types, step.rule.where if step.rule else ""), []).append(step)
+        groups.setdefault(
+            (generic, step.old, step.new, step.device, step.types, step.rule.where if step.rule else ""), []
+        ).append(step)
     for (generic, *_), steps in groups.items():
         numbers = [int(m[1]) for step in steps if (m := re.search(r"\.(\d+)(?=\.|$)", step.path))]
         name = generic.replace("{}", _spans(numbers)) if len(steps) > 1 else steps[0].path
@@ -125,7 +144,9 @@ def _spans(numbers: Sequence[int]) -> str:
     return "[" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) + "]"
 
 
-def inject(model: nn.Module, rules: Sequence[Rule], config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Plan:
+def inject(
+    model: nn.Module, rules: Sequence[Rule], config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+) -> Plan:
     """Replaces modules of a model on the meta device, top down on the new tree, and returns the plan.
 
     A rule that matches nothing is told by a warning.
@@ -140,7 +161,9 @@ def inject(model: nn.Module, rules: Sequence[Rule], config: Any, dtype: torch.dt
 
 
 class _Walk:
-    def __init__(self, model: nn.Module, rules: Sequence[Rule], config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None):
+    def __init__(
+        self, model: nn.Module, rules: Sequence[Rule], config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None
+    ):
         self.model, self.rules, self.config, self.dtype, self.kv_dtype = model, rules, config, dtype, kv_dtype
         self.plan, self.hits = Plan(), set[int]()
         self.tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -175,7 +198,10 @@ class _Walk:
     def step(self, path: str, old: str, module: nn.Module, rule: Rule | None, device: torch.device) -> None:
         """Records a module that was replaced or holds weights of its own."""
         tensors, shapes = [], {}
-        own = [*module.named_parameters(recurse=False), *((n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set)]
+        own = [
+            *module.named_parameters(recurse=False),
+            *((n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set),
+        ]
         for name, tensor in own:
             full = f"{path}.{name}"
             if tensor is not None and full not in self.tied:
@@ -197,11 +223,17 @@ class _Walk:
 def check_kwargs(cls: type[Operator], rule: Rule) -> None:
     """UsageError for an option that the operator's from_hf does not name."""
     parameters = inspect.signature(cls.from_hf).parameters
-    known = [name for name, p in parameters.items() if name not in ("old", "ctx") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    known = [
+        name
+        for name, p in parameters.items()
+        if name not in ("old", "ctx") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
     for key in rule.kwargs:
         if key not in known:
             options = " ".join(known) or "none"
-            raise UsageError(f"{rule.where}: {cls.__name__} has no option {key!r}{nearest(key, known)}; its options: {options}")
+            raise UsageError(
+                f"{rule.where}: {cls.__name__} has no option {key!r}{nearest(key, known)}; its options: {options}"
+            )
 
 
 def _device(rule: Rule) -> torch.device:
@@ -210,5 +242,7 @@ def _device(rule: Rule) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"{rule.where}: {rule.device!r} is no device; write cpu or cuda:0") from error
     if device.type != "cpu":
-        warnings.warn(f"{rule.where}: {device} is not used by this version's operators; the module stays on the CPU", stacklevel=3)
+        warnings.warn(
+            f"{rule.where}: {device} is not used by this version's operators; the module stays on the CPU", stacklevel=3
+        )
     return torch.device("cpu")

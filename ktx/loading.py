@@ -60,7 +60,9 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
 
         return config_from_gguf(path)
     if path.is_dir() and not (path / "config.json").exists():
-        raise BadFile(f"{source}: has no config.json; --model must be a Hugging Face folder (its GGUF goes to --weights)")
+        raise BadFile(
+            f"{source}: has no config.json; --model must be a Hugging Face folder (its GGUF goes to --weights)"
+        )
     if path.is_dir():
         try:
             raw = json.loads((path / "config.json").read_text())
@@ -78,7 +80,7 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         raise BadFile(f"{source}: no configuration: {first[:300]}") from error
 
 
-def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The transformers model on the meta device, attending with our kernel."""
     from transformers import AutoModelForCausalLM
 
@@ -91,13 +93,20 @@ def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
     return model.eval().requires_grad_(False)
 
 
-def plan(model: str | Path, weights: str | Path | None = None, rules: Any = None, trust_remote_code: bool = False) -> Plan:
+def plan(
+    model: str | Path, weights: str | Path | None = None, rules: Any = None, trust_remote_code: bool = False
+) -> Plan:
     """What `load` would do, from headers alone."""
     return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code)[1]
 
 
 def _prepare(
-    model: str | Path, weights: str | Path | None, rules: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None, moe_experts: int | None,
+    model: str | Path,
+    weights: str | Path | None,
+    rules: Any,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None,
+    moe_experts: int | None,
     trust_remote_code: bool,
 ) -> tuple[nn.Module, Plan, WeightSource]:
     warn_unknown()
@@ -127,7 +136,9 @@ def _hub_folder(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
     except Exception as error:  # the hub client's errors have no common base but Exception
-        raise BadFile(f"{model}: is no folder and cannot be fetched from the hub: {str(error).splitlines()[0][:200]}") from error
+        raise BadFile(
+            f"{model}: is no folder and cannot be fetched from the hub: {str(error).splitlines()[0][:200]}"
+        ) from error
 
 
 def _fewer_experts(config: Any, count: int) -> None:
@@ -153,8 +164,16 @@ def _tie(model: nn.Module, made: Plan, source: WeightSource) -> None:
 
 
 def load(
-    model: str | Path, weights: str | Path | None = None, rules: str | Path | Sequence[Rule] | None = None, *, dtype: torch.dtype = torch.float32,
-    kv_dtype: torch.dtype | None = None, threads: int | None = None, moe_experts: int | None = None, trust_remote_code: bool = False, progress: bool = True,
+    model: str | Path,
+    weights: str | Path | None = None,
+    rules: str | Path | Sequence[Rule] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    moe_experts: int | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -185,7 +204,9 @@ def check_memory(made: Plan) -> None:
     """DoesNotFit, with the numbers, when packed weights and a reserve exceed the memory that is free."""
     need, (total, available) = int(sum(step.nbytes for step in made) * 1.02) + RESERVE, memory()
     if need > available:
-        raise DoesNotFit(f"the weights need {human(need)} of memory, {human(available)} of {human(total)} are free; close programs or take a smaller quant")
+        raise DoesNotFit(
+            f"the weights need {human(need)} of memory, {human(available)} of {human(total)} are free; close programs or take a smaller quant"
+        )
 
 
 def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: bool = False) -> Any:
@@ -207,7 +228,9 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
 # ---- weights
 
 
-def _load_all(model: nn.Module, made: Plan, source: WeightSource, dtype: torch.dtype, threads: int, advance: Callable[[int], None]) -> None:
+def _load_all(
+    model: nn.Module, made: Plan, source: WeightSource, dtype: torch.dtype, threads: int, advance: Callable[[int], None]
+) -> None:
     """Every step in file order on `threads` threads; the first error stops the rest."""
     keep = _dtype_of(model, dtype)
     steps = sorted(made, key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
@@ -251,7 +274,9 @@ def _set_own(module: nn.Module, name: str, values: torch.Tensor, dtype: torch.dt
     else:
         buffer = module._buffers[name]
         assert buffer is not None
-        module._buffers[name] = values.reshape(buffer.shape).to(torch.float32 if buffer.is_floating_point() else buffer.dtype)
+        module._buffers[name] = values.reshape(buffer.shape).to(
+            torch.float32 if buffer.is_floating_point() else buffer.dtype
+        )
 
 
 def _dtype_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
@@ -271,13 +296,14 @@ def _repair(model: Any) -> None:
             module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
         if meta:
             model._init_weights(module)
-    embeddings = {name for name in (getattr(model, "all_tied_weights_keys", None) or {})}
-    for target in embeddings:
+    for target in dict(getattr(model, "all_tied_weights_keys", None) or {}):
         module, _, name = target.rpartition(".")
         owner = model.get_submodule(module)
         if isinstance(owner, nn.Linear):  # kept by the rules: tied as transformers does
             source = model.get_submodule(model.all_tied_weights_keys[target].rpartition(".")[0]).weight
-            owner._parameters[name] = source if isinstance(source, nn.Parameter) else nn.Parameter(source, requires_grad=False)
+            owner._parameters[name] = (
+                source if isinstance(source, nn.Parameter) else nn.Parameter(source, requires_grad=False)
+            )
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise BadFile(f"these parameters were not loaded: {', '.join(left[:5])}{' and more' if len(left) > 5 else ''}")
@@ -305,7 +331,9 @@ def _generation(model: Any, folder: str | Path) -> None:
 
     if (Path(folder).expanduser() / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
-    model.generation_config.disable_compile = True  # kernels are opaque to the compiler; compiling around them costs minutes
+    model.generation_config.disable_compile = (
+        True  # kernels are opaque to the compiler; compiling around them costs minutes
+    )
 
 
 @contextmanager

@@ -12,7 +12,9 @@ from ktx.commands.arguments import Parser
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the flags of `ktx chat` and runs it."""
-    parser = Parser(prog="python -m ktx.local_chat", description=chat.__doc__.partition(": ")[2] if chat.__doc__ else "")
+    parser = Parser(
+        prog="python -m ktx.local_chat", description=chat.__doc__.partition(": ")[2] if chat.__doc__ else ""
+    )
     chat.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)

@@ -6,6 +6,8 @@ scales around the obvious one are tried and the one with the least squared error
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,14 +16,16 @@ from ktx.errors import UsageError
 from ktx.qtypes import QTYPES, QType
 
 Array = NDArray[np.float32]
-Bytes = NDArray[np.uint8]
+Bytes = NDArray[Any]  # of uint8; numpy's stubs widen every shift
 STEPS = np.linspace(-0.12, 0.12, 9, dtype=np.float32)  # relative changes of the scale that are tried
 
 
 def quantize(values: torch.Tensor, qtype: QType) -> torch.Tensor:
     """f32 [..., k] -> uint8 [..., row_bytes]. UsageError when the type cannot be made here or k is not whole blocks."""
     if values.shape[-1] % qtype.block:
-        raise UsageError(f"{qtype.name} stores rows in blocks of {qtype.block} weights, a row of {values.shape[-1]} does not fit")
+        raise UsageError(
+            f"{qtype.name} stores rows in blocks of {qtype.block} weights, a row of {values.shape[-1]} does not fit"
+        )
     if qtype.is_float:
         from ktx.qtypes import _torch_dtype
 
@@ -37,7 +41,9 @@ def quantize(values: torch.Tensor, qtype: QType) -> torch.Tensor:
         try:
             data = gguf.quants.quantize(rows.reshape(-1, rows.shape[-1]), gguf.GGMLQuantizationType(qtype.code))
         except NotImplementedError as error:
-            raise UsageError(f"{qtype.name} cannot be made without an importance matrix: take a file that llama-quantize wrote") from error
+            raise UsageError(
+                f"{qtype.name} cannot be made without an importance matrix: take a file that llama-quantize wrote"
+            ) from error
     return torch.from_numpy(np.ascontiguousarray(data)).reshape(*values.shape[:-1], qtype.row_bytes(values.shape[-1]))
 
 
@@ -88,7 +94,9 @@ def _best(x: Array, candidates: list[tuple[Array, Array]], reconstruct: object) 
         error = (weight * (reconstruct(scale, minimum) - x) ** 2).sum(-1)  # type: ignore[operator]
         better = error < least
         least = np.where(better, error, least)
-        best = (scale, minimum) if best is None else (np.where(better, scale, best[0]), np.where(better, minimum, best[1]))
+        best = (
+            (scale, minimum) if best is None else (np.where(better, scale, best[0]), np.where(better, minimum, best[1]))
+        )
     assert best is not None
     return best
 
@@ -262,5 +270,14 @@ def _mxfp4(x: Array) -> Bytes:
     return np.concatenate([(best_e + 127).astype(np.uint8)[:, None], _halves(_nearest(x / scale, _FP4))], 1)
 
 
-_MAKERS = {"Q2_K": _q2_k, "Q3_K": _q3_k, "Q4_K": _q4_k, "Q5_K": _q5_k, "Q6_K": _q6_k, "IQ4_NL": _iq4_nl, "IQ4_XS": _iq4_xs, "MXFP4": _mxfp4}
+_MAKERS = {
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
+}
 assert set(_MAKERS) <= set(QTYPES)

@@ -24,9 +24,22 @@ KEYS: dict[str, dict[str, type]] = {
     "replace": {"class": str, "kwargs": dict, "device": str},
 }
 FILES = {  # model_type -> rule file; a type that is not here gets `generic`
-    "deepseek_v2": "deepseek-v2", "deepseek_v3": "deepseek-v3", "kimi_k2": "deepseek-v3", "qwen2_moe": "qwen2-moe", "qwen3_moe": "qwen3-moe",
-    "qwen3_next": "qwen3-next", "mixtral": "mixtral", "glm4_moe": "glm4-moe", "minimax_m2": "minimax-m2", "ernie4_5_moe": "ernie4_5-moe",
-    "gpt_oss": "gpt-oss", "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3",
+    "deepseek_v2": "deepseek-v2",
+    "deepseek_v3": "deepseek-v3",
+    "kimi_k2": "deepseek-v3",
+    "qwen2_moe": "qwen2-moe",
+    "qwen3_moe": "qwen3-moe",
+    "qwen3_next": "qwen3-next",
+    "mixtral": "mixtral",
+    "glm4_moe": "glm4-moe",
+    "minimax_m2": "minimax-m2",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "gpt_oss": "gpt-oss",
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
 }
 
 
@@ -86,7 +99,9 @@ class _Marked:
         for name in found:
             if name not in KEYS[section]:
                 where = f" in {section}" if section else ""
-                raise UsageError(f"{self.at(keys[name])}: unknown key {name!r}{where}{nearest(name, KEYS[section])}; known: {' '.join(KEYS[section])}")
+                raise UsageError(
+                    f"{self.at(keys[name])}: unknown key {name!r}{where}{nearest(name, KEYS[section])}; known: {' '.join(KEYS[section])}"
+                )
         return found
 
     def value(self, node: yaml.Node, kind: type, what: str) -> Any:
@@ -103,7 +118,9 @@ def _kind(kind: type) -> str:
 
 
 def _shown(node: yaml.Node) -> str:
-    return repr(node.value)[:40] if isinstance(node, yaml.ScalarNode) else {"sequence": "a list", "mapping": "a mapping"}[node.id]
+    if isinstance(node, yaml.ScalarNode):
+        return repr(node.value)[:40]
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
 def parse(text: str, file: str = "<rules>") -> list[Rule]:
@@ -112,7 +129,9 @@ def parse(text: str, file: str = "<rules>") -> list[Rule]:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise UsageError(f"{file}:{mark.line + 1 if mark else 1}: is no YAML: {getattr(error, 'problem', error)}") from None
+        raise UsageError(
+            f"{file}:{mark.line + 1 if mark else 1}: is no YAML: {getattr(error, 'problem', error)}"
+        ) from None
     if root is None:
         raise UsageError(f"{file}:1: holds no rules")
     if not isinstance(root, yaml.SequenceNode):
@@ -134,10 +153,17 @@ def _rule(node: yaml.Node, at: _Marked) -> Rule:
         raise UsageError(f"{at.at(top['match'])}: match needs a name or a class")
     new = at.value(replace["class"], str, "replace.class") if "class" in replace else "default"
     kwargs = at.value(replace["kwargs"], dict, "replace.kwargs") if "kwargs" in replace else None
-    device = next((at.value(section["device"], str, "device") for section in (top, replace) if "device" in section), None)
+    device = next(
+        (at.value(section["device"], str, "device") for section in (top, replace) if "device" in section), None
+    )
     return Rule(
-        _pattern(name, match, at), cls, None if new in ("default", None) else new, kwargs or {}, device,
-        at.value(top["recursive"], bool, "recursive") if "recursive" in top else True, at.at(node),
+        _pattern(name, match, at),
+        cls,
+        None if new in ("default", None) else new,
+        kwargs or {},
+        device,
+        at.value(top["recursive"], bool, "recursive") if "recursive" in top else True,
+        at.at(node),
     )
 
 
@@ -174,7 +200,9 @@ def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") 
     if not path.is_file():
         named = rule_folder() / f"{path.name.removesuffix('.yaml').lower()}.yaml"
         if path.parent != Path(".") or not named.is_file():
-            raise BadFile(f"{rules}: no such rule file, and no shipped one is called so{nearest(path.stem, shipped())}; shipped: {' '.join(shipped())}")
+            raise BadFile(
+                f"{rules}: no such rule file, and no shipped one is called so{nearest(path.stem, shipped())}; shipped: {' '.join(shipped())}"
+            )
         path = named
     try:
         text = path.read_text(encoding="utf-8")

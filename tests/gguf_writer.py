@@ -13,11 +13,28 @@ import torch
 from ktx.qtypes import QTYPES, QType
 
 ARCH = {
-    "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "qwen3_next": "qwen3next",
-    "mixtral": "llama", "llama": "llama", "glm4_moe": "glm4moe", "minimax_m2": "minimax-m2", "ernie4_5_moe": "ernie4_5-moe",
-    "gpt_oss": "gpt-oss", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "qwen3_next": "qwen3next",
+    "mixtral": "llama",
+    "llama": "llama",
+    "glm4_moe": "glm4moe",
+    "minimax_m2": "minimax-m2",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "gpt_oss": "gpt-oss",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
 }
-FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q2_K": "Q4_0", "Q3_K": "Q4_0"}  # as llama-quantize: rows that are no 256-blocks
+FALLBACK = {
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+    "Q2_K": "Q4_0",
+    "Q3_K": "Q4_0",
+}  # as llama-quantize: rows that are no 256-blocks
 EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -33,8 +50,23 @@ def unpermuted(w: torch.Tensor, heads: int) -> torch.Tensor:
 class Writer:
     """One file; `put` writes a tensor in the wanted type and returns what a reader will see."""
 
-    def __init__(self, path: Path, config: Any, quant: str | Callable[[str], str], split_kvb: bool, fuse_gate_up: bool, fuse_qkv: bool, mangle: dict[str, Any]):
-        self.config, self.quant, self.split_kvb, self.fuse_gate_up, self.fuse_qkv = config, quant, split_kvb, fuse_gate_up, fuse_qkv
+    def __init__(
+        self,
+        path: Path,
+        config: Any,
+        quant: str | Callable[[str], str],
+        split_kvb: bool,
+        fuse_gate_up: bool,
+        fuse_qkv: bool,
+        mangle: dict[str, Any],
+    ):
+        self.config, self.quant, self.split_kvb, self.fuse_gate_up, self.fuse_qkv = (
+            config,
+            quant,
+            split_kvb,
+            fuse_gate_up,
+            fuse_qkv,
+        )
         self.arch = ARCH[config.model_type]
         self.w = gguf.GGUFWriter(path, self.arch)
         self.oracle: dict[str, torch.Tensor] = {}
@@ -45,11 +77,16 @@ class Writer:
     def head(self, mangle: dict[str, Any]) -> None:
         c = self.config
         values = {
-            "block_count": c.num_hidden_layers, "embedding_length": c.hidden_size, "attention.head_count": c.num_attention_heads,
+            "block_count": c.num_hidden_layers,
+            "embedding_length": c.hidden_size,
+            "attention.head_count": c.num_attention_heads,
             "attention.head_count_kv": 1 if getattr(c, "kv_lora_rank", None) else c.num_key_value_heads,
             "expert_count": next((getattr(c, k) for k in EXPERT_KEYS if getattr(c, k, None)), None),
-            "expert_used_count": getattr(c, "num_experts_per_tok", None), "expert_feed_forward_length": getattr(c, "moe_intermediate_size", None),
-            "attention.kv_lora_rank": getattr(c, "kv_lora_rank", None), "vocab_size": c.vocab_size, **mangle,
+            "expert_used_count": getattr(c, "num_experts_per_tok", None),
+            "expert_feed_forward_length": getattr(c, "moe_intermediate_size", None),
+            "attention.kv_lora_rank": getattr(c, "kv_lora_rank", None),
+            "vocab_size": c.vocab_size,
+            **mangle,
         }
         for key, value in values.items():
             if value is not None:
@@ -89,7 +126,9 @@ class Writer:
                     self.oracle[hf] = seen.reshape(x.shape)
                     return
         plus = 1 if self.arch == "qwen3next" and rest.endswith("norm.weight") and "linear_attn" not in rest else 0
-        base, suffix = (hf.removesuffix(".weight"), ".weight") if hf.endswith(".weight") else (hf.removesuffix(".bias"), ".bias")
+        base, suffix = (
+            (hf.removesuffix(".weight"), ".weight") if hf.endswith(".weight") else (hf.removesuffix(".bias"), ".bias")
+        )
         name = self.names.get_name(base)
         assert name, hf
         self.oracle[hf] = (self.put(name + suffix, x.float() + plus) - plus).reshape(x.shape)
@@ -174,24 +213,41 @@ class Writer:
         k, v = c.linear_key_head_dim, c.linear_num_value_heads // c.linear_num_key_heads * c.linear_value_head_dim
         heads = x.reshape(c.linear_num_key_heads, 2 * k + 2 * v, -1)
         parts = [p.reshape(-1, x.shape[1]) for p in heads.split([k, k, v, v], 1)]
-        qkv, z = self.put(f"{block}attn_qkv.weight", torch.cat(parts[:3])), self.put(f"{block}attn_gate.weight", parts[3])
+        qkv, z = (
+            self.put(f"{block}attn_qkv.weight", torch.cat(parts[:3])),
+            self.put(f"{block}attn_gate.weight", parts[3]),
+        )
         back = [*qkv.split([p.shape[0] for p in parts[:3]]), z]
         return torch.cat([p.reshape(c.linear_num_key_heads, -1, x.shape[1]) for p in back], 1)
 
 
 SPECIAL = [
-    (r"self_attn\.([qkv])_proj\.(weight|bias)", "qkv"), (r"self_attn\.kv_b_proj\.weight", "kv_b"), (r"self_attn\.sinks", "sinks"),
-    (r"mlp\.experts\.gate_up_proj", "gate_up_experts"), (r"mlp\.experts\.down_proj", "down_experts"),
-    (r"mlp\.experts\.gate_up_proj_bias", "gate_up_bias"), (r"mlp\.experts\.down_proj_bias", "down_bias"),
-    (r"mlp\..*e_score_correction_bias|mlp\.e_score_correction_bias", "correction"), (r"mlp\.shared_expert_gate\.weight", "shared_gate"),
-    (r"linear_attn\.dt_bias", "dt_bias"), (r"linear_attn\.A_log", "a_log"), (r"linear_attn\.conv1d\.weight", "conv1d"),
+    (r"self_attn\.([qkv])_proj\.(weight|bias)", "qkv"),
+    (r"self_attn\.kv_b_proj\.weight", "kv_b"),
+    (r"self_attn\.sinks", "sinks"),
+    (r"mlp\.experts\.gate_up_proj", "gate_up_experts"),
+    (r"mlp\.experts\.down_proj", "down_experts"),
+    (r"mlp\.experts\.gate_up_proj_bias", "gate_up_bias"),
+    (r"mlp\.experts\.down_proj_bias", "down_bias"),
+    (r"mlp\..*e_score_correction_bias|mlp\.e_score_correction_bias", "correction"),
+    (r"mlp\.shared_expert_gate\.weight", "shared_gate"),
+    (r"linear_attn\.dt_bias", "dt_bias"),
+    (r"linear_attn\.A_log", "a_log"),
+    (r"linear_attn\.conv1d\.weight", "conv1d"),
     (r"linear_attn\.in_proj_qkvz\.weight", "qkvz"),
 ]
 
 
 def write_gguf(
-    path: Path, model: Any, quant: str | Callable[[str], str] = "Q8_0", *, split_kvb: bool = True, fuse_gate_up: bool = False, fuse_qkv: bool = False,
-    mangle: dict[str, Any] | None = None, extra: Callable[[gguf.GGUFWriter], None] | None = None,
+    path: Path,
+    model: Any,
+    quant: str | Callable[[str], str] = "Q8_0",
+    *,
+    split_kvb: bool = True,
+    fuse_gate_up: bool = False,
+    fuse_qkv: bool = False,
+    mangle: dict[str, Any] | None = None,
+    extra: Callable[[gguf.GGUFWriter], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Writes the model's parameters; returns the state dict with the values that the file holds."""
     writer = Writer(path, model.config, quant, split_kvb, fuse_gate_up, fuse_qkv, mangle or {})

@@ -18,7 +18,11 @@ import pytest
 from tests.small_chat import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
-ENV = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "TERM": "xterm", "OMP_NUM_THREADS": "1"}
+ENV = os.environ | {
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    "TERM": "xterm",
+    "OMP_NUM_THREADS": "1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +31,29 @@ def folder(tmp_path_factory):
 
 
 def chat(folder, *words, text="", module="ktx.local_chat", **more):
-    command = [sys.executable, "-m", module, *(["chat"] if module == "ktx" else []), "--model_path", str(folder), "--gguf_path", str(folder / "model.gguf"), "--max_new_tokens", "6", *words]
+    command = [
+        sys.executable,
+        "-m",
+        module,
+        *(["chat"] if module == "ktx" else []),
+        "--model_path",
+        str(folder),
+        "--gguf_path",
+        str(folder / "model.gguf"),
+        "--max_new_tokens",
+        "6",
+        *words,
+    ]
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, env=ENV | more)
 
 
 def test_one_shot_prints_the_answer_alone(folder):
     done = chat(folder, "-p", "hello")
     assert done.returncode == 0 and done.stdout.strip() and "\x1b" not in done.stdout
-    assert re.search(r"prompt \d+ tok .*first token .*cached 0.*context left \d+", done.stderr) and "kernels" in done.stderr
+    assert (
+        re.search(r"prompt \d+ tok .*first token .*cached 0.*context left \d+", done.stderr)
+        and "kernels" in done.stderr
+    )
 
 
 def test_piped_lines_are_turns_and_quotes_make_blocks(folder):
@@ -47,13 +66,47 @@ def test_piped_lines_are_turns_and_quotes_make_blocks(folder):
 def test_commands_on_a_pipe(folder, tmp_path):
     (tmp_path / "q.txt").write_text("a question from a file")
     save = tmp_path / "chat.json"
-    lines = ["/help", "/system be brief", "hello", "/stats", "/set temperature 0.5", "/set", "/sett x", "/set temperatur 1", "/set top_p 7", "/retry", "/undo", f"/read {tmp_path / 'q.txt'}",
-             f"/save {save}", "/clear", "/undo", f"/load {save}", "/load /no/such", "/fold", "/nonsense", "/exit", "never sent"]
+    lines = [
+        "/help",
+        "/system be brief",
+        "hello",
+        "/stats",
+        "/set temperature 0.5",
+        "/set",
+        "/sett x",
+        "/set temperatur 1",
+        "/set top_p 7",
+        "/retry",
+        "/undo",
+        f"/read {tmp_path / 'q.txt'}",
+        f"/save {save}",
+        "/clear",
+        "/undo",
+        f"/load {save}",
+        "/load /no/such",
+        "/fold",
+        "/nonsense",
+        "/exit",
+        "never sent",
+    ]
     done = chat(folder, text="\n".join(lines) + "\n")
     told = done.stderr
     assert done.returncode == 0
-    for words in ("/retry", "system: be brief", "temperature = 0.5", "/sett is no command (did you mean '/set'?)", "did you mean 'temperature'?", "top_p is 7", "took back: hello",
-                  "saved 2 messages", "nothing to undo", "loaded 2 messages", "! /no/such: cannot be read", "thinking is folded", "/nonsense is no command"):
+    for words in (
+        "/retry",
+        "system: be brief",
+        "temperature = 0.5",
+        "/sett is no command (did you mean '/set'?)",
+        "did you mean 'temperature'?",
+        "top_p is 7",
+        "took back: hello",
+        "saved 2 messages",
+        "nothing to undo",
+        "loaded 2 messages",
+        "! /no/such: cannot be read",
+        "thinking is folded",
+        "/nonsense is no command",
+    ):
         assert words in told, words
     turns = json.loads(save.read_text())
     assert turns["system"] == "be brief" and [t["role"] for t in turns["turns"]] == ["user", "assistant"]
@@ -66,15 +119,31 @@ def test_prompt_file_on_an_empty_line(folder, tmp_path):
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("words", [["--force_think"], ["--force_think", "true"], ["--force-think", "false"], ["--force-think=true"], ["--cpu-infer", "1", "--chunk_size", "4", "--seed", "3", "--temperature", "1"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--force_think"],
+        ["--force_think", "true"],
+        ["--force-think", "false"],
+        ["--force-think=true"],
+        ["--cpu-infer", "1", "--chunk_size", "4", "--seed", "3", "--temperature", "1"],
+    ],
+)
 def test_flags(folder, words):
     assert chat(folder, *words, "-p", "x").returncode == 0
 
 
-@pytest.mark.parametrize("words,code,message", [
-    (["--temprature", "1"], 2, "did you mean --temperature"), (["--top_p", "7"], 2, "top_p is 7"), (["--cpu_infer", "0"], 2, "at least 1"), (["--force_think", "maybe"], 2, "true or false"),
-    (["--optimize_config_path", "nope"], 4, "no such rule file"), (["--moe_experts", "2"], 2, "has no experts"),
-])
+@pytest.mark.parametrize(
+    "words,code,message",
+    [
+        (["--temprature", "1"], 2, "did you mean --temperature"),
+        (["--top_p", "7"], 2, "top_p is 7"),
+        (["--cpu_infer", "0"], 2, "at least 1"),
+        (["--force_think", "maybe"], 2, "true or false"),
+        (["--optimize_config_path", "nope"], 4, "no such rule file"),
+        (["--moe_experts", "2"], 2, "has no experts"),
+    ],
+)
 def test_usage_errors_are_one_line(folder, words, code, message):
     done = chat(folder, *words, "-p", "x")
     assert done.returncode == code and message in done.stderr and "Traceback" not in done.stderr
@@ -85,7 +154,13 @@ def test_a_truncated_file_is_told_in_one_line(folder, tmp_path):
     bad.write_bytes((folder / "model.gguf").read_bytes()[:-5000])
     command = [sys.executable, "-m", "ktx", "chat", "--model", str(folder), "--weights", str(bad), "-p", "x"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV)
-    assert done.returncode == 4 and done.stderr.count("\n") == 1 and "truncated" in done.stderr and "tensor" in done.stderr and "bad.gguf" in done.stderr
+    assert (
+        done.returncode == 4
+        and done.stderr.count("\n") == 1
+        and "truncated" in done.stderr
+        and "tensor" in done.stderr
+        and "bad.gguf" in done.stderr
+    )
     debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, env=ENV)
     assert "Traceback" in debug.stderr
 
@@ -133,7 +208,20 @@ class Terminal:
 
 
 def test_a_terminal_session(folder, tmp_path):
-    t = Terminal(sys.executable, "-m", "ktx.local_chat", "--model", str(folder), "--weights", str(folder / "model.gguf"), "--max-new-tokens", "2000", "--max-context", "500", home=tmp_path)
+    t = Terminal(
+        sys.executable,
+        "-m",
+        "ktx.local_chat",
+        "--model",
+        str(folder),
+        "--weights",
+        str(folder / "model.gguf"),
+        "--max-new-tokens",
+        "2000",
+        "--max-context",
+        "500",
+        home=tmp_path,
+    )
     t.expect(">>> ")
     t.send("hello\r")
     t.expect("hello")
@@ -160,7 +248,17 @@ def test_a_terminal_session(folder, tmp_path):
 
 
 def test_ctrl_d_leaves(folder, tmp_path):
-    t = Terminal(sys.executable, "-m", "ktx", "chat", "--model", str(folder), "--weights", str(folder / "model.gguf"), home=tmp_path)
+    t = Terminal(
+        sys.executable,
+        "-m",
+        "ktx",
+        "chat",
+        "--model",
+        str(folder),
+        "--weights",
+        str(folder / "model.gguf"),
+        home=tmp_path,
+    )
     t.expect(">>> ")
     t.send("\x04")
     assert t.end() == 0

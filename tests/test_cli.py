@@ -19,7 +19,9 @@ COMMANDS = ("chat", "plan", "doctor", "verify", "bench")
 
 
 def ktx(*words, **more):
-    return subprocess.run([sys.executable, "-m", "ktx", *map(str, words)], capture_output=True, text=True, timeout=200, env=ENV | more)
+    return subprocess.run(
+        [sys.executable, "-m", "ktx", *map(str, words)], capture_output=True, text=True, timeout=200, env=ENV | more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,12 @@ def test_plan(folder):
 def test_doctor():
     done = ktx("doctor", "--quick", "--json")
     found = json.loads(done.stdout)
-    assert done.returncode == 0 and found["kernels"]["picked"] and found["machine"]["usable cpus"] >= 1 and found["versions"]["torch"]
+    assert (
+        done.returncode == 0
+        and found["kernels"]["picked"]
+        and found["machine"]["usable cpus"] >= 1
+        and found["versions"]["torch"]
+    )
     lowered = ktx("doctor", "--quick", KTX_ISA="scalar")
     assert "picked" in lowered.stdout and "scalar" in lowered.stdout
     assert "is not known" in ktx("doctor", KTX_ISA="sse9").stderr
@@ -65,20 +72,61 @@ def test_doctor():
 def test_verify_agrees_and_notices_damage(folder, tmp_path):
     done = ktx("verify", "--model", folder, "--weights", folder / "model.gguf", "--tokens", "12")
     assert done.returncode == 0 and "agrees with transformers" in done.stdout and "layers.1" in done.stdout
-    rows = [json.loads(line) for line in ktx("verify", "--model", folder, "--weights", folder / "model.gguf", "--tokens", "12", "--json").stdout.splitlines()]
+    rows = [
+        json.loads(line)
+        for line in ktx(
+            "verify", "--model", folder, "--weights", folder / "model.gguf", "--tokens", "12", "--json"
+        ).stdout.splitlines()
+    ]
     assert rows[-1]["ok"] and rows[-1]["kl_divergence"] < 0.01 and len(rows) == 4
-    (tmp_path / "broken_op.py").write_text("from ktx.ops.linear import Linear\nclass Half(Linear):\n    def forward(self, x):\n        return super().forward(x) * 0.5\n")
-    (tmp_path / "r.yaml").write_text("- match: {name: 'layers.1.self_attn.o_proj'}\n  replace: {class: broken_op.Half}\n" + (ROOT / "optimize_rules" / "qwen3-moe.yaml").read_text())
-    wrong = ktx("verify", "--model", folder, "--weights", folder / "model.gguf", "--tokens", "12", "--rules", tmp_path / "r.yaml", PYTHONPATH=f"{tmp_path}{os.pathsep}{ENV['PYTHONPATH']}")
+    (tmp_path / "broken_op.py").write_text(
+        "from ktx.ops.linear import Linear\nclass Half(Linear):\n    def forward(self, x):\n        return super().forward(x) * 0.5\n"
+    )
+    (tmp_path / "r.yaml").write_text(
+        "- match: {name: 'layers.1.self_attn.o_proj'}\n  replace: {class: broken_op.Half}\n"
+        + (ROOT / "optimize_rules" / "qwen3-moe.yaml").read_text()
+    )
+    wrong = ktx(
+        "verify",
+        "--model",
+        folder,
+        "--weights",
+        folder / "model.gguf",
+        "--tokens",
+        "12",
+        "--rules",
+        tmp_path / "r.yaml",
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ENV['PYTHONPATH']}",
+    )
     assert wrong.returncode == 1 and "DIFFERS" in wrong.stdout
 
 
 def test_bench(folder, tmp_path):
     record = tmp_path / "r.jsonl"
-    done = ktx("bench", "--model", folder, "--weights", folder / "model.gguf", "-p", "16,24", "-n", "4", "-t", "2", "-r", "1", "--json", "--record", record)
+    done = ktx(
+        "bench",
+        "--model",
+        folder,
+        "--weights",
+        folder / "model.gguf",
+        "-p",
+        "16,24",
+        "-n",
+        "4",
+        "-t",
+        "2",
+        "-r",
+        "1",
+        "--json",
+        "--record",
+        record,
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["test"] for row in rows] == ["pp16", "pp24", "tg4"] and record.read_text() == done.stdout
-    assert all(row["engine"] == "ktx" and row["tok_s"] > 0 and row["threads"] == 2 and row["isa"] and row["commit"] for row in rows)
+    assert all(
+        row["engine"] == "ktx" and row["tok_s"] > 0 and row["threads"] == 2 and row["isa"] and row["commit"]
+        for row in rows
+    )
     assert "share_of_int8_peak" in rows[0] and "share_of_read_bandwidth" in rows[2]
     table = ktx("bench", "--model", folder, "--weights", folder / "model.gguf", "-p", "16", "-n", "4", "-r", "1")
     assert "GOPS int8" in table.stdout and "peak RSS" in table.stdout
@@ -91,7 +139,23 @@ def test_bench_beside_a_peer(folder, tmp_path):
         "llama_token = type('T', (), {'__class_getitem__': None})\nimport ctypes\nllama_token = ctypes.c_int32\n"
         "def __getattr__(name):\n    import time\n    if name.endswith('default_params'): return _P\n    return lambda *a: (time.sleep(0.001), 1 if 'load' in name or 'init_from' in name else 0)[1]\n"
     )
-    done = ktx("bench", "--model", folder, "--weights", folder / "model.gguf", "-p", "16", "-n", "4", "-r", "2", "--peer", "llama.cpp", "--json", KTX_PEER_PATH=str(tmp_path))
+    done = ktx(
+        "bench",
+        "--model",
+        folder,
+        "--weights",
+        folder / "model.gguf",
+        "-p",
+        "16",
+        "-n",
+        "4",
+        "-r",
+        "2",
+        "--peer",
+        "llama.cpp",
+        "--json",
+        KTX_PEER_PATH=str(tmp_path),
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["engine"].split()[0] for row in rows] == ["ktx", "llama.cpp"] * 2, done.stderr
     assert rows[0]["ratio"] == pytest.approx(rows[0]["tok_s"] / rows[1]["tok_s"])

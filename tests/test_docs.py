@@ -53,11 +53,22 @@ def smaller(command: str) -> str:
 def run_command(command: str, sandbox: Path, where: str) -> None:
     in_root = command.startswith(("make -n", "bash -n")) or "benchmarks/" in command
     env = os.environ | {
-        "MODEL": str(ktx.demo.path()), "WEIGHTS": str(ktx.demo.gguf()), "OUT": str(sandbox), "NO_COLOR": "1",
-        "PATH": f"{sandbox / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}:{sandbox}:{os.environ.get('PYTHONPATH', '')}",
+        "MODEL": str(ktx.demo.path()),
+        "WEIGHTS": str(ktx.demo.gguf()),
+        "OUT": str(sandbox),
+        "NO_COLOR": "1",
+        "PATH": f"{sandbox / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}:{sandbox}:{os.environ.get('PYTHONPATH', '')}",
     }
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=ROOT if in_root else sandbox, env=env,
-                          stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=ROOT if in_root else sandbox,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, f"{where}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 

@@ -22,8 +22,19 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.chat", "ktx.commands"),
     ("ktx.local_chat", "ktx.__main__"),
 )
-BY_HAND = {"ktx": None, "ktx.demo.train": None, "ktx.demo.export": None, "ktx.demo.evaluate": None, "ktx.kernels.check": None}  # entry points over everything
-ONE_FILE = {"prompt_toolkit": "ktx/chat/", "triton": "ktx/kernels/", "flashinfer": "ktx/kernels/", "cpufeature": "ktx/hardware.py"}
+BY_HAND = {
+    "ktx": None,
+    "ktx.demo.train": None,
+    "ktx.demo.export": None,
+    "ktx.demo.evaluate": None,
+    "ktx.kernels.check": None,
+}  # entry points over everything
+ONE_FILE = {
+    "prompt_toolkit": "ktx/chat/",
+    "triton": "ktx/kernels/",
+    "flashinfer": "ktx/kernels/",
+    "cpufeature": "ktx/hardware.py",
+}
 LIGHT = ["ktx", "ktx.rules", "ktx.hardware", "ktx.config", "ktx.errors", "ktx.__main__"]  # import no torch
 
 
@@ -43,14 +54,20 @@ def imports(path: Path) -> set[str]:
             base = node.module or ""
             if node.level:
                 package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
-                base = ".".join([*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [base])])
+                base = ".".join(
+                    [*package.split(".")[: len(package.split(".")) - node.level + 1], *filter(None, [base])]
+                )
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names if f"{base}.{alias.name}" in FILES}
     return found
 
 
 def floor(module: str) -> int | None:
-    fits = [(len(prefix), level) for level, prefixes in enumerate(FLOORS) for prefix in prefixes
-            if module == prefix or module.startswith(prefix + ".")]
+    fits = [
+        (len(prefix), level)
+        for level, prefixes in enumerate(FLOORS)
+        for prefix in prefixes
+        if module == prefix or module.startswith(prefix + ".")
+    ]
     return max(fits)[1] if fits else None
 
 
@@ -64,11 +81,15 @@ def test_imports_go_down_only(module):
 
 @pytest.mark.parametrize("package,home", ONE_FILE.items())
 def test_optional_packages_have_one_home(package, home):
-    users = [str(path.relative_to(ROOT)) for path in FILES.values() if package in {n.split(".")[0] for n in imports(path)}]
+    users = [
+        str(path.relative_to(ROOT)) for path in FILES.values() if package in {n.split(".")[0] for n in imports(path)}
+    ]
     assert all(user.startswith(home) for user in users), f"{package} is imported by {users}, its home is {home}"
 
 
 @pytest.mark.parametrize("module", LIGHT)
 def test_light_modules_import_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, f"import {module} brings torch or transformers"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0, (
+        f"import {module} brings torch or transformers"
+    )

@@ -46,7 +46,13 @@ def logits(model):
 def test_plan_reads_no_weights_and_shows_everything(qwen):
     plan = ktx.plan(qwen[0], qwen[0] / "m.gguf")
     text = str(plan)
-    assert "Qwen3MoeExperts" in text and "Experts" in text and "Q8_0" in text and "qwen3-moe.yaml:" in text and "model.layers.[0-1].mlp.experts" in text
+    assert (
+        "Qwen3MoeExperts" in text
+        and "Experts" in text
+        and "Q8_0" in text
+        and "qwen3-moe.yaml:" in text
+        and "model.layers.[0-1].mlp.experts" in text
+    )
     assert plan.totals()["cpu"] == sum(step.nbytes for step in plan) > 0
     assert len(plan.table(fold=False).splitlines()) > len(text.splitlines())
 
@@ -60,7 +66,10 @@ def test_a_users_operator_in_a_yaml(qwen, tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     rules = tmp_path / "mine.yaml"
-    rules.write_text("- match: {name: 'experts$'}\n  replace: {class: my_ops.SkipLow, kwargs: {threshold: THRESHOLD}}\n  recursive: false\n" + (ktx.rules.rule_folder() / "qwen3-moe.yaml").read_text())
+    rules.write_text(
+        "- match: {name: 'experts$'}\n  replace: {class: my_ops.SkipLow, kwargs: {threshold: THRESHOLD}}\n  recursive: false\n"
+        + (ktx.rules.rule_folder() / "qwen3-moe.yaml").read_text()
+    )
     text = rules.read_text()
     rules.write_text(text.replace("THRESHOLD", "0.0"))
     assert torch.equal(logits(load(qwen[0], rules=rules)), logits(load(qwen[0])))
@@ -81,15 +90,24 @@ def test_registered_short_names(qwen):
         register("Linear")(LoudLinear)
 
 
-@pytest.mark.parametrize("rule,words", [
-    (ktx.Rule(name="lm_head", replace="Liner", where="r.yaml:4"), ["r.yaml:4", "'Liner'", "did you mean 'Linear'"]),
-    (ktx.Rule(name="lm_head", replace="no_such_package.Op", where="r.yaml:4"), ["r.yaml:4", "cannot import"]),
-    (ktx.Rule(name="lm_head", replace="ktx.ops.linear.Lineal", where="r.yaml:4"), ["no class Lineal", "Linear"]),
-    (ktx.Rule(name="lm_head", replace="Linear", kwargs={"bitz": 4}, where="r.yaml:4"), ["r.yaml:4", "no option 'bitz'"]),
-    (ktx.Rule(name="embed_tokens", replace="Linear", where="r.yaml:4"), ["r.yaml:4", "model.embed_tokens is a Embedding"]),
-    (ktx.Rule(name="lm_head", replace="torch.nn.Linear", where="r.yaml:4"), ["no ktx.Operator"]),
-    (ktx.Rule(name="lm_head", replace="Linear", device="gpu0", where="r.yaml:4"), ["r.yaml:4", "is no device"]),
-])
+@pytest.mark.parametrize(
+    "rule,words",
+    [
+        (ktx.Rule(name="lm_head", replace="Liner", where="r.yaml:4"), ["r.yaml:4", "'Liner'", "did you mean 'Linear'"]),
+        (ktx.Rule(name="lm_head", replace="no_such_package.Op", where="r.yaml:4"), ["r.yaml:4", "cannot import"]),
+        (ktx.Rule(name="lm_head", replace="ktx.ops.linear.Lineal", where="r.yaml:4"), ["no class Lineal", "Linear"]),
+        (
+            ktx.Rule(name="lm_head", replace="Linear", kwargs={"bitz": 4}, where="r.yaml:4"),
+            ["r.yaml:4", "no option 'bitz'"],
+        ),
+        (
+            ktx.Rule(name="embed_tokens", replace="Linear", where="r.yaml:4"),
+            ["r.yaml:4", "model.embed_tokens is a Embedding"],
+        ),
+        (ktx.Rule(name="lm_head", replace="torch.nn.Linear", where="r.yaml:4"), ["no ktx.Operator"]),
+        (ktx.Rule(name="lm_head", replace="Linear", device="gpu0", where="r.yaml:4"), ["r.yaml:4", "is no device"]),
+    ],
+)
 def test_bad_rules_are_told_before_loading(qwen, rule, words):
     with pytest.raises(UsageError) as error:
         ktx.plan(qwen[0], qwen[0] / "m.gguf", rules=[rule])
@@ -98,7 +116,11 @@ def test_bad_rules_are_told_before_loading(qwen, rule, words):
 
 def test_a_rule_that_matches_nothing_is_told(qwen):
     with pytest.warns(UserWarning, match="r.yaml:9: the rule for 'no_such_module' matched no module"):
-        ktx.plan(qwen[0], qwen[0] / "m.gguf", rules=[ktx.Rule(name="no_such_module", where="r.yaml:9"), *ktx.rules.load_rules("qwen3-moe")])
+        ktx.plan(
+            qwen[0],
+            qwen[0] / "m.gguf",
+            rules=[ktx.Rule(name="no_such_module", where="r.yaml:9"), *ktx.rules.load_rules("qwen3-moe")],
+        )
 
 
 def test_without_rules_the_model_is_transformers_own(qwen):
@@ -159,7 +181,11 @@ def test_kimi_k2_is_deepseek_v3_without_remote_code(tmp_path):
     model = tiny("deepseek_v3")
     model.config.save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    raw |= {"model_type": "kimi_k2", "architectures": ["KimiK2ForCausalLM"], "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}}
+    raw |= {
+        "model_type": "kimi_k2",
+        "architectures": ["KimiK2ForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(raw))
     model.load_state_dict(write_gguf(tmp_path / "m.gguf", model, "F32"), strict=False)
     loaded = load(tmp_path)
@@ -171,8 +197,23 @@ def test_a_new_family_needs_no_code(tmp_path, family):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
-    common = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "intermediate_size": 96, "num_experts": 4,
-              "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "pad_token_id": 0}
+    common = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "intermediate_size": 96,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "pad_token_id": 0,
+    }
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common)).float().eval()
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path, tmp_path, rules="generic")
@@ -189,7 +230,10 @@ def test_a_file_of_another_model_is_told_in_full(qwen, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(BadFile) as error:
         load(tmp_path, qwen[0] / "m.gguf")
-    assert all(part in str(error.value) for part in ("layers: 2 in the file, 3", "experts: 8 in the file, 4", "vocabulary: 320 in the file, 999")), str(error.value)
+    assert all(
+        part in str(error.value)
+        for part in ("layers: 2 in the file, 3", "experts: 8 in the file, 4", "vocabulary: 320 in the file, 999")
+    ), str(error.value)
 
 
 def test_missing_and_misshapen_tensors_are_named(tmp_path):
@@ -201,7 +245,9 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path):
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
     with pytest.raises(BadFile) as error:
         load(tmp_path, tmp_path)
-    assert "model.layers.1.mlp.up_proj.weight is missing" in str(error.value) and "model.norm.weight is 7, the model needs 256" in str(error.value)
+    assert "model.layers.1.mlp.up_proj.weight is missing" in str(
+        error.value
+    ) and "model.norm.weight is 7, the model needs 256" in str(error.value)
 
 
 def test_too_little_memory_is_said_before_loading(qwen, monkeypatch):
@@ -210,17 +256,26 @@ def test_too_little_memory_is_said_before_loading(qwen, monkeypatch):
         load(qwen[0])
 
 
-@pytest.mark.parametrize("model,weights,words", [
-    ("/no/such/folder", None, "no such"), ("FOLDER", "/no/such/file.gguf", "no such file or folder"), ("EMPTY", "FOLDER/m.gguf", "has no config.json"),
-    ("BROKEN", "FOLDER/m.gguf", "is no JSON"), ("FOLDER", "FOLDER/config.json", "is no GGUF file"), ("FOLDER", "EMPTY", "no .gguf and no .safetensors"),
-])
+@pytest.mark.parametrize(
+    "model,weights,words",
+    [
+        ("/no/such/folder", None, "no such"),
+        ("FOLDER", "/no/such/file.gguf", "no such file or folder"),
+        ("EMPTY", "FOLDER/m.gguf", "has no config.json"),
+        ("BROKEN", "FOLDER/m.gguf", "is no JSON"),
+        ("FOLDER", "FOLDER/config.json", "is no GGUF file"),
+        ("FOLDER", "EMPTY", "no .gguf and no .safetensors"),
+    ],
+)
 def test_wrong_paths(qwen, tmp_path, model, weights, words):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     (tmp_path / "empty").mkdir()
 
     def real(text):
-        return text and text.replace("FOLDER", str(qwen[0])).replace("EMPTY", str(tmp_path / "empty")).replace("BROKEN", str(tmp_path / "broken"))
+        return text and text.replace("FOLDER", str(qwen[0])).replace("EMPTY", str(tmp_path / "empty")).replace(
+            "BROKEN", str(tmp_path / "broken")
+        )
 
     with pytest.raises(BadFile, match=words):
         ktx.load(real(model), real(weights), progress=False)

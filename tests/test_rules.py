@@ -21,26 +21,35 @@ GOOD = """
 
 def test_a_rule_file():
     first, second = parse(GOOD, "x.yaml")
-    assert (first.name.pattern, first.cls, first.replace, first.recursive, first.device) == (r"^a\.b$", "torch.nn.Linear", "Linear", False, "cpu")
+    assert (first.name.pattern, first.cls, first.replace, first.recursive, first.device) == (
+        r"^a\.b$",
+        "torch.nn.Linear",
+        "Linear",
+        False,
+        "cpu",
+    )
     assert (first.where, second.where) == ("x.yaml:2", "x.yaml:6")
     assert second.replace is None and second.recursive
 
 
-@pytest.mark.parametrize("text,line,words", [
-    ("- mach: {name: a}", 1, ["'mach'", "did you mean 'match'?"]),
-    ("- match: {nmae: a}", 1, ["'nmae'", "in match", "'name'"]),
-    ("- match: {name: a}\n  replace:\n    clas: Linear", 3, ["'clas'", "'class'"]),
-    ("- match: {name: '('}", 1, ["no regular expression"]),
-    ("- match: {name: a}\n- replace: {class: Linear}", 2, ["needs 'match'"]),
-    ("- match: {}", 1, ["a name or a class"]),
-    ("match: {name: a}", 1, ["is a list"]),
-    ("- match: {name: a}\n  recursive: maybe", 2, ["true or false", "'maybe'"]),
-    ("- match: {name: a}\n  match: {name: b}", 2, ["appears twice"]),
-    ("- match: [a, b]", 1, ["must be a mapping", "a list"]),
-    ("- match: {name: a\n", 2, ["no YAML"]),
-    ("", 1, ["no rules"]),
-    ("- match: {name: 3}", 1, ["must be text"]),
-])
+@pytest.mark.parametrize(
+    "text,line,words",
+    [
+        ("- mach: {name: a}", 1, ["'mach'", "did you mean 'match'?"]),
+        ("- match: {nmae: a}", 1, ["'nmae'", "in match", "'name'"]),
+        ("- match: {name: a}\n  replace:\n    clas: Linear", 3, ["'clas'", "'class'"]),
+        ("- match: {name: '('}", 1, ["no regular expression"]),
+        ("- match: {name: a}\n- replace: {class: Linear}", 2, ["needs 'match'"]),
+        ("- match: {}", 1, ["a name or a class"]),
+        ("match: {name: a}", 1, ["is a list"]),
+        ("- match: {name: a}\n  recursive: maybe", 2, ["true or false", "'maybe'"]),
+        ("- match: {name: a}\n  match: {name: b}", 2, ["appears twice"]),
+        ("- match: [a, b]", 1, ["must be a mapping", "a list"]),
+        ("- match: {name: a\n", 2, ["no YAML"]),
+        ("", 1, ["no rules"]),
+        ("- match: {name: 3}", 1, ["must be text"]),
+    ],
+)
 def test_errors_name_file_and_line(text, line, words):
     with pytest.raises(UsageError) as error:
         parse(text, "my.yaml")
@@ -69,7 +78,12 @@ def test_every_shipped_file_parses_and_is_short():
 def test_finding_rule_files(tmp_path):
     (tmp_path / "mine.yaml").write_text(GOOD)
     assert len(load_rules(tmp_path / "mine.yaml")) == 2
-    assert load_rules("deepseek-v3") and load_rules("DeepSeek-V3.yaml") and load_rules(None, "qwen3_moe") and load_rules(None, "brand_new")
+    assert (
+        load_rules("deepseek-v3")
+        and load_rules("DeepSeek-V3.yaml")
+        and load_rules(None, "qwen3_moe")
+        and load_rules(None, "brand_new")
+    )
     with pytest.raises(BadFile, match="did you mean 'deepseek-v3'"):
         load_rules("deepsek-v3")
 
@@ -132,4 +146,6 @@ def test_a_rule_must_match_something():
 
 
 def test_rules_import_no_torch_operator_until_planned():
-    assert parse("- match: {name: a}\n  replace: {class: no.such.module.Class}", "x")[0].replace == "no.such.module.Class"
+    assert (
+        parse("- match: {name: a}\n  replace: {class: no.such.module.Class}", "x")[0].replace == "no.such.module.Class"
+    )

@@ -35,7 +35,9 @@ class GrowingLayer(DynamicLayer):
     def _buffer(self, like: torch.Tensor, length: int) -> torch.Tensor:
         return torch.empty((*like.shape[:2], length, like.shape[3]), dtype=self.dtype, device=like.device)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends [batch, heads, new, columns] and returns everything stored so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -46,7 +48,7 @@ class GrowingLayer(DynamicLayer):
             buffer[:, :, self.length : end] = states
         self.length = end
         self._show()
-        return self.keys, self.values
+        return self.keys, self.values  # type: ignore[return-value]
 
     def _grow(self, need: int) -> None:
         size = max(FIRST, 1 << (need - 1).bit_length())
@@ -103,7 +105,13 @@ class KVCache(Cache):
     def truncate(self, length: int) -> None:
         """Keeps the first `length` positions."""
         for layer in self.layers:
-            layer.crop(min(0, length - layer.get_seq_length()))
+            if isinstance(layer, GrowingLayer):
+                layer.crop(min(0, length - layer.get_seq_length()))
 
     def nbytes(self) -> int:
-        return sum(buffer.numel() * buffer.element_size() for layer in self.layers if isinstance(layer, GrowingLayer) for buffer in layer.buffers)
+        return sum(
+            buffer.numel() * buffer.element_size()
+            for layer in self.layers
+            if isinstance(layer, GrowingLayer)
+            for buffer in layer.buffers
+        )

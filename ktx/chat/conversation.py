@@ -80,7 +80,10 @@ class Conversation:
         return f"{name} = {old[name]}"
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"system": self.system, "turns": self.turns}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({"system": self.system, "turns": self.turns}, ensure_ascii=False, indent=1) + "\n",
+            encoding="utf-8",
+        )
 
     def load(self, path: Path) -> int:
         """Replaces the conversation by a saved one and returns its number of messages. BadFile when it is none."""

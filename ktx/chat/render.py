@@ -57,8 +57,11 @@ def stats_line(stats: Stats, model: Any, bandwidth: float | None) -> str:
     """Prompt, answer, first token, cache, context, and how near the answer came to the memory's speed."""
     computed = stats.prompt_tokens - stats.cached_tokens
     parts = [
-        f"prompt {computed} tok {stats.prompt_speed:.1f} tok/s", f"answer {stats.answer_tokens} tok {stats.answer_speed:.1f} tok/s",
-        f"first token {stats.first_token_seconds:.2f} s", f"cached {stats.cached_tokens}", f"context left {stats.context - stats.used}",
+        f"prompt {computed} tok {stats.prompt_speed:.1f} tok/s",
+        f"answer {stats.answer_tokens} tok {stats.answer_speed:.1f} tok/s",
+        f"first token {stats.first_token_seconds:.2f} s",
+        f"cached {stats.cached_tokens}",
+        f"context left {stats.context - stats.used}",
     ]
     handle = getattr(model, "ktx", None)
     if handle is not None and stats.answer_speed:
@@ -66,7 +69,9 @@ def stats_line(stats: Stats, model: Any, bandwidth: float | None) -> str:
         share = f" ({rate / bandwidth:.0%} of {bandwidth:.1f} GB/s read)" if bandwidth else ""
         parts.append(f"weights at {rate:.1f} GB/s{share}")
     if stats.end in ("length", "context", "cancelled"):
-        parts.append({"length": "cut at --max_new_tokens", "context": "context is full", "cancelled": "stopped"}[stats.end])
+        parts.append(
+            {"length": "cut at --max_new_tokens", "context": "context is full", "cancelled": "stopped"}[stats.end]
+        )
     return " · ".join(parts)
 
 

@@ -17,10 +17,18 @@ from ktx.errors import BadFile, KtxError, UsageError, nearest
 
 BLOCK = '"""'
 HELP = {
-    "/help": "this list", "/clear": "forget the conversation", "/retry": "answer the last question again", "/undo": "take the last question back",
-    "/system": "TEXT  set the system message (none: show it)", "/set": "NAME VALUE  change temperature, top_p, seed, ... (none: show them)",
-    "/read": "FILE  send a file as the message", "/save": "FILE  write the conversation", "/load": "FILE  read one back",
-    "/fold": "hide or show thinking", "/stats": "numbers of the last answer", "/exit": "leave (also Ctrl-D)",
+    "/help": "this list",
+    "/clear": "forget the conversation",
+    "/retry": "answer the last question again",
+    "/undo": "take the last question back",
+    "/system": "TEXT  set the system message (none: show it)",
+    "/set": "NAME VALUE  change temperature, top_p, seed, ... (none: show them)",
+    "/read": "FILE  send a file as the message",
+    "/save": "FILE  write the conversation",
+    "/load": "FILE  read one back",
+    "/fold": "hide or show thinking",
+    "/stats": "numbers of the last answer",
+    "/exit": "leave (also Ctrl-D)",
 }
 
 
@@ -82,14 +90,16 @@ class Chat:
     def command(self, line: str) -> bool:
         word, _, rest = line.strip().partition(" ")
         if word not in HELP:
-            raise UsageError(f"{word} is no command{nearest(word, HELP)}; /help lists them; begin with a space to send such a text")
+            raise UsageError(
+                f"{word} is no command{nearest(word, HELP)}; /help lists them; begin with a space to send such a text"
+            )
         action: Callable[[str], bool | None] = getattr(self, f"do_{word[1:]}")
         return action(rest.strip()) is not False
 
     def do_help(self, rest: str) -> None:
         width = max(map(len, HELP))
         note("\n".join(f"{name.ljust(width)}  {text}" for name, text in HELP.items()))
-        note(f'{BLOCK.ljust(width)}  begins and ends a message of several lines; a pasted text is one message')
+        note(f"{BLOCK.ljust(width)}  begins and ends a message of several lines; a pasted text is one message")
 
     def do_exit(self, rest: str) -> bool:
         return False
@@ -216,7 +226,9 @@ def _prompter() -> Callable[[], str]:
     except OSError:
         history = InMemoryHistory()  # a read-only home is no reason not to chat
     commands = WordCompleter(list(HELP), sentence=True)
-    session: Any = PromptSession(history=history, completer=commands, complete_while_typing=False, enable_open_in_editor=False)
+    session: Any = PromptSession(
+        history=history, completer=commands, complete_while_typing=False, enable_open_in_editor=False
+    )
 
     def ask() -> str:
         text = session.prompt(">>> ")

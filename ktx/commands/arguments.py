@@ -66,7 +66,26 @@ def flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str,
 def model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """--model, --weights, --rules and their KTransformers names."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", "--model-path", dest="model", metavar="DIR", required=required, help="Hugging Face folder or hub id (config.json, tokenizer), or a GGUF file alone")
-    group.add_argument("--weights", "--gguf-path", dest="weights", metavar="PATH", help="GGUF file, the first of a split one, a folder of it, or safetensors (default: the model folder)")
-    group.add_argument("--rules", "--optimize-config-path", dest="rules", metavar="FILE", help="rule file, or the name of a shipped one (default: by architecture)")
+    group.add_argument(
+        "--model",
+        "--model-path",
+        dest="model",
+        metavar="DIR",
+        required=required,
+        help="Hugging Face folder or hub id (config.json, tokenizer), or a GGUF file alone",
+    )
+    group.add_argument(
+        "--weights",
+        "--gguf-path",
+        dest="weights",
+        metavar="PATH",
+        help="GGUF file, the first of a split one, a folder of it, or safetensors (default: the model folder)",
+    )
+    group.add_argument(
+        "--rules",
+        "--optimize-config-path",
+        dest="rules",
+        metavar="FILE",
+        help="rule file, or the name of a shipped one (default: by architecture)",
+    )
     flag(group, "--trust-remote-code", help="run Python code that comes with the model (default: never)")

@@ -19,11 +19,21 @@ PEERS = ("llama.cpp",)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
-    parser.add_argument("-p", "--prompt", type=counts, default=[512], metavar="N[,N]", help="prompt lengths (default 512)")
-    parser.add_argument("-n", "--tokens", type=counts, default=[32], metavar="N[,N]", help="tokens to generate (default 32)")
-    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="threads of every engine (default: usable physical cores)")
-    parser.add_argument("-r", "--repeat", type=positive, default=3, metavar="N", help="rounds; medians are shown (default 3)")
-    parser.add_argument("--peer", choices=PEERS, help="engine to run beside ktx on the same file, best of its repack on and off")
+    parser.add_argument(
+        "-p", "--prompt", type=counts, default=[512], metavar="N[,N]", help="prompt lengths (default 512)"
+    )
+    parser.add_argument(
+        "-n", "--tokens", type=counts, default=[32], metavar="N[,N]", help="tokens to generate (default 32)"
+    )
+    parser.add_argument(
+        "-t", "--threads", type=positive, metavar="N", help="threads of every engine (default: usable physical cores)"
+    )
+    parser.add_argument(
+        "-r", "--repeat", type=positive, default=3, metavar="N", help="rounds; medians are shown (default 3)"
+    )
+    parser.add_argument(
+        "--peer", choices=PEERS, help="engine to run beside ktx on the same file, best of its repack on and off"
+    )
     flag(parser, "--json", help="one JSON object a line")
     parser.add_argument("--record", metavar="FILE", help="append the JSON lines to this file")
 
@@ -33,8 +43,23 @@ class Worker:
 
     def __init__(self, name: str, module: str, words: list[str]):
         self.name = name
-        path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH"), os.environ.get("KTX_PEER_PATH")]))
-        self.process = subprocess.Popen([sys.executable, "-m", module, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path})
+        path = os.pathsep.join(
+            filter(
+                None,
+                [
+                    str(Path(__file__).resolve().parents[2]),
+                    os.environ.get("PYTHONPATH"),
+                    os.environ.get("KTX_PEER_PATH"),
+                ],
+            )
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
         self.facts = self._answer()
 
     def _answer(self) -> dict[str, Any]:
@@ -43,7 +68,9 @@ class Worker:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise KtxError(f"{self.name} ended without an answer (exit status {self.process.wait()}); was there enough memory?")
+            raise KtxError(
+                f"{self.name} ended without an answer (exit status {self.process.wait()}); was there enough memory?"
+            )
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             error = KtxError(answer["error"])
@@ -103,7 +130,16 @@ def _ktx_words(args: argparse.Namespace) -> list[str]:
 
 def _peer(args: argparse.Namespace, tests: list[str], repack: int) -> Worker:
     context = max(int(test[2:]) for test in tests) + 16
-    words = ["--weights", str(args.weights or args.model), "--threads", str(args.threads), "--repack", str(repack), "--context", str(context)]
+    words = [
+        "--weights",
+        str(args.weights or args.model),
+        "--threads",
+        str(args.threads),
+        "--repack",
+        str(repack),
+        "--context",
+        str(context),
+    ]
     return Worker("llama.cpp", "ktx.commands.bench_llama_cpp", words)
 
 
@@ -118,19 +154,45 @@ def _best_peer(args: argparse.Namespace, tests: list[str]) -> tuple[int, dict[st
     return best, {test: max(alone[0][test], alone[1][test]) for test in tests}
 
 
-def _lines(test: str, rounds: dict[str, list[Any]], alone: dict[str, float], args: argparse.Namespace, facts: dict[str, Any], best: int | None) -> list[dict[str, Any]]:
+def _lines(
+    test: str,
+    rounds: dict[str, list[Any]],
+    alone: dict[str, float],
+    args: argparse.Namespace,
+    facts: dict[str, Any],
+    best: int | None,
+) -> list[dict[str, Any]]:
     speeds = [row["tok_s"] for row in rounds["ktx"]]
     share = statistics.median(row["share"] for row in rounds["ktx"])
-    common = {"test": test, "threads": args.threads, "commit": commit(), "rounds": args.repeat, "model": str(args.weights or args.model)}
+    common = {
+        "test": test,
+        "threads": args.threads,
+        "commit": commit(),
+        "rounds": args.repeat,
+        "model": str(args.weights or args.model),
+    }
     limit = "share_of_int8_peak" if test.startswith("pp") else "share_of_read_bandwidth"
     unit = "int8_peak_gops" if test.startswith("pp") else "read_gb_s"
-    mine = {"engine": "ktx", "tok_s": statistics.median(speeds), "spread": [min(speeds), max(speeds)], "isa": facts["isa"], limit: share,
-            unit: statistics.median(row["limit"] for row in rounds["ktx"]), "peak_rss": facts["peak_rss"], "load_gb_s": facts["load_gb_s"]}
+    mine = {
+        "engine": "ktx",
+        "tok_s": statistics.median(speeds),
+        "spread": [min(speeds), max(speeds)],
+        "isa": facts["isa"],
+        limit: share,
+        unit: statistics.median(row["limit"] for row in rounds["ktx"]),
+        "peak_rss": facts["peak_rss"],
+        "load_gb_s": facts["load_gb_s"],
+    }
     if not rounds["peer"]:
         return [common | mine]
     median = statistics.median(rounds["peer"])
-    theirs = {"engine": f"llama.cpp (repack {'on' if best else 'off'})", "tok_s": median, "spread": [min(rounds["peer"]), max(rounds["peer"])],
-              "best_alone": alone[test], "isa": "its own choice"}
+    theirs = {
+        "engine": f"llama.cpp (repack {'on' if best else 'off'})",
+        "tok_s": median,
+        "spread": [min(rounds["peer"]), max(rounds["peer"])],
+        "best_alone": alone[test],
+        "isa": "its own choice",
+    }
     mine["ratio"] = mine["tok_s"] / median
     mine["ratio_to_best_alone"] = mine["tok_s"] / max(median, alone[test])
     return [common | mine, common | theirs]
@@ -138,15 +200,19 @@ def _lines(test: str, rounds: dict[str, list[Any]], alone: dict[str, float], arg
 
 def commit() -> str:
     """The checkout's commit, or the version of an installed wheel."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
     import ktx
 
     return done.stdout.strip() or ktx.__version__
 
 
 def _table(lines: list[dict[str, Any]], facts: dict[str, Any], best: int | None) -> None:
-    print(f"{facts['isa']} kernels, {facts['threads']} threads, {facts['bytes'] / 1e9:.2f} GB packed, loaded in {facts['load_seconds']:.1f} s ({facts['load_gb_s']:.2f} GB/s), "
-          f"peak RSS {facts['peak_rss'] / 1e9:.2f} GB (bound {facts['rss_bound'] / 1e9:.2f})")
+    print(
+        f"{facts['isa']} kernels, {facts['threads']} threads, {facts['bytes'] / 1e9:.2f} GB packed, loaded in {facts['load_seconds']:.1f} s ({facts['load_gb_s']:.2f} GB/s), "
+        f"peak RSS {facts['peak_rss'] / 1e9:.2f} GB (bound {facts['rss_bound'] / 1e9:.2f})"
+    )
     print(f"{'test':8}{'engine':26}{'tok/s':>9}{'spread':>17}{'ratio':>8}  limit")
     for line in lines:
         spread = f"{line['spread'][0]:.2f}-{line['spread'][1]:.2f}"

@@ -27,14 +27,31 @@ def main() -> int:
     try:
         import ktx
 
-        model, _ = ktx.load(args.model, args.weights, args.rules, threads=args.threads, trust_remote_code=args.trust, progress=False)
+        model, _ = ktx.load(
+            args.model, args.weights, args.rules, threads=args.threads, trust_remote_code=args.trust, progress=False
+        )
     except KtxError as error:
         print(json.dumps({"error": str(error), "exit": error.exit_code}), flush=True)
         return error.exit_code
     h = model.ktx
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"ready": True, "isa": h.isa, "threads": h.threads, "bytes": h.nbytes, "bytes_per_token": h.bytes_per_token, "load_seconds": h.seconds,
-                      "load_gb_s": h.load_speed, "peak_rss": peak, "rss_bound": int(h.nbytes * 1.15) + (1 << 30), "params": active_params(model)}), flush=True)
+    print(
+        json.dumps(
+            {
+                "ready": True,
+                "isa": h.isa,
+                "threads": h.threads,
+                "bytes": h.nbytes,
+                "bytes_per_token": h.bytes_per_token,
+                "load_seconds": h.seconds,
+                "load_gb_s": h.load_speed,
+                "peak_rss": peak,
+                "rss_bound": int(h.nbytes * 1.15) + (1 << 30),
+                "params": active_params(model),
+            }
+        ),
+        flush=True,
+    )
     for line in sys.stdin:
         print(json.dumps(measure(model, json.loads(line)["test"])), flush=True)
     os._exit(0)  # the team's threads need no farewell
@@ -67,7 +84,9 @@ def measure(model: Any, test: str) -> dict[str, Any]:
     kind, count = test[:2], int(test[2:])
     threads = model.ktx.threads
     limit = ops.probe_int8(threads, 0.1) if kind == "pp" else ops.probe_read(threads, 256)
-    ids = torch.randint(3, model.config.vocab_size - 1, (1, count if kind == "pp" else 4), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(
+        3, model.config.vocab_size - 1, (1, count if kind == "pp" else 4), generator=torch.Generator().manual_seed(1)
+    )
     cache = KVCache(model.config)
     with torch.inference_mode():
         if kind == "pp":
@@ -79,7 +98,11 @@ def measure(model: Any, test: str) -> dict[str, Any]:
             token = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
             start = time.perf_counter()
             for _ in range(count):
-                token = model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
+                token = (
+                    model(input_ids=token, past_key_values=cache, logits_to_keep=1)
+                    .logits[:, -1]
+                    .argmax(-1, keepdim=True)
+                )
         seconds = time.perf_counter() - start
     rate = count / seconds
     used = rate * (2 * active_params(model) if kind == "pp" else model.ktx.bytes_per_token) / 1e9

@@ -20,7 +20,10 @@ def main() -> int:
     try:
         import llama_cpp as lib
     except ImportError as error:
-        print(json.dumps({"error": f"llama.cpp is not there ({error}): pip install llama-cpp-python", "exit": 1}), flush=True)
+        print(
+            json.dumps({"error": f"llama.cpp is not there ({error}): pip install llama-cpp-python", "exit": 1}),
+            flush=True,
+        )
         return 1
     out = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where llama.cpp logs

@@ -9,31 +9,66 @@ from typing import Any
 from ktx.commands.arguments import flag, model_options, positive
 
 SUMMARY = "talk to a model in the terminal"
-EPILOG = "Without --model the bundled demo model answers. Without a terminal each line of standard input is one message."
+EPILOG = (
+    "Without --model the bundled demo model answers. Without a terminal each line of standard input is one message."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     model_options(parser, required=False)
     run = parser.add_argument_group("running")
-    run.add_argument("--cpu-infer", "--threads", "-t", dest="threads", type=positive, metavar="N", help="worker threads (default: usable physical cores)")
-    run.add_argument("--chunk-size", type=positive, default=512, metavar="N", help="prompt tokens computed at once (default 512)")
-    run.add_argument("--max-context", type=positive, metavar="N", help="most tokens of a conversation (default: what the model allows)")
-    run.add_argument("--moe-experts", type=positive, metavar="K", help="experts a token, fewer than the model asks for: faster, less exact")
+    run.add_argument(
+        "--cpu-infer",
+        "--threads",
+        "-t",
+        dest="threads",
+        type=positive,
+        metavar="N",
+        help="worker threads (default: usable physical cores)",
+    )
+    run.add_argument(
+        "--chunk-size", type=positive, default=512, metavar="N", help="prompt tokens computed at once (default 512)"
+    )
+    run.add_argument(
+        "--max-context",
+        type=positive,
+        metavar="N",
+        help="most tokens of a conversation (default: what the model allows)",
+    )
+    run.add_argument(
+        "--moe-experts",
+        type=positive,
+        metavar="K",
+        help="experts a token, fewer than the model asks for: faster, less exact",
+    )
     say = parser.add_argument_group("answers")
     say.add_argument("--max-new-tokens", type=positive, default=1000, metavar="N", help="longest answer (default 1000)")
-    say.add_argument("--temperature", type=float, metavar="T", help="0 takes the likeliest token (default: the model's own, else 0)")
+    say.add_argument(
+        "--temperature", type=float, metavar="T", help="0 takes the likeliest token (default: the model's own, else 0)"
+    )
     say.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this share")
     say.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
-    say.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least this likely, relative to the likeliest")
+    say.add_argument(
+        "--min-p", type=float, metavar="P", help="keep tokens at least this likely, relative to the likeliest"
+    )
     say.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
     say.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     say.add_argument("--system", metavar="TEXT", default="", help="system message")
     flag(say, "--force-think", help="begin each answer with <think>")
     flag(say, "--fold", help="show thinking as a count only")
     text = parser.add_argument_group("input")
-    text.add_argument("-p", "--prompt", metavar="TEXT", help="answer this one message and leave; the answer alone goes to standard output")
-    text.add_argument("--prompt-file", metavar="FILE", help="sent by an empty first line, or at once when there is no terminal and no input")
+    text.add_argument(
+        "-p",
+        "--prompt",
+        metavar="TEXT",
+        help="answer this one message and leave; the answer alone goes to standard output",
+    )
+    text.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="sent by an empty first line, or at once when there is no terminal and no input",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +84,12 @@ def run(args: argparse.Namespace) -> int:
     import ktx
 
     model, tokenizer = ktx.load(
-        args.model, args.weights, args.rules, threads=args.threads, moe_experts=args.moe_experts, trust_remote_code=args.trust_remote_code,
+        args.model,
+        args.weights,
+        args.rules,
+        threads=args.threads,
+        moe_experts=args.moe_experts,
+        trust_remote_code=args.trust_remote_code,
     )
     note(first_line(model, args.model))
     session = Session(model, tokenizer, max_context=args.max_context, chunk_size=args.chunk_size)
@@ -73,7 +113,9 @@ def _demo(args: argparse.Namespace, note: Any) -> None:
     from ktx.errors import UsageError
 
     if args.weights:
-        raise UsageError("--weights needs --model: the Hugging Face folder (config.json, tokenizer) that the file belongs to")
+        raise UsageError(
+            "--weights needs --model: the Hugging Face folder (config.json, tokenizer) that the file belongs to"
+        )
     args.model, args.weights = str(ktx.demo.path()), str(ktx.demo.gguf())
     note("no --model given: this is the bundled demo model, small and trained to answer questions about ktx only")
 
@@ -109,5 +151,9 @@ def sampling_of(args: argparse.Namespace, model: Any) -> Any:
     from ktx.engine.sampling import Sampling
 
     own = model.generation_config
-    defaults = {name: getattr(own, name) for name in ("temperature", "top_p", "top_k") if getattr(own, name, None) is not None} if own.do_sample else {}
+    defaults = (
+        {name: getattr(own, name) for name in ("temperature", "top_p", "top_k") if getattr(own, name, None) is not None}
+        if own.do_sample
+        else {}
+    )
     return Sampling(**(defaults | _given(args)))

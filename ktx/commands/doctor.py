@@ -43,13 +43,27 @@ def report(quick: bool) -> dict[str, Any]:
     m = machine()
     found: dict[str, Any] = {
         "machine": {
-            "cpu": m.cpu, "usable cpus": len(m.cpus), "physical cores": m.cores, "cgroup cpu limit": m.quota or "none",
-            "instruction sets": _isas(m.flags), "AMX permitted": amx_permitted(), "second opinion (cpufeature)": second_opinion(),
-            "memory": f"{m.available / 1e9:.1f} GB free of {m.memory / 1e9:.1f} GB", "NUMA": [f"node {n.number}: {len(n.cpus)} cpus, {n.memory / 1e9:.1f} GB" for n in m.nodes],
+            "cpu": m.cpu,
+            "usable cpus": len(m.cpus),
+            "physical cores": m.cores,
+            "cgroup cpu limit": m.quota or "none",
+            "instruction sets": _isas(m.flags),
+            "AMX permitted": amx_permitted(),
+            "second opinion (cpufeature)": second_opinion(),
+            "memory": f"{m.available / 1e9:.1f} GB free of {m.memory / 1e9:.1f} GB",
+            "NUMA": [f"node {n.number}: {len(n.cpus)} cpus, {n.memory / 1e9:.1f} GB" for n in m.nodes],
             "transparent huge pages": m.huge_pages,
         },
-        "versions": {"python": platform.python_version(), "ktx": _version("ktx"), **{name: _version(name) for name in PACKAGES}},
-        "missing": {name: {"for": what, "remedy": remedy} for name, (what, remedy) in OPTIONAL.items() if importlib.util.find_spec(name) is None},
+        "versions": {
+            "python": platform.python_version(),
+            "ktx": _version("ktx"),
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "missing": {
+            name: {"for": what, "remedy": remedy}
+            for name, (what, remedy) in OPTIONAL.items()
+            if importlib.util.find_spec(name) is None
+        },
     }
     found |= _kernels(quick)
     found["warnings"] = _warnings(m, found)
@@ -64,13 +78,22 @@ def _kernels(quick: bool) -> dict[str, Any]:
     from ktx.qtypes import QTYPES
 
     isa, threads = ops.isa(), ops.threads()
-    kernels = {"picked": isa, "best possible": ops.best_isa(), "threads": threads, "KTX_ISA": os.environ.get("KTX_ISA", "not set")}
+    kernels = {
+        "picked": isa,
+        "best possible": ops.best_isa(),
+        "threads": threads,
+        "KTX_ISA": os.environ.get("KTX_ISA", "not set"),
+    }
     found: dict[str, Any] = {"kernels": kernels, "gpu": _gpu(torch), "operators": dict.fromkeys(SHIPPED, f"cpu, {isa}")}
     ints = [q.name for q in QTYPES.values() if not q.is_float]
-    found["weight types"] = {f"int8 dot products ({isa})": ints, f"f32 multiply-add ({isa})": [q.name for q in QTYPES.values() if q.is_float]}
+    found["weight types"] = {
+        f"int8 dot products ({isa})": ints,
+        f"f32 multiply-add ({isa})": [q.name for q in QTYPES.values() if q.is_float],
+    }
     if not quick:
         found["measured"] = {
-            "read bandwidth": f"{ops.probe_read(threads, 512):.1f} GB/s", "int8 peak": f"{ops.probe_int8(threads, 0.3):.0f} GOPS",
+            "read bandwidth": f"{ops.probe_read(threads, 512):.1f} GB/s",
+            "int8 peak": f"{ops.probe_int8(threads, 0.3):.0f} GOPS",
             "f32 peak": f"{ops.probe_fma(threads, 0.3):.0f} GFLOPS",
         }
     return found
@@ -83,7 +106,20 @@ def _gpu(torch: Any) -> str:
 
 
 def _isas(flags: frozenset[str]) -> str:
-    wanted = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    wanted = (
+        "avx2",
+        "fma",
+        "f16c",
+        "avx_vnni",
+        "avx512f",
+        "avx512bw",
+        "avx512dq",
+        "avx512vl",
+        "avx512_vnni",
+        "avx512_bf16",
+        "amx_int8",
+        "amx_bf16",
+    )
     return " ".join(name for name in wanted if name in flags) or "none of ours"
 
 
@@ -109,7 +145,9 @@ def _warnings(m: Any, found: dict[str, Any]) -> list[str]:
     if kernels["threads"] > len(m.cpus):
         said.append(f"{kernels['threads']} threads on {len(m.cpus)} cpus")
     if "[never]" in m.huge_pages:
-        said.append("transparent huge pages are off: `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled` helps large models")
+        said.append(
+            "transparent huge pages are off: `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled` helps large models"
+        )
     return said
 
 
@@ -124,7 +162,14 @@ def show(found: dict[str, Any]) -> None:
             continue
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for key, value in found[title].items():
-            table.add_row(key, " ".join(value) if title == "weight types" else ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+            table.add_row(
+                key,
+                " ".join(value)
+                if title == "weight types"
+                else ", ".join(map(str, value))
+                if isinstance(value, list)
+                else str(value),
+            )
         console.print(table)
     console.print(f"gpu: {found['gpu']}")
     for name, entry in found["missing"].items():

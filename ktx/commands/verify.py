@@ -48,19 +48,43 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
     reference = _Reference(model, source, args)
     exact = all(spec.qtype.is_float for step in model.ktx.plan for spec in step.specs)
     bound = BOUND_FLOAT if exact else BOUND_QUANTISED
-    rows, stream = [], reference.embed(ids)
-    rows.append({"layer": "embed_tokens", "same_input": _error(taken["inputs"][0], stream), "piled_up": _error(taken["inputs"][0], stream)})
+    rows: list[dict[str, Any]] = []
+    stream = reference.embed(ids)
+    rows.append(
+        {
+            "layer": "embed_tokens",
+            "same_input": _error(taken["inputs"][0], stream),
+            "piled_up": _error(taken["inputs"][0], stream),
+        }
+    )
     for i in range(model.config.num_hidden_layers):
         with reference.layer(i) as layer:
             same = layer(taken["inputs"][i])
             stream = layer(stream)
-        rows.append({"layer": f"layers.{i}", "same_input": _error(taken["outputs"][i], same), "piled_up": _error(taken["outputs"][i], stream)})
+        rows.append(
+            {
+                "layer": f"layers.{i}",
+                "same_input": _error(taken["outputs"][i], same),
+                "piled_up": _error(taken["outputs"][i], stream),
+            }
+        )
     logits = reference.head(stream).float()
     mine = taken["logits"].float()
-    kl = torch.nn.functional.kl_div(mine.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+    kl = (
+        torch.nn.functional.kl_div(mine.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="none")
+        .sum(-1)
+        .mean()
+    )
     top = (mine.argmax(-1) == logits.argmax(-1)).float().mean()
     worst = max(row["same_input"] for row in rows)
-    return rows, {"logits_error": _error(mine, logits), "kl_divergence": float(kl), "top1_agreement": float(top), "worst_layer": worst, "bound": bound, "ok": worst <= bound}
+    return rows, {
+        "logits_error": _error(mine, logits),
+        "kl_divergence": float(kl),
+        "top1_agreement": float(top),
+        "worst_layer": worst,
+        "bound": bound,
+        "ok": worst <= bound,
+    }
 
 
 def _error(a: Any, b: Any) -> float:
@@ -119,14 +143,18 @@ class _Reference:
                 owner = module.get_submodule(name.rpartition(".")[0])
                 values = self.values(f"{path}.{name}").reshape(tensor.shape)
                 table = owner._parameters if name.rpartition(".")[2] in owner._parameters else owner._buffers
-                table[name.rpartition(".")[2]] = torch.nn.Parameter(values, requires_grad=False) if table is owner._parameters else values
+                table[name.rpartition(".")[2]] = (
+                    torch.nn.Parameter(values, requires_grad=False) if table is owner._parameters else values
+                )
         return module
 
     def values(self, name: str) -> Any:
         import torch
 
         name = self.tied.get(name, name) if self.source.spec(name) is None else name
-        if name.endswith(("experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj")) and self._made_of_halves(name):
+        if name.endswith(
+            ("experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj")
+        ) and self._made_of_halves(name):
             return self._experts(name)
         if self.source.spec(name) is None:
             from ktx.errors import BadFile
@@ -146,7 +174,9 @@ class _Reference:
         if "gate_up" not in name:
             down = self.source.get(name).dequantize()
             return down.transpose(1, 2).contiguous() if oss else down
-        gate, up = (self.source.get(name.replace("gate_up_proj", half)).dequantize() for half in ("gate_proj", "up_proj"))
+        gate, up = (
+            self.source.get(name.replace("gate_up_proj", half)).dequantize() for half in ("gate_proj", "up_proj")
+        )
         if not oss:
             return torch.cat([gate, up], 1)
         if name.endswith("_bias"):
@@ -245,6 +275,8 @@ def _show(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     for row in rows:
         mark = "  <- over the bound" if row["same_input"] > summary["bound"] else ""
         print(f"{row['layer']:16}{row['same_input']:>26.2e}{row['piled_up']:>18.2e}{mark}")
-    print(f"logits: relative error {summary['logits_error']:.2e}, KL divergence {summary['kl_divergence']:.2e}, top-1 agreement {summary['top1_agreement']:.1%}")
+    print(
+        f"logits: relative error {summary['logits_error']:.2e}, KL divergence {summary['kl_divergence']:.2e}, top-1 agreement {summary['top1_agreement']:.1%}"
+    )
     verdict = "agrees with" if summary["ok"] else "DIFFERS from"
     print(f"{verdict} transformers: worst layer {summary['worst_layer']:.2e}, bound {summary['bound']:.0e}")

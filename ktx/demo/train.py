@@ -163,7 +163,8 @@ def run(args: argparse.Namespace) -> Trainee:
     size = sum(value.numel() for value in net.parameters())
     print(f"{size:,} parameters, {len(data.text):,} tokens of text, {len(data.items)} questions, from step {first}")
     net.train()
-    began, seen = time.monotonic(), {}
+    began = time.monotonic()
+    seen: dict[str, float] = {}
     for step, values in steps(args, data, net, device, first, adam):
         seen |= {key: value for key, value in values.items() if value} | {"_": step}
         if step % args.report == 0:

@@ -10,8 +10,14 @@ import torch
 from ktx.errors import UsageError
 
 LIMITS = {  # inclusive range of each setting
-    "temperature": (0.0, 100.0), "top_p": (0.0, 1.0), "top_k": (0, 1 << 30), "min_p": (0.0, 1.0), "repetition_penalty": (0.01, 100.0),
-    "presence_penalty": (-2.0, 2.0), "frequency_penalty": (-2.0, 2.0), "max_new_tokens": (1, 1 << 30),
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, 1 << 30),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "max_new_tokens": (1, 1 << 30),
 }
 
 

@@ -51,7 +51,12 @@ class Router:
     """Splits a stream at <think> tags and stops at stop strings; either may lie across pieces."""
 
     def __init__(self, stop: Iterable[str] = (), thinking: bool = False):
-        self.stop, self.kind, self.held, self.stopped = [s for s in stop if s], "think" if thinking else "answer", "", False
+        self.stop, self.kind, self.held, self.stopped = (
+            [s for s in stop if s],
+            "think" if thinking else "answer",
+            "",
+            False,
+        )
         self.fresh = True  # nothing of this kind has been shown: leading newlines after a tag are layout
 
     def feed(self, piece: str) -> Iterator[Text]:
@@ -69,7 +74,10 @@ class Router:
                 self.stopped, self.held = True, ""
             else:
                 self.kind, self.fresh = ("think" if mark == THINK else "answer"), True
-        keep = max((_overlap(self.held, mark) for mark in [*self.stop, END_THINK if self.kind == "think" else THINK]), default=0)
+        keep = max(
+            (_overlap(self.held, mark) for mark in [*self.stop, END_THINK if self.kind == "think" else THINK]),
+            default=0,
+        )
         yield from self._show(self.held[: len(self.held) - keep])
         self.held = self.held[len(self.held) - keep :]
 

@@ -95,7 +95,9 @@ class Session:
         if not ids:
             raise UsageError("the prompt is empty")
         if len(ids) >= self.context:
-            raise UsageError(f"the prompt has {len(ids)} tokens, the context holds {self.context}: /clear the chat, shorten it, or raise --max_context")
+            raise UsageError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.context}: /clear the chat, shorten it, or raise --max_context"
+            )
         start = time.perf_counter()
         logits = self._prefill(list(ids), stats)
         stats.prompt_seconds = time.perf_counter() - start
@@ -135,7 +137,9 @@ class Session:
 
     def _reuse(self, ids: list[int]) -> int:
         """Cuts the cache back to the longest common beginning, leaving at least one token to compute."""
-        same = next((i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), min(len(self.ids), len(ids)))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(self.ids, ids, strict=False)) if a != b), min(len(self.ids), len(ids))
+        )
         same = min(same, len(ids) - 1)
         if self.cache is not None and same < len(self.ids):
             if getattr(self.cache, "can_crop", False):
@@ -150,14 +154,22 @@ class Session:
     def _new_cache(self) -> Any:
         from ktx.cache.kv import KVCache
 
-        half = getattr(self.model, "ktx", None) is not None  # our attention reads f16; a plain transformers model wants its own dtype
+        half = (
+            getattr(self.model, "ktx", None) is not None
+        )  # our attention reads f16; a plain transformers model wants its own dtype
         return KVCache(self.model.config, torch.float16 if half else None)
 
     @torch.inference_mode()
     def _forward(self, ids: list[int]) -> torch.Tensor:
         before = len(self.ids)
         positions = torch.arange(before, before + len(ids))[None]
-        out = self.model(input_ids=torch.tensor([ids]), position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(
+            input_ids=torch.tensor([ids]),
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         self.ids += ids
         return out.logits[0, -1].float()
 

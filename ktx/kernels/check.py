@@ -25,7 +25,9 @@ def main() -> int:
     best = ops.best_isa()
     isas = ISAS[ISAS.index(best) :]
     print(f"this CPU: {best}; errors are relative RMS against float64 on the dequantised weights")
-    print(f"bounds: {BOUND_MATRIX:.1e} a matrix, {BOUND_LAYER:.1e} a mixture-of-experts layer, {BOUND_FLOAT:.0e} for float weights\n")
+    print(
+        f"bounds: {BOUND_MATRIX:.1e} a matrix, {BOUND_LAYER:.1e} a mixture-of-experts layer, {BOUND_FLOAT:.0e} for float weights\n"
+    )
     found = {isa: _run(isa) for isa in isas}
     print("type".ljust(10) + "".join(f"{isa}: 1 token   17 tokens   experts   ".rjust(48) for isa in isas))
     bad = []
@@ -33,16 +35,27 @@ def main() -> int:
         cells = []
         for isa in isas:
             errors = found[isa]["errors"][name]
-            over = max(errors[:2]) > (BOUND_FLOAT if found[isa]["floats"][name] else BOUND_MATRIX) or errors[2] > (BOUND_FLOAT if found[isa]["floats"][name] else BOUND_LAYER)
+            over = max(errors[:2]) > (BOUND_FLOAT if found[isa]["floats"][name] else BOUND_MATRIX) or errors[2] > (
+                BOUND_FLOAT if found[isa]["floats"][name] else BOUND_LAYER
+            )
             bad += [f"{name} on {isa}"] if over else []
             cells.append((" ".join(f"{e:11.1e}" for e in errors) + (" !" if over else "  ")).rjust(48))
         print(name.ljust(10) + "".join(cells))
-    print(f"\nover the bound: {', '.join(bad)}" if bad else f"\nall {len(found[isas[0]]['errors'])} types are within their bounds on {', '.join(isas)}")
+    print(
+        f"\nover the bound: {', '.join(bad)}"
+        if bad
+        else f"\nall {len(found[isas[0]]['errors'])} types are within their bounds on {', '.join(isas)}"
+    )
     return 1 if bad else 0
 
 
 def _run(isa: str) -> dict[str, dict[str, list[float]]]:
-    done = subprocess.run([sys.executable, "-m", "ktx.kernels.check", "--worker"], env=os.environ | {"KTX_ISA": isa}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "ktx.kernels.check", "--worker"],
+        env=os.environ | {"KTX_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         sys.exit(f"the check on {isa} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)
@@ -89,11 +102,15 @@ def _experts(name: str) -> float:
 
     source = torch.Generator().manual_seed(5)
     count, hidden, inner, tokens = 4, 256, 512, 9
-    mats = [[sample(name, rows, columns, 10 * e + i) for e in range(count)] for i, (rows, columns) in enumerate(((inner, hidden), (inner, hidden), (hidden, inner)))]
+    mats = [
+        [sample(name, rows, columns, 10 * e + i) for e in range(count)]
+        for i, (rows, columns) in enumerate(((inner, hidden), (inner, hidden), (hidden, inner)))
+    ]
     x = torch.randn(tokens, hidden, generator=source)
     ids = torch.stack([torch.randperm(count, generator=source)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2, generator=source)
-    mine = cpu.experts(x, ids, weights, *(cpu.pack(m) for m in mats))
+    gate, up, down = (cpu.pack(m) for m in mats)
+    mine = cpu.experts(x, ids, weights, gate, up, down)
     out = torch.zeros(tokens, hidden, dtype=torch.float64)
     for e in range(count):
         token, choice = torch.where(ids == e)

@@ -26,7 +26,9 @@ def _load() -> Any:
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        raise KtxError(f"{LIBRARY} does not load into torch {torch.__version__}: {error}; ktx needs torch 2.11 or newer") from error
+        raise KtxError(
+            f"{LIBRARY} does not load into torch {torch.__version__}: {error}; ktx needs torch 2.11 or newer"
+        ) from error
     return torch.ops.ktx
 
 
@@ -89,14 +91,38 @@ def linear_batched(x: torch.Tensor, w: Packed) -> torch.Tensor:
 
 
 def experts(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: Packed, up: Packed, down: Packed,
-    gate_bias: torch.Tensor | None = None, up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None,
-    act: str = "silu", alpha: float = 0.0, limit: float = 0.0,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate: Packed,
+    up: Packed,
+    down: Packed,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    act: str = "silu",
+    alpha: float = 0.0,
+    limit: float = 0.0,
 ) -> torch.Tensor:
     """x [tokens, hidden], ids int64 and weights f32 [tokens, top] -> [tokens, hidden] in x's dtype; see reference.experts."""
     return ops.experts(
-        x, ids, weights, gate.data, up.data, down.data, gate.qtype.code, up.qtype.code, down.qtype.code, gate.matrices, gate.n,
-        gate_bias, up_bias, down_bias, act, alpha, limit,
+        x,
+        ids,
+        weights,
+        gate.data,
+        up.data,
+        down.data,
+        gate.qtype.code,
+        up.qtype.code,
+        down.qtype.code,
+        gate.matrices,
+        gate.n,
+        gate_bias,
+        up_bias,
+        down_bias,
+        act,
+        alpha,
+        limit,
     )
 
 

@@ -5,6 +5,8 @@ The kernels of ktx/kernels/cpu.py take packed weights; their twins take a Quanti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -27,17 +29,29 @@ def activate(gate: torch.Tensor, up: torch.Tensor, act: str, alpha: float = 0.0,
     if act == "swiglu_oai":  # openai/gpt-oss: torch/model.py, swiglu
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(alpha * gate) * (up + 1)
-    functions = {
-        "silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
-        "relu": F.relu, "relu2": lambda v: F.relu(v).square(),
+    functions: dict[str, Any] = {
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+        "relu": F.relu,
+        "relu2": lambda v: F.relu(v).square(),
     }
     return functions[act](gate) * up
 
 
 def experts(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: QuantizedTensor, up: QuantizedTensor, down: QuantizedTensor,
-    gate_bias: torch.Tensor | None = None, up_bias: torch.Tensor | None = None, down_bias: torch.Tensor | None = None,
-    act: str = "silu", alpha: float = 0.0, limit: float = 0.0,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    gate: QuantizedTensor,
+    up: QuantizedTensor,
+    down: QuantizedTensor,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    act: str = "silu",
+    alpha: float = 0.0,
+    limit: float = 0.0,
 ) -> torch.Tensor:
     """x [tokens, hidden] through the chosen experts: sum over j of weights[t, j] * expert[ids[t, j]](x[t]). Ids out of range are skipped."""
     out = torch.zeros(x.shape, dtype=torch.float64)
@@ -55,7 +69,9 @@ def experts(
     return out.to(x.dtype)
 
 
-def visible(queries: int, keys: int, ranges: torch.Tensor | None, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def visible(
+    queries: int, keys: int, ranges: torch.Tensor | None, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a query sees, bool [batch|1, 1|heads, queries, keys], and what is added to its scores (or None).
 
     `ranges` int [batch, queries, 2] is a key interval [start, end) for each query; without ranges and mask the queries are
@@ -71,8 +87,14 @@ def visible(queries: int, keys: int, ranges: torch.Tensor | None, mask: torch.Te
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ranges: torch.Tensor | None, mask: torch.Tensor | None, scale: float,
-    sinks: torch.Tensor | None = None, softcap: float = 0.0,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Softmax attention: q [B, H, S, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv] -> [B, S, H, Dv] in q's dtype.
 
@@ -93,8 +115,13 @@ def attention(
 
 
 def mla_attention(
-    q_nope: torch.Tensor, q_rope: torch.Tensor, ckv: torch.Tensor, kpe: torch.Tensor, ranges: torch.Tensor | None,
-    mask: torch.Tensor | None, scale: float,
+    q_nope: torch.Tensor,
+    q_rope: torch.Tensor,
+    ckv: torch.Tensor,
+    kpe: torch.Tensor,
+    ranges: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    scale: float,
 ) -> torch.Tensor:
     """Attention on the compressed latent (absorbed MLA): q_nope [B, H, S, R] already times W_UK, q_rope [B, H, S, P],
     ckv [B, T, R], kpe [B, T, P] -> [B, S, H, R]. Source: DeepSeek-V2, section 2.1.2 and appendix C.
@@ -126,8 +153,15 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
 
 
 def route(
-    logits: torch.Tensor, top_k: int, scoring: str, bias: torch.Tensor | None = None, n_group: int = 1, topk_group: int = 1,
-    group_mode: str = "none", renorm: bool = False, scale: float = 1.0,
+    logits: torch.Tensor,
+    top_k: int,
+    scoring: str,
+    bias: torch.Tensor | None = None,
+    n_group: int = 1,
+    topk_group: int = 1,
+    group_mode: str = "none",
+    renorm: bool = False,
+    scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Chooses experts: logits f32 [T, E] -> ids int64 [T, K] by falling score, weights f32 [T, K].
 

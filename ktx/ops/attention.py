@@ -33,8 +33,16 @@ def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | Non
 
 
 def attend(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, s_aux: torch.Tensor | None = None, **kwargs: Any,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: query [B, H, S, D], key and value [B, Hkv, T, D] -> [B, S, H, D]."""
     ranges, mask = split_mask(attention_mask, key.shape[2])
@@ -51,8 +59,15 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 
 def interval_mask(
-    batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0, mask_function: Any = causal_mask_function,
-    attention_mask: torch.Tensor | None = None, device: Any = "cpu", **kwargs: Any,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    device: Any = "cpu",
+    **kwargs: Any,
 ) -> torch.Tensor:
     """transformers' mask function: int32 [B, 1, S, 2] where the mask is an interval for each query, else bool [B, 1, S, T]."""
     q_offset = int(q_offset)
@@ -60,12 +75,22 @@ def interval_mask(
         first = _left_padding(attention_mask, batch_size, kv_offset, kv_length)
         if first is not None:
             last = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length).clamp(max=kv_length)
-            return torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1).to(torch.int32)[:, None]
+            return torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1).to(torch.int32)[
+                :, None
+            ]
     kwargs |= {"allow_is_causal_skip": False}
     full = sdpa_mask(
-        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        device=device,
+        **kwargs,
     )
+    assert full is not None  # skipping was not allowed
     return intervals_of(full)
 
 
@@ -96,9 +121,11 @@ class Attention(Operator):
     """The transformers module itself, computing with our kernel: projections, norms, rotary code and gates are its own."""
 
     @classmethod
-    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Attention:
+    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Attention:
         if not hasattr(old, "config"):
-            raise UsageError(f"{ctx.path} is a {type(old).__name__}, which has no configuration to choose its attention by")
+            raise UsageError(
+                f"{ctx.path} is a {type(old).__name__}, which has no configuration to choose its attention by"
+            )
         new: Attention = adopt(cls, old, ctx)
         new.transformers_forward = type(old).forward
         new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself

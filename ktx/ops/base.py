@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -36,8 +36,13 @@ class Operator(nn.Module):
     consumes: ClassVar[tuple[str, ...]] = ()
     path: str = ""
 
+    if TYPE_CHECKING:  # an adopted module has whatever the module it replaces had
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
     @classmethod
-    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Operator:
+    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Operator:
         """The operator that replaces `old`; subclasses override it. UsageError when it cannot stand in for this module."""
         raise NotImplementedError(f"{cls.__name__} must say how it is made from a transformers module")
 
@@ -69,8 +74,15 @@ def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
 
 
 SHIPPED = {
-    "Linear": "ktx.ops.linear", "Experts": "ktx.ops.experts", "MoE": "ktx.ops.moe", "Router": "ktx.ops.router", "MLA": "ktx.ops.mla",
-    "Attention": "ktx.ops.attention", "RMSNorm": "ktx.ops.norm", "RotaryEmbedding": "ktx.ops.rope", "Embedding": "ktx.ops.embed",
+    "Linear": "ktx.ops.linear",
+    "Experts": "ktx.ops.experts",
+    "MoE": "ktx.ops.moe",
+    "Router": "ktx.ops.router",
+    "MLA": "ktx.ops.mla",
+    "Attention": "ktx.ops.attention",
+    "RMSNorm": "ktx.ops.norm",
+    "RotaryEmbedding": "ktx.ops.rope",
+    "Embedding": "ktx.ops.embed",
     "MLP": "ktx.ops.mlp",
 }
 _REGISTERED: dict[str, type[Operator]] = {}
@@ -95,13 +107,17 @@ def resolve(name: str, where: str = "") -> type[Operator]:
         return _REGISTERED[name]
     module, _, attribute = (f"{SHIPPED[name]}.{name}" if name in SHIPPED else name).rpartition(".")
     if not module:
-        raise UsageError(f"{at}no operator is called {name!r}{nearest(name, [*SHIPPED, *_REGISTERED])}; give one of {' '.join(SHIPPED)} or a dotted path")
+        raise UsageError(
+            f"{at}no operator is called {name!r}{nearest(name, [*SHIPPED, *_REGISTERED])}; give one of {' '.join(SHIPPED)} or a dotted path"
+        )
     try:
         cls = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
         raise UsageError(f"{at}cannot import {name}: {error}") from error
     except AttributeError as error:
-        raise UsageError(f"{at}module {module} has no class {attribute}{nearest(attribute, dir(importlib.import_module(module)))}") from error
+        raise UsageError(
+            f"{at}module {module} has no class {attribute}{nearest(attribute, dir(importlib.import_module(module)))}"
+        ) from error
     if not (isinstance(cls, type) and issubclass(cls, Operator)):
         raise UsageError(f"{at}{name} is no ktx.Operator")
     return cls

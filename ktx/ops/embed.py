@@ -18,7 +18,13 @@ class Embedding(Operator):
 
     def __init__(self, path: str, rows: int, width: int, padding: int | None, dtype: torch.dtype):
         super().__init__()
-        self.path, self.num_embeddings, self.embedding_dim, self.padding_idx, self.dtype = path, rows, width, padding, dtype
+        self.path, self.num_embeddings, self.embedding_dim, self.padding_idx, self.dtype = (
+            path,
+            rows,
+            width,
+            padding,
+            dtype,
+        )
         self.packed: cpu.Packed | None = None
 
     @classmethod

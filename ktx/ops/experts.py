@@ -5,14 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops.base import Context, Operator
 from ktx.weights.source import WeightSource
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -33,13 +40,20 @@ class Experts(Operator):
 
     def __init__(self, path: str, experts: int, act: str, alpha: float, limit: float, bias: bool):
         super().__init__()
-        self.path, self.num_experts, self.act, self.alpha, self.limit, self.has_bias = path, experts, act, alpha, limit, bias
+        self.path, self.num_experts, self.act, self.alpha, self.limit, self.has_bias = (
+            path,
+            experts,
+            act,
+            alpha,
+            limit,
+            bias,
+        )
         self.weights: dict[str, cpu.Packed] = {}
         self.biases: dict[str, torch.Tensor | None] = dict.fromkeys(PROJECTIONS)
         self.top = 1
 
     @classmethod
-    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Experts:
+    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Experts:
         count = next((int(getattr(old, name)) for name in COUNTS if hasattr(old, name)), 0)
         if not count:
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, which is no experts module of transformers 5")
@@ -69,8 +83,18 @@ class Experts(Operator):
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         w, b = self.weights, self.biases
         out = cpu.experts(
-            hidden.to("cpu").contiguous(), ids.to("cpu", torch.int64).contiguous(), weights.to("cpu", torch.float32).contiguous(),
-            w["gate_proj"], w["up_proj"], w["down_proj"], b["gate_proj"], b["up_proj"], b["down_proj"], self.act, self.alpha, self.limit,
+            hidden.to("cpu").contiguous(),
+            ids.to("cpu", torch.int64).contiguous(),
+            weights.to("cpu", torch.float32).contiguous(),
+            w["gate_proj"],
+            w["up_proj"],
+            w["down_proj"],
+            b["gate_proj"],
+            b["up_proj"],
+            b["down_proj"],
+            self.act,
+            self.alpha,
+            self.limit,
         )
         return out.to(hidden.device)
 

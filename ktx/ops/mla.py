@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
@@ -28,11 +27,16 @@ class MLA(Operator):
     """Replaces every transformers attention that caches a latent (deepseek_v2, deepseek_v3 and their kin)."""
 
     consumes = ("kv_b_proj",)
+    w_uk_t: Any
+    w_uv: Any
+    w_uk: Any
 
     @classmethod
-    def from_hf(cls, old: nn.Module, ctx: Context, absorb_for_prefill: bool = False, **kwargs: Any) -> MLA:
+    def from_hf(cls, old: Any, ctx: Context, absorb_for_prefill: bool = False, **kwargs: Any) -> MLA:
         if not hasattr(old, "kv_lora_rank") or not hasattr(old, "kv_a_proj_with_mqa"):
-            raise UsageError(f"{ctx.path} is a {type(old).__name__}, MLA needs an attention with a compressed latent (kv_lora_rank)")
+            raise UsageError(
+                f"{ctx.path} is a {type(old).__name__}, MLA needs an attention with a compressed latent (kv_lora_rank)"
+            )
         new: MLA = adopt(cls, old, ctx)
         del new._modules["kv_b_proj"]
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
@@ -53,12 +57,24 @@ class MLA(Operator):
             self.w_uk = cpu.pack(_kept(QuantizedTensor.of(w_uk), exact))
 
     def forward(
-        self, hidden_states: torch.Tensor, position_embeddings: Any = None, attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None, **kwargs: Any,
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         batch, length, _ = hidden_states.shape
-        q = self.q_proj(hidden_states) if self.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        q_nope, q_rope = q.view(batch, length, self.num_heads, -1).transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
+        q = (
+            self.q_proj(hidden_states)
+            if self.q_lora_rank is None
+            else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        )
+        q_nope, q_rope = (
+            q.view(batch, length, self.num_heads, -1)
+            .transpose(1, 2)
+            .split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
+        )
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.kv_lora_rank, self.qk_rope_head_dim], -1)
         cos, sin = rotary_tables(position_embeddings)
         q_rope = cpu.rope(q_rope, cos, sin, self.interleaved)
@@ -73,9 +89,21 @@ class MLA(Operator):
 
     def _expands(self, batch: int, length: int, keys: int) -> bool:
         columns = self.qk_head_dim + self.v_head_dim
-        return self.w_uk is not None and length >= EXPAND_FROM and batch * keys * self.num_heads * columns * 4 <= EXPAND_BYTES
+        return (
+            self.w_uk is not None
+            and length >= EXPAND_FROM
+            and batch * keys * self.num_heads * columns * 4 <= EXPAND_BYTES
+        )
 
-    def absorbed(self, q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, ranges: Any, mask: Any) -> torch.Tensor:
+    def absorbed(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        ranges: Any,
+        mask: Any,
+    ) -> torch.Tensor:
         """q_nope [B, H, S, nope], q_rope [B, H, S, rope], latent [B, T, rank], k_rope [B, T, rope] -> [B, S, H * v]."""
         batch, heads, length, _ = q_nope.shape
         by_head = cpu.linear_batched(q_nope.transpose(0, 1).reshape(heads, batch * length, -1), self.w_uk_t)
@@ -84,7 +112,15 @@ class MLA(Operator):
         out = cpu.linear_batched(context.permute(2, 0, 1, 3).reshape(heads, batch * length, -1), self.w_uv)
         return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).reshape(batch, length, -1)
 
-    def expanded(self, q_nope: torch.Tensor, q_rope: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, ranges: Any, mask: Any) -> torch.Tensor:
+    def expanded(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        ranges: Any,
+        mask: Any,
+    ) -> torch.Tensor:
         """The same with keys and values made from the latent: k = [W_UK c | k_rope], v = W_UV c."""
         batch, heads, length, _ = q_nope.shape
         keys = latent.shape[1]
@@ -107,7 +143,9 @@ def _kept(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
     half = weight.dequantize().half()
     if not half.isfinite().all():
         return weight
-    return QuantizedTensor(half.contiguous().view(torch.uint8).reshape(*half.shape[:-1], -1), QTYPES["F16"], weight.shape)
+    return QuantizedTensor(
+        half.contiguous().view(torch.uint8).reshape(*half.shape[:-1], -1), QTYPES["F16"], weight.shape
+    )
 
 
 def rotary_tables(embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
@@ -17,9 +16,11 @@ class MLP(Operator):
     """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own."""
 
     @classmethod
-    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> MLP:
+    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MLP:
         if not hasattr(old, "down_proj") or not (hasattr(old, "gate_proj") or hasattr(old, "gate_up_proj")):
-            raise UsageError(f"{ctx.path} is a {type(old).__name__}, MLP needs gate_proj and up_proj (or gate_up_proj), and down_proj")
+            raise UsageError(
+                f"{ctx.path} is a {type(old).__name__}, MLP needs gate_proj and up_proj (or gate_up_proj), and down_proj"
+            )
         new: MLP = adopt(cls, old, ctx)
         new.act = activation(ctx.config, ctx.path)
         return new

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ktx.errors import UsageError
 from ktx.ops.base import Context, Operator, adopt
@@ -17,7 +16,7 @@ class MoE(Operator):
     """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate."""
 
     @classmethod
-    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> MoE:
+    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MoE:
         if not hasattr(old, "experts") or not (hasattr(old, "gate") or hasattr(old, "router")):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, MoE needs experts and a gate or router")
         new: MoE = adopt(cls, old, ctx)

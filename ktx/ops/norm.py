@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
@@ -18,7 +17,7 @@ class RMSNorm(Operator):
     """x / rms(x) * weight (or 1 + weight for the families that store it so), in f32."""
 
     @classmethod
-    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> RMSNorm:
+    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> RMSNorm:
         eps = getattr(old, "variance_epsilon", getattr(old, "eps", None))
         if eps is None or not isinstance(getattr(old, "weight", None), torch.Tensor):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, RMSNorm needs a weight and an epsilon")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ktx.errors import UsageError
 from ktx.ops.base import Context, Operator, adopt
@@ -17,8 +16,10 @@ class RotaryEmbedding(Operator):
     Tables whose frequencies depend on the length (dynamic NTK, long-rope) are left to transformers' own forward.
     """
 
+    table: tuple[int, Any] | None
+
     @classmethod
-    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> RotaryEmbedding:
+    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> RotaryEmbedding:
         if not hasattr(old, "inv_freq"):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, RotaryEmbedding needs inv_freq")
         new: RotaryEmbedding = adopt(cls, old, ctx)

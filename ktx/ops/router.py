@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
@@ -42,16 +41,20 @@ class Router(Operator):
     """Stands in for the routers of STYLES; same weights, same return (logits, weights, ids)."""
 
     @classmethod
-    def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Router:
+    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Router:
         name = type(old).__name__
         if name not in STYLES:
-            raise UsageError(f"{ctx.path}: no routing style is known for {name}{nearest(name, STYLES)}; leave the module as it is")
+            raise UsageError(
+                f"{ctx.path}: no routing style is known for {name}{nearest(name, STYLES)}; leave the module as it is"
+            )
         new: Router = adopt(cls, old, ctx)
         new.style = STYLES[name]
         if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
             new.style = Style("softmax", scaled=True)
-        new.in_f32 = None
+        new.in_f32 = ()
         return new
+
+    in_f32: tuple[Any, ...]
 
     def ready(self) -> None:
         bias = getattr(self, "bias", None)
@@ -65,14 +68,23 @@ class Router(Operator):
             given = self.moe_statics.e_score_correction_bias
         return None if given is None else given.detach().float().reshape(-1).contiguous()
 
-    def forward(self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    def forward(
+        self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
         style = self.style
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         logits = torch.nn.functional.linear(flat, *self.in_f32)
         renorm = getattr(self, style.renorm) if isinstance(style.renorm, str) else style.renorm
         grouped = style.groups != "none"
         ids, weights = cpu.route(
-            logits, self.top_k, style.scoring, self.correction(e_score_correction_bias), (self.num_group or 1) if grouped else 1,
-            (self.topk_group or 1) if grouped else 1, style.groups, bool(renorm), float(self.routed_scaling_factor) if style.scaled else 1.0,
+            logits,
+            self.top_k,
+            style.scoring,
+            self.correction(e_score_correction_bias),
+            (self.num_group or 1) if grouped else 1,
+            (self.topk_group or 1) if grouped else 1,
+            style.groups,
+            bool(renorm),
+            float(self.routed_scaling_factor) if style.scaled else 1.0,
         )
         return logits, weights.to(hidden.dtype) if style.own_dtype else weights, ids

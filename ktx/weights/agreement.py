@@ -17,7 +17,9 @@ KEYS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 
 
-def gguf_differences(metadata: Mapping[str, Any], arch: str, tensors: Mapping[str, TensorSpec], config: Any) -> list[str]:
+def gguf_differences(
+    metadata: Mapping[str, Any], arch: str, tensors: Mapping[str, TensorSpec], config: Any
+) -> list[str]:
     """One line for each thing in which file and configuration differ; an empty list when they agree."""
     found = [_layers(metadata, arch, config), _vocabulary(tensors, config), _kv_heads(metadata, arch, config)]
     for key, attributes, what in KEYS:
@@ -49,6 +51,11 @@ def _vocabulary(tensors: Mapping[str, TensorSpec], config: Any) -> str | None:
 
 def _kv_heads(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None:
     in_file, in_config = metadata.get(f"{arch}.attention.head_count_kv"), getattr(config, "num_key_value_heads", None)
-    if getattr(config, "kv_lora_rank", None) or not isinstance(in_file, int) or in_config is None or in_file == in_config:
+    if (
+        getattr(config, "kv_lora_rank", None)
+        or not isinstance(in_file, int)
+        or in_config is None
+        or in_file == in_config
+    ):
         return None  # MLA files say 1 in their absorbed form
     return f"key/value heads: {in_file} in the file, {in_config} in the configuration"

@@ -52,12 +52,18 @@ class GGUFSource:
         total = 0
         for part in recipe.parts:
             spec = self.tensors[part.tensor]
-            total += spec.nbytes if part.rows is None else spec.nbytes // spec.shape[-2] * (part.rows.stop - part.rows.start)
+            total += (
+                spec.nbytes if part.rows is None else spec.nbytes // spec.shape[-2] * (part.rows.stop - part.rows.start)
+            )
         return TensorSpec(name, recipe.shape, largest.qtype, total, largest.file, largest.offset)
 
     def specs(self, name: str) -> list[TensorSpec]:
         recipe = self.recipe(name)
-        return [] if recipe is None else sorted((self.tensors[part.tensor] for part in recipe.parts), key=lambda s: (s.file, s.offset))
+        return (
+            []
+            if recipe is None
+            else sorted((self.tensors[part.tensor] for part in recipe.parts), key=lambda s: (s.file, s.offset))
+        )
 
     def parts(self, name: str) -> list[QuantizedTensor]:
         """Row-wise parts of a parameter, packed; more than one only when the file keeps them in different tensors."""
@@ -105,7 +111,9 @@ class GGUFSource:
     def _map(self, file: str) -> mmap.mmap:
         with self._lock:
             if file not in self._maps:
-                with open(file, "rb") as handle:  # private and writable: torch wants writable memory, the file stays as it is
+                with open(
+                    file, "rb"
+                ) as handle:  # private and writable: torch wants writable memory, the file stays as it is
                     self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
             return self._maps[file]
 
@@ -132,7 +140,9 @@ def _files(path: Path) -> list[Path]:
         found = sorted(path.glob("*.gguf"))
         firsts = [file for file in found if not (m := SPLIT.match(file.name)) or m[2] == "00001"]
         if len(firsts) > 1:
-            raise BadFile(f"{path}: holds more than one model: {firsts[0].name} and {firsts[1].name}; name the file to load")
+            raise BadFile(
+                f"{path}: holds more than one model: {firsts[0].name} and {firsts[1].name}; name the file to load"
+            )
         path = firsts[0] if firsts else found[0]
     match = SPLIT.match(path.name)
     if not match:
@@ -153,7 +163,9 @@ def _merged(headers: list[Header]) -> dict[str, TensorSpec]:
             tensors[name] = spec
     count = headers[0].metadata.get("split.count", 1)
     if isinstance(count, int) and count > len(headers):
-        raise BadFile(f"{headers[0].file}: is part of a model in {count} files; keep their names (-00001-of-{count:05d}.gguf)")
+        raise BadFile(
+            f"{headers[0].file}: is part of a model in {count} files; keep their names (-00001-of-{count:05d}.gguf)"
+        )
     expected = headers[0].metadata.get("split.tensors.count")
     if isinstance(expected, int) and expected != len(tensors):
         raise BadFile(f"{headers[0].file}: its {len(headers)} parts hold {len(tensors)} tensors, not {expected}")

@@ -204,7 +204,9 @@ def _check_tensor(
         raise BadFile(f"{file}: tensor {name} starts at {offset}, which is not a multiple of {alignment}")
     nbytes = qtype.row_bytes(dims[0]) * prod(dims[1:])
     if at + nbytes > size:
-        raise BadFile(f"{file}: tensor {name} ends at byte {at + nbytes}, the file at {size}; it is truncated: fetch it again")
+        raise BadFile(
+            f"{file}: tensor {name} ends at byte {at + nbytes}, the file at {size}; it is truncated: fetch it again"
+        )
     return TensorSpec(name, tuple(reversed(dims)), qtype, nbytes, file, at)
 
 

@@ -11,19 +11,37 @@ from ktx.weights.gguf_header import Header, architecture, read_header
 
 # transformers' name -> metadata key after the architecture; "?" marks keys that may be absent
 COMMON = {
-    "num_hidden_layers": "block_count", "hidden_size": "embedding_length", "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv", "max_position_embeddings": "context_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    "intermediate_size": "feed_forward_length?", "head_dim": "attention.key_length?",
+    "num_hidden_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "intermediate_size": "feed_forward_length?",
+    "head_dim": "attention.key_length?",
 }
 MOE = {"num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length?"}
 DEEPSEEK = MOE | {
-    "n_routed_experts": "expert_count", "n_shared_experts": "expert_shared_count?", "first_k_dense_replace": "leading_dense_block_count?",
-    "kv_lora_rank": "attention.kv_lora_rank", "q_lora_rank": "attention.q_lora_rank?", "qk_rope_head_dim": "rope.dimension_count",
-    "routed_scaling_factor": "expert_weights_scale?", "norm_topk_prob": "expert_weights_norm?", "n_group": "expert_group_count?", "topk_group": "expert_group_used_count?",
+    "n_routed_experts": "expert_count",
+    "n_shared_experts": "expert_shared_count?",
+    "first_k_dense_replace": "leading_dense_block_count?",
+    "kv_lora_rank": "attention.kv_lora_rank",
+    "q_lora_rank": "attention.q_lora_rank?",
+    "qk_rope_head_dim": "rope.dimension_count",
+    "routed_scaling_factor": "expert_weights_scale?",
+    "norm_topk_prob": "expert_weights_norm?",
+    "n_group": "expert_group_count?",
+    "topk_group": "expert_group_used_count?",
 }
 FAMILIES: dict[str, tuple[str, dict[str, str]]] = {  # GGUF architecture -> (model_type, keys beside COMMON)
-    "llama": ("llama", {}), "qwen2": ("qwen2", {}), "qwen3": ("qwen3", {}), "phi3": ("phi3", {}),
-    "qwen2moe": ("qwen2_moe", MOE | {"num_experts": "expert_count", "shared_expert_intermediate_size": "expert_shared_feed_forward_length?"}),
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "phi3": ("phi3", {}),
+    "qwen2moe": (
+        "qwen2_moe",
+        MOE | {"num_experts": "expert_count", "shared_expert_intermediate_size": "expert_shared_feed_forward_length?"},
+    ),
     "qwen3moe": ("qwen3_moe", MOE | {"num_experts": "expert_count"}),
     "deepseek2": ("deepseek_v3", DEEPSEEK),
 }
@@ -33,10 +51,30 @@ SPLITS = {  # tokenizer.ggml.pre -> regular expression that cuts text before BPE
     "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
-SAME_SPLIT = {"default": "gpt-2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "glm4": "llama-bpe", "chatglm-bpe": "llama-bpe", "deepseek-r1-qwen": "qwen2", "smaug-bpe": "llama-bpe", "dbrx": "llama-bpe"}
+SAME_SPLIT = {
+    "default": "gpt-2",
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "glm4": "llama-bpe",
+    "chatglm-bpe": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+    "smaug-bpe": "llama-bpe",
+    "dbrx": "llama-bpe",
+}
 DEEPSEEK_SPLITS = {  # several cuts, one after the other
-    "deepseek-llm": (r"[\r\n]", r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-Ֆ]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}+"),
-    "deepseek-v3": (r"\p{N}{1,3}", r"[一-龥぀-ゟ゠-ヿ]+", r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"),
+    "deepseek-llm": (
+        r"[\r\n]",
+        r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-Ֆ]+",
+        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+        r"\s+$",
+        r"[一-龥ࠀ-一가-퟿]+",
+        r"\p{N}+",
+    ),
+    "deepseek-v3": (
+        r"\p{N}{1,3}",
+        r"[一-龥぀-ゟ゠-ヿ]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
 }
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
@@ -48,13 +86,23 @@ def config_from_gguf(path: Path) -> Any:
     header = read_header(path)
     arch = architecture(header.metadata, str(path))
     if arch not in FAMILIES:
-        why = "its metadata leaves out part of the configuration" if arch in NEEDS_FOLDER else f"no family is called so here{nearest(arch, FAMILIES)}"
-        raise BadFile(f"{path}: a {arch} file cannot be used alone ({why}); give --model the Hugging Face folder and --weights this file")
+        why = (
+            "its metadata leaves out part of the configuration"
+            if arch in NEEDS_FOLDER
+            else f"no family is called so here{nearest(arch, FAMILIES)}"
+        )
+        raise BadFile(
+            f"{path}: a {arch} file cannot be used alone ({why}); give --model the Hugging Face folder and --weights this file"
+        )
     model_type, keys = FAMILIES[arch]
     if arch == "llama" and f"{arch}.expert_count" in header.metadata:
         model_type, keys = "mixtral", {"num_experts_per_tok": "expert_used_count", "num_local_experts": "expert_count"}
     values = {name: value for name, key in (COMMON | keys).items() if (value := _value(header, arch, key)) is not None}
-    values |= {"vocab_size": _vocabulary(header), "tie_word_embeddings": "output.weight" not in header.tensors, "rope_theta": float(header.metadata.get(f"{arch}.rope.freq_base", 10000.0))}
+    values |= {
+        "vocab_size": _vocabulary(header),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "rope_theta": float(header.metadata.get(f"{arch}.rope.freq_base", 10000.0)),
+    }
     if arch == "deepseek2":
         model_type = _deepseek(header, values)
     values |= _rope(header, arch, values.pop("rope_theta"))
@@ -71,7 +119,9 @@ def _value(header: Header, arch: str, key: str) -> Any:
         return next(iter(value)) if hasattr(value, "__iter__") and not isinstance(value, str) else value
     if key.endswith("?"):
         return None
-    raise BadFile(f"{header.file}: the metadata key {full} is missing; give --model the Hugging Face folder and --weights this file")
+    raise BadFile(
+        f"{header.file}: the metadata key {full} is missing; give --model the Hugging Face folder and --weights this file"
+    )
 
 
 def _vocabulary(header: Header) -> int:
@@ -86,8 +136,14 @@ def _deepseek(header: Header, values: dict[str, Any]) -> str:
     key_length = m.get("deepseek2.attention.key_length_mla", m.get("deepseek2.attention.key_length"))
     value_length = m.get("deepseek2.attention.value_length_mla", m.get("deepseek2.attention.value_length"))
     if not isinstance(key_length, int) or not isinstance(value_length, int):
-        raise BadFile(f"{header.file}: the metadata keys deepseek2.attention.key_length_mla and value_length_mla are missing")
-    values |= {"qk_nope_head_dim": key_length - values["qk_rope_head_dim"], "v_head_dim": value_length, "num_key_value_heads": values["num_attention_heads"]}
+        raise BadFile(
+            f"{header.file}: the metadata keys deepseek2.attention.key_length_mla and value_length_mla are missing"
+        )
+    values |= {
+        "qk_nope_head_dim": key_length - values["qk_rope_head_dim"],
+        "v_head_dim": value_length,
+        "num_key_value_heads": values["num_attention_heads"],
+    }
     values["head_dim"] = values["qk_rope_head_dim"]
     values["q_lora_rank"] = values.get("q_lora_rank") or None
     sigmoid = m.get("deepseek2.expert_gating_func", 1) == 2
@@ -101,9 +157,16 @@ def _rope(header: Header, arch: str, theta: float) -> dict[str, Any]:
     m = header.metadata
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
     if m.get(f"{arch}.rope.scaling.type") == "yarn":
-        mscale = float(m.get(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)) * 10  # llama.cpp stores a tenth of mscale_all_dim
-        rope |= {"rope_type": "yarn", "factor": float(m.get(f"{arch}.rope.scaling.factor", 1.0)), "beta_fast": 32, "beta_slow": 1,
-                 "original_max_position_embeddings": int(m.get(f"{arch}.rope.scaling.original_context_length", 4096))}
+        mscale = (
+            float(m.get(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)) * 10
+        )  # llama.cpp stores a tenth of mscale_all_dim
+        rope |= {
+            "rope_type": "yarn",
+            "factor": float(m.get(f"{arch}.rope.scaling.factor", 1.0)),
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "original_max_position_embeddings": int(m.get(f"{arch}.rope.scaling.original_context_length", 4096)),
+        }
         rope |= {"mscale": mscale, "mscale_all_dim": mscale} if mscale else {}
     return {"rope_parameters": rope}
 
@@ -117,13 +180,25 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], file: str) -> Any:
 
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama") or "tokenizer.ggml.tokens" not in metadata:
-        raise BadFile(f"{file}: has no tokenizer ktx can build (tokenizer.ggml.model is {kind!r}); give --model a folder with tokenizer.json")
+        raise BadFile(
+            f"{file}: has no tokenizer ktx can build (tokenizer.ggml.model is {kind!r}); give --model a folder with tokenizer.json"
+        )
     tokens = list(metadata["tokenizer.ggml.tokens"])
     types = list(metadata.get("tokenizer.ggml.token_type", [])) or [NORMAL] * len(tokens)
     backend = _byte_level(metadata, tokens, file) if kind == "gpt2" else _sentencepiece(metadata, tokens, file)
     _add_special(backend, tokens, types)
-    named = {name: _token(metadata, tokens, key) for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **{name: token for name, token in named.items() if token is not None})
+    named = {
+        name: _token(metadata, tokens, key)
+        for name, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("pad_token", "padding"),
+            ("unk_token", "unknown"),
+        )
+    }
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{name: token for name, token in named.items() if token is not None}
+    )
     if isinstance(metadata.get("tokenizer.chat_template"), str):
         tokenizer.chat_template = metadata["tokenizer.chat_template"]
     return tokenizer
@@ -137,8 +212,20 @@ def _token(metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | No
 def _add_special(backend: Any, tokens: list[str], types: list[int]) -> None:
     from tokenizers import AddedToken
 
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, types, strict=False) if kind == CONTROL])
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t, kind in zip(tokens, types, strict=False) if kind == USER_DEFINED])
+    backend.add_special_tokens(
+        [
+            AddedToken(t, special=True, normalized=False)
+            for t, kind in zip(tokens, types, strict=False)
+            if kind == CONTROL
+        ]
+    )
+    backend.add_tokens(
+        [
+            AddedToken(t, special=False, normalized=False)
+            for t, kind in zip(tokens, types, strict=False)
+            if kind == USER_DEFINED
+        ]
+    )
 
 
 def _byte_level(metadata: Mapping[str, Any], tokens: list[str], file: str) -> Any:
@@ -151,13 +238,21 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], file: str) -> An
             raise BadFile(f"{file}: tokenizer.ggml.merges[{number}] is {merge!r}, not two pieces")
         merges.append((left, right))
     try:
-        backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, ignore_merges=metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3")))
+        backend = Tokenizer(
+            models.BPE(
+                vocab={t: i for i, t in enumerate(tokens)},
+                merges=merges,
+                ignore_merges=metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3"),
+            )
+        )
     except Exception as error:  # the tokenizers library raises plain Exception
         raise BadFile(f"{file}: its tokens and merges do not fit each other: {error}") from error
     pre = str(metadata.get("tokenizer.ggml.pre", "default"))
     cuts = DEEPSEEK_SPLITS.get(pre) or (SPLITS.get(SAME_SPLIT.get(pre, pre), SPLITS["gpt-2"]),)
     steps = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     _begin_with_bos(backend, metadata, tokens, default=False)
     return backend
@@ -173,11 +268,19 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], file: str) ->
     vocabulary = {t: i for i, t in enumerate(tokens)}
     merges = []
     for token in tokens:
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocabulary and token[i:] in vocabulary]
-        merges += [(vocabulary[token], pair) for pair in sorted(pairs, key=lambda p: (vocabulary[p[0]], vocabulary[p[1]]))]
+        pairs = [
+            (token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocabulary and token[i:] in vocabulary
+        ]
+        merges += [
+            (vocabulary[token], pair) for pair in sorted(pairs, key=lambda p: (vocabulary[p[0]], vocabulary[p[1]]))
+        ]
     merges.sort(key=lambda entry: (-scores[entry[0]], entry[0]))
     unknown = _token(metadata, tokens, "unknown") or tokens[0]
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[pair for _, pair in merges], byte_fallback=True, fuse_unk=True, unk_token=unknown))
+    backend = Tokenizer(
+        models.BPE(
+            vocab=vocabulary, merges=[pair for _, pair in merges], byte_fallback=True, fuse_unk=True, unk_token=unknown
+        )
+    )
     space = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
     backend.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(content=" ", left=1)] if space else []
@@ -191,4 +294,6 @@ def _begin_with_bos(backend: Any, metadata: Mapping[str, Any], tokens: list[str]
 
     bos = _token(metadata, tokens, "bos")
     if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", default):
-        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
+        )

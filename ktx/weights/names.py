@@ -91,7 +91,9 @@ def _name_map(arch: str, layers: int) -> Any:
     if arch not in by_name:
         from ktx.errors import BadFile, nearest
 
-        raise BadFile(f"general.architecture is {arch!r}, which gguf-py does not know{nearest(arch, by_name)}; a newer gguf may")
+        raise BadFile(
+            f"general.architecture is {arch!r}, which gguf-py does not know{nearest(arch, by_name)}; a newer gguf may"
+        )
     return gguf.get_tensor_name_map(by_name[arch], layers)
 
 
@@ -158,7 +160,12 @@ def _stacked(names: GGUFNames, tensors: list[str]) -> Recipe | None:
 
 
 def _mla(config: Any) -> tuple[int, int, int, int]:
-    return int(config.num_attention_heads), int(config.kv_lora_rank), int(config.qk_nope_head_dim), int(config.v_head_dim)
+    return (
+        int(config.num_attention_heads),
+        int(config.kv_lora_rank),
+        int(config.qk_nope_head_dim),
+        int(config.v_head_dim),
+    )
 
 
 def _k_b(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
@@ -205,7 +212,9 @@ def _experts(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
         experts, rows, columns = names.shape(fused)
         half = slice(0, rows // 2) if which == "gate" else slice(rows // 2, rows)
         return Recipe((Part(fused, half),), (experts, rows // 2, columns))
-    singles = [f"{block}ffn_{which}.{e}.weight" for e in range(_expert_count(names.config))]  # files of before March 2024
+    singles = [
+        f"{block}ffn_{which}.{e}.weight" for e in range(_expert_count(names.config))
+    ]  # files of before March 2024
     if singles and names.has(*singles):
         return Recipe(tuple(Part(single) for single in singles), (len(singles), *names.shape(singles[0])))
     return None
@@ -268,7 +277,11 @@ def _qkvz(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
     if stacked is None:
         return None
     c = names.config
-    heads, k, v = c.linear_num_key_heads, c.linear_key_head_dim, c.linear_num_value_heads // c.linear_num_key_heads * c.linear_value_head_dim
+    heads, k, v = (
+        c.linear_num_key_heads,
+        c.linear_key_head_dim,
+        c.linear_num_value_heads // c.linear_num_key_heads * c.linear_value_head_dim,
+    )
 
     def order() -> torch.Tensor:  # file: all q, all k, all v, all z; model: q, k, v, z of each head
         pieces, start = [], 0
@@ -298,7 +311,10 @@ SPECIAL: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[str]], R
         (r"linear_attn\.A_log", lambda n, b, hit: n.one(f"{b}ssm_a", value=lambda a: torch.log(-a))),
         (r"linear_attn\.conv1d\.weight", _conv1d),
         (r"linear_attn\.in_proj_qkvz\.weight", _qkvz),
-        (r"((?:self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm))\.weight", _only("qwen3next", _minus_one)),
+        (
+            r"((?:self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm))\.weight",
+            _only("qwen3next", _minus_one),
+        ),
     )
 ]
 

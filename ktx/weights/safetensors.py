@@ -68,7 +68,7 @@ class SafetensorsSource:
         if f"{experts}.{fused}" in self.tensors:
             return [f"{experts}.{fused}"]
         for key in (f"{which}_proj", MIXTRAL[which]):
-            names = []
+            names: list[str] = []
             while f"{experts}.{len(names)}.{key}.weight" in self.tensors:
                 names.append(f"{experts}.{len(names)}.{key}.weight")
             if names and not bias:
@@ -76,7 +76,9 @@ class SafetensorsSource:
         return []
 
     def specs(self, name: str) -> list[TensorSpec]:
-        return sorted((self.tensors[source] for source in self._sources(name)), key=lambda spec: (spec.file, spec.offset))
+        return sorted(
+            (self.tensors[source] for source in self._sources(name)), key=lambda spec: (spec.file, spec.offset)
+        )
 
     def spec(self, name: str) -> TensorSpec | None:
         sources = self._sources(name)
@@ -98,7 +100,9 @@ class SafetensorsSource:
         if EXPERT.match(name) and ".gate_up_proj" in sources[0]:
             if sources[0].endswith("_bias"):
                 return (shape[0], shape[1] // 2)
-            return (shape[0], shape[2] // 2, shape[1]) if self._transposed(name) else (shape[0], shape[1] // 2, shape[2])
+            return (
+                (shape[0], shape[2] // 2, shape[1]) if self._transposed(name) else (shape[0], shape[1] // 2, shape[2])
+            )
         if self._transposed(name):
             return (shape[0], shape[2], shape[1])
         return (len(sources), *shape)
@@ -194,7 +198,9 @@ class SafetensorsSource:
     def differences(self, config: Any) -> list[str]:
         spec = self.tensors.get("model.embed_tokens.weight")
         if spec is not None and spec.shape != (config.vocab_size, config.hidden_size):
-            return [f"embeddings: {spec.shape} in the file, ({config.vocab_size}, {config.hidden_size}) in the configuration"]
+            return [
+                f"embeddings: {spec.shape} in the file, ({config.vocab_size}, {config.hidden_size}) in the configuration"
+            ]
         return []
 
     def _map(self, file: str) -> mmap.mmap:
@@ -227,7 +233,9 @@ def shards(path: Path) -> list[Path]:
         if file.resolve().parent != path.parent.resolve() and not file.is_symlink():
             raise BadFile(f"{path}: names the shard {file.name!r} outside its folder")
         if not file.exists():
-            raise BadFile(f"{path}: the shard {file.name} is missing ({sum(not f.exists() for f in files)} of {len(files)} are)")
+            raise BadFile(
+                f"{path}: the shard {file.name} is missing ({sum(not f.exists() for f in files)} of {len(files)} are)"
+            )
     return files
 
 
@@ -239,7 +247,9 @@ def read_safetensors_header(path: Path) -> list[TensorSpec]:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
-                raise BadFile(f"{path}: is no safetensors file, or truncated: its header claims {length} of {size} bytes")
+                raise BadFile(
+                    f"{path}: is no safetensors file, or truncated: its header claims {length} of {size} bytes"
+                )
             raw = file.read(length)
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror}") from error
@@ -266,12 +276,22 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(path: str, name: str, entry: Any, start: int, size: int) -> TensorSpec:
-    if not isinstance(entry, dict) or not isinstance(entry.get("shape"), list) or not isinstance(entry.get("data_offsets"), list):
+    if (
+        not isinstance(entry, dict)
+        or not isinstance(entry.get("shape"), list)
+        or not isinstance(entry.get("data_offsets"), list)
+    ):
         raise BadFile(f"{path}: tensor {name} has no dtype, shape and data_offsets")
     numbers = [*entry["shape"], *entry["data_offsets"]]
-    if len(entry["data_offsets"]) != 2 or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers) or len(entry["shape"]) > 8:
-        raise BadFile(f"{path}: tensor {name} has shape {entry['shape']} and data_offsets {entry['data_offsets']}"[:300])
-    qtype = QTYPES.get(DTYPES.get(entry.get("dtype"), "")) if isinstance(entry.get("dtype"), str) else None
+    if (
+        len(entry["data_offsets"]) != 2
+        or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+        or len(entry["shape"]) > 8
+    ):
+        raise BadFile(
+            f"{path}: tensor {name} has shape {entry['shape']} and data_offsets {entry['data_offsets']}"[:300]
+        )
+    qtype = QTYPES.get(DTYPES.get(str(entry.get("dtype")), ""))
     if qtype is None:
         known = " ".join(DTYPES)
         raise BadFile(f"{path}: tensor {name} has dtype {str(entry.get('dtype'))[:40]!r}; ktx reads {known}")
@@ -279,5 +299,7 @@ def _entry(path: str, name: str, entry: Any, start: int, size: int) -> TensorSpe
     if prod(shape) == 0:
         raise BadFile(f"{path}: tensor {name} is empty: its shape is {shape}")
     if last - first != prod(shape) * qtype.nbytes or start + last > size:
-        raise BadFile(f"{path}: tensor {name} {shape} of {qtype} does not fit bytes {first} to {last} of {size - start}: truncated?")
+        raise BadFile(
+            f"{path}: tensor {name} {shape} of {qtype} does not fit bytes {first} to {last} of {size - start}: truncated?"
+        )
     return TensorSpec(name, shape, qtype, last - first, path, start + first)

@@ -60,7 +60,9 @@ class QuantizedTensor:
 
     def reshape(self, *shape: int) -> QuantizedTensor:
         """Another shape with the same columns."""
-        return QuantizedTensor(self.data.reshape(*shape[:-1], self.data.shape[-1]), self.qtype, tuple(shape), self.scale)
+        return QuantizedTensor(
+            self.data.reshape(*shape[:-1], self.data.shape[-1]), self.qtype, tuple(shape), self.scale
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights' values, of `shape`."""
@@ -117,7 +119,9 @@ def open_weights(path: str | Path, config: Any) -> WeightSource:
     ggufs = [file for file in files if file.suffix == ".gguf"]
     tensors = [file for file in files if file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")]
     if ggufs and tensors and where.is_dir():
-        raise BadFile(f"{path}: holds both GGUF ({ggufs[0].name}) and safetensors ({tensors[0].name}); name the one to load")
+        raise BadFile(
+            f"{path}: holds both GGUF ({ggufs[0].name}) and safetensors ({tensors[0].name}); name the one to load"
+        )
     if tensors:
         return SafetensorsSource(where, config)
     if ggufs or where.is_file():

@@ -33,10 +33,21 @@ def test_greedy_is_the_likeliest_and_a_seed_repeats():
     logits = torch.tensor([0.1, 3.0, 0.2, 2.9])
     assert Sampling().choose(logits, [], Sampling().generator()) == 1
     hot = Sampling(temperature=2.0, seed=5)
-    assert [hot.choose(logits, [], hot.generator()) for _ in range(5)] == [hot.choose(logits, [], hot.generator()) for _ in range(5)]
+    assert [hot.choose(logits, [], hot.generator()) for _ in range(5)] == [
+        hot.choose(logits, [], hot.generator()) for _ in range(5)
+    ]
 
 
-@pytest.mark.parametrize("cut,allowed", [({"top_k": 1}, {1}), ({"top_p": 0.4}, {1}), ({"top_k": 2}, {1, 3}), ({"min_p": 0.8}, {1, 3}), ({"top_p": 0.0}, {1})])
+@pytest.mark.parametrize(
+    "cut,allowed",
+    [
+        ({"top_k": 1}, {1}),
+        ({"top_p": 0.4}, {1}),
+        ({"top_k": 2}, {1, 3}),
+        ({"min_p": 0.8}, {1, 3}),
+        ({"top_p": 0.0}, {1}),
+    ],
+)
 def test_cuts(cut, allowed):
     logits, hot = torch.tensor([0.1, 3.0, 0.2, 2.9]), Sampling(temperature=1.0, seed=1, **cut)
     source = hot.generator()
@@ -49,7 +60,17 @@ def test_penalties_move_away_from_what_was_said():
         assert Sampling(**settings_).choose(logits, [0], Sampling().generator()) == 1
 
 
-@pytest.mark.parametrize("name,value", [("temperature", -1), ("top_p", 1.5), ("top_k", -3), ("min_p", 2), ("max_new_tokens", 0), ("repetition_penalty", 0)])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("temperature", -1),
+        ("top_p", 1.5),
+        ("top_k", -3),
+        ("min_p", 2),
+        ("max_new_tokens", 0),
+        ("repetition_penalty", 0),
+    ],
+)
 def test_settings_out_of_range(name, value):
     with pytest.raises(UsageError, match=name):
         Sampling(**{name: value})

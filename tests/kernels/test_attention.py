@@ -10,8 +10,12 @@ from ktx.kernels import cpu, reference
 from ktx.kernels.check import relative
 
 CASES = [  # batch, heads, kv heads, queries, keys, key columns, value columns, type of keys and values
-    (1, 4, 2, 1, 1, 64, 64, torch.float32), (2, 8, 2, 5, 5, 40, 72, torch.float32), (1, 16, 16, 63, 100, 192, 128, torch.float16),
-    (1, 32, 4, 1, 4097, 128, 128, torch.float16), (1, 12, 4, 17, 130, 80, 80, torch.bfloat16), (1, 128, 1, 2, 70, 64, 64, torch.float32),
+    (1, 4, 2, 1, 1, 64, 64, torch.float32),
+    (2, 8, 2, 5, 5, 40, 72, torch.float32),
+    (1, 16, 16, 63, 100, 192, 128, torch.float16),
+    (1, 32, 4, 1, 4097, 128, 128, torch.float16),
+    (1, 12, 4, 17, 130, 80, 80, torch.bfloat16),
+    (1, 128, 1, 2, 70, 64, 64, torch.float32),
 ]
 
 
@@ -23,7 +27,9 @@ def made(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_causal(case):
     q, k, v = made(case)
-    assert relative(cpu.attention(q, k, v, None, None, 0.1), reference.attention(q.double(), k, v, None, None, 0.1)) < 4e-6
+    assert (
+        relative(cpu.attention(q, k, v, None, None, 0.1), reference.attention(q.double(), k, v, None, None, 0.1)) < 4e-6
+    )
 
 
 @pytest.mark.parametrize("case", CASES[1:], ids=str)
@@ -32,14 +38,20 @@ def test_ranges_and_masks(case):
     (b, h, s), t = q.shape[:3], k.shape[2]
     start = torch.randint(0, t, (b, s))
     ranges = torch.stack([start, (start + torch.randint(1, t + 1, (b, s))).clamp(max=t)], -1).int()
-    assert relative(cpu.attention(q, k, v, ranges, None, 0.1), reference.attention(q.double(), k, v, ranges, None, 0.1)) < 4e-6
+    assert (
+        relative(cpu.attention(q, k, v, ranges, None, 0.1), reference.attention(q.double(), k, v, ranges, None, 0.1))
+        < 4e-6
+    )
     seen = torch.rand(b, 1, s, t) > 0.3
     seen[..., 0] = True
     sinks = torch.randn(h)
     got = cpu.attention(q, k, v, None, seen, 0.1, sinks, 30.0)
     assert relative(got, reference.attention(q.double(), k, v, None, seen, 0.1, sinks, 30.0)) < 4e-6
     added = torch.where(seen, torch.randn(b, 1, s, t), torch.finfo(torch.float32).min)
-    assert relative(cpu.attention(q, k, v, None, added, 0.1), reference.attention(q.double(), k, v, None, added, 0.1)) < 4e-6
+    assert (
+        relative(cpu.attention(q, k, v, None, added, 0.1), reference.attention(q.double(), k, v, None, added, 0.1))
+        < 4e-6
+    )
 
 
 def test_error_is_no_worse_than_twice_torchs():
@@ -69,7 +81,9 @@ def test_views_of_a_larger_cache():
     keys, values = torch.randn(2, 3, 256, 40).half(), torch.randn(2, 3, 256, 24).half()
     q = torch.randn(2, 6, 1, 40)
     got = cpu.attention(q, keys[:, :, :77], values[:, :, :77], None, None, 0.3)
-    torch.testing.assert_close(got, cpu.attention(q, keys[:, :, :77].clone(), values[:, :, :77].clone(), None, None, 0.3))
+    torch.testing.assert_close(
+        got, cpu.attention(q, keys[:, :, :77].clone(), values[:, :, :77].clone(), None, None, 0.3)
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 1, 3000, 512, 64), (2, 5, 7, 40, 96, 32), (1, 128, 1, 65, 64, 16)])
@@ -78,14 +92,25 @@ def test_mla(shape, dtype):
     b, h, s, t, rank, rope = shape
     q, qr = torch.randn(b, h, s, rank), torch.randn(b, h, s, rope)
     c, p = torch.randn(b, t, rank).to(dtype), torch.randn(b, t, rope).to(dtype)
-    assert relative(cpu.mla_attention(q, qr, c, p, None, None, 0.05), reference.mla_attention(q.double(), qr.double(), c, p, None, None, 0.05)) < 4e-6
+    assert (
+        relative(
+            cpu.mla_attention(q, qr, c, p, None, None, 0.05),
+            reference.mla_attention(q.double(), qr.double(), c, p, None, None, 0.05),
+        )
+        < 4e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("plus_one", [False, True])
 def test_rms_norm(dtype, plus_one):
     x, w = torch.randn(3, 5, 200).to(dtype), torch.randn(200)
-    torch.testing.assert_close(cpu.rms_norm(x, w, 1e-6, plus_one), reference.rms_norm(x, w, 1e-6, plus_one), rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-3)
+    torch.testing.assert_close(
+        cpu.rms_norm(x, w, 1e-6, plus_one),
+        reference.rms_norm(x, w, 1e-6, plus_one),
+        rtol=1e-2 if dtype != torch.float32 else 1e-5,
+        atol=1e-3,
+    )
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -114,14 +139,24 @@ def test_gated(act):
     torch.testing.assert_close(cpu.gated(gate, up, act), reference.activate(gate, up, act), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("call", [
-    lambda: cpu.attention(torch.randn(1, 3, 1, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), None, None, 1.0),
-    lambda: cpu.attention(torch.randn(1, 2, 5, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), None, None, 1.0),
-    lambda: cpu.attention(torch.randn(1, 2, 1, 8), torch.randn(1, 2, 4, 9), torch.randn(1, 2, 4, 8), None, None, 1.0),
-    lambda: cpu.rms_norm(torch.randn(2, 8), torch.randn(9), 1e-6),
-    lambda: cpu.route(torch.randn(2, 8), 9, "softmax"), lambda: cpu.route(torch.randn(2, 8), 2, "wishful"),
-    lambda: cpu.gated(torch.randn(2, 8), torch.randn(2, 9), "silu"),
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cpu.attention(
+            torch.randn(1, 3, 1, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), None, None, 1.0
+        ),
+        lambda: cpu.attention(
+            torch.randn(1, 2, 5, 8), torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 8), None, None, 1.0
+        ),
+        lambda: cpu.attention(
+            torch.randn(1, 2, 1, 8), torch.randn(1, 2, 4, 9), torch.randn(1, 2, 4, 8), None, None, 1.0
+        ),
+        lambda: cpu.rms_norm(torch.randn(2, 8), torch.randn(9), 1e-6),
+        lambda: cpu.route(torch.randn(2, 8), 9, "softmax"),
+        lambda: cpu.route(torch.randn(2, 8), 2, "wishful"),
+        lambda: cpu.gated(torch.randn(2, 8), torch.randn(2, 9), "silu"),
+    ],
+)
 def test_bad_arguments_are_exceptions(call):
     with pytest.raises(RuntimeError):
         call()

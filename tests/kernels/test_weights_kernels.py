@@ -55,7 +55,9 @@ def test_activation_types(name, dtype):
     x = torch.randn(3, 2, 512).to(dtype)
     y = cpu.linear(x, cpu.pack(weight))
     assert y.dtype == dtype and y.shape == (3, 2, 40)
-    assert relative(y, reference.linear(x.double(), weight)) < bound(name) * 1.5 + (0 if dtype == torch.float32 else 4e-3)
+    assert relative(y, reference.linear(x.double(), weight)) < bound(name) * 1.5 + (
+        0 if dtype == torch.float32 else 4e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q8_0", "BF16"])
@@ -81,11 +83,25 @@ def stack(name, count, rows, k):
     return QuantizedTensor(torch.stack([p.data for p in parts]), parts[0].qtype, (count, rows, k))
 
 
-@pytest.mark.parametrize("types", [("Q4_K", "Q4_K", "Q5_0"), ("Q8_0",) * 3, ("IQ2_XXS", "Q6_K", "IQ4_NL"), ("F32",) * 3, ("BF16", "Q4_0", "F16"), ("MXFP4",) * 3])
+@pytest.mark.parametrize(
+    "types",
+    [
+        ("Q4_K", "Q4_K", "Q5_0"),
+        ("Q8_0",) * 3,
+        ("IQ2_XXS", "Q6_K", "IQ4_NL"),
+        ("F32",) * 3,
+        ("BF16", "Q4_0", "F16"),
+        ("MXFP4",) * 3,
+    ],
+)
 @pytest.mark.parametrize("tokens", [1, 2, 40, 300])
 def test_experts(types, tokens):
     count, hidden, inner, top = 5, 256, 96, 2
-    gate, up, down = stack(types[0], count, inner, hidden), stack(types[1], count, inner, hidden), stack(types[2], count, hidden, inner)
+    gate, up, down = (
+        stack(types[0], count, inner, hidden),
+        stack(types[1], count, inner, hidden),
+        stack(types[2], count, hidden, inner),
+    )
     x, weights = torch.randn(tokens, hidden), torch.rand(tokens, top)
     ids = torch.stack([torch.randperm(count - 1)[:top] for _ in range(tokens)])  # the last expert stays empty
     ids[0, 0] = -1
@@ -108,7 +124,14 @@ def test_expert_activations_and_biases(act):
 
 def test_no_tokens():
     packed = cpu.pack(stack("Q8_0", 2, 32, 64))
-    out = cpu.experts(torch.zeros(0, 64), torch.zeros(0, 1, dtype=torch.int64), torch.zeros(0, 1), packed, packed, cpu.pack(stack("Q8_0", 2, 64, 32)))
+    out = cpu.experts(
+        torch.zeros(0, 64),
+        torch.zeros(0, 1, dtype=torch.int64),
+        torch.zeros(0, 1),
+        packed,
+        packed,
+        cpu.pack(stack("Q8_0", 2, 64, 32)),
+    )
     assert out.shape == (0, 64)
 
 
@@ -143,7 +166,9 @@ BAD = {
     "a bias of another size": lambda w: cpu.linear(torch.randn(2, 256), w, torch.randn(5)),
     "a row past the end": lambda w: w.rows(torch.tensor([32])),
     "no threads": lambda w: cpu.ops.set_threads(0),
-    "ids of another length": lambda w: cpu.experts(torch.randn(2, 256), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1), w, w, w),
+    "ids of another length": lambda w: cpu.experts(
+        torch.randn(2, 256), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1), w, w, w
+    ),
 }
 
 

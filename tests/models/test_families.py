@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-import ktx
 from ktx.cache.kv import KVCache
 from tests.gguf_writer import write_gguf
 from tests.models.families import FAMILIES, tiny
@@ -102,7 +101,11 @@ def test_left_padded_batch_is_single(pair):
 def test_generate(pair, how):
     if how == "static" and pair.model.config.model_type == "qwen3_next":
         how = "dynamic"  # transformers has no static cache for linear attention in every version we support
-    options = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}, "beams": {"num_beams": 3}}[how]
+    options = {
+        "dynamic": {},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+        "beams": {"num_beams": 3},
+    }[how]
     ids = IDS[:, :12].repeat(2, 1)
     ids[1, :4] = 0
     mask = (ids != 0).long()
@@ -125,7 +128,9 @@ def test_generate_with_our_cache_and_streamer(pair):
     streamer = Streamer()
     kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with torch.inference_mode():
-        mine = pair.model.generate(IDS[:, :9], past_key_values=KVCache(pair.model.config, dtype=None), streamer=streamer, **kwargs)
+        mine = pair.model.generate(
+            IDS[:, :9], past_key_values=KVCache(pair.model.config, dtype=None), streamer=streamer, **kwargs
+        )
         assert torch.equal(mine, pair.reference.generate(IDS[:, :9], **kwargs))
     assert streamer.seen == [*mine[0].tolist(), "end"]
 
@@ -141,8 +146,11 @@ def response_to_noise(model):
     """
     clean = logits(model)
     noisy = [
-        m.register_forward_pre_hook(lambda m, i: (i[0] + torch.randn_like(i[0]) * i[0].square().mean(-1, keepdim=True).sqrt() * 0.0055,))
-        for m in model.modules() if isinstance(m, torch.nn.Linear)
+        m.register_forward_pre_hook(
+            lambda m, i: (i[0] + torch.randn_like(i[0]) * i[0].square().mean(-1, keepdim=True).sqrt() * 0.0055,)
+        )
+        for m in model.modules()
+        if isinstance(m, torch.nn.Linear)
     ]
     answer = per_token(logits(model), clean)
     for hook in noisy:
@@ -162,7 +170,9 @@ def test_quantised_logits(tmp_path, family, quant):
     error = per_token(mine, theirs)
     assert error < 0.03 or error < 1.5 * response_to_noise(pair.reference)
     top = theirs.topk(2, -1)[0]
-    clear = top[..., 0] - top[..., 1] > 6 * (mine - theirs).square().mean(-1).sqrt()  # over four sigma of a difference of two logits
+    clear = (
+        top[..., 0] - top[..., 1] > 6 * (mine - theirs).square().mean(-1).sqrt()
+    )  # over four sigma of a difference of two logits
     assert clear.any() and (mine.argmax(-1) == theirs.argmax(-1))[clear].all()
 
 

@@ -22,15 +22,33 @@ from tests.gguf_writer import write_gguf
 from tests.models.families import FAMILIES, tiny
 
 # relative RMS on gaussian rows: about what llama-quantize reaches without an importance matrix
-ERRORS = {"Q4_0": 0.09, "Q4_1": 0.08, "Q5_0": 0.045, "Q5_1": 0.04, "Q8_0": 0.006, "Q2_K": 0.3, "Q3_K": 0.155, "Q4_K": 0.077, "Q5_K": 0.039, "Q6_K": 0.019,
-          "IQ4_NL": 0.078, "IQ4_XS": 0.079, "MXFP4": 0.12, "F32": 0, "F16": 1e-3, "BF16": 4e-3}
+ERRORS = {
+    "Q4_0": 0.09,
+    "Q4_1": 0.08,
+    "Q5_0": 0.045,
+    "Q5_1": 0.04,
+    "Q8_0": 0.006,
+    "Q2_K": 0.3,
+    "Q3_K": 0.155,
+    "Q4_K": 0.077,
+    "Q5_K": 0.039,
+    "Q6_K": 0.019,
+    "IQ4_NL": 0.078,
+    "IQ4_XS": 0.079,
+    "MXFP4": 0.12,
+    "F32": 0,
+    "F16": 1e-3,
+    "BF16": 4e-3,
+}
 
 
 def test_the_table_agrees_with_gguf_py():
     for code, qtype in BY_CODE.items():
         if code < 1000:
             assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(code)] == (qtype.block, qtype.nbytes)
-    missing = {t.name for t in gguf.GGMLQuantizationType} - set(QTYPES) - {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
+    missing = (
+        {t.name for t in gguf.GGMLQuantizationType} - set(QTYPES) - {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"}
+    )
     assert missing <= {"NVFP4", "Q1_0", "Q2_0"}, missing
 
 
@@ -62,7 +80,9 @@ def test_rows_that_are_no_blocks():
 # ---- every parameter of every family comes back
 
 
-@pytest.mark.parametrize("options", [{}, {"split_kvb": False, "fuse_gate_up": True, "fuse_qkv": True}], ids=["plain", "fused"])
+@pytest.mark.parametrize(
+    "options", [{}, {"split_kvb": False, "fuse_gate_up": True, "fuse_qkv": True}], ids=["plain", "fused"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_round_trip(tmp_path, family, options):
     model = tiny(family)
@@ -81,7 +101,10 @@ def test_round_trip(tmp_path, family, options):
             assert np.prod(source.spec(name).shape) == tensor.numel(), name
     for layer in range(model.config.num_hidden_layers):  # what MLA asks for
         if getattr(model.config, "kv_lora_rank", None):
-            source.get(f"model.layers.{layer}.self_attn.k_b_proj.weight"), source.get(f"model.layers.{layer}.self_attn.v_b_proj.weight")
+            (
+                source.get(f"model.layers.{layer}.self_attn.k_b_proj.weight"),
+                source.get(f"model.layers.{layer}.self_attn.v_b_proj.weight"),
+            )
     assert not source.unused(), source.unused()
     assert not source.differences(model.config)
 
@@ -99,7 +122,9 @@ def check_experts(source, name, tensor, family):
     elif bias:
         torch.testing.assert_close(torch.stack([gate, up], 2).flatten(1, 2), tensor, rtol=1e-5, atol=1e-6)
     else:
-        torch.testing.assert_close(torch.stack([gate, up], 2).flatten(1, 2).transpose(1, 2), tensor, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            torch.stack([gate, up], 2).flatten(1, 2).transpose(1, 2), tensor, rtol=1e-5, atol=1e-6
+        )
 
 
 def test_per_expert_files_of_old(tmp_path):
@@ -121,10 +146,19 @@ def split(path, parts):
     per = -(-len(reader.tensors) // parts)
     for i in range(parts):
         writer = gguf.GGUFWriter(path.parent / f"s-{i + 1:05d}-of-{parts:05d}.gguf", "llama")
-        writer.add_uint16("split.no", i), writer.add_uint16("split.count", parts), writer.add_int32("split.tensors.count", len(reader.tensors))
+        (
+            writer.add_uint16("split.no", i),
+            writer.add_uint16("split.count", parts),
+            writer.add_int32("split.tensors.count", len(reader.tensors)),
+        )
         for t in reader.tensors[i * per : (i + 1) * per]:
             writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
-        for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        for step in (
+            writer.write_header_to_file,
+            writer.write_kv_data_to_file,
+            writer.write_tensors_to_file,
+            writer.close,
+        ):
             step()
 
 
@@ -155,7 +189,12 @@ def test_two_models_in_one_folder(tmp_path):
 
 def image(tmp_path_factory):
     path = tmp_path_factory.mktemp("header") / "m.gguf"
-    write_gguf(path, tiny("llama", num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=32), "Q8_0", extra=lambda w: (w.add_array("tokenizer.ggml.tokens", ["a", "bc", "ü"]), w.add_array("x.floats", [1.0, 2.0])))
+    write_gguf(
+        path,
+        tiny("llama", num_hidden_layers=1, hidden_size=32, intermediate_size=32, vocab_size=32),
+        "Q8_0",
+        extra=lambda w: (w.add_array("tokenizer.ggml.tokens", ["a", "bc", "ü"]), w.add_array("x.floats", [1.0, 2.0])),
+    )
     return path.read_bytes()
 
 
@@ -177,23 +216,45 @@ def first_tensor(data):
 
 def test_a_good_header(good):
     header = parse_header(good, "m.gguf")
-    assert list(header.metadata["tokenizer.ggml.tokens"]) == ["a", "bc", "ü"] and list(header.metadata["x.floats"]) == [1.0, 2.0]
+    assert list(header.metadata["tokenizer.ggml.tokens"]) == ["a", "bc", "ü"] and list(header.metadata["x.floats"]) == [
+        1.0,
+        2.0,
+    ]
     assert header.tensors["token_embd.weight"].shape == (32, 32)
 
 
-@pytest.mark.parametrize("field,fmt,value,words", [
-    ("length", "<Q", 1 << 60, "a tensor name claims"), ("n_dims", "<I", 9, "9 dimensions"), ("n_dims", "<I", 0, "0 dimensions"), ("dim0", "<Q", 0, "is empty"),
-    ("dim0", "<Q", 33, "multiples of 32"), ("dim0", "<Q", 1 << 62, "truncated"), ("dim1", "<Q", (1 << 64) - 1, "truncated"), ("type", "<I", 250, "ggml type 250"),
-    ("type", "<I", 1000, "ggml type 1000"), ("offset", "<Q", 1 << 63, "truncated"), ("offset", "<Q", 33, "not a multiple of 32"),
-])
+@pytest.mark.parametrize(
+    "field,fmt,value,words",
+    [
+        ("length", "<Q", 1 << 60, "a tensor name claims"),
+        ("n_dims", "<I", 9, "9 dimensions"),
+        ("n_dims", "<I", 0, "0 dimensions"),
+        ("dim0", "<Q", 0, "is empty"),
+        ("dim0", "<Q", 33, "multiples of 32"),
+        ("dim0", "<Q", 1 << 62, "truncated"),
+        ("dim1", "<Q", (1 << 64) - 1, "truncated"),
+        ("type", "<I", 250, "ggml type 250"),
+        ("type", "<I", 1000, "ggml type 1000"),
+        ("offset", "<Q", 1 << 63, "truncated"),
+        ("offset", "<Q", 33, "not a multiple of 32"),
+    ],
+)
 def test_hostile_tensors(good, field, fmt, value, words):
     with pytest.raises(BadFile, match=words):
         parse_header(patched(good, first_tensor(good)[field], fmt, value), "m.gguf")
 
 
-@pytest.mark.parametrize("at,fmt,value,words", [
-    (0, "<I", 1, "no GGUF file"), (4, "<I", 1, "version 1"), (4, "<I", 3 << 24, "big-endian"), (8, "<Q", 1 << 50, "claims"), (16, "<Q", 1 << 50, "claims"), (24, "<Q", 1 << 40, "claims"),
-])
+@pytest.mark.parametrize(
+    "at,fmt,value,words",
+    [
+        (0, "<I", 1, "no GGUF file"),
+        (4, "<I", 1, "version 1"),
+        (4, "<I", 3 << 24, "big-endian"),
+        (8, "<Q", 1 << 50, "claims"),
+        (16, "<Q", 1 << 50, "claims"),
+        (24, "<Q", 1 << 40, "claims"),
+    ],
+)
 def test_hostile_heads(good, at, fmt, value, words):
     with pytest.raises(BadFile, match=words):
         parse_header(patched(good, at, fmt, value), "m.gguf")
@@ -253,11 +314,23 @@ def header_of(entries):
 GOOD = {"a": {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]}}
 
 
-@pytest.mark.parametrize("change,words", [
-    ({"dtype": "I64"}, "dtype 'I64'"), ({"dtype": 7}, "dtype '7'"), ({"shape": [2, 9]}, "does not fit"), ({"shape": [0, 8]}, "is empty"), ({"shape": [1 << 61, 8]}, "does not fit"),
-    ({"shape": [-2, 8]}, "shape"), ({"shape": "2"}, "no dtype, shape"), ({"data_offsets": [0, 1 << 40]}, "does not fit"), ({"data_offsets": [64, 0]}, "does not fit"), ({"data_offsets": [0]}, "data_offsets"),
-    ({"shape": [2.0, 8]}, "shape"), ({"data_offsets": [True, 64]}, "data_offsets"),
-])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"dtype": "I64"}, "dtype 'I64'"),
+        ({"dtype": 7}, "dtype '7'"),
+        ({"shape": [2, 9]}, "does not fit"),
+        ({"shape": [0, 8]}, "is empty"),
+        ({"shape": [1 << 61, 8]}, "does not fit"),
+        ({"shape": [-2, 8]}, "shape"),
+        ({"shape": "2"}, "no dtype, shape"),
+        ({"data_offsets": [0, 1 << 40]}, "does not fit"),
+        ({"data_offsets": [64, 0]}, "does not fit"),
+        ({"data_offsets": [0]}, "data_offsets"),
+        ({"shape": [2.0, 8]}, "shape"),
+        ({"data_offsets": [True, 64]}, "data_offsets"),
+    ],
+)
 def test_hostile_safetensors(change, words):
     raw, size = header_of({"a": GOOD["a"] | change})
     with pytest.raises(BadFile, match=words):
@@ -273,7 +346,9 @@ def test_safetensors_duplicates_and_damage():
 
 def test_mutated_safetensors():
     rng = random.Random(2)
-    raw, size = header_of({**GOOD, "b": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}, "__metadata__": {"format": "pt"}})
+    raw, size = header_of(
+        {**GOOD, "b": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}, "__metadata__": {"format": "pt"}}
+    )
     for _ in range(8000):
         data = bytearray(raw)
         for _ in range(rng.randint(1, 3)):
