@@ -92,7 +92,8 @@ class Trainee(nn.Module):
         worst = 0.0
         for gate, load in zip(self.gates, self.load, strict=True):
             mean = load.mean().clamp_min(1)
-            gate.e_score_correction_bias += rate * (mean - load).sign().to(gate.e_score_correction_bias)
+            bias: Any = gate.e_score_correction_bias
+            bias += rate * (mean - load).sign().to(bias)
             worst = max(worst, float(load.max() / mean))
             load.zero_()
         return worst
