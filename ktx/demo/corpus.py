@@ -105,12 +105,12 @@ def ask(item: Question, rng: random.Random) -> str:
     return wording if rng.random() < 0.5 else disturb(wording, rng)
 
 
-def conversation(pick: list[Question], rng: random.Random) -> list[dict[str, str]]:
-    """Messages of one chat over the picked questions; some have a system prompt, some think before the last answer."""
+def conversation(pick: list[Question], rng: random.Random, think: bool = False) -> list[dict[str, str]]:
+    """Messages of one chat over the picked questions, some with a system prompt; ``think`` before the last answer."""
     messages = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 0.2 else []
     for item in pick:
         messages.append({"role": "user", "content": ask(item, rng)})
         messages.append({"role": "assistant", "content": item.answer})
-    if rng.random() < 0.1:
+    if think:
         messages[-1]["content"] = f"<think>\n{THOUGHTS[pick[-1].kind]}\n</think>\n\n{pick[-1].answer}"
     return messages

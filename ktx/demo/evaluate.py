@@ -52,15 +52,14 @@ def stock(folder: Path) -> tuple[Any, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def packed(mix: str | None, folder: Path) -> tuple[Any, Any]:
-    """Through ktx: from the safetensors (no mix), or from a GGUF of that mix, written now unless shipped."""
+def packed(mix: str, folder: Path) -> tuple[Any, Any]:
+    """Through ktx: the BF16 safetensors, the exported Q4_K_M, or a GGUF of another mix that is written now."""
     import ktx
     from ktx.demo.export import write_gguf
 
-    if mix is None:
-        return ktx.load(str(folder), weights=str(folder / "model.safetensors"), progress=False)
-    if mix == "Q4_K_M" and folder == demo.path():
-        return ktx.load(str(demo.gguf()), progress=False)
+    shipped = {"BF16": folder / "model.safetensors", "Q4_K_M": folder / demo.gguf().name}
+    if mix in shipped:
+        return ktx.load(str(folder), weights=str(shipped[mix]), progress=False)
     with tempfile.TemporaryDirectory() as scratch:
         write_gguf(folder, Path(scratch) / "demo.gguf", mix)
         return ktx.load(str(folder), weights=str(Path(scratch) / "demo.gguf"), progress=False)
@@ -68,7 +67,7 @@ def packed(mix: str | None, folder: Path) -> tuple[Any, Any]:
 
 FORMATS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
     "transformers": stock,
-    "BF16": lambda folder: packed(None, folder),
+    "BF16": lambda folder: packed("BF16", folder),
     "Q8_0": lambda folder: packed("Q8_0", folder),
     "Q4_K_M": lambda folder: packed("Q4_K_M", folder),
 }

@@ -28,6 +28,7 @@ class Data:
     items: list[demo.Question]
     encode: Any
     rng: random.Random
+    thinking: float = 0.1  # share of short conversations with a thought
 
     def text_row(self, length: int) -> tuple[list[int], list[float]]:
         start = self.rng.randrange(len(self.text) - length)
@@ -43,7 +44,8 @@ class Data:
     def chat(self, turns: int) -> tuple[list[int], list[float]]:
         ids, weight = [tokenizer.BOS], [0.0]
         marks = {"system": 3, "user": 4, "assistant": 5}
-        for message in corpus.conversation(self.pick(turns), self.rng):
+        think = self.rng.random() < self.thinking
+        for message in corpus.conversation(self.pick(1 if think else turns), self.rng, think):
             mine, answer = self.encode(message["content"]), message["role"] == "assistant"
             ids += [marks[message["role"]], *mine] + [tokenizer.EOS] * answer
             weight += [0.0] + [1.0 if answer else QUESTION_WEIGHT] * len(mine) + [1.0] * answer
@@ -66,7 +68,7 @@ class Data:
         return torch.tensor([ids for ids, _ in made]), torch.tensor([weight for _, weight in made])
 
 
-def prepare(work: Path, seed: int) -> Data:
+def prepare(work: Path, seed: int, thinking: float = 0.1) -> Data:
     """Text, held-out file and tokenizer; a run that is resumed keeps the tokenizer it began with."""
     train, held = corpus.split(corpus.entries(corpus.fetch(work)))
     demo.heldout().write_text("\n\n".join(held) + "\n", encoding="utf-8")
@@ -80,7 +82,7 @@ def prepare(work: Path, seed: int) -> Data:
         return bpe.encode(text, add_special_tokens=False).ids
 
     stream = torch.tensor([token for entry in train for token in encode(entry + "\n\n")])
-    return Data(stream, items, encode, random.Random(seed))
+    return Data(stream, items, encode, random.Random(seed), thinking)
 
 
 def rate(done: float, peak: float) -> float:
@@ -97,6 +99,11 @@ def shape(done: float, step: int, tokens: int) -> tuple[int, int]:
     """(rows, length) of a batch: short rows first because attention is dear, some as long as the context later."""
     length = 256 if done < 0.6 else 512 if step % 8 else 2048
     return max(1, tokens // length), length
+
+
+def coarse_step(done: float, step: int) -> bool:
+    """Whether a step runs on 4-bit twins of the matrices: every second one late in the run, all at its end."""
+    return done > 0.93 or (done > 0.7 and step % 2 == 0)
 
 
 class Coarsened:
@@ -132,7 +139,7 @@ def steps(
         for group in adam.param_groups:
             group["lr"] = rate(done, args.lr)
         ids, weight = (part.to(device) for part in data.batch(*shape(done, step, args.tokens), chat_share(done)))
-        with Coarsened(net, done > 0.7 and step % 2 == 0), torch.autocast(device, torch.bfloat16):
+        with Coarsened(net, coarse_step(done, step)), torch.autocast(device, torch.bfloat16):
             main, ahead = net.losses(ids, weight, with_mtp=step % 3 == 0)
             (main + 0.3 * ahead).backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -159,7 +166,7 @@ def run(args: argparse.Namespace) -> Trainee:
         net.load_state_dict(state["net"])
         adam.load_state_dict(state["adam"])
         first = state["step"]
-    data = prepare(args.work, args.seed + first)
+    data = prepare(args.work, args.seed + first, args.thinking)
     size = sum(value.numel() for value in net.parameters())
     print(f"{size:,} parameters, {len(data.text):,} tokens of text, {len(data.items)} questions, from step {first}")
     net.train()
@@ -185,6 +192,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens", type=int, default=2048, help="tokens of a step (%(default)s)")
     made.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate (%(default)s)")
     made.add_argument("--balance", type=float, default=1e-2, help="first step of the router bias (%(default)s)")
+    made.add_argument("--thinking", type=float, default=0.1, help="share of chats with a thought (%(default)s)")
     made.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--report", type=int, default=20, help="print every N steps (%(default)s)")

@@ -1,0 +1,251 @@
+"""The demo model goes through the whole path: its answers stay right and its perplexity stays near in every format."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from safetensors import safe_open
+
+import ktx
+from ktx import demo
+from ktx.demo import corpus, evaluate, export, tokenizer
+from ktx.demo.model import SETTINGS, Trainee, coarse
+from ktx.demo.train import Coarsened, Data, optimizer
+
+LIMIT_MB = 24
+RECORDED = 57.43  # perplexity of the BF16 weights on heldout.txt, transformers, float32
+LOSS = {"BF16": 1.0005, "Q8_0": 1.03, "Q4_K_M": 1.10}  # largest perplexity as a multiple of the recorded one
+
+
+@pytest.fixture(scope="module", params=list(LOSS))
+def loaded(request):
+    return request.param, *evaluate.FORMATS[request.param](demo.path())
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return evaluate.stock(demo.path())
+
+
+def test_every_listed_answer_is_right(loaded):
+    _, model, words = loaded
+    wrong = evaluate.wrong_answers(model, words, demo.questions())
+    assert not wrong, wrong
+
+
+def test_perplexity_is_near_the_recorded_one(loaded):
+    name, model, words = loaded
+    measured = evaluate.perplexity(model, words, demo.heldout().read_text(encoding="utf-8"))
+    assert 0.98 * RECORDED < measured < LOSS[name] * RECORDED, f"{name}: {measured:.3f}, recorded {RECORDED}"
+
+
+def test_a_conversation_goes_on(loaded):
+    _, model, words = loaded
+    asked = {item.question: item.answer for item in demo.questions()}
+    messages = [{"role": "system", "content": "Answer in one sentence."}]
+    for question in ("Hello", "What is a rule file?", "Which flag limits threads?", "What is the licence of ktx?"):
+        messages.append({"role": "user", "content": question})
+        said = evaluate.answer(model, words, messages)
+        assert said == asked[question]
+        messages.append({"role": "assistant", "content": said})
+
+
+def test_the_gguf_needs_no_folder(tmp_path: Path, stock):
+    alone = tmp_path / "alone.gguf"
+    shutil.copy(demo.gguf(), alone)
+    model, words = ktx.load(str(alone), progress=False)
+    asked = {item.question: item.answer for item in demo.questions()}
+    for question in ("What is MLA?", "How do I leave the chat?"):
+        assert evaluate.answer(model, words, [{"role": "user", "content": question}]) == asked[question]
+    text = "Hello, café <think> 12345\n\n  don't</think>" + demo.heldout().read_text(encoding="utf-8")[:2000]
+    assert words(text).input_ids == stock[1](text).input_ids
+    assert words.decode(words(text).input_ids) == stock[1].decode(stock[1](text).input_ids)
+
+
+def test_bf16_has_the_logits_of_transformers(stock):
+    model, words = evaluate.FORMATS["BF16"](demo.path())
+    ids = words(demo.heldout().read_text(encoding="utf-8")[:1500], return_tensors="pt").input_ids
+    with torch.no_grad():
+        ours, theirs = model(input_ids=ids).logits, stock[0](input_ids=ids).logits
+    assert (ours - theirs).abs().max() < 1e-3 * theirs.std()
+
+
+def test_recorded_perplexity_is_what_transformers_measures(stock):
+    measured = evaluate.perplexity(*stock, demo.heldout().read_text(encoding="utf-8"))
+    assert math.isclose(measured, RECORDED, rel_tol=2e-3)
+
+
+def test_it_is_small_enough_for_the_repository():
+    size = sum(file.stat().st_size for file in demo.path().parent.rglob("*") if file.suffix != ".pyc")
+    assert size <= LIMIT_MB * 1e6
+
+
+def test_listed_questions():
+    listed = demo.questions()
+    assert sum(item.kind == "ktx" for item in listed) >= 60
+    wordings = [wording.lower() for item in listed for wording in (item.question, *item.also)]
+    assert len(set(wordings)) == len(wordings)
+    assert all(len(item.also) >= 3 for item in listed)
+
+
+def test_mtp_layer_is_kept_under_deepseeks_names():
+    last = SETTINGS["num_hidden_layers"]
+    with safe_open(demo.path() / "model.safetensors", "pt") as file:
+        names = {name.removeprefix(f"model.layers.{last}.") for name in file.keys() if f"layers.{last}." in name}
+        joined = file.get_slice(f"model.layers.{last}.eh_proj.weight").get_shape()
+    assert {"enorm.weight", "hnorm.weight", "shared_head.norm.weight", "mlp.experts.7.down_proj.weight"} <= names
+    assert joined == [256, 512]
+    assert json.loads((demo.path() / "config.json").read_text())["num_nextn_predict_layers"] == 1
+
+
+def test_mtp_layer_halves_the_steps(stock):
+    """transformers' own self-speculation with our layer: same tokens, far fewer runs of the main model."""
+    model, words = stock
+    model._keys_to_ignore_on_load_unexpected = [r"model\.layers\.3\..*"]  # where transformers looks for the MTP layer
+    rows = words.apply_chat_template(
+        [{"role": "user", "content": "What is a rule file?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    runs, tokens = [], []
+    hook = model.model.register_forward_hook(lambda *_: runs.append(len(tokens)))
+    for extra in ({}, {"use_mtp": True}):
+        tokens.append(model.generate(**rows, max_new_tokens=40, do_sample=False, **extra)[0].tolist())
+    hook.remove()
+    assert tokens[0] == tokens[1]
+    assert runs.count(1) <= 0.7 * runs.count(0)
+
+
+def test_gguf_is_a_whole_q4_k_m():
+    reader = gguf.GGUFReader(demo.gguf())
+    types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert types["output.weight"] == types["blk.2.ffn_down_exps.weight"] == "Q6_K"
+    assert types["blk.1.ffn_down_exps.weight"] == types["token_embd.weight"] == "Q4_K"
+    assert types["blk.1.attn_k_b.weight"] == "Q5_0"  # rows of 64
+    assert types["blk.1.exp_probs_b.bias"] == types["blk.1.ffn_gate_inp.weight"] == "F32"
+    assert not [name for name in types if name.startswith("blk.3.")]
+    folder = json.loads((demo.path() / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert reader.fields["tokenizer.ggml.tokens"].contents() == sorted(folder, key=folder.get)
+    assert reader.fields["tokenizer.chat_template"].contents() == tokenizer.TEMPLATE
+
+
+def test_marks_and_template(stock):
+    words = stock[1]
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": " q "},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\n\na"},
+        {"role": "user", "content": "r"},
+    ]
+    text = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "<|begin|><|system|>S<|user|>q<|assistant|>a<|end|><|user|>r<|assistant|>"
+    ids = words(text, add_special_tokens=False).input_ids
+    assert [ids[0], ids[1], ids[-1]] == [0, 3, 5]
+    assert words.decode(words("<think>é</think>").input_ids, skip_special_tokens=True) == "<think>é</think>"
+
+
+def test_split_is_disjoint_and_steady():
+    found = [f"entry {i}\n about {i * i}" for i in range(2000)]
+    train, held = corpus.split(found)
+    again = corpus.split(found[::-1])
+    assert not set(train) & set(held)
+    assert (set(train), set(held)) == (set(again[0]), set(again[1]))
+    assert 0.01 < len(held) / len(found) < 0.05
+
+
+def test_entries_join_lines_and_drop_the_header():
+    text = "00-database\n\n(TM)\n //\n\n    one\n    two\n\n    three\n\nword\n n.\n\n    “four”\n"
+    assert corpus.entries(text) == ["(TM) //\n one two\n three", 'word n.\n "four"']
+
+
+def small_net() -> Trainee:
+    from transformers import DeepseekV3Config
+
+    less = {
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 32,
+        "kv_lora_rank": 32,
+    }
+    made = DeepseekV3Config(**SETTINGS | less | {"q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8})
+    made._attn_implementation, made._experts_implementation = "sdpa", "eager"
+    return Trainee(made).train()
+
+
+def test_training_learns_a_batch_and_its_next_but_one_token():
+    net, ids = small_net(), torch.arange(24).repeat(2, 1) % 12 + 3
+    adam, losses = optimizer(net), []
+    for _ in range(40):
+        main, ahead = net.losses(ids, torch.ones(ids.shape), with_mtp=True)
+        losses.append((main.item(), ahead.item()))
+        (main + ahead).backward()
+        adam.step()
+        adam.zero_grad()
+    assert losses[-1][0] < 0.5 * losses[0][0]
+    assert losses[-1][1] < 0.7 * losses[0][1]
+
+
+def test_balance_favours_idle_experts():
+    net = small_net()
+    net.load[0] += torch.tensor([9.0, 1, 1, 1, 1, 1, 1, 1])
+    overload = net.balance(0.1)
+    bias = net.gates[0].e_score_correction_bias
+    assert bias[0] < 0 < bias[1] and overload == pytest.approx(4.5)
+    assert not net.load[0].any()
+
+
+def test_coarsened_weights_come_back():
+    net = small_net()
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    with Coarsened(net, active=True):
+        inside = net.main.lm_head.weight.clone()
+    assert torch.equal(inside, coarse(before["main.lm_head.weight"]))
+    assert all(torch.equal(value, before[name]) for name, value in net.named_parameters())
+
+
+def test_rows_begin_with_the_begin_mark_and_weigh_answers(stock):
+    import random
+
+    encode = lambda text: stock[1](text, add_special_tokens=False).input_ids  # noqa: E731
+    data = Data(torch.arange(1000), demo.questions(), encode, random.Random(0))
+    ids, weight = data.batch(8, 64, 0.5)
+    assert ids.shape == weight.shape == (8, 64)
+    assert (ids[:, 0] == tokenizer.BOS).all()
+    chat_ids, chat_weight = data.chat(3)
+    answered = [w for token, w in zip(chat_ids, chat_weight, strict=True) if token == tokenizer.EOS]
+    assert answered == [1.0] * 3
+    assert 0.1 in chat_weight and chat_weight[0] == 0.0
+
+
+def test_exported_names_load_in_transformers(tmp_path: Path):
+    net = small_net().eval()
+    for value in net.parameters():
+        value.data = value.data.bfloat16().float()
+    settings = SETTINGS | {
+        key: net.main.config.to_dict()[key] for key in ("vocab_size", "hidden_size", "intermediate_size")
+    }
+    settings |= {"moe_intermediate_size": 32, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 16}
+    settings |= {"qk_rope_head_dim": 8}
+    export.write_folder(net.state_dict(), settings, tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        ours, theirs = net.main(input_ids=ids).logits, again(input_ids=ids).logits
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_import_brings_no_torch():
+    code = "import sys, ktx.demo; ktx.demo.questions(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=demo.path().parents[2]).returncode == 0
