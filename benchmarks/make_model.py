@@ -2,10 +2,10 @@
 
     python benchmarks/make_model.py --preset v2lite -o /tmp/v2lite
 
-writes /tmp/v2lite/v2lite-Q4_K_M.gguf, config.json and a byte-level tokenizer, which ktx and llama.cpp both load. Speed does
-not depend on what the weights say, so benchmarks need no download; the answers are noise. Every tensor is cut out of a small
-pool of quantised Gaussian rows, so memory stays small and 10 GB take a minute. `--header-only` leaves the tensor data a hole in
-the file: `ktx plan` reads 671B headers without 400 GB of disk.
+writes /tmp/v2lite/v2lite-Q4_K_M.gguf, config.json and a byte-level tokenizer, which ktx and llama.cpp both load.
+Speed does not depend on what the weights say, so benchmarks need no download; the answers are noise. Every tensor is
+cut out of a small pool of quantised Gaussian rows, so memory stays small and 10 GB take a minute. `--header-only`
+leaves the tensor data a hole in the file: `ktx plan` reads 671B headers without 400 GB of disk.
 """
 
 from __future__ import annotations
@@ -30,99 +30,8 @@ from ktx.quantize import random_rows  # noqa: E402
 
 POOL = 1 << 22  # weights in a pool: several times a last-level cache once a model repeats it
 CHUNK = 1 << 24
-YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
-DEEPSEEK = {
-    "hidden_act": "silu",
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "moe_layer_freq": 1,
-    "max_position_embeddings": 163840,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-}
-PRESETS: dict[str, dict[str, Any]] = {  # the published config.json of each
-    "v2lite": DEEPSEEK
-    | {
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
-        "hidden_size": 2048,
-        "intermediate_size": 10944,
-        "moe_intermediate_size": 1408,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "n_shared_experts": 2,
-        "n_routed_experts": 64,
-        "num_experts_per_tok": 6,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "greedy",
-        "scoring_func": "softmax",
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 1.0,
-        "q_lora_rank": None,
-        "vocab_size": 102400,
-        "rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
-        "bos_token_id": 100000,
-        "eos_token_id": 100001,
-    },
-    "v3": DEEPSEEK
-    | {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": "deepseek_v3",
-        "hidden_size": 7168,
-        "intermediate_size": 18432,
-        "moe_intermediate_size": 2048,
-        "num_hidden_layers": 61,
-        "num_attention_heads": 128,
-        "num_key_value_heads": 128,
-        "n_shared_experts": 1,
-        "n_routed_experts": 256,
-        "num_experts_per_tok": 8,
-        "first_k_dense_replace": 3,
-        "n_group": 8,
-        "topk_group": 4,
-        "topk_method": "noaux_tc",
-        "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-        "routed_scaling_factor": 2.5,
-        "q_lora_rank": 1536,
-        "vocab_size": 129280,
-        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    },
-    "qwen3-30b": {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "model_type": "qwen3_moe",
-        "hidden_act": "silu",
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "attention_bias": False,
-        "tie_word_embeddings": False,
-        "vocab_size": 151936,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-    },
-}
+SHAPES = Path(__file__).resolve().parent / "shapes"  # the published config.json of each model
+PRESETS = {file.stem: file for file in sorted(SHAPES.glob("*.json"))}
 CHANGES = {  # option -> the key of config.json that it changes
     "layers": "num_hidden_layers",
     "experts": "n_routed_experts",
@@ -157,13 +66,14 @@ class Tensor:
 
 def configuration(preset: str, changes: dict[str, int | None]) -> dict[str, Any]:
     """config.json of a preset with other dimensions where asked."""
-    config = dict(PRESETS[preset])
+    config: dict[str, Any] = json.loads(PRESETS[preset].read_text())
     for option, value in changes.items():
         key = CHANGES[option]
         if value is not None:
             config["num_experts" if key == "n_routed_experts" and key not in config else key] = value
     config["num_experts_per_tok"] = min(config["num_experts_per_tok"], experts_of(config))
-    if experts_of(config) % config.get("n_group", 1):
+    groups, chosen = config.get("n_group", 1), config.get("topk_group", 1)
+    if experts_of(config) % groups or experts_of(config) // groups * chosen < config["num_experts_per_tok"]:
         config |= {"n_group": 1, "topk_group": 1}
     if max(config["bos_token_id"], config["eos_token_id"]) >= config["vocab_size"]:
         config |= {"bos_token_id": config["vocab_size"] - 2, "eos_token_id": config["vocab_size"] - 1}
@@ -330,7 +240,7 @@ def _deepseek_numbers(c: dict[str, Any]) -> dict[str, int]:
 
 
 def vocabulary(config: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """Tokens and their kinds (1 normal, 3 control): the special ones at their ids, the 256 bytes, then words nobody types."""
+    """Tokens and their kinds (1 normal, 3 control): special ones at their ids, the 256 bytes, words nobody types."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     if config["vocab_size"] < 260:
@@ -344,7 +254,8 @@ def vocabulary(config: dict[str, Any]) -> tuple[list[str], list[int]]:
 
 
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
 
@@ -364,7 +275,7 @@ def tokenizer(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 class Pools:
-    """Rows of quantised Gaussian weights, one pool for each type and spread; a tensor is cut out from a random block on."""
+    """Quantised Gaussian weights, one pool for each type and spread; a tensor is cut out from a random block on."""
 
     def __init__(self, seed: int):
         self.random, self.made = np.random.default_rng(seed), dict[tuple[str, int], Any]()
@@ -461,9 +372,9 @@ def main(argv: list[str] | None = None) -> int:
     size = write_gguf(file, config, args.quant, args.seed, args.header_only)
     write_folder(args.out, config, file)
     params = sum(math.prod(tensor.shape) for tensor in tensors(config))
-    print(
-        f"{config['num_hidden_layers']} layers, {params / 1e9:.2f} B weights, {size / 2**30:.2f} GiB{' (a hole)' if args.header_only else ''}, {time.perf_counter() - begin:.0f} s"
-    )
+    hole, taken = " (a hole)" if args.header_only else "", time.perf_counter() - begin
+    layers = config["num_hidden_layers"]
+    print(f"{layers} layers, {params / 1e9:.2f} B weights, {size / 2**30:.2f} GiB{hole}, {taken:.0f} s")
     print(file)
     return 0
 

@@ -51,15 +51,15 @@ def machine() -> Machine:
     cores = max(1, min(physical, int(quota))) if quota else physical
     total, available = memory()
     return Machine(
-        info.get("model name", platform.processor() or "unknown"),
-        frozenset(info.get("flags", "").split()),
-        cpus,
-        cores,
-        quota,
-        total,
-        available,
-        tuple(_nodes(set(cpus))),
-        _first_line(Path("/sys/kernel/mm/transparent_hugepage/enabled"), "?"),
+        cpu=info.get("model name", platform.processor() or "unknown"),
+        flags=frozenset(info.get("flags", "").split()),
+        cpus=cpus,
+        cores=cores,
+        quota=quota,
+        memory=total,
+        available=available,
+        nodes=tuple(_nodes(set(cpus))),
+        huge_pages=_first_line(Path("/sys/kernel/mm/transparent_hugepage/enabled"), "?"),
     )
 
 
@@ -119,11 +119,8 @@ def _cgroup_memory() -> Iterator[tuple[int, int, int]]:
     limit = _first_line(CGROUP / "memory" / "memory.limit_in_bytes", "")
     if limit and int(limit) < 1 << 60:
         folder = CGROUP / "memory"
-        yield (
-            int(limit),
-            int(_first_line(folder / "memory.usage_in_bytes", "0")),
-            _stat(folder / "memory.stat", "cache"),
-        )
+        used = int(_first_line(folder / "memory.usage_in_bytes", "0"))
+        yield int(limit), used, _stat(folder / "memory.stat", "cache")
 
 
 def _own_cgroups(controller: str) -> Iterator[Path]:
@@ -158,14 +155,8 @@ def _core_of(cpu: int) -> str:
 def _nodes(usable: set[int]) -> Iterator[Node]:
     for folder in sorted(Path("/sys/devices/system/node").glob("node[0-9]*")):
         cpus = tuple(cpu for cpu in _list(_first_line(folder / "cpulist", "")) if cpu in usable)
-        total = next(
-            (
-                int(line.split()[3]) * 1024
-                for line in (folder / "meminfo").read_text().splitlines()
-                if "MemTotal" in line
-            ),
-            0,
-        )
+        lines = (folder / "meminfo").read_text().splitlines()
+        total = next((int(line.split()[3]) * 1024 for line in lines if "MemTotal" in line), 0)
         yield Node(int(folder.name.removeprefix("node")), cpus, total)
 
 

@@ -3,91 +3,87 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from ktx.commands.arguments import counts, flag, model_options, positive
+from ktx.errors import KtxError, UsageError
 
 SUMMARY = "measure prefill and decode speed, beside llama.cpp if asked"
 PEERS = ("llama.cpp",)
+SLACK = 1 << 30  # memory that is left alone when both engines are loaded
+PAUSE = 0.3  # seconds before a measurement, until the other engine's threads have gone to sleep
+Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # test -> engine -> one measurement a round
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
-    parser.add_argument(
-        "-p", "--prompt", type=counts, default=[512], metavar="N[,N]", help="prompt lengths (default 512)"
-    )
-    parser.add_argument(
-        "-n", "--tokens", type=counts, default=[32], metavar="N[,N]", help="tokens to generate (default 32)"
-    )
-    parser.add_argument(
-        "-t", "--threads", type=positive, metavar="N", help="threads of every engine (default: usable physical cores)"
-    )
-    parser.add_argument(
-        "-r", "--repeat", type=positive, default=3, metavar="N", help="rounds; medians are shown (default 3)"
-    )
-    parser.add_argument(
-        "--peer", choices=PEERS, help="engine to run beside ktx on the same file, best of its repack on and off"
-    )
+    for names, default, what in (
+        (("-p", "--prompt"), 512, "prompt lengths"),
+        (("-n", "--tokens"), 32, "tokens to generate"),
+    ):
+        parser.add_argument(*names, type=counts, default=[default], metavar="N[,N]", help=f"{what} (default {default})")
+    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="of every engine (default: usable cores)")
+    parser.add_argument("-r", "--repeat", type=positive, default=3, metavar="N", help="rounds; medians are shown")
+    parser.add_argument("--peer", choices=PEERS, help="runs beside ktx on the same file, best of its repack on and off")
     flag(parser, "--json", help="one JSON object a line")
     parser.add_argument("--record", metavar="FILE", help="append the JSON lines to this file")
 
 
-class Worker:
-    """An engine in a process of its own."""
+class Engine:
+    """An engine in a process of its own, started when it is first needed. It speaks JSON lines: a test, its figures."""
 
     def __init__(self, name: str, module: str, words: list[str]):
-        self.name = name
-        path = os.pathsep.join(
-            filter(
-                None,
-                [
-                    str(Path(__file__).resolve().parents[2]),
-                    os.environ.get("PYTHONPATH"),
-                    os.environ.get("KTX_PEER_PATH"),
-                ],
-            )
-        )
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": path},
-        )
-        self.facts = self._answer()
+        self.name, self.command = name, [sys.executable, "-m", module, *words]
+        self.process: subprocess.Popen[str] | None = None
+        self.facts: dict[str, Any] = {}
+
+    def start(self) -> dict[str, Any]:
+        """Loads the model; what the engine says of itself."""
+        if self.process is None:
+            own = str(Path(__file__).resolve().parents[2])
+            path = [own, os.environ.get("PYTHONPATH"), os.environ.get("KTX_PEER_PATH")]
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, text=True, env=environment)
+            self.facts = self._answer()
+        return self.facts
+
+    def measure(self, test: str) -> dict[str, Any]:
+        self.start()
+        time.sleep(PAUSE)
+        assert self.process and self.process.stdin
+        self.process.stdin.write(json.dumps({"test": test}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def stop(self) -> None:
+        """Ends the process, so that its memory is free again."""
+        if self.process:
+            self.process.communicate()
+        self.process = None
 
     def _answer(self) -> dict[str, Any]:
-        from ktx.errors import KtxError
-
-        assert self.process.stdout
+        assert self.process and self.process.stdout
         line = self.process.stdout.readline()
         if not line:
-            raise KtxError(
-                f"{self.name} ended without an answer (exit status {self.process.wait()}); was there enough memory?"
-            )
+            status = self.process.wait()
+            self.process = None
+            raise KtxError(f"{self.name} ended without an answer (exit status {status}); was there enough memory?")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             error = KtxError(answer["error"])
             error.exit_code = answer["exit"]
             raise error
         return answer
-
-    def measure(self, test: str) -> dict[str, Any]:
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps({"test": test}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def stop(self) -> None:
-        assert self.process.stdin
-        self.process.stdin.close()
-        self.process.wait(60)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,29 +92,46 @@ def run(args: argparse.Namespace) -> int:
 
     args.threads = args.threads or default_threads()
     tests = [f"pp{n}" for n in args.prompt] + [f"tg{n}" for n in args.tokens]
-    best, alone = _best_peer(args, tests) if args.peer else (None, {})
-    mine = Worker("ktx", "ktx.commands.bench_ktx", _ktx_words(args))
-    peer = _peer(args, tests, best) if best is not None else None
-    rounds: dict[str, dict[str, list[Any]]] = {test: {"ktx": [], "peer": []} for test in tests}
-    for _ in range(args.repeat):
-        for test in tests:
-            rounds[test]["ktx"].append(mine.measure(test))
+    mine = Engine("ktx", "ktx.commands.bench_ktx", _ktx_words(args))
+    engines, alone = _best_peers(args, tests) if args.peer else ({None: tests}, {})
+    rounds: Rounds = {}
+    facts = mine.start()
+    together, room = _room(args) if args.peer else (True, "")
+    try:
+        for peer, its_tests in engines.items():
+            rounds |= alternate([mine, peer] if peer else [mine], its_tests, args.repeat, together)
             if peer:
-                rounds[test]["peer"].append(peer.measure(test)["tok_s"])
-    facts = mine.facts
-    mine.stop()
-    if peer:
-        peer.stop()
-    lines = [line for test in tests for line in _lines(test, rounds[test], alone, args, facts, best)]
-    for line in lines:
-        if args.json:
-            print(json.dumps(line))
+                peer.stop()
+    finally:
+        mine.stop()
+    lines = [line for test in tests for line in _lines(test, rounds[test], alone, args, facts)]
     if not args.json:
-        _table(lines, facts, best)
+        _table(lines, facts, room)
+    for line in lines if args.json else ():
+        print(json.dumps(line))
     if args.record:
         with open(args.record, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
     return 0
+
+
+def alternate(engines: list[Engine], tests: list[str], repeat: int, together: bool) -> Rounds:
+    """Rounds of every test on every engine: test by test when all fit in memory, else one engine at a time."""
+    turns = [(e, t) for t in tests for e in engines] if together else [(e, t) for e in engines for t in tests]
+    found: Rounds = {test: {engine.name: [] for engine in engines} for test in tests}
+    for _ in range(repeat):
+        for engine, test in turns:
+            for other in engines:
+                if other is not engine and not together:
+                    other.stop()
+            found[test][engine.name].append(engine.measure(test))
+    return found
+
+
+def token_ids(count: int, vocabulary: int) -> list[int]:
+    """What every engine reads: the same random ids, so that its routers see the same variety."""
+    source = random.Random(1)
+    return [source.randrange(3, vocabulary) for _ in range(count)]
 
 
 def _ktx_words(args: argparse.Namespace) -> list[str]:
@@ -128,11 +141,20 @@ def _ktx_words(args: argparse.Namespace) -> list[str]:
     return words + (["--trust"] if args.trust_remote_code else [])
 
 
-def _peer(args: argparse.Namespace, tests: list[str], repack: int) -> Worker:
+def _gguf(args: argparse.Namespace) -> Path:
+    """The file a peer can read."""
+    path = Path(args.weights or args.model).expanduser()
+    path = next(iter(sorted(path.glob("*.gguf"))), path) if path.is_dir() else path
+    if path.suffix != ".gguf" or not path.exists():
+        raise UsageError(f"{path}: {args.peer} reads GGUF files only; give one to --weights, or leave --peer out")
+    return path
+
+
+def _peer(args: argparse.Namespace, tests: list[str], repack: int) -> Engine:
     context = max(int(test[2:]) for test in tests) + 16
     words = [
         "--weights",
-        str(args.weights or args.model),
+        str(_gguf(args)),
         "--threads",
         str(args.threads),
         "--repack",
@@ -140,88 +162,94 @@ def _peer(args: argparse.Namespace, tests: list[str], repack: int) -> Worker:
         "--context",
         str(context),
     ]
-    return Worker("llama.cpp", "ktx.commands.bench_llama_cpp", words)
+    return Engine(f"llama.cpp (repack {'on' if repack else 'off'})", "ktx.commands.bench_llama_cpp", words)
 
 
-def _best_peer(args: argparse.Namespace, tests: list[str]) -> tuple[int, dict[str, float]]:
-    """The peer with repacking on and off, each alone in memory: the better at the first test, and the best figure of each test."""
-    alone: dict[int, dict[str, float]] = {}
+def _best_peers(args: argparse.Namespace, tests: list[str]) -> tuple[dict[Engine | None, list[str]], dict[str, float]]:
+    """The peer with repacking on and off, each alone in memory: the better one for each test, and its figure."""
+    alone: dict[Engine, dict[str, float]] = {}
     for repack in (1, 0):
-        worker = _peer(args, tests, repack)
-        alone[repack] = {test: max(worker.measure(test)["tok_s"] for _ in range(2)) for test in tests}
-        worker.stop()
-    best = max(alone, key=lambda repack: alone[repack][tests[0]])
-    return best, {test: max(alone[0][test], alone[1][test]) for test in tests}
+        engine = _peer(args, tests, repack)
+        alone[engine] = {test: max(engine.measure(test)["tok_s"] for _ in range(2)) for test in tests}
+        engine.stop()
+    best: dict[Engine | None, list[str]] = {}
+    for test in tests:
+        best.setdefault(max(alone, key=lambda engine: alone[engine][test]), []).append(test)
+    return best, {test: max(figures[test] for figures in alone.values()) for test in tests}
+
+
+def _room(args: argparse.Namespace) -> tuple[bool, str]:
+    """Whether a peer fits beside the loaded ktx (repacking moves weights, it does not double them), in words too."""
+    from ktx.hardware import memory
+
+    need, free = _gguf(args).stat().st_size + SLACK, memory()[1]
+    if need <= free:
+        return True, "both engines in memory, taking turns test by test"
+    return False, f"one engine in memory at a time: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for a second"
 
 
 def _lines(
     test: str,
-    rounds: dict[str, list[Any]],
+    found: dict[str, list[dict[str, Any]]],
     alone: dict[str, float],
     args: argparse.Namespace,
     facts: dict[str, Any],
-    best: int | None,
 ) -> list[dict[str, Any]]:
-    speeds = [row["tok_s"] for row in rounds["ktx"]]
-    share = statistics.median(row["share"] for row in rounds["ktx"])
-    common = {
-        "test": test,
-        "threads": args.threads,
-        "commit": commit(),
-        "rounds": args.repeat,
-        "model": str(args.weights or args.model),
-    }
-    limit = "share_of_int8_peak" if test.startswith("pp") else "share_of_read_bandwidth"
-    unit = "int8_peak_gops" if test.startswith("pp") else "read_gb_s"
-    mine = {
-        "engine": "ktx",
-        "tok_s": statistics.median(speeds),
-        "spread": [min(speeds), max(speeds)],
-        "isa": facts["isa"],
-        limit: share,
-        unit: statistics.median(row["limit"] for row in rounds["ktx"]),
-        "peak_rss": facts["peak_rss"],
-        "load_gb_s": facts["load_gb_s"],
-    }
-    if not rounds["peer"]:
-        return [common | mine]
-    median = statistics.median(rounds["peer"])
-    theirs = {
-        "engine": f"llama.cpp (repack {'on' if best else 'off'})",
-        "tok_s": median,
-        "spread": [min(rounds["peer"]), max(rounds["peer"])],
-        "best_alone": alone[test],
-        "isa": "its own choice",
-    }
-    mine["ratio"] = mine["tok_s"] / median
-    mine["ratio_to_best_alone"] = mine["tok_s"] / max(median, alone[test])
-    return [common | mine, common | theirs]
+    """The records of one test: ktx's, then the peer's."""
+    common = (
+        {"test": test}
+        | stamp()
+        | {"threads": args.threads, "rounds": args.repeat, "model": str(args.weights or args.model)}
+    )
+    lines = []
+    for engine, rows in found.items():
+        speeds = [row["tok_s"] for row in rows]
+        middle = {key: statistics.median(row[key] for row in rows) for key in ("limit", "share") if key in rows[0]}
+        lines.append(
+            common
+            | {"engine": engine, "tok_s": statistics.median(speeds), "spread": [min(speeds), max(speeds)]}
+            | middle
+        )
+    lines[0] |= {key: facts[key] for key in ("isa", "load_seconds", "load_gb_s", "cat_gb_s", "peak_rss", "rss_bound")}
+    lines[0]["limit_unit"] = "GOPS int8" if test.startswith("pp") else "GB/s read"
+    for peer in lines[1:]:
+        peer |= {"best_alone": alone[test], "isa": found[peer["engine"]][0]["isa"]}
+        lines[0]["ratio"] = lines[0]["tok_s"] / peer["tok_s"]
+    return lines
+
+
+def stamp() -> dict[str, str]:
+    """When, where and on what a figure was measured."""
+    from ktx.hardware import machine
+
+    m = machine()
+    return {"date": datetime.date.today().isoformat(), "commit": commit(), "machine": f"{m.cpu}, {m.cores} cores"}
 
 
 def commit() -> str:
-    """The checkout's commit, or the version of an installed wheel."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    """The checkout's commit, with -dirty when files differ from it, or the version of an installed wheel."""
+    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
     import ktx
 
     return done.stdout.strip() or ktx.__version__
 
 
-def _table(lines: list[dict[str, Any]], facts: dict[str, Any], best: int | None) -> None:
-    print(
-        f"{facts['isa']} kernels, {facts['threads']} threads, {facts['bytes'] / 1e9:.2f} GB packed, loaded in {facts['load_seconds']:.1f} s ({facts['load_gb_s']:.2f} GB/s), "
-        f"peak RSS {facts['peak_rss'] / 1e9:.2f} GB (bound {facts['rss_bound'] / 1e9:.2f})"
-    )
-    print(f"{'test':8}{'engine':26}{'tok/s':>9}{'spread':>17}{'ratio':>8}  limit")
+def _table(lines: list[dict[str, Any]], facts: dict[str, Any], room: str) -> None:
+    threads, gb = f"{facts['threads']} threads", {key: facts[key] / 1e9 for key in ("bytes", "peak_rss", "rss_bound")}
+    print(f"{lines[0]['machine']}: {facts['isa']} kernels, {threads}; {gb['bytes']:.2f} GB packed")
+    speeds = f"{facts['load_gb_s']:.2f} GB/s; cat on {threads}: {facts['cat_gb_s']:.2f} GB/s"
+    print(f"loaded in {facts['load_seconds']:.1f} s, {speeds}")
+    print(f"peak RSS {gb['peak_rss']:.2f} GB, bound {gb['rss_bound']:.2f} GB")
+    print(*filter(None, [room]), sep="\n", end="\n" if room else "")
+    width = max(len(line["engine"]) for line in lines) + 2
+    print(f"{'test':8}{'engine':{width}}{'tok/s':>9}{'spread':>18}{'ratio':>8}  limit")
     for line in lines:
         spread = f"{line['spread'][0]:.2f}-{line['spread'][1]:.2f}"
         ratio = f"{line['ratio']:.2f}x" if "ratio" in line else ""
-        limit = ""
-        if "share_of_int8_peak" in line:
-            limit = f"{line['share_of_int8_peak']:.0%} of {line['int8_peak_gops']:.0f} GOPS int8"
-        elif "share_of_read_bandwidth" in line:
-            limit = f"{line['share_of_read_bandwidth']:.0%} of {line['read_gb_s']:.1f} GB/s read"
-        elif "best_alone" in line:
-            limit = f"best alone {line['best_alone']:.2f}"
-        print(f"{line['test']:8}{line['engine']:26}{line['tok_s']:>9.2f}{spread:>17}{ratio:>8}  {limit}")
+        limit = (
+            f"{line['share']:.0%} of {line['limit']:.1f} {line['limit_unit']}"
+            if "share" in line
+            else f"alone {line['best_alone']:.2f}"
+        )
+        print(f"{line['test']:8}{line['engine']:{width}}{line['tok_s']:>9.2f}{spread:>18}{ratio:>8}  {limit}")

@@ -11,7 +11,13 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from ktx.commands.bench import token_ids
+
+CAT_PIECE, CAT_PIECES = 1 << 26, 64  # at most 4 GiB are read for the comparison
 
 
 def main() -> int:
@@ -35,30 +41,28 @@ def main() -> int:
         return error.exit_code
     h = model.ktx
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(
-        json.dumps(
-            {
-                "ready": True,
-                "isa": h.isa,
-                "threads": h.threads,
-                "bytes": h.nbytes,
-                "bytes_per_token": h.bytes_per_token,
-                "load_seconds": h.seconds,
-                "load_gb_s": h.load_speed,
-                "peak_rss": peak,
-                "rss_bound": int(h.nbytes * 1.15) + (1 << 30),
-                "params": active_params(model),
-            }
-        ),
-        flush=True,
-    )
+    facts = {
+        "ready": True,
+        "isa": h.isa,
+        "threads": h.threads,
+        "bytes": h.nbytes,
+        "bytes_per_token": h.bytes_per_token,
+        "load_seconds": h.seconds,
+        "load_gb_s": h.load_speed,
+        "cat_gb_s": cat_speed({spec.file for step in h.plan for spec in step.specs}, h.threads),
+        "peak_rss": peak,
+        "rss_bound": int(h.nbytes * 1.15) + (1 << 30),
+        "params": active_params(model),
+    }
+    print(json.dumps(facts), flush=True)
+    forward(model, token_ids(16, model.config.vocab_size), 16)
     for line in sys.stdin:
         print(json.dumps(measure(model, json.loads(line)["test"])), flush=True)
     os._exit(0)  # the team's threads need no farewell
 
 
 def active_params(model: Any) -> int:
-    """Weights that one token of a prompt is multiplied with: everything packed, experts by their share, without the output layer."""
+    """Weights that a token of a prompt is multiplied with: all but the output layer, experts by their share."""
     from ktx.ops.experts import Experts
     from ktx.ops.linear import Linear
     from ktx.ops.mla import MLA
@@ -74,37 +78,58 @@ def active_params(model: Any) -> int:
     return total
 
 
-def measure(model: Any, test: str) -> dict[str, Any]:
-    """One prompt of N tokens ("ppN"), or N tokens after a short prompt ("tgN"), with the machine's limits probed right before."""
+def cat_speed(files: Iterable[str], threads: int) -> float:
+    """GB/s at which `threads` copies of `cat FILE >/dev/null` would read the cached files; the better of two passes."""
+    pieces = [
+        (file, at, min(CAT_PIECE, size - at))
+        for file in sorted(files)
+        for size in [os.path.getsize(file)]
+        for at in range(0, size, CAT_PIECE)
+    ][:CAT_PIECES]
+
+    def read(piece: tuple[str, int, int]) -> int:
+        file, at, size = piece
+        buffer, done = bytearray(1 << 20), 0
+        with open(file, "rb", buffering=0) as handle:
+            handle.seek(at)
+            while done < size and (count := handle.readinto(memoryview(buffer)[: size - done])):
+                done += count
+        return done
+
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(2):
+            start = time.perf_counter()
+            total = sum(pool.map(read, pieces))
+            best = max(best, total / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def forward(model: Any, ids: list[int], step: int, prompt: tuple[int, ...] | list[int] = ()) -> float:
+    """Seconds to run ids through the model, `step` at a time, after a prompt that does not count."""
     import torch
 
     from ktx.cache.kv import KVCache
+
+    cache, tokens = KVCache(model.config), torch.tensor([ids])
+    with torch.inference_mode():
+        if prompt:
+            model(input_ids=torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1)
+        start = time.perf_counter()
+        for at in range(0, len(ids), step):
+            model(input_ids=tokens[:, at : at + step], past_key_values=cache, logits_to_keep=1)
+        return time.perf_counter() - start
+
+
+def measure(model: Any, test: str) -> dict[str, Any]:
+    """A prompt of N tokens ("ppN"), or N tokens after a short one ("tgN"), with the limit probed right before."""
     from ktx.kernels.cpu import ops
 
     kind, count = test[:2], int(test[2:])
-    threads = model.ktx.threads
+    threads, vocabulary = model.ktx.threads, model.config.vocab_size
     limit = ops.probe_int8(threads, 0.1) if kind == "pp" else ops.probe_read(threads, 256)
-    ids = torch.randint(
-        3, model.config.vocab_size - 1, (1, count if kind == "pp" else 4), generator=torch.Generator().manual_seed(1)
-    )
-    cache = KVCache(model.config)
-    with torch.inference_mode():
-        if kind == "pp":
-            start = time.perf_counter()
-            for at in range(0, count, 512):
-                out = model(input_ids=ids[:, at : at + 512], past_key_values=cache, logits_to_keep=1)
-            float(out.logits.sum())
-        else:
-            token = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
-            start = time.perf_counter()
-            for _ in range(count):
-                token = (
-                    model(input_ids=token, past_key_values=cache, logits_to_keep=1)
-                    .logits[:, -1]
-                    .argmax(-1, keepdim=True)
-                )
-        seconds = time.perf_counter() - start
-    rate = count / seconds
+    ids = token_ids(count, vocabulary)
+    rate = count / (forward(model, ids, 512) if kind == "pp" else forward(model, ids, 1, token_ids(4, vocabulary)))
     used = rate * (2 * active_params(model) if kind == "pp" else model.ktx.bytes_per_token) / 1e9
     return {"test": test, "tok_s": rate, "limit": limit, "used": used, "share": used / limit}
 

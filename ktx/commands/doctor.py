@@ -11,6 +11,7 @@ import platform
 from typing import Any
 
 from ktx.commands.arguments import flag
+from ktx.errors import KtxError, UsageError
 
 SUMMARY = "show the machine, the picked kernels, and missing packages with their remedy"
 PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "safetensors", "numpy", "cpufeature")
@@ -65,9 +66,19 @@ def report(quick: bool) -> dict[str, Any]:
             if importlib.util.find_spec(name) is None
         },
     }
-    found |= _kernels(quick)
+    found |= _kernels_or_why(quick)
     found["warnings"] = _warnings(m, found)
     return found
+
+
+def _kernels_or_why(quick: bool) -> dict[str, Any]:
+    """The kernels, or why there are none: a doctor does not fall ill with the patient."""
+    try:
+        return _kernels(quick)
+    except UsageError:
+        raise
+    except KtxError as error:
+        return {"kernels": {"error": str(error)}, "gpu": "not asked"}
 
 
 def _kernels(quick: bool) -> dict[str, Any]:
@@ -136,18 +147,19 @@ def _version(name: str) -> str:
 
 def _warnings(m: Any, found: dict[str, Any]) -> list[str]:
     kernels, said = found["kernels"], []
-    if kernels["picked"] != kernels["best possible"]:
+    if "error" in kernels:
+        said.append(kernels["error"])
+    elif kernels["picked"] != kernels["best possible"]:
         said.append(f"KTX_ISA lowers the kernels from {kernels['best possible']} to {kernels['picked']}")
     if m.quota and m.quota < len(m.cpus):
         said.append(f"a cgroup allows {m.quota:g} of {len(m.cpus)} cpus: more threads than that only wait")
     if len(m.cpus) > m.cores:
         said.append(f"{len(m.cpus)} logical cpus on {m.cores} physical cores: --cpu-infer {m.cores} is usually fastest")
-    if kernels["threads"] > len(m.cpus):
+    if kernels.get("threads", 0) > len(m.cpus):
         said.append(f"{kernels['threads']} threads on {len(m.cpus)} cpus")
     if "[never]" in m.huge_pages:
-        said.append(
-            "transparent huge pages are off: `echo madvise > /sys/kernel/mm/transparent_hugepage/enabled` helps large models"
-        )
+        file = "/sys/kernel/mm/transparent_hugepage/enabled"
+        said.append(f"transparent huge pages are off: `echo madvise > {file}` helps large models")
     return said
 
 

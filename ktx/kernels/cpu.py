@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ktx.errors import KtxError
+from ktx.errors import KtxError, UsageError
 from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor
 
@@ -29,6 +29,10 @@ def _load() -> Any:
         raise KtxError(
             f"{LIBRARY} does not load into torch {torch.__version__}: {error}; ktx needs torch 2.11 or newer"
         ) from error
+    try:
+        torch.ops.ktx.isa()
+    except RuntimeError as error:  # KTX_ISA holds a word that is no instruction set
+        raise UsageError(str(error).splitlines()[0]) from error
     return torch.ops.ktx
 
 

@@ -1,0 +1,241 @@
+"""ktx bench: what is measured, in which order, against whom. The peer is a made-up llama_cpp with a set speed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ktx.commands import bench, bench_ktx, bench_llama_cpp
+from ktx.errors import KtxError, UsageError
+from tests import random_model
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE = '''
+"""llama_cpp as bench_llama_cpp uses it: prompts are slow without repacking, single tokens with it; calls are logged."""
+import ctypes, os, time
+from types import SimpleNamespace
+
+llama_token = ctypes.c_int32
+def log(text):
+    with open(os.environ["FAKE_LOG"], "a") as file:
+        file.write(text + "\\n")
+def llama_backend_init(): pass
+def llama_model_default_params(): return SimpleNamespace()
+def llama_model_load_from_file(path, params):
+    log(f"load {os.path.basename(path.decode())} {params.use_extra_bufts}")
+    return params
+def llama_context_default_params(): return SimpleNamespace()
+def llama_init_from_model(model, context):
+    log(f"threads {context.n_threads} {context.n_threads_batch} context {context.n_ctx}")
+    return model
+def llama_model_get_vocab(model): return 512
+def llama_vocab_n_tokens(vocab): return vocab
+def llama_print_system_info(): return b"CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 0 | REPACK = 1 | "
+def llama_get_memory(state): return state
+def llama_memory_clear(memory, data): pass
+def llama_batch_get_one(tokens, count): return list(tokens)
+def llama_synchronize(state): pass
+def llama_decode(state, batch):
+    one = len(batch) == 1
+    time.sleep(0.04 if one == bool(state.use_extra_bufts) else 0.005)
+    log(f"decode {len(batch)} {sum(batch)}")
+    return 0
+'''
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    random_model.write(folder)
+    return folder
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch) -> Path:
+    """A folder with the made-up llama_cpp; its log."""
+    (tmp_path / "llama_cpp.py").write_text(FAKE)
+    monkeypatch.setenv("KTX_PEER_PATH", str(tmp_path))
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
+    return tmp_path / "log"
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ktx", "bench", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=240)
+
+
+def test_alone_one_record_a_test(model, tmp_path):
+    record = tmp_path / "results.jsonl"
+    record.write_text("{}\n")
+    done = run("--model", model, "-p", "16,40", "-n", "3", "-t", "2", "-r", "2", "--json", "--record", record)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["test"] for line in lines] == ["pp16", "pp40", "tg3"]
+    assert [json.loads(line) for line in record.read_text().splitlines()] == [{}, *lines]
+    for line in lines:
+        assert line["engine"] == "ktx" and line["threads"] == 2 and line["commit"] and line["machine"]
+        assert line["isa"] in ("scalar", "avx2", "avx512vnni")
+        assert 0 < line["spread"][0] <= line["tok_s"] <= line["spread"][1] and "ratio" not in line
+        assert 0 < line["share"] < 2 and line["limit"] > 0
+        assert line["cat_gb_s"] > 0 and line["load_gb_s"] > 0 and line["peak_rss"] < line["rss_bound"]
+    assert [line["limit_unit"] for line in lines] == ["GOPS int8", "GOPS int8", "GB/s read"]
+
+
+def test_the_peer_runs_in_its_better_form_for_each_test(model, fake):
+    done = run("--model", model, "-p", "32", "-n", "3", "-t", "2", "-r", "2", "--peer", "llama.cpp", "--json")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["test"], line["engine"]) for line in lines] == [
+        ("pp32", "ktx"), ("pp32", "llama.cpp (repack on)"), ("tg3", "ktx"), ("tg3", "llama.cpp (repack off)"),
+    ]  # fmt: skip
+    for mine, peer in (lines[:2], lines[2:]):
+        assert mine["ratio"] == pytest.approx(mine["tok_s"] / peer["tok_s"])
+        assert peer["isa"] == "AVX2" and peer["best_alone"] >= peer["tok_s"] * 0.5
+    assert lines[3]["tok_s"] < 1 / 0.005  # three sleeps: nothing is counted that was not computed
+    log = fake.read_text().splitlines()
+    assert log.count("threads 2 2 context 48") == 4  # on and off alone, then the better of each test
+    name = next(model.glob("*.gguf")).name
+    assert [line for line in log if line.startswith("load")] == [
+        f"load {name} {on}" for on in (True, False, True, False)
+    ]
+    assert f"decode 32 {sum(bench.token_ids(32, 512))}" in log
+
+
+def test_table_has_a_row_an_engine_and_test(model, fake):
+    out = run("--model", model, "-p", "16", "-n", "2", "-r", "1", "--peer", "llama.cpp").stdout
+    rows = [line for line in out.splitlines() if line.startswith(("pp16", "tg2"))]
+    assert len(rows) == 4 and "GOPS int8" in rows[0] and "GB/s read" in rows[2]
+    assert rows[0].split()[4].endswith("x") and "alone" in rows[1]
+    assert "peak RSS" in out and "cat on" in out and "engine" in out and "in memory" in out
+
+
+def test_without_the_peer_the_remedy_is_told(model, tmp_path, monkeypatch):
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError('no such library')")
+    monkeypatch.setenv("KTX_PEER_PATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run("--model", model, "-p", "16", "-n", "2", "--peer", "llama.cpp")
+    assert done.returncode == 1 and "pip install llama-cpp-python" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words,status", [(("--model", "/nowhere"), 4), (("--model", "/nowhere", "--peer", "llama.cpp"), 2)]
+)
+def test_what_cannot_be_loaded_is_one_line(words, status):
+    done = run(*words)
+    assert done.returncode == status and "/nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
+class Recorded(bench.Engine):
+    """An engine that writes down when it starts, measures and stops."""
+
+    def __init__(self, name: str, log: list[str]):
+        super().__init__(name, "none", [])
+        self.log, self.up = log, False
+
+    def measure(self, test: str) -> dict[str, float]:
+        if not self.up:
+            self.log.append(f"{self.name} starts")
+        self.up = True
+        self.log.append(f"{self.name} {test}")
+        return {"tok_s": len(self.log)}
+
+    def stop(self) -> None:
+        if self.up:
+            self.log.append(f"{self.name} stops")
+        self.up = False
+
+
+def test_together_they_alternate_test_by_test():
+    log: list[str] = []
+    found = bench.alternate([Recorded("a", log), Recorded("b", log)], ["pp1", "tg1"], 2, together=True)
+    assert [entry for entry in log if "starts" not in entry] == ["a pp1", "b pp1", "a tg1", "b tg1"] * 2
+    assert all(len(rows) == 2 for engines in found.values() for rows in engines.values())
+
+
+def test_apart_only_one_is_in_memory():
+    log: list[str] = []
+    bench.alternate([Recorded("a", log), Recorded("b", log)], ["pp1", "tg1"], 2, together=False)
+    up: set[str] = set()
+    for entry in log:
+        name, what = entry.split()
+        up = up | {name} if what == "starts" else up - {name} if what == "stops" else up
+        assert len(up) <= 1
+    assert [e for e in log if "pp1" in e] == ["a pp1", "b pp1"] * 2
+
+
+@pytest.mark.parametrize("free,together", [(1 << 20, False), (1 << 40, True)])
+def test_room_for_two_is_decided_by_free_memory(model, monkeypatch, free, together):
+    monkeypatch.setattr("ktx.hardware.memory", lambda: (free, free))
+    decided, words = bench._room(argparse.Namespace(weights=None, model=str(model), peer="llama.cpp"))
+    assert decided is together and ("one engine in memory at a time" in words) is not together
+
+
+def test_an_engine_that_dies_is_an_error_not_a_hang():
+    with pytest.raises(KtxError, match=r"toy ended without an answer \(exit status 0\)"):
+        bench.Engine("toy", "keyword", []).start()
+
+
+def test_a_peer_refuses_what_it_cannot_read(tmp_path):
+    with pytest.raises(UsageError, match="GGUF files only"):
+        bench._gguf(argparse.Namespace(weights=str(tmp_path), model="x", peer="llama.cpp"))
+
+
+def test_token_ids_are_the_same_everywhere_and_various():
+    assert bench.token_ids(5, 512) == bench.token_ids(9, 512)[:5]
+    ids = bench.token_ids(512, 100000)
+    assert len(set(ids)) > 500 and 3 <= min(ids) and max(ids) < 100000
+    assert statistics.mean(ids) == pytest.approx(50000, rel=0.1)
+
+
+def test_cat_speed_reads_every_byte(tmp_path, monkeypatch):
+    file = tmp_path / "data"
+    file.write_bytes(bytes(5 << 20))
+    monkeypatch.setattr(bench_ktx, "CAT_PIECE", 1 << 20)
+    counter = iter([0.0, 1.0, 1.0, 3.0])
+    monkeypatch.setattr(bench_ktx.time, "perf_counter", lambda: next(counter))
+    assert bench_ktx.cat_speed([str(file)], 2) == (5 << 20) / 1e9  # the better pass took a second
+
+
+def test_active_parameters_count_the_chosen_experts(model):
+    import ktx
+
+    loaded, _ = ktx.load(model, progress=False)
+    c = loaded.config
+    attention = (
+        c.hidden_size * c.num_attention_heads * (128 + 64)
+        + c.hidden_size * (512 + 64)
+        + 512 * c.num_attention_heads * 256
+    )
+    attention += c.hidden_size * c.num_attention_heads * 128
+    dense, expert = 3 * c.hidden_size * c.intermediate_size, 3 * c.hidden_size * c.moe_intermediate_size
+    wanted = 2 * attention + dense + expert * (c.num_experts_per_tok + c.n_shared_experts)
+    assert bench_ktx.active_params(loaded) == wanted
+
+
+def test_instruction_sets_of_llama_cpps_own_words():
+    text = "CPU : SSE3 = 1 | AVX2 = 1 | AVX512 = 1 | AVX512_VNNI = 0 | LLAMAFILE = 1 | "
+    assert bench_llama_cpp.instruction_sets(text) == "AVX2 AVX512"
+
+
+peer_path = os.environ.get("KTX_PEER_PATH", "")
+there = (
+    importlib.util.find_spec("llama_cpp") is not None or (Path(peer_path) / "llama_cpp").is_dir() and bool(peer_path)
+)
+
+
+@pytest.mark.skipif(not there, reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("preset", ["v2lite", "qwen3-30b"])
+def test_the_real_llama_cpp_reads_our_random_models(tmp_path, preset):
+    random_model.write(tmp_path, preset)
+    done = run("--model", tmp_path, "-p", "16", "-n", "2", "-r", "1", "--peer", "llama.cpp", "--json")
+    assert done.returncode == 0, done.stderr
+    engines = [json.loads(line)["engine"].split()[0] for line in done.stdout.splitlines()]
+    assert engines == ["ktx", "llama.cpp"] * 2

@@ -1,0 +1,92 @@
+"""ktx doctor: a report on any machine, quickly, also where something is broken."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ktx import hardware
+from ktx.commands import doctor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def ktx(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ktx", *words]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_json_has_machine_measurements_kernels_versions_and_remedies():
+    start = time.perf_counter()
+    done = ktx("doctor", "--json")
+    taken = time.perf_counter() - start
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and taken < 30  # five seconds on a quiet machine
+    assert found["machine"]["usable cpus"] == len(os.sched_getaffinity(0))
+    assert all(float(text.split()[0]) > 0 for text in found["measured"].values())
+    assert {"read bandwidth", "int8 peak", "f32 peak"} == set(found["measured"])
+    assert found["kernels"]["picked"] in ("scalar", "avx2", "avx512vnni")
+    assert {"Linear", "Experts", "MLA", "Attention"} <= set(found["operators"])
+    listed = [name for names in found["weight types"].values() for name in names]
+    assert len(listed) == len(set(listed)) == 26
+    assert all(entry["remedy"].startswith("pip install") for entry in found["missing"].values())
+
+
+def test_a_lowered_isa_is_reported_with_its_reason():
+    found = json.loads(ktx("doctor", "--json", "--quick", KTX_ISA="scalar").stdout)
+    assert found["kernels"]["picked"] == "scalar" and "measured" not in found
+    if found["kernels"]["best possible"] != "scalar":
+        assert any("KTX_ISA lowers" in line for line in found["warnings"])
+
+
+def test_a_wrong_isa_is_one_line():
+    done = ktx("doctor", "--quick", KTX_ISA="sse9")
+    assert done.returncode == 2 and "sse9" in done.stderr and "avx2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_the_extension_the_rest_is_still_told(monkeypatch, tmp_path):
+    """What a user runs when the build failed must not fail with it."""
+    code = (
+        "import pathlib, runpy, sys; import ktx.errors; real = pathlib.Path.exists; "
+        "pathlib.Path.exists = lambda p, **k: False if p.name.startswith('_C.') else real(p, **k); "
+        "sys.argv = ['ktx', 'doctor', '--json']; runpy.run_module('ktx', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["versions"]["python"]
+    assert "is missing" in found["kernels"]["error"] and any("is missing" in line for line in found["warnings"])
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"quota": 1.0, "cpus": (0, 1, 2, 3), "cores": 1}, "cgroup allows 1 of 4"),
+        ({"quota": None, "cpus": (0, 1, 2, 3), "cores": 2}, "4 logical cpus on 2 physical cores"),
+        ({"huge_pages": "always madvise [never]"}, "transparent huge pages are off"),
+    ],
+)
+def test_warnings(change, words):
+    m = replace(hardware.machine(), **change)
+    kernels = {"picked": "avx2", "best possible": "avx2", "threads": 1}
+    assert any(words in line for line in doctor._warnings(m, {"kernels": kernels}))
+
+
+def test_a_healthy_machine_gets_no_warning():
+    m = replace(hardware.machine(), quota=None, cpus=(0, 1), cores=2, huge_pages="always [madvise] never")
+    assert doctor._warnings(m, {"kernels": {"picked": "avx2", "best possible": "avx2", "threads": 2}}) == []
+
+
+def test_table_is_aligned(capsys):
+    doctor.show(doctor.report(quick=True))
+    out = capsys.readouterr().out
+    assert "second opinion" in out and "avx2" in out
+    machine = [line for line in out.splitlines() if line.startswith("  ")][:4]
+    assert len({len(line) - len(line[2:].split("   ", 1)[1].lstrip()) for line in machine if "   " in line[2:]}) == 1
