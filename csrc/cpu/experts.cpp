@@ -11,7 +11,7 @@
 
 namespace ktx {
 namespace {
-constexpr int64_t CHUNK = 2048;  // tokens at once
+constexpr int64_t CHUNK = 2048, FEW = 512;  // tokens at once, and how many of them for one expert: see linear.cpp
 constexpr int INNER_GROUPS = 4;  // row groups of gate and up an item takes: 64 rows, so two blocks of 32 for down
 thread_local Scratch shared_scratch, member_scratch;
 thread_local std::vector<int64_t> order;
@@ -29,8 +29,9 @@ struct Chunk {
   float* slot_weight;
   std::vector<int64_t>& active;
   Tokens xs, hs;  // activations of all slots: input of gate/up, input of down
-  int64_t inner_items, out_items, out_groups;
-  Queue rows, inner, outer;
+  int64_t inner_items, out_groups;
+  Queue rows;
+  Line inner, outer;
 
   int count(int64_t e) const { return int(offset[e + 1] - offset[e]); }
   bool ints_in() const { return !c.gate.layout->is_float || !c.up.layout->is_float; }
@@ -71,9 +72,18 @@ struct Chunk {
     }
   }
 
-  void project(const ExpertMatrix& m, int64_t e, int64_t group, int groups, int64_t rows_of, const Tokens& in, float* sums, uint8_t* work) {
-    const size_t stride = group_bytes(*m.layout, in.k), matrix = packed_bytes(*m.layout, rows_of, in.k);
-    k.multiply(*m.layout, m.packed + e * matrix + group * stride, groups, in, sums, work);
+  static const uint8_t* block(const ExpertMatrix& m, int64_t e, int64_t group, int64_t rows_of, int64_t columns) {
+    return m.packed + e * packed_bytes(*m.layout, rows_of, columns) + group * group_bytes(*m.layout, columns);
+  }
+  const uint8_t* inner_weights(const ExpertMatrix& m, int64_t item) const {
+    return item < 0 ? nullptr : block(m, active[item / inner_items], item % inner_items * INNER_GROUPS, c.inner, c.hidden);
+  }
+  const uint8_t* outer_weights(int64_t item, int64_t e) const {
+    return item < 0 ? nullptr : block(c.down, e, item * out_groups, c.hidden, c.inner);
+  }
+  void project(const ExpertMatrix& m, int64_t e, int64_t group, int groups, int64_t rows_of, const Tokens& in, float* sums,
+               uint8_t* work, const uint8_t* next) {
+    k.multiply(*m.layout, block(m, e, group, rows_of, in.k), groups, in, sums, work, next);
     if (!m.bias) return;
     const float* bias = m.bias + e * rows_of + group * 16;
     for (int g = 0; g < groups; ++g)
@@ -93,22 +103,23 @@ struct Chunk {
     }
   }
 
-  void inner_phase(Scratch& own) {
+  void inner_phase(Scratch& own, int member) {
     const int64_t widest = count(active.empty() ? 0 : active[0]);
     float* gate = own.take<float>(INNER_GROUPS * 16 * widest);
     float* up = own.take<float>(INNER_GROUPS * 16 * widest);
     float* line = own.take<float>(INNER_GROUPS * 16);
     const RowView row = take_row(own, INNER_GROUPS * 16);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
-    for (int64_t item; (item = inner.take()) < inner_items * int64_t(active.size());) {
+    const uint8_t* after = member < outer.count && !active.empty() ? outer_weights(member, active[0]) : nullptr;
+    inner.walk([&](int64_t item, int64_t then) {
       const int64_t e = active[item / inner_items], first = item % inner_items * INNER_GROUPS;
       const int groups = int(std::min<int64_t>(INNER_GROUPS, (c.inner + 15) / 16 - first));
       const Tokens in = slice(xs, offset[e], count(e), k);
-      project(c.gate, e, first, groups, c.inner, in, gate, work);
-      project(c.up, e, first, groups, c.inner, in, up, work);
+      project(c.gate, e, first, groups, c.inner, in, gate, work, inner_weights(c.up, item));
+      project(c.up, e, first, groups, c.inner, in, up, work, then < 0 ? after : inner_weights(c.gate, then));
       k.gate(c.act, c.alpha, c.limit, gate, up, gate, int64_t(groups) * in.n * 16);
       hand_over(e, first, groups, gate, row, line);
-    }
+    });
   }
 
   void outer_phase(Scratch& own) {
@@ -117,13 +128,15 @@ struct Chunk {
     float* total = own.take<float>(columns * tokens);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
     const int64_t all_groups = (c.hidden + 15) / 16;
-    for (int64_t item; (item = outer.take()) < out_items;) {
+    outer.walk([&](int64_t item, int64_t then) {
       const int64_t first = item * out_groups;
       const int groups = int(std::min<int64_t>(out_groups, all_groups - first));
       std::fill(total, total + columns * tokens, 0.0f);
-      for (const int64_t e : active) {
+      for (size_t i = 0; i < active.size(); ++i) {
+        const int64_t e = active[i];
+        const uint8_t* next = i + 1 < active.size() ? outer_weights(item, active[i + 1]) : outer_weights(then, active[0]);
         const Tokens in = slice(hs, offset[e], count(e), k);
-        project(c.down, e, first, groups, c.hidden, in, sums, work);
+        project(c.down, e, first, groups, c.hidden, in, sums, work, next);
         for (int g = 0; g < groups; ++g)
           for (int t = 0; t < in.n; ++t) {
             const int64_t slot = offset[e] + t;
@@ -135,7 +148,7 @@ struct Chunk {
       const int64_t width = std::min<int64_t>(groups * 16, c.hidden - first * 16);
       for (int64_t t = 0; t < tokens; ++t)
         from_floats(total + t * columns, c.type, width, out + (t * c.hidden + first * 16) * int64_t(size_of(c.type)));
-    }
+    });
   }
 };
 
@@ -143,7 +156,7 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
   const Kernels& k = kernels();
   const bool in_ints = !c.gate.layout->is_float || !c.up.layout->is_float, in_floats = c.gate.layout->is_float || c.up.layout->is_float;
   const bool down_ints = !c.down.layout->is_float;
-  const int64_t slots = tokens * c.top;
+  const int64_t slots = tokens * c.top, all_groups = (c.hidden + 15) / 16;
   shared_scratch.reset(tokens_bytes(slots, c.hidden, in_ints, in_floats) + tokens_bytes(slots, c.inner, down_ints, !down_ints) +
                        size_t(2 * c.experts + 1 + 2 * slots) * 8 + size_t(slots) * 4 + 1024);
   Scratch& s = shared_scratch;
@@ -154,20 +167,21 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
               .offset = s.take<int64_t>(c.experts + 1), .slot_token = s.take<int64_t>(slots),
               .slot_of = s.take<int64_t>(slots + c.experts), .slot_weight = s.take<float>(slots), .active = order,
               .xs = take_tokens(s, slots, c.hidden, in_ints, in_floats), .hs = take_tokens(s, slots, c.inner, down_ints, !down_ints),
-              .inner_items = (c.inner + INNER_GROUPS * 16 - 1) / (INNER_GROUPS * 16), .out_items = 0,
-              .out_groups = tokens > 16 ? 4 : 2, .rows = {}, .inner = {}, .outer = {}};
+              .inner_items = (c.inner + INNER_GROUPS * 16 - 1) / (INNER_GROUPS * 16),
+              .out_groups = tokens > 16 ? std::clamp<int64_t>(all_groups / (4 * threads()), 2, 4) : std::clamp<int64_t>(all_groups / (16 * threads()), 1, 4), .rows = {}, .inner = {},
+              .outer = {}};
   chunk.group();
-  const int64_t all_groups = (c.hidden + 15) / 16;
-  chunk.out_items = (all_groups + chunk.out_groups - 1) / chunk.out_groups;
+  chunk.inner.count = chunk.inner_items * int64_t(chunk.active.size());
+  chunk.outer.count = (all_groups + chunk.out_groups - 1) / chunk.out_groups;
   const int64_t widest = chunk.active.empty() ? 0 : chunk.count(chunk.active[0]);
   const size_t own = row_bytes(std::max<int64_t>(c.hidden, 64)) + size_t(2 * INNER_GROUPS) * 16 * widest * 4 +
                      size_t(chunk.out_groups) * 16 * (widest + tokens + 1) * 4 + WORK_BYTES + 4096;
-  parallel([&](int) {
+  parallel([&](int member) {
     member_scratch.reset(own);
     chunk.quantise_inputs(member_scratch);
     barrier();
     member_scratch.reset(own);
-    chunk.inner_phase(member_scratch);
+    chunk.inner_phase(member_scratch, member);
     barrier();
     member_scratch.reset(own);
     chunk.outer_phase(member_scratch);
@@ -176,6 +190,7 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
 }  // namespace
 
 void experts(const ExpertsCall& call) {
-  for (int64_t t = 0; t < call.tokens; t += CHUNK) run_chunk(call, t, std::min(CHUNK, call.tokens - t));
+  const int64_t chunk = std::min(CHUNK, std::max<int64_t>(1, call.experts / std::max<int64_t>(call.top, 1)) * FEW);
+  for (int64_t t = 0; t < call.tokens; t += chunk) run_chunk(call, t, std::min(chunk, call.tokens - t));
 }
 }  // namespace ktx

@@ -2,6 +2,22 @@
 
 constexpr int SPAN = 256;  // k unpacked at once: 4 KB of weights for a group of 16 rows
 
+// Weights that are read once are fetched this far ahead, into the second-level cache, which has room for more misses than the
+// first; and the page after next is touched, because in a large model every page is a miss of the page tables as well. Past the
+// end of what was asked for, fetching goes on at the beginning of what comes next.
+constexpr int64_t LINES_AHEAD = 6144, PAGES_AHEAD = 16384;
+struct Ahead {
+  const uint8_t* end;
+  int64_t jump;
+  AI Ahead(const uint8_t* end, const uint8_t* next) : end(end), jump(next ? next - end : -PAGES_AHEAD) {}
+  AI const uint8_t* from(const uint8_t* p) const { return p + (p >= end ? jump : 0); }
+  AI void lines(const uint8_t* p, int64_t bytes) const {
+    const uint8_t* to = from(p + LINES_AHEAD);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(to + at, 0, 2);
+  }
+  AI void page(const uint8_t* p) const { __builtin_prefetch(from(p + PAGES_AHEAD), 0, 2); }
+};
+
 template <int N> struct Int { static constexpr int value = N; };
 
 AI Block block_at(const Layout& l, const uint8_t* group, int64_t k, int64_t b) {
@@ -18,7 +34,7 @@ template <class D> struct Traits {
 // ---- few tokens: weights are expanded in registers and used at once --------------------------------------------------
 
 template <class D, int T>
-static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x, float* out) {
+static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x, float* out, const Ahead& ahead) {
   typedef Traits<D> R;
   F total[T];
   for (int t = 0; t < T; ++t) total[t] = zero();
@@ -28,11 +44,13 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
   const int64_t blocks = x.k / D::BLOCK;
   const size_t plane = narrow_plane(l, x.k), words = size_t(l.word_count()) * 64, narrow = size_t(l.narrow_bytes) * 16;
   Block b = {group, group + plane, group + l.narrows * plane};
+  ahead.lines(group, int64_t(l.narrows * plane));
   for (int64_t i = 0; i < blocks; ++i) {
+    ahead.page(b.words);
     const typename D::Head head = D::head(b);
 #pragma GCC unroll 2
     for (int s = 0; s < R::SUBS; ++s) {
-      for (size_t at = 0; at < words / R::SUBS; at += 64) __builtin_prefetch(b.words + 4096 + s * (words / R::SUBS) + at);
+      ahead.lines(b.words + s * (words / R::SUBS), int64_t(words / R::SUBS));
       V w[R::VECTORS];
       F scale, minimum;
       D::part(head, b, s, w, scale, minimum);
@@ -65,6 +83,8 @@ static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t fro
   typedef Traits<D> R;
   for (int at = 0, s16 = 0; at < length; at += D::BLOCK) {
     const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
+    const int64_t words = l.word_count() * 64, after = SPAN / D::BLOCK * words;
+    for (int64_t i = 0; i < words; i += 64) __builtin_prefetch(b.words + after + i, 0, 2);  // the next span, while this is used
     const typename D::Head head = D::head(b);
     for (int s = 0; s < R::SUBS; ++s, ++s16) {
       V w[R::VECTORS];
@@ -165,17 +185,19 @@ static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& 
 }
 
 template <class D>
-static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work) {
+static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work,
+                          const uint8_t* next) {
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+  const Ahead ahead(packed + groups * group, next);
   Span* spans = reinterpret_cast<Span*>(work);
   int g = 0;
   if (x.tiles == 1 && x.n <= KTX_FEW) {
     for (; g < groups; ++g, packed += group, out += stride) {
-      if (x.n == 1) multiply_few<D, 1>(l, packed, x, out);
-      else if (x.n == 2) multiply_few<D, 2>(l, packed, x, out);
+      if (x.n == 1) multiply_few<D, 1>(l, packed, x, out, ahead);
+      else if (x.n == 2) multiply_few<D, 2>(l, packed, x, out, ahead);
 #if KTX_FEW == 4
-      else if (x.n == 3) multiply_few<D, 3>(l, packed, x, out);
-      else multiply_few<D, 4>(l, packed, x, out);
+      else if (x.n == 3) multiply_few<D, 3>(l, packed, x, out, ahead);
+      else multiply_few<D, 4>(l, packed, x, out, ahead);
 #endif
     }
     return;
@@ -202,12 +224,18 @@ struct LF8 {  // e4m3: sign, exponent and mantissa moved to f32's places; 2^120 
 
 template <class L, int R, int T>
 static void multiply_float_tile(const uint8_t* w, size_t group, const float* scales, int64_t k, const float* x, float* out,
-                                size_t stride) {
+                                size_t stride, const Ahead* ahead) {
   F total[R * T];
 #pragma GCC unroll 12
   for (int i = 0; i < R * T; ++i) total[i] = zero();
   for (int64_t from = 0; from < k; from += 128) {
     const int64_t to = from + 128 < k ? from + 128 : k;
+    if (ahead)
+      for (int r = 0; r < R; ++r) {
+        const uint8_t* here = w + r * group + from * 16 * L::BYTES;
+        ahead->page(here);
+        ahead->lines(here, (to - from) * 16 * L::BYTES);
+      }
     F sum[R * T];
 #pragma GCC unroll 12
     for (int i = 0; i < R * T; ++i) sum[i] = zero();
@@ -235,7 +263,7 @@ static void multiply_float_tile(const uint8_t* w, size_t group, const float* sca
     for (int t = 0; t < T; ++t) storef(out + r * stride + t * 16, total[r * T + t]);
 }
 
-typedef void (*FloatTile)(const uint8_t*, size_t, const float*, int64_t, const float*, float*, size_t);
+typedef void (*FloatTile)(const uint8_t*, size_t, const float*, int64_t, const float*, float*, size_t, const Ahead*);
 template <class L, int R> static FloatTile float_tile(int tokens) {
   static const FloatTile table[] = {nullptr, multiply_float_tile<L, R, 1>, multiply_float_tile<L, R, 2>,
 #if KTX_TILE == 6
@@ -247,8 +275,10 @@ template <class L, int R> static FloatTile float_tile(int tokens) {
 }
 
 template <class L>
-static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t*) {
+static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t*,
+                            const uint8_t* next) {
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+  const Ahead ahead(packed + groups * group, next);
   for (int g = 0; g < groups;) {
     const int r = KTX_TILE == 6 && g + 2 <= groups ? 2 : 1;
     const float* scales = L::BYTES == 1 ? reinterpret_cast<const float*>(packed + float_scales_at(l, x.k)) : nullptr;
@@ -259,7 +289,7 @@ static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, 
           r == 2 ? float_tile<L, 2>(tokens) :
 #endif
                  float_tile<L, 1>(tokens);
-      fn(packed, group, scales, x.k, x.f + first * x.k, out + first * 16, stride);
+      fn(packed, group, scales, x.k, x.f + first * x.k, out + first * 16, stride, tile ? nullptr : &ahead);
     }
     g += r, packed += r * group, out += r * stride;
   }
@@ -300,7 +330,7 @@ template <class L> static void unpack_floats(const Layout& l, const uint8_t* gro
   X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0)      \
   X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M)
 
-typedef void (*Multiply)(const Layout&, const uint8_t*, int, const Tokens&, float*, uint8_t*);
+typedef void (*Multiply)(const Layout&, const uint8_t*, int, const Tokens&, float*, uint8_t*, const uint8_t*);
 typedef void (*Unpack)(const Layout&, const uint8_t*, int64_t, float*);
 struct Row { int code; Multiply multiply; Unpack unpack; };
 static const Row ROWS[] = {
@@ -318,8 +348,9 @@ static const Row& row_of(int code) {
     if (row.code == code) return row;
   __builtin_trap();  // the drivers check the code before they come here
 }
-static void multiply(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work) {
-  row_of(l.code).multiply(l, packed, groups, x, out, work);
+static void multiply(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work,
+                     const uint8_t* next) {
+  row_of(l.code).multiply(l, packed, groups, x, out, work, next);
 }
 static void unpack(const Layout& l, const uint8_t* group, int64_t k, float* out) { row_of(l.code).unpack(l, group, k, out); }
 

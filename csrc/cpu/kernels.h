@@ -36,8 +36,10 @@ struct Kernels {
   // Columns from..from+length of a token into its tile; `row` and `x` hold these columns only. Multiples of 32 for `place`.
   void (*place)(const RowView& row, const Tokens& to, int token, int64_t from, int64_t length);
   void (*place_floats)(const float* x, const Tokens& to, int token, int64_t from, int64_t length);
-  // out[group][token][16] = packed rows of `groups` groups times every token; `work` holds WORK_BYTES
-  void (*multiply)(const Layout& layout, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work);
+  // out[group][token][16] = packed rows of `groups` groups times every token; `work` holds WORK_BYTES. `next` is what the caller
+  // will multiply with next, or null: its beginning is fetched while the end of this is used.
+  void (*multiply)(const Layout& layout, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work,
+                   const uint8_t* next);
   void (*unpack)(const Layout& layout, const uint8_t* group, int64_t k, float* out);  // [k][16]
   void (*gate)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out, int64_t n);  // n % 16 == 0
 };

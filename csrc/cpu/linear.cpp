@@ -32,7 +32,8 @@ struct Call {
   int tokens;
   Tokens all;  // activations of every matrix's tokens
   int64_t groups, per_item;
-  Queue rows{}, items{};
+  Queue rows{};
+  Line items{};
 
   void prepare(Scratch& own) {  // each member quantises some tokens
     float* room = own.take<float>(k);
@@ -52,17 +53,20 @@ struct Call {
       from_floats(v, type, width, y + ((matrix * tokens + t) * n + row) * int64_t(size_of(type)));
     }
   }
+  int64_t items_of_matrix() const { return (groups + per_item - 1) / per_item; }
+  const uint8_t* weights(int64_t item) const {
+    return packed + (item / items_of_matrix() * groups + item % items_of_matrix() * per_item) * group_bytes(layout, k);
+  }
   void multiply(Scratch& own) {
     float* sums = own.take<float>(per_item * tokens * 16);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
-    const size_t stride = group_bytes(layout, k);
-    const int64_t per_matrix = (groups + per_item - 1) / per_item;
-    for (int64_t item; (item = items.take()) < matrices * per_matrix;) {
-      const int64_t matrix = item / per_matrix, first = item % per_matrix * per_item, count = std::min(per_item, groups - first);
+    items.walk([&](int64_t item, int64_t then) {
+      const int64_t matrix = item / items_of_matrix(), first = item % items_of_matrix() * per_item;
+      const int64_t count = std::min(per_item, groups - first);
       const Tokens mine = slice(all, matrix * tokens, tokens, kernels);
-      kernels.multiply(layout, packed + (matrix * groups + first) * stride, int(count), mine, sums, work);
+      kernels.multiply(layout, weights(item), int(count), mine, sums, work, then < 0 ? nullptr : weights(then));
       for (int64_t g = 0; g < count; ++g) finish(matrix, first + g, sums + g * tokens * 16);
-    }
+    });
   }
 };
 
@@ -73,8 +77,11 @@ void chunk(const void* x, Number type, int64_t matrices, int tokens, const Layou
   shared_scratch.reset(tokens_bytes(rows, k, ints, !ints));
   const int64_t groups = (n + 15) / 16, share = matrices * groups / (4 * threads());
   const int64_t per_item = std::max<int64_t>(1, std::min<int64_t>(tokens > 64 ? 2 : 8, share));
-  Call call{kernels(), layout, packed, n, k, bias, type, static_cast<const uint8_t*>(x), static_cast<uint8_t*>(y), matrices, tokens,
-            take_tokens(shared_scratch, rows, k, ints, !ints), groups, per_item + (per_item > 1 && per_item % 2)};
+  const int64_t even = per_item + (per_item > 1 && per_item % 2);
+  Call call{.kernels = kernels(), .layout = layout, .packed = packed, .n = n, .k = k, .bias = bias, .type = type,
+            .x = static_cast<const uint8_t*>(x), .y = static_cast<uint8_t*>(y), .matrices = matrices, .tokens = tokens,
+            .all = take_tokens(shared_scratch, rows, k, ints, !ints), .groups = groups, .per_item = even, .rows = {},
+            .items = {.count = matrices * ((groups + even - 1) / even)}};
   parallel([&](int) {
     member_scratch.reset(row_bytes(k) + size_t(call.per_item) * tokens * 64 + WORK_BYTES + 512);
     call.prepare(member_scratch);

@@ -18,7 +18,8 @@
 namespace ktx {
 namespace {
 // Spinning is bounded: beside a busy neighbour an endless spin costs up to forty times the work itself.
-constexpr int SPINS = 4000;  // about 50 us of pause instructions
+// Between two kernels of a token runs Python: longer than a wait inside a kernel, and a thread woken from sleep costs 50 us.
+constexpr int SPINS = 4000, SPINS_BETWEEN = 20000;  // pause instructions: about 50 and 250 us
 
 void relax() { __builtin_ia32_pause(); }
 
@@ -37,8 +38,8 @@ struct Signal {
     value.store(v, std::memory_order_seq_cst);
     if (sleepers.load(std::memory_order_seq_cst)) futex_wake(value);
   }
-  void wait_while(uint32_t seen) {
-    for (int i = 0; i < SPINS; ++i, relax())
+  void wait_while(uint32_t seen, int spins = SPINS) {
+    for (int i = 0; i < spins; ++i, relax())
       if (value.load(std::memory_order_acquire) != seen) return;
     sleepers.fetch_add(1, std::memory_order_seq_cst);
     while (value.load(std::memory_order_seq_cst) == seen) futex_wait(value, seen);
@@ -114,7 +115,7 @@ class Team {
   }
   void work(int member) {
     for (uint32_t seen = 0;; ++seen) {
-      start.wait_while(seen);
+      start.wait_while(seen, SPINS_BETWEEN);
       if (stop) return;
       member_run(member);
       if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) done.set(done.value.load(std::memory_order_relaxed) + 1);

@@ -23,4 +23,18 @@ struct Queue {
   std::atomic<int64_t> next{0};
   int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
 };
+
+// The same for members that always know the item after the present one, so that they can fetch its weights ahead.
+struct Line {
+  int64_t count = 0;
+  Queue queue{};
+  template <class F>  // f(item, the one after it or -1)
+  void walk(F&& f) {
+    for (int64_t item = queue.take(); item < count;) {
+      const int64_t then = queue.take();
+      f(item, then < count ? then : -1);
+      item = then;
+    }
+  }
+};
 }  // namespace ktx
