@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Context", "Operator", "Plan", "Rule", "load", "plan", "register"]
+
+# torch's OpenMP threads spin for milliseconds after their work, on the cores where our kernels' threads want to run: prefill lost
+# 15 %. The runtime reads this when torch is imported, so it only helps where ktx comes first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
     "Plan": "ktx.inject",

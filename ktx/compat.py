@@ -26,3 +26,10 @@ def checkpoint_renaming(model_type: str) -> Callable[[str], str]:
 def dtype_plan(model: Any, dtype: Any) -> dict[str, Any]:
     """Parameters that the model keeps in another type than `dtype` (routers' correction biases in f32): name pattern -> dtype."""
     return dict(model._get_dtype_plan(dtype))
+
+
+def config_dict(source: str) -> dict[str, Any]:
+    """The raw config.json of a folder or hub id."""
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(source)[0]

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 FIRST = 256  # positions of the first allocation
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses keep states of other kinds beside keys
 
 
 class GrowingLayer(DynamicLayer):
@@ -64,6 +65,8 @@ class GrowingLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last tokens back: a negative number says how many, as transformers 5 counts."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         self.length = max(0, self.length - abs(tokens_to_remove))
         if self.is_initialized:
             self._show()
@@ -95,7 +98,7 @@ class KVCache(Cache):
 
     def __init__(self, config: Any, dtype: torch.dtype | None = torch.float16):
         stock = DynamicCache(config=config).layers
-        super().__init__(layers=[GrowingLayer(dtype) if isinstance(layer, DynamicLayer) else layer for layer in stock])
+        super().__init__(layers=[GrowingLayer(dtype) if type(layer) in PLAIN else layer for layer in stock])
 
     @property
     def can_crop(self) -> bool:

@@ -120,6 +120,8 @@ AttentionMaskInterface.register(NAME, interval_mask)
 class Attention(Operator):
     """The transformers module itself, computing with our kernel: projections, norms, rotary code and gates are its own."""
 
+    kv_dtype: torch.dtype | None
+
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Attention:
         if not hasattr(old, "config"):
@@ -127,10 +129,25 @@ class Attention(Operator):
                 f"{ctx.path} is a {type(old).__name__}, which has no configuration to choose its attention by"
             )
         new: Attention = adopt(cls, old, ctx)
-        new.transformers_forward = type(old).forward
+        new.kv_dtype = ctx.kv_dtype
         new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself
         new.config._attn_implementation = NAME
         return new
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.transformers_forward(self, *args, **kwargs)
+    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if self.kv_dtype is not None and past_key_values is not None:
+            past_key_values = StoredAs(past_key_values, self.kv_dtype)
+        return super().forward(*args, past_key_values=past_key_values, **kwargs)
+
+
+class StoredAs:
+    """A transformers cache that is handed keys and values in another type than the model computes in."""
+
+    def __init__(self, cache: Any, dtype: torch.dtype):
+        self.cache, self.dtype = cache, dtype
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.cache.update(keys.to(self.dtype), values.to(self.dtype), *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)

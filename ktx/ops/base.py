@@ -61,9 +61,21 @@ class Operator(nn.Module):
         return 0, 0
 
 
+_HEIRS: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {}
+
+
+def _heir(cls: type[Operator], old: type[nn.Module]) -> type[Operator]:
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    return _HEIRS.setdefault((cls, old), type(cls.__name__, (cls, old), names))
+
+
 def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
-    """An instance of `cls` with everything `old` had: its attributes, parameters and children."""
-    new = cls.__new__(cls)
+    """An instance of `cls` with everything `old` had: its attributes, parameters, children and methods.
+
+    Its class inherits from both. So `super().forward` is transformers' own, its helpers are there, and code that asks for
+    the class (transformers' initialiser, its recorders of router logits) still knows the module.
+    """
+    new = nn.Module.__new__(_heir(cls, type(old)))
     nn.Module.__init__(new)
     new.__dict__.update(old.__dict__)
     new.__dict__["_modules"] = dict(old._modules)
@@ -111,13 +123,13 @@ def resolve(name: str, where: str = "") -> type[Operator]:
             f"{at}no operator is called {name!r}{nearest(name, [*SHIPPED, *_REGISTERED])}; give one of {' '.join(SHIPPED)} or a dotted path"
         )
     try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise UsageError(f"{at}cannot import {name}: {error}") from error
-    except AttributeError as error:
-        raise UsageError(
-            f"{at}module {module} has no class {attribute}{nearest(attribute, dir(importlib.import_module(module)))}"
-        ) from error
+        home = importlib.import_module(module)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise UsageError(f"{at}cannot import {name}: {kind}{str(error).partition(chr(10))[0]}") from error
+    cls = getattr(home, attribute, None)
+    if cls is None:
+        raise UsageError(f"{at}module {module} has no class {attribute}{nearest(attribute, dir(home))}")
     if not (isinstance(cls, type) and issubclass(cls, Operator)):
         raise UsageError(f"{at}{name} is no ktx.Operator")
     return cls

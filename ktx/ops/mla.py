@@ -20,11 +20,22 @@ from ktx.weights.source import QuantizedTensor, WeightSource
 
 EXPAND_FROM = 128  # tokens of a call from which expanding pays: 2 * 768 * S > 2 * 512 * 256 operations a key and head
 EXPAND_BYTES = 1 << 29  # but never more memory than this for expanded keys and values
-PARTS = ("q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "o_proj")
+ROPE = {  # attention classes that do what DeepSeek's does, and where they pair the rotated columns
+    "DeepseekV2Attention": "interleaved",
+    "DeepseekV3Attention": "config",
+    "AXK1Attention": "config",
+    "Glm4MoeLiteAttention": "config",
+    "MiniCPM3Attention": "halves",
+    "YoutuAttention": "config",
+}
 
 
 class MLA(Operator):
-    """Replaces every transformers attention that caches a latent (deepseek_v2, deepseek_v3 and their kin)."""
+    """Replaces an attention that caches a latent as DeepSeek's does.
+
+    Options: `absorb_for_prefill` keeps one form for any length, which saves memory and costs prefill speed; `rope`
+    (interleaved, halves, config) vouches for a class that is not in ROPE.
+    """
 
     consumes = ("kv_b_proj",)
     w_uk_t: Any
@@ -32,20 +43,27 @@ class MLA(Operator):
     w_uk: Any
 
     @classmethod
-    def from_hf(cls, old: Any, ctx: Context, absorb_for_prefill: bool = False, **kwargs: Any) -> MLA:
+    def from_hf(cls, old: Any, ctx: Context, absorb_for_prefill: bool = False, rope: str = "", **kwargs: Any) -> MLA:
         if not hasattr(old, "kv_lora_rank") or not hasattr(old, "kv_a_proj_with_mqa"):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}, MLA needs an attention with a compressed latent (kv_lora_rank)"
             )
+        pairs = _pairs(rope or ROPE.get(type(old).__name__, ""), old, ctx)
         new: MLA = adopt(cls, old, ctx)
         del new._modules["kv_b_proj"]
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
-        new.interleaved = bool(getattr(ctx.config, "rope_interleave", True))
+        new.interleaved = pairs == "interleaved"
         new.w_uk_t, new.w_uv, new.w_uk = None, None, None
         return new
 
     def tensors(self) -> list[str]:
         return [f"{self.path}.k_b_proj.weight", f"{self.path}.v_b_proj.weight"]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        heads, rank = self.num_heads, self.kv_lora_rank
+        return dict(
+            zip(self.tensors(), [(heads, rank, self.qk_nope_head_dim), (heads, self.v_head_dim, rank)], strict=True)
+        )
 
     def load(self, source: WeightSource) -> None:
         k_b, v_b = (source.get(name) for name in self.tensors())
@@ -134,6 +152,18 @@ class MLA(Operator):
     def weight_bytes(self) -> tuple[int, int]:
         read = sum(w.nbytes for w in (self.w_uk_t, self.w_uv) if w is not None)
         return read + (0 if self.w_uk is None else self.w_uk.nbytes), read
+
+
+def _pairs(rope: str, old: Any, ctx: Context) -> str:
+    if rope == "config":
+        return "interleaved" if old.config.rope_interleave else "halves"
+    if rope not in ("interleaved", "halves"):
+        known = " ".join(ROPE)
+        raise UsageError(
+            f"{ctx.path}: {type(old).__name__} may differ from DeepSeek's attention; MLA knows {known}. If it does not"
+            " differ, say so by the option rope: interleaved, halves or config"
+        )
+    return rope
 
 
 def _kept(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:

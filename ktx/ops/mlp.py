@@ -1,7 +1,8 @@
-"""A gated feed-forward layer: its activation in one call."""
+"""A gated feed-forward layer in one kernel call."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,11 +10,54 @@ import torch
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.experts import activation
+from ktx.ops.gates import PLAIN, gate_of_mlp
+from ktx.ops.linear import Linear
+
+PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The three matrices of a layer, for the experts kernel with one expert, and the modules they belong to."""
+
+    children: dict[str, Linear]
+    matrices: tuple[cpu.Packed, cpu.Packed, cpu.Packed]
+    biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+    @classmethod
+    def of(cls, modules: dict[str, Any]) -> Fused | None:
+        """None where a projection is no plain Linear, or its rows lie in several tensors."""
+        if any(type(child) is not Linear or len(child.parts) != 1 for child in modules.values()):
+            return None
+        rows = {name: (child.parts[0], child.bias) for name, child in modules.items()}
+        if "gate_up_proj" in rows:
+            (both, bias), half = rows["gate_up_proj"], rows["gate_up_proj"][0].n // 2
+            if half % 16:
+                return None  # the packed rows come in sixteens, of which one is half gate and half up
+            cut = both.nbytes // 2
+            for i, name in enumerate(("gate_proj", "up_proj")):
+                part = None if bias is None else bias[i * half : (i + 1) * half]
+                rows[name] = cpu.Packed(both.data[i * cut : (i + 1) * cut], both.qtype, half, both.k), part
+        (gate, a), (up, b), (down, c) = (rows[name] for name in ("gate_proj", "up_proj", "down_proj"))
+        return cls(modules, (gate, up, down), (a, b, c))
+
+    def holds(self, modules: dict[str, Any]) -> bool:
+        """Whether the projections are still the same modules, and nobody listens to them."""
+        return all(
+            modules.get(name) is child and not child._forward_hooks and not child._forward_pre_hooks
+            for name, child in self.children.items()
+        )
+
+    def __call__(self, x: torch.Tensor, act: str) -> torch.Tensor:
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        only, one = torch.zeros(len(flat), 1, dtype=torch.int64), torch.ones(len(flat), 1)
+        return cpu.experts(flat, only, one, *self.matrices, *self.biases, act).view(x.shape)
 
 
 class MLP(Operator):
     """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own."""
+
+    fused: Fused | None
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MLP:
@@ -22,10 +66,17 @@ class MLP(Operator):
                 f"{ctx.path} is a {type(old).__name__}, MLP needs gate_proj and up_proj (or gate_up_proj), and down_proj"
             )
         new: MLP = adopt(cls, old, ctx)
-        new.act = activation(ctx.config, ctx.path)
+        new.act, new.fused = gate_of_mlp(old, ctx.path).act, None
+        if new.act not in PLAIN:
+            raise UsageError(f"{ctx.path}: {type(old).__name__} clamps its gate, which only the experts kernel does")
         return new
 
+    def ready(self) -> None:
+        self.fused = Fused.of({name: child for name, child in self._modules.items() if name in PROJECTIONS})
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fused is not None and self.fused.holds(self._modules):
+            return self.fused(x, self.act)
         if hasattr(self, "gate_up_proj"):
             gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, -1))
         else:

@@ -23,21 +23,17 @@ class RotaryEmbedding(Operator):
         if not hasattr(old, "inv_freq"):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, RotaryEmbedding needs inv_freq")
         new: RotaryEmbedding = adopt(cls, old, ctx)
-        new.transformers_forward = type(old).forward
-        for name in ("compute_default_rope_parameters", "compute_ntk_alpha_rope_parameters"):
-            if hasattr(old, name):  # transformers' initialiser asks the module for its own frequencies
-                setattr(new, name, getattr(old, name))
         new.table, new.fixed = None, getattr(old, "rope_type", "default") in ("default", "linear", "yarn", "llama3")
         return new
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not self.fixed or args or kwargs:
-            return self.transformers_forward(self, x, position_ids, *args, **kwargs)
+        if not self.fixed or args or kwargs or position_ids.dim() != 2:
+            return super().forward(x, position_ids, *args, **kwargs)
         need = int(position_ids.max()) + 1
         if self.table is None or need > self.table[0]:
             size = max(256, 1 << (need - 1).bit_length())
             positions = torch.arange(size, device=position_ids.device)[None]
-            self.table = size, self.transformers_forward(self, x.float(), positions)
+            self.table = size, super().forward(x.float(), positions)
         values = self.table[1]
         if isinstance(values, torch.Tensor):  # deepseek_v2: one complex table
             return values[0][position_ids]

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: one matrix product in f32, then one call that scores, groups, chooses and weighs."""
+"""The router of a mixture of experts: a matrix product in f32, then one call that scores, groups, chooses and weighs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
 from ktx.ops.base import Context, Operator, adopt
+from ktx.weights.source import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,15 @@ class Router(Operator):
         new.style = STYLES[name]
         if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
             new.style = Style("softmax", scaled=True)
-        new.in_f32 = ()
+        new.packed = None
         return new
 
-    in_f32: tuple[Any, ...]
+    packed: cpu.Packed | None
 
     def ready(self) -> None:
         bias = getattr(self, "bias", None)
-        self.in_f32 = self.weight.detach().float().contiguous(), None if bias is None else bias.detach().float()
+        self.packed = cpu.pack(QuantizedTensor.of(self.weight.detach().float()))
+        self.in_f32 = None if bias is None else bias.detach().float().contiguous()
 
     def correction(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """The bias that counts for the choice only: an argument (MiniMax), a buffer of its own, or of a child (ERNIE)."""
@@ -73,7 +75,8 @@ class Router(Operator):
     ) -> tuple[torch.Tensor, ...]:
         style = self.style
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
-        logits = torch.nn.functional.linear(flat, *self.in_f32)
+        assert self.packed is not None  # made by `ready`
+        logits = cpu.linear(flat, self.packed, self.in_f32)
         renorm = getattr(self, style.renorm) if isinstance(style.renorm, str) else style.renorm
         grouped = style.groups != "none"
         ids, weights = cpu.route(

@@ -1,0 +1,87 @@
+"""Which activation a feed-forward module computes: found by asking it, because configurations name it in too many ways.
+
+Between its projections a module is a function of numbers alone, so it is tried on a few and compared with what the kernels
+have. A family that clamps or scales in its own way is refused here, before it answers nonsense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ktx.errors import UsageError
+from ktx.kernels import reference
+
+PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+GATE = torch.linspace(-40.0, 40.0, 257)  # beyond every limit in use
+UP = GATE.flip(0) + 0.5
+ODD = (  # attributes of experts modules: name, the value that the kernel has, what another value means
+    ("has_gate", True, "has no gate projection, which the experts kernel needs"),
+    ("has_post_expert_norm", False, "norms the output of each expert, which the experts kernel does not"),
+)
+
+
+class Gate(NamedTuple):
+    """A kernel's activation: act(gate) * up, or with `swiglu_oai` gpt-oss's, which is clamped at `limit`."""
+
+    act: str
+    alpha: float = 0.0
+    limit: float = 0.0
+
+
+def gate_of_experts(experts: Any, where: str) -> Gate:
+    """What a transformers experts module does between its projections; UsageError when no kernel does that."""
+    odd = [what for name, usual, what in ODD if getattr(experts, name, usual) is not usual]
+    if odd or not hasattr(experts, "_apply_gate"):
+        wrong = odd[0] if odd else "does not keep the experts contract of transformers 5"
+        raise UsageError(f"{where}: {type(experts).__name__} {wrong}")
+    laid_out = (torch.cat([GATE, UP]), torch.stack([GATE, UP], -1).flatten())  # gpt-oss interleaves the two
+    return _known(lambda: [experts._apply_gate(both[None])[0] for both in laid_out], experts, where)
+
+
+def gate_of_mlp(mlp: Any, where: str) -> Gate:
+    """The same of a module with gate_proj and up_proj, or gate_up_proj, and down_proj."""
+    probe = nn.Module.__new__(type(mlp))
+    nn.Module.__init__(probe)
+    probe.__dict__.update(mlp.__dict__)
+    fed = {"gate_proj": _Answers(GATE), "up_proj": _Answers(UP), "gate_up_proj": _Answers(torch.cat([GATE, UP]))}
+    fed["down_proj"] = nn.Identity()  # type: ignore[assignment]
+    probe.__dict__["_modules"] = {name: fed.get(name, child) for name, child in mlp._modules.items()}
+    return _known(lambda: [probe(GATE[None, None])[0, 0]], mlp, where)
+
+
+class _Answers(nn.Module):
+    """A projection that gives the same numbers whatever it is asked."""
+
+    def __init__(self, values: torch.Tensor):
+        super().__init__()
+        self.values = values
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.values[None, None]
+
+
+def _known(ask: Callable[[], list[torch.Tensor]], module: nn.Module, where: str) -> Gate:
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            answers = [answer.float() for answer in ask()]
+    except Exception as error:  # a family's own code, fed with numbers it may not expect
+        kind, first = type(module).__name__, str(error).partition("\n")[0]
+        raise UsageError(f"{where}: {kind} does not tell its activation ({type(error).__name__}: {first})") from error
+    for gate in _candidates(module):
+        expected = reference.activate(GATE, UP, *gate)
+        alike = (answer for answer in answers if answer.shape == expected.shape)
+        if any(torch.allclose(expected, answer, rtol=1e-5, atol=1e-5) for answer in alike):
+            return gate
+    names = " ".join((*PLAIN, "swiglu_oai"))
+    raise UsageError(f"{where}: what {type(module).__name__} does with gate and up is in no kernel; ktx has {names}")
+
+
+def _candidates(module: Any) -> list[Gate]:
+    alpha = getattr(module, "alpha", getattr(module, "swiglu_alpha", None))
+    limit = getattr(module, "limit", getattr(module, "swiglu_limit", None))
+    clamped = [Gate("swiglu_oai", float(alpha), float(limit))] if alpha is not None and limit is not None else []
+    return [*map(Gate, PLAIN), *clamped]
