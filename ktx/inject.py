@@ -7,7 +7,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -35,41 +35,48 @@ class Step:
 
     @property
     def nbytes(self) -> int:
+        """Bytes in the file."""
         return sum(spec.nbytes for spec in self.specs)
 
     @property
+    def memory(self) -> int:
+        """Bytes in memory: an operator keeps the file's form, a kept module has f32 parameters."""
+        return self.nbytes if self.new else sum(4 * prod(spec.shape) for spec in self.specs)
+
+    @property
     def types(self) -> str:
-        names = dict.fromkeys(spec.qtype.name for spec in sorted(self.specs, key=lambda spec: -spec.nbytes))
-        return "+".join(names)
+        """Names of the types, the one with the most bytes first."""
+        nbytes: Counter[str] = Counter()
+        for spec in self.specs:
+            nbytes[spec.qtype.name] += spec.nbytes
+        return "+".join(name for name, _ in nbytes.most_common())
 
 
 class Plan(list[Step]):
     """What will be where. str() is the table, `totals()` the bytes by device, `check` names what is missing."""
 
     unmatched: list[Rule]
+    source: WeightSource
 
     def fill(self, source: WeightSource) -> None:
         """Looks every tensor up in the headers."""
+        self.source = source
         for step in self:
             step.specs = [spec for spec in map(source.spec, step.tensors) if spec is not None]
 
-    def check(self, source: WeightSource) -> None:
-        """BadFile naming every tensor that the file lacks or has in another shape."""
-        wrong = []
+    def check(self, source: WeightSource | None = None) -> None:
+        """BadFile naming every tensor that the file lacks or has in another shape; alike layers are one entry."""
+        source = source or self.source
+        wrong: dict[tuple[str, str], list[int]] = {}
         for step in self:
             for name in step.tensors:
-                spec, shape = source.spec(name), step.shapes.get(name)
-                if spec is None:
-                    wrong.append(f"{name} is missing")
-                elif (
-                    shape
-                    and spec.shape != shape
-                    and not (prod(spec.shape) == prod(shape) and len(spec.shape) != len(shape))
-                ):
-                    wrong.append(f"{name} is {_shape(spec.shape)}, the model needs {_shape(shape)}")
+                what = _misfit(source.spec(name), step.shapes.get(name))
+                if what:
+                    generic, number = _generic(name)
+                    wrong.setdefault((generic, what), []).extend(number)
         if wrong:
-            more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-            raise BadFile(f"{source.path}: does not fit this model: {'; '.join(wrong[:8])}{more}")
+            lines = [f"{_named(generic, numbers)} {what}" for (generic, what), numbers in wrong.items()]
+            raise BadFile(f"{source.path}: does not fit this model: {'; '.join(lines)}")
 
     def totals(self) -> dict[str, int]:
         """Bytes of weights by device."""
@@ -88,10 +95,10 @@ class Plan(list[Step]):
                 step.new or "(kept)",
                 step.device,
                 step.types,
-                human(nbytes) if nbytes else "",
-                step.rule.where if step.rule else "default",
+                human(step.nbytes) if step.nbytes else "",
+                _short(step.rule),
             )
-            for path, step, nbytes in (_folded(self) if fold else ((step.path, step, step.nbytes) for step in self))
+            for path, step in (_folded(self) if fold else ((step.path, step) for step in self))
         ]
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
         lines = [
@@ -120,18 +127,45 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _folded(plan: Plan) -> Iterator[tuple[str, Step, int]]:
-    """Steps that differ only in the layer number as one, in order of first appearance."""
+def _misfit(spec: TensorSpec | None, shape: tuple[int, ...] | None) -> str:
+    """What is wrong with a tensor of the file, or nothing. [1, n] and [n] are the same weights."""
+    if spec is None:
+        return "is missing"
+    if not shape or spec.shape == shape or (prod(spec.shape) == prod(shape) and len(spec.shape) != len(shape)):
+        return ""
+    return f"is {_shape(spec.shape)}, the model needs {_shape(shape)}"
+
+
+def _short(rule: Rule | None) -> str:
+    """file:line without its folder."""
+    return rule.where.rpartition("/")[2] if rule else "default"
+
+
+def _generic(path: str) -> tuple[str, list[int]]:
+    """A path with its first number taken out, and that number."""
+    number = re.search(r"\.(\d+)(?=\.|$)", path)
+    return (path, []) if number is None else (f"{path[: number.start()]}.{{}}{path[number.end() :]}", [int(number[1])])
+
+
+def _named(generic: str, numbers: Sequence[int]) -> str:
+    return generic.replace("{}", _spans(numbers) if len(numbers) > 1 else "".join(map(str, numbers)))
+
+
+def _folded(plan: Plan) -> Iterator[tuple[str, Step]]:
+    """Steps that differ only in the layer number and in their types as one, in order of first appearance."""
     groups: dict[tuple[Any, ...], list[Step]] = {}
     for step in plan:
-        generic = re.sub(r"\.\d+(?=\.|$)", ".{}", step.path, count=1)
-        groups.setdefault(
-            (generic, step.old, step.new, step.device, step.types, step.rule.where if step.rule else ""), []
-        ).append(step)
+        alike = (
+            _generic(step.path)[0],
+            step.old,
+            step.new,
+            step.device,
+            step.rule.where if step.rule else "",
+        )
+        groups.setdefault(alike, []).append(step)
     for (generic, *_), steps in groups.items():
-        numbers = [int(m[1]) for step in steps if (m := re.search(r"\.(\d+)(?=\.|$)", step.path))]
-        name = generic.replace("{}", _spans(numbers)) if len(steps) > 1 else steps[0].path
-        yield name, steps[0], sum(step.nbytes for step in steps)
+        numbers = [number for step in steps for number in _generic(step.path)[1]]
+        yield _named(generic, numbers), replace(steps[0], specs=[spec for step in steps for spec in step.specs])
 
 
 def _spans(numbers: Sequence[int]) -> str:
@@ -156,7 +190,9 @@ def inject(
     walk.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in walk.hits]
     for rule in walk.plan.unmatched:
         pattern = rule.name.pattern if rule.name else rule.cls
-        warnings.warn(f"{rule.where}: the rule for {pattern!r} matched no module", stacklevel=2)
+        unknown = rule.cls.rpartition(".")[2] if rule.cls else ""
+        hint = nearest(unknown, sorted(walk.classes)) if unknown and unknown not in walk.classes else ""
+        warnings.warn(f"{rule.where}: the rule for {pattern!r} matched no module{hint}", stacklevel=2)
     return walk.plan
 
 
@@ -166,6 +202,7 @@ class _Walk:
     ):
         self.model, self.rules, self.config, self.dtype, self.kv_dtype = model, rules, config, dtype, kv_dtype
         self.plan, self.hits = Plan(), set[int]()
+        self.classes = {type(module).__name__ for module in model.modules()}
         self.tied = set(getattr(model, "all_tied_weights_keys", None) or {})
 
     def visit(self, path: str, module: nn.Module, device: torch.device) -> None:
@@ -191,9 +228,11 @@ class _Walk:
         cls = resolve(rule.replace, rule.where)
         check_kwargs(cls, rule)
         try:
-            return cls.from_hf(old, Context(path, self.config, device, self.dtype, self.kv_dtype), **rule.kwargs)
-        except UsageError as error:
+            new = cls.from_hf(old, Context(path, self.config, device, self.dtype, self.kv_dtype), **rule.kwargs)
+        except (UsageError, NotImplementedError) as error:
             raise UsageError(f"{rule.where}: {error}") from error
+        new.path = path  # an operator written in ten lines need not remember it
+        return new
 
     def step(self, path: str, old: str, module: nn.Module, rule: Rule | None, device: torch.device) -> None:
         """Records a module that was replaced or holds weights of its own."""
@@ -221,19 +260,33 @@ class _Walk:
 
 
 def check_kwargs(cls: type[Operator], rule: Rule) -> None:
-    """UsageError for an option that the operator's from_hf does not name."""
-    parameters = inspect.signature(cls.from_hf).parameters
-    known = [
-        name
-        for name, p in parameters.items()
-        if name not in ("old", "ctx") and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    """UsageError for an option that the operator's from_hf does not name, lacks, or takes in another type."""
+    named = [
+        p for p in inspect.signature(cls.from_hf).parameters.values() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     ]
-    for key in rule.kwargs:
-        if key not in known:
-            options = " ".join(known) or "none"
+    options = {p.name: p for p in named[2:]}  # after the old module and the context
+    for key, value in rule.kwargs.items():
+        if key not in options:
+            known = " ".join(options) or "none"
             raise UsageError(
-                f"{rule.where}: {cls.__name__} has no option {key!r}{nearest(key, known)}; its options: {options}"
+                f"{rule.where}: {cls.__name__} has no option {key!r}{nearest(key, options)}; its options: {known}"
             )
+        default = options[key].default
+        if isinstance(default, (bool, int, float, str)) and not _same_kind(value, default):
+            kind = type(default).__name__
+            raise UsageError(
+                f"{rule.where}: {cls.__name__}'s option {key} must be of type {kind}, as its default {default!r}; found {value!r}"
+            )
+    lacking = [name for name, p in options.items() if p.default is p.empty and name not in rule.kwargs]
+    if lacking:
+        raise UsageError(f"{rule.where}: {cls.__name__} needs the option {lacking[0]!r}: write it under replace.kwargs")
+
+
+def _same_kind(value: object, default: object) -> bool:
+    """True for what can stand where the default stands: an int for a float, None for anything, but no number for a bool."""
+    if value is None or type(value) is type(default):
+        return True
+    return isinstance(default, float) and type(value) is int
 
 
 def _device(rule: Rule) -> torch.device:

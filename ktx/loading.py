@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktx.compat import dtype_plan
+from ktx.compat import config_dict, dtype_plan
 from ktx.config import environment, warn_unknown
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.hardware import default_threads, memory
@@ -29,7 +29,7 @@ from ktx.ops.linear import Linear
 from ktx.rules import Rule, load_rules
 from ktx.weights.source import WeightSource, open_weights
 
-RESERVE = 1 << 30  # what Python, torch and one layer in flight take beside the packed weights
+RESERVE = 256 << 20  # what tables, caches and one tensor in flight take beside the packed weights
 
 
 @dataclass
@@ -63,21 +63,28 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         raise BadFile(
             f"{source}: has no config.json; --model must be a Hugging Face folder (its GGUF goes to --weights)"
         )
+    if not path.is_dir() and (path.exists() or str(source).count("/") > 1 or str(source).startswith((".", "~", "/"))):
+        raise BadFile(f"{source}: no such folder")
     if path.is_dir():
-        try:
-            raw = json.loads((path / "config.json").read_text())
-        except ValueError as error:
-            raise BadFile(f"{path / 'config.json'}: is no JSON: {error}") from error
+        _check_json(path / "config.json")
+    try:
+        raw = config_dict(str(path if path.is_dir() else source))
         if raw.get("model_type") == "kimi_k2":
             keep = {key: value for key, value in raw.items() if key not in ("auto_map", "model_type", "architectures")}
             return AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **keep)
-    elif path.exists() or str(source).count("/") > 1 or str(source).startswith((".", "~", "/")):
-        raise BadFile(f"{source}: no such folder")
-    try:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # transformers and the hub raise a dozen unrelated types for what a config.json can say
+        first = str(error).strip().partition("\n")[0]
         raise BadFile(f"{source}: no configuration: {first[:300]}") from error
+
+
+def _check_json(file: Path) -> None:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{file}: is no JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise BadFile(f"{file}: holds {type(raw).__name__}, not the keys of a configuration")
 
 
 def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -202,7 +209,7 @@ def load(
 
 def check_memory(made: Plan) -> None:
     """DoesNotFit, with the numbers, when packed weights and a reserve exceed the memory that is free."""
-    need, (total, available) = int(sum(step.nbytes for step in made) * 1.02) + RESERVE, memory()
+    need, (total, available) = int(sum(step.memory for step in made) * 1.05) + RESERVE, memory()
     if need > available:
         raise DoesNotFit(
             f"the weights need {human(need)} of memory, {human(available)} of {human(total)} are free; close programs or take a smaller quant"
@@ -271,6 +278,7 @@ def _set_own(module: nn.Module, name: str, values: torch.Tensor, dtype: torch.dt
     old = module._parameters.get(name)
     if old is not None:
         module._parameters[name] = nn.Parameter(values.reshape(old.shape).to(dtype), requires_grad=False)
+        module._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr] # transformers' initialiser leaves it alone
     else:
         buffer = module._buffers[name]
         assert buffer is not None

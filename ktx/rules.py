@@ -9,6 +9,7 @@ Parsing knows no torch; every error names file and line.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,9 +69,11 @@ class Rule:
 
 
 def _is_called(cls: type, name: str) -> bool:
-    """A class's short name, its full path, or a public path of the same package (torch.nn.Linear)."""
+    """A class's short name, its full path, or a path by which an imported package offers it (torch.nn.Linear)."""
     package, _, short = name.rpartition(".")
-    return cls.__name__ == short and (not package or package.split(".")[0] == cls.__module__.split(".")[0])
+    if cls.__name__ != short:
+        return False
+    return not package or package == cls.__module__ or getattr(sys.modules.get(package), short, None) is cls
 
 
 class _Marked:
@@ -87,9 +90,11 @@ class _Marked:
             raise UsageError(f"{self.at(node)}: {what} must be a mapping of keys, found {_shown(node)}")
         found: dict[str, yaml.Node] = {}
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise UsageError(f"{self.at(key)}: a key of {what} must be a word, found {_shown(key)}")
             if key.value in found:
                 raise UsageError(f"{self.at(key)}: the key {key.value!r} appears twice")
-            found[str(key.value)] = value
+            found[key.value] = value
         return found
 
     def known(self, node: yaml.Node, section: str) -> dict[str, yaml.Node]:
@@ -105,7 +110,14 @@ class _Marked:
         return found
 
     def value(self, node: yaml.Node, kind: type, what: str) -> Any:
-        value = yaml.SafeLoader("").construct_object(node, deep=True)
+        try:
+            value = yaml.SafeLoader("").construct_object(node, deep=True)
+        except (
+            Exception
+        ) as error:  # a foreign tag, an impossible date: PyYAML's constructors raise whatever they trip over
+            raise UsageError(
+                f"{self.at(node)}: {what} cannot be read: {_first_line(getattr(error, 'problem', None) or error)}"
+            ) from None
         if value is None and kind is not bool:
             return None
         if not isinstance(value, kind):
@@ -123,6 +135,10 @@ def _shown(node: yaml.Node) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
+def _first_line(error: object) -> str:
+    return str(error).partition("\n")[0]
+
+
 def parse(text: str, file: str = "<rules>") -> list[Rule]:
     """Rules of a YAML text. UsageError with file and line for whatever cannot be meant."""
     try:
@@ -130,8 +146,10 @@ def parse(text: str, file: str = "<rules>") -> list[Rule]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UsageError(
-            f"{file}:{mark.line + 1 if mark else 1}: is no YAML: {getattr(error, 'problem', error)}"
+            f"{file}:{mark.line + 1 if mark else 1}: is no YAML: {_first_line(getattr(error, 'problem', None) or error)}"
         ) from None
+    except RecursionError:
+        raise UsageError(f"{file}:1: is nested too deeply for a rule file") from None
     if root is None:
         raise UsageError(f"{file}:1: holds no rules")
     if not isinstance(root, yaml.SequenceNode):
@@ -193,6 +211,11 @@ def shipped() -> list[str]:
 def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") -> list[Rule]:
     """Rules by name ("deepseek-v3"), by path, as a list, or (None) by model type."""
     if isinstance(rules, (list, tuple)):
+        strange = next((rule for rule in rules if not isinstance(rule, Rule)), None)
+        if strange is not None:
+            raise UsageError(
+                f"rules: a list must hold ktx.Rule, found {type(strange).__name__}; a file is given by its path"
+            )
         return list(rules)
     if rules is None:
         rules = FILES.get(model_type, "generic")

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -165,13 +166,18 @@ def test_a_truncated_file_is_told_in_one_line(folder, tmp_path):
     assert "Traceback" in debug.stderr
 
 
+PROMPT = r">>>[^\n]*\x1b\[\?25h"  # written, and the cursor shown again
+
+
 class Terminal:
     """A chat on a pseudo terminal."""
 
     def __init__(self, *command, home):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            os.execvpe(command[0], list(command), ENV | {"HOME": str(home), "XDG_STATE_HOME": str(home)})
+            termios.tcsetwinsize(0, (40, 100))
+            own = {"HOME": str(home), "XDG_STATE_HOME": str(home), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+            os.execvpe(command[0], list(command), ENV | own)
         self.text = ""
 
     def expect(self, pattern, seconds=60):
@@ -222,27 +228,27 @@ def test_a_terminal_session(folder, tmp_path):
         "500",
         home=tmp_path,
     )
-    t.expect(">>> ")
+    t.expect(PROMPT)
     t.send("hello\r")
     t.expect("hello")
     time.sleep(1.0)
     t.send("\x03")  # stops the answer, keeps the chat
     t.expect("first token")
-    t.expect(">>> ")
+    t.expect(PROMPT)
     t.send('"""\r')
-    t.expect(r"\.\.\. ")
+    t.expect(r"\.\.\.")
     t.send('two\rlines"""\r')
     time.sleep(0.5)
     t.send("\x03")
     t.expect("context left")
-    t.expect(">>> ")
+    t.expect(PROMPT)
     t.send("/nonsense\r")
     t.expect("is no command")
-    t.expect(">>> ")
+    t.expect(PROMPT)
     t.send("\x1b[200~pasted\nlines\x1b[201~")  # bracketed paste: one message, not two
     t.send("\r")
     t.expect("context left")
-    t.expect(">>> ")
+    t.expect(PROMPT)
     t.send("/exit\r")
     assert t.end() == 0
 
@@ -259,6 +265,6 @@ def test_ctrl_d_leaves(folder, tmp_path):
         str(folder / "model.gguf"),
         home=tmp_path,
     )
-    t.expect(">>> ")
+    t.expect(PROMPT)
     t.send("\x04")
     assert t.end() == 0

@@ -14,8 +14,22 @@ import ktx.loading
 import ktx.rules
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.ops.base import register
+from ktx.ops.experts import Experts
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
+
+
+class Needy(Experts):
+    """An operator with an option that must be given."""
+
+    @classmethod
+    def from_hf(cls, old, ctx, level, loud=False, **kwargs):
+        return super().from_hf(old, ctx)
+
+
+class Unmade(ktx.Operator):
+    pass
+
 
 IDS = torch.randint(3, 320, (1, 12), generator=torch.Generator().manual_seed(3))
 
@@ -101,6 +115,28 @@ def test_registered_short_names(qwen):
             ["r.yaml:4", "no option 'bitz'"],
         ),
         (
+            ktx.Rule(name="experts$", replace="tests.test_loading.Needy", where="r.yaml:4"),
+            ["r.yaml:4", "needs the option 'level'"],
+        ),
+        (
+            ktx.Rule(
+                name="experts$", replace="tests.test_loading.Needy", kwargs={"level": 1, "loud": 3}, where="r.yaml:4"
+            ),
+            ["r.yaml:4", "loud must be of type bool", "found 3"],
+        ),
+        (
+            ktx.Rule(name="experts$", replace="tests.test_loading.Needy", kwargs={"levle": 1}, where="r.yaml:4"),
+            ["no option 'levle'", "did you mean 'level'", "level loud"],
+        ),
+        (
+            ktx.Rule(name="lm_head", replace="broken_module.Op", where="r.yaml:4"),
+            ["r.yaml:4", "cannot import broken_module.Op: SyntaxError"],
+        ),
+        (
+            ktx.Rule(name="lm_head", replace="tests.test_loading.Unmade", where="r.yaml:4"),
+            ["r.yaml:4", "Unmade must say how it is made"],
+        ),
+        (
             ktx.Rule(name="embed_tokens", replace="Linear", where="r.yaml:4"),
             ["r.yaml:4", "model.embed_tokens is a Embedding"],
         ),
@@ -108,7 +144,9 @@ def test_registered_short_names(qwen):
         (ktx.Rule(name="lm_head", replace="Linear", device="gpu0", where="r.yaml:4"), ["r.yaml:4", "is no device"]),
     ],
 )
-def test_bad_rules_are_told_before_loading(qwen, rule, words):
+def test_bad_rules_are_told_before_loading(qwen, rule, words, tmp_path, monkeypatch):
+    (tmp_path / "broken_module.py").write_text("class Op(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UsageError) as error:
         ktx.plan(qwen[0], qwen[0] / "m.gguf", rules=[rule])
     assert all(word in str(error.value) for word in words), str(error.value)
@@ -121,6 +159,33 @@ def test_a_rule_that_matches_nothing_is_told(qwen):
             qwen[0] / "m.gguf",
             rules=[ktx.Rule(name="no_such_module", where="r.yaml:9"), *ktx.rules.load_rules("qwen3-moe")],
         )
+
+
+def test_a_class_that_no_module_has_is_told_with_the_nearest(qwen):
+    with pytest.warns(UserWarning, match="matched no module .did you mean 'Qwen3MoeRMSNorm'"):
+        ktx.plan(
+            qwen[0],
+            qwen[0] / "m.gguf",
+            rules=[ktx.Rule(cls="Qwen3RMSNrom", replace="RMSNorm"), *ktx.rules.load_rules("qwen3-moe")],
+        )
+
+
+@pytest.mark.parametrize("gate", ["clamped", "none"])
+def test_experts_with_another_gate_are_refused(qwen, gate, monkeypatch):
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    def clamped(self, gate_up):
+        gate, up = gate_up.chunk(2, -1)
+        return self.act_fn(gate.clamp(max=7.0)) * up
+
+    if gate == "clamped":
+        monkeypatch.setattr(Qwen3MoeExperts, "_apply_gate", clamped)
+    else:
+        monkeypatch.setattr(
+            Qwen3MoeExperts, "has_gate", property(lambda self: False, lambda self, value: None), raising=False
+        )
+    with pytest.raises(UsageError, match="qwen3-moe.yaml:.*mlp.experts: .*Qwen3MoeExperts"):
+        ktx.plan(qwen[0], qwen[0] / "m.gguf")
 
 
 def test_without_rules_the_model_is_transformers_own(qwen):
@@ -245,9 +310,44 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path):
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
     with pytest.raises(BadFile) as error:
         load(tmp_path, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    save_file({k: v.contiguous() for k, v in state.items() if "down_proj" not in k}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        BadFile,
+        match=r"model.layers.\[0-1\].mlp.down_proj.weight is missing; model.layers.1.mlp.up_proj.weight is missing",
+    ):
+        load(tmp_path, tmp_path)
     assert "model.layers.1.mlp.up_proj.weight is missing" in str(
         error.value
     ) and "model.norm.weight is 7, the model needs 256" in str(error.value)
+
+
+def test_experts_of_another_width_are_named(tmp_path):
+    model = tiny("qwen3_moe")
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"moe_intermediate_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        BadFile, match=r"model.layers.\[0-1\].mlp.experts.gate_proj is 8 x 96 x 256, the model needs 8 x 64 x 256"
+    ):
+        load(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1]",
+        '{"model_type": "qwen3_moe", "hidden_size": "many"}',
+        '{"model_type": "no_such_model"}',
+        '{"hidden_size": 4}',
+        "\udcff",
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_one_line(qwen, tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(BadFile) as error:
+        load(tmp_path, qwen[0] / "m.gguf")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_too_little_memory_is_said_before_loading(qwen, monkeypatch):

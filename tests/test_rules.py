@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from ktx.errors import BadFile, UsageError
-from ktx.rules import Rule, load_rules, parse, shipped
+from ktx.rules import Rule, load_rules, parse, rule_folder, shipped
 
 GOOD = """
 - match: {name: '^a\\.b$', class: torch.nn.Linear}
@@ -17,6 +20,32 @@ GOOD = """
   device: cpu
 - match: {class: LlamaRMSNorm}
 """
+PIECES = [
+    "!!python/object:os.system",
+    "&a",
+    "*a",
+    "<<: ",
+    "? [a]\n: b",
+    "{",
+    "}",
+    "[",
+    "]",
+    "'",
+    '"',
+    "- ",
+    "\n  ",
+    ":",
+    "2020-99-99",
+    "~",
+    "\0",
+    "\t",
+    "|",
+    "---\n",
+    "!!int x",
+    "!!timestamp z",
+    "(",
+    "[[[" * 200,
+]
 
 
 def test_a_rule_file():
@@ -48,6 +77,15 @@ def test_a_rule_file():
         ("- match: {name: a\n", 2, ["no YAML"]),
         ("", 1, ["no rules"]),
         ("- match: {name: 3}", 1, ["must be text"]),
+        ("- match: {name: a}\n  ? [x]\n  : y", 2, ["must be a word", "a list"]),
+        (
+            "- match: {name: a}\n  replace: {kwargs: {a: !!python/object:os.system {}}}",
+            2,
+            ["replace.kwargs", "could not determine a constructor"],
+        ),
+        ("- match: {name: a}\n  replace: {kwargs: {a: !!timestamp z}}", 2, ["replace.kwargs cannot be read"]),
+        ("- match: {name: a}\n  replace: {kwargs: {a: 2020-99-99}}", 2, ["replace.kwargs cannot be read"]),
+        ("[" * 3000, 1, ["nested too deeply"]),
     ],
 )
 def test_errors_name_file_and_line(text, line, words):
@@ -66,8 +104,33 @@ def test_matching_by_name_and_class():
     assert not Rule(name="b", cls="Embedding").matches("a.b.c", type(linear))
 
 
+def test_a_dotted_class_is_that_class_and_no_namesake():
+    class Linear(nn.Module):
+        pass
+
+    assert Rule(cls="Linear").matches("x", Linear) and not Rule(cls="torch.nn.Linear").matches("x", Linear)
+    assert Rule(cls="torch.nn.modules.linear.Linear").matches("x", nn.Linear) and not Rule(
+        cls="torch.nn.quantized.Linear"
+    ).matches("x", nn.Linear)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_a_damaged_rule_file_is_one_line_or_rules(data):
+    text = data.draw(
+        st.sampled_from([(rule_folder() / f"{name}.yaml").read_text() for name in ("qwen3-moe", "generic")] + [GOOD])
+    )
+    for _ in range(data.draw(st.integers(1, 3))):
+        at, cut = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 6))
+        text = text[:at] + data.draw(st.sampled_from(PIECES) | st.text(max_size=3)) + text[at + cut :]
+    try:
+        assert all(isinstance(rule, Rule) for rule in parse(text, "f"))
+    except UsageError as error:
+        assert re.match(r"f:\d+: [^\n]+$", str(error)), repr(str(error))
+
+
 def test_every_shipped_file_parses_and_is_short():
-    from ktx.rules import FILES, rule_folder
+    from ktx.rules import FILES
 
     assert set(FILES.values()) <= set(shipped())
     for name in shipped():
@@ -149,3 +212,8 @@ def test_rules_import_no_torch_operator_until_planned():
     assert (
         parse("- match: {name: a}\n  replace: {class: no.such.module.Class}", "x")[0].replace == "no.such.module.Class"
     )
+
+
+def test_a_list_of_something_else_is_refused():
+    with pytest.raises(UsageError, match="must hold ktx.Rule, found str"):
+        load_rules(["deepseek-v3"])

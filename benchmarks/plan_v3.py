@@ -1,0 +1,63 @@
+"""What `ktx plan` costs on a DeepSeek-V3 (671B) file: its header and configuration, the weights a hole.
+
+    python benchmarks/plan_v3.py [--folder DIR]
+
+The file is sparse: 405 GB long, a few MB on disk. Exit status 1 when the plan takes 5 seconds or 1 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import make_model  # noqa: E402
+
+SECONDS, BYTES = 5.0, 1 << 30
+
+
+def write(folder: Path) -> Path:
+    """DeepSeek-V3's folder and its Q4_K_M file without data; the file's path."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        make_model.main(["--preset", "v3", "--header-only", "-o", str(folder)])
+    return Path(out.getvalue().splitlines()[-1])
+
+
+def measure(folder: Path) -> tuple[float, float, int, str]:
+    """`ktx plan` in a process of its own: seconds on the clock, seconds of processors, peak bytes, output."""
+    path = write(folder)
+    command = [sys.executable, "-m", "ktx", "plan", "--model", str(folder), "--weights", str(path)]
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, stdout=out, cwd=Path(__file__).resolve().parent.parent)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        out.seek(0)
+        text = out.read()
+    if status:
+        raise SystemExit(f"ktx plan failed, status {os.waitstatus_to_exitcode(status)}")
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, text
+
+
+def main() -> int:
+    """Prints the plan and what it cost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="keep the sparse file here (default: a temporary folder)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        seconds, _, peak, text = measure(args.folder or Path(scratch))
+    print(text)
+    print(f"ktx plan: {seconds:.1f} s, {peak / 2**20:.0f} MiB peak")
+    return int(seconds >= SECONDS or peak >= BYTES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
