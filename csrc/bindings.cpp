@@ -53,6 +53,7 @@ void set_threads_(int64_t n) {
   set_threads(int(n));
 }
 double probe_read_(int64_t threads, int64_t mib) { return probe_read(int(threads), int(mib)); }
+double probe_fresh_(int64_t threads, int64_t mib) { return probe_fresh(int(threads), int(mib)); }
 double probe_int8_(int64_t threads, double seconds) { return probe_int8(int(threads), seconds); }
 double probe_fma_(int64_t threads, double seconds) { return probe_fma(int(threads), seconds); }
 
@@ -155,6 +156,7 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("threads() -> int");
   m.def("set_threads(int n) -> ()");
   m.def("probe_read(int threads, int mib) -> float");
+  m.def("probe_fresh(int threads, int mib) -> float");
   m.def("probe_int8(int threads, float seconds) -> float");
   m.def("probe_fma(int threads, float seconds) -> float");
   m.def("packed_nbytes(int code, int n, int k) -> int");
@@ -172,6 +174,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("threads", TORCH_BOX(&threads_));
   m.impl("set_threads", TORCH_BOX(&set_threads_));
   m.impl("probe_read", TORCH_BOX(&probe_read_));
+  m.impl("probe_fresh", TORCH_BOX(&probe_fresh_));
   m.impl("probe_int8", TORCH_BOX(&probe_int8_));
   m.impl("probe_fma", TORCH_BOX(&probe_fma_));
   m.impl("packed_nbytes", TORCH_BOX(&packed_nbytes));

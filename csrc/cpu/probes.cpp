@@ -96,22 +96,40 @@ double rate(int threads, double seconds, Loop loop) {
 }
 }  // namespace
 
+namespace {
+struct Fresh {  // memory that nobody has touched
+  size_t bytes, part;  // a thread's part
+  uint8_t* data;
+  Fresh(int threads, int mebibytes) {
+    if (threads < 1 || threads > 1024 || mebibytes < 1) throw std::runtime_error("threads and mebibytes must be positive");
+    bytes = size_t(mebibytes) << 20, part = bytes / threads / 64 * 64;
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("no memory for the bandwidth probe");
+    madvise(memory, bytes, MADV_HUGEPAGE);
+    data = static_cast<uint8_t*>(memory);
+  }
+  ~Fresh() { munmap(data, bytes); }
+};
+}  // namespace
+
+double probe_fresh(int threads, int mebibytes) {
+  Fresh memory(threads, mebibytes);
+  const double taken = timed(threads, [&](int t) { std::memset(memory.data + t * memory.part, 1, memory.part); });
+  return double(memory.part) * threads / taken / 1e9;
+}
+
 double probe_read(int threads, int mebibytes) {
-  if (threads < 1 || threads > 1024 || mebibytes < 1) throw std::runtime_error("threads and mebibytes must be positive");
-  const size_t bytes = size_t(mebibytes) << 20, part = bytes / threads / 64 * 64;
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (memory == MAP_FAILED) throw std::runtime_error("no memory for the bandwidth probe");
-  madvise(memory, bytes, MADV_HUGEPAGE);
-  std::memset(memory, 1, bytes);
+  Fresh memory(threads, mebibytes);
+  const size_t part = memory.part;
+  std::memset(memory.data, 1, memory.bytes);
   std::vector<uint64_t> sums(threads);
   double best = 0;
   for (int repeat = 0; repeat < 3; ++repeat) {
     const double taken = timed(threads, [&](int t) {
-      sums[t] += read_words(reinterpret_cast<const uint64_t*>(static_cast<uint8_t*>(memory) + t * part), part / 8);
+      sums[t] += read_words(reinterpret_cast<const uint64_t*>(memory.data + t * part), part / 8);
     });
     best = std::max(best, double(part) * threads / taken / 1e9);
   }
-  munmap(memory, bytes);
   sink = int32_t(sums[0]);
   return best;
 }

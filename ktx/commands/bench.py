@@ -21,6 +21,7 @@ SUMMARY = "measure prefill and decode speed, beside llama.cpp if asked"
 PEERS = ("llama.cpp",)
 SLACK = 1 << 30  # memory that is left alone when both engines are loaded
 PAUSE = 0.3  # seconds before a measurement, until the other engine's threads have gone to sleep
+LOADING = ("isa", "load_seconds", "load_gb_s", "cat_gb_s", "pack_gb_s", "fresh_gb_s", "peak_rss", "rss_bound")
 Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # test -> engine -> one measurement a round
 
 
@@ -210,7 +211,7 @@ def _lines(
             | {"engine": engine, "tok_s": statistics.median(speeds), "spread": [min(speeds), max(speeds)]}
             | middle
         )
-    lines[0] |= {key: facts[key] for key in ("isa", "load_seconds", "load_gb_s", "cat_gb_s", "peak_rss", "rss_bound")}
+    lines[0] |= {key: facts[key] for key in LOADING}
     lines[0]["limit_unit"] = "GOPS int8" if test.startswith("pp") else "GB/s read"
     for peer in lines[1:]:
         peer |= {"best_alone": alone[test], "isa": found[peer["engine"]][0]["isa"]}
@@ -238,8 +239,8 @@ def commit() -> str:
 def _table(lines: list[dict[str, Any]], facts: dict[str, Any], room: str) -> None:
     threads, gb = f"{facts['threads']} threads", {key: facts[key] / 1e9 for key in ("bytes", "peak_rss", "rss_bound")}
     print(f"{lines[0]['machine']}: {facts['isa']} kernels, {threads}; {gb['bytes']:.2f} GB packed")
-    speeds = f"{facts['load_gb_s']:.2f} GB/s; cat on {threads}: {facts['cat_gb_s']:.2f} GB/s"
-    print(f"loaded in {facts['load_seconds']:.1f} s, {speeds}")
+    limits = f"cat {facts['cat_gb_s']:.2f}, packing {facts['pack_gb_s']:.2f}, new memory {facts['fresh_gb_s']:.2f} GB/s"
+    print(f"loaded in {facts['load_seconds']:.1f} s, {facts['load_gb_s']:.2f} GB/s; alone on {threads}: {limits}")
     print(f"peak RSS {gb['peak_rss']:.2f} GB, bound {gb['rss_bound']:.2f} GB")
     print(*filter(None, [room]), sep="\n", end="\n" if room else "")
     width = max(len(line["engine"]) for line in lines) + 2

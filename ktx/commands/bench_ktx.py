@@ -11,12 +11,14 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ktx.commands.bench import token_ids
 
+FRESH = 1024  # MiB of new memory to be written
 CAT_PIECE, CAT_PIECES = 1 << 26, 64  # at most 4 GiB are read for the comparison
 
 
@@ -32,6 +34,7 @@ def main() -> int:
 
     try:
         import ktx
+        from ktx.kernels.cpu import ops
 
         model, _ = ktx.load(
             args.model, args.weights, args.rules, threads=args.threads, trust_remote_code=args.trust, progress=False
@@ -50,6 +53,8 @@ def main() -> int:
         "load_seconds": h.seconds,
         "load_gb_s": h.load_speed,
         "cat_gb_s": cat_speed({spec.file for step in h.plan for spec in step.specs}, h.threads),
+        "pack_gb_s": pack_speed(h.plan, h.threads),
+        "fresh_gb_s": ops.probe_fresh(h.threads, FRESH),
         "peak_rss": peak,
         "rss_bound": int(h.nbytes * 1.15) + (1 << 30),
         "params": active_params(model),
@@ -101,6 +106,34 @@ def cat_speed(files: Iterable[str], threads: int) -> float:
         for _ in range(2):
             start = time.perf_counter()
             total = sum(pool.map(read, pieces))
+            best = max(best, total / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def pack_speed(plan: Any, threads: int) -> float:
+    """GB/s at which `threads` threads pack the plan's largest tensor type into memory that they have; the better of three passes."""
+    import torch
+
+    from ktx.kernels.cpu import ops, packed_nbytes
+
+    nbytes: Counter[Any] = Counter()
+    for spec in (spec for step in plan for spec in step.specs if len(spec.shape) > 1):
+        nbytes[spec.qtype] += spec.nbytes
+    qtype, rows, columns = nbytes.most_common(1)[0][0], 1 << 15, 2048  # more than caches hold
+    scale = torch.ones(rows // 128, columns // 128) if qtype.name == "F8_E4M3" else None
+    source = [torch.zeros(rows, qtype.row_bytes(columns), dtype=torch.uint8) for _ in range(threads)]
+    target = [torch.zeros(packed_nbytes(qtype, rows, columns), dtype=torch.uint8) for _ in range(threads)]
+
+    def pack(thread: int) -> int:
+        for row in range(0, rows, 1024):
+            ops.pack(source[thread][row : row + 1024], qtype.code, rows, columns, target[thread], row, scale)
+        return source[thread].numel()
+
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(3):
+            start = time.perf_counter()
+            total = sum(pool.map(pack, range(threads)))
             best = max(best, total / (time.perf_counter() - start) / 1e9)
     return best
 
