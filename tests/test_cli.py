@@ -99,3 +99,23 @@ def test_verify_agrees_and_notices_damage(folder, tmp_path):
         PYTHONPATH=f"{tmp_path}{os.pathsep}{ENV['PYTHONPATH']}",
     )
     assert wrong.returncode == 1 and "DIFFERS" in wrong.stdout
+
+
+def test_a_gguf_file_alone_is_a_model(tmp_path):
+    from ktx import demo
+
+    file, folder = demo.gguf(), tmp_path / "ggufs"
+    folder.mkdir()
+    (folder / file.name).symlink_to(file)
+    for words in (("--weights", file), ("--model", file), ("--gguf_path", folder)):
+        done = ktx("chat", *words, "-p", "What is a rule file?")
+        assert done.stdout == "A rule file is YAML that names the modules of a model which get a better operator.\n", (
+            done.stderr
+        )
+    for words, status, said in (
+        ((), 2, "no model is named"),
+        (("--weights", tmp_path), 2, "needs --model"),
+        (("--weights", tmp_path / "x.gguf"), 4, "x.gguf: no such file"),
+    ):
+        done = ktx("plan", *words)
+        assert done.returncode == status and said in done.stderr and done.stderr.count("\n") == 1

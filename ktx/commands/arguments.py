@@ -6,7 +6,10 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
+
+from ktx.errors import BadFile, UsageError
 
 
 class Parser(argparse.ArgumentParser):
@@ -14,7 +17,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):  # type: ignore[no-untyped-def, override]
         words = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args([_dashed(word, self._option_string_actions) for word in words], namespace)
+        found, left = super().parse_known_args(
+            [_dashed(word, self._option_string_actions) for word in words], namespace
+        )
+        if left:  # here, where the options are known that the word may have meant
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return found, left
 
     def error(self, message: str) -> NoReturn:
         options = [name for name in self._option_string_actions if name.startswith("--")]
@@ -63,15 +71,14 @@ def flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str,
     parser.add_argument(*names, nargs="?", const=True, default=False, type=yes_no, metavar="true|false", help=help)
 
 
-def model_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """--model, --weights, --rules and their KTransformers names."""
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --weights, --rules and their KTransformers names; `named_model` settles which one is meant."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         "--model-path",
         dest="model",
         metavar="DIR",
-        required=required,
         help="Hugging Face folder or hub id (config.json, tokenizer), or a GGUF file alone",
     )
     group.add_argument(
@@ -89,3 +96,28 @@ def model_options(parser: argparse.ArgumentParser, required: bool = True) -> Non
         help="rule file, or the name of a shipped one (default: by architecture)",
     )
     flag(group, "--trust-remote-code", help="run Python code that comes with the model (default: never)")
+
+
+def named_model(args: argparse.Namespace) -> bool:
+    """Puts what --weights alone says into `args.model`; False when neither is given. UsageError when it needs a folder beside it, BadFile when it is not there."""
+    if args.model is not None or not args.weights:
+        return args.model is not None
+    path = Path(args.weights).expanduser()
+    if not path.exists():
+        raise BadFile(f"{args.weights}: no such file or folder")
+    inside = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
+    path = inside[0] if inside else path
+    if path.suffix == ".gguf" or (path / "config.json").exists():
+        args.model = str(path)
+        return True
+    raise UsageError(
+        f"--weights {args.weights} needs --model: the Hugging Face folder (config.json, tokenizer) it belongs to"
+    )
+
+
+def require_model(args: argparse.Namespace) -> None:
+    """UsageError when no model is named."""
+    if not named_model(args):
+        raise UsageError(
+            "no model is named: give --model DIR (a Hugging Face folder or hub id), or --weights FILE.gguf"
+        )

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ktx.commands.arguments import counts, flag, model_options, positive
+from ktx.commands.arguments import counts, flag, model_options, positive, require_model
 from ktx.errors import KtxError, UsageError
 
 SUMMARY = "measure prefill and decode speed, beside llama.cpp if asked"
@@ -89,6 +89,7 @@ class Engine:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; with --peer the engines take turns so that both see the same machine."""
+    require_model(args)
     from ktx.hardware import default_threads
 
     args.threads = args.threads or default_threads()

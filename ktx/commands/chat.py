@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ktx.commands.arguments import flag, model_options, positive
+from ktx.commands.arguments import flag, model_options, named_model, positive
 
 SUMMARY = "talk to a model in the terminal"
 EPILOG = (
@@ -16,7 +16,7 @@ EPILOG = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    model_options(parser, required=False)
+    model_options(parser)
     run = parser.add_argument_group("running")
     run.add_argument(
         "--cpu-infer",
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from ktx.engine.text import Session
 
     sampling_check(args)
-    if args.model is None:
+    if not named_model(args):
         _demo(args, note)
     import ktx
 
@@ -110,12 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace, note: Any) -> None:
     import ktx.demo
-    from ktx.errors import UsageError
 
-    if args.weights:
-        raise UsageError(
-            "--weights needs --model: the Hugging Face folder (config.json, tokenizer) that the file belongs to"
-        )
     args.model, args.weights = str(ktx.demo.path()), str(ktx.demo.gguf())
     note("no --model given: this is the bundled demo model, small and trained to answer questions about ktx only")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ktx.commands.arguments import flag, model_options
+from ktx.commands.arguments import flag, model_options, require_model
 
 SUMMARY = "show what rules do to a model, without reading its weights"
 
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table; exit status 4 when tensors are missing or do not fit."""
+    require_model(args)
     import ktx
 
     plan = ktx.plan(args.model, args.weights, args.rules, trust_remote_code=args.trust_remote_code)

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from ktx.commands.arguments import flag, model_options, positive
+from ktx.commands.arguments import flag, model_options, positive, require_model
 
 SUMMARY = "compare layer by layer with transformers on the dequantised weights"
 BOUND_FLOAT, BOUND_QUANTISED = 1e-3, 0.03
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """One line a layer, then the logits; exit status 1 when an error is over its bound."""
+    require_model(args)
     import torch
 
     import ktx
