@@ -17,6 +17,7 @@ from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
+GROUP_ROWS = 16  # rows that are packed side by side (csrc/cpu/layout.h)
 PACK_ROWS = 1 << 10  # rows packed by one call, so that loading threads share the work evenly
 
 

@@ -144,10 +144,18 @@ class MLA(Operator):
         keys = latent.shape[1]
         flat = latent.to(q_nope.dtype).reshape(batch * keys, -1)
         k_nope = cpu.linear(flat, self.w_uk).view(batch, keys, heads, -1).transpose(1, 2)
-        values = cpu.linear_batched(flat.expand(heads, -1, -1), self.w_uv).view(heads, batch, keys, -1).transpose(0, 1)
+        values = self._values(flat).view(batch, keys, heads, -1).transpose(1, 2)
         key = torch.cat([k_nope, k_rope[:, None].to(k_nope.dtype).expand(-1, heads, -1, -1)], -1)
         query = torch.cat([q_nope, q_rope], -1)
         return cpu.attention(query, key, values, ranges, mask, self.scaling).reshape(batch, length, -1)
+
+    def _values(self, flat: torch.Tensor) -> torch.Tensor:
+        """W_UV of all heads on flat [rows, rank] -> [rows, H * v]. Heads of whole groups of rows lie in memory as one matrix."""
+        w = self.w_uv
+        assert w is not None
+        if w.n % cpu.GROUP_ROWS == 0:
+            return cpu.linear(flat, cpu.Packed(w.data, w.qtype, w.matrices * w.n, w.k))
+        return cpu.linear_batched(flat.expand(w.matrices, -1, -1), w).transpose(0, 1).reshape(len(flat), -1)
 
     def weight_bytes(self) -> tuple[int, int]:
         read = sum(w.nbytes for w in (self.w_uk_t, self.w_uv) if w is not None)
