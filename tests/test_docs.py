@@ -25,11 +25,12 @@ SHOWN = {"", "text", "json", "cpp", "console", "diff"}  # output and fragments, 
 BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.S | re.M)
 FILE = re.compile(r"^(?:#|//) ([\w./-]+\.(?:py|yaml|yml|json|txt))\s*$")
 SMALLER: list[tuple[str, str]] = [
+    (r"/tmp/v2lite", '"$OUT/v2lite"'),
     (r"--preset v2lite", "--preset v2lite --layers 2 --experts 4 --moe-ff 64 --hidden 256 --ff 512 --vocab 512"),
     (r"-p 512 -n 32 -t 2 -r 3", "-p 16 -n 2 -t 2 -r 1"),
     (r" --peer llama\.cpp", ""),
     (r"^git clone .*|^cd ktx$|^pip install .*|^apt-get .*", "true"),
-    (r"^make ([a-z-]+).*", r"make -n \1"),
+    (r"^((?:KTX_ISA=\w+ )?)make ([a-z-]+).*", r"\1make -n \2"),
     (r"^\.ci/run$", "bash -n .ci/run"),
 ]
 
@@ -51,7 +52,7 @@ def smaller(command: str) -> str:
 
 
 def run_command(command: str, sandbox: Path, where: str) -> None:
-    in_root = command.startswith(("make -n", "bash -n")) or "benchmarks/" in command
+    in_root = any(word in command for word in ("make -n", "bash -n", "benchmarks/"))
     env = os.environ | {
         "MODEL": str(ktx.demo.path()),
         "WEIGHTS": str(ktx.demo.gguf()),
