@@ -21,6 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import make_model  # noqa: E402
 
+# VmHWM and not ru_maxrss: that one remembers the memory of the process that forked this one.
+PLAN = """
+import sys
+from ktx.__main__ import main
+status = main(sys.argv[1:])
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0], file=sys.stderr)
+sys.exit(status)
+"""
 SECONDS, BYTES = 5.0, 1 << 30
 
 
@@ -34,17 +42,18 @@ def write(folder: Path) -> Path:
 def measure(folder: Path) -> tuple[float, float, int, str]:
     """`ktx plan` in a process of its own: seconds on the clock, seconds of processors, peak bytes, output."""
     path = write(folder)
-    command = [sys.executable, "-m", "ktx", "plan", "--model", str(folder), "--weights", str(path)]
+    command = [sys.executable, "-c", PLAN, "plan", "--model", str(folder), "--weights", str(path)]
     start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(command, stdout=out, cwd=Path(__file__).resolve().parent.parent)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as peak:
+        process = subprocess.Popen(command, stdout=out, stderr=peak, cwd=Path(__file__).resolve().parent.parent)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         out.seek(0)
-        text = out.read()
+        peak.seek(0)
+        text, said = out.read(), peak.read()
     if status:
-        raise SystemExit(f"ktx plan failed, status {os.waitstatus_to_exitcode(status)}")
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, text
+        raise SystemExit(f"ktx plan failed, status {os.waitstatus_to_exitcode(status)}: {said}")
+    return seconds, usage.ru_utime + usage.ru_stime, int(said.split()[-1]) * 1024, text
 
 
 def main() -> int:

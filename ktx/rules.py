@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,7 +190,9 @@ def _pattern(name: str | None, match: Mapping[str, yaml.Node], at: _Marked) -> r
     if not name:
         return None
     try:
-        return re.compile(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what a later Python may read otherwise
+            return re.compile(name)
     except re.error as error:
         raise UsageError(f"{at.at(match['name'])}: match.name {name!r} is no regular expression: {error}") from None
 
