@@ -179,16 +179,21 @@ def _spans(numbers: Sequence[int]) -> str:
 
 
 def inject(
-    model: nn.Module, rules: Sequence[Rule], config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+    model: nn.Module,
+    rules: Sequence[Rule],
+    config: Any,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    tell_unmatched: bool = True,
 ) -> Plan:
     """Replaces modules of a model on the meta device, top down on the new tree, and returns the plan.
 
-    A rule that matches nothing is told by a warning.
+    A rule that matches nothing is told by a warning, unless nobody asked for these rules.
     """
     walk = _Walk(model, rules, config, dtype, kv_dtype)
     walk.visit("", model, torch.device("cpu"))
     walk.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in walk.hits]
-    for rule in walk.plan.unmatched:
+    for rule in walk.plan.unmatched if tell_unmatched else ():
         pattern = rule.name.pattern if rule.name else rule.cls
         unknown = rule.cls.rpartition(".")[2] if rule.cls else ""
         hint = nearest(unknown, sorted(walk.classes)) if unknown and unknown not in walk.classes else ""

@@ -26,7 +26,7 @@ from ktx.kernels import cpu
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
-from ktx.rules import Rule, load_rules
+from ktx.rules import FILES, Rule, load_rules
 from ktx.weights.source import WeightSource, open_weights
 
 RESERVE = 256 << 20  # what tables, caches and one tensor in flight take beside the packed weights
@@ -88,7 +88,7 @@ def _check_json(file: Path) -> None:
 
 
 def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The transformers model on the meta device, attending with our kernel."""
+    """The transformers model on the meta device; masks are intervals for our attention kernel in the families that we know."""
     from transformers import AutoModelForCausalLM
 
     import ktx.ops.attention as attention
@@ -96,7 +96,10 @@ def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.config._attn_implementation = attention.NAME
+    if config.model_type in FILES:
+        model.config._attn_implementation = attention.NAME
+    else:  # a family nobody here has read may use its mask elsewhere too (a sparse indexer): then it must be a matrix
+        model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     return model.eval().requires_grad_(False)
 
 
@@ -131,7 +134,7 @@ def _prepare(
     if wrong:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
     built = skeleton(config, dtype, trust_remote_code)
-    made = inject(built, chosen, config, dtype, kv_dtype)
+    made = inject(built, chosen, config, dtype, kv_dtype, tell_unmatched=rules is not None)
     _tie(built, made, source)
     made.fill(source)
     return built, made, source

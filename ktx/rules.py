@@ -66,7 +66,7 @@ class Rule:
     def matches(self, path: str, cls: type) -> bool:
         if self.name is not None and not self.name.search(path):
             return False
-        return self.cls is None or any(_is_called(base, self.cls) for base in cls.__mro__)
+        return self.cls is None or any(_is_called(base, self.cls) and _computes_as(cls, base) for base in cls.__mro__)
 
 
 def _is_called(cls: type, name: str) -> bool:
@@ -75,6 +75,12 @@ def _is_called(cls: type, name: str) -> bool:
     if cls.__name__ != short:
         return False
     return not package or package == cls.__module__ or getattr(sys.modules.get(package), short, None) is cls
+
+
+def _computes_as(cls: type, base: type) -> bool:
+    """A subclass of one of torch's own layers that has a forward of its own is another formula, which no rule for the layer means."""
+    is_layer = base.__module__.startswith("torch.nn.modules.") and base.__name__ != "Module"
+    return not is_layer or cls.forward is base.forward  # type: ignore[attr-defined]
 
 
 class _Marked:

@@ -257,8 +257,17 @@ def test_kimi_k2_is_deepseek_v3_without_remote_code(tmp_path):
     assert type(loaded).__name__ == "DeepseekV3ForCausalLM" and (logits(loaded) - logits(model)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("family", ["olmoe", "dots1"])
-def test_a_new_family_needs_no_code(tmp_path, family):
+NEW = {  # family: what it has that others have not
+    "olmoe": {},
+    "dots1": {},
+    "phimoe": {"num_local_experts": 4},  # a router that is a Linear with a forward of its own
+    "gemma3_text": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},  # a scaled embedding, tied
+    "minimax": {"num_local_experts": 4, "layer_types": ["linear_attention", "full_attention"], "head_dim": 16},
+}
+
+
+def new_family(family, folder):
+    """A tiny model of a family that has no rule file, saved; with every weight random."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
@@ -279,11 +288,60 @@ def test_a_new_family_needs_no_code(tmp_path, family):
         "topk_group": 1,
         "pad_token_id": 0,
     }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **common)).float().eval()
-    model.save_pretrained(tmp_path)
-    loaded = load(tmp_path, tmp_path, rules="generic")
-    assert type(loaded.model.layers[1].mlp.experts).__name__ == "Experts"
+    config = AutoConfig.for_model(family, **common | NEW[family])
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.5 / parameter.shape[-1] ** 0.5))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("family", NEW)
+def test_a_new_family_needs_no_code(tmp_path, family):
+    model = new_family(family, tmp_path)
+    loaded = load(tmp_path, tmp_path)
+    if hasattr(model.model.layers[1], "mlp") and hasattr(model.model.layers[1].mlp, "experts"):
+        assert type(loaded.model.layers[1].mlp.experts).__name__ == "Experts"
     assert (logits(loaded) - logits(model)).abs().max() < 1e-4
+
+
+def test_a_norm_is_what_it_computes_not_what_it_is_called(tmp_path):
+    """Gemma multiplies by 1 + weight and has another attribute for epsilon than Llama."""
+    model = new_family("gemma3_text", tmp_path)
+    loaded = load(tmp_path, tmp_path, rules=[ktx.Rule("norm$", replace="RMSNorm"), *ktx.rules.load_rules("generic")])
+    assert type(loaded.model.norm).__name__ == "RMSNorm" and loaded.model.norm.plus_one
+    assert (logits(loaded) - logits(model)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name,operator,said",
+    [
+        ("embed_tokens$", "Embedding", "Gemma3TextScaledWordEmbedding, Embedding stands in for plain nn.Embedding"),
+        ("layernorm$", "RotaryEmbedding", "needs inv_freq"),
+        ("mlp$", "Attention", "no place in a cache"),
+        ("self_attn$", "RMSNorm", "needs a weight and an epsilon"),
+    ],
+)
+def test_an_operator_refuses_what_it_would_compute_wrong(tmp_path, name, operator, said):
+    new_family("gemma3_text", tmp_path)
+    with pytest.raises(UsageError, match=said):
+        load(tmp_path, tmp_path, rules=[ktx.Rule(name, replace=operator)])
+
+
+def test_a_norm_of_another_formula_is_refused(tmp_path):
+    model = tiny("llama")
+    model.save_pretrained(tmp_path)
+
+    def centred(self, x):
+        return self.weight * (x - x.mean(-1, keepdim=True))
+
+    keep, type(model.model.norm).forward = type(model.model.norm).forward, centred
+    try:
+        with pytest.raises(UsageError, match="LlamaRMSNorm computes is no RMSNorm"):
+            load(tmp_path, tmp_path)
+    finally:
+        type(model.model.norm).forward = keep
 
 
 # ---- refusals

@@ -104,6 +104,18 @@ def test_matching_by_name_and_class():
     assert not Rule(name="b", cls="Embedding").matches("a.b.c", type(linear))
 
 
+def test_a_layer_with_a_forward_of_its_own_is_another_formula():
+    class Named(nn.Linear):
+        pass
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    assert Rule(cls="torch.nn.Linear").matches("x", Named) and not Rule(cls="torch.nn.Linear").matches("x", Scaled)
+    assert Rule(cls="Scaled").matches("x", Scaled)
+
+
 def test_a_dotted_class_is_that_class_and_no_namesake():
     class Linear(nn.Module):
         pass

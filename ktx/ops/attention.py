@@ -118,20 +118,24 @@ AttentionMaskInterface.register(NAME, interval_mask)
 
 
 class Attention(Operator):
-    """The transformers module itself, computing with our kernel: projections, norms, rotary code and gates are its own."""
+    """The transformers module itself, computing with our kernel: projections, norms, rotary code and gates are its own.
+
+    A module without a configuration has no attention to choose (linear attention): it stays as it is.
+    """
 
     kv_dtype: torch.dtype | None
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Attention:
-        if not hasattr(old, "config"):
+        if not hasattr(old, "layer_idx"):
             raise UsageError(
-                f"{ctx.path} is a {type(old).__name__}, which has no configuration to choose its attention by"
+                f"{ctx.path} is a {type(old).__name__}, which is no attention: it has no place in a cache (layer_idx)"
             )
         new: Attention = adopt(cls, old, ctx)
         new.kv_dtype = ctx.kv_dtype
-        new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself
-        new.config._attn_implementation = NAME
+        if hasattr(old, "config"):
+            new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself
+            new.config._attn_implementation = NAME
         return new
 
     def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
 
 import torch
 from torch import nn
@@ -61,6 +61,7 @@ class Operator(nn.Module):
         return 0, 0
 
 
+Layer = TypeVar("Layer", bound=nn.Module)
 _HEIRS: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {}
 
 
@@ -83,6 +84,11 @@ def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
     new.__dict__["_buffers"] = dict(old._buffers)
     new.path = ctx.path
     return new
+
+
+def is_plain(old: nn.Module, layer: type[Layer]) -> TypeGuard[Layer]:
+    """Whether a module is torch's own layer: a subclass with a forward of its own (a scaled embedding, a router) computes something else."""
+    return isinstance(old, layer) and type(old).forward is layer.forward
 
 
 SHIPPED = {

@@ -9,7 +9,7 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.ops.base import Context, Operator
+from ktx.ops.base import Context, Operator, is_plain
 from ktx.weights.source import WeightSource
 
 
@@ -29,8 +29,10 @@ class Embedding(Operator):
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Embedding:
-        if not isinstance(old, nn.Embedding):
-            raise UsageError(f"{ctx.path} is a {type(old).__name__}, Embedding stands in for nn.Embedding only")
+        if not is_plain(old, nn.Embedding):
+            raise UsageError(
+                f"{ctx.path} is a {type(old).__name__}, Embedding stands in for plain nn.Embedding only; leave it as it is"
+            )
         return cls(ctx.path, old.num_embeddings, old.embedding_dim, old.padding_idx, ctx.dtype)
 
     def tensors(self) -> list[str]:

@@ -44,13 +44,25 @@ def gate_of_experts(experts: Any, where: str) -> Gate:
 
 def gate_of_mlp(mlp: Any, where: str) -> Gate:
     """The same of a module with gate_proj and up_proj, or gate_up_proj, and down_proj."""
-    probe = nn.Module.__new__(type(mlp))
-    nn.Module.__init__(probe)
-    probe.__dict__.update(mlp.__dict__)
     fed = {"gate_proj": _Answers(GATE), "up_proj": _Answers(UP), "gate_up_proj": _Answers(torch.cat([GATE, UP]))}
     fed["down_proj"] = nn.Identity()  # type: ignore[assignment]
-    probe.__dict__["_modules"] = {name: fed.get(name, child) for name, child in mlp._modules.items()}
+    probe = stand_in(mlp, modules={name: fed.get(name, child) for name, child in mlp._modules.items()})
     return _known(lambda: [probe(GATE[None, None])[0, 0]], mlp, where)
+
+
+def stand_in(old: nn.Module, **changed: dict[str, Any]) -> Any:
+    """The module's twin with other `modules` or `parameters`, to be asked in its place: it is on the meta device, without numbers."""
+    twin = nn.Module.__new__(type(old))
+    nn.Module.__init__(twin)
+    twin.__dict__.update(old.__dict__)
+    twin.__dict__.update({f"_{what}": values for what, values in changed.items()})
+    return twin
+
+
+def refused(module: nn.Module, where: str, what: str, error: Exception) -> UsageError:
+    """The error of a module that could not be asked."""
+    first = str(error).partition("\n")[0]
+    return UsageError(f"{where}: {type(module).__name__} does not tell {what} ({type(error).__name__}: {first})")
 
 
 class _Answers(nn.Module):
@@ -69,8 +81,7 @@ def _known(ask: Callable[[], list[torch.Tensor]], module: nn.Module, where: str)
         with torch.no_grad(), torch.device("cpu"):
             answers = [answer.float() for answer in ask()]
     except Exception as error:  # a family's own code, fed with numbers it may not expect
-        kind, first = type(module).__name__, str(error).partition("\n")[0]
-        raise UsageError(f"{where}: {kind} does not tell its activation ({type(error).__name__}: {first})") from error
+        raise refused(module, where, "its activation", error) from error
     for gate in _candidates(module):
         expected = reference.activate(GATE, UP, *gate)
         alike = (answer for answer in answers if answer.shape == expected.shape)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.ops.base import Context, Operator
+from ktx.ops.base import Context, Operator, is_plain
 from ktx.weights.source import WeightSource
 
 
@@ -28,8 +28,10 @@ class Linear(Operator):
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Linear:
-        if not isinstance(old, nn.Linear):
-            raise UsageError(f"{ctx.path} is a {type(old).__name__}, Linear stands in for nn.Linear only")
+        if not is_plain(old, nn.Linear):
+            raise UsageError(
+                f"{ctx.path} is a {type(old).__name__}, Linear stands in for plain nn.Linear only; leave it as it is"
+            )
         return cls(ctx.path, old.in_features, old.out_features, old.bias is not None, ctx.dtype)
 
     def tensors(self) -> list[str]:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 
 from ktx.errors import UsageError
-from ktx.kernels import cpu
+from ktx.kernels import cpu, reference
 from ktx.ops.base import Context, Operator, adopt
-
-PLUS_ONE = ("Qwen3NextRMSNorm", "Gemma")  # classes that multiply by 1 + weight
+from ktx.ops.gates import refused, stand_in
 
 
 class RMSNorm(Operator):
@@ -23,7 +22,7 @@ class RMSNorm(Operator):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, RMSNorm needs a weight and an epsilon")
         new: RMSNorm = adopt(cls, old, ctx)
         new.variance_epsilon = float(eps)
-        new.plus_one = type(old).__name__.startswith(PLUS_ONE)
+        new.plus_one = _multiplies_by_one_more(old, float(eps), ctx.path)
         new.in_f32 = None
         return new
 
@@ -32,10 +31,25 @@ class RMSNorm(Operator):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
-            from ktx.kernels import reference
-
             return reference.rms_norm(x, self.weight, self.variance_epsilon, self.plus_one)
         return cpu.rms_norm(x.contiguous(), self.in_f32, self.variance_epsilon, self.plus_one)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+def _multiplies_by_one_more(old: Any, eps: float, where: str) -> bool:
+    """Whether the module multiplies by 1 + weight, found by asking it; UsageError when it does neither that nor plain RMSNorm."""
+    source = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(*shape, old.weight.shape[-1], generator=source) for shape in ((3,), ()))
+    probe = stand_in(old, parameters={"weight": weight})
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            answer = probe(x)
+    except Exception as error:  # a family's own code, fed with numbers it may not expect
+        raise refused(old, where, "its formula", error) from error
+    for plus_one in (False, True):
+        expected = reference.rms_norm(x, weight, eps, plus_one)
+        if isinstance(answer, torch.Tensor) and torch.allclose(answer.float(), expected, rtol=1e-5, atol=1e-6):
+            return plus_one
+    raise UsageError(f"{where}: what {type(old).__name__} computes is no RMSNorm; leave it as it is")

@@ -114,6 +114,42 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": {},
 }
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+}
+MEMBERS: list[tuple[str, dict[str, Any]]] = [  # what other members of the families have
+    ("deepseek_v2", {"q_lora_rank": 64}),
+    ("deepseek_v2", {"topk_method": "greedy", "n_group": None, "topk_group": None}),
+    ("deepseek_v2", {"hidden_size": 192, "moe_intermediate_size": 40, "n_shared_experts": 2}),
+    ("deepseek_v2", {"qk_nope_head_dim": 24, "v_head_dim": 24, "kv_lora_rank": 48, "first_k_dense_replace": 0}),
+    ("deepseek_v3", {"q_lora_rank": None, "n_group": 1, "topk_group": 1}),
+    ("deepseek_v3", {"norm_topk_prob": False, "rope_interleave": False}),
+    ("deepseek_v3", {"qk_nope_head_dim": 24, "v_head_dim": 40, "kv_lora_rank": 48, "attention_bias": True}),
+    ("deepseek_v3", {"num_attention_heads": 5, "num_key_value_heads": 5, "tie_word_embeddings": True}),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 33, "norm_topk_prob": True}),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ("qwen3_moe", {"attention_bias": True, "head_dim": 80, "num_experts_per_tok": 1}),
+    ("qwen3_moe", {"num_key_value_heads": 1, "num_experts": 5}),
+    ("qwen3_next", {"partial_rotary_factor": 0.5, "num_experts": 5}),
+    ("mixtral", {"sliding_window": 8, "num_local_experts": 3, "head_dim": 48}),
+    ("glm4_moe", {"use_qk_norm": False, "attention_bias": False, "n_group": 1, "topk_group": 1}),
+    ("glm4_moe", {"partial_rotary_factor": 0.5, "n_shared_experts": 2}),
+    ("minimax_m2", {"rotary_dim": 64, "num_key_value_heads": 1, "num_local_experts": 5}),
+    ("ernie4_5_moe", {"moe_num_shared_experts": 0, "use_bias": True}),
+    ("ernie4_5_moe", {"moe_layer_interval": 2, "moe_num_shared_experts": 2}),
+    ("gpt_oss", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "intermediate_size": 100}),
+    ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
+    ("llama", {"num_key_value_heads": 1, "head_dim": 48, "tie_word_embeddings": True}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    ("qwen3", {"attention_bias": True, "head_dim": 80}),
+    ("phi3", {"sliding_window": 8, "partial_rotary_factor": 0.5}),
+]
+
 
 def tiny(family: str, **more: Any) -> Any:
     """A transformers model with random weights that are neither all alike nor so small that nothing would show."""

@@ -7,7 +7,7 @@ import torch
 
 from ktx.cache.kv import KVCache
 from tests.gguf_writer import write_gguf
-from tests.models.families import FAMILIES, tiny
+from tests.models.families import FAMILIES, MEMBERS, tiny
 
 IDS = torch.randint(3, 320, (1, 150), generator=torch.Generator().manual_seed(3))
 FLOATS = ("F32", "BF16")
@@ -21,8 +21,8 @@ def mixed(name: str) -> str:
 class Pair:
     """A family's model in ktx and in transformers, on the same weights."""
 
-    def __init__(self, folder, family, quant, **options):
-        original = tiny(family)
+    def __init__(self, folder, family, quant, config=None, **options):
+        original = tiny(family, **(config or {}))
         original.config.save_pretrained(folder)
         oracle = write_gguf(folder / "model.gguf", original, quant, **options)
         original.load_state_dict(oracle, strict=False)
@@ -192,3 +192,14 @@ def test_fused_gate_up(tmp_path, family):
 def test_fused_qkv(tmp_path, family):
     pair = Pair(tmp_path, family, "F32", fuse_qkv=True)
     assert (logits(pair.model) - logits(pair.reference)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("family,config", MEMBERS)
+def test_other_members_of_the_families(tmp_path, family, config):
+    pair = Pair(tmp_path, family, "F32", config)
+    whole = logits(pair.model, IDS[:, :40])
+    assert (whole - logits(pair.reference, IDS[:, :40])).abs().max() < 1e-4
+    cache = KVCache(pair.model.config, dtype=None)
+    with torch.inference_mode():
+        steps = [pair.model(input_ids=IDS[:, i : i + 1], past_key_values=cache).logits for i in range(40)]
+    assert (torch.cat(steps, 1) - whole).abs().max() < 1e-4
