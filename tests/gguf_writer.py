@@ -86,11 +86,71 @@ class Writer:
             "expert_feed_forward_length": getattr(c, "moe_intermediate_size", None),
             "attention.kv_lora_rank": getattr(c, "kv_lora_rank", None),
             "vocab_size": c.vocab_size,
+            **self.as_the_converter_writes(),
             **mangle,
         }
         for key, value in values.items():
-            if value is not None:
+            if isinstance(value, bool):
+                self.w.add_bool(f"{self.arch}.{key}", value)
+            elif isinstance(value, str):
+                self.w.add_string(f"{self.arch}.{key}", value)
+            elif isinstance(value, float):
+                self.w.add_float32(f"{self.arch}.{key}", value)
+            elif value is not None:
                 self.w.add_uint32(f"{self.arch}.{key}", int(value))
+
+    def as_the_converter_writes(self) -> dict[str, Any]:
+        """Keys from which a configuration can be made again."""
+        c = self.config
+        rope = c.rope_parameters if isinstance(getattr(c, "rope_parameters", None), dict) else {}
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        dense = c.moe_intermediate_size if c.model_type == "ernie4_5_moe" else c.intermediate_size
+        values: dict[str, Any] = {
+            "context_length": c.max_position_embeddings,
+            "feed_forward_length": dense,
+            "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
+            "rope.freq_base": float(rope.get("rope_theta", 10000.0)),
+            "attention.sliding_window": getattr(c, "sliding_window", None) if c.model_type == "phi3" else None,
+            "expert_shared_feed_forward_length": getattr(c, "shared_expert_intermediate_size", None),
+        }
+        if rope.get("rope_type") == "yarn":
+            values |= {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": float(rope["factor"]),
+                "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+                "rope.scaling.yarn_log_multiplier": 0.1 * rope.get("mscale_all_dim", 0.0),
+            }
+        if (
+            rope.get("rope_type") == "llama3"
+        ):  # a table of divisors and no key: modify_tensors of the converter's LlamaModel
+            wavelength = 2 * torch.pi * rope["rope_theta"] ** (torch.arange(0, width, 2) / width)
+            smooth = (rope["original_max_position_embeddings"] / wavelength - rope["low_freq_factor"]) / (
+                rope["high_freq_factor"] - rope["low_freq_factor"]
+            )
+            smooth = smooth.clamp(0, 1)
+            self.put1("rope_freqs.weight", 1 / ((1 - smooth) / rope["factor"] + smooth))
+        if rope.get("rope_type") == "longrope":
+            values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+            for kind in ("long", "short"):
+                self.put1(f"rope_factors_{kind}.weight", torch.tensor(rope[f"{kind}_factor"]))
+        if not getattr(c, "kv_lora_rank", None):
+            partial = rope.get("partial_rotary_factor", 1.0)
+            return values | {"attention.key_length": width, "rope.dimension_count": int(width * partial)}
+        return values | {
+            "attention.key_length": c.kv_lora_rank + c.qk_rope_head_dim,
+            "attention.value_length": c.kv_lora_rank,
+            "attention.key_length_mla": c.qk_nope_head_dim + c.qk_rope_head_dim,
+            "attention.value_length_mla": c.v_head_dim,
+            "attention.q_lora_rank": c.q_lora_rank,
+            "rope.dimension_count": c.qk_rope_head_dim,
+            "leading_dense_block_count": c.first_k_dense_replace,
+            "expert_shared_count": c.n_shared_experts,
+            "expert_weights_scale": float(c.routed_scaling_factor),
+            "expert_weights_norm": bool(c.norm_topk_prob) if c.model_type == "deepseek_v3" else None,
+            "expert_gating_func": 2 if c.model_type == "deepseek_v3" else 1,
+            "expert_group_count": c.n_group,
+            "expert_group_used_count": c.topk_group,
+        }
 
     def type_for(self, name: str, shape: tuple[int, ...]) -> QType:
         wanted = self.quant if isinstance(self.quant, str) else self.quant(name)

@@ -26,9 +26,9 @@ class GGUFSource:
 
     def __init__(self, path: Path, config: Any):
         self.path = str(path)
-        headers = [read_header(file) for file in _files(path)]
+        headers = [read_header(file) for file in files_of(path)]
         self.metadata = headers[0].metadata
-        self.tensors = _merged(headers)
+        self.tensors = merged(headers)
         self.arch = architecture(self.metadata, headers[0].file)
         self.total_bytes = sum(spec.nbytes for spec in self.tensors.values())
         self.config = config
@@ -134,7 +134,7 @@ def _beside_the_model(name: str, layers: int) -> bool:
     return (block is not None and int(block[1]) >= layers) or ".nextn." in name or name.startswith("rope_")
 
 
-def _files(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
     """The file, or every part of the split model it belongs to; a folder must hold one model."""
     if path.is_dir():
         found = sorted(path.glob("*.gguf"))
@@ -154,7 +154,8 @@ def _files(path: Path) -> list[Path]:
     return parts
 
 
-def _merged(headers: list[Header]) -> dict[str, TensorSpec]:
+def merged(headers: list[Header]) -> dict[str, TensorSpec]:
+    """The tensors of all parts; BadFile when one is there twice, or a part is not."""
     tensors: dict[str, TensorSpec] = {}
     for header in headers:
         for name, spec in header.tensors.items():

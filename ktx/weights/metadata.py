@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ktx.errors import BadFile, nearest
 from ktx.weights.gguf_header import Header, architecture, read_header
 
@@ -32,6 +34,10 @@ DEEPSEEK = MOE | {
     "norm_topk_prob": "expert_weights_norm?",
     "n_group": "expert_group_count?",
     "topk_group": "expert_group_used_count?",
+}
+FIXED: dict[str, dict[str, Any]] = {  # what llama.cpp's graph of an architecture does without a key for it
+    "qwen3_moe": {"norm_topk_prob": True},
+    "qwen2_moe": {"norm_topk_prob": False},
 }
 FAMILIES: dict[str, tuple[str, dict[str, str]]] = {  # GGUF architecture -> (model_type, keys beside COMMON)
     "llama": ("llama", {}),
@@ -83,7 +89,7 @@ def config_from_gguf(path: Path) -> Any:
     """The transformers configuration that a file's metadata describes. BadFile names what it does not say."""
     from transformers import AutoConfig
 
-    header = read_header(path)
+    header = _whole(path)
     arch = architecture(header.metadata, str(path))
     if arch not in FAMILIES:
         why = (
@@ -105,11 +111,39 @@ def config_from_gguf(path: Path) -> Any:
     }
     if arch == "deepseek2":
         model_type = _deepseek(header, values)
-    values |= _rope(header, arch, values.pop("rope_theta"))
-    for name in ("bos", "eos"):
-        if f"tokenizer.ggml.{name}_token_id" in header.metadata:
-            values[f"{name}_token_id"] = header.metadata[f"tokenizer.ggml.{name}_token_id"]
-    return AutoConfig.for_model(model_type, **values)
+    values |= _biases(header, model_type) | FIXED.get(model_type, {})
+    values |= _rope(header, arch, values)
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        values[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except Exception as error:  # transformers' checks raise what they like; the values are the file's
+        first = str(error).strip().replace("\n", " ")[:300]
+        raise BadFile(f"{path}: its metadata makes no {model_type} configuration: {first}") from error
+
+
+def _whole(path: Path) -> Header:
+    """Metadata of the first part of a split file, tensors of all: the first may hold none."""
+    from ktx.weights.gguf import files_of, merged
+
+    headers = [read_header(file) for file in files_of(path)]
+    return Header(headers[0].file, headers[0].metadata, merged(headers))
+
+
+def _biases(header: Header, model_type: str) -> dict[str, bool]:
+    """Families whose biases are an option of the configuration: the file has them or has not."""
+    found = (
+        {"attention_bias": "blk.0.attn_q.bias" in header.tensors}
+        if model_type in ("llama", "qwen3", "qwen3_moe")
+        else {}
+    )
+    if model_type == "llama":
+        found["mlp_bias"] = "blk.0.ffn_down.bias" in header.tensors
+    if model_type.startswith("deepseek"):
+        found["attention_bias"] = any(
+            f"blk.0.attn_{part}.bias" in header.tensors for part in ("q_a", "kv_a_mqa", "output")
+        )
+    return found
 
 
 def _value(header: Header, arch: str, key: str) -> Any:
@@ -153,22 +187,82 @@ def _deepseek(header: Header, values: dict[str, Any]) -> str:
     return "deepseek_v3" if sigmoid else "deepseek_v2"
 
 
-def _rope(header: Header, arch: str, theta: float) -> dict[str, Any]:
-    m = header.metadata
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    if m.get(f"{arch}.rope.scaling.type") == "yarn":
+def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
+    """rope_parameters, and what else of the configuration they go with. Takes rope_theta out of `values`."""
+    m, kind = header.metadata, header.metadata.get(f"{arch}.rope.scaling.type", "none")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    more: dict[str, Any] = {}
+    factor, original = m.get(f"{arch}.rope.scaling.factor"), m.get(f"{arch}.rope.scaling.original_context_length")
+    rotated = m.get(f"{arch}.rope.dimension_count")
+    width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    if arch != "deepseek2" and isinstance(rotated, int) and 0 < rotated < width:
+        rope["partial_rotary_factor"] = more["partial_rotary_factor"] = rotated / width
+    if "rope_freqs.weight" in header.tensors:
+        rope |= _llama3(header, rope["rope_theta"], width)
+    elif "rope_factors_long.weight" in header.tensors:
+        rope |= {
+            "rope_type": "longrope",
+            "short_factor": _floats(header, "rope_factors_short.weight"),
+            "long_factor": _floats(header, "rope_factors_long.weight"),
+        }
+        more["original_max_position_embeddings"] = rope["original_max_position_embeddings"] = int(original or 4096)
+        if f"{arch}.rope.scaling.attn_factor" in m:
+            rope["attention_factor"] = float(m[f"{arch}.rope.scaling.attn_factor"])
+    elif kind == "yarn":
         mscale = (
             float(m.get(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)) * 10
         )  # llama.cpp stores a tenth of mscale_all_dim
         rope |= {
             "rope_type": "yarn",
-            "factor": float(m.get(f"{arch}.rope.scaling.factor", 1.0)),
+            "factor": float(factor or 1.0),
             "beta_fast": 32,
             "beta_slow": 1,
-            "original_max_position_embeddings": int(m.get(f"{arch}.rope.scaling.original_context_length", 4096)),
+            "original_max_position_embeddings": int(original or 4096),
         }
         rope |= {"mscale": mscale, "mscale_all_dim": mscale} if mscale else {}
-    return {"rope_parameters": rope}
+    elif kind == "linear":
+        rope |= {"rope_type": "linear", "factor": float(factor or 1.0)}
+    elif kind not in ("none", "longrope"):
+        raise BadFile(
+            f"{header.file}: rope scaling {kind!r} is not known; give --model the Hugging Face folder and --weights this file"
+        )
+    if f"{arch}.attention.sliding_window" in m and arch == "phi3":
+        more["sliding_window"] = _value(header, arch, "attention.sliding_window") or None
+    return {"rope_parameters": rope} | more
+
+
+def _llama3(header: Header, theta: float, width: int) -> dict[str, Any]:
+    """Llama 3's scaling from the table of divisors that files keep of it; BadFile when the table says something else."""
+    table = np.array(_floats(header, "rope_freqs.weight"))
+    factor = float(table.max())
+    wavelength = 2 * np.pi * theta ** (np.arange(len(table)) * 2 / width)
+    smooth = (1 / table - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.ones_like(table)
+    between = (smooth > 0.01) & (smooth < 0.99)
+    if (
+        between.any()
+    ):  # there 1 + 3 * smooth is the original context in wavelengths (transformers' _compute_llama3_parameters)
+        original = round(float(np.median(wavelength[between] * (1 + 3 * smooth[between]))))
+        again = np.clip((original / wavelength - 1) / 3, 0, 1)
+        if np.allclose(1 / ((1 - again) / factor + again), table, rtol=1e-2):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
+    raise BadFile(
+        f"{header.file}: rope_freqs.weight holds no table of Llama 3's scaling; give --model the Hugging Face folder and --weights this file"
+    )
+
+
+def _floats(header: Header, name: str) -> list[float]:
+    if name not in header.tensors:
+        raise BadFile(f"{header.file}: the tensor {name} is missing")
+    spec = header.tensors[name]
+    if spec.qtype.name != "F32":
+        raise BadFile(f"{header.file}: the tensor {name} is {spec.qtype}, it must be F32")
+    return [float(x) for x in np.fromfile(spec.file, dtype="<f4", count=spec.nbytes // 4, offset=spec.offset)]
 
 
 # ---- tokenizer

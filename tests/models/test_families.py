@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ktx.cache.kv import KVCache
+from ktx.errors import BadFile
 from tests.gguf_writer import write_gguf
-from tests.models.families import FAMILIES, MEMBERS, tiny
+from tests.models.families import FAMILIES, LLAMA3, MEMBERS, tiny
 
 IDS = torch.randint(3, 320, (1, 150), generator=torch.Generator().manual_seed(3))
 FLOATS = ("F32", "BF16")
@@ -203,3 +204,41 @@ def test_other_members_of_the_families(tmp_path, family, config):
     with torch.inference_mode():
         steps = [pair.model(input_ids=IDS[:, i : i + 1], past_key_values=cache).logits for i in range(40)]
     assert (torch.cat(steps, 1) - whole).abs().max() < 1e-4
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + i / 16 for i in range(32)],
+    "long_factor": [2.0 + i / 8 for i in range(32)],
+    "original_max_position_embeddings": 128,
+}
+SILENT = {"sliding_window", "rope_interleave"}  # what a file does not say, of other families than phi3
+ALONE = ["deepseek_v2", "deepseek_v3", "qwen2_moe", "qwen3_moe", "mixtral", "llama", "qwen2", "qwen3", "phi3"]
+
+
+@pytest.mark.parametrize(
+    "family,config",
+    [
+        *((family, {}) for family in ALONE),
+        *((f, c) for f, c in MEMBERS if f in ALONE and (f == "phi3" or not SILENT & set(c)) and f != "qwen2_moe"),
+        ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    ],
+)
+def test_a_file_alone_says_what_the_folder_says(tmp_path, family, config):
+    original = tiny(family, **config)
+    original.load_state_dict(write_gguf(tmp_path / "model.gguf", original, "F32"), strict=False)
+    assert (logits(load(tmp_path / "model.gguf", None)) - logits(original)).abs().max() < 1e-4
+
+
+def test_what_a_file_alone_cannot_say_is_refused(tmp_path):
+    original = tiny("llama", rope_parameters=LLAMA3)
+    write_gguf(tmp_path / "scaled.gguf", original, "F32", mangle={"rope.scaling.type": "su"})
+    assert load(tmp_path / "scaled.gguf", None) is not None  # the table counts, as for llama.cpp
+    plain = tiny("llama")
+    write_gguf(tmp_path / "su.gguf", plain, "F32", mangle={"rope.scaling.type": "su"})
+    with pytest.raises(BadFile, match="rope scaling 'su' is not known; give --model"):
+        load(tmp_path / "su.gguf", None)
+    write_gguf(tmp_path / "oss.gguf", tiny("gpt_oss"), "F32")
+    with pytest.raises(BadFile, match="a gpt-oss file cannot be used alone"):
+        load(tmp_path / "oss.gguf", None)
