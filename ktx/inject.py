@@ -213,10 +213,10 @@ class _Walk:
     def visit(self, path: str, module: nn.Module, device: torch.device) -> None:
         index = next((i for i, rule in enumerate(self.rules) if path and rule.matches(path, type(module))), None)
         rule = None if index is None else self.rules[index]
+        if rule is not None and rule.device:
+            device = _device(rule, tell=index not in self.hits)
         if index is not None:
             self.hits.add(index)
-        if rule is not None and rule.device:
-            device = _device(rule)
         old = type(module).__name__
         if rule is not None and rule.replace:
             module = self.replaced(path, module, rule, device)
@@ -294,12 +294,12 @@ def _same_kind(value: object, default: object) -> bool:
     return isinstance(default, float) and type(value) is int
 
 
-def _device(rule: Rule) -> torch.device:
+def _device(rule: Rule, tell: bool) -> torch.device:
     try:
         device = torch.device(str(rule.device))
     except RuntimeError as error:
         raise UsageError(f"{rule.where}: {rule.device!r} is no device; write cpu or cuda:0") from error
-    if device.type != "cpu":
+    if device.type != "cpu" and tell:
         warnings.warn(
             f"{rule.where}: {device} is not used by this version's operators; the module stays on the CPU", stacklevel=3
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,68 +11,36 @@ if TYPE_CHECKING:
     from ktx.rules import Rule
 
 PREFIX = "ktransformers."
-OPERATORS: dict[
-    str, str | None
-] = {  # last part of replace.class -> our operator; None: the transformers module does it
-    "KTransformersLinear": "Linear",
-    "KLinearCPUInfer": "Linear",
-    "KLinearMarlin": "Linear",
-    "KLinearTorch": "Linear",
-    "VLinearMarlin": "Linear",
-    "KLinearFP8": "Linear",
-    "KLinearQ8": "Linear",
-    "KTransformersExperts": "Experts",
-    "KTransformersExpertsV2": "Experts",
-    "KExpertsCPU": "Experts",
-    "KExpertsMarlin": "Experts",
-    "KExpertsTorch": "Experts",
-    "KDeepseekV2Attention": "MLA",
-    "KDeepseekV3Attention": "MLA",
-    "flashinfer_attn": "MLA",
-    "deepseek_torch_attn": "MLA",
-    "KLlamaAttention": "Attention",
-    "KQwen2MoeAttention": "Attention",
-    "KQwen3MoeAttention": "Attention",
-    "KGlm4MoeAttention": "Attention",
-    "KMoEGate": None,
-    "KMoEGateQwen2Moe": None,
-    "KDeepseekV2MoE": None,
-    "KDeepseekV3MoE": None,
-    "KDeepseekV3MoEV2": None,
-    "KQwen2MoeSparseMoeBlock": None,
-    "KQwen3MoeSparseMoeBlock": None,
-    "KQwen2MoeSparseMoeBlockV2": None,
-    "KQwen3MoeSparseMoeBlockV2": None,
-    "KMistralSparseMoEBlock": None,
-    "KGlm4MoeMoE": None,
-    "KSmallthinkerMoeBlock": None,
-    "KQwen3NextSparseMoeBlockV2": None,
-    "RotaryEmbedding": None,
-    "RotaryEmbeddingV2": None,
-    "RotaryEmbeddingV3": None,
-    "RotaryEmbeddingV4": None,
-    "YarnRotaryEmbedding": None,
-    "YarnRotaryEmbeddingV2": None,
-    "YarnRotaryEmbeddingV3": None,
-    "YarnRotaryEmbeddingV4": None,
-    "DynamicNTKScalingRotaryEmbedding": None,
-    "KQwen3MoeRotaryEmbedding": None,
-    "KSmallthinkerRotaryEmbedding": None,
-    "KGlm4MoeRotaryEmbedding": None,
-    "RMSNorm": "RMSNorm",
-    "KQwen2MoeRMSNorm": "RMSNorm",
-    "KQwen3MoeRMSNorm": "RMSNorm",
-    "KGlm4MoeRMSNorm": "RMSNorm",
-    "KDeepseekRMSNormIPEXLLM": "RMSNorm",
-    "DeepseekV3RMSNorm": "RMSNorm",
-    "kDeepseekV3MLP": None,
-    "KDeepseekV3MLP": None,
-    "KQwen2MoeMLP": None,
-    "KDeepseekV2Model": None,
-    "KQwen2MoeModel": None,
-    "KLlamaModel": None,
-    "KQwen3MoeModel": None,
+# Our operator -> last part of replace.class in their files, old spellings included; None: the transformers module does it.
+MEANINGS: dict[str | None, str] = {
+    "Linear": (
+        "KTransformersLinear KTransformerLinear KLinearCPUInfer KLinearMarlin KLinearTorch VLinearMarlin "
+        "KLinearFP8 KLinearQ8 KLinearIPEXLLM "
+    ),
+    "Experts": (
+        "KTransformersExperts KTransformersExpertsV2 KTransformersMLPExpert KExpertsCPU KExpertsMarlin "
+        "KExpertsTorch KGlm4Experts KQwen3NextExperts KSFTExperts KTransformersExpertsSFT "
+    ),
+    "MLA": "KDeepseekV2Attention KDeepseekV3Attention flashinfer_attn deepseek_torch_attn",
+    "Attention": "KLlamaAttention KQwen2MoeAttention KQwen3MoeAttention KGlm4MoeAttention KQwen3NextAttention",
+    "RMSNorm": (
+        "RMSNorm KQwen2MoeRMSNorm KQwen3MoeRMSNorm KGlm4MoeRMSNorm KQwen3NextRMSNorm KDeepseekRMSNormIPEXLLM "
+        "DeepseekV3RMSNorm DeepseekV3RMSNormTorch "
+    ),
+    "Router": "KMoEGate KMoEGateQwen2Moe KMoEGateDeepSeekV3 KMoEGateIPEXLLM",
+    "MLP": "kDeepseekV3MLP KDeepseekV3MLP KQwen2MoeMLP KGlm4MoeMLP",
+    None: (
+        "KDeepseekV2MoE KDeepseekV3MoE "
+        "KDeepseekV3MoEV2 KQwen2MoeSparseMoeBlock KQwen2MoeSparseMoeBlockV2 KQwen3MoeSparseMoeBlock "
+        "KQwen3MoeSparseMoeBlockV2 KMistralSparseMoEBlock MisrtalSparseMoEBlockInjected KGlm4MoeMoE "
+        "KSmallthinkerMoeBlock KQwen3NextSparseMoeBlockV2 RotaryEmbedding RotaryEmbeddingV2 RotaryEmbeddingV3 "
+        "RotaryEmbeddingV4 YarnRotaryEmbedding YarnRotaryEmbeddingV2 YarnRotaryEmbeddingV3 YarnRotaryEmbeddingV4 "
+        "DynamicNTKScalingRotaryEmbedding KQwen3MoeRotaryEmbedding KSmallthinkerRotaryEmbedding "
+        "KGlm4MoeRotaryEmbedding KQwen3NextRMSNormGated KQwen3NextGatedDeltaNet "
+        "KDeepseekV2Model KQwen2MoeModel KLlamaModel KQwen3MoeModel "
+    ),
 }
+OPERATORS: dict[str, str | None] = {name: operator for operator, names in MEANINGS.items() for name in names.split()}
 CLASSES = {  # last part of match.class -> the transformers class of today
     "DeepseekV2MoE": "DeepseekV2Moe",
     "DeepseekV3MoE": "DeepseekV3MoE",
@@ -79,6 +48,7 @@ CLASSES = {  # last part of match.class -> the transformers class of today
     "DeepseekV3YarnRotaryEmbedding": "DeepseekV3RotaryEmbedding",
     "MoEGate": "DeepseekV3TopkRouter",
 }
+MOVED = {"block_sparse_moe": "mlp"}  # modules that have another name in transformers 5
 KEPT = {"absorb_for_prefill"}
 DEVICES = ("generate_device", "prefill_device")
 NO_MEANING = {
@@ -129,4 +99,13 @@ def _translated(rule: Rule, cls: str | None) -> Rule:
     device = rule.device or rule.kwargs.get("generate_device")
     if device == "cuda":
         device = "cuda:0"
-    return replace(rule, cls=cls, replace=operator, kwargs=kwargs, device=device)
+    return replace(rule, name=_moved(rule.name), cls=cls, replace=operator, kwargs=kwargs, device=device)
+
+
+def _moved(pattern: re.Pattern[str] | None) -> re.Pattern[str] | None:
+    if pattern is None:
+        return None
+    text = pattern.pattern
+    for old, new in MOVED.items():
+        text = text.replace(old, new)
+    return re.compile(text)

@@ -215,6 +215,15 @@ def test_an_unknown_ktransformers_class_is_an_error():
         parse("- match: {name: a}\n  replace: {class: ktransformers.operators.experts.KTransformerExperts}", "k.yaml")
 
 
+def test_old_spellings_and_moved_modules_of_ktransformers():
+    (rule,) = parse(
+        "- match: {name: 'layers\\..*\\.block_sparse_moe\\.experts$'}\n"
+        "  replace: {class: ktransformers.operators.experts.KTransformersMLPExpert}",
+        "Mixtral.yaml",
+    )
+    assert rule.replace == "Experts" and rule.name.search("model.layers.3.mlp.experts")
+
+
 def test_a_rule_must_match_something():
     with pytest.raises(UsageError):
         Rule()
