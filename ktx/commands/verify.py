@@ -80,7 +80,7 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
     worst = max(row["same_input"] for row in rows)
     return rows, {
         "logits_error": _error(mine, logits),
-        "kl_divergence": float(kl),
+        "kl_divergence": max(0.0, float(kl)),  # rounding may make it a hair less
         "top1_agreement": float(top),
         "worst_layer": worst,
         "bound": bound,
