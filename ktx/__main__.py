@@ -57,9 +57,8 @@ def guarded(args: object) -> int:
     debug = getattr(args, "debug", False)
     if not debug:
         _quiet_warnings()
-    gc.set_threshold(
-        100_000, 20, 100
-    )  # importing torch and transformers makes a million objects that stay: 0.6 s of collecting
+    # Importing torch and transformers makes a million objects that stay: 0.6 s of collecting by the default.
+    gc.set_threshold(100_000, 20, 100)
     try:
         return module.run(args)
     except KtxError as error:

@@ -166,7 +166,7 @@ def test_a_truncated_file_is_told_in_one_line(folder, tmp_path):
     assert "Traceback" in debug.stderr
 
 
-PROMPT = r">>>[^\n]*\x1b\[\?25h"  # written, and the cursor shown again
+PROMPT, MORE = (rf"{mark}[^\n]*\x1b\[\?25h" for mark in (">>>", r"\.\.\."))  # written, and the cursor shown again
 
 
 class Terminal:
@@ -236,7 +236,7 @@ def test_a_terminal_session(folder, tmp_path):
     t.expect("first token")
     t.expect(PROMPT)
     t.send('"""\r')
-    t.expect(r"\.\.\.")
+    t.expect(MORE)
     t.send('two\rlines"""\r')
     time.sleep(0.5)
     t.send("\x03")

@@ -29,7 +29,7 @@ struct Chunk {
   float* slot_weight;
   std::vector<int64_t>& active;
   Tokens xs, hs;  // activations of all slots: input of gate/up, input of down
-  int64_t inner_items, out_groups;
+  int64_t inner_items, all_groups, out_groups;  // all_groups: row groups of down
   Queue rows;
   Line inner, outer;
 
@@ -127,7 +127,6 @@ struct Chunk {
     float* sums = own.take<float>(columns * std::max<int64_t>(widest, 1));
     float* total = own.take<float>(columns * tokens);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
-    const int64_t all_groups = (c.hidden + 15) / 16;
     outer.walk([&](int64_t item, int64_t then) {
       const int64_t first = item * out_groups;
       const int groups = int(std::min<int64_t>(out_groups, all_groups - first));
@@ -157,6 +156,7 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
   const bool in_ints = !c.gate.layout->is_float || !c.up.layout->is_float, in_floats = c.gate.layout->is_float || c.up.layout->is_float;
   const bool down_ints = !c.down.layout->is_float;
   const int64_t slots = tokens * c.top, all_groups = (c.hidden + 15) / 16;
+  const bool many = tokens > 16;
   shared_scratch.reset(tokens_bytes(slots, c.hidden, in_ints, in_floats) + tokens_bytes(slots, c.inner, down_ints, !down_ints) +
                        size_t(2 * c.experts + 1 + 2 * slots) * 8 + size_t(slots) * 4 + 1024);
   Scratch& s = shared_scratch;
@@ -168,8 +168,8 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
               .slot_of = s.take<int64_t>(slots + c.experts), .slot_weight = s.take<float>(slots), .active = order,
               .xs = take_tokens(s, slots, c.hidden, in_ints, in_floats), .hs = take_tokens(s, slots, c.inner, down_ints, !down_ints),
               .inner_items = (c.inner + INNER_GROUPS * 16 - 1) / (INNER_GROUPS * 16),
-              .out_groups = tokens > 16 ? std::clamp<int64_t>(all_groups / (4 * threads()), 2, 4) : std::clamp<int64_t>(all_groups / (16 * threads()), 1, 4), .rows = {}, .inner = {},
-              .outer = {}};
+              .all_groups = all_groups, .out_groups = std::clamp<int64_t>(all_groups / ((many ? 4 : 16) * threads()), many ? 2 : 1, 4),
+              .rows = {}, .inner = {}, .outer = {}};
   chunk.group();
   chunk.inner.count = chunk.inner_items * int64_t(chunk.active.size());
   chunk.outer.count = (all_groups + chunk.out_groups - 1) / chunk.out_groups;

@@ -105,14 +105,18 @@ def named_model(args: argparse.Namespace) -> bool:
     path = Path(args.weights).expanduser()
     if not path.exists():
         raise BadFile(f"{args.weights}: no such file or folder")
-    inside = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
-    path = inside[0] if inside else path
+    path = path if (path / "config.json").exists() else gguf_in(path)
     if path.suffix == ".gguf" or (path / "config.json").exists():
         args.model = str(path)
         return True
     raise UsageError(
         f"--weights {args.weights} needs --model: the Hugging Face folder (config.json, tokenizer) it belongs to"
     )
+
+
+def gguf_in(path: Path) -> Path:
+    """The first GGUF file of a folder; anything else as it is."""
+    return next(iter(sorted(path.glob("*.gguf"))), path) if path.is_dir() else path
 
 
 def require_model(args: argparse.Namespace) -> None:

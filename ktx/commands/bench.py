@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ktx.commands.arguments import counts, flag, model_options, positive, require_model
+from ktx.commands.arguments import counts, flag, gguf_in, model_options, positive, require_model
 from ktx.errors import KtxError, UsageError
 
 SUMMARY = "measure prefill and decode speed, beside llama.cpp if asked"
@@ -145,8 +145,7 @@ def _ktx_words(args: argparse.Namespace) -> list[str]:
 
 def _gguf(args: argparse.Namespace) -> Path:
     """The file a peer can read."""
-    path = Path(args.weights or args.model).expanduser()
-    path = next(iter(sorted(path.glob("*.gguf"))), path) if path.is_dir() else path
+    path = gguf_in(Path(args.weights or args.model).expanduser())
     if path.suffix != ".gguf" or not path.exists():
         raise UsageError(f"{path}: {args.peer} reads GGUF files only; give one to --weights, or leave --peer out")
     return path

@@ -32,8 +32,8 @@ class Fused:
         rows = {name: (child.parts[0], child.bias) for name, child in modules.items()}
         if "gate_up_proj" in rows:
             (both, bias), half = rows["gate_up_proj"], rows["gate_up_proj"][0].n // 2
-            if half % 16:
-                return None  # the packed rows come in sixteens, of which one is half gate and half up
+            if half % cpu.GROUP_ROWS:
+                return None  # rows are packed in groups, of which one is half gate and half up
             cut = both.nbytes // 2
             for i, name in enumerate(("gate_proj", "up_proj")):
                 part = None if bias is None else bias[i * half : (i + 1) * half]

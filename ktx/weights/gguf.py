@@ -26,10 +26,9 @@ class GGUFSource:
 
     def __init__(self, path: Path, config: Any):
         self.path = str(path)
-        headers = [read_header(file) for file in files_of(path)]
-        self.metadata = headers[0].metadata
-        self.tensors = merged(headers)
-        self.arch = architecture(self.metadata, headers[0].file)
+        whole = whole_header(path)
+        self.metadata, self.tensors = whole.metadata, whole.tensors
+        self.arch = architecture(self.metadata, whole.file)
         self.total_bytes = sum(spec.nbytes for spec in self.tensors.values())
         self.config = config
         self.names = GGUFNames(self.arch, config, self.tensors)
@@ -134,7 +133,13 @@ def _beside_the_model(name: str, layers: int) -> bool:
     return (block is not None and int(block[1]) >= layers) or ".nextn." in name or name.startswith("rope_")
 
 
-def files_of(path: Path) -> list[Path]:
+def whole_header(path: Path) -> Header:
+    """Metadata of a model's first file, tensors of all its parts: the first may hold none."""
+    headers = [read_header(file) for file in _files(path)]
+    return Header(headers[0].file, headers[0].metadata, _merged(headers))
+
+
+def _files(path: Path) -> list[Path]:
     """The file, or every part of the split model it belongs to; a folder must hold one model."""
     if path.is_dir():
         found = sorted(path.glob("*.gguf"))
@@ -154,8 +159,7 @@ def files_of(path: Path) -> list[Path]:
     return parts
 
 
-def merged(headers: list[Header]) -> dict[str, TensorSpec]:
-    """The tensors of all parts; BadFile when one is there twice, or a part is not."""
+def _merged(headers: list[Header]) -> dict[str, TensorSpec]:
     tensors: dict[str, TensorSpec] = {}
     for header in headers:
         for name, spec in header.tensors.items():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ktx.errors import BadFile, nearest
-from ktx.weights.gguf_header import Header, architecture, read_header
+from ktx.weights.gguf_header import Header, architecture
 
 # transformers' name -> metadata key after the architecture; "?" marks keys that may be absent
 COMMON = {
@@ -35,6 +35,7 @@ DEEPSEEK = MOE | {
     "n_group": "expert_group_count?",
     "topk_group": "expert_group_used_count?",
 }
+REMEDY = "give --model the Hugging Face folder and --weights this file"
 FIXED: dict[str, dict[str, Any]] = {  # what llama.cpp's graph of an architecture does without a key for it
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen2_moe": {"norm_topk_prob": False},
@@ -89,7 +90,9 @@ def config_from_gguf(path: Path) -> Any:
     """The transformers configuration that a file's metadata describes. BadFile names what it does not say."""
     from transformers import AutoConfig
 
-    header = _whole(path)
+    from ktx.weights.gguf import whole_header
+
+    header = whole_header(path)
     arch = architecture(header.metadata, str(path))
     if arch not in FAMILIES:
         why = (
@@ -97,9 +100,7 @@ def config_from_gguf(path: Path) -> Any:
             if arch in NEEDS_FOLDER
             else f"no family is called so here{nearest(arch, FAMILIES)}"
         )
-        raise BadFile(
-            f"{path}: a {arch} file cannot be used alone ({why}); give --model the Hugging Face folder and --weights this file"
-        )
+        raise BadFile(f"{path}: a {arch} file cannot be used alone ({why}); {REMEDY}")
     model_type, keys = FAMILIES[arch]
     if arch == "llama" and f"{arch}.expert_count" in header.metadata:
         model_type, keys = "mixtral", {"num_experts_per_tok": "expert_used_count", "num_local_experts": "expert_count"}
@@ -120,14 +121,6 @@ def config_from_gguf(path: Path) -> Any:
     except Exception as error:  # transformers' checks raise what they like; the values are the file's
         first = str(error).strip().replace("\n", " ")[:300]
         raise BadFile(f"{path}: its metadata makes no {model_type} configuration: {first}") from error
-
-
-def _whole(path: Path) -> Header:
-    """Metadata of the first part of a split file, tensors of all: the first may hold none."""
-    from ktx.weights.gguf import files_of, merged
-
-    headers = [read_header(file) for file in files_of(path)]
-    return Header(headers[0].file, headers[0].metadata, merged(headers))
 
 
 def _biases(header: Header, model_type: str) -> dict[str, bool]:
@@ -153,9 +146,7 @@ def _value(header: Header, arch: str, key: str) -> Any:
         return next(iter(value)) if hasattr(value, "__iter__") and not isinstance(value, str) else value
     if key.endswith("?"):
         return None
-    raise BadFile(
-        f"{header.file}: the metadata key {full} is missing; give --model the Hugging Face folder and --weights this file"
-    )
+    raise BadFile(f"{header.file}: the metadata key {full} is missing; {REMEDY}")
 
 
 def _vocabulary(header: Header) -> int:
@@ -211,7 +202,7 @@ def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
     elif kind == "yarn":
         mscale = (
             float(m.get(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)) * 10
-        )  # llama.cpp stores a tenth of mscale_all_dim
+        )  # a tenth of mscale_all_dim is stored
         rope |= {
             "rope_type": "yarn",
             "factor": float(factor or 1.0),
@@ -223,9 +214,7 @@ def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
     elif kind == "linear":
         rope |= {"rope_type": "linear", "factor": float(factor or 1.0)}
     elif kind not in ("none", "longrope"):
-        raise BadFile(
-            f"{header.file}: rope scaling {kind!r} is not known; give --model the Hugging Face folder and --weights this file"
-        )
+        raise BadFile(f"{header.file}: rope scaling {kind!r} is not known; {REMEDY}")
     if f"{arch}.attention.sliding_window" in m and arch == "phi3":
         more["sliding_window"] = _value(header, arch, "attention.sliding_window") or None
     return {"rope_parameters": rope} | more
@@ -238,9 +227,8 @@ def _llama3(header: Header, theta: float, width: int) -> dict[str, Any]:
     wavelength = 2 * np.pi * theta ** (np.arange(len(table)) * 2 / width)
     smooth = (1 / table - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.ones_like(table)
     between = (smooth > 0.01) & (smooth < 0.99)
-    if (
-        between.any()
-    ):  # there 1 + 3 * smooth is the original context in wavelengths (transformers' _compute_llama3_parameters)
+    # Between the two bands 1 + 3 * smooth is the original context in wavelengths (transformers' _compute_llama3_parameters).
+    if between.any():
         original = round(float(np.median(wavelength[between] * (1 + 3 * smooth[between]))))
         again = np.clip((original / wavelength - 1) / 3, 0, 1)
         if np.allclose(1 / ((1 - again) / factor + again), table, rtol=1e-2):
@@ -251,9 +239,7 @@ def _llama3(header: Header, theta: float, width: int) -> dict[str, Any]:
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": original,
             }
-    raise BadFile(
-        f"{header.file}: rope_freqs.weight holds no table of Llama 3's scaling; give --model the Hugging Face folder and --weights this file"
-    )
+    raise BadFile(f"{header.file}: rope_freqs.weight holds no table of Llama 3's scaling; {REMEDY}")
 
 
 def _floats(header: Header, name: str) -> list[float]:
