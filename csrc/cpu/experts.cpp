@@ -30,7 +30,10 @@ struct Chunk {
   std::vector<int64_t>& active;
   Tokens xs, hs;  // activations of all slots: input of gate/up, input of down
   int64_t inner_items, all_groups, out_groups;  // all_groups: row groups of down
-  Queue rows;
+  RowView quantised;  // [tokens] rows
+  bool lone;          // one token, at most once an expert
+  int64_t all_tiles;  // of all active experts' inputs
+  Queue rows, tiles;
   Line inner, outer;
 
   int count(int64_t e) const { return int(offset[e + 1] - offset[e]); }
@@ -55,21 +58,43 @@ struct Chunk {
     std::sort(active.begin(), active.end(), [&](int64_t a, int64_t b) { return count(a) != count(b) ? count(a) > count(b) : a < b; });
   }
 
+  // Every token once, into rows; then whole tiles of slots, because two members that write words of one line would fight for it.
   void quantise_inputs(Scratch& own) {
     float* room = own.take<float>(c.hidden);
-    const RowView row = ints_in() ? take_row(own, c.hidden) : RowView{};
-    for (int64_t t; (t = rows.take()) < tokens;) {
-      const float* values = as_floats(x + t * c.hidden * size_of(c.type), c.type, c.hidden, room);
-      if (ints_in()) k.quantise(values, c.hidden, row);
-      for (int64_t j = 0; j < c.top; ++j) {
-        const int64_t slot = slot_of[t * c.top + j];
-        if (slot < 0) continue;
-        const int64_t e = ids[t * c.top + j];
-        const Tokens to = slice(xs, offset[e], count(e), k);
-        if (xs.q) k.place(row, to, int(slot - offset[e]), 0, c.hidden);
-        if (xs.f) k.place_floats(values, to, int(slot - offset[e]), 0, c.hidden);
+    if (ints_in()) {
+      for (int64_t t; (t = rows.take()) < tokens;) k.quantise(values_of(t, room), c.hidden, row_of(t));
+      barrier();
+    }
+    size_t at = 0;  // the expert of the tile, and how many tiles the experts before it have
+    for (int64_t tile, before = 0; (tile = tiles.take()) < all_tiles;) {
+      while (tile - before >= input(at).tiles) before += input(at++).tiles;
+      const Tokens to = input(at);
+      const int place = int(tile - before);
+      for (int i = to.start(place); i < to.start(place + 1); ++i) {
+        const int64_t t = slot_token[offset[active[at]] + i];
+        if (xs.q) k.place(row_of(t), to, i, 0, c.hidden);
+        if (xs.f) k.place_floats(values_of(t, room), to, i, 0, c.hidden);
       }
     }
+  }
+  const float* values_of(int64_t t, float* room) const {
+    return as_floats(x + t * c.hidden * size_of(c.type), c.type, c.hidden, room);
+  }
+  RowView row_of(int64_t t) const {
+    return {quantised.q + t * c.hidden, quantised.scale + t * (c.hidden / 32), quantised.sum16 + t * (c.hidden / 16)};
+  }
+  Tokens input(size_t i) const { return slice(xs, offset[active[i]], count(active[i]), k); }  // of the i-th active expert
+
+  // A lone token is the same input for all of its experts, and quantising it takes less time than waiting for somebody else's.
+  Tokens lone_input(Scratch& own) const {
+    Tokens one = slice(take_tokens(own, 1, c.hidden, xs.q, xs.f), 0, 1, k);
+    const float* values = values_of(0, own.take<float>(c.hidden));
+    if (one.q) {
+      const RowView row = take_row(own, c.hidden);
+      k.quantise(values, c.hidden, row), k.place(row, one, 0, 0, c.hidden);
+    }
+    if (one.f) k.place_floats(values, one, 0, 0, c.hidden);
+    return one;
   }
 
   static const uint8_t* block(const ExpertMatrix& m, int64_t e, int64_t group, int64_t rows_of, int64_t columns) {
@@ -110,11 +135,12 @@ struct Chunk {
     float* line = own.take<float>(INNER_GROUPS * 16);
     const RowView row = take_row(own, INNER_GROUPS * 16);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
+    const Tokens only = lone ? lone_input(own) : Tokens{};
     const uint8_t* after = member < outer.count && !active.empty() ? outer_weights(member, active[0]) : nullptr;
     inner.walk([&](int64_t item, int64_t then) {
       const int64_t e = active[item / inner_items], first = item % inner_items * INNER_GROUPS;
       const int groups = int(std::min<int64_t>(INNER_GROUPS, (c.inner + 15) / 16 - first));
-      const Tokens in = slice(xs, offset[e], count(e), k);
+      const Tokens in = lone ? only : input(size_t(item / inner_items));
       project(c.gate, e, first, groups, c.inner, in, gate, work, inner_weights(c.up, item));
       project(c.up, e, first, groups, c.inner, in, up, work, then < 0 ? after : inner_weights(c.gate, then));
       k.gate(c.act, c.alpha, c.limit, gate, up, gate, int64_t(groups) * in.n * 16);
@@ -158,7 +184,7 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
   const int64_t slots = tokens * c.top, all_groups = (c.hidden + 15) / 16;
   const bool many = tokens > 16;
   shared_scratch.reset(tokens_bytes(slots, c.hidden, in_ints, in_floats) + tokens_bytes(slots, c.inner, down_ints, !down_ints) +
-                       size_t(2 * c.experts + 1 + 2 * slots) * 8 + size_t(slots) * 4 + 1024);
+                       size_t(2 * c.experts + 1 + 2 * slots) * 8 + size_t(slots) * 4 + (in_ints ? size_t(tokens) * c.hidden * 2 : 0) + 2048);
   Scratch& s = shared_scratch;
   Chunk chunk{.c = c, .k = k, .tokens = tokens,
               .x = static_cast<const uint8_t*>(c.x) + first * c.hidden * size_of(c.type),
@@ -169,18 +195,23 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
               .xs = take_tokens(s, slots, c.hidden, in_ints, in_floats), .hs = take_tokens(s, slots, c.inner, down_ints, !down_ints),
               .inner_items = (c.inner + INNER_GROUPS * 16 - 1) / (INNER_GROUPS * 16),
               .all_groups = all_groups, .out_groups = std::clamp<int64_t>(all_groups / ((many ? 4 : 16) * threads()), many ? 2 : 1, 4),
-              .rows = {}, .inner = {}, .outer = {}};
+              .quantised = {}, .lone = false, .all_tiles = 0, .rows = {}, .tiles = {}, .inner = {}, .outer = {}};
+  if (in_ints) chunk.quantised = {s.take<int8_t>(tokens * c.hidden), s.take<float>(tokens * (c.hidden / 32)), s.take<int32_t>(tokens * (c.hidden / 16))};
   chunk.group();
+  for (size_t i = 0; i < chunk.active.size(); ++i) chunk.all_tiles += chunk.input(i).tiles;
   chunk.inner.count = chunk.inner_items * int64_t(chunk.active.size());
   chunk.outer.count = (all_groups + chunk.out_groups - 1) / chunk.out_groups;
   const int64_t widest = chunk.active.empty() ? 0 : chunk.count(chunk.active[0]);
-  const size_t own = row_bytes(std::max<int64_t>(c.hidden, 64)) + size_t(2 * INNER_GROUPS) * 16 * widest * 4 +
+  chunk.lone = tokens == 1 && widest == 1;
+  const size_t own = 2 * row_bytes(std::max<int64_t>(c.hidden, 64)) + tokens_bytes(1, c.hidden, in_ints, in_floats) + size_t(2 * INNER_GROUPS) * 16 * widest * 4 +
                      size_t(chunk.out_groups) * 16 * (widest + tokens + 1) * 4 + WORK_BYTES + 4096;
   parallel([&](int member) {
     member_scratch.reset(own);
-    chunk.quantise_inputs(member_scratch);
-    barrier();
-    member_scratch.reset(own);
+    if (!chunk.lone) {
+      chunk.quantise_inputs(member_scratch);
+      barrier();
+      member_scratch.reset(own);
+    }
     chunk.inner_phase(member_scratch, member);
     barrier();
     member_scratch.reset(own);

@@ -31,6 +31,12 @@ template <class D> struct Traits {
   static constexpr int SUBS = D::BLOCK / D::SUB, VECTORS = D::SUB / 4;
 };
 
+// Where a sum of products starts when the codes are OFF too large.
+template <int OFF> AI V offset_by(const int32_t* minus_sum) {
+  static_assert((OFF & (OFF - 1)) == 0, "offsets are powers of two");
+  return OFF ? shl(broadcast(minus_sum), __builtin_ctz(OFF | 1 << 30)) : set(0);
+}
+
 // ---- few tokens: weights are expanded in registers and used at once --------------------------------------------------
 
 template <class D, int T>
@@ -54,8 +60,9 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
       V w[R::VECTORS];
       F scale, minimum;
       D::part(head, b, s, w, scale, minimum);
+#pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        V acc = R::OFF ? mul(broadcast(sums + t), set(uint32_t(-R::OFF))) : set(0);
+        V acc = offset_by<R::OFF>(sums + t);
 #pragma GCC unroll 8
         for (int g = 0; g < R::VECTORS; ++g)
           acc = dot<D::SIGNED>(acc, D::SIGNED ? carried(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
@@ -78,13 +85,22 @@ struct Span {  // one group's expanded weights
 };
 static_assert(2 * sizeof(Span) <= WORK_BYTES, "work buffer");
 
+// The span that will be expanded after this one: of the same group, or the first of `next` with its narrow fields.
+template <class D> AI void fetch_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next) {
+  const uint8_t *begin = from < k ? block_at(l, group, k, from / D::BLOCK).words : next, *end = begin;
+  if (from >= k && next) end = block_at(l, next, k, 0).words;
+  if (!begin) return;
+  const int64_t columns = from < k ? k - from : k;
+  end += (columns < SPAN ? columns : SPAN) / D::BLOCK * l.word_count() * 64;
+  for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 2);
+}
+
 template <class D>
-static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out) {
+static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out, const uint8_t* next) {
   typedef Traits<D> R;
+  fetch_span<D>(l, group, k, from + length, next);
   for (int at = 0, s16 = 0; at < length; at += D::BLOCK) {
     const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
-    const int64_t words = l.word_count() * 64, after = SPAN / D::BLOCK * words;
-    for (int64_t i = 0; i < words; i += 64) __builtin_prefetch(b.words + after + i, 0, 2);  // the next span, while this is used
     const typename D::Head head = D::head(b);
     for (int s = 0; s < R::SUBS; ++s, ++s16) {
       V w[R::VECTORS];
@@ -111,7 +127,7 @@ static void multiply_tile(const Span* spans, int length, const int8_t* q, const 
     V acc[R * T];
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
-      const V first = Traits<D>::OFF ? mul(broadcast(sums + t), set(uint32_t(-Traits<D>::OFF))) : set(0);
+      const V first = offset_by<Traits<D>::OFF>(sums + t);
 #pragma GCC unroll 2
       for (int r = 0; r < R; ++r) acc[r * T + t] = first;
     }
@@ -165,7 +181,7 @@ template <class S, int R> static TileKernel tile_kernel(int tokens) {
 }
 
 template <class D, int R>
-static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& x, float* out, Span* spans) {
+static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& x, float* out, Span* spans, const uint8_t* next) {
   typedef Shape<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM> S;
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
@@ -173,7 +189,7 @@ static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& 
   __builtin_memset(out, 0, R * stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += SPAN) {
     const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
-    for (int r = 0; r < R; ++r) expand<D>(l, packed + r * group, x.k, from, length, spans[r]);
+    for (int r = 0; r < R; ++r) expand<D>(l, packed + r * group, x.k, from, length, spans[r], next ? next + r * group : nullptr);
     for (int tile = 0; tile < x.tiles; ++tile) {
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       const int64_t at32 = first * (x.k / 32) + from / 32 * tokens;
@@ -193,19 +209,27 @@ static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, co
   int g = 0;
   if (x.tiles == 1 && x.n <= KTX_FEW) {
     for (; g < groups; ++g, packed += group, out += stride) {
-      if (x.n == 1) multiply_few<D, 1>(l, packed, x, out, ahead);
-      else if (x.n == 2) multiply_few<D, 2>(l, packed, x, out, ahead);
-#if KTX_FEW == 4
-      else if (x.n == 3) multiply_few<D, 3>(l, packed, x, out, ahead);
-      else multiply_few<D, 4>(l, packed, x, out, ahead);
+      switch (x.n) {
+        case 1: multiply_few<D, 1>(l, packed, x, out, ahead); break;
+        case 2: multiply_few<D, 2>(l, packed, x, out, ahead); break;
+#if KTX_FEW == 8
+        case 3: multiply_few<D, 3>(l, packed, x, out, ahead); break;
+        case 4: multiply_few<D, 4>(l, packed, x, out, ahead); break;
+        case 5: multiply_few<D, 5>(l, packed, x, out, ahead); break;
+        case 6: multiply_few<D, 6>(l, packed, x, out, ahead); break;
+        case 7: multiply_few<D, 7>(l, packed, x, out, ahead); break;
+        case 8: multiply_few<D, 8>(l, packed, x, out, ahead); break;
 #endif
+      }
     }
     return;
   }
 #if KTX_TILE == 6
-  for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) multiply_many<D, 2>(l, packed, x, out, spans);
+  for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride)
+    multiply_many<D, 2>(l, packed, x, out, spans, g + 2 < groups ? packed + 2 * group : next);
 #endif
-  for (; g < groups; ++g, packed += group, out += stride) multiply_many<D, 1>(l, packed, x, out, spans);
+  for (; g < groups; ++g, packed += group, out += stride)
+    multiply_many<D, 1>(l, packed, x, out, spans, g + 1 < groups ? packed + group : next);
 }
 
 // ---- float weights -----------------------------------------------------------------------------------------------------
@@ -359,16 +383,15 @@ static void unpack(const Layout& l, const uint8_t* group, int64_t k, float* out)
 static void quantise(const float* x, int64_t k, RowView out) {
   for (int64_t b = 0; b < k / 32; ++b, x += 32) {
     const F lo = loadf(x), hi = loadf(x + 16);
-    const float most = max_lane(maxf(absf(lo), absf(hi)));
+    // As integers, so that a NaN is the largest of all: it must reach the scale, its code cannot tell.
+    const uint32_t bits = largest_lane(maxu(as_int(absf(lo)), as_int(absf(hi))));
+    float most;
+    __builtin_memcpy(&most, &bits, 4);
     const F inverse = setf(most > 0 ? 127.0f / most : 0.0f);
+    const V low = to_int(mulf(lo, inverse)), high = to_int(mulf(hi, inverse));
     out.scale[b] = most / 127.0f;
-    store_s8(out.q + b * 32, to_int(mulf(lo, inverse)));
-    store_s8(out.q + b * 32 + 16, to_int(mulf(hi, inverse)));
-    for (int half = 0; half < 2; ++half) {
-      int sum = 0;
-      for (int i = 0; i < 16; ++i) sum += out.q[b * 32 + half * 16 + i];
-      out.sum16[2 * b + half] = sum;
-    }
+    store_s8(out.q + b * 32, low), store_s8(out.q + b * 32 + 16, high);
+    out.sum16[2 * b] = sum_lanes(low), out.sum16[2 * b + 1] = sum_lanes(high);
   }
 }
 
@@ -389,7 +412,7 @@ static void place(const RowView& row, const Tokens& to, int token, int64_t from,
   for (int64_t i = 0; i < length / 32; ++i) {
     const int32_t a = row.sum16[2 * i], b = row.sum16[2 * i + 1];
     const float d = row.scale[i];
-    scale[i * T] = d, s16[2 * i * T] = a, s16[(2 * i + 1) * T] = b, s32[i * T] = a + b;
+    scale[i * T] = d, s16[2 * i * T] = -a, s16[(2 * i + 1) * T] = -b, s32[i * T] = -a - b;
     p16[2 * i * T] = d * float(a), p16[(2 * i + 1) * T] = d * float(b), p32[i * T] = d * float(a + b);
   }
 }

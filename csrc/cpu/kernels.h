@@ -20,9 +20,9 @@ struct Tokens {
   int64_t k = 0;
   int8_t* q = nullptr;       // [k/4][T][4]
   float* scale = nullptr;    // [k/32][T]
-  int32_t* sum16 = nullptr;  // [k/16][T]
+  int32_t* sum16 = nullptr;  // [k/16][T] minus the sum of q: what a code's offset takes away, up to a shift
   int32_t* sum32 = nullptr;  // [k/32][T]
-  float* part16 = nullptr;   // [k/16][T]  scale * sum16
+  float* part16 = nullptr;   // [k/16][T] scale * sum of q
   float* part32 = nullptr;   // [k/32][T]
   float* f = nullptr;        // [k][T] unquantised, for float weights
   int start(int t) const { return int(int64_t(n) * t / tiles); }
@@ -31,7 +31,7 @@ struct Tokens {
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU_OAI };
 
 struct Kernels {
-  int tile, few;  // widest tile; up to `few` tokens make one tile and take the fused path
+  int tile, few;  // widest tile; up to `few` quantised tokens make one tile and take the fused path
   void (*quantise)(const float* x, int64_t k, RowView out);
   // Columns from..from+length of a token into its tile; `row` and `x` hold these columns only. Multiples of 32 for `place`.
   void (*place)(const RowView& row, const Tokens& to, int token, int64_t from, int64_t length);

@@ -35,14 +35,18 @@ struct Call {
   Queue rows{};
   Line items{};
 
-  void prepare(Scratch& own) {  // each member quantises some tokens
+  void prepare(Scratch& own) {  // whole tiles a member: two that write words of one line would fight for it
     float* room = own.take<float>(k);
     const RowView row = layout.is_float ? RowView{} : take_row(own, k);
-    for (int64_t t; (t = rows.take()) < matrices * tokens;) {
-      const Tokens mine = slice(all, t / tokens * tokens, tokens, kernels);
-      const float* values = as_floats(x + t * k * size_of(type), type, k, room);
-      if (layout.is_float) kernels.place_floats(values, mine, int(t % tokens), 0, k);
-      else kernels.quantise(values, k, row), kernels.place(row, mine, int(t % tokens), 0, k);
+    const int tiles = slice(all, 0, tokens, kernels).tiles;
+    for (int64_t tile; (tile = rows.take()) < matrices * tiles;) {
+      const int64_t matrix = tile / tiles;
+      const Tokens mine = slice(all, matrix * tokens, tokens, kernels);
+      for (int t = mine.start(int(tile % tiles)); t < mine.start(int(tile % tiles) + 1); ++t) {
+        const float* values = as_floats(x + (matrix * tokens + t) * k * size_of(type), type, k, room);
+        if (layout.is_float) kernels.place_floats(values, mine, t, 0, k);
+        else kernels.quantise(values, k, row), kernels.place(row, mine, t, 0, k);
+      }
     }
   }
   void finish(int64_t matrix, int64_t group, const float* sums) {  // [token][16] -> y, with bias

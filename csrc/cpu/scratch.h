@@ -57,7 +57,7 @@ inline Tokens slice(const Tokens& all, int64_t first, int n, const Kernels& kern
   Tokens t = all;
   const int64_t k = all.k;
   t.n = n;
-  t.tiles = n <= kernels.few ? 1 : (n + kernels.tile - 1) / kernels.tile;
+  t.tiles = n <= kernels.few && !all.f ? 1 : (n + kernels.tile - 1) / kernels.tile;
   if (all.q) {
     t.q += first * k, t.scale += first * (k / 32);
     t.sum16 += first * (k / 16), t.sum32 += first * (k / 32), t.part16 += first * (k / 16), t.part32 += first * (k / 32);

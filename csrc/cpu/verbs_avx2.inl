@@ -26,6 +26,7 @@ KTX_SHIFT(shl, _mm256_slli_epi32)
 KTX_SHIFT(shr16, _mm256_srli_epi16)
 KTX_V2(add, _mm256_add_epi32)
 KTX_V2(sub, _mm256_sub_epi32)
+KTX_V2(maxu, _mm256_max_epu32)
 KTX_V2(mul, _mm256_mullo_epi32)
 KTX_V2(mul16, _mm256_mullo_epi16)
 KTX_V2(sub8, _mm256_sub_epi8)
@@ -66,11 +67,17 @@ KTX_F3(fnma, _mm256_fnmadd_ps)
 AI V as_int(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 AI F as_float(V x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 AI F absf(F x) { return as_float(and_(as_int(x), set(0x7fffffff))); }
-AI float max_lane(F x) {
-  __m256 m = _mm256_max_ps(x.a, x.b);
-  __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
-  h = _mm_max_ps(h, _mm_movehl_ps(h, h));
-  return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
+AI uint32_t largest_lane(V x) {
+  const __m256i m = _mm256_max_epu32(x.a, x.b);
+  __m128i h = _mm_max_epu32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+  h = _mm_max_epu32(h, _mm_unpackhi_epi64(h, h));
+  return uint32_t(_mm_cvtsi128_si32(_mm_max_epu32(h, _mm_shuffle_epi32(h, 1))));
+}
+AI int32_t sum_lanes(V x) {
+  const __m256i m = _mm256_add_epi32(x.a, x.b);
+  __m128i h = _mm_add_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+  h = _mm_add_epi32(h, _mm_unpackhi_epi64(h, h));
+  return _mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 1)));
 }
 AI F to_float(V x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 AI V to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }

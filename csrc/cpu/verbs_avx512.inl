@@ -19,6 +19,7 @@ AI V shl(V a, int n) { return _mm512_slli_epi32(a, unsigned(n)); }
 AI V shr16(V a, int n) { return _mm512_srli_epi16(a, unsigned(n)); }
 AI V add(V a, V b) { return _mm512_add_epi32(a, b); }
 AI V sub(V a, V b) { return _mm512_sub_epi32(a, b); }
+AI V maxu(V a, V b) { return _mm512_max_epu32(a, b); }
 AI V mul(V a, V b) { return _mm512_mullo_epi32(a, b); }
 AI V mul16(V a, V b) { return _mm512_mullo_epi16(a, b); }
 AI V sub8(V a, V b) { return _mm512_sub_epi8(a, b); }
@@ -45,7 +46,8 @@ AI F divf(F a, F b) { return _mm512_div_ps(a, b); }
 AI F minf(F a, F b) { return _mm512_min_ps(a, b); }
 AI F maxf(F a, F b) { return _mm512_max_ps(a, b); }
 AI F absf(F a) { return _mm512_abs_ps(a); }
-AI float max_lane(F a) { return _mm512_reduce_max_ps(a); }
+AI uint32_t largest_lane(V a) { return _mm512_reduce_max_epu32(a); }
+AI int32_t sum_lanes(V a) { return _mm512_reduce_add_epi32(a); }
 AI F to_float(V a) { return _mm512_cvtepi32_ps(a); }
 AI V to_int(F a) { return _mm512_cvtps_epi32(a); }  // rounds to nearest
 AI F as_float(V a) { return _mm512_castsi512_ps(a); }

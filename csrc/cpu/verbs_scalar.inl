@@ -59,7 +59,9 @@ AI F fnma(F x, F y, F z) { F r; KTX_LANES r.v[i] = z.v[i] - x.v[i] * y.v[i]; ret
 AI V as_int(F x) { V r; __builtin_memcpy(r.v, x.v, 64); return r; }
 AI F as_float(V x) { F r; __builtin_memcpy(r.v, x.v, 64); return r; }
 AI F absf(F x) { return as_float(and_(as_int(x), set(0x7fffffff))); }
-AI float max_lane(F x) { float m = x.v[0]; KTX_LANES m = x.v[i] > m ? x.v[i] : m; return m; }
+AI V maxu(V a, V b) { V r; KTX_LANES r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return r; }
+AI uint32_t largest_lane(V x) { uint32_t m = x.v[0]; KTX_LANES m = x.v[i] > m ? x.v[i] : m; return m; }
+AI int32_t sum_lanes(V x) { uint32_t s = 0; KTX_LANES s += x.v[i]; return int32_t(s); }
 AI F to_float(V x) { F r; KTX_LANES r.v[i] = float(int32_t(x.v[i])); return r; }
 AI V to_int(F x) {  // adding 1.5 * 2^23 rounds to nearest even, for |x| < 2^22
   V r;
