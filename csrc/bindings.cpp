@@ -22,28 +22,6 @@
 
 namespace {
 using namespace ktx;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-const Layout& layout_of(int64_t code, int64_t k) {
-  const Layout* layout = find_layout(int(code));
-  STD_TORCH_CHECK(layout, "no weight type has the code ", code);
-  STD_TORCH_CHECK(k > 0 && k % layout->block == 0, layout->name, " packs rows in blocks of ", layout->block, ", a row of ", k, " does not fit");
-  return *layout;
-}
-
-const uint8_t* packed_data(const Tensor& packed, const Layout& layout, int64_t matrices, int64_t n, int64_t k, const char* what) {
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(), what, " must be a contiguous uint8 tensor");
-  const int64_t need = matrices * int64_t(packed_bytes(layout, n, k));
-  STD_TORCH_CHECK(packed.numel() == need, what, " holds ", packed.numel(), " bytes, ", matrices, " x [", n, ", ", k, "] of ", layout.name, " takes ", need);
-  return static_cast<const uint8_t*>(packed.const_data_ptr());
-}
-
-const float* optional_floats(const std::optional<Tensor>& t, int64_t count, const char* what) {
-  if (!t) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == count, what, " must be ", count, " contiguous float32");
-  return static_cast<const float*>(t->const_data_ptr());
-}
 
 std::string isa() { return ISA_NAMES[picked_isa()]; }
 std::string best() { return ISA_NAMES[best_isa()]; }
@@ -118,14 +96,6 @@ Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int6
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), n});
   if (x.numel()) linear_batched(x.const_data_ptr(), ktx_number(x), x.size(0), x.size(1), layout, data, n, k, y.mutable_data_ptr());
   return y;
-}
-
-Activation activation(const std::string& name) {
-  static const std::pair<const char*, Activation> names[] = {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH},
-                                                             {"relu", RELU}, {"relu2", RELU2}, {"swiglu_oai", SWIGLU_OAI}};
-  for (const auto& [known, act] : names)
-    if (name == known) return act;
-  STD_TORCH_CHECK(false, "activation '", name, "' is not one of silu gelu gelu_tanh relu relu2 swiglu_oai");
 }
 
 Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& gate, const Tensor& up, const Tensor& down,

@@ -1,10 +1,19 @@
-// What both binding files need.
+// What all binding files need.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "cpu/attention.h"
+#include "cpu/kernels.h"
+#include "cpu/layout.h"
 #include "cpu/numbers.h"
+#include "cpu/small.h"
 
 inline ktx::Number ktx_number(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
@@ -12,3 +21,88 @@ inline ktx::Number ktx_number(const torch::stable::Tensor& t) {
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "activations must be float32, float16 or bfloat16");
   return type == ScalarType::Float ? ktx::Number::F32 : type == ScalarType::Half ? ktx::Number::F16 : ktx::Number::BF16;
 }
+
+namespace ktx {
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+inline const Layout& layout_of(int64_t code, int64_t k) {
+  const Layout* layout = find_layout(int(code));
+  STD_TORCH_CHECK(layout, "no weight type has the code ", code);
+  STD_TORCH_CHECK(k > 0 && k % layout->block == 0, layout->name, " packs rows in blocks of ", layout->block, ", a row of ", k, " does not fit");
+  return *layout;
+}
+
+inline const uint8_t* packed_data(const Tensor& packed, const Layout& layout, int64_t matrices, int64_t n, int64_t k, const char* what) {
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(), what, " must be a contiguous uint8 tensor");
+  const int64_t need = matrices * int64_t(packed_bytes(layout, n, k));
+  STD_TORCH_CHECK(packed.numel() == need, what, " holds ", packed.numel(), " bytes, ", matrices, " x [", n, ", ", k, "] of ", layout.name, " takes ", need);
+  return static_cast<const uint8_t*>(packed.const_data_ptr());
+}
+
+inline const float* optional_floats(const Optional& t, int64_t count, const char* what) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == count, what, " must be ", count, " contiguous float32");
+  return static_cast<const float*>(t->const_data_ptr());
+}
+
+inline const float* floats(const Tensor& t, int64_t count, const char* what) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, what, " must be ", count, " contiguous float32");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+
+// A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense.
+inline Strided strided(const Tensor& t, const char* what) {
+  STD_TORCH_CHECK((t.dim() == 3 || t.dim() == 4) && (t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1), what, " must have dense columns");
+  const bool heads = t.dim() == 4;
+  return {t.const_data_ptr(), ktx_number(t), t.stride(0), heads ? t.stride(1) : 0, t.stride(heads ? 2 : 1)};
+}
+
+inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& mask) {
+  STD_TORCH_CHECK(!(ranges && mask), "give ranges or a mask, not both");
+  STD_TORCH_CHECK(ranges || mask || c.queries <= c.keys, "without ranges the ", c.queries, " queries must be the last of the ", c.keys, " keys");
+  if (ranges) {
+    STD_TORCH_CHECK(ranges->scalar_type() == ScalarType::Int && ranges->is_contiguous() && ranges->numel() == c.batches * c.queries * 2,
+                    "ranges must be contiguous int32 [batch, queries, 2]");
+    c.ranges = static_cast<const int32_t*>(ranges->const_data_ptr());
+  }
+  if (!mask) return;
+  STD_TORCH_CHECK(mask->dim() == 4, "mask must be [batch or 1, heads or 1, queries, keys]");
+  const int64_t want[4] = {c.batches, c.heads, c.queries, c.keys};
+  int64_t* strides[4] = {&c.mask_batch, &c.mask_head, &c.mask_query, &c.mask_key};
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(mask->size(i) == want[i] || mask->size(i) == 1, "mask has ", mask->size(i), " at dimension ", i, ", attention has ", want[i]);
+    *strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+  }
+  if (mask->scalar_type() == ScalarType::Bool) c.seen = static_cast<const bool*>(mask->const_data_ptr());
+  else {
+    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Float, "mask must be bool or float32");
+    c.added = static_cast<const float*>(mask->const_data_ptr());
+  }
+}
+
+template <class T>
+T named(const std::string& name, std::initializer_list<std::pair<const char*, T>> known, const char* what) {
+  for (const auto& [word, value] : known)
+    if (name == word) return value;
+  STD_TORCH_CHECK(false, what, " '", name, "' is not known");
+}
+
+inline RouteCall route_style(const std::string& scoring, const std::string& group_mode, const float* bias, int64_t experts, int64_t top_k,
+                             int64_t n_group, int64_t topk_group, bool renorm, double scale) {
+  const Groups groups = named<Groups>(group_mode, {{"none", Groups::NONE}, {"max", Groups::MAX}, {"top2", Groups::TOP2}}, "group_mode");
+  STD_TORCH_CHECK(top_k >= 1 && top_k <= experts, "top_k ", top_k, " of ", experts, " experts");
+  STD_TORCH_CHECK(n_group >= 1 && experts % n_group == 0 && topk_group >= 1 && topk_group <= n_group, topk_group, " of ", n_group, " groups of ", experts, " experts");
+  STD_TORCH_CHECK(groups == Groups::NONE || experts / n_group * topk_group >= top_k, "the chosen groups hold fewer than ", top_k, " experts");
+  RouteCall r{};
+  r.bias = bias, r.experts = experts, r.top = top_k, r.n_group = n_group, r.topk_group = topk_group, r.groups = groups, r.renorm = renorm, r.scale = float(scale);
+  r.scoring = named<Scoring>(scoring, {{"softmax", Scoring::SOFTMAX}, {"sigmoid", Scoring::SIGMOID}, {"softmax_topk", Scoring::SOFTMAX_TOPK}}, "scoring");
+  return r;
+}
+
+inline Activation activation(const std::string& name) {
+  return named<Activation>(name, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}, {"swiglu_oai", SWIGLU_OAI}}, "activation");
+}
+
+}  // namespace ktx

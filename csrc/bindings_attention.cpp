@@ -17,44 +17,6 @@
 
 namespace {
 using namespace ktx;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-
-const float* floats(const Tensor& t, int64_t count, const char* what) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, what, " must be ", count, " contiguous float32");
-  return static_cast<const float*>(t.const_data_ptr());
-}
-
-// A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense.
-Strided strided(const Tensor& t, const char* what) {
-  STD_TORCH_CHECK((t.dim() == 3 || t.dim() == 4) && (t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1), what, " must have dense columns");
-  const bool heads = t.dim() == 4;
-  return {t.const_data_ptr(), ktx_number(t), t.stride(0), heads ? t.stride(1) : 0, t.stride(heads ? 2 : 1)};
-}
-
-void set_masks(AttentionCall& c, const Optional& ranges, const Optional& mask) {
-  STD_TORCH_CHECK(!(ranges && mask), "give ranges or a mask, not both");
-  STD_TORCH_CHECK(ranges || mask || c.queries <= c.keys, "without ranges the ", c.queries, " queries must be the last of the ", c.keys, " keys");
-  if (ranges) {
-    STD_TORCH_CHECK(ranges->scalar_type() == ScalarType::Int && ranges->is_contiguous() && ranges->numel() == c.batches * c.queries * 2,
-                    "ranges must be contiguous int32 [batch, queries, 2]");
-    c.ranges = static_cast<const int32_t*>(ranges->const_data_ptr());
-  }
-  if (!mask) return;
-  STD_TORCH_CHECK(mask->dim() == 4, "mask must be [batch or 1, heads or 1, queries, keys]");
-  const int64_t want[4] = {c.batches, c.heads, c.queries, c.keys};
-  int64_t* strides[4] = {&c.mask_batch, &c.mask_head, &c.mask_query, &c.mask_key};
-  for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(mask->size(i) == want[i] || mask->size(i) == 1, "mask has ", mask->size(i), " at dimension ", i, ", attention has ", want[i]);
-    *strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
-  }
-  if (mask->scalar_type() == ScalarType::Bool) c.seen = static_cast<const bool*>(mask->const_data_ptr());
-  else {
-    STD_TORCH_CHECK(mask->scalar_type() == ScalarType::Float, "mask must be bool or float32");
-    c.added = static_cast<const float*>(mask->const_data_ptr());
-  }
-}
 
 Tensor finish(AttentionCall& c, const Tensor& like) {
   Tensor out = torch::stable::new_empty(like, {c.batches, c.queries, c.heads, c.dv});
@@ -112,27 +74,16 @@ Tensor rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interle
   return y;
 }
 
-template <class T>
-T named(const std::string& name, std::initializer_list<std::pair<const char*, T>> known, const char* what) {
-  for (const auto& [word, value] : known)
-    if (name == word) return value;
-  STD_TORCH_CHECK(false, what, " '", name, "' is not known");
-}
-
 std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, std::string scoring, const Optional& bias, int64_t n_group,
                                   int64_t topk_group, std::string group_mode, bool renorm, double scale) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits must be [tokens, experts]");
   const int64_t tokens = logits.size(0), experts = logits.size(1);
   const float* values = floats(logits, tokens * experts, "logits");
-  const Groups groups = named<Groups>(group_mode, {{"none", Groups::NONE}, {"max", Groups::MAX}, {"top2", Groups::TOP2}}, "group_mode");
-  STD_TORCH_CHECK(top_k >= 1 && top_k <= experts, "top_k ", top_k, " of ", experts, " experts");
-  STD_TORCH_CHECK(n_group >= 1 && experts % n_group == 0 && topk_group >= 1 && topk_group <= n_group, topk_group, " of ", n_group, " groups of ", experts, " experts");
-  STD_TORCH_CHECK(groups == Groups::NONE || experts / n_group * topk_group >= top_k, "the chosen groups hold fewer than ", top_k, " experts");
+  RouteCall r = route_style(scoring, group_mode, bias ? floats(*bias, experts, "bias") : nullptr, experts, top_k, n_group, topk_group, renorm, scale);
   Tensor ids = torch::stable::new_empty(logits, {tokens, top_k}, std::make_optional(ScalarType::Long));
   Tensor weights = torch::stable::new_empty(logits, {tokens, top_k});
-  route({values, bias ? floats(*bias, experts, "bias") : nullptr, tokens, experts, top_k, n_group, topk_group,
-         named<Scoring>(scoring, {{"softmax", Scoring::SOFTMAX}, {"sigmoid", Scoring::SIGMOID}, {"softmax_topk", Scoring::SOFTMAX_TOPK}}, "scoring"),
-         groups, renorm, float(scale), static_cast<int64_t*>(ids.mutable_data_ptr()), static_cast<float*>(weights.mutable_data_ptr())});
+  r.logits = values, r.tokens = tokens, r.ids = static_cast<int64_t*>(ids.mutable_data_ptr()), r.weights = static_cast<float*>(weights.mutable_data_ptr());
+  route(r);
   return {ids, weights};
 }
 

@@ -201,7 +201,7 @@ def load(
     with progress_bar(sum(step.nbytes for step in made), progress) as advance:
         _load_all(built, made, source, dtype, team, advance)
     _repair(built)
-    for module in built.modules():
+    for module in reversed(list(built.modules())):  # children before their parents
         if isinstance(module, Operator):
             module.ready()
     held, read = _weight_bytes(built)

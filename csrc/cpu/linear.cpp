@@ -1,7 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <atomic>
+#include <vector>
 
 #include "isa.h"
 #include "kernels.h"
@@ -18,100 +18,147 @@ namespace {
 constexpr int64_t CHUNK = 512;  // tokens at once: their int8 rows stay in the second-level cache while weights pass by
 thread_local Scratch shared_scratch, member_scratch;
 
-// One or several matrices, each with `tokens` rows of x of its own.
+// A matrix of a call, and the row of x where its tokens begin.
+struct Piece {
+  const Layout* layout;
+  const uint8_t* packed;
+  int64_t n;
+  const float* bias;
+  uint8_t* y;
+  int64_t stride, row;  // of y in elements; of x
+  int64_t groups() const { return (n + 15) / 16; }
+};
+thread_local std::vector<Piece> pieces;
+thread_local std::vector<int64_t> first_item;  // of each piece, and the end
+
+// Matrices of one width, each with `tokens` rows of x: rows of their own, or the same for all.
 struct Call {
   const Kernels& kernels;
-  const Layout& layout;
-  const uint8_t* packed;
-  int64_t n, k;
-  const float* bias;
+  const std::vector<Piece>& pieces;
+  const std::vector<int64_t>& first_item;
+  int64_t k;
   Number type;
   const uint8_t* x;
-  uint8_t* y;
-  int64_t matrices;
+  int64_t sets;  // how many times `tokens` rows x has
   int tokens;
-  Tokens all;  // activations of every matrix's tokens
-  int64_t groups, per_item;
+  Tokens all;    // activations of all sets
+  int64_t per_item;
   Queue rows{};
   Line items{};
 
   void prepare(Scratch& own) {  // whole tiles a member: two that write words of one line would fight for it
     float* room = own.take<float>(k);
-    const RowView row = layout.is_float ? RowView{} : take_row(own, k);
+    const RowView row = all.q ? take_row(own, k) : RowView{};
     const int tiles = slice(all, 0, tokens, kernels).tiles;
-    for (int64_t tile; (tile = rows.take()) < matrices * tiles;) {
-      const int64_t matrix = tile / tiles;
-      const Tokens mine = slice(all, matrix * tokens, tokens, kernels);
-      for (int t = mine.start(int(tile % tiles)); t < mine.start(int(tile % tiles) + 1); ++t) {
-        const float* values = as_floats(x + (matrix * tokens + t) * k * size_of(type), type, k, room);
-        if (layout.is_float) kernels.place_floats(values, mine, t, 0, k);
-        else kernels.quantise(values, k, row), kernels.place(row, mine, t, 0, k);
-      }
+    for (int64_t tile; (tile = rows.take()) < sets * tiles;) {
+      const int64_t first = tile / tiles * tokens;
+      const Tokens mine = slice(all, first, tokens, kernels);
+      for (int t = mine.start(int(tile % tiles)); t < mine.start(int(tile % tiles) + 1); ++t) place(mine, t, first + t, row, room);
     }
   }
-  void finish(int64_t matrix, int64_t group, const float* sums) {  // [token][16] -> y, with bias
-    const int64_t row = group * 16, width = std::min<int64_t>(16, n - row);
+  void place(const Tokens& to, int t, int64_t row_of_x, const RowView& row, float* room) const {
+    const float* values = as_floats(x + row_of_x * k * size_of(type), type, k, room);
+    if (to.f) kernels.place_floats(values, to, t, 0, k);
+    if (to.q) kernels.quantise(values, k, row), kernels.place(row, to, t, 0, k);
+  }
+  // A lone token is quantised by everybody: that takes less time than waiting for somebody else's.
+  Tokens lone_token(Scratch& own) const {
+    const Tokens one = slice(take_tokens(own, 1, k, all.q, all.f), 0, 1, kernels);
+    place(one, 0, 0, all.q ? take_row(own, k) : RowView{}, own.take<float>(k));
+    return one;
+  }
+  void finish(const Piece& p, int64_t group, const float* sums) const {  // [token][16] -> y, with bias
+    const int64_t row = group * 16, width = std::min<int64_t>(16, p.n - row);
     for (int t = 0; t < tokens; ++t) {
       float v[16];
-      for (int i = 0; i < width; ++i) v[i] = sums[t * 16 + i] + (bias ? bias[row + i] : 0.0f);
-      from_floats(v, type, width, y + ((matrix * tokens + t) * n + row) * int64_t(size_of(type)));
+      for (int i = 0; i < width; ++i) v[i] = sums[t * 16 + i] + (p.bias ? p.bias[row + i] : 0.0f);
+      from_floats(v, type, width, p.y + (t * p.stride + row) * int64_t(size_of(type)));
     }
   }
-  int64_t items_of_matrix() const { return (groups + per_item - 1) / per_item; }
-  const uint8_t* weights(int64_t item) const {
-    return packed + (item / items_of_matrix() * groups + item % items_of_matrix() * per_item) * group_bytes(layout, k);
+  const Piece& piece(int64_t item, int64_t& group) const {
+    const size_t at = size_t(std::upper_bound(first_item.begin(), first_item.end(), item) - first_item.begin()) - 1;
+    group = (item - first_item[at]) * per_item;
+    return pieces[at];
   }
-  void multiply(Scratch& own) {
+  const uint8_t* weights(int64_t item) const {
+    int64_t group;
+    const Piece& p = piece(item, group);
+    return p.packed + group * group_bytes(*p.layout, k);
+  }
+  void multiply(Scratch& own, const Tokens* lone) {
     float* sums = own.take<float>(per_item * tokens * 16);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
     items.walk([&](int64_t item, int64_t then) {
-      const int64_t matrix = item / items_of_matrix(), first = item % items_of_matrix() * per_item;
-      const int64_t count = std::min(per_item, groups - first);
-      const Tokens mine = slice(all, matrix * tokens, tokens, kernels);
-      kernels.multiply(layout, weights(item), int(count), mine, sums, work, then < 0 ? nullptr : weights(then));
-      for (int64_t g = 0; g < count; ++g) finish(matrix, first + g, sums + g * tokens * 16);
+      int64_t first;
+      const Piece& p = piece(item, first);
+      const int64_t count = std::min(per_item, p.groups() - first);
+      const Tokens mine = lone ? *lone : slice(all, p.row, tokens, kernels);
+      kernels.multiply(*p.layout, weights(item), int(count), mine, sums, work, then < 0 ? nullptr : weights(then));
+      for (int64_t g = 0; g < count; ++g) finish(p, first + g, sums + g * tokens * 16);
     });
   }
 };
 
-void chunk(const void* x, Number type, int64_t matrices, int tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
-           const float* bias, void* y) {
-  const bool ints = !layout.is_float;
-  const int64_t rows = matrices * tokens;
-  shared_scratch.reset(tokens_bytes(rows, k, ints, !ints));
-  const int64_t groups = (n + 15) / 16, share = matrices * groups / (4 * threads());
+// `pieces` on x [sets][tokens][k].
+void multiply_pieces(const void* x, Number type, int64_t sets, int tokens, int64_t k) {
+  bool ints = false, floats = false;
+  int64_t groups = 0;
+  for (const Piece& p : pieces) (p.layout->is_float ? floats : ints) = true, groups += p.groups();
+  const int64_t rows = sets * tokens, share = groups / (4 * threads());
   const int64_t per_item = std::max<int64_t>(1, std::min<int64_t>(tokens > 64 ? 2 : 8, share));
   const int64_t even = per_item + (per_item > 1 && per_item % 2);
-  Call call{.kernels = kernels(), .layout = layout, .packed = packed, .n = n, .k = k, .bias = bias, .type = type,
-            .x = static_cast<const uint8_t*>(x), .y = static_cast<uint8_t*>(y), .matrices = matrices, .tokens = tokens,
-            .all = take_tokens(shared_scratch, rows, k, ints, !ints), .groups = groups, .per_item = even, .rows = {},
-            .items = {.count = matrices * ((groups + even - 1) / even)}};
+  first_item.assign(1, 0);
+  for (const Piece& p : pieces) first_item.push_back(first_item.back() + (p.groups() + even - 1) / even);
+  shared_scratch.reset(tokens_bytes(rows, k, ints, floats));
+  Call call{.kernels = kernels(), .pieces = pieces, .first_item = first_item, .k = k, .type = type, .x = static_cast<const uint8_t*>(x),
+            .sets = sets, .tokens = tokens, .all = take_tokens(shared_scratch, rows, k, ints, floats), .per_item = even, .rows = {},
+            .items = {.count = first_item.back()}};
   parallel([&](int) {
-    member_scratch.reset(row_bytes(k) + size_t(call.per_item) * tokens * 64 + WORK_BYTES + 512);
+    member_scratch.reset(row_bytes(k) + tokens_bytes(1, k, ints, floats) + size_t(even) * tokens * 64 + WORK_BYTES + 1024);
+    if (rows == 1) {
+      const Tokens one = call.lone_token(member_scratch);
+      call.multiply(member_scratch, &one);
+      return;
+    }
     call.prepare(member_scratch);
     barrier();
-    call.multiply(member_scratch);
+    call.multiply(member_scratch, nullptr);
   });
 }
 }  // namespace
 
+void linear_parts(const void* x, Number type, int64_t tokens, int64_t k, const LinearPart* parts, int count) {
+  const int64_t size = int64_t(size_of(type));
+  for (int64_t t = 0; t < tokens; t += CHUNK) {
+    pieces.clear();
+    for (const LinearPart* p = parts; p < parts + count; ++p)
+      pieces.push_back({p->layout, p->packed, p->n, p->bias, static_cast<uint8_t*>(p->y) + t * p->stride * size, p->stride, 0});
+    multiply_pieces(static_cast<const uint8_t*>(x) + t * k * size, type, 1, int(std::min(CHUNK, tokens - t)), k);
+  }
+}
+
 void linear(const void* x, Number type, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
             const float* bias, void* y) {
-  for (int64_t t = 0; t < tokens; t += CHUNK)
-    chunk(static_cast<const uint8_t*>(x) + t * k * size_of(type), type, 1, int(std::min(CHUNK, tokens - t)), layout, packed, n, k,
-          bias, static_cast<uint8_t*>(y) + t * n * size_of(type));
+  const LinearPart part{&layout, packed, n, bias, y, n};
+  linear_parts(x, type, tokens, k, &part, 1);
 }
 
 void linear_batched(const void* x, Number type, int64_t matrices, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n,
                     int64_t k, void* y) {
   const size_t matrix = packed_bytes(layout, n, k);
-  const int64_t at_once = tokens <= CHUNK ? std::max<int64_t>(1, 16 * CHUNK / std::max<int64_t>(tokens, 1)) : 1;
+  const int64_t size = int64_t(size_of(type)), at_once = tokens > CHUNK ? 1 : 16 * CHUNK / std::max<int64_t>(tokens, 1);
   for (int64_t m = 0; m < matrices; m += at_once) {
     const int64_t count = std::min(at_once, matrices - m);
-    const uint8_t* from = static_cast<const uint8_t*>(x) + m * tokens * k * size_of(type);
-    uint8_t* to = static_cast<uint8_t*>(y) + m * tokens * n * size_of(type);
-    if (tokens <= CHUNK) chunk(from, type, count, int(tokens), layout, packed + m * matrix, n, k, nullptr, to);
-    else linear(from, type, tokens, layout, packed + m * matrix, n, k, nullptr, to);
+    const uint8_t* from = static_cast<const uint8_t*>(x) + m * tokens * k * size;
+    uint8_t* to = static_cast<uint8_t*>(y) + m * tokens * n * size;
+    if (tokens > CHUNK) {
+      linear(from, type, tokens, layout, packed + m * matrix, n, k, nullptr, to);
+      continue;
+    }
+    pieces.clear();
+    for (int64_t i = 0; i < count; ++i)
+      pieces.push_back({&layout, packed + (m + i) * matrix, n, nullptr, to + i * tokens * n * size, n, i * tokens});
+    multiply_pieces(from, type, count, int(tokens), k);
   }
 }
 

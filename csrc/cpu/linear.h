@@ -9,6 +9,16 @@ namespace ktx {
 // x [tokens][k] and y [tokens][n] of `type`, rows dense; bias f32 [n] or null.
 void linear(const void* x, Number type, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
             const float* bias, void* y);
+// One of several matrices that the same x is multiplied with.
+struct LinearPart {
+  const Layout* layout;
+  const uint8_t* packed;
+  int64_t n;
+  const float* bias;  // [n] or null
+  void* y;            // [tokens][stride], of x's type
+  int64_t stride;     // elements from one token's row to the next
+};
+void linear_parts(const void* x, Number type, int64_t tokens, int64_t k, const LinearPart* parts, int count);
 // The same for `matrices` packed matrices one after another, each with its own tokens: x [matrices][tokens][k], y [matrices][tokens][n].
 void linear_batched(const void* x, Number type, int64_t matrices, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n,
                     int64_t k, void* y);

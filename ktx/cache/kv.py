@@ -23,9 +23,9 @@ class GrowingLayer(DynamicLayer):
     is_croppable = True
 
     def __init__(self, dtype: torch.dtype | None = torch.float16):
-        super().__init__()
         self.store_dtype, self.length = dtype, 0
         self.buffers: list[torch.Tensor] = []
+        super().__init__()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         values = key_states if value_states is None else value_states
@@ -42,14 +42,27 @@ class GrowingLayer(DynamicLayer):
         """Appends [batch, heads, new, columns] and returns everything stored so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[2]
+        before, end = self.length, self.length + key_states.shape[2]
+        self.reserve(key_states.shape[2])
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, before:end] = states
+        return self.keys, self.values  # type: ignore[return-value]
+
+    def reserve(self, new: int) -> None:
+        """Makes the layer `new` positions longer; who asks for them writes them into `buffers`."""
+        end = self.length + new
         if end > self.buffers[0].shape[2]:
             self._grow(end)
-        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self.length : end] = states
         self.length = end
-        self._show()
-        return self.keys, self.values  # type: ignore[return-value]
+
+    def fits(self, batch: int, heads: int, columns: tuple[int, int], dtype: torch.dtype) -> bool:
+        """Whether keys and values of this shape can be appended; an empty layer is made for them."""
+        if not self.is_initialized:
+            self.dtype, self.device = self.store_dtype or dtype, torch.device("cpu")
+            self.buffers = [torch.empty(batch, heads, FIRST, width, dtype=self.dtype) for width in columns]
+            self.is_initialized = True
+        keys, values = self.buffers
+        return keys.shape[:2] == values.shape[:2] == (batch, heads) and (keys.shape[3], values.shape[3]) == columns
 
     def _grow(self, need: int) -> None:
         size = max(FIRST, 1 << (need - 1).bit_length())
@@ -57,8 +70,16 @@ class GrowingLayer(DynamicLayer):
             self.buffers[i] = self._buffer(old, size)
             self.buffers[i][:, :, : self.length] = old[:, :, : self.length]
 
-    def _show(self) -> None:
-        self.keys, self.values = (buffer[:, :, : self.length] for buffer in self.buffers)
+    def _stored(self, which: int) -> torch.Tensor | None:
+        return self.buffers[which][:, :, : self.length] if self.is_initialized else None
+
+    keys = property(lambda self: self._stored(0), lambda self, value: self._replace(0, value))  # type: ignore[assignment]
+    values = property(lambda self: self._stored(1), lambda self, value: self._replace(1, value))  # type: ignore[assignment]
+
+    def _replace(self, which: int, value: torch.Tensor | None) -> None:
+        """What transformers' code does that moves a layer's tensors; it begins with None."""
+        if value is not None:
+            self.buffers[which] = value
 
     def get_seq_length(self, *args: Any) -> int:
         return self.length
@@ -68,18 +89,13 @@ class GrowingLayer(DynamicLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         self.length = max(0, self.length - abs(tokens_to_remove))
-        if self.is_initialized:
-            self._show()
 
     def reset(self) -> None:
         self.length = 0
-        if self.is_initialized:
-            self._show()
 
     def _rearrange(self, index: torch.Tensor) -> None:
         if self.is_initialized:
             self.buffers = [buffer.index_select(0, index.to(buffer.device)) for buffer in self.buffers]
-            self._show()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self._rearrange(beam_idx)
@@ -90,7 +106,27 @@ class GrowingLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
             self.buffers = [buffer.repeat_interleave(repeats, dim=0) for buffer in self.buffers]
-            self._show()
+
+
+def growing(cache: Any, index: int) -> GrowingLayer | None:
+    """A cache's layer as one that grows in place; None for a cache that has none, or is no cache.
+
+    In a stock DynamicCache, which copies the whole past for every token, the layer is exchanged for one with the same content.
+    """
+    layers = getattr(cache, "layers", ())
+    if index >= len(layers):
+        return None
+    layer = layers[index]
+    if type(layer) is GrowingLayer:
+        return layer
+    if type(cache) is not DynamicCache or type(layer) is not DynamicLayer or not layer.is_initialized or cache.offloading:
+        return None
+    assert layer.keys is not None and layer.values is not None
+    if layer.keys.dim() != 4 or layer.keys.device.type != "cpu":
+        return None
+    layers[index] = grown = GrowingLayer(None)
+    grown.update(layer.keys, layer.values)
+    return grown
 
 
 class KVCache(Cache):

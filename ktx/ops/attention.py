@@ -18,8 +18,22 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.fused import Matrices, Watch, plain_linear, room_for
+from ktx.ops.norm import RMSNorm
 
 NAME = "ktx"
+USUAL = (  # attention that is: project, normalise q and k if it has norms, turn halves, store, attend, project
+    "LlamaAttention",
+    "MistralAttention",
+    "MixtralAttention",
+    "Qwen2Attention",
+    "Qwen2MoeAttention",
+    "Qwen3Attention",
+    "Qwen3MoeAttention",
+    "Glm4MoeAttention",
+    "MiniMaxM2Attention",
+    "GptOssAttention",
+)
 
 
 def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -27,7 +41,10 @@ def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | Non
     if mask is None:
         return None, None
     if mask.dtype == torch.int32:
-        return mask[:, 0].contiguous(), None
+        ranges = getattr(mask, "ktx_ranges", None)  # one mask serves all layers of a forward
+        if ranges is None:
+            ranges = mask.ktx_ranges = mask[:, 0].contiguous()  # type: ignore[attr-defined]
+        return ranges, None
     mask = mask[..., :keys]
     return None, mask if mask.dtype == torch.bool else mask.float()
 
@@ -124,6 +141,7 @@ class Attention(Operator):
     """
 
     kv_dtype: torch.dtype | None
+    block: Block | None
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Attention:
@@ -132,16 +150,108 @@ class Attention(Operator):
                 f"{ctx.path} is a {type(old).__name__}, which is no attention: it has no place in a cache (layer_idx)"
             )
         new: Attention = adopt(cls, old, ctx)
-        new.kv_dtype = ctx.kv_dtype
+        new.kv_dtype, new.block, new.usual = ctx.kv_dtype, None, type(old).__name__ in USUAL
+        new.half_tables = type(old).__name__ == "GptOssAttention"
         if hasattr(old, "config"):
             new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself
             new.config._attn_implementation = NAME
         return new
 
+    def ready(self) -> None:
+        self.block = Block.of(self) if self.usual else None
+
     def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        if self.block is not None and self.block.watch.holds():
+            done = self.block(*args, cache=past_key_values, **kwargs)
+            if done is not None:
+                return done, None
         if self.kv_dtype is not None and past_key_values is not None:
             past_key_values = StoredAs(past_key_values, self.kv_dtype)
         return super().forward(*args, past_key_values=past_key_values, **kwargs)
+
+
+PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_norm"]
+MOST = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
+
+
+class Block:
+    """The usual attention in one kernel call, on a cache that grows in place."""
+
+    def __init__(self, owner: Attention, watch: Watch, matrices: Matrices):
+        self.owner, self.watch, self.matrices = owner, watch, matrices
+        children = owner._modules
+        self.biases = [children[name].bias for name in PROJECTIONS]  # type: ignore[union-attr]
+        norms = [children.get(name) for name in NORMS]
+        self.norms: list[Any] = [None if norm is None else norm.in_f32 for norm in norms]
+        self.heads = children["k_proj"].out_features // owner.head_dim  # type: ignore[union-attr]
+        self.norm_all = norms[0] is not None and norms[0].in_f32.numel() != owner.head_dim
+        self.plus_one = norms[0] is not None and bool(norms[0].plus_one)
+        sinks = getattr(owner, "sinks", None)
+        self.sinks = None if sinks is None else sinks.detach().float().contiguous()
+        epsilons = [1.0 if norm is None else norm.variance_epsilon for norm in norms]
+        self.numbers = [*epsilons, float(owner.scaling), 0.0]
+
+    @classmethod
+    def of(cls, owner: Attention) -> Block | None:
+        """None where a projection or a norm is something else than ours."""
+        children = owner._modules
+        norms = [children.get(name) for name in NORMS]
+        if any(not plain_linear(children.get(name)) for name in PROJECTIONS):
+            return None
+        if any(norm is not None and not isinstance(norm, RMSNorm) for norm in norms) or (norms[0] is None) != (norms[1] is None):
+            return None
+        matrices = Matrices()
+        for name in PROJECTIONS:
+            matrices.projection(children[name].parts)  # type: ignore[union-attr]
+        return cls(owner, Watch((owner, name) for name in PROJECTIONS + NORMS), matrices)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """hidden_states f32 [B, S, D] -> [B, S, D]; None when this call has to go the long way."""
+        own, new = self.owner, hidden_states.shape[1]
+        if hidden_states.shape[0] * new > MOST or position_embeddings is None:
+            return None
+        columns = (own.head_dim, own.head_dim)
+        layer = room_for(hidden_states, cache, own.layer_idx, self.heads, columns, own.kv_dtype)
+        if layer is None:
+            return None
+        past = layer.length
+        cos, sin = whole_tables(position_embeddings, own.half_tables)
+        ranges, matrix = split_mask(attention_mask, past + new)
+        layer.reserve(new)
+        return cpu.ops.gqa_block(
+            hidden_states.contiguous(),
+            cos,
+            sin,
+            *layer.buffers,
+            past,
+            ranges,
+            matrix,
+            self.matrices.packed,
+            self.matrices.about,
+            *self.biases,
+            *self.norms,
+            self.norm_all,
+            self.plus_one,
+            self.sinks,
+            self.numbers,
+        )
+
+
+def whole_tables(embeddings: tuple[torch.Tensor, torch.Tensor], halved: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin f32 [B, S, turned]; `halved`: they come without their second half, which is as the first."""
+    cos, sin = embeddings
+    known = getattr(cos, "ktx_tables", None)  # one pair serves all layers of a forward
+    if known is None:
+        known = tuple((torch.cat([part, part], -1) if halved else part).float().contiguous() for part in (cos, sin))
+        cos.ktx_tables = known  # type: ignore[attr-defined]
+    return known
 
 
 class StoredAs:

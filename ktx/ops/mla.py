@@ -15,6 +15,8 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops.attention import split_mask
 from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.fused import Matrices, Watch, plain_linear, room_for
+from ktx.ops.norm import RMSNorm
 from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor, WeightSource
 
@@ -41,6 +43,7 @@ class MLA(Operator):
     w_uk_t: Any
     w_uv: Any
     w_uk: Any
+    block: Block | None
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, absorb_for_prefill: bool = False, rope: str = "", **kwargs: Any) -> MLA:
@@ -53,7 +56,7 @@ class MLA(Operator):
         del new._modules["kv_b_proj"]
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
         new.interleaved = pairs == "interleaved"
-        new.w_uk_t, new.w_uv, new.w_uk = None, None, None
+        new.w_uk_t, new.w_uv, new.w_uk, new.block = None, None, None, None
         return new
 
     def tensors(self) -> list[str]:
@@ -74,6 +77,9 @@ class MLA(Operator):
             w_uk = k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank)
             self.w_uk = cpu.pack(_kept(QuantizedTensor.of(w_uk), exact))
 
+    def ready(self) -> None:
+        self.block = Block.of(self)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -82,6 +88,10 @@ class MLA(Operator):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        if self.block is not None and self.block.watch.holds():
+            done = self.block(hidden_states, position_embeddings, attention_mask, past_key_values)
+            if done is not None:
+                return done, None
         batch, length, _ = hidden_states.shape
         q = (
             self.q_proj(hidden_states)
@@ -160,6 +170,65 @@ class MLA(Operator):
     def weight_bytes(self) -> tuple[int, int]:
         read = sum(w.nbytes for w in (self.w_uk_t, self.w_uv) if w is not None)
         return read + (0 if self.w_uk is None else self.w_uk.nbytes), read
+
+
+class Block:
+    """The absorbed form in one kernel call, on a cache that grows in place."""
+
+    def __init__(self, owner: MLA, watch: Watch, matrices: Matrices):
+        self.owner, self.watch, self.matrices = owner, watch, matrices
+        low, norm = getattr(owner, "q_a_layernorm", None), owner.kv_a_layernorm
+        self.norms = None if owner.q_lora_rank is None else low.in_f32, norm.in_f32
+        self.numbers = [1.0 if owner.q_lora_rank is None else low.variance_epsilon, norm.variance_epsilon, owner.scaling]
+        self.columns = owner.kv_lora_rank, owner.qk_rope_head_dim
+
+    @classmethod
+    def of(cls, owner: MLA) -> Block | None:
+        """None where a projection or a norm is something else than ours, or has a bias."""
+        low = owner.q_lora_rank is not None
+        projections = ["q_a_proj"] * low + ["q_b_proj" if low else "q_proj", "kv_a_proj_with_mqa", "o_proj"]
+        norms = ["q_a_layernorm"] * low + ["kv_a_layernorm"]
+        children = owner._modules
+        if any(not plain_linear(children[name]) or children[name].bias is not None for name in projections):  # type: ignore[union-attr]
+            return None
+        if any(not isinstance(children[name], RMSNorm) or children[name].plus_one for name in norms):  # type: ignore[union-attr]
+            return None
+        matrices = Matrices()
+        for name in ([] if low else [""]) + projections:
+            matrices.projection(children[name].parts if name else [])  # type: ignore[union-attr]
+        for weights in (owner.w_uk_t, owner.w_uv):
+            matrices.experts(weights)
+        return cls(owner, Watch((owner, name) for name in projections + norms), matrices)
+
+    def __call__(self, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any) -> torch.Tensor | None:
+        """hidden f32 [B, S, D] -> [B, S, D]; None when this call has to go the long way."""
+        own = self.owner
+        layer = room_for(hidden, cache, own.layer_idx, 1, self.columns, own.kv_dtype)
+        if layer is None:
+            return None
+        past, new = layer.length, hidden.shape[1]
+        if own._expands(hidden.shape[0], new, past + new):
+            return None
+        cos, sin = rotary_tables(embeddings)
+        ranges, matrix = split_mask(mask, past + new)
+        layer.reserve(new)
+        return cpu.ops.mla_block(
+            hidden.contiguous(),
+            cos,
+            sin,
+            *layer.buffers,
+            past,
+            ranges,
+            matrix,
+            self.matrices.packed,
+            self.matrices.about,
+            *self.norms,
+            own.num_heads,
+            own.qk_nope_head_dim,
+            own.v_head_dim,
+            own.interleaved,
+            self.numbers,
+        )
 
 
 def _pairs(rope: str, old: Any, ctx: Context) -> str:

@@ -7,13 +7,21 @@ from typing import Any
 import torch
 
 from ktx.errors import UsageError
+from ktx.kernels import cpu
 from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.experts import Experts
+from ktx.ops.fused import Matrices, Watch, plain_linear
+from ktx.ops.mlp import MLP
+from ktx.ops.router import Router
 
+PARTS = ("gate", "router", "experts", "shared_experts", "shared_expert", "shared_expert_gate")
 RETURNS_ROUTER = ("GptOssMLP",)  # blocks that return (hidden states, router scores)
 
 
 class MoE(Operator):
     """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate."""
+
+    block: Block | None
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MoE:
@@ -21,11 +29,17 @@ class MoE(Operator):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, MoE needs experts and a gate or router")
         new: MoE = adopt(cls, old, ctx)
         new.returns_router = type(old).__name__ in RETURNS_ROUTER
+        new.block = None
         return new
+
+    def ready(self) -> None:
+        self.block = None if self.returns_router else Block.of(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         shape = hidden_states.shape
         flat = hidden_states.reshape(-1, shape[-1])
+        if self.block is not None and self.block.takes(flat):
+            return self.block(flat).view(shape)
         router = self.gate if hasattr(self, "gate") else self.router
         bias = getattr(self, "e_score_correction_bias", None)
         _, weights, ids = router(flat) if bias is None else router(flat, bias)
@@ -37,3 +51,60 @@ class MoE(Operator):
             out = out + (extra if gate is None else torch.sigmoid(gate(flat)) * extra)
         out = out.reshape(shape)
         return (out, weights) if self.returns_router else out
+
+
+MOST = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
+
+
+class Block:
+    """Router, experts and shared experts in one kernel call."""
+
+    def __init__(self, router: Router, experts: Experts, width: int, watch: Watch, matrices: Matrices, bias: torch.Tensor | None):
+        self.watch, self.matrices, self.router_bias, self.correction = watch, matrices, router.in_f32, router.correction(bias)
+        top, scoring, mode, groups, chosen, renorm, scale = router.manner()
+        self.style = (experts.num_experts, top, scoring, mode, groups, chosen, renorm, scale)
+        self.sizes = experts.width, width
+        self.gate = experts.gate
+
+    @classmethod
+    def of(cls, owner: MoE) -> Block | None:
+        """None where a part is something else than ours, or the shared experts are not one plain layer."""
+        children = owner._modules
+        router, experts = children.get("gate") or children.get("router"), children["experts"]
+        if not isinstance(router, Router) or type(experts) is not Experts or any(b is not None for b in experts.biases.values()):
+            return None
+        matrices = Matrices()
+        matrices.projection([router.packed])
+        for weights in experts.weights.values():
+            matrices.experts(weights)
+        watched: list[tuple[torch.nn.Module, str]] = [(owner, name) for name in PARTS]
+        shared, gate, width = children.get("shared_experts") or children.get("shared_expert"), children.get("shared_expert_gate"), 0
+        if shared is not None:
+            fused = shared.fused if isinstance(shared, MLP) else None
+            if fused is None or shared.act != experts.gate.act or any(b is not None for b in fused.biases):
+                return None
+            if gate is not None and not (plain_linear(gate) and gate.bias is None):
+                return None
+            for weights in fused.matrices:
+                matrices.experts(weights)
+            matrices.projection([] if gate is None else gate.parts)
+            width = fused.matrices[0].n
+            watched += [(shared, name) for name in shared._modules]
+        bias = getattr(owner, "e_score_correction_bias", None)
+        return cls(router, experts, width, Watch(watched), matrices, bias)
+
+    def takes(self, flat: torch.Tensor) -> bool:
+        return len(flat) <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu" and self.watch.holds()
+
+    def __call__(self, flat: torch.Tensor) -> torch.Tensor:
+        """flat f32 [tokens, D] -> [tokens, D]."""
+        return cpu.ops.moe_block(
+            flat.contiguous(),
+            self.matrices.packed,
+            self.matrices.about,
+            self.router_bias,
+            self.correction,
+            *self.style,
+            *self.sizes,
+            *self.gate,
+        )

@@ -62,6 +62,20 @@ class Router(Operator):
         self.packed = cpu.pack(QuantizedTensor.of(self.weight.detach().float()))
         self.in_f32 = None if bias is None else bias.detach().float().contiguous()
 
+    def manner(self) -> tuple[Any, ...]:
+        """top_k, scoring, group mode, groups, chosen groups, renormalise, scale: what the route kernels take."""
+        style, grouped = self.style, self.style.groups != "none"
+        renorm = getattr(self, style.renorm) if isinstance(style.renorm, str) else style.renorm
+        return (
+            self.top_k,
+            style.scoring,
+            style.groups,
+            (self.num_group or 1) if grouped else 1,
+            (self.topk_group or 1) if grouped else 1,
+            bool(renorm),
+            float(self.routed_scaling_factor) if style.scaled else 1.0,
+        )
+
     def correction(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """The bias that counts for the choice only: an argument (MiniMax), a buffer of its own, or of a child (ERNIE)."""
         if given is None:
@@ -73,21 +87,10 @@ class Router(Operator):
     def forward(
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        style = self.style
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         assert self.packed is not None  # made by `ready`
         logits = cpu.linear(flat, self.packed, self.in_f32)
-        renorm = getattr(self, style.renorm) if isinstance(style.renorm, str) else style.renorm
-        grouped = style.groups != "none"
-        ids, weights = cpu.route(
-            logits,
-            self.top_k,
-            style.scoring,
-            self.correction(e_score_correction_bias),
-            (self.num_group or 1) if grouped else 1,
-            (self.topk_group or 1) if grouped else 1,
-            style.groups,
-            bool(renorm),
-            float(self.routed_scaling_factor) if style.scaled else 1.0,
-        )
-        return logits, weights.to(hidden.dtype) if style.own_dtype else weights, ids
+        top, scoring, mode, groups, chosen, renorm, scale = self.manner()
+        bias = self.correction(e_score_correction_bias)
+        ids, weights = cpu.route(logits, top, scoring, bias, groups, chosen, mode, renorm, scale)
+        return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, ids

@@ -1,0 +1,98 @@
+"""What the host costs a token: decoding with a DeepSeek-V3 of 61 layers whose matrices are tiny.
+
+    python benchmarks/overhead.py
+
+Its arithmetic is next to nothing, so the time is Python, dispatch and fork-joins. Rows: transformers' own modules, `model.generate` with ktx's
+operators, ktx's own loop; all in one process on one thread, taking turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+import ktx  # noqa: E402
+from ktx.cache.kv import KVCache  # noqa: E402
+
+TINY = {
+    "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 4,
+    "n_group": 2, "topk_group": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "vocab_size": 512, "first_k_dense_replace": 3,
+    "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,
+}  # fmt: skip
+
+
+def byte_tokenizer() -> Any:
+    """The least that a folder needs to be loaded."""
+    from tokenizers import Tokenizer, models
+
+    return Tokenizer(models.BPE(vocab={chr(33 + i): i for i in range(64)}, merges=[]))
+
+
+def make(layers: int, folder: str) -> Any:
+    """The model in transformers, and its weights in `folder`."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("deepseek_v3", num_hidden_layers=layers, **TINY)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    byte_tokenizer().save(f"{folder}/tokenizer.json")
+    return model
+
+
+def generate(model: Any, tokens: int) -> Callable[[], None]:
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    return lambda: model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+
+
+def loop(model: Any, tokens: int) -> Callable[[], None]:
+    def run() -> None:
+        cache, token = KVCache(model.config), torch.zeros(1, 1, dtype=torch.long)
+        with torch.inference_mode():
+            for _ in range(tokens):
+                logits = model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits
+                token = logits[:, -1].argmax(-1, keepdim=True)
+
+    return run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=61)
+    parser.add_argument("-n", "--tokens", type=int, default=32)
+    parser.add_argument("-r", "--repeat", type=int, default=5, help="rounds; medians are shown")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        stock = make(args.layers, folder)
+        mine, _ = ktx.load(folder, threads=1, progress=False)
+    rows = {
+        "transformers, generate": generate(stock, args.tokens),
+        "ktx, generate": generate(mine, args.tokens),
+        "ktx, own loop": loop(mine, args.tokens),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in rows}
+    for turn in range(args.repeat + 1):
+        for name, run in rows.items():
+            start = time.perf_counter()
+            run()
+            if turn:  # the first warms caches
+                taken[name].append((time.perf_counter() - start) / args.tokens * 1e3)
+    print(f"{args.layers} layers, {args.tokens} tokens, one thread; ms a token, median (best)")
+    for name, values in taken.items():
+        print(f"{name:24}{statistics.median(values):8.1f} ({min(values):.1f})")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,71 @@
+// Whole modules of a transformer in one call, for the few tokens of a decoding step: their arithmetic is short, so what counts is not
+// to come back to Python between its parts. Activations are f32; every part is the kernel that the module-by-module path calls.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "attention.h"
+#include "experts.h"
+#include "linear.h"
+#include "small.h"
+
+namespace ktx {
+struct Projection {  // rows of one or several packed matrices, one after another; y and stride are set where it is used
+  std::vector<LinearPart> parts;
+  int64_t rows() const { int64_t n = 0; for (const LinearPart& p : parts) n += p.n; return n; }
+};
+struct Norm {  // RMSNorm; weight null: none
+  const float* weight;
+  float eps;
+  bool plus_one;
+};
+struct Rotation {  // cos and sin [batch][length][turned]; `batch` their stride, 0 when one table serves all
+  const float *cos, *sin;
+  int64_t turned, batch;
+  bool interleaved;
+};
+struct Cached {  // where keys or values are kept: [batch][head][position][column], room for more positions than are used
+  Strided at;
+  void write(int64_t batch, int64_t head, int64_t position, const float* row, int64_t columns) const;
+};
+
+struct MlaBlock {  // see ktx/ops/mla.py, absorbed form
+  const float* x;
+  float* out;  // both [batch][length][hidden]
+  int64_t batches, length, hidden, past;
+  Projection q_a, q, kv_a, o;  // q_a without parts: q takes x
+  Norm q_norm, kv_norm;
+  const Layout *uk_layout, *uv_layout;
+  const uint8_t *uk, *uv;  // [heads] x [rank, nope] and [heads] x [values, rank]
+  int64_t heads, nope, rank, values;
+  Rotation rotation;
+  Cached latent, rope;
+  AttentionCall masks;  // its masks and scale
+};
+void mla_block(const MlaBlock& block);
+
+struct GqaBlock {  // see ktx/ops/attention.py
+  const float* x;
+  float* out;
+  int64_t batches, length, hidden, past;
+  Projection q, k, v, o;
+  Norm q_norm, k_norm;  // over a head's columns, or over all of them
+  bool norm_all;
+  int64_t heads, kv_heads, columns;
+  Rotation rotation;
+  Cached keys, values;
+  AttentionCall masks;  // its masks, sinks, softcap and scale
+};
+void gqa_block(const GqaBlock& block);
+
+struct MoeBlock {  // see ktx/ops/moe.py
+  const float* x;
+  float* out;  // both [tokens][hidden]
+  Projection router;
+  RouteCall route;       // its style; logits, ids and weights are made here
+  ExpertsCall experts;   // its matrices and activation
+  ExpertsCall shared;    // inner 0: none
+  Projection shared_gate;
+};
+void moe_block(const MoeBlock& block);
+}  // namespace ktx
