@@ -12,7 +12,8 @@
 namespace ktx {
 namespace {
 constexpr int64_t CHUNK = 2048, FEW = 512;  // tokens at once, and how many of them for one expert: see linear.cpp
-constexpr int INNER_GROUPS = 4;  // row groups of gate and up an item takes: 64 rows, so two blocks of 32 for down
+constexpr int INNER_GROUPS = 4;  // row groups of gate and up in a unit of work: 64 rows, so two blocks of 32 for down
+constexpr int64_t LONG_RUN = 64;  // units of few tokens that a member takes at once
 thread_local Scratch shared_scratch, member_scratch;
 thread_local std::vector<int64_t> order;
 
@@ -101,10 +102,10 @@ struct Chunk {
     return m.packed + e * packed_bytes(*m.layout, rows_of, columns) + group * group_bytes(*m.layout, columns);
   }
   const uint8_t* inner_weights(const ExpertMatrix& m, int64_t item) const {
-    return item < 0 ? nullptr : block(m, active[item / inner_items], item % inner_items * INNER_GROUPS, c.inner, c.hidden);
+    return block(m, active[item / inner_items], item % inner_items * INNER_GROUPS, c.inner, c.hidden);
   }
   const uint8_t* outer_weights(int64_t item, int64_t e) const {
-    return item < 0 ? nullptr : block(c.down, e, item * out_groups, c.hidden, c.inner);
+    return block(c.down, e, item * out_groups, c.hidden, c.inner);
   }
   void project(const ExpertMatrix& m, int64_t e, int64_t group, int groups, int64_t rows_of, const Tokens& in, float* sums,
                uint8_t* work, const uint8_t* next) {
@@ -130,36 +131,39 @@ struct Chunk {
 
   void inner_phase(Scratch& own, int member) {
     const int64_t widest = count(active.empty() ? 0 : active[0]);
-    float* gate = own.take<float>(INNER_GROUPS * 16 * widest);
-    float* up = own.take<float>(INNER_GROUPS * 16 * widest);
-    float* line = own.take<float>(INNER_GROUPS * 16);
-    const RowView row = take_row(own, INNER_GROUPS * 16);
+    const int64_t most = inner.longest * INNER_GROUPS * 16;
+    float *gate = own.take<float>(most * widest), *up = own.take<float>(most * widest), *line = own.take<float>(most);
+    const RowView row = take_row(own, most);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
     const Tokens only = lone ? lone_input(own) : Tokens{};
-    const uint8_t* after = member < outer.count && !active.empty() ? outer_weights(member, active[0]) : nullptr;
-    inner.walk([&](int64_t item, int64_t then) {
-      const int64_t e = active[item / inner_items], first = item % inner_items * INNER_GROUPS;
-      const int groups = int(std::min<int64_t>(INNER_GROUPS, (c.inner + 15) / 16 - first));
-      const Tokens in = lone ? only : input(size_t(item / inner_items));
-      project(c.gate, e, first, groups, c.inner, in, gate, work, inner_weights(c.up, item));
-      project(c.up, e, first, groups, c.inner, in, up, work, then < 0 ? after : inner_weights(c.gate, then));
+    const auto whole = [&](int64_t) { return outer.count; };
+    const Run later = outer.foresee(member, whole);
+    const uint8_t* after = later.count && !active.empty() ? outer_weights(later.first, active[0]) : nullptr;
+    inner.walk([&](int64_t item) { return (item / inner_items + 1) * inner_items; }, [&](Run run, Run then) {
+      const int64_t e = active[run.first / inner_items], first = run.first % inner_items * INNER_GROUPS;
+      const int groups = int(std::min<int64_t>(run.count * INNER_GROUPS, (c.inner + 15) / 16 - first));
+      const Tokens in = lone ? only : input(size_t(run.first / inner_items));
+      project(c.gate, e, first, groups, c.inner, in, gate, work, inner_weights(c.up, run.first));
+      project(c.up, e, first, groups, c.inner, in, up, work, then.count ? inner_weights(c.gate, then.first) : after);
       k.gate(c.act, c.alpha, c.limit, gate, up, gate, int64_t(groups) * in.n * 16);
       hand_over(e, first, groups, gate, row, line);
     });
   }
 
   void outer_phase(Scratch& own) {
-    const int64_t widest = count(active.empty() ? 0 : active[0]), columns = out_groups * 16;
+    const int64_t widest = count(active.empty() ? 0 : active[0]), columns = outer.longest * out_groups * 16;
     float* sums = own.take<float>(columns * std::max<int64_t>(widest, 1));
     float* total = own.take<float>(columns * tokens);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
-    outer.walk([&](int64_t item, int64_t then) {
-      const int64_t first = item * out_groups;
-      const int groups = int(std::min<int64_t>(out_groups, all_groups - first));
+    const auto whole = [&](int64_t) { return outer.count; };
+    outer.walk(whole, [&](Run run, Run then) {
+      const int64_t first = run.first * out_groups;
+      const int groups = int(std::min<int64_t>(run.count * out_groups, all_groups - first));
       std::fill(total, total + columns * tokens, 0.0f);
       for (size_t i = 0; i < active.size(); ++i) {
         const int64_t e = active[i];
-        const uint8_t* next = i + 1 < active.size() ? outer_weights(item, active[i + 1]) : outer_weights(then, active[0]);
+        const uint8_t* next = i + 1 < active.size() ? outer_weights(run.first, active[i + 1])
+                                                    : then.count ? outer_weights(then.first, active[0]) : nullptr;
         const Tokens in = slice(hs, offset[e], count(e), k);
         project(c.down, e, first, groups, c.hidden, in, sums, work, next);
         for (int g = 0; g < groups; ++g)
@@ -183,6 +187,7 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
   const bool down_ints = !c.down.layout->is_float;
   const int64_t slots = tokens * c.top, all_groups = (c.hidden + 15) / 16;
   const bool many = tokens > 16;
+  const int team = threads();
   shared_scratch.reset(tokens_bytes(slots, c.hidden, in_ints, in_floats) + tokens_bytes(slots, c.inner, down_ints, !down_ints) +
                        size_t(2 * c.experts + 1 + 2 * slots) * 8 + size_t(slots) * 4 + (in_ints ? size_t(tokens) * c.hidden * 2 : 0) + 2048);
   Scratch& s = shared_scratch;
@@ -194,17 +199,20 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
               .slot_of = s.take<int64_t>(slots + c.experts), .slot_weight = s.take<float>(slots), .active = order,
               .xs = take_tokens(s, slots, c.hidden, in_ints, in_floats), .hs = take_tokens(s, slots, c.inner, down_ints, !down_ints),
               .inner_items = (c.inner + INNER_GROUPS * 16 - 1) / (INNER_GROUPS * 16),
-              .all_groups = all_groups, .out_groups = std::clamp<int64_t>(all_groups / ((many ? 4 : 16) * threads()), many ? 2 : 1, 4),
+              .all_groups = all_groups, .out_groups = many ? std::clamp<int64_t>(all_groups / (4 * team), 2, 4) : 1,
               .quantised = {}, .lone = false, .all_tiles = 0, .rows = {}, .tiles = {}, .inner = {}, .outer = {}};
   if (in_ints) chunk.quantised = {s.take<int8_t>(tokens * c.hidden), s.take<float>(tokens * (c.hidden / 32)), s.take<int32_t>(tokens * (c.hidden / 16))};
   chunk.group();
   for (size_t i = 0; i < chunk.active.size(); ++i) chunk.all_tiles += chunk.input(i).tiles;
+  chunk.inner.team = chunk.outer.team = team;
+  chunk.inner.longest = many ? 1 : LONG_RUN, chunk.outer.longest = many ? 1 : LONG_RUN;
   chunk.inner.count = chunk.inner_items * int64_t(chunk.active.size());
   chunk.outer.count = (all_groups + chunk.out_groups - 1) / chunk.out_groups;
   const int64_t widest = chunk.active.empty() ? 0 : chunk.count(chunk.active[0]);
   chunk.lone = tokens == 1 && widest == 1;
-  const size_t own = 2 * row_bytes(std::max<int64_t>(c.hidden, 64)) + tokens_bytes(1, c.hidden, in_ints, in_floats) + size_t(2 * INNER_GROUPS) * 16 * widest * 4 +
-                     size_t(chunk.out_groups) * 16 * (widest + tokens + 1) * 4 + WORK_BYTES + 4096;
+  const int64_t inner_rows = chunk.inner.longest * INNER_GROUPS * 16, outer_rows = chunk.outer.longest * chunk.out_groups * 16;
+  const size_t own = row_bytes(c.hidden) + tokens_bytes(1, c.hidden, in_ints, in_floats) + row_bytes(inner_rows) +
+                     size_t(2 * inner_rows * widest) * 4 + size_t(outer_rows) * (widest + tokens) * 4 + WORK_BYTES + 8192;
   parallel([&](int member) {
     member_scratch.reset(own);
     if (!chunk.lone) {

@@ -15,6 +15,7 @@ const Kernels& kernels() {
 }
 
 namespace {
+constexpr int64_t LONG_RUN = 4096;  // tokens times groups of 16 rows that a member takes at once: their sums are 256 KiB
 constexpr int64_t CHUNK = 512;  // tokens at once: their int8 rows stay in the second-level cache while weights pass by
 thread_local Scratch shared_scratch, member_scratch;
 
@@ -86,14 +87,15 @@ struct Call {
     return p.packed + group * group_bytes(*p.layout, k);
   }
   void multiply(Scratch& own, const Tokens* lone) {
-    float* sums = own.take<float>(per_item * tokens * 16);
+    float* sums = own.take<float>(items.longest * per_item * tokens * 16);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
-    items.walk([&](int64_t item, int64_t then) {
+    const auto border = [&](int64_t item) { return *std::upper_bound(first_item.begin(), first_item.end(), item); };
+    items.walk(border, [&](Run run, Run then) {
       int64_t first;
-      const Piece& p = piece(item, first);
-      const int64_t count = std::min(per_item, p.groups() - first);
+      const Piece& p = piece(run.first, first);
+      const int64_t count = std::min(run.count * per_item, p.groups() - first);
       const Tokens mine = lone ? *lone : slice(all, p.row, tokens, kernels);
-      kernels.multiply(*p.layout, weights(item), int(count), mine, sums, work, then < 0 ? nullptr : weights(then));
+      kernels.multiply(*p.layout, weights(run.first), int(count), mine, sums, work, then.count ? weights(then.first) : nullptr);
       for (int64_t g = 0; g < count; ++g) finish(p, first + g, sums + g * tokens * 16);
     });
   }
@@ -104,17 +106,17 @@ void multiply_pieces(const void* x, Number type, int64_t sets, int tokens, int64
   bool ints = false, floats = false;
   int64_t groups = 0;
   for (const Piece& p : pieces) (p.layout->is_float ? floats : ints) = true, groups += p.groups();
-  const int64_t rows = sets * tokens, share = groups / (4 * threads());
-  const int64_t per_item = std::max<int64_t>(1, std::min<int64_t>(tokens > 64 ? 2 : 8, share));
-  const int64_t even = per_item + (per_item > 1 && per_item % 2);
+  const int team = threads();
+  const int64_t rows = sets * tokens, even = groups >= 8 * team ? 2 : 1;  // a tile takes two groups
+  const int64_t longest = tokens > 16 ? 1 : LONG_RUN / (tokens * even);
   first_item.assign(1, 0);
   for (const Piece& p : pieces) first_item.push_back(first_item.back() + (p.groups() + even - 1) / even);
   shared_scratch.reset(tokens_bytes(rows, k, ints, floats));
   Call call{.kernels = kernels(), .pieces = pieces, .first_item = first_item, .k = k, .type = type, .x = static_cast<const uint8_t*>(x),
             .sets = sets, .tokens = tokens, .all = take_tokens(shared_scratch, rows, k, ints, floats), .per_item = even, .rows = {},
-            .items = {.count = first_item.back()}};
+            .items = {.count = first_item.back(), .longest = longest, .team = team}};
   parallel([&](int) {
-    member_scratch.reset(row_bytes(k) + tokens_bytes(1, k, ints, floats) + size_t(even) * tokens * 64 + WORK_BYTES + 1024);
+    member_scratch.reset(row_bytes(k) + tokens_bytes(1, k, ints, floats) + size_t(longest * even) * tokens * 64 + WORK_BYTES + 1024);
     if (rows == 1) {
       const Tokens one = call.lone_token(member_scratch);
       call.multiply(member_scratch, &one);
