@@ -13,18 +13,17 @@ struct Block {
 AI V low4(V x) { return and_(x, set8(15)); }
 AI V nibbles(V x, int high) { return low4(high ? shr(x, 4) : x); }
 AI V byte(V x, int i) { return and_(shr(x, 8 * i), set(0xff)); }
-AI V spread4(V bits) { return and_(mul(and_(bits, set(15)), set(0x00204081)), set8(1)); }  // bit i -> byte i
-AI V with_signs(V w, V bits) {  // negates byte i where bit i is set
-  const V mask = sub8(set(0), spread4(bits));
-  return sub8(xor_(w, mask), mask);
-}
-
 struct None {};
+// What a decoder is unless it says otherwise: one with CARRIED gives signed codes as `dot` takes them.
+struct Usual { static constexpr bool CARRIED = false; };
+struct Ready { static constexpr bool CARRIED = true; };
+AI constexpr int8_t carry(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 : x); }
+
 #define KTX_FORMAT(name, block, sub_size, is_signed, offset, has_minimum)                                                \
   static constexpr int CODE = ktx::name, BLOCK = block, SUB = sub_size, OFFSET = offset;                                 \
   static constexpr bool SIGNED = is_signed, MINIMUM = has_minimum;
 
-struct DQ4_0 {
+struct DQ4_0 : Usual {
   KTX_FORMAT(Q4_0, 32, 32, false, 8, false)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -34,7 +33,7 @@ struct DQ4_0 {
   }
 };
 
-struct DQ4_1 {
+struct DQ4_1 : Usual {
   KTX_FORMAT(Q4_1, 32, 32, false, 0, true)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -51,13 +50,13 @@ AI void five_bits(const Block& b, V* w) {
     w[i] = or_(nibbles(b.word(i & 3), i >> 2), high);
   }
 }
-struct DQ5_0 {
+struct DQ5_0 : Usual {
   KTX_FORMAT(Q5_0, 32, 32, false, 16, false)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
   AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) { scale = load_f16(b.n0), five_bits(b, w); }
 };
-struct DQ5_1 {
+struct DQ5_1 : Usual {
   KTX_FORMAT(Q5_1, 32, 32, false, 0, true)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -66,7 +65,7 @@ struct DQ5_1 {
   }
 };
 
-struct DQ8_0 {
+struct DQ8_0 : Usual {
   KTX_FORMAT(Q8_0, 32, 32, true, 0, false)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -76,7 +75,7 @@ struct DQ8_0 {
   }
 };
 
-struct DQ2_K {  // words: 16 of codes, 4 of scales (low nibble) and minimums (high nibble)
+struct DQ2_K : Usual {  // words: 16 of codes, 4 of scales (low nibble) and minimums (high nibble)
   KTX_FORMAT(Q2_K, 256, 16, false, 0, true)
   struct Head { F d, dmin; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1)}; }
@@ -88,7 +87,7 @@ struct DQ2_K {  // words: 16 of codes, 4 of scales (low nibble) and minimums (hi
   }
 };
 
-struct DQ3_K {  // words: 16 of low codes, 8 of high bits, 3 of scales
+struct DQ3_K : Usual {  // words: 16 of low codes, 8 of high bits, 3 of scales
   KTX_FORMAT(Q3_K, 256, 16, false, 4, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -118,7 +117,7 @@ struct KScales {
   }
 };
 
-struct DQ4_K {  // words: 32 of codes, 3 of scales
+struct DQ4_K : Usual {  // words: 32 of codes, 3 of scales
   KTX_FORMAT(Q4_K, 256, 32, false, 0, true)
   struct Head { F d, dmin; KScales scales; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(32), b.word(33), b.word(34)}}; }
@@ -128,7 +127,7 @@ struct DQ4_K {  // words: 32 of codes, 3 of scales
   }
 };
 
-struct DQ5_K {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
+struct DQ5_K : Usual {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
   KTX_FORMAT(Q5_K, 256, 32, false, 0, true)
   struct Head { F d, dmin; KScales scales; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(40), b.word(41), b.word(42)}}; }
@@ -141,7 +140,7 @@ struct DQ5_K {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
   }
 };
 
-struct DQ6_K {  // words: 32 of low nibbles, 16 of high pairs, 4 of signed scales
+struct DQ6_K : Usual {  // words: 32 of low nibbles, 16 of high pairs, 4 of signed scales
   KTX_FORMAT(Q6_K, 256, 16, false, 32, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -156,10 +155,12 @@ struct DQ6_K {  // words: 32 of low nibbles, 16 of high pairs, 4 of signed scale
   }
 };
 
-static const int8_t VALUES_IQ4_NL[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-static const int8_t VALUES_MXFP4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // twice the e2m1 values
+static const int8_t VALUES_IQ4_NL[16] = {carry(-127), carry(-104), carry(-83), carry(-65), carry(-49), carry(-35), carry(-22), carry(-10),
+                                         carry(1), carry(13), carry(25), carry(38), carry(53), carry(69), carry(89), carry(113)};
+static const int8_t VALUES_MXFP4[16] = {carry(0), carry(1), carry(2), carry(3), carry(4), carry(6), carry(8), carry(12),  // twice the e2m1 values
+                                        carry(0), carry(-1), carry(-2), carry(-3), carry(-4), carry(-6), carry(-8), carry(-12)};
 
-struct DIQ4_NL {
+struct DIQ4_NL : Ready {
   KTX_FORMAT(IQ4_NL, 32, 32, true, 0, false)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -169,7 +170,7 @@ struct DIQ4_NL {
   }
 };
 
-struct DIQ4_XS {  // narrow: d, high scale bits; words: 32 of codes, 1 of low scale nibbles
+struct DIQ4_XS : Ready {  // narrow: d, high scale bits; words: 32 of codes, 1 of low scale nibbles
   KTX_FORMAT(IQ4_XS, 256, 32, true, 0, false)
   struct Head { F d; V low, high; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), b.word(32), load_u16(b.n1)}; }
@@ -180,7 +181,7 @@ struct DIQ4_XS {  // narrow: d, high scale bits; words: 32 of codes, 1 of low sc
   }
 };
 
-struct DMXFP4 {
+struct DMXFP4 : Ready {
   KTX_FORMAT(MXFP4, 32, 32, true, 0, false)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -194,7 +195,7 @@ struct DMXFP4 {
   AI static V lane_is(V e, int value) { return and_(equal8(e, set(uint32_t(value))), set(1)); }  // for lanes below 256
 };
 
-struct DTQ2_0 {
+struct DTQ2_0 : Usual {
   KTX_FORMAT(TQ2_0, 256, 32, false, 1, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -204,7 +205,7 @@ struct DTQ2_0 {
   }
 };
 
-struct DTQ1_0 {  // words: 12 of five trits a byte, 1 of four trits a byte
+struct DTQ1_0 : Usual {  // words: 12 of five trits a byte, 1 of four trits a byte
   KTX_FORMAT(TQ1_0, 256, 16, false, 1, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -229,104 +230,143 @@ struct DTQ1_0 {  // words: 12 of five trits a byte, 1 of four trits a byte
 
 AI F half_steps(F d, V nibble, float step) { return mulf(mulf(d, addf(setf(0.5f), to_float(nibble))), setf(step)); }
 
-struct DIQ2_XXS {  // words: per 32 k, four grid indices, then four times seven signs and a scale
+// ---- code books. An index names an entry of 16 bits that holds the places of its weights in a table of values (grids.h). Packing has
+// put the bytes of four indices in the order 0 2 1 3, and the signs of four weights of 16 rows into 64 bits (layout.cpp).
+
+AI V index_pair(V four, int second) { return and_(second ? shr16(four, 8) : four, set(0x00ff00ff)); }  // 0 and 1, or 2 and 3
+// The places of four weights of a doubled entry: of eight in two bits each (the first or the second four), or of four in four bits each.
+AI V fields(V entry, int second) { return second ? shr16_each<4, 6>(entry) : shr16_each<0, 2>(entry); }
+AI V fields4(V entry) { return shr16_each<0, 4>(entry); }
+
+AI uint64_t mask_at(const uint8_t* line, int vector) {
+  uint64_t m;
+  __builtin_memcpy(&m, line + 8 * vector, 8);
+  return m;
+}
+// Signs of eight weights of which seven are stored: their number is even. The eighth's bit holds something else, given back in `spare`.
+struct Signs { uint64_t first, second, spare; };
+AI Signs even_signs(const uint8_t* line, int eight) {
+  constexpr uint64_t LOW = 0x1111111111111111ull;
+  const uint64_t first = mask_at(line, 2 * eight), stored = mask_at(line, 2 * eight + 1), second = stored & ~(LOW << 3);
+  uint64_t odd = first ^ second;
+  odd ^= odd >> 1, odd ^= odd >> 2;
+  return {first, second | (odd & LOW) << 3, stored >> 3 & LOW};
+}
+
+static const int8_t VALUES_IQ2[16] = {carry(8), carry(25), carry(43), 0, carry(-8), carry(-25), carry(-43)};
+static const int8_t VALUES_IQ3_XXS[16] = {carry(4), carry(12), carry(20), carry(28), carry(36), carry(44), carry(52), carry(62),
+                                          carry(-4), carry(-12), carry(-20), carry(-28), carry(-36), carry(-44), carry(-52), carry(-62)};
+static const int8_t VALUES_IQ3_S[16] = {carry(1), carry(3), carry(5), carry(7), carry(9), carry(11), carry(13), carry(15),
+                                        carry(-1), carry(-3), carry(-5), carry(-7), carry(-9), carry(-11), carry(-13), carry(-15)};
+// IQ1: a weight is d * (g + delta) with g in -1, 0, 1 and delta = +-1/8; carried as the integer 8*g +- 1 with scale d/8.
+static const int8_t VALUES_IQ1[16] = {carry(-7), carry(1), carry(9), 0, carry(-9), carry(-1), carry(7)};
+
+AI V of_two_bits(V entry, int second, uint64_t minus) { return table16(VALUES_IQ2, or_(and_(fields(entry, second), set8(3)), bytes_where(minus, 4))); }
+AI V of_four_bits(const int8_t* values, V entry, uint64_t minus) { return table16(values, or_(and_(fields4(entry), set8(7)), bytes_where(minus, 8))); }
+AI V of_three(V entry, int second, V four_if_minus) { return table16(VALUES_IQ1, or_(and_(fields(entry, second), set8(3)), four_if_minus)); }
+
+// Sixteen weights of two entries.
+AI void two_entries(V pair, uint64_t m0, uint64_t m1, uint64_t m2, uint64_t m3, V* w) {
+  const V a = low_words(pair), b = high_words(pair);
+  w[0] = of_two_bits(a, 0, m0), w[1] = of_two_bits(a, 1, m1), w[2] = of_two_bits(b, 0, m2), w[3] = of_two_bits(b, 1, m3);
+}
+
+struct DIQ2_XXS : Ready {  // words: per 32 k, four grid indices, then signs; the spare bits are a scale
   KTX_FORMAT(IQ2_XXS, 256, 32, true, 0, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    const V indices = b.word(2 * s), aux = b.word(2 * s + 1);
-    scale = half_steps(d, shr(aux, 28), 0.25f);
-    for (int i = 0; i < 4; ++i) {
-      const V at = shl(byte(indices, i), 1), signs = gather(SIGNS, and_(shr(aux, 7 * i), set(127)));
-      w[2 * i] = with_signs(gather(GRID_IQ2_XXS, at), signs);
-      w[2 * i + 1] = with_signs(gather(GRID_IQ2_XXS, add(at, set(1))), shr(signs, 4));
+    const V indices = b.word(2 * s);
+    uint64_t step = 0;
+    for (int h = 0; h < 2; ++h) {
+      const Signs x = even_signs(b.words + 64 * (2 * s + 1), 2 * h), y = even_signs(b.words + 64 * (2 * s + 1), 2 * h + 1);
+      step |= x.spare << (2 * h) | y.spare << (2 * h + 1);
+      two_entries(lookup<256>(GRID_IQ2_XXS, index_pair(indices, h)), x.first, x.second, y.first, y.second, w + 4 * h);
     }
+    scale = half_steps(d, nibble_lanes(step), 0.25f);
   }
 };
 
-struct DIQ2_XS {  // words: 16 pairs of (nine bits of index, seven signs), 2 of scales
+struct DIQ2_XS : Ready {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
   KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = half_steps(d, and_(shr(b.word(16 + s / 8), s % 8 * 4), set(15)), 0.25f);
-    for (int i = 0; i < 2; ++i) {
-      const V pair = shr(b.word(s), 16 * i), at = shl(and_(pair, set(511)), 1);
-      const V signs = gather(SIGNS, and_(shr(pair, 9), set(127)));
-      w[2 * i] = with_signs(gather(GRID_IQ2_XS, at), signs);
-      w[2 * i + 1] = with_signs(gather(GRID_IQ2_XS, add(at, set(1))), shr(signs, 4));
-    }
+    const int line = s / 2 * 2, h = s % 2;
+    const Signs x = even_signs(b.words + 64 * (line + 1), 2 * h), y = even_signs(b.words + 64 * (line + 1), 2 * h + 1);
+    const V ninth = nibble_lanes(x.spare | y.spare << 1);
+    const V index = or_(index_pair(b.word(line), h), or_(shl(and_(ninth, set(1)), 8), shl(and_(ninth, set(2)), 23)));
+    two_entries(lookup<512>(GRID_IQ2_XS, index), x.first, x.second, y.first, y.second, w);
   }
 };
 
-struct DIQ2_S {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
+struct DIQ2_S : Ready {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
   KTX_FORMAT(IQ2_S, 256, 16, true, 0, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
     scale = half_steps(d, and_(shr(b.word(18 + s / 8), s % 8 * 4), set(15)), 0.25f);
-    const V high = byte(b.word(16 + s / 8), s / 2 % 4);
-    for (int i = 0; i < 2; ++i) {
-      const int l = s % 2 * 2 + i;
-      const V index = or_(byte(b.word(s / 2), l), shl(and_(shr(high, 2 * l), set(3)), 8));
-      const V at = shl(index, 1), signs = byte(b.word(8 + s / 2), l);
-      w[2 * i] = with_signs(gather(GRID_IQ2_S, at), signs);
-      w[2 * i + 1] = with_signs(gather(GRID_IQ2_S, add(at, set(1))), shr(signs, 4));
-    }
+    const V high = shr(b.word(16 + s / 8), s / 2 % 4 * 8 + s % 2 * 4);  // two bits each of this half's two indices
+    const V index = or_(index_pair(b.word(s / 2), s % 2), or_(shl(and_(high, set(3)), 8), shl(and_(high, set(12)), 22)));
+    const uint8_t* signs = b.words + 64 * (8 + s / 2);
+    const int v = s % 2 * 4;
+    two_entries(lookup<1024>(GRID_IQ2_S, index), mask_at(signs, v), mask_at(signs, v + 1), mask_at(signs, v + 2), mask_at(signs, v + 3), w);
   }
 };
 
-struct DIQ3_XXS {  // words: 16 of grid indices, 8 of four times seven signs and a scale
+struct DIQ3_XXS : Ready {  // words: 16 of grid indices, 8 of signs whose spare bits are a scale
   KTX_FORMAT(IQ3_XXS, 256, 32, true, 0, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    const V aux = b.word(16 + s);
-    scale = half_steps(d, shr(aux, 28), 0.5f);
-    for (int i = 0; i < 8; ++i) {
-      const V signs = gather(SIGNS, and_(shr(aux, 7 * (i / 2)), set(127)));
-      w[i] = with_signs(gather(GRID_IQ3_XXS, byte(b.word(2 * s + i / 4), i % 4)), shr(signs, 4 * (i % 2)));
+    uint64_t step = 0;
+    for (int p = 0; p < 4; ++p) {  // two entries, four weights each
+      const Signs x = even_signs(b.words + 64 * (16 + s), p);
+      step |= x.spare << p;
+      const V pair = lookup<256>(GRID_IQ3_XXS, index_pair(b.word(2 * s + p / 2), p % 2));
+      w[2 * p] = of_four_bits(VALUES_IQ3_XXS, low_words(pair), x.first);
+      w[2 * p + 1] = of_four_bits(VALUES_IQ3_XXS, high_words(pair), x.second);
     }
+    scale = half_steps(d, nibble_lanes(step), 0.5f);
   }
 };
 
-struct DIQ3_S {  // words: 16 of low index bytes, 8 of signs, 2 of ninth index bits, 1 of scales
+struct DIQ3_S : Ready {  // words: 16 of low index bytes, 8 of signs, 2 of ninth index bits, 1 of scales
   KTX_FORMAT(IQ3_S, 256, 32, true, 0, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
     const V nibble = and_(shr(b.word(26), 4 * s), set(15));
     scale = mulf(d, to_float(add(shl(nibble, 1), set(1))));
-    const V ninth = byte(b.word(24 + s / 4), s % 4), signs = b.word(16 + s);
-    for (int i = 0; i < 8; ++i) {
-      const V index = or_(byte(b.word(2 * s + i / 4), i % 4), shl(and_(shr(ninth, i), set(1)), 8));
-      w[i] = with_signs(gather(GRID_IQ3_S, index), shr(signs, 4 * i));
+    const V ninth = shr(b.word(24 + s / 4), s % 4 * 8);
+    for (int p = 0; p < 4; ++p) {
+      const V high = or_(shl(and_(shr(ninth, 2 * p), set(1)), 8), shl(and_(shr(ninth, 2 * p), set(2)), 23));
+      const V pair = lookup<512>(GRID_IQ3_S, or_(index_pair(b.word(2 * s + p / 2), p % 2), high));
+      w[2 * p] = of_four_bits(VALUES_IQ3_S, low_words(pair), mask_at(b.words + 64 * (16 + s), 2 * p));
+      w[2 * p + 1] = of_four_bits(VALUES_IQ3_S, high_words(pair), mask_at(b.words + 64 * (16 + s), 2 * p + 1));
     }
   }
 };
 
-// IQ1: a weight is d * (g + delta) with g in -1, 0, 1 and delta = +-1/8; carried as the integer 8*g +- 1 with scale d/8.
-AI V ternary(V g, V minus) {  // minus: lane bit 0 set where delta is negative
-  const V g8 = shl(and_(g, set8(0x1f)), 3);  // bytes -1, 0, 1 times 8
-  return add8(g8, or_(sub(set(0), minus), set8(1)));  // -1 where minus, else +1
-}
-
-struct DIQ1_S {  // words: 8 of low index bytes, 4 of two times (3 x 4 index bits, scale, sign of delta)
+struct DIQ1_S : Ready {  // words: 8 of low index bytes, 4 of two times (3 x 4 index bits, scale, sign of delta)
   KTX_FORMAT(IQ1_S, 256, 32, true, 0, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
     const V h = and_(shr(b.word(8 + s / 2), s % 2 * 16), set(0xffff));
     scale = mulf(mulf(d, to_float(add(shl(and_(shr(h, 12), set(7)), 1), set(1)))), setf(0.125f));
-    const V minus = shr(h, 15);
-    for (int i = 0; i < 4; ++i) {
-      const V at = shl(or_(byte(b.word(s), i), shl(and_(shr(h, 3 * i), set(7)), 8)), 1);
-      w[2 * i] = ternary(gather(GRID_IQ1, at), minus), w[2 * i + 1] = ternary(gather(GRID_IQ1, add(at, set(1))), minus);
+    const V minus = and_(sub(set(0), shr(h, 15)), set8(4));
+    for (int p = 0; p < 2; ++p) {
+      const V high = or_(shl(and_(shr(h, 6 * p), set(7)), 8), shl(and_(shr(h, 6 * p), set(0x38)), 21));
+      const V pair = lookup<2048>(GRID_IQ1, or_(index_pair(b.word(s), p), high)), x = low_words(pair), y = high_words(pair);
+      w[4 * p] = of_three(x, 0, minus), w[4 * p + 1] = of_three(x, 1, minus);
+      w[4 * p + 2] = of_three(y, 0, minus), w[4 * p + 3] = of_three(y, 1, minus);
     }
   }
 };
 
-struct DIQ1_M {  // words: 8 of low index bytes, 4 of (3 index bits, sign of delta) nibbles, 2 of scales that carry d in their top nibbles
+struct DIQ1_M : Ready {  // words: 8 of low index bytes, 4 of (3 index bits, sign of delta) nibbles, 2 of scales that carry d in their top nibbles
   KTX_FORMAT(IQ1_M, 256, 16, true, 0, false)
   typedef F Head;
   AI static Head head(const Block& b) {
@@ -334,14 +374,14 @@ struct DIQ1_M {  // words: 8 of low index bytes, 4 of (3 index bits, sign of del
     const V low = or_(and_(shr(s0, 12), set(0x000f)), and_(shr(s0, 24), set(0x00f0)));
     return f16_lanes(or_(low, or_(and_(shr(s1, 4), set(0x0f00)), and_(shr(s1, 16), set(0xf000)))));
   }
+  AI static V four_if(V nibble) { return and_(sub(set(0), and_(shr(nibble, 3), set(1))), set8(4)); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
     const V step = and_(shr(b.word(12 + s / 8), s / 4 % 2 * 16 + s % 4 * 3), set(7));
     scale = mulf(mulf(d, to_float(add(shl(step, 1), set(1)))), setf(0.125f));
-    const V high = byte(b.word(8 + s / 4), s % 4);
-    for (int i = 0; i < 2; ++i) {
-      const V nibble = shr(high, 4 * i), minus = and_(shr(nibble, 3), set(1));
-      const V at = shl(or_(byte(b.word(s / 2), s % 2 * 2 + i), shl(and_(nibble, set(7)), 8)), 1);
-      w[2 * i] = ternary(gather(GRID_IQ1, at), minus), w[2 * i + 1] = ternary(gather(GRID_IQ1, add(at, set(1))), minus);
-    }
+    const V nibbles = shr(b.word(8 + s / 4), s % 4 * 8);  // of two entries
+    const V index = or_(index_pair(b.word(s / 2), s % 2), or_(shl(and_(nibbles, set(7)), 8), shl(and_(nibbles, set(0x70)), 20)));
+    const V pair = lookup<2048>(GRID_IQ1, index), x = low_words(pair), y = high_words(pair);
+    const V minus_x = four_if(nibbles), minus_y = four_if(shr(nibbles, 4));
+    w[0] = of_three(x, 0, minus_x), w[1] = of_three(x, 1, minus_x), w[2] = of_three(y, 0, minus_y), w[3] = of_three(y, 1, minus_y);
   }
 };

@@ -65,7 +65,7 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
         V acc = offset_by<R::OFF>(sums + t);
 #pragma GCC unroll 8
         for (int g = 0; g < R::VECTORS; ++g)
-          acc = dot<D::SIGNED>(acc, D::SIGNED ? carried(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
+          acc = dot<D::SIGNED>(acc, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
         total[t] = fma(mulf(to_float(acc), scale), broadcastf(scales + t), total[t]);
         if (D::MINIMUM) total[t] = fnma(minimum, broadcastf(parts + t), total[t]);
       }
@@ -108,7 +108,7 @@ static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t fro
       D::part(head, b, s, w, scale, minimum);
       uint8_t* to = out.w + (at + s * D::SUB) * 16;
 #pragma GCC unroll 8
-      for (int g = 0; g < R::VECTORS; ++g) store(to + g * 64, D::SIGNED ? carried(w[g]) : w[g]);
+      for (int g = 0; g < R::VECTORS; ++g) store(to + g * 64, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g]);
       storef(out.scale + s16 * 16, scale);
       if (D::MINIMUM) storef(out.minimum + s16 * 16, minimum);
     }
@@ -332,7 +332,7 @@ template <class D> static void unpack_ints(const Layout& l, const uint8_t* group
       D::part(head, b, s, w, scale, minimum);
       for (int j = 0; j < D::SUB; ++j, out += 16) {
         V code = byte(w[j / 4], j % 4);
-        code = D::SIGNED ? sign_extend8(code) : add(code, set(uint32_t(-D::OFFSET)));
+        code = D::SIGNED ? sign_extend8(D::CARRIED ? carried(code) : code) : add(code, set(uint32_t(-D::OFFSET)));
         const F value = mulf(scale, to_float(code));
         storef(out, D::MINIMUM ? fma(minimum, setf(-1), value) : value);
       }

@@ -1,7 +1,7 @@
-// Code books of the IQ types: each word is four signed bytes (IQ2, IQ1: two words an entry; IQ3: one).
+// Code books of the IQ types: an entry tells the values of eight weights (IQ2, IQ1) or of four (IQ3); see make_grids.py. Past the end lies
+// room for a vector that is read too far.
 #pragma once
 #include <cstdint>
 namespace ktx {
-extern const uint32_t GRID_IQ2_XXS[512], GRID_IQ2_XS[1024], GRID_IQ2_S[2048], GRID_IQ3_XXS[256], GRID_IQ3_S[512], GRID_IQ1[4096];
-extern const uint32_t SIGNS[128];  // seven sign bits -> eight
+extern const uint16_t GRID_IQ2_XXS[256 + 32], GRID_IQ2_XS[512 + 32], GRID_IQ2_S[1024 + 32], GRID_IQ3_XXS[256 + 32], GRID_IQ3_S[512 + 32], GRID_IQ1[2048 + 32];
 }  // namespace ktx

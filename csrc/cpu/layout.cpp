@@ -51,6 +51,77 @@ uint32_t fifth_bits(uint32_t bits) {
   return bits;
 }
 
+// The order of four grid indices becomes 0 2 1 3: a mask then leaves two of them in the halves of the word.
+uint32_t swap_middle(uint32_t x) { return (x & 0xff0000ffu) | (x & 0x0000ff00u) << 8 | (x & 0x00ff0000u) >> 8; }
+
+template <class F>
+void each_word(uint8_t* line, F&& f) {
+  uint32_t words[16];
+  std::memcpy(words, line, 64);
+  for (uint32_t& word : words) word = f(word);
+  std::memcpy(line, words, 64);
+}
+void swap_indices(uint8_t* words, int from, int to, int step) {
+  for (int i = from; i < to; i += step) each_word(words + 64 * i, swap_middle);
+}
+// The 32 signs of each row -> eight times 64 bits, bit 4*row + i for weight i of four.
+void signs_by_vector(uint8_t* line) {
+  uint32_t rows[16];
+  uint64_t masks[8] = {};
+  std::memcpy(rows, line, 64);
+  for (int v = 0; v < 8; ++v)
+    for (int r = 0; r < 16; ++r) masks[v] |= uint64_t(rows[r] >> (4 * v) & 15) << (4 * r);
+  std::memcpy(line, masks, 64);
+}
+// Four times seven signs and four bits of a scale, which take the places of the eighth signs.
+uint32_t with_spare_bits(uint32_t x) {
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) out |= (x >> (7 * i) & 127) << (8 * i) | (x >> (28 + i) & 1) << (8 * i + 7);
+  return out;
+}
+// IQ2_XS, 32 weights: four times nine bits of index and seven signs -> low index bytes, and signs with the ninth bits in the spare places.
+void part_pairs(uint8_t* lines) {
+  uint32_t rows[2][16];
+  std::memcpy(rows, lines, 128);
+  for (int r = 0; r < 16; ++r) {
+    uint32_t indices = 0, signs = 0;
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t pair = rows[i / 2][r] >> (16 * (i % 2)) & 0xffff;
+      indices |= (pair & 255) << (8 * i), signs |= (pair >> 9) << (8 * i) | (pair >> 8 & 1) << (8 * i + 7);
+    }
+    rows[0][r] = swap_middle(indices), rows[1][r] = signs;
+  }
+  std::memcpy(lines, rows, 128);
+  signs_by_vector(lines + 64);
+}
+
+// What the decoder of a type wants beside words of 16 rows: its bits in another order (see formats.inl).
+void arrange(int code, uint8_t* words) {
+  switch (code) {
+    case Q5_0: case Q5_1: each_word(words + 64 * 4, fifth_bits); break;
+    case IQ1_S: case IQ1_M: swap_indices(words, 0, 8, 1); break;
+    case IQ2_XXS:
+      swap_indices(words, 0, 16, 2);
+      for (int i = 1; i < 16; i += 2) each_word(words + 64 * i, with_spare_bits), signs_by_vector(words + 64 * i);
+      break;
+    case IQ2_XS:
+      for (int i = 0; i < 16; i += 2) part_pairs(words + 64 * i);
+      break;
+    case IQ2_S:
+      swap_indices(words, 0, 8, 1);
+      for (int i = 8; i < 16; ++i) signs_by_vector(words + 64 * i);
+      break;
+    case IQ3_XXS:
+      swap_indices(words, 0, 16, 1);
+      for (int i = 16; i < 24; ++i) each_word(words + 64 * i, with_spare_bits), signs_by_vector(words + 64 * i);
+      break;
+    case IQ3_S:
+      swap_indices(words, 0, 16, 1);
+      for (int i = 16; i < 24; ++i) signs_by_vector(words + 64 * i);
+      break;
+  }
+}
+
 // Block `index` of up to 16 rows into their group: a word of all rows at a time, so that stores are whole lines.
 void put_blocks(const Layout& l, const uint8_t* const* rows, int lanes, int64_t index, int64_t k, uint8_t* group) {
   const size_t plane = narrow_plane(l, k), at = size_t(index) * l.bytes;
@@ -68,11 +139,7 @@ void put_blocks(const Layout& l, const uint8_t* const* rows, int lanes, int64_t 
         for (int r = 0; r < lanes; ++r) line[r] = load32(rows[r] + at + offset);
       std::memcpy(words, line, 64);
     }
-  if (l.code != Q5_0 && l.code != Q5_1) return;
-  uint32_t line[16];
-  std::memcpy(line, words - 64, 64);
-  for (uint32_t& bits : line) bits = fifth_bits(bits);
-  std::memcpy(words - 64, line, 64);
+  arrange(l.code, group + words_at(l, k) + index * l.word_count() * 64);
 }
 
 template <int BYTES>

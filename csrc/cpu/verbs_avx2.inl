@@ -36,9 +36,35 @@ AI V table16(const int8_t* table, V index) {
   const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
 }
-AI V gather(const uint32_t* table, V i) {
+AI V low_words(V x) {  // both 16-bit halves of a lane become its lower one
+  const __m256i p = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13));
+  return {_mm256_shuffle_epi8(x.a, p), _mm256_shuffle_epi8(x.b, p)};
+}
+AI V high_words(V x) {
+  const __m256i p = _mm256_broadcastsi128_si256(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));
+  return {_mm256_shuffle_epi8(x.a, p), _mm256_shuffle_epi8(x.b, p)};
+}
+template <int LOW, int HIGH> AI V shr16_each(V x) {
+  return {_mm256_blend_epi16(_mm256_srli_epi16(x.a, LOW), _mm256_srli_epi16(x.a, HIGH), 0xaa),
+          _mm256_blend_epi16(_mm256_srli_epi16(x.b, LOW), _mm256_srli_epi16(x.b, HIGH), 0xaa)};
+}
+AI __m256i lookup256(const uint16_t* table, __m256i index) {  // table[index] of 16-bit indices; a gather reads two bytes too many
   const int* t = reinterpret_cast<const int*>(table);
-  return {_mm256_i32gather_epi32(t, i.a, 4), _mm256_i32gather_epi32(t, i.b, 4)};
+  const __m256i low = _mm256_i32gather_epi32(t, _mm256_and_si256(index, _mm256_set1_epi32(0xffff)), 2);
+  return _mm256_blend_epi16(low, _mm256_slli_epi32(_mm256_i32gather_epi32(t, _mm256_srli_epi32(index, 16), 2), 16), 0xaa);
+}
+template <int N> AI V lookup(const uint16_t* table, V index) { return {lookup256(table, index.a), lookup256(table, index.b)}; }
+AI __m256i bytes_where256(uint32_t mask, int value) {  // bit i of the mask: byte i
+  const __m256i own = _mm256_shuffle_epi8(_mm256_set1_epi32(int(mask)), _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
+                                                                                       2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
+  const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
+  return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(own, bit), bit), _mm256_set1_epi8(char(value)));
+}
+AI V bytes_where(uint64_t mask, int value) { return {bytes_where256(uint32_t(mask), value), bytes_where256(uint32_t(mask >> 32), value)}; }
+AI V nibble_lanes(uint64_t nibbles) {  // nibble i in lane i
+  const __m128i both = _mm_cvtsi64_si128(int64_t(nibbles));
+  const __m128i bytes = _mm_and_si128(_mm_unpacklo_epi8(both, _mm_srli_epi64(both, 4)), _mm_set1_epi8(15));
+  return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
 AI V load_u8(const uint8_t* p) {
   const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

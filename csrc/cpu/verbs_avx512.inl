@@ -28,7 +28,24 @@ AI V equal8(V a, V b) { return _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b)); }
 AI V table16(const int8_t* table, V index) {  // index: bytes 0..15
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
 }
-AI V gather(const uint32_t* table, V index) { return _mm512_i32gather_epi32(index, table, 4); }
+AI V low_words(V a) {  // both 16-bit halves of a lane become its lower one
+  return _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13)));
+}
+AI V high_words(V a) {
+  return _mm512_shuffle_epi8(a, _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15)));
+}
+template <int LOW, int HIGH> AI V shr16_each(V a) { return _mm512_srlv_epi16(a, _mm512_set1_epi32(LOW | HIGH << 16)); }
+// table[index] of the 32 16-bit indices. Permutations of registers: a gather costs more than twenty cycles.
+template <int N> AI V lookup(const uint16_t* table, V index) {
+  if constexpr (N == 64) return _mm512_permutex2var_epi16(load(table), index, load(table + 32));
+  else return _mm512_mask_mov_epi16(lookup<N / 2>(table, index), _mm512_test_epi16_mask(index, _mm512_set1_epi16(N / 2)), lookup<N / 2>(table + N / 2, index));
+}
+AI V bytes_where(uint64_t mask, int value) { return _mm512_maskz_mov_epi8(mask, set8(value)); }  // bit 4*row + byte
+AI V nibble_lanes(uint64_t nibbles) {  // nibble i in lane i
+  const __m128i both = _mm_cvtsi64_si128(int64_t(nibbles));
+  const __m128i bytes = _mm_and_si128(_mm_unpacklo_epi8(both, _mm_srli_epi64(both, 4)), _mm_set1_epi8(15));
+  return _mm512_cvtepu8_epi32(bytes);
+}
 AI V load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 AI V load_u16(const uint8_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 AI V sign_extend8(V a) { return _mm512_srai_epi32(_mm512_slli_epi32(a, 24), 24); }

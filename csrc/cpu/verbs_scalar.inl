@@ -39,7 +39,27 @@ AI V table16(const int8_t* table, V x) {
   }
   return r;
 }
-AI V gather(const uint32_t* table, V x) { V r; KTX_LANES r.v[i] = table[x.v[i]]; return r; }
+AI V low_words(V x) { V r; KTX_LANES r.v[i] = (x.v[i] & 0xffff) * 0x10001u; return r; }  // both 16-bit halves of a lane become its lower one
+AI V high_words(V x) { V r; KTX_LANES r.v[i] = (x.v[i] >> 16) * 0x10001u; return r; }
+template <int LOW, int HIGH> AI V shr16_each(V x) {
+  V r;
+  KTX_LANES r.v[i] = (x.v[i] & 0xffff) >> LOW | (x.v[i] >> 16 >> HIGH) << 16;
+  return r;
+}
+template <int N> AI V lookup(const uint16_t* table, V index) {  // table[index] of 16-bit indices
+  V r;
+  KTX_LANES r.v[i] = table[index.v[i] & 0xffff] | uint32_t(table[index.v[i] >> 16]) << 16;
+  return r;
+}
+AI V bytes_where(uint64_t mask, int value) {  // bit 4*row + byte
+  V r;
+  KTX_LANES {
+    const uint32_t bits = uint32_t(mask >> (4 * i)) & 15;
+    r.v[i] = ((bits * 0x00204081u) & 0x01010101u) * uint32_t(value);
+  }
+  return r;
+}
+AI V nibble_lanes(uint64_t nibbles) { V r; KTX_LANES r.v[i] = uint32_t(nibbles >> (4 * i)) & 15; return r; }
 AI V load_u8(const uint8_t* p) { V r; KTX_LANES r.v[i] = p[i]; return r; }
 AI V load_u16(const uint8_t* p) { V r; KTX_LANES r.v[i] = uint32_t(p[2 * i]) | uint32_t(p[2 * i + 1]) << 8; return r; }
 AI V sign_extend8(V x) { V r; KTX_LANES r.v[i] = uint32_t(int32_t(int8_t(x.v[i]))); return r; }
