@@ -16,7 +16,7 @@ help:                 ## show this list
 chat: $(VENV)/.ktx    ## talk to the bundled demo model (or: make chat ARGS="--model_path DIR --gguf_path FILE")
 	@$(PY) -m ktx.local_chat $(ARGS)
 
-test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avx512vnni chooses the kernels)
+test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avx512vnni|avx512vbmi chooses the kernels)
 	$(PY) -m pytest $(TESTS)
 
 test-oldest: $(VENV)/.oldest  ## the whole suite on the oldest transformers we support

@@ -38,7 +38,7 @@ class Machine:
     def isa(self) -> str:
         """The best instruction set our kernels could use, by the kernel's own account of the CPU."""
         if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= self.flags:
-            return "avx512vnni"
+            return "avx512vbmi" if "avx512vbmi" in self.flags else "avx512vnni"
         return "avx2" if {"avx2", "fma", "f16c"} <= self.flags else "scalar"
 
 

@@ -89,6 +89,7 @@ def test_isas_follow_the_flags():
     assert isa("sse2") == isa("avx2 sse2") == "scalar"
     assert isa(FLAGS_AVX2) == isa(FLAGS_AVX2 + " avx512f avx512_vnni") == "avx2"
     assert isa(FLAGS_VNNI) == "avx512vnni"
+    assert isa(FLAGS_VNNI + " avx512vbmi") == "avx512vbmi"
 
 
 def test_our_detection_agrees_with_the_kernels():

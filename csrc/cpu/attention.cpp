@@ -19,7 +19,7 @@ constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 thread_local Scratch shared_scratch, member_scratch;
 
 const AttentionKernels& attention_kernels() {
-  static const AttentionKernels* const table[ISA_COUNT] = {&SCALAR_ATTENTION, &AVX2_ATTENTION, &AVX512VNNI_ATTENTION};
+  static const AttentionKernels* const table[ISA_COUNT] = {&SCALAR_ATTENTION, &AVX2_ATTENTION, &AVX512VNNI_ATTENTION, &AVX512VBMI_ATTENTION};
   return *table[picked_isa()];
 }
 

@@ -23,5 +23,5 @@ struct AttentionKernels {
   void (*soften)(float* scores, int queries, int keys, int dv, Running state);
   void (*gather)(const float* shares, const float* v, int queries, int keys, int dv, float* out);  // out[i] += shares[i] . v
 };
-extern const AttentionKernels SCALAR_ATTENTION, AVX2_ATTENTION, AVX512VNNI_ATTENTION;
+extern const AttentionKernels SCALAR_ATTENTION, AVX2_ATTENTION, AVX512VNNI_ATTENTION, AVX512VBMI_ATTENTION;
 }  // namespace ktx

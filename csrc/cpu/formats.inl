@@ -15,8 +15,9 @@ AI V nibbles(V x, int high) { return low4(high ? shr(x, 4) : x); }
 AI V byte(V x, int i) { return and_(shr(x, 8 * i), set(0xff)); }
 struct None {};
 // What a decoder is unless it says otherwise: one with CARRIED gives signed codes as `dot` takes them.
-struct Usual { static constexpr bool CARRIED = false; };
-struct Ready { static constexpr bool CARRIED = true; };
+struct Usual { static constexpr bool CARRIED = false, WHOLE_UNITS = false; };
+struct Ready { static constexpr bool CARRIED = true, WHOLE_UNITS = false; };
+struct Units { static constexpr bool CARRIED = true, WHOLE_UNITS = true; };  // two sub-blocks at once, whose indices share a word
 AI constexpr int8_t carry(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 : x); }
 
 #define KTX_FORMAT(name, block, sub_size, is_signed, offset, has_minimum)                                                \
@@ -233,10 +234,36 @@ AI F half_steps(F d, V nibble, float step) { return mulf(mulf(d, addf(setf(0.5f)
 // ---- code books. An index names an entry of 16 bits that holds the places of its weights in a table of values (grids.h). Packing has
 // put the bytes of four indices in the order 0 2 1 3, and the signs of four weights of 16 rows into 64 bits (layout.cpp).
 
-AI V index_pair(V four, int second) { return and_(second ? shr16(four, 8) : four, set(0x00ff00ff)); }  // 0 and 1, or 2 and 3
-// The places of four weights of a doubled entry: of eight in two bits each (the first or the second four), or of four in four bits each.
-AI V fields(V entry, int second) { return second ? shr16_each<4, 6>(entry) : shr16_each<0, 2>(entry); }
-AI V fields4(V entry) { return shr16_each<0, 4>(entry); }
+// `look_up` takes four indices: their low bytes, and BITS more bits each in a lane of their own, those of index i from STRIDE*i on.
+#ifdef KTX_VBMI
+struct Entries { V first, second; };  // bytes in the order of the indices
+#define KTX_BOOK(name, entries) struct B##name { static constexpr int N = entries; static constexpr const uint8_t *FIRST = FIRST_##name, *SECOND = SECOND_##name; };
+template <class B, int STRIDE> AI Entries look_up(V low, V more) {
+  const Selected<B::N> at(low, spread_bits<STRIDE>(more));
+  return {at.of(B::FIRST), at.of(B::SECOND)};
+}
+AI V eight_fields(const Entries& e, int entry, int second) { return two_bit_fields(second ? e.second : e.first, entry); }
+AI V four_fields(const Entries& e, int entry) { return four_bit_fields(e.first, e.second, entry); }
+#else
+struct Entries { V pair[2]; };  // entries 0 and 1, 2 and 3
+#define KTX_BOOK(name, entries) struct B##name { static constexpr int N = entries; static constexpr const uint16_t* TABLE = GRID_##name; };
+template <int BY> AI V shifted(V x) { return BY >= 0 ? shl(x, BY >= 0 ? BY : 0) : shr(x, BY >= 0 ? 0 : -BY); }
+template <class B, int STRIDE> AI Entries look_up(V low, V more) {
+  constexpr uint32_t BITS = B::N / 256 - 1;  // of what the low byte lacks
+  V first = and_(low, set(0x00ff00ff)), second = and_(shr16(low, 8), set(0x00ff00ff));
+  if (BITS) {
+    first = or_(first, or_(and_(shifted<8>(more), set(BITS << 8)), and_(shifted<24 - STRIDE>(more), set(BITS << 24))));
+    second = or_(second, or_(and_(shifted<8 - 2 * STRIDE>(more), set(BITS << 8)), and_(shifted<24 - 3 * STRIDE>(more), set(BITS << 24))));
+  }
+  return {{lookup<B::N>(B::TABLE, first), lookup<B::N>(B::TABLE, second)}};
+}
+AI V doubled(const Entries& e, int entry) { return entry % 2 ? high_words(e.pair[entry / 2]) : low_words(e.pair[entry / 2]); }
+AI V eight_fields(const Entries& e, int entry, int second) {
+  return second ? shr16_each<4, 6>(doubled(e, entry)) : shr16_each<0, 2>(doubled(e, entry));
+}
+AI V four_fields(const Entries& e, int entry) { return shr16_each<0, 4>(doubled(e, entry)); }
+#endif
+KTX_BOOK(IQ2_XXS, 256) KTX_BOOK(IQ2_XS, 512) KTX_BOOK(IQ2_S, 1024) KTX_BOOK(IQ3_XXS, 256) KTX_BOOK(IQ3_S, 512) KTX_BOOK(IQ1, 2048)
 
 AI uint64_t mask_at(const uint8_t* line, int vector) {
   uint64_t m;
@@ -253,22 +280,24 @@ AI Signs even_signs(const uint8_t* line, int eight) {
   return {first, second | (odd & LOW) << 3, stored >> 3 & LOW};
 }
 
-static const int8_t VALUES_IQ2[16] = {carry(8), carry(25), carry(43), 0, carry(-8), carry(-25), carry(-43)};
+// Tables repeat, so that bits above a field do not matter where the machine lets them through.
+static const int8_t VALUES_IQ2[16] = {carry(8), carry(25), carry(43), 0, carry(8), carry(25), carry(43), 0, carry(8), carry(25), carry(43), 0, carry(8), carry(25), carry(43), 0};
 static const int8_t VALUES_IQ3_XXS[16] = {carry(4), carry(12), carry(20), carry(28), carry(36), carry(44), carry(52), carry(62),
-                                          carry(-4), carry(-12), carry(-20), carry(-28), carry(-36), carry(-44), carry(-52), carry(-62)};
+                                          carry(4), carry(12), carry(20), carry(28), carry(36), carry(44), carry(52), carry(62)};
 static const int8_t VALUES_IQ3_S[16] = {carry(1), carry(3), carry(5), carry(7), carry(9), carry(11), carry(13), carry(15),
-                                        carry(-1), carry(-3), carry(-5), carry(-7), carry(-9), carry(-11), carry(-13), carry(-15)};
+                                        carry(1), carry(3), carry(5), carry(7), carry(9), carry(11), carry(13), carry(15)};
 // IQ1: a weight is d * (g + delta) with g in -1, 0, 1 and delta = +-1/8; carried as the integer 8*g +- 1 with scale d/8.
-static const int8_t VALUES_IQ1[16] = {carry(-7), carry(1), carry(9), 0, carry(-9), carry(-1), carry(7)};
+static const int8_t VALUES_IQ1[16] = {carry(-7), carry(1), carry(9), 0, carry(-7), carry(1), carry(9), 0, carry(-7), carry(1), carry(9), 0, carry(-7), carry(1), carry(9), 0};
 
-AI V of_two_bits(V entry, int second, uint64_t minus) { return table16(VALUES_IQ2, or_(and_(fields(entry, second), set8(3)), bytes_where(minus, 4))); }
-AI V of_four_bits(const int8_t* values, V entry, uint64_t minus) { return table16(values, or_(and_(fields4(entry), set8(7)), bytes_where(minus, 8))); }
-AI V of_three(V entry, int second, V four_if_minus) { return table16(VALUES_IQ1, or_(and_(fields(entry, second), set8(3)), four_if_minus)); }
-
-// Sixteen weights of two entries.
-AI void two_entries(V pair, uint64_t m0, uint64_t m1, uint64_t m2, uint64_t m3, V* w) {
-  const V a = low_words(pair), b = high_words(pair);
-  w[0] = of_two_bits(a, 0, m0), w[1] = of_two_bits(a, 1, m1), w[2] = of_two_bits(b, 0, m2), w[3] = of_two_bits(b, 1, m3);
+// Four weights of an entry: the first or the second of eight, all of four. `minus` is the mask of those with a minus.
+AI V of_eight(const Entries& e, int entry, int second, uint64_t minus) {
+  return negated(repeated_table<3>(VALUES_IQ2, eight_fields(e, entry, second)), minus);
+}
+AI V of_four(const int8_t* values, const Entries& e, int entry, uint64_t minus) {
+  return negated(repeated_table<7>(values, four_fields(e, entry)), minus);
+}
+AI V of_three(const Entries& e, int entry, int second, V two_if_minus) {
+  return sub8(repeated_table<3>(VALUES_IQ1, eight_fields(e, entry, second)), two_if_minus);
 }
 
 struct DIQ2_XXS : Ready {  // words: per 32 k, four grid indices, then signs; the spare bits are a scale
@@ -276,42 +305,41 @@ struct DIQ2_XXS : Ready {  // words: per 32 k, four grid indices, then signs; th
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    const V indices = b.word(2 * s);
+    const Entries e = look_up<BIQ2_XXS, 0>(b.word(2 * s), set(0));
     uint64_t step = 0;
-    for (int h = 0; h < 2; ++h) {
-      const Signs x = even_signs(b.words + 64 * (2 * s + 1), 2 * h), y = even_signs(b.words + 64 * (2 * s + 1), 2 * h + 1);
-      step |= x.spare << (2 * h) | y.spare << (2 * h + 1);
-      two_entries(lookup<256>(GRID_IQ2_XXS, index_pair(indices, h)), x.first, x.second, y.first, y.second, w + 4 * h);
+    for (int i = 0; i < 4; ++i) {
+      const Signs x = even_signs(b.words + 64 * (2 * s + 1), i);
+      step |= x.spare << i;
+      w[2 * i] = of_eight(e, i, 0, x.first), w[2 * i + 1] = of_eight(e, i, 1, x.second);
     }
     scale = half_steps(d, nibble_lanes(step), 0.25f);
   }
 };
 
-struct DIQ2_XS : Ready {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
+struct DIQ2_XS : Units {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
   KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    scale = half_steps(d, and_(shr(b.word(16 + s / 8), s % 8 * 4), set(15)), 0.25f);
-    const int line = s / 2 * 2, h = s % 2;
-    const Signs x = even_signs(b.words + 64 * (line + 1), 2 * h), y = even_signs(b.words + 64 * (line + 1), 2 * h + 1);
-    const V ninth = nibble_lanes(x.spare | y.spare << 1);
-    const V index = or_(index_pair(b.word(line), h), or_(shl(and_(ninth, set(1)), 8), shl(and_(ninth, set(2)), 23)));
-    two_entries(lookup<512>(GRID_IQ2_XS, index), x.first, x.second, y.first, y.second, w);
+  AI static void unit(const Head& d, const Block& b, int u, V* w, F* scale) {
+    const V steps = shr(b.word(16 + u / 4), u % 4 * 8);
+    scale[0] = half_steps(d, and_(steps, set(15)), 0.25f), scale[1] = half_steps(d, and_(shr(steps, 4), set(15)), 0.25f);
+    Signs x[4];
+    uint64_t ninth = 0;
+    for (int i = 0; i < 4; ++i) x[i] = even_signs(b.words + 64 * (2 * u + 1), i), ninth |= x[i].spare << i;
+    const Entries e = look_up<BIQ2_XS, 1>(b.word(2 * u), nibble_lanes(ninth));
+    for (int i = 0; i < 4; ++i) w[2 * i] = of_eight(e, i, 0, x[i].first), w[2 * i + 1] = of_eight(e, i, 1, x[i].second);
   }
 };
 
-struct DIQ2_S : Ready {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
+struct DIQ2_S : Units {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
   KTX_FORMAT(IQ2_S, 256, 16, true, 0, false)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    scale = half_steps(d, and_(shr(b.word(18 + s / 8), s % 8 * 4), set(15)), 0.25f);
-    const V high = shr(b.word(16 + s / 8), s / 2 % 4 * 8 + s % 2 * 4);  // two bits each of this half's two indices
-    const V index = or_(index_pair(b.word(s / 2), s % 2), or_(shl(and_(high, set(3)), 8), shl(and_(high, set(12)), 22)));
-    const uint8_t* signs = b.words + 64 * (8 + s / 2);
-    const int v = s % 2 * 4;
-    two_entries(lookup<1024>(GRID_IQ2_S, index), mask_at(signs, v), mask_at(signs, v + 1), mask_at(signs, v + 2), mask_at(signs, v + 3), w);
+  AI static void unit(const Head& d, const Block& b, int u, V* w, F* scale) {
+    const V steps = shr(b.word(18 + u / 4), u % 4 * 8);
+    scale[0] = half_steps(d, and_(steps, set(15)), 0.25f), scale[1] = half_steps(d, and_(shr(steps, 4), set(15)), 0.25f);
+    const Entries e = look_up<BIQ2_S, 2>(b.word(u), shr(b.word(16 + u / 4), u % 4 * 8));
+    for (int v = 0; v < 8; ++v) w[v] = of_eight(e, v / 2, v % 2, mask_at(b.words + 64 * (8 + u), v));
   }
 };
 
@@ -321,12 +349,13 @@ struct DIQ3_XXS : Ready {  // words: 16 of grid indices, 8 of signs whose spare 
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
     uint64_t step = 0;
-    for (int p = 0; p < 4; ++p) {  // two entries, four weights each
-      const Signs x = even_signs(b.words + 64 * (16 + s), p);
-      step |= x.spare << p;
-      const V pair = lookup<256>(GRID_IQ3_XXS, index_pair(b.word(2 * s + p / 2), p % 2));
-      w[2 * p] = of_four_bits(VALUES_IQ3_XXS, low_words(pair), x.first);
-      w[2 * p + 1] = of_four_bits(VALUES_IQ3_XXS, high_words(pair), x.second);
+    for (int half = 0; half < 2; ++half) {
+      const Entries e = look_up<BIQ3_XXS, 0>(b.word(2 * s + half), set(0));
+      for (int i = 0; i < 4; i += 2) {
+        const Signs x = even_signs(b.words + 64 * (16 + s), 2 * half + i / 2);
+        step |= x.spare << (2 * half + i / 2);
+        w[4 * half + i] = of_four(VALUES_IQ3_XXS, e, i, x.first), w[4 * half + i + 1] = of_four(VALUES_IQ3_XXS, e, i + 1, x.second);
+      }
     }
     scale = half_steps(d, nibble_lanes(step), 0.5f);
   }
@@ -340,11 +369,9 @@ struct DIQ3_S : Ready {  // words: 16 of low index bytes, 8 of signs, 2 of ninth
     const V nibble = and_(shr(b.word(26), 4 * s), set(15));
     scale = mulf(d, to_float(add(shl(nibble, 1), set(1))));
     const V ninth = shr(b.word(24 + s / 4), s % 4 * 8);
-    for (int p = 0; p < 4; ++p) {
-      const V high = or_(shl(and_(shr(ninth, 2 * p), set(1)), 8), shl(and_(shr(ninth, 2 * p), set(2)), 23));
-      const V pair = lookup<512>(GRID_IQ3_S, or_(index_pair(b.word(2 * s + p / 2), p % 2), high));
-      w[2 * p] = of_four_bits(VALUES_IQ3_S, low_words(pair), mask_at(b.words + 64 * (16 + s), 2 * p));
-      w[2 * p + 1] = of_four_bits(VALUES_IQ3_S, high_words(pair), mask_at(b.words + 64 * (16 + s), 2 * p + 1));
+    for (int half = 0; half < 2; ++half) {
+      const Entries e = look_up<BIQ3_S, 1>(b.word(2 * s + half), shr(ninth, 4 * half));
+      for (int i = 0; i < 4; ++i) w[4 * half + i] = of_four(VALUES_IQ3_S, e, i, mask_at(b.words + 64 * (16 + s), 4 * half + i));
     }
   }
 };
@@ -356,17 +383,13 @@ struct DIQ1_S : Ready {  // words: 8 of low index bytes, 4 of two times (3 x 4 i
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
     const V h = and_(shr(b.word(8 + s / 2), s % 2 * 16), set(0xffff));
     scale = mulf(mulf(d, to_float(add(shl(and_(shr(h, 12), set(7)), 1), set(1)))), setf(0.125f));
-    const V minus = and_(sub(set(0), shr(h, 15)), set8(4));
-    for (int p = 0; p < 2; ++p) {
-      const V high = or_(shl(and_(shr(h, 6 * p), set(7)), 8), shl(and_(shr(h, 6 * p), set(0x38)), 21));
-      const V pair = lookup<2048>(GRID_IQ1, or_(index_pair(b.word(s), p), high)), x = low_words(pair), y = high_words(pair);
-      w[4 * p] = of_three(x, 0, minus), w[4 * p + 1] = of_three(x, 1, minus);
-      w[4 * p + 2] = of_three(y, 0, minus), w[4 * p + 3] = of_three(y, 1, minus);
-    }
+    const V minus = and_(sub(set(0), shr(h, 15)), set8(2));
+    const Entries e = look_up<BIQ1, 3>(b.word(s), h);
+    for (int i = 0; i < 8; ++i) w[i] = of_three(e, i / 2, i % 2, minus);
   }
 };
 
-struct DIQ1_M : Ready {  // words: 8 of low index bytes, 4 of (3 index bits, sign of delta) nibbles, 2 of scales that carry d in their top nibbles
+struct DIQ1_M : Units {  // words: 8 of low index bytes, 4 of (3 index bits, sign of delta) nibbles, 2 of scales that carry d in their top nibbles
   KTX_FORMAT(IQ1_M, 256, 16, true, 0, false)
   typedef F Head;
   AI static Head head(const Block& b) {
@@ -374,14 +397,14 @@ struct DIQ1_M : Ready {  // words: 8 of low index bytes, 4 of (3 index bits, sig
     const V low = or_(and_(shr(s0, 12), set(0x000f)), and_(shr(s0, 24), set(0x00f0)));
     return f16_lanes(or_(low, or_(and_(shr(s1, 4), set(0x0f00)), and_(shr(s1, 16), set(0xf000)))));
   }
-  AI static V four_if(V nibble) { return and_(sub(set(0), and_(shr(nibble, 3), set(1))), set8(4)); }
-  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    const V step = and_(shr(b.word(12 + s / 8), s / 4 % 2 * 16 + s % 4 * 3), set(7));
-    scale = mulf(mulf(d, to_float(add(shl(step, 1), set(1)))), setf(0.125f));
-    const V nibbles = shr(b.word(8 + s / 4), s % 4 * 8);  // of two entries
-    const V index = or_(index_pair(b.word(s / 2), s % 2), or_(shl(and_(nibbles, set(7)), 8), shl(and_(nibbles, set(0x70)), 20)));
-    const V pair = lookup<2048>(GRID_IQ1, index), x = low_words(pair), y = high_words(pair);
-    const V minus_x = four_if(nibbles), minus_y = four_if(shr(nibbles, 4));
-    w[0] = of_three(x, 0, minus_x), w[1] = of_three(x, 1, minus_x), w[2] = of_three(y, 0, minus_y), w[3] = of_three(y, 1, minus_y);
+  AI static F step(const Head& d, V bits) { return mulf(mulf(d, to_float(add(shl(and_(bits, set(7)), 1), set(1)))), setf(0.125f)); }
+  AI static void unit(const Head& d, const Block& b, int u, V* w, F* scale) {
+    const V steps = shr(b.word(12 + u / 4), u / 2 % 2 * 16 + u % 2 * 6), nibbles = shr(b.word(8 + u / 2), u % 2 * 16);
+    scale[0] = step(d, steps), scale[1] = step(d, shr(steps, 3));
+    const Entries e = look_up<BIQ1, 4>(b.word(u), nibbles);
+    for (int i = 0; i < 4; ++i) {
+      const V minus = and_(sub(set(0), and_(shr(nibbles, 4 * i + 3), set(1))), set8(2));
+      w[2 * i] = of_three(e, i, 0, minus), w[2 * i + 1] = of_three(e, i, 1, minus);
+    }
   }
 };

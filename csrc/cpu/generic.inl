@@ -28,8 +28,16 @@ AI Block block_at(const Layout& l, const uint8_t* group, int64_t k, int64_t b) {
 
 template <class D> struct Traits {
   static constexpr int OFF = D::SIGNED ? SIGNED_OFFSET : D::OFFSET;  // what the carried codes have too much
-  static constexpr int SUBS = D::BLOCK / D::SUB, VECTORS = D::SUB / 4;
+  static constexpr int UNITS = D::BLOCK / 32;  // of 32 k, which share an activation scale
+  static constexpr int PARTS = 32 / D::SUB;    // sub-blocks of a unit
 };
+
+// A unit's eight vectors, and the scale and minimum of each of its sub-blocks.
+template <class D> AI void decode(const typename D::Head& head, const Block& b, int unit, V* w, F* scale, F* minimum) {
+  if constexpr (D::WHOLE_UNITS) D::unit(head, b, unit, w, scale);
+  else
+    for (int p = 0; p < Traits<D>::PARTS; ++p) D::part(head, b, unit * Traits<D>::PARTS + p, w + p * (D::SUB / 4), scale[p], minimum[p]);
+}
 
 // Where a sum of products starts when the codes are OFF too large.
 template <int OFF> AI V offset_by(const int32_t* minus_sum) {
@@ -55,22 +63,27 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
     ahead.page(b.words);
     const typename D::Head head = D::head(b);
 #pragma GCC unroll 2
-    for (int s = 0; s < R::SUBS; ++s) {
-      ahead.lines(b.words + s * (words / R::SUBS), int64_t(words / R::SUBS));
-      V w[R::VECTORS];
-      F scale, minimum;
-      D::part(head, b, s, w, scale, minimum);
+    for (int u = 0; u < R::UNITS; ++u) {
+      ahead.lines(b.words + u * (words / R::UNITS), int64_t(words / R::UNITS));
+      V w[8];
+      F scale[R::PARTS], minimum[R::PARTS];
+      decode<D>(head, b, u, w, scale, minimum);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        V acc = offset_by<R::OFF>(sums + t);
+        F sum = zero();
+#pragma GCC unroll 2
+        for (int p = 0; p < R::PARTS; ++p) {
+          V acc = offset_by<R::OFF>(sums + p * T + t);
 #pragma GCC unroll 8
-        for (int g = 0; g < R::VECTORS; ++g)
-          acc = dot<D::SIGNED>(acc, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
-        total[t] = fma(mulf(to_float(acc), scale), broadcastf(scales + t), total[t]);
-        if (D::MINIMUM) total[t] = fnma(minimum, broadcastf(parts + t), total[t]);
+          for (int g = p * (D::SUB / 4); g < (p + 1) * (D::SUB / 4); ++g)
+            acc = dot<D::SIGNED>(acc, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
+          sum = p ? fma(to_float(acc), scale[p], sum) : mulf(to_float(acc), scale[0]);
+        }
+        total[t] = fma(sum, broadcastf(scales + t), total[t]);
+        if (D::MINIMUM)
+          for (int p = 0; p < R::PARTS; ++p) total[t] = fnma(minimum[p], broadcastf(parts + p * T + t), total[t]);
       }
-      q += D::SUB * T, sums += T, parts += T;
-      if (D::SUB == 32 || s % 2) scales += T;
+      q += 32 * T, sums += R::PARTS * T, parts += R::PARTS * T, scales += T;
     }
     b.n0 += narrow, b.n1 += narrow, b.words += words;
   }
@@ -99,18 +112,20 @@ template <class D>
 static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out, const uint8_t* next) {
   typedef Traits<D> R;
   fetch_span<D>(l, group, k, from + length, next);
-  for (int at = 0, s16 = 0; at < length; at += D::BLOCK) {
+  for (int at = 0, sub = 0; at < length; at += D::BLOCK) {
     const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
     const typename D::Head head = D::head(b);
-    for (int s = 0; s < R::SUBS; ++s, ++s16) {
-      V w[R::VECTORS];
-      F scale, minimum = zero();
-      D::part(head, b, s, w, scale, minimum);
-      uint8_t* to = out.w + (at + s * D::SUB) * 16;
+    for (int u = 0; u < R::UNITS; ++u) {
+      V w[8];
+      F scale[R::PARTS], minimum[R::PARTS];
+      decode<D>(head, b, u, w, scale, minimum);
+      uint8_t* to = out.w + (at + u * 32) * 16;
 #pragma GCC unroll 8
-      for (int g = 0; g < R::VECTORS; ++g) store(to + g * 64, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g]);
-      storef(out.scale + s16 * 16, scale);
-      if (D::MINIMUM) storef(out.minimum + s16 * 16, minimum);
+      for (int g = 0; g < 8; ++g) store(to + g * 64, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g]);
+      for (int p = 0; p < R::PARTS; ++p, ++sub) {
+        storef(out.scale + sub * 16, scale[p]);
+        if (D::MINIMUM) storef(out.minimum + sub * 16, minimum[p]);
+      }
     }
   }
 }
@@ -326,11 +341,12 @@ template <class D> static void unpack_ints(const Layout& l, const uint8_t* group
   for (int64_t i = 0; i < k / D::BLOCK; ++i) {
     const Block b = block_at(l, group, k, i);
     const typename D::Head head = D::head(b);
-    for (int s = 0; s < R::SUBS; ++s) {
-      V w[R::VECTORS];
-      F scale, minimum = zero();
-      D::part(head, b, s, w, scale, minimum);
-      for (int j = 0; j < D::SUB; ++j, out += 16) {
+    for (int u = 0; u < R::UNITS; ++u) {
+      V w[8];
+      F scales[R::PARTS], minimums[R::PARTS];
+      decode<D>(head, b, u, w, scales, minimums);
+      for (int j = 0; j < 32; ++j, out += 16) {
+        const F scale = scales[j / D::SUB], minimum = D::MINIMUM ? minimums[j / D::SUB] : zero();
         V code = byte(w[j / 4], j % 4);
         code = D::SIGNED ? sign_extend8(D::CARRIED ? carried(code) : code) : add(code, set(uint32_t(-D::OFFSET)));
         const F value = mulf(scale, to_float(code));

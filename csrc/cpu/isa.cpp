@@ -8,7 +8,7 @@
 #include <string>
 
 namespace ktx {
-const char* const ISA_NAMES[ISA_COUNT] = {"scalar", "avx2", "avx512vnni"};
+const char* const ISA_NAMES[ISA_COUNT] = {"scalar", "avx2", "avx512vnni", "avx512vbmi"};
 
 namespace {
 bool bit(uint32_t word, int i) { return (word >> i) & 1; }
@@ -29,7 +29,8 @@ Isa probe() {
   const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
   if (!(ymm && fma && f16c && bit(b, 5))) return SCALAR;
   const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
-  return zmm && avx512 && bit(c, 11) ? AVX512VNNI : AVX2;                    // 11: VNNI
+  if (!(zmm && avx512 && bit(c, 11))) return AVX2;                           // 11: VNNI
+  return bit(c, 1) ? AVX512VBMI : AVX512VNNI;                                // 1: VBMI
 }
 
 Isa lowered(Isa best) {
@@ -37,7 +38,7 @@ Isa lowered(Isa best) {
   if (!wish || !*wish) return best;
   for (int i = 0; i < ISA_COUNT; ++i)
     if (std::string(wish) == ISA_NAMES[i]) return i < best ? Isa(i) : best;
-  throw std::runtime_error("KTX_ISA=" + std::string(wish) + " is not known: use scalar, avx2 or avx512vnni");
+  throw std::runtime_error("KTX_ISA=" + std::string(wish) + " is not known: use scalar, avx2, avx512vnni or avx512vbmi");
 }
 }  // namespace
 

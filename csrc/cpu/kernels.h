@@ -45,6 +45,6 @@ struct Kernels {
 };
 constexpr size_t WORK_BYTES = 2 * (64 * 64 + 2 * 16 * 64);
 
-extern const Kernels SCALAR_KERNELS, AVX2_KERNELS, AVX512VNNI_KERNELS;
+extern const Kernels SCALAR_KERNELS, AVX2_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS;
 const Kernels& kernels();  // of picked_isa()
 }  // namespace ktx

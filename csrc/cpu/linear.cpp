@@ -10,7 +10,7 @@
 
 namespace ktx {
 const Kernels& kernels() {
-  static const Kernels* const table[ISA_COUNT] = {&SCALAR_KERNELS, &AVX2_KERNELS, &AVX512VNNI_KERNELS};
+  static const Kernels* const table[ISA_COUNT] = {&SCALAR_KERNELS, &AVX2_KERNELS, &AVX512VNNI_KERNELS, &AVX512VBMI_KERNELS};
   return *table[picked_isa()];
 }
 

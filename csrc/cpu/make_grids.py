@@ -1,7 +1,7 @@
 """Writes grids.cpp: the code books of the IQ types, an entry in 16 bits, taken from gguf-py.
 
 An entry holds the places of its weights in a short table of values: of eight weights in two bits each, of four in four bits each. They lie
-so that shifting the doubled entry by a constant brings one of four to the bottom of each byte (`fields` in formats.inl).
+so that shifting the doubled entry by a constant brings one of four to the bottom of each byte (`fields` in formats.inl). Machines that permute bytes take the same entries as two bytes (`halves`).
 
 Usage: python csrc/cpu/make_grids.py > csrc/cpu/grids.cpp
 """
@@ -12,12 +12,12 @@ import numpy as np
 from gguf import quants
 
 GRIDS = {
-    "GRID_IQ2_XXS": quants.IQ2_XXS,
-    "GRID_IQ2_XS": quants.IQ2_XS,
-    "GRID_IQ2_S": quants.IQ2_S,
-    "GRID_IQ3_XXS": quants.IQ3_XXS,
-    "GRID_IQ3_S": quants.IQ3_S,
-    "GRID_IQ1": quants.IQ1_S,
+    "IQ2_XXS": quants.IQ2_XXS,
+    "IQ2_XS": quants.IQ2_XS,
+    "IQ2_S": quants.IQ2_S,
+    "IQ3_XXS": quants.IQ3_XXS,
+    "IQ3_S": quants.IQ3_S,
+    "IQ1": quants.IQ1_S,
 }
 
 
@@ -34,13 +34,28 @@ def entries(cls: type) -> tuple[list[int], np.ndarray]:
     return values.tolist(), (np.searchsorted(values, grid) << at).sum(-1)
 
 
+def table(kind: str, name: str, room: int, values: list[int], digits: int) -> str:
+    rows = (", ".join(f"0x{v:0{digits}x}" for v in values[i : i + 100 // (digits + 4)]) for i in range(0, len(values), 100 // (digits + 4)))
+    return f"alignas(64) const {kind} {name}[{len(values) + room}] = {{\n    " + ",\n    ".join(rows) + "};"
+
+
+def halves(codes: np.ndarray, eight: bool) -> tuple[list[int], list[int]]:
+    """The same entries as two bytes: the first and the second four of eight weights, or the first and the second two of four."""
+    places = [codes >> at & (3 if eight else 15) for at in ([0, 8, 2, 10, 4, 12, 6, 14] if eight else [0, 8, 4, 12])]
+    half, width = len(places) // 2, 2 if eight else 4
+    first, second = (sum(p << (width * i) for i, p in enumerate(part)) for part in (places[:half], places[half:]))
+    return first.tolist(), second.tolist()
+
+
 def main() -> None:
     print('// Made by make_grids.py from gguf-py\'s tables; do not edit.\n#include "grids.h"\n\nnamespace ktx {')
     for name, cls in GRIDS.items():
         values, codes = entries(cls)
-        rows = (", ".join(f"0x{v:04x}" for v in codes[i : i + 20]) for i in range(0, len(codes), 20))
+        first, second = halves(codes, cls.grid.shape[-1] == 8)
         print(f"// values: {' '.join(map(str, values))}")
-        print(f"alignas(64) const uint16_t {name}[{len(codes)} + 32] = {{\n    " + ",\n    ".join(rows) + "};")
+        print(table("uint16_t", f"GRID_{name}", 32, codes.tolist(), 4))
+        print(table("uint8_t", f"FIRST_{name}", 0, first, 2))
+        print(table("uint8_t", f"SECOND_{name}", 0, second, 2))
     print("}  // namespace ktx")
 
 

@@ -135,12 +135,12 @@ double probe_read(int threads, int mebibytes) {
 }
 
 double probe_int8(int threads, double seconds) {
-  static const Loop loops[ISA_COUNT] = {{scalar_int_rounds, 2}, {maddubs_rounds, 64}, {vnni_rounds, 128}};
+  static const Loop loops[ISA_COUNT] = {{scalar_int_rounds, 2}, {maddubs_rounds, 64}, {vnni_rounds, 128}, {vnni_rounds, 128}};
   return rate(threads, seconds, loops[picked_isa()]);
 }
 
 double probe_fma(int threads, double seconds) {
-  static const Loop loops[ISA_COUNT] = {{scalar_float_rounds, 2}, {fma256_rounds, 16}, {fma512_rounds, 32}};
+  static const Loop loops[ISA_COUNT] = {{scalar_float_rounds, 2}, {fma256_rounds, 16}, {fma512_rounds, 32}, {fma512_rounds, 32}};
   return rate(threads, seconds, loops[picked_isa()]);
 }
 }  // namespace ktx

@@ -54,13 +54,17 @@ AI __m256i lookup256(const uint16_t* table, __m256i index) {  // table[index] of
   return _mm256_blend_epi16(low, _mm256_slli_epi32(_mm256_i32gather_epi32(t, _mm256_srli_epi32(index, 16), 2), 16), 0xaa);
 }
 template <int N> AI V lookup(const uint16_t* table, V index) { return {lookup256(table, index.a), lookup256(table, index.b)}; }
-AI __m256i bytes_where256(uint32_t mask, int value) {  // bit i of the mask: byte i
+AI __m256i bytes_where256(uint32_t mask) {  // bit i of the mask: byte i
   const __m256i own = _mm256_shuffle_epi8(_mm256_set1_epi32(int(mask)), _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,
                                                                                        2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3));
   const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201ull));
-  return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(own, bit), bit), _mm256_set1_epi8(char(value)));
+  return _mm256_cmpeq_epi8(_mm256_and_si256(own, bit), bit);
 }
-AI V bytes_where(uint64_t mask, int value) { return {bytes_where256(uint32_t(mask), value), bytes_where256(uint32_t(mask >> 32), value)}; }
+AI V negated(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set
+  const V m = {bytes_where256(uint32_t(mask)), bytes_where256(uint32_t(mask >> 32))};
+  return sub8(xor_(w, m), m);
+}
+template <int LOW> AI V repeated_table(const int8_t* table, V x) { return table16(table, and_(x, set8(LOW))); }
 AI V nibble_lanes(uint64_t nibbles) {  // nibble i in lane i
   const __m128i both = _mm_cvtsi64_si128(int64_t(nibbles));
   const __m128i bytes = _mm_and_si128(_mm_unpacklo_epi8(both, _mm_srli_epi64(both, 4)), _mm_set1_epi8(15));

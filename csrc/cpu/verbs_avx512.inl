@@ -40,7 +40,47 @@ template <int N> AI V lookup(const uint16_t* table, V index) {
   if constexpr (N == 64) return _mm512_permutex2var_epi16(load(table), index, load(table + 32));
   else return _mm512_mask_mov_epi16(lookup<N / 2>(table, index), _mm512_test_epi16_mask(index, _mm512_set1_epi16(N / 2)), lookup<N / 2>(table + N / 2, index));
 }
-AI V bytes_where(uint64_t mask, int value) { return _mm512_maskz_mov_epi8(mask, set8(value)); }  // bit 4*row + byte
+#ifdef KTX_VBMI
+// Byte tables: one permutation looks 64 indices up in 128 entries. The indices of a lane's entries lie in the order 0 2 1 3.
+template <int STRIDE> AI V spread_bits(V more) {  // the bits of entry i, from STRIDE*i on in each lane, to the bottom of its byte
+  constexpr long long LANE = 0 | 2 * STRIDE << 8 | 1 * STRIDE << 16 | 3 * STRIDE << 24, NEXT = LANE | 0x20202020;
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(LANE | NEXT << 32), more);
+}
+template <int N> AI V permuted(const uint8_t* table, V index, const __mmask64* bits) {
+  if constexpr (N == 128) return _mm512_permutex2var_epi8(load(table), index, load(table + 64));
+  else return _mm512_mask_mov_epi8(permuted<N / 2>(table, index, bits), bits[__builtin_ctz(N) - 8], permuted<N / 2>(table + N / 2, index, bits));
+}
+template <int N> struct Selected {  // 64 indices into N entries: low bytes, and what they lack
+  V low;
+  __mmask64 bits[4];
+  AI Selected(V low, V more) : low(low), bits{_mm512_movepi8_mask(low)} {
+    if constexpr (N > 256) bits[1] = _mm512_test_epi8_mask(more, set8(1));
+    if constexpr (N > 512) bits[2] = _mm512_test_epi8_mask(more, set8(2));
+    if constexpr (N > 1024) bits[3] = _mm512_test_epi8_mask(more, set8(4));
+  }
+  AI V of(const uint8_t* table) const { return permuted<N>(table, low, bits); }
+};
+constexpr int PLACES[4] = {0, 16, 8, 24};  // where the byte of an entry begins
+AI V two_bit_fields(V bytes, int entry) {  // four fields of an entry's byte, each at the bottom of a byte
+  const long long lane = PLACES[entry] * 0x01010101ll + 0x06040200ll;
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(lane | (lane + 0x20202020ll) << 32), bytes);
+}
+AI V four_bit_fields(V first, V second, int entry) {  // two fields of each
+  const long long lane = PLACES[entry] * 0x01010101ll + 0x04000400ll;
+  const V by = _mm512_set1_epi64(lane | (lane + 0x20202020ll) << 32);
+  return _mm512_mask_multishift_epi64_epi8(_mm512_multishift_epi64_epi8(by, first), 0xccccccccccccccccull, by, second);
+}
+#endif
+AI V negated(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set; also of weights that carry 128 more
+  return _mm512_mask_sub_epi8(w, mask, _mm512_setzero_si512(), w);
+}
+template <int LOW> AI V repeated_table(const int8_t* table, V x) {  // table[x & LOW] of each byte; the table repeats after LOW + 1
+#ifdef KTX_VBMI
+  return _mm512_permutexvar_epi8(x, _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))));
+#else
+  return table16(table, and_(x, set8(LOW)));
+#endif
+}
 AI V nibble_lanes(uint64_t nibbles) {  // nibble i in lane i
   const __m128i both = _mm_cvtsi64_si128(int64_t(nibbles));
   const __m128i bytes = _mm_and_si128(_mm_unpacklo_epi8(both, _mm_srli_epi64(both, 4)), _mm_set1_epi8(15));

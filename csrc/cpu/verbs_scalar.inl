@@ -51,14 +51,12 @@ template <int N> AI V lookup(const uint16_t* table, V index) {  // table[index] 
   KTX_LANES r.v[i] = table[index.v[i] & 0xffff] | uint32_t(table[index.v[i] >> 16]) << 16;
   return r;
 }
-AI V bytes_where(uint64_t mask, int value) {  // bit 4*row + byte
-  V r;
-  KTX_LANES {
-    const uint32_t bits = uint32_t(mask >> (4 * i)) & 15;
-    r.v[i] = ((bits * 0x00204081u) & 0x01010101u) * uint32_t(value);
-  }
-  return r;
+AI V negated(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set
+  V m;
+  KTX_LANES m.v[i] = (((uint32_t(mask >> (4 * i)) & 15) * 0x00204081u) & 0x01010101u) * 255u;
+  return sub8(xor_(w, m), m);
 }
+template <int LOW> AI V repeated_table(const int8_t* table, V x) { return table16(table, and_(x, set8(LOW))); }
 AI V nibble_lanes(uint64_t nibbles) { V r; KTX_LANES r.v[i] = uint32_t(nibbles >> (4 * i)) & 15; return r; }
 AI V load_u8(const uint8_t* p) { V r; KTX_LANES r.v[i] = p[i]; return r; }
 AI V load_u16(const uint8_t* p) { V r; KTX_LANES r.v[i] = uint32_t(p[2 * i]) | uint32_t(p[2 * i + 1]) << 8; return r; }

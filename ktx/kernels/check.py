@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 BOUND_MATRIX, BOUND_LAYER, BOUND_FLOAT = 8e-3, 1.8e-2, 1e-5
-ISAS = ("avx512vnni", "avx2", "scalar")
+ISAS = ("avx512vbmi", "avx512vnni", "avx2", "scalar")
 SHAPES = ((1, 33, 768), (17, 50, 768))  # tokens, rows, columns
 
 

@@ -1,0 +1,31 @@
+// The kernels for one instruction set. All headers come before the target region: code of a standard header compiled inside it
+// could be picked by the linker for every caller, and would then fault on lesser machines.
+#include <immintrin.h>
+#include <math.h>
+
+#include "attention_kernels.h"
+#include "grids.h"
+#include "kernels.h"
+#include "layout.h"
+
+#define AI inline __attribute__((always_inline))
+#define KTX_VBMI
+#define KTX_TILE 6
+#define KTX_FEW 8
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")
+
+namespace ktx {
+namespace vbmi {
+namespace {
+#include "verbs_avx512.inl"
+#include "formats.inl"
+#include "generic.inl"
+#include "attention.inl"
+}  // namespace
+}  // namespace vbmi
+
+const Kernels AVX512VBMI_KERNELS = {KTX_TILE, KTX_FEW, vbmi::quantise, vbmi::place, vbmi::place_floats, vbmi::multiply, vbmi::unpack, vbmi::gate};
+const AttentionKernels AVX512VBMI_ATTENTION = {vbmi::convert, vbmi::score, vbmi::soften, vbmi::gather_values};
+}  // namespace ktx
+#pragma GCC pop_options
