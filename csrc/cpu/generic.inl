@@ -249,51 +249,91 @@ static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, co
 
 // ---- float weights -----------------------------------------------------------------------------------------------------
 
-struct LF32 { enum { BYTES = 4 }; AI static F get(const uint8_t* p) { return loadf(reinterpret_cast<const float*>(p)); } };
-struct LF16 { enum { BYTES = 2 }; AI static F get(const uint8_t* p) { return load_f16(p); } };
-struct LBF16 { enum { BYTES = 2 }; AI static F get(const uint8_t* p) { return as_float(shl(load_u16(p), 16)); } };
-struct LF8 {  // e4m3: sign, exponent and mantissa moved to f32's places; 2^120 mends the bias (subnormals too)
+// Two columns of 16 rows. STEP: what the values must be multiplied with; it goes into the scales.
+struct LF32 {
+  enum { BYTES = 4 };
+  static constexpr float STEP = 1;
+  AI static void pair(const uint8_t* p, F& a, F& b) { a = loadf(reinterpret_cast<const float*>(p)), b = loadf(reinterpret_cast<const float*>(p) + 16); }
+};
+struct LF16 {
+  enum { BYTES = 2 };
+  static constexpr float STEP = 1;
+  AI static void pair(const uint8_t* p, F& a, F& b) { a = load_f16(p), b = load_f16(p + 32); }
+};
+struct LBF16 {
+  enum { BYTES = 2 };
+  static constexpr float STEP = 1;
+  AI static void pair(const uint8_t* p, F& a, F& b) { a = as_float(shl(load_u16(p), 16)), b = as_float(shl(load_u16(p + 32), 16)); }
+};
+struct LF8 {  // e4m3 as the f16 with the same bits in its upper byte, less one place of exponent: 2^8 mends the bias (subnormals too)
   enum { BYTES = 1 };
-  AI static F get(const uint8_t* p) {
-    const V x = load_u8(p);
-    const V bits = or_(shl(and_(x, set(0x80)), 24), shl(and_(x, set(0x7f)), 20));
-    return mulf(as_float(bits), setf(0x1p120f));
-  }
+  static constexpr float STEP = 256;
+  AI static void pair(const uint8_t* p, F& a, F& b) { e4m3_as_f16(p, a, b); }
 };
 
-template <class L, int R, int T>
-static void multiply_float_tile(const uint8_t* w, size_t group, const float* scales, int64_t k, const float* x, float* out,
-                                size_t stride, const Ahead* ahead) {
-  F total[R * T];
-#pragma GCC unroll 12
-  for (int i = 0; i < R * T; ++i) total[i] = zero();
-  for (int64_t from = 0; from < k; from += 128) {
-    const int64_t to = from + 128 < k ? from + 128 : k;
-    if (ahead)
-      for (int r = 0; r < R; ++r) {
-        const uint8_t* here = w + r * group + from * 16 * L::BYTES;
-        ahead->page(here);
-        ahead->lines(here, (to - from) * 16 * L::BYTES);
-      }
-    F sum[R * T];
-#pragma GCC unroll 12
-    for (int i = 0; i < R * T; ++i) sum[i] = zero();
-    for (int64_t i = from; i < to; ++i) {
-      F v[R];
-#pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) v[r] = L::get(w + r * group + i * 16 * L::BYTES);
+// The last of an odd number of columns, without reading past it.
+template <class L> AI void last_column(const uint8_t* p, F& a, F& b) {
+  uint8_t two[32 * L::BYTES] = {};
+  __builtin_memcpy(two, p, 16 * L::BYTES);
+  L::pair(two, a, b);
+}
+AI const float* scales_of(const uint8_t* group, int64_t k) { return reinterpret_cast<const float*>(group + (k * 16 + 63) / 64 * 64); }  // of e4m3, after its codes
+template <class L> AI F float_scale(const uint8_t* group, int64_t k, int64_t from) {
+  return L::BYTES == 1 ? mulf(loadf(scales_of(group, k) + from / 128 * 16), setf(L::STEP)) : setf(1);
+}
+constexpr int FLOAT_SPAN = 128;  // columns that share a scale, and that are expanded at once
+
+// One tile of tokens: weights are expanded in registers.
+template <class L, int T>
+static void multiply_float_few(const uint8_t* group, int64_t k, const float* x, float* out, const Ahead& ahead) {
+  F total[T];
 #pragma GCC unroll 6
-      for (int t = 0; t < T; ++t) {
-        const F xt = broadcastf(x + i * T + t);
-#pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) sum[r * T + t] = fma(v[r], xt, sum[r * T + t]);
-      }
+  for (int t = 0; t < T; ++t) total[t] = zero();
+  for (int64_t from = 0; from < k; from += FLOAT_SPAN) {
+    const int64_t to = from + FLOAT_SPAN < k ? from + FLOAT_SPAN : k;
+    ahead.page(group + from * 16 * L::BYTES);
+    ahead.lines(group + from * 16 * L::BYTES, (to - from) * 16 * L::BYTES);
+    F sum[T];
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) sum[t] = zero();
+    int64_t i = from;
+    for (; i + 2 <= to; i += 2) {
+      F a, b;
+      L::pair(group + i * 16 * L::BYTES, a, b);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) sum[t] = fma(b, broadcastf(x + (i + 1) * T + t), fma(a, broadcastf(x + i * T + t), sum[t]));
     }
-#pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) {
-      const F scale = scales ? loadf(reinterpret_cast<const float*>(reinterpret_cast<const uint8_t*>(scales) + r * group) + from / 128 * 16) : setf(1);
+    if (i < to) {
+      F a, b;
+      last_column<L>(group + i * 16 * L::BYTES, a, b);
 #pragma GCC unroll 6
-      for (int t = 0; t < T; ++t) total[r * T + t] = fma(sum[r * T + t], scale, total[r * T + t]);
+      for (int t = 0; t < T; ++t) sum[t] = fma(a, broadcastf(x + i * T + t), sum[t]);
+    }
+    const F scale = float_scale<L>(group, k, from);
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) total[t] = fma(sum[t], scale, total[t]);
+  }
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
+}
+
+// Many tokens: a span of weights is expanded once, [column][group][16], and used by every tile.
+template <int R, int T>
+static void multiply_float_tile(const float* w, int columns, const float* x, float* out, size_t stride) {
+  F total[R * T];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) total[r * T + t] = loadf(out + r * stride + t * 16);
+  for (int i = 0; i < columns; ++i, w += R * 16, x += T) {
+    F v[R];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) v[r] = loadf(w + r * 16);
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) {
+      const F xt = broadcastf(x + t);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) total[r * T + t] = fma(v[r], xt, total[r * T + t]);
     }
   }
 #pragma GCC unroll 2
@@ -302,36 +342,66 @@ static void multiply_float_tile(const uint8_t* w, size_t group, const float* sca
     for (int t = 0; t < T; ++t) storef(out + r * stride + t * 16, total[r * T + t]);
 }
 
-typedef void (*FloatTile)(const uint8_t*, size_t, const float*, int64_t, const float*, float*, size_t, const Ahead*);
-template <class L, int R> static FloatTile float_tile(int tokens) {
-  static const FloatTile table[] = {nullptr, multiply_float_tile<L, R, 1>, multiply_float_tile<L, R, 2>,
+typedef void (*FloatTile)(const float*, int, const float*, float*, size_t);
+template <int R> static FloatTile float_tile(int tokens) {
+  static const FloatTile table[] = {nullptr, multiply_float_tile<R, 1>, multiply_float_tile<R, 2>,
 #if KTX_TILE == 6
-                                    multiply_float_tile<L, R, 3>, multiply_float_tile<L, R, 4>, multiply_float_tile<L, R, 5>,
-                                    multiply_float_tile<L, R, 6>
+                                    multiply_float_tile<R, 3>, multiply_float_tile<R, 4>, multiply_float_tile<R, 5>, multiply_float_tile<R, 6>
 #endif
   };
   return table[tokens];
 }
 
-template <class L>
-static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t*,
-                            const uint8_t* next) {
-  const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
-  const Ahead ahead(packed + groups * group, next);
-  for (int g = 0; g < groups;) {
-    const int r = KTX_TILE == 6 && g + 2 <= groups ? 2 : 1;
-    const float* scales = L::BYTES == 1 ? reinterpret_cast<const float*>(packed + float_scales_at(l, x.k)) : nullptr;
+template <class L, int R>
+static void multiply_float_many(const uint8_t* packed, size_t group, const Tokens& x, float* out, float* span, const Ahead& ahead) {
+  const size_t stride = size_t(x.n) * 16;
+  __builtin_memset(out, 0, R * stride * sizeof(float));
+  for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
+    const int64_t to = from + FLOAT_SPAN < x.k ? from + FLOAT_SPAN : x.k;
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* here = packed + r * group + from * 16 * L::BYTES;
+      ahead.lines(here, (to - from) * 16 * L::BYTES);
+      const F scale = float_scale<L>(packed + r * group, x.k, from);
+      float* w = span + r * 16;
+      for (int64_t i = from; i < to; i += 2, w += 2 * R * 16) {
+        F a, b;
+        if (i + 2 <= to) L::pair(packed + r * group + i * 16 * L::BYTES, a, b), storef(w + R * 16, mulf(b, scale));
+        else last_column<L>(packed + r * group + i * 16 * L::BYTES, a, b);
+        storef(w, mulf(a, scale));
+      }
+    }
     for (int tile = 0; tile < x.tiles; ++tile) {
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
-      const FloatTile fn =
-#if KTX_TILE == 6
-          r == 2 ? float_tile<L, 2>(tokens) :
-#endif
-                 float_tile<L, 1>(tokens);
-      fn(packed, group, scales, x.k, x.f + first * x.k, out + first * 16, stride, tile ? nullptr : &ahead);
+      float_tile<R>(tokens)(span, int(to - from), x.f + first * x.k + from * tokens, out + first * 16, stride);
     }
-    g += r, packed += r * group, out += r * stride;
   }
+}
+
+template <class L>
+static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work, const uint8_t* next) {
+  const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+  const Ahead ahead(packed + groups * group, next);
+  float* span = reinterpret_cast<float*>(work);
+  int g = 0;
+  if (x.tiles == 1) {
+    for (; g < groups; ++g, packed += group, out += stride) {
+      switch (x.n) {
+        case 1: multiply_float_few<L, 1>(packed, x.k, x.f, out, ahead); break;
+        case 2: multiply_float_few<L, 2>(packed, x.k, x.f, out, ahead); break;
+#if KTX_TILE == 6
+        case 3: multiply_float_few<L, 3>(packed, x.k, x.f, out, ahead); break;
+        case 4: multiply_float_few<L, 4>(packed, x.k, x.f, out, ahead); break;
+        case 5: multiply_float_few<L, 5>(packed, x.k, x.f, out, ahead); break;
+        case 6: multiply_float_few<L, 6>(packed, x.k, x.f, out, ahead); break;
+#endif
+      }
+    }
+    return;
+  }
+#if KTX_TILE == 6
+  for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) multiply_float_many<L, 2>(packed, group, x, out, span, ahead);
+#endif
+  for (; g < groups; ++g, packed += group, out += stride) multiply_float_many<L, 1>(packed, group, x, out, span, ahead);
 }
 
 // ---- exact unpacking ------------------------------------------------------------------------------------------------------
@@ -356,11 +426,14 @@ template <class D> static void unpack_ints(const Layout& l, const uint8_t* group
   }
 }
 
-template <class L> static void unpack_floats(const Layout& l, const uint8_t* group, int64_t k, float* out) {
-  const float* scales = reinterpret_cast<const float*>(group + float_scales_at(l, k));
-  for (int64_t i = 0; i < k; ++i) {
-    const F value = L::get(group + i * 16 * L::BYTES);
-    storef(out + i * 16, L::BYTES == 1 ? mulf(value, loadf(scales + i / 128 * 16)) : value);
+template <class L> static void unpack_floats(const Layout&, const uint8_t* group, int64_t k, float* out) {
+  for (int64_t i = 0; i < k; i += 2) {
+    F a, b;
+    if (i + 2 <= k) L::pair(group + i * 16 * L::BYTES, a, b);
+    else last_column<L>(group + i * 16 * L::BYTES, a, b);
+    const F scale = float_scale<L>(group, k, i);  // two columns of one pair share it
+    storef(out + i * 16, mulf(a, scale));
+    if (i + 1 < k) storef(out + (i + 1) * 16, mulf(b, scale));
   }
 }
 

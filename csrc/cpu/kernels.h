@@ -43,7 +43,7 @@ struct Kernels {
   void (*unpack)(const Layout& layout, const uint8_t* group, int64_t k, float* out);  // [k][16]
   void (*gate)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out, int64_t n);  // n % 16 == 0
 };
-constexpr size_t WORK_BYTES = 2 * (64 * 64 + 2 * 16 * 64);
+constexpr size_t WORK_BYTES = 2 * 128 * 64 + 2 * 64;  // two groups of 128 columns as floats, or of 256 as codes with their scales
 
 extern const Kernels SCALAR_KERNELS, AVX2_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS;
 const Kernels& kernels();  // of picked_isa()

@@ -115,6 +115,12 @@ AI F load_f16(const void* p) {
   const __m128i* q = static_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
 }
+AI F e4m3_half(const uint8_t* p) {
+  const __m256i x = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 8);
+  const __m256i h = _mm256_and_si256(_mm256_srai_epi16(x, 1), _mm256_set1_epi16(int16_t(0xbfff)));
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+}
+AI void e4m3_as_f16(const uint8_t* p, F& a, F& b) { a = e4m3_half(p), b = e4m3_half(p + 16); }  // 32 bytes; the f16 are 2^-8 of the e4m3
 AI __m128i low_halves(__m256i x) {
   const __m256i p = _mm256_packus_epi32(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)), _mm256_setzero_si256());
   return _mm256_castsi256_si128(_mm256_permute4x64_epi64(p, 0x08));

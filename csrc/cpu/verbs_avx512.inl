@@ -110,6 +110,11 @@ AI V to_int(F a) { return _mm512_cvtps_epi32(a); }  // rounds to nearest
 AI F as_float(V a) { return _mm512_castsi512_ps(a); }
 AI V as_int(F a) { return _mm512_castps_si512(a); }
 AI F load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+AI void e4m3_as_f16(const uint8_t* p, F& a, F& b) {  // 32 bytes; the f16 are 2^-8 of the e4m3
+  const __m512i x = _mm512_slli_epi16(_mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 8);
+  const __m512i h = _mm512_and_si512(_mm512_srai_epi16(x, 1), _mm512_set1_epi16(int16_t(0xbfff)));
+  a = _mm512_cvtph_ps(_mm512_castsi512_si256(h)), b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(h, 1));
+}
 AI F f16_lanes(V a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }  // low halves of the lanes
 AI void store_f16(void* p, F a) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a, 0)); }
 AI void store_s8(int8_t* p, V a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }

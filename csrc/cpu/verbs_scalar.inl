@@ -103,6 +103,12 @@ AI float f16_value(uint32_t h) {
 }
 AI F f16_lanes(V x) { F r; KTX_LANES r.v[i] = f16_value(x.v[i] & 0xffff); return r; }
 AI F load_f16(const void* p) { return f16_lanes(load_u16(static_cast<const uint8_t*>(p))); }
+AI void e4m3_as_f16(const uint8_t* p, F& a, F& b) {  // 32 bytes; the f16 are 2^-8 of the e4m3
+  KTX_LANES {
+    a.v[i] = f16_value((p[i] & 0x80u) << 8 | (p[i] & 0x7fu) << 7);
+    b.v[i] = f16_value((p[16 + i] & 0x80u) << 8 | (p[16 + i] & 0x7fu) << 7);
+  }
+}
 AI uint32_t f16_bits(float f) {
   uint32_t x;
   __builtin_memcpy(&x, &f, 4);
