@@ -184,3 +184,75 @@ def test_compiles_without_a_graph_break():
     traced = torch.compile(lambda x: cpu.linear(x, packed) * 2, fullgraph=True, backend="eager")
     x = torch.randn(2, 256)
     torch.testing.assert_close(traced(x), cpu.linear(x, packed) * 2)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_0", "Q6_K", "Q8_0", "IQ2_S", "BF16", "F8_E4M3"])
+@pytest.mark.parametrize("rows", [7, 1000])
+def test_odd_shapes_and_many_tokens(name, rows):
+    k = columns(name)[-1]
+    weight = sample(name, rows, k)
+    packed = cpu.pack(weight)
+    for tokens in (1, 6, 7, 8, 9, 13, 600, 4096 if rows == 7 else 64):
+        x = torch.randn(tokens, k)
+        room = 1 if tokens * rows > 2000 else 2
+        assert relative(cpu.linear(x, packed), reference.linear(x.double(), weight)) < bound(name) * room, tokens
+
+
+@pytest.mark.parametrize("name", [q for q in INTS if q not in ("TQ1_0", "TQ2_0")])
+def test_channels_that_stand_out(name):
+    """Real models have channels ten times larger than the others; one scale for a whole row would drown the rest."""
+    k = 1536 if QTYPES[name].block == 256 else 1408
+    weight, x = sample(name, 64, k), torch.randn(64, k)
+    x[:, torch.randperm(k)[: k // 100]] *= 10
+    assert relative(cpu.linear(x, cpu.pack(weight)), reference.linear(x.double(), weight)) < 1.3e-2
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "F16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_row(name, value):
+    packed = cpu.pack(sample(name, 40, 512))
+    for tokens in (2, 9, 40):
+        x = torch.randn(tokens, 512)
+        expected = cpu.linear(x, packed)
+        x[1, 77] = value
+        got = cpu.linear(x, packed)
+        assert not got[1].isfinite().any()
+        keep = torch.arange(tokens) != 1
+        assert torch.equal(got[keep], expected[keep])
+
+
+def test_what_is_not_finite_stays_in_its_token_of_a_mixture():
+    gate, up, down = (cpu.pack(stack("Q4_K", 4, *shape)) for shape in ((256, 256), (256, 256), (256, 256)))
+    x, ids, weights = torch.randn(30, 256), torch.randint(0, 4, (30, 2)), torch.rand(30, 2)
+    expected = cpu.experts(x, ids, weights, gate, up, down)
+    x[5, 100] = float("nan")
+    got = cpu.experts(x, ids, weights, gate, up, down)
+    assert not got[5].isfinite().any()
+    keep = torch.arange(30) != 5
+    assert torch.equal(got[keep], expected[keep])
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 300])
+def test_the_number_of_threads_changes_nothing(tokens):
+    gate, up, down = (cpu.pack(stack("Q4_K", 6, *shape)) for shape in ((512, 256), (512, 256), (256, 512)))
+    x, weights = torch.randn(tokens, 256), torch.rand(tokens, 3)
+    ids = torch.stack([torch.randperm(6)[:3] for _ in range(tokens)])
+    before, found = cpu.ops.threads(), []
+    try:
+        for team in (1, 2, 3, 5):
+            cpu.ops.set_threads(team)
+            found.append((cpu.experts(x, ids, weights, gate, up, down), cpu.linear(x, cpu.Packed(gate.data, gate.qtype, 6 * 512, 256))))
+    finally:
+        cpu.ops.set_threads(before)
+    for mixture, product in found[1:]:
+        assert relative(mixture, found[0][0]) < 1e-6 and relative(product, found[0][1]) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 50])
+def test_the_same_expert_twice_and_all_tokens_on_one(tokens):
+    gate, up, down = (stack("Q8_0", 3, *shape) for shape in ((96, 256), (96, 256), (256, 96)))
+    packed = [cpu.pack(part) for part in (gate, up, down)]
+    x, weights = torch.randn(tokens, 256), torch.rand(tokens, 2)
+    ids = torch.ones(tokens, 2, dtype=torch.int64)
+    exact = reference.experts(x.double(), ids, weights, gate, up, down)
+    assert relative(cpu.experts(x, ids, weights, *packed), exact) < 1.8e-2

@@ -1,0 +1,112 @@
+"""Modules that compute in one kernel call: the same numbers as child by child, and only while the children are their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from ktx.cache.kv import GrowingLayer, KVCache
+from ktx.ops.attention import Attention
+from ktx.ops.mla import MLA
+from ktx.ops.moe import MoE
+from tests.models.test_families import IDS, Pair, logits, relative
+
+FUSED = {  # the modules of a family that have a kernel of their own
+    "deepseek_v2": (MLA, MoE),
+    "deepseek_v3": (MLA, MoE),
+    "glm4_moe": (Attention, MoE),
+    "gpt_oss": (Attention,),
+    "llama": (Attention,),
+    "minimax_m2": (Attention, MoE),
+    "mixtral": (Attention, MoE),
+    "qwen2_moe": (Attention, MoE),
+    "qwen3": (Attention,),
+    "qwen3_moe": (Attention, MoE),
+}
+
+
+@pytest.fixture(scope="module", params=FUSED)
+def fused(request, tmp_path_factory):
+    pair = Pair(tmp_path_factory.mktemp(request.param), request.param, "F32")
+    return pair.model, FUSED[request.param]
+
+
+def modules(model, kinds):
+    return [m for m in model.modules() if isinstance(m, kinds)]
+
+
+def decode(model, cache=None, steps=6, start=20):
+    """Logits of single tokens, and of three at once, after a prompt."""
+    cache = KVCache(model.config, None) if cache is None else cache
+    logits(model, IDS[:, :start], past_key_values=cache)
+    pieces = [IDS[:, start + i : start + i + 1] for i in range(steps)] + [IDS[:, start + steps : start + steps + 3]]
+    return torch.cat([logits(model, piece, past_key_values=cache) for piece in pieces], 1)
+
+
+def test_one_call_is_child_by_child(fused):
+    model, kinds = fused
+    found = modules(model, kinds)
+    blocks = [module.block for module in found]
+    assert found and all(blocks)
+    together = decode(model)
+    try:
+        for module in found:
+            module.block = None
+        apart = decode(model)
+    finally:
+        for module, block in zip(found, blocks, strict=True):
+            module.block = block
+    assert relative(together, apart) < 2e-6
+
+
+def test_a_hook_on_a_child_is_called(fused):
+    model, kinds = fused
+    expected, called = decode(model, steps=1), []
+    for module in modules(model, kinds):
+        child = next(c for name, c in module.named_children() if name in ("o_proj", "gate"))
+        handle = child.register_forward_hook(lambda *_: called.append(1))
+        assert relative(decode(model, steps=1), expected) < 2e-6
+        handle.remove()
+        assert called, type(module)
+        called.clear()
+
+
+def test_a_child_that_was_exchanged_is_used(fused):
+    model, kinds = fused
+    module = next(m for m in modules(model, kinds) if "o_proj" in m._modules or "experts" in m._modules)
+    name = "o_proj" if "o_proj" in module._modules else "experts"
+    old = module._modules[name]
+
+    class Silent(torch.nn.Module):
+        def forward(self, x, *args):
+            return torch.zeros_like(x) if name == "experts" else x.new_zeros(*x.shape[:-1], old.out_features)
+
+    before = decode(model, steps=1)
+    module._modules[name] = Silent()
+    try:
+        assert relative(decode(model, steps=1), before) > 1e-3
+    finally:
+        module._modules[name] = old
+    assert relative(decode(model, steps=1), before) == 0
+
+
+def test_a_stock_cache_grows_in_place(fused):
+    model, _ = fused
+    cache = DynamicCache(config=model.config)
+    assert relative(decode(model, cache), decode(model)) < 2e-6
+    grown = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
+    assert len(grown) == len([layer for layer in cache.layers if not layer.is_sliding or isinstance(layer, GrowingLayer)])
+    assert all(layer.get_seq_length() == layer.keys.shape[2] == 29 for layer in grown)
+
+
+def test_a_batch_is_its_sequences(fused):
+    model, _ = fused
+    ids = torch.stack([IDS[0, :40], IDS[0, 60:100]])
+    cache = KVCache(model.config, None)
+    logits(model, ids[:, :39], past_key_values=cache)
+    both = logits(model, ids[:, 39:], past_key_values=cache)
+    for i in range(2):
+        alone = KVCache(model.config, None)
+        logits(model, ids[i : i + 1, :39], past_key_values=alone)
+        assert relative(both[i], logits(model, ids[i : i + 1, 39:], past_key_values=alone)[0]) < 2e-6
