@@ -77,6 +77,16 @@ Tensor unpack_rows_(const Tensor& packed, int64_t code, int64_t n, int64_t k, co
   return out;
 }
 
+Tensor quantise_rows_(const Tensor& x, int64_t code) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == ScalarType::Float, "x must be contiguous float32 [rows, k]");
+  STD_TORCH_CHECK(code == INT8_128 || code == INT4_64 || code == INT4_128 || code == Q4_0 || code == Q8_0,
+                  "weights are made in INT8_128, INT4_64, INT4_128, Q4_0 and Q8_0 only, not in type ", code);
+  const Layout& layout = layout_of(code, x.size(1));
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) / layout.block * layout.bytes}, std::make_optional(ScalarType::Byte));
+  quantise_rows(layout, static_cast<const float*>(x.const_data_ptr()), x.size(0), x.size(1), static_cast<uint8_t*>(out.mutable_data_ptr()));
+  return out;
+}
+
 Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const std::optional<Tensor>& bias) {
   const Layout& layout = layout_of(code, k);
   const uint8_t* data = packed_data(packed, layout, 1, n, k, "packed");
@@ -132,6 +142,7 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("packed_nbytes(int code, int n, int k) -> int");
   m.def("empty_packed(int nbytes) -> Tensor");
   m.def("pack(Tensor src, int code, int n, int k, Tensor(a!) dst, int row0, Tensor? scale=None) -> ()");
+  m.def("quantise_rows(Tensor x, int code) -> Tensor");
   m.def("unpack_rows(Tensor packed, int code, int n, int k, Tensor rows) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, int code, int n, int k, Tensor? bias=None) -> Tensor");
   m.def("linear_batched(Tensor x, Tensor packed, int code, int n, int k) -> Tensor");
@@ -152,6 +163,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
+  m.impl("quantise_rows", TORCH_BOX(&quantise_rows_));
   m.impl("unpack_rows", TORCH_BOX(&unpack_rows_));
   m.impl("linear", TORCH_BOX(&linear_));
   m.impl("linear_batched", TORCH_BOX(&linear_batched_));

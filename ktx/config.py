@@ -23,7 +23,9 @@ class Variable:
 VARIABLES = {
     variable.name: variable
     for variable in (
-        Variable("KTX_ISA", str, "", "lowers the instruction set of the kernels: scalar, avx2, avx512vnni or avx512vbmi"),
+        Variable(
+            "KTX_ISA", str, "", "lowers the instruction set of the kernels: scalar, avx2, avx512vnni or avx512vbmi"
+        ),
         Variable("KTX_THREADS", int, 0, "size of the kernels' team; 0: the usable cores"),
         Variable(
             "KTX_PEER_PATH", str, "", "folder that is put on PYTHONPATH of the peer process of `ktx bench --peer`"

@@ -6,16 +6,17 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from ktx.errors import BadFile, UsageError, nearest
-from ktx.ops.base import Context, Operator, resolve
+from ktx.ops.base import Context, Operator, made_from, resolve
 from ktx.rules import Rule
 from ktx.weights.source import TensorSpec, WeightSource
 
@@ -32,6 +33,7 @@ class Step:
     tensors: list[str]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     specs: list[TensorSpec] = field(default_factory=list)
+    target: str | None = None  # the type that float weights become on loading (ktx.ops.base.MADE)
 
     @property
     def nbytes(self) -> int:
@@ -41,14 +43,24 @@ class Step:
     @property
     def memory(self) -> int:
         """Bytes in memory: an operator keeps the file's form, a kept module has f32 parameters."""
-        return self.nbytes if self.new else sum(4 * prod(spec.shape) for spec in self.specs)
+        return (
+            sum(self.packed(spec) for spec in self.specs)
+            if self.new
+            else sum(4 * prod(spec.shape) for spec in self.specs)
+        )
+
+    def packed(self, spec: TensorSpec) -> int:
+        """Bytes of a tensor once an operator has packed it."""
+        made = made_from(spec, self.target) if len(spec.shape) > 1 else None
+        return spec.nbytes if made is None else prod(spec.shape) // made.block * made.nbytes
 
     @property
     def types(self) -> str:
         """Names of the types, the one with the most bytes first."""
         nbytes: Counter[str] = Counter()
         for spec in self.specs:
-            nbytes[spec.qtype.name] += spec.nbytes
+            made = made_from(spec, self.target) if len(spec.shape) > 1 else None
+            nbytes[spec.qtype.name + (f">{made.name}" if made else "")] += spec.nbytes
         return "+".join(name for name, _ in nbytes.most_common())
 
 
@@ -185,12 +197,14 @@ def inject(
     dtype: torch.dtype,
     kv_dtype: torch.dtype | None = None,
     tell_unmatched: bool = True,
+    targets: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Plan:
     """Replaces modules of a model on the meta device, top down on the new tree, and returns the plan.
 
-    A rule that matches nothing is told by a warning, unless nobody asked for these rules.
+    A rule that matches nothing is told by a warning, unless nobody asked for these rules. `targets`: by operator, what float weights become.
     """
     walk = _Walk(model, rules, config, dtype, kv_dtype)
+    walk.targets = targets
     walk.visit("", model, torch.device("cpu"))
     walk.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in walk.hits]
     for rule in walk.plan.unmatched if tell_unmatched else ():
@@ -207,6 +221,7 @@ class _Walk:
     ):
         self.model, self.rules, self.config, self.dtype, self.kv_dtype = model, rules, config, dtype, kv_dtype
         self.plan, self.hits = Plan(), set[int]()
+        self.targets: Mapping[str, str | None] = {}
         self.classes = {type(module).__name__ for module in model.modules()}
         self.tied = set(getattr(model, "all_tied_weights_keys", None) or {})
 
@@ -237,6 +252,8 @@ class _Walk:
         except (UsageError, NotImplementedError) as error:
             raise UsageError(f"{rule.where}: {error}") from error
         new.path = path  # an operator written in ten lines need not remember it
+        if cls.__name__ in self.targets:
+            new.target = self.targets[cls.__name__]
         return new
 
     def step(self, path: str, old: str, module: nn.Module, rule: Rule | None, device: torch.device) -> None:
@@ -256,7 +273,8 @@ class _Walk:
             shapes |= getattr(module, "shapes", dict)()
         if tensors or isinstance(module, Operator):
             new = type(module).__name__ if rule is not None and rule.replace else ""
-            self.plan.append(Step(path, old, new, rule, str(device), tensors, shapes))
+            target = module.target if isinstance(module, Operator) else None
+            self.plan.append(Step(path, old, new, rule, str(device), tensors, shapes, target=target))
 
     def keep_below(self, path: str, module: nn.Module, device: torch.device) -> None:
         for name, child in module.named_modules():

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.hardware import default_threads, memory
 from ktx.inject import Plan, human, inject
 from ktx.kernels import cpu
-from ktx.ops.base import Operator
+from ktx.ops.base import Operator, made_type
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
 from ktx.rules import FILES, Rule, load_rules
@@ -104,10 +104,23 @@ def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
 
 
 def plan(
-    model: str | Path, weights: str | Path | None = None, rules: Any = None, trust_remote_code: bool = False
+    model: str | Path,
+    weights: str | Path | None = None,
+    rules: Any = None,
+    trust_remote_code: bool = False,
+    weight_dtype: str | None = None,
+    moe_dtype: str | None = None,
 ) -> Plan:
     """What `load` would do, from headers alone."""
-    return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code)[1]
+    targets = _targets(weight_dtype, moe_dtype)
+    return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets)[1]
+
+
+def _targets(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
+    """What float weights become, by operator; experts as all others unless they are named apart."""
+    named = {"Linear": weight_dtype, "Experts": moe_dtype or weight_dtype}
+    options = {"Linear": "dtype", "Experts": "moe_dtype"}
+    return {name: made_type(word, options[name]) for name, word in named.items() if word not in (None, "auto")}
 
 
 def _prepare(
@@ -118,6 +131,7 @@ def _prepare(
     kv_dtype: torch.dtype | None,
     moe_experts: int | None,
     trust_remote_code: bool,
+    targets: Mapping[str, str | None],
 ) -> tuple[nn.Module, Plan, WeightSource]:
     warn_unknown()
     config = copy.deepcopy(read_config(model, trust_remote_code))
@@ -134,7 +148,7 @@ def _prepare(
     if wrong:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
     built = skeleton(config, dtype, trust_remote_code)
-    made = inject(built, chosen, config, dtype, kv_dtype, tell_unmatched=rules is not None)
+    made = inject(built, chosen, config, dtype, kv_dtype, rules is not None, targets)
     _tie(built, made, source)
     made.fill(source)
     return built, made, source
@@ -181,6 +195,8 @@ def load(
     dtype: torch.dtype = torch.float32,
     kv_dtype: torch.dtype | None = None,
     threads: int | None = None,
+    weight_dtype: str | None = None,
+    moe_dtype: str | None = None,
     moe_experts: int | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
@@ -188,12 +204,15 @@ def load(
     """A transformers model on packed weights, and its tokenizer.
 
     `model` is a Hugging Face folder, a hub id, or a GGUF file whose metadata suffices; `weights` a GGUF file, a folder of one, or
-    safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). Raises
+    safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
+    int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
     team = threads or int(environment("KTX_THREADS") or 0) or default_threads()  # type: ignore[call-overload]
     cpu.ops.set_threads(team)
-    built, made, source = _prepare(model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code)
+    built, made, source = _prepare(
+        model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, _targets(weight_dtype, moe_dtype)
+    )
     made.check(source)
     check_memory(made)
     tokenizer = read_tokenizer(model, source, trust_remote_code)

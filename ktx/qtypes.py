@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+F8_CODE = 1000  # the first of our own numbers
 FP8_BLOCK = 128  # DeepSeek's weight_scale_inv: one f32 scale per 128 x 128 block of the matrix
 
 
@@ -39,6 +40,8 @@ class QType:
         if self.is_float:
             values = data.contiguous().view(_torch_dtype(self.name)).float()
             return values if scale is None else values * expand_scale(scale, *values.shape[-2:])
+        if self.code > F8_CODE:
+            return _dequantize_own(self, data)
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -67,11 +70,29 @@ def expand_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
     return scale.float().repeat_interleave(FP8_BLOCK, -2)[..., :n, :].repeat_interleave(FP8_BLOCK, -1)[..., :k]
 
 
+def _dequantize_own(qtype: QType, data: torch.Tensor) -> torch.Tensor:
+    """The types made on loading: an f16 scale, then int8, or for each 32 weights 16 bytes of which byte i holds i and i + 16 (plus 8)."""
+    import torch
+
+    blocks = data.contiguous().view(-1, qtype.nbytes)
+    scale = blocks[:, :2].contiguous().view(torch.float16).float()
+    codes = blocks[:, 2:]
+    if qtype.name.startswith("INT4"):
+        halves = codes.reshape(len(blocks), -1, 1, 16)
+        codes = torch.cat([halves & 15, halves >> 4], 2).reshape(len(blocks), qtype.block).to(torch.int8) - 8
+    else:
+        codes = codes.contiguous().view(torch.int8)
+    return (scale * codes).reshape(*data.shape[:-1], -1)
+
+
 _TABLE = (
     ("F32", 0, 1, 4),
     ("F16", 1, 1, 2),
     ("BF16", 30, 1, 2),
-    ("F8_E4M3", 1000, 1, 1),
+    ("F8_E4M3", F8_CODE, 1, 1),
+    ("INT8_128", 1001, 128, 130),
+    ("INT4_64", 1002, 64, 34),
+    ("INT4_128", 1003, 128, 66),
     ("Q4_0", 2, 32, 18),
     ("Q4_1", 3, 32, 20),
     ("Q5_0", 6, 32, 22),

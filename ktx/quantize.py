@@ -270,7 +270,23 @@ def _mxfp4(x: Array) -> Bytes:
     return np.concatenate([(best_e + 127).astype(np.uint8)[:, None], _halves(_nearest(x / scale, _FP4))], 1)
 
 
+def _int4(x: Array) -> Bytes:
+    d, d_bytes = _f16(_fit_signed(x, -8, 7))
+    codes = (np.clip(np.rint(x * _inverse(d)[:, None]), -8, 7) + 8).astype(np.uint8)
+    return np.concatenate([d_bytes, _halves(codes.reshape(len(x), -1, 32)).reshape(len(x), -1)], 1)
+
+
+def _int8(x: Array) -> Bytes:
+    at = np.abs(x).argmax(-1)[:, None]
+    d, d_bytes = _f16(np.take_along_axis(x, at, -1)[:, 0] / np.float32(-127))
+    codes = np.clip(np.rint(x * _inverse(d)[:, None]), -127, 127).astype(np.int8)
+    return np.concatenate([d_bytes, codes.view(np.uint8)], 1)
+
+
 _MAKERS = {
+    "INT8_128": _int8,
+    "INT4_64": _int4,
+    "INT4_128": _int4,
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,
     "Q4_K": _q4_k,

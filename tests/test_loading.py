@@ -443,3 +443,33 @@ def test_unknown_variables_are_told(qwen, monkeypatch):
     monkeypatch.setenv("KTX_THREDS", "2")
     with pytest.warns(UserWarning, match="KTX_THREDS is not known"):
         ktx.plan(qwen[0], qwen[0] / "m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("words", "linear", "experts"),
+    [({"weight_dtype": "int8"}, "Q8_0", "Q8_0"), ({"moe_dtype": "int4"}, "BF16", "Q4_0")],
+)
+def test_float_weights_become_integers_on_loading(tmp_path, words, linear, experts):
+    """The tiny model's expert width of 96 takes groups of 32; a wide layer takes 128."""
+    from tests.models.families import tiny
+
+    original = tiny("qwen3_moe").bfloat16()
+    original.save_pretrained(tmp_path)
+    plan = ktx.plan(tmp_path, **words)
+    model = load(tmp_path, tmp_path, **words)
+    layer = model.model.layers[0]
+    used = {part.qtype.name for part in layer.self_attn.q_proj.parts}
+    assert used == ({"INT8_128"} if linear == "Q8_0" else {linear})  # 256 columns
+    assert layer.mlp.experts.weights["down_proj"].qtype.name == experts
+    for step in plan:
+        if step.new in ("Linear", "Experts") and step.memory:
+            assert step.memory == pytest.approx(model.get_submodule(step.path).weight_bytes()[0], rel=0.01)
+    with torch.inference_mode():
+        got, exact = model(input_ids=IDS).logits, original.float()(input_ids=IDS).logits
+    assert ((got - exact).norm() / exact.norm()).item() < (0.05 if linear == "Q8_0" else 0.3)
+    assert ">" in str(plan)
+
+
+def test_a_type_that_cannot_be_made_is_told(tmp_path):
+    with pytest.raises(UsageError, match=r"moe_dtype 'int5'.*(int4|int8)"):
+        ktx.plan(tmp_path, moe_dtype="int5")

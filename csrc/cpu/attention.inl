@@ -1,12 +1,5 @@
 // Attention on f32 blocks, over the verbs of one instruction set. Rows of keys and values are contiguous.
 
-AI float sum_lanes(F x) {
-  float v[16], s = 0;
-  storef(v, x);
-  for (int i = 0; i < 16; ++i) s += v[i];
-  return s;
-}
-
 static void convert(const void* from, Number type, int64_t n, float* to) {
   const uint8_t* p = static_cast<const uint8_t*>(from);
   int64_t i = 0;

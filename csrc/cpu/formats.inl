@@ -76,6 +76,31 @@ struct DQ8_0 : Usual {
   }
 };
 
+// Types of our own, made on loading: one f16 scale for 64 or 128 weights.
+template <int GROUP> struct Int8 : Usual {
+  static constexpr int BLOCK = GROUP, SUB = 32, OFFSET = 0;
+  static constexpr bool SIGNED = true, MINIMUM = false;
+  typedef F Head;
+  AI static Head head(const Block& b) { return load_f16(b.n0); }
+  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
+    scale = d;
+    for (int i = 0; i < 8; ++i) w[i] = b.word(8 * s + i);
+  }
+};
+template <int GROUP> struct Int4 : Usual {  // 32 weights in 16 bytes: byte i holds i and i + 16
+  static constexpr int BLOCK = GROUP, SUB = 32, OFFSET = 8;
+  static constexpr bool SIGNED = false, MINIMUM = false;
+  typedef F Head;
+  AI static Head head(const Block& b) { return load_f16(b.n0); }
+  AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
+    scale = d;
+    for (int i = 0; i < 4; ++i) w[i] = nibbles(b.word(4 * s + i), 0), w[4 + i] = nibbles(b.word(4 * s + i), 1);
+  }
+};
+typedef Int8<128> DINT8_128;
+typedef Int4<64> DINT4_64;
+typedef Int4<128> DINT4_128;
+
 struct DQ2_K : Usual {  // words: 16 of codes, 4 of scales (low nibble) and minimums (high nibble)
   KTX_FORMAT(Q2_K, 256, 16, false, 0, true)
   struct Head { F d, dmin; };

@@ -1,5 +1,12 @@
 // The kernels, over the verbs and decoders of one instruction set.
 
+AI float sum_lanes(F x) {
+  float v[16], s = 0;
+  storef(v, x);
+  for (int i = 0; i < 16; ++i) s += v[i];
+  return s;
+}
+
 constexpr int SPAN = 256;  // k unpacked at once: 4 KB of weights for a group of 16 rows
 
 // Weights that are read once are fetched this far ahead, into the second-level cache, which has room for more misses than the
@@ -441,7 +448,8 @@ template <class L> static void unpack_floats(const Layout&, const uint8_t* group
 
 #define KTX_FORMATS(X)                                                                                                       \
   X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0)      \
-  X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M)
+  X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M) X(INT8_128) X(INT4_64)      \
+  X(INT4_128)
 
 typedef void (*Multiply)(const Layout&, const uint8_t*, int, const Tokens&, float*, uint8_t*, const uint8_t*);
 typedef void (*Unpack)(const Layout&, const uint8_t*, int64_t, float*);
@@ -482,6 +490,48 @@ static void quantise(const float* x, int64_t k, RowView out) {
     store_s8(out.q + b * 32, low), store_s8(out.q + b * 32 + 16, high);
     out.sum16[2 * b] = sum_lanes(low), out.sum16[2 * b + 1] = sum_lanes(high);
   }
+}
+
+// ---- weights made on loading -----------------------------------------------------------------------------------------------
+
+// Codes low..high of n weights (a multiple of 16) with this scale, and their squared error; larger weights count for more.
+AI F round_to(const float* x, F inverse, float low, float high) { return minf(maxf(to_float(to_int(mulf(loadf(x), inverse))), setf(low)), setf(high)); }
+AI float weighted_error(const float* x, int n, float scale, float low, float high, float mean) {
+  const F d = setf(scale), inverse = setf(scale != 0 ? 1 / scale : 0.0f);
+  F error = zero();
+  for (int i = 0; i < n; i += 16) {
+    const F v = loadf(x + i), off = fnma(round_to(x + i, inverse, low, high), d, v);
+    error = fma(mulf(off, off), fma(v, v, setf(mean)), error);
+  }
+  return sum_lanes(error);
+}
+
+// One block of symmetric codes: the scale (f16) around the obvious one with the least error, then int8, or nibbles plus 8.
+static void quantise_block(const float* x, int n, bool four, uint8_t* out) {
+  float extreme = 0, mean = 0;
+  for (int i = 0; i < n; ++i) extreme = x[i] * x[i] > extreme * extreme ? x[i] : extreme, mean += x[i] * x[i];
+  mean /= float(n);
+  const float low = four ? -8.0f : -127.0f, high = four ? 7.0f : 127.0f;
+  uint16_t best = to_f16(extreme / low);
+  if (four) {
+    float least = -1;
+    for (int step = -4; step <= 4; ++step) {
+      const uint16_t scale = to_f16(extreme / low * (1 + 0.03f * float(step)));
+      const float error = weighted_error(x, n, from_f16(scale), low, high, mean);
+      if (least < 0 || error < least) least = error, best = scale;
+    }
+  }
+  const float scale = from_f16(best);
+  const F inverse = setf(scale != 0 ? 1 / scale : 0.0f);
+  __builtin_memcpy(out, &best, 2);
+  int8_t codes[128];
+  for (int i = 0; i < n; i += 16) store_s8(codes + i, to_int(round_to(x + i, inverse, low, high)));
+  if (!four) {
+    __builtin_memcpy(out + 2, codes, size_t(n));
+    return;
+  }
+  for (int i = 0; i < n; i += 32)
+    for (int j = 0; j < 16; ++j) out[2 + i / 2 + j] = uint8_t((codes[i + j] + 8) | (codes[i + 16 + j] + 8) << 4);
 }
 
 AI int tile_of(const Tokens& to, int token) {

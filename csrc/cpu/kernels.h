@@ -42,6 +42,7 @@ struct Kernels {
                    const uint8_t* next);
   void (*unpack)(const Layout& layout, const uint8_t* group, int64_t k, float* out);  // [k][16]
   void (*gate)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out, int64_t n);  // n % 16 == 0
+  void (*quantise_block)(const float* x, int n, bool four, uint8_t* out);  // n weights -> a block of INT8_128 or Q8_0, else of INT4_* or Q4_0
 };
 constexpr size_t WORK_BYTES = 2 * 128 * 64 + 2 * 64;  // two groups of 128 columns as floats, or of 256 as codes with their scales
 

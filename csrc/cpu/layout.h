@@ -12,7 +12,7 @@ namespace ktx {
 enum Code : int {  // ggml's numbers; ours from 1000
   F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q2_K = 10, Q3_K = 11, Q4_K = 12, Q5_K = 13, Q6_K = 14,
   IQ2_XXS = 16, IQ2_XS = 17, IQ3_XXS = 18, IQ1_S = 19, IQ4_NL = 20, IQ3_S = 21, IQ2_S = 22, IQ4_XS = 23, IQ1_M = 29, BF16 = 30,
-  TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39, F8_E4M3 = 1000,
+  TQ1_0 = 34, TQ2_0 = 35, MXFP4 = 39, F8_E4M3 = 1000, INT8_128 = 1001, INT4_64 = 1002, INT4_128 = 1003,
 };
 
 struct Segment { int16_t offset, bytes; };  // a run of whole words in the block

@@ -164,6 +164,11 @@ void linear_batched(const void* x, Number type, int64_t matrices, int64_t tokens
   }
 }
 
+void quantise_rows(const Layout& layout, const float* x, int64_t count, int64_t k, uint8_t* out) {
+  for (int64_t block = 0; block < count * k / layout.block; ++block)
+    kernels().quantise_block(x + block * layout.block, layout.block, layout.code != INT8_128 && layout.code != Q8_0, out + block * layout.bytes);
+}
+
 void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const int64_t* rows, int64_t count, float* out) {
   const size_t stride = group_bytes(layout, k);
   Queue queue;

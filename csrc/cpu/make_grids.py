@@ -35,7 +35,10 @@ def entries(cls: type) -> tuple[list[int], np.ndarray]:
 
 
 def table(kind: str, name: str, room: int, values: list[int], digits: int) -> str:
-    rows = (", ".join(f"0x{v:0{digits}x}" for v in values[i : i + 100 // (digits + 4)]) for i in range(0, len(values), 100 // (digits + 4)))
+    rows = (
+        ", ".join(f"0x{v:0{digits}x}" for v in values[i : i + 100 // (digits + 4)])
+        for i in range(0, len(values), 100 // (digits + 4))
+    )
     return f"alignas(64) const {kind} {name}[{len(values) + room}] = {{\n    " + ",\n    ".join(rows) + "};"
 
 

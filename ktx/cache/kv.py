@@ -113,13 +113,18 @@ def growing(cache: Any, index: int) -> GrowingLayer | None:
 
     In a stock DynamicCache, which copies the whole past for every token, the layer is exchanged for one with the same content.
     """
-    layers = getattr(cache, "layers", ())
+    layers: Any = getattr(cache, "layers", ())
     if index >= len(layers):
         return None
     layer = layers[index]
     if type(layer) is GrowingLayer:
         return layer
-    if type(cache) is not DynamicCache or type(layer) is not DynamicLayer or not layer.is_initialized or cache.offloading:
+    if (
+        type(cache) is not DynamicCache
+        or type(layer) is not DynamicLayer
+        or not layer.is_initialized
+        or cache.offloading
+    ):
         return None
     assert layer.keys is not None and layer.values is not None
     if layer.keys.dim() != 4 or layer.keys.device.type != "cpu":

@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ktx.errors import BadFile, UsageError
 
@@ -95,7 +95,30 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="rule file, or the name of a shipped one (default: by architecture)",
     )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        metavar="TYPE",
+        help="float weights become int8, int4 (groups of 128), int4g64 or int4g32 while they are read (default auto: stay)",
+    )
+    group.add_argument("--moe-dtype", metavar="TYPE", help="the same for experts alone (default: as --dtype)")
+    group.add_argument(
+        "--moe-experts",
+        type=positive,
+        metavar="K",
+        help="experts a token, fewer than the model asks for: faster, less exact",
+    )
     flag(group, "--trust-remote-code", help="run Python code that comes with the model (default: never)")
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What ktx.load is told beside the model: the options above by its own names."""
+    return {
+        "weight_dtype": args.dtype,
+        "moe_dtype": args.moe_dtype,
+        "moe_experts": args.moe_experts,
+        "trust_remote_code": args.trust_remote_code,
+    }
 
 
 def named_model(args: argparse.Namespace) -> bool:

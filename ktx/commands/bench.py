@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ktx.commands.arguments import counts, flag, gguf_in, model_options, positive, require_model
+from ktx.commands.arguments import counts, flag, gguf_in, load_options, model_options, positive, require_model
 from ktx.errors import KtxError, UsageError
 
 SUMMARY = "measure prefill and decode speed, beside llama.cpp if asked"
@@ -140,7 +140,7 @@ def _ktx_words(args: argparse.Namespace) -> list[str]:
     words = ["--model", str(args.model), "--threads", str(args.threads)]
     words += ["--weights", str(args.weights)] if args.weights else []
     words += ["--rules", str(args.rules)] if args.rules else []
-    return words + (["--trust"] if args.trust_remote_code else [])
+    return [*words, "--options", json.dumps(load_options(args))]
 
 
 def _gguf(args: argparse.Namespace) -> Path:

@@ -28,7 +28,7 @@ def main() -> int:
     for name in ("--model", "--weights", "--rules"):
         parser.add_argument(name)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--trust", action="store_true")
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON: what else ktx.load is told")
     args = parser.parse_args()
     from ktx.errors import KtxError
 
@@ -36,9 +36,7 @@ def main() -> int:
         import ktx
         from ktx.kernels.cpu import ops
 
-        model, _ = ktx.load(
-            args.model, args.weights, args.rules, threads=args.threads, trust_remote_code=args.trust, progress=False
-        )
+        model, _ = ktx.load(args.model, args.weights, args.rules, threads=args.threads, progress=False, **args.options)
     except KtxError as error:
         print(json.dumps({"error": str(error), "exit": error.exit_code}), flush=True)
         return error.exit_code

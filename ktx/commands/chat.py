@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ktx.commands.arguments import flag, model_options, named_model, positive
+from ktx.commands.arguments import flag, load_options, model_options, named_model, positive
 
 SUMMARY = "talk to a model in the terminal"
 EPILOG = (
@@ -35,12 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="most tokens of a conversation (default: what the model allows)",
-    )
-    run.add_argument(
-        "--moe-experts",
-        type=positive,
-        metavar="K",
-        help="experts a token, fewer than the model asks for: faster, less exact",
     )
     say = parser.add_argument_group("answers")
     say.add_argument("--max-new-tokens", type=positive, default=1000, metavar="N", help="longest answer (default 1000)")
@@ -88,8 +82,7 @@ def run(args: argparse.Namespace) -> int:
         args.weights,
         args.rules,
         threads=args.threads,
-        moe_experts=args.moe_experts,
-        trust_remote_code=args.trust_remote_code,
+        **load_options(args),
     )
     note(first_line(model, args.model))
     session = Session(model, tokenizer, max_context=args.max_context, chunk_size=args.chunk_size)

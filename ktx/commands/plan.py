@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     require_model(args)
     import ktx
 
-    plan = ktx.plan(args.model, args.weights, args.rules, trust_remote_code=args.trust_remote_code)
+    plan = ktx.plan(args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype)
     print(plan.table(fold=not args.all))
     plan.check()
     return 0

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from ktx.commands.arguments import flag, model_options, positive, require_model
+from ktx.commands.arguments import flag, load_options, model_options, positive, require_model
 
 SUMMARY = "compare layer by layer with transformers on the dequantised weights"
 BOUND_FLOAT, BOUND_QUANTISED = 1e-3, 0.03
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     import ktx
 
-    model, tokenizer = ktx.load(args.model, args.weights, args.rules, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = ktx.load(args.model, args.weights, args.rules, **load_options(args))
     ids = torch.tensor([tokenizer(args.prompt)["input_ids"][: args.tokens]])
     rows, summary = compare(model, args, ids)
     if args.json:

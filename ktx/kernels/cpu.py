@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ktx.errors import KtxError, UsageError
-from ktx.qtypes import QType
+from ktx.qtypes import FP8_BLOCK, QType
 from ktx.weights.source import QuantizedTensor
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
@@ -64,10 +64,10 @@ def packed_nbytes(qtype: QType, n: int, k: int, matrices: int = 1) -> int:
     return matrices * ops.packed_nbytes(qtype.code, n, k)
 
 
-def pack(weight: QuantizedTensor | Sequence[QuantizedTensor]) -> Packed:
+def pack(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None = None) -> Packed:
     """Weights [n, k] or [matrices, n, k] (or one part a matrix, all of one type) -> packed, in memory of its own.
 
-    May run in several threads at once: the work is done outside Python's lock.
+    `to` (INT8_128, INT4_64, INT4_128, Q4_0, Q8_0) quantises on the way. May run in several threads at once: the work is done outside Python's lock.
     """
     parts = [weight] if isinstance(weight, QuantizedTensor) else list(weight)
     matrices = [part[i] for part in parts for i in range(part.shape[0])] if len(parts[0].shape) == 3 else parts
@@ -75,14 +75,25 @@ def pack(weight: QuantizedTensor | Sequence[QuantizedTensor]) -> Packed:
     n, k = first.shape
     if any(m.shape != (n, k) or m.qtype is not first.qtype for m in matrices):
         raise KtxError(f"matrices of one packed tensor differ: {sorted({(m.shape, m.qtype.name) for m in matrices})}")
-    size = ops.packed_nbytes(first.qtype.code, n, k)
+    qtype = to or first.qtype
+    size = ops.packed_nbytes(qtype.code, n, k)
     data = ops.empty_packed(size * len(matrices))
     for i, matrix in enumerate(matrices):
-        scale = None if matrix.scale is None else matrix.scale.contiguous()
+        scale = None if to is not None or matrix.scale is None else matrix.scale.contiguous()
         for row in range(0, n, PACK_ROWS):
             rows = matrix.data.reshape(n, -1)[row : row + PACK_ROWS]
-            ops.pack(rows, first.qtype.code, n, k, data[i * size : (i + 1) * size], row, scale)
-    return Packed(data, first.qtype, n, k, len(matrices))
+            if to is not None:
+                rows = ops.quantise_rows(_values(matrix, rows, row), to.code)
+            ops.pack(rows, qtype.code, n, k, data[i * size : (i + 1) * size], row, scale)
+    return Packed(data, qtype, n, k, len(matrices))
+
+
+def _values(matrix: QuantizedTensor, rows: torch.Tensor, row: int) -> torch.Tensor:
+    """f32 of some of a matrix's rows, which begin at a multiple of FP8_BLOCK."""
+    scale = matrix.scale
+    if scale is not None:
+        scale = scale[row // FP8_BLOCK : -(-(row + len(rows)) // FP8_BLOCK)]
+    return matrix.qtype.dequantize(rows, scale).reshape(len(rows), matrix.shape[-1]).contiguous()
 
 
 def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:

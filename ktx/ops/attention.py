@@ -179,11 +179,11 @@ class Block:
 
     def __init__(self, owner: Attention, watch: Watch, matrices: Matrices):
         self.owner, self.watch, self.matrices = owner, watch, matrices
-        children = owner._modules
-        self.biases = [children[name].bias for name in PROJECTIONS]  # type: ignore[union-attr]
+        children: dict[str, Any] = owner._modules
+        self.biases = [children[name].bias for name in PROJECTIONS]
         norms = [children.get(name) for name in NORMS]
         self.norms: list[Any] = [None if norm is None else norm.in_f32 for norm in norms]
-        self.heads = children["k_proj"].out_features // owner.head_dim  # type: ignore[union-attr]
+        self.heads = children["k_proj"].out_features // owner.head_dim
         self.norm_all = norms[0] is not None and norms[0].in_f32.numel() != owner.head_dim
         self.plus_one = norms[0] is not None and bool(norms[0].plus_one)
         sinks = getattr(owner, "sinks", None)
@@ -194,15 +194,17 @@ class Block:
     @classmethod
     def of(cls, owner: Attention) -> Block | None:
         """None where a projection or a norm is something else than ours."""
-        children = owner._modules
+        children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
         if any(not plain_linear(children.get(name)) for name in PROJECTIONS):
             return None
-        if any(norm is not None and not isinstance(norm, RMSNorm) for norm in norms) or (norms[0] is None) != (norms[1] is None):
+        if any(norm is not None and not isinstance(norm, RMSNorm) for norm in norms) or (norms[0] is None) != (
+            norms[1] is None
+        ):
             return None
         matrices = Matrices()
         for name in PROJECTIONS:
-            matrices.projection(children[name].parts)  # type: ignore[union-attr]
+            matrices.projection(children[name].parts)
         return cls(owner, Watch((owner, name) for name in PROJECTIONS + NORMS), matrices)
 
     def __call__(
@@ -210,6 +212,7 @@ class Block:
         hidden_states: torch.Tensor,
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
+        *,
         cache: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor | None:

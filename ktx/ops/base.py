@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from ktx.errors import UsageError, nearest
-from ktx.weights.source import WeightSource
+from ktx.kernels import cpu
+from ktx.qtypes import QTYPES, QType
+from ktx.weights.source import QuantizedTensor, WeightSource
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Operator(nn.Module):
 
     consumes: ClassVar[tuple[str, ...]] = ()
     path: str = ""
+    target: str | None = None  # for operators that have it in __init__: the entry of MADE that float weights become
 
     if TYPE_CHECKING:  # an adopted module has whatever the module it replaces had
 
@@ -59,6 +62,36 @@ class Operator(nn.Module):
     def weight_bytes(self) -> tuple[int, int]:
         """Packed bytes held, and bytes a single token makes the kernels read."""
         return 0, 0
+
+
+MADE = {  # weight types made on loading: what users call them, and the types to try, the first whose blocks fit a row
+    "int8": ("INT8_128", "Q8_0"),
+    "int4": ("INT4_128", "INT4_64", "Q4_0"),
+    "int4g128": ("INT4_128", "INT4_64", "Q4_0"),
+    "int4g64": ("INT4_64", "Q4_0"),
+    "int4g32": ("Q4_0",),
+}
+
+
+def made_type(name: str, option: str) -> str:
+    """The entry of MADE that a user's word names; UsageError otherwise."""
+    if name not in MADE:
+        raise UsageError(
+            f"{option} {name!r} is no type that can be made on loading{nearest(name, MADE)}; give auto or one of {' '.join(MADE)}"
+        )
+    return name
+
+
+def made_from(spec: Any, wish: str | None) -> QType | None:
+    """The type that a tensor (spec or weights) becomes on loading: only floats of whole blocks change, what is quantised stays as it is."""
+    if not wish or not spec.qtype.is_float:
+        return None
+    return next((QTYPES[name] for name in MADE[wish] if spec.shape[-1] % QTYPES[name].block == 0), None)
+
+
+def packed_as(parts: Any, wish: str | None) -> cpu.Packed:
+    """Weights (or one part a matrix) packed, floats as the type that was wished for."""
+    return cpu.pack(parts, made_from(parts if isinstance(parts, QuantizedTensor) else parts[0], wish))
 
 
 Layer = TypeVar("Layer", bound=nn.Module)

@@ -8,7 +8,7 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.ops.base import Context, Operator
+from ktx.ops.base import Context, Operator, packed_as
 from ktx.ops.gates import Gate, gate_of_experts
 from ktx.weights.source import WeightSource
 
@@ -27,6 +27,7 @@ class Experts(Operator):
         self.path, self.num_experts, self.gate, self.has_bias = path, experts, gate, bias
         self.hidden, self.width, self.top = 0, 0, 1
         self.weights: dict[str, cpu.Packed] = {}
+        self.target: str | None = None
         self.biases: dict[str, torch.Tensor | None] = dict.fromkeys(PROJECTIONS)
 
     @classmethod
@@ -56,7 +57,7 @@ class Experts(Operator):
             parts = source.parts(full)
             if len({part.qtype.name for part in parts}) > 1:
                 parts = [source.get(full)]
-            self.weights[name] = cpu.pack(parts)
+            self.weights[name] = packed_as(parts, self.target)
             source.release([full])
             if self.has_bias:
                 self.biases[name] = source.get(f"{full}_bias").dequantize().contiguous()

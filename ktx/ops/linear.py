@@ -9,7 +9,7 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.ops.base import Context, Operator, is_plain
+from ktx.ops.base import Context, Operator, is_plain, packed_as
 from ktx.weights.source import WeightSource
 
 
@@ -25,6 +25,7 @@ class Linear(Operator):
         self.has_bias, self.tied_to = bias, ""
         self.bias: torch.Tensor | None = None
         self.parts: list[cpu.Packed] = []
+        self.target: str | None = None
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Linear:
@@ -44,7 +45,7 @@ class Linear(Operator):
 
     def load(self, source: WeightSource) -> None:
         if not self.parts:  # a tied output layer is given the embedding's
-            self.parts = [cpu.pack(part) for part in source.parts(self.tensors()[0])]
+            self.parts = [packed_as(part, self.target) for part in source.parts(self.tensors()[0])]
         if self.has_bias:
             self.bias = source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous()
 

@@ -177,9 +177,14 @@ class Block:
 
     def __init__(self, owner: MLA, watch: Watch, matrices: Matrices):
         self.owner, self.watch, self.matrices = owner, watch, matrices
-        low, norm = getattr(owner, "q_a_layernorm", None), owner.kv_a_layernorm
+        low: Any = getattr(owner, "q_a_layernorm", None)
+        norm = owner.kv_a_layernorm
         self.norms = None if owner.q_lora_rank is None else low.in_f32, norm.in_f32
-        self.numbers = [1.0 if owner.q_lora_rank is None else low.variance_epsilon, norm.variance_epsilon, owner.scaling]
+        self.numbers = [
+            1.0 if owner.q_lora_rank is None else low.variance_epsilon,
+            norm.variance_epsilon,
+            owner.scaling,
+        ]
         self.columns = owner.kv_lora_rank, owner.qk_rope_head_dim
 
     @classmethod
@@ -188,19 +193,21 @@ class Block:
         low = owner.q_lora_rank is not None
         projections = ["q_a_proj"] * low + ["q_b_proj" if low else "q_proj", "kv_a_proj_with_mqa", "o_proj"]
         norms = ["q_a_layernorm"] * low + ["kv_a_layernorm"]
-        children = owner._modules
-        if any(not plain_linear(children[name]) or children[name].bias is not None for name in projections):  # type: ignore[union-attr]
+        children: dict[str, Any] = owner._modules
+        if any(not plain_linear(children[name]) or children[name].bias is not None for name in projections):
             return None
-        if any(not isinstance(children[name], RMSNorm) or children[name].plus_one for name in norms):  # type: ignore[union-attr]
+        if any(not isinstance(children[name], RMSNorm) or children[name].plus_one for name in norms):
             return None
         matrices = Matrices()
         for name in ([] if low else [""]) + projections:
-            matrices.projection(children[name].parts if name else [])  # type: ignore[union-attr]
+            matrices.projection(children[name].parts if name else [])
         for weights in (owner.w_uk_t, owner.w_uv):
             matrices.experts(weights)
         return cls(owner, Watch((owner, name) for name in projections + norms), matrices)
 
-    def __call__(self, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any) -> torch.Tensor | None:
+    def __call__(
+        self, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any
+    ) -> torch.Tensor | None:
         """hidden f32 [B, S, D] -> [B, S, D]; None when this call has to go the long way."""
         own = self.owner
         layer = room_for(hidden, cache, own.layer_idx, 1, self.columns, own.kv_dtype)

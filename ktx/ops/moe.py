@@ -59,8 +59,15 @@ MOST = 32  # tokens of a call up to which one call beats several: beyond, the wo
 class Block:
     """Router, experts and shared experts in one kernel call."""
 
-    def __init__(self, router: Router, experts: Experts, width: int, watch: Watch, matrices: Matrices, bias: torch.Tensor | None):
-        self.watch, self.matrices, self.router_bias, self.correction = watch, matrices, router.in_f32, router.correction(bias)
+    def __init__(
+        self, router: Router, experts: Experts, width: int, watch: Watch, matrices: Matrices, bias: torch.Tensor | None
+    ):
+        self.watch, self.matrices, self.router_bias, self.correction = (
+            watch,
+            matrices,
+            router.in_f32,
+            router.correction(bias),
+        )
         top, scoring, mode, groups, chosen, renorm, scale = router.manner()
         self.style = (experts.num_experts, top, scoring, mode, groups, chosen, renorm, scale)
         self.sizes = experts.width, width
@@ -71,14 +78,23 @@ class Block:
         """None where a part is something else than ours, or the shared experts are not one plain layer."""
         children = owner._modules
         router, experts = children.get("gate") or children.get("router"), children["experts"]
-        if not isinstance(router, Router) or type(experts) is not Experts or any(b is not None for b in experts.biases.values()):
+        if (
+            not isinstance(router, Router)
+            or type(experts) is not Experts
+            or any(b is not None for b in experts.biases.values())
+        ):
             return None
         matrices = Matrices()
+        assert router.packed is not None  # it was made ready before
         matrices.projection([router.packed])
         for weights in experts.weights.values():
             matrices.experts(weights)
         watched: list[tuple[torch.nn.Module, str]] = [(owner, name) for name in PARTS]
-        shared, gate, width = children.get("shared_experts") or children.get("shared_expert"), children.get("shared_expert_gate"), 0
+        shared, gate, width = (
+            children.get("shared_experts") or children.get("shared_expert"),
+            children.get("shared_expert_gate"),
+            0,
+        )
         if shared is not None:
             fused = shared.fused if isinstance(shared, MLP) else None
             if fused is None or shared.act != experts.gate.act or any(b is not None for b in fused.biases):

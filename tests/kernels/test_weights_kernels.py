@@ -18,7 +18,8 @@ FLOATS = [q.name for q in QTYPES.values() if q.is_float]
 
 
 def columns(name):
-    return (256, 768) if QTYPES[name].block == 256 else (32, 96, 1408) if QTYPES[name].block == 32 else (1, 40, 200)
+    block = QTYPES[name].block
+    return (1, 40, 200) if block == 1 else (256, 768) if block == 256 else (block, 3 * block, 1408)
 
 
 def bound(name):
@@ -241,7 +242,12 @@ def test_the_number_of_threads_changes_nothing(tokens):
     try:
         for team in (1, 2, 3, 5):
             cpu.ops.set_threads(team)
-            found.append((cpu.experts(x, ids, weights, gate, up, down), cpu.linear(x, cpu.Packed(gate.data, gate.qtype, 6 * 512, 256))))
+            found.append(
+                (
+                    cpu.experts(x, ids, weights, gate, up, down),
+                    cpu.linear(x, cpu.Packed(gate.data, gate.qtype, 6 * 512, 256)),
+                )
+            )
     finally:
         cpu.ops.set_threads(before)
     for mixture, product in found[1:]:
@@ -256,3 +262,25 @@ def test_the_same_expert_twice_and_all_tokens_on_one(tokens):
     ids = torch.ones(tokens, 2, dtype=torch.int64)
     exact = reference.experts(x.double(), ids, weights, gate, up, down)
     assert relative(cpu.experts(x, ids, weights, *packed), exact) < 1.8e-2
+
+
+@pytest.mark.parametrize("name", ["INT8_128", "Q8_0", "INT4_64", "INT4_128", "Q4_0"])
+@pytest.mark.parametrize("origin", ["F32", "F16", "BF16", "F8_E4M3"])
+def test_weights_are_quantised_on_the_way(name, origin):
+    """As near to the floats as the plain maker of the type comes, for each row on its own and in pieces of many rows."""
+    weight, k = sample(origin, 1100, 256), 256
+    values = weight.dequantize()
+    packed = cpu.pack(weight, QTYPES[name])
+    got = packed.rows(torch.arange(1100))
+    plain = QTYPES[name].dequantize(QTYPES[name].quantize(values)).reshape(1100, k)
+    assert packed.qtype is QTYPES[name]
+    assert relative(got, values) < 1.02 * relative(plain, values) + 1e-7
+    assert relative(got, values) < (8e-3 if "8" in name[:4] else 0.13)
+
+
+def test_a_row_of_zeros_and_one_large_weight():
+    values = torch.zeros(16, 128)
+    values[1, 5] = -1000.0
+    for name in ("INT8_128", "INT4_128", "INT4_64"):
+        got = cpu.pack(QuantizedTensor.of(values), QTYPES[name]).rows(torch.arange(16))
+        torch.testing.assert_close(got, values, rtol=2e-3, atol=0)

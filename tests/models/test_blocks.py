@@ -96,7 +96,9 @@ def test_a_stock_cache_grows_in_place(fused):
     cache = DynamicCache(config=model.config)
     assert relative(decode(model, cache), decode(model)) < 2e-6
     grown = [layer for layer in cache.layers if isinstance(layer, GrowingLayer)]
-    assert len(grown) == len([layer for layer in cache.layers if not layer.is_sliding or isinstance(layer, GrowingLayer)])
+    assert len(grown) == len(
+        [layer for layer in cache.layers if not layer.is_sliding or isinstance(layer, GrowingLayer)]
+    )
     assert all(layer.get_seq_length() == layer.keys.shape[2] == 29 for layer in grown)
 
 
