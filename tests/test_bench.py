@@ -75,10 +75,12 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 def test_alone_one_record_a_test(model, tmp_path):
     record = tmp_path / "results.jsonl"
     record.write_text("{}\n")
-    done = run("--model", model, "-p", "16,40", "-n", "3", "-t", "2", "-r", "2", "--json", "--record", record)
+    done = run(
+        "--model", model, "-p", "16,40", "-n", "3", "-d", "0,30", "-t", "2", "-r", "2", "--json", "--record", record
+    )
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["test"] for line in lines] == ["pp16", "pp40", "tg3"]
+    assert [line["test"] for line in lines] == ["pp16", "pp16@d30", "pp40", "pp40@d30", "tg3", "tg3@d30"]
     assert [json.loads(line) for line in record.read_text().splitlines()] == [{}, *lines]
     for line in lines:
         assert line["engine"] == "ktx" and line["threads"] == 2 and line["commit"] and line["machine"]
@@ -89,7 +91,7 @@ def test_alone_one_record_a_test(model, tmp_path):
             min(line[f"{what}_gb_s"] for what in ("load", "cat", "pack", "fresh")) > 0
             and line["peak_rss"] < line["rss_bound"]
         )
-    assert [line["limit_unit"] for line in lines] == ["GOPS int8", "GOPS int8", "GB/s read"]
+    assert [line["limit_unit"] for line in lines] == ["GOPS int8"] * 4 + ["GB/s read"] * 2
 
 
 def test_the_peer_runs_in_its_better_form_for_each_test(model, fake):
@@ -242,3 +244,9 @@ def test_the_real_llama_cpp_reads_our_random_models(tmp_path, preset):
     assert done.returncode == 0, done.stderr
     engines = [json.loads(line)["engine"].split()[0] for line in done.stdout.splitlines()]
     assert engines == ["ktx", "llama.cpp"] * 2
+
+
+def test_depths_and_their_tests():
+    assert bench.depths("0,8192") == [0, 8192]
+    assert bench.parts("pp512") == ("pp", 512, 0)
+    assert bench.parts("tg32@d8192") == ("tg", 32, 8192)

@@ -14,6 +14,7 @@ import pytest
 
 from ktx import hardware
 from ktx.commands import doctor
+from ktx.qtypes import QTYPES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +36,7 @@ def test_json_has_machine_measurements_kernels_versions_and_remedies():
     assert found["kernels"]["picked"] in ("scalar", "avx2", "avx512vnni", "avx512vbmi")
     assert {"Linear", "Experts", "MLA", "Attention"} <= set(found["operators"])
     listed = [name for names in found["weight types"].values() for name in names]
-    assert len(listed) == len(set(listed)) == 26
+    assert len(listed) == len(set(listed)) == len(QTYPES)
     assert all(entry["remedy"].startswith("pip install") for entry in found["missing"].values())
 
 

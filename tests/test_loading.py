@@ -463,7 +463,7 @@ def test_float_weights_become_integers_on_loading(tmp_path, words, linear, exper
     assert layer.mlp.experts.weights["down_proj"].qtype.name == experts
     for step in plan:
         if step.new in ("Linear", "Experts") and step.memory:
-            assert step.memory == pytest.approx(model.get_submodule(step.path).weight_bytes()[0], rel=0.01)
+            assert step.memory == pytest.approx(model.get_submodule(step.path).weight_bytes()[0], rel=0.02)
     with torch.inference_mode():
         got, exact = model(input_ids=IDS).logits, original.float()(input_ids=IDS).logits
     assert ((got - exact).norm() / exact.norm()).item() < (0.05 if linear == "Q8_0" else 0.3)

@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (("-n", "--tokens"), 32, "tokens to generate"),
     ):
         parser.add_argument(*names, type=counts, default=[default], metavar="N[,N]", help=f"{what} (default {default})")
+    parser.add_argument(
+        "-d", "--depth", type=depths, default=[0], metavar="N[,N]", help="tokens that lie before each test (default 0)"
+    )
     parser.add_argument("-t", "--threads", type=positive, metavar="N", help="of every engine (default: usable cores)")
     parser.add_argument("-r", "--repeat", type=positive, default=3, metavar="N", help="rounds; medians are shown")
     parser.add_argument("--peer", choices=PEERS, help="runs beside ktx on the same file, best of its repack on and off")
@@ -93,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     from ktx.hardware import default_threads
 
     args.threads = args.threads or default_threads()
-    tests = [f"pp{n}" for n in args.prompt] + [f"tg{n}" for n in args.tokens]
+    kinds = [f"pp{n}" for n in args.prompt] + [f"tg{n}" for n in args.tokens]
+    tests = [f"{kind}@d{depth}" if depth else kind for kind in kinds for depth in args.depth]
     mine = Engine("ktx", "ktx.commands.bench_ktx", _ktx_words(args))
     engines, alone = _best_peers(args, tests) if args.peer else ({None: tests}, {})
     rounds: Rounds = {}
@@ -130,6 +134,17 @@ def alternate(engines: list[Engine], tests: list[str], repeat: int, together: bo
     return found
 
 
+def depths(text: str) -> list[int]:
+    """One or several numbers, of which 0 is one: 0,8192."""
+    return [0 if part == "0" else positive(part) for part in text.split(",")]
+
+
+def parts(test: str) -> tuple[str, int, int]:
+    """Kind, tokens and depth of a test: "tg32@d8192" is ("tg", 32, 8192)."""
+    kind, _, depth = test.partition("@d")
+    return kind[:2], int(kind[2:]), int(depth or 0)
+
+
 def token_ids(count: int, vocabulary: int) -> list[int]:
     """What every engine reads: the same random ids, so that its routers see the same variety."""
     source = random.Random(1)
@@ -152,7 +167,7 @@ def _gguf(args: argparse.Namespace) -> Path:
 
 
 def _peer(args: argparse.Namespace, tests: list[str], repack: int) -> Engine:
-    context = max(int(test[2:]) for test in tests) + 16
+    context = max(count + depth for _, count, depth in map(parts, tests)) + 16
     words = [
         "--weights",
         str(_gguf(args)),
@@ -244,7 +259,8 @@ def _table(lines: list[dict[str, Any]], facts: dict[str, Any], room: str) -> Non
     print(f"peak RSS {gb['peak_rss']:.2f} GB, bound {gb['rss_bound']:.2f} GB")
     print(*filter(None, [room]), sep="\n", end="\n" if room else "")
     width = max(len(line["engine"]) for line in lines) + 2
-    print(f"{'test':8}{'engine':{width}}{'tok/s':>9}{'spread':>18}{'ratio':>8}  limit")
+    first = max(8, *(len(line["test"]) + 2 for line in lines))
+    print(f"{'test':{first}}{'engine':{width}}{'tok/s':>9}{'spread':>18}{'ratio':>8}  limit")
     for line in lines:
         spread = f"{line['spread'][0]:.2f}-{line['spread'][1]:.2f}"
         ratio = f"{line['ratio']:.2f}x" if "ratio" in line else ""
@@ -253,4 +269,4 @@ def _table(lines: list[dict[str, Any]], facts: dict[str, Any], room: str) -> Non
             if "share" in line
             else f"alone {line['best_alone']:.2f}"
         )
-        print(f"{line['test']:8}{line['engine']:{width}}{line['tok_s']:>9.2f}{spread:>18}{ratio:>8}  {limit}")
+        print(f"{line['test']:{first}}{line['engine']:{width}}{line['tok_s']:>9.2f}{spread:>18}{ratio:>8}  {limit}")

@@ -16,8 +16,9 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from ktx.commands.bench import token_ids
+from ktx.commands.bench import parts, token_ids
 
+CHUNK = 512  # tokens of a prompt at once
 FRESH = 1024  # MiB of new memory to be written
 CAT_PIECE, CAT_PIECES = 1 << 26, 64  # at most 4 GiB are read for the comparison
 
@@ -144,8 +145,8 @@ def forward(model: Any, ids: list[int], step: int, prompt: tuple[int, ...] | lis
 
     cache, tokens = KVCache(model.config), torch.tensor([ids])
     with torch.inference_mode():
-        if prompt:
-            model(input_ids=torch.tensor([prompt]), past_key_values=cache, logits_to_keep=1)
+        for at in range(0, len(prompt), CHUNK):
+            model(input_ids=torch.tensor([prompt[at : at + CHUNK]]), past_key_values=cache, logits_to_keep=1)
         start = time.perf_counter()
         for at in range(0, len(ids), step):
             model(input_ids=tokens[:, at : at + step], past_key_values=cache, logits_to_keep=1)
@@ -153,14 +154,15 @@ def forward(model: Any, ids: list[int], step: int, prompt: tuple[int, ...] | lis
 
 
 def measure(model: Any, test: str) -> dict[str, Any]:
-    """A prompt of N tokens ("ppN"), or N tokens after a short one ("tgN"), with the limit probed right before."""
+    """A prompt of N tokens ("ppN"), or N tokens after a short one ("tgN"), after D others ("@dD"), with the limit probed right before."""
     from ktx.kernels.cpu import ops
 
-    kind, count = test[:2], int(test[2:])
+    kind, count, depth = parts(test)
     threads, vocabulary = model.ktx.threads, model.config.vocab_size
     limit = ops.probe_int8(threads, 0.1) if kind == "pp" else ops.probe_read(threads, 256)
     ids = token_ids(count, vocabulary)
-    rate = count / (forward(model, ids, 512) if kind == "pp" else forward(model, ids, 1, token_ids(4, vocabulary)))
+    before = token_ids(depth if kind == "pp" else depth or 4, vocabulary)
+    rate = count / forward(model, ids, CHUNK if kind == "pp" else 1, before)
     used = rate * (2 * active_params(model) if kind == "pp" else model.ktx.bytes_per_token) / 1e9
     return {"test": test, "tok_s": rate, "limit": limit, "used": used, "share": used / limit}
 

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-from ktx.commands.bench import token_ids
+from ktx.commands.bench import parts, token_ids
 
 BATCH = 512
 
@@ -70,13 +70,14 @@ def decode(lib: Any, state: Any, ids: list[int]) -> None:
 
 
 def measure(lib: Any, state: Any, test: str, vocabulary: int) -> float:
-    """Tokens a second of one test, in an empty context."""
-    kind, count = test[:2], int(test[2:])
+    """Tokens a second of one test, in a context that holds no more than its depth."""
+    kind, count, depth = parts(test)
     lib.llama_memory_clear(lib.llama_get_memory(state), True)
-    prompt, ids = token_ids(4, vocabulary), token_ids(count, vocabulary)
+    prompt, ids = token_ids(depth if kind == "pp" else depth or 4, vocabulary), token_ids(count, vocabulary)
     step = BATCH if kind == "pp" else 1
-    if kind == "tg":
-        decode(lib, state, prompt)
+    for at in range(0, len(prompt), BATCH):
+        decode(lib, state, prompt[at : at + BATCH])
+    lib.llama_synchronize(state)
     start = time.perf_counter()
     for at in range(0, count, step):
         decode(lib, state, ids[at : at + step])
