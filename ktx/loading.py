@@ -20,7 +20,7 @@ from torch import nn
 from ktx.compat import config_dict, dtype_plan
 from ktx.config import environment, warn_unknown
 from ktx.errors import BadFile, DoesNotFit, UsageError
-from ktx.hardware import default_threads, memory
+from ktx.hardware import default_threads, keep_freed_memory, memory
 from ktx.inject import Plan, human, inject
 from ktx.kernels import cpu
 from ktx.ops.base import Operator, made_type
@@ -223,6 +223,7 @@ def load(
     for module in reversed(list(built.modules())):  # children before their parents
         if isinstance(module, Operator):
             module.ready()
+    keep_freed_memory()  # from here on: what loading borrowed has gone back
     held, read = _weight_bytes(built)
     built.ktx = Handle(made, source.path, time.perf_counter() - start, held, read, cpu.ops.isa(), team)  # type: ignore[assignment]
     _generation(built, model)

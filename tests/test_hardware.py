@@ -92,6 +92,14 @@ def test_isas_follow_the_flags():
     assert isa(FLAGS_VNNI + " avx512vbmi") == "avx512vbmi"
 
 
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):
+    for name in hardware.MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    assert hardware.keep_freed_memory()
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert not hardware.keep_freed_memory()
+
+
 def test_our_detection_agrees_with_the_kernels():
     """/proc/cpuinfo and the extension's own cpuid, two ways to the same answer."""
     from ktx.kernels.cpu import ops
