@@ -1,12 +1,5 @@
 // The kernels, over the verbs and decoders of one instruction set.
 
-AI float sum_lanes(F x) {
-  float v[16], s = 0;
-  storef(v, x);
-  for (int i = 0; i < 16; ++i) s += v[i];
-  return s;
-}
-
 constexpr int SPAN = 256;  // k unpacked at once: 4 KB of weights for a group of 16 rows
 
 // Weights that are read once are fetched this far ahead, into the second-level cache, which has room for more misses than the

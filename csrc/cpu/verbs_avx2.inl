@@ -109,6 +109,12 @@ AI int32_t sum_lanes(V x) {
   h = _mm_add_epi32(h, _mm_unpackhi_epi64(h, h));
   return _mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 1)));
 }
+AI float sum_lanes(F x) {
+  const __m256 m = _mm256_add_ps(x.a, x.b);
+  __m128 h = _mm_add_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
+}
 AI F to_float(V x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 AI V to_int(F x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
 AI F load_f16(const void* p) {

@@ -105,6 +105,13 @@ AI F maxf(F a, F b) { return _mm512_max_ps(a, b); }
 AI F absf(F a) { return _mm512_abs_ps(a); }
 AI uint32_t largest_lane(V a) { return _mm512_reduce_max_epu32(a); }
 AI int32_t sum_lanes(V a) { return _mm512_reduce_add_epi32(a); }
+AI float sum_lanes(F a) {
+  a = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e));
+  a = _mm512_add_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
+  __m128 h = _mm512_castps512_ps128(a);
+  h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+  return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
+}
 AI F to_float(V a) { return _mm512_cvtepi32_ps(a); }
 AI V to_int(F a) { return _mm512_cvtps_epi32(a); }  // rounds to nearest
 AI F as_float(V a) { return _mm512_castsi512_ps(a); }

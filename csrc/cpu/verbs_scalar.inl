@@ -80,6 +80,7 @@ AI F absf(F x) { return as_float(and_(as_int(x), set(0x7fffffff))); }
 AI V maxu(V a, V b) { V r; KTX_LANES r.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return r; }
 AI uint32_t largest_lane(V x) { uint32_t m = x.v[0]; KTX_LANES m = x.v[i] > m ? x.v[i] : m; return m; }
 AI int32_t sum_lanes(V x) { uint32_t s = 0; KTX_LANES s += x.v[i]; return int32_t(s); }
+AI float sum_lanes(F x) { float s = 0; KTX_LANES s += x.v[i]; return s; }
 AI F to_float(V x) { F r; KTX_LANES r.v[i] = float(int32_t(x.v[i])); return r; }
 AI V to_int(F x) {  // adding 1.5 * 2^23 rounds to nearest even, for |x| < 2^22
   V r;
