@@ -8,7 +8,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test test-oldest cpu-check gpu-check bench lint docs wheel clean
+.PHONY: help chat test test-oldest cpu-check gpu-check bench sanitize lint docs wheel clean
 
 help:                 ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -30,6 +30,16 @@ gpu-check: $(VENV)/.dev   ## what a machine with a CUDA GPU has to show (under t
 
 bench: $(VENV)/.dev   ## kernel speeds against this machine's own limits
 	$(PY) benchmarks/kernels.py
+
+sanitize:             ## the kernels' C++ drivers under AddressSanitizer and ThreadSanitizer (KTX_ISA chooses the kernels)
+	@mkdir -p build/sanitize
+	@for kind in address,undefined thread; do \
+	  echo "-fsanitize=$$kind"; \
+	  ls csrc/cpu/*.cpp tests/cpp/driver.cpp | xargs -P $$(nproc) -I{} sh -c 'mkdir -p build/sanitize/'$$kind' && $${CXX:-g++} -std=c++20 -O1 -g \
+	    -fno-omit-frame-pointer -fno-math-errno -fsanitize='$$kind' -Icsrc/cpu -c {} -o build/sanitize/'$$kind'/$$(basename {}).o' && \
+	  $${CXX:-g++} -fsanitize=$$kind build/sanitize/$$kind/*.o -o build/sanitize/$$kind/driver -lpthread && \
+	  build/sanitize/$$kind/driver || exit 1; \
+	done
 
 lint: $(VENV)/.dev    ## ruff and mypy
 	$(PY) -m ruff check .

@@ -25,6 +25,7 @@ FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",  # GCC 12 warns about its own AVX-512 headers
     "-DTORCH_STABLE_ONLY",
     f"-DTORCH_TARGET_VERSION={TORCH_2_11}",
     "-DPy_LIMITED_API=0x030b0000",

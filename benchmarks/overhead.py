@@ -26,7 +26,7 @@ import ktx  # noqa: E402
 from ktx.cache.kv import KVCache  # noqa: E402
 
 TINY = {
-    "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 64, "n_routed_experts": 8, "num_experts_per_tok": 4,
+    "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 4,
     "n_group": 2, "topk_group": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 64, "kv_lora_rank": 64,
     "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "vocab_size": 512, "first_k_dense_replace": 3,
     "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,

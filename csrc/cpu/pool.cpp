@@ -157,6 +157,7 @@ Team& current() {
 }  // namespace
 
 int threads() {
+  if (inside) return team->size;  // whoever runs holds the lock
   std::lock_guard<std::mutex> lock(team_mutex);
   return team_size ? team_size : team_size = wanted();
 }

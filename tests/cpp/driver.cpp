@@ -1,0 +1,130 @@
+// Every kernel driver on odd shapes, by several threads at once: what `make sanitize` runs under AddressSanitizer and ThreadSanitizer.
+// Weights are random bytes of valid blocks' sizes, so results mean nothing; reading or writing where one must not is what is looked for.
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#include "attention.h"
+#include "blocks.h"
+#include "experts.h"
+#include "isa.h"
+#include "layout.h"
+#include "linear.h"
+#include "pool.h"
+#include "small.h"
+
+using namespace ktx;
+
+namespace {
+const int CODES[] = {F32, F16, BF16, F8_E4M3, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ2_XS, IQ2_S, IQ3_XXS,
+                     IQ3_S, IQ1_S, IQ1_M, IQ4_NL, IQ4_XS, MXFP4, TQ1_0, TQ2_0, INT8_128, INT4_64, INT4_128};
+
+struct Random {
+  std::mt19937 source{1};
+  std::vector<float> floats(int64_t n) {
+    std::normal_distribution<float> normal;
+    std::vector<float> values(size_t(n), 0.0f);
+    for (float& v : values) v = normal(source);
+    return values;
+  }
+  // Exactly as many bytes as the matrices take, on the heap: a read past them is seen.
+  std::vector<uint8_t> packed(const Layout& l, int64_t matrices, int64_t n, int64_t k) {
+    const size_t size = packed_bytes(l, n, k), row = size_t(k / l.block) * size_t(l.bytes);
+    std::vector<uint8_t> rows(size_t(n) * row), data(size * size_t(matrices));
+    std::vector<float> scale(size_t((n + 127) / 128 * ((k + 127) / 128)), 1.0f);
+    for (int64_t m = 0; m < matrices; ++m) {
+      for (uint8_t& byte : rows) byte = uint8_t(source()) & 0x3f;
+      pack_rows(l, rows.data(), row, n, k, data.data() + size_t(m) * size, 0, l.code == F8_E4M3 ? scale.data() : nullptr, (k + 127) / 128);
+    }
+    return data;
+  }
+};
+
+void linears(Random& random, const Layout& l) {
+  const int64_t k = l.block == 1 ? 200 : l.block == 256 ? 512 : 3 * std::max(l.block, 32);
+  for (int64_t n : {7, 33, 80}) {
+    const std::vector<uint8_t> w = random.packed(l, 1, n, k);
+    const std::vector<float> bias = random.floats(n);
+    for (int64_t tokens : {1, 2, 5, 8, 9, 13, 40}) {
+      const std::vector<float> x = random.floats(tokens * k);
+      std::vector<float> y(size_t(tokens * n));
+      linear(x.data(), Number::F32, tokens, l, w.data(), n, k, bias.data(), y.data());
+    }
+  }
+  const std::vector<uint8_t> w = random.packed(l, 5, 20, k);
+  const std::vector<float> x = random.floats(5 * 3 * k);
+  std::vector<float> y(5 * 3 * 20), row(size_t(2 * k));
+  linear_batched(x.data(), Number::F32, 5, 3, l, w.data(), 20, k, y.data());
+  const int64_t rows[] = {0, 19};
+  unpack_rows(l, w.data(), k, rows, 2, row.data());
+}
+
+void mixtures(Random& random, const Layout& l, const Layout& down) {
+  const int64_t hidden = 256, inner = 768, count = 5, top = 3;
+  const std::vector<uint8_t> gate = random.packed(l, count, inner, hidden), up = random.packed(l, count, inner, hidden),
+                             last = random.packed(down, count, hidden, inner);
+  for (int64_t tokens : {1, 4, 30, 200}) {
+    const std::vector<float> x = random.floats(tokens * hidden), weights = random.floats(tokens * top);
+    std::vector<int64_t> ids(size_t(tokens * top));
+    for (int64_t& id : ids) id = int64_t(random.source() % (count + 2)) - 1;  // some are out of range, some come twice
+    std::vector<float> out(size_t(tokens * hidden));
+    experts({x.data(), out.data(), Number::F32, ids.data(), weights.data(), tokens, top, hidden, inner, count,
+             {&l, gate.data(), nullptr}, {&l, up.data(), nullptr}, {&down, last.data(), nullptr}, SILU, 0, 0});
+  }
+}
+
+void attentions(Random& random) {
+  for (int64_t queries : {1, 3, 50})
+    for (int64_t d : {20, 64, 128}) {
+      const int64_t heads = 6, kv = 2, keys = 300;
+      const std::vector<float> q = random.floats(heads * queries * d), k = random.floats(kv * keys * d), v = random.floats(kv * keys * d);
+      std::vector<float> out(size_t(heads * queries * d));
+      AttentionCall c{};
+      c.q = {q.data(), Number::F32, heads * queries * d, queries * d, d}, c.k = {k.data(), Number::F32, kv * keys * d, keys * d, d};
+      c.v = {v.data(), Number::F32, kv * keys * d, keys * d, d};
+      c.batches = 1, c.heads = heads, c.kv_heads = kv, c.queries = queries, c.keys = keys, c.dk = c.dv = d, c.scale = 0.1f;
+      c.out = out.data(), c.out_type = Number::F32;
+      attention(c);
+    }
+}
+
+void exceptions(int team) {
+  for (int turn = 0; turn < 50; ++turn) {
+    bool caught = false;
+    try {
+      parallel([&](int member) {
+        if (member == turn % team) throw std::runtime_error("expected");
+      });
+    } catch (const std::runtime_error&) {
+      caught = true;
+    }
+    if (!caught) throw std::logic_error("an exception of a member was lost");
+  }
+}
+
+void everything(unsigned seed) {
+  Random random;
+  random.source.seed(seed);
+  for (int code : CODES) linears(random, *find_layout(code));
+  mixtures(random, *find_layout(Q4_K), *find_layout(Q5_0));
+  mixtures(random, *find_layout(IQ2_S), *find_layout(IQ4_XS));
+  mixtures(random, *find_layout(BF16), *find_layout(Q8_0));
+  mixtures(random, *find_layout(INT4_128), *find_layout(F8_E4M3));
+  attentions(random);
+}
+}  // namespace
+
+int main() {
+  for (int team : {1, 3}) {
+    set_threads(team);
+    everything(unsigned(team));
+    exceptions(team);
+  }
+  std::thread other([] { everything(7); });  // two callers of one team
+  everything(8);
+  other.join();
+  std::printf("%s: every driver ran\n", ISA_NAMES[picked_isa()]);
+}
