@@ -34,6 +34,7 @@ double probe_read_(int64_t threads, int64_t mib) { return probe_read(int(threads
 double probe_fresh_(int64_t threads, int64_t mib) { return probe_fresh(int(threads), int(mib)); }
 double probe_int8_(int64_t threads, double seconds) { return probe_int8(int(threads), seconds); }
 double probe_fma_(int64_t threads, double seconds) { return probe_fma(int(threads), seconds); }
+double probe_bf16_(int64_t threads, double seconds) { return probe_bf16(int(threads), seconds); }
 
 int64_t packed_nbytes(int64_t code, int64_t n, int64_t k) {
   STD_TORCH_CHECK(n > 0, "a matrix needs rows, got ", n);
@@ -139,6 +140,7 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("probe_fresh(int threads, int mib) -> float");
   m.def("probe_int8(int threads, float seconds) -> float");
   m.def("probe_fma(int threads, float seconds) -> float");
+  m.def("probe_bf16(int threads, float seconds) -> float");
   m.def("packed_nbytes(int code, int n, int k) -> int");
   m.def("empty_packed(int nbytes) -> Tensor");
   m.def("pack(Tensor src, int code, int n, int k, Tensor(a!) dst, int row0, Tensor? scale=None) -> ()");
@@ -158,6 +160,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("probe_fresh", TORCH_BOX(&probe_fresh_));
   m.impl("probe_int8", TORCH_BOX(&probe_int8_));
   m.impl("probe_fma", TORCH_BOX(&probe_fma_));
+  m.impl("probe_bf16", TORCH_BOX(&probe_bf16_));
   m.impl("packed_nbytes", TORCH_BOX(&packed_nbytes));
   m.impl("empty_packed", TORCH_BOX(&empty_packed));
 }

@@ -26,7 +26,7 @@ Tensor finish(AttentionCall& c, const Tensor& like) {
 }
 
 Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& ranges, const Optional& mask, double scale,
-                  const Optional& sinks, double softcap) {
+                  const Optional& sinks, double softcap, const Optional& q_rope, const Optional& k_rope) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, positions, columns]");
   AttentionCall c{};
   c.q = strided(q, "q"), c.k = strided(k, "k"), c.v = strided(v, "v");
@@ -35,6 +35,15 @@ Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
                   "k and v do not fit q and each other");
   STD_TORCH_CHECK(c.kv_heads > 0 && c.heads % c.kv_heads == 0, c.heads, " query heads on ", c.kv_heads, " key/value heads");
   if (sinks) c.sinks = floats(*sinks, c.heads, "sinks");
+  STD_TORCH_CHECK(bool(q_rope) == bool(k_rope), "q_rope and k_rope come together");
+  if (q_rope) {
+    STD_TORCH_CHECK(q_rope->dim() == 4 && k_rope->dim() == 4, "q_rope and k_rope must be [batch, heads, positions, columns]");
+    c.q_rope = strided(*q_rope, "q_rope"), c.k_rope = strided(*k_rope, "k_rope"), c.dr = q_rope->size(3);
+    STD_TORCH_CHECK(q_rope->size(0) == c.batches && q_rope->size(1) == c.heads && q_rope->size(2) == c.queries, "q_rope does not fit q");
+    STD_TORCH_CHECK(k_rope->size(0) == c.batches && (k_rope->size(1) == 1 || k_rope->size(1) == c.kv_heads) && k_rope->size(2) == c.keys && k_rope->size(3) == c.dr,
+                    "k_rope does not fit k and q_rope");
+    if (k_rope->size(1) == 1) c.k_rope.head = 0;
+  }
   c.scale = float(scale), c.softcap = float(softcap);
   set_masks(c, ranges, mask);
   return finish(c, q);
@@ -98,7 +107,8 @@ Tensor gated_(const Tensor& gate, const Tensor& up, std::string act) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? ranges, Tensor? mask, float scale, Tensor? sinks=None, float softcap=0.0) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? ranges, Tensor? mask, float scale, Tensor? sinks=None, float softcap=0.0, "
+        "Tensor? q_rope=None, Tensor? k_rope=None) -> Tensor");
   m.def("mla_attention(Tensor q_nope, Tensor q_rope, Tensor ckv, Tensor kpe, Tensor? ranges, Tensor? mask, float scale) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool plus_one=False) -> Tensor");
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor");

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ktx.errors import UsageError, nearest
+from ktx.hardware import ISAS
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,7 @@ class Variable:
 VARIABLES = {
     variable.name: variable
     for variable in (
-        Variable(
-            "KTX_ISA", str, "", "lowers the instruction set of the kernels: scalar, avx2, avx512vnni or avx512vbmi"
-        ),
+        Variable("KTX_ISA", str, "", f"lowers the instruction set of the kernels: {', '.join(ISAS)}"),
         Variable("KTX_THREADS", int, 0, "size of the kernels' team; 0: the usable cores"),
         Variable(
             "KTX_PEER_PATH", str, "", "folder that is put on PYTHONPATH of the peer process of `ktx bench --peer`"

@@ -9,6 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
+_AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
+ISAS = {  # the instruction sets of our kernels, the better ones last, and the flags of /proc/cpuinfo they need
+    "scalar": frozenset[str](),
+    "avx2": _AVX2,
+    "avxvnni": _AVX2 | {"avx_vnni"},
+    "avx512vnni": _AVX512,
+    "avx512vbmi": _AVX512 | {"avx512vbmi"},
+    "avx512bf16": _AVX512 | {"avx512vbmi", "avx512_bf16"},
+}
 
 
 @dataclass(frozen=True)
@@ -37,9 +47,7 @@ class Machine:
     @property
     def isa(self) -> str:
         """The best instruction set our kernels could use, by the kernel's own account of the CPU."""
-        if {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"} <= self.flags:
-            return "avx512vbmi" if "avx512vbmi" in self.flags else "avx512vnni"
-        return "avx2" if {"avx2", "fma", "f16c"} <= self.flags else "scalar"
+        return [name for name, needed in ISAS.items() if needed <= self.flags][-1]
 
 
 def machine() -> Machine:

@@ -15,6 +15,7 @@ import pytest
 
 from ktx.commands import bench, bench_ktx, bench_llama_cpp
 from ktx.errors import KtxError, UsageError
+from ktx.hardware import ISAS
 from tests import random_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +85,7 @@ def test_alone_one_record_a_test(model, tmp_path):
     assert [json.loads(line) for line in record.read_text().splitlines()] == [{}, *lines]
     for line in lines:
         assert line["engine"] == "ktx" and line["threads"] == 2 and line["commit"] and line["machine"]
-        assert line["isa"] in ("scalar", "avx2", "avx512vnni", "avx512vbmi")
+        assert line["isa"] in ISAS
         assert 0 < line["spread"][0] <= line["tok_s"] <= line["spread"][1] and "ratio" not in line
         assert 0 < line["share"] < 2 and line["limit"] > 0
         assert (

@@ -90,6 +90,9 @@ def test_isas_follow_the_flags():
     assert isa(FLAGS_AVX2) == isa(FLAGS_AVX2 + " avx512f avx512_vnni") == "avx2"
     assert isa(FLAGS_VNNI) == "avx512vnni"
     assert isa(FLAGS_VNNI + " avx512vbmi") == "avx512vbmi"
+    assert isa(FLAGS_AVX2 + " avx_vnni") == "avxvnni"
+    assert isa(FLAGS_VNNI + " avx_vnni avx512_bf16") == "avx512vnni"
+    assert isa(FLAGS_VNNI + " avx512vbmi avx512_bf16") == "avx512bf16"
 
 
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):

@@ -1,11 +1,13 @@
 // An item of work is (sequence, key/value head, block of queries, part of the keys): the queries of all heads that share the
 // key/value head make one block, so a key is converted to f32 once for all of them. When there are too few items for the team (one
-// token on a long context), the keys are cut into parts whose partial softmaxes are merged at the end.
+// token on a long context), the keys are cut into parts whose partial softmaxes are merged at the end. Keys and values kept in half precision are
+// multiplied in bf16 where the machine can and enough rows share them.
 #include "attention.h"
 
 #include <math.h>
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 
 #include "attention_kernels.h"
@@ -16,10 +18,12 @@
 namespace ktx {
 namespace {
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+constexpr int64_t SHARED_BY = 8;  // rows from which bf16 pays: its lanes are rows
 thread_local Scratch shared_scratch, member_scratch;
 
 const AttentionKernels& attention_kernels() {
-  static const AttentionKernels* const table[ISA_COUNT] = {&SCALAR_ATTENTION, &AVX2_ATTENTION, &AVX512VNNI_ATTENTION, &AVX512VBMI_ATTENTION};
+  static const AttentionKernels* const table[] = {&SCALAR_ATTENTION, &AVX2_ATTENTION, &AVX2_ATTENTION, &AVX512VNNI_ATTENTION, &AVX512VBMI_ATTENTION, &AVX512BF16_ATTENTION};
+  static_assert(std::size(table) == ISA_COUNT);
   return *table[picked_isa()];
 }
 
@@ -30,9 +34,10 @@ const uint8_t* at(const Strided& t, int64_t batch, int64_t head, int64_t positio
 struct Work {
   const AttentionCall& c;
   const AttentionKernels& k;
-  int64_t split, group;  // blocks a key/value head's query heads make, and heads in each
+  const PairKernels* pairs;  // null: in f32
+  int64_t split, group;      // blocks a key/value head's query heads make, and heads in each
   int64_t block_tokens = 0, blocks = 0, parts = 0, part_keys = 0, items = 0;
-  float *partial_most = nullptr, *partial_sum = nullptr, *partial_out = nullptr;  // [item][QUERIES] (x dv) when parts > 1
+  float *partial_most = nullptr, *partial_sum = nullptr, *partial_out = nullptr;  // [item][ROWS] (x dv) when parts > 1
   Queue queue{}, merge{};
 
   struct Place { int64_t batch, kv, token, tokens, part; };  // kv counts key/value heads times split
@@ -58,22 +63,24 @@ struct Work {
     first = std::max<int64_t>(first, 0), last = std::min(last, c.keys);
   }
 
-  void mask_row(int64_t batch, int64_t head, int64_t token, int64_t key, int keys, float* row) const {
+  // A row's scores, `step` apart.
+  void mask_row(int64_t batch, int64_t head, int64_t token, int64_t key, int keys, float* row, int64_t step) const {
     if (c.softcap > 0)
-      for (int j = 0; j < keys; ++j) row[j] = c.softcap * tanhf(row[j] / c.softcap);
+      for (int j = 0; j < keys; ++j) row[j * step] = c.softcap * tanhf(row[j * step] / c.softcap);
     if (c.seen || c.added) {
       const int64_t base = batch * c.mask_batch + head * c.mask_head + token * c.mask_query;
       for (int j = 0; j < keys; ++j) {
         const int64_t i = base + (key + j) * c.mask_key;
-        if (c.seen) row[j] = c.seen[i] ? row[j] : NOTHING;
-        else row[j] = c.added[i] > std::numeric_limits<float>::lowest() / 2 ? row[j] + c.added[i] : NOTHING;
+        float& score = row[j * step];
+        if (c.seen) score = c.seen[i] ? score : NOTHING;
+        else score = c.added[i] > std::numeric_limits<float>::lowest() / 2 ? score + c.added[i] : NOTHING;
       }
       return;
     }
     int64_t from = 0, to = c.keys - c.queries + token + 1;
     if (c.ranges) from = c.ranges[(batch * c.queries + token) * 2], to = c.ranges[(batch * c.queries + token) * 2 + 1];
-    for (int64_t j = 0; j < std::min<int64_t>(keys, from - key); ++j) row[j] = NOTHING;
-    for (int64_t j = std::max<int64_t>(0, to - key); j < keys; ++j) row[j] = NOTHING;
+    for (int64_t j = 0; j < std::min<int64_t>(keys, from - key); ++j) row[j * step] = NOTHING;
+    for (int64_t j = std::max<int64_t>(0, to - key); j < keys; ++j) row[j * step] = NOTHING;
   }
 
   // Keys or values [first, first+count) as dense f32 rows; a second source is appended to each row.
@@ -86,37 +93,114 @@ struct Work {
     return room;
   }
 
-  void attend(int64_t item, float* q, float* kf, float* vf, float* scores, Running state) const {
+  // The same as bf16 with columns `stride` apart; where they lie, if they are bf16 in whole tiles already.
+  const uint16_t* half_rows(const Strided& a, int64_t da, const Strided& b, int64_t db, int64_t batch, int64_t head, int64_t first, int count,
+                            uint16_t* room, int64_t& stride) const {
+    if (!b.data && a.type == Number::BF16 && count % 8 == 0) {
+      stride = a.position;
+      return reinterpret_cast<const uint16_t*>(at(a, batch, head, first));
+    }
+    stride = da + db;
+    for (int i = 0; i < count; ++i) {
+      pairs->row(at(a, batch, head, first + i), a.type, int(da), room + i * stride);
+      if (b.data) pairs->row(at(b, batch, head, first + i), b.type, int(db), room + i * stride + da);
+    }
+    return room;
+  }
+
+  // Where positions lie that come up soon: a block is read once, and from memory. Past the end or if they are not one stretch, something near.
+  const void* soon(const Strided& t, int64_t columns, int64_t batch, int64_t head, int64_t position, int64_t last, const void* near) const {
+    return position < last && t.position == columns ? at(t, batch, head, position) : near;
+  }
+
+  struct Room {  // of a member; k has room for eight keys more, and holds bf16 as well as f32, v too
+    float *q, *k, *v, *scores;
+    uint32_t *pair_q, *shares;
+  };
+
+  // Rows of up to eight keys; room for those that are missing is left as it is: their scores are not used.
+  void latent_rows(int64_t batch, int64_t head, int64_t first, int64_t last, uint16_t* to) const {
+    for (int64_t i = first; i < std::min(first + 8, last); ++i, to += c.dk + c.dr) {
+      pairs->row(at(c.k, batch, head, i), c.k.type, int(c.dk), to);
+      pairs->row(at(c.k_rope, batch, head, i), c.k_rope.type, int(c.dr), to + c.dk);
+    }
+  }
+
+  // Scores of the eight keys of a block whose rows are there, from `j` of the block on, and the rows of the eight that follow. The first rows of the
+  // next block are made before this block's values are used: they wait behind its end.
+  void latent_step(const Room& room, int64_t batch, int64_t head, int lanes, int64_t key, int j, int64_t last, float* scores) const {
+    const int64_t d = c.dk + c.dr, next = key + 8;
+    const bool whole = next + 8 <= last;
+    uint16_t* these = reinterpret_cast<uint16_t*>(room.k) + j * d;
+    const int64_t from = whole ? next : key;  // without eight more, one of these is converted eight times and thrown away
+    const LatentStep step{static_cast<const uint16_t*>(static_cast<const void*>(at(c.k, batch, head, from))),
+                          static_cast<const uint16_t*>(static_cast<const void*>(at(c.k_rope, batch, head, from))),
+                          whole ? c.k.position : 0, whole ? c.k_rope.position : 0, c.k.type, int(c.dk), int(c.dr), these + 8 * d};
+    pairs->latent(room.pair_q, lanes, these, step, scores);
+    if (!whole) latent_rows(batch, head, next, last, these + 8 * d);
+  }
+
+  void attend(int64_t item, const Room& room, Running state) const {
     const auto [batch, kv, token, tokens, part] = place(item);
-    const int queries = int(tokens * group);
+    const int rows_here = int(tokens * group), lanes = (rows_here + 15) / 16;
     const int64_t d = c.dk + c.dr;
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t g = 0; g < group; ++g) {
-        float* row = q + (t * group + g) * d;
+        float* row = room.q + (t * group + g) * d;
         k.convert(at(c.q, batch, kv * group + g, token + t), c.q.type, c.dk, row);
         if (c.dr) k.convert(at(c.q_rope, batch, kv * group + g, token + t), c.q_rope.type, c.dr, row + c.dk);
         for (int64_t i = 0; i < d; ++i) row[i] *= c.scale;
       }
-    std::fill(state.most, state.most + queries, NOTHING);
-    std::fill(state.sum, state.sum + queries, 0.0f);
-    std::fill(state.out, state.out + queries * c.dv, 0.0f);
+    if (pairs) pairs->queries(room.q, rows_here, int(d), lanes, room.pair_q);
+    std::fill(state.most, state.most + lanes * 16, NOTHING);
+    std::fill(state.sum, state.sum + lanes * 16, 0.0f);
+    std::fill(state.out, state.out + rows_here * c.dv, 0.0f);
     int64_t first, last;
     bounds(batch, token, tokens, first, last);
     first = std::max(first, part * part_keys), last = std::min(last, (part + 1) * part_keys);
+    const int64_t of_row = pairs ? 1 : KEYS, of_key = pairs ? lanes * 16 : 1;
+    const auto mask = [&](int64_t key, int keys) {
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t g = 0; g < group; ++g) mask_row(batch, kv * group + g, token + t, key, keys, room.scores + (t * group + g) * of_row, of_key);
+    };
     const Strided none{};
+    const bool mixed = pairs && c.v.data == c.k.data && c.k_rope.type == c.k.type && lanes <= 2 && c.dk % 32 == 0 && c.dr % 32 == 0 && c.dr;
+    uint16_t* const rows_of_k = reinterpret_cast<uint16_t*>(room.k);
+    if (mixed) latent_rows(batch, kv / split, first, last, rows_of_k);
     for (int64_t key = first; key < last; key += KEYS) {
       const int keys = int(std::min<int64_t>(KEYS, last - key));
-      const float* keys_f = rows(c.k, c.dk, c.k_rope, c.dr, batch, kv / split, key, keys, kf);
-      const float* values = rows(c.v, c.dv, none, 0, batch, kv / split, key, keys, vf);
-      k.score(q, keys_f, queries, keys, int(d), scores);
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t g = 0; g < group; ++g) mask_row(batch, kv * group + g, token + t, key, keys, scores + (t * group + g) * KEYS);
-      k.soften(scores, queries, keys, int(c.dv), state);
-      k.gather(scores, values, queries, keys, int(c.dv), state.out);
+      if (mixed && key > first) std::copy_n(rows_of_k + KEYS * d, 8 * d, rows_of_k);
+      if (pairs) {
+        int64_t stride = d, v_stride = d;
+        const uint16_t *of_k = rows_of_k, *of_v = rows_of_k;
+        if (!mixed) of_k = of_v = half_rows(c.k, c.dk, c.k_rope, c.dr, batch, kv / split, key, keys, rows_of_k, stride);
+        for (int j = 0; j < keys; j += 8) {
+          float* scores = room.scores + j * lanes * 16;
+          if (mixed) {
+            latent_step(room, batch, kv / split, lanes, key + j, j, last, scores);
+            continue;
+          }
+          const int64_t then = key + KEYS + j;
+          const void* next[2] = {soon(c.k, c.dk, batch, kv / split, then, last, room.scores), soon(c.v, c.dv, batch, kv / split, then, last, room.scores)};
+          pairs->score(room.pair_q, lanes, of_k + j * stride, stride, std::min(8, keys - j), int(d), scores, next);
+        }
+        mask(key, keys);
+        pairs->soften(room.scores, lanes, rows_here, keys, int(c.dv), state, room.shares);
+        if (c.v.data == c.k.data) v_stride = stride;  // a latent is both
+        else of_v = half_rows(c.v, c.dv, none, 0, batch, kv / split, key, keys, reinterpret_cast<uint16_t*>(room.v), v_stride);
+        pairs->gather(room.shares, lanes, of_v, v_stride, rows_here, keys, int(c.dv), state.out);
+        continue;
+      }
+      const float* keys_f = rows(c.k, c.dk, c.k_rope, c.dr, batch, kv / split, key, keys, room.k);
+      const float* values = rows(c.v, c.dv, none, 0, batch, kv / split, key, keys, room.v);
+      k.score(room.q, keys_f, rows_here, keys, int(d), room.scores);
+      mask(key, keys);
+      k.soften(room.scores, rows_here, keys, int(c.dv), state);
+      k.gather(room.scores, values, rows_here, keys, int(c.dv), state.out);
     }
   }
 
-  void write(int64_t item, Running state) const {
+  void write(int64_t item, Running state, float* ordered) const {
     const auto [batch, kv, token, tokens, part] = place(item);
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t g = 0; g < group; ++g) {
@@ -124,53 +208,58 @@ struct Work {
         float total = state.sum[row];
         if (c.sinks && state.most[row] > NOTHING) total += expf(c.sinks[head] - state.most[row]);
         const float share = total > 0 ? 1 / total : 0;
-        float* out = state.out + row * c.dv;
-        for (int64_t i = 0; i < c.dv; ++i) out[i] *= share;
+        float *from = state.out + row * c.dv, *out = pairs ? ordered : from;
+        for (int64_t i = 0; i < c.dv; ++i) out[pairs ? i / 32 * 32 + pairs->order[i % 32] : i] = from[i] * share;
         const int64_t to = ((batch * c.queries + token + t) * c.heads + head) * c.dv;
         from_floats(out, c.out_type, c.dv, static_cast<uint8_t*>(c.out) + to * int64_t(size_of(c.out_type)));
       }
   }
 
-  void merge_parts(int64_t first_item) const {  // items first_item .. + parts are one block
+  void merge_parts(int64_t first_item, float* ordered) const {  // items first_item .. + parts are one block
     const int64_t queries = place(first_item).tokens * group;
-    Running all{partial_most + first_item * QUERIES, partial_sum + first_item * QUERIES, partial_out + first_item * QUERIES * c.dv};
+    Running all{partial_most + first_item * ROWS, partial_sum + first_item * ROWS, partial_out + first_item * ROWS * c.dv};
     for (int64_t p = 1; p < parts; ++p)
       for (int64_t r = 0; r < queries; ++r) {
-        const float most = partial_most[(first_item + p) * QUERIES + r], sum = partial_sum[(first_item + p) * QUERIES + r];
+        const float most = partial_most[(first_item + p) * ROWS + r], sum = partial_sum[(first_item + p) * ROWS + r];
         if (most == NOTHING) continue;
-        const float *from = partial_out + ((first_item + p) * QUERIES + r) * c.dv, top = std::max(all.most[r], most);
+        const float *from = partial_out + ((first_item + p) * ROWS + r) * c.dv, top = std::max(all.most[r], most);
         const float a = all.most[r] == NOTHING ? 0 : expf(all.most[r] - top), b = expf(most - top);
         for (int64_t i = 0; i < c.dv; ++i) all.out[r * c.dv + i] = all.out[r * c.dv + i] * a + from[i] * b;
         all.sum[r] = all.sum[r] * a + sum * b, all.most[r] = top;
       }
-    write(first_item, all);
+    write(first_item, all, ordered);
   }
 
   void member() {
     Scratch& own = member_scratch;
     const int64_t d = c.dk + c.dr;
-    own.reset(size_t(QUERIES + KEYS) * d * 4 + size_t(KEYS + QUERIES) * c.dv * 4 + (QUERIES * KEYS + 2 * QUERIES) * 4 + 1024);
-    float *q = own.take<float>(QUERIES * d), *kf = own.take<float>(KEYS * d), *vf = own.take<float>(KEYS * c.dv);
-    float* scores = own.take<float>(QUERIES * KEYS);
-    const Running mine{own.take<float>(QUERIES), own.take<float>(QUERIES), own.take<float>(QUERIES * c.dv)};
+    own.reset(size_t(2 * ROWS + KEYS + 8) * d * 4 + size_t(KEYS + ROWS + 1) * c.dv * 4 + (2 * ROWS * KEYS + 2 * ROWS) * 4 + 1024);
+    const Room room{own.take<float>(ROWS * d), own.take<float>((KEYS + 8) * d), own.take<float>(KEYS * c.dv), own.take<float>(ROWS * KEYS),
+                    own.take<uint32_t>(ROWS * d), own.take<uint32_t>(ROWS * KEYS)};
+    const Running mine{own.take<float>(ROWS), own.take<float>(ROWS), own.take<float>(ROWS * c.dv)};
+    float* ordered = own.take<float>(c.dv);
     for (int64_t item; (item = queue.take()) < items;) {
-      const Running state = parts == 1 ? mine : Running{partial_most + item * QUERIES, partial_sum + item * QUERIES, partial_out + item * QUERIES * c.dv};
-      attend(item, q, kf, vf, scores, state);
-      if (parts == 1) write(item, state);
+      const Running state = parts == 1 ? mine : Running{partial_most + item * ROWS, partial_sum + item * ROWS, partial_out + item * ROWS * c.dv};
+      attend(item, room, state);
+      if (parts == 1) write(item, state, ordered);
     }
     if (parts == 1) return;
     barrier();
-    for (int64_t block; (block = merge.take()) < items / parts;) merge_parts(block * parts);
+    for (int64_t block; (block = merge.take()) < items / parts;) merge_parts(block * parts, ordered);
   }
 };
 }  // namespace
 
 void attention(const AttentionCall& c) {
+  const AttentionKernels& kernels = attention_kernels();
   const int64_t shared_by = c.heads / c.kv_heads;
-  int64_t split = (shared_by + QUERIES - 1) / QUERIES;  // more heads on one key/value head than a block holds: several blocks
+  const bool in_half = c.k.type != Number::F32 && c.v.type != Number::F32 && (!c.dr || c.k_rope.type != Number::F32) && c.dk % 2 == 0 && c.dr % 2 == 0 && c.dv % 32 == 0;
+  const PairKernels* pairs = in_half && shared_by * c.queries >= SHARED_BY ? kernels.pairs : nullptr;
+  const int64_t most = pairs ? ROWS : SINGLE;
+  int64_t split = (shared_by + most - 1) / most;  // more heads on one key/value head than a block holds: several blocks
   while (shared_by % split) ++split;
-  Work work{.c = c, .k = attention_kernels(), .split = split, .group = shared_by / split};
-  work.block_tokens = std::max<int64_t>(1, QUERIES / work.group);
+  Work work{.c = c, .k = kernels, .pairs = pairs, .split = split, .group = shared_by / split};
+  work.block_tokens = std::max<int64_t>(1, most / work.group);
   work.blocks = (c.queries + work.block_tokens - 1) / work.block_tokens;
   const int64_t whole = c.batches * c.kv_heads * split * work.blocks, team = threads();
   const int64_t most_parts = (c.keys + 4 * KEYS - 1) / (4 * KEYS);  // a part of less than four blocks is not worth its merge
@@ -178,10 +267,10 @@ void attention(const AttentionCall& c) {
   work.part_keys = (c.keys + work.parts - 1) / work.parts;
   work.items = whole * work.parts;
   if (work.parts > 1) {
-    shared_scratch.reset(size_t(work.items) * QUERIES * (2 + c.dv) * 4 + 256);
-    work.partial_most = shared_scratch.take<float>(work.items * QUERIES);
-    work.partial_sum = shared_scratch.take<float>(work.items * QUERIES);
-    work.partial_out = shared_scratch.take<float>(work.items * QUERIES * c.dv);
+    shared_scratch.reset(size_t(work.items) * ROWS * (2 + c.dv) * 4 + 256);
+    work.partial_most = shared_scratch.take<float>(work.items * ROWS);
+    work.partial_sum = shared_scratch.take<float>(work.items * ROWS);
+    work.partial_out = shared_scratch.take<float>(work.items * ROWS * c.dv);
   }
   parallel([&](int) { work.member(); });
 }

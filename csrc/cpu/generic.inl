@@ -249,24 +249,24 @@ static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, co
 
 // ---- float weights -----------------------------------------------------------------------------------------------------
 
-// Two columns of 16 rows. STEP: what the values must be multiplied with; it goes into the scales.
+// Two columns of 16 rows. STEP: what the values must be multiplied with; it goes into the scales. IN_BF16: bf16 holds them exactly.
 struct LF32 {
-  enum { BYTES = 4 };
+  enum { BYTES = 4, IN_BF16 = false };
   static constexpr float STEP = 1;
   AI static void pair(const uint8_t* p, F& a, F& b) { a = loadf(reinterpret_cast<const float*>(p)), b = loadf(reinterpret_cast<const float*>(p) + 16); }
 };
 struct LF16 {
-  enum { BYTES = 2 };
+  enum { BYTES = 2, IN_BF16 = false };
   static constexpr float STEP = 1;
   AI static void pair(const uint8_t* p, F& a, F& b) { a = load_f16(p), b = load_f16(p + 32); }
 };
 struct LBF16 {
-  enum { BYTES = 2 };
+  enum { BYTES = 2, IN_BF16 = true };
   static constexpr float STEP = 1;
   AI static void pair(const uint8_t* p, F& a, F& b) { a = as_float(shl(load_u16(p), 16)), b = as_float(shl(load_u16(p + 32), 16)); }
 };
 struct LF8 {  // e4m3 as the f16 with the same bits in its upper byte, less one place of exponent: 2^8 mends the bias (subnormals too)
-  enum { BYTES = 1 };
+  enum { BYTES = 1, IN_BF16 = true };
   static constexpr float STEP = 256;
   AI static void pair(const uint8_t* p, F& a, F& b) { e4m3_as_f16(p, a, b); }
 };
@@ -377,11 +377,77 @@ static void multiply_float_many(const uint8_t* packed, size_t group, const Token
   }
 }
 
+#ifdef KTX_BF16
+// The same in bf16: weights lose nothing, activations what rounding to eight bits takes (0.1 %), sums are f32.
+template <int R, int T> static void multiply_pair_tile(const uint32_t* w, int pairs, const uint32_t* x, const F* scale, float* out, size_t stride) {
+  F total[R * T];
+#pragma GCC unroll 12
+  for (int i = 0; i < R * T; ++i) total[i] = zero();
+  for (int i = 0; i < pairs; ++i, w += R * 16, x += T) {
+    Pairs v[R];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) v[r] = load_pairs(w + r * 16);
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) {
+      const Pairs xt = (Pairs)broadcast(x + t);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) total[r * T + t] = _mm512_dpbf16_ps(total[r * T + t], v[r], xt);
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) {
+      float* to = out + r * stride + t * 16;
+      storef(to, fma(total[r * T + t], scale[r], loadf(to)));
+    }
+}
+
+typedef void (*PairTile)(const uint32_t*, int, const uint32_t*, const F*, float*, size_t);
+template <int R> static PairTile pair_tile(int tokens) {
+  static const PairTile table[] = {nullptr, multiply_pair_tile<R, 1>, multiply_pair_tile<R, 2>, multiply_pair_tile<R, 3>,
+                                   multiply_pair_tile<R, 4>, multiply_pair_tile<R, 5>, multiply_pair_tile<R, 6>};
+  return table[tokens];
+}
+
+template <class L, int R>
+static void multiply_pair_many(const uint8_t* packed, size_t group, const Tokens& x, float* out, uint32_t* span, const Ahead& ahead) {
+  const size_t stride = size_t(x.n) * 16;
+  __builtin_memset(out, 0, R * stride * sizeof(float));
+  for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
+    const int64_t to = from + FLOAT_SPAN < x.k ? from + FLOAT_SPAN : x.k;
+    F scale[R];
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* here = packed + r * group + from * 16 * L::BYTES;
+      ahead.lines(here, (to - from) * 16 * L::BYTES);
+      scale[r] = float_scale<L>(packed + r * group, x.k, from);
+      uint32_t* w = span + r * 16;
+      for (int64_t i = from; i < to; i += 2, w += R * 16, here += 32 * L::BYTES) {
+        F a, b;
+        L::pair(here, a, b);
+        store(w, paired(a, b));
+      }
+    }
+    for (int tile = 0; tile < x.tiles; ++tile) {
+      const int first = x.start(tile), tokens = x.start(tile + 1) - first;
+      pair_tile<R>(tokens)(span, int(to - from) / 2, x.pair + first * (x.k / 2) + from / 2 * tokens, scale, out + first * 16, stride);
+    }
+  }
+}
+#endif
+
+template <class L, int R>
+static void multiply_float_groups(const uint8_t* packed, size_t group, const Tokens& x, float* out, uint8_t* work, const Ahead& ahead) {
+#ifdef KTX_BF16
+  if (L::IN_BF16 && x.pair) return multiply_pair_many<L, R>(packed, group, x, out, reinterpret_cast<uint32_t*>(work), ahead);
+#endif
+  multiply_float_many<L, R>(packed, group, x, out, reinterpret_cast<float*>(work), ahead);
+}
+
 template <class L>
 static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work, const uint8_t* next) {
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
   const Ahead ahead(packed + groups * group, next);
-  float* span = reinterpret_cast<float*>(work);
   int g = 0;
   if (x.tiles == 1) {
     for (; g < groups; ++g, packed += group, out += stride) {
@@ -399,9 +465,9 @@ static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, 
     return;
   }
 #if KTX_TILE == 6
-  for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) multiply_float_many<L, 2>(packed, group, x, out, span, ahead);
+  for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) multiply_float_groups<L, 2>(packed, group, x, out, work, ahead);
 #endif
-  for (; g < groups; ++g, packed += group, out += stride) multiply_float_many<L, 1>(packed, group, x, out, span, ahead);
+  for (; g < groups; ++g, packed += group, out += stride) multiply_float_groups<L, 1>(packed, group, x, out, work, ahead);
 }
 
 // ---- exact unpacking ------------------------------------------------------------------------------------------------------
@@ -553,6 +619,18 @@ static void place_floats(const float* x, const Tokens& to, int token, int64_t fr
   const int tile = tile_of(to, token), first = to.start(tile), T = to.start(tile + 1) - first;
   float* f = to.f + first * to.k + from * T + token - first;
   for (int64_t i = 0; i < length; ++i) f[i * T] = x[i];
+#ifdef KTX_BF16
+  if (!to.pair) return;
+  uint32_t* pair = to.pair + first * (to.k / 2) + from / 2 * T + token - first;
+  for (int64_t i = 0; i < length; i += 32) {
+    float columns[32] = {};
+    uint32_t words[16];
+    const int64_t count = length - i < 32 ? length - i : 32;
+    __builtin_memcpy(columns, x + i, size_t(count) * 4);
+    store(words, (V)_mm512_cvtne2ps_pbh(loadf(columns + 16), loadf(columns)));
+    for (int64_t j = 0; j < count / 2; ++j) pair[(i / 2 + j) * T] = words[j];
+  }
+#endif
 }
 
 // exp(x) by 2^n * p(f): relative error below 2e-7 for |x| <= 87

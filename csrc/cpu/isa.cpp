@@ -8,7 +8,7 @@
 #include <string>
 
 namespace ktx {
-const char* const ISA_NAMES[ISA_COUNT] = {"scalar", "avx2", "avx512vnni", "avx512vbmi"};
+const char* const ISA_NAMES[ISA_COUNT] = {"scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "avx512bf16"};
 
 namespace {
 bool bit(uint32_t word, int i) { return (word >> i) & 1; }
@@ -29,8 +29,9 @@ Isa probe() {
   const bool ymm = (state & 0x06) == 0x06, zmm = (state & 0xe6) == 0xe6;
   if (!(ymm && fma && f16c && bit(b, 5))) return SCALAR;
   const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
-  if (!(zmm && avx512 && bit(c, 11))) return AVX2;                           // 11: VNNI
-  return bit(c, 1) ? AVX512VBMI : AVX512VNNI;                                // 1: VBMI
+  if (!(zmm && avx512 && bit(c, 11))) return has_vex_vnni() ? AVXVNNI : AVX2;  // 11: VNNI
+  if (!bit(c, 1)) return AVX512VNNI;  // 1: VBMI
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5) ? AVX512BF16 : AVX512VBMI;
 }
 
 Isa lowered(Isa best) {
@@ -38,9 +39,16 @@ Isa lowered(Isa best) {
   if (!wish || !*wish) return best;
   for (int i = 0; i < ISA_COUNT; ++i)
     if (std::string(wish) == ISA_NAMES[i]) return i < best ? Isa(i) : best;
-  throw std::runtime_error("KTX_ISA=" + std::string(wish) + " is not known: use scalar, avx2, avx512vnni or avx512vbmi");
+  std::string known;
+  for (const char* name : ISA_NAMES) known += (known.empty() ? "" : ", ") + std::string(name);
+  throw std::runtime_error("KTX_ISA=" + std::string(wish) + " is not known: use one of " + known);
 }
 }  // namespace
+
+bool has_vex_vnni() {
+  uint32_t a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 4);
+}
 
 Isa best_isa() {
   static const Isa isa = probe();

@@ -25,12 +25,14 @@ struct Tokens {
   float* part16 = nullptr;   // [k/16][T] scale * sum of q
   float* part32 = nullptr;   // [k/32][T]
   float* f = nullptr;        // [k][T] unquantised, for float weights
+  uint32_t* pair = nullptr;  // [k/2][T] the same as pairs of bf16, where the kernels multiply these and k is even
   int start(int t) const { return int(int64_t(n) * t / tiles); }
 };
 
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU_OAI };
 
 struct Kernels {
+  bool pairs;     // multiplies pairs of bf16
   int tile, few;  // widest tile; up to `few` quantised tokens make one tile and take the fused path
   void (*quantise)(const float* x, int64_t k, RowView out);
   // Columns from..from+length of a token into its tile; `row` and `x` hold these columns only. Multiples of 32 for `place`.
@@ -46,6 +48,6 @@ struct Kernels {
 };
 constexpr size_t WORK_BYTES = 2 * 128 * 64 + 2 * 64;  // two groups of 128 columns as floats, or of 256 as codes with their scales
 
-extern const Kernels SCALAR_KERNELS, AVX2_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS;
+extern const Kernels SCALAR_KERNELS, AVX2_KERNELS, AVXVNNI_KERNELS, AVX512VL_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS, AVX512BF16_KERNELS;
 const Kernels& kernels();  // of picked_isa()
 }  // namespace ktx

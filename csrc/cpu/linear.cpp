@@ -1,6 +1,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <iterator>
 #include <vector>
 
 #include "isa.h"
@@ -10,7 +11,9 @@
 
 namespace ktx {
 const Kernels& kernels() {
-  static const Kernels* const table[ISA_COUNT] = {&SCALAR_KERNELS, &AVX2_KERNELS, &AVX512VNNI_KERNELS, &AVX512VBMI_KERNELS};
+  static const Kernels* const table[] = {&SCALAR_KERNELS, &AVX2_KERNELS, has_vex_vnni() ? &AVXVNNI_KERNELS : &AVX512VL_KERNELS,
+                                        &AVX512VNNI_KERNELS, &AVX512VBMI_KERNELS, &AVX512BF16_KERNELS};
+  static_assert(std::size(table) == ISA_COUNT);
   return *table[picked_isa()];
 }
 

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -42,7 +43,10 @@ constexpr int ROUNDS = 1000, CHAINS = 12;  // twelve independent chains hide the
 // The loops are inline assembly: from intrinsics GCC copies every accumulator in and out and shows 2.6 times less.
 #define KTX_CHAIN12(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
 #define KTX_VNNI(i) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #i "\n"
+#define KTX_VEX_VNNI(i) "%{vex%} vpdpbusd %%ymm13, %%ymm14, %%ymm" #i "\n"
+#define KTX_EVEX_VNNI(i) "%{evex%} vpdpbusd %%ymm13, %%ymm14, %%ymm" #i "\n"
 #define KTX_MADDUBS(i) "vpmaddubsw %%ymm12, %%ymm13, %%ymm15\nvpmaddwd %%ymm14, %%ymm15, %%ymm15\nvpaddd %%ymm15, %%ymm" #i ", %%ymm" #i "\n"
+#define KTX_BF16(i) "vdpbf16ps %%zmm30, %%zmm31, %%zmm" #i "\n"
 #define KTX_FMA512(i) "vfmadd231ps %%zmm30, %%zmm31, %%zmm" #i "\n"
 #define KTX_FMA256(i) "vfmadd231ps %%ymm13, %%ymm14, %%ymm" #i "\n"
 #define KTX_LOOP(body, ...)                                                                     \
@@ -51,13 +55,16 @@ constexpr int ROUNDS = 1000, CHAINS = 12;  // twelve independent chains hide the
 
 namespace {
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512vnni")
+#pragma GCC target("avx512f,avx512vnni,avx512bf16")
 void vnni_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_VNNI), KTX_LOW, "xmm30", "xmm31"); }
+void bf16_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_BF16), KTX_LOW, "xmm30", "xmm31"); }
 void fma512_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_FMA512), KTX_LOW, "xmm30", "xmm31"); }
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 void maddubs_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_MADDUBS), KTX_LOW, "xmm12", "xmm13", "xmm14", "xmm15"); }
+void vex_vnni_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_VEX_VNNI), KTX_LOW, "xmm13", "xmm14"); }
+void evex_vnni_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_EVEX_VNNI), KTX_LOW, "xmm13", "xmm14"); }
 void fma256_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_FMA256), KTX_LOW, "xmm13", "xmm14"); }
 #pragma GCC pop_options
 
@@ -135,12 +142,19 @@ double probe_read(int threads, int mebibytes) {
 }
 
 double probe_int8(int threads, double seconds) {
-  static const Loop loops[ISA_COUNT] = {{scalar_int_rounds, 2}, {maddubs_rounds, 64}, {vnni_rounds, 128}, {vnni_rounds, 128}};
+  static const Loop loops[] = {{scalar_int_rounds, 2}, {maddubs_rounds, 64}, {has_vex_vnni() ? vex_vnni_rounds : evex_vnni_rounds, 64}, {vnni_rounds, 128}, {vnni_rounds, 128}, {vnni_rounds, 128}};
+  static_assert(std::size(loops) == ISA_COUNT);
   return rate(threads, seconds, loops[picked_isa()]);
 }
 
-double probe_fma(int threads, double seconds) {
-  static const Loop loops[ISA_COUNT] = {{scalar_float_rounds, 2}, {fma256_rounds, 16}, {fma512_rounds, 32}, {fma512_rounds, 32}};
-  return rate(threads, seconds, loops[picked_isa()]);
+namespace {
+constexpr Loop FLOATS[] = {{scalar_float_rounds, 2}, {fma256_rounds, 16}, {fma256_rounds, 16}, {fma512_rounds, 32}, {fma512_rounds, 32}, {fma512_rounds, 32}};
+static_assert(std::size(FLOATS) == ISA_COUNT);
+}  // namespace
+
+double probe_fma(int threads, double seconds) { return rate(threads, seconds, FLOATS[picked_isa()]); }
+
+double probe_bf16(int threads, double seconds) {
+  return rate(threads, seconds, picked_isa() == AVX512BF16 ? Loop{bf16_rounds, 64} : FLOATS[picked_isa()]);
 }
 }  // namespace ktx

@@ -39,7 +39,7 @@ class Scratch {
 
 // Bytes that `rows` rows of k activations need, quantised and as floats.
 inline size_t tokens_bytes(int64_t rows, int64_t k, bool ints, bool floats) {
-  return (ints ? size_t(rows) * (k + (k / 32) * 12 + (k / 16) * 8) + 6 * 64 : 0) + (floats ? size_t(rows) * k * 4 + 64 : 0);
+  return (ints ? size_t(rows) * (k + (k / 32) * 12 + (k / 16) * 8) + 6 * 64 : 0) + (floats ? size_t(rows) * k * 6 + 128 : 0);
 }
 inline Tokens take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool floats) {
   Tokens t;
@@ -50,6 +50,7 @@ inline Tokens take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool f
     t.part16 = s.take<float>(rows * (k / 16)), t.part32 = s.take<float>(rows * (k / 32));
   }
   if (floats) t.f = s.take<float>(rows * k);
+  if (floats && kernels().pairs && k % 2 == 0) t.pair = s.take<uint32_t>(rows * (k / 2));
   return t;
 }
 // The n tokens from row `first` on, cut into tiles for these kernels.
@@ -63,6 +64,7 @@ inline Tokens slice(const Tokens& all, int64_t first, int n, const Kernels& kern
     t.sum16 += first * (k / 16), t.sum32 += first * (k / 32), t.part16 += first * (k / 16), t.part32 += first * (k / 32);
   }
   if (all.f) t.f += first * k;
+  if (all.pair) t.pair += first * (k / 2);
   return t;
 }
 inline size_t row_bytes(int64_t k) { return size_t(k) * 9 + 8 * 64; }  // a RowView and an f32 row

@@ -141,6 +141,16 @@ AI void store_s8(int8_t* p, V x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(_mm_and_si128(lo, mask), _mm_and_si128(hi, mask)));
 }
 
+#ifdef KTX_VNNI
+// Signed weights are carried with 128 added, as in verbs_avx512.inl. The prefix says which of two encodings a machine knows.
+AI __m256i dot256(__m256i acc, __m256i w, __m256i x) {
+  __asm__(KTX_VNNI " vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
+  return acc;
+}
+constexpr int SIGNED_OFFSET = 128;
+AI V carried(V weights) { return xor_(weights, set8(0x80)); }
+template <bool SIGNED> AI V dot(V acc, V w, V x) { return {dot256(acc.a, w.a, x.a), dot256(acc.b, w.b, x.b)}; }
+#else
 // maddubs adds two products in 16 bits: unsigned codes up to 127 fit, signed ones go as |w| times x with w's sign.
 AI __m256i dot256(__m256i acc, __m256i w, __m256i x) {
   return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
@@ -152,8 +162,7 @@ template <bool SIGNED> AI V dot(V acc, V w, V x) {
 }
 constexpr int SIGNED_OFFSET = 0;
 AI V carried(V weights) { return weights; }
-constexpr int TILE = 2;  // 16 registers: two tokens of one row group, integer and float accumulators
-constexpr int GROUPS = 1;
+#endif
 #undef KTX_V1
 #undef KTX_V2
 #undef KTX_F2

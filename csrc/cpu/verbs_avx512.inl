@@ -134,5 +134,15 @@ AI V dot(V acc, V weights, V x) {
 constexpr int SIGNED_OFFSET = 128;
 AI V carried(V weights) { return _mm512_xor_si512(weights, _mm512_set1_epi8(char(0x80))); }
 template <bool SIGNED> AI V dot(V acc, V weights, V x) { return dot(acc, weights, x); }
-constexpr int TILE = 6;    // tokens a GEMM tile takes
-constexpr int GROUPS = 2;  // row groups a GEMM tile takes
+#ifdef KTX_BF16
+// Pairs of bf16: a step multiplies both and adds them to an f32 lane.
+typedef __m512bh Pairs;
+AI F dot_pairs(F acc, const void* word, Pairs b) { return _mm512_dpbf16_ps(acc, (Pairs)broadcast(word), b); }
+AI Pairs load_pairs(const void* p) { return (Pairs)load(p); }
+AI V paired(F even, F odd) {  // bf16 of even in the lower, of odd in the upper halves
+  const V both = (V)_mm512_cvtne2ps_pbh(odd, even);
+  const V order = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008,
+                                   0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+  return _mm512_permutexvar_epi16(order, both);
+}
+#endif

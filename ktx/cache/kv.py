@@ -7,13 +7,25 @@ recurrent layers (linear attention) stay transformers' own and cannot.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ktx.kernels import cpu
+
 FIRST = 256  # positions of the first allocation
+HUGE_PAGE = 2 << 20
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses keep states of other kinds beside keys
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory that is not initialised; a long context's lies on huge pages where the system has them."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < HUGE_PAGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return cpu.ops.empty_packed(nbytes).view(dtype).view(shape)
 
 
 class GrowingLayer(DynamicLayer):
@@ -34,7 +46,7 @@ class GrowingLayer(DynamicLayer):
         self.is_initialized = True
 
     def _buffer(self, like: torch.Tensor, length: int) -> torch.Tensor:
-        return torch.empty((*like.shape[:2], length, like.shape[3]), dtype=self.dtype, device=like.device)
+        return empty((*like.shape[:2], length, like.shape[3]), self.dtype, like.device)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -59,7 +71,7 @@ class GrowingLayer(DynamicLayer):
         """Whether keys and values of this shape can be appended; an empty layer is made for them."""
         if not self.is_initialized:
             self.dtype, self.device = self.store_dtype or dtype, torch.device("cpu")
-            self.buffers = [torch.empty(batch, heads, FIRST, width, dtype=self.dtype) for width in columns]
+            self.buffers = [empty((batch, heads, FIRST, width), self.dtype, self.device) for width in columns]
             self.is_initialized = True
         keys, values = self.buffers
         return keys.shape[:2] == values.shape[:2] == (batch, heads) and (keys.shape[3], values.shape[3]) == columns

@@ -167,7 +167,7 @@ def _(packed, code, n, k, rows):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("ktx::attention")
-def _(q, k, v, ranges, mask, scale, sinks=None, softcap=0.0):  # type: ignore[no-untyped-def]
+def _(q, k, v, ranges, mask, scale, sinks=None, softcap=0.0, q_rope=None, k_rope=None):  # type: ignore[no-untyped-def]
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 

@@ -95,12 +95,17 @@ def attention(
     scale: float,
     sinks: torch.Tensor | None = None,
     softcap: float = 0.0,
+    q_rope: torch.Tensor | None = None,
+    k_rope: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention: q [B, H, S, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv] -> [B, S, H, Dv] in q's dtype.
 
     Each key/value head serves H/Hkv query heads; `sinks` f32 [H] is one more logit in the softmax that attends to nothing
-    (gpt-oss); `softcap` c replaces scores s by c*tanh(s/c). A query that sees nothing gives zeros.
+    (gpt-oss); `softcap` c replaces scores s by c*tanh(s/c). A query that sees nothing gives zeros. `q_rope` [B, H, S, P] and `k_rope`
+    [B, 1 or Hkv, T, P] are more columns of q and k.
     """
+    if q_rope is not None and k_rope is not None:
+        q, k = torch.cat([q, q_rope], -1), torch.cat([k, k_rope.expand(-1, k.shape[1], -1, -1)], -1)
     group = q.shape[1] // k.shape[1]
     keys, values = (t.double().repeat_interleave(group, 1) for t in (k, v))
     scores = q.double() @ keys.transpose(2, 3) * scale

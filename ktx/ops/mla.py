@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): the cache holds the compressed latent.
 
 Few tokens: absorbed. W_UK is multiplied into the query and W_UV into the result, so attention is multi-query on the latent and the
-past is never expanded. Many tokens: the latent is expanded to keys and values once and attention has 192 columns
+past is never expanded. Many tokens: the latent is expanded to keys and values, for some heads at a time, and attention has 192 columns
 instead of 576. A call decides by what it sees, so mixed use is right.
 """
 
@@ -21,7 +21,7 @@ from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor, WeightSource
 
 EXPAND_FROM = 128  # tokens of a call from which expanding pays: 2 * 768 * S > 2 * 512 * 256 operations a key and head
-EXPAND_BYTES = 1 << 29  # but never more memory than this for expanded keys and values
+EXPAND_BYTES = 1 << 28  # memory for the keys and values of the heads that are expanded at once
 ROPE = {  # attention classes that do what DeepSeek's does, and where they pair the rotated columns
     "DeepseekV2Attention": "interleaved",
     "DeepseekV3Attention": "config",
@@ -74,8 +74,9 @@ class MLA(Operator):
         exact = spec is not None and spec.qtype is QTYPES["F32"]
         self.w_uk_t, self.w_uv = cpu.pack(_kept(k_b, exact)), cpu.pack(_kept(v_b, exact))
         if not self.absorb_for_prefill:  # W_UK once more, rows along the latent, for expanding
-            w_uk = k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank)
-            self.w_uk = cpu.pack(_kept(QuantizedTensor.of(w_uk), exact))
+            w_uk = QuantizedTensor.of(k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank))
+            coarse = spec is not None and not spec.qtype.is_float and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
+            self.w_uk = cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(_kept(w_uk, exact))
 
     def ready(self) -> None:
         self.block = Block.of(self)
@@ -111,17 +112,12 @@ class MLA(Operator):
         if past_key_values is not None:
             kept = self.kv_dtype or latent.dtype
             latent, k_rope = past_key_values.update(latent.to(kept), k_rope.to(kept), self.layer_idx)
-        mix = self.expanded if self._expands(batch, length, latent.shape[2]) else self.absorbed
+        mix = self.expanded if self._expands(length) else self.absorbed
         ranges, mask = split_mask(attention_mask, latent.shape[2])
         return self.o_proj(mix(q_nope, q_rope, latent[:, 0], k_rope[:, 0], ranges, mask)), None
 
-    def _expands(self, batch: int, length: int, keys: int) -> bool:
-        columns = self.qk_head_dim + self.v_head_dim
-        return (
-            self.w_uk is not None
-            and length >= EXPAND_FROM
-            and batch * keys * self.num_heads * columns * 4 <= EXPAND_BYTES
-        )
+    def _expands(self, length: int) -> bool:
+        return self.w_uk is not None and length >= EXPAND_FROM
 
     def absorbed(
         self,
@@ -149,22 +145,38 @@ class MLA(Operator):
         ranges: Any,
         mask: Any,
     ) -> torch.Tensor:
-        """The same with keys and values made from the latent: k = [W_UK c | k_rope], v = W_UV c."""
-        batch, heads, length, _ = q_nope.shape
-        keys = latent.shape[1]
-        flat = latent.to(q_nope.dtype).reshape(batch * keys, -1)
-        k_nope = cpu.linear(flat, self.w_uk).view(batch, keys, heads, -1).transpose(1, 2)
-        values = self._values(flat).view(batch, keys, heads, -1).transpose(1, 2)
-        key = torch.cat([k_nope, k_rope[:, None].to(k_nope.dtype).expand(-1, heads, -1, -1)], -1)
-        query = torch.cat([q_nope, q_rope], -1)
-        return cpu.attention(query, key, values, ranges, mask, self.scaling).reshape(batch, length, -1)
+        """The same with keys and values made from the latent, in its type: k = [W_UK c | k_rope], v = W_UV c."""
+        batch, heads, length, nope = q_nope.shape
+        keys, width = latent.shape[1], self.v_head_dim
+        flat = latent.reshape(batch * keys, -1)
+        each = batch * keys * (nope + width) * flat.element_size()
+        step = max(1, EXPAND_BYTES // each)
+        if (nope | width) % cpu.GROUP_ROWS:  # heads are no whole groups of rows: one cannot be told from its neighbours
+            step = heads
+        out = q_nope.new_empty(batch, length, heads, width)
+        for head in range(0, heads, step):
+            some = range(head, min(head + step, heads))
+            k_nope = cpu.linear(flat, _rows(self.w_uk, some, nope)).view(batch, keys, len(some), -1).transpose(1, 2)
+            values = self._values(flat, some).view(batch, keys, len(some), -1).transpose(1, 2)
+            chosen = slice(some.start, some.stop)
+            out[:, :, chosen] = cpu.attention(
+                q_nope[:, chosen],
+                k_nope,
+                values,
+                ranges,
+                mask if mask is None or mask.shape[1] == 1 else mask[:, chosen],
+                self.scaling,
+                q_rope=q_rope[:, chosen],
+                k_rope=k_rope[:, None],
+            )
+        return out.view(batch, length, -1)
 
-    def _values(self, flat: torch.Tensor) -> torch.Tensor:
-        """W_UV of all heads on flat [rows, rank] -> [rows, H * v]. Heads of whole groups of rows lie in memory as one matrix."""
+    def _values(self, flat: torch.Tensor, heads: range) -> torch.Tensor:
+        """W_UV of some heads on flat [rows, rank] -> [rows, heads * v]. Heads of whole groups of rows lie in memory as one matrix."""
         w = self.w_uv
         assert w is not None
         if w.n % cpu.GROUP_ROWS == 0:
-            return cpu.linear(flat, cpu.Packed(w.data, w.qtype, w.matrices * w.n, w.k))
+            return cpu.linear(flat, _rows(cpu.Packed(w.data, w.qtype, w.matrices * w.n, w.k), heads, w.n))
         return cpu.linear_batched(flat.expand(w.matrices, -1, -1), w).transpose(0, 1).reshape(len(flat), -1)
 
     def weight_bytes(self) -> tuple[int, int]:
@@ -214,7 +226,7 @@ class Block:
         if layer is None:
             return None
         past, new = layer.length, hidden.shape[1]
-        if own._expands(hidden.shape[0], new, past + new):
+        if own._expands(new):
             return None
         cos, sin = rotary_tables(embeddings)
         ranges, matrix = split_mask(mask, past + new)
@@ -248,6 +260,14 @@ def _pairs(rope: str, old: Any, ctx: Context) -> str:
             " differ, say so by the option rope: interleaved, halves or config"
         )
     return rope
+
+
+def _rows(w: cpu.Packed, heads: range, each: int) -> cpu.Packed:
+    """The rows of some heads, `each` of a head; heads are whole groups of rows, or all are wanted."""
+    if len(heads) * each == w.n:
+        return w
+    stride = w.nbytes // (w.n // cpu.GROUP_ROWS) * each // cpu.GROUP_ROWS
+    return cpu.Packed(w.data[heads.start * stride : heads.stop * stride], w.qtype, len(heads) * each, w.k)
 
 
 def _kept(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:

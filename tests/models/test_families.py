@@ -7,11 +7,13 @@ import torch
 
 from ktx.cache.kv import KVCache
 from ktx.errors import BadFile
+from ktx.kernels import cpu
 from tests.gguf_writer import write_gguf
 from tests.models.families import FAMILIES, LLAMA3, MEMBERS, tiny
 
 IDS = torch.randint(3, 320, (1, 150), generator=torch.Generator().manual_seed(3))
 FLOATS = ("F32", "BF16")
+IN_BF16 = cpu.ops.isa() == "avx512bf16"  # where BF16 weights and half precision caches are multiplied so
 
 
 def mixed(name: str) -> str:
@@ -84,7 +86,7 @@ def test_half_precision_cache_is_close(pair):
     with torch.inference_mode():
         pair.model(input_ids=IDS[:, :100], past_key_values=cache)
         out = pair.model(input_ids=IDS[:, 100:], past_key_values=cache).logits
-    assert relative(out, logits(pair.model)[:, 100:]) < 2e-3
+    assert per_token(out, logits(pair.model)[:, 100:]) < (1e-2 if IN_BF16 else 2e-3)
 
 
 def test_left_padded_batch_is_single(pair):
@@ -164,7 +166,7 @@ def response_to_noise(model):
 def test_quantised_logits(tmp_path, family, quant):
     pair = Pair(tmp_path, family, quant)
     mine, theirs = logits(pair.model), logits(pair.reference)
-    if quant == "BF16":
+    if quant == "BF16" and not IN_BF16:
         assert (mine - theirs).abs().max() < 1e-4
         return
     # A router turns a small error into another expert, which random weights punish: the median token must be near, and where the margin is clear the greedy token is the same.

@@ -1,0 +1,181 @@
+// Attention in bf16 with f32 sums, for keys and values that are kept in half precision and shared by many rows (queries times heads).
+// A lane is a row: scores come out as [key][row], so that neither products nor softmax add lanes up. A 32-bit word is a pair of columns
+// (of keys) or a pair of keys (of values), what one step of vdpbf16ps multiplies and adds.
+
+// q f32 [rows][d] -> [d/2][lanes*16] pairs; lanes past `rows` are zero
+static void pair_queries(const float* q, int rows, int d, int lanes, uint32_t* to) {
+  for (int i = 0; i < d; i += 2)
+    for (int l = 0; l < lanes; ++l) {
+      float even[16] = {}, odd[16] = {};
+      const int count = rows - l * 16 < 16 ? rows - l * 16 : 16;
+      for (int r = 0; r < count; ++r) even[r] = q[(l * 16 + r) * d + i], odd[r] = q[(l * 16 + r) * d + i + 1];
+      store(to + (i / 2 * lanes + l) * 16, paired(loadf(even), loadf(odd)));
+    }
+}
+
+// One row of half precision as bf16.
+static void to_bf16(const void* from, Number type, int d, uint16_t* to) {
+  const uint16_t* p = static_cast<const uint16_t*>(from);
+  if (type == Number::BF16) {
+    __builtin_memcpy(to, p, size_t(d) * 2);
+    return;
+  }
+  int i = 0;
+  for (; i + 32 <= d; i += 32) store(to + i, (V)_mm512_cvtne2ps_pbh(load_f16(p + i + 16), load_f16(p + i)));
+  if (i == d) return;
+  const __mmask32 rest = (1u << (d - i)) - 1;
+  const V last = _mm512_maskz_loadu_epi16(rest, p + i);
+  const F low = _mm512_cvtph_ps(_mm512_castsi512_si256(last)), high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(last, 1));
+  _mm512_mask_storeu_epi16(to + i, rest, (V)_mm512_cvtne2ps_pbh(high, low));
+}
+
+// L vectors of rows times C keys; keys are `stride` columns apart. Asked for all at once, what comes next would stop the loads of this.
+template <int L, int C>
+AI void score_pairs_tile(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int d, float* scores, const uint8_t* next, const uint8_t* next_too) {
+  F acc[L * C];
+#pragma GCC unroll 16
+  for (int i = 0; i < L * C; ++i) acc[i] = zero();
+  for (int i = 0; i < d; i += 2, q += lanes * 16) {
+    __builtin_prefetch(next + i * 2 * C, 0, 2);
+    __builtin_prefetch(next_too + i * 2 * C, 0, 2);
+    Pairs a[L];
+#pragma GCC unroll 4
+    for (int l = 0; l < L; ++l) a[l] = load_pairs(q + l * 16);
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+      for (int l = 0; l < L; ++l) acc[l * C + c] = dot_pairs(acc[l * C + c], k + c * stride + i, a[l]);
+  }
+#pragma GCC unroll 4
+  for (int l = 0; l < L; ++l)
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) storef(scores + (c * lanes + l) * 16, acc[l * C + c]);
+}
+
+// scores[key][lanes*16] for `keys` rounded up to 8: what lies past the end is garbage
+static void score_pairs(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores, const void* const* next) {
+  const uint8_t *n0 = static_cast<const uint8_t*>(next[0]), *n1 = static_cast<const uint8_t*>(next[1]);
+  int l = 0;
+  for (; l + 4 <= lanes; l += 4)
+    for (int c = 0; c < keys; c += 4) score_pairs_tile<4, 4>(q + l * 16, lanes, k + c * stride, stride, d, scores + (c * lanes + l) * 16, n0 + c * d * 2, n1 + c * d * 2);
+  for (; l + 2 <= lanes; l += 2) score_pairs_tile<2, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, n0, n1);
+  for (; l < lanes; ++l) score_pairs_tile<1, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, n0, n1);
+}
+
+template <Number TYPE> AI V half_vector(const uint16_t* p) {
+  return TYPE == Number::BF16 ? load(p) : (V)_mm512_cvtne2ps_pbh(load_f16(p + 16), load_f16(p));
+}
+
+// Eight keys of a latent; between the products the next eight are converted. These steps run beside the multiplier and would else take a seventh
+// of the time.
+template <int L, Number TYPE> static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentStep& s, float* scores) {
+  F acc[L * 8];
+#pragma GCC unroll 16
+  for (int i = 0; i < L * 8; ++i) acc[i] = zero();
+  const int d = s.dk + s.dr;
+  const uint16_t* at = k;
+  for (int row = 0; row < 8; ++row) {
+    uint16_t* to = s.to + row * d;
+    for (int v = 0; v < d / 32; ++v) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half, at += 2, q += L * 16) {
+        Pairs a[L];
+#pragma GCC unroll 2
+        for (int l = 0; l < L; ++l) a[l] = load_pairs(q + l * 16);
+#pragma GCC unroll 8
+        for (int c = 0; c < 8; ++c)
+#pragma GCC unroll 2
+          for (int l = 0; l < L; ++l) acc[l * 8 + c] = dot_pairs(acc[l * 8 + c], at + c * d, a[l]);
+      }
+      const bool rope = v >= s.dk / 32;
+      const uint16_t* next = rope ? s.rope + row * s.rope_step + (v * 32 - s.dk) : s.k + row * s.k_step + v * 32;
+      store(to + v * 32, half_vector<TYPE>(next));
+      __builtin_prefetch(next + (rope ? s.rope_step : s.k_step) * KEYS, 0, 2);
+    }
+  }
+#pragma GCC unroll 2
+  for (int l = 0; l < L; ++l)
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; ++c) storef(scores + (c * L + l) * 16, acc[l * 8 + c]);
+}
+static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const LatentStep& s, float* scores) {
+  if (lanes == 1) (s.type == Number::BF16 ? score_latent_as<1, Number::BF16> : score_latent_as<1, Number::F16>)(q, k, s, scores);
+  else (s.type == Number::BF16 ? score_latent_as<2, Number::BF16> : score_latent_as<2, Number::F16>)(q, k, s, scores);
+}
+
+// scores [keys][lanes*16] -> shares [keys/2][lanes*16] in pairs of keys; out and sum are rescaled to the new maximum
+static void soften_pairs(const float* scores, int lanes, int rows, int keys, int dv, Running state, uint32_t* shares) {
+  const F least = setf(-1e30f);
+  for (int l = 0; l < lanes; ++l) {
+    const F old = loadf(state.most + l * 16);
+    F most = old;
+    for (int c = 0; c < keys; ++c) most = maxf(loadf(scores + (c * lanes + l) * 16), most);
+    storef(state.most + l * 16, most);
+    const F top = mulf(maxf(most, least), setf(-1));
+    const auto share_of = [&](int c) {  // a NaN stays one, what is masked (-inf) is zero
+      const F x = loadf(scores + (c * lanes + l) * 16);
+      const __mmask16 seen = _mm512_cmp_ps_mask(x, least, _CMP_NLE_UQ);
+      return _mm512_maskz_mov_ps(seen, exp_(addf(x, top)));
+    };
+    F sum = zero();
+    for (int c = 0; c < keys; c += 2) {
+      const F even = share_of(c), odd = c + 1 < keys ? share_of(c + 1) : zero();
+      sum = addf(sum, addf(even, odd));
+      store(shares + (c / 2 * lanes + l) * 16, paired(even, odd));
+    }
+    const F fade = exp_(addf(maxf(old, least), top));
+    storef(state.sum + l * 16, fma(loadf(state.sum + l * 16), fade, sum));
+    uint32_t changed = _mm512_cmp_ps_mask(most, old, _CMP_NEQ_UQ);
+    float by[16];
+    storef(by, fade);
+    for (; changed; changed &= changed - 1) {
+      const int r = __builtin_ctz(changed);
+      if (l * 16 + r >= rows) break;
+      float* out = state.out + int64_t(l * 16 + r) * dv;
+      for (int i = 0; i < dv; i += 16) storef(out + i, mulf(loadf(out + i), setf(by[r])));
+    }
+  }
+}
+
+// R rows times C chunks of 32 columns. Columns of two keys are paired by unpacking, which runs beside the multiplier and leaves each chunk in the
+// order of COLUMN_ORDER; permutations that would keep the order take the multiplier's time.
+const uint8_t COLUMN_ORDER[32] = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
+
+template <int R, int C> AI void gather_step(const uint32_t* shares, const uint16_t* even, const uint16_t* odd, F* acc) {
+  Pairs b[2 * C];
+#pragma GCC unroll 2
+  for (int c = 0; c < C; ++c) {
+    const V x = load(even + c * 32), y = load(odd + c * 32);
+    b[2 * c] = (Pairs)_mm512_unpacklo_epi16(x, y), b[2 * c + 1] = (Pairs)_mm512_unpackhi_epi16(x, y);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < 2 * C; ++c) acc[r * 2 * C + c] = dot_pairs(acc[r * 2 * C + c], shares + r, b[c]);
+}
+
+template <int R, int C> AI void gather_pairs_tile(const uint32_t* shares, int step, const uint16_t* v, int64_t stride, int keys, int dv, float* out) {
+  F acc[R * 2 * C];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < 2 * C; ++c) acc[r * 2 * C + c] = loadf(out + int64_t(r) * dv + c * 16);
+  for (int t = 0; t + 2 <= keys; t += 2, v += 2 * stride, shares += step) gather_step<R, C>(shares, v, v + stride, acc);
+  if (keys % 2) gather_step<R, C>(shares, v, v, acc);  // the last stands for its partner, whose share is zero
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < 2 * C; ++c) storef(out + int64_t(r) * dv + c * 16, acc[r * 2 * C + c]);
+}
+
+template <int C> AI void gather_chunks(const uint32_t* shares, int step, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) gather_pairs_tile<4, C>(shares + r, step, v, stride, keys, dv, out + int64_t(r) * dv);
+  for (; r < rows; ++r) gather_pairs_tile<1, C>(shares + r, step, v, stride, keys, dv, out + int64_t(r) * dv);
+}
+
+static void gather_pairs(const uint32_t* shares, int lanes, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
+  int c = 0;
+  for (; c + 64 <= dv; c += 64) gather_chunks<2>(shares, lanes * 16, v + c, stride, rows, keys, dv, out + c);
+  for (; c < dv; c += 32) gather_chunks<1>(shares, lanes * 16, v + c, stride, rows, keys, dv, out + c);
+}
