@@ -45,7 +45,7 @@ class Build(build_ext):
 
         def compile_one(source: str) -> str:
             target = temporary / (source.replace("/", "_") + ".o")
-            level = "-O3" if "/cpu/" in source and "scalar" not in source else "-O2"
+            level = "-O3" if "/cpu/" in source and "scalar" not in source and "model" not in source else "-O2"
             self.call(
                 [
                     *compiler,
@@ -60,7 +60,12 @@ class Build(build_ext):
             )
             return str(target)
 
-        first = {"csrc/cpu/scalar.cpp": 0, "csrc/cpu/avx512.cpp": 1, "csrc/bindings.cpp": 2}
+        first = {
+            "csrc/cpu/scalar.cpp": 0,
+            "csrc/cpu/amx_model.cpp": 0,
+            "csrc/cpu/avx512.cpp": 1,
+            "csrc/bindings.cpp": 2,
+        }
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             objects = list(pool.map(compile_one, sorted(ext.sources, key=lambda s: first.get(s, 9))))
         output = Path(self.get_ext_fullpath(ext.name))

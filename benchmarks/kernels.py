@@ -1,7 +1,7 @@
 """Kernel speeds of every weight type against this machine's own limits (`make bench`).
 
 One token: weights stream from memory once, so packed GB/s over the read bandwidth. 512 tokens: operations over the
-int8 peak (f32 peak for float types). Columns: a matrix product, a layer of experts (8 of them a token), packing. The
+int8 peak (f32 or bf16 for float types). Columns: a matrix product, a layer of experts (8 of them a token), packing. The
 limits are measured next to each figure, because clocks and neighbours change.
 """
 
@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,31 +20,10 @@ import torch  # noqa: E402
 from ktx.commands.bench import stamp  # noqa: E402
 from ktx.hardware import default_threads  # noqa: E402
 from ktx.kernels import cpu  # noqa: E402
+from ktx.kernels.speed import STREAM, matrices, peak, seconds  # noqa: E402
 from ktx.qtypes import QTYPES, QType  # noqa: E402
-from ktx.quantize import random_rows  # noqa: E402
-from ktx.weights.source import QuantizedTensor  # noqa: E402
 
 HIDDEN, WIDTH, TOP, TOKENS = 2048, 1024, 8, 512
-STREAM = 1 << 28  # packed bytes that a pass over all matrices reads: no cache holds them
-
-
-def seconds(call: Callable[[], object], repeat: int) -> float:
-    """Median time of a call, after one that does not count."""
-    call()
-    taken = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
-
-
-def matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:
-    """count x [n, k] of random rows; a few distinct rows are enough, speed does not depend on them."""
-    few = random_rows(qtype, min(n, 64), k)
-    data = few.repeat(-(-n // few.shape[0]), 1)[:n].expand(count, n, -1)
-    scale = torch.ones(count, -(-n // 128), -(-k // 128)) if qtype.name == "F8_E4M3" else None
-    return QuantizedTensor(data, qtype, (count, n, k), scale)
 
 
 def split(packed: cpu.Packed) -> list[cpu.Packed]:
@@ -73,11 +50,11 @@ def measure(qtype: QType, threads: int, repeat: int) -> dict[str, float]:
     gemv = seconds(lambda: [cpu.linear(x, matrix) for matrix in singles], repeat)
     found |= {"linear_1_gb_s": gate.nbytes / gemv / 1e9, "linear_1_share": gate.nbytes / gemv / 1e9 / read}
 
-    peak = cpu.ops.probe_fma(threads, 0.05) if qtype.is_float else cpu.ops.probe_int8(threads, 0.05)
+    limit = peak(qtype, threads)
     many = torch.randn(TOKENS, HIDDEN)
     gemm = seconds(lambda: [cpu.linear(many, matrix) for matrix in singles[:8]], repeat)
     rate = 2 * TOKENS * WIDTH * HIDDEN * len(singles[:8]) / gemm / 1e9
-    found |= {"linear_512_gops": rate, "linear_512_share": rate / peak}
+    found |= {"linear_512_gops": rate, "linear_512_share": rate / limit}
     return found | mixture(qtype, gate, count, threads, repeat)
 
 
@@ -101,13 +78,13 @@ def mixture(qtype: QType, gate: cpu.Packed, count: int, threads: int, repeat: in
         torch.randn(TOKENS, HIDDEN),
         torch.stack([torch.randperm(min(half, 64))[:TOP] for _ in range(TOKENS)]),
     )
-    peak = cpu.ops.probe_fma(threads, 0.05) if qtype.is_float else cpu.ops.probe_int8(threads, 0.05)
+    limit = peak(qtype, threads)
     work = 2 * 3 * TOKENS * TOP * WIDTH * HIDDEN / seconds(lambda: layer(many, choice), repeat) / 1e9
     return {
         "experts_1_gb_s": rate,
         "experts_1_share": rate / read,
         "experts_512_gops": work,
-        "experts_512_share": work / peak,
+        "experts_512_share": work / limit,
     }
 
 

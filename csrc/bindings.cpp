@@ -129,6 +129,19 @@ Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const
   if (tokens) experts(call);
   return out;
 }
+
+// c [rows, 64] += a [rows, bytes] times b [bytes/4, 64], all uint8, on tiles of AMX or on their model; see cpu/kernels.h.
+Tensor tile_dot(std::string kind, const Tensor& a, const Tensor& b, const Tensor& c, bool model) {
+  for (const Tensor* t : {&a, &b, &c}) STD_TORCH_CHECK(t->dim() == 2 && t->is_contiguous() && t->scalar_type() == ScalarType::Byte, "tiles must be contiguous uint8 [rows, bytes]");
+  const int64_t rows = a.size(0), bytes = a.size(1);
+  STD_TORCH_CHECK(rows >= 1 && rows <= 16 && bytes >= 4 && bytes <= 64 && bytes % 4 == 0, "a is [", rows, ", ", bytes, "], a tile has up to 16 rows of up to 64 bytes");
+  STD_TORCH_CHECK(b.size(0) == bytes / 4 && b.size(1) == 64 && c.size(0) == rows && c.size(1) == 64, "b and c do not fit a");
+  STD_TORCH_CHECK(model || best_isa() == AMX, "this machine has no AMX tiles");
+  Tensor out = torch::stable::clone(c);
+  const TileKind which = named<TileKind>(kind, {{"ssd", SSD}, {"usd", USD}, {"bf16", PAIRS_OF_BF16}}, "kind");
+  (model ? tile_dot_model : tile_dot_amx)(which, int(rows), int(bytes), a.const_data_ptr(), b.const_data_ptr(), out.mutable_data_ptr());
+  return out;
+}
 }  // namespace
 
 STABLE_TORCH_LIBRARY(ktx, m) {
@@ -139,6 +152,7 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("probe_read(int threads, int mib) -> float");
   m.def("probe_fresh(int threads, int mib) -> float");
   m.def("probe_int8(int threads, float seconds) -> float");
+  m.def("tile_dot(str kind, Tensor a, Tensor b, Tensor c, bool model) -> Tensor");
   m.def("probe_fma(int threads, float seconds) -> float");
   m.def("probe_bf16(int threads, float seconds) -> float");
   m.def("packed_nbytes(int code, int n, int k) -> int");
@@ -168,6 +182,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
   m.impl("quantise_rows", TORCH_BOX(&quantise_rows_));
   m.impl("unpack_rows", TORCH_BOX(&unpack_rows_));
+  m.impl("tile_dot", TORCH_BOX(&tile_dot));
   m.impl("linear", TORCH_BOX(&linear_));
   m.impl("linear_batched", TORCH_BOX(&linear_batched_));
   m.impl("experts", TORCH_BOX(&experts_));

@@ -12,12 +12,14 @@ CGROUP = Path("/sys/fs/cgroup")
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
 ISAS = {  # the instruction sets of our kernels, the better ones last, and the flags of /proc/cpuinfo they need
+    "amxmodel": frozenset[str](),  # the kernels of amx with its tiles in software, for tests
     "scalar": frozenset[str](),
     "avx2": _AVX2,
     "avxvnni": _AVX2 | {"avx_vnni"},
     "avx512vnni": _AVX512,
     "avx512vbmi": _AVX512 | {"avx512vbmi"},
     "avx512bf16": _AVX512 | {"avx512vbmi", "avx512_bf16"},
+    "amx": _AVX512 | {"avx512vbmi", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
 }
 
 

@@ -22,7 +22,7 @@ constexpr int64_t SHARED_BY = 8;  // rows from which bf16 pays: its lanes are ro
 thread_local Scratch shared_scratch, member_scratch;
 
 const AttentionKernels& attention_kernels() {
-  static const AttentionKernels* const table[] = {&SCALAR_ATTENTION, &AVX2_ATTENTION, &AVX2_ATTENTION, &AVX512VNNI_ATTENTION, &AVX512VBMI_ATTENTION, &AVX512BF16_ATTENTION};
+  static const AttentionKernels* const table[] = {&SCALAR_ATTENTION, &SCALAR_ATTENTION, &AVX2_ATTENTION, &AVX2_ATTENTION, &AVX512VNNI_ATTENTION, &AVX512VBMI_ATTENTION, &AVX512BF16_ATTENTION, &AVX512BF16_ATTENTION};
   static_assert(std::size(table) == ISA_COUNT);
   return *table[picked_isa()];
 }

@@ -21,12 +21,12 @@ static void to_bf16(const void* from, Number type, int d, uint16_t* to) {
     return;
   }
   int i = 0;
-  for (; i + 32 <= d; i += 32) store(to + i, (V)_mm512_cvtne2ps_pbh(load_f16(p + i + 16), load_f16(p + i)));
+  for (; i + 32 <= d; i += 32) store(to + i, bf16_pairs(load_f16(p + i), load_f16(p + i + 16)));
   if (i == d) return;
   const __mmask32 rest = (1u << (d - i)) - 1;
   const V last = _mm512_maskz_loadu_epi16(rest, p + i);
   const F low = _mm512_cvtph_ps(_mm512_castsi512_si256(last)), high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(last, 1));
-  _mm512_mask_storeu_epi16(to + i, rest, (V)_mm512_cvtne2ps_pbh(high, low));
+  _mm512_mask_storeu_epi16(to + i, rest, bf16_pairs(low, high));
 }
 
 // L vectors of rows times C keys; keys are `stride` columns apart. Asked for all at once, what comes next would stop the loads of this.
@@ -63,7 +63,7 @@ static void score_pairs(const uint32_t* q, int lanes, const uint16_t* k, int64_t
 }
 
 template <Number TYPE> AI V half_vector(const uint16_t* p) {
-  return TYPE == Number::BF16 ? load(p) : (V)_mm512_cvtne2ps_pbh(load_f16(p + 16), load_f16(p));
+  return TYPE == Number::BF16 ? load(p) : bf16_pairs(load_f16(p), load_f16(p + 16));
 }
 
 // Eight keys of a latent; between the products the next eight are converted. These steps run beside the multiplier and would else take a seventh

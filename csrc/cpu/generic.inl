@@ -108,7 +108,8 @@ template <class D> AI void fetch_span(const Layout& l, const uint8_t* group, int
   for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 2);
 }
 
-template <class D>
+// PLAIN: codes as signed bytes without what is carried or too much.
+template <class D, bool PLAIN = false>
 static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out, const uint8_t* next) {
   typedef Traits<D> R;
   fetch_span<D>(l, group, k, from + length, next);
@@ -121,7 +122,8 @@ static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t fro
       decode<D>(head, b, u, w, scale, minimum);
       uint8_t* to = out.w + (at + u * 32) * 16;
 #pragma GCC unroll 8
-      for (int g = 0; g < 8; ++g) store(to + g * 64, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g]);
+      for (int g = 0; g < 8; ++g)
+        store(to + g * 64, D::SIGNED ? (D::CARRIED == PLAIN ? carried(w[g]) : w[g]) : PLAIN && D::OFFSET ? sub8(w[g], set8(D::OFFSET)) : w[g]);
       for (int p = 0; p < R::PARTS; ++p, ++sub) {
         storef(out.scale + sub * 16, scale[p]);
         if (D::MINIMUM) storef(out.minimum + sub * 16, minimum[p]);
@@ -188,12 +190,16 @@ template <int SUB_, bool SIGNED_, int OFFSET_, bool MINIMUM_> struct Shape {
 typedef void (*TileKernel)(const Span*, int, const int8_t*, const float*, const int32_t*, const float*, float*, size_t);
 template <class S, int R> static TileKernel tile_kernel(int tokens) {
   static const TileKernel table[] = {nullptr, multiply_tile<S, R, 1>, multiply_tile<S, R, 2>,
-#if KTX_TILE == 6
+#if KTX_TILE >= 6
                                      multiply_tile<S, R, 3>, multiply_tile<S, R, 4>, multiply_tile<S, R, 5>, multiply_tile<S, R, 6>
 #endif
   };
   return table[tokens];
 }
+
+#ifdef KTX_TILES
+#include "tiles_ints.inl"
+#endif
 
 template <class D, int R>
 static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& x, float* out, Span* spans, const uint8_t* next) {
@@ -220,7 +226,6 @@ static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, co
                           const uint8_t* next) {
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
   const Ahead ahead(packed + groups * group, next);
-  Span* spans = reinterpret_cast<Span*>(work);
   int g = 0;
   if (x.tiles == 1 && x.n <= KTX_FEW) {
     for (; g < groups; ++g, packed += group, out += stride) {
@@ -239,12 +244,17 @@ static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, co
     }
     return;
   }
-#if KTX_TILE == 6
+#ifdef KTX_TILES
+  return multiply_tiles<D>(l, packed, groups, x, out, work, next);
+#else
+  Span* spans = reinterpret_cast<Span*>(work);
+#if KTX_TILE >= 6
   for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride)
     multiply_many<D, 2>(l, packed, x, out, spans, g + 2 < groups ? packed + 2 * group : next);
 #endif
   for (; g < groups; ++g, packed += group, out += stride)
     multiply_many<D, 1>(l, packed, x, out, spans, g + 1 < groups ? packed + group : next);
+#endif
 }
 
 // ---- float weights -----------------------------------------------------------------------------------------------------
@@ -281,6 +291,7 @@ AI const float* scales_of(const uint8_t* group, int64_t k) { return reinterpret_
 template <class L> AI F float_scale(const uint8_t* group, int64_t k, int64_t from) {
   return L::BYTES == 1 ? mulf(loadf(scales_of(group, k) + from / 128 * 16), setf(L::STEP)) : setf(1);
 }
+constexpr int FLOAT_TILE = KTX_TILE < 6 ? KTX_TILE : 6;  // tokens whose sums are in registers
 constexpr int FLOAT_SPAN = 128;  // columns that share a scale, and that are expanded at once
 
 // One tile of tokens: weights are expanded in registers.
@@ -319,13 +330,13 @@ static void multiply_float_few(const uint8_t* group, int64_t k, const float* x, 
 
 // Many tokens: a span of weights is expanded once, [column][group][16], and used by every tile.
 template <int R, int T>
-static void multiply_float_tile(const float* w, int columns, const float* x, float* out, size_t stride) {
+static void multiply_float_tile(const float* w, int columns, const float* x, int step, float* out, size_t stride) {
   F total[R * T];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) total[r * T + t] = loadf(out + r * stride + t * 16);
-  for (int i = 0; i < columns; ++i, w += R * 16, x += T) {
+  for (int i = 0; i < columns; ++i, w += R * 16, x += step) {
     F v[R];
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) v[r] = loadf(w + r * 16);
@@ -342,10 +353,10 @@ static void multiply_float_tile(const float* w, int columns, const float* x, flo
     for (int t = 0; t < T; ++t) storef(out + r * stride + t * 16, total[r * T + t]);
 }
 
-typedef void (*FloatTile)(const float*, int, const float*, float*, size_t);
+typedef void (*FloatTile)(const float*, int, const float*, int, float*, size_t);
 template <int R> static FloatTile float_tile(int tokens) {
   static const FloatTile table[] = {nullptr, multiply_float_tile<R, 1>, multiply_float_tile<R, 2>,
-#if KTX_TILE == 6
+#if KTX_TILE >= 6
                                     multiply_float_tile<R, 3>, multiply_float_tile<R, 4>, multiply_float_tile<R, 5>, multiply_float_tile<R, 6>
 #endif
   };
@@ -372,12 +383,24 @@ static void multiply_float_many(const uint8_t* packed, size_t group, const Token
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
-      float_tile<R>(tokens)(span, int(to - from), x.f + first * x.k + from * tokens, out + first * 16, stride);
+      for (int t = 0; t < tokens; t += FLOAT_TILE)
+        float_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from), x.f + first * x.k + from * tokens + t, tokens, out + (first + t) * 16, stride);
     }
   }
 }
 
 #ifdef KTX_BF16
+// `columns` of a group as pairs of bf16, the 16 rows of a pair `step` words after those before.
+template <class L> AI void expand_pairs(const uint8_t* here, int columns, uint32_t* w, int step, const Ahead& ahead) {
+  ahead.lines(here, columns * 16 * L::BYTES);
+  for (int i = 0; i < columns; i += 2, w += step, here += 32 * L::BYTES) {
+    F a, b;
+    L::pair(here, a, b);
+    store(w, paired(a, b));
+  }
+}
+
+#ifndef KTX_TILES
 // The same in bf16: weights lose nothing, activations what rounding to eight bits takes (0.1 %), sums are f32.
 template <int R, int T> static void multiply_pair_tile(const uint32_t* w, int pairs, const uint32_t* x, const F* scale, float* out, size_t stride) {
   F total[R * T];
@@ -418,15 +441,8 @@ static void multiply_pair_many(const uint8_t* packed, size_t group, const Tokens
     const int64_t to = from + FLOAT_SPAN < x.k ? from + FLOAT_SPAN : x.k;
     F scale[R];
     for (int r = 0; r < R; ++r) {
-      const uint8_t* here = packed + r * group + from * 16 * L::BYTES;
-      ahead.lines(here, (to - from) * 16 * L::BYTES);
       scale[r] = float_scale<L>(packed + r * group, x.k, from);
-      uint32_t* w = span + r * 16;
-      for (int64_t i = from; i < to; i += 2, w += R * 16, here += 32 * L::BYTES) {
-        F a, b;
-        L::pair(here, a, b);
-        store(w, paired(a, b));
-      }
+      expand_pairs<L>(packed + r * group + from * 16 * L::BYTES, int(to - from), span + r * 16, R * 16, ahead);
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
@@ -435,10 +451,15 @@ static void multiply_pair_many(const uint8_t* packed, size_t group, const Tokens
   }
 }
 #endif
+#endif
+
+#ifdef KTX_TILES
+#include "tiles_floats.inl"
+#endif
 
 template <class L, int R>
 static void multiply_float_groups(const uint8_t* packed, size_t group, const Tokens& x, float* out, uint8_t* work, const Ahead& ahead) {
-#ifdef KTX_BF16
+#if defined(KTX_BF16) && !defined(KTX_TILES)
   if (L::IN_BF16 && x.pair) return multiply_pair_many<L, R>(packed, group, x, out, reinterpret_cast<uint32_t*>(work), ahead);
 #endif
   multiply_float_many<L, R>(packed, group, x, out, reinterpret_cast<float*>(work), ahead);
@@ -449,12 +470,12 @@ static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, 
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
   const Ahead ahead(packed + groups * group, next);
   int g = 0;
-  if (x.tiles == 1) {
+  if (x.tiles == 1 && x.n <= FLOAT_TILE) {
     for (; g < groups; ++g, packed += group, out += stride) {
       switch (x.n) {
         case 1: multiply_float_few<L, 1>(packed, x.k, x.f, out, ahead); break;
         case 2: multiply_float_few<L, 2>(packed, x.k, x.f, out, ahead); break;
-#if KTX_TILE == 6
+#if KTX_TILE >= 6
         case 3: multiply_float_few<L, 3>(packed, x.k, x.f, out, ahead); break;
         case 4: multiply_float_few<L, 4>(packed, x.k, x.f, out, ahead); break;
         case 5: multiply_float_few<L, 5>(packed, x.k, x.f, out, ahead); break;
@@ -464,7 +485,10 @@ static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, 
     }
     return;
   }
-#if KTX_TILE == 6
+#ifdef KTX_TILES
+  if (L::IN_BF16 && x.pair) return multiply_bf16_tiles<L>(l, packed, groups, x, out, work, ahead);
+#endif
+#if KTX_TILE >= 6
   for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) multiply_float_groups<L, 2>(packed, group, x, out, work, ahead);
 #endif
   for (; g < groups; ++g, packed += group, out += stride) multiply_float_groups<L, 1>(packed, group, x, out, work, ahead);
@@ -605,8 +629,16 @@ static void place(const RowView& row, const Tokens& to, int token, int64_t from,
   const int64_t at16 = first * (to.k / 16) + from / 16 * T + t, at32 = first * (to.k / 32) + from / 32 * T + t;
   int32_t *q = reinterpret_cast<int32_t*>(to.q + first * to.k + from * T) + t, *s16 = to.sum16 + at16, *s32 = to.sum32 + at32;
   float *scale = to.scale + at32, *p16 = to.part16 + at16, *p32 = to.part32 + at32;
-  const int32_t* source = reinterpret_cast<const int32_t*>(row.q);
-  for (int64_t i = 0; i < length / 4; ++i) q[i * T] = source[i];
+#ifdef KTX_TILES
+  if (to.n > KTX_FEW) {
+    int8_t* rows = to.q + first * to.k + from * T + t * 32;
+    for (int64_t i = 0; i < length; i += 32) __builtin_memcpy(rows + i * T, row.q + i, 32);
+  } else
+#endif
+  {
+    const int32_t* source = reinterpret_cast<const int32_t*>(row.q);
+    for (int64_t i = 0; i < length / 4; ++i) q[i * T] = source[i];
+  }
   for (int64_t i = 0; i < length / 32; ++i) {
     const int32_t a = row.sum16[2 * i], b = row.sum16[2 * i + 1];
     const float d = row.scale[i];
@@ -619,7 +651,11 @@ static void place_floats(const float* x, const Tokens& to, int token, int64_t fr
   const int tile = tile_of(to, token), first = to.start(tile), T = to.start(tile + 1) - first;
   float* f = to.f + first * to.k + from * T + token - first;
   for (int64_t i = 0; i < length; ++i) f[i * T] = x[i];
-#ifdef KTX_BF16
+#if defined(KTX_TILES)
+  if (!to.pair) return;
+  uint32_t* pair = to.pair + first * (to.k / 2) + from / 2 * T + (token - first) * 16;
+  for (int64_t i = 0; i < length; i += 32) store(pair + i / 2 * T, bf16_pairs(loadf(x + i), loadf(x + i + 16)));
+#elif defined(KTX_BF16)
   if (!to.pair) return;
   uint32_t* pair = to.pair + first * (to.k / 2) + from / 2 * T + token - first;
   for (int64_t i = 0; i < length; i += 32) {
@@ -627,7 +663,7 @@ static void place_floats(const float* x, const Tokens& to, int token, int64_t fr
     uint32_t words[16];
     const int64_t count = length - i < 32 ? length - i : 32;
     __builtin_memcpy(columns, x + i, size_t(count) * 4);
-    store(words, (V)_mm512_cvtne2ps_pbh(loadf(columns + 16), loadf(columns)));
+    store(words, bf16_pairs(loadf(columns), loadf(columns + 16)));
     for (int64_t j = 0; j < count / 2; ++j) pair[(i / 2 + j) * T] = words[j];
   }
 #endif

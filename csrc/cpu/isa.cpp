@@ -1,6 +1,8 @@
 #include "isa.h"
 
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -8,7 +10,7 @@
 #include <string>
 
 namespace ktx {
-const char* const ISA_NAMES[ISA_COUNT] = {"scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "avx512bf16"};
+const char* const ISA_NAMES[ISA_COUNT] = {"amxmodel", "scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "avx512bf16", "amx"};
 
 namespace {
 bool bit(uint32_t word, int i) { return (word >> i) & 1; }
@@ -19,6 +21,9 @@ uint64_t saved_state() {
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (uint64_t(high) << 32) | low;
 }
+
+// Tile registers are large: Linux gives them to a process that asks (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+bool tiles_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 Isa probe() {
   uint32_t a, b, c, d;
@@ -31,7 +36,9 @@ Isa probe() {
   const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
   if (!(zmm && avx512 && bit(c, 11))) return has_vex_vnni() ? AVXVNNI : AVX2;  // 11: VNNI
   if (!bit(c, 1)) return AVX512VNNI;  // 1: VBMI
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5) ? AVX512BF16 : AVX512VBMI;
+  const bool tiles = bit(d, 22) && bit(d, 24) && bit(d, 25) && (state & 0x60000) == 0x60000;  // AMX: bf16, tile, int8
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !bit(a, 5)) return AVX512VBMI;
+  return tiles && tiles_permitted() ? AMX : AVX512BF16;
 }
 
 Isa lowered(Isa best) {

@@ -14,7 +14,8 @@ struct RowView {
 };
 
 // Activations of n tokens, cut into tiles of at most `tile` tokens. Tile t starts at token start(t); all arrays are indexed
-// [element of the row][token of the tile] inside a tile, and a tile's part begins at start(t) * (elements of a row).
+// [element of the row][token of the tile] inside a tile, and a tile's part begins at start(t) * (elements of a row). Kernels with tile registers
+// have more than `few` tokens as [k/32][T][32] bytes and [k/32][T][16] pairs.
 struct Tokens {
   int n = 0, tiles = 0;
   int64_t k = 0;
@@ -32,7 +33,7 @@ struct Tokens {
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU_OAI };
 
 struct Kernels {
-  bool pairs;     // multiplies pairs of bf16
+  int pairs;      // of how many columns a row must be a multiple to be multiplied in pairs of bf16; 0: never
   int tile, few;  // widest tile; up to `few` quantised tokens make one tile and take the fused path
   void (*quantise)(const float* x, int64_t k, RowView out);
   // Columns from..from+length of a token into its tile; `row` and `x` hold these columns only. Multiples of 32 for `place`.
@@ -48,6 +49,11 @@ struct Kernels {
 };
 constexpr size_t WORK_BYTES = 2 * 128 * 64 + 2 * 64;  // two groups of 128 columns as floats, or of 256 as codes with their scales
 
-extern const Kernels SCALAR_KERNELS, AVX2_KERNELS, AVXVNNI_KERNELS, AVX512VL_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS, AVX512BF16_KERNELS;
+extern const Kernels AMXMODEL_KERNELS, AMX_KERNELS, SCALAR_KERNELS, AVX2_KERNELS, AVXVNNI_KERNELS, AVX512VL_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS, AVX512BF16_KERNELS;
 const Kernels& kernels();  // of picked_isa()
+
+// One product of tiles, c [rows][16] += a [rows][bytes] * b [bytes/4][16][4], by the instructions (only where best_isa() is AMX) and by their model.
+enum TileKind { SSD, USD, PAIRS_OF_BF16 };  // signed times signed, unsigned times signed, pairs of bf16 into f32
+void tile_dot_amx(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c);
+void tile_dot_model(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c);
 }  // namespace ktx

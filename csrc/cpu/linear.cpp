@@ -11,8 +11,8 @@
 
 namespace ktx {
 const Kernels& kernels() {
-  static const Kernels* const table[] = {&SCALAR_KERNELS, &AVX2_KERNELS, has_vex_vnni() ? &AVXVNNI_KERNELS : &AVX512VL_KERNELS,
-                                        &AVX512VNNI_KERNELS, &AVX512VBMI_KERNELS, &AVX512BF16_KERNELS};
+  static const Kernels* const table[] = {&AMXMODEL_KERNELS, &SCALAR_KERNELS, &AVX2_KERNELS, has_vex_vnni() ? &AVXVNNI_KERNELS : &AVX512VL_KERNELS,
+                                        &AVX512VNNI_KERNELS, &AVX512VBMI_KERNELS, &AVX512BF16_KERNELS, &AMX_KERNELS};
   static_assert(std::size(table) == ISA_COUNT);
   return *table[picked_isa()];
 }

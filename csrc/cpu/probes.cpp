@@ -61,6 +61,19 @@ void bf16_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_BF16), KTX_LOW, "xmm30", "xmm31");
 void fma512_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_FMA512), KTX_LOW, "xmm30", "xmm31"); }
 #pragma GCC pop_options
 #pragma GCC push_options
+#pragma GCC target("amx-tile,amx-int8,amx-bf16")
+// Four tiles of sums, three rounds: as many instructions as the other loops' chains.
+#define KTX_TILES_OF(op) op " %%tmm6, %%tmm4, %%tmm0\n" op " %%tmm7, %%tmm4, %%tmm1\n" op " %%tmm6, %%tmm5, %%tmm2\n" op " %%tmm7, %%tmm5, %%tmm3\n"
+#define KTX_TILE_ROUNDS(op)                                                                     \
+  alignas(64) uint8_t config[64] = {1};                                                         \
+  for (int i = 0; i < 8; ++i) config[16 + 2 * i] = 64, config[48 + i] = 16;                     \
+  __asm__ volatile("ldtilecfg %0" : : "m"(config));                                             \
+  for (int i = 0; i < ROUNDS; ++i) __asm__ volatile(KTX_TILES_OF(op) KTX_TILES_OF(op) KTX_TILES_OF(op) : : : "memory"); \
+  __asm__ volatile("tilerelease")
+void tile_rounds() { KTX_TILE_ROUNDS("tdpbssd"); }
+void bf16_tile_rounds() { KTX_TILE_ROUNDS("tdpbf16ps"); }
+#pragma GCC pop_options
+#pragma GCC push_options
 #pragma GCC target("avx2,fma")
 void maddubs_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_MADDUBS), KTX_LOW, "xmm12", "xmm13", "xmm14", "xmm15"); }
 void vex_vnni_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_VEX_VNNI), KTX_LOW, "xmm13", "xmm14"); }
@@ -142,19 +155,22 @@ double probe_read(int threads, int mebibytes) {
 }
 
 double probe_int8(int threads, double seconds) {
-  static const Loop loops[] = {{scalar_int_rounds, 2}, {maddubs_rounds, 64}, {has_vex_vnni() ? vex_vnni_rounds : evex_vnni_rounds, 64}, {vnni_rounds, 128}, {vnni_rounds, 128}, {vnni_rounds, 128}};
+  static const Loop loops[] = {{scalar_int_rounds, 2}, {scalar_int_rounds, 2}, {maddubs_rounds, 64}, {has_vex_vnni() ? vex_vnni_rounds : evex_vnni_rounds, 64}, {vnni_rounds, 128},
+                               {vnni_rounds, 128}, {vnni_rounds, 128}, {tile_rounds, 2 * 16 * 16 * 64}};
   static_assert(std::size(loops) == ISA_COUNT);
   return rate(threads, seconds, loops[picked_isa()]);
 }
 
 namespace {
-constexpr Loop FLOATS[] = {{scalar_float_rounds, 2}, {fma256_rounds, 16}, {fma256_rounds, 16}, {fma512_rounds, 32}, {fma512_rounds, 32}, {fma512_rounds, 32}};
+constexpr Loop FLOATS[] = {{scalar_float_rounds, 2}, {scalar_float_rounds, 2}, {fma256_rounds, 16}, {fma256_rounds, 16}, {fma512_rounds, 32},
+                           {fma512_rounds, 32}, {fma512_rounds, 32}, {fma512_rounds, 32}};
 static_assert(std::size(FLOATS) == ISA_COUNT);
 }  // namespace
 
 double probe_fma(int threads, double seconds) { return rate(threads, seconds, FLOATS[picked_isa()]); }
 
 double probe_bf16(int threads, double seconds) {
-  return rate(threads, seconds, picked_isa() == AVX512BF16 ? Loop{bf16_rounds, 64} : FLOATS[picked_isa()]);
+  const Isa isa = picked_isa();
+  return rate(threads, seconds, isa == AMX ? Loop{bf16_tile_rounds, 2 * 16 * 16 * 32} : isa == AVX512BF16 ? Loop{bf16_rounds, 64} : FLOATS[isa]);
 }
 }  // namespace ktx

@@ -39,7 +39,7 @@ class Scratch {
 
 // Bytes that `rows` rows of k activations need, quantised and as floats.
 inline size_t tokens_bytes(int64_t rows, int64_t k, bool ints, bool floats) {
-  return (ints ? size_t(rows) * (k + (k / 32) * 12 + (k / 16) * 8) + 6 * 64 : 0) + (floats ? size_t(rows) * k * 6 + 128 : 0);
+  return (ints ? size_t(rows) * (k + (k / 32) * 12 + (k / 16) * 8) + 7 * 64 : 0) + (floats ? size_t(rows) * k * 6 + 128 : 0);
 }
 inline Tokens take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool floats) {
   Tokens t;
@@ -50,7 +50,7 @@ inline Tokens take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool f
     t.part16 = s.take<float>(rows * (k / 16)), t.part32 = s.take<float>(rows * (k / 32));
   }
   if (floats) t.f = s.take<float>(rows * k);
-  if (floats && kernels().pairs && k % 2 == 0) t.pair = s.take<uint32_t>(rows * (k / 2));
+  if (floats && kernels().pairs && k % kernels().pairs == 0) t.pair = s.take<uint32_t>(rows * (k / 2));
   return t;
 }
 // The n tokens from row `first` on, cut into tiles for these kernels.

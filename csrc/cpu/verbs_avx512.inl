@@ -139,8 +139,9 @@ template <bool SIGNED> AI V dot(V acc, V weights, V x) { return dot(acc, weights
 typedef __m512bh Pairs;
 AI F dot_pairs(F acc, const void* word, Pairs b) { return _mm512_dpbf16_ps(acc, (Pairs)broadcast(word), b); }
 AI Pairs load_pairs(const void* p) { return (Pairs)load(p); }
+AI V bf16_pairs(F first, F second) { return (V)_mm512_cvtne2ps_pbh(second, first); }  // 32 columns, two a lane
 AI V paired(F even, F odd) {  // bf16 of even in the lower, of odd in the upper halves
-  const V both = (V)_mm512_cvtne2ps_pbh(odd, even);
+  const V both = bf16_pairs(even, odd);
   const V order = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008,
                                    0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
   return _mm512_permutexvar_epi16(order, both);

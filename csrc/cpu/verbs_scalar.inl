@@ -146,8 +146,25 @@ template <bool SIGNED> AI V dot(V acc, V w, V x) {
 }
 constexpr int SIGNED_OFFSET = 0;
 AI V carried(V weights) { return weights; }
-constexpr int TILE = 2;
-constexpr int GROUPS = 1;
+#ifdef KTX_BF16
+// Pairs of bf16, as vcvtne2ps2bf16 makes them: rounded to nearest even, subnormal numbers become zero.
+AI uint32_t bf16_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if (!(bits & 0x7f800000u)) return bits >> 31 << 15;
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return bits >> 16 | 0x40u;  // NaN
+  return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+AI V paired(F even, F odd) { V r; KTX_LANES r.v[i] = bf16_bits(even.v[i]) | bf16_bits(odd.v[i]) << 16; return r; }
+AI V bf16_pairs(F first, F second) {  // 32 columns, two a lane
+  V r;
+  for (int i = 0; i < 8; ++i) {
+    r.v[i] = bf16_bits(first.v[2 * i]) | bf16_bits(first.v[2 * i + 1]) << 16;
+    r.v[i + 8] = bf16_bits(second.v[2 * i]) | bf16_bits(second.v[2 * i + 1]) << 16;
+  }
+  return r;
+}
+#endif
 #undef KTX_V2
 #undef KTX_F2
 #undef KTX_LANES

@@ -1,0 +1,71 @@
+// The tile registers of tiles_amx.inl in software, for machines that have none: the same bits come out. Source of the arithmetic: Intel's
+// description of TDPBSSD, TDPBUSD and TDPBF16PS in the Software Developer's Manual, volume 2.
+struct Tile {
+  int rows = 0, bytes = 0;
+  uint8_t data[16][64];
+};
+inline Tile* tiles() {
+  static thread_local Tile registers[8];
+  return registers;
+}
+AI void tiles_begin(int tokens, int bytes) {
+  for (int i = 0; i < 8; ++i) {
+    Tile& t = tiles()[i];
+    t.rows = i < 6 ? tokens : bytes / 4, t.bytes = i < 4 || i > 5 ? 64 : bytes;
+    __builtin_memset(t.data, 0, sizeof t.data);
+  }
+}
+AI void tiles_end() {
+  for (int i = 0; i < 8; ++i) tiles()[i].rows = 0;
+}
+template <int T> AI void tile_zero() { __builtin_memset(tiles()[T].data, 0, sizeof(Tile::data)); }
+template <int T> AI void tile_load(const void* p, int64_t stride) {
+  Tile& t = tiles()[T];
+  for (int r = 0; r < t.rows; ++r) __builtin_memcpy(t.data[r], static_cast<const uint8_t*>(p) + r * stride, size_t(t.bytes));
+}
+template <int T> AI void tile_store(void* p, int64_t stride) {
+  const Tile& t = tiles()[T];
+  for (int r = 0; r < t.rows; ++r) __builtin_memcpy(static_cast<uint8_t*>(p) + r * stride, t.data[r], size_t(t.bytes));
+}
+
+// TDPBSSD, TDPBUSD and their two sisters: A and B are the types of the bytes of the second and third operand.
+template <class A, class B> static void dot_bytes(Tile& c, const Tile& a, const Tile& b) {
+  for (int m = 0; m < c.rows; ++m)
+    for (int n = 0; n < 16; ++n) {
+      uint32_t sum;  // wraps around as the instruction does
+      __builtin_memcpy(&sum, c.data[m] + 4 * n, 4);
+      for (int k = 0; k < a.bytes; ++k) sum += uint32_t(int32_t(A(a.data[m][k])) * int32_t(B(b.data[k / 4][4 * n + k % 4])));
+      __builtin_memcpy(c.data[m] + 4 * n, &sum, 4);
+    }
+}
+template <int C, int A, int B> AI void tile_dot_bytes() { dot_bytes<int8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
+template <int C, int A, int B> AI void tile_dot_unsigned() { dot_bytes<uint8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
+
+inline float flushed(float x) {  // subnormal numbers count as zero
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  bits = bits & 0x7f800000u ? bits : bits & 0x80000000u;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+inline float bf16_at(const uint8_t* p) {
+  uint32_t bits = uint32_t(p[0] | p[1] << 8) << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return flushed(x);
+}
+// TDPBF16PS: even and odd products are summed apart, each step rounded once, and the two sums are added to the element.
+static void dot_bf16(Tile& c, const Tile& a, const Tile& b) {
+  for (int m = 0; m < c.rows; ++m)
+    for (int n = 0; n < 16; ++n) {
+      float even = 0, odd = 0, sum;
+      for (int k = 0; k < a.bytes / 4; ++k) {
+        even = flushed(fmaf(bf16_at(a.data[m] + 4 * k), bf16_at(b.data[k] + 4 * n), even));
+        odd = flushed(fmaf(bf16_at(a.data[m] + 4 * k + 2), bf16_at(b.data[k] + 4 * n + 2), odd));
+      }
+      __builtin_memcpy(&sum, c.data[m] + 4 * n, 4);
+      sum = flushed(flushed(sum) + flushed(even + odd));
+      __builtin_memcpy(c.data[m] + 4 * n, &sum, 4);
+    }
+}
+template <int C, int A, int B> AI void tile_dot_bf16() { dot_bf16(tiles()[C], tiles()[A], tiles()[B]); }

@@ -1,0 +1,78 @@
+"""How fast the kernels multiply one weight type, beside what this machine can do at most.
+
+One token: weights come from memory once, so packed GB/s over the read bandwidth. Many tokens: operations over the peak of the dot product
+that the type is multiplied with. A limit is measured next to each figure, because clocks and neighbours change.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ktx.kernels import cpu
+from ktx.kernels.check import IN_BF16
+from ktx.qtypes import QType
+from ktx.quantize import random_rows
+from ktx.weights.source import QuantizedTensor
+
+COLUMNS, ROWS = 2048, 8192
+STREAM = 1 << 28  # packed bytes that a pass reads: no cache holds them
+
+
+def seconds(call: Callable[[], object], repeat: int) -> float:
+    """Median time of a call, after one that does not count."""
+    call()
+    taken = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:
+    """count x [n, k] of random rows; a few distinct rows are enough, speed does not depend on them."""
+    few = random_rows(qtype, min(n, 64), k)
+    data = few.repeat(-(-n // few.shape[0]), 1)[:n].expand(count, n, -1)
+    scale = torch.ones(count, -(-n // 128), -(-k // 128)) if qtype.name == "F8_E4M3" else None
+    return QuantizedTensor(data, qtype, (count, n, k), scale)
+
+
+def peak(qtype: QType, threads: int) -> float:
+    """GOPS (a multiplication and an addition are two) of the dot product that many tokens of this type are multiplied with."""
+    if not qtype.is_float:
+        return cpu.ops.probe_int8(threads, 0.05)
+    return (cpu.ops.probe_bf16 if qtype.name in IN_BF16 else cpu.ops.probe_fma)(threads, 0.05)
+
+
+def stacked(packed: cpu.Packed, matrices: int) -> cpu.Packed:
+    """The first matrices as one, which they are in memory: each has whole groups of rows."""
+    size = packed.nbytes // packed.matrices * matrices
+    return cpu.Packed(packed.data[:size], packed.qtype, packed.n * matrices, packed.k)
+
+
+def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] = (48, 512)) -> dict[str, float]:
+    """gemv_gb_s and gemv_share of one token, gemm_T_gops and gemm_T_share of T tokens, all on matrices that come from memory."""
+    one = cpu.packed_nbytes(qtype, ROWS, COLUMNS)
+    packed = cpu.pack(matrices(qtype, max(2, STREAM // one), ROWS, COLUMNS))
+    whole, x = stacked(packed, packed.matrices), torch.randn(1, COLUMNS)
+    read = cpu.ops.probe_read(threads, 256)
+    rate = packed.nbytes / seconds(lambda: cpu.linear(x, whole), repeat) / 1e9
+    found = {"gemv_gb_s": rate, "gemv_share": rate / read}
+    for count in tokens:
+        rows = max(1, 512 // count)
+        some = [stacked(packed, 1)] if rows == 1 else _each(packed, min(packed.matrices, rows))
+        many = torch.randn(count, COLUMNS)
+        limit = peak(qtype, threads)
+        taken = seconds(lambda some=some, many=many: [cpu.linear(many, matrix) for matrix in some], repeat)  # type: ignore[misc]
+        rate = 2 * count * ROWS * COLUMNS * len(some) / taken / 1e9
+        found |= {f"gemm_{count}_gops": rate, f"gemm_{count}_share": rate / limit}
+    return found
+
+
+def _each(packed: cpu.Packed, count: int) -> list[cpu.Packed]:
+    size = packed.nbytes // packed.matrices
+    return [cpu.Packed(packed.data[i * size : (i + 1) * size], packed.qtype, packed.n, packed.k) for i in range(count)]
