@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from ktx import demo
 from tests.small_chat import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+DEMO, HELD_OUT = demo.path(), demo.heldout()
 COMMANDS = ("chat", "plan", "doctor", "verify", "bench")
 
 
@@ -67,6 +69,62 @@ def test_doctor():
     lowered = ktx("doctor", "--quick", KTX_ISA="scalar")
     assert "picked" in lowered.stdout and "scalar" in lowered.stdout
     assert "is not known" in ktx("doctor", KTX_ISA="sse9").stderr
+
+
+def test_perplexity_of_a_model_and_of_every_format(tmp_path):
+    text, model = HELD_OUT, DEMO / "model.safetensors"
+    done = ktx(
+        "verify",
+        "--perplexity",
+        text,
+        "--model",
+        DEMO,
+        "--weights",
+        model,
+        "--tokens",
+        "600",
+        "--window",
+        "100",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    alone = json.loads(done.stdout)
+    assert 30 < alone["perplexity"] < 90 and alone["tokens"] == 600 and "kl_divergence" not in alone
+    done = ktx(
+        "verify", "--perplexity", text, "--model", DEMO, "--weights", DEMO / "demo-Q4_K_M.gguf", "--against", model,
+        "--tokens", "600", "--window", "100", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    quantised = json.loads(done.stdout)
+    assert alone["perplexity"] * 0.97 < quantised["perplexity"] < alone["perplexity"] * 1.1
+    assert 1e-3 < quantised["kl_divergence"] < 0.1 and 0.8 < quantised["same_token"] < 1
+
+    done = ktx("verify", "--perplexity", text, "--tokens", "300", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {row["model"]: row for row in map(json.loads, done.stdout.splitlines())}
+    assert {"F32", "BF16", "Q8_0", "Q6_K", "Q4_K", "Q2_K", "IQ4_XS", "MXFP4", "Q4_K_M", "int8", "int4g128"} <= set(rows)
+    assert rows["F32"]["kl_divergence"] < 1e-4 and rows["F32"]["same_token"] == 1
+    by_bits = [rows[name]["kl_divergence"] for name in ("F32", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K")]
+    assert by_bits == sorted(by_bits)
+    assert [round(rows[name]["bits"]) for name in ("F32", "Q8_0", "Q4_0")] == [32, 9, 5]
+
+
+def test_perplexity_says_what_is_wrong(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary").write_bytes(b"abc\xff")
+    for arguments, said in (
+        (["--perplexity", tmp_path / "none"], "No such file"),
+        (["--perplexity", tmp_path / "binary"], "byte 3 is 0xff"),
+        (
+            ["--perplexity", tmp_path / "empty.txt", "--model", DEMO, "--weights", DEMO / "model.safetensors"],
+            "no text to be",
+        ),
+        (["--perplexity", HELD_OUT, "--window", "1"], "at least 2 tokens"),
+        (["--against", "x"], "goes with --perplexity"),
+        (["--perplexity", HELD_OUT, "--against", "x"], "needs --model"),
+    ):
+        done = ktx("verify", *arguments)
+        assert done.returncode and said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_verify_agrees_and_notices_damage(folder, tmp_path):

@@ -6,7 +6,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <climits>
+#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <memory>
@@ -47,13 +49,36 @@ struct Signal {
   }
 };
 
-std::vector<int> allowed_cores() {
+// The lowest logical cpu of the core that a cpu belongs to; itself where the system does not say.
+int first_sibling(int cpu) {
+  char path[96];
+  std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+  int first = cpu;
+  if (FILE* file = std::fopen(path, "re")) {
+    if (std::fscanf(file, "%d", &first) != 1) first = cpu;
+    std::fclose(file);
+  }
+  return first;
+}
+
+struct Cores {
+  std::vector<int> cpus;  // that this process may use, one of each core before the second ones
+  int whole = 0;          // how many cores they are
+};
+Cores allowed_cores() {
+  Cores found;
   cpu_set_t set;
-  std::vector<int> cores;
-  if (sched_getaffinity(0, sizeof set, &set) == 0)
-    for (int i = 0; i < CPU_SETSIZE; ++i)
-      if (CPU_ISSET(i, &set)) cores.push_back(i);
-  return cores;
+  if (sched_getaffinity(0, sizeof set, &set) != 0) return found;
+  std::vector<int> seen, rest;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &set)) continue;
+    const int core = first_sibling(cpu);
+    if (std::find(seen.begin(), seen.end(), core) != seen.end()) rest.push_back(cpu);
+    else seen.push_back(core), found.cpus.push_back(cpu);
+  }
+  found.whole = int(seen.size());
+  found.cpus.insert(found.cpus.end(), rest.begin(), rest.end());
+  return found;
 }
 
 thread_local bool inside = false;
@@ -61,7 +86,7 @@ thread_local bool inside = false;
 class Team {
  public:
   explicit Team(int size) : size(size), pid(getpid()) {
-    const std::vector<int> cores = allowed_cores();
+    const std::vector<int> cores = allowed_cores().cpus;
     for (int member = 1; member < size; ++member) {
       workers.emplace_back([this, member] { work(member); });
       if (size <= int(cores.size())) pin(workers.back(), cores[member]);
@@ -136,8 +161,7 @@ int wanted() {
     const int n = std::atoi(text);
     if (n >= 1 && n <= 1024) return n;
   }
-  const int cores = int(allowed_cores().size());
-  return cores > 0 ? cores : 1;
+  return std::max(1, allowed_cores().whole);
 }
 
 std::mutex team_mutex;

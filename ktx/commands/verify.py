@@ -7,28 +7,55 @@ import json
 from typing import Any
 
 from ktx.commands.arguments import flag, load_options, model_options, positive, require_model
+from ktx.errors import UsageError
 
-SUMMARY = "compare layer by layer with transformers on the dequantised weights"
-BOUND_FLOAT, BOUND_QUANTISED = 1e-3, 0.03
+SUMMARY = "compare layer by layer with transformers on the dequantised weights, or measure perplexity"
+BOUND_FLOAT, BOUND_BF16, BOUND_QUANTISED = 1e-3, 1e-2, 0.03
+TOKENS = 64
 TEXT = "The quick brown fox jumps over the lazy dog. A rule file names modules and what replaces them."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     parser.add_argument("--prompt", metavar="TEXT", default=TEXT, help="text that is run through the model")
-    parser.add_argument("--tokens", type=positive, default=64, metavar="N", help="most tokens of it (default 64)")
+    parser.add_argument(
+        "--tokens",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="most tokens of it (default 64; of a --perplexity text all)",
+    )
+    parser.add_argument(
+        "--perplexity",
+        metavar="FILE",
+        help="how well FILE's text is predicted; without a model: by the demo model in every format that can be made here",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="PATH",
+        help="with --perplexity: other weights of the model, to measure the KL divergence from",
+    )
+    parser.add_argument(
+        "--window", type=positive, default=512, metavar="N", help="tokens predicted at once (default 512)"
+    )
     flag(parser, "--json", help="one JSON object a line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """One line a layer, then the logits; exit status 1 when an error is over its bound."""
+    """One line a layer, then the logits; exit status 1 when an error is over its bound. With --perplexity, that instead."""
+    if args.perplexity:
+        from ktx.commands import perplexity
+
+        return perplexity.run(args)
+    if args.against:
+        raise UsageError("--against goes with --perplexity FILE")
     require_model(args)
     import torch
 
     import ktx
 
     model, tokenizer = ktx.load(args.model, args.weights, args.rules, **load_options(args))
-    ids = torch.tensor([tokenizer(args.prompt)["input_ids"][: args.tokens]])
+    ids = torch.tensor([tokenizer(args.prompt)["input_ids"][: args.tokens or TOKENS]])
     rows, summary = compare(model, args, ids)
     if args.json:
         for row in [*rows, summary]:
@@ -42,13 +69,17 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
     """Per layer: error on the same input, and error piled up since the first layer; then KL divergence and top-1 of the logits."""
     import torch
 
+    from ktx.kernels.check import IN_BF16, in_bf16
     from ktx.weights.source import open_weights
 
     source = open_weights(args.weights or args.model, model.config)
     taken = _record(model, ids)
     reference = _Reference(model, source, args)
-    exact = all(spec.qtype.is_float for step in model.ktx.plan for spec in step.specs)
-    bound = BOUND_FLOAT if exact else BOUND_QUANTISED
+    matrices = {spec.qtype for step in model.ktx.plan for spec in step.specs if len(spec.shape) > 1}
+    rounded = in_bf16() and any(qtype.name in IN_BF16 for qtype in matrices)
+    made = {args.dtype, args.moe_dtype} - {None, "auto"}
+    exact = all(qtype.is_float for qtype in matrices) and not made
+    bound = BOUND_QUANTISED if not exact else BOUND_BF16 if rounded else BOUND_FLOAT
     rows: list[dict[str, Any]] = []
     stream = reference.embed(ids)
     rows.append(

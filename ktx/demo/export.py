@@ -20,6 +20,7 @@ from ktx.qtypes import QTYPES
 State = dict[str, torch.Tensor]
 FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # llama-quantize, for rows that are not multiples of 256
 FILE_TYPE = {"BF16": 32, "Q8_0": 7, "Q4_K_M": 15}
+GUESSED = 1024  # what llama.cpp calls a file whose mix has no name
 
 
 def deepseek_names(state: State, layers: int) -> State:
@@ -104,7 +105,7 @@ def pick_type(name: str, value: torch.Tensor, mix: str, layers: int) -> str:
     if value.dim() == 1 or "ffn_gate_inp" in name:
         return "F32"
     if mix != "Q4_K_M":
-        return mix
+        return mix if value.shape[-1] % QTYPES[mix].block == 0 else "Q8_0"
     sensitive = "ffn_down" in name or "attn_v_b" in name
     better = name == "output.weight" or (sensitive and more_bits(int(name.split(".")[1]), layers))
     picked = "Q6_K" if better else "Q4_K"
@@ -119,7 +120,7 @@ def add_architecture(writer: Any, config: dict[str, Any], mix: str) -> None:
     writer.add_name("ktx demo")
     writer.add_license("apache-2.0")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(FILE_TYPE[mix])
+    writer.add_file_type(FILE_TYPE.get(mix, GUESSED))
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -171,7 +172,7 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
 
 
 def write_gguf(folder: Path, file: Path, mix: str) -> None:
-    """The folder's model as one GGUF; ``mix`` is Q4_K_M, Q8_0 or BF16."""
+    """The folder's model as one GGUF; ``mix`` is Q4_K_M or a type for all matrices."""
     import gguf
 
     state, config = read_folder(folder)
