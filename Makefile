@@ -16,13 +16,13 @@ help:                 ## show this list
 chat: $(VENV)/.ktx    ## talk to the bundled demo model (or: make chat ARGS="--model_path DIR --gguf_path FILE")
 	@$(PY) -m ktx.local_chat $(ARGS)
 
-test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avx512vnni|avx512vbmi chooses the kernels)
+test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avxvnni|avx512vnni|... chooses the kernels)
 	$(PY) -m pytest $(TESTS)
 
 test-oldest: $(VENV)/.oldest  ## the whole suite on the oldest transformers we support
 	PYTHONPATH=$(VENV)/transformers-5.17:. $(PY) -m pytest $(TESTS)
 
-cpu-check: $(VENV)/.dev   ## every weight type on every instruction set of this CPU, with its error
+cpu-check: $(VENV)/.dev   ## every weight type on every instruction set of this CPU: error, speed, share of the peak
 	$(PY) -m ktx.kernels.check
 
 gpu-check: $(VENV)/.dev   ## what a machine with a CUDA GPU has to show (under ten minutes)

@@ -13,6 +13,7 @@ import ktx
 import ktx.loading
 import ktx.rules
 from ktx.errors import BadFile, DoesNotFit, UsageError
+from ktx.kernels.check import in_bf16
 from ktx.ops.base import register
 from ktx.ops.experts import Experts
 from tests.gguf_writer import write_gguf
@@ -239,7 +240,7 @@ def test_block_fp8_safetensors(tmp_path):
         else:
             tensors[name] = tensor.clone()
     save_file(tensors, tmp_path / "model.safetensors")
-    assert (logits(load(tmp_path, tmp_path)) - logits(model)).abs().max() < 1e-4
+    assert (logits(load(tmp_path, tmp_path)) - logits(model)).abs().max() < (2e-2 if in_bf16() else 1e-4)
 
 
 def test_kimi_k2_is_deepseek_v3_without_remote_code(tmp_path):

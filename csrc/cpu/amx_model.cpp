@@ -9,6 +9,7 @@
 #include "numbers.h"
 
 #define AI inline __attribute__((always_inline))
+#define KTX_LOOPED  // a lane is a loop
 #define KTX_TILES
 #define KTX_UNROLL  // a lane of the model is a loop: sixteen vectors of them side by side take the compiler minutes
 #define KTX_BF16

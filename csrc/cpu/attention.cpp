@@ -1,7 +1,7 @@
 // An item of work is (sequence, key/value head, block of queries, part of the keys): the queries of all heads that share the
 // key/value head make one block, so a key is converted to f32 once for all of them. When there are too few items for the team (one
 // token on a long context), the keys are cut into parts whose partial softmaxes are merged at the end. Keys and values kept in half precision are
-// multiplied in bf16 where the machine can and enough rows share them.
+// multiplied in bf16 where the machine can.
 #include "attention.h"
 
 #include <math.h>
@@ -18,7 +18,6 @@
 namespace ktx {
 namespace {
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-constexpr int64_t SHARED_BY = 8;  // rows from which bf16 pays: its lanes are rows
 thread_local Scratch shared_scratch, member_scratch;
 
 const AttentionKernels& attention_kernels() {
@@ -254,7 +253,7 @@ void attention(const AttentionCall& c) {
   const AttentionKernels& kernels = attention_kernels();
   const int64_t shared_by = c.heads / c.kv_heads;
   const bool in_half = c.k.type != Number::F32 && c.v.type != Number::F32 && (!c.dr || c.k_rope.type != Number::F32) && c.dk % 2 == 0 && c.dr % 2 == 0 && c.dv % 32 == 0;
-  const PairKernels* pairs = in_half && shared_by * c.queries >= SHARED_BY ? kernels.pairs : nullptr;
+  const PairKernels* pairs = in_half ? kernels.pairs : nullptr;
   const int64_t most = pairs ? ROWS : SINGLE;
   int64_t split = (shared_by + most - 1) / most;  // more heads on one key/value head than a block holds: several blocks
   while (shared_by % split) ++split;

@@ -4,12 +4,15 @@
 
 // q f32 [rows][d] -> [d/2][lanes*16] pairs; lanes past `rows` are zero
 static void pair_queries(const float* q, int rows, int d, int lanes, uint32_t* to) {
-  for (int i = 0; i < d; i += 2)
-    for (int l = 0; l < lanes; ++l) {
-      float even[16] = {}, odd[16] = {};
-      const int count = rows - l * 16 < 16 ? rows - l * 16 : 16;
-      for (int r = 0; r < count; ++r) even[r] = q[(l * 16 + r) * d + i], odd[r] = q[(l * 16 + r) * d + i + 1];
-      store(to + (i / 2 * lanes + l) * 16, paired(loadf(even), loadf(odd)));
+  __builtin_memset(to, 0, size_t(d / 2) * lanes * 64);
+  for (int r = 0; r < rows; ++r, q += d)
+    for (int i = 0; i < d; i += 32) {
+      float columns[32] = {};
+      uint32_t words[16];
+      const int count = d - i < 32 ? d - i : 32;
+      __builtin_memcpy(columns, q + i, size_t(count) * 4);
+      store(words, bf16_pairs(loadf(columns), loadf(columns + 16)));
+      for (int j = 0; j < count / 2; ++j) to[(i / 2 + j) * lanes * 16 + r] = words[j];
     }
 }
 

@@ -143,6 +143,8 @@ struct KScales {
   }
 };
 
+AI V moved(V word, int from, int to) { return from > to ? shr(word, from - to) : shl(word, to - from); }
+
 struct DQ4_K : Usual {  // words: 32 of codes, 3 of scales
   KTX_FORMAT(Q4_K, 256, 32, false, 0, true)
   struct Head { F d, dmin; KScales scales; };
@@ -159,10 +161,7 @@ struct DQ5_K : Usual {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(40), b.word(41), b.word(42)}}; }
   AI static void part(const Head& h, const Block& b, int s, V* w, F& scale, F& minimum) {
     scale = mulf(h.d, to_float(h.scales.scale(s))), minimum = mulf(h.dmin, to_float(h.scales.minimum(s)));
-    for (int i = 0; i < 8; ++i) {
-      const V fifth = and_(shr(b.word(32 + i), s), set8(1));
-      w[i] = or_(nibbles(b.word(s / 2 * 8 + i), s % 2), shl(fifth, 4));
-    }
+    for (int i = 0; i < 8; ++i) w[i] = with_bits(nibbles(b.word(s / 2 * 8 + i), s % 2), moved(b.word(32 + i), s, 4), set8(16));
   }
 };
 
@@ -175,8 +174,7 @@ struct DQ6_K : Usual {  // words: 32 of low nibbles, 16 of high pairs, 4 of sign
     const int half = s / 8, g = (s % 8) / 2, part = s % 2;
     for (int i = 0; i < 4; ++i) {
       const V low = nibbles(b.word(half * 16 + (g & 1) * 8 + part * 4 + i), g >> 1);
-      const V high = and_(shr(b.word(32 + half * 8 + part * 4 + i), 2 * g), set8(3));
-      w[i] = or_(low, shl(high, 4));
+      w[i] = with_bits(low, moved(b.word(32 + half * 8 + part * 4 + i), 2 * g, 4), set8(48));
     }
   }
 };

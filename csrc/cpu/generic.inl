@@ -62,8 +62,7 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
   for (int64_t i = 0; i < blocks; ++i) {
     ahead.page(b.words);
     const typename D::Head head = D::head(b);
-#pragma GCC unroll 2
-    for (int u = 0; u < R::UNITS; ++u) {
+    const auto unit = [&](int u) __attribute__((always_inline)) {
       ahead.lines(b.words + u * (words / R::UNITS), int64_t(words / R::UNITS));
       V w[8];
       F scale[R::PARTS], minimum[R::PARTS];
@@ -84,6 +83,16 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
           for (int p = 0; p < R::PARTS; ++p) total[t] = fnma(minimum[p], broadcastf(parts + p * T + t), total[t]);
       }
       q += 32 * T, sums += R::PARTS * T, parts += R::PARTS * T, scales += T;
+    };
+#ifndef KTX_LOOPED  // where a lane is a loop, GCC 12 drops stores of the unrolled units
+    if (T == 1) {  // shifts by numbers that are known: a token alone leaves the multiplier idle, decoding is what takes time
+#pragma GCC unroll 8
+      for (int u = 0; u < R::UNITS; ++u) unit(u);
+    } else
+#endif
+    {
+#pragma GCC unroll 2
+      for (int u = 0; u < R::UNITS; ++u) unit(u);
     }
     b.n0 += narrow, b.n1 += narrow, b.words += words;
   }
@@ -274,11 +283,29 @@ struct LBF16 {
   enum { BYTES = 2, IN_BF16 = true };
   static constexpr float STEP = 1;
   AI static void pair(const uint8_t* p, F& a, F& b) { a = as_float(shl(load_u16(p), 16)), b = as_float(shl(load_u16(p + 32), 16)); }
+#ifdef KTX_BF16
+  AI static Pairs pairs(const uint8_t* p) { return columns_paired(p); }
+  AI static void four(const uint8_t* p, Pairs& a, Pairs& b) { a = columns_paired(p), b = columns_paired(p + 64); }
+#endif
 };
 struct LF8 {  // e4m3 as the f16 with the same bits in its upper byte, less one place of exponent: 2^8 mends the bias (subnormals too)
   enum { BYTES = 1, IN_BF16 = true };
   static constexpr float STEP = 256;
   AI static void pair(const uint8_t* p, F& a, F& b) { e4m3_as_f16(p, a, b); }
+#ifdef KTX_BF16
+  AI static Pairs pairs(const uint8_t* p) {
+    F a, b;
+    pair(p, a, b);
+    return (Pairs)paired(a, b);
+  }
+  AI static void four(const uint8_t* p, Pairs& a, Pairs& b) {
+#ifdef KTX_VBMI
+    e4m3_pairs(p, a, b);
+#else
+    a = pairs(p), b = pairs(p + 32);
+#endif
+  }
+#endif
 };
 
 // The last of an odd number of columns, without reading past it.
@@ -393,15 +420,50 @@ static void multiply_float_many(const uint8_t* packed, size_t group, const Token
 // `columns` of a group as pairs of bf16, the 16 rows of a pair `step` words after those before.
 template <class L> AI void expand_pairs(const uint8_t* here, int columns, uint32_t* w, int step, const Ahead& ahead) {
   ahead.lines(here, columns * 16 * L::BYTES);
-  for (int i = 0; i < columns; i += 2, w += step, here += 32 * L::BYTES) {
-    F a, b;
-    L::pair(here, a, b);
-    store(w, paired(a, b));
+  int i = 0;
+  for (; i + 4 <= columns; i += 4, w += 2 * step, here += 64 * L::BYTES) {
+    Pairs a, b;
+    L::four(here, a, b);
+    store_pairs(w, a), store_pairs(w + step, b);
   }
+  if (i < columns) store_pairs(w, L::pairs(here));
+}
+
+// One tile of tokens: pairs are made in registers.
+template <class L, int T>
+static void multiply_pair_few(const uint8_t* group, int64_t k, const uint32_t* x, float* out, const Ahead& ahead) {
+  F total[T];
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) total[t] = zero();
+  for (int64_t from = 0; from < k; from += FLOAT_SPAN) {
+    const int64_t to = from + FLOAT_SPAN < k ? from + FLOAT_SPAN : k;
+    ahead.page(group + from * 16 * L::BYTES);
+    ahead.lines(group + from * 16 * L::BYTES, (to - from) * 16 * L::BYTES);
+    F sum[T], other[T];
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) sum[t] = other[t] = zero();
+    int64_t i = from;
+    for (; i + 4 <= to; i += 4) {  // two chains: one would wait for itself
+      Pairs a, b;
+      L::four(group + i * 16 * L::BYTES, a, b);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a), other[t] = dot_pairs(other[t], x + (i / 2 + 1) * T + t, b);
+    }
+    if (i < to) {
+      const Pairs a = L::pairs(group + i * 16 * L::BYTES);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a);
+    }
+    const F scale = float_scale<L>(group, k, from);
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) total[t] = fma(addf(sum[t], other[t]), scale, total[t]);
+  }
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
 }
 
 #ifndef KTX_TILES
-// The same in bf16: weights lose nothing, activations what rounding to eight bits takes (0.1 %), sums are f32.
+// Many tokens in bf16: weights lose nothing, activations what rounding to eight bits takes (0.1 %), sums are f32.
 template <int R, int T> static void multiply_pair_tile(const uint32_t* w, int pairs, const uint32_t* x, const F* scale, float* out, size_t stride) {
   F total[R * T];
 #pragma GCC unroll 12
@@ -460,9 +522,18 @@ static void multiply_pair_many(const uint8_t* packed, size_t group, const Tokens
 template <class L, int R>
 static void multiply_float_groups(const uint8_t* packed, size_t group, const Tokens& x, float* out, uint8_t* work, const Ahead& ahead) {
 #if defined(KTX_BF16) && !defined(KTX_TILES)
-  if (L::IN_BF16 && x.pair) return multiply_pair_many<L, R>(packed, group, x, out, reinterpret_cast<uint32_t*>(work), ahead);
+  if constexpr (L::IN_BF16)
+    if (x.pair) return multiply_pair_many<L, R>(packed, group, x, out, reinterpret_cast<uint32_t*>(work), ahead);
 #endif
   multiply_float_many<L, R>(packed, group, x, out, reinterpret_cast<float*>(work), ahead);
+}
+
+template <class L, int T> AI void multiply_few_floats(const uint8_t* packed, const Tokens& x, float* out, const Ahead& ahead) {
+#ifdef KTX_BF16
+  if constexpr (L::IN_BF16)
+    if (x.pair) return multiply_pair_few<L, T>(packed, x.k, x.pair, out, ahead);
+#endif
+  multiply_float_few<L, T>(packed, x.k, x.f, out, ahead);
 }
 
 template <class L>
@@ -473,20 +544,21 @@ static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, 
   if (x.tiles == 1 && x.n <= FLOAT_TILE) {
     for (; g < groups; ++g, packed += group, out += stride) {
       switch (x.n) {
-        case 1: multiply_float_few<L, 1>(packed, x.k, x.f, out, ahead); break;
-        case 2: multiply_float_few<L, 2>(packed, x.k, x.f, out, ahead); break;
+        case 1: multiply_few_floats<L, 1>(packed, x, out, ahead); break;
+        case 2: multiply_few_floats<L, 2>(packed, x, out, ahead); break;
 #if KTX_TILE >= 6
-        case 3: multiply_float_few<L, 3>(packed, x.k, x.f, out, ahead); break;
-        case 4: multiply_float_few<L, 4>(packed, x.k, x.f, out, ahead); break;
-        case 5: multiply_float_few<L, 5>(packed, x.k, x.f, out, ahead); break;
-        case 6: multiply_float_few<L, 6>(packed, x.k, x.f, out, ahead); break;
+        case 3: multiply_few_floats<L, 3>(packed, x, out, ahead); break;
+        case 4: multiply_few_floats<L, 4>(packed, x, out, ahead); break;
+        case 5: multiply_few_floats<L, 5>(packed, x, out, ahead); break;
+        case 6: multiply_few_floats<L, 6>(packed, x, out, ahead); break;
 #endif
       }
     }
     return;
   }
 #ifdef KTX_TILES
-  if (L::IN_BF16 && x.pair) return multiply_bf16_tiles<L>(l, packed, groups, x, out, work, ahead);
+  if constexpr (L::IN_BF16)
+    if (x.pair) return multiply_bf16_tiles<L>(l, packed, groups, x, out, work, ahead);
 #endif
 #if KTX_TILE >= 6
   for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) multiply_float_groups<L, 2>(packed, group, x, out, work, ahead);
@@ -651,12 +723,15 @@ static void place_floats(const float* x, const Tokens& to, int token, int64_t fr
   const int tile = tile_of(to, token), first = to.start(tile), T = to.start(tile + 1) - first;
   float* f = to.f + first * to.k + from * T + token - first;
   for (int64_t i = 0; i < length; ++i) f[i * T] = x[i];
-#if defined(KTX_TILES)
+#ifdef KTX_BF16
   if (!to.pair) return;
-  uint32_t* pair = to.pair + first * (to.k / 2) + from / 2 * T + (token - first) * 16;
-  for (int64_t i = 0; i < length; i += 32) store(pair + i / 2 * T, bf16_pairs(loadf(x + i), loadf(x + i + 16)));
-#elif defined(KTX_BF16)
-  if (!to.pair) return;
+#ifdef KTX_TILES
+  if (to.n > FLOAT_TILE) {
+    uint32_t* rows = to.pair + first * (to.k / 2) + from / 2 * T + (token - first) * 16;
+    for (int64_t i = 0; i < length; i += 32) store(rows + i / 2 * T, bf16_pairs(loadf(x + i), loadf(x + i + 16)));
+    return;
+  }
+#endif
   uint32_t* pair = to.pair + first * (to.k / 2) + from / 2 * T + token - first;
   for (int64_t i = 0; i < length; i += 32) {
     float columns[32] = {};

@@ -9,6 +9,7 @@
 #include "layout.h"
 
 #define AI inline __attribute__((always_inline))
+#define KTX_LOOPED  // a lane is a loop
 #define KTX_TILE 2
 #define KTX_FEW 2
 

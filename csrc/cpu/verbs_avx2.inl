@@ -32,6 +32,7 @@ KTX_V2(mul16, _mm256_mullo_epi16)
 KTX_V2(sub8, _mm256_sub_epi8)
 KTX_V2(add8, _mm256_add_epi8)
 KTX_V2(equal8, _mm256_cmpeq_epi8)
+AI V with_bits(V a, V b, V mask) { return or_(a, and_(b, mask)); }
 AI V table16(const int8_t* table, V index) {
   const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};

@@ -25,6 +25,7 @@ AI V mul16(V a, V b) { return _mm512_mullo_epi16(a, b); }
 AI V sub8(V a, V b) { return _mm512_sub_epi8(a, b); }
 AI V add8(V a, V b) { return _mm512_add_epi8(a, b); }
 AI V equal8(V a, V b) { return _mm512_movm_epi8(_mm512_cmpeq_epi8_mask(a, b)); }
+AI V with_bits(V a, V b, V mask) { return _mm512_ternarylogic_epi32(a, b, mask, 0xf8); }  // a | b & mask
 AI V table16(const int8_t* table, V index) {  // index: bytes 0..15
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), index);
 }
@@ -139,11 +140,42 @@ template <bool SIGNED> AI V dot(V acc, V weights, V x) { return dot(acc, weights
 typedef __m512bh Pairs;
 AI F dot_pairs(F acc, const void* word, Pairs b) { return _mm512_dpbf16_ps(acc, (Pairs)broadcast(word), b); }
 AI Pairs load_pairs(const void* p) { return (Pairs)load(p); }
+AI void store_pairs(void* p, Pairs v) { store(p, (V)v); }
 AI V bf16_pairs(F first, F second) { return (V)_mm512_cvtne2ps_pbh(second, first); }  // 32 columns, two a lane
+AI V zipped(V halves) {  // 16-bit words of the lower and the upper half in turns
+  return _mm512_permutexvar_epi16(_mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008, 0x170007, 0x160006,
+                                                   0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000), halves);
+}
 AI V paired(F even, F odd) {  // bf16 of even in the lower, of odd in the upper halves
-  const V both = bf16_pairs(even, odd);
-  const V order = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008,
-                                   0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
-  return _mm512_permutexvar_epi16(order, both);
+  return zipped(bf16_pairs(even, odd));
+}
+AI Pairs columns_paired(const void* p) { return (Pairs)zipped(load(p)); }  // two columns of 16 bf16, one after the other
+
+// The bytes of the bf16 that are 2^-8 of e4m3 codes 0 to 127.
+struct E4m3Bytes {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr E4m3Bytes() : low{}, high{} {
+    for (int code = 0; code < 128; ++code) {
+      const int exponent = code >> 3, mantissa = code & 7;
+      uint32_t bits = uint32_t(exponent - 7 - 8 + 127) << 7 | uint32_t(mantissa) << 4;
+      if (code == 127) bits = 0x7fc0;  // not a number
+      else if (!exponent) {            // subnormal: mantissa * 2^-9
+        int top = 2;
+        while (top >= 0 && !(mantissa >> top & 1)) --top;
+        bits = top < 0 ? 0 : uint32_t(top - 9 - 8 + 127) << 7 | (uint32_t(mantissa) << (7 - top) & 127);
+      }
+      low[code] = uint8_t(bits), high[code] = uint8_t(bits >> 8);
+    }
+  }
+};
+constexpr E4m3Bytes E4M3_BYTES;
+
+AI void e4m3_pairs(const uint8_t* p, Pairs& a, Pairs& b) {  // four columns of 16 codes: two look-ups a byte of bf16
+  const V order = _mm512_set_epi8(63, 47, 62, 46, 61, 45, 60, 44, 31, 15, 30, 14, 29, 13, 28, 12, 59, 43, 58, 42, 57, 41, 56, 40, 27, 11, 26, 10, 25, 9, 24, 8,
+                                  55, 39, 54, 38, 53, 37, 52, 36, 23, 7, 22, 6, 21, 5, 20, 4, 51, 35, 50, 34, 49, 33, 48, 32, 19, 3, 18, 2, 17, 1, 16, 0);
+  const V codes = _mm512_permutexvar_epi8(order, load(p));
+  const V low = _mm512_permutex2var_epi8(load(E4M3_BYTES.low), codes, load(E4M3_BYTES.low + 64));
+  const V high = with_bits(_mm512_permutex2var_epi8(load(E4M3_BYTES.high), codes, load(E4M3_BYTES.high + 64)), codes, set8(0x80));
+  a = (Pairs)_mm512_unpacklo_epi8(low, high), b = (Pairs)_mm512_unpackhi_epi8(low, high);
 }
 #endif

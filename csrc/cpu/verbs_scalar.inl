@@ -31,6 +31,7 @@ KTX_V2(equal8, bytewise(a, b, 2))
 AI V shr(V x, int n) { V r; KTX_LANES r.v[i] = x.v[i] >> n; return r; }
 AI V shl(V x, int n) { V r; KTX_LANES r.v[i] = x.v[i] << n; return r; }
 AI V shr16(V x, int n) { V r; KTX_LANES r.v[i] = ((x.v[i] & 0xffff) >> n) | ((x.v[i] >> 16) >> n) << 16; return r; }
+AI V with_bits(V a, V b, V mask) { return or_(a, and_(b, mask)); }  // a | b & mask
 AI V table16(const int8_t* table, V x) {
   V r;
   KTX_LANES {
@@ -154,6 +155,28 @@ AI uint32_t bf16_bits(float x) {
   if (!(bits & 0x7f800000u)) return bits >> 31 << 15;
   if ((bits & 0x7fffffffu) > 0x7f800000u) return bits >> 16 | 0x40u;  // NaN
   return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+}
+typedef V Pairs;
+AI void store_pairs(void* p, Pairs v) { store(p, v); }
+AI float of_bf16(uint32_t bits) {
+  float x;
+  bits <<= 16;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+AI F dot_pairs(F acc, const void* word, Pairs b) {
+  uint32_t a;
+  __builtin_memcpy(&a, word, 4);
+  F r;
+  KTX_LANES r.v[i] = acc.v[i] + of_bf16(a & 0xffff) * of_bf16(b.v[i] & 0xffff) + of_bf16(a >> 16) * of_bf16(b.v[i] >> 16);
+  return r;
+}
+AI Pairs columns_paired(const void* p) {  // two columns of 16 bf16, one after the other
+  uint16_t columns[32];
+  __builtin_memcpy(columns, p, 64);
+  V r;
+  KTX_LANES r.v[i] = columns[i] | uint32_t(columns[i + 16]) << 16;
+  return r;
 }
 AI V paired(F even, F odd) { V r; KTX_LANES r.v[i] = bf16_bits(even.v[i]) | bf16_bits(odd.v[i]) << 16; return r; }
 AI V bf16_pairs(F first, F second) {  // 32 columns, two a lane

@@ -18,7 +18,6 @@ from typing import Any
 
 from ktx.commands.bench import parts, token_ids
 
-CHUNK = 512  # tokens of a prompt at once
 FRESH = 1024  # MiB of new memory to be written
 CAT_PIECE, CAT_PIECES = 1 << 26, 64  # at most 4 GiB are read for the comparison
 
@@ -137,20 +136,26 @@ def pack_speed(plan: Any, threads: int) -> float:
     return best
 
 
-def forward(model: Any, ids: list[int], step: int, prompt: tuple[int, ...] | list[int] = ()) -> float:
-    """Seconds to run ids through the model, `step` at a time, after a prompt that does not count."""
+def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...] | list[int] = ()) -> float:
+    """Seconds to run ids through the model, `step` at a time (None: as a prompt), after a prompt that does not count."""
     import torch
 
     from ktx.cache.kv import KVCache
+    from ktx.engine.text import piece_of
 
-    cache, tokens = KVCache(model.config), torch.tensor([ids])
+    cache, tokens = KVCache(model.config), torch.tensor([[*prompt, *ids]])
+    start, at = time.perf_counter(), 0
     with torch.inference_mode():
-        for at in range(0, len(prompt), CHUNK):
-            model(input_ids=torch.tensor([prompt[at : at + CHUNK]]), past_key_values=cache, logits_to_keep=1)
-        start = time.perf_counter()
-        for at in range(0, len(ids), step):
-            model(input_ids=tokens[:, at : at + step], past_key_values=cache, logits_to_keep=1)
-        return time.perf_counter() - start
+        while at < tokens.shape[1]:
+            before = at < len(prompt)
+            end = min(
+                at + (piece_of(at) if before else step or piece_of(at)), len(prompt) if before else tokens.shape[1]
+            )
+            model(input_ids=tokens[:, at:end], past_key_values=cache, logits_to_keep=1)
+            at = end
+            if at == len(prompt):
+                start = time.perf_counter()
+    return time.perf_counter() - start
 
 
 def measure(model: Any, test: str) -> dict[str, Any]:
@@ -162,7 +167,7 @@ def measure(model: Any, test: str) -> dict[str, Any]:
     limit = ops.probe_int8(threads, 0.1) if kind == "pp" else ops.probe_read(threads, 256)
     ids = token_ids(count, vocabulary)
     before = token_ids(depth if kind == "pp" else depth or 4, vocabulary)
-    rate = count / forward(model, ids, CHUNK if kind == "pp" else 1, before)
+    rate = count / forward(model, ids, None if kind == "pp" else 1, before)
     used = rate * (2 * active_params(model) if kind == "pp" else model.ktx.bytes_per_token) / 1e9
     return {"test": test, "tok_s": rate, "limit": limit, "used": used, "share": used / limit}
 

@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="worker threads (default: usable physical cores)",
     )
     run.add_argument(
-        "--chunk-size", type=positive, default=512, metavar="N", help="prompt tokens computed at once (default 512)"
+        "--chunk-size",
+        type=positive,
+        metavar="N",
+        help="prompt tokens computed at once (default 512, after a long past up to 2048)",
     )
     run.add_argument(
         "--max-context",

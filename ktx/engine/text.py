@@ -14,6 +14,16 @@ from ktx.engine.stream import Detokeniser, Router, Text
 from ktx.errors import UsageError
 
 FALLBACK_CONTEXT = 1 << 15
+PIECE, LONGEST_PIECE = 512, 2048  # tokens of a prompt computed at once
+
+
+def piece_of(past: int, chunk_size: int | None = None) -> int:
+    """How many tokens of a prompt to compute at once after `past` others.
+
+    What a piece does once for its whole past, such as expanding MLA's latent, is shared by its tokens: after a long past
+    pieces are longer, up to where their activations would need much memory.
+    """
+    return chunk_size or min(LONGEST_PIECE, max(PIECE, past // 4))
 
 
 @dataclass
@@ -55,7 +65,7 @@ class Session:
     model: Any
     tokenizer: Any
     max_context: int | None = None
-    chunk_size: int = 512
+    chunk_size: int | None = None  # None: see piece_of
     cache: Any = None
     ids: list[int] = field(default_factory=list)  # what the cache holds
     cancelled: bool = False
@@ -65,7 +75,7 @@ class Session:
         if self.max_context is not None and self.max_context < 8:
             raise UsageError(f"max_context is {self.max_context}, it must be at least 8")
         self.context = min(self.max_context or limit, limit)
-        if self.chunk_size < 1:
+        if self.chunk_size is not None and self.chunk_size < 1:
             raise UsageError(f"chunk_size is {self.chunk_size}, it must be at least 1")
 
     def cancel(self) -> None:
@@ -129,10 +139,13 @@ class Session:
         """Logits after the prompt; None when cancelled. Only what the cache does not hold yet is computed."""
         stats.cached_tokens = self._reuse(ids)
         logits = None
-        for at in range(stats.cached_tokens, len(ids), self.chunk_size):
+        at = stats.cached_tokens
+        while at < len(ids):
             if self.cancelled:
                 return None
-            logits = self._forward(ids[at : at + self.chunk_size])
+            piece = piece_of(at, self.chunk_size)
+            logits = self._forward(ids[at : at + piece])
+            at += piece
         return logits
 
     def _reuse(self, ids: list[int]) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import ktx
 from ktx.engine.sampling import Sampling
 from ktx.engine.stream import Detokeniser, Router, Text
-from ktx.engine.text import Done, Session
+from ktx.engine.text import Done, Session, piece_of
 from ktx.errors import UsageError
 from tests.small_chat import tokenizer, write_model
 
@@ -111,11 +111,16 @@ def test_a_mark_that_never_completes_is_shown():
 # ---- session
 
 
+def test_pieces_grow_with_the_past():
+    assert [piece_of(past) for past in (0, 2048, 4096, 1 << 20)] == [512, 512, 1024, 2048]
+    assert piece_of(0, 3) == piece_of(1 << 20, 3) == 3
+
+
 def test_cache_reuse_and_chunks_change_nothing(loaded):
     model, tok = loaded
     prompt = tok("A long enough prompt to be cut into several chunks.")["input_ids"]
     whole, done = answer(Session(model, tok), prompt)
-    for chunk in (1, 7, 512):
+    for chunk in (1, 7, 512, None):
         session = Session(model, tok, chunk_size=chunk)
         assert answer(session, prompt)[0] == whole
         longer = prompt + done.ids + tok("And more.")["input_ids"]
