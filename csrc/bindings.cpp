@@ -52,7 +52,7 @@ Tensor empty_packed(int64_t nbytes) {
                                   ScalarType::Byte, [size](void* p) { munmap(p, size); });
 }
 
-void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, int64_t row0, const std::optional<Tensor>& scale) {
+void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, int64_t row0, const Optional& scale) {
   const Layout& layout = layout_of(code, k);
   const int64_t row_bytes = k / layout.block * layout.bytes;
   STD_TORCH_CHECK(src.scalar_type() == ScalarType::Byte && src.dim() == 2 && src.size(1) == row_bytes && src.stride(1) == 1,
@@ -88,7 +88,7 @@ Tensor quantise_rows_(const Tensor& x, int64_t code) {
   return out;
 }
 
-Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const std::optional<Tensor>& bias) {
+Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const Optional& bias) {
   const Layout& layout = layout_of(code, k);
   const uint8_t* data = packed_data(packed, layout, 1, n, k, "packed");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k && x.is_contiguous(), "x must be contiguous with ", k, " columns");
@@ -111,7 +111,7 @@ Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int6
 
 Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& gate, const Tensor& up, const Tensor& down,
                 int64_t gate_code, int64_t up_code, int64_t down_code, int64_t n_experts, int64_t ff,
-                const std::optional<Tensor>& gate_bias, const std::optional<Tensor>& up_bias, const std::optional<Tensor>& down_bias,
+                const Optional& gate_bias, const Optional& up_bias, const Optional& down_bias,
                 std::string act, double alpha, double limit) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be contiguous [tokens, hidden]");
   STD_TORCH_CHECK(n_experts > 0 && ff > 0, "n_experts and ff must be positive");

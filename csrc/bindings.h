@@ -41,16 +41,12 @@ inline const uint8_t* packed_data(const Tensor& packed, const Layout& layout, in
   return static_cast<const uint8_t*>(packed.const_data_ptr());
 }
 
-inline const float* optional_floats(const Optional& t, int64_t count, const char* what) {
-  if (!t) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->is_contiguous() && t->numel() == count, what, " must be ", count, " contiguous float32");
-  return static_cast<const float*>(t->const_data_ptr());
-}
-
 inline const float* floats(const Tensor& t, int64_t count, const char* what) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == count, what, " must be ", count, " contiguous float32");
   return static_cast<const float*>(t.const_data_ptr());
 }
+
+inline const float* optional_floats(const Optional& t, int64_t count, const char* what) { return t ? floats(*t, count, what) : nullptr; }
 
 // A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense.
 inline Strided strided(const Tensor& t, const char* what) {
@@ -104,5 +100,4 @@ inline RouteCall route_style(const std::string& scoring, const std::string& grou
 inline Activation activation(const std::string& name) {
   return named<Activation>(name, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}, {"swiglu_oai", SWIGLU_OAI}}, "activation");
 }
-
 }  // namespace ktx

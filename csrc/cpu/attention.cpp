@@ -112,6 +112,11 @@ struct Work {
     return position < last && t.position == columns ? at(t, batch, head, position) : near;
   }
 
+  // Whether the values are the first columns of the keys' rows.
+  bool latent() const {
+    return c.v.data == c.k.data && c.v.type == c.k.type && c.v.batch == c.k.batch && c.v.head == c.k.head && c.v.position == c.k.position && c.dv <= c.dk;
+  }
+
   struct Room {  // of a member; k has room for eight keys more, and holds bf16 as well as f32, v too
     float *q, *k, *v, *scores;
     uint32_t *pair_q, *shares;
@@ -163,7 +168,7 @@ struct Work {
         for (int64_t g = 0; g < group; ++g) mask_row(batch, kv * group + g, token + t, key, keys, room.scores + (t * group + g) * of_row, of_key);
     };
     const Strided none{};
-    const bool mixed = pairs && c.v.data == c.k.data && c.k_rope.type == c.k.type && lanes <= 2 && c.dk % 32 == 0 && c.dr % 32 == 0 && c.dr;
+    const bool mixed = pairs && latent() && c.k_rope.type == c.k.type && lanes <= 2 && c.dk % 32 == 0 && c.dr % 32 == 0 && c.dr;
     uint16_t* const rows_of_k = reinterpret_cast<uint16_t*>(room.k);
     if (mixed) latent_rows(batch, kv / split, first, last, rows_of_k);
     for (int64_t key = first; key < last; key += KEYS) {
@@ -172,7 +177,7 @@ struct Work {
       if (pairs) {
         int64_t stride = d, v_stride = d;
         const uint16_t *of_k = rows_of_k, *of_v = rows_of_k;
-        if (!mixed) of_k = of_v = half_rows(c.k, c.dk, c.k_rope, c.dr, batch, kv / split, key, keys, rows_of_k, stride);
+        if (!mixed) of_k = half_rows(c.k, c.dk, c.k_rope, c.dr, batch, kv / split, key, keys, rows_of_k, stride);
         for (int j = 0; j < keys; j += 8) {
           float* scores = room.scores + j * lanes * 16;
           if (mixed) {
@@ -185,7 +190,7 @@ struct Work {
         }
         mask(key, keys);
         pairs->soften(room.scores, lanes, rows_here, keys, int(c.dv), state, room.shares);
-        if (c.v.data == c.k.data) v_stride = stride;  // a latent is both
+        if (latent()) v_stride = stride, of_v = of_k;
         else of_v = half_rows(c.v, c.dv, none, 0, batch, kv / split, key, keys, reinterpret_cast<uint16_t*>(room.v), v_stride);
         pairs->gather(room.shares, lanes, of_v, v_stride, rows_here, keys, int(c.dv), state.out);
         continue;

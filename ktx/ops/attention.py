@@ -18,7 +18,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import Matrices, Watch, plain_linear, room_for
+from ktx.ops.fused import Matrices, Watch, plain_linear, room_for, rotary_tables
 from ktx.ops.norm import RMSNorm
 
 NAME = "ktx"
@@ -225,7 +225,7 @@ class Block:
         if layer is None:
             return None
         past = layer.length
-        cos, sin = whole_tables(position_embeddings, own.half_tables)
+        cos, sin = rotary_tables(position_embeddings, own.half_tables)
         ranges, matrix = split_mask(attention_mask, past + new)
         layer.reserve(new)
         return cpu.ops.gqa_block(
@@ -245,16 +245,6 @@ class Block:
             self.sinks,
             self.numbers,
         )
-
-
-def whole_tables(embeddings: tuple[torch.Tensor, torch.Tensor], halved: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin f32 [B, S, turned]; `halved`: they come without their second half, which is as the first."""
-    cos, sin = embeddings
-    known = getattr(cos, "ktx_tables", None)  # one pair serves all layers of a forward
-    if known is None:
-        known = tuple((torch.cat([part, part], -1) if halved else part).float().contiguous() for part in (cos, sin))
-        cos.ktx_tables = known  # type: ignore[attr-defined]
-    return known
 
 
 class StoredAs:

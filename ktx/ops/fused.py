@@ -67,3 +67,18 @@ def room_for(
     if layer is None or not layer.fits(hidden.shape[0], heads, columns, kv_dtype or hidden.dtype):
         return None
     return layer
+
+
+def rotary_tables(embeddings: Any, halved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin f32 [B, S, turned] from transformers' pair, or from deepseek_v2's complex [B, S, turned / 2].
+
+    `halved`: the pair comes without its second half, which is as the first.
+    """
+    whole = isinstance(embeddings, torch.Tensor)
+    owner, parts = (embeddings, (embeddings.real, embeddings.imag)) if whole else (embeddings[0], embeddings)
+    known = getattr(owner, "ktx_tables", None)  # one pair serves all layers of a forward
+    if known is None:
+        twice = whole or halved
+        known = tuple((torch.cat([part, part], -1) if twice else part).float().contiguous() for part in parts)
+        owner.ktx_tables = known
+    return known

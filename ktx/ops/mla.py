@@ -15,7 +15,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops.attention import split_mask
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import Matrices, Watch, plain_linear, room_for
+from ktx.ops.fused import Matrices, Watch, plain_linear, room_for, rotary_tables
 from ktx.ops.norm import RMSNorm
 from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -280,14 +280,3 @@ def _kept(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
     return QuantizedTensor(
         half.contiguous().view(torch.uint8).reshape(*half.shape[:-1], -1), QTYPES["F16"], weight.shape
     )
-
-
-def rotary_tables(embeddings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin f32 [B, S, rope] from transformers' pair, or from deepseek_v2's complex [B, S, rope / 2]."""
-    if not isinstance(embeddings, torch.Tensor):
-        return embeddings[0].float().contiguous(), embeddings[1].float().contiguous()
-    known = getattr(embeddings, "ktx_tables", None)  # one tensor serves all layers of a forward
-    if known is None:
-        known = tuple(torch.cat([part, part], -1).float().contiguous() for part in (embeddings.real, embeddings.imag))
-        embeddings.ktx_tables = known  # type: ignore[attr-defined]
-    return known

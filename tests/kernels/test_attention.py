@@ -128,6 +128,15 @@ def test_columns_from_two_sources_are_one_row(dtype):
         cpu.attention(*args, q_rope=q[..., 32:], k_rope=shared[:, :, :80])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_begin_where_keys_do(dtype):
+    """Only values with the keys' own strides are their first columns."""
+    room, q = torch.randn(1, 1, 40, 64).to(dtype), torch.randn(1, 16, 1, 64)
+    for v in (room[:, :, :20, :32], room.as_strided((1, 1, 20, 32), (2560, 2560, 32, 1))):
+        got = cpu.attention(q, room[:, :, :20], v, None, None, 0.125)
+        torch.testing.assert_close(got, cpu.attention(q, room[:, :, :20].clone(), v.clone(), None, None, 0.125))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_what_no_query_sees_does_not_matter(dtype):
     """The end of a static cache may hold anything."""
