@@ -20,18 +20,10 @@ import torch  # noqa: E402
 from ktx.commands.bench import stamp  # noqa: E402
 from ktx.hardware import default_threads  # noqa: E402
 from ktx.kernels import cpu  # noqa: E402
-from ktx.kernels.speed import STREAM, matrices, peak, seconds  # noqa: E402
+from ktx.kernels.speed import STREAM, matrices, peak, seconds, split  # noqa: E402
 from ktx.qtypes import QTYPES, QType  # noqa: E402
 
 HIDDEN, WIDTH, TOP, TOKENS = 2048, 1024, 8, 512
-
-
-def split(packed: cpu.Packed) -> list[cpu.Packed]:
-    size = packed.nbytes // packed.matrices
-    return [
-        cpu.Packed(packed.data[i * size : (i + 1) * size], packed.qtype, packed.n, packed.k)
-        for i in range(packed.matrices)
-    ]
 
 
 def measure(qtype: QType, threads: int, repeat: int) -> dict[str, float]:

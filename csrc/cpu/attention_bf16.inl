@@ -1,5 +1,5 @@
-// Attention in bf16 with f32 sums, for keys and values that are kept in half precision and shared by many rows (queries times heads).
-// A lane is a row: scores come out as [key][row], so that neither products nor softmax add lanes up. A 32-bit word is a pair of columns
+// Attention in bf16 with f32 sums, for keys and values that are kept in half precision.
+// A lane is a row (a query of a head): scores come out as [key][row], so that neither products nor softmax add lanes up. A 32-bit word is a pair of columns
 // (of keys) or a pair of keys (of values), what one step of vdpbf16ps multiplies and adds.
 
 // q f32 [rows][d] -> [d/2][lanes*16] pairs; lanes past `rows` are zero

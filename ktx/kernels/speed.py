@@ -48,17 +48,25 @@ def peak(qtype: QType, threads: int) -> float:
     return (cpu.ops.probe_bf16 if qtype.name in IN_BF16 else cpu.ops.probe_fma)(threads, 0.05)
 
 
-def stacked(packed: cpu.Packed, matrices: int) -> cpu.Packed:
-    """The first matrices as one, which they are in memory: each has whole groups of rows."""
-    size = packed.nbytes // packed.matrices * matrices
-    return cpu.Packed(packed.data[:size], packed.qtype, packed.n * matrices, packed.k)
+def split(packed: cpu.Packed, count: int | None = None) -> list[cpu.Packed]:
+    """Each of the first `count` matrices (default: all) for itself."""
+    size = packed.nbytes // packed.matrices
+    return [
+        cpu.Packed(packed.data[i * size : (i + 1) * size], packed.qtype, packed.n, packed.k)
+        for i in range(packed.matrices if count is None else count)
+    ]
+
+
+def stacked(packed: cpu.Packed) -> cpu.Packed:
+    """All matrices as one, which they are in memory: each has whole groups of rows."""
+    return cpu.Packed(packed.data, packed.qtype, packed.n * packed.matrices, packed.k)
 
 
 def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] = (48, 512)) -> dict[str, float]:
     """gemv_gb_s and gemv_share of one token, gemm_T_gops and gemm_T_share of T tokens, all on matrices that come from memory."""
     one = cpu.packed_nbytes(qtype, ROWS, COLUMNS)
     packed = cpu.pack(matrices(qtype, max(2, STREAM // one), ROWS, COLUMNS))
-    whole, x = stacked(packed, packed.matrices), torch.randn(1, COLUMNS)
+    whole, x = stacked(packed), torch.randn(1, COLUMNS)
     turns = []
     for _ in range(repeat):  # in turns: a machine's memory may be faster a moment later
         read = cpu.ops.probe_read(threads, 128)
@@ -67,16 +75,10 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
     share, rate = statistics.median_low(turns)
     found = {"gemv_gb_s": rate, "gemv_share": share}
     for count in tokens:
-        rows = max(1, 512 // count)
-        some = [stacked(packed, 1)] if rows == 1 else _each(packed, min(packed.matrices, rows))
+        some = split(packed, min(packed.matrices, max(1, 512 // count)))
         many = torch.randn(count, COLUMNS)
         limit = peak(qtype, threads)
         taken = seconds(lambda some=some, many=many: [cpu.linear(many, matrix) for matrix in some], repeat)  # type: ignore[misc]
         rate = 2 * count * ROWS * COLUMNS * len(some) / taken / 1e9
         found |= {f"gemm_{count}_gops": rate, f"gemm_{count}_share": rate / limit}
     return found
-
-
-def _each(packed: cpu.Packed, count: int) -> list[cpu.Packed]:
-    size = packed.nbytes // packed.matrices
-    return [cpu.Packed(packed.data[i * size : (i + 1) * size], packed.qtype, packed.n, packed.k) for i in range(count)]

@@ -67,7 +67,7 @@ def test_many_tokens_are_each_token(name):
     x = torch.randn(1100, 256)
     whole = cpu.linear(x, weight)
     singly = torch.cat([cpu.linear(row[None], weight) for row in x])
-    assert relative(whole, singly) < (bound(name) if QTYPES[name].is_float else 1e-5)
+    torch.testing.assert_close(whole, singly, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["F32", "Q8_0", "Q5_0"])

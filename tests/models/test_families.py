@@ -86,7 +86,8 @@ def test_half_precision_cache_is_close(pair):
     with torch.inference_mode():
         pair.model(input_ids=IDS[:, :100], past_key_values=cache)
         out = pair.model(input_ids=IDS[:, 100:], past_key_values=cache).logits
-    assert per_token(out, logits(pair.model)[:, 100:]) < (1e-2 if IN_BF16 else 2e-3)
+    whole = logits(pair.model)[:, 100:]
+    assert per_token(out, whole) < 1e-2 if IN_BF16 else relative(out, whole) < 2e-3
 
 
 def test_left_padded_batch_is_single(pair):
