@@ -48,11 +48,19 @@ inline const float* floats(const Tensor& t, int64_t count, const char* what) {
 
 inline const float* optional_floats(const Optional& t, int64_t count, const char* what) { return t ? floats(*t, count, what) : nullptr; }
 
-// A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense.
-inline Strided strided(const Tensor& t, const char* what) {
+// A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense. Keys and values may be Q8_0 blocks, bytes to torch.
+inline Strided strided(const Tensor& t, const char* what, bool kept = false) {
   STD_TORCH_CHECK((t.dim() == 3 || t.dim() == 4) && (t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1), what, " must have dense columns");
-  const bool heads = t.dim() == 4;
-  return {t.const_data_ptr(), ktx_number(t), t.stride(0), heads ? t.stride(1) : 0, t.stride(heads ? 2 : 1)};
+  const bool heads = t.dim() == 4, blocks = kept && t.scalar_type() == ScalarType::Byte;
+  return {t.const_data_ptr(), blocks ? Number::Q8_0 : ktx_number(t), t.stride(0), heads ? t.stride(1) : 0, t.stride(heads ? 2 : 1)};
+}
+
+// How many columns the last dimension of keys or values stands for.
+inline int64_t columns_of(const Tensor& t, const char* what) {
+  const int64_t last = t.size(t.dim() - 1);
+  if (t.scalar_type() != ScalarType::Byte) return last;
+  STD_TORCH_CHECK(last % Q8_BYTES == 0, what, " of ", last, " bytes are no whole blocks of q8_0 (", Q8_BYTES, " bytes for ", Q8_BLOCK, " columns)");
+  return last / Q8_BYTES * Q8_BLOCK;
 }
 
 inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& mask) {

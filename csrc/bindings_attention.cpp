@@ -29,18 +29,18 @@ Tensor attention_(const Tensor& q, const Tensor& k, const Tensor& v, const Optio
                   const Optional& sinks, double softcap, const Optional& q_rope, const Optional& k_rope) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k and v must be [batch, heads, positions, columns]");
   AttentionCall c{};
-  c.q = strided(q, "q"), c.k = strided(k, "k"), c.v = strided(v, "v");
-  c.batches = q.size(0), c.heads = q.size(1), c.kv_heads = k.size(1), c.queries = q.size(2), c.keys = k.size(2), c.dk = q.size(3), c.dv = v.size(3);
-  STD_TORCH_CHECK(k.size(0) == c.batches && v.size(0) == c.batches && v.size(1) == c.kv_heads && v.size(2) == c.keys && k.size(3) == c.dk,
+  c.q = strided(q, "q"), c.k = strided(k, "k", true), c.v = strided(v, "v", true);
+  c.batches = q.size(0), c.heads = q.size(1), c.kv_heads = k.size(1), c.queries = q.size(2), c.keys = k.size(2), c.dk = q.size(3), c.dv = columns_of(v, "v");
+  STD_TORCH_CHECK(k.size(0) == c.batches && v.size(0) == c.batches && v.size(1) == c.kv_heads && v.size(2) == c.keys && columns_of(k, "k") == c.dk,
                   "k and v do not fit q and each other");
   STD_TORCH_CHECK(c.kv_heads > 0 && c.heads % c.kv_heads == 0, c.heads, " query heads on ", c.kv_heads, " key/value heads");
   if (sinks) c.sinks = floats(*sinks, c.heads, "sinks");
   STD_TORCH_CHECK(bool(q_rope) == bool(k_rope), "q_rope and k_rope come together");
   if (q_rope) {
     STD_TORCH_CHECK(q_rope->dim() == 4 && k_rope->dim() == 4, "q_rope and k_rope must be [batch, heads, positions, columns]");
-    c.q_rope = strided(*q_rope, "q_rope"), c.k_rope = strided(*k_rope, "k_rope"), c.dr = q_rope->size(3);
+    c.q_rope = strided(*q_rope, "q_rope"), c.k_rope = strided(*k_rope, "k_rope", true), c.dr = q_rope->size(3);
     STD_TORCH_CHECK(q_rope->size(0) == c.batches && q_rope->size(1) == c.heads && q_rope->size(2) == c.queries, "q_rope does not fit q");
-    STD_TORCH_CHECK(k_rope->size(0) == c.batches && (k_rope->size(1) == 1 || k_rope->size(1) == c.kv_heads) && k_rope->size(2) == c.keys && k_rope->size(3) == c.dr,
+    STD_TORCH_CHECK(k_rope->size(0) == c.batches && (k_rope->size(1) == 1 || k_rope->size(1) == c.kv_heads) && k_rope->size(2) == c.keys && columns_of(*k_rope, "k_rope") == c.dr,
                     "k_rope does not fit k and q_rope");
     if (k_rope->size(1) == 1) c.k_rope.head = 0;
   }
@@ -53,11 +53,11 @@ Tensor mla_attention_(const Tensor& q_nope, const Tensor& q_rope, const Tensor& 
                       const Optional& mask, double scale) {
   STD_TORCH_CHECK(q_nope.dim() == 4 && q_rope.dim() == 4 && ckv.dim() == 3 && kpe.dim() == 3, "q_nope and q_rope must be 4-D, ckv and kpe 3-D");
   AttentionCall c{};
-  c.q = strided(q_nope, "q_nope"), c.q_rope = strided(q_rope, "q_rope"), c.k = strided(ckv, "ckv"), c.k_rope = strided(kpe, "kpe"), c.v = c.k;
+  c.q = strided(q_nope, "q_nope"), c.q_rope = strided(q_rope, "q_rope"), c.k = strided(ckv, "ckv", true), c.k_rope = strided(kpe, "kpe", true), c.v = c.k;
   c.batches = q_nope.size(0), c.heads = q_nope.size(1), c.kv_heads = 1, c.queries = q_nope.size(2), c.keys = ckv.size(1);
   c.dk = q_nope.size(3), c.dr = q_rope.size(3), c.dv = c.dk;
   STD_TORCH_CHECK(q_rope.size(0) == c.batches && q_rope.size(1) == c.heads && q_rope.size(2) == c.queries, "q_rope does not fit q_nope");
-  STD_TORCH_CHECK(ckv.size(0) == c.batches && kpe.size(0) == c.batches && kpe.size(1) == c.keys && ckv.size(2) == c.dk && kpe.size(2) == c.dr,
+  STD_TORCH_CHECK(ckv.size(0) == c.batches && kpe.size(0) == c.batches && kpe.size(1) == c.keys && columns_of(ckv, "ckv") == c.dk && columns_of(kpe, "kpe") == c.dr,
                   "ckv and kpe do not fit the queries and each other");
   c.scale = float(scale);
   set_masks(c, ranges, mask);
@@ -96,6 +96,22 @@ std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, std::stri
   return {ids, weights};
 }
 
+// x [batch][head][position][column] into the Q8_0 blocks of `to`, which may be a part of a longer buffer.
+void store_q8_0_(const Tensor& x, Tensor& to) {
+  STD_TORCH_CHECK(x.dim() == 4 && to.dim() == 4 && to.scalar_type() == ScalarType::Byte, "x and to must be [batch, heads, positions, columns], to in bytes");
+  const int64_t columns = x.size(3), heads = x.size(1), positions = x.size(2);
+  STD_TORCH_CHECK(to.size(0) == x.size(0) && to.size(1) == heads && to.size(2) == positions && columns_of(to, "to") == columns, "to does not fit x");
+  keep(strided(x, "x"), to.mutable_data_ptr(), strided(to, "to", true), x.size(0), heads, positions, columns);
+}
+
+// The f16 values of Q8_0 blocks, dense.
+Tensor load_q8_0_(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Byte, "x must be [batch, heads, positions, bytes]");
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), columns_of(x, "x")}, std::make_optional(ScalarType::Half));
+  keep(strided(x, "x", true), y.mutable_data_ptr(), strided(y, "y"), x.size(0), x.size(1), x.size(2), y.size(3));
+  return y;
+}
+
 Tensor gated_(const Tensor& gate, const Tensor& up, std::string act) {
   const int64_t width = gate.size(gate.dim() - 1), rows = gate.numel() / (width ? width : 1);
   STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.numel() == up.numel() && gate.scalar_type() == up.scalar_type(), "gate and up must be contiguous twins");
@@ -114,6 +130,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
   m.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved=False) -> Tensor");
   m.def("route(Tensor logits, int top_k, str scoring, Tensor? bias=None, int n_group=1, int topk_group=1, str group_mode='none', "
         "bool renorm=False, float scale=1.0) -> (Tensor, Tensor)");
+  m.def("store_q8_0(Tensor x, Tensor(a!) to) -> ()");
+  m.def("load_q8_0(Tensor x) -> Tensor");
   m.def("gated(Tensor gate, Tensor up, str act) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
@@ -122,5 +140,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm_));
   m.impl("rope", TORCH_BOX(&rope_));
   m.impl("route", TORCH_BOX(&route_));
+  m.impl("store_q8_0", TORCH_BOX(&store_q8_0_));
+  m.impl("load_q8_0", TORCH_BOX(&load_q8_0_));
   m.impl("gated", TORCH_BOX(&gated_));
 }

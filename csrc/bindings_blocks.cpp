@@ -59,9 +59,9 @@ Rotation rotation(const Tensor& cos, const Tensor& sin, int64_t batches, int64_t
 }
 
 Cached cached(const Tensor& t, int64_t batches, int64_t heads, int64_t positions, int64_t columns, const char* what) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batches && t.size(1) == heads && t.size(2) >= positions && t.size(3) == columns,
+  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batches && t.size(1) == heads && t.size(2) >= positions && columns_of(t, what) == columns,
                   what, " must be [", batches, ", ", heads, ", at least ", positions, ", ", columns, "]");
-  return {strided(t, what)};
+  return {strided(t, what, true)};
 }
 
 void check_x(const Tensor& x, int64_t dimensions) {
@@ -75,7 +75,7 @@ Tensor mla_block_(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor&
   STD_TORCH_CHECK(latents.dim() == 4 && past >= 0 && heads > 0 && numbers.size() == 3, "latents, past, heads or numbers are not what a block takes");
   MlaBlock b{};
   b.batches = x.size(0), b.length = x.size(1), b.hidden = x.size(2), b.past = past;
-  b.heads = heads, b.nope = nope, b.values = values, b.rank = latents.size(3);
+  b.heads = heads, b.nope = nope, b.values = values, b.rank = columns_of(latents, "latents");
   b.rotation = rotation(cos, sin, b.batches, b.length, interleaved);
   const int64_t turned = b.rotation.turned, keys = past + b.length;
   b.latent = cached(latents, b.batches, 1, keys, b.rank, "latents"), b.rope = cached(ropes, b.batches, 1, keys, turned, "ropes");
@@ -106,7 +106,7 @@ Tensor gqa_block_(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor&
   STD_TORCH_CHECK(keys.dim() == 4 && past >= 0 && numbers.size() == 4, "keys, past or numbers are not what a block takes");
   GqaBlock b{};
   b.batches = x.size(0), b.length = x.size(1), b.hidden = x.size(2), b.past = past;
-  b.kv_heads = keys.size(1), b.columns = keys.size(3);
+  b.kv_heads = keys.size(1), b.columns = columns_of(keys, "keys");
   b.rotation = rotation(cos, sin, b.batches, b.length, false);
   STD_TORCH_CHECK(b.rotation.turned <= b.columns && b.kv_heads > 0, "cos is wider than a head");
   const int64_t all = past + b.length;

@@ -195,7 +195,7 @@ def inject(
     rules: Sequence[Rule],
     config: Any,
     dtype: torch.dtype,
-    kv_dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype | str | None = None,
     tell_unmatched: bool = True,
     targets: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Plan:
@@ -217,7 +217,12 @@ def inject(
 
 class _Walk:
     def __init__(
-        self, model: nn.Module, rules: Sequence[Rule], config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None
+        self,
+        model: nn.Module,
+        rules: Sequence[Rule],
+        config: Any,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | str | None,
     ):
         self.model, self.rules, self.config, self.dtype, self.kv_dtype = model, rules, config, dtype, kv_dtype
         self.plan, self.hits = Plan(), set[int]()

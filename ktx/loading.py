@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktx.cache.kv import Q8_0, KVType, kv_type
 from ktx.compat import config_dict, dtype_plan
 from ktx.config import environment, warn_unknown
 from ktx.errors import BadFile, DoesNotFit, UsageError
@@ -43,6 +44,7 @@ class Handle:
     bytes_per_token: int  # packed bytes that one token makes the kernels read
     isa: str
     threads: int
+    kv_dtype: KVType = None  # what a cache for this model keeps keys and values in; None: as they come
 
     @property
     def load_speed(self) -> float:
@@ -128,7 +130,7 @@ def _prepare(
     weights: str | Path | None,
     rules: Any,
     dtype: torch.dtype,
-    kv_dtype: torch.dtype | None,
+    kv_dtype: KVType,
     moe_experts: int | None,
     trust_remote_code: bool,
     targets: Mapping[str, str | None],
@@ -193,7 +195,7 @@ def load(
     rules: str | Path | Sequence[Rule] | None = None,
     *,
     dtype: torch.dtype = torch.float32,
-    kv_dtype: torch.dtype | None = None,
+    kv_dtype: KVType = None,
     threads: int | None = None,
     weight_dtype: str | None = None,
     moe_dtype: str | None = None,
@@ -204,16 +206,19 @@ def load(
     """A transformers model on packed weights, and its tokenizer.
 
     `model` is a Hugging Face folder, a hub id, or a GGUF file whose metadata suffices; `weights` a GGUF file, a folder of one, or
-    safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
+    safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `kv_dtype` is what keys and values are kept in (f16,
+    bf16, f32, q8_0 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
     team = threads or int(environment("KTX_THREADS") or 0) or default_threads()  # type: ignore[call-overload]
     cpu.ops.set_threads(team)
+    kv_dtype = kv_type(kv_dtype)
     built, made, source = _prepare(
         model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, _targets(weight_dtype, moe_dtype)
     )
     made.check(source)
+    _cached_as(built, kv_dtype)
     check_memory(made)
     tokenizer = read_tokenizer(model, source, trust_remote_code)
     start = time.perf_counter()
@@ -225,9 +230,30 @@ def load(
             module.ready()
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     held, read = _weight_bytes(built)
-    built.ktx = Handle(made, source.path, time.perf_counter() - start, held, read, cpu.ops.isa(), team)  # type: ignore[assignment]
+    built.ktx = Handle(
+        made, source.path, time.perf_counter() - start, held, read, cpu.ops.isa(), team, _cached_as(built, kv_dtype)
+    )  # type: ignore[assignment]
     _generation(built, model)
     return built, tokenizer
+
+
+def _cached_as(model: nn.Module, wish: KVType) -> KVType:
+    """What caches keep: f16 unless something else is asked for, or an attention of transformers' own reads them. UsageError when that cannot read what is asked for."""
+    from ktx.ops.attention import Attention
+    from ktx.ops.mla import MLA
+
+    foreign = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("Attention")
+        and hasattr(module, "layer_idx")
+        and not isinstance(module, Attention | MLA)
+    ]
+    if foreign and wish == Q8_0:
+        raise UsageError(
+            f"kv_dtype q8_0: {foreign[0]} stays transformers' own by the rules and cannot read it; replace it by ktx.ops.attention.Attention or give f16"
+        )
+    return wish or (None if foreign else torch.float16)
 
 
 def check_memory(made: Plan) -> None:

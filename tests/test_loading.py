@@ -474,3 +474,30 @@ def test_float_weights_become_integers_on_loading(tmp_path, words, linear, exper
 def test_a_type_that_cannot_be_made_is_told(tmp_path):
     with pytest.raises(UsageError, match=r"moe_dtype 'int5'.*(int4|int8)"):
         ktx.plan(tmp_path, moe_dtype="int5")
+
+
+def test_what_caches_keep(qwen, tmp_path):
+    """f16 unless asked; an attention that stays transformers' own reads only what the model computes in."""
+    from ktx.engine.text import Session
+
+    assert load(qwen[0]).ktx.kv_dtype == torch.float16
+    small = load(qwen[0], kv_dtype="q8_0")
+    assert small.ktx.kv_dtype == "q8_0"
+    session = Session(small, None)
+    ids = IDS[0].tolist()
+    session.cache = session._new_cache()
+    got, exact = session._forward(ids[:9]), logits(load(qwen[0]))[0, 8]
+    assert (
+        session.cache.layers[0].buffers[0].dtype == torch.uint8 and ((got - exact).norm() / exact.norm()).item() < 0.05
+    )
+    stock = small.generate(IDS[:, :9], max_new_tokens=4, do_sample=False, use_cache=True)
+    assert stock.shape[1] == 13
+    own = load(qwen[0], rules=[ktx.Rule(name="experts$", replace="Experts", recursive=False)])
+    assert own.ktx.kv_dtype is None
+    session = Session(own, None)
+    session.cache = session._new_cache()
+    assert session._forward(ids[:9]).isfinite().all()
+    with pytest.raises(UsageError, match=r"layers\.0\.self_attn stays transformers' own"):
+        load(qwen[0], rules=[ktx.Rule(name="experts$", replace="Experts", recursive=False)], kv_dtype="q8_0")
+    with pytest.raises(UsageError, match=r"kv_dtype 'q8_1'.*q8_0"):
+        load(qwen[0], kv_dtype="q8_1")

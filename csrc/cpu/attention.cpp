@@ -107,7 +107,8 @@ struct Work {
     return room;
   }
 
-  // Where positions lie that come up soon: a block is read once, and from memory. Past the end or if they are not one stretch, something near.
+  // Where positions lie that come up soon: a block is read once, and from memory. Past the end or if they are not one stretch of half precision, something
+  // near.
   const void* soon(const Strided& t, int64_t columns, int64_t batch, int64_t head, int64_t position, int64_t last, const void* near) const {
     return position < last && t.position == columns ? at(t, batch, head, position) : near;
   }
@@ -137,9 +138,9 @@ struct Work {
     const bool whole = next + 8 <= last;
     uint16_t* these = reinterpret_cast<uint16_t*>(room.k) + j * d;
     const int64_t from = whole ? next : key;  // without eight more, one of these is converted eight times and thrown away
-    const LatentStep step{static_cast<const uint16_t*>(static_cast<const void*>(at(c.k, batch, head, from))),
-                          static_cast<const uint16_t*>(static_cast<const void*>(at(c.k_rope, batch, head, from))),
-                          whole ? c.k.position : 0, whole ? c.k_rope.position : 0, c.k.type, int(c.dk), int(c.dr), these + 8 * d};
+    const int64_t size = int64_t(size_of(c.k.type));
+    const LatentStep step{at(c.k, batch, head, from), at(c.k_rope, batch, head, from), whole ? c.k.position * size : 0, whole ? c.k_rope.position * size : 0,
+                          c.k.type, int(c.dk), int(c.dr), these + 8 * d};
     pairs->latent(room.pair_q, lanes, these, step, scores);
     if (!whole) latent_rows(batch, head, next, last, these + 8 * d);
   }

@@ -8,7 +8,7 @@ namespace ktx {
 struct Strided {  // [batch][head][position][column], columns dense
   const void* data;
   Number type;
-  int64_t batch, head, position;  // strides in elements
+  int64_t batch, head, position;  // strides in elements, of Q8_0 in bytes
 };
 struct AttentionCall {
   Strided q, q_rope;  // q_rope.data null: the keys are k alone; else scores are q.k + q_rope.k_rope

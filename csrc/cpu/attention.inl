@@ -3,6 +3,16 @@
 static void convert(const void* from, Number type, int64_t n, float* to) {
   const uint8_t* p = static_cast<const uint8_t*>(from);
   int64_t i = 0;
+  if (type == Number::Q8_0) {
+    for (; i < n; i += Q8_BLOCK, p += Q8_BYTES) {
+      uint16_t scale;
+      __builtin_memcpy(&scale, p, 2);
+      const F by = setf(from_f16(scale));
+      storef(to + i, mulf(to_float(load_s8(p + 2)), by));
+      storef(to + i + 16, mulf(to_float(load_s8(p + 18)), by));
+    }
+    return;
+  }
   if (type == Number::F16)
     for (; i + 16 <= n; i += 16) storef(to + i, load_f16(p + 2 * i));
   else if (type == Number::BF16)

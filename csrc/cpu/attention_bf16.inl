@@ -16,11 +16,28 @@ static void pair_queries(const float* q, int rows, int d, int lanes, uint32_t* t
     }
 }
 
-// One row of half precision as bf16.
+template <Number TYPE> constexpr int VECTOR_BYTES = TYPE == Number::Q8_0 ? Q8_BYTES : 64;  // of 32 columns
+template <Number TYPE> AI V half_vector(const uint8_t* p) {  // 32 columns as bf16
+  if constexpr (TYPE == Number::BF16) return load(p);
+  else if constexpr (TYPE == Number::F16) return bf16_pairs(load_f16(p), load_f16(p + 32));
+  else {
+    uint16_t scale;
+    __builtin_memcpy(&scale, p, 2);
+    const F by = _mm512_cvtph_ps(_mm256_set1_epi16(short(scale)));
+    return bf16_pairs(mulf(to_float(load_s8(p + 2)), by), mulf(to_float(load_s8(p + 18)), by));
+  }
+}
+
+// One row as bf16.
 static void to_bf16(const void* from, Number type, int d, uint16_t* to) {
   const uint16_t* p = static_cast<const uint16_t*>(from);
   if (type == Number::BF16) {
     __builtin_memcpy(to, p, size_t(d) * 2);
+    return;
+  }
+  if (type == Number::Q8_0) {
+    const uint8_t* block = static_cast<const uint8_t*>(from);
+    for (int i = 0; i < d; i += Q8_BLOCK, block += Q8_BYTES) store(to + i, half_vector<Number::Q8_0>(block));
     return;
   }
   int i = 0;
@@ -65,10 +82,6 @@ static void score_pairs(const uint32_t* q, int lanes, const uint16_t* k, int64_t
   for (; l < lanes; ++l) score_pairs_tile<1, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, n0, n1);
 }
 
-template <Number TYPE> AI V half_vector(const uint16_t* p) {
-  return TYPE == Number::BF16 ? load(p) : bf16_pairs(load_f16(p), load_f16(p + 16));
-}
-
 // Eight keys of a latent; between the products the next eight are converted. These steps run beside the multiplier and would else take a seventh
 // of the time.
 template <int L, Number TYPE> static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentStep& s, float* scores) {
@@ -91,7 +104,7 @@ template <int L, Number TYPE> static void score_latent_as(const uint32_t* q, con
           for (int l = 0; l < L; ++l) acc[l * 8 + c] = dot_pairs(acc[l * 8 + c], at + c * d, a[l]);
       }
       const bool rope = v >= s.dk / 32;
-      const uint16_t* next = rope ? s.rope + row * s.rope_step + (v * 32 - s.dk) : s.k + row * s.k_step + v * 32;
+      const uint8_t* next = rope ? s.rope + row * s.rope_step + (v - s.dk / 32) * VECTOR_BYTES<TYPE> : s.k + row * s.k_step + v * VECTOR_BYTES<TYPE>;
       store(to + v * 32, half_vector<TYPE>(next));
       __builtin_prefetch(next + (rope ? s.rope_step : s.k_step) * KEYS, 0, 2);
     }
@@ -102,8 +115,11 @@ template <int L, Number TYPE> static void score_latent_as(const uint32_t* q, con
     for (int c = 0; c < 8; ++c) storef(scores + (c * L + l) * 16, acc[l * 8 + c]);
 }
 static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const LatentStep& s, float* scores) {
-  if (lanes == 1) (s.type == Number::BF16 ? score_latent_as<1, Number::BF16> : score_latent_as<1, Number::F16>)(q, k, s, scores);
-  else (s.type == Number::BF16 ? score_latent_as<2, Number::BF16> : score_latent_as<2, Number::F16>)(q, k, s, scores);
+  static void (*const one[])(const uint32_t*, const uint16_t*, const LatentStep&, float*) = {
+      nullptr, score_latent_as<1, Number::F16>, score_latent_as<1, Number::BF16>, score_latent_as<1, Number::Q8_0>};
+  static void (*const two[])(const uint32_t*, const uint16_t*, const LatentStep&, float*) = {
+      nullptr, score_latent_as<2, Number::F16>, score_latent_as<2, Number::BF16>, score_latent_as<2, Number::Q8_0>};
+  (lanes == 1 ? one : two)[int(s.type)](q, k, s, scores);
 }
 
 // scores [keys][lanes*16] -> shares [keys/2][lanes*16] in pairs of keys; out and sum are rescaled to the new maximum

@@ -18,8 +18,8 @@ struct Running {
 
 // What is done beside the scores of eight keys of a latent: eight others become bf16 rows.
 struct LatentStep {
-  const uint16_t *k, *rope;  // of the first of the others
-  int64_t k_step, rope_step;
+  const uint8_t *k, *rope;  // of the first of the others
+  int64_t k_step, rope_step;  // bytes
   Number type;
   int dk, dr;    // multiples of 32
   uint16_t* to;  // [8][dk + dr]

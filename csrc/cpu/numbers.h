@@ -1,10 +1,13 @@
-// Activations come and go as f32, f16 or bf16; inside the drivers they are f32.
+// Activations come and go as f32, f16 or bf16; inside the drivers they are f32. Keys and values may also be kept as Q8_0.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
 namespace ktx {
-enum class Number { F32, F16, BF16 };
+// Q8_0, for keys and values alone: blocks of 32 columns, an f16 scale before 32 int8 (ggml's block_q8_0). Its strides count bytes.
+enum class Number { F32, F16, BF16, Q8_0 };
+constexpr int64_t Q8_BLOCK = 32, Q8_BYTES = 34;
 
 inline float from_bf16(uint16_t h) {
   const uint32_t bits = uint32_t(h) << 16;
@@ -46,13 +49,37 @@ inline uint16_t to_f16(float f) {
   return uint16_t(sign | ((magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13));
 }
 
-inline size_t size_of(Number type) { return type == Number::F32 ? 4 : 2; }
+inline size_t size_of(Number type) { return type == Number::F32 ? 4 : type == Number::Q8_0 ? 1 : 2; }  // of an element of a stride
+
+// n values, whole blocks, as Q8_0. A block that holds an infinity or a NaN becomes NaN.
+inline void to_q8_0(const float* x, int64_t n, uint8_t* out) {
+  for (; n > 0; n -= Q8_BLOCK, x += Q8_BLOCK, out += Q8_BYTES) {
+    float most = 0;
+    bool finite = true;
+    for (int i = 0; i < Q8_BLOCK; ++i) finite &= std::isfinite(x[i]), most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+    const uint16_t scale = finite ? to_f16(most / 127) : 0x7e00;
+    const float kept = from_f16(scale), inverse = finite && kept > 0 && std::isfinite(kept) ? 1 / kept : 0;
+    std::memcpy(out, &scale, 2);
+    for (int i = 0; i < Q8_BLOCK; ++i) {
+      const float q = finite ? std::nearbyintf(x[i] * inverse) : 1;
+      out[2 + i] = uint8_t(int8_t(q > 127 ? 127 : q < -127 ? -127 : q));
+    }
+  }
+}
+inline void from_q8_0(const uint8_t* block, int64_t n, float* out) {
+  for (; n > 0; n -= Q8_BLOCK, block += Q8_BYTES, out += Q8_BLOCK) {
+    uint16_t scale;
+    std::memcpy(&scale, block, 2);
+    for (int i = 0; i < Q8_BLOCK; ++i) out[i] = from_f16(scale) * float(int8_t(block[2 + i]));
+  }
+}
 
 // n values as f32: the source itself when it is f32 already, else converted into `room`.
 inline const float* as_floats(const void* x, Number type, int64_t n, float* room) {
   if (type == Number::F32) return static_cast<const float*>(x);
   const uint16_t* h = static_cast<const uint16_t*>(x);
-  if (type == Number::BF16)
+  if (type == Number::Q8_0) from_q8_0(static_cast<const uint8_t*>(x), n, room);
+  else if (type == Number::BF16)
     for (int64_t i = 0; i < n; ++i) room[i] = from_bf16(h[i]);
   else
     for (int64_t i = 0; i < n; ++i) room[i] = from_f16(h[i]);
@@ -61,6 +88,7 @@ inline const float* as_floats(const void* x, Number type, int64_t n, float* room
 inline void from_floats(const float* x, Number type, int64_t n, void* out) {
   uint16_t* h = static_cast<uint16_t*>(out);
   if (type == Number::F32) std::memcpy(out, x, size_t(n) * 4);
+  else if (type == Number::Q8_0) to_q8_0(x, n, static_cast<uint8_t*>(out));
   else if (type == Number::BF16)
     for (int64_t i = 0; i < n; ++i) h[i] = to_bf16(x[i]);
   else

@@ -78,6 +78,16 @@ void rope(const RopeCall& c) {
   });
 }
 
+void keep(const Strided& from, void* to, const Strided& places, int64_t batches, int64_t heads, int64_t positions, int64_t columns) {
+  each_row(batches * heads * positions, columns, [&](int64_t r) {
+    room.fit(columns);
+    const int64_t p = r % positions, h = r / positions % heads, b = r / positions / heads;
+    const auto at = [&](const Strided& t) { return (b * t.batch + h * t.head + p * t.position) * int64_t(size_of(t.type)); };
+    const float* row = as_floats(static_cast<const uint8_t*>(from.data) + at(from), from.type, columns, room.a.data());
+    from_floats(row, places.type, columns, static_cast<uint8_t*>(to) + at(places));
+  });
+}
+
 namespace {
 void softmax(const float* x, int64_t n, float* out) {
   const float most = *std::max_element(x, x + n);

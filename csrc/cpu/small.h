@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "attention.h"
 #include "numbers.h"
 
 namespace ktx {
@@ -18,6 +19,9 @@ struct RopeCall {
   bool interleaved;     // pairs (2i, 2i+1) in, halves out
 };
 void rope(const RopeCall& call);
+
+// Copies [batch][head][position][column] into another type: keys and values on their way into a cache, or out of it.
+void keep(const Strided& from, void* to, const Strided& places, int64_t batches, int64_t heads, int64_t positions, int64_t columns);
 
 enum class Scoring { SOFTMAX, SIGMOID, SOFTMAX_TOPK };
 enum class Groups { NONE, MAX, TOP2 };

@@ -60,6 +60,7 @@ AI V negated(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set
 template <int LOW> AI V repeated_table(const int8_t* table, V x) { return table16(table, and_(x, set8(LOW))); }
 AI V nibble_lanes(uint64_t nibbles) { V r; KTX_LANES r.v[i] = uint32_t(nibbles >> (4 * i)) & 15; return r; }
 AI V load_u8(const uint8_t* p) { V r; KTX_LANES r.v[i] = p[i]; return r; }
+AI V load_s8(const uint8_t* p) { V r; KTX_LANES r.v[i] = uint32_t(int32_t(int8_t(p[i]))); return r; }
 AI V load_u16(const uint8_t* p) { V r; KTX_LANES r.v[i] = uint32_t(p[2 * i]) | uint32_t(p[2 * i + 1]) << 8; return r; }
 AI V sign_extend8(V x) { V r; KTX_LANES r.v[i] = uint32_t(int32_t(int8_t(x.v[i]))); return r; }
 

@@ -1,4 +1,4 @@
-"""A transformers cache that grows by doubling and stores half precision.
+"""A transformers cache that grows by doubling and stores half precision, or eight bits.
 
 A stock DynamicCache copies everything at each token; here a token is written in place. Layers that attend (also MLA's latent,
 whose two halves transformers hands over as keys and values) are stored whole, sliding windows too, so that a chat can take tokens back;
@@ -13,11 +13,29 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
 
 FIRST = 256  # positions of the first allocation
 HUGE_PAGE = 2 << 20
+Q8_0 = "q8_0"  # blocks of 32 columns, an f16 scale before 32 int8: 1.06 bytes a column; torch sees bytes
+BLOCK, BLOCK_BYTES = 32, 34
+KVType = torch.dtype | str | None  # a float type, Q8_0, or None: whatever the model computes in
+KV_TYPES: dict[str, KVType] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "q8_0": Q8_0}
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses keep states of other kinds beside keys
+
+
+def kv_type(wish: KVType) -> KVType:
+    """What a user asked for (f16, bf16, f32, q8_0, auto, or a torch type) as one of KV_TYPES; None for auto. UsageError otherwise."""
+    if wish is None or wish == "auto":
+        return None
+    if isinstance(wish, torch.dtype) and wish in KV_TYPES.values():
+        return wish
+    if not isinstance(wish, str) or wish not in KV_TYPES:
+        raise UsageError(
+            f"kv_dtype {str(wish)!r} is no type that keys and values are kept in{nearest(str(wish), KV_TYPES)}; give auto or one of {' '.join(KV_TYPES)}"
+        )
+    return KV_TYPES[wish]
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -34,19 +52,29 @@ class GrowingLayer(DynamicLayer):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, dtype: torch.dtype | None = torch.float16):
-        self.store_dtype, self.length = dtype, 0
+    def __init__(self, dtype: KVType = torch.float16):
+        self.store_dtype, self.length, self.columns = dtype, 0, (0, 0)
         self.buffers: list[torch.Tensor] = []
         super().__init__()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         values = key_states if value_states is None else value_states
-        self.dtype, self.device = self.store_dtype or key_states.dtype, key_states.device
-        self.buffers = [self._buffer(states, FIRST) for states in (key_states, values)]
+        self._make(key_states, (key_states.shape[3], values.shape[3]), key_states.dtype)
+
+    def _make(self, like: torch.Tensor, columns: tuple[int, int], dtype: torch.dtype) -> None:
+        self.device, batch, heads = like.device, like.shape[0], like.shape[1]
+        wide = [self._row(width, dtype) for width in columns]
+        self.dtype, self.columns = wide[0][1], columns
+        self.buffers = [empty((batch, heads, FIRST, width), kind, self.device) for width, kind in wide]
         self.is_initialized = True
 
-    def _buffer(self, like: torch.Tensor, length: int) -> torch.Tensor:
-        return empty((*like.shape[:2], length, like.shape[3]), self.dtype, like.device)
+    def _row(self, columns: int, dtype: torch.dtype) -> tuple[int, torch.dtype]:
+        """Elements and type of a stored row; columns that are no whole blocks of Q8_0 are kept in f16, and so is what is not on the CPU."""
+        if self.store_dtype != Q8_0:
+            return columns, self.store_dtype or dtype  # type: ignore[return-value]
+        if columns % BLOCK or self.device.type != "cpu":
+            return columns, torch.float16
+        return columns // BLOCK * BLOCK_BYTES, torch.uint8
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -57,7 +85,7 @@ class GrowingLayer(DynamicLayer):
         before, end = self.length, self.length + key_states.shape[2]
         self.reserve(key_states.shape[2])
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[:, :, before:end] = states
+            put(states, buffer[:, :, before:end])
         return self.keys, self.values  # type: ignore[return-value]
 
     def reserve(self, new: int) -> None:
@@ -70,16 +98,14 @@ class GrowingLayer(DynamicLayer):
     def fits(self, batch: int, heads: int, columns: tuple[int, int], dtype: torch.dtype) -> bool:
         """Whether keys and values of this shape can be appended; an empty layer is made for them."""
         if not self.is_initialized:
-            self.dtype, self.device = self.store_dtype or dtype, torch.device("cpu")
-            self.buffers = [empty((batch, heads, FIRST, width), self.dtype, self.device) for width in columns]
-            self.is_initialized = True
+            self._make(torch.empty(batch, heads), columns, dtype)
         keys, values = self.buffers
-        return keys.shape[:2] == values.shape[:2] == (batch, heads) and (keys.shape[3], values.shape[3]) == columns
+        return keys.shape[:2] == values.shape[:2] == (batch, heads) and self.columns == columns
 
     def _grow(self, need: int) -> None:
         size = max(FIRST, 1 << (need - 1).bit_length())
         for i, old in enumerate(self.buffers):
-            self.buffers[i] = self._buffer(old, size)
+            self.buffers[i] = empty((*old.shape[:2], size, old.shape[3]), old.dtype, old.device)
             self.buffers[i][:, :, : self.length] = old[:, :, : self.length]
 
     def _stored(self, which: int) -> torch.Tensor | None:
@@ -120,10 +146,24 @@ class GrowingLayer(DynamicLayer):
             self.buffers = [buffer.repeat_interleave(repeats, dim=0) for buffer in self.buffers]
 
 
-def growing(cache: Any, index: int) -> GrowingLayer | None:
+def put(states: torch.Tensor, stored: torch.Tensor) -> None:
+    """Writes keys or values [batch, heads, new, columns] of any float type into a buffer's part."""
+    if stored.dtype != torch.uint8:
+        stored.copy_(states)
+    else:
+        cpu.ops.store_q8_0(states if states.stride(3) == 1 else states.contiguous(), stored)
+
+
+def values_of(stored: torch.Tensor) -> torch.Tensor:
+    """Keys or values as a cache returned them, in a float type."""
+    return cpu.ops.load_q8_0(stored) if stored.dtype == torch.uint8 else stored
+
+
+def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None:
     """A cache's layer as one that grows in place; None for a cache that has none, or is no cache.
 
-    In a stock DynamicCache, which copies the whole past for every token, the layer is exchanged for one with the same content.
+    In a stock DynamicCache, which copies the whole past for every token, the layer is exchanged for one with the same content,
+    which is quantised when `store` is Q8_0.
     """
     layers: Any = getattr(cache, "layers", ())
     if index >= len(layers):
@@ -141,15 +181,16 @@ def growing(cache: Any, index: int) -> GrowingLayer | None:
     assert layer.keys is not None and layer.values is not None
     if layer.keys.dim() != 4 or layer.keys.device.type != "cpu":
         return None
-    layers[index] = grown = GrowingLayer(None)
+    layers[index] = grown = GrowingLayer(store if store == Q8_0 else None)
     grown.update(layer.keys, layer.values)
     return grown
 
 
 class KVCache(Cache):
-    """What chat, bench and engine pass as `past_key_values`; `dtype` None keeps the model's own."""
+    """What chat, bench and engine pass as `past_key_values`; `dtype` is one of KV_TYPES or its name, None keeps the model's own."""
 
-    def __init__(self, config: Any, dtype: torch.dtype | None = torch.float16):
+    def __init__(self, config: Any, dtype: KVType = torch.float16):
+        dtype = kv_type(dtype)
         stock = DynamicCache(config=config).layers
         super().__init__(layers=[GrowingLayer(dtype) if type(layer) in PLAIN else layer for layer in stock])
 

@@ -108,6 +108,14 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="experts a token, fewer than the model asks for: faster, less exact",
     )
+    group.add_argument(
+        "--kv-dtype",
+        "--kv-cache-dtype",
+        dest="kv_dtype",
+        default="auto",
+        metavar="TYPE",
+        help="keys and values are kept as f16, bf16, f32 or q8_0 (half the memory of f16; default f16)",
+    )
     flag(group, "--trust-remote-code", help="run Python code that comes with the model (default: never)")
 
 
@@ -117,6 +125,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "weight_dtype": args.dtype,
         "moe_dtype": args.moe_dtype,
         "moe_experts": args.moe_experts,
+        "kv_dtype": args.kv_dtype,
         "trust_remote_code": args.trust_remote_code,
     }
 

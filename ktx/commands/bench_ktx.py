@@ -143,7 +143,7 @@ def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...
     from ktx.cache.kv import KVCache
     from ktx.engine.text import piece_of
 
-    cache, tokens = KVCache(model.config), torch.tensor([[*prompt, *ids]])
+    cache, tokens = KVCache(model.config, model.ktx.kv_dtype), torch.tensor([[*prompt, *ids]])
     start, at = time.perf_counter(), 0
     with torch.inference_mode():
         while at < tokens.shape[1]:

@@ -167,10 +167,8 @@ class Session:
     def _new_cache(self) -> Any:
         from ktx.cache.kv import KVCache
 
-        half = (
-            getattr(self.model, "ktx", None) is not None
-        )  # our attention reads f16; a plain transformers model wants its own dtype
-        return KVCache(self.model.config, torch.float16 if half else None)
+        handle = getattr(self.model, "ktx", None)  # a plain transformers model wants its own type
+        return KVCache(self.model.config, None if handle is None else handle.kv_dtype)
 
     @torch.inference_mode()
     def _forward(self, ids: list[int]) -> torch.Tensor:

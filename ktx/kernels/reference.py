@@ -86,6 +86,23 @@ def visible(
     return (position <= torch.arange(queries)[:, None] + keys - queries)[None, None], None
 
 
+def to_q8_0(x: torch.Tensor) -> torch.Tensor:
+    """Keys or values [..., columns] as Q8_0 blocks, uint8 [..., columns / 32 * 34]: an f16 scale, then 32 int8 (ggml's block_q8_0)."""
+    blocks = x.float().unflatten(-1, (-1, 32))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half()
+    codes = (blocks / scale.float()).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
+    return torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], -1).flatten(-2)
+
+
+def from_q8_0(stored: torch.Tensor) -> torch.Tensor:
+    """The f32 values of `to_q8_0`; what is no uint8 comes back as it is."""
+    if stored.dtype != torch.uint8:
+        return stored
+    blocks = stored.unflatten(-1, (-1, 34))
+    scale = blocks[..., :2].contiguous().view(torch.float16).float()
+    return (blocks[..., 2:].contiguous().view(torch.int8) * scale).flatten(-2)
+
+
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -102,8 +119,9 @@ def attention(
 
     Each key/value head serves H/Hkv query heads; `sinks` f32 [H] is one more logit in the softmax that attends to nothing
     (gpt-oss); `softcap` c replaces scores s by c*tanh(s/c). A query that sees nothing gives zeros. `q_rope` [B, H, S, P] and `k_rope`
-    [B, 1 or Hkv, T, P] are more columns of q and k.
+    [B, 1 or Hkv, T, P] are more columns of q and k. Keys and values may be Q8_0 blocks.
     """
+    k, v, k_rope = from_q8_0(k), from_q8_0(v), None if k_rope is None else from_q8_0(k_rope)
     if q_rope is not None and k_rope is not None:
         q, k = torch.cat([q, q_rope], -1), torch.cat([k, k_rope.expand(-1, k.shape[1], -1, -1)], -1)
     group = q.shape[1] // k.shape[1]
@@ -131,8 +149,9 @@ def mla_attention(
     """Attention on the compressed latent (absorbed MLA): q_nope [B, H, S, R] already times W_UK, q_rope [B, H, S, P],
     ckv [B, T, R], kpe [B, T, P] -> [B, S, H, R]. Source: DeepSeek-V2, section 2.1.2 and appendix C.
     """
-    keys = torch.cat([ckv, kpe], -1)[:, None]
-    return attention(torch.cat([q_nope, q_rope], -1), keys, ckv[:, None], ranges, mask, scale)
+    latent = from_q8_0(ckv)
+    keys = torch.cat([latent, from_q8_0(kpe)], -1)[:, None]
+    return attention(torch.cat([q_nope, q_rope], -1), keys, latent[:, None], ranges, mask, scale)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False) -> torch.Tensor:

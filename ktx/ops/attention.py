@@ -15,10 +15,11 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from ktx.cache.kv import KVType
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import Matrices, Watch, plain_linear, room_for, rotary_tables
+from ktx.ops.fused import Matrices, Watch, float_type, plain_linear, room_for, rotary_tables
 from ktx.ops.norm import RMSNorm
 
 NAME = "ktx"
@@ -140,7 +141,7 @@ class Attention(Operator):
     A module without a configuration has no attention to choose (linear attention): it stays as it is.
     """
 
-    kv_dtype: torch.dtype | None
+    kv_dtype: KVType
     block: Block | None
 
     @classmethod
@@ -166,7 +167,7 @@ class Attention(Operator):
             if done is not None:
                 return done, None
         if self.kv_dtype is not None and past_key_values is not None:
-            past_key_values = StoredAs(past_key_values, self.kv_dtype)
+            past_key_values = StoredAs(past_key_values, float_type(self.kv_dtype, torch.float16))
         return super().forward(*args, past_key_values=past_key_values, **kwargs)
 
 

@@ -24,7 +24,9 @@ class Context:
     config: Any
     device: torch.device
     dtype: torch.dtype
-    kv_dtype: torch.dtype | None = None
+    kv_dtype: torch.dtype | str | None = (
+        None  # what caches keep keys and values in, see ktx.cache.kv; None: as they come
+    )
 
 
 class Operator(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktx.cache.kv import GrowingLayer, growing
+from ktx.cache.kv import Q8_0, GrowingLayer, KVType, growing
 from ktx.kernels import cpu
 from ktx.ops.linear import Linear
 
@@ -58,15 +58,20 @@ def plain_linear(child: Any) -> bool:
 
 
 def room_for(
-    hidden: torch.Tensor, cache: Any, index: int, heads: int, columns: tuple[int, int], kv_dtype: torch.dtype | None
+    hidden: torch.Tensor, cache: Any, index: int, heads: int, columns: tuple[int, int], kv_dtype: KVType
 ) -> GrowingLayer | None:
     """The cache's layer, when a block can write the new positions of `hidden` f32 [B, S, D] on the CPU straight into it."""
     if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or hidden.requires_grad:
         return None
-    layer = growing(cache, index)
-    if layer is None or not layer.fits(hidden.shape[0], heads, columns, kv_dtype or hidden.dtype):
+    layer = growing(cache, index, kv_dtype)
+    if layer is None or not layer.fits(hidden.shape[0], heads, columns, float_type(kv_dtype, hidden.dtype)):
         return None
     return layer
+
+
+def float_type(kv_dtype: KVType, own: torch.dtype) -> torch.dtype:
+    """The type in which keys and values are handed to a cache; one that quantises gets them in f16."""
+    return torch.float16 if kv_dtype == Q8_0 else own if kv_dtype is None else kv_dtype  # type: ignore[return-value]
 
 
 def rotary_tables(embeddings: Any, halved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

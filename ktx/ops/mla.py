@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from ktx.cache.kv import values_of
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops.attention import split_mask
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import Matrices, Watch, plain_linear, room_for, rotary_tables
+from ktx.ops.fused import Matrices, Watch, float_type, plain_linear, room_for, rotary_tables
 from ktx.ops.norm import RMSNorm
 from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -110,7 +111,7 @@ class MLA(Operator):
         k_rope = cpu.rope(k_rope[:, None], cos, sin, self.interleaved)
         latent = self.kv_a_layernorm(latent)[:, None]
         if past_key_values is not None:
-            kept = self.kv_dtype or latent.dtype
+            kept = float_type(self.kv_dtype, latent.dtype)
             latent, k_rope = past_key_values.update(latent.to(kept), k_rope.to(kept), self.layer_idx)
         mix = self.expanded if self._expands(length) else self.absorbed
         ranges, mask = split_mask(attention_mask, latent.shape[2])
@@ -148,7 +149,7 @@ class MLA(Operator):
         """The same with keys and values made from the latent, in its type: k = [W_UK c | k_rope], v = W_UV c."""
         batch, heads, length, nope = q_nope.shape
         keys, width = latent.shape[1], self.v_head_dim
-        flat = latent.reshape(batch * keys, -1)
+        flat = values_of(latent[:, None])[:, 0].reshape(batch * keys, -1)
         each = batch * keys * (nope + width) * flat.element_size()
         step = max(1, EXPAND_BYTES // each)
         if (nope | width) % cpu.GROUP_ROWS:  # heads are no whole groups of rows: one cannot be told from its neighbours

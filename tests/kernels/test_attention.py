@@ -12,7 +12,12 @@ from ktx.kernels.check import relative
 
 def bound(dtype):
     """Keys and values in half precision are multiplied in bf16 where the CPU can."""
-    return 5e-3 if dtype != torch.float32 and cpu.ops.isa() == "avx512bf16" else 4e-6
+    return 5e-3 if dtype != torch.float32 and cpu.ops.isa() in ("avx512bf16", "amx") else 4e-6
+
+
+def kept(x, dtype):
+    """x as a cache keeps it."""
+    return reference.to_q8_0(x) if dtype == torch.uint8 else x.to(dtype)
 
 
 CASES = [  # batch, heads, kv heads, queries, keys, key columns, value columns, type of keys and values
@@ -25,12 +30,14 @@ CASES = [  # batch, heads, kv heads, queries, keys, key columns, value columns, 
     (1, 128, 1, 2, 71, 64, 64, torch.float16),
     (2, 24, 2, 3, 333, 64, 96, torch.bfloat16),
     (1, 9, 1, 1, 65, 34, 32, torch.float16),
+    (2, 12, 3, 4, 131, 96, 64, torch.uint8),
+    (1, 32, 2, 1, 700, 128, 128, torch.uint8),
 ]
 
 
 def made(case):
     b, h, g, s, t, dk, dv, dtype = case
-    return torch.randn(b, h, s, dk), torch.randn(b, g, t, dk).to(dtype), torch.randn(b, g, t, dv).to(dtype)
+    return torch.randn(b, h, s, dk), kept(torch.randn(b, g, t, dk), dtype), kept(torch.randn(b, g, t, dv), dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -100,16 +107,41 @@ def test_views_of_a_larger_cache():
         (1, 8, 1, 5, 32, 32),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8])
 def test_mla(shape, dtype):
     b, h, s, t, rank, rope = shape
     q, qr = torch.randn(b, h, s, rank), torch.randn(b, h, s, rope)
-    c, p = torch.randn(b, t, rank).to(dtype), torch.randn(b, t, rope).to(dtype)
+    if dtype == torch.uint8 and (rank | rope) % 32:
+        pytest.skip("columns are no whole blocks")
+    c, p = kept(torch.randn(b, t, rank), dtype), kept(torch.randn(b, t, rope), dtype)
     exact = reference.mla_attention(q.double(), qr.double(), c, p, None, None, 0.05)
     assert relative(cpu.mla_attention(q, qr, c, p, None, None, 0.05), exact) < bound(dtype)
     ranges = torch.tensor([[3 % t, t], [0, t - 2]], dtype=torch.int32)[:b, None].expand(b, s, 2).contiguous()
     exact = reference.mla_attention(q.double(), qr.double(), c, p, ranges, None, 0.05)
     assert relative(cpu.mla_attention(q, qr, c, p, ranges, None, 0.05), exact) < bound(dtype)
+
+
+def test_q8_0_is_stored_as_ggml_stores_it():
+    x = torch.randn(2, 3, 50, 96)
+    x[0, 0, 0, :32], x[0, 0, 1, 40], x[0, 0, 2, 70] = 0, torch.nan, torch.inf
+    buffer = torch.zeros(2, 3, 60, 102, dtype=torch.uint8)
+    cpu.ops.store_q8_0(x.transpose(1, 2).contiguous().transpose(1, 2), buffer[:, :, 5:55])
+    assert not buffer[:, :, :5].any() and not buffer[:, :, 55:].any()
+    sound = x.clone()
+    sound[0, 0, 1, 32:64] = sound[0, 0, 2, 64:] = 0
+    got, twin = buffer[:, :, 5:55].clone(), reference.to_q8_0(sound)
+    values = cpu.ops.load_q8_0(got)
+    assert (
+        values[0, 0, 1, 32:64].isnan().all() and values[0, 0, 2, 64:].isnan().all()
+    )  # not finite: the block, and nothing else
+    got[0, 0, 1, 34:68] = got[0, 0, 2, 68:] = 0
+    assert (got.view(torch.int8).int() - twin.view(torch.int8).int()).abs().max() <= 1  # ties of rounding
+    assert relative(cpu.ops.load_q8_0(got).float(), sound) < 6e-3
+    torch.testing.assert_close(cpu.ops.load_q8_0(twin).float(), reference.from_q8_0(twin), rtol=1e-3, atol=1e-6)
+    with pytest.raises(RuntimeError, match="no whole blocks"):
+        cpu.ops.load_q8_0(torch.zeros(1, 1, 1, 33, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="does not fit"):
+        cpu.ops.store_q8_0(x, buffer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
