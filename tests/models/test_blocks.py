@@ -102,13 +102,18 @@ def test_a_stock_cache_grows_in_place(fused):
     assert all(layer.get_seq_length() == layer.keys.shape[2] == 29 for layer in grown)
 
 
+def usual(got, exact):
+    """The median error of a token: a few choose other experts."""
+    return ((got - exact).norm(dim=-1) / exact.norm(dim=-1)).median().item()
+
+
 def test_a_cache_of_eight_bits(fused):
     """q8_0: near f16, by blocks and child by child, in half the memory; what are no whole blocks stays f16."""
     model, kinds = fused
     found = modules(model, kinds)
     small, wide = KVCache(model.config, "q8_0"), KVCache(model.config, "f16")
     expected = decode(model, wide)
-    assert relative(decode(model, small), expected) < 4e-2
+    assert usual(decode(model, small), expected) < 2e-2
     for layer in small.layers:
         if isinstance(layer, GrowingLayer):
             for buffer, columns in zip(layer.buffers, layer.columns, strict=True):
@@ -119,17 +124,17 @@ def test_a_cache_of_eight_bits(fused):
     try:
         for module in found:
             module.block = None
-        assert relative(decode(model, KVCache(model.config, "q8_0")), expected) < 4e-2
+        assert usual(decode(model, KVCache(model.config, "q8_0")), expected) < 2e-2
     finally:
         for module, block in zip(found, blocks, strict=True):
             module.block = block
     small.truncate(20)
     again = logits(model, IDS[:, 20:21], past_key_values=small)
-    assert relative(again, expected[:, :1]) < 0.1  # of one token, whose experts may be others
+    assert relative(again, expected[:, :1]) < 0.1
     prompts = [
         logits(model, IDS, past_key_values=KVCache(model.config, kind)) for kind in ("q8_0", "f16")
     ]  # long enough to expand a latent
-    assert relative(*prompts) < 4e-2
+    assert usual(*prompts) < 2e-2
 
 
 def test_a_batch_is_its_sequences(fused):
