@@ -32,7 +32,7 @@ def measure(qtype: QType, threads: int, repeat: int) -> dict[str, float]:
     count = max(2 * TOP, STREAM // one)
     weights = matrices(qtype, count, WIDTH, HIDDEN)
     start = time.perf_counter()
-    gate = cpu.pack(weights)
+    gate = cpu.pack_experts(weights)
     packing = time.perf_counter() - start
     singles = split(gate)
     x = torch.randn(1, HIDDEN)
@@ -55,7 +55,7 @@ def mixture(qtype: QType, gate: cpu.Packed, count: int, threads: int, repeat: in
     half = count // 2
     first, second = gate.nbytes // gate.matrices * half, gate.nbytes // gate.matrices * 2 * half
     gate, up = (cpu.Packed(gate.data[a:b], qtype, WIDTH, HIDDEN, half) for a, b in ((0, first), (first, second)))
-    down = cpu.pack(matrices(qtype, half, HIDDEN, WIDTH))
+    down = cpu.pack_experts(matrices(qtype, half, HIDDEN, WIDTH))
     nbytes = sum(matrix.nbytes for matrix in (gate, up, down)) / half
 
     def layer(x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@
 #include "cpu/isa.h"
 #include "cpu/layout.h"
 #include "cpu/linear.h"
+#include "cpu/numa.h"
 #include "cpu/pool.h"
 #include "cpu/probes.h"
 
@@ -36,17 +37,31 @@ double probe_int8_(int64_t threads, double seconds) { return probe_int8(int(thre
 double probe_fma_(int64_t threads, double seconds) { return probe_fma(int(threads), seconds); }
 double probe_bf16_(int64_t threads, double seconds) { return probe_bf16(int(threads), seconds); }
 
+int64_t nodes_() { return nodes(); }
+int64_t share_of_(int64_t groups, int64_t node) {
+  STD_TORCH_CHECK(groups >= 0 && node >= 0 && node <= nodes(), "no node ", node);
+  return share_of(groups, int(node));
+}
+Ints pages_on_(const Tensor& memory) { return pages_on(memory.const_data_ptr(), size_t(memory.numel()) * memory.element_size()); }
+std::tuple<int64_t, int64_t> units_taken_() { return {taken().own, taken().stolen}; }
+
 int64_t packed_nbytes(int64_t code, int64_t n, int64_t k) {
   STD_TORCH_CHECK(n > 0, "a matrix needs rows, got ", n);
   return int64_t(packed_bytes(layout_of(code, k), n, k));
 }
 
-Tensor empty_packed(int64_t nbytes) {
+// `ends`: where the shares of the memory nodes end; their pages are asked for on those nodes.
+Tensor empty_packed(int64_t nbytes, Ints ends) {
   STD_TORCH_CHECK(nbytes > 0, "nbytes must be positive, got ", nbytes);
   const size_t size = size_t(nbytes);
   void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   STD_TORCH_CHECK(memory != MAP_FAILED, "no memory for ", nbytes, " bytes of packed weights");
   madvise(memory, size, MADV_HUGEPAGE);  // fewer page faults and TLB misses where the system allows it
+  int64_t begin = 0;
+  for (size_t node = 0; node < ends.size(); begin = ends[node++]) {
+    STD_TORCH_CHECK(ends[node] >= begin && ends[node] <= nbytes, "ends must rise up to nbytes");
+    bind(static_cast<uint8_t*>(memory) + begin, size_t(ends[node] - begin), int(node));
+  }
   const int64_t sizes[1] = {nbytes}, strides[1] = {1};
   return torch::stable::from_blob(memory, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                   ScalarType::Byte, [size](void* p) { munmap(p, size); });
@@ -156,7 +171,11 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("probe_fma(int threads, float seconds) -> float");
   m.def("probe_bf16(int threads, float seconds) -> float");
   m.def("packed_nbytes(int code, int n, int k) -> int");
-  m.def("empty_packed(int nbytes) -> Tensor");
+  m.def("empty_packed(int nbytes, int[] ends=[]) -> Tensor");
+  m.def("nodes() -> int");
+  m.def("share_of(int groups, int node) -> int");
+  m.def("pages_on(Tensor memory) -> int[]");
+  m.def("units_taken() -> (int, int)");
   m.def("pack(Tensor src, int code, int n, int k, Tensor(a!) dst, int row0, Tensor? scale=None) -> ()");
   m.def("quantise_rows(Tensor x, int code) -> Tensor");
   m.def("unpack_rows(Tensor packed, int code, int n, int k, Tensor rows) -> Tensor");
@@ -177,9 +196,13 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("probe_bf16", TORCH_BOX(&probe_bf16_));
   m.impl("packed_nbytes", TORCH_BOX(&packed_nbytes));
   m.impl("empty_packed", TORCH_BOX(&empty_packed));
+  m.impl("nodes", TORCH_BOX(&nodes_));
+  m.impl("share_of", TORCH_BOX(&share_of_));
+  m.impl("units_taken", TORCH_BOX(&units_taken_));
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
+  m.impl("pages_on", TORCH_BOX(&pages_on_));
   m.impl("quantise_rows", TORCH_BOX(&quantise_rows_));
   m.impl("unpack_rows", TORCH_BOX(&unpack_rows_));
   m.impl("tile_dot", TORCH_BOX(&tile_dot));

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cpu/attention.h"
 #include "cpu/kernels.h"
@@ -26,6 +27,7 @@ namespace ktx {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
 
 inline const Layout& layout_of(int64_t code, int64_t k) {
   const Layout* layout = find_layout(int(code));

@@ -10,7 +10,6 @@
 namespace {
 using namespace ktx;
 using Tensors = std::vector<Tensor>;
-using Ints = std::vector<int64_t>;
 using Doubles = std::vector<double>;
 
 // Takes matrices from the front of the lists.

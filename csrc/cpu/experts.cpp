@@ -1,6 +1,6 @@
 // Two phases with a barrier after each: (gate, up, activation, requantise) and (down, weighted sum), after the activations have
 // been quantised once. Work is one queue of (expert, block of rows); an expert with few tokens takes the fused kernels, one with
-// many the tiles.
+// many the tiles. A memory node has a share of the rows of every matrix, and a share of the queue that reads them.
 #include "experts.h"
 
 #include <algorithm>
@@ -17,6 +17,35 @@ constexpr int64_t LONG_RUN = 64;  // units of few tokens that a member takes at 
 thread_local Scratch shared_scratch, member_scratch;
 thread_local std::vector<int64_t> order;
 
+// Units of `groups` row groups of matrices that share their number of rows, node by node: of each matrix in turn those that a node holds.
+struct Units {
+  int64_t groups = 1, matrices = 0;
+  int64_t first[MAX_NODES + 1];  // group where a node's share begins
+  int64_t begin[MAX_NODES + 1];  // its first unit
+
+  void set(int64_t all_groups, int64_t groups_of_unit, int64_t count) {
+    groups = groups_of_unit, matrices = count, begin[0] = 0;
+    for (int node = 0; node <= nodes(); ++node) first[node] = share_of(all_groups, node);
+    for (int node = 0; node < nodes(); ++node) begin[node + 1] = begin[node] + of_matrix(node) * matrices;
+  }
+  int64_t of_matrix(int node) const { return (first[node + 1] - first[node] + groups - 1) / groups; }
+  int64_t count() const { return begin[nodes()]; }
+
+  struct Place { int64_t matrix, group, last; int node; };  // last: end of the node's share of groups
+  Place place(int64_t unit) const {
+    int node = 0;
+    while (unit >= begin[node + 1]) ++node;
+    const int64_t each = of_matrix(node), at = unit - begin[node];
+    return {at / each, first[node] + at % each * groups, first[node + 1], node};
+  }
+  int64_t end_of_matrix(int64_t unit) const {  // the unit after a matrix's last on this node
+    int node = 0;
+    while (unit >= begin[node + 1]) ++node;
+    const int64_t each = of_matrix(node);
+    return begin[node] + ((unit - begin[node]) / each + 1) * each;
+  }
+};
+
 struct Chunk {
   const ExpertsCall& c;
   const Kernels& k;
@@ -30,7 +59,7 @@ struct Chunk {
   float* slot_weight;
   std::vector<int64_t>& active;
   Tokens xs, hs;  // activations of all slots: input of gate/up, input of down
-  int64_t inner_items, all_groups, out_groups;  // all_groups: row groups of down
+  Units gates, downs;  // of gate and up: matrices are active experts; of down: one matrix stands for all experts
   RowView quantised;  // [tokens] rows
   bool lone;          // one token, at most once an expert
   int64_t all_tiles;  // of all active experts' inputs
@@ -98,18 +127,19 @@ struct Chunk {
     return one;
   }
 
-  static const uint8_t* block(const ExpertMatrix& m, int64_t e, int64_t group, int64_t rows_of, int64_t columns) {
-    return m.packed + e * packed_bytes(*m.layout, rows_of, columns) + group * group_bytes(*m.layout, columns);
+  // A node's rows of all experts, then the next node's.
+  const uint8_t* block(const ExpertMatrix& m, int64_t e, const Units& units, const Units::Place& p, int64_t columns) const {
+    const int64_t first = units.first[p.node], held = units.first[p.node + 1] - first;
+    return m.packed + (c.experts * first + e * held + p.group - first) * int64_t(group_bytes(*m.layout, columns));
   }
-  const uint8_t* inner_weights(const ExpertMatrix& m, int64_t item) const {
-    return block(m, active[item / inner_items], item % inner_items * INNER_GROUPS, c.inner, c.hidden);
+  const uint8_t* inner_weights(const ExpertMatrix& m, int64_t unit) const {
+    const Units::Place p = gates.place(unit);
+    return block(m, active[p.matrix], gates, p, c.hidden);
   }
-  const uint8_t* outer_weights(int64_t item, int64_t e) const {
-    return block(c.down, e, item * out_groups, c.hidden, c.inner);
-  }
-  void project(const ExpertMatrix& m, int64_t e, int64_t group, int groups, int64_t rows_of, const Tokens& in, float* sums,
+  const uint8_t* outer_weights(int64_t unit, int64_t e) const { return block(c.down, e, downs, downs.place(unit), c.inner); }
+  void project(const ExpertMatrix& m, int64_t e, const uint8_t* packed, int64_t group, int groups, int64_t rows_of, const Tokens& in, float* sums,
                uint8_t* work, const uint8_t* next) {
-    k.multiply(*m.layout, block(m, e, group, rows_of, in.k), groups, in, sums, work, next);
+    k.multiply(*m.layout, packed, groups, in, sums, work, next);
     if (!m.bias) return;
     const float* bias = m.bias + e * rows_of + group * 16;
     for (int g = 0; g < groups; ++g)
@@ -136,36 +166,37 @@ struct Chunk {
     const RowView row = take_row(own, most);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
     const Tokens only = lone ? lone_input(own) : Tokens{};
-    const auto whole = [&](int64_t) { return outer.count; };
-    const Run later = outer.foresee(member, whole);
+    const Run later = outer.foresee(member, [&](int64_t unit) { return downs.end_of_matrix(unit); });
     const uint8_t* after = later.count && !active.empty() ? outer_weights(later.first, active[0]) : nullptr;
-    inner.walk([&](int64_t item) { return (item / inner_items + 1) * inner_items; }, [&](Run run, Run then) {
-      const int64_t e = active[run.first / inner_items], first = run.first % inner_items * INNER_GROUPS;
-      const int groups = int(std::min<int64_t>(run.count * INNER_GROUPS, (c.inner + 15) / 16 - first));
-      const Tokens in = lone ? only : input(size_t(run.first / inner_items));
-      project(c.gate, e, first, groups, c.inner, in, gate, work, inner_weights(c.up, run.first));
-      project(c.up, e, first, groups, c.inner, in, up, work, then.count ? inner_weights(c.gate, then.first) : after);
+    inner.walk([&](int64_t unit) { return gates.end_of_matrix(unit); }, [&](Run run, Run then) {
+      const Units::Place p = gates.place(run.first);
+      const int64_t e = active[p.matrix];
+      const int groups = int(std::min<int64_t>(run.count * INNER_GROUPS, p.last - p.group));
+      const Tokens in = lone ? only : input(size_t(p.matrix));
+      const uint8_t* rows_of_up = inner_weights(c.up, run.first);
+      project(c.gate, e, inner_weights(c.gate, run.first), p.group, groups, c.inner, in, gate, work, rows_of_up);
+      project(c.up, e, rows_of_up, p.group, groups, c.inner, in, up, work, then.count ? inner_weights(c.gate, then.first) : after);
       k.gate(c.act, c.alpha, c.limit, gate, up, gate, int64_t(groups) * in.n * 16);
-      hand_over(e, first, groups, gate, row, line);
+      hand_over(e, p.group, groups, gate, row, line);
     });
   }
 
   void outer_phase(Scratch& own) {
-    const int64_t widest = count(active.empty() ? 0 : active[0]), columns = outer.longest * out_groups * 16;
+    const int64_t widest = count(active.empty() ? 0 : active[0]), columns = outer.longest * downs.groups * 16;
     float* sums = own.take<float>(columns * std::max<int64_t>(widest, 1));
     float* total = own.take<float>(columns * tokens);
     uint8_t* work = own.take<uint8_t>(WORK_BYTES);
-    const auto whole = [&](int64_t) { return outer.count; };
-    outer.walk(whole, [&](Run run, Run then) {
-      const int64_t first = run.first * out_groups;
-      const int groups = int(std::min<int64_t>(run.count * out_groups, all_groups - first));
+    outer.walk([&](int64_t unit) { return downs.end_of_matrix(unit); }, [&](Run run, Run then) {
+      const Units::Place p = downs.place(run.first);
+      const int64_t first = p.group;
+      const int groups = int(std::min<int64_t>(run.count * downs.groups, p.last - first));
       std::fill(total, total + columns * tokens, 0.0f);
       for (size_t i = 0; i < active.size(); ++i) {
         const int64_t e = active[i];
         const uint8_t* next = i + 1 < active.size() ? outer_weights(run.first, active[i + 1])
                                                     : then.count ? outer_weights(then.first, active[0]) : nullptr;
         const Tokens in = slice(hs, offset[e], count(e), k);
-        project(c.down, e, first, groups, c.hidden, in, sums, work, next);
+        project(c.down, e, block(c.down, e, downs, p, c.inner), first, groups, c.hidden, in, sums, work, next);
         for (int g = 0; g < groups; ++g)
           for (int t = 0; t < in.n; ++t) {
             const int64_t slot = offset[e] + t;
@@ -198,19 +229,22 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
               .offset = s.take<int64_t>(c.experts + 1), .slot_token = s.take<int64_t>(slots),
               .slot_of = s.take<int64_t>(slots + c.experts), .slot_weight = s.take<float>(slots), .active = order,
               .xs = take_tokens(s, slots, c.hidden, in_ints, in_floats), .hs = take_tokens(s, slots, c.inner, down_ints, !down_ints),
-              .inner_items = (c.inner + INNER_GROUPS * 16 - 1) / (INNER_GROUPS * 16),
-              .all_groups = all_groups, .out_groups = many ? std::clamp<int64_t>(all_groups / (4 * team), 2, 4) : 1,
+              .gates = {}, .downs = {},
               .quantised = {}, .lone = false, .all_tiles = 0, .rows = {}, .tiles = {}, .inner = {}, .outer = {}};
   if (in_ints) chunk.quantised = {s.take<int8_t>(tokens * c.hidden), s.take<float>(tokens * (c.hidden / 32)), s.take<int32_t>(tokens * (c.hidden / 16))};
   chunk.group();
   for (size_t i = 0; i < chunk.active.size(); ++i) chunk.all_tiles += chunk.input(i).tiles;
   chunk.inner.team = chunk.outer.team = team;
   chunk.inner.longest = many ? 1 : LONG_RUN, chunk.outer.longest = many ? 1 : LONG_RUN;
-  chunk.inner.count = chunk.inner_items * int64_t(chunk.active.size());
-  chunk.outer.count = (all_groups + chunk.out_groups - 1) / chunk.out_groups;
+  chunk.gates.set((c.inner + 15) / 16, INNER_GROUPS, int64_t(chunk.active.size()));
+  chunk.downs.set(all_groups, many ? std::clamp<int64_t>(all_groups / (4 * team), 2, 4) : 1, 1);
+  for (int node = 0; node < nodes(); ++node) {
+    chunk.inner.share(node, chunk.gates.begin[node], chunk.gates.begin[node + 1]);
+    chunk.outer.share(node, chunk.downs.begin[node], chunk.downs.begin[node + 1]);
+  }
   const int64_t widest = chunk.active.empty() ? 0 : chunk.count(chunk.active[0]);
   chunk.lone = tokens == 1 && widest == 1;
-  const int64_t inner_rows = chunk.inner.longest * INNER_GROUPS * 16, outer_rows = chunk.outer.longest * chunk.out_groups * 16;
+  const int64_t inner_rows = chunk.inner.longest * INNER_GROUPS * 16, outer_rows = chunk.outer.longest * chunk.downs.groups * 16;
   const size_t own = row_bytes(c.hidden) + tokens_bytes(1, c.hidden, in_ints, in_floats) + row_bytes(inner_rows) +
                      size_t(2 * inner_rows * widest) * 4 + size_t(outer_rows) * (widest + tokens) * 4 + WORK_BYTES + 8192;
   parallel([&](int member) {

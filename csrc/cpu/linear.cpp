@@ -30,10 +30,22 @@ struct Piece {
   const float* bias;
   uint8_t* y;
   int64_t stride, row;  // of y in elements; of x
+  int64_t first = 0;    // column of y
   int64_t groups() const { return (n + 15) / 16; }
 };
 thread_local std::vector<Piece> pieces;
 thread_local std::vector<int64_t> first_item;  // of each piece, and the end
+thread_local size_t first_piece[MAX_NODES + 1];  // of each node's share, and the end
+
+// A node's share of a matrix's rows.
+void add_share(const Piece& whole, int64_t k, int node) {
+  const int64_t first = share_of(whole.groups(), node), last = share_of(whole.groups(), node + 1);
+  if (first == last) return;
+  Piece mine = whole;
+  mine.packed += first * group_bytes(*whole.layout, k), mine.n = std::min(whole.n, last * 16) - first * 16;
+  mine.bias = whole.bias ? whole.bias + first * 16 : nullptr, mine.first = whole.first + first * 16;
+  pieces.push_back(mine);
+}
 
 // Matrices of one width, each with `tokens` rows of x: rows of their own, or the same for all.
 struct Call {
@@ -76,7 +88,7 @@ struct Call {
     for (int t = 0; t < tokens; ++t) {
       float v[16];
       for (int i = 0; i < width; ++i) v[i] = sums[t * 16 + i] + (p.bias ? p.bias[row + i] : 0.0f);
-      from_floats(v, type, width, p.y + (t * p.stride + row) * int64_t(size_of(type)));
+      from_floats(v, type, width, p.y + (t * p.stride + p.first + row) * int64_t(size_of(type)));
     }
   }
   const Piece& piece(int64_t item, int64_t& group) const {
@@ -117,7 +129,8 @@ void multiply_pieces(const void* x, Number type, int64_t sets, int tokens, int64
   shared_scratch.reset(tokens_bytes(rows, k, ints, floats));
   Call call{.kernels = kernels(), .pieces = pieces, .first_item = first_item, .k = k, .type = type, .x = static_cast<const uint8_t*>(x),
             .sets = sets, .tokens = tokens, .all = take_tokens(shared_scratch, rows, k, ints, floats), .per_item = even, .rows = {},
-            .items = {.count = first_item.back(), .longest = longest, .team = team}};
+            .items = {.longest = longest, .team = team, .shares = {}}};
+  for (int node = 0; node < nodes(); ++node) call.items.share(node, first_item[first_piece[node]], first_item[first_piece[node + 1]]);
   parallel([&](int) {
     member_scratch.reset(row_bytes(k) + tokens_bytes(1, k, ints, floats) + size_t(longest * even) * tokens * 64 + WORK_BYTES + 1024);
     if (rows == 1) {
@@ -136,8 +149,12 @@ void linear_parts(const void* x, Number type, int64_t tokens, int64_t k, const L
   const int64_t size = int64_t(size_of(type));
   for (int64_t t = 0; t < tokens; t += CHUNK) {
     pieces.clear();
-    for (const LinearPart* p = parts; p < parts + count; ++p)
-      pieces.push_back({p->layout, p->packed, p->n, p->bias, static_cast<uint8_t*>(p->y) + t * p->stride * size, p->stride, 0});
+    for (int node = 0; node < nodes(); ++node) {
+      first_piece[node] = pieces.size();
+      for (const LinearPart* p = parts; p < parts + count; ++p)
+        add_share({p->layout, p->packed, p->n, p->bias, static_cast<uint8_t*>(p->y) + t * p->stride * size, p->stride, 0}, k, node);
+    }
+    first_piece[nodes()] = pieces.size();
     multiply_pieces(static_cast<const uint8_t*>(x) + t * k * size, type, 1, int(std::min(CHUNK, tokens - t)), k);
   }
 }
@@ -163,6 +180,7 @@ void linear_batched(const void* x, Number type, int64_t matrices, int64_t tokens
     pieces.clear();
     for (int64_t i = 0; i < count; ++i)
       pieces.push_back({&layout, packed + (m + i) * matrix, n, nullptr, to + i * tokens * n * size, n, i * tokens});
+    for (int node = 0; node <= nodes(); ++node) first_piece[node] = size_t(std::clamp<int64_t>(matrices * node / nodes() - m, 0, count));
     multiply_pieces(from, type, count, int(tokens), k);
   }
 }

@@ -61,8 +61,28 @@ int first_sibling(int cpu) {
   return first;
 }
 
+int node_of(int cpu) {
+  if (pretended()) return cpu % nodes();
+  for (int node = 0; node < nodes() && nodes() > 1; ++node) {
+    const std::vector<int>& own = node_cpus(node);
+    if (std::find(own.begin(), own.end(), cpu) != own.end()) return node;
+  }
+  return 0;
+}
+
+// The first cpu of each node, then the second of each, and so on: a small team uses the memory of all nodes.
+std::vector<int> in_turns(const std::vector<int>& cpus) {
+  std::vector<std::vector<int>> of(static_cast<size_t>(nodes()));
+  for (int cpu : cpus) of[size_t(node_of(cpu))].push_back(cpu);
+  std::vector<int> mixed;
+  for (size_t i = 0; mixed.size() < cpus.size(); ++i)
+    for (const std::vector<int>& own : of)
+      if (i < own.size()) mixed.push_back(own[i]);
+  return mixed;
+}
+
 struct Cores {
-  std::vector<int> cpus;  // that this process may use, one of each core before the second ones
+  std::vector<int> cpus;  // that this process may use, one of each core before the second ones, and nodes in turns
   int whole = 0;          // how many cores they are
 };
 Cores allowed_cores() {
@@ -77,19 +97,26 @@ Cores allowed_cores() {
     else seen.push_back(core), found.cpus.push_back(cpu);
   }
   found.whole = int(seen.size());
+  found.cpus = in_turns(found.cpus);
+  rest = in_turns(rest);
   found.cpus.insert(found.cpus.end(), rest.begin(), rest.end());
   return found;
 }
 
 thread_local bool inside = false;
+thread_local int node_of_member = 0;
 
 class Team {
  public:
   explicit Team(int size) : size(size), pid(getpid()) {
     const std::vector<int> cores = allowed_cores().cpus;
     for (int member = 1; member < size; ++member) {
-      workers.emplace_back([this, member] { work(member); });
-      if (size <= int(cores.size())) pin(workers.back(), cores[member]);
+      const int node = pretended() ? member % nodes() : member < int(cores.size()) ? node_of(cores[size_t(member)]) : member % nodes();
+      workers.emplace_back([this, member, node] {
+        node_of_member = node;
+        work(member);
+      });
+      if (size <= int(cores.size())) pin(workers.back(), cores[size_t(member)]);
     }
   }
   ~Team() {
@@ -101,6 +128,7 @@ class Team {
     fn = f, context = c, error = nullptr;
     running.store(size - 1, std::memory_order_relaxed);
     start.set(start.value.load(std::memory_order_relaxed) + 1);
+    if (nodes() > 1 && !pretended()) node_of_member = node_of(sched_getcpu());  // the caller goes where the system puts it
     member_run(0);
     for (;;) {
       const uint32_t seen = done.value.load(std::memory_order_acquire);
@@ -199,4 +227,5 @@ void run(void (*fn)(void*, int), void* context) {
 }
 
 void barrier() { team->barrier(); }
+int own_node() { return node_of_member; }
 }  // namespace ktx

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "numa.h"
+
 namespace ktx {
 int threads();            // size of the team, caller included
 void set_threads(int n);  // 1..1024; takes effect for the next run
@@ -24,38 +26,56 @@ struct Queue {
   int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
 };
 
-// Units 0, 1, 2, ... of work handed out in runs of neighbours, long ones first: a member reads long stretches of memory, and all end
-// together. Members always know the run after the present one, so that they can fetch its weights ahead.
+int own_node();  // of the member that asks
+
+// Units of work handed out in runs of neighbours, long ones first: a member reads long stretches of memory, and all end together. Each memory node
+// has a share of the units; its members take from that, and when nothing is left from the others'. They always know the run after the present one, so that they can
+// fetch its weights ahead.
 struct Run { int64_t first, count; };  // count 0: nothing is left
 
 struct Line {
-  int64_t count = 0, longest = 1;
+  struct Share {
+    int64_t begin = 0, end = 0;
+    alignas(64) std::atomic<int64_t> next{0};
+  };
+  int64_t longest = 1;
   int team = 1;
-  std::atomic<int64_t> next{0};
+  Share shares[MAX_NODES];
 
-  int64_t length(int64_t at, int64_t border) const {  // of the run that begins at `at`; `border`: where its stretch of memory ends
-    const int64_t share = (count - at) / (4 * team), most = share < longest ? share : longest;
+  void share(int node, int64_t begin, int64_t end) {
+    shares[node].begin = begin, shares[node].end = end;
+    shares[node].next.store(begin, std::memory_order_relaxed);
+  }
+  int64_t length(const Share& s, int64_t at, int64_t border) const {  // of the run that begins at `at`; `border`: where its stretch of memory ends
+    const int64_t part = (s.end - at) * nodes() / (4 * team), most = part < longest ? part : longest;
     return most < 1 ? 1 : most < border - at ? most : border - at;
   }
   template <class B>  // border(unit): the end of the stretch that the unit lies in
-  Run take(B&& border) {
-    int64_t at = next.load(std::memory_order_relaxed);
-    while (at < count) {
-      const int64_t n = length(at, border(at));
-      if (next.compare_exchange_weak(at, at + n, std::memory_order_relaxed)) return {at, n};
+  Run take(int node, B&& border) {
+    for (int i = 0; i < nodes(); ++i) {
+      Share& s = shares[(node + i) % nodes()];
+      int64_t at = s.next.load(std::memory_order_relaxed);
+      while (at < s.end) {
+        const int64_t n = length(s, at, border(at));
+        if (!s.next.compare_exchange_weak(at, at + n, std::memory_order_relaxed)) continue;
+        if (nodes() > 1) count_units(i == 0, n);
+        return {at, n};
+      }
     }
-    return {count, 0};
+    return {0, 0};
   }
-  template <class B>  // what the `turn`-th caller of take gets
-  Run foresee(int turn, B&& border) const {
-    int64_t at = 0;
-    for (; turn > 0 && at < count; --turn) at += length(at, border(at));
-    return at < count ? Run{at, length(at, border(at))} : Run{count, 0};
+  template <class B>  // what a member probably gets first
+  Run foresee(int member, B&& border) const {
+    const Share& s = shares[own_node()];
+    int64_t at = s.begin;
+    for (int turn = member / nodes(); turn > 0 && at < s.end; --turn) at += length(s, at, border(at));
+    return at < s.end ? Run{at, length(s, at, border(at))} : Run{0, 0};
   }
   template <class B, class F>  // f(run, the one after it)
   void walk(B&& border, F&& f) {
-    for (Run run = take(border); run.count;) {
-      const Run then = take(border);
+    const int node = own_node();
+    for (Run run = take(node, border); run.count;) {
+      const Run then = take(node, border);
       f(run, then);
       run = then;
     }

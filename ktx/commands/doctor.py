@@ -93,6 +93,7 @@ def _kernels(quick: bool) -> dict[str, Any]:
         "picked": isa,
         "best possible": ops.best_isa(),
         "threads": threads,
+        "memory nodes": ops.nodes(),
         "KTX_ISA": os.environ.get("KTX_ISA", "not set"),
     }
     found: dict[str, Any] = {"kernels": kernels, "gpu": _gpu(torch), "operators": dict.fromkeys(SHIPPED, f"cpu, {isa}")}

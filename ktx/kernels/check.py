@@ -233,7 +233,7 @@ def _experts(name: str) -> float:
     x = torch.randn(tokens, hidden, generator=source)
     ids = torch.stack([torch.randperm(count, generator=source)[:2] for _ in range(tokens)])
     weights = torch.rand(tokens, 2, generator=source)
-    gate, up, down = (cpu.pack(m) for m in mats)
+    gate, up, down = (cpu.pack_experts(m) for m in mats)
     mine = cpu.experts(x, ids, weights, gate, up, down)
     out = torch.zeros(tokens, hidden, dtype=torch.float64)
     for e in range(count):

@@ -31,8 +31,8 @@ def _load() -> Any:
             f"{LIBRARY} does not load into torch {torch.__version__}: {error}; ktx needs torch 2.11 or newer"
         ) from error
     try:
-        torch.ops.ktx.isa()
-    except RuntimeError as error:  # KTX_ISA holds a word that is no instruction set
+        torch.ops.ktx.isa(), torch.ops.ktx.nodes()
+    except RuntimeError as error:  # KTX_ISA or KTX_NUMA holds a word that means nothing
         raise UsageError(str(error).splitlines()[0]) from error
     return torch.ops.ktx
 
@@ -68,24 +68,59 @@ def pack(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None =
     """Weights [n, k] or [matrices, n, k] (or one part a matrix, all of one type) -> packed, in memory of its own.
 
     `to` (INT8_128, INT4_64, INT4_128, Q4_0, Q8_0) quantises on the way. May run in several threads at once: the work is done outside Python's lock.
+    Of one matrix each memory node holds a share of the rows, of several a share of the matrices.
     """
+    matrices, n, k, qtype = _whole(weight, to)
+    size, nodes = ops.packed_nbytes(qtype.code, n, k), ops.nodes()
+    groups, count = -(-n // GROUP_ROWS), len(matrices)
+    shares = [ops.share_of(groups, i + 1) * (size // groups) if count == 1 else count * (i + 1) // nodes * size for i in range(nodes)]
+    data = ops.empty_packed(size * count, shares if nodes > 1 else [])
+    for i, matrix in enumerate(matrices):
+        _pack_rows(matrix, range(n), qtype if to is not None else None, data[i * size : (i + 1) * size])
+    return Packed(data, qtype, n, k, count)
+
+
+def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None = None) -> Packed:
+    """As `pack`, in the order that `experts` reads: of each memory node in turn, its share of the rows of every matrix."""
+    matrices, n, k, qtype = _whole(weight, to)
+    size, nodes, groups = ops.packed_nbytes(qtype.code, n, k), ops.nodes(), -(-n // GROUP_ROWS)
+    group, count = size // groups, len(matrices)
+    first = [ops.share_of(groups, node) for node in range(nodes + 1)]
+    data = ops.empty_packed(size * count, [end * group * count for end in first[1:]] if nodes > 1 else [])
+    for begin, end in zip(first, first[1:], strict=False):
+        share = (end - begin) * group
+        for i, matrix in enumerate(matrices):
+            at = begin * group * count + i * share
+            if share:
+                rows = range(begin * GROUP_ROWS, min(n, end * GROUP_ROWS))
+                _pack_rows(matrix, rows, qtype if to is not None else None, data[at : at + share])
+    return Packed(data, qtype, n, k, count)
+
+
+def _whole(
+    weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None
+) -> tuple[list[QuantizedTensor], int, int, QType]:
+    """The matrices, their shape, and the type they are packed as."""
     parts = [weight] if isinstance(weight, QuantizedTensor) else list(weight)
     matrices = [part[i] for part in parts for i in range(part.shape[0])] if len(parts[0].shape) == 3 else parts
     first = matrices[0]
     n, k = first.shape
     if any(m.shape != (n, k) or m.qtype is not first.qtype for m in matrices):
         raise KtxError(f"matrices of one packed tensor differ: {sorted({(m.shape, m.qtype.name) for m in matrices})}")
-    qtype = to or first.qtype
-    size = ops.packed_nbytes(qtype.code, n, k)
-    data = ops.empty_packed(size * len(matrices))
-    for i, matrix in enumerate(matrices):
-        scale = None if to is not None or matrix.scale is None else matrix.scale.contiguous()
-        for row in range(0, n, PACK_ROWS):
-            rows = matrix.data.reshape(n, -1)[row : row + PACK_ROWS]
-            if to is not None:
-                rows = ops.quantise_rows(_values(matrix, rows, row), to.code)
-            ops.pack(rows, qtype.code, n, k, data[i * size : (i + 1) * size], row, scale)
-    return Packed(data, qtype, n, k, len(matrices))
+    return matrices, n, k, to or first.qtype
+
+
+def _pack_rows(matrix: QuantizedTensor, rows: range, to: QType | None, data: torch.Tensor) -> None:
+    """Some rows of a matrix, from a multiple of FP8_BLOCK on where it has scales, into the memory of as many rows."""
+    n, k = matrix.shape
+    scale = None if to is not None or matrix.scale is None else matrix.scale
+    if scale is not None:
+        scale = scale[rows.start // FP8_BLOCK : -(-rows.stop // FP8_BLOCK)].contiguous()
+    for row in range(rows.start, rows.stop, PACK_ROWS):
+        some = matrix.data.reshape(n, -1)[row : min(row + PACK_ROWS, rows.stop)]
+        if to is not None:
+            some = ops.quantise_rows(_values(matrix, some, row), to.code)
+        ops.pack(some, (to or matrix.qtype).code, len(rows), k, data, row - rows.start, scale)
 
 
 def _values(matrix: QuantizedTensor, rows: torch.Tensor, row: int) -> torch.Tensor:

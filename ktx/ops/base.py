@@ -91,9 +91,9 @@ def made_from(spec: Any, wish: str | None) -> QType | None:
     return next((QTYPES[name] for name in MADE[wish] if spec.shape[-1] % QTYPES[name].block == 0), None)
 
 
-def packed_as(parts: Any, wish: str | None) -> cpu.Packed:
+def packed_as(parts: Any, wish: str | None, pack: Callable[..., cpu.Packed] = cpu.pack) -> cpu.Packed:
     """Weights (or one part a matrix) packed, floats as the type that was wished for."""
-    return cpu.pack(parts, made_from(parts if isinstance(parts, QuantizedTensor) else parts[0], wish))
+    return pack(parts, made_from(parts if isinstance(parts, QuantizedTensor) else parts[0], wish))
 
 
 Layer = TypeVar("Layer", bound=nn.Module)

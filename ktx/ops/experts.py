@@ -57,7 +57,7 @@ class Experts(Operator):
             parts = source.parts(full)
             if len({part.qtype.name for part in parts}) > 1:
                 parts = [source.get(full)]
-            self.weights[name] = packed_as(parts, self.target)
+            self.weights[name] = packed_as(parts, self.target, cpu.pack_experts)
             source.release([full])
             if self.has_bias:
                 self.biases[name] = source.get(f"{full}_bias").dequantize().contiguous()

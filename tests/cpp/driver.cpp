@@ -76,19 +76,47 @@ void mixtures(Random& random, const Layout& l, const Layout& down) {
   }
 }
 
+// Rows as a cache keeps them, exactly as many bytes as they take.
+std::vector<uint8_t> kept(Random& random, Number type, int64_t rows, int64_t columns) {
+  const int64_t bytes = type == Number::Q8_0 ? columns / Q8_BLOCK * Q8_BYTES : columns * int64_t(size_of(type));
+  std::vector<uint8_t> data(size_t(rows * bytes));
+  for (int64_t r = 0; r < rows; ++r) from_floats(random.floats(columns).data(), type, columns, data.data() + r * bytes);
+  return data;
+}
+Strided places(const std::vector<uint8_t>& data, Number type, int64_t heads, int64_t positions) {
+  const int64_t row = int64_t(data.size() / size_of(type)) / heads / positions;
+  return {data.data(), type, heads * positions * row, positions * row, row};
+}
+
 void attentions(Random& random) {
-  for (int64_t queries : {1, 3, 50})
-    for (int64_t d : {20, 64, 128}) {
-      const int64_t heads = 6, kv = 2, keys = 300;
-      const std::vector<float> q = random.floats(heads * queries * d), k = random.floats(kv * keys * d), v = random.floats(kv * keys * d);
-      std::vector<float> out(size_t(heads * queries * d));
-      AttentionCall c{};
-      c.q = {q.data(), Number::F32, heads * queries * d, queries * d, d}, c.k = {k.data(), Number::F32, kv * keys * d, keys * d, d};
-      c.v = {v.data(), Number::F32, kv * keys * d, keys * d, d};
-      c.batches = 1, c.heads = heads, c.kv_heads = kv, c.queries = queries, c.keys = keys, c.dk = c.dv = d, c.scale = 0.1f;
-      c.out = out.data(), c.out_type = Number::F32;
-      attention(c);
-    }
+  for (Number type : {Number::F32, Number::F16, Number::BF16, Number::Q8_0})
+    for (int64_t queries : {1, 3, 50})
+      for (int64_t d : {20, 64, 128}) {
+        if (type == Number::Q8_0 && d % Q8_BLOCK) continue;
+        const int64_t heads = 6, kv = 2, keys = 300;
+        const std::vector<float> q = random.floats(heads * queries * d);
+        const std::vector<uint8_t> k = kept(random, type, kv * keys, d), v = kept(random, type, kv * keys, d);
+        std::vector<float> out(size_t(heads * queries * d));
+        AttentionCall c{};
+        c.q = {q.data(), Number::F32, heads * queries * d, queries * d, d}, c.k = places(k, type, kv, keys), c.v = places(v, type, kv, keys);
+        c.batches = 1, c.heads = heads, c.kv_heads = kv, c.queries = queries, c.keys = keys, c.dk = c.dv = d, c.scale = 0.1f;
+        c.out = out.data(), c.out_type = Number::F32;
+        attention(c);
+      }
+  for (Number type : {Number::F32, Number::F16, Number::BF16, Number::Q8_0})
+    for (int64_t heads : {3, 16, 40})
+      for (int64_t keys : {1, 13, 700}) {
+        const int64_t rank = 96, turned = 32;
+        const std::vector<float> q = random.floats(heads * rank), q_rope = random.floats(heads * turned);
+        const std::vector<uint8_t> latent = kept(random, type, keys, rank), rope = kept(random, type, keys, turned);
+        std::vector<float> out(size_t(heads * rank));
+        AttentionCall c{};
+        c.q = {q.data(), Number::F32, heads * rank, rank, rank}, c.q_rope = {q_rope.data(), Number::F32, heads * turned, turned, turned};
+        c.k = c.v = places(latent, type, 1, keys), c.k_rope = places(rope, type, 1, keys);
+        c.batches = 1, c.heads = heads, c.kv_heads = 1, c.queries = 1, c.keys = keys, c.dk = c.dv = rank, c.dr = turned, c.scale = 0.1f;
+        c.out = out.data(), c.out_type = Number::F32;
+        attention(c);
+      }
 }
 
 void exceptions(int team) {

@@ -108,7 +108,7 @@ def test_experts(types, tokens):
     ids[0, 0] = -1
     if tokens > 1:
         ids[1, 1] = count  # out of range: skipped too
-    got = cpu.experts(x, ids, weights, cpu.pack(gate), cpu.pack(up), cpu.pack(down))
+    got = cpu.experts(x, ids, weights, cpu.pack_experts(gate), cpu.pack_experts(up), cpu.pack_experts(down))
     exact = reference.experts(x.double(), ids, weights, gate, up, down)
     assert relative(got, exact) < (1e-5 if types == ("F32",) * 3 else 1.8e-2)
 
@@ -119,19 +119,19 @@ def test_expert_activations_and_biases(act):
     biases = [torch.randn(3, rows) for rows in (48, 48, 64)]
     x, ids, weights = torch.randn(6, 64) * 20, torch.randint(0, 3, (6, 2)), torch.rand(6, 2)
     ids[:, 1] = (ids[:, 0] + 1) % 3
-    got = cpu.experts(x, ids, weights, cpu.pack(gate), cpu.pack(up), cpu.pack(down), *biases, act, 1.702, 7.0)
+    got = cpu.experts(x, ids, weights, cpu.pack_experts(gate), cpu.pack_experts(up), cpu.pack_experts(down), *biases, act, 1.702, 7.0)
     assert relative(got, reference.experts(x.double(), ids, weights, gate, up, down, *biases, act, 1.702, 7.0)) < 1e-5
 
 
 def test_no_tokens():
-    packed = cpu.pack(stack("Q8_0", 2, 32, 64))
+    packed = cpu.pack_experts(stack("Q8_0", 2, 32, 64))
     out = cpu.experts(
         torch.zeros(0, 64),
         torch.zeros(0, 1, dtype=torch.int64),
         torch.zeros(0, 1),
         packed,
         packed,
-        cpu.pack(stack("Q8_0", 2, 64, 32)),
+        cpu.pack_experts(stack("Q8_0", 2, 64, 32)),
     )
     assert out.shape == (0, 64)
 
@@ -223,7 +223,7 @@ def test_what_is_not_finite_stays_in_its_row(name, value):
 
 
 def test_what_is_not_finite_stays_in_its_token_of_a_mixture():
-    gate, up, down = (cpu.pack(stack("Q4_K", 4, *shape)) for shape in ((256, 256), (256, 256), (256, 256)))
+    gate, up, down = (cpu.pack_experts(stack("Q4_K", 4, *shape)) for shape in ((256, 256), (256, 256), (256, 256)))
     x, ids, weights = torch.randn(30, 256), torch.randint(0, 4, (30, 2)), torch.rand(30, 2)
     expected = cpu.experts(x, ids, weights, gate, up, down)
     x[5, 100] = float("nan")
@@ -235,7 +235,7 @@ def test_what_is_not_finite_stays_in_its_token_of_a_mixture():
 
 @pytest.mark.parametrize("tokens", [1, 3, 40, 300])
 def test_the_number_of_threads_changes_nothing(tokens):
-    gate, up, down = (cpu.pack(stack("Q4_K", 6, *shape)) for shape in ((512, 256), (512, 256), (256, 512)))
+    gate, up, down = (cpu.pack_experts(stack("Q4_K", 6, *shape)) for shape in ((512, 256), (512, 256), (256, 512)))
     x, weights = torch.randn(tokens, 256), torch.rand(tokens, 3)
     ids = torch.stack([torch.randperm(6)[:3] for _ in range(tokens)])
     before, found = cpu.ops.threads(), []
@@ -257,7 +257,7 @@ def test_the_number_of_threads_changes_nothing(tokens):
 @pytest.mark.parametrize("tokens", [1, 7, 50])
 def test_the_same_expert_twice_and_all_tokens_on_one(tokens):
     gate, up, down = (stack("Q8_0", 3, *shape) for shape in ((96, 256), (96, 256), (256, 96)))
-    packed = [cpu.pack(part) for part in (gate, up, down)]
+    packed = [cpu.pack_experts(part) for part in (gate, up, down)]
     x, weights = torch.randn(tokens, 256), torch.rand(tokens, 2)
     ids = torch.ones(tokens, 2, dtype=torch.int64)
     exact = reference.experts(x.double(), ids, weights, gate, up, down)
