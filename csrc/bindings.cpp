@@ -67,6 +67,14 @@ Tensor empty_packed(int64_t nbytes, Ints ends) {
                                   ScalarType::Byte, [size](void* p) { munmap(p, size); });
 }
 
+// Brings the pages of mapped weights in, as the system likes it; what it cannot is done on the first read.
+void populate(const Tensor& memory) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.const_data_ptr()) & ~uintptr_t(4095);
+  const uintptr_t end = reinterpret_cast<uintptr_t>(memory.const_data_ptr()) + size_t(memory.numel()) * memory.element_size();
+  constexpr int POPULATE_READ = 22;  // MADV_POPULATE_READ, Linux 5.14
+  if (end > begin && madvise(reinterpret_cast<void*>(begin), end - begin, POPULATE_READ) != 0) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);
+}
+
 void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, int64_t row0, const Optional& scale) {
   const Layout& layout = layout_of(code, k);
   const int64_t row_bytes = k / layout.block * layout.bytes;
@@ -174,6 +182,7 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("empty_packed(int nbytes, int[] ends=[]) -> Tensor");
   m.def("nodes() -> int");
   m.def("share_of(int groups, int node) -> int");
+  m.def("populate(Tensor memory) -> ()");
   m.def("pages_on(Tensor memory) -> int[]");
   m.def("units_taken() -> (int, int)");
   m.def("pack(Tensor src, int code, int n, int k, Tensor(a!) dst, int row0, Tensor? scale=None) -> ()");
@@ -202,6 +211,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
+  m.impl("populate", TORCH_BOX(&populate));
   m.impl("pages_on", TORCH_BOX(&pages_on_));
   m.impl("quantise_rows", TORCH_BOX(&quantise_rows_));
   m.impl("unpack_rows", TORCH_BOX(&unpack_rows_));

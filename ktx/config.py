@@ -27,7 +27,10 @@ VARIABLES = {
         Variable("KTX_ISA", str, "", f"lowers the instruction set of the kernels: {', '.join(ISAS)}"),
         Variable("KTX_THREADS", int, 0, "size of the kernels' team; 0: the usable cores"),
         Variable(
-            "KTX_NUMA", str, "auto", "memory nodes that weights are split over: auto, off, or fake:N, which pretends N nodes"
+            "KTX_NUMA",
+            str,
+            "auto",
+            "memory nodes that weights are split over: auto, off, or fake:N, which pretends N nodes",
         ),
         Variable(
             "KTX_PEER_PATH", str, "", "folder that is put on PYTHONPATH of the peer process of `ktx bench --peer`"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.hardware import default_threads, keep_freed_memory, memory
 from ktx.inject import Plan, human, inject
 from ktx.kernels import cpu
+from ktx.kernels.kept import Store, open_store
 from ktx.ops.base import Operator, made_type
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
@@ -202,13 +204,15 @@ def load(
     moe_experts: int | None = None,
     trust_remote_code: bool = False,
     progress: bool = True,
+    cache_dir: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
     `model` is a Hugging Face folder, a hub id, or a GGUF file whose metadata suffices; `weights` a GGUF file, a folder of one, or
     safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `kv_dtype` is what keys and values are kept in (f16,
     bf16, f32, q8_0 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
-    int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. Raises
+    int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
+    first start writes them, later ones map them. Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
     team = threads or int(environment("KTX_THREADS") or 0) or default_threads()  # type: ignore[call-overload]
@@ -222,8 +226,16 @@ def load(
     check_memory(made)
     tokenizer = read_tokenizer(model, source, trust_remote_code)
     start = time.perf_counter()
+    store = None if cache_dir is None else _store(cache_dir, made, source)
     with progress_bar(sum(step.nbytes for step in made), progress) as advance:
-        _load_all(built, made, source, dtype, team, advance)
+        try:
+            _load_all(built, made, source, dtype, team, advance, store)
+        except BaseException:
+            if store is not None:
+                store.drop()
+            raise
+    if store is not None and (trouble := store.finish()):
+        warnings.warn(trouble, stacklevel=2)
     _repair(built)
     for module in reversed(list(built.modules())):  # children before their parents
         if isinstance(module, Operator):
@@ -235,6 +247,26 @@ def load(
     )  # type: ignore[assignment]
     _generation(built, model)
     return built, tokenizer
+
+
+def _store(folder: str | Path, made: Plan, source: WeightSource) -> Store:
+    """The packed weights of this plan on disk, or the place where they will be."""
+    files = sorted({spec.file for step in made for spec in step.specs})
+    stats = [(str(Path(file).resolve()), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    plan = [
+        (
+            step.path,
+            step.new,
+            step.target,
+            step.rule.kwargs if step.rule else {},
+            [(s.name, s.offset) for s in step.specs],
+        )
+        for step in made
+    ]
+    path = Path(source.path)
+    return open_store(
+        folder, path.stem if path.is_file() else path.name, [stats, plan], sum(step.memory for step in made)
+    )
 
 
 def _cached_as(model: nn.Module, wish: KVType) -> KVType:
@@ -285,19 +317,26 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
 
 
 def _load_all(
-    model: nn.Module, made: Plan, source: WeightSource, dtype: torch.dtype, threads: int, advance: Callable[[int], None]
+    model: nn.Module,
+    made: Plan,
+    source: WeightSource,
+    dtype: torch.dtype,
+    threads: int,
+    advance: Callable[[int], None],
+    store: Store | None = None,
 ) -> None:
     """Every step in file order on `threads` threads; the first error stops the rest."""
     keep = _dtype_of(model, dtype)
     steps = sorted(made, key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
 
     def one(index: int) -> None:
-        for following in steps[index + threads : index + threads + 1]:
+        for following in steps[index + threads : index + threads + 1] if store is None or not store.found else ():
             source.prefetch(following.tensors)
         step = steps[index]
         module = model.get_submodule(step.path) if step.path else model
         if isinstance(module, Operator) and not getattr(module, "tied_to", ""):
-            module.load(source)
+            with nullcontext() if store is None else store.of(step.path):
+                module.load(source)
         own = {name for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
         for full in step.tensors:
             name = full.removeprefix(f"{step.path}.")

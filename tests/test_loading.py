@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -501,3 +504,63 @@ def test_what_caches_keep(qwen, tmp_path):
         load(qwen[0], rules=[ktx.Rule(name="experts$", replace="Experts", recursive=False)], kv_dtype="q8_0")
     with pytest.raises(UsageError, match=r"kv_dtype 'q8_1'.*q8_0"):
         load(qwen[0], kv_dtype="q8_1")
+
+
+@pytest.mark.parametrize("numa", ["off", "fake:2"])
+def test_packed_weights_on_disk(qwen, tmp_path, numa):
+    """The second start maps what the first wrote; another file, type or number of nodes is another folder."""
+    program = (
+        "import json, sys, torch, ktx, ktx.loading\n"
+        "ktx.loading.read_tokenizer = lambda *args: None\n"
+        "folder, cache, words = sys.argv[1:]\n"
+        "model, _ = ktx.load(folder, folder + '/m.gguf', progress=False, cache_dir=cache or None, **json.loads(words))\n"
+        "logits = model(input_ids=torch.arange(3, 40)[None]).logits\n"
+        "print(json.dumps({'mapped': 'packed.bin' in open('/proc/self/maps').read(), 'sum': logits.double().abs().sum().item(), 'held': model.ktx.nbytes}))\n"
+    )
+
+    def run(cache="", **words):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(qwen[0]), str(cache), json.dumps(words)],
+            env=os.environ | {"KTX_NUMA": numa},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def folders():
+        return sorted(path.name for path in (tmp_path / "packed").iterdir())
+
+    maps = numa == "off"  # a file's pages lie on any node: several nodes get copies of their shares
+    plain, first, second = run(), run(tmp_path / "packed"), run(tmp_path / "packed")
+    assert first["sum"] == second["sum"] == plain["sum"] and second["held"] == plain["held"]
+    assert (plain["mapped"], first["mapped"], second["mapped"]) == (False, False, maps)
+    (only,) = folders()
+    assert only.startswith("m-")
+    whole = tmp_path / "packed" / only / "packed.bin"
+    assert plain["held"] * 0.9 < whole.stat().st_size < plain["held"] * 1.1 + (1 << 20)
+    with open(whole, "r+b") as file:  # a copy that was cut short is made again
+        file.truncate(whole.stat().st_size - 1)
+    again = run(tmp_path / "packed")
+    assert again["sum"] == plain["sum"] and not again["mapped"] and folders() == [only]
+    assert run(tmp_path / "packed")["mapped"] == maps
+    os.utime(qwen[0] / "m.gguf")
+    run(tmp_path / "packed")
+    assert len(folders()) == 2
+
+
+def test_a_cache_folder_that_cannot_be(qwen, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cache_dir .*file.*cannot be made"):
+        load(qwen[0], cache_dir=tmp_path / "file" / "below")
+    with monkeypatch.context() as patch, pytest.raises(DoesNotFit, match="0.0 GB are free on that disk"):
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+        load(qwen[0], cache_dir=tmp_path)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.warns(UserWarning, match="were not kept: No space left"):
+        model = load(qwen[0], cache_dir=tmp_path / "packed")
+    assert logits(model).isfinite().all() and not list((tmp_path / "packed").iterdir())

@@ -144,7 +144,7 @@ static void soften_pairs(const float* scores, int lanes, int rows, int keys, int
     }
     const F fade = exp_(addf(maxf(old, least), top));
     storef(state.sum + l * 16, fma(loadf(state.sum + l * 16), fade, sum));
-    uint32_t changed = _mm512_cmp_ps_mask(most, old, _CMP_NEQ_UQ);
+    uint32_t changed = bits_of(_mm512_cmp_ps_mask(most, old, _CMP_NEQ_UQ));
     float by[16];
     storef(by, fade);
     for (; changed; changed &= changed - 1) {

@@ -88,6 +88,12 @@ AI V nibble_lanes(uint64_t nibbles) {  // nibble i in lane i
   return _mm512_cvtepu8_epi32(bytes);
 }
 AI V load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+// A mask as a number. By hand, because GCC 12 may spill the 16 bits of one and read 32 back.
+AI uint32_t bits_of(__mmask16 mask) {
+  uint32_t bits;
+  __asm__("kmovw %1, %0" : "=r"(bits) : "k"(mask));
+  return bits;
+}
 AI V load_s8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }  // 16 int8, one a lane
 AI V load_u16(const uint8_t* p) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 AI V sign_extend8(V a) { return _mm512_srai_epi32(_mm512_slli_epi32(a, 24), 24); }

@@ -116,6 +116,11 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE",
         help="keys and values are kept as f16, bf16, f32 or q8_0 (half the memory of f16; default f16)",
     )
+    group.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="keep packed weights in DIR: the first start writes them (as much disk as memory), later ones only map them",
+    )
     flag(group, "--trust-remote-code", help="run Python code that comes with the model (default: never)")
 
 
@@ -126,6 +131,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "moe_dtype": args.moe_dtype,
         "moe_experts": args.moe_experts,
         "kv_dtype": args.kv_dtype,
+        "cache_dir": args.cache_dir,
         "trust_remote_code": args.trust_remote_code,
     }
 

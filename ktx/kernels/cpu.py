@@ -49,6 +49,7 @@ class Packed:
     n: int
     k: int
     matrices: int = 1
+    ends: tuple[int, ...] = ()  # of `data`, where the memory nodes' shares end; none when there is one node
 
     @property
     def nbytes(self) -> int:
@@ -73,11 +74,15 @@ def pack(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None =
     matrices, n, k, qtype = _whole(weight, to)
     size, nodes = ops.packed_nbytes(qtype.code, n, k), ops.nodes()
     groups, count = -(-n // GROUP_ROWS), len(matrices)
-    shares = [ops.share_of(groups, i + 1) * (size // groups) if count == 1 else count * (i + 1) // nodes * size for i in range(nodes)]
-    data = ops.empty_packed(size * count, shares if nodes > 1 else [])
+    shares = [
+        ops.share_of(groups, i + 1) * (size // groups) if count == 1 else count * (i + 1) // nodes * size
+        for i in range(nodes)
+    ]
+    ends = tuple(shares) if nodes > 1 else ()
+    data = ops.empty_packed(size * count, ends)
     for i, matrix in enumerate(matrices):
         _pack_rows(matrix, range(n), qtype if to is not None else None, data[i * size : (i + 1) * size])
-    return Packed(data, qtype, n, k, count)
+    return Packed(data, qtype, n, k, count, ends)
 
 
 def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None = None) -> Packed:
@@ -86,7 +91,8 @@ def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType 
     size, nodes, groups = ops.packed_nbytes(qtype.code, n, k), ops.nodes(), -(-n // GROUP_ROWS)
     group, count = size // groups, len(matrices)
     first = [ops.share_of(groups, node) for node in range(nodes + 1)]
-    data = ops.empty_packed(size * count, [end * group * count for end in first[1:]] if nodes > 1 else [])
+    ends = tuple(end * group * count for end in first[1:]) if nodes > 1 else ()
+    data = ops.empty_packed(size * count, ends)
     for begin, end in zip(first, first[1:], strict=False):
         share = (end - begin) * group
         for i, matrix in enumerate(matrices):
@@ -94,7 +100,7 @@ def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType 
             if share:
                 rows = range(begin * GROUP_ROWS, min(n, end * GROUP_ROWS))
                 _pack_rows(matrix, rows, qtype if to is not None else None, data[at : at + share])
-    return Packed(data, qtype, n, k, count)
+    return Packed(data, qtype, n, k, count, ends)
 
 
 def _whole(

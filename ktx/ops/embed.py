@@ -9,6 +9,7 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, is_plain
 from ktx.weights.source import WeightSource
 
@@ -42,7 +43,7 @@ class Embedding(Operator):
         return {f"{self.path}.weight": (self.num_embeddings, self.embedding_dim)}
 
     def load(self, source: WeightSource) -> None:
-        self.packed = cpu.pack(source.get(f"{self.path}.weight"))
+        (self.packed,) = kept(lambda: [cpu.pack(source.get(f"{self.path}.weight"))])
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, f"{self.path} is not loaded"

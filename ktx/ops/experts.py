@@ -8,6 +8,7 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, packed_as
 from ktx.ops.gates import Gate, gate_of_experts
 from ktx.weights.source import WeightSource
@@ -54,13 +55,16 @@ class Experts(Operator):
     def load(self, source: WeightSource) -> None:
         for name in PROJECTIONS:
             full = f"{self.path}.{name}"
-            parts = source.parts(full)
-            if len({part.qtype.name for part in parts}) > 1:
-                parts = [source.get(full)]
-            self.weights[name] = packed_as(parts, self.target, cpu.pack_experts)
+            (self.weights[name],) = kept(lambda full=full: [self._pack(source, full)])  # type: ignore[misc]
             source.release([full])
             if self.has_bias:
                 self.biases[name] = source.get(f"{full}_bias").dequantize().contiguous()
+
+    def _pack(self, source: WeightSource, full: str) -> cpu.Packed:
+        parts = source.parts(full)
+        if len({part.qtype.name for part in parts}) > 1:
+            parts = [source.get(full)]
+        return packed_as(parts, self.target, cpu.pack_experts)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         w, b = self.weights, self.biases

@@ -9,6 +9,7 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, is_plain, packed_as
 from ktx.weights.source import WeightSource
 
@@ -45,7 +46,8 @@ class Linear(Operator):
 
     def load(self, source: WeightSource) -> None:
         if not self.parts:  # a tied output layer is given the embedding's
-            self.parts = [packed_as(part, self.target) for part in source.parts(self.tensors()[0])]
+            name = self.tensors()[0]
+            self.parts = kept(lambda: [packed_as(part, self.target) for part in source.parts(name)])
         if self.has_bias:
             self.bias = source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous()
 

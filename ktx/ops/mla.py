@@ -14,6 +14,7 @@ import torch
 from ktx.cache.kv import values_of
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.kept import kept
 from ktx.ops.attention import split_mask
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import Matrices, Watch, float_type, plain_linear, room_for, rotary_tables
@@ -70,14 +71,20 @@ class MLA(Operator):
         )
 
     def load(self, source: WeightSource) -> None:
+        packed = kept(lambda: self._pack(source))
+        self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
+
+    def _pack(self, source: WeightSource) -> list[cpu.Packed]:
+        """W_UK transposed, W_UV, and unless one form serves any length W_UK once more, rows along the latent, for expanding."""
         k_b, v_b = (source.get(name) for name in self.tensors())
         spec = source.spec(self.tensors()[0])
         exact = spec is not None and spec.qtype is QTYPES["F32"]
-        self.w_uk_t, self.w_uv = cpu.pack(_kept(k_b, exact)), cpu.pack(_kept(v_b, exact))
-        if not self.absorb_for_prefill:  # W_UK once more, rows along the latent, for expanding
+        packed = [cpu.pack(_as_half(k_b, exact)), cpu.pack(_as_half(v_b, exact))]
+        if not self.absorb_for_prefill:
             w_uk = QuantizedTensor.of(k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank))
             coarse = spec is not None and not spec.qtype.is_float and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
-            self.w_uk = cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(_kept(w_uk, exact))
+            packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(_as_half(w_uk, exact)))
+        return packed
 
     def ready(self) -> None:
         self.block = Block.of(self)
@@ -271,7 +278,7 @@ def _rows(w: cpu.Packed, heads: range, each: int) -> cpu.Packed:
     return cpu.Packed(w.data[heads.start * stride : heads.stop * stride], w.qtype, len(heads) * each, w.k)
 
 
-def _kept(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
+def _as_half(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
     """What had to be computed from a file's type comes as F32; unless the file itself is F32, f16 rounds less than its type did."""
     if weight.qtype is not QTYPES["F32"] or exact:
         return weight

@@ -119,7 +119,9 @@ def test_expert_activations_and_biases(act):
     biases = [torch.randn(3, rows) for rows in (48, 48, 64)]
     x, ids, weights = torch.randn(6, 64) * 20, torch.randint(0, 3, (6, 2)), torch.rand(6, 2)
     ids[:, 1] = (ids[:, 0] + 1) % 3
-    got = cpu.experts(x, ids, weights, cpu.pack_experts(gate), cpu.pack_experts(up), cpu.pack_experts(down), *biases, act, 1.702, 7.0)
+    got = cpu.experts(
+        x, ids, weights, cpu.pack_experts(gate), cpu.pack_experts(up), cpu.pack_experts(down), *biases, act, 1.702, 7.0
+    )
     assert relative(got, reference.experts(x.double(), ids, weights, gate, up, down, *biases, act, 1.702, 7.0)) < 1e-5
 
 

@@ -1,0 +1,184 @@
+"""Packed weights on disk, so that a second start only maps them.
+
+A folder holds one model as one machine packs it: `packed.bin`, every matrix at a multiple of a page, and `index.json`, written last, so that
+a folder without it is one whose writer was stopped. What the folder's name is made of decides when it may be used: the weight files (path, size,
+time of change), the plan, the instruction set, the memory nodes, and how a fixed sample of every type comes out of packing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktx.errors import DoesNotFit, KtxError, UsageError
+from ktx.kernels import cpu
+from ktx.qtypes import QTYPES
+from ktx.weights.source import QuantizedTensor
+
+PAGE = 4096
+PIECE = 256 << 20  # bytes whose pages are asked for at once
+ROWS, COLUMNS = 17, 256  # of the sample that tells one order of packing from another
+_loading = threading.local()
+
+
+def kept(make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
+    """What an operator's `load` packs: made, or found on disk when the model is loaded with a folder for it; then `make` is not called."""
+    store: Store | None = getattr(_loading, "store", None)
+    if store is None:
+        return make()
+    name = f"{_loading.name}#{_loading.count}"
+    _loading.count += 1
+    return store.take(name, make)
+
+
+class Store:
+    """One model's folder: read when it is whole, else written while the model is loaded."""
+
+    def __init__(self, folder: Path, need: int):
+        self.folder, self.lock = folder, threading.Lock()
+        self.entries: dict[str, list[dict[str, Any]]] = {}
+        self.size, self.trouble = 0, ""
+        index = _index(folder)
+        self.found = index is not None
+        self.file: Any = None
+        self.data: torch.Tensor | None = None
+        if index is not None:
+            self.entries, self.size = index["matrices"], index["size"]
+            with open(folder / "packed.bin", "rb") as file:
+                self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self.data = torch.frombuffer(self.mapped, dtype=torch.uint8)
+            return
+        self._room(need)
+        self.draft = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        shutil.rmtree(self.draft, ignore_errors=True)
+        self.draft.mkdir()
+        self.file = open(self.draft / "packed.bin", "wb", buffering=0)  # noqa: SIM115  # closed by finish
+
+    def _room(self, need: int) -> None:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cache_dir {self.folder.parent}: cannot be made: {error.strerror}") from error
+        if not os.access(self.folder.parent, os.W_OK):
+            raise UsageError(f"cache_dir {self.folder.parent}: cannot be written")
+        free = shutil.disk_usage(self.folder.parent).free
+        if need > free:
+            raise DoesNotFit(
+                f"cache_dir {self.folder.parent}: the packed weights need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk"
+            )
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """While an operator of this name loads."""
+        _loading.store, _loading.name, _loading.count = self, name, 0
+        try:
+            yield
+        finally:
+            _loading.store = None
+
+    def take(self, name: str, make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
+        if self.found:
+            return [self._map(entry) for entry in self.entries[name]]
+        made = make()
+        self.entries[name] = [self._write(packed) for packed in made]
+        return made
+
+    def _map(self, entry: dict[str, Any]) -> cpu.Packed:
+        assert self.data is not None
+        data = self.data[entry["at"] : entry["at"] + entry["nbytes"]]
+        if entry["ends"] and cpu.ops.nodes() > 1:  # a file's pages lie on any node
+            placed = cpu.ops.empty_packed(entry["nbytes"], entry["ends"])
+            placed.copy_(data)
+            data = placed
+        else:
+            cpu.ops.populate(data)
+        return cpu.Packed(data, QTYPES[entry["type"]], entry["n"], entry["k"], entry["matrices"], tuple(entry["ends"]))
+
+    def _write(self, packed: cpu.Packed) -> dict[str, Any]:
+        with self.lock:
+            at, self.size = self.size, -(-(self.size + packed.nbytes) // PAGE) * PAGE
+        if not self.trouble:
+            try:
+                view, done = packed.data.numpy().data, 0
+                while done < len(view):
+                    done += os.pwrite(self.file.fileno(), view[done : done + PIECE], at + done)
+            except OSError as error:
+                self.trouble = error.strerror or str(error)
+        return {
+            "at": at,
+            "nbytes": packed.nbytes,
+            "type": packed.qtype.name,
+            "n": packed.n,
+            "k": packed.k,
+            "matrices": packed.matrices,
+            "ends": list(packed.ends),
+        }
+
+    def finish(self) -> str:
+        """After loading: what a person should be told, "" when there is nothing. A folder is complete from here on, or not there."""
+        if self.found:
+            return ""
+        if not self.trouble:
+            try:
+                self.file.truncate(self.size)
+                os.fsync(self.file.fileno())
+                self.file.close()
+                (self.draft / "index.json").write_text(json.dumps({"size": self.size, "matrices": self.entries}))
+                shutil.rmtree(self.folder, ignore_errors=True)
+                self.draft.rename(self.folder)
+            except OSError as error:
+                self.trouble = error.strerror or str(error)
+        if self.trouble:
+            self.drop()
+            return f"cache_dir {self.folder.parent}: packed weights were not kept: {self.trouble}"
+        return ""
+
+    def drop(self) -> None:
+        """Leaves nothing of a folder that was not finished."""
+        if not self.found:
+            self.file.close()
+            shutil.rmtree(self.draft, ignore_errors=True)
+
+
+def open_store(folder: str | Path, name: str, key: Any, need: int) -> Store:
+    """The store of a model below `folder`; `key` is whatever decides how it is packed, `need` the bytes it will take."""
+    parts = [key, cpu.ops.isa(), cpu.ops.nodes(), fingerprint()]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return Store(Path(folder).expanduser() / f"{name}-{digest}", need)
+
+
+def fingerprint() -> str:
+    """A digest of packed samples of every type: it changes when the order of anything in a packed matrix does."""
+    digest = hashlib.sha256()
+    for qtype in QTYPES.values():
+        k = max(COLUMNS, qtype.block)
+        bytes_of_row = k // qtype.block * qtype.nbytes
+        rows = (torch.arange(ROWS * bytes_of_row, dtype=torch.int64) * 2654435761 >> 13 & 255).to(torch.uint8)
+        scale = torch.arange(-(-ROWS // 128) * -(-k // 128), dtype=torch.float32).view(-(-ROWS // 128), -1)
+        weight = QuantizedTensor(
+            rows.view(ROWS, bytes_of_row), qtype, (ROWS, k), scale if qtype.name == "F8_E4M3" else None
+        )
+        digest.update(cpu.pack(weight).data.numpy().data)
+    return digest.hexdigest()
+
+
+def _index(folder: Path) -> dict[str, Any] | None:
+    """What a whole folder says of itself; None for one that is not there or was cut."""
+    try:
+        found = json.loads((folder / "index.json").read_text())
+        size = (folder / "packed.bin").stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise KtxError(f"{folder}: cannot be read: {error}; remove it, it will be made again") from error
+    return found if found["size"] == size else None
