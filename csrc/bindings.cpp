@@ -26,6 +26,8 @@ using namespace ktx;
 
 std::string isa() { return ISA_NAMES[picked_isa()]; }
 std::string best() { return ISA_NAMES[best_isa()]; }
+// Whether KTX_GEMM=fast changes what the picked kernels do.
+bool fast_() { return fast_gemm() && (picked_isa() == AVX512VNNI || picked_isa() == AVX512VBMI || picked_isa() == AVX512BF16); }
 int64_t threads_() { return threads(); }
 void set_threads_(int64_t n) {
   STD_TORCH_CHECK(n >= 1 && n <= 1024, "threads must be 1 to 1024, got ", n);
@@ -180,6 +182,7 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("probe_bf16(int threads, float seconds) -> float");
   m.def("packed_nbytes(int code, int n, int k) -> int");
   m.def("empty_packed(int nbytes, int[] ends=[]) -> Tensor");
+  m.def("fast_gemm() -> bool");
   m.def("nodes() -> int");
   m.def("share_of(int groups, int node) -> int");
   m.def("populate(Tensor memory) -> ()");
@@ -205,6 +208,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("probe_bf16", TORCH_BOX(&probe_bf16_));
   m.impl("packed_nbytes", TORCH_BOX(&packed_nbytes));
   m.impl("empty_packed", TORCH_BOX(&empty_packed));
+  m.impl("fast_gemm", TORCH_BOX(&fast_));
   m.impl("nodes", TORCH_BOX(&nodes_));
   m.impl("share_of", TORCH_BOX(&share_of_));
   m.impl("units_taken", TORCH_BOX(&units_taken_));

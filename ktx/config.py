@@ -25,6 +25,12 @@ VARIABLES = {
     variable.name: variable
     for variable in (
         Variable("KTX_ISA", str, "", f"lowers the instruction set of the kernels: {', '.join(ISAS)}"),
+        Variable(
+            "KTX_GEMM",
+            str,
+            "exact",
+            "fast: many tokens on weights requantised to one scale for 256 (AVX-512), faster and less exact",
+        ),
         Variable("KTX_THREADS", int, 0, "size of the kernels' team; 0: the usable cores"),
         Variable(
             "KTX_NUMA",

@@ -11,6 +11,7 @@
 #define AI inline __attribute__((always_inline))
 #define KTX_TILE 6
 #define KTX_FEW 8
+#define KTX_FAST
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 

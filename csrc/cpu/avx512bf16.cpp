@@ -13,6 +13,7 @@
 #define KTX_BF16
 #define KTX_TILE 6
 #define KTX_FEW 8
+#define KTX_FAST
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16")
 

@@ -12,6 +12,7 @@
 #define KTX_VBMI
 #define KTX_TILE 6
 #define KTX_FEW 8
+#define KTX_FAST
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")
 

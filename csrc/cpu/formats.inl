@@ -78,7 +78,7 @@ struct DQ8_0 : Usual {
 
 // Types of our own, made on loading: one f16 scale for 64 or 128 weights.
 template <int GROUP> struct Int8 : Usual {
-  static constexpr int BLOCK = GROUP, SUB = 32, OFFSET = 0;
+  static constexpr int CODE = ktx::INT8_128, BLOCK = GROUP, SUB = 32, OFFSET = 0;
   static constexpr bool SIGNED = true, MINIMUM = false;
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -88,7 +88,7 @@ template <int GROUP> struct Int8 : Usual {
   }
 };
 template <int GROUP> struct Int4 : Usual {  // 32 weights in 16 bytes: byte i holds i and i + 16
-  static constexpr int BLOCK = GROUP, SUB = 32, OFFSET = 8;
+  static constexpr int CODE = GROUP == 64 ? ktx::INT4_64 : ktx::INT4_128, BLOCK = GROUP, SUB = 32, OFFSET = 8;
   static constexpr bool SIGNED = false, MINIMUM = false;
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }

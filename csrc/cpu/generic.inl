@@ -230,6 +230,10 @@ static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& 
   }
 }
 
+#ifdef KTX_FAST
+#include "fast.inl"
+#endif
+
 template <class D>
 static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work,
                           const uint8_t* next) {
@@ -257,6 +261,14 @@ static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, co
   return multiply_tiles<D>(l, packed, groups, x, out, work, next);
 #else
   Span* spans = reinterpret_cast<Span*>(work);
+#ifdef KTX_FAST
+  if constexpr (range_of<D>().most) {
+    for (; fast_gemm() && g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride)
+      multiply_fast<D, 2>(l, packed, x, out, spans, g + 2 < groups ? packed + 2 * group : next);
+    for (; fast_gemm() && g < groups; ++g, packed += group, out += stride)
+      multiply_fast<D, 1>(l, packed, x, out, spans, g + 1 < groups ? packed + group : next);
+  }
+#endif
 #if KTX_TILE >= 6
   for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride)
     multiply_many<D, 2>(l, packed, x, out, spans, g + 2 < groups ? packed + 2 * group : next);
@@ -633,12 +645,21 @@ static void unpack(const Layout& l, const uint8_t* group, int64_t k, float* out)
 // ---- activations ----------------------------------------------------------------------------------------------------------
 
 static void quantise(const float* x, int64_t k, RowView out) {
+#ifdef KTX_FAST
+  const bool wide = fast_gemm();  // then two neighbours share a scale
+#else
+  constexpr bool wide = false;
+#endif
+  float most = 0;
   for (int64_t b = 0; b < k / 32; ++b, x += 32) {
     const F lo = loadf(x), hi = loadf(x + 16);
-    // As integers, so that a NaN is the largest of all: it must reach the scale, its code cannot tell.
-    const uint32_t bits = largest_lane(maxu(as_int(absf(lo)), as_int(absf(hi))));
-    float most;
-    __builtin_memcpy(&most, &bits, 4);
+    if (!wide || b % 2 == 0) {
+      // As integers, so that a NaN is the largest of all: it must reach the scale, its code cannot tell.
+      V largest = maxu(as_int(absf(lo)), as_int(absf(hi)));
+      if (wide && b + 1 < k / 32) largest = maxu(largest, maxu(as_int(absf(loadf(x + 32))), as_int(absf(loadf(x + 48)))));
+      const uint32_t bits = largest_lane(largest);
+      __builtin_memcpy(&most, &bits, 4);
+    }
     const F inverse = setf(most > 0 ? 127.0f / most : 0.0f);
     const V low = to_int(mulf(lo, inverse)), high = to_int(mulf(hi, inverse));
     out.scale[b] = most / 127.0f;

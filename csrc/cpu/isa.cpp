@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.h"
+
 namespace ktx {
 const char* const ISA_NAMES[ISA_COUNT] = {"amxmodel", "scalar", "avx2", "avxvnni", "avx512vnni", "avx512vbmi", "avx512bf16", "amx"};
 
@@ -55,6 +57,16 @@ Isa lowered(Isa best) {
 bool has_vex_vnni() {
   uint32_t a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 4);
+}
+
+bool fast_gemm() {
+  static const bool fast = [] {
+    const char* wish = std::getenv("KTX_GEMM");
+    if (!wish || !*wish || std::string(wish) == "exact") return false;
+    if (std::string(wish) == "fast") return true;
+    throw std::runtime_error("KTX_GEMM=" + std::string(wish) + " is not known: use exact or fast");
+  }();
+  return fast;
 }
 
 Isa best_isa() {

@@ -51,6 +51,7 @@ constexpr size_t WORK_BYTES = 2 * 128 * 64 + 2 * 64;  // two groups of 128 colum
 
 extern const Kernels AMXMODEL_KERNELS, AMX_KERNELS, SCALAR_KERNELS, AVX2_KERNELS, AVXVNNI_KERNELS, AVX512VL_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS, AVX512BF16_KERNELS;
 const Kernels& kernels();  // of picked_isa()
+bool fast_gemm();          // KTX_GEMM=fast, see fast.inl; throws std::runtime_error on another word than that and exact
 
 // One product of tiles, c [rows][16] += a [rows][bytes] * b [bytes/4][16][4], by the instructions (only where best_isa() is AMX) and by their model.
 enum TileKind { SSD, USD, PAIRS_OF_BF16 };  // signed times signed, unsigned times signed, pairs of bf16 into f32

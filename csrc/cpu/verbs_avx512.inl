@@ -141,6 +141,15 @@ AI V dot(V acc, V weights, V x) {
 }
 constexpr int SIGNED_OFFSET = 128;
 AI V carried(V weights) { return _mm512_xor_si512(weights, _mm512_set1_epi8(char(0x80))); }
+AI V twice16(V x) {  // the low halves of lanes in both halves
+  return _mm512_or_si512(_mm512_and_si512(x, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(x, 16));
+}
+// Signed bytes, at most 2^(15-SHIFT), times by * 2^(SHIFT-23), plus add / 256, as bytes; 16 bits a lane's half for `by` and `add`.
+template <int SHIFT> AI V scaled_bytes(V codes, V by, V add) {
+  const V even = _mm512_slli_epi16(codes, SHIFT), odd = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(short(0xff00))), SHIFT - 8);
+  const V low = _mm512_adds_epi16(_mm512_mulhrs_epi16(even, by), add), high = _mm512_adds_epi16(_mm512_mulhrs_epi16(odd, by), add);
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi16(low, 8), high, _mm512_set1_epi16(short(0xff00)), 0xf8);  // a | (b & c)
+}
 template <bool SIGNED> AI V dot(V acc, V weights, V x) { return dot(acc, weights, x); }
 #ifdef KTX_BF16
 // Pairs of bf16: a step multiplies both and adds them to an f32 lane.

@@ -94,6 +94,7 @@ def _kernels(quick: bool) -> dict[str, Any]:
         "best possible": ops.best_isa(),
         "threads": threads,
         "memory nodes": ops.nodes(),
+        "GEMM": "fast" if ops.fast_gemm() else "exact",
         "KTX_ISA": os.environ.get("KTX_ISA", "not set"),
     }
     found: dict[str, Any] = {"kernels": kernels, "gpu": _gpu(torch), "operators": dict.fromkeys(SHIPPED, f"cpu, {isa}")}

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 BOUND_MATRIX, BOUND_LAYER, BOUND_FLOAT, BOUND_BF16 = 8e-3, 1.8e-2, 1e-5, 5e-3
+BOUND_FAST = 1.2e-2, 3e-2  # the same with KTX_GEMM=fast
 IN_BF16 = ("BF16", "F8_E4M3")  # types that bf16 holds exactly: multiplied so where the CPU can
 SHAPES = ((1, 33, 768), (17, 50, 768))  # tokens, rows, columns
 SLOW = ("scalar", "amxmodel")  # instruction sets whose speed nobody asks for
@@ -21,6 +22,9 @@ FLOORS = {  # the shares that the kernels of the best instruction set are to rea
     **dict.fromkeys(("IQ1_S", "IQ1_M"), (0.40, 0.35, 0.35)),
     **dict.fromkeys(("BF16", "F16", "F8_E4M3"), (0.60, 0.0, 0.60)),
 }
+FAST_FLOORS = dict.fromkeys(USUAL, (0.0, 0.50, 0.60))
+FAST = " fast"  # what follows an instruction set's name with KTX_GEMM=fast
+HAVE_FAST = ("avx512bf16", "avx512vbmi", "avx512vnni")
 KEYS = (("gemv_gb_s", "gemv_share"), ("gemm_48_gops", "gemm_48_share"), ("gemm_512_gops", "gemm_512_share"))
 LIMITS = {  # what was measured to be in the way of a floor; benchmarks/NOTES.md tells how
     "IQ1_S": "2048 entries take 62 permutations for 64 look-ups: 11 cycles for 12.5 bytes",
@@ -45,15 +49,18 @@ def main() -> int:
 
     best = ops.best_isa()
     isas = list(ISAS)[list(ISAS).index(best) :: -1]
+    quick = next(([isa + FAST] for isa in isas if isa in HAVE_FAST), [])
     print(f"this CPU: {best}; errors are relative RMS against float64 on the dequantised weights")
     print(
-        f"bounds: {BOUND_MATRIX:.1e} a matrix, {BOUND_LAYER:.1e} a mixture-of-experts layer; float weights {BOUND_FLOAT:.0e}, in bf16 {BOUND_BF16:.0e}\n"
+        f"bounds: {BOUND_MATRIX:.1e} a matrix, {BOUND_LAYER:.1e} a mixture-of-experts layer; float weights {BOUND_FLOAT:.0e}, in bf16 {BOUND_BF16:.0e}; KTX_GEMM=fast {BOUND_FAST[0]:.1e} and {BOUND_FAST[1]:.1e}\n"
     )
-    bad = _show_errors(isas)
+    bad = _show_errors([*isas[:1], *quick, *isas[1:]])
     if best == "amx":
         bad += _show_tiles()
     if not args.errors:
-        _show_speeds([isa for isa in isas if isa not in SLOW], args.threads or default_threads())
+        _show_speeds(
+            [*isas[:1], *quick, *(isa for isa in isas[1:] if isa not in SLOW)], args.threads or default_threads()
+        )
     return 1 if bad else 0
 
 
@@ -108,20 +115,23 @@ def _show_speeds(isas: list[str], threads: int) -> None:
     print("type".ljust(10) + "".join(isa.rjust(45) for isa in isas) + "    floors")
     print(" " * 10 + f"{'1 token':>15}{'48 tokens':>15}{'512 tokens':>15}" * len(isas))
     workers = [_start(isa, threads) for isa in isas]  # one measures at a time
-    missed = []
+    missed: list[tuple[str, list[str]]] = []
     for name in QTYPES:
         rows = [_ask(worker, name) for worker in workers]
         cells = "".join(
             f"{row[rate]:>9.{1 if row[rate] < 100 else 0}f} {row[share]:>4.0%} " for row in rows for rate, share in KEYS
         )
-        floors = FLOORS.get(name, ())
-        print(name.ljust(10) + cells + "    " + " ".join(f"{floor:.0%}" for floor in floors), flush=True)
-        under = [
-            f"{what} {rows[0][share]:.0%} of {floor:.0%}"
-            for what, (_, share), floor in zip(("1 token", "48 tokens", "512 tokens"), KEYS, floors, strict=False)
-            if rows[0][share] < floor
-        ]
-        missed += [(name, under)] if under else []
+        print(name.ljust(10) + cells + "    " + " ".join(f"{floor:.0%}" for floor in FLOORS.get(name, ())), flush=True)
+        fast = [isa for isa in isas[1:2] if isa.endswith(FAST)]
+        for isa, row, floors in zip([isas[0], *fast], rows, (FLOORS, FAST_FLOORS), strict=False):
+            under = [
+                f"{what} {row[share]:.0%} of {floor:.0%}"
+                for what, (_, share), floor in zip(
+                    ("1 token", "48 tokens", "512 tokens"), KEYS, floors.get(name, ()), strict=False
+                )
+                if row[share] < floor
+            ]
+            missed += [(name + isa.removeprefix(isas[0]), under)] if under else []
     for worker in workers:
         worker.communicate()
     print(f"\nunder a floor on {isas[0]}:" if missed else f"\nall floors are reached on {isas[0]}")
@@ -134,14 +144,18 @@ def _command(worker: str, threads: int = 0) -> list[str]:
 
 
 def _run(isa: str, worker: str) -> str:
-    done = subprocess.run(_command(worker), env=os.environ | {"KTX_ISA": isa}, capture_output=True, text=True)
+    done = subprocess.run(_command(worker), env=os.environ | _mode(isa), capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"the check on {isa} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout
 
 
+def _mode(isa: str) -> dict[str, str]:
+    return {"KTX_ISA": isa.removesuffix(FAST), "KTX_GEMM": "fast" if isa.endswith(FAST) else "exact"}
+
+
 def _start(isa: str, threads: int) -> subprocess.Popen[str]:
-    environment = os.environ | {"KTX_ISA": isa, "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | _mode(isa) | {"OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(
         _command("speeds", threads), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -178,10 +192,11 @@ def in_bf16() -> bool:
 
 def bounds(name: str) -> tuple[float, float]:
     """The largest relative error of a matrix and of a layer of experts of a type, on the instruction set that is picked."""
+    from ktx.kernels.cpu import ops
     from ktx.qtypes import QTYPES
 
     if not QTYPES[name].is_float:
-        return BOUND_MATRIX, BOUND_LAYER
+        return BOUND_FAST if ops.fast_gemm() else (BOUND_MATRIX, BOUND_LAYER)
     return (BOUND_BF16,) * 2 if name in IN_BF16 and in_bf16() else (BOUND_FLOAT,) * 2
 
 

@@ -31,8 +31,8 @@ def _load() -> Any:
             f"{LIBRARY} does not load into torch {torch.__version__}: {error}; ktx needs torch 2.11 or newer"
         ) from error
     try:
-        torch.ops.ktx.isa(), torch.ops.ktx.nodes()
-    except RuntimeError as error:  # KTX_ISA or KTX_NUMA holds a word that means nothing
+        torch.ops.ktx.isa(), torch.ops.ktx.nodes(), torch.ops.ktx.fast_gemm()
+    except RuntimeError as error:  # KTX_ISA, KTX_NUMA or KTX_GEMM holds a word that means nothing
         raise UsageError(str(error).splitlines()[0]) from error
     return torch.ops.ktx
 
