@@ -17,8 +17,8 @@ from typing import Any
 from ktx.commands.arguments import counts, flag, gguf_in, load_options, model_options, positive, require_model
 from ktx.errors import KtxError, UsageError
 
-SUMMARY = "measure prefill and decode speed, beside llama.cpp if asked"
-PEERS = ("llama.cpp",)
+SUMMARY = "measure prefill and decode speed, or one layer, beside llama.cpp, kt-kernel or ftllm"
+PEERS = ("llama.cpp", "kt-kernel", "ftllm")
 SLACK = 1 << 30  # memory that is left alone when both engines are loaded
 PAUSE = 0.3  # seconds before a measurement, until the other engine's threads have gone to sleep
 LOADING = ("isa", "load_seconds", "load_gb_s", "cat_gb_s", "pack_gb_s", "fresh_gb_s", "peak_rss", "rss_bound")
@@ -37,7 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-t", "--threads", type=positive, metavar="N", help="of every engine (default: usable cores)")
     parser.add_argument("-r", "--repeat", type=positive, default=3, metavar="N", help="rounds; medians are shown")
-    parser.add_argument("--peer", choices=PEERS, help="runs beside ktx on the same file, best of its repack on and off")
+    parser.add_argument(
+        "--peer",
+        choices=PEERS,
+        help="runs beside ktx in turns: llama.cpp on the same file (best of its repack on and off), ftllm on a model or a layer, kt-kernel on a layer",
+    )
+    parser.add_argument(
+        "--layer",
+        metavar="E,K,H,W",
+        help="no model: one layer of E experts, K a token, H hidden columns, W rows, for each of --prompt tokens, with errors",
+    )
     flag(parser, "--json", help="one JSON object a line")
     parser.add_argument("--record", metavar="FILE", help="append the JSON lines to this file")
 
@@ -61,7 +70,7 @@ class Engine:
             self.facts = self._answer()
         return self.facts
 
-    def measure(self, test: str) -> dict[str, Any]:
+    def measure(self, test: str | dict[str, Any]) -> dict[str, Any]:
         self.start()
         time.sleep(PAUSE)
         assert self.process and self.process.stdin
@@ -92,9 +101,20 @@ class Engine:
 
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; with --peer the engines take turns so that both see the same machine."""
-    require_model(args)
     from ktx.hardware import default_threads
 
+    if args.layer:
+        from ktx.commands import bench_layer
+
+        try:
+            args.layer = bench_layer.Layer.read(args.layer)
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"--layer {error}") from None
+        args.threads = args.threads or default_threads()
+        return bench_layer.run(args)
+    if args.peer == "kt-kernel":
+        raise UsageError("--peer kt-kernel runs no whole models on a CPU: give --layer, e.g. --layer 64,8,2048,1536")
+    require_model(args)
     args.threads = args.threads or default_threads()
     kinds = [f"pp{n}" for n in args.prompt] + [f"tg{n}" for n in args.tokens]
     tests = [f"{kind}@d{depth}" if depth else kind for kind in kinds for depth in args.depth]
@@ -161,6 +181,8 @@ def _ktx_words(args: argparse.Namespace) -> list[str]:
 def _gguf(args: argparse.Namespace) -> Path:
     """The file a peer can read."""
     path = gguf_in(Path(args.weights or args.model).expanduser())
+    if args.peer == "ftllm" and path.is_dir():
+        return path
     if path.suffix != ".gguf" or not path.exists():
         raise UsageError(f"{path}: {args.peer} reads GGUF files only; give one to --weights, or leave --peer out")
     return path
@@ -181,11 +203,27 @@ def _peer(args: argparse.Namespace, tests: list[str], repack: int) -> Engine:
     return Engine(f"llama.cpp (repack {'on' if repack else 'off'})", "ktx.commands.bench_llama_cpp", words)
 
 
+def _peers(args: argparse.Namespace, tests: list[str]) -> list[Engine]:
+    """The forms in which a peer may run."""
+    if args.peer == "llama.cpp":
+        return [_peer(args, tests, repack) for repack in (1, 0)]
+    path = _gguf(args)
+    folder = Path(args.model).expanduser()
+    if not (folder / "config.json").exists():
+        raise UsageError(f"{args.model}: ftllm needs the model's folder (config.json, tokenizer) in --model")
+    return [
+        Engine(
+            "ftllm",
+            "ktx.commands.bench_ftllm",
+            ["--weights", str(path), "--model", str(folder), "--threads", str(args.threads)],
+        )
+    ]
+
+
 def _best_peers(args: argparse.Namespace, tests: list[str]) -> tuple[dict[Engine | None, list[str]], dict[str, float]]:
-    """The peer with repacking on and off, each alone in memory: the better one for each test, and its figure."""
+    """The peer in each of its forms, each alone in memory: the better one for each test, and its figure."""
     alone: dict[Engine, dict[str, float]] = {}
-    for repack in (1, 0):
-        engine = _peer(args, tests, repack)
+    for engine in _peers(args, tests):
         alone[engine] = {test: max(engine.measure(test)["tok_s"] for _ in range(2)) for test in tests}
         engine.stop()
     best: dict[Engine | None, list[str]] = {}
@@ -198,7 +236,9 @@ def _room(args: argparse.Namespace) -> tuple[bool, str]:
     """Whether a peer fits beside the loaded ktx (repacking moves weights, it does not double them), in words too."""
     from ktx.hardware import memory
 
-    need, free = _gguf(args).stat().st_size + SLACK, memory()[1]
+    path = _gguf(args)
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
+    need, free = size + SLACK, memory()[1]
     if need <= free:
         return True, "both engines in memory, taking turns test by test"
     return False, f"one engine in memory at a time: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for a second"
@@ -227,6 +267,8 @@ def _lines(
             | middle
         )
     lines[0] |= {key: facts[key] for key in LOADING}
+    errors = facts["errors"][test[:2]]
+    lines[0] |= {"errors": errors, "relative_error": max(errors.values(), default=0.0)}
     lines[0]["limit_unit"] = "GOPS int8" if test.startswith("pp") else "GB/s read"
     for peer in lines[1:]:
         peer |= {"best_alone": alone[test], "isa": found[peer["engine"]][0]["isa"]}
@@ -260,7 +302,10 @@ def _table(lines: list[dict[str, Any]], facts: dict[str, Any], room: str) -> Non
     print(*filter(None, [room]), sep="\n", end="\n" if room else "")
     width = max(len(line["engine"]) for line in lines) + 2
     first = max(8, *(len(line["test"]) + 2 for line in lines))
-    print(f"{'test':{first}}{'engine':{width}}{'tok/s':>9}{'spread':>18}{'ratio':>8}  limit")
+    worst = {kind: max(found.items(), key=lambda item: item[1]) for kind, found in facts["errors"].items() if found}
+    told = ", ".join(f"{kind} {value:.2%} ({name})" for kind, (name, value) in worst.items())
+    print(f"error of a matrix against float64 on the same weights, worst type: {told}")
+    print(f"{'test':{first}}{'engine':{width}}{'tok/s':>9}{'spread':>18}{'ratio':>8}{'error':>8}  limit")
     for line in lines:
         spread = f"{line['spread'][0]:.2f}-{line['spread'][1]:.2f}"
         ratio = f"{line['ratio']:.2f}x" if "ratio" in line else ""
@@ -269,4 +314,7 @@ def _table(lines: list[dict[str, Any]], facts: dict[str, Any], room: str) -> Non
             if "share" in line
             else f"alone {line['best_alone']:.2f}"
         )
-        print(f"{line['test']:{first}}{line['engine']:{width}}{line['tok_s']:>9.2f}{spread:>18}{ratio:>8}  {limit}")
+        wrong = f"{line['relative_error']:.2%}" if "relative_error" in line else ""
+        print(
+            f"{line['test']:{first}}{line['engine']:{width}}{line['tok_s']:>9.2f}{spread:>18}{ratio:>8}{wrong:>8}  {limit}"
+        )

@@ -12,13 +12,14 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ktx.commands.bench import parts, token_ids
 
 FRESH = 1024  # MiB of new memory to be written
+ERROR_ROWS = 256  # of a matrix, whose products are compared
 CAT_PIECE, CAT_PIECES = 1 << 26, 64  # at most 4 GiB are read for the comparison
 
 
@@ -56,6 +57,7 @@ def main() -> int:
         "peak_rss": peak,
         "rss_bound": int(h.nbytes * 1.15) + (1 << 30),
         "params": active_params(model),
+        "errors": {kind: matrix_errors(model, together) for kind, together in (("pp", 64), ("tg", 1))},
     }
     print(json.dumps(facts), flush=True)
     forward(model, token_ids(16, model.config.vocab_size), 16)
@@ -79,6 +81,43 @@ def active_params(model: Any) -> int:
         elif isinstance(module, MLA):
             total += sum(w.n * w.k * w.matrices for w in (module.w_uk_t, module.w_uv))
     return total
+
+
+def matrix_errors(model: Any, together: int) -> dict[str, float]:
+    """Of one matrix of each weight type, on Gaussian activations: relative RMS of the product against float64 on the same weights.
+
+    `together` tokens are multiplied at once. Of stacked matrices the first memory node's share of the first one is taken.
+    """
+    import torch
+
+    from ktx.kernels import cpu
+
+    found: dict[str, float] = {}
+    for packed in packed_matrices(model):
+        groups = -(-packed.n // cpu.GROUP_ROWS)
+        share = groups if packed.matrices == 1 else cpu.ops.share_of(groups, 1)
+        if packed.qtype.name in found or not share:
+            continue
+        n = min(packed.n, share * cpu.GROUP_ROWS)
+        one = cpu.Packed(packed.data[: packed.nbytes // packed.matrices // groups * share], packed.qtype, n, packed.k)
+        rows = one.rows(torch.arange(min(n, ERROR_ROWS))).double()
+        x = torch.randn(64, packed.k, generator=torch.Generator().manual_seed(3))
+        got = torch.cat([cpu.linear(some, one) for some in x.split(together)])[:, : len(rows)]
+        exact = x.double() @ rows.T
+        found[packed.qtype.name] = float((got - exact).norm() / exact.norm())
+    return found
+
+
+def packed_matrices(model: Any) -> Iterator[Any]:
+    """Every packed matrix of the model's linear layers and experts."""
+    from ktx.ops.experts import Experts
+    from ktx.ops.linear import Linear
+
+    for module in model.modules():
+        if isinstance(module, Linear):
+            yield from module.parts
+        elif isinstance(module, Experts):
+            yield from module.weights.values()
 
 
 def cat_speed(files: Iterable[str], threads: int) -> float:
