@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from ktx.config import environment
 from ktx.errors import KtxError, UsageError
+from ktx.hardware import default_threads
 from ktx.qtypes import FP8_BLOCK, QType
 from ktx.weights.source import QuantizedTensor
 
@@ -34,6 +36,7 @@ def _load() -> Any:
         torch.ops.ktx.isa(), torch.ops.ktx.nodes(), torch.ops.ktx.fast_gemm()
     except RuntimeError as error:  # KTX_ISA, KTX_NUMA or KTX_GEMM holds a word that means nothing
         raise UsageError(str(error).splitlines()[0]) from error
+    torch.ops.ktx.set_threads(int(str(environment("KTX_THREADS"))) or default_threads())  # a cgroup's quota counts
     return torch.ops.ktx
 
 
