@@ -63,13 +63,15 @@ Cached cached(const Tensor& t, int64_t batches, int64_t heads, int64_t positions
   return {strided(t, what, true)};
 }
 
+Norm norm_before(const Optional& weight, int64_t hidden, double eps, bool plus_one) { return {optional_floats(weight, hidden, "before"), float(eps), plus_one}; }
+
 void check_x(const Tensor& x, int64_t dimensions) {
   STD_TORCH_CHECK(x.dim() == dimensions && x.is_contiguous() && x.scalar_type() == ScalarType::Float, "x must be contiguous float32 with ", dimensions, " dimensions");
 }
 
 Tensor mla_block_(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& latents, Tensor& ropes, int64_t past, const Optional& ranges,
                   const Optional& mask, Tensors packed, Ints about, const Optional& q_norm, const Tensor& kv_norm, int64_t heads, int64_t nope,
-                  int64_t values, bool interleaved, Doubles numbers) {
+                  int64_t values, bool interleaved, Doubles numbers, const Optional& before, double before_eps, bool before_plus_one) {
   check_x(x, 3);
   STD_TORCH_CHECK(latents.dim() == 4 && past >= 0 && heads > 0 && numbers.size() == 3, "latents, past, heads or numbers are not what a block takes");
   MlaBlock b{};
@@ -93,14 +95,14 @@ Tensor mla_block_(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor&
   set_masks(b.masks, ranges, mask);
   Tensor out = torch::stable::empty_like(x);
   b.x = static_cast<const float*>(x.const_data_ptr()), b.out = static_cast<float*>(out.mutable_data_ptr());
-  if (x.numel()) mla_block(b);
+  if (x.numel()) beside(b, norm_before(before, b.hidden, before_eps, before_plus_one), b.batches * b.length, b.hidden, mla_block);
   return out;
 }
 
 Tensor gqa_block_(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& keys, Tensor& values, int64_t past, const Optional& ranges,
                   const Optional& mask, Tensors packed, Ints about, const Optional& q_bias, const Optional& k_bias, const Optional& v_bias,
                   const Optional& o_bias, const Optional& q_norm, const Optional& k_norm, bool norm_all, bool plus_one, const Optional& sinks,
-                  Doubles numbers) {
+                  Doubles numbers, const Optional& before, double before_eps, bool before_plus_one) {
   check_x(x, 3);
   STD_TORCH_CHECK(keys.dim() == 4 && past >= 0 && numbers.size() == 4, "keys, past or numbers are not what a block takes");
   GqaBlock b{};
@@ -126,13 +128,13 @@ Tensor gqa_block_(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor&
   set_masks(b.masks, ranges, mask);
   Tensor out = torch::stable::empty_like(x);
   b.x = static_cast<const float*>(x.const_data_ptr()), b.out = static_cast<float*>(out.mutable_data_ptr());
-  if (x.numel()) gqa_block(b);
+  if (x.numel()) beside(b, norm_before(before, b.hidden, before_eps, before_plus_one), b.batches * b.length, b.hidden, gqa_block);
   return out;
 }
 
 Tensor moe_block_(const Tensor& x, Tensors packed, Ints about, const Optional& router_bias, const Optional& correction, int64_t experts, int64_t top,
                   std::string scoring, std::string group_mode, int64_t n_group, int64_t topk_group, bool renorm, double scale, int64_t ff,
-                  int64_t shared_ff, std::string act, double alpha, double limit) {
+                  int64_t shared_ff, std::string act, double alpha, double limit, const Optional& before, double before_eps, bool before_plus_one) {
   check_x(x, 2);
   const int64_t tokens = x.size(0), hidden = x.size(1);
   STD_TORCH_CHECK(experts > 0 && ff > 0 && shared_ff >= 0, "experts and ff must be positive");
@@ -155,19 +157,19 @@ Tensor moe_block_(const Tensor& x, Tensors packed, Ints about, const Optional& r
   }
   Tensor out = torch::stable::empty_like(x);
   b.x = static_cast<const float*>(x.const_data_ptr()), b.out = static_cast<float*>(out.mutable_data_ptr());
-  if (tokens) moe_block(b);
+  if (tokens) beside(b, norm_before(before, hidden, before_eps, before_plus_one), tokens, hidden, moe_block);
   return out;
 }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
   m.def("mla_block(Tensor x, Tensor cos, Tensor sin, Tensor(a!) latents, Tensor(b!) ropes, int past, Tensor? ranges, Tensor? mask, Tensor[] packed, "
-        "int[] about, Tensor? q_norm, Tensor kv_norm, int heads, int nope, int values, bool interleaved, float[] numbers) -> Tensor");
+        "int[] about, Tensor? q_norm, Tensor kv_norm, int heads, int nope, int values, bool interleaved, float[] numbers, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False) -> Tensor");
   m.def("gqa_block(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int past, Tensor? ranges, Tensor? mask, Tensor[] packed, "
         "int[] about, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor? o_bias, Tensor? q_norm, Tensor? k_norm, bool norm_all, bool plus_one, "
-        "Tensor? sinks, float[] numbers) -> Tensor");
+        "Tensor? sinks, float[] numbers, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False) -> Tensor");
   m.def("moe_block(Tensor x, Tensor[] packed, int[] about, Tensor? router_bias, Tensor? correction, int experts, int top, str scoring, str group_mode, "
-        "int n_group, int topk_group, bool renorm, float scale, int ff, int shared_ff, str act, float alpha, float limit) -> Tensor");
+        "int n_group, int topk_group, bool renorm, float scale, int ff, int shared_ff, str act, float alpha, float limit, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("mla_block", TORCH_BOX(&mla_block_));

@@ -19,6 +19,18 @@ struct Norm {  // RMSNorm; weight null: none
   float eps;
   bool plus_one;
 };
+// run(b), on norm(b.x) and plus b.x when `before` has a weight.
+template <class B>
+void beside(B& b, const Norm& before, int64_t rows, int64_t width, void (*run)(const B&)) {
+  if (!before.weight) return run(b);
+  thread_local std::vector<float> normalised;
+  normalised.resize(size_t(rows * width));
+  rms_norm(b.x, Number::F32, rows, width, width, before.weight, before.eps, before.plus_one, normalised.data());
+  const float* x = b.x;
+  b.x = normalised.data();
+  run(b);
+  for (int64_t i = 0; i < rows * width; ++i) b.out[i] += x[i];
+}
 struct Rotation {  // cos and sin [batch][length][turned]; `batch` their stride, 0 when one table serves all
   const float *cos, *sin;
   int64_t turned, batch;

@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="E,K,H,W",
         help="no model: one layer of E experts, K a token, H hidden columns, W rows, for each of --prompt tokens, with errors",
     )
+    parser.add_argument(
+        "--formats", metavar="F[,F]", help="with --layer: ktx's formats to measure (default: all that the peer has)"
+    )
     flag(parser, "--json", help="one JSON object a line")
     parser.add_argument("--record", metavar="FILE", help="append the JSON lines to this file")
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktx.commands.bench import Engine, stamp
-from ktx.errors import UsageError
+from ktx.errors import UsageError, nearest
 
 PAIRS = {  # a peer's formats and the ones of ktx that have as many bits
     "kt-kernel": {"AMXINT8": "int8", "AMXINT4": "int4", "RAWINT4": "int4g32", "LLAMAFILE": "Q4_K", "BF16": "BF16"},
@@ -142,13 +142,21 @@ def run(args: argparse.Namespace) -> int:
     pairs = PAIRS.get(args.peer or "", {})
     if args.peer and not pairs:
         raise UsageError(f"--layer has no {args.peer}: its peers are {' and '.join(PAIRS)}")
+    rows = list(pairs.items()) if args.peer else [("", name) for name in FORMATS]
+    if args.formats:
+        wanted, known = args.formats.split(","), [name for _, name in rows]
+        for name in wanted:
+            if name not in known:
+                raise UsageError(
+                    f"--formats {name} is not measured here{nearest(name, known)}; there are {' '.join(known)}"
+                )
+        rows = [row for row in rows if row[1] in wanted]
     mine = Engine("ktx", __name__, words)
     other = Engine(args.peer, MODULES[args.peer], words) if args.peer else None
     lines = []
     try:
         facts = mine.start()
         theirs = other.start() if other else {}
-        rows = list(pairs.items()) if other else [("", name) for name in FORMATS]
         print(
             f"{layer.experts} experts, {layer.top} a token, {layer.hidden} x {layer.width}; {stamp()['machine']}, {args.threads} threads; ktx {facts['isa']}"
             + (f"; {args.peer} {theirs['version']}" if other else "")

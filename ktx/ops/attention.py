@@ -19,7 +19,7 @@ from ktx.cache.kv import KVType
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import Matrices, Watch, float_type, plain_linear, room_for, rotary_tables
+from ktx.ops.fused import NOTHING, Before, Matrices, Watch, float_type, plain_linear, room_for, rotary_tables
 from ktx.ops.norm import RMSNorm
 
 NAME = "ktx"
@@ -215,9 +215,10 @@ class Block:
         attention_mask: torch.Tensor | None = None,
         *,
         cache: Any = None,
+        before: Before = NOTHING,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        """hidden_states f32 [B, S, D] -> [B, S, D]; None when this call has to go the long way."""
+        """hidden_states f32 [B, S, D] -> [B, S, D], with `before` plus hidden_states; None when this call has to go the long way."""
         own, new = self.owner, hidden_states.shape[1]
         if hidden_states.shape[0] * new > MOST or position_embeddings is None:
             return None
@@ -245,6 +246,7 @@ class Block:
             self.plus_one,
             self.sinks,
             self.numbers,
+            *before,
         )
 
 

@@ -129,6 +129,7 @@ def is_plain(old: nn.Module, layer: type[Layer]) -> TypeGuard[Layer]:
 SHIPPED = {
     "Linear": "ktx.ops.linear",
     "Experts": "ktx.ops.experts",
+    "Layer": "ktx.ops.layer",
     "MoE": "ktx.ops.moe",
     "Router": "ktx.ops.router",
     "MLA": "ktx.ops.mla",

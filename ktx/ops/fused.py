@@ -16,6 +16,11 @@ from ktx.cache.kv import Q8_0, GrowingLayer, KVType, growing
 from ktx.kernels import cpu
 from ktx.ops.linear import Linear
 
+Before = tuple[
+    torch.Tensor | None, float, bool
+]  # a norm that a block begins with: weight f32, epsilon, whether one is added to the weight
+NOTHING: Before = (None, 0.0, False)
+
 
 class Watch:
     """Children of modules, and the hooks that would have to be called. A pair (parent, name) is a child, None if it has none of that name."""

@@ -17,7 +17,7 @@ from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops.attention import split_mask
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import Matrices, Watch, float_type, plain_linear, room_for, rotary_tables
+from ktx.ops.fused import NOTHING, Before, Matrices, Watch, float_type, plain_linear, room_for, rotary_tables
 from ktx.ops.norm import RMSNorm
 from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -226,9 +226,14 @@ class Block:
         return cls(owner, Watch((owner, name) for name in projections + norms), matrices)
 
     def __call__(
-        self, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any
+        self,
+        hidden: torch.Tensor,
+        embeddings: Any,
+        mask: torch.Tensor | None,
+        cache: Any,
+        before: Before = NOTHING,
     ) -> torch.Tensor | None:
-        """hidden f32 [B, S, D] -> [B, S, D]; None when this call has to go the long way."""
+        """hidden f32 [B, S, D] -> [B, S, D], with `before` plus hidden itself; None when this call has to go the long way."""
         own = self.owner
         layer = room_for(hidden, cache, own.layer_idx, 1, self.columns, own.kv_dtype)
         if layer is None:
@@ -255,6 +260,7 @@ class Block:
             own.v_head_dim,
             own.interleaved,
             self.numbers,
+            *before,
         )
 
 

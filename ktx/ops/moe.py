@@ -10,7 +10,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.experts import Experts
-from ktx.ops.fused import Matrices, Watch, plain_linear
+from ktx.ops.fused import NOTHING, Before, Matrices, Watch, plain_linear
 from ktx.ops.mlp import MLP
 from ktx.ops.router import Router
 
@@ -112,8 +112,8 @@ class Block:
     def takes(self, flat: torch.Tensor) -> bool:
         return len(flat) <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu" and self.watch.holds()
 
-    def __call__(self, flat: torch.Tensor) -> torch.Tensor:
-        """flat f32 [tokens, D] -> [tokens, D]."""
+    def __call__(self, flat: torch.Tensor, before: Before = NOTHING) -> torch.Tensor:
+        """flat f32 [tokens, D] -> [tokens, D]; with `before` plus flat itself."""
         return cpu.ops.moe_block(
             flat.contiguous(),
             self.matrices.packed,
@@ -123,4 +123,5 @@ class Block:
             *self.style,
             *self.sizes,
             *self.gate,
+            *before,
         )

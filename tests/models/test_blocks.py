@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from ktx.cache.kv import GrowingLayer, KVCache
 from ktx.ops.attention import Attention
+from ktx.ops.layer import Layer
 from ktx.ops.mla import MLA
 from ktx.ops.moe import MoE
 from tests.models.test_families import IDS, Pair, logits, relative
@@ -147,3 +148,39 @@ def test_a_batch_is_its_sequences(fused):
         alone = KVCache(model.config, None)
         logits(model, ids[i : i + 1, :39], past_key_values=alone)
         assert relative(both[i], logits(model, ids[i : i + 1, 39:], past_key_values=alone)[0]) < 2e-6
+
+
+def test_a_layer_is_its_children(fused):
+    """Two calls instead of six, the same sums; a hook on a child, or a child that was exchanged, is heeded."""
+    model, _ = fused
+    layers = modules(model, Layer)
+    usual = model.config.model_type != "gpt_oss"  # whose experts return two things
+    assert len(layers) == model.config.num_hidden_layers * usual and all(layer.watch is not None for layer in layers)
+    together = decode(model)
+    watches = [layer.watch for layer in layers]
+    try:
+        for layer in layers:
+            layer.watch = None
+        apart = decode(model)
+    finally:
+        for layer, watch in zip(layers, watches, strict=True):
+            layer.watch = watch
+    assert relative(together, apart) < 2e-6
+    called = []
+    for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp") if usual else ():
+        handle = layers[1]._modules[name].register_forward_hook(lambda *_, name=name: called.append(name))
+        assert relative(decode(model, steps=1)[:, :1], together[:, :1]) < 2e-6 and called and set(called) == {name}
+        handle.remove()
+        called.clear()
+
+
+def test_hidden_states_are_those_of_the_layers(fused):
+    model, _ = fused
+    cache = KVCache(model.config, None)
+    logits(model, IDS[:, :20], past_key_values=cache)
+    with torch.inference_mode():
+        out = model(IDS[:, 20:21], past_key_values=cache, output_hidden_states=True)
+        plain = model(IDS[:, :21], output_hidden_states=True)
+    assert len(out.hidden_states) == model.config.num_hidden_layers + 1
+    for got, exact in zip(out.hidden_states, plain.hidden_states, strict=True):
+        assert relative(got, exact[:, 20:]) < 1e-4
