@@ -1,11 +1,15 @@
 // The weight kernels as torch operators. With bindings_attention.cpp the only files that know torch, and only its stable ABI:
 // one binary serves every torch from 2.11 on and every Python from 3.11 on.
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -67,6 +71,44 @@ Tensor empty_packed(int64_t nbytes, Ints ends) {
   const int64_t sizes[1] = {nbytes}, strides[1] = {1};
   return torch::stable::from_blob(memory, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
                                   ScalarType::Byte, [size](void* p) { munmap(p, size); });
+}
+
+constexpr size_t HUGE = size_t(2) << 20;
+
+// A file's bytes, mapped from a multiple of a huge page on; private: nothing written here reaches the file.
+Tensor map_file(std::string path) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  STD_TORCH_CHECK(file >= 0, path, ": cannot be opened");
+  struct stat about;
+  const bool known = fstat(file, &about) == 0 && about.st_size > 0;
+  const size_t size = known ? size_t(about.st_size) : 0;
+  void* room = known ? mmap(nullptr, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) : MAP_FAILED;
+  void* start = room == MAP_FAILED ? room : reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(room) + HUGE - 1) & ~(HUGE - 1));
+  void* memory = room == MAP_FAILED ? room : mmap(start, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0);
+  close(file);
+  if (memory == MAP_FAILED && room != MAP_FAILED) munmap(room, size + HUGE);
+  STD_TORCH_CHECK(memory != MAP_FAILED, path, ": cannot be mapped");
+  const int64_t sizes[1] = {int64_t(size)}, strides[1] = {1};
+  return torch::stable::from_blob(memory, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
+                                  [room, size](void*) { munmap(room, size + HUGE); });
+}
+
+// The `length` bytes from `begin` on of what map_file gave, from now on in memory of their own on huge pages, at the same addresses: whoever reads them
+// notices nothing. False where that cannot be done.
+bool to_memory(Tensor& mapped, int64_t begin, int64_t length) {
+  STD_TORCH_CHECK(begin >= 0 && length > 0 && begin % int64_t(HUGE) == 0 && begin + length <= mapped.numel(), "begin must be a multiple of a huge page inside the file");
+  const size_t whole = size_t(length) / HUGE * HUGE;
+  uint8_t* place = static_cast<uint8_t*>(mapped.mutable_data_ptr()) + begin;
+  if (!whole || reinterpret_cast<uintptr_t>(place) % HUGE) return false;
+  uint8_t* room = static_cast<uint8_t*>(mmap(nullptr, whole + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (room == MAP_FAILED) return false;
+  uint8_t* copy = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(room) + HUGE - 1) & ~(HUGE - 1));
+  madvise(copy, whole, MADV_HUGEPAGE);
+  std::memcpy(copy, place, whole);
+  const bool moved = mremap(copy, whole, whole, MREMAP_MAYMOVE | MREMAP_FIXED, place) != MAP_FAILED;
+  if (copy > room) munmap(room, size_t(copy - room));
+  munmap(moved ? copy + whole : copy, moved ? size_t(room + whole + HUGE - (copy + whole)) : size_t(room + whole + HUGE - copy));
+  return moved;
 }
 
 // Brings the pages of mapped weights in, as the system likes it; what it cannot is done on the first read.
@@ -185,6 +227,8 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("fast_gemm() -> bool");
   m.def("nodes() -> int");
   m.def("share_of(int groups, int node) -> int");
+  m.def("map_file(str path) -> Tensor");
+  m.def("to_memory(Tensor(a!) mapped, int begin, int length) -> bool");
   m.def("populate(Tensor memory) -> ()");
   m.def("pages_on(Tensor memory) -> int[]");
   m.def("units_taken() -> (int, int)");
@@ -207,6 +251,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("probe_fma", TORCH_BOX(&probe_fma_));
   m.impl("probe_bf16", TORCH_BOX(&probe_bf16_));
   m.impl("packed_nbytes", TORCH_BOX(&packed_nbytes));
+  m.impl("map_file", TORCH_BOX(&map_file));
   m.impl("empty_packed", TORCH_BOX(&empty_packed));
   m.impl("fast_gemm", TORCH_BOX(&fast_));
   m.impl("nodes", TORCH_BOX(&nodes_));
@@ -215,6 +260,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
+  m.impl("to_memory", TORCH_BOX(&to_memory));
   m.impl("populate", TORCH_BOX(&populate));
   m.impl("pages_on", TORCH_BOX(&pages_on_));
   m.impl("quantise_rows", TORCH_BOX(&quantise_rows_));

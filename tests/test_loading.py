@@ -549,6 +549,31 @@ def test_packed_weights_on_disk(qwen, tmp_path, numa):
     assert len(folders()) == 2
 
 
+def test_mapped_weights_move_to_memory(tmp_path):
+    """The same bytes at the same addresses, no longer the file's pages."""
+    from ktx.kernels import cpu
+    from ktx.kernels.kept import MOVED, to_memory
+
+    huge = 2 << 20
+    content = torch.randint(0, 256, (MOVED + 3 * huge + 777,), dtype=torch.uint8)
+    content.numpy().tofile(tmp_path / "w.bin")
+    mapped = cpu.ops.map_file(str(tmp_path / "w.bin"))
+    start = mapped.data_ptr()
+
+    def of_the_file():
+        lines = [line.split() for line in open("/proc/self/maps") if line.rstrip().endswith("w.bin")]
+        return [tuple(int(end, 16) - start for end in line[0].split("-")) for line in lines]
+
+    assert of_the_file() == [(0, (len(content) + 4095) // 4096 * 4096)]
+    to_memory(mapped)
+    assert mapped.data_ptr() == start and torch.equal(mapped, content)
+    assert of_the_file() == [(MOVED + 3 * huge, MOVED + 3 * huge + 4096)]  # less than a huge page stays
+    with pytest.raises(RuntimeError, match="multiple of a huge page"):
+        cpu.ops.to_memory(mapped, 4096, 4096)
+    with pytest.raises(RuntimeError, match="cannot be opened"):
+        cpu.ops.map_file(str(tmp_path / "none"))
+
+
 def test_a_cache_folder_that_cannot_be(qwen, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cache_dir .*file.*cannot be made"):

@@ -1,4 +1,4 @@
-"""Packed weights on disk, so that a second start only maps them.
+"""Packed weights on disk, so that a second start only maps them. What is mapped can be used at once, and moves to huge pages behind the model's back.
 
 A folder holds one model as one machine packs it: `packed.bin`, every matrix at a multiple of a page, and `index.json`, written last, so that
 a folder without it is one whose writer was stopped. What the folder's name is made of decides when it may be used: the weight files (path, size,
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import threading
@@ -26,7 +25,8 @@ from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor
 
 PAGE = 4096
-PIECE = 256 << 20  # bytes whose pages are asked for at once
+PIECE = 256 << 20  # bytes written at once
+MOVED = 32 << 20  # bytes moved to memory at once
 ROWS, COLUMNS = 17, 256  # of the sample that tells one order of packing from another
 _loading = threading.local()
 
@@ -54,9 +54,7 @@ class Store:
         self.data: torch.Tensor | None = None
         if index is not None:
             self.entries, self.size = index["matrices"], index["size"]
-            with open(folder / "packed.bin", "rb") as file:
-                self.mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            self.data = torch.frombuffer(self.mapped, dtype=torch.uint8)
+            self.data = cpu.ops.map_file(str(folder / "packed.bin"))
             return
         self._room(need)
         self.draft = folder.with_name(f"{folder.name}.{os.getpid()}.part")
@@ -87,9 +85,11 @@ class Store:
             _loading.store = None
 
     def take(self, name: str, make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
-        if self.found:
+        if self.found and name in self.entries:
             return [self._map(entry) for entry in self.entries[name]]
         made = make()
+        if self.found:
+            return made
         self.entries[name] = [self._write(packed) for packed in made]
         return made
 
@@ -127,6 +127,8 @@ class Store:
     def finish(self) -> str:
         """After loading: what a person should be told, "" when there is nothing. A folder is complete from here on, or not there."""
         if self.found:
+            if cpu.ops.nodes() == 1:
+                threading.Thread(target=to_memory, args=(self.data,), name="ktx-weights", daemon=True).start()
             return ""
         if not self.trouble:
             try:
@@ -148,6 +150,13 @@ class Store:
         if not self.found:
             self.file.close()
             shutil.rmtree(self.draft, ignore_errors=True)
+
+
+def to_memory(data: torch.Tensor) -> None:
+    """Moves mapped weights to memory of their own, piece by piece, while they are used: a file's pages are small, and a token's way through them is slow."""
+    for begin in range(0, data.numel(), MOVED):
+        if not cpu.ops.to_memory(data, begin, min(MOVED, data.numel() - begin)):
+            return
 
 
 def open_store(folder: str | Path, name: str, key: Any, need: int) -> Store:
