@@ -43,6 +43,7 @@ double probe_int8_(int64_t threads, double seconds) { return probe_int8(int(thre
 double probe_fma_(int64_t threads, double seconds) { return probe_fma(int(threads), seconds); }
 double probe_bf16_(int64_t threads, double seconds) { return probe_bf16(int(threads), seconds); }
 
+double idle_seconds_() { return idle_seconds(); }
 int64_t nodes_() { return nodes(); }
 int64_t share_of_(int64_t groups, int64_t node) {
   STD_TORCH_CHECK(groups >= 0 && node >= 0 && node <= nodes(), "no node ", node);
@@ -225,6 +226,7 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("packed_nbytes(int code, int n, int k) -> int");
   m.def("empty_packed(int nbytes, int[] ends=[]) -> Tensor");
   m.def("fast_gemm() -> bool");
+  m.def("idle_seconds() -> float");
   m.def("nodes() -> int");
   m.def("share_of(int groups, int node) -> int");
   m.def("map_file(str path) -> Tensor");
@@ -254,6 +256,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("map_file", TORCH_BOX(&map_file));
   m.impl("empty_packed", TORCH_BOX(&empty_packed));
   m.impl("fast_gemm", TORCH_BOX(&fast_));
+  m.impl("idle_seconds", TORCH_BOX(&idle_seconds_));
   m.impl("nodes", TORCH_BOX(&nodes_));
   m.impl("share_of", TORCH_BOX(&share_of_));
   m.impl("units_taken", TORCH_BOX(&units_taken_));

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -565,7 +566,7 @@ def test_mapped_weights_move_to_memory(tmp_path):
         return [tuple(int(end, 16) - start for end in line[0].split("-")) for line in lines]
 
     assert of_the_file() == [(0, (len(content) + 4095) // 4096 * 4096)]
-    to_memory(mapped)
+    to_memory(mapped, threading.Event())
     assert mapped.data_ptr() == start and torch.equal(mapped, content)
     assert of_the_file() == [(MOVED + 3 * huge, MOVED + 3 * huge + 4096)]  # less than a huge page stays
     with pytest.raises(RuntimeError, match="multiple of a huge page"):

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
@@ -192,6 +193,10 @@ int wanted() {
   return std::max(1, allowed_cores().whole);
 }
 
+constexpr double RUNS_NOW = -1;
+std::atomic<double> last_run{0};  // when it ended
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
 std::mutex team_mutex;
 int team_size = 0;
 Team* team = nullptr;  // never destroyed at exit: workers may still sleep in it
@@ -223,7 +228,16 @@ void set_threads(int n) {
 void run(void (*fn)(void*, int), void* context) {
   if (inside) throw std::runtime_error("ktx: a kernel called another kernel's team from inside");
   std::lock_guard<std::mutex> lock(team_mutex);
+  const struct Mark {
+    Mark() { last_run = RUNS_NOW; }
+    ~Mark() { last_run = now(); }
+  } mark;
   current().run(fn, context);
+}
+
+double idle_seconds() {
+  const double last = last_run.load();
+  return last == RUNS_NOW ? 0 : now() - last;
 }
 
 void barrier() { team->barrier(); }

@@ -8,6 +8,7 @@
 
 namespace ktx {
 int threads();            // size of the team, caller included
+double idle_seconds();    // since the last run; 0 inside one
 void set_threads(int n);  // 1..1024; takes effect for the next run
 
 // Calls fn(context, member) on every member and returns when all are done. The first exception is rethrown here.

@@ -7,6 +7,7 @@ time of change), the plan, the instruction set, the memory nodes, and how a fixe
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -26,7 +27,11 @@ from ktx.weights.source import QuantizedTensor
 
 PAGE = 4096
 PIECE = 256 << 20  # bytes written at once
-MOVED = 32 << 20  # bytes moved to memory at once
+MOVED = 8 << 20  # bytes moved to memory at once
+QUIET, PATIENCE = (
+    0.1,
+    0.25,
+)  # seconds without a kernel after which weights are moved, and after which one piece is moved all the same
 ROWS, COLUMNS = 17, 256  # of the sample that tells one order of packing from another
 _loading = threading.local()
 
@@ -128,7 +133,7 @@ class Store:
         """After loading: what a person should be told, "" when there is nothing. A folder is complete from here on, or not there."""
         if self.found:
             if cpu.ops.nodes() == 1:
-                threading.Thread(target=to_memory, args=(self.data,), name="ktx-weights", daemon=True).start()
+                self._start_moving()
             return ""
         if not self.trouble:
             try:
@@ -145,6 +150,17 @@ class Store:
             return f"cache_dir {self.folder.parent}: packed weights were not kept: {self.trouble}"
         return ""
 
+    def _start_moving(self) -> None:
+        stop = threading.Event()
+        mover = threading.Thread(target=to_memory, args=(self.data, stop), name="ktx-weights", daemon=True)
+        mover.start()
+
+        def end() -> None:  # a thread inside a kernel may not be ended by Python's own end
+            stop.set()
+            mover.join()
+
+        atexit.register(end)
+
     def drop(self) -> None:
         """Leaves nothing of a folder that was not finished."""
         if not self.found:
@@ -152,10 +168,18 @@ class Store:
             shutil.rmtree(self.draft, ignore_errors=True)
 
 
-def to_memory(data: torch.Tensor) -> None:
-    """Moves mapped weights to memory of their own, piece by piece, while they are used: a file's pages are small, and a token's way through them is slow."""
+def to_memory(data: torch.Tensor, stop: threading.Event) -> None:
+    """Moves mapped weights to memory of their own: a file's pages are small, and a token's way through them is slow.
+
+    Piece by piece, mostly while no kernel runs, because new memory costs the system more time than reading it.
+    """
     for begin in range(0, data.numel(), MOVED):
-        if not cpu.ops.to_memory(data, begin, min(MOVED, data.numel() - begin)):
+        waited = 0.0
+        while cpu.ops.idle_seconds() < QUIET and waited < PATIENCE:
+            if stop.wait(QUIET / 2):
+                return
+            waited += QUIET / 2
+        if stop.is_set() or not cpu.ops.to_memory(data, begin, min(MOVED, data.numel() - begin)):
             return
 
 
