@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -37,6 +39,19 @@ def modules(model, kinds):
     return [m for m in model.modules() if isinstance(m, kinds)]
 
 
+@contextmanager
+def without(found, name):
+    """While an attribute of modules is None."""
+    kept = [getattr(module, name) for module in found]
+    try:
+        for module in found:
+            setattr(module, name, None)
+        yield
+    finally:
+        for module, value in zip(found, kept, strict=True):
+            setattr(module, name, value)
+
+
 def decode(model, cache=None, steps=6, start=20):
     """Logits of single tokens, and of three at once, after a prompt."""
     cache = KVCache(model.config, None) if cache is None else cache
@@ -48,16 +63,10 @@ def decode(model, cache=None, steps=6, start=20):
 def test_one_call_is_child_by_child(fused):
     model, kinds = fused
     found = modules(model, kinds)
-    blocks = [module.block for module in found]
-    assert found and all(blocks)
+    assert found and all(module.block for module in found)
     together = decode(model)
-    try:
-        for module in found:
-            module.block = None
+    with without(found, "block"):
         apart = decode(model)
-    finally:
-        for module, block in zip(found, blocks, strict=True):
-            module.block = block
     assert relative(together, apart) < 2e-6
 
 
@@ -121,14 +130,8 @@ def test_a_cache_of_eight_bits(fused):
                 assert (buffer.dtype, buffer.shape[3]) == (
                     (torch.uint8, columns // 32 * 34) if columns % 32 == 0 else (torch.float16, columns)
                 )
-    blocks = [module.block for module in found]
-    try:
-        for module in found:
-            module.block = None
+    with without(found, "block"):
         assert usual(decode(model, KVCache(model.config, "q8_0")), expected) < 2e-2
-    finally:
-        for module, block in zip(found, blocks, strict=True):
-            module.block = block
     small.truncate(20)
     again = logits(model, IDS[:, 20:21], past_key_values=small)
     assert relative(again, expected[:, :1]) < 0.1
@@ -157,14 +160,8 @@ def test_a_layer_is_its_children(fused):
     usual = model.config.model_type != "gpt_oss"  # whose experts return two things
     assert len(layers) == model.config.num_hidden_layers * usual and all(layer.watch is not None for layer in layers)
     together = decode(model)
-    watches = [layer.watch for layer in layers]
-    try:
-        for layer in layers:
-            layer.watch = None
+    with without(layers, "watch"):
         apart = decode(model)
-    finally:
-        for layer, watch in zip(layers, watches, strict=True):
-            layer.watch = watch
     assert relative(together, apart) < 2e-6
     called = []
     for name in ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp") if usual else ():
