@@ -1,15 +1,11 @@
 // The weight kernels as torch operators. With bindings_attention.cpp the only files that know torch, and only its stable ABI:
 // one binary serves every torch from 2.11 on and every Python from 3.11 on.
-#include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -21,6 +17,7 @@
 #include "cpu/isa.h"
 #include "cpu/layout.h"
 #include "cpu/linear.h"
+#include "cpu/mapped.h"
 #include "cpu/numa.h"
 #include "cpu/pool.h"
 #include "cpu/probes.h"
@@ -74,51 +71,22 @@ Tensor empty_packed(int64_t nbytes, Ints ends) {
                                   ScalarType::Byte, [size](void* p) { munmap(p, size); });
 }
 
-constexpr size_t HUGE = size_t(2) << 20;
-
-// A file's bytes, mapped from a multiple of a huge page on; private: nothing written here reaches the file.
+// A file's bytes, see cpu/mapped.h.
 Tensor map_file(std::string path) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  STD_TORCH_CHECK(file >= 0, path, ": cannot be opened");
-  struct stat about;
-  const bool known = fstat(file, &about) == 0 && about.st_size > 0;
-  const size_t size = known ? size_t(about.st_size) : 0;
-  void* room = known ? mmap(nullptr, size + HUGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0) : MAP_FAILED;
-  void* start = room == MAP_FAILED ? room : reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(room) + HUGE - 1) & ~(HUGE - 1));
-  void* memory = room == MAP_FAILED ? room : mmap(start, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, file, 0);
-  close(file);
-  if (memory == MAP_FAILED && room != MAP_FAILED) munmap(room, size + HUGE);
-  STD_TORCH_CHECK(memory != MAP_FAILED, path, ": cannot be mapped");
-  const int64_t sizes[1] = {int64_t(size)}, strides[1] = {1};
-  return torch::stable::from_blob(memory, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
-                                  [room, size](void*) { munmap(room, size + HUGE); });
+  const Mapped file = map_whole(path.c_str());
+  STD_TORCH_CHECK(file.data, path, ": cannot be opened or mapped");
+  const int64_t sizes[1] = {int64_t(file.size)}, strides[1] = {1};
+  return torch::stable::from_blob(file.data, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
+                                  [file](void*) { unmap(file); });
 }
 
-// The `length` bytes from `begin` on of what map_file gave, from now on in memory of their own on huge pages, at the same addresses: whoever reads them
-// notices nothing. False where that cannot be done.
-bool to_memory(Tensor& mapped, int64_t begin, int64_t length) {
-  STD_TORCH_CHECK(begin >= 0 && length > 0 && begin % int64_t(HUGE) == 0 && begin + length <= mapped.numel(), "begin must be a multiple of a huge page inside the file");
-  const size_t whole = size_t(length) / HUGE * HUGE;
-  uint8_t* place = static_cast<uint8_t*>(mapped.mutable_data_ptr()) + begin;
-  if (!whole || reinterpret_cast<uintptr_t>(place) % HUGE) return false;
-  uint8_t* room = static_cast<uint8_t*>(mmap(nullptr, whole + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-  if (room == MAP_FAILED) return false;
-  uint8_t* copy = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(room) + HUGE - 1) & ~(HUGE - 1));
-  madvise(copy, whole, MADV_HUGEPAGE);
-  std::memcpy(copy, place, whole);
-  const bool moved = mremap(copy, whole, whole, MREMAP_MAYMOVE | MREMAP_FIXED, place) != MAP_FAILED;
-  if (copy > room) munmap(room, size_t(copy - room));
-  munmap(moved ? copy + whole : copy, moved ? size_t(room + whole + HUGE - (copy + whole)) : size_t(room + whole + HUGE - copy));
-  return moved;
+bool to_memory_(Tensor& mapped, int64_t begin, int64_t length) {
+  STD_TORCH_CHECK(begin >= 0 && length > 0 && begin % int64_t(HUGE_PAGE) == 0 && begin + length <= mapped.numel(),
+                  "begin must be a multiple of a huge page inside the file");
+  return to_memory(static_cast<uint8_t*>(mapped.mutable_data_ptr()) + begin, size_t(length));
 }
 
-// Brings the pages of mapped weights in, as the system likes it; what it cannot is done on the first read.
-void populate(const Tensor& memory) {
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory.const_data_ptr()) & ~uintptr_t(4095);
-  const uintptr_t end = reinterpret_cast<uintptr_t>(memory.const_data_ptr()) + size_t(memory.numel()) * memory.element_size();
-  constexpr int POPULATE_READ = 22;  // MADV_POPULATE_READ, Linux 5.14
-  if (end > begin && madvise(reinterpret_cast<void*>(begin), end - begin, POPULATE_READ) != 0) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);
-}
+void populate_(const Tensor& memory) { populate(memory.const_data_ptr(), size_t(memory.numel()) * memory.element_size()); }
 
 void pack(const Tensor& src, int64_t code, int64_t n, int64_t k, Tensor& dst, int64_t row0, const Optional& scale) {
   const Layout& layout = layout_of(code, k);
@@ -263,8 +231,8 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("pack", TORCH_BOX(&pack));
-  m.impl("to_memory", TORCH_BOX(&to_memory));
-  m.impl("populate", TORCH_BOX(&populate));
+  m.impl("to_memory", TORCH_BOX(&to_memory_));
+  m.impl("populate", TORCH_BOX(&populate_));
   m.impl("pages_on", TORCH_BOX(&pages_on_));
   m.impl("quantise_rows", TORCH_BOX(&quantise_rows_));
   m.impl("unpack_rows", TORCH_BOX(&unpack_rows_));

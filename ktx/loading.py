@@ -20,9 +20,9 @@ from torch import nn
 
 from ktx.cache.kv import Q8_0, KVType, kv_type
 from ktx.compat import config_dict, dtype_plan
-from ktx.config import environment, warn_unknown
+from ktx.config import warn_unknown
 from ktx.errors import BadFile, DoesNotFit, UsageError
-from ktx.hardware import default_threads, keep_freed_memory, memory
+from ktx.hardware import keep_freed_memory, memory
 from ktx.inject import Plan, human, inject
 from ktx.kernels import cpu
 from ktx.kernels.kept import Store, open_store
@@ -215,7 +215,7 @@ def load(
     first start writes them, later ones map them. Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
-    team = threads or int(environment("KTX_THREADS") or 0) or default_threads()  # type: ignore[call-overload]
+    team = threads or cpu.usual_threads()
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
     built, made, source = _prepare(
@@ -252,7 +252,9 @@ def load(
 def _store(folder: str | Path, made: Plan, source: WeightSource) -> Store:
     """The packed weights of this plan on disk, or the place where they will be."""
     files = sorted({spec.file for step in made for spec in step.specs})
-    stats = [(str(Path(file).resolve()), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    stats = [
+        (str(Path(file).resolve()), about.st_size, about.st_mtime_ns) for file in files for about in [os.stat(file)]
+    ]
     plan = [
         (
             step.path,

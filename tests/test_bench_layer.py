@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ktx.commands import bench_ftllm, bench_kt_kernel, bench_layer
-from ktx.commands.bench_layer import Layer, error, truth
+from ktx.commands.bench_layer import Layer, truth
+from ktx.kernels.check import relative
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = '''
@@ -72,7 +73,7 @@ def run(*words, **environment):
     )
 
 
-def test_alone_every_format_has_a_speed_and_an_error(tmp_path):
+def test_alone_every_format_has_a_speed_and_an_relative(tmp_path):
     record = tmp_path / "layer.jsonl"
     done = run(LAYER, "-p", "1,9", "-r", "1", "-t", "2", "--record", str(record))
     assert done.returncode == 0, done.stderr
@@ -141,7 +142,7 @@ def test_codes_of_four_bits_are_the_weights():
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).float() - 8
     assert packed.shape == (2, 3, 32) and scale.shape == (2, 3, 2)
     values = codes * scale.float().repeat_interleave(32, -1)
-    assert error(values, w.float()) < 0.12
+    assert relative(values, w.float()) < 0.12
 
 
 def test_the_layer_as_a_model_is_the_layer(tmp_path):
@@ -154,7 +155,7 @@ def test_the_layer_as_a_model_is_the_layer(tmp_path):
     ids = [7, 300, 4000]
     with torch.inference_mode():
         logits = model(torch.tensor(ids)[:, None]).logits[:, -1, : bench_ftllm.DIRECTIONS]
-    assert error(logits, bench_ftllm.exact(layer, tensors, ids)) < 1e-4
+    assert relative(logits, bench_ftllm.exact(layer, tensors, ids)) < 1e-4
     x, chosen, shares = layer.call(3)
     assert truth(tensors["weights"], x, chosen, shares).shape == (3, 256)
 

@@ -148,7 +148,7 @@ AI V twice16(V x) {  // the low halves of lanes in both halves
 template <int SHIFT> AI V scaled_bytes(V codes, V by, V add) {
   const V even = _mm512_slli_epi16(codes, SHIFT), odd = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(short(0xff00))), SHIFT - 8);
   const V low = _mm512_adds_epi16(_mm512_mulhrs_epi16(even, by), add), high = _mm512_adds_epi16(_mm512_mulhrs_epi16(odd, by), add);
-  return _mm512_ternarylogic_epi32(_mm512_srli_epi16(low, 8), high, _mm512_set1_epi16(short(0xff00)), 0xf8);  // a | (b & c)
+  return with_bits(_mm512_srli_epi16(low, 8), high, _mm512_set1_epi16(short(0xff00)));
 }
 template <bool SIGNED> AI V dot(V acc, V weights, V x) { return dot(acc, weights, x); }
 #ifdef KTX_BF16

@@ -15,11 +15,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
+from ktx.qtypes import QTYPES
 
 FIRST = 256  # positions of the first allocation
 HUGE_PAGE = 2 << 20
 Q8_0 = "q8_0"  # blocks of 32 columns, an f16 scale before 32 int8: 1.06 bytes a column; torch sees bytes
-BLOCK, BLOCK_BYTES = 32, 34
+BLOCKS = QTYPES["Q8_0"]
 KVType = torch.dtype | str | None  # a float type, Q8_0, or None: whatever the model computes in
 KV_TYPES: dict[str, KVType] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "q8_0": Q8_0}
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses keep states of other kinds beside keys
@@ -72,9 +73,9 @@ class GrowingLayer(DynamicLayer):
         """Elements and type of a stored row; columns that are no whole blocks of Q8_0 are kept in f16, and so is what is not on the CPU."""
         if self.store_dtype != Q8_0:
             return columns, self.store_dtype or dtype  # type: ignore[return-value]
-        if columns % BLOCK or self.device.type != "cpu":
+        if columns % BLOCKS.block or self.device.type != "cpu":
             return columns, torch.float16
-        return columns // BLOCK * BLOCK_BYTES, torch.uint8
+        return BLOCKS.row_bytes(columns), torch.uint8
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ktx.commands.bench import parts, token_ids
-from ktx.commands.bench_layer import CHECKED, ENOUGH, Layer, error, serve, truth
+from ktx.commands.bench_layer import CHECKED, ENOUGH, Layer, serve, truth
+from ktx.kernels.check import relative
 
 VOCABULARY, DIRECTIONS, HEAD = 4096, 256, 64
 SMALL = 2.0**-12  # of the embedding, beside results of about one
@@ -234,7 +235,7 @@ def loaded(
         ids = torch.randint(5, VOCABULARY - 5, (CHECKED // 8,), generator=source).tolist()
         got = torch.tensor([model.logits([i], VOCABULARY)[:DIRECTIONS] for i in ids])
         time.sleep(CALM)
-        return {"ms": min(times[1:]) * 1e3, "relative_error": error(got, exact(layer, tensors, ids))}
+        return {"ms": min(times[1:]) * 1e3, "relative_error": relative(got, exact(layer, tensors, ids))}
 
     return measure
 

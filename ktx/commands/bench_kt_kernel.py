@@ -11,7 +11,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ktx.commands.bench_layer import CHECKED, Layer, engine_arguments, error, milliseconds, serve, truth
+from ktx.commands.bench_layer import CHECKED, Layer, engine_arguments, milliseconds, serve, truth
+from ktx.kernels.check import relative
 
 ROUND = 32  # numbers of tokens are rounded up to this: its kernels write whole tiles
 GROUP = 32  # of RAWINT4
@@ -110,7 +111,7 @@ def made(ext: Any, workers: Any, layer: Layer, weights: list[Any], name: str) ->
 
         forward()
         some = slice(0, CHECKED)
-        wrong = error(result[some], truth(weights, x[some], ids[some], shares[some]))
+        wrong = relative(result[some], truth(weights, x[some], ids[some], shares[some]))
         return {"ms": milliseconds(forward), "relative_error": wrong}
 
     return measure

@@ -91,6 +91,7 @@ def matrix_errors(model: Any, together: int) -> dict[str, float]:
     import torch
 
     from ktx.kernels import cpu
+    from ktx.kernels.check import relative
 
     found: dict[str, float] = {}
     for packed in packed_matrices(model):
@@ -103,8 +104,7 @@ def matrix_errors(model: Any, together: int) -> dict[str, float]:
         rows = one.rows(torch.arange(min(n, ERROR_ROWS))).double()
         x = torch.randn(64, packed.k, generator=torch.Generator().manual_seed(3))
         got = torch.cat([cpu.linear(some, one) for some in x.split(together)])[:, : len(rows)]
-        exact = x.double() @ rows.T
-        found[packed.qtype.name] = float((got - exact).norm() / exact.norm())
+        found[packed.qtype.name] = relative(got, x.double() @ rows.T)
     return found
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ktx.commands.bench import Engine, stamp
 from ktx.errors import UsageError, nearest
+from ktx.kernels.check import relative
 
 PAIRS = {  # a peer's formats and the ones of ktx that have as many bits
     "kt-kernel": {"AMXINT8": "int8", "AMXINT4": "int4", "RAWINT4": "int4g32", "LLAMAFILE": "Q4_K", "BF16": "BF16"},
@@ -103,11 +104,6 @@ def truth(weights: list[Any], x: Any, ids: Any, shares: Any) -> Any:
         y = (torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
         out.index_add_(0, token, y * shares[token, choice, None])
     return out
-
-
-def error(got: Any, exact: Any) -> float:
-    """Relative root mean square of the difference."""
-    return float((got.float() - exact).norm() / exact.norm())
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -245,7 +241,7 @@ def main() -> int:
             x, ids, shares = layer.call(tokens)
             out = cpu.experts(x, ids, shares, gate, up, down)
             some = slice(0, CHECKED)
-            wrong = error(out[some], truth(weights, x[some], ids[some], shares[some]))
+            wrong = relative(out[some], truth(weights, x[some], ids[some], shares[some]))
             return {"ms": milliseconds(lambda: cpu.experts(x, ids, shares, gate, up, down)), "relative_error": wrong}
 
         return measure

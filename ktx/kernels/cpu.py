@@ -23,6 +23,11 @@ GROUP_ROWS = 16  # rows that are packed side by side (csrc/cpu/layout.h)
 PACK_ROWS = 1 << 10  # rows packed by one call, so that loading threads share the work evenly
 
 
+def usual_threads() -> int:
+    """KTX_THREADS, or the usable physical cores within a cgroup's quota."""
+    return int(str(environment("KTX_THREADS"))) or default_threads()
+
+
 def _load() -> Any:
     if not LIBRARY.exists():
         raise KtxError(f"{LIBRARY} is missing: build it with `pip install --no-build-isolation -e .` (needs g++)")
@@ -36,7 +41,7 @@ def _load() -> Any:
         torch.ops.ktx.isa(), torch.ops.ktx.nodes(), torch.ops.ktx.fast_gemm()
     except RuntimeError as error:  # KTX_ISA, KTX_NUMA or KTX_GEMM holds a word that means nothing
         raise UsageError(str(error).splitlines()[0]) from error
-    torch.ops.ktx.set_threads(int(str(environment("KTX_THREADS"))) or default_threads())  # a cgroup's quota counts
+    torch.ops.ktx.set_threads(usual_threads())
     return torch.ops.ktx
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor
 
 
@@ -87,20 +88,13 @@ def visible(
 
 
 def to_q8_0(x: torch.Tensor) -> torch.Tensor:
-    """Keys or values [..., columns] as Q8_0 blocks, uint8 [..., columns / 32 * 34]: an f16 scale, then 32 int8 (ggml's block_q8_0)."""
-    blocks = x.float().unflatten(-1, (-1, 32))
-    scale = (blocks.abs().amax(-1, keepdim=True) / 127).half()
-    codes = (blocks / scale.float()).nan_to_num(0.0).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat([scale.view(torch.uint8), codes.view(torch.uint8)], -1).flatten(-2)
+    """Keys or values [..., columns] as Q8_0 blocks, uint8 [..., columns / 32 * 34]."""
+    return QTYPES["Q8_0"].quantize(x.float())
 
 
 def from_q8_0(stored: torch.Tensor) -> torch.Tensor:
     """The f32 values of `to_q8_0`; what is no uint8 comes back as it is."""
-    if stored.dtype != torch.uint8:
-        return stored
-    blocks = stored.unflatten(-1, (-1, 34))
-    scale = blocks[..., :2].contiguous().view(torch.float16).float()
-    return (blocks[..., 2:].contiguous().view(torch.int8) * scale).flatten(-2)
+    return QTYPES["Q8_0"].dequantize(stored) if stored.dtype == torch.uint8 else stored
 
 
 def attention(

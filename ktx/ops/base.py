@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
 
@@ -64,6 +64,14 @@ class Operator(nn.Module):
     def weight_bytes(self) -> tuple[int, int]:
         """Packed bytes held, and bytes a single token makes the kernels read."""
         return 0, 0
+
+
+def known_class(old: nn.Module, names: Collection[str], ctx: Context, unknown: str) -> str:
+    """The name of a module's class, which an operator must know; `unknown` says with {} what is not known of another. UsageError then."""
+    name = type(old).__name__
+    if name not in names:
+        raise UsageError(f"{ctx.path}: {unknown.format(name)}{nearest(name, names)}; leave the module as it is")
+    return name
 
 
 MADE = {  # weight types made on loading: what users call them, and the types to try, the first whose blocks fit a row

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from ktx.errors import UsageError, nearest
 from ktx.ops.attention import Attention
-from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.base import Context, Operator, adopt, known_class
 from ktx.ops.fused import Watch
 from ktx.ops.mla import MLA
 from ktx.ops.moe import MoE
@@ -39,11 +38,7 @@ class Layer(Operator):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Layer:
-        name = type(old).__name__
-        if name not in USUAL:
-            raise UsageError(
-                f"{ctx.path}: it is not known whether {name} adds up as others do{nearest(name, USUAL)}; leave it as it is"
-            )
+        known_class(old, USUAL, ctx, "it is not known whether {} adds up as others do")
         new: Layer = adopt(cls, old, ctx)
         new.watch = None
         return new

@@ -118,8 +118,8 @@ class MLA(Operator):
         k_rope = cpu.rope(k_rope[:, None], cos, sin, self.interleaved)
         latent = self.kv_a_layernorm(latent)[:, None]
         if past_key_values is not None:
-            kept = float_type(self.kv_dtype, latent.dtype)
-            latent, k_rope = past_key_values.update(latent.to(kept), k_rope.to(kept), self.layer_idx)
+            stored = float_type(self.kv_dtype, latent.dtype)
+            latent, k_rope = past_key_values.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
         mix = self.expanded if self._expands(length) else self.absorbed
         ranges, mask = split_mask(attention_mask, latent.shape[2])
         return self.o_proj(mix(q_nope, q_rope, latent[:, 0], k_rope[:, 0], ranges, mask)), None

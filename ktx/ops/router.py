@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
-from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.base import Context, Operator, adopt, known_class
 from ktx.weights.source import QuantizedTensor
 
 
@@ -43,11 +42,7 @@ class Router(Operator):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Router:
-        name = type(old).__name__
-        if name not in STYLES:
-            raise UsageError(
-                f"{ctx.path}: no routing style is known for {name}{nearest(name, STYLES)}; leave the module as it is"
-            )
+        name = known_class(old, STYLES, ctx, "no routing style is known for {}")
         new: Router = adopt(cls, old, ctx)
         new.style = STYLES[name]
         if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
