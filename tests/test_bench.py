@@ -24,6 +24,7 @@ FAKE = '''
 import ctypes, os, time
 from types import SimpleNamespace
 
+IK = __name__.startswith("ik")
 llama_token = ctypes.c_int32
 def log(text):
     with open(os.environ["FAKE_LOG"], "a") as file:
@@ -31,9 +32,10 @@ def log(text):
 def llama_backend_init(): pass
 def llama_model_default_params(): return SimpleNamespace()
 def llama_model_load_from_file(path, params):
-    log(f"load {os.path.basename(path.decode())} {params.use_extra_bufts}")
+    params.repack = params.repack_tensors if IK else params.use_extra_bufts
+    log(f"load {os.path.basename(path.decode())} {params.repack}")
     return params
-def llama_context_default_params(): return SimpleNamespace()
+def llama_context_default_params(): return SimpleNamespace(mla_attn=3)
 def llama_init_from_model(model, context):
     log(f"threads {context.n_threads} {context.n_threads_batch} context {context.n_ctx}")
     return model
@@ -46,10 +48,26 @@ def llama_batch_get_one(tokens, count): return list(tokens)
 def llama_synchronize(state): pass
 def llama_decode(state, batch):
     one = len(batch) == 1
-    time.sleep(0.04 if one == bool(state.use_extra_bufts) else 0.005)
+    time.sleep(0.04 if one == state.repack else 0.005)
     log(f"decode {len(batch)} {sum(batch)}")
     return 0
 '''
+FAKE_IK = (
+    FAKE
+    + """
+cached = 0
+def llama_kv_cache_clear(state):
+    global cached
+    cached = 0
+def llama_batch(n_tokens, token, all_pos_0, all_pos_1, all_seq_id):
+    global cached
+    assert (all_pos_0, all_pos_1, all_seq_id) == (cached, 1, 0) and len(token) == n_tokens
+    cached += n_tokens
+    return list(token)
+_lib = SimpleNamespace(llama_synchronize=lambda state: None, llama_print_system_info=lambda: llama_print_system_info())
+del llama_batch_get_one, llama_get_memory, llama_memory_clear
+"""
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +79,11 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch) -> Path:
-    """A folder with the made-up llama_cpp; its log."""
+    """A folder with the made-up llama_cpp and ik_llama_cpp; their log."""
     (tmp_path / "llama_cpp.py").write_text(FAKE)
+    (tmp_path / "ik_llama_cpp").mkdir()
+    (tmp_path / "ik_llama_cpp" / "__init__.py").touch()
+    (tmp_path / "ik_llama_cpp" / "_ctypes_api.py").write_text(FAKE_IK)
     monkeypatch.setenv("KTX_PEER_PATH", str(tmp_path))
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     return tmp_path / "log"
@@ -95,12 +116,13 @@ def test_alone_one_record_a_test(model, tmp_path):
     assert [line["limit_unit"] for line in lines] == ["GOPS int8"] * 4 + ["GB/s read"] * 2
 
 
-def test_the_peer_runs_in_its_better_form_for_each_test(model, fake):
-    done = run("--model", model, "-p", "32", "-n", "3", "-t", "2", "-r", "2", "--peer", "llama.cpp", "--json")
+@pytest.mark.parametrize("peer_name", ["llama.cpp", "ik_llama.cpp"])
+def test_the_peer_runs_in_its_better_form_for_each_test(model, fake, peer_name):
+    done = run("--model", model, "-p", "32", "-n", "3", "-t", "2", "-r", "2", "--peer", peer_name, "--json")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(line["test"], line["engine"]) for line in lines] == [
-        ("pp32", "ktx"), ("pp32", "llama.cpp (repack on)"), ("tg3", "ktx"), ("tg3", "llama.cpp (repack off)"),
+        ("pp32", "ktx"), ("pp32", f"{peer_name} (repack on)"), ("tg3", "ktx"), ("tg3", f"{peer_name} (repack off)"),
     ]  # fmt: skip
     for mine, peer in (lines[:2], lines[2:]):
         assert mine["ratio"] == pytest.approx(mine["tok_s"] / peer["tok_s"])
@@ -123,12 +145,17 @@ def test_table_has_a_row_an_engine_and_test(model, fake):
     assert "peak RSS" in out and "; alone on 2 threads: cat" in out and "engine" in out and "in memory" in out
 
 
-def test_without_the_peer_the_remedy_is_told(model, tmp_path, monkeypatch):
-    (tmp_path / "llama_cpp.py").write_text("raise ImportError('no such library')")
+@pytest.mark.parametrize("peer_name,module", [("llama.cpp", "llama_cpp"), ("ik_llama.cpp", "ik_llama_cpp")])
+def test_without_the_peer_the_remedy_is_told(model, tmp_path, monkeypatch, peer_name, module):
+    (tmp_path / f"{module}.py").write_text("raise ImportError('no such library')")
     monkeypatch.setenv("KTX_PEER_PATH", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    done = run("--model", model, "-p", "16", "-n", "2", "--peer", "llama.cpp")
-    assert done.returncode == 1 and "pip install llama-cpp-python" in done.stderr and "Traceback" not in done.stderr
+    done = run("--model", model, "-p", "16", "-n", "2", "--peer", peer_name)
+    assert (
+        done.returncode == 1
+        and f"pip install {module.replace('_', '-')}-python" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,20 +258,27 @@ def test_instruction_sets_of_llama_cpps_own_words():
     assert bench_llama_cpp.instruction_sets(text) == "AVX2 AVX512"
 
 
-peer_path = os.environ.get("KTX_PEER_PATH", "")
-there = (
-    importlib.util.find_spec("llama_cpp") is not None or (Path(peer_path) / "llama_cpp").is_dir() and bool(peer_path)
+def installed(module: str) -> bool:
+    path = os.environ.get("KTX_PEER_PATH", "").split(os.pathsep)
+    return importlib.util.find_spec(module) is not None or any(part and (Path(part) / module).is_dir() for part in path)
+
+
+@pytest.mark.parametrize(
+    "peer_name,module,preset",
+    [
+        ("llama.cpp", "llama_cpp", "v2lite"),
+        ("llama.cpp", "llama_cpp", "qwen3-30b"),
+        ("ik_llama.cpp", "ik_llama_cpp", "qwen3-30b"),  # without q_a_proj it reads DeepSeek-V2 of 26 or 27 layers only
+    ],
 )
-
-
-@pytest.mark.skipif(not there, reason="llama-cpp-python is not installed")
-@pytest.mark.parametrize("preset", ["v2lite", "qwen3-30b"])
-def test_the_real_llama_cpp_reads_our_random_models(tmp_path, preset):
+def test_the_real_peers_read_our_random_models(tmp_path, peer_name, module, preset):
+    if not installed(module):
+        pytest.skip(f"{module} is not installed")
     random_model.write(tmp_path, preset)
-    done = run("--model", tmp_path, "-p", "16", "-n", "2", "-r", "1", "--peer", "llama.cpp", "--json")
+    done = run("--model", tmp_path, "-p", "16", "-n", "2", "-r", "1", "--peer", peer_name, "--json")
     assert done.returncode == 0, done.stderr
     engines = [json.loads(line)["engine"].split()[0] for line in done.stdout.splitlines()]
-    assert engines == ["ktx", "llama.cpp"] * 2
+    assert engines == ["ktx", peer_name] * 2
 
 
 def test_depths_and_their_tests():

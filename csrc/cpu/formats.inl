@@ -1,7 +1,8 @@
 // One decoder a weight type, over the verbs of the instruction set that includes this file.
 //
 // A decoder turns a block of 16 rows into sub-blocks of SUB consecutive k: SUB/4 vectors `w` (lane = row, byte = k), a scale and,
-// with MINIMUM, a minimum. The value of a weight is  scale * (code - OFFSET) - minimum;  SIGNED codes are int8, others 0..127.
+// with MINIMUM, a minimum. The value of a weight is  scale * (code - OFFSET) - minimum;  SIGNED codes are int8, others 0..127. MOST: how far a
+// code is from zero at most.
 // Field order inside `words` is that of the layout table.
 
 struct Block {
@@ -20,12 +21,12 @@ struct Ready { static constexpr bool CARRIED = true, WHOLE_UNITS = false; };
 struct Units { static constexpr bool CARRIED = true, WHOLE_UNITS = true; };  // two sub-blocks at once, whose indices share a word
 AI constexpr int8_t carry(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 : x); }
 
-#define KTX_FORMAT(name, block, sub_size, is_signed, offset, has_minimum)                                                \
-  static constexpr int CODE = ktx::name, BLOCK = block, SUB = sub_size, OFFSET = offset;                                 \
+#define KTX_FORMAT(name, block, sub_size, is_signed, offset, has_minimum, largest)                                       \
+  static constexpr int CODE = ktx::name, BLOCK = block, SUB = sub_size, OFFSET = offset, MOST = largest;                 \
   static constexpr bool SIGNED = is_signed, MINIMUM = has_minimum;
 
 struct DQ4_0 : Usual {
-  KTX_FORMAT(Q4_0, 32, 32, false, 8, false)
+  KTX_FORMAT(Q4_0, 32, 32, false, 8, false, 15)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
   AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) {
@@ -35,7 +36,7 @@ struct DQ4_0 : Usual {
 };
 
 struct DQ4_1 : Usual {
-  KTX_FORMAT(Q4_1, 32, 32, false, 0, true)
+  KTX_FORMAT(Q4_1, 32, 32, false, 0, true, 15)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
   AI static void part(const Head&, const Block& b, int, V* w, F& scale, F& minimum) {
@@ -52,13 +53,13 @@ AI void five_bits(const Block& b, V* w) {
   }
 }
 struct DQ5_0 : Usual {
-  KTX_FORMAT(Q5_0, 32, 32, false, 16, false)
+  KTX_FORMAT(Q5_0, 32, 32, false, 16, false, 31)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
   AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) { scale = load_f16(b.n0), five_bits(b, w); }
 };
 struct DQ5_1 : Usual {
-  KTX_FORMAT(Q5_1, 32, 32, false, 0, true)
+  KTX_FORMAT(Q5_1, 32, 32, false, 0, true, 31)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
   AI static void part(const Head&, const Block& b, int, V* w, F& scale, F& minimum) {
@@ -67,7 +68,7 @@ struct DQ5_1 : Usual {
 };
 
 struct DQ8_0 : Usual {
-  KTX_FORMAT(Q8_0, 32, 32, true, 0, false)
+  KTX_FORMAT(Q8_0, 32, 32, true, 0, false, 127)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
   AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) {
@@ -78,7 +79,7 @@ struct DQ8_0 : Usual {
 
 // Types of our own, made on loading: one f16 scale for 64 or 128 weights.
 template <int GROUP> struct Int8 : Usual {
-  static constexpr int CODE = ktx::INT8_128, BLOCK = GROUP, SUB = 32, OFFSET = 0;
+  static constexpr int CODE = ktx::INT8_128, BLOCK = GROUP, SUB = 32, OFFSET = 0, MOST = 127;
   static constexpr bool SIGNED = true, MINIMUM = false;
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -88,7 +89,7 @@ template <int GROUP> struct Int8 : Usual {
   }
 };
 template <int GROUP> struct Int4 : Usual {  // 32 weights in 16 bytes: byte i holds i and i + 16
-  static constexpr int CODE = GROUP == 64 ? ktx::INT4_64 : ktx::INT4_128, BLOCK = GROUP, SUB = 32, OFFSET = 8;
+  static constexpr int CODE = GROUP == 64 ? ktx::INT4_64 : ktx::INT4_128, BLOCK = GROUP, SUB = 32, OFFSET = 8, MOST = 15;
   static constexpr bool SIGNED = false, MINIMUM = false;
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -102,7 +103,7 @@ typedef Int4<64> DINT4_64;
 typedef Int4<128> DINT4_128;
 
 struct DQ2_K : Usual {  // words: 16 of codes, 4 of scales (low nibble) and minimums (high nibble)
-  KTX_FORMAT(Q2_K, 256, 16, false, 0, true)
+  KTX_FORMAT(Q2_K, 256, 16, false, 0, true, 3)
   struct Head { F d, dmin; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1)}; }
   AI static void part(const Head& h, const Block& b, int s, V* w, F& scale, F& minimum) {
@@ -114,7 +115,7 @@ struct DQ2_K : Usual {  // words: 16 of codes, 4 of scales (low nibble) and mini
 };
 
 struct DQ3_K : Usual {  // words: 16 of low codes, 8 of high bits, 3 of scales
-  KTX_FORMAT(Q3_K, 256, 16, false, 4, false)
+  KTX_FORMAT(Q3_K, 256, 16, false, 4, false, 7)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
@@ -146,7 +147,7 @@ struct KScales {
 AI V moved(V word, int from, int to) { return from > to ? shr(word, from - to) : shl(word, to - from); }
 
 struct DQ4_K : Usual {  // words: 32 of codes, 3 of scales
-  KTX_FORMAT(Q4_K, 256, 32, false, 0, true)
+  KTX_FORMAT(Q4_K, 256, 32, false, 0, true, 15)
   struct Head { F d, dmin; KScales scales; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(32), b.word(33), b.word(34)}}; }
   AI static void part(const Head& h, const Block& b, int s, V* w, F& scale, F& minimum) {
@@ -156,7 +157,7 @@ struct DQ4_K : Usual {  // words: 32 of codes, 3 of scales
 };
 
 struct DQ5_K : Usual {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
-  KTX_FORMAT(Q5_K, 256, 32, false, 0, true)
+  KTX_FORMAT(Q5_K, 256, 32, false, 0, true, 31)
   struct Head { F d, dmin; KScales scales; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(40), b.word(41), b.word(42)}}; }
   AI static void part(const Head& h, const Block& b, int s, V* w, F& scale, F& minimum) {
@@ -166,7 +167,7 @@ struct DQ5_K : Usual {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
 };
 
 struct DQ6_K : Usual {  // words: 32 of low nibbles, 16 of high pairs, 4 of signed scales
-  KTX_FORMAT(Q6_K, 256, 16, false, 32, false)
+  KTX_FORMAT(Q6_K, 256, 16, false, 32, false, 63)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
@@ -185,7 +186,7 @@ static const int8_t VALUES_MXFP4[16] = {carry(0), carry(1), carry(2), carry(3), 
                                         carry(0), carry(-1), carry(-2), carry(-3), carry(-4), carry(-6), carry(-8), carry(-12)};
 
 struct DIQ4_NL : Ready {
-  KTX_FORMAT(IQ4_NL, 32, 32, true, 0, false)
+  KTX_FORMAT(IQ4_NL, 32, 32, true, 0, false, 127)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
   AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) {
@@ -195,7 +196,7 @@ struct DIQ4_NL : Ready {
 };
 
 struct DIQ4_XS : Ready {  // narrow: d, high scale bits; words: 32 of codes, 1 of low scale nibbles
-  KTX_FORMAT(IQ4_XS, 256, 32, true, 0, false)
+  KTX_FORMAT(IQ4_XS, 256, 32, true, 0, false, 127)
   struct Head { F d; V low, high; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), b.word(32), load_u16(b.n1)}; }
   AI static void part(const Head& h, const Block& b, int s, V* w, F& scale, F&) {
@@ -206,7 +207,7 @@ struct DIQ4_XS : Ready {  // narrow: d, high scale bits; words: 32 of codes, 1 o
 };
 
 struct DMXFP4 : Ready {
-  KTX_FORMAT(MXFP4, 32, 32, true, 0, false)
+  KTX_FORMAT(MXFP4, 32, 32, true, 0, false, 12)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
   AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) {
@@ -220,7 +221,7 @@ struct DMXFP4 : Ready {
 };
 
 struct DTQ2_0 : Usual {
-  KTX_FORMAT(TQ2_0, 256, 32, false, 1, false)
+  KTX_FORMAT(TQ2_0, 256, 32, false, 1, false, 3)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
@@ -230,7 +231,7 @@ struct DTQ2_0 : Usual {
 };
 
 struct DTQ1_0 : Usual {  // words: 12 of five trits a byte, 1 of four trits a byte
-  KTX_FORMAT(TQ1_0, 256, 16, false, 1, false)
+  KTX_FORMAT(TQ1_0, 256, 16, false, 1, false, 2)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   // A byte is a fraction in base 3: times 3^n (mod 256) brings trit n to the front, times 3 over 256 reads it.
@@ -324,7 +325,7 @@ AI V of_three(const Entries& e, int entry, int second, V two_if_minus) {
 }
 
 struct DIQ2_XXS : Ready {  // words: per 32 k, four grid indices, then signs; the spare bits are a scale
-  KTX_FORMAT(IQ2_XXS, 256, 32, true, 0, false)
+  KTX_FORMAT(IQ2_XXS, 256, 32, true, 0, false, 43)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
@@ -340,7 +341,7 @@ struct DIQ2_XXS : Ready {  // words: per 32 k, four grid indices, then signs; th
 };
 
 struct DIQ2_XS : Units {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
-  KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false)
+  KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false, 43)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void unit(const Head& d, const Block& b, int u, V* w, F* scale) {
@@ -355,7 +356,7 @@ struct DIQ2_XS : Units {  // words: per 32 k, four low index bytes, then signs; 
 };
 
 struct DIQ2_S : Units {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
-  KTX_FORMAT(IQ2_S, 256, 16, true, 0, false)
+  KTX_FORMAT(IQ2_S, 256, 16, true, 0, false, 43)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void unit(const Head& d, const Block& b, int u, V* w, F* scale) {
@@ -367,7 +368,7 @@ struct DIQ2_S : Units {  // words: 8 of low index bytes, 8 of signs, 2 of high i
 };
 
 struct DIQ3_XXS : Ready {  // words: 16 of grid indices, 8 of signs whose spare bits are a scale
-  KTX_FORMAT(IQ3_XXS, 256, 32, true, 0, false)
+  KTX_FORMAT(IQ3_XXS, 256, 32, true, 0, false, 62)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
@@ -385,7 +386,7 @@ struct DIQ3_XXS : Ready {  // words: 16 of grid indices, 8 of signs whose spare 
 };
 
 struct DIQ3_S : Ready {  // words: 16 of low index bytes, 8 of signs, 2 of ninth index bits, 1 of scales
-  KTX_FORMAT(IQ3_S, 256, 32, true, 0, false)
+  KTX_FORMAT(IQ3_S, 256, 32, true, 0, false, 15)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
@@ -400,7 +401,7 @@ struct DIQ3_S : Ready {  // words: 16 of low index bytes, 8 of signs, 2 of ninth
 };
 
 struct DIQ1_S : Ready {  // words: 8 of low index bytes, 4 of two times (3 x 4 index bits, scale, sign of delta)
-  KTX_FORMAT(IQ1_S, 256, 32, true, 0, false)
+  KTX_FORMAT(IQ1_S, 256, 32, true, 0, false, 9)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
@@ -413,7 +414,7 @@ struct DIQ1_S : Ready {  // words: 8 of low index bytes, 4 of two times (3 x 4 i
 };
 
 struct DIQ1_M : Units {  // words: 8 of low index bytes, 4 of (3 index bits, sign of delta) nibbles, 2 of scales that carry d in their top nibbles
-  KTX_FORMAT(IQ1_M, 256, 16, true, 0, false)
+  KTX_FORMAT(IQ1_M, 256, 16, true, 0, false, 9)
   typedef F Head;
   AI static Head head(const Block& b) {
     const V s0 = b.word(12), s1 = b.word(13);

@@ -2,17 +2,23 @@
 
 constexpr int SPAN = 256;  // k unpacked at once: 4 KB of weights for a group of 16 rows
 
-// Weights that are read once are fetched this far ahead, into the second-level cache, which has room for more misses than the
-// first; and the page after next is touched, because in a large model every page is a miss of the page tables as well. Past the
-// end of what was asked for, fetching goes on at the beginning of what comes next.
-constexpr int64_t LINES_AHEAD = 6144, PAGES_AHEAD = 16384;
+// Weights that are read once are fetched this far ahead; and the page after next is touched, because in a large model every page is a miss of the
+// page tables as well. Past the end of what was asked for, fetching goes on at the beginning of what comes next. A few lines at a time: a
+// processor drops what it has no room to wait for.
+constexpr int64_t LINES_AHEAD = 4096, SPANS_AHEAD = 6144, PAGES_AHEAD = 16384;
 struct Ahead {
   const uint8_t* end;
   int64_t jump;
   AI Ahead(const uint8_t* end, const uint8_t* next) : end(end), jump(next ? next - end : -PAGES_AHEAD) {}
   AI const uint8_t* from(const uint8_t* p) const { return p + (p >= end ? jump : 0); }
-  AI void lines(const uint8_t* p, int64_t bytes) const {
+  AI int64_t lines(const uint8_t* p, int64_t bytes) const {  // used once: not into the second-level cache; how many bytes, in whole lines
     const uint8_t* to = from(p + LINES_AHEAD);
+    int64_t at = 0;
+    for (; at < bytes; at += 64) __builtin_prefetch(to + at, 0, 0);
+    return at;
+  }
+  AI void span(const uint8_t* p, int64_t bytes) const {  // too much at once for the first-level cache to wait for
+    const uint8_t* to = from(p + SPANS_AHEAD);
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(to + at, 0, 2);
   }
   AI void page(const uint8_t* p) const { __builtin_prefetch(from(p + PAGES_AHEAD), 0, 2); }
@@ -45,6 +51,17 @@ template <int OFF> AI V offset_by(const int32_t* minus_sum) {
   return OFF ? shl(broadcast(minus_sum), __builtin_ctz(OFF | 1 << 30)) : set(0);
 }
 
+#ifndef KTX_NARROW_SUMS
+constexpr int room_for(int) { return 1; }
+// The sum of `steps` dot products a lane.
+template <bool SIGNED, int ROOM> struct Sum {
+  V total;
+  AI explicit Sum(V first = V()) : total(first) {}
+  AI void add_product(int, int, V w, V x) { total = dot<SIGNED>(total, w, x); }
+};
+#endif
+#undef KTX_NARROW_SUMS
+
 // ---- few tokens: weights are expanded in registers and used at once --------------------------------------------------
 
 template <class D, int T>
@@ -58,12 +75,14 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
   const int64_t blocks = x.k / D::BLOCK;
   const size_t plane = narrow_plane(l, x.k), words = size_t(l.word_count()) * 64, narrow = size_t(l.narrow_bytes) * 16;
   Block b = {group, group + plane, group + l.narrows * plane};
-  ahead.lines(group, int64_t(l.narrows * plane));
+  const int64_t unit_bytes = int64_t(words + l.narrows * narrow) / R::UNITS;
+  const uint8_t *fetched = group, *reached = group;  // all of the group in its order, at the pace of the units
   for (int64_t i = 0; i < blocks; ++i) {
     ahead.page(b.words);
     const typename D::Head head = D::head(b);
     const auto unit = [&](int u) __attribute__((always_inline)) {
-      ahead.lines(b.words + u * (words / R::UNITS), int64_t(words / R::UNITS));
+      reached += unit_bytes;
+      fetched += ahead.lines(fetched, reached - fetched);
       V w[8];
       F scale[R::PARTS], minimum[R::PARTS];
       decode<D>(head, b, u, w, scale, minimum);
@@ -72,11 +91,14 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
         F sum = zero();
 #pragma GCC unroll 2
         for (int p = 0; p < R::PARTS; ++p) {
-          V acc = offset_by<R::OFF>(sums + p * T + t);
+          constexpr int STEPS = D::SUB / 4;
+          Sum<D::SIGNED, room_for(D::MOST)> acc(offset_by<R::OFF>(sums + p * T + t));
 #pragma GCC unroll 8
-          for (int g = p * (D::SUB / 4); g < (p + 1) * (D::SUB / 4); ++g)
-            acc = dot<D::SIGNED>(acc, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
-          sum = p ? fma(to_float(acc), scale[p], sum) : mulf(to_float(acc), scale[0]);
+          for (int i = 0; i < STEPS; ++i) {
+            const int g = p * STEPS + i;
+            acc.add_product(i, STEPS, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
+          }
+          sum = p ? fma(to_float(acc.total), scale[p], sum) : mulf(to_float(acc.total), scale[0]);
         }
         total[t] = fma(sum, broadcastf(scales + t), total[t]);
         if (D::MINIMUM)
@@ -150,12 +172,12 @@ static void multiply_tile(const Span* spans, int length, const int8_t* q, const 
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) total[r * T + t] = loadf(out + r * stride + t * 16);
   for (int s = 0; s < length / D::SUB; ++s) {
-    V acc[R * T];
+    Sum<D::SIGNED, D::ROOM> acc[R * T];
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
       const V first = offset_by<Traits<D>::OFF>(sums + t);
 #pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) acc[r * T + t] = first;
+      for (int r = 0; r < R; ++r) acc[r * T + t] = Sum<D::SIGNED, D::ROOM>(first);
     }
 #pragma GCC unroll 8
     for (int g = 0; g < D::SUB / 4; ++g) {
@@ -166,7 +188,7 @@ static void multiply_tile(const Span* spans, int length, const int8_t* q, const 
       for (int t = 0; t < T; ++t) {
         const V x = broadcast(q + (g * T + t) * 4);
 #pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) acc[r * T + t] = dot<D::SIGNED>(acc[r * T + t], w[r], x);
+        for (int r = 0; r < R; ++r) acc[r * T + t].add_product(g, D::SUB / 4, w[r], x);
       }
     }
 #pragma GCC unroll 2
@@ -174,7 +196,7 @@ static void multiply_tile(const Span* spans, int length, const int8_t* q, const 
       const F scale = loadf(spans[r].scale + s * 16);
 #pragma GCC unroll 6
       for (int t = 0; t < T; ++t)
-        total[r * T + t] = fma(mulf(to_float(acc[r * T + t]), scale), broadcastf(scales + t), total[r * T + t]);
+        total[r * T + t] = fma(mulf(to_float(acc[r * T + t].total), scale), broadcastf(scales + t), total[r * T + t]);
       if (D::MINIMUM) {
         const F minimum = loadf(spans[r].minimum + s * 16);
 #pragma GCC unroll 6
@@ -191,8 +213,8 @@ static void multiply_tile(const Span* spans, int length, const int8_t* q, const 
 }
 
 // The tile kernel depends on the type only through these traits, so types of one shape share the code.
-template <int SUB_, bool SIGNED_, int OFFSET_, bool MINIMUM_> struct Shape {
-  static constexpr int SUB = SUB_, OFFSET = OFFSET_, BLOCK = SUB_;
+template <int SUB_, bool SIGNED_, int OFFSET_, bool MINIMUM_, int ROOM_ = 1> struct Shape {
+  static constexpr int SUB = SUB_, OFFSET = OFFSET_, BLOCK = SUB_, ROOM = ROOM_;
   static constexpr bool SIGNED = SIGNED_, MINIMUM = MINIMUM_;
 };
 
@@ -212,7 +234,7 @@ template <class S, int R> static TileKernel tile_kernel(int tokens) {
 
 template <class D, int R>
 static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& x, float* out, Span* spans, const uint8_t* next) {
-  typedef Shape<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM> S;
+  typedef Shape<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM, room_for(D::MOST)> S;
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
   const float* parts = D::SUB == 16 ? x.part16 : x.part32;
@@ -342,13 +364,13 @@ static void multiply_float_few(const uint8_t* group, int64_t k, const float* x, 
   for (int64_t from = 0; from < k; from += FLOAT_SPAN) {
     const int64_t to = from + FLOAT_SPAN < k ? from + FLOAT_SPAN : k;
     ahead.page(group + from * 16 * L::BYTES);
-    ahead.lines(group + from * 16 * L::BYTES, (to - from) * 16 * L::BYTES);
     F sum[T];
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) sum[t] = zero();
     int64_t i = from;
     for (; i + 2 <= to; i += 2) {
       F a, b;
+      if (i % 4 == 0) ahead.lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
       L::pair(group + i * 16 * L::BYTES, a, b);
 #pragma GCC unroll 6
       for (int t = 0; t < T; ++t) sum[t] = fma(b, broadcastf(x + (i + 1) * T + t), fma(a, broadcastf(x + i * T + t), sum[t]));
@@ -410,7 +432,7 @@ static void multiply_float_many(const uint8_t* packed, size_t group, const Token
     const int64_t to = from + FLOAT_SPAN < x.k ? from + FLOAT_SPAN : x.k;
     for (int r = 0; r < R; ++r) {
       const uint8_t* here = packed + r * group + from * 16 * L::BYTES;
-      ahead.lines(here, (to - from) * 16 * L::BYTES);
+      ahead.span(here, (to - from) * 16 * L::BYTES);
       const F scale = float_scale<L>(packed + r * group, x.k, from);
       float* w = span + r * 16;
       for (int64_t i = from; i < to; i += 2, w += 2 * R * 16) {
@@ -431,7 +453,7 @@ static void multiply_float_many(const uint8_t* packed, size_t group, const Token
 #ifdef KTX_BF16
 // `columns` of a group as pairs of bf16, the 16 rows of a pair `step` words after those before.
 template <class L> AI void expand_pairs(const uint8_t* here, int columns, uint32_t* w, int step, const Ahead& ahead) {
-  ahead.lines(here, columns * 16 * L::BYTES);
+  ahead.span(here, columns * 16 * L::BYTES);
   int i = 0;
   for (; i + 4 <= columns; i += 4, w += 2 * step, here += 64 * L::BYTES) {
     Pairs a, b;
@@ -450,13 +472,13 @@ static void multiply_pair_few(const uint8_t* group, int64_t k, const uint32_t* x
   for (int64_t from = 0; from < k; from += FLOAT_SPAN) {
     const int64_t to = from + FLOAT_SPAN < k ? from + FLOAT_SPAN : k;
     ahead.page(group + from * 16 * L::BYTES);
-    ahead.lines(group + from * 16 * L::BYTES, (to - from) * 16 * L::BYTES);
     F sum[T], other[T];
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) sum[t] = other[t] = zero();
     int64_t i = from;
     for (; i + 4 <= to; i += 4) {  // two chains: one would wait for itself
       Pairs a, b;
+      ahead.lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
       L::four(group + i * 16 * L::BYTES, a, b);
 #pragma GCC unroll 6
       for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a), other[t] = dot_pairs(other[t], x + (i / 2 + 1) * T + t, b);

@@ -157,14 +157,38 @@ AI V carried(V weights) { return xor_(weights, set8(0x80)); }
 template <bool SIGNED> AI V dot(V acc, V w, V x) { return {dot256(acc.a, w.a, x.a), dot256(acc.b, w.b, x.b)}; }
 #else
 // maddubs adds two products in 16 bits: unsigned codes up to 127 fit, signed ones go as |w| times x with w's sign.
-AI __m256i dot256(__m256i acc, __m256i w, __m256i x) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+template <bool SIGNED> AI V products(V w, V x) {
+  if (!SIGNED) return {_mm256_maddubs_epi16(w.a, x.a), _mm256_maddubs_epi16(w.b, x.b)};
+  return {_mm256_maddubs_epi16(_mm256_sign_epi8(w.a, w.a), _mm256_sign_epi8(x.a, w.a)),
+          _mm256_maddubs_epi16(_mm256_sign_epi8(w.b, w.b), _mm256_sign_epi8(x.b, w.b))};
 }
-template <bool SIGNED> AI V dot(V acc, V w, V x) {
-  if (!SIGNED) return {dot256(acc.a, w.a, x.a), dot256(acc.b, w.b, x.b)};
-  return {dot256(acc.a, _mm256_sign_epi8(w.a, w.a), _mm256_sign_epi8(x.a, w.a)),
-          dot256(acc.b, _mm256_sign_epi8(w.b, w.b), _mm256_sign_epi8(x.b, w.b))};
+AI V widened(V pairs) {
+  const __m256i one = _mm256_set1_epi16(1);
+  return {_mm256_madd_epi16(pairs.a, one), _mm256_madd_epi16(pairs.b, one)};
 }
+// asm: GCC would compute all products before it adds the first, and has no registers for them.
+AI V add_words(V sum, V x) {
+  __asm__("vpaddw %1, %0, %0" : "+x"(sum.a) : "x"(x.a));
+  __asm__("vpaddw %1, %0, %0" : "+x"(sum.b) : "x"(x.b));
+  return sum;
+}
+AI V add_lanes(V sum, V x) {
+  __asm__("vpaddd %1, %0, %0" : "+x"(sum.a) : "x"(x.a));
+  __asm__("vpaddd %1, %0, %0" : "+x"(sum.b) : "x"(x.b));
+  return sum;
+}
+// How many products of codes up to `most` 16 bits hold, as a power of two: they are widened together.
+constexpr int room_for(int most) { return most <= 16 ? 8 : most <= 32 ? 4 : most <= 64 ? 2 : 1; }
+template <bool SIGNED, int ROOM> struct Sum {
+  V total, narrow;
+  AI explicit Sum(V first = V()) : total(first), narrow(first) {}
+  AI void add_product(int step, int steps, V w, V x) {
+    const V both = products<SIGNED>(w, x);
+    narrow = step % ROOM ? add_words(narrow, both) : both;
+    if (step % ROOM == ROOM - 1 || step == steps - 1) total = steps <= ROOM ? add(total, widened(narrow)) : add_lanes(total, widened(narrow));
+  }
+};
+#define KTX_NARROW_SUMS
 constexpr int SIGNED_OFFSET = 0;
 AI V carried(V weights) { return weights; }
 #endif

@@ -17,8 +17,8 @@ from typing import Any
 from ktx.commands.arguments import counts, flag, gguf_in, load_options, model_options, positive, require_model
 from ktx.errors import KtxError, UsageError
 
-SUMMARY = "measure prefill and decode speed, or one layer, beside llama.cpp, kt-kernel or ftllm"
-PEERS = ("llama.cpp", "kt-kernel", "ftllm")
+SUMMARY = "measure prefill and decode speed, or one layer, beside llama.cpp, ik_llama.cpp, kt-kernel or ftllm"
+PEERS = ("llama.cpp", "ik_llama.cpp", "kt-kernel", "ftllm")
 SLACK = 1 << 30  # memory that is left alone when both engines are loaded
 PAUSE = 0.3  # seconds before a measurement, until the other engine's threads have gone to sleep
 LOADING = ("isa", "load_seconds", "load_gb_s", "cat_gb_s", "pack_gb_s", "fresh_gb_s", "peak_rss", "rss_bound")
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer",
         choices=PEERS,
-        help="runs beside ktx in turns: llama.cpp on the same file (best of its repack on and off), ftllm on a model or a layer, kt-kernel on a layer",
+        help="runs beside ktx in turns: llama.cpp or ik_llama.cpp on the same file (best of its repack on and off), ftllm on a model or a layer, kt-kernel on a layer",
     )
     parser.add_argument(
         "--layer",
@@ -194,6 +194,8 @@ def _gguf(args: argparse.Namespace) -> Path:
 def _peer(args: argparse.Namespace, tests: list[str], repack: int) -> Engine:
     context = max(count + depth for _, count, depth in map(parts, tests)) + 16
     words = [
+        "--engine",
+        args.peer,
         "--weights",
         str(_gguf(args)),
         "--threads",
@@ -203,12 +205,12 @@ def _peer(args: argparse.Namespace, tests: list[str], repack: int) -> Engine:
         "--context",
         str(context),
     ]
-    return Engine(f"llama.cpp (repack {'on' if repack else 'off'})", "ktx.commands.bench_llama_cpp", words)
+    return Engine(f"{args.peer} (repack {'on' if repack else 'off'})", "ktx.commands.bench_llama_cpp", words)
 
 
 def _peers(args: argparse.Namespace, tests: list[str]) -> list[Engine]:
     """The forms in which a peer may run."""
-    if args.peer == "llama.cpp":
+    if args.peer.endswith("llama.cpp"):
         return [_peer(args, tests, repack) for repack in (1, 0)]
     path = _gguf(args)
     folder = Path(args.model).expanduser()

@@ -1,8 +1,9 @@
-"""The process of `ktx bench --peer llama.cpp`: llama-cpp-python's C interface, the protocol of bench_ktx."""
+"""The process of `ktx bench --peer llama.cpp` and of its fork ik_llama.cpp: their C interfaces, the protocol of bench_ktx."""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
@@ -14,74 +15,141 @@ from ktx.commands.bench import parts, token_ids
 BATCH = 512
 
 
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, with its own defaults but for threads, length and repacking."""
+
+    package = "llama-cpp-python"
+
+    def __init__(self) -> None:
+        import llama_cpp
+
+        self.lib: Any = llama_cpp
+        self.state: Any = None
+        self.vocabulary = 0
+
+    def load(self, args: argparse.Namespace) -> bool:
+        lib = self.lib
+        lib.llama_backend_init()
+        model = lib.llama_model_load_from_file(args.weights.encode(), self.model_params(args))
+        if not model:
+            return False
+        context = lib.llama_context_default_params()
+        context.n_ctx, context.n_batch, context.n_ubatch = args.context, BATCH, BATCH
+        context.n_threads = context.n_threads_batch = args.threads
+        self.state = lib.llama_init_from_model(model, context)
+        self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        return bool(self.state)
+
+    def model_params(self, args: argparse.Namespace) -> Any:
+        params = self.lib.llama_model_default_params()
+        params.n_gpu_layers, params.use_mmap, params.use_extra_bufts = 0, True, bool(args.repack)
+        return params
+
+    def clear(self) -> None:
+        self.at = 0
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.state), True)
+
+    def batch(self, tokens: Any) -> Any:
+        return self.lib.llama_batch_get_one(tokens, len(tokens))
+
+    def decode(self, ids: list[int]) -> None:
+        tokens = (self.lib.llama_token * len(ids))(*ids)  # the batch only points to them
+        if self.lib.llama_decode(self.state, self.batch(tokens)):
+            raise RuntimeError("llama_decode failed")
+        self.at += len(ids)
+
+    def wait(self) -> None:
+        self.lib.llama_synchronize(self.state)
+
+    def system_info(self) -> str:
+        return str(self.lib.llama_print_system_info().decode())
+
+
+class IkLlamaCpp(LlamaCpp):
+    """ik_llama.cpp through ik-llama-cpp-python, whose interface is llama.cpp's of 2024: a batch says where it stands."""
+
+    package = "ik-llama-cpp-python"
+
+    def __init__(self) -> None:
+        from ik_llama_cpp import _ctypes_api
+
+        self.lib, self.state, self.vocabulary = _ctypes_api, None, 0
+        self.own: Any = _ctypes_api._lib  # what the package leaves out
+        self.own.llama_synchronize.argtypes = [ctypes.c_void_p]
+        self.own.llama_print_system_info.restype = ctypes.c_char_p
+
+    def model_params(self, args: argparse.Namespace) -> Any:
+        params = self.lib.llama_model_default_params()
+        params.repack_tensors, params.mla = bool(args.repack), self.lib.llama_context_default_params().mla_attn
+        params.use_mmap = not args.repack  # it repacks into memory of its own
+        return params
+
+    def clear(self) -> None:
+        self.at = 0
+        self.lib.llama_kv_cache_clear(self.state)
+
+    def batch(self, tokens: Any) -> Any:
+        return self.lib.llama_batch(n_tokens=len(tokens), token=tokens, all_pos_0=self.at, all_pos_1=1, all_seq_id=0)
+
+    def wait(self) -> None:
+        self.own.llama_synchronize(self.state)
+
+    def system_info(self) -> str:
+        return str(self.own.llama_print_system_info().decode())
+
+
+ENGINES = {"llama.cpp": LlamaCpp, "ik_llama.cpp": IkLlamaCpp}
+
+
 def main() -> int:
     """Loads the GGUF with or without repacking, announces it, then measures until standard input ends."""
     parser = argparse.ArgumentParser()
+    parser.add_argument("--engine", choices=ENGINES)
     parser.add_argument("--weights")
     for name in ("--threads", "--repack", "--context"):
         parser.add_argument(name, type=int)
     args = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
+    kind = ENGINES[args.engine]
     try:
-        import llama_cpp as lib
+        engine = kind()
     except ImportError as error:
-        print(
-            json.dumps({"error": f"llama.cpp is not there ({error}): pip install llama-cpp-python", "exit": 1}),
-            file=out,
-            flush=True,
-        )
+        text = f"{args.engine} is not there ({error}): pip install {kind.package}"
+        print(json.dumps({"error": text, "exit": 1}), file=out, flush=True)
         return 1
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where llama.cpp logs
+    for stream in (1, 2):  # where they log
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     start = time.perf_counter()
-    state, vocabulary = load(lib, args)
-    if not state:
-        print(json.dumps({"error": f"llama.cpp cannot load {args.weights}", "exit": 1}), file=out, flush=True)
+    if not engine.load(args):
+        print(json.dumps({"error": f"{args.engine} cannot load {args.weights}", "exit": 1}), file=out, flush=True)
         return 1
     print(json.dumps({"ready": True, "load_seconds": time.perf_counter() - start}), file=out, flush=True)
-    decode(lib, state, token_ids(16, vocabulary))
-    isa = instruction_sets(lib.llama_print_system_info().decode())
+    engine.clear()
+    engine.decode(token_ids(16, engine.vocabulary))
+    isa = instruction_sets(engine.system_info())
     for line in sys.stdin:
         test = json.loads(line)["test"]
-        print(
-            json.dumps({"test": test, "isa": isa, "tok_s": measure(lib, state, test, vocabulary)}), file=out, flush=True
-        )
+        print(json.dumps({"test": test, "isa": isa, "tok_s": measure(engine, test)}), file=out, flush=True)
     out.flush()
     os._exit(0)
 
 
-def load(lib: Any, args: argparse.Namespace) -> tuple[Any, int]:
-    """A context of its own defaults but for threads, length and repacking; and the size of the vocabulary."""
-    lib.llama_backend_init()
-    params = lib.llama_model_default_params()
-    params.n_gpu_layers, params.use_mmap, params.use_extra_bufts = 0, True, bool(args.repack)
-    model = lib.llama_model_load_from_file(args.weights.encode(), params)
-    if not model:
-        return None, 0
-    context = lib.llama_context_default_params()
-    context.n_ctx, context.n_batch, context.n_ubatch = args.context, BATCH, BATCH
-    context.n_threads = context.n_threads_batch = args.threads
-    return lib.llama_init_from_model(model, context), lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-
-
-def decode(lib: Any, state: Any, ids: list[int]) -> None:
-    tokens = (lib.llama_token * len(ids))(*ids)  # the batch only points to them
-    if lib.llama_decode(state, lib.llama_batch_get_one(tokens, len(ids))):
-        raise RuntimeError("llama_decode failed")
-
-
-def measure(lib: Any, state: Any, test: str, vocabulary: int) -> float:
+def measure(engine: LlamaCpp, test: str) -> float:
     """Tokens a second of one test, in a context that holds no more than its depth."""
     kind, count, depth = parts(test)
-    lib.llama_memory_clear(lib.llama_get_memory(state), True)
-    prompt, ids = token_ids(depth if kind == "pp" else depth or 4, vocabulary), token_ids(count, vocabulary)
+    engine.clear()
+    prompt, ids = (
+        token_ids(depth if kind == "pp" else depth or 4, engine.vocabulary),
+        token_ids(count, engine.vocabulary),
+    )
     step = BATCH if kind == "pp" else 1
     for at in range(0, len(prompt), BATCH):
-        decode(lib, state, prompt[at : at + BATCH])
-    lib.llama_synchronize(state)
+        engine.decode(prompt[at : at + BATCH])
+    engine.wait()
     start = time.perf_counter()
     for at in range(0, count, step):
-        decode(lib, state, ids[at : at + step])
-    lib.llama_synchronize(state)
+        engine.decode(ids[at : at + step])
+    engine.wait()
     return count / (time.perf_counter() - start)
 
 

@@ -16,6 +16,7 @@ from ktx.errors import KtxError, UsageError
 SUMMARY = "show the machine, the picked kernels, and missing packages with their remedy"
 PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "safetensors", "numpy", "cpufeature")
 OPTIONAL = {
+    "ik_llama_cpp": ("ktx bench --peer ik_llama.cpp", "pip install ik-llama-cpp-python"),
     "llama_cpp": ("ktx bench --peer llama.cpp", "pip install llama-cpp-python"),
     "triton": ("GPU kernels", "pip install triton (Linux with a CUDA GPU)"),
     "flashinfer": ("paged MLA on the GPU", "pip install flashinfer-python (CUDA GPU)"),
