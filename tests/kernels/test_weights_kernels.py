@@ -10,10 +10,11 @@ import threading
 import pytest
 import torch
 
-from ktx.errors import KtxError
+from ktx.errors import KtxError, UsageError
 from ktx.kernels import cpu, reference
 from ktx.kernels.check import BOUND_FLOAT, HAVE_FAST, bounds, relative, sample
 from ktx.qtypes import QTYPES
+from ktx.quantize import quantize
 from ktx.weights.source import QuantizedTensor
 
 INTS = [q.name for q in QTYPES.values() if not q.is_float]
@@ -50,6 +51,23 @@ def test_linear(name, tokens):
     room = 1 if QTYPES[name].is_float or tokens * n > 800 else 2
     assert relative(cpu.linear(x, packed), exact) < bound(name) * room
     torch.testing.assert_close(cpu.linear(x, packed, bias), cpu.linear(x, packed) + bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", INTS)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_the_largest_codes_and_activations_fit_where_they_are_summed(name, tokens):
+    """Activations of one size are quantised without error, so a sum that overflowed would stand out."""
+    values = torch.ones(32, 512)
+    values[:, ::32] = -1  # so that types with a minimum have their largest code nearly everywhere
+    try:
+        weight = QuantizedTensor(quantize(values, QTYPES[name]), QTYPES[name], (32, 512))
+    except UsageError:
+        weight = sample(name, 32, 512)
+    packed = cpu.pack(weight)
+    for x in (torch.ones(512), weight.dequantize()[0].sign()):
+        x = torch.where(x == 0, 1.0, x).expand(tokens, -1).contiguous() * 3
+        slack = 1e-5 if not cpu.ops.fast_gemm() else bound(name)
+        assert relative(cpu.linear(x, packed), reference.linear(x.double(), weight)) < slack
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "Q4_K", "Q5_0", "Q6_K", "Q8_0", "IQ2_XXS"])
