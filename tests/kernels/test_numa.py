@@ -81,7 +81,9 @@ def test_nodes_change_neither_results_nor_memory(tmp_path):
         assert abs(facts["memory"] - facts["packed"]) < 0.1 * facts["packed"]  # one copy
         assert sum(facts["pages"]) * 4096 >= facts["packed"] // 2
         if count == 2:  # two members, a node each
-            assert facts["own"] > 2 * facts["stolen"], facts  # were they taken from either queue, as many would be stolen
+            assert facts["own"] > 2 * facts["stolen"], (
+                facts
+            )  # were they taken from either queue, as many would be stolen
 
 
 @pytest.mark.parametrize("word", ["fake", "fake:0", "fake:9", "two"])
