@@ -99,7 +99,7 @@ setup(
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     packages=[
         "ktx",
-        *(f"ktx.{p}" for p in ("weights", "kernels", "cache", "ops", "engine", "chat", "commands", "demo")),
+        *(f"ktx.{path.parent.name}" for path in sorted(Path(ROOT, "ktx").glob("*/__init__.py"))),
         "ktx.optimize_rules",
     ],
     package_dir={"ktx": "ktx", "ktx.optimize_rules": "optimize_rules"},

@@ -21,6 +21,7 @@
 #include "cpu/numa.h"
 #include "cpu/pool.h"
 #include "cpu/probes.h"
+#include "cpu/wide.h"
 
 namespace {
 using namespace ktx;
@@ -124,7 +125,7 @@ Tensor quantise_rows_(const Tensor& x, int64_t code) {
   return out;
 }
 
-Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const Optional& bias) {
+Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const Optional& bias, bool all_wide) {
   const Layout& layout = layout_of(code, k);
   const uint8_t* data = packed_data(packed, layout, 1, n, k, "packed");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k && x.is_contiguous(), "x must be contiguous with ", k, " columns");
@@ -132,9 +133,19 @@ Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, i
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   Tensor y = torch::stable::new_empty(x, shape);
-  if (x.numel()) linear(x.const_data_ptr(), ktx_number(x), x.numel() / k, layout, data, n, k, b, y.mutable_data_ptr());
+  if (x.numel()) linear(x.const_data_ptr(), ktx_number(x), x.numel() / k, layout, data, n, k, b, y.mutable_data_ptr(), all_wide);
   return y;
 }
+
+// See cpu/wide.h; `tokens` -1: nothing is known.
+void wide_rows_(int64_t tokens, Ints ranges) {
+  STD_TORCH_CHECK(ranges.size() % 2 == 0, "ranges are pairs of a first row and a count");
+  int64_t end = 0;
+  for (size_t i = 0; i < ranges.size(); end = ranges[i] + ranges[i + 1], i += 2)
+    STD_TORCH_CHECK(ranges[i] >= end && ranges[i + 1] >= 0 && ranges[i] + ranges[i + 1] <= tokens, "ranges must rise up to ", tokens, " rows");
+  wide_rows().tokens = tokens, wide_rows().ranges.assign(ranges.begin(), ranges.end());
+}
+bool has_wide() { return kernels().wide; }
 
 Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k) {
   const Layout& layout = layout_of(code, k);
@@ -205,7 +216,9 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("pack(Tensor src, int code, int n, int k, Tensor(a!) dst, int row0, Tensor? scale=None) -> ()");
   m.def("quantise_rows(Tensor x, int code) -> Tensor");
   m.def("unpack_rows(Tensor packed, int code, int n, int k, Tensor rows) -> Tensor");
-  m.def("linear(Tensor x, Tensor packed, int code, int n, int k, Tensor? bias=None) -> Tensor");
+  m.def("linear(Tensor x, Tensor packed, int code, int n, int k, Tensor? bias=None, bool all_wide=False) -> Tensor");
+  m.def("wide_rows(int tokens, int[] ranges) -> ()");
+  m.def("has_wide() -> bool");
   m.def("linear_batched(Tensor x, Tensor packed, int code, int n, int k) -> Tensor");
   m.def("experts(Tensor x, Tensor ids, Tensor weights, Tensor gate, Tensor up, Tensor down, int gate_code, int up_code, int down_code, "
         "int n_experts, int ff, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, float alpha, float limit) -> Tensor");
@@ -226,6 +239,8 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("fast_gemm", TORCH_BOX(&fast_));
   m.impl("idle_seconds", TORCH_BOX(&idle_seconds_));
   m.impl("nodes", TORCH_BOX(&nodes_));
+  m.impl("wide_rows", TORCH_BOX(&wide_rows_));
+  m.impl("has_wide", TORCH_BOX(&has_wide));
   m.impl("share_of", TORCH_BOX(&share_of_));
   m.impl("units_taken", TORCH_BOX(&units_taken_));
 }

@@ -26,7 +26,7 @@ namespace {
 }  // namespace
 }  // namespace vbmi
 
-const Kernels AVX512VBMI_KERNELS = {0, KTX_TILE, KTX_FEW, vbmi::quantise, vbmi::place, vbmi::place_floats, vbmi::multiply, vbmi::unpack, vbmi::gate, vbmi::quantise_block};
+const Kernels AVX512VBMI_KERNELS = {0, false, KTX_TILE, KTX_FEW, vbmi::quantise, vbmi::place, vbmi::place_floats, vbmi::multiply, vbmi::unpack, vbmi::gate, vbmi::quantise_block};
 const AttentionKernels AVX512VBMI_ATTENTION = {vbmi::convert, vbmi::score, vbmi::soften, vbmi::gather_values, nullptr};
 }  // namespace ktx
 #pragma GCC pop_options

@@ -8,6 +8,7 @@
 
 #include "pool.h"
 #include "scratch.h"
+#include "wide.h"
 
 namespace ktx {
 namespace {
@@ -67,7 +68,7 @@ struct Chunk {
   Line inner, outer;
 
   int count(int64_t e) const { return int(offset[e + 1] - offset[e]); }
-  bool ints_in() const { return !c.gate.layout->is_float || !c.up.layout->is_float; }
+  bool ints_in() const { return xs.q; }
 
   void group() {
     std::fill(offset, offset + c.experts + 1, 0);
@@ -104,7 +105,7 @@ struct Chunk {
       for (int i = to.start(place); i < to.start(place + 1); ++i) {
         const int64_t t = slot_token[offset[active[at]] + i];
         if (xs.q) k.place(row_of(t), to, i, 0, c.hidden);
-        if (xs.f) k.place_floats(values_of(t, room), to, i, 0, c.hidden);
+        if (xs.f || xs.wide) k.place_floats(values_of(t, room), to, i, 0, c.hidden);
       }
     }
   }
@@ -118,7 +119,7 @@ struct Chunk {
 
   // A lone token is the same input for all of its experts, and quantising it takes less time than waiting for somebody else's.
   Tokens lone_input(Scratch& own) const {
-    Tokens one = slice(take_tokens(own, 1, c.hidden, xs.q, xs.f), 0, 1, k);
+    Tokens one = slice(take_tokens(own, 1, c.hidden, xs.q, xs.f, false), 0, 1, k);
     const float* values = values_of(0, own.take<float>(c.hidden));
     if (one.q) {
       const RowView row = take_row(own, c.hidden);
@@ -155,7 +156,7 @@ struct Chunk {
     const int64_t first = group * 16, width = std::min<int64_t>(groups * 16, c.inner - first);
     for (int t = 0; t < n; ++t) {
       for (int64_t i = 0; i < width; ++i) line[i] = h[(i / 16 * n + t) * 16 + i % 16];
-      if (hs.f) k.place_floats(line, to, t, first, width);
+      if (hs.f || hs.wide) k.place_floats(line, to, t, first, width);
       else k.quantise(line, width, row), k.place(row, to, t, first, width);
     }
   }
@@ -213,7 +214,7 @@ struct Chunk {
   }
 };
 
-void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
+void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens, bool wide) {
   const Kernels& k = kernels();
   const bool in_ints = !c.gate.layout->is_float || !c.up.layout->is_float, in_floats = c.gate.layout->is_float || c.up.layout->is_float;
   const bool down_ints = !c.down.layout->is_float;
@@ -229,10 +230,10 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
               .ids = c.ids + first * c.top, .weights = c.weights + first * c.top,
               .offset = s.take<int64_t>(c.experts + 1), .slot_token = s.take<int64_t>(slots),
               .slot_of = s.take<int64_t>(slots + c.experts), .slot_weight = s.take<float>(slots), .active = order, .present = by_number,
-              .xs = take_tokens(s, slots, c.hidden, in_ints, in_floats), .hs = take_tokens(s, slots, c.inner, down_ints, !down_ints),
+              .xs = take_tokens(s, slots, c.hidden, in_ints, in_floats, wide), .hs = take_tokens(s, slots, c.inner, down_ints, !down_ints, wide),
               .gates = {}, .downs = {},
               .quantised = {}, .lone = false, .all_tiles = 0, .rows = {}, .tiles = {}, .inner = {}, .outer = {}};
-  if (in_ints) chunk.quantised = {s.take<int8_t>(tokens * c.hidden), s.take<float>(tokens * (c.hidden / 32)), s.take<int32_t>(tokens * (c.hidden / 16))};
+  if (chunk.xs.q) chunk.quantised = {s.take<int8_t>(tokens * c.hidden), s.take<float>(tokens * (c.hidden / 32)), s.take<int32_t>(tokens * (c.hidden / 16))};
   chunk.group();
   for (size_t i = 0; i < chunk.active.size(); ++i) chunk.all_tiles += chunk.input(i).tiles;
   chunk.inner.team = chunk.outer.team = team;
@@ -244,7 +245,7 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
     chunk.outer.share(node, chunk.downs.begin[node], chunk.downs.begin[node + 1]);
   }
   const int64_t widest = chunk.active.empty() ? 0 : chunk.count(chunk.active[0]);
-  chunk.lone = tokens == 1 && widest == 1;
+  chunk.lone = tokens == 1 && widest == 1 && !wide;
   const int64_t inner_rows = chunk.inner.longest * INNER_GROUPS * 16, outer_rows = chunk.outer.longest * chunk.downs.groups * 16;
   const size_t own = row_bytes(c.hidden) + tokens_bytes(1, c.hidden, in_ints, in_floats) + row_bytes(inner_rows) +
                      size_t(2 * inner_rows * widest) * 4 + size_t(outer_rows) * (widest + tokens) * 4 + WORK_BYTES + 8192;
@@ -265,6 +266,8 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens) {
 
 void experts(const ExpertsCall& call) {
   const int64_t chunk = std::min(CHUNK, std::max<int64_t>(1, call.experts / std::max<int64_t>(call.top, 1)) * FEW);
-  for (int64_t t = 0; t < call.tokens; t += chunk) run_chunk(call, t, std::min(chunk, call.tokens - t));
+  for_widths(call.tokens, false, [&](int64_t first, int64_t count, bool wide) {
+    for (int64_t t = first; t < first + count; t += chunk) run_chunk(call, t, std::min(chunk, first + count - t), wide);
+  });
 }
 }  // namespace ktx

@@ -227,6 +227,8 @@ template <class S, int R> static TileKernel tile_kernel(int tokens) {
 
 #ifdef KTX_TILES
 #include "tiles_ints.inl"
+template <class D> struct WideInts;  // see tiles_wide.inl
+template <class W> static void multiply_wide(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work, const uint8_t* next);
 #endif
 
 template <class D, int R>
@@ -257,6 +259,9 @@ template <class D>
 static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work,
                           const uint8_t* next) {
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+#ifdef KTX_TILES
+  if (x.wide) return multiply_wide<WideInts<D>>(l, packed, groups, x, out, work, next);
+#endif
   const Ahead ahead(packed + groups * group, next);
   int g = 0;
   if (x.tiles == 1 && x.n <= KTX_FEW) {
@@ -495,26 +500,24 @@ static void multiply_pair_few(const uint8_t* group, int64_t k, const uint32_t* x
   for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
 }
 
-#ifndef KTX_TILES
 template <int R, int T> AI void add_pairs(const uint32_t* w, const uint32_t* x, F* total) {
   Pairs v[R];
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r) v[r] = load_pairs(w + r * 16);
 #pragma GCC unroll 6
   for (int t = 0; t < T; ++t) {
-    const Pairs xt = (Pairs)broadcast(x + t);
 #pragma GCC unroll 2
-    for (int r = 0; r < R; ++r) total[r * T + t] = _mm512_dpbf16_ps(total[r * T + t], v[r], xt);
+    for (int r = 0; r < R; ++r) total[r * T + t] = dot_pairs(total[r * T + t], x + t, v[r]);
   }
 }
 
 // Many tokens in bf16: weights lose nothing, activations what rounding to eight bits takes (0.1 %), sums are f32. Summed in the order of few tokens.
-template <int R, int T> static void multiply_pair_tile(const uint32_t* w, int pairs, const uint32_t* x, const F* scale, float* out, size_t stride) {
+template <int R, int T> static void multiply_pair_tile(const uint32_t* w, int pairs, const uint32_t* x, int step, const F* scale, float* out, size_t stride) {
   F total[R * T], other[R * T];
 #pragma GCC unroll 12
   for (int i = 0; i < R * T; ++i) total[i] = other[i] = zero();
   int i = 0;
-  for (; i + 2 <= pairs; i += 2, w += 2 * R * 16, x += 2 * T) add_pairs<R, T>(w, x, total), add_pairs<R, T>(w + R * 16, x + T, other);
+  for (; i + 2 <= pairs; i += 2, w += 2 * R * 16, x += 2 * step) add_pairs<R, T>(w, x, total), add_pairs<R, T>(w + R * 16, x + step, other);
   if (i < pairs) add_pairs<R, T>(w, x, total);
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
@@ -525,7 +528,7 @@ template <int R, int T> static void multiply_pair_tile(const uint32_t* w, int pa
     }
 }
 
-typedef void (*PairTile)(const uint32_t*, int, const uint32_t*, const F*, float*, size_t);
+typedef void (*PairTile)(const uint32_t*, int, const uint32_t*, int, const F*, float*, size_t);
 template <int R> static PairTile pair_tile(int tokens) {
   static const PairTile table[] = {nullptr, multiply_pair_tile<R, 1>, multiply_pair_tile<R, 2>, multiply_pair_tile<R, 3>,
                                    multiply_pair_tile<R, 4>, multiply_pair_tile<R, 5>, multiply_pair_tile<R, 6>};
@@ -545,20 +548,20 @@ static void multiply_pair_many(const uint8_t* packed, size_t group, const Tokens
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
-      pair_tile<R>(tokens)(span, int(to - from) / 2, x.pair + first * (x.k / 2) + from / 2 * tokens, scale, out + first * 16, stride);
+      for (int t = 0; t < tokens; t += FLOAT_TILE)
+        pair_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from) / 2, x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16, stride);
     }
   }
 }
 #endif
-#endif
 
 #ifdef KTX_TILES
-#include "tiles_floats.inl"
+#include "tiles_wide.inl"
 #endif
 
 template <class L, int R>
 static void multiply_float_groups(const uint8_t* packed, size_t group, const Tokens& x, float* out, uint8_t* work, const Ahead& ahead) {
-#if defined(KTX_BF16) && !defined(KTX_TILES)
+#ifdef KTX_BF16
   if constexpr (L::IN_BF16)
     if (x.pair) return multiply_pair_many<L, R>(packed, group, x, out, reinterpret_cast<uint32_t*>(work), ahead);
 #endif
@@ -576,6 +579,10 @@ template <class L, int T> AI void multiply_few_floats(const uint8_t* packed, con
 template <class L>
 static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work, const uint8_t* next) {
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+#ifdef KTX_TILES
+  if constexpr (L::IN_BF16)
+    if (x.wide && x.pair) return multiply_wide<WideFloats<L>>(l, packed, groups, x, out, work, next);
+#endif
   const Ahead ahead(packed + groups * group, next);
   int g = 0;
   if (x.tiles == 1 && x.n <= FLOAT_TILE) {
@@ -593,10 +600,6 @@ static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, 
     }
     return;
   }
-#ifdef KTX_TILES
-  if constexpr (L::IN_BF16)
-    if (x.pair) return multiply_bf16_tiles<L>(l, packed, groups, x, out, work, ahead);
-#endif
 #if KTX_TILE >= 6
   for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) multiply_float_groups<L, 2>(packed, group, x, out, work, ahead);
 #endif
@@ -767,12 +770,14 @@ static void place(const RowView& row, const Tokens& to, int token, int64_t from,
 
 static void place_floats(const float* x, const Tokens& to, int token, int64_t from, int64_t length) {
   const int tile = tile_of(to, token), first = to.start(tile), T = to.start(tile + 1) - first;
-  float* f = to.f + first * to.k + from * T + token - first;
-  for (int64_t i = 0; i < length; ++i) f[i * T] = x[i];
+  if (to.f) {
+    float* f = to.f + first * to.k + from * T + token - first;
+    for (int64_t i = 0; i < length; ++i) f[i * T] = x[i];
+  }
 #ifdef KTX_BF16
   if (!to.pair) return;
 #ifdef KTX_TILES
-  if (to.n > FLOAT_TILE) {
+  if (to.wide) {
     uint32_t* rows = to.pair + first * (to.k / 2) + from / 2 * T + (token - first) * 16;
     for (int64_t i = 0; i < length; i += 32) store(rows + i / 2 * T, bf16_pairs(loadf(x + i), loadf(x + i + 16)));
     return;

@@ -15,7 +15,8 @@ struct RowView {
 
 // Activations of n tokens, cut into tiles of at most `tile` tokens. Tile t starts at token start(t); all arrays are indexed
 // [element of the row][token of the tile] inside a tile, and a tile's part begins at start(t) * (elements of a row). Kernels with tile registers
-// have more than `few` tokens as [k/32][T][32] bytes and [k/32][T][16] pairs.
+// have more than `few` tokens as [k/32][T][32] bytes. `wide` tokens are all multiplied in bf16, over tiles of WIDE_TILE tokens: they have [k/32][T][16] pairs and no bytes.
+constexpr int WIDE_TILE = 16;
 struct Tokens {
   int n = 0, tiles = 0;
   int64_t k = 0;
@@ -27,13 +28,15 @@ struct Tokens {
   float* part32 = nullptr;   // [k/32][T]
   float* f = nullptr;        // [k][T] unquantised, for float weights
   uint32_t* pair = nullptr;  // [k/2][T] the same as pairs of bf16, where the kernels multiply these and k is even
-  int start(int t) const { return int(int64_t(n) * t / tiles); }
+  bool wide = false;
+  int start(int t) const { return wide ? (t < tiles ? t * WIDE_TILE : n) : int(int64_t(n) * t / tiles); }
 };
 
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU_OAI };
 
 struct Kernels {
   int pairs;      // of how many columns a row must be a multiple to be multiplied in pairs of bf16; 0: never
+  bool wide;      // whether they can multiply wide tokens
   int tile, few;  // widest tile; up to `few` quantised tokens make one tile and take the fused path
   void (*quantise)(const float* x, int64_t k, RowView out);
   // Columns from..from+length of a token into its tile; `row` and `x` hold these columns only. Multiples of 32 for `place`.
@@ -47,7 +50,7 @@ struct Kernels {
   void (*gate)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out, int64_t n);  // n % 16 == 0
   void (*quantise_block)(const float* x, int n, bool four, uint8_t* out);  // n weights -> a block of INT8_128 or Q8_0, else of INT4_* or Q4_0
 };
-constexpr size_t WORK_BYTES = 2 * 128 * 64 + 2 * 64;  // two groups of 128 columns as floats, or of 256 as codes with their scales
+constexpr size_t WORK_BYTES = 4 * 256 * 32 + 64;  // four groups of 256 columns in bf16; or two of 128 as floats, or of 256 as codes with their scales
 
 extern const Kernels AMXMODEL_KERNELS, AMX_KERNELS, SCALAR_KERNELS, AVX2_KERNELS, AVXVNNI_KERNELS, AVX512VL_KERNELS, AVX512VNNI_KERNELS, AVX512VBMI_KERNELS, AVX512BF16_KERNELS;
 const Kernels& kernels();  // of picked_isa()

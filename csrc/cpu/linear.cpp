@@ -8,6 +8,7 @@
 #include "kernels.h"
 #include "pool.h"
 #include "scratch.h"
+#include "wide.h"
 
 namespace ktx {
 const Kernels& kernels() {
@@ -15,6 +16,11 @@ const Kernels& kernels() {
                                         &AVX512VNNI_KERNELS, &AVX512VBMI_KERNELS, &AVX512BF16_KERNELS, &AMX_KERNELS};
   static_assert(std::size(table) == ISA_COUNT);
   return *table[picked_isa()];
+}
+
+WideRows& wide_rows() {
+  static thread_local WideRows known;
+  return known;
 }
 
 namespace {
@@ -74,22 +80,28 @@ struct Call {
   }
   void place(const Tokens& to, int t, int64_t row_of_x, const RowView& row, float* room) const {
     const float* values = as_floats(x + row_of_x * k * size_of(type), type, k, room);
-    if (to.f) kernels.place_floats(values, to, t, 0, k);
+    if (to.f || to.wide) kernels.place_floats(values, to, t, 0, k);
     if (to.q) kernels.quantise(values, k, row), kernels.place(row, to, t, 0, k);
   }
   // A lone token is quantised by everybody: that takes less time than waiting for somebody else's.
   Tokens lone_token(Scratch& own) const {
-    const Tokens one = slice(take_tokens(own, 1, k, all.q, all.f), 0, 1, kernels);
+    const Tokens one = slice(take_tokens(own, 1, k, all.q, all.f, false), 0, 1, kernels);
     place(one, 0, 0, all.q ? take_row(own, k) : RowView{}, own.take<float>(k));
     return one;
   }
-  void finish(const Piece& p, int64_t group, const float* sums) const {  // [token][16] -> y, with bias
-    const int64_t row = group * 16, width = std::min<int64_t>(16, p.n - row);
-    for (int t = 0; t < tokens; ++t) {
-      float v[16];
-      for (int i = 0; i < width; ++i) v[i] = sums[t * 16 + i] + (p.bias ? p.bias[row + i] : 0.0f);
-      from_floats(v, type, width, p.y + (t * p.stride + p.first + row) * int64_t(size_of(type)));
-    }
+  // Groups of [token][16] -> y, with bias; a token's row at once, for each lies on a page of its own.
+  void finish(const Piece& p, int64_t group, int64_t count, const float* sums) const {
+    for (int t = 0; t < tokens; ++t)
+      for (int64_t g = 0; g < count; ++g) {
+        const int64_t row = (group + g) * 16, width = std::min<int64_t>(16, p.n - row);
+        const float* from = sums + (g * tokens + t) * 16;
+        float v[16];
+        if (p.bias) {
+          for (int i = 0; i < width; ++i) v[i] = from[i] + p.bias[row + i];
+          from = v;
+        }
+        from_floats(from, type, width, p.y + (t * p.stride + p.first + row) * int64_t(size_of(type)));
+      }
   }
   const Piece& piece(int64_t item, int64_t& group) const {
     const size_t at = size_t(std::upper_bound(first_item.begin(), first_item.end(), item) - first_item.begin()) - 1;
@@ -111,29 +123,30 @@ struct Call {
       const int64_t count = std::min(run.count * per_item, p.groups() - first);
       const Tokens mine = lone ? *lone : slice(all, p.row, tokens, kernels);
       kernels.multiply(*p.layout, weights(run.first), int(count), mine, sums, work, then.count ? weights(then.first) : nullptr);
-      for (int64_t g = 0; g < count; ++g) finish(p, first + g, sums + g * tokens * 16);
+      finish(p, first, count, sums);
     });
   }
 };
 
 // `pieces` on x [sets][tokens][k].
-void multiply_pieces(const void* x, Number type, int64_t sets, int tokens, int64_t k) {
+void multiply_pieces(const void* x, Number type, int64_t sets, int tokens, int64_t k, bool wide) {
   bool ints = false, floats = false;
   int64_t groups = 0;
   for (const Piece& p : pieces) (p.layout->is_float ? floats : ints) = true, groups += p.groups();
   const int team = threads();
-  const int64_t rows = sets * tokens, even = groups >= 8 * team ? 2 : 1;  // a tile takes two groups
+  const int64_t rows = sets * tokens;
+  const int64_t even = tokens > 16 && groups >= 64 * team ? 8 : groups >= 8 * team ? 2 : 1;  // a tile takes two groups; eight are written to y at once
   const int64_t longest = tokens > 16 ? 1 : LONG_RUN / (tokens * even);
   first_item.assign(1, 0);
   for (const Piece& p : pieces) first_item.push_back(first_item.back() + (p.groups() + even - 1) / even);
   shared_scratch.reset(tokens_bytes(rows, k, ints, floats));
   Call call{.kernels = kernels(), .pieces = pieces, .first_item = first_item, .k = k, .type = type, .x = static_cast<const uint8_t*>(x),
-            .sets = sets, .tokens = tokens, .all = take_tokens(shared_scratch, rows, k, ints, floats), .per_item = even, .rows = {},
+            .sets = sets, .tokens = tokens, .all = take_tokens(shared_scratch, rows, k, ints, floats, wide), .per_item = even, .rows = {},
             .items = {.longest = longest, .team = team, .shares = {}}};
   for (int node = 0; node < nodes(); ++node) call.items.share(node, first_item[first_piece[node]], first_item[first_piece[node + 1]]);
   parallel([&](int) {
     member_scratch.reset(row_bytes(k) + tokens_bytes(1, k, ints, floats) + size_t(longest * even) * tokens * 64 + WORK_BYTES + 1024);
-    if (rows == 1) {
+    if (rows == 1 && !wide) {
       const Tokens one = call.lone_token(member_scratch);
       call.multiply(member_scratch, &one);
       return;
@@ -145,24 +158,26 @@ void multiply_pieces(const void* x, Number type, int64_t sets, int tokens, int64
 }
 }  // namespace
 
-void linear_parts(const void* x, Number type, int64_t tokens, int64_t k, const LinearPart* parts, int count) {
+void linear_parts(const void* x, Number type, int64_t tokens, int64_t k, const LinearPart* parts, int count, bool all_wide) {
   const int64_t size = int64_t(size_of(type));
-  for (int64_t t = 0; t < tokens; t += CHUNK) {
-    pieces.clear();
-    for (int node = 0; node < nodes(); ++node) {
-      first_piece[node] = pieces.size();
-      for (const LinearPart* p = parts; p < parts + count; ++p)
-        add_share({p->layout, p->packed, p->n, p->bias, static_cast<uint8_t*>(p->y) + t * p->stride * size, p->stride, 0}, k, node);
+  for_widths(tokens, all_wide, [&](int64_t first, int64_t some, bool wide) {
+    for (int64_t t = first; t < first + some; t += CHUNK) {
+      pieces.clear();
+      for (int node = 0; node < nodes(); ++node) {
+        first_piece[node] = pieces.size();
+        for (const LinearPart* p = parts; p < parts + count; ++p)
+          add_share({p->layout, p->packed, p->n, p->bias, static_cast<uint8_t*>(p->y) + t * p->stride * size, p->stride, 0}, k, node);
+      }
+      first_piece[nodes()] = pieces.size();
+      multiply_pieces(static_cast<const uint8_t*>(x) + t * k * size, type, 1, int(std::min(CHUNK, first + some - t)), k, wide);
     }
-    first_piece[nodes()] = pieces.size();
-    multiply_pieces(static_cast<const uint8_t*>(x) + t * k * size, type, 1, int(std::min(CHUNK, tokens - t)), k);
-  }
+  });
 }
 
 void linear(const void* x, Number type, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
-            const float* bias, void* y) {
+            const float* bias, void* y, bool all_wide) {
   const LinearPart part{&layout, packed, n, bias, y, n};
-  linear_parts(x, type, tokens, k, &part, 1);
+  linear_parts(x, type, tokens, k, &part, 1, all_wide);
 }
 
 void linear_batched(const void* x, Number type, int64_t matrices, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n,
@@ -181,7 +196,7 @@ void linear_batched(const void* x, Number type, int64_t matrices, int64_t tokens
     for (int64_t i = 0; i < count; ++i)
       pieces.push_back({&layout, packed + (m + i) * matrix, n, nullptr, to + i * tokens * n * size, n, i * tokens});
     for (int node = 0; node <= nodes(); ++node) first_piece[node] = size_t(std::clamp<int64_t>(matrices * node / nodes() - m, 0, count));
-    multiply_pieces(from, type, count, int(tokens), k);
+    multiply_pieces(from, type, count, int(tokens), k, false);
   }
 }
 

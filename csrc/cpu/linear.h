@@ -6,9 +6,9 @@
 #include "numbers.h"
 
 namespace ktx {
-// x [tokens][k] and y [tokens][n] of `type`, rows dense; bias f32 [n] or null.
+// x [tokens][k] and y [tokens][n] of `type`, rows dense; bias f32 [n] or null. `all_wide`: every row is, see wide.h.
 void linear(const void* x, Number type, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
-            const float* bias, void* y);
+            const float* bias, void* y, bool all_wide = false);
 // One of several matrices that the same x is multiplied with.
 struct LinearPart {
   const Layout* layout;
@@ -18,7 +18,7 @@ struct LinearPart {
   void* y;            // [tokens][stride], of x's type
   int64_t stride;     // elements from one token's row to the next
 };
-void linear_parts(const void* x, Number type, int64_t tokens, int64_t k, const LinearPart* parts, int count);
+void linear_parts(const void* x, Number type, int64_t tokens, int64_t k, const LinearPart* parts, int count, bool all_wide = false);
 // The same for `matrices` packed matrices one after another, each with its own tokens: x [matrices][tokens][k], y [matrices][tokens][n].
 void linear_batched(const void* x, Number type, int64_t matrices, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n,
                     int64_t k, void* y);

@@ -39,18 +39,18 @@ class Scratch {
 
 // Bytes that `rows` rows of k activations need, quantised and as floats.
 inline size_t tokens_bytes(int64_t rows, int64_t k, bool ints, bool floats) {
-  return (ints ? size_t(rows) * (k + (k / 32) * 12 + (k / 16) * 8) + 7 * 64 : 0) + (floats ? size_t(rows) * k * 6 + 128 : 0);
+  return (ints ? size_t(rows) * k * 2 + 7 * 64 : 0) + (floats ? size_t(rows) * k * 6 + 128 : 0);
 }
-inline Tokens take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool floats) {
+inline Tokens take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool floats, bool wide) {
   Tokens t;
-  t.k = k;
-  if (ints) {
+  t.k = k, t.wide = wide;
+  if (ints && !wide) {
     t.q = s.take<int8_t>(rows * k);
     t.scale = s.take<float>(rows * (k / 32)), t.sum16 = s.take<int32_t>(rows * (k / 16)), t.sum32 = s.take<int32_t>(rows * (k / 32));
     t.part16 = s.take<float>(rows * (k / 16)), t.part32 = s.take<float>(rows * (k / 32));
   }
   if (floats) t.f = s.take<float>(rows * k);
-  if (floats && kernels().pairs && k % kernels().pairs == 0) t.pair = s.take<uint32_t>(rows * (k / 2));
+  if ((floats && kernels().pairs && k % kernels().pairs == 0) || (ints && wide)) t.pair = s.take<uint32_t>(rows * (k / 2));
   return t;
 }
 // The n tokens from row `first` on, cut into tiles for these kernels.
@@ -58,7 +58,7 @@ inline Tokens slice(const Tokens& all, int64_t first, int n, const Kernels& kern
   Tokens t = all;
   const int64_t k = all.k;
   t.n = n;
-  t.tiles = n <= kernels.few && !all.f ? 1 : (n + kernels.tile - 1) / kernels.tile;
+  t.tiles = t.wide ? (n + WIDE_TILE - 1) / WIDE_TILE : n <= kernels.few && !all.f ? 1 : (n + kernels.tile - 1) / kernels.tile;
   if (all.q) {
     t.q += first * k, t.scale += first * (k / 32);
     t.sum16 += first * (k / 16), t.sum32 += first * (k / 32), t.part16 += first * (k / 16), t.part32 += first * (k / 32);

@@ -5,11 +5,11 @@ struct TileConfig {  // what ldtilecfg reads
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};
 };
-// Sums of `tokens` x 16 products of rows of `bytes` bytes.
-AI void tiles_begin(int tokens, int bytes) {
+// Tiles of activations have rows of `bytes` bytes; those with even numbers, and their sums, `even` rows, the others `odd`.
+AI void tiles_begin(int even, int odd, int bytes) {
   TileConfig c;
-  for (int i = 0; i < 4; ++i) c.rows[i] = uint8_t(tokens), c.bytes[i] = 64;
-  for (int i = 4; i < 6; ++i) c.rows[i] = uint8_t(tokens), c.bytes[i] = uint16_t(bytes);
+  for (int i = 0; i < 4; ++i) c.rows[i] = uint8_t(i % 2 ? odd : even), c.bytes[i] = 64;
+  for (int i = 4; i < 6; ++i) c.rows[i] = uint8_t(i % 2 ? odd : even), c.bytes[i] = uint16_t(bytes);
   for (int i = 6; i < 8; ++i) c.rows[i] = uint8_t(bytes / 4), c.bytes[i] = 64;
   __asm__ volatile("ldtilecfg %0" : : "m"(c));
 }

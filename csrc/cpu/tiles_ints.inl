@@ -5,36 +5,49 @@
 constexpr int TILE_TOKENS = 16;
 
 struct Sums { alignas(64) int32_t at[TILE_TOKENS][16]; };
+constexpr int IN_FLIGHT = 4;  // tiles of sums: while four are multiplied the four before them are added, for a tile's way to memory takes longer than its products
+
+// Sixteen vectors by name: as an array they would live in memory, for the tiles' assembly stands between their uses.
+#define KTX_EACH_TOKEN(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
 
 // One group of rows times T tokens (T: rounded up to a multiple of four; what lies past the end is not stored).
 template <class D, int T>
 static void multiply_sums(const Span& span, int length, const int8_t* q, int tokens, const float* scales, const float* parts, float* out) {
-  F total[T];
-KTX_UNROLL
-  for (int t = 0; t < T; ++t) total[t] = t < tokens ? loadf(out + t * 16) : zero();
-  Sums even, odd;
-  const auto start = [&](int s) { return q + s * D::SUB / 32 * 32 * tokens + s * D::SUB % 32; };
-  const auto add = [&](const Sums& sums, int s) {
-    const float *by = scales + s * D::SUB / 32 * tokens, *part = parts + s * tokens;
-    const F scale = loadf(span.scale + s * 16), minimum = D::MINIMUM ? loadf(span.minimum + s * 16) : zero();
-KTX_UNROLL
-    for (int t = 0; t < T; ++t) {
-      total[t] = fma(mulf(to_float(load(sums.at[t])), scale), broadcastf(by + t), total[t]);
-      if (D::MINIMUM) total[t] = fnma(minimum, broadcastf(part + t), total[t]);
-    }
-  };
-  const auto weights = [&](int s) { return span.w + s * D::SUB * 16; };
+#define X(t) F total##t = t < T && t < tokens ? loadf(out + t * 16) : zero();
+  KTX_EACH_TOKEN(X)
+#undef X
+  Sums sums[2][IN_FLIGHT];
   const int count = length / D::SUB;
-  for (int s = 0; s < count; s += 2) {  // the second sub-block's products run while the first one's sums are added
-    tile_zero<0>(), tile_load<4>(start(s), 32), tile_load<6>(weights(s), 64), tile_dot_bytes<0, 4, 6>(), tile_store<0>(even.at, 64);
-    if (s + 1 < count)
-      tile_zero<1>(), tile_load<5>(start(s + 1), 32), tile_load<7>(weights(s + 1), 64), tile_dot_bytes<1, 5, 7>(), tile_store<1>(odd.at, 64);
-    add(even, s);
-    if (s + 1 < count) add(odd, s + 1);
+  const auto product = [&](auto place, int s, Sums& to) __attribute__((always_inline)) {
+    constexpr int C = decltype(place)::value, A = 4 + C % 2, B = 6 + C % 2;
+    tile_zero<C>(), tile_load<A>(q + s * D::SUB / 32 * 32 * tokens + s * D::SUB % 32, 32), tile_load<B>(span.w + s * D::SUB * 16, 64);
+    tile_dot_bytes<C, A, B>(), tile_store<C>(to.at, 64);
+  };
+#define X(t)                                                                                    \
+  if constexpr (t < T) {                                                                        \
+    total##t = fma(mulf(to_float(load(from->at[t])), scale), broadcastf(by + t), total##t);     \
+    if (D::MINIMUM) total##t = fnma(minimum, broadcastf(part + t), total##t);                   \
   }
-KTX_UNROLL
-  for (int t = 0; t < T; ++t)
-    if (t < tokens) storef(out + t * 16, total[t]);
+#define KTX_ADD(place, s)                                                                                                 \
+  {                                                                                                                       \
+    const Sums* from = place;                                                                                             \
+    const float *by = scales + (s) * D::SUB / 32 * tokens, *part = parts + (s) * tokens;                                  \
+    const F scale = loadf(span.scale + (s) * 16), minimum = D::MINIMUM ? loadf(span.minimum + (s) * 16) : zero();         \
+    KTX_EACH_TOKEN(X)                                                                                                     \
+  }
+  for (int s = 0; s < count + IN_FLIGHT; s += IN_FLIGHT) {
+    Sums *now = sums[s / IN_FLIGHT % 2], *before = sums[1 - s / IN_FLIGHT % 2];
+#define KTX_STEP(C)                                                              \
+  if (s + C < count) product(Int<C>(), s + C, now[C]);                           \
+  if (s && s - IN_FLIGHT + C < count) KTX_ADD(before + C, s - IN_FLIGHT + C)
+    KTX_STEP(0) KTX_STEP(1) KTX_STEP(2) KTX_STEP(3)
+  }
+#undef KTX_STEP
+#undef KTX_ADD
+#undef X
+#define X(t) if (t < T && t < tokens) storef(out + t * 16, total##t);
+  KTX_EACH_TOKEN(X)
+#undef X
 }
 
 template <class D> static void multiply_tiles(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work, const uint8_t* next) {
@@ -52,7 +65,7 @@ template <class D> static void multiply_tiles(const Layout& l, const uint8_t* pa
       expand<D, true>(l, packed, x.k, from, length, span, g + 1 < groups ? packed + group : next);
       for (int tile = 0; tile < x.tiles; ++tile) {
         const int first = x.start(tile), tokens = x.start(tile + 1) - first;
-        if (tokens != configured) tiles_begin(configured = tokens, D::SUB);
+        if (tokens != configured) tiles_begin(tokens, tokens, D::SUB), configured = tokens;
         table[(tokens - 1) / 4](span, length, x.q + first * x.k + from * tokens, tokens, x.scale + first * (x.k / 32) + from / 32 * tokens,
                                 parts + first * (x.k / D::SUB) + from / D::SUB * tokens, out + first * 16);
       }
@@ -63,7 +76,7 @@ template <class D> static void multiply_tiles(const Layout& l, const uint8_t* pa
 
 // What is tested against the other back end: one product.
 static void one_product(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) {
-  tiles_begin(rows, bytes);
+  tiles_begin(rows, rows, bytes);
   tile_load<0>(c, 64), tile_load<4>(a, bytes), tile_load<6>(b, 64);
   if (kind == SSD) tile_dot_bytes<0, 4, 6>();
   else if (kind == USD) tile_dot_unsigned<0, 4, 6>();

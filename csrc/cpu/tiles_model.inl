@@ -8,10 +8,10 @@ inline Tile* tiles() {
   static thread_local Tile registers[8];
   return registers;
 }
-AI void tiles_begin(int tokens, int bytes) {
+AI void tiles_begin(int even, int odd, int bytes) {
   for (int i = 0; i < 8; ++i) {
     Tile& t = tiles()[i];
-    t.rows = i < 6 ? tokens : bytes / 4, t.bytes = i < 4 || i > 5 ? 64 : bytes;
+    t.rows = i < 6 ? (i % 2 ? odd : even) : bytes / 4, t.bytes = i < 4 || i > 5 ? 64 : bytes;
     __builtin_memset(t.data, 0, sizeof t.data);
   }
 }

@@ -158,6 +158,7 @@ AI uint32_t bf16_bits(float x) {
   return (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
 }
 typedef V Pairs;
+AI Pairs load_pairs(const void* p) { return load(p); }
 AI void store_pairs(void* p, Pairs v) { store(p, v); }
 AI float of_bf16(uint32_t bits) {
   float x;

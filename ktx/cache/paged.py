@@ -76,6 +76,15 @@ class Batch:
         self._ranges: dict[int, torch.Tensor] = {}
         self.whole = any(span.whole for span in spans)
 
+    def wide(self, narrow: Sequence[int] = ()) -> list[int]:
+        """First and count of the rows that are whole pages of a prompt, see cpu.wide_rows; without those of the spans `narrow`."""
+        whole = [
+            (first + span.lead, span.whole)
+            for i, (span, (first, _, _)) in enumerate(zip(self.spans, self.rows, strict=True))
+            if i not in narrow
+        ]
+        return [number for first, count in whole if count for number in (first, count)]
+
     @cached_property
     def rest(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The tokens that are in no whole page: their places int64 [n], and `sequences` and `pages` of them alone; None if there are none."""

@@ -12,6 +12,7 @@ from ktx.cache.kv import KVCache
 from ktx.cache.paged import Batch, PagedCache, Span
 from ktx.engine.request import Request
 from ktx.engine.scheduler import Part
+from ktx.kernels import cpu
 from ktx.ops.attention import Attention
 from ktx.ops.mla import MLA
 from ktx.ops.recurrent import Recurrent
@@ -34,7 +35,7 @@ class Runner:
 
     def __init__(self, model: Any, pages: int):
         self.model, self.pages = model, pages
-        self.two_forms = any(isinstance(module, MLA) for module in model.modules())
+        self.two_forms = cpu.ops.has_wide() or any(isinstance(module, MLA) for module in model.modules())
         self.cache = PagedCache(model.config, pages, model.ktx.kv_dtype)
         self.recurrent = self.cache.recurrent
         self.alive = time.monotonic()
@@ -49,14 +50,18 @@ class Runner:
             torch.arange(first + count - wanted(part), first + count)
             for part, (first, count, _) in zip(parts, batch.rows, strict=True)
         ]
+        echoes = [
+            i for i, part in enumerate(parts) if part.request.sampling.echo
+        ]  # logits of all rows: as many as there are tokens
         try:
-            out = self.model(
-                input_ids=ids,
-                position_ids=batch.position_ids,
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=torch.cat(rows),
-            )
+            with cpu.wide_rows(batch.tokens, batch.wide(echoes)):
+                out = self.model(
+                    input_ids=ids,
+                    position_ids=batch.position_ids,
+                    past_key_values=self.cache,
+                    use_cache=True,
+                    logits_to_keep=torch.cat(rows),
+                )
         finally:
             self.cache.batch = None
         found = out.logits[0].split([len(row) for row in rows])
@@ -107,13 +112,16 @@ class PlainRunner(Runner):
         for part in parts:
             self._look(parts)
             cache = self.caches.setdefault(part.request.number, KVCache(self.model.config, self.model.ktx.kv_dtype))
-            logits = self.model(
-                input_ids=torch.tensor([part.ids]),
-                position_ids=torch.arange(part.start, part.start + part.count)[None],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=max(1, wanted(part)),
-            ).logits[0]
+            span = Span(part.request.number, part.start, part.count, (), part.prompt)
+            ranges = (span.lead, span.whole) if span.whole and not part.request.sampling.echo else ()
+            with cpu.wide_rows(part.count, ranges):
+                logits = self.model(
+                    input_ids=torch.tensor([part.ids]),
+                    position_ids=torch.arange(part.start, part.start + part.count)[None],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=max(1, wanted(part)),
+                ).logits[0]
             found[part.request] = logits[len(logits) - wanted(part) :]
         return found
 

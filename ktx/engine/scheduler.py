@@ -97,7 +97,7 @@ class Scheduler:
 
     def _give_up(self, request: Request) -> None:
         at, beyond = divmod(request.computed, PAGE)
-        if beyond and self.share:
+        if beyond and self._may_share(request):
             tail = Tail(request.pages[at], self._before(request, at), tuple(request.ids[at * PAGE : request.computed]))
             self.pages.release(request.pages[at + 1 :])
             self.pages.leave(tail)
@@ -183,7 +183,7 @@ class Scheduler:
         self._extend_keys(request)
         for i in range(before, request.computed // PAGE):
             self.making.pop(request.keys[i], None)
-            if self.share:
+            if self._may_share(request):
                 self.pages.name(request.pages[i], request.keys[i])
         return bool(count) and request.computed % PAGE == 0
 

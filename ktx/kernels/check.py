@@ -230,8 +230,9 @@ def _linear(name: str, tokens: int, n: int, k: int) -> float:
     from ktx.kernels import cpu, reference
 
     weight = sample(name, n, k)
-    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens))
-    return relative(cpu.linear(x, cpu.pack(weight)), reference.linear(x.double(), weight))
+    x, packed = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)), cpu.pack(weight)
+    exact = reference.linear(x.double(), weight)
+    return max(relative(cpu.linear(x, packed, wide=wide), exact) for wide in (False, True))
 
 
 def _experts(name: str) -> float:

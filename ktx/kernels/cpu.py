@@ -5,9 +5,11 @@ Shapes, types and errors are checked in C++ (csrc/bindings*.cpp); each operator 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import local
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from ktx.weights.source import QuantizedTensor
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 GROUP_ROWS = 16  # rows that are packed side by side (csrc/cpu/layout.h)
+_told = local()  # what this thread has said by `wide_rows`
 PACK_ROWS = 1 << 10  # rows packed by one call, so that loading threads share the work evenly
 
 
@@ -145,9 +148,33 @@ def _values(matrix: QuantizedTensor, rows: torch.Tensor, row: int) -> torch.Tens
     return matrix.qtype.dequantize(rows, scale).reshape(len(rows), matrix.shape[-1]).contiguous()
 
 
-def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., k] (f32, f16, bf16) times w [n, k] transposed plus bias f32 [n] -> [..., n] in x's dtype."""
-    return ops.linear(x.contiguous(), w.data, w.qtype.code, w.n, w.k, bias)
+@contextmanager
+def wide_rows(tokens: int, ranges: Sequence[int] = ()) -> Iterator[None]:
+    """Inside, of this thread's calls with `tokens` rows the `ranges` (first, count, first, count, ...) are multiplied in bf16 over tile registers where
+    there are some, and no other rows are. Outside it is the pages of 64 that a call's rows fill: see csrc/cpu/wide.h.
+    """
+    before = getattr(_told, "rows", (-1, ()))
+    _told.rows = (tokens, tuple(ranges))
+    ops.wide_rows(tokens, ranges)
+    try:
+        yield
+    finally:
+        _told.rows = before
+        ops.wide_rows(*before)
+
+
+def wide_part(first: int, count: int) -> AbstractContextManager[None]:
+    """The same for calls with `count` of the rows alone, from `first` on, which are wide if all of them were."""
+    _, ranges = getattr(_told, "rows", (-1, ()))
+    inside = any(
+        at <= first and first + count <= at + length for at, length in zip(ranges[::2], ranges[1::2], strict=True)
+    )
+    return wide_rows(count, (0, count) if inside else ())
+
+
+def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
+    """x [..., k] (f32, f16, bf16) times w [n, k] transposed plus bias f32 [n] -> [..., n] in x's dtype. `wide`: all rows are, see `wide_rows`."""
+    return ops.linear(x.contiguous(), w.data, w.qtype.code, w.n, w.k, bias, wide)
 
 
 def linear_batched(x: torch.Tensor, w: Packed) -> torch.Tensor:
@@ -196,7 +223,7 @@ rms_norm, rope, route, gated = ops.rms_norm, ops.rope, ops.route, ops.gated
 
 
 @torch.library.register_fake("ktx::linear")
-def _(x, packed, code, n, k, bias=None):  # type: ignore[no-untyped-def]
+def _(x, packed, code, n, k, bias=None, all_wide=False):  # type: ignore[no-untyped-def]
     return x.new_empty((*x.shape[:-1], n))
 
 

@@ -42,10 +42,10 @@ def matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:
 
 
 def peak(qtype: QType, threads: int) -> float:
-    """GOPS (a multiplication and an addition are two) of the dot product that many tokens of this type are multiplied with."""
-    if not qtype.is_float:
-        return cpu.ops.probe_int8(threads, 0.05)
-    return (cpu.ops.probe_bf16 if qtype.name in IN_BF16 else cpu.ops.probe_fma)(threads, 0.05)
+    """GOPS (a multiplication and an addition are two) of the dot product that many tokens of a prompt are multiplied with in this type."""
+    if qtype.name in IN_BF16 or (not qtype.is_float and cpu.ops.has_wide()):
+        return cpu.ops.probe_bf16(threads, 0.05)
+    return (cpu.ops.probe_fma if qtype.is_float else cpu.ops.probe_int8)(threads, 0.05)
 
 
 def split(packed: cpu.Packed, count: int | None = None) -> list[cpu.Packed]:
@@ -78,7 +78,7 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
         some = split(packed, min(packed.matrices, max(1, 512 // count)))
         many = torch.randn(count, COLUMNS)
         limit = peak(qtype, threads)
-        taken = seconds(lambda some=some, many=many: [cpu.linear(many, matrix) for matrix in some], repeat)  # type: ignore[misc]
+        taken = seconds(lambda some=some, many=many: [cpu.linear(many, matrix, wide=True) for matrix in some], repeat)  # type: ignore[misc]
         rate = 2 * count * ROWS * COLUMNS * len(some) / taken / 1e9
         found |= {f"gemm_{count}_gops": rate, f"gemm_{count}_share": rate / limit}
     return found

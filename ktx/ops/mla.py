@@ -222,7 +222,11 @@ class MLA(Operator):
         out = q_nope.new_empty(batch, length, heads, width)
         for head in range(0, heads, step):
             some = range(head, min(head + step, heads))
-            k_nope = cpu.linear(flat, _rows(self.w_uk, some, nope)).view(batch, keys, len(some), -1).transpose(1, 2)
+            k_nope = (
+                cpu.linear(flat, _rows(self.w_uk, some, nope), wide=True)
+                .view(batch, keys, len(some), -1)
+                .transpose(1, 2)
+            )
             values = self._values(flat, some).view(batch, keys, len(some), -1).transpose(1, 2)
             chosen = slice(some.start, some.stop)
             out[:, :, chosen] = cpu.attention(
@@ -242,7 +246,7 @@ class MLA(Operator):
         w = self.w_uv
         assert w is not None
         if w.n % cpu.GROUP_ROWS == 0:
-            return cpu.linear(flat, _rows(cpu.Packed(w.data, w.qtype, w.matrices * w.n, w.k), heads, w.n))
+            return cpu.linear(flat, _rows(cpu.Packed(w.data, w.qtype, w.matrices * w.n, w.k), heads, w.n), wide=True)
         return cpu.linear_batched(flat.expand(w.matrices, -1, -1), w).transpose(0, 1).reshape(len(flat), -1)
 
     def weight_bytes(self) -> tuple[int, int]:

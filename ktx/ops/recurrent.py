@@ -8,6 +8,7 @@ import torch
 
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
+from ktx.kernels import cpu
 from ktx.ops.base import Context, Operator, adopt
 
 
@@ -27,10 +28,11 @@ class Recurrent(Operator):
         cache_params.look()
         assert cache_params.batch is not None
         kwargs |= {"attention_mask": None}
-        sizes = [(span.owner, size) for span in cache_params.batch.spans for size in span.pieces]
-        pieces = hidden_states.split([size for _, size in sizes], 1)
-        done = [
-            super(Recurrent, self).forward(piece, cache_params=cache_params.state(owner), **kwargs)
-            for (owner, _), piece in zip(sizes, pieces, strict=True)
-        ]
+        done, at = [], 0
+        for span in cache_params.batch.spans:
+            for size in span.pieces:
+                with cpu.wide_part(at, size):
+                    piece = hidden_states[:, at : at + size]
+                    done.append(super().forward(piece, cache_params=cache_params.state(span.owner), **kwargs))
+                at += size
         return torch.cat(done, 1)

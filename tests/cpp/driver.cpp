@@ -48,7 +48,7 @@ void linears(Random& random, const Layout& l) {
   for (int64_t n : {7, 33, 80}) {
     const std::vector<uint8_t> w = random.packed(l, 1, n, k);
     const std::vector<float> bias = random.floats(n);
-    for (int64_t tokens : {1, 2, 5, 8, 9, 13, 40}) {
+    for (int64_t tokens : {1, 2, 5, 8, 9, 13, 40, 85}) {
       const std::vector<float> x = random.floats(tokens * k);
       std::vector<float> y(size_t(tokens * n));
       linear(x.data(), Number::F32, tokens, l, w.data(), n, k, bias.data(), y.data());

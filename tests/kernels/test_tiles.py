@@ -114,16 +114,18 @@ torch.manual_seed(0)
 found = []
 for name in ("Q4_K", "Q6_K", "Q8_0", "BF16", "IQ2_XXS", "F16"):
     weight, x = cpu.pack(sample(name, 37, 768)), torch.randn(133, 768)
-    whole = cpu.linear(x, weight)
-    for count in (1, 8, 9, 16, 17, 31, 33, 100):
-        part = cpu.linear(x[:count], weight)
-        found.append([name, count, float((part - whole[:count]).norm() / whole[:count].norm())])
+    for wide in (False, True):
+        with cpu.wide_rows(0):
+            whole = cpu.linear(x, weight, wide=wide)
+            for count in (1, 8, 9, 16, 17, 31, 33, 100):
+                part = cpu.linear(x[:count], weight, wide=wide)
+                found.append([name, count, float((part - whole[:count]).norm() / whole[:count].norm())])
 print(json.dumps(found))
 """
 
 
 def test_tokens_of_a_tile_are_each_token():
-    """9 to 133 tokens fill tiles of tokens in many ways; up to 8 take the path without tiles."""
+    """9 to 133 tokens fill tiles of tokens in many ways; up to 8 take the path without tiles, where they are not wide."""
     for name, count, error in on("amxmodel", ROWS):
         assert error < 1e-5, (name, count, error)
 
