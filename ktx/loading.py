@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -212,7 +212,7 @@ def load(
     moe_dtype: str | None = None,
     moe_experts: int | None = None,
     trust_remote_code: bool = False,
-    progress: bool = True,
+    progress: bool | Tally = True,
     cache_dir: str | Path | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
@@ -452,9 +452,28 @@ def _generation(model: Any, folder: str | Path) -> None:
     )
 
 
+class Tally(Protocol):
+    """Whoever else wants to know how many bytes have been read."""
+
+    total: int
+
+    def advance(self, nbytes: int) -> None:
+        """More of them have."""
+
+
 @contextmanager
-def progress_bar(total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """One bar in bytes with GB/s and the time left on a terminal; nothing elsewhere."""
+def progress_bar(total: int, show: bool | Tally) -> Iterator[Callable[[int], None]]:
+    """One bar in bytes with GB/s and the time left on a terminal; nothing elsewhere. A Tally is told beside it."""
+    if not isinstance(show, bool):
+        show.total = total
+        with progress_bar(total, True) as advance:
+
+            def both(nbytes: int) -> None:
+                show.advance(nbytes)
+                advance(nbytes)
+
+            yield both
+        return
     if not show or not sys.stderr.isatty():
         yield lambda nbytes: None
         return

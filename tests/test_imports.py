@@ -28,8 +28,9 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.inject",),
     ("ktx.loading",),
     ("ktx.engine",),
+    ("ktx.server",),
     ("ktx.chat", "ktx.commands"),
-    ("ktx.local_chat", "ktx.__main__"),
+    ("ktx.local_chat", "ktx.__main__", "ktx.server.main"),
 )
 BY_HAND = {
     "ktx": None,
@@ -41,6 +42,11 @@ BY_HAND = {
 ONE_FILE = {
     "prompt_toolkit": "ktx/chat/",
     "llguidance": "ktx/engine/grammar.py",
+    "fastapi": "ktx/server/",
+    "pydantic": "ktx/server/",
+    "uvicorn": "ktx/server/",
+    "sse_starlette": "ktx/server/",
+    "prometheus_client": "ktx/server/",
     "triton": "ktx/kernels/",
     "flashinfer": "ktx/kernels/",
     "cpufeature": "ktx/hardware.py",

@@ -42,6 +42,48 @@ def _dashed(word: str, known: dict[str, argparse.Action]) -> str:
     return dashed + equals + value if dashed in known else word
 
 
+class Settings(argparse.Action):
+    """--config FILE: options by their names in YAML. What the command line says, before or after it, counts more."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        import yaml
+
+        try:
+            node = yaml.compose(Path(values).expanduser().read_text(encoding="utf-8"), yaml.SafeLoader)
+        except OSError as error:
+            parser.error(f"--config {values}: cannot be read: {error.strerror}")
+        except yaml.YAMLError as error:
+            parser.error(f"--config {values}: is no YAML: {str(error).splitlines()[0]}")
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            parser.error(f"--config {values}: must be a mapping of options to values")
+        for key, value in node.value if node is not None else ():
+            where = f"--config {values}, line {key.start_mark.line + 1}"
+            name = "--" + str(key.value).replace("_", "-")
+            action = parser._option_string_actions.get(name)
+            if action is None or action is self or action.dest == "help":
+                close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
+                parser.error(
+                    f"{where}: no option is called {key.value!r}"
+                    + (f" (did you mean {close[0][2:]!r}?)" if close else "")
+                )
+            words = [item.value for item in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
+            made = [self._value(parser, action, word, f"{where}: {key.value}") for word in words]
+            if getattr(namespace, action.dest, None) == action.default:
+                setattr(namespace, action.dest, made if isinstance(action, argparse._AppendAction) else made[-1])
+
+    @staticmethod
+    def _value(parser: Any, action: Any, word: Any, where: str) -> Any:
+        if not isinstance(word, str):
+            parser.error(f"{where} must be a value or a list of values")
+        try:
+            made = action.type(word) if action.type else word
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            parser.error(f"{where}: {error}")
+        if action.choices is not None and made not in action.choices:
+            parser.error(f"{where} must be one of {', '.join(action.choices)}, found {word!r}")
+        return yes_no(word) if isinstance(action.default, bool) else made
+
+
 def yes_no(text: str) -> bool:
     """The value of an option like --force_think true."""
     if text.lower() in ("true", "yes", "on", "1"):

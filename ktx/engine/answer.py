@@ -79,12 +79,12 @@ class Answer:
         full = request.answered >= request.sampling.max_new_tokens or len(request.ids) >= self.context
         return "length" if full else None
 
-    def finish(self, reason: Reason, error: str = "") -> None:
+    def finish(self, reason: Reason, error: str = "") -> Finished:
         """Tells what was held back, and that this was all."""
         text = "" if self.finder.found is not None else self.finder.feed(self.words.rest()) + self.finder.rest()
         if self.finder.found is not None and reason == "length":
             reason, self.stopped_by = "stop", self.finder.found
         request = self.request
-        request.sink(
-            Finished(reason, text, request.ids[len(request.prompt) :], request.usage(), self.stopped_by, error)
-        )
+        finished = Finished(reason, text, request.ids[len(request.prompt) :], request.usage(), self.stopped_by, error)
+        request.sink(finished)
+        return finished

@@ -35,39 +35,67 @@ def _numbered(events: queue.SimpleQueue[tuple[int, Event]], number: int) -> Call
     return lambda event: events.put((number, event))
 
 
+class Chorus:
+    """Several requests heard on the running event loop, as pairs of a number and an event. Requests are queued by `ask`; `close` cancels what is left."""
+
+    def __init__(self, engine: Engine):
+        self.engine, self.loop = engine, asyncio.get_running_loop()
+        self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self.requests: list[Request] = []
+        self.left = 0
+
+    def ask(self, prompt: Sequence[int], sampling: Sampling, constraint: Any = None, salt: bytes = b"") -> Request:
+        """Queues one more request; its number is how many there were before."""
+        number = len(self.requests)
+        request = self.engine.submit(prompt, sampling, lambda event: self._hear(number, event), constraint, salt)
+        self.requests.append(request)
+        self.left += 1
+        return request
+
+    def _hear(self, number: int, event: Event) -> None:
+        """On the engine's thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (number, event))
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            for request in self.requests:
+                request.cancelled = True
+
+    def __aiter__(self) -> Chorus:
+        return self
+
+    async def __anext__(self) -> tuple[int, Event]:
+        if not self.left:
+            raise StopAsyncIteration
+        number, event = await self.events.get()
+        self.left -= isinstance(event, Finished)
+        return number, event
+
+    def close(self) -> None:
+        """Cancels what is not answered yet."""
+        if self.left:
+            self.left = 0
+            for request in self.requests:
+                self.engine.cancel(request)
+
+
 class Listener:
     """The events of one request on the running event loop. The request is queued when the listener is made; `close` cancels it."""
 
     def __init__(
         self, engine: Engine, prompt: Sequence[int], sampling: Sampling, constraint: Any = None, salt: bytes = b""
     ):
-        self.engine, self.loop = engine, asyncio.get_running_loop()
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.over = False
-        self.request = engine.submit(prompt, sampling, self._hear, constraint, salt)
-
-    def _hear(self, event: Event) -> None:
-        """On the engine's thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the loop is closed: nobody listens any more
-            self.request.cancelled = True
+        self.chorus = Chorus(engine)
+        self.request = self.chorus.ask(prompt, sampling, constraint, salt)
 
     def __aiter__(self) -> Listener:
         return self
 
     async def __anext__(self) -> Event:
-        if self.over:
-            raise StopAsyncIteration
-        event = await self.events.get()
-        self.over = isinstance(event, Finished)
-        return event
+        return (await anext(self.chorus))[1]
 
     def close(self) -> None:
         """Cancels what is not answered yet."""
-        if not self.over:
-            self.over = True
-            self.engine.cancel(self.request)
+        self.chorus.close()
 
     async def __aenter__(self) -> Listener:
         return self

@@ -15,7 +15,7 @@ import torch
 from ktx.cache.pages import PAGE, Pages
 from ktx.engine.answer import Answer
 from ktx.engine.asking import Listener, generate
-from ktx.engine.request import Event, Request
+from ktx.engine.request import Event, Finished, Request
 from ktx.engine.runner import Abandoned, Runner, runner_for
 from ktx.engine.sampling import Sampling
 from ktx.engine.scheduler import Part, Scheduler, pages_for
@@ -72,6 +72,9 @@ class Engine:
         self.failure = ""  # why the engine has stopped for good
         self.restarts = 0
         self.closed = False
+        self.on_finished: Callable[[Finished], None] | None = (
+            None  # hears of every answer's end, on the engine's thread
+        )
         self.thread = threading.Thread(target=self._run, name="ktx-engine", daemon=True)
         self.thread.start()
 
@@ -302,7 +305,9 @@ class Engine:
     def _end(self, answer: Answer, reason: Any, error: str = "") -> None:
         with self.lock:
             self.answers.pop(answer.request, None)
-        answer.finish(reason, error)
+        finished = answer.finish(reason, error)
+        if self.on_finished is not None:
+            self.on_finished(finished)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ktx.dialects import Parser, Text, dialect_for, opened
+from ktx.dialects import Parser, Text
 from ktx.engine.engine import Engine
+from ktx.engine.prompt import Prompts, Rendered
 from ktx.engine.request import Event, Finished, Piece, Request
 from ktx.engine.sampling import Sampling
 
@@ -22,8 +23,7 @@ class Session:
     cancelled: bool = False
 
     def __post_init__(self) -> None:
-        template = getattr(self.tokenizer, "chat_template", None)
-        self.dialect = dialect_for(template, self.engine.model.config.model_type)
+        self.prompts = Prompts(self.engine.tokenizer, self.engine.model.config.model_type)
 
     def cancel(self) -> None:
         """Ends the running answer; what was said stays."""
@@ -31,26 +31,15 @@ class Session:
         if self.request is not None:
             self.engine.cancel(self.request)
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.engine.tokenizer
-
-    def prompt(self, messages: Sequence[dict[str, str]], force_think: bool = False) -> str:
+    def prompt(self, messages: Sequence[dict[str, str]], force_think: bool = False) -> Rendered:
         """A conversation that ends where the assistant speaks."""
-        if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        else:
-            text = "\n".join(message["content"] for message in messages)
-        mark = self.dialect.think[0]
-        return text + (f"{mark}\n" if force_think and mark and not opened(text, self.dialect) else "")
+        return self.prompts.render(messages, force_think=force_think)
 
-    def answer(self, prompt: str, sampling: Sampling) -> Iterator[Text | Finished]:
+    def answer(self, prompt: Rendered, sampling: Sampling) -> Iterator[Text | Finished]:
         """Text as it comes, reasoning apart, then Finished."""
-        special = not getattr(self.tokenizer, "chat_template", None)  # a template writes what begins a text itself
-        ids = self.tokenizer(prompt, add_special_tokens=special)["input_ids"]
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.cancelled, parser = False, Parser(self.dialect, thinking=opened(prompt, self.dialect))
-        self.request = self.engine.submit(ids, sampling, events.put)
+        self.cancelled, parser = False, Parser(self.prompts.dialect, thinking=prompt.thinking)
+        self.request = self.engine.submit(prompt.ids, sampling, events.put)
         try:
             while True:
                 event = events.get()

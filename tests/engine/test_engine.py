@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import ktx
 from ktx.dialects import Text
+from ktx.engine.prompt import Rendered
 from ktx.engine.request import Finished
 from ktx.engine.sampling import Chooser, Sampling
 from ktx.engine.scheduler import piece_of
@@ -24,7 +25,13 @@ def loaded(tmp_path_factory):
     return ktx.load(folder, folder / "model.gguf", progress=False)
 
 
+def plain(text):
+    return Rendered(text, tokenizer()(text)["input_ids"], False)
+
+
 def answer(session, prompt, **settings_):
+    if isinstance(prompt, str):
+        prompt = plain(prompt)
     events = list(session.answer(prompt, Sampling(**{"max_new_tokens": 12, **settings_})))
     return "".join(e.text for e in events if isinstance(e, Text)), events[-1]
 
@@ -188,7 +195,7 @@ def test_pieces_grow_with_the_past():
 
 def test_cancel_keeps_what_was_said(loaded, session):
     seen = []
-    for event in session.answer("stop me", Sampling(max_new_tokens=500)):
+    for event in session.answer(plain("stop me"), Sampling(max_new_tokens=500)):
         seen.append(event)
         if len(seen) == 3:
             session.cancel()
@@ -205,6 +212,6 @@ def test_what_was_said_is_kept_until_it_is_forgotten(session):
 
 def test_prompts_and_thinking(session):
     prompt = session.prompt([{"role": "user", "content": "hi"}], force_think=True)
-    assert prompt == "<|user|>hi<|end|><|assistant|><think>\n"
+    assert prompt.text == "<|user|>hi<|end|><|assistant|><think>\n" and prompt.thinking
     kinds = {event.kind for event in session.answer(prompt, Sampling(max_new_tokens=9)) if isinstance(event, Text)}
     assert kinds == {"think"}

@@ -1,0 +1,285 @@
+"""ktx serve: an OpenAI-compatible server, which Anthropic's and Ollama's clients understand too."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ktx.commands.arguments import Settings, flag, load_options, model_options, named_model, positive
+from ktx.errors import BadFile, UsageError
+
+SUMMARY = "serve a model over HTTP"
+EPILOG = "Without --model the bundled demo model answers. Keys may also stand in the environment: KTX_API_KEY."
+LEAST_TOKENS = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "--config",
+        action=Settings,
+        metavar="FILE",
+        help="YAML file with these options by their names; those given here count more",
+    )
+    model_options(parser)
+    run = parser.add_argument_group("running")
+    run.add_argument(
+        "--cpu-infer",
+        "--threads",
+        "-t",
+        dest="threads",
+        type=positive,
+        metavar="N",
+        help="worker threads (default: usable physical cores)",
+    )
+    run.add_argument(
+        "--max-batch-size", type=positive, default=4, metavar="N", help="requests computed at once (default 4)"
+    )
+    run.add_argument(
+        "--chunk-size", type=positive, default=256, metavar="N", help="prompt tokens computed at once (default 256)"
+    )
+    run.add_argument(
+        "--cache-lens",
+        type=positive,
+        default=32768,
+        metavar="N",
+        help="tokens whose keys and values are kept, of all requests together (default 32768)",
+    )
+    run.add_argument(
+        "--max-context",
+        type=positive,
+        metavar="N",
+        help="most tokens of one request (default: what the model and --cache-lens allow)",
+    )
+    run.add_argument(
+        "--max-queue",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="requests that may wait; more are told to come again (default 256)",
+    )
+    flag(run, "--no-prefix-cache", help="compute every prompt anew")
+    run.add_argument(
+        "--backend-type",
+        choices=("balance_serve", "ktransformers", "scripted"),
+        default="balance_serve",
+        help="scripted: answers come from --script, for tests of clients",
+    )
+    run.add_argument(
+        "--script",
+        metavar="FILE",
+        help="with --backend-type scripted: JSON list of {match, text}; without it prompts are repeated",
+    )
+    run.add_argument(
+        "--pace", type=float, default=0.0, metavar="SECONDS", help="with --backend-type scripted: seconds a token"
+    )
+    say = parser.add_argument_group("answers")
+    say.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        metavar="N",
+        help="longest answer of a request that names no number (default: what the context leaves)",
+    )
+    say.add_argument(
+        "--temperature", type=float, metavar="T", help="of requests that name none (default: the model's own, else 1)"
+    )
+    say.add_argument("--top-p", type=float, metavar="P", help="the same for top_p")
+    say.add_argument("--chat-template", metavar="FILE", help="a Jinja chat template in the place of the model's own")
+    flag(say, "--force-think", help="begin each answer with <think>")
+    net = parser.add_argument_group("network")
+    net.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1: this machine alone)"
+    )
+    net.add_argument("--port", type=int, default=10002, metavar="N", help="0 takes any free one (default 10002)")
+    net.add_argument(
+        "--model-name",
+        action="append",
+        metavar="NAME",
+        help="name in the API (default: the folder's); several times: aliases",
+    )
+    net.add_argument("--api-key", action="append", metavar="KEY", help="ask for this key; several times: any of them")
+    net.add_argument("--api-key-file", metavar="FILE", help="keys, one a line")
+    flag(net, "--allow-unauthenticated", help="listen on other addresses than this machine's own without a key")
+    net.add_argument(
+        "--allowed-hosts",
+        action="append",
+        metavar="NAME",
+        help="a name that this server goes by, for requests without keys",
+    )
+    net.add_argument(
+        "--cors-origins",
+        action="append",
+        metavar="ORIGIN",
+        help="web pages that may ask, such as https://chat.example; * is all",
+    )
+    log = parser.add_argument_group("log")
+    log.add_argument(
+        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default info)"
+    )
+    log.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default="text",
+        help="a line or a JSON object for each event (default text)",
+    )
+    log.add_argument(
+        "--hide-input",
+        nargs="?",
+        const="true",
+        default="true",
+        metavar="true|false",
+        help="false: write prompts to the log (default true)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves until a signal; exit status 0 then."""
+    from ktx.server.guard import Access
+    from ktx.server.log import set_up
+
+    keys = keys_of(args)
+    check_exposure(args, keys)
+    check_settings(args)
+    set_up(args.log_level, args.log_format)
+    from ktx.server.app import make_app
+    from ktx.server.run import listen, serve
+    from ktx.server.served import Served
+
+    scripted = args.backend_type == "scripted"
+    known = named_model(args)
+    names = tuple(args.model_name or [_name(args.model) if known else "ktx-demo"])
+    if not known:
+        import ktx.demo
+
+        args.model, args.weights = str(ktx.demo.path()), str(ktx.demo.gguf())
+    served = Served(names, _settings(args))
+    where = listen(args.host, args.port)
+    hosts = (*(args.allowed_hosts or ()), args.host)
+    app = make_app(served, Access(keys, tuple(hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ())))
+    trouble: list[str] = []
+
+    def started(end: Callable[[], None]) -> None:
+        def failed() -> None:
+            trouble.append(served.trouble)
+            end()
+
+        address = f"[{args.host}]" if ":" in args.host else args.host
+        logging.getLogger("ktx.server").info(
+            "listening on http://%s:%d, loading %s", address, where.getsockname()[1], names[0]
+        )
+        served.load(lambda progress: _scripted(args) if scripted else _engine(args, progress), failed)
+
+    serve(app, served, where, started)
+    if trouble:
+        raise _of(trouble[0])
+    return 0
+
+
+def _of(trouble: str) -> Exception:
+    return BadFile(trouble)
+
+
+def _name(path: str) -> str:
+    """A folder's name, or a GGUF file's without its end."""
+    last = Path(path.rstrip("/")).name
+    return last.removesuffix(".gguf") or path
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from ktx.server.served import Settings as Answers
+
+    template = None
+    if args.chat_template:
+        try:
+            template = Path(args.chat_template).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise BadFile(f"--chat-template {args.chat_template}: cannot be read: {error.strerror}") from error
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
+    from ktx.engine.sampling import Sampling
+
+    Sampling(**sampling)  # refuses what is out of range
+    return Answers(args.max_new_tokens, args.force_think, template, args.hide_input != "false", sampling)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "max_batch_size": args.max_batch_size,
+        "chunk_size": args.chunk_size,
+        "cache_lens": args.cache_lens,
+        "max_context": args.max_context,
+        "max_queue": args.max_queue,
+        "prefix_cache": not args.no_prefix_cache,
+    }
+
+
+def _engine(args: argparse.Namespace, progress: Any) -> Any:
+    import ktx
+
+    model, _ = ktx.load(
+        args.model, args.weights, args.rules, threads=args.threads, progress=progress, **load_options(args)
+    )
+    logging.getLogger("ktx.server").info(
+        "loaded in %.1f s, %s kernels, %d threads", model.ktx.seconds, model.ktx.isa, model.ktx.threads
+    )
+    return model.ktx.engine(**_options(args))
+
+
+def _scripted(args: argparse.Namespace) -> Any:
+    from ktx.engine.engine import Options
+    from ktx.engine.scripted import read_script, scripted_engine
+    from ktx.loading import read_config, read_tokenizer
+    from ktx.weights.source import open_weights
+
+    source: Any = open_weights(args.model, read_config(args.model)) if Path(args.model).suffix == ".gguf" else None
+    tokenizer = read_tokenizer(args.model, source, args.trust_remote_code)
+    return scripted_engine(tokenizer, Options(**_options(args)), read_script(args.script, tokenizer), args.pace)
+
+
+def keys_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """From the command line, a file and the environment. UsageError for one that a header cannot hold."""
+    keys = list(args.api_key or ())
+    if args.api_key_file:
+        try:
+            keys += [
+                line.strip()
+                for line in Path(args.api_key_file).expanduser().read_text(encoding="utf-8").splitlines()
+                if line.strip()
+            ]
+        except OSError as error:
+            raise BadFile(f"--api-key-file {args.api_key_file}: cannot be read: {error.strerror}") from error
+        if not keys:
+            raise BadFile(f"--api-key-file {args.api_key_file}: holds no key")
+    keys += [key for key in os.environ.get("KTX_API_KEY", "").split() if key]
+    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
+        raise UsageError("a key is made of printable ASCII without spaces")
+    return tuple(dict.fromkeys(keys))
+
+
+def check_exposure(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
+    """UsageError when everybody who reaches this machine could use the server, unless that was said to be meant."""
+    try:
+        own = ipaddress.ip_address(args.host).is_loopback
+    except ValueError:
+        own = args.host == "localhost"
+    if not own and not keys and not args.allow_unauthenticated:
+        raise UsageError(
+            f"--host {args.host} without a key would let everybody in who reaches this machine: give --api_key or --api_key_file, or say --allow_unauthenticated"
+        )
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    if not 0 <= args.port < 1 << 16:
+        raise UsageError(f"--port {args.port}: must be from 0 to 65535")
+    if args.hide_input not in ("true", "false"):
+        raise UsageError(f"--hide-input {args.hide_input}: must be true or false")
+    if args.cache_lens < LEAST_TOKENS:
+        raise UsageError(f"--cache-lens {args.cache_lens}: must be at least {LEAST_TOKENS}")
+    if args.script and args.backend_type != "scripted":
+        raise UsageError("--script needs --backend-type scripted")
+    if args.pace < 0 or args.pace > 60:
+        raise UsageError(f"--pace {args.pace}: must be from 0 to 60")

@@ -1,0 +1,124 @@
+"""Messages -> the ids that a model reads, through its own chat template.
+
+Words of the messages that look like control tokens stay words: only the template writes control tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ktx.dialects import Dialect, dialect_for, for_template, opened
+from ktx.errors import UsageError
+
+LONGEST = 64 << 20  # characters of a rendered prompt
+_MARK = re.compile(r"[<\[].+[>\]]")
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode will never give them a meaning
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as text and as ids; `thinking`: it ends inside the reasoning block."""
+
+    text: str
+    ids: list[int]
+    thinking: bool
+
+
+class Prompts:
+    """Makes prompts for one tokenizer. `template` takes the place of the tokenizer's own."""
+
+    def __init__(self, tokenizer: Any, model_type: str | None = None, template: str | None = None):
+        self.tokenizer = tokenizer
+        self.template = template or getattr(tokenizer, "chat_template", None)
+        self.dialect: Dialect = dialect_for(self.template if isinstance(self.template, str) else None, model_type)
+        added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+        names = [
+            str(token)
+            for token in added.values()
+            if len(str(token)) > 1 and (token.special or _MARK.fullmatch(str(token)))
+        ]
+        self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
+        self.controls = re.compile(
+            "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)"
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        words: Mapping[str, Any] | None = None,
+        force_think: bool = False,
+        answer: bool = True,
+    ) -> Rendered:
+        """A conversation that ends where the assistant speaks (`answer`). UsageError for messages that the template refuses."""
+        told = for_template(messages, self.dialect)
+        border = self._border(told, tools)
+        told = [
+            {
+                key: self._shielded(value, border, self._spared(message)) if key != "role" else value
+                for key, value in message.items()
+            }
+            for message in told
+        ]
+        shielded = [self._shielded(tool, border, ()) for tool in tools]
+        text = self._text(told, shielded, dict(words or {}), answer)
+        if len(text) > LONGEST:
+            raise UsageError(f"the prompt has {len(text)} characters, at most {LONGEST} are read")
+        mark = self.dialect.think[0]
+        if answer and force_think and mark and not opened(text, self.dialect):
+            text += f"{mark}\n"
+        return Rendered(text.replace(border, ""), self._ids(text, border), bool(answer and opened(text, self.dialect)))
+
+    def _text(self, messages: list[dict[str, Any]], tools: list[Any], words: dict[str, Any], answer: bool) -> str:
+        if not self.template:
+            if tools:
+                raise UsageError("this model has no chat template, so it cannot be told of tools")
+            return "\n".join(str(message["content"]) for message in messages)
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools or None,
+                chat_template=self.template,
+                add_generation_prompt=answer,
+                tokenize=False,
+                **words,
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UsageError(f"the model's chat template refuses these messages: {error}") from error
+
+    def _ids(self, text: str, border: str) -> list[int]:
+        whole = not self.template  # a template writes what begins a text itself
+        parts = text.split(border)
+        ids = list(self.tokenizer(parts[0], add_special_tokens=whole)["input_ids"])
+        for part in parts[1:]:
+            ids += self.tokenizer(part, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _border(self, *texts: Any) -> str:
+        """A character that nobody has written."""
+        written = repr(texts)
+        return next(
+            (char for char in _NONCHARACTERS if char not in written and ascii(char)[1:-1] not in written),
+            _NONCHARACTERS[0],
+        )
+
+    def _spared(self, message: Mapping[str, Any]) -> tuple[str, ...]:
+        """Marks that are the model's own words in its own messages."""
+        return self.dialect.think if message.get("role") == "assistant" else ()
+
+    def _shielded(self, value: Any, border: str, spared: Sequence[str]) -> Any:
+        """A border inside each control token, so that it is read as the letters it is."""
+        if isinstance(value, str):
+
+            def broken(found: re.Match[str]) -> str:
+                return found[0] if found[0] in spared else found[0][0] + border + found[0][1:]
+
+            return self.controls.sub(broken, value.replace(border, ""))
+        if isinstance(value, Mapping):
+            return {key: self._shielded(inner, border, spared) for key, inner in value.items()}
+        return [self._shielded(inner, border, spared) for inner in value] if isinstance(value, list | tuple) else value

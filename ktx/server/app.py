@@ -1,0 +1,228 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import ktx
+from ktx.errors import KtxError
+from ktx.server import chat, completions, messages, ollama, responses, tokens
+from ktx.server.errors import Problem, body_for, problem_of
+from ktx.server.fields import (
+    Anthropic,
+    Chat,
+    Completion,
+    Count,
+    Detokenize,
+    OllamaChat,
+    OllamaGenerate,
+    OllamaShow,
+    Respond,
+    Tokenize,
+)
+from ktx.server.guard import Access, Guard
+from ktx.server.metrics import Metrics
+from ktx.server.served import Served
+
+log = logging.getLogger("ktx.server")
+DEPTH = 128  # of brackets in a body
+
+
+class JsonRoute(APIRoute):
+    """Reads the body as JSON before anything is made of it, whatever its sender calls it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def read(request: Request) -> Response:
+            if request.method == "POST":
+                request._json = parsed(await request.body())
+            return await handler(request)
+
+        return read
+
+
+def parsed(body: bytes) -> Any:
+    """Problem 400 for what is no JSON, is nested too deeply, or holds halves of characters."""
+    try:
+        value = json.loads(body)
+    except UnicodeDecodeError as error:
+        raise Problem(400, f"the body is no UTF-8: {error.reason} at byte {error.start}") from error
+    except RecursionError as error:
+        raise Problem(400, f"the body is nested deeper than {DEPTH} levels") from error
+    except ValueError as error:
+        raise Problem(400, f"the body is no JSON: {error}") from error
+    level, depth = [value], 0
+    while level := [
+        inner
+        for one in level
+        if isinstance(one, dict | list)
+        for inner in (one.values() if isinstance(one, dict) else one)
+    ]:
+        depth += 1
+        if depth > DEPTH:
+            raise Problem(400, f"the body is nested deeper than {DEPTH} levels")
+    if b"\\ud" in body or b"\\uD" in body:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise Problem(400, "the body holds half of a surrogate pair, which is no character") from error
+    return value
+
+
+def make_app(served: Served, access: Access | None = None) -> Guard:
+    """The whole server as one ASGI application."""
+    app = FastAPI(title="ktx", version=ktx.__version__, docs_url=None, redoc_url=None)
+    metrics = Metrics(served)
+    served.on_finished = metrics.finished
+    routes = APIRouter(route_class=JsonRoute)
+    _openai(routes, served)
+    _others(routes, served, metrics)
+    app.include_router(routes)
+    for kind in (Problem, KtxError):
+        app.add_exception_handler(kind, _problem)
+    app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _problem)
+    return Guard(app, access or Access())
+
+
+def _openai(routes: APIRouter, served: Served) -> None:
+    def model(name: str) -> dict[str, Any]:
+        engine, _, _ = served.ready()
+        return {
+            "id": name,
+            "object": "model",
+            "created": served.created,
+            "owned_by": "ktx",
+            "max_model_len": engine.context,
+        }
+
+    @routes.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [model(name) for name in served.names]}
+
+    @routes.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return model(served.named(name))
+
+    @routes.post("/v1/chat/completions")
+    async def chat_completions(fields: Chat, request: Request) -> Any:
+        return await chat.answer(served, fields, request)
+
+    @routes.post("/v1/completions")
+    async def plain_completions(fields: Completion, request: Request) -> Any:
+        return await completions.answer(served, fields, request)
+
+    @routes.post("/v1/responses")
+    async def respond(fields: Respond, request: Request) -> Any:
+        return await responses.answer(served, fields, request)
+
+    @routes.post("/v1/embeddings")
+    async def embeddings() -> Any:
+        raise Problem(501, "this is a chat model, it makes no embeddings")
+
+    @routes.post("/tokenize")
+    async def tokenize(fields: Tokenize) -> dict[str, Any]:
+        return await tokens.tokenize(served, fields)
+
+    @routes.post("/detokenize")
+    async def detokenize(fields: Detokenize) -> dict[str, Any]:
+        return await tokens.detokenize(served, fields)
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return tokens.info(served)
+
+
+def _others(routes: APIRouter, served: Served, metrics: Metrics) -> None:
+    @routes.post("/v1/messages")
+    async def anthropic(fields: Anthropic, request: Request) -> Any:
+        return await messages.answer(served, fields, request)
+
+    @routes.post("/v1/messages/count_tokens")
+    async def count_tokens(fields: Count) -> Any:
+        return await messages.count(served, fields)
+
+    @routes.post("/api/chat")
+    async def ollama_chat(fields: OllamaChat, request: Request) -> Any:
+        return await ollama.chat(served, fields, request)
+
+    @routes.post("/api/generate")
+    async def ollama_generate(fields: OllamaGenerate, request: Request) -> Any:
+        return await ollama.generate(served, fields, request)
+
+    @routes.post("/api/show")
+    async def show(fields: OllamaShow) -> dict[str, Any]:
+        return ollama.show(served, fields)
+
+    @routes.get("/api/tags")
+    async def tags() -> dict[str, Any]:
+        return ollama.tags(served)
+
+    @routes.get("/api/ps")
+    async def ps() -> dict[str, Any]:
+        return ollama.ps(served)
+
+    @routes.get("/api/version")
+    async def version() -> dict[str, str]:
+        return {"version": ollama.VERSION}
+
+    @routes.head("/health", include_in_schema=False)
+    @routes.get("/health")
+    async def health() -> JSONResponse:
+        status, body = served.health()
+        return JSONResponse(body, status)
+
+    @routes.get("/metrics")
+    async def metrics_text() -> Response:
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _respond(request: Request, problem: Problem) -> JSONResponse:
+    message = problem.message.encode("utf-8", "replace").decode()[:4096]
+    headers = {"retry-after": str(problem.retry)} if problem.retry else None
+    return JSONResponse(
+        body_for(request.url.path, problem.status, message, problem.code, problem.param), problem.status, headers
+    )
+
+
+async def _problem(request: Request, error: Exception) -> JSONResponse:
+    problem = problem_of(error)
+    if problem.status == 500:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _respond(request, problem)
+
+
+async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    """The first thing that is wrong, by its place. Of several types that a field may have, the nearest fit is told."""
+    found = error.errors()
+    unknown = [one for one in found if one["type"] == "extra_forbidden"]
+    first = max(found, key=lambda one: len(one["loc"])) if not unknown else unknown[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    if unknown:
+        message = f"{place}: this server knows no such field"
+    elif first["type"] == "missing":
+        message = f"{place}: is missing"
+    elif first["type"] == "none_required":
+        message = f"{place}: this server does not offer it"
+    else:
+        message = f"{place}: {first['msg']}" if place else str(first["msg"])
+    return _respond(request, Problem(400, message, place or None))
+
+
+async def _http(request: Request, error: HTTPException) -> JSONResponse:
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"there is nothing at {request.url.path}"
+    return _respond(request, Problem(error.status_code, message))

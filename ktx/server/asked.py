@@ -1,0 +1,211 @@
+"""A checked request -> what the engine is asked: ids, settings, a grammar. What takes long runs outside the event loop, within limits."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ktx.dialects import Parser, forced_call_grammar
+from ktx.engine.asking import Chorus
+from ktx.engine.grammar import rules_of_regex, rules_of_schema
+from ktx.engine.prompt import Rendered
+from ktx.engine.sampling import Sampling
+from ktx.errors import UsageError
+from ktx.server.errors import Problem, problem_of
+from ktx.server.fields import Choosing, Format
+from ktx.server.served import Served
+
+RENDER, COMPILE = 20.0, 2.0  # seconds for a prompt, and for a grammar
+_prompts = ThreadPoolExecutor(2, "ktx-prompts")
+_grammars = ThreadPoolExecutor(4, "ktx-grammars")
+T = TypeVar("T")
+
+
+async def within(seconds: float, pool: ThreadPoolExecutor, what: str, work: Callable[..., T], *args: Any) -> T:
+    """What `work` returns. Problem 400 when it takes too long: it then goes on in its thread, which others do not wait for."""
+    try:
+        return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, work, *args), seconds)
+    except TimeoutError:
+        raise Problem(400, f"{what} takes longer than {seconds:.0f} s") from None
+    except (UsageError, ValueError, KeyError, RecursionError) as error:
+        raise problem_of(error) from error
+
+
+@dataclass
+class Talk:
+    """A chat-like request in the words that all protocols share."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = field(default_factory=list)  # OpenAI's form
+    choice: str = "auto"  # auto, none, required, or the name of a function
+    parallel: bool = True
+    words: dict[str, Any] = field(default_factory=dict)  # for the template
+    format: Format | None = None
+    think: bool | None = None  # None: as the model does by itself
+
+
+@dataclass
+class Asked:
+    """What goes to the engine, `count` times, and how the answers are read."""
+
+    rendered: Rendered
+    sampling: Sampling
+    grammar: tuple[str, str] | None = None  # Lark rules, and the text behind which they begin
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    parse_calls: bool = False
+    salt: bytes = b""
+    count: int = 1
+
+    def parser(self, served: Served) -> Parser:
+        assert served.prompts is not None
+        return Parser(served.prompts.dialect, self.tools, self.rendered.thinking, self.parse_calls)
+
+
+def effort_words(effort: str | None) -> dict[str, Any]:
+    """What templates of several families understand of OpenAI's reasoning_effort."""
+    if effort is None:
+        return {}
+    thinks = effort != "none"
+    told = {"none": "low", "minimal": "low", "xhigh": "high"}.get(effort, effort)
+    return {"enable_thinking": thinks, "thinking": thinks, "reasoning_effort": told}
+
+
+def sampling_of(served: Served, fields: Choosing | Mapping[str, Any], limit: int | None, **more: Any) -> Sampling:
+    """The request's settings over the server's and the model's. `limit`: of new tokens; None: the server's, else what the context leaves."""
+    given = fields if isinstance(fields, Mapping) else fields.model_dump(exclude_none=True)
+    names = (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "typical_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "seed",
+        "ignore_eos",
+    )
+    chosen = served.defaults | {name: given[name] for name in names if name in given}
+    chosen["top_k"] = max(0, chosen.get("top_k", 0))
+    stop = given.get("stop") or ()
+    bias = {int(token): float(value) for token, value in (given.get("logit_bias") or {}).items()}
+    most = limit if limit is not None else served.settings.max_new_tokens or 1 << 30
+    return Sampling(
+        **chosen,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop_ids=tuple(given.get("stop_token_ids") or ()),
+        logit_bias=bias,
+        max_new_tokens=most,
+        **more,
+    )
+
+
+def salt_of(fields: Choosing) -> bytes:
+    """Requests with different salts share no pages."""
+    return hashlib.sha256(fields.cache_salt.encode()).digest()[:16] if fields.cache_salt else b""
+
+
+async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 1, salt: bytes = b"") -> Asked:
+    """A conversation as the engine is asked it."""
+    _, prompts, _ = served.ready()
+    tools = talk.tools if talk.choice != "none" else []
+    words = dict(talk.words)
+    if talk.think is not None:
+        words = {"enable_thinking": talk.think, "thinking": talk.think} | words
+    force = served.settings.force_think and talk.think is not False and words.get("enable_thinking") is not False
+    rendered = await within(RENDER, _prompts, "the prompt", prompts.render, talk.messages, tools, words, force)
+    asked = Asked(rendered, sampling, None, tools, bool(tools), salt, count)
+    if tools and talk.choice != "auto":
+        names = None if talk.choice == "required" else [talk.choice]
+        try:
+            rules = forced_call_grammar(
+                prompts.dialect, tools, names, talk.parallel, prompts.special, rendered.thinking
+            )
+        except ValueError:  # a family without a way of its own to call: as the plain one of JSON
+            raise Problem(
+                400, f"this model ({prompts.dialect.name}) cannot be made to call a function", "tool_choice"
+            ) from None
+        asked.grammar = (rules, "")
+    elif talk.format is not None and talk.format.type != "text":
+        after = ""
+        if prompts.dialect.format is not None and prompts.dialect.format.style == "harmony":
+            after = "<|channel|>final<|message|>"
+        elif rendered.thinking:
+            after = prompts.dialect.think[1]
+        asked.grammar = (await within(COMPILE, _grammars, "the grammar", rules_of, talk.format), after)
+    return asked
+
+
+def rules_of(format: Format) -> str:
+    """Lark rules of a response format."""
+    if format.type == "json_object":
+        return rules_of_schema(True)
+    if format.type == "json_schema":
+        assert format.json_schema is not None
+        return rules_of_schema(format.json_schema.schema_)
+    return rules_of_regex(format.pattern or "") if format.type == "regex" else format.grammar or ""
+
+
+def guided(fields: Any) -> Format | None:
+    """The one format that a request asks for, by OpenAI's name or by vLLM's."""
+    if fields.guided_json is not None:
+        schema = fields.guided_json
+        try:
+            schema = json.loads(schema) if isinstance(schema, str) else schema
+        except ValueError as error:
+            raise Problem(400, f"guided_json is no JSON: {error}", "guided_json") from error
+        return Format.model_validate({"type": "json_schema", "json_schema": {"schema": schema}})
+    if fields.guided_regex is not None:
+        return Format(type="regex", pattern=fields.guided_regex)
+    if fields.guided_grammar is not None:
+        return Format(type="grammar", grammar=fields.guided_grammar)
+    return fields.response_format
+
+
+def check_room(served: Served, prompt: Sequence[int], limit: int | None) -> None:
+    """Problem 400 for a request that can never be answered: the numbers tell why."""
+    engine, _, _ = served.ready()
+    most = engine.context
+    if len(prompt) + (limit or 0) > most:
+        wanted = f"{len(prompt)} in the prompt" + (f" and {limit} in the answer" if limit else "")
+        raise Problem(
+            400,
+            f"this model's context holds {most} tokens, the request asks for {len(prompt) + (limit or 0)}: {wanted}",
+            "messages",
+            "context_length_exceeded",
+        )
+
+
+async def begin(served: Served, asks: Sequence[Asked]) -> Chorus:
+    """Queues all of them, each as often as it says; the numbers run through. None of them runs when one cannot."""
+    engine, _, grammars = served.ready()
+    constraints = []
+    for ask in asks:
+        for _ in range(ask.count):
+            made = None
+            if ask.grammar is not None:
+                made = await within(COMPILE, _grammars, "the grammar", grammars.constraint, *ask.grammar)
+            constraints.append(made)
+    chorus = Chorus(engine)
+    try:
+        number = 0
+        for ask in asks:
+            for i in range(ask.count):
+                sampling = ask.sampling
+                if i and sampling.seed is not None:
+                    from dataclasses import replace
+
+                    sampling = replace(sampling, seed=sampling.seed + i)
+                chorus.ask(ask.rendered.ids, sampling, constraints[number], ask.salt)
+                number += 1
+    except BaseException as error:
+        chorus.close()
+        if isinstance(error, Exception):
+            raise problem_of(error) from error
+        raise
+    return chorus

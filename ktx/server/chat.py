@@ -1,0 +1,166 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ktx.engine.asking import Chorus
+from ktx.server import sending
+from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, guided, salt_of, sampling_of
+from ktx.server.fields import Chat, Message, NamedTool
+from ktx.server.served import Served
+from ktx.server.turn import Called, Ended, Said, Tokens, Turn
+
+
+async def answer(served: Served, fields: Chat, request: Request) -> Response:
+    model = served.named(fields.model)
+    served.ready()
+    limit = fields.max_completion_tokens or fields.max_tokens
+    logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
+    sampling = sampling_of(served, fields, limit, logprobs=logprobs)
+    talk = Talk(
+        [message_of(message) for message in fields.messages],
+        [tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
+        fields.tool_choice.function.name if isinstance(fields.tool_choice, NamedTool) else fields.tool_choice or "auto",
+        fields.parallel_tool_calls is not False,
+        effort_words(fields.reasoning_effort) | (fields.chat_template_kwargs or {}),
+        guided(fields),
+    )
+    ask = await asked_of(served, talk, sampling, fields.n or 1, salt_of(fields))
+    check_room(served, ask.rendered.ids, limit)
+    chorus = await begin(served, [ask])
+    base = {
+        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": served.fingerprint,
+    }
+    turns = [Turn(ask.parser(served)) for _ in range(ask.count)]
+    tokens = Tokens(chorus.engine.tokenizer)
+    wants = bool(fields.logprobs)
+    hide = fields.include_reasoning is False
+    if not fields.stream:
+        return await sending.whole(request, chorus, _whole(chorus, turns, base, tokens, wants, hide))
+    usage = bool(fields.stream_options and fields.stream_options.include_usage)
+    pieces = _stream(chorus, turns, base, tokens, wants, hide, usage)
+    return sending.events(pieces, chorus, request.url.path, served.settings.ping, "[DONE]")
+
+
+def message_of(message: Message) -> dict[str, Any]:
+    """As for_template takes it; parts that are no text are refused there."""
+    told = message.model_dump(exclude_none=True)
+    content = told.get("content")
+    if isinstance(content, list):
+        told["content"] = [
+            {"type": "text", "text": part["refusal"]} if part.get("type") == "refusal" else part for part in content
+        ]
+    if told["role"] == "function":
+        told["role"] = "tool"
+    return told
+
+
+def usage_of(ask_tokens: int, turns: list[Turn]) -> dict[str, Any]:
+    ends = [turn.end for turn in turns if turn.end is not None]
+    said = sum(end.finished.usage.answer for end in ends)
+    return {
+        "prompt_tokens": ask_tokens,
+        "completion_tokens": said,
+        "total_tokens": ask_tokens + said,
+        "prompt_tokens_details": {"cached_tokens": max((end.finished.usage.cached for end in ends), default=0)},
+        "completion_tokens_details": {"reasoning_tokens": sum(end.thought for end in ends)},
+    }
+
+
+def _prompt_tokens(chorus: Chorus) -> int:
+    return len(chorus.requests[0].prompt)
+
+
+async def _whole(
+    chorus: Chorus, turns: list[Turn], base: dict[str, Any], tokens: Tokens, logprobs: bool, hide: bool
+) -> dict[str, Any]:
+    async for number, event in chorus:
+        for told in turns[number].hear(event):
+            if isinstance(told, Ended):
+                sending.check_end(told.reason, told.finished.error)
+    choices = []
+    for i, turn in enumerate(turns):
+        assert turn.end is not None
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": turn.texts["answer"] or ("" if not turn.calls else None),
+            "refusal": None,
+        }
+        if turn.texts["think"] and not hide:
+            message |= {"reasoning_content": turn.texts["think"], "reasoning": turn.texts["think"]}
+        if turn.calls:
+            message["tool_calls"] = [
+                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                for call in turn.calls
+            ]
+        choices.append(
+            {
+                "index": i,
+                "message": message,
+                "logprobs": tokens.content(turn.told) if logprobs else None,
+                "finish_reason": turn.end.reason,
+            }
+        )
+    return {
+        **base,
+        "object": "chat.completion",
+        "choices": choices,
+        "usage": usage_of(_prompt_tokens(chorus), turns),
+        "service_tier": "default",
+    }
+
+
+async def _stream(
+    chorus: Chorus, turns: list[Turn], base: dict[str, Any], tokens: Tokens, logprobs: bool, hide: bool, usage: bool
+) -> AsyncIterator[tuple[None, Any]]:
+    """One id for all chunks, the role in the first of each choice, one finish a choice, usage last if it was asked for."""
+
+    def chunk(
+        number: int, delta: dict[str, Any], choices: list[Any] | None = None, finish: str | None = None
+    ) -> tuple[None, Any]:
+        told = tokens.content(choices) if logprobs and choices else None
+        one = {"index": number, "delta": delta, "logprobs": told, "finish_reason": finish}
+        more = {"usage": None} if usage else {}
+        return None, {**base, "object": "chat.completion.chunk", "choices": [one], **more}
+
+    for number in range(len(turns)):
+        yield chunk(number, {"role": "assistant", "content": ""})
+    async for number, event in chorus:
+        for told in turns[number].hear(event):
+            if isinstance(told, Said):
+                if told.kind == "answer":
+                    yield chunk(number, {"content": told.text}, told.choices)
+                elif not hide:
+                    yield chunk(number, {"reasoning_content": told.text, "reasoning": told.text}, told.choices)
+            elif isinstance(told, Called):
+                head = {
+                    "index": told.number,
+                    "id": told.id,
+                    "type": "function",
+                    "function": {"name": told.name, "arguments": ""},
+                }
+                yield chunk(number, {"tool_calls": [head]}, told.choices)
+                yield chunk(number, {"tool_calls": [{"index": told.number, "function": {"arguments": told.arguments}}]})
+            else:
+                sending.check_end(told.reason, told.finished.error)
+                yield chunk(number, {}, told.choices, told.reason)
+    if usage:
+        yield (
+            None,
+            {
+                **base,
+                "object": "chat.completion.chunk",
+                "choices": [],
+                "usage": usage_of(_prompt_tokens(chorus), turns),
+            },
+        )

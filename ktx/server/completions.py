@@ -1,0 +1,167 @@
+"""/v1/completions: text that goes on, for one prompt or many, and what the model thinks of a text (echo)."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ktx.engine.asking import Chorus
+from ktx.engine.prompt import Rendered
+from ktx.engine.request import Finished, Piece, Prompt
+from ktx.engine.sampling import Choice
+from ktx.server import sending
+from ktx.server.asked import (
+    RENDER,
+    Asked,
+    _grammars,
+    _prompts,
+    begin,
+    check_room,
+    guided,
+    rules_of,
+    salt_of,
+    sampling_of,
+    within,
+)
+from ktx.server.fields import Completion
+from ktx.server.served import Served
+from ktx.server.turn import Tokens, bounded
+
+USUAL = 16  # OpenAI's number of new tokens where none is named
+
+
+async def answer(served: Served, fields: Completion, request: Request) -> Response:
+    model = served.named(fields.model)
+    engine, _, _ = served.ready()
+    limit = fields.max_tokens if fields.max_tokens is not None else USUAL
+    sampling = sampling_of(
+        served, fields, limit, logprobs=fields.logprobs, echo=bool(fields.echo and fields.logprobs is not None)
+    )
+    prompts = await within(RENDER, _prompts, "the prompt", _ids, engine.tokenizer, fields)
+    format, grammar = guided(fields), None
+    if format is not None and format.type != "text":
+        grammar = (await within(2, _grammars, "the grammar", rules_of, format), "")
+    for ids in prompts:
+        check_room(served, ids, limit)
+    asks = [
+        Asked(Rendered("", ids, False), sampling, grammar, salt=salt_of(fields), count=fields.n or 1) for ids in prompts
+    ]
+    chorus = await begin(served, asks)
+    base = {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": served.fingerprint,
+    }
+    tokens = Tokens(engine.tokenizer)
+    if not fields.stream:
+        return await sending.whole(request, chorus, _whole(chorus, base, tokens, fields, prompts))
+    return sending.events(
+        _stream(chorus, base, tokens, fields, prompts), chorus, request.url.path, served.settings.ping, "[DONE]"
+    )
+
+
+def _ids(tokenizer: Any, fields: Completion) -> list[list[int]]:
+    """The prompts as ids: a text, several, ids, or several lists of them."""
+    prompt: Any = fields.prompt
+    many = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt else prompt
+    special = fields.add_special_tokens is not False
+    return [
+        list(tokenizer(one, add_special_tokens=special)["input_ids"]) if isinstance(one, str) else list(one)
+        for one in many
+    ]
+
+
+class Told:
+    """`logprobs` of a completion: four lists side by side. `at` is where the next token's text begins."""
+
+    def __init__(self, tokens: Tokens, wanted: bool):
+        self.tokens, self.wanted, self.at = tokens, wanted, 0
+
+    def of(self, choices: list[Choice]) -> dict[str, Any] | None:
+        if not self.wanted:
+            return None
+        lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for choice in choices:
+            text = self.tokens.text(choice.token)
+            first = choice.logprob is None  # of a prompt: nothing stands before it
+            top: dict[str, float] = {}
+            for token, logprob in choice.top:
+                top.setdefault(self.tokens.text(token), bounded(logprob))
+            for name, value in zip(
+                lists, (text, None if first else bounded(choice.logprob), None if first else top, self.at), strict=True
+            ):
+                lists[name].append(value)
+            self.at += len(text)
+        return lists
+
+
+def _usage(chorus: Chorus, prompts: list[list[int]], ends: dict[int, Finished]) -> dict[str, Any]:
+    asked, said = sum(map(len, prompts)), sum(end.usage.answer for end in ends.values())
+    cached = sum(end.usage.cached for end in ends.values())
+    return {
+        "prompt_tokens": asked,
+        "completion_tokens": said,
+        "total_tokens": asked + said,
+        "prompt_tokens_details": {"cached_tokens": min(cached, asked)},
+    }
+
+
+async def _whole(
+    chorus: Chorus, base: dict[str, Any], tokens: Tokens, fields: Completion, prompts: list[list[int]]
+) -> dict[str, Any]:
+    count = len(chorus.requests)
+    texts, choices, ends = [""] * count, [list[Choice]() for _ in range(count)], dict[int, Finished]()
+    async for number, event in chorus:
+        if isinstance(event, Prompt):
+            choices[number] = list(event.choices)
+        elif isinstance(event, Piece):
+            texts[number] += event.text
+            choices[number].append(event.choice)
+        else:
+            sending.check_end(event.reason, event.error)
+            texts[number] += event.text
+            ends[number] = event
+    each = fields.n or 1
+    if fields.echo:
+        decode = tokens.tokenizer.decode
+        begun = [decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in prompts]
+        texts = [begun[i // each] + text for i, text in enumerate(texts)]
+    wanted = fields.logprobs is not None
+    told = [
+        {"index": i, "text": texts[i], "logprobs": Told(tokens, wanted).of(choices[i]), "finish_reason": ends[i].reason}
+        for i in range(count)
+    ]
+    return {**base, "choices": told, "usage": _usage(chorus, prompts, ends)}
+
+
+async def _stream(
+    chorus: Chorus, base: dict[str, Any], tokens: Tokens, fields: Completion, prompts: list[list[int]]
+) -> AsyncIterator[tuple[None, Any]]:
+    usage = bool(fields.stream_options and fields.stream_options.include_usage)
+    told = [Told(tokens, fields.logprobs is not None) for _ in chorus.requests]
+    held: list[list[Choice]] = [[] for _ in chorus.requests]
+    ends: dict[int, Finished] = {}
+
+    def chunk(number: int, text: str, finish: str | None = None) -> tuple[None, Any]:
+        choices, held[number] = held[number], []
+        one = {"index": number, "text": text, "logprobs": told[number].of(choices), "finish_reason": finish}
+        return None, {**base, "choices": [one], **({"usage": None} if usage else {})}
+
+    async for number, event in chorus:
+        if isinstance(event, Piece):
+            held[number].append(event.choice)
+            if event.text:
+                yield chunk(number, event.text)
+        elif isinstance(event, Finished):
+            sending.check_end(event.reason, event.error)
+            ends[number] = event
+            yield chunk(number, event.text, event.reason)
+    if usage:
+        yield None, {**base, "choices": [], "usage": _usage(chorus, prompts, ends)}

@@ -1,0 +1,53 @@
+"""Errors as each protocol's clients read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ktx.errors import Overloaded, UsageError
+
+KINDS = {  # status: OpenAI's type, Anthropic's type
+    400: ("invalid_request_error", "invalid_request_error"),
+    401: ("authentication_error", "authentication_error"),
+    403: ("permission_error", "permission_error"),
+    404: ("invalid_request_error", "not_found_error"),
+    405: ("invalid_request_error", "invalid_request_error"),
+    408: ("invalid_request_error", "invalid_request_error"),
+    413: ("invalid_request_error", "request_too_large"),
+    429: ("rate_limit_error", "rate_limit_error"),
+    501: ("invalid_request_error", "invalid_request_error"),
+    503: ("unavailable_error", "overloaded_error"),
+}
+
+
+class Problem(Exception):
+    """An answer that is an error. `param`: the field at fault; `code`: a word for programs."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str = "", retry: int | None = None):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
+
+
+def problem_of(error: Exception) -> Problem:
+    """What a client is told of an error of the engine's or a check's."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, Overloaded):
+        busy = "try again later" in str(error)
+        return Problem(429 if busy else 503, str(error), code="queue_full" if busy else "", retry=1)
+    if isinstance(error, UsageError):
+        long = "the context holds" in str(error)
+        return Problem(400, str(error), code="context_length_exceeded" if long else "")
+    if isinstance(error, (ValueError, KeyError)):
+        return Problem(400, str(error))
+    return Problem(500, f"the server failed: {type(error).__name__}")
+
+
+def body_for(path: str, status: int, message: str, code: str = "", param: str | None = None) -> dict[str, Any]:
+    """An error's body in the form of the protocol that a path belongs to."""
+    openai, anthropic = KINDS.get(status, ("server_error", "api_error"))
+    if path.startswith("/api/"):
+        return {"error": message}
+    if path.startswith("/v1/messages"):
+        return {"type": "error", "error": {"type": anthropic, "message": message}}
+    return {"error": {"message": message, "type": openai, "param": param, "code": code or None}}

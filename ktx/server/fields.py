@@ -1,0 +1,463 @@
+"""What a request may hold. Every number, string and list has a bound, and a field that is not listed is refused by name.
+
+Fields of OpenAI's API that make no sense for a text model on one machine are listed where they may say "nothing of it" and refused otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+TEXT = 16 << 20
+Name = Annotated[str, Field(max_length=256)]
+Text = Annotated[str, Field(max_length=TEXT)]
+Object = dict[str, Any]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=1 << 20)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stops = Annotated[list[Stop], Field(max_length=16)]
+MaxTokens = Annotated[int, Field(ge=1, lt=1 << 31)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]{1,64}$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+TEMPLATE_WORDS = (  # what a request may tell a chat template
+    "enable_thinking",
+    "thinking",
+    "thinking_budget",
+    "reasoning_effort",
+    "preserve_thinking",
+    "clear_thinking",
+    "model_identity",
+    "date_string",
+    "custom_instructions",
+)
+
+
+class Fields(BaseModel):
+    """Types are not guessed: "0.7" is no number."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+# ---- sampling, which several routes share
+
+
+class Choosing(Fields):
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 30)  # 0 and -1: all
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        Field(None, max_length=1024)
+    )
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stop: Stop | Stops | None = None
+    stop_token_ids: Annotated[Ids, Field(max_length=64)] | None = None
+    ignore_eos: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
+class Schema(Fields):
+    name: Name | None = None
+    description: Text | None = None
+    schema_: Object | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class Format(Fields):
+    """How the answer is built; regex and lark are what vLLM calls guided decoding."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: Schema | None = None
+    pattern: Text | None = None
+    grammar: Text | None = None
+
+    @model_validator(mode="after")
+    def whole(self) -> Format:
+        needed = {"json_schema": "json_schema", "regex": "pattern", "grammar": "grammar"}.get(self.type)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"type {self.type} needs {needed}")
+        if self.json_schema is not None and self.type == "json_schema" and self.json_schema.schema_ is None:
+            raise ValueError("json_schema needs schema")
+        return self
+
+
+class Function(Fields):
+    name: FunctionName
+    description: Text | None = None
+    parameters: Object | None = None
+    strict: bool | None = None
+
+
+class Tool(Fields):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Fields):
+    name: FunctionName
+
+
+class NamedTool(Fields):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
+
+
+class Guided(Choosing):
+    response_format: Format | None = None
+    guided_json: Object | Text | None = None
+    guided_regex: Text | None = None
+    guided_grammar: Text | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=8)
+    user: Annotated[str, Field(max_length=1024)] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    prompt_cache_retention: Literal["in-memory", "in_memory"] | None = None
+
+    @model_validator(mode="after")
+    def one_guide(self) -> Guided:
+        given = [name for name in ("guided_json", "guided_regex", "guided_grammar") if getattr(self, name) is not None]
+        if self.response_format is not None and self.response_format.type != "text":
+            given.append("response_format")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} cannot both hold")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+
+# ---- /v1/chat/completions
+
+
+class TextPart(Fields):
+    type: Literal["text", "refusal"]
+    text: Text | None = None
+    refusal: Text | None = None
+    cache_control: Object | None = None
+
+
+class CalledFunction(Fields):
+    name: Annotated[str, Field(max_length=256)]
+    arguments: Text | Object | None = None
+
+
+class ToolCall(Fields):
+    id: Name | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class Message(Fields):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text | Annotated[list[TextPart | Object], Field(max_length=4096)] | None = None
+    name: Name | None = None
+    refusal: Text | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=512)] | None = None
+    tool_call_id: Name | None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+
+    @model_validator(mode="after")
+    def said(self) -> Message:
+        if self.role in ("system", "developer", "user") and self.content is None:
+            raise ValueError(f"a {self.role} message needs content")
+        return self
+
+
+class Chat(Guided):
+    model: Name
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[Tool], Field(max_length=512)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: Object | None = None
+    add_generation_prompt: Literal[True] | None = None
+    modalities: list[Literal["text"]] | None = None
+    store: Literal[False] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    include_reasoning: bool | None = None
+    # known, and refused by their types unless they say nothing
+    audio: None = None
+    functions: None = None
+    function_call: None = None
+    prediction: None = None
+    web_search_options: None = None
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def words(cls, value: Object | None) -> Object | None:
+        for key, word in (value or {}).items():
+            if key not in TEMPLATE_WORDS:
+                raise ValueError(f"{key!r} cannot be told to the template; what can: {', '.join(TEMPLATE_WORDS)}")
+            if not isinstance(word, str | int | float | bool | None) or (isinstance(word, str) and len(word) > 4096):
+                raise ValueError(f"{key!r} must be a short string, a number or a truth value")
+        return value
+
+    @model_validator(mode="after")
+    def fitting(self) -> Chat:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        names = [tool.function.name for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which no tool is called")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice required needs tools")
+        return self
+
+
+# ---- /v1/completions and tokens
+
+
+class Completion(Guided):
+    model: Name
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=256)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=256)]
+    )
+    max_tokens: int | None = Field(None, ge=0, lt=1 << 31)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, le=8)
+    add_special_tokens: bool | None = None
+    suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def fitting(self) -> Completion:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of other than n is not offered")
+        if self.echo and self.stream:
+            raise ValueError("echo cannot be streamed")
+        return self
+
+
+class Tokenize(Fields):
+    model: Name | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+    tools: Annotated[list[Tool], Field(max_length=512)] | None = None
+
+    @model_validator(mode="after")
+    def one(self) -> Tokenize:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class Detokenize(Fields):
+    model: Name | None = None
+    tokens: Ids
+
+
+# ---- /v1/responses
+
+
+class ResponseText(Fields):
+    format: Object | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ResponseReasoning(Fields):
+    effort: Effort | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class ResponseTool(Fields):
+    type: Literal["function"]
+    name: FunctionName
+    description: Text | None = None
+    parameters: Object | None = None
+    strict: bool | None = None
+
+
+class ResponseChoice(Fields):
+    type: Literal["function"]
+    name: FunctionName
+
+
+class Respond(Fields):
+    model: Name
+    input: Text | Annotated[list[Object], Field(min_length=1, max_length=10_000)]
+    instructions: Text | None = None
+    max_output_tokens: MaxTokens | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[ResponseTool], Field(max_length=512)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
+    parallel_tool_calls: bool | None = None
+    text: ResponseText | None = None
+    reasoning: ResponseReasoning | None = None
+    stream: bool | None = None
+    stream_options: Object | None = None
+    store: Literal[False] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None
+    truncation: Literal["disabled"] | None = None
+    include: Annotated[list[str], Field(max_length=16)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    background: Literal[False] | None = None
+    previous_response_id: None = None  # answers are not kept
+    conversation: None = None
+    prompt: None = None
+    max_tool_calls: int | None = None
+
+
+# ---- Anthropic's /v1/messages
+
+
+class Block(Fields):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    type: Annotated[str, Field(max_length=64)]
+
+
+class Turn(Fields):
+    role: Literal["user", "assistant", "system"]
+    content: Text | Annotated[list[Block], Field(max_length=4096)]
+
+
+class AnthropicTool(Fields):
+    name: FunctionName
+    description: Text | None = None
+    input_schema: Object
+    type: Literal["custom"] | None = None
+    cache_control: Object | None = None
+    strict: bool | None = None
+
+
+class AnthropicChoice(Fields):
+    type: Literal["auto", "any", "tool", "none"]
+    name: FunctionName | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class Thinking(Fields):
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None
+    display: str | None = None
+
+
+class Count(Fields):
+    model: Name
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=10_000)]
+    system: Text | Annotated[list[Block], Field(max_length=4096)] | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=512)] | None = None
+    tool_choice: AnthropicChoice | None = None
+    thinking: Thinking | None = None
+    output_config: Object | None = None
+    context_management: Object | None = None
+
+
+class Anthropic(Count):
+    max_tokens: MaxTokens
+    stop_sequences: Stops | None = None
+    temperature: float | None = Field(None, ge=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=1 << 30)
+    stream: bool | None = None
+    metadata: Object | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+
+# ---- Ollama's /api
+
+
+class OllamaOptions(Fields):
+    """Settings of its runner that mean nothing here (threads, layers on a GPU) may be given: they change no answer."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 30)
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, ge=0, le=1)
+    repeat_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    num_predict: int | None = Field(None, ge=-2, lt=1 << 31)
+    stop: Stop | Stops | None = None
+
+
+class OllamaShared(Fields):
+    model: Name
+    stream: bool | None = None
+    format: Literal["", "json"] | Object | None = None
+    options: OllamaOptions | None = None
+    keep_alive: Any = None
+    think: bool | Literal["low", "medium", "high"] | None = None
+
+
+class OllamaCall(Fields):
+    name: Annotated[str, Field(max_length=256)]
+    arguments: Object | None = None
+    index: int | None = None
+
+
+class OllamaToolCall(Fields):
+    id: Name | None = None
+    type: Literal["function"] | None = None
+    function: OllamaCall
+
+
+class OllamaMessage(Fields):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Text | None = ""
+    thinking: Text | None = None
+    images: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[list[OllamaToolCall], Field(max_length=512)] | None = None
+    tool_name: Name | None = None
+    tool_call_id: Name | None = None
+
+
+class OllamaChat(OllamaShared):
+    messages: Annotated[list[OllamaMessage], Field(max_length=10_000)] = []
+    tools: Annotated[list[Tool], Field(max_length=512)] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+
+
+class OllamaGenerate(OllamaShared):
+    prompt: Text = ""
+    suffix: Literal[""] | None = None
+    system: Text | None = None
+    raw: bool | None = None
+    template: Literal[""] | None = None
+    context: Annotated[list[int], Field(max_length=0)] | None = None
+    images: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+
+
+class OllamaShow(Fields):
+    model: Name | None = None
+    name: Name | None = None
+    verbose: bool | None = None

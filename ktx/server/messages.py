@@ -1,0 +1,237 @@
+"""Anthropic's /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ktx.engine.asking import Chorus
+from ktx.server import sending
+from ktx.server.asked import Talk, asked_of, begin, check_room, sampling_of
+from ktx.server.errors import Problem
+from ktx.server.fields import Anthropic, Block, Count
+from ktx.server.fields import Turn as Said_
+from ktx.server.served import Served
+from ktx.server.turn import Called, Ended, Said, Turn
+
+ENDS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
+
+
+async def answer(served: Served, fields: Anthropic, request: Request) -> Response:
+    model = served.named(fields.model)
+    engine, _, _ = served.ready()
+    given = fields.model_dump(exclude_none=True, include={"temperature", "top_p", "top_k"}) | {
+        "stop": fields.stop_sequences
+    }
+    ask = await asked_of(served, talk_of(fields), sampling_of(served, given, fields.max_tokens))
+    check_room(
+        served, ask.rendered.ids, 1
+    )  # clients name the largest number they know: what the context leaves is enough
+    chorus = await begin(served, [ask])
+    head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
+    turn = Turn(ask.parser(served))
+    stops = frozenset(fields.stop_sequences or ())
+    if not fields.stream:
+        return await sending.whole(request, chorus, _whole(chorus, turn, head, stops))
+    return sending.events(_stream(chorus, turn, head, stops), chorus, request.url.path, served.settings.ping)
+
+
+async def count(served: Served, fields: Count) -> Response:
+    served.named(fields.model)
+    ask = await asked_of(served, talk_of(fields), sampling_of(served, {}, 1))
+    return JSONResponse({"input_tokens": len(ask.rendered.ids)})
+
+
+def talk_of(fields: Count) -> Talk:
+    told: list[dict[str, Any]] = []
+    if fields.system:
+        told.append(
+            {
+                "role": "system",
+                "content": fields.system
+                if isinstance(fields.system, str)
+                else "\n".join(_text(block) for block in fields.system),
+            }
+        )
+    for message in fields.messages:
+        told += _message(message)
+    tools: list[dict[str, Any]] = [
+        {
+            "type": "function",
+            "function": {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema},
+        }
+        for tool in fields.tools or ()
+    ]
+    said = fields.tool_choice
+    choice = "auto"
+    if said is not None:
+        if said.type == "tool" and said.name not in [tool["function"]["name"] for tool in tools]:
+            raise Problem(400, f"tool_choice names {said.name!r}, which no tool is called")
+        if said.type == "any" and not tools:
+            raise Problem(400, "tool_choice any needs tools")
+        choice = {"any": "required", "tool": str(said.name)}.get(said.type, said.type)
+    think = None if fields.thinking is None else fields.thinking.type != "disabled"
+    return Talk(told, tools, choice, not (said and said.disable_parallel_tool_use), think=think)
+
+
+def _text(block: Block) -> str:
+    text = (block.model_extra or {}).get("text")
+    if block.type != "text" or not isinstance(text, str):
+        raise Problem(
+            400, f"a content block of type {block.type!r}: only text, thinking, tool_use and tool_result are understood"
+        )
+    return text
+
+
+def _message(message: Said_) -> list[dict[str, Any]]:
+    """Results of tools are messages of their own."""
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    texts, results = [], []
+    own: dict[str, Any] = {"role": message.role}
+    for block in message.content:
+        more = block.model_extra or {}
+        if block.type == "tool_result":
+            results.append(
+                {
+                    "role": "tool",
+                    "tool_call_id": str(more.get("tool_use_id", "")),
+                    "content": _result(more.get("content")),
+                }
+            )
+        elif block.type == "tool_use":
+            call = {
+                "name": str(more.get("name", "")),
+                "arguments": json.dumps(more.get("input") or {}, ensure_ascii=False),
+            }
+            own.setdefault("tool_calls", []).append(
+                {"id": str(more.get("id", "")), "type": "function", "function": call}
+            )
+        elif block.type == "thinking":
+            own["reasoning_content"] = own.get("reasoning_content", "") + str(more.get("thinking", ""))
+        elif block.type != "redacted_thinking":
+            texts.append(_text(block))
+    own["content"] = "".join(texts)
+    return results + ([own] if texts or len(own) > 2 or not results else [])
+
+
+def _result(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, Sequence):
+        return "".join(_text(Block.model_validate(part)) for part in content)
+    raise Problem(400, "the content of a tool_result must be text")
+
+
+def _usage(told: Ended | None, prompt: int) -> dict[str, Any]:
+    cached = told.finished.usage.cached if told else 0
+    said = told.finished.usage.answer if told else 0
+    return {
+        "input_tokens": prompt - cached,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": said,
+    }
+
+
+def _end(told: Ended, stops: frozenset[str]) -> dict[str, Any]:
+    stop = told.finished.stop
+    if told.reason == "stop" and stop in stops:
+        return {"stop_reason": "stop_sequence", "stop_sequence": stop}
+    return {"stop_reason": ENDS[told.reason], "stop_sequence": None}
+
+
+async def _whole(chorus: Chorus, turn: Turn, head: dict[str, Any], stops: frozenset[str]) -> dict[str, Any]:
+    blocks: list[dict[str, Any]] = []
+    async for _, event in chorus:
+        for told in turn.hear(event):
+            if isinstance(told, Said):
+                key = {"answer": "text", "think": "thinking"}[told.kind]
+                if not blocks or blocks[-1]["type"] != key:
+                    blocks.append({"type": key, key: "", **({"signature": ""} if key == "thinking" else {})})
+                blocks[-1][key] += told.text
+            elif isinstance(told, Called):
+                blocks.append(
+                    {"type": "tool_use", "id": told.id, "name": told.name, "input": json.loads(told.arguments)}
+                )
+            else:
+                sending.check_end(told.reason, told.finished.error)
+    assert turn.end is not None
+    return {
+        **head,
+        "content": blocks,
+        **_end(turn.end, stops),
+        "usage": _usage(turn.end, len(chorus.requests[0].prompt)),
+    }
+
+
+async def _stream(
+    chorus: Chorus, turn: Turn, head: dict[str, Any], stops: frozenset[str]
+) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    prompt = len(chorus.requests[0].prompt)
+    start = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(None, prompt)}
+    yield "message_start", {"type": "message_start", "message": start}
+    number, open = -1, ""
+
+    def closed() -> list[tuple[str, dict[str, Any]]]:
+        out: list[tuple[str, dict[str, Any]]] = []
+        if open == "thinking":
+            out.append(
+                (
+                    "content_block_delta",
+                    {
+                        "type": "content_block_delta",
+                        "index": number,
+                        "delta": {"type": "signature_delta", "signature": ""},
+                    },
+                )
+            )
+        return [*out, ("content_block_stop", {"type": "content_block_stop", "index": number})] if open else []
+
+    async for _, event in chorus:
+        for told in turn.hear(event):
+            if isinstance(told, Said):
+                key = {"answer": "text", "think": "thinking"}[told.kind]
+                if open != key:
+                    for piece in closed():
+                        yield piece
+                    number, open = number + 1, key
+                    block: dict[str, Any] = {"type": key, key: "", **({"signature": ""} if key == "thinking" else {})}
+                    yield (
+                        "content_block_start",
+                        {"type": "content_block_start", "index": number, "content_block": block},
+                    )
+                yield (
+                    "content_block_delta",
+                    {"type": "content_block_delta", "index": number, "delta": {"type": f"{key}_delta", key: told.text}},
+                )
+            elif isinstance(told, Called):
+                for piece in closed():
+                    yield piece
+                number, open = number + 1, ""
+                use: dict[str, Any] = {"type": "tool_use", "id": told.id, "name": told.name, "input": {}}
+                yield "content_block_start", {"type": "content_block_start", "index": number, "content_block": use}
+                yield (
+                    "content_block_delta",
+                    {
+                        "type": "content_block_delta",
+                        "index": number,
+                        "delta": {"type": "input_json_delta", "partial_json": told.arguments},
+                    },
+                )
+                yield "content_block_stop", {"type": "content_block_stop", "index": number}
+            else:
+                sending.check_end(told.reason, told.finished.error)
+                for piece in closed():
+                    yield piece
+                open = ""
+                yield (
+                    "message_delta",
+                    {"type": "message_delta", "delta": _end(told, stops), "usage": _usage(told, prompt)},
+                )
+    yield "message_stop", {"type": "message_stop"}

@@ -1,0 +1,246 @@
+"""Ollama's /api: chat, generate, tags, show, ps, version. Durations are nanoseconds, streams are lines of JSON, and streaming is the default."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ktx.engine.asking import Chorus
+from ktx.engine.prompt import Rendered
+from ktx.server import sending
+from ktx.server.asked import (
+    RENDER,
+    Asked,
+    Talk,
+    _grammars,
+    _prompts,
+    asked_of,
+    begin,
+    check_room,
+    rules_of,
+    sampling_of,
+    within,
+)
+from ktx.server.fields import Format, OllamaChat, OllamaGenerate, OllamaShared, OllamaShow
+from ktx.server.served import Served
+from ktx.server.turn import Called, Ended, Said, Turn
+
+VERSION = "0.13.0"  # of Ollama's API that these routes follow
+
+
+def known(served: Served, name: str) -> str:
+    """Ollama's names end in a tag."""
+    base = name.removesuffix(":latest")
+    served.named(base if base in served.names else name)
+    return name
+
+
+def _settings(fields: OllamaShared) -> tuple[dict[str, Any], int | None]:
+    given = fields.options.model_dump(exclude_none=True) if fields.options else {}
+    limit = given.pop("num_predict", None)
+    if "repeat_penalty" in given:
+        given["repetition_penalty"] = given.pop("repeat_penalty")
+    return given, limit if limit is not None and limit > 0 else None
+
+
+def _format(fields: OllamaShared) -> Format | None:
+    if not fields.format:
+        return None
+    if fields.format == "json":
+        return Format(type="json_object")
+    return Format.model_validate({"type": "json_schema", "json_schema": {"schema": fields.format}})
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
+
+
+async def chat(served: Served, fields: OllamaChat, request: Request) -> Response:
+    name = known(served, fields.model)
+    served.ready()
+    if not fields.messages:  # how its clients load a model
+        return JSONResponse(
+            {
+                "model": name,
+                "created_at": _now(),
+                "message": {"role": "assistant", "content": ""},
+                "done": True,
+                "done_reason": "load",
+            }
+        )
+    messages = []
+    for message in fields.messages:
+        told = message.model_dump(exclude_none=True)
+        if "thinking" in told:
+            told["reasoning_content"] = told.pop("thinking")
+        if "tool_name" in told:
+            told["name"] = told.pop("tool_name")
+        for call in told.get("tool_calls", ()):
+            call["type"] = "function"
+            call["function"]["arguments"] = json.dumps(call["function"].get("arguments") or {}, ensure_ascii=False)
+        messages.append(told)
+    given, limit = _settings(fields)
+    tools = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()]
+    words = {"reasoning_effort": fields.think} if isinstance(fields.think, str) else {}
+    talk = Talk(
+        messages, tools, words=words, format=_format(fields), think=None if fields.think is None else bool(fields.think)
+    )
+    ask = await asked_of(served, talk, sampling_of(served, given, limit))
+
+    def piece(kind: str, text: str, calls: list[Called]) -> dict[str, Any]:
+        told: dict[str, Any] = {"role": "assistant", "content": text if kind == "answer" else ""}
+        if kind == "think":
+            told["thinking"] = text
+        if calls:
+            told["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "function": {"index": call.number, "name": call.name, "arguments": json.loads(call.arguments)},
+                }
+                for call in calls
+            ]
+        return {"message": told}
+
+    return await _answer(served, ask, fields, name, piece, request, fields.think is not False)
+
+
+async def generate(served: Served, fields: OllamaGenerate, request: Request) -> Response:
+    name = known(served, fields.model)
+    engine, _, _ = served.ready()
+    if not fields.prompt:
+        return JSONResponse({"model": name, "created_at": _now(), "response": "", "done": True, "done_reason": "load"})
+    given, limit = _settings(fields)
+    sampling = sampling_of(served, given, limit)
+    if fields.raw:
+        ids = await within(RENDER, _prompts, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"]))
+        format = _format(fields)
+        grammar = None if format is None else (await within(2, _grammars, "the grammar", rules_of, format), "")
+        ask = Asked(Rendered(fields.prompt, ids, False), sampling, grammar)
+    else:
+        messages = [{"role": "system", "content": fields.system}] if fields.system else []
+        think = None if fields.think is None else bool(fields.think)
+        ask = await asked_of(
+            served,
+            Talk([*messages, {"role": "user", "content": fields.prompt}], format=_format(fields), think=think),
+            sampling,
+        )
+
+    def piece(kind: str, text: str, calls: list[Called]) -> dict[str, Any]:
+        return {"response": text if kind == "answer" else "", **({"thinking": text} if kind == "think" else {})}
+
+    return await _answer(served, ask, fields, name, piece, request, fields.think is not False)
+
+
+Piece = Callable[[str, str, list[Called]], dict[str, Any]]
+
+
+async def _answer(
+    served: Served, ask: Asked, fields: OllamaShared, name: str, piece: Piece, request: Request, thinks: bool
+) -> Response:
+    check_room(served, ask.rendered.ids, 1)
+    chorus = await begin(served, [ask])
+    turn = Turn(ask.parser(served))
+    if fields.stream is False:
+        return await sending.whole(request, chorus, _whole(chorus, turn, name, piece, thinks))
+    return sending.lines(_stream(chorus, turn, name, piece, thinks), chorus)
+
+
+def _done(told: Ended, prompt: int) -> dict[str, Any]:
+    usage = told.finished.usage
+    return {
+        "done": True,
+        "done_reason": "length" if told.reason == "length" else "stop",
+        "total_duration": int(usage.seconds * 1e9),
+        "load_duration": 0,
+        "prompt_eval_count": prompt,
+        "prompt_eval_duration": int((usage.first_token_seconds - usage.queued_seconds) * 1e9),
+        "eval_count": usage.answer,
+        "eval_duration": int((usage.seconds - usage.first_token_seconds) * 1e9),
+    }
+
+
+async def _whole(chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: bool) -> dict[str, Any]:
+    async for _, event in chorus:
+        for told in turn.hear(event):
+            if isinstance(told, Ended):
+                sending.check_end(told.reason, told.finished.error)
+    assert turn.end is not None
+    body = piece("answer", turn.texts["answer"], turn.calls)
+    if turn.texts["think"] and thinks:
+        body.get("message", body)["thinking"] = turn.texts["think"]
+    return {"model": name, "created_at": _now(), **body, **_done(turn.end, len(chorus.requests[0].prompt))}
+
+
+async def _stream(chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: bool) -> AsyncIterator[dict[str, Any]]:
+    async for _, event in chorus:
+        for told in turn.hear(event):
+            head = {"model": name, "created_at": _now()}
+            if isinstance(told, Said):
+                if told.kind == "answer" or thinks:
+                    yield {**head, **piece(told.kind, told.text, []), "done": False}
+            elif isinstance(told, Called):
+                yield {**head, **piece("answer", "", [told]), "done": False}
+            else:
+                sending.check_end(told.reason, told.finished.error)
+                yield {**head, **piece("answer", "", []), **_done(told, len(chorus.requests[0].prompt))}
+
+
+def details(served: Served) -> dict[str, Any]:
+    engine, _, _ = served.ready()
+    config = engine.model.config
+    held = getattr(getattr(engine.model, "ktx", None), "nbytes", 0)
+    return {
+        "size": held,
+        "digest": hashlib.sha256(served.names[0].encode()).hexdigest(),
+        "details": {
+            "parent_model": "",
+            "format": "gguf",
+            "family": config.model_type,
+            "families": [config.model_type],
+            "parameter_size": "",
+            "quantization_level": "",
+        },
+    }
+
+
+def tags(served: Served) -> dict[str, Any]:
+    when = datetime.datetime.fromtimestamp(served.created, datetime.UTC).isoformat().replace("+00:00", "Z")
+    about = details(served)
+    return {
+        "models": [
+            {"name": f"{name}:latest", "model": f"{name}:latest", "modified_at": when, **about} for name in served.names
+        ]
+    }
+
+
+def ps(served: Served) -> dict[str, Any]:
+    engine, _, _ = served.ready()
+    about = details(served)
+    more = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": engine.context}
+    return {"models": [{"name": f"{name}:latest", "model": f"{name}:latest", **about, **more} for name in served.names]}
+
+
+def show(served: Served, fields: OllamaShow) -> dict[str, Any]:
+    known(served, fields.model or fields.name or "")
+    engine, prompts, _ = served.ready()
+    kind = engine.model.config.model_type
+    can = (
+        ["completion"]
+        + (["tools"] if prompts.dialect.format else [])
+        + (["thinking"] if prompts.dialect.think[0] else [])
+    )
+    return {
+        "modelfile": "",
+        "parameters": "",
+        "template": prompts.template or "",
+        "details": details(served)["details"],
+        "model_info": {"general.architecture": kind, f"{kind}.context_length": engine.context},
+        "capabilities": can,
+        "modified_at": datetime.datetime.fromtimestamp(served.created, datetime.UTC).isoformat().replace("+00:00", "Z"),
+    }

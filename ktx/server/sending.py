@@ -1,0 +1,119 @@
+"""Ways to send an answer: as one body unless its client leaves, as server-sent events, as lines of JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from ktx.engine.asking import Chorus
+from ktx.server.errors import Problem, body_for, problem_of
+
+log = logging.getLogger("ktx.server")
+SEND = 30.0  # seconds a client may take to read a piece
+T = TypeVar("T")
+
+
+class Gone(Exception):
+    """The client has left."""
+
+
+def dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; it is cancelled, and Gone raised, when the client leaves before."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        for one in (task, gone):
+            if not one.done():
+                one.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def whole(request: Request, chorus: Chorus, work: Coroutine[Any, Any, Any]) -> Response:
+    """The one body that `work` makes."""
+    try:
+        return JSONResponse(await unless_gone(request, work))
+    except Gone:
+        return Response(status_code=499)
+    finally:
+        chorus.close()
+
+
+def events(
+    pieces: AsyncIterator[tuple[str | None, Any]], chorus: Chorus, path: str, ping: float, done: str | None = None
+) -> EventSourceResponse:
+    """Server-sent events, each a name (or None) and a value. A failure on the way is an event of its own, then `done`."""
+
+    async def stream() -> AsyncIterator[ServerSentEvent]:
+        try:
+            async for name, value in pieces:
+                yield ServerSentEvent(data=dumps(value), event=name, sep="\n")
+        except Exception as error:
+            told = _told(error)
+            yield ServerSentEvent(
+                data=dumps(body_for(path, told.status, told.message, told.code)),
+                event="error" if path.startswith("/v1/messages") else None,
+                sep="\n",
+            )
+        finally:
+            chorus.close()
+        if done:
+            yield ServerSentEvent(data=done, sep="\n")
+
+    return EventSourceResponse(
+        stream(),
+        ping=ping,
+        sep="\n",
+        ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+        send_timeout=SEND,
+        shutdown_grace_period=8,
+    )
+
+
+def lines(pieces: AsyncIterator[Any], chorus: Chorus) -> StreamingResponse:
+    """A JSON object a line."""
+
+    async def stream() -> AsyncIterator[str]:
+        try:
+            async for value in pieces:
+                yield dumps(value) + "\n"
+        except Exception as error:
+            yield dumps({"error": _told(error).message}) + "\n"
+        finally:
+            chorus.close()
+
+    return StreamingResponse(stream(), media_type="application/x-ndjson")
+
+
+def _told(error: Exception) -> Problem:
+    problem = problem_of(error)
+    if problem.status >= 500 and not isinstance(error, Problem):
+        log.error("a stream failed", exc_info=error)
+    return problem
+
+
+def check_end(reason: str, error: str) -> None:
+    """Problem for an answer that did not end by itself."""
+    if reason == "error":
+        raise Problem(500, error or "the answer failed")
+    if reason == "cancelled":
+        raise Problem(503, "the server is shutting down, the answer ends here", retry=5)

@@ -1,0 +1,149 @@
+"""The model that is served: its names, its engine once it is loaded, and what requests need of both."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktx.engine.engine import Engine
+from ktx.engine.grammar import Grammars
+from ktx.engine.prompt import Prompts
+from ktx.engine.request import Finished
+from ktx.errors import KtxError
+from ktx.server.errors import Problem
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says about answers."""
+
+    max_new_tokens: int | None = None  # of a request that names no number; None: what the context leaves
+    force_think: bool = False
+    chat_template: str | None = None
+    hide_input: bool = True
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # over the model's own defaults
+    ping: float = 15.0  # seconds between comments of a stream that has nothing to say
+
+
+@dataclass
+class Progress:
+    """Bytes of weights read so far."""
+
+    total: int = 0
+    done: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def advance(self, nbytes: int) -> None:
+        self.done += nbytes
+
+    def told(self) -> dict[str, Any]:
+        """For /health: percent and seconds left, once something is known."""
+        seconds = time.monotonic() - self.started
+        left = round(seconds * (self.total - self.done) / self.done, 1) if self.done else None
+        return {"percent": round(100 * self.done / self.total, 1) if self.total else 0.0, "eta_seconds": left}
+
+
+class Served:
+    """`engine` is None until the model is loaded, `trouble` says why it never will be."""
+
+    def __init__(self, names: tuple[str, ...], settings: Settings | None = None):
+        self.names, self.settings = names, settings or Settings()
+        self.created = int(time.time())
+        self.fingerprint = f"ktx_{uuid.uuid4().hex[:10]}"
+        self.progress = Progress()
+        self.engine: Engine | None = None
+        self.prompts: Prompts | None = None
+        self.grammars: Grammars | None = None
+        self.defaults: dict[str, Any] = {}
+        self.trouble = ""
+        self.stopping = False
+        self.on_finished: Callable[[Finished], None] | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """From now on requests are answered."""
+        tokenizer, config = engine.tokenizer, engine.model.config
+        prompts = Prompts(tokenizer, config.model_type, self.settings.chat_template)
+        self.grammars = Grammars(tokenizer, config.vocab_size, sorted(engine.stop_ids))
+        self.defaults = own_sampling(engine.model) | dict(self.settings.sampling)
+        engine.on_finished = self.on_finished
+        self.prompts, self.engine = prompts, engine
+
+    def load(self, make: Callable[[Progress], Engine], failed: Callable[[], None] = lambda: None) -> threading.Thread:
+        """Makes the engine in a thread of its own, so that /health answers meanwhile."""
+
+        def run() -> None:
+            try:
+                self.attach(make(self.progress))
+            except KtxError as error:
+                self.trouble = str(error)
+                failed()
+            except BaseException as error:
+                self.trouble = f"{type(error).__name__}: {error}"
+                failed()
+                raise
+
+        thread = threading.Thread(target=run, name="ktx-loading", daemon=True)
+        thread.start()
+        return thread
+
+    def ready(self) -> tuple[Engine, Prompts, Grammars]:
+        """Problem 503 unless requests can be answered."""
+        if self.stopping:
+            raise Problem(503, "the server is shutting down", retry=5)
+        if self.trouble:
+            raise Problem(503, f"the model could not be loaded: {self.trouble}")
+        if self.engine is None or self.prompts is None or self.grammars is None:
+            told = self.progress.told()
+            raise Problem(503, f"Loading model: {told['percent']:.0f} %", retry=max(1, int(told["eta_seconds"] or 5)))
+        if self.engine.failure:
+            raise Problem(503, self.engine.failure)
+        return self.engine, self.prompts, self.grammars
+
+    def named(self, name: str) -> str:
+        """The name as the answer repeats it. Problem 404 for one that is not served."""
+        if name not in self.names:
+            raise Problem(
+                404,
+                f"the model {name!r} does not exist; this server has {', '.join(self.names)}",
+                "model",
+                "model_not_found",
+            )
+        return name
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of /health: the engine's heartbeat."""
+        if self.engine is None and not self.trouble:
+            return 503, {
+                "status": "loading",
+                **self.progress.told(),
+                "error": {"code": 503, "message": "Loading model", "type": "unavailable_error"},
+            }
+        why = self.trouble or (self.engine.failure if self.engine else "")
+        if not why and self.engine and self.engine.stuck:
+            why = "the engine has shown no sign of life for long"
+        if not why and self.stopping:
+            why = "the server is shutting down"
+        if why:
+            return 503, {"status": "error", "error": {"code": 503, "message": why, "type": "unavailable_error"}}
+        assert self.engine is not None
+        return 200, {"status": "ok", "restarts": self.engine.restarts}
+
+    def stop(self) -> None:
+        """Ends what runs: each stream gets its last words."""
+        self.stopping = True
+        if self.engine is not None:
+            self.engine.close()
+
+
+def own_sampling(model: Any) -> dict[str, Any]:
+    """What a model's generation_config.json says of sampling; OpenAI's temperature of 1 where it says nothing."""
+    own = getattr(model, "generation_config", None)
+    if getattr(own, "do_sample", None) is False:
+        return {"temperature": 0.0}
+    names = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+    found = {name: getattr(own, name, None) for name in names}
+    return {"temperature": 1.0} | {name: value for name, value in found.items() if value is not None}
