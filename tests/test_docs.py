@@ -8,10 +8,13 @@ the few commands that need gigabytes run on the smaller twin that SMALLER names.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,10 @@ SMALLER: list[tuple[str, str]] = [
     (r"^git clone .*|^cd ktx$|^pip install .*|^apt-get .*", "true"),
     (r"^((?:KTX_ISA=\w+ )?)make ([a-z-]+).*", r"\1make -n \2"),
     (r"^\.ci/run$", "bash -n .ci/run"),
+    (  # in the background, ended with the page
+        r"^(ktx serve .*)",
+        r"setsid \1 > serve.log 2>&1 & echo $! > serve.pid; for i in $(seq 300); do curl -sf http://127.0.0.1:10002/health > /dev/null && exit; sleep 0.2; done; cat serve.log; exit 1",
+    ),
 ]
 
 
@@ -74,7 +81,7 @@ def run_command(command: str, sandbox: Path, where: str) -> None:
 
 
 @pytest.fixture
-def sandbox(tmp_path: Path) -> Path:
+def sandbox(tmp_path: Path) -> Iterator[Path]:
     shim = tmp_path / "bin" / "ktx"
     shim.parent.mkdir()
     shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ktx "$@"\n')
@@ -82,7 +89,10 @@ def sandbox(tmp_path: Path) -> Path:
     python = tmp_path / "bin" / "python"  # a script: a link would lose the virtual environment
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    return tmp_path
+    yield tmp_path
+    if (tmp_path / "serve.pid").exists():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int((tmp_path / "serve.pid").read_text()), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import ipaddress
 import logging
 import os
@@ -16,6 +17,7 @@ from ktx.errors import BadFile, UsageError
 SUMMARY = "serve a model over HTTP"
 EPILOG = "Without --model the bundled demo model answers. Keys may also stand in the environment: KTX_API_KEY."
 LEAST_TOKENS = 64
+PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +141,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serves until a signal; exit status 0 then."""
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"ktx serve needs {', '.join(missing)}: pip install 'ktx[serve]'")
     from ktx.server.guard import Access
     from ktx.server.log import set_up
 
