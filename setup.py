@@ -5,7 +5,9 @@ No -m flags: the instruction sets are chosen by regions inside the sources, and 
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,8 +34,18 @@ FLAGS = [
 ]
 
 
+def _digest(compiler: list[str], includes: list[str]) -> str:
+    """Names all that objects depend on: pip builds in a new folder each time, and every extra that is installed would compile them again."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    found = hashlib.sha256(repr((compiler, version, FLAGS, includes)).encode())
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.is_file():
+            found.update(path.name.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 class Build(build_ext):
-    """Compiles every source on its own, the longest first and as many at a time as there are cores."""
+    """Compiles every source on its own, the longest first and as many at a time as there are cores. Objects of the same sources are kept in build/objects."""
 
     def build_extension(self, ext: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -43,8 +55,13 @@ class Build(build_ext):
         temporary.mkdir(parents=True, exist_ok=True)
         includes = ["-Icsrc", *(flag for path in include_paths() for flag in ("-isystem", path))]
 
+        kept = ROOT / "build" / "objects" / _digest(compiler, includes)
+        kept.mkdir(parents=True, exist_ok=True)
+
         def compile_one(source: str) -> str:
-            target = temporary / (source.replace("/", "_") + ".o")
+            target, done = temporary / (source.replace("/", "_") + ".o"), kept / (source.replace("/", "_") + ".o")
+            if done.exists():
+                return str(done)
             level = "-O3" if "/cpu/" in source and "scalar" not in source and "model" not in source else "-O2"
             self.call(
                 [
@@ -58,7 +75,8 @@ class Build(build_ext):
                     *(includes if "/cpu/" not in source else []),
                 ]
             )
-            return str(target)
+            shutil.move(target, done.with_suffix(".part"))  # whole or not there: a build may be broken off
+            return str(done.with_suffix(".part").rename(done))
 
         first = {
             "csrc/cpu/scalar.cpp": 0,

@@ -166,11 +166,11 @@ def run(args: argparse.Namespace) -> int:
     where = listen(args.host, args.port)
     hosts = (*(args.allowed_hosts or ()), args.host)
     app = make_app(served, Access(keys, tuple(hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ())))
-    trouble: list[str] = []
+    trouble: list[BaseException] = []
 
     def started(end: Callable[[], None]) -> None:
-        def failed() -> None:
-            trouble.append(served.trouble)
+        def failed(error: BaseException) -> None:
+            trouble.append(error)
             end()
 
         address = f"[{args.host}]" if ":" in args.host else args.host
@@ -181,12 +181,8 @@ def run(args: argparse.Namespace) -> int:
 
     serve(app, served, where, started)
     if trouble:
-        raise _of(trouble[0])
+        raise trouble[0]
     return 0
-
-
-def _of(trouble: str) -> Exception:
-    return BadFile(trouble)
 
 
 def _name(path: str) -> str:

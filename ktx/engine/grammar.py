@@ -25,8 +25,13 @@ def rules_of_schema(schema: Any) -> str:
         schema = {"type": "object"}
     if not isinstance(schema, Mapping):
         raise UsageError(f"a JSON schema is an object, found {type(schema).__name__}")
+    check_schema(schema)
     text = json.dumps({**schema, "x-guidance": WHITESPACE})
-    _check_size(text, "the JSON schema")
+    return f"%llguidance {{}}\nstart: %json {text}\n"
+
+
+def check_schema(schema: Any) -> None:
+    """UsageError for a schema that is too large, too deep, or reaches elsewhere."""
     members = 0
     for depth, key, value in _walk(schema):
         members += 1
@@ -36,7 +41,7 @@ def rules_of_schema(schema: Any) -> str:
             raise UsageError(f"the JSON schema has more than {LIMITS['members']} members")
         if key == "$ref" and not (isinstance(value, str) and value.startswith("#")):
             raise UsageError(f"the JSON schema refers to {value!r}; only references within itself (#/...) are followed")
-    return f"%llguidance {{}}\nstart: %json {text}\n"
+    _check_size(json.dumps(schema), "the JSON schema")
 
 
 def rules_of_regex(pattern: str) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ktx.dialects import Parser, forced_call_grammar
+from ktx.dialects import Dialect, Parser, forced_call_grammar
 from ktx.engine.asking import Chorus
-from ktx.engine.grammar import rules_of_regex, rules_of_schema
+from ktx.engine.grammar import check_schema, rules_of_regex, rules_of_schema
 from ktx.engine.prompt import Rendered
 from ktx.engine.sampling import Sampling
 from ktx.errors import UsageError
@@ -20,6 +21,7 @@ from ktx.server.errors import Problem, problem_of
 from ktx.server.fields import Choosing, Format
 from ktx.server.served import Served
 
+log = logging.getLogger("ktx.server")
 RENDER, COMPILE = 20.0, 2.0  # seconds for a prompt, and for a grammar
 _prompts = ThreadPoolExecutor(2, "ktx-prompts")
 _grammars = ThreadPoolExecutor(4, "ktx-grammars")
@@ -122,15 +124,10 @@ async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 
     asked = Asked(rendered, sampling, None, tools, bool(tools), salt, count)
     if tools and talk.choice != "auto":
         names = None if talk.choice == "required" else [talk.choice]
-        try:
-            rules = forced_call_grammar(
-                prompts.dialect, tools, names, talk.parallel, prompts.special, rendered.thinking
-            )
-        except ValueError:  # a family without a way of its own to call: as the plain one of JSON
-            raise Problem(
-                400, f"this model ({prompts.dialect.name}) cannot be made to call a function", "tool_choice"
-            ) from None
-        asked.grammar = (rules, "")
+        if prompts.dialect.format is None:
+            raise Problem(400, f"this model ({prompts.dialect.name}) cannot be made to call a function", "tool_choice")
+        forced = (prompts.dialect, tools, names, talk.parallel, prompts.special, rendered.thinking)
+        asked.grammar = (await within(COMPILE, _grammars, "the grammar", _forced, *forced), "")
     elif talk.format is not None and talk.format.type != "text":
         after = ""
         if prompts.dialect.format is not None and prompts.dialect.format.style == "harmony":
@@ -139,6 +136,14 @@ async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 
             after = prompts.dialect.think[1]
         asked.grammar = (await within(COMPILE, _grammars, "the grammar", rules_of, talk.format), after)
     return asked
+
+
+def _forced(dialect: Dialect, tools: list[dict[str, Any]], names: list[str] | None, *more: Any) -> str:
+    """Lark rules of nothing but calls, once the schemas of what may be called are known to be of bearable size."""
+    for tool in tools:
+        if names is None or tool["function"]["name"] in names:
+            check_schema(tool["function"].get("parameters") or {})
+    return forced_call_grammar(dialect, tools, names, *more)
 
 
 def rules_of(format: Format) -> str:
@@ -192,6 +197,9 @@ async def begin(served: Served, asks: Sequence[Asked]) -> Chorus:
                 made = await within(COMPILE, _grammars, "the grammar", grammars.constraint, *ask.grammar)
             constraints.append(made)
     chorus = Chorus(engine)
+    if not served.settings.hide_input:
+        for ask in asks:
+            log.info("asked", extra={"prompt": ask.rendered.text or engine.tokenizer.decode(ask.rendered.ids)})
     try:
         number = 0
         for ask in asks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from ktx.engine.request import Finished
 from ktx.server.served import Served
 
+log = logging.getLogger("ktx.server")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 STEPS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5)
 TOKENS = tuple(2**n for n in range(18))
@@ -55,6 +57,12 @@ class Metrics:
     def finished(self, event: Finished) -> None:
         """On the engine's thread, for each answer that ended."""
         usage = event.usage
+        numbers = {"prompt_tokens": usage.prompt, "cached_tokens": usage.cached, "answer_tokens": usage.answer}
+        seconds = {"first_token": round(usage.first_token_seconds, 3), "seconds": round(usage.seconds, 3)}
+        log.info(
+            "answered",
+            extra={"reason": event.reason, **numbers, **seconds, "tokens_a_second": round(usage.answer_speed, 2)},
+        )
         self.ended.labels(self.model, event.reason).inc()
         self.prompt_tokens.inc(usage.prompt)
         self.answer_tokens.inc(usage.answer)

@@ -44,7 +44,8 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket, before anything is loaded. UsageError when the address is taken or not this machine's."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        made = socket.socket(family)
+        # The protocol by its number: asyncio turns Nagle's algorithm off only then, and an answer in two pieces would wait 40 ms.
+        made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
         made.listen(CONNECTIONS)

@@ -72,19 +72,17 @@ class Served:
         engine.on_finished = self.on_finished
         self.prompts, self.engine = prompts, engine
 
-    def load(self, make: Callable[[Progress], Engine], failed: Callable[[], None] = lambda: None) -> threading.Thread:
+    def load(
+        self, make: Callable[[Progress], Engine], failed: Callable[[BaseException], None] = lambda error: None
+    ) -> threading.Thread:
         """Makes the engine in a thread of its own, so that /health answers meanwhile."""
 
         def run() -> None:
             try:
                 self.attach(make(self.progress))
-            except KtxError as error:
-                self.trouble = str(error)
-                failed()
-            except BaseException as error:
-                self.trouble = f"{type(error).__name__}: {error}"
-                failed()
-                raise
+            except BaseException as error:  # whoever asks for /health, and whoever started the server, must hear of it
+                self.trouble = str(error) if isinstance(error, KtxError) else f"{type(error).__name__}: {error}"
+                failed(error)
 
         thread = threading.Thread(target=run, name="ktx-loading", daemon=True)
         thread.start()
