@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 
@@ -36,6 +37,7 @@ GOOD = {
     "/tokenize": (fields.Tokenize, {"prompt": "greet"}),
     "/detokenize": (fields.Detokenize, {"tokens": [9, 10]}),
 }
+NOISE = int(os.environ.get("NOISE", "5000"))
 WRONG = [
     "",
     "x",
@@ -205,8 +207,8 @@ def test_hostile_messages(http):
     still_well(http)
 
 
-def test_twenty_thousand_requests_of_noise(http):
-    """Good requests with parts exchanged, doubled, dropped and bytes flipped. Memory stays."""
+def test_requests_of_noise(http):
+    """Five thousand, or as many as NOISE says. Good requests with parts exchanged, doubled, dropped and bytes flipped. Memory stays."""
     source = random.Random(7)
     pool = [
         *WRONG,
@@ -237,7 +239,7 @@ def test_twenty_thousand_requests_of_noise(http):
 
     paths = list(GOOD)
     process, before, statuses = psutil.Process(), 0, {}
-    for number in range(20_000):
+    for number in range(NOISE):
         path = source.choice(paths)
         kind, good = GOOD[path]
         extra = {
@@ -253,7 +255,7 @@ def test_twenty_thousand_requests_of_noise(http):
         statuses[status] = statuses.get(status, 0) + 1
         if number == 2000:
             before = process.memory_info().rss
-    assert statuses[200] > 1000 and statuses[400] > 1000
+    assert statuses[200] > NOISE // 20 and statuses[400] > NOISE // 20
     assert process.memory_info().rss - before < 256 << 20
     still_well(http)
 
