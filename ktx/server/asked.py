@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from ktx.dialects import Dialect, Parser, forced_call_grammar
@@ -23,8 +23,8 @@ from ktx.server.served import Served
 
 log = logging.getLogger("ktx.server")
 RENDER, COMPILE = 20.0, 2.0  # seconds for a prompt, and for a grammar
-_prompts = ThreadPoolExecutor(2, "ktx-prompts")
-_grammars = ThreadPoolExecutor(4, "ktx-grammars")
+PROMPTS = ThreadPoolExecutor(2, "ktx-prompts")
+GRAMMARS = ThreadPoolExecutor(4, "ktx-grammars")
 T = TypeVar("T")
 
 
@@ -120,21 +120,21 @@ async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 
     if talk.think is not None:
         words = {"enable_thinking": talk.think, "thinking": talk.think} | words
     force = served.settings.force_think and talk.think is not False and words.get("enable_thinking") is not False
-    rendered = await within(RENDER, _prompts, "the prompt", prompts.render, talk.messages, tools, words, force)
+    rendered = await within(RENDER, PROMPTS, "the prompt", prompts.render, talk.messages, tools, words, force)
     asked = Asked(rendered, sampling, None, tools, bool(tools), salt, count)
     if tools and talk.choice != "auto":
         names = None if talk.choice == "required" else [talk.choice]
         if prompts.dialect.format is None:
             raise Problem(400, f"this model ({prompts.dialect.name}) cannot be made to call a function", "tool_choice")
         forced = (prompts.dialect, tools, names, talk.parallel, prompts.special, rendered.thinking)
-        asked.grammar = (await within(COMPILE, _grammars, "the grammar", _forced, *forced), "")
+        asked.grammar = (await within(COMPILE, GRAMMARS, "the grammar", _forced, *forced), "")
     elif talk.format is not None and talk.format.type != "text":
         after = ""
         if prompts.dialect.format is not None and prompts.dialect.format.style == "harmony":
             after = "<|channel|>final<|message|>"
         elif rendered.thinking:
             after = prompts.dialect.think[1]
-        asked.grammar = (await within(COMPILE, _grammars, "the grammar", rules_of, talk.format), after)
+        asked.grammar = (await within(COMPILE, GRAMMARS, "the grammar", rules_of, talk.format), after)
     return asked
 
 
@@ -194,7 +194,7 @@ async def begin(served: Served, asks: Sequence[Asked]) -> Chorus:
         for _ in range(ask.count):
             made = None
             if ask.grammar is not None:
-                made = await within(COMPILE, _grammars, "the grammar", grammars.constraint, *ask.grammar)
+                made = await within(COMPILE, GRAMMARS, "the grammar", grammars.constraint, *ask.grammar)
             constraints.append(made)
     chorus = Chorus(engine)
     if not served.settings.hide_input:
@@ -206,8 +206,6 @@ async def begin(served: Served, asks: Sequence[Asked]) -> Chorus:
             for i in range(ask.count):
                 sampling = ask.sampling
                 if i and sampling.seed is not None:
-                    from dataclasses import replace
-
                     sampling = replace(sampling, seed=sampling.seed + i)
                 chorus.ask(ask.rendered.ids, sampling, constraints[number], ask.salt)
                 number += 1

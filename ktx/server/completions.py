@@ -16,10 +16,10 @@ from ktx.engine.request import Finished, Piece, Prompt
 from ktx.engine.sampling import Choice
 from ktx.server import sending
 from ktx.server.asked import (
+    GRAMMARS,
+    PROMPTS,
     RENDER,
     Asked,
-    _grammars,
-    _prompts,
     begin,
     check_room,
     guided,
@@ -42,10 +42,10 @@ async def answer(served: Served, fields: Completion, request: Request) -> Respon
     sampling = sampling_of(
         served, fields, limit, logprobs=fields.logprobs, echo=bool(fields.echo and fields.logprobs is not None)
     )
-    prompts = await within(RENDER, _prompts, "the prompt", _ids, engine.tokenizer, fields)
+    prompts = await within(RENDER, PROMPTS, "the prompt", _ids, engine.tokenizer, fields)
     format, grammar = guided(fields), None
     if format is not None and format.type != "text":
-        grammar = (await within(2, _grammars, "the grammar", rules_of, format), "")
+        grammar = (await within(2, GRAMMARS, "the grammar", rules_of, format), "")
     for ids in prompts:
         check_room(served, ids, limit)
     asks = [

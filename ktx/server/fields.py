@@ -339,7 +339,7 @@ class Block(Fields):
     type: Annotated[str, Field(max_length=64)]
 
 
-class Turn(Fields):
+class AnthropicTurn(Fields):
     role: Literal["user", "assistant", "system"]
     content: Text | Annotated[list[Block], Field(max_length=4096)]
 
@@ -367,7 +367,7 @@ class Thinking(Fields):
 
 class Count(Fields):
     model: Name
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[AnthropicTurn], Field(min_length=1, max_length=10_000)]
     system: Text | Annotated[list[Block], Field(max_length=4096)] | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=512)] | None = None
     tool_choice: AnthropicChoice | None = None

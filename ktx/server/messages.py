@@ -14,8 +14,7 @@ from ktx.engine.asking import Chorus
 from ktx.server import sending
 from ktx.server.asked import Talk, asked_of, begin, check_room, sampling_of
 from ktx.server.errors import Problem
-from ktx.server.fields import Anthropic, Block, Count
-from ktx.server.fields import Turn as Said_
+from ktx.server.fields import Anthropic, AnthropicTurn, Block, Count
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Turn
 
@@ -88,7 +87,7 @@ def _text(block: Block) -> str:
     return text
 
 
-def _message(message: Said_) -> list[dict[str, Any]]:
+def _message(message: AnthropicTurn) -> list[dict[str, Any]]:
     """Results of tools are messages of their own."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]

@@ -15,11 +15,11 @@ from ktx.engine.asking import Chorus
 from ktx.engine.prompt import Rendered
 from ktx.server import sending
 from ktx.server.asked import (
+    GRAMMARS,
+    PROMPTS,
     RENDER,
     Asked,
     Talk,
-    _grammars,
-    _prompts,
     asked_of,
     begin,
     check_room,
@@ -118,9 +118,9 @@ async def generate(served: Served, fields: OllamaGenerate, request: Request) -> 
     given, limit = _settings(fields)
     sampling = sampling_of(served, given, limit)
     if fields.raw:
-        ids = await within(RENDER, _prompts, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"]))
+        ids = await within(RENDER, PROMPTS, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"]))
         format = _format(fields)
-        grammar = None if format is None else (await within(2, _grammars, "the grammar", rules_of, format), "")
+        grammar = None if format is None else (await within(2, GRAMMARS, "the grammar", rules_of, format), "")
         ask = Asked(Rendered(fields.prompt, ids, False), sampling, grammar)
     else:
         messages = [{"role": "system", "content": fields.system}] if fields.system else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktx.server.asked import RENDER, Talk, _prompts, asked_of, sampling_of, within
+from ktx.server.asked import PROMPTS, RENDER, Talk, asked_of, sampling_of, within
 from ktx.server.chat import message_of
 from ktx.server.errors import Problem
 from ktx.server.fields import Detokenize, Tokenize
@@ -23,7 +23,7 @@ async def tokenize(served: Served, fields: Tokenize) -> dict[str, Any]:
         if fields.add_generation_prompt is False:
             ids = (
                 await within(
-                    RENDER, _prompts, "the prompt", prompts.render, talk.messages, talk.tools, None, False, False
+                    RENDER, PROMPTS, "the prompt", prompts.render, talk.messages, talk.tools, None, False, False
                 )
             ).ids
         else:
@@ -32,7 +32,7 @@ async def tokenize(served: Served, fields: Tokenize) -> dict[str, Any]:
         special = fields.add_special_tokens is not False
         ids = await within(
             RENDER,
-            _prompts,
+            PROMPTS,
             "the text",
             lambda: list(engine.tokenizer(fields.prompt, add_special_tokens=special)["input_ids"]),
         )
@@ -53,7 +53,7 @@ async def detokenize(served: Served, fields: Detokenize) -> dict[str, Any]:
         raise Problem(400, f"the model has {vocabulary} tokens, tokens holds {bad[0]}", "tokens")
     text = await within(
         RENDER,
-        _prompts,
+        PROMPTS,
         "the text",
         lambda: engine.tokenizer.decode(fields.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False),
     )
