@@ -51,6 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(args)
 
 
+def run_as(prog: str, command: str, argv: Sequence[str] | None = None) -> int:
+    """Runs one command under another name, that of a module."""
+    module = importlib.import_module(f"ktx.commands.{command}")
+    parser = Parser(prog=prog, description=(module.__doc__ or "").partition(": ")[2])
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    args.command = command
+    return guarded(args)
+
+
 def guarded(args: object) -> int:
     """Runs a parsed command; an error that is the user's to mend becomes one line."""
     module = importlib.import_module(f"ktx.commands.{args.command}")  # type: ignore[attr-defined]

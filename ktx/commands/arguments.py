@@ -113,6 +113,19 @@ def flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str,
     parser.add_argument(*names, nargs="?", const=True, default=False, type=yes_no, metavar="true|false", help=help)
 
 
+def threads_option(group: argparse._ArgumentGroup) -> None:
+    """--cpu-infer, as KTransformers calls it."""
+    group.add_argument(
+        "--cpu-infer",
+        "--threads",
+        "-t",
+        dest="threads",
+        type=positive,
+        metavar="N",
+        help="worker threads (default: usable physical cores)",
+    )
+
+
 def model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --weights, --rules and their KTransformers names; `named_model` settles which one is meant."""
     group = parser.add_argument_group("model")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ktx.commands.arguments import flag, load_options, model_options, named_model, positive
+from ktx.commands.arguments import flag, load_options, model_options, named_model, positive, threads_option
 
 SUMMARY = "talk to a model in the terminal"
 EPILOG = (
@@ -21,15 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     model_options(parser)
     run = parser.add_argument_group("running")
-    run.add_argument(
-        "--cpu-infer",
-        "--threads",
-        "-t",
-        dest="threads",
-        type=positive,
-        metavar="N",
-        help="worker threads (default: usable physical cores)",
-    )
+    threads_option(run)
     run.add_argument(
         "--chunk-size",
         type=positive,

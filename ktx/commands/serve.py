@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ktx.commands.arguments import Settings, flag, load_options, model_options, named_model, positive
+from ktx.commands.arguments import Settings, flag, load_options, model_options, named_model, positive, threads_option
 from ktx.errors import BadFile, UsageError
 
 SUMMARY = "serve a model over HTTP"
@@ -30,15 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model_options(parser)
     run = parser.add_argument_group("running")
-    run.add_argument(
-        "--cpu-infer",
-        "--threads",
-        "-t",
-        dest="threads",
-        type=positive,
-        metavar="N",
-        help="worker threads (default: usable physical cores)",
-    )
+    threads_option(run)
     run.add_argument(
         "--max-batch-size", type=positive, default=4, metavar="N", help="requests computed at once (default 4)"
     )
