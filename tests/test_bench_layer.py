@@ -93,7 +93,7 @@ def test_beside_a_peer_both_are_measured_in_turns(tmp_path, monkeypatch):
         "import sys\nfrom ktx.commands import bench_layer\nbench_layer.PAIRS['kt-kernel'] = {'BF16': 'BF16'}\n"
         "from ktx.__main__ import main\nraise SystemExit(main(sys.argv[1:]))"
     )
-    words = ["bench", "--layer", LAYER, "-p", "5", "-r", "2", "-t", "2", "--peer", "kt-kernel", "--record", "r.jsonl"]
+    words = ["bench", "--layer", LAYER, "-p", "5", "-r", "5", "-t", "2", "--peer", "kt-kernel", "--record", "r.jsonl"]
     done = subprocess.run(
         [sys.executable, "-c", program, *words],
         cwd=tmp_path,
