@@ -19,7 +19,7 @@ chat: $(VENV)/.ktx    ## talk to the bundled demo model (or: make chat ARGS="--m
 test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avxvnni|avx512vnni|... chooses the kernels)
 	$(PY) -m pytest $(TESTS)
 
-# Kernels, the reading of answers and the routes of the server know nothing of transformers.
+# Kernels and the reading of answers know nothing of transformers; of the server only its prompts do, which the chat tests make too.
 test-oldest: $(VENV)/.oldest  ## the suite on the oldest transformers we support, without what knows nothing of it
 	PYTHONPATH=$(VENV)/transformers-5.17:. $(PY) -m pytest $(TESTS) --ignore tests/kernels --ignore tests/server --ignore-glob 'tests/dialects/test_[!t]*'
 
