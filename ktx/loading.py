@@ -28,6 +28,7 @@ from ktx.hardware import keep_freed_memory, memory
 from ktx.inject import Plan, human, inject
 from ktx.kernels import cpu
 from ktx.kernels.kept import Store, open_store
+from ktx.ops import mtp as mtp_layer
 from ktx.ops.base import Operator, made_type
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
@@ -51,6 +52,7 @@ class Handle:
     kv_dtype: KVType = None  # what a cache for this model keeps keys and values in; None: as they come
     model: Callable[[], Any] = field(default=lambda: None, repr=False)  # a weak reference: the model holds its handle
     tokenizer: Any = field(default=None, repr=False)
+    identity: Any = field(default=None, repr=False)  # plain values that decide what the model computes
 
     def engine(self, **options: Any) -> Any:
         """An engine that answers many requests at once; `options` are those of ktx.engine.engine.Options. Close it, or use it in a `with`."""
@@ -126,7 +128,7 @@ def plan(
 ) -> Plan:
     """What `load` would do, from headers alone."""
     targets = _targets(weight_dtype, moe_dtype)
-    return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets)[1]
+    return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets, False)[1]
 
 
 def _targets(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
@@ -145,6 +147,7 @@ def _prepare(
     moe_experts: int | None,
     trust_remote_code: bool,
     targets: Mapping[str, str | None],
+    mtp: bool,
 ) -> tuple[nn.Module, Plan, WeightSource]:
     warn_unknown()
     config = copy.deepcopy(read_config(model, trust_remote_code))
@@ -161,6 +164,8 @@ def _prepare(
     if wrong:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
     built = skeleton(config, dtype, trust_remote_code)
+    if mtp:
+        mtp_layer.append(built, source)
     made = inject(built, chosen, config, dtype, kv_dtype, rules is not None, targets)
     _tie(built, made, source)
     made.fill(source)
@@ -214,6 +219,7 @@ def load(
     trust_remote_code: bool = False,
     progress: bool | Tally = True,
     cache_dir: str | Path | None = None,
+    mtp: bool = False,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -221,14 +227,15 @@ def load(
     safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `kv_dtype` is what keys and values are kept in (f16,
     bf16, f32, q8_0 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
-    first start writes them, later ones map them. Raises
+    first start writes them, later ones map them. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
+    `speculative="mtp"`. Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
     team = threads or cpu.usual_threads()
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
     built, made, source = _prepare(
-        model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, _targets(weight_dtype, moe_dtype)
+        model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, _targets(weight_dtype, moe_dtype), mtp
     )
     made.check(source)
     _cached_as(built, kv_dtype)
@@ -249,8 +256,11 @@ def load(
     for module in reversed(list(built.modules())):  # children before their parents
         if isinstance(module, Operator):
             module.ready()
+    if mtp:
+        mtp_layer.detach(built)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     held, read = _weight_bytes(built)
+    config: Any = built.config
     built.ktx = Handle(
         made,
         source.path,
@@ -262,6 +272,7 @@ def load(
         _cached_as(built, kv_dtype),
         weakref.ref(built),
         tokenizer,
+        [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype)],
     )  # type: ignore[assignment]
     _generation(built, model)
     return built, tokenizer
@@ -269,6 +280,13 @@ def load(
 
 def _store(folder: str | Path, made: Plan, source: WeightSource) -> Store:
     """The packed weights of this plan on disk, or the place where they will be."""
+    path = Path(source.path)
+    name = path.stem if path.is_file() else path.name
+    return open_store(folder, name, _identity(made), sum(step.memory for step in made))
+
+
+def _identity(made: Plan) -> list[Any]:
+    """The files, and what becomes of each of their tensors."""
     files = sorted({spec.file for step in made for spec in step.specs})
     stats = [
         (str(Path(file).resolve()), about.st_size, about.st_mtime_ns) for file in files for about in [os.stat(file)]
@@ -283,10 +301,7 @@ def _store(folder: str | Path, made: Plan, source: WeightSource) -> Store:
         )
         for step in made
     ]
-    path = Path(source.path)
-    return open_store(
-        folder, path.stem if path.is_file() else path.name, [stats, plan], sum(step.memory for step in made)
-    )
+    return [stats, plan]
 
 
 def _cached_as(model: nn.Module, wish: KVType) -> KVType:

@@ -160,14 +160,15 @@ class PagedLayer(CacheLayerMixin):
 
 
 class PagedCache(Cache):
-    """`past_key_values` of a forward over several sequences, `pages` pages long. `batch` is set before each forward."""
+    """`past_key_values` of a forward over several sequences, `pages` pages long, and of `more` layers than the model's. `batch` is set before each forward."""
 
-    def __init__(self, config: Any, pages: int, dtype: KVType = torch.float16):
+    def __init__(self, config: Any, pages: int, dtype: KVType = torch.float16, more: int = 0):
         self.dtype, self.pages, self.config = kv_type(dtype), pages, config
         self.batch: Batch | None = None
         self.states: dict[int, DynamicCache] = {}  # of sequences, where the model has recurrent layers
         stock = DynamicCache(config=config).layers
         super().__init__(layers=[PagedLayer(self) if type(layer) in PLAIN else layer for layer in stock])
+        self.layers += [PagedLayer(self) for _ in range(more)]
         kinds = {type(layer).__name__ for layer in self.layers if not isinstance(layer, PagedLayer)}
         if unknown := kinds - {"LinearAttentionLayer"}:
             raise UsageError(

@@ -126,6 +126,22 @@ def threads_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def speculation_options(group: argparse._ArgumentGroup) -> None:
+    """--speculative and --draft-tokens, for whoever makes an engine."""
+    group.add_argument(
+        "--speculative",
+        choices=("mtp", "prompt_lookup"),
+        help="guess tokens and check several in one forward, the answer stays the same; mtp: by the model's own layer for it, prompt_lookup: by what the text says elsewhere",
+    )
+    group.add_argument(
+        "--draft-tokens",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="most tokens guessed at once; how many of them are is decided by what they cost and how often they are right (default 8)",
+    )
+
+
 def model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --weights, --rules and their KTransformers names; `named_model` settles which one is meant."""
     group = parser.add_argument_group("model")

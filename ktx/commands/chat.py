@@ -6,7 +6,15 @@ import argparse
 import sys
 from typing import Any
 
-from ktx.commands.arguments import flag, load_options, model_options, named_model, positive, threads_option
+from ktx.commands.arguments import (
+    flag,
+    load_options,
+    model_options,
+    named_model,
+    positive,
+    speculation_options,
+    threads_option,
+)
 
 SUMMARY = "talk to a model in the terminal"
 EPILOG = (
@@ -34,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most tokens of a conversation (default: what the model allows, at most 32768)",
     )
+    speculation_options(run)
     say = parser.add_argument_group("answers")
     say.add_argument("--max-new-tokens", type=positive, default=1000, metavar="N", help="longest answer (default 1000)")
     say.add_argument(
@@ -80,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         args.weights,
         args.rules,
         threads=args.threads,
+        mtp=args.speculative == "mtp",
         **load_options(args),
     )
     note(first_line(model, args.model))
@@ -88,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
     chunks = (
         {"chunk_size": args.chunk_size} if args.chunk_size else {"chunk_size": PIECE, "longest_chunk": LONGEST_PIECE}
     )
-    with model.ktx.engine(max_batch_size=1, cache_lens=context, max_context=context, **chunks) as engine:
+    guesses = {"speculative": args.speculative, "draft_tokens": args.draft_tokens}
+    with model.ktx.engine(max_batch_size=1, cache_lens=context, max_context=context, **chunks, **guesses) as engine:
         talk = Conversation(Session(engine), sampling_of(args, model), args.system, args.force_think)
         chat = Chat(talk, Printer(sys.stdout, args.fold), engine, prompt_file=args.prompt_file)
         if args.prompt is not None:
@@ -107,7 +118,8 @@ def run(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace, note: Any) -> None:
     import ktx.demo
 
-    args.model, args.weights = str(ktx.demo.path()), str(ktx.demo.gguf())
+    args.model = str(ktx.demo.path())
+    args.weights = str(ktx.demo.safetensors() if args.speculative == "mtp" else ktx.demo.gguf())
     note("no --model given: this is the bundled demo model, small and trained to answer questions about ktx only")
 
 

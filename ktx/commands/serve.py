@@ -11,7 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ktx.commands.arguments import Settings, flag, load_options, model_options, named_model, positive, threads_option
+from ktx.commands.arguments import (
+    Settings,
+    flag,
+    load_options,
+    model_options,
+    named_model,
+    positive,
+    speculation_options,
+    threads_option,
+)
 from ktx.errors import BadFile, UsageError
 
 SUMMARY = "serve a model over HTTP"
@@ -58,6 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests that may wait; more are told to come again (default 256)",
     )
     flag(run, "--no-prefix-cache", help="compute every prompt anew")
+    run.add_argument(
+        "--prefix-cache-dir",
+        metavar="DIR",
+        help="keep computed prompts in DIR, so that the next start knows them (what was said can be read from them)",
+    )
+    run.add_argument(
+        "--prefix-cache-gb", type=float, default=16.0, metavar="GB", help="most of DIR, oldest go first (default 16)"
+    )
+    speculation_options(run)
     run.add_argument(
         "--backend-type",
         choices=("balance_serve", "ktransformers", "scripted"),
@@ -153,7 +171,8 @@ def run(args: argparse.Namespace) -> int:
     if not known:
         import ktx.demo
 
-        args.model, args.weights = str(ktx.demo.path()), str(ktx.demo.gguf())
+        args.model = str(ktx.demo.path())
+        args.weights = str(ktx.demo.safetensors() if args.speculative == "mtp" else ktx.demo.gguf())
     served = Served(names, _settings(args))
     where = listen(args.host, args.port)
     hosts = (*(args.allowed_hosts or ()), args.host)
@@ -207,6 +226,10 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "max_context": args.max_context,
         "max_queue": args.max_queue,
         "prefix_cache": not args.no_prefix_cache,
+        "prefix_cache_dir": args.prefix_cache_dir,
+        "prefix_cache_gb": args.prefix_cache_gb,
+        "speculative": args.speculative,
+        "draft_tokens": args.draft_tokens,
     }
 
 
@@ -214,7 +237,13 @@ def _engine(args: argparse.Namespace, progress: Any) -> Any:
     import ktx
 
     model, _ = ktx.load(
-        args.model, args.weights, args.rules, threads=args.threads, progress=progress, **load_options(args)
+        args.model,
+        args.weights,
+        args.rules,
+        threads=args.threads,
+        progress=progress,
+        mtp=args.speculative == "mtp",
+        **load_options(args),
     )
     logging.getLogger("ktx.server").info(
         "loaded in %.1f s, %s kernels, %d threads", model.ktx.seconds, model.ktx.isa, model.ktx.threads

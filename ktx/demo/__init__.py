@@ -24,6 +24,11 @@ def path() -> Path:
     return HERE / "model"
 
 
+def safetensors() -> Path:
+    """The same in floats, with the MTP layer that the GGUF lacks."""
+    return path() / "model.safetensors"
+
+
 def gguf() -> Path:
     """The same model as a Q4_K_M GGUF, which needs no other file."""
     return path() / "demo-Q4_K_M.gguf"

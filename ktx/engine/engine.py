@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from ktx.engine.request import Event, Finished, Request
 from ktx.engine.runner import Abandoned, Runner, runner_for
 from ktx.engine.sampling import Sampling
 from ktx.engine.scheduler import Part, Scheduler, pages_for
-from ktx.errors import DoesNotFit, Overloaded, UsageError
+from ktx.engine.speculation import KINDS, MOST, PromptLookup, Speculation
+from ktx.errors import DoesNotFit, Overloaded, UsageError, nearest
 from ktx.hardware import memory
 
 log = logging.getLogger("ktx.engine")
@@ -33,7 +35,8 @@ class Options:
     """How an engine is set up. `cache_lens` tokens are kept in all, of running requests and of what they may share.
 
     `chunk_size` tokens of prompts are computed at once, after a long past up to `longest_chunk`: that makes a long prompt
-    faster, and others wait longer.
+    faster, and others wait longer. `speculative` ("mtp" or "prompt_lookup") guesses up to `draft_tokens` tokens of an answer at once.
+    `prefix_cache_dir` is a folder that keeps pages of prompts and answers beyond this engine's life, `prefix_cache_gb` of them at most.
     """
 
     max_batch_size: int = 4
@@ -43,13 +46,25 @@ class Options:
     max_queue: int = 256
     prefix_cache: bool = True
     longest_chunk: int = 0
+    speculative: str | None = None
+    draft_tokens: int = MOST
+    prefix_cache_dir: str | Path | None = None
+    prefix_cache_gb: float = 16.0
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "chunk_size", "cache_lens", "max_queue"):
+        for name in ("max_batch_size", "chunk_size", "cache_lens", "max_queue", "draft_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, it must be at least 1")
         if self.max_context is not None and self.max_context < 8:
             raise UsageError(f"max_context is {self.max_context}, it must be at least 8")
+        if self.prefix_cache_gb <= 0:
+            raise UsageError(f"prefix_cache_gb is {self.prefix_cache_gb}, it must be more than 0")
+        if self.prefix_cache_dir is not None and not self.prefix_cache:
+            raise UsageError("prefix_cache_dir keeps what the prefix cache holds, and that is off")
+        if self.speculative is not None and self.speculative not in KINDS:
+            raise UsageError(
+                f"speculative {self.speculative!r} is no way to guess tokens{nearest(self.speculative, KINDS)}; give one of {' '.join(KINDS)}"
+            )
 
 
 class Engine:
@@ -62,7 +77,9 @@ class Engine:
         self.context = min(self.options.max_context or limit, limit, pages * PAGE)
         self.stop_ids = stop_ids(model, tokenizer)
         self.runner = runner or runner_for(model, pages)
+        self.speculation = self._speculation()
         self._measure()
+        self.store = self._store()
         self.scheduler = self._scheduler(pages)
         self.answers: dict[Request, Answer] = {}
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -90,7 +107,37 @@ class Engine:
             self.options.longest_chunk,
             self.runner.snapshot,
             self.runner.two_forms,
+            self.store,
         )
+
+    def _speculation(self) -> Speculation | None:
+        if self.options.speculative is None:
+            return None
+        if self.runner.recurrent:
+            raise UsageError(
+                f"speculative {self.options.speculative}: some layers of this {self.model.config.model_type} cannot take back what they have seen; leave it out"
+            )
+        if self.options.speculative == "prompt_lookup":
+            return Speculation(PromptLookup(), self.options.draft_tokens)
+        if not hasattr(self.model, "mtp"):
+            raise UsageError("speculative mtp: the model was loaded without its MTP layer; give mtp=True to ktx.load")
+        from ktx.engine.mtp import MTPDrafter
+
+        return Speculation(MTPDrafter(self.runner), self.options.draft_tokens)
+
+    def _store(self) -> Any:
+        folder = self.options.prefix_cache_dir
+        if folder is None:
+            return None
+        if not self.runner.shares or self.runner.recurrent:
+            raise UsageError(
+                f"prefix_cache_dir: some layers of this {self.model.config.model_type} keep a state that is no page; leave it out"
+            )
+        from ktx.cache.disk import DiskPages
+
+        handle = self.model.ktx
+        name = Path(handle.weights).stem
+        return DiskPages(folder, name, handle.identity, self.runner.cache, int(self.options.prefix_cache_gb * 1e9))
 
     def _measure(self) -> None:
         """One token through the model makes the pools; DoesNotFit when there is no memory to fill them."""
@@ -197,6 +244,10 @@ class Engine:
             request.cancelled = True
         self.inbox.put(None)
         self.thread.join(timeout=60)
+        if self.speculation is not None:
+            self.speculation.drafter.close()
+        if self.store is not None:
+            self.store.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -254,6 +305,7 @@ class Engine:
             return
         self.steps += 1
         now = time.perf_counter()
+        tried = {part.request: len(part.request.draft) for part in parts}
         for part in parts:
             part.request.started = part.request.started or now
         try:
@@ -263,23 +315,50 @@ class Engine:
         except Exception as error:
             self._failed(parts, error)
         else:
-            for part in parts:
-                self._computed(part, logits[part.request])
+            done = [(part, self._computed(part, logits[part.request])) for part in parts]
+            if self.speculation is not None:
+                self._guess(self.speculation, done, tried, now)
+            if self.store is not None:
+                self.store.flush()
 
-    def _computed(self, part: Part, logits: torch.Tensor) -> None:
+    def _guess(
+        self, speculation: Speculation, done: Sequence[tuple[Part, int]], tried: dict[Request, int], start: float
+    ) -> None:
+        """Drafts for the next forward. Whatever goes wrong there costs only speed."""
+        for part, kept in done:
+            if tried[part.request]:
+                speculation.checked(part.request, tried[part.request], kept - 1)
+        room = {
+            part.request: min(
+                part.request.sampling.max_new_tokens - part.request.answered, self.context - len(part.request.ids)
+            )
+            - 1
+            for part, _ in done
+            if part.request in self.answers and part.request.left == 1 and not part.request.alone
+        }
+        try:
+            staying = [(part, kept if part.request in self.answers else 0) for part, kept in done]
+            speculation.prepare(staying, room, time.perf_counter() - start)
+        except Exception:
+            log.exception("guessing tokens failed; it is off from now on")
+            self.speculation = None
+
+    def _computed(self, part: Part, logits: torch.Tensor) -> int:
+        """What follows from a part's logits; how many of its tokens stay."""
         request, answer = part.request, self.answers[part.request]
         try:
             kept, done = answer.take(part, logits)
         except Exception as error:  # a request's own settings must not stop the others
             log.exception("request %d failed", request.number)
             self._finish(answer, "error", error=f"{type(error).__name__}: {error}")
-            return
+            return 0
         request.alone = False
         if self.scheduler.advance(request, kept) and self.scheduler.recurrent and self.scheduler.share:
             page = request.computed // PAGE - 1
             self.scheduler.pages.keep(request.keys[page], self.runner.snapshot(request))
         if done:
             self._finish(answer, done)
+        return kept
 
     def _undo(self, parts: Sequence[Part]) -> None:
         """Nothing was computed. Keys and values are written again; a running state is not what it was."""

@@ -36,7 +36,7 @@ class Runner:
     def __init__(self, model: Any, pages: int):
         self.model, self.pages = model, pages
         self.two_forms = cpu.ops.has_wide() or any(isinstance(module, MLA) for module in model.modules())
-        self.cache = PagedCache(model.config, pages, model.ktx.kv_dtype)
+        self.cache = PagedCache(model.config, pages, model.ktx.kv_dtype, more=int(hasattr(model, "mtp")))
         self.recurrent = self.cache.recurrent
         self.alive = time.monotonic()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ktx.cache.pages import PAGE, Pages, Tail, chain
 from ktx.engine.request import Request
@@ -53,6 +53,19 @@ def pages_for(tokens: int) -> int:
     return -(-tokens // PAGE)
 
 
+class Store(Protocol):
+    """Where pages are kept beside the pool, see ktx.cache.disk."""
+
+    def has(self, key: bytes) -> bool:
+        """Whether there is such a page."""
+
+    def keep(self, key: bytes, page: int) -> None:
+        """The page is full."""
+
+    def fetch(self, key: bytes, page: int) -> bool:
+        """Fills a page of the pool; False when that is not possible."""
+
+
 class Scheduler:
     """`waiting` and `running` are in the order of arrival. `released` is told of a request whose past is given up,
     `resumed` of one that begins with what recurrent layers knew somewhere; `state` tells what they know of a request.
@@ -72,10 +85,11 @@ class Scheduler:
         longest: int = 0,
         state: Callable[[Request], Any] = lambda request: None,
         two_forms: bool = False,
+        store: Store | None = None,
     ):
         self.pages, self.max_batch, self.chunk, self.longest = pages, max_batch, chunk, longest
         self.share, self.recurrent, self.released, self.resumed = share, recurrent, released, resumed
-        self.state, self.two_forms = state, two_forms
+        self.state, self.two_forms, self.store = state, two_forms, store
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.making: dict[bytes, Request] = {}  # pages that a running request is about to compute
@@ -185,6 +199,8 @@ class Scheduler:
             self.making.pop(request.keys[i], None)
             if self._may_share(request):
                 self.pages.name(request.pages[i], request.keys[i])
+                if self.store is not None:
+                    self.store.keep(request.keys[i], request.pages[i])
         return bool(count) and request.computed % PAGE == 0
 
     # ---- admission and what is shared
@@ -239,8 +255,7 @@ class Scheduler:
         start = request.computed
         if self.recurrent and start:
             return
-        while (key := self._next_key(request)) is not None and (page := self.pages.find(key)) is not None:
-            self.pages.hold(page)
+        while (key := self._next_key(request)) is not None and (page := self._found(key)) is not None:
             request.pages.append(page)
             request.computed += PAGE
         if not self._adopt_tail(request) and self.recurrent:
@@ -248,6 +263,23 @@ class Scheduler:
         if start and request.computed > start:
             self.found += request.computed - start
             request.cached = (request.cached or 0) + request.computed - start
+
+    def _found(self, key: bytes) -> int | None:
+        """A page with this content, held for one more user."""
+        page = self.pages.find(key)
+        if page is not None:
+            self.pages.hold(page)
+            return page
+        if self.store is None or not self.store.has(key):
+            return None
+        room = self.pages.take(1)
+        if room is not None and not self.store.fetch(key, room[0]):
+            self.pages.release(room)
+            room = None
+        if room is None:
+            return None
+        self.pages.name(room[0], key)
+        return room[0]
 
     def _adopt_tail(self, request: Request) -> bool:
         """Goes on where another sequence ended. A page of the prompt that would be computed as a whole is taken only from one

@@ -46,6 +46,8 @@ class Metrics:
         self.said = histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
         self.prompt_tokens = counter("prompt_tokens", "Tokens of all prompts.")
         self.answer_tokens = counter("generation_tokens", "Tokens of all answers.")
+        self.drafted = counter("spec_decode_num_draft_tokens", "Tokens of answers that were guessed.")
+        self.accepted = counter("spec_decode_num_accepted_tokens", "Guessed tokens that were right.")
         self.ended = Counter(
             "ktx:request_success",
             "Answers by why they ended.",
@@ -66,6 +68,8 @@ class Metrics:
         self.ended.labels(self.model, event.reason).inc()
         self.prompt_tokens.inc(usage.prompt)
         self.answer_tokens.inc(usage.answer)
+        self.drafted.inc(usage.drafted)
+        self.accepted.inc(usage.accepted)
         self.asked.observe(usage.prompt)
         self.said.observe(usage.answer)
         self.whole.observe(usage.seconds)

@@ -46,7 +46,8 @@ class GGUFNames:
 
     def __init__(self, arch: str, config: Any, tensors: Tensors):
         self.arch, self.config, self.tensors = arch, config, tensors
-        self.known = _name_map(arch, max(1, int(config.num_hidden_layers)))
+        beyond = int(getattr(config, "num_nextn_predict_layers", None) or 0)  # for multi-token prediction
+        self.known = _name_map(arch, max(1, int(config.num_hidden_layers)) + beyond)
 
     def recipe(self, name: str) -> Recipe | None:
         """None when the file has nothing for this parameter."""

@@ -1,0 +1,245 @@
+"""Guessed tokens: answers stay what they are, and fewer forwards make them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import ktx
+import ktx.demo
+from ktx.engine.request import Request
+from ktx.engine.sampling import Sampling
+from ktx.engine.speculation import Pace, PromptLookup, Speculation, worth
+from ktx.errors import UsageError
+from ktx.weights.names import GGUFNames
+from tests.engine.test_batching import answers
+from tests.small_chat import write_model
+
+TALE = [9, 40, 41, 42, 43, 44, 45, 46, 47, 48]
+PROMPTS = [TALE * 12, TALE * 5 + [77], [100, 101] * 70, list(range(9, 60)) * 2]
+
+
+@pytest.fixture(scope="module", params=["llama", "deepseek_v3", "gpt_oss"])
+def loaded(request, tmp_path_factory):
+    folder = write_model(tmp_path_factory.mktemp("speculation") / request.param, request.param)
+    return ktx.load(folder, folder / "model.gguf", progress=False)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return ktx.load(ktx.demo.path(), ktx.demo.safetensors(), progress=False, mtp=True)
+
+
+def eager(engine):
+    """Guesses whatever a forward costs: a tiny model's are too quick for a guess to pay."""
+    engine.speculation.pace.cost = lambda tokens: 1.0
+    return engine
+
+
+def asked(demo, *questions):
+    words = demo[1]
+    return [
+        words.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)["input_ids"]
+        for question in questions
+    ]
+
+
+QUESTIONS = ("What is a rule file?", "What is ktx?", "How do I serve a model?", "What is a rule file?")
+
+
+# ---- how many
+
+
+def pace(*seconds: float) -> Pace:
+    made = Pace()
+    for _ in range(20):
+        for tokens, took in enumerate(seconds, 1):
+            made.took(tokens, took)
+    return made
+
+
+def test_guesses_are_made_where_a_token_more_costs_little():
+    assert worth(pace(1.0, 1.05, 1.1), [0.9], [8]) == [8]
+    assert worth(pace(1.0, 2.0, 3.0), [0.95], [8]) == [0]
+    assert worth(pace(1.0, 1.3, 1.6), [0.2], [8]) == [0]
+    assert 0 < worth(pace(1.0, 1.3, 1.6), [0.7], [8])[0] < 8
+
+
+def test_the_better_guesser_of_two_gets_the_longer_draft():
+    first, second = worth(pace(1.0, 1.2, 1.4), [0.9, 0.6], [8, 8])
+    assert first > second
+
+
+def test_no_draft_is_longer_than_there_is_room():
+    assert worth(pace(1.0, 1.0, 1.0), [0.99, 0.99], [3, -1]) == [3, 0]
+
+
+def test_the_cost_of_a_forward_is_a_line_through_what_was_seen():
+    made = pace(1.0, 1.5, 2.0)
+    assert made.cost(2) == pytest.approx(1.5, rel=0.01)
+    assert made.cost(5) == pytest.approx(3.0, rel=0.01)
+
+
+def test_a_bad_start_is_tried_again():
+    speculation, request = Speculation(PromptLookup()), Request([1], Sampling(), print)
+    costs = pace(1.0, 1.3, 1.6)
+
+    def rate():
+        hits, tries = speculation.record[request]
+        return hits / tries
+
+    for _ in range(10):
+        speculation.checked(request, 3, 0)
+    assert worth(costs, [rate()], [8]) == [0]
+    for _ in range(200):
+        speculation.checked(request, 0, 0)
+    assert worth(costs, [rate()], [8]) != [0]
+
+
+# ---- prompt lookup
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([1, 256, 65536, 1 << 24, 257, 0]), min_size=1, max_size=60), st.integers(1, 8))
+def test_a_draft_is_what_followed_the_latest_equal_tail(ids, most):
+    """Ids whose bytes look like other ids' one byte further on."""
+    request = Request(list(ids), Sampling(), print)
+    found = PromptLookup().found(request, most)
+    for size in (4, 3, 2):
+        places = [i for i in range(len(ids) - size) if ids[i : i + size] == ids[-size:]]
+        if places:
+            assert found == ids[places[-1] + size :][:most]
+            return
+    assert found == []
+
+
+def test_a_text_that_grows_is_looked_up_whole():
+    lookup, request = PromptLookup(), Request([1, 2, 3, 4], Sampling(), print)
+    assert lookup.found(request, 4) == []
+    request.ids += [1, 2]
+    assert lookup.found(request, 2) == [3, 4]
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7, "seed": 5, "top_p": 0.9, "repetition_penalty": 1.05}])
+def test_answers_with_prompt_lookup_are_those_without(loaded, how):
+    model, _ = loaded
+    sampling = Sampling(max_new_tokens=60, ignore_eos=True, **how)
+    with model.ktx.engine() as engine:
+        plain, steps = [event.ids for event in answers(engine, PROMPTS, sampling)], engine.steps
+    for options in ({}, {"cache_lens": 384, "max_batch_size": 3}):
+        with model.ktx.engine(speculative="prompt_lookup", **options) as engine:
+            found = answers(eager(engine), PROMPTS, sampling)
+            if not how and not options:
+                assert sum(event.usage.accepted for event in found) > 0
+                assert engine.steps < steps
+        assert [event.ids for event in found] == plain
+        for event in found:
+            assert event.usage.accepted <= event.usage.drafted
+
+
+# ---- the model's own layer
+
+
+def test_answers_with_mtp_are_those_without_in_fewer_forwards(demo):
+    model, prompts, sampling = demo[0], asked(demo, *QUESTIONS), Sampling(max_new_tokens=40)
+    with model.ktx.engine() as engine:
+        plain, steps = [event.ids for event in answers(engine, prompts, sampling)], engine.steps
+    with model.ktx.engine(speculative="mtp") as engine:
+        found = answers(eager(engine), prompts, sampling)
+        again = answers(engine, prompts, sampling)  # on pages that are there already
+        assert engine.steps < 1.4 * steps  # of both rounds together
+    assert [event.ids for event in found] == [event.ids for event in again] == plain
+    drafted, accepted = (sum(getattr(event.usage, name) for event in found) for name in ("drafted", "accepted"))
+    assert accepted > 0.3 * drafted > 0
+
+
+def test_mtp_in_a_cache_too_small_for_all(demo):
+    model, prompts = demo[0], [ids * 4 for ids in asked(demo, *QUESTIONS)]
+    sampling = Sampling(max_new_tokens=100, temperature=0.8, seed=1, ignore_eos=True)
+    with model.ktx.engine() as engine:
+        plain = [event.ids for event in answers(engine, prompts, sampling)]
+    with model.ktx.engine(speculative="mtp", cache_lens=320, draft_tokens=3) as engine:
+        found = answers(eager(engine), prompts, sampling)
+    assert [event.ids for event in found] == plain
+    assert sum(event.usage.preempted for event in found)
+
+
+def test_the_layer_on_pages_says_what_it_says_of_the_whole_text(demo):
+    model, words = demo
+    ids = words("ktx reads GGUF files and packs them for the kernels of this machine.")["input_ids"]
+    body, row, guessed = model.get_decoder(), torch.tensor([ids]), []
+    with torch.inference_mode():
+        states = body(input_ids=row).last_hidden_state[:, :-1]
+        embeds = body.embed_tokens(row[:, 1:])
+        rope = body.rotary_emb(embeds, torch.arange(len(ids) - 1)[None])
+        whole = model.mtp(embeds, states, position_embeddings=rope, attention_mask=None)[0]
+    with model.ktx.engine(speculative="mtp", prefix_cache=False) as engine:
+        step = engine.speculation.drafter._step
+        engine.speculation.drafter._step = lambda *given: guessed.append(step(*given)) or guessed[-1]
+        answers(engine, [ids], Sampling(max_new_tokens=2, ignore_eos=True))
+    assert torch.nn.functional.cosine_similarity(guessed[0][:-1], whole, dim=-1).min() > 0.999
+
+
+# ---- what cannot be
+
+
+def test_kinds_and_numbers_are_checked(loaded):
+    model, _ = loaded
+    with pytest.raises(UsageError, match=r"speculative 'prompt_lokup'.*prompt_lookup"):
+        model.ktx.engine(speculative="prompt_lokup")
+    with pytest.raises(UsageError, match="draft_tokens is 0"):
+        model.ktx.engine(speculative="prompt_lookup", draft_tokens=0)
+    with pytest.raises(UsageError, match="mtp=True"):
+        model.ktx.engine(speculative="mtp")
+
+
+def test_a_file_without_the_layer_says_so(tmp_path):
+    with pytest.raises(UsageError, match=r"holds no MTP layer \(model.layers.3.eh_proj.weight\)"):
+        ktx.load(ktx.demo.path(), ktx.demo.gguf(), progress=False, mtp=True)
+    folder = write_model(tmp_path / "llama")
+    with pytest.raises(UsageError, match="has no MTP layer"):
+        ktx.load(folder, folder / "model.gguf", progress=False, mtp=True)
+
+
+def test_layers_with_a_running_state_take_nothing_back(tmp_path):
+    folder = write_model(tmp_path / "next", "qwen3_next")
+    model, _ = ktx.load(folder, folder / "model.gguf", progress=False)
+    with pytest.raises(UsageError, match="cannot take back"):
+        model.ktx.engine(speculative="prompt_lookup")
+
+
+def test_a_drafter_that_fails_costs_nothing_but_speed(loaded):
+    model, _ = loaded
+    with model.ktx.engine(speculative="prompt_lookup") as engine:
+
+        def broken(done, most):
+            raise RuntimeError("no idea")
+
+        engine.speculation.drafter.draft = broken
+        found = answers(engine, PROMPTS[:2], Sampling(max_new_tokens=8, ignore_eos=True))
+        assert [event.reason for event in found] == ["length"] * 2
+        assert engine.speculation is None
+
+
+def test_ggufs_of_glm_name_the_layer():
+    from types import SimpleNamespace
+
+    from ktx.qtypes import QTYPES
+    from ktx.weights.source import TensorSpec
+
+    names = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "ffn_down_exps", "attn_q")
+    tensors = {
+        f"blk.46.{name}.weight": TensorSpec(f"blk.46.{name}.weight", (8, 8), QTYPES["F32"], 256, "file", 0)
+        for name in names
+    }
+    config = SimpleNamespace(
+        num_hidden_layers=46, num_nextn_predict_layers=1, num_attention_heads=8, n_routed_experts=8
+    )
+    recipes = GGUFNames("glm4moe", config, tensors)
+    ours = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "mlp.experts.down_proj", "self_attn.q_proj")
+    for name, theirs in zip(ours, names, strict=True):
+        full = f"model.layers.46.{name}" + ("" if "experts" in name else ".weight")
+        recipe = recipes.recipe(full)
+        assert recipe is not None and recipe.parts[0].tensor == f"blk.46.{theirs}.weight", name
