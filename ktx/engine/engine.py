@@ -286,6 +286,8 @@ class Engine:
     def _take_inbox(self) -> bool:
         """Runs what other threads have asked for; sleeps when there is nothing to do. False when the engine is to end."""
         idle = not self.scheduler.running and not self.scheduler.waiting
+        if idle:
+            self.scheduler.check_integrity()  # an error here begins anew with empty pages, before it can mix answers up
         while idle or not self.inbox.empty():
             command = self.inbox.get()
             self.runner.alive = time.monotonic()

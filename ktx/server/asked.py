@@ -134,7 +134,7 @@ async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 
             after = "<|channel|>final<|message|>"
         elif rendered.thinking:
             after = prompts.dialect.think[1]
-        asked.grammar = (await within(COMPILE, GRAMMARS, "the grammar", rules_of, talk.format), after)
+        asked.grammar = await grammar_of(talk.format, after)
     return asked
 
 
@@ -144,6 +144,13 @@ def _forced(dialect: Dialect, tools: list[dict[str, Any]], names: list[str] | No
         if names is None or tool["function"]["name"] in names:
             check_schema(tool["function"].get("parameters") or {})
     return forced_call_grammar(dialect, tools, names, *more)
+
+
+async def grammar_of(format: Format | None, after: str = "") -> tuple[str, str] | None:
+    """What a response format asks for: rules, and the mark behind which they begin. None for plain text."""
+    if format is None or format.type == "text":
+        return None
+    return await within(COMPILE, GRAMMARS, "the grammar", rules_of, format), after
 
 
 def rules_of(format: Format) -> str:

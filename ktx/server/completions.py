@@ -16,14 +16,13 @@ from ktx.engine.request import Finished, Piece, Prompt
 from ktx.engine.sampling import Choice
 from ktx.server import sending
 from ktx.server.asked import (
-    GRAMMARS,
     PROMPTS,
     RENDER,
     Asked,
     begin,
     check_room,
+    grammar_of,
     guided,
-    rules_of,
     salt_of,
     sampling_of,
     within,
@@ -43,9 +42,7 @@ async def answer(served: Served, fields: Completion, request: Request) -> Respon
         served, fields, limit, logprobs=fields.logprobs, echo=bool(fields.echo and fields.logprobs is not None)
     )
     prompts = await within(RENDER, PROMPTS, "the prompt", _ids, engine.tokenizer, fields)
-    format, grammar = guided(fields), None
-    if format is not None and format.type != "text":
-        grammar = (await within(2, GRAMMARS, "the grammar", rules_of, format), "")
+    grammar = await grammar_of(guided(fields))
     for ids in prompts:
         check_room(served, ids, limit)
     asks = [

@@ -15,7 +15,6 @@ from ktx.engine.asking import Chorus
 from ktx.engine.prompt import Rendered
 from ktx.server import sending
 from ktx.server.asked import (
-    GRAMMARS,
     PROMPTS,
     RENDER,
     Asked,
@@ -23,7 +22,7 @@ from ktx.server.asked import (
     asked_of,
     begin,
     check_room,
-    rules_of,
+    grammar_of,
     sampling_of,
     within,
 )
@@ -119,9 +118,7 @@ async def generate(served: Served, fields: OllamaGenerate, request: Request) -> 
     sampling = sampling_of(served, given, limit)
     if fields.raw:
         ids = await within(RENDER, PROMPTS, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"]))
-        format = _format(fields)
-        grammar = None if format is None else (await within(2, GRAMMARS, "the grammar", rules_of, format), "")
-        ask = Asked(Rendered(fields.prompt, ids, False), sampling, grammar)
+        ask = Asked(Rendered(fields.prompt, ids, False), sampling, await grammar_of(_format(fields)))
     else:
         messages = [{"role": "system", "content": fields.system}] if fields.system else []
         think = None if fields.think is None else bool(fields.think)
