@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
         logging.getLogger("ktx.server").info(
             "listening on http://%s:%d, loading %s", address, where.getsockname()[1], names[0]
         )
-        served.load(lambda progress: _scripted(args) if scripted else _engine(args, progress), failed)
+        served.load(lambda progress: _scripted(args) if scripted else _engine(args, served), failed)
 
     serve(app, served, where, started)
     if trouble:
@@ -210,11 +210,14 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _engine(args: argparse.Namespace, progress: Any) -> Any:
+def _engine(args: argparse.Namespace, served: Any) -> Any:
     import ktx
+    from ktx.kernels.cpu import usual_threads
+    from ktx.kernels.speed import read_bandwidth
 
+    served.bandwidth = read_bandwidth(args.threads or usual_threads())
     model, _ = ktx.load(
-        args.model, args.weights, args.rules, threads=args.threads, progress=progress, **load_options(args)
+        args.model, args.weights, args.rules, threads=args.threads, progress=served.progress, **load_options(args)
     )
     logging.getLogger("ktx.server").info(
         "loaded in %.1f s, %s kernels, %d threads", model.ktx.seconds, model.ktx.isa, model.ktx.threads

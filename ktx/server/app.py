@@ -31,6 +31,7 @@ from ktx.server.fields import (
     Tokenize,
 )
 from ktx.server.guard import Access, Guard
+from ktx.server.machine import Machine
 from ktx.server.metrics import Metrics
 from ktx.server.served import Served
 
@@ -87,7 +88,8 @@ def make_app(served: Served, access: Access | None = None) -> Guard:
     served.on_finished = metrics.finished
     routes = APIRouter(route_class=JsonRoute)
     _openai(routes, served)
-    _others(routes, served, metrics)
+    _others(routes, served)
+    _state(routes, served, metrics)
     app.include_router(routes)
     for kind in (Problem, KtxError):
         app.add_exception_handler(kind, _problem)
@@ -145,7 +147,7 @@ def _openai(routes: APIRouter, served: Served) -> None:
         return tokens.info(served)
 
 
-def _others(routes: APIRouter, served: Served, metrics: Metrics) -> None:
+def _others(routes: APIRouter, served: Served) -> None:
     @routes.post("/v1/messages")
     async def anthropic(fields: Anthropic, request: Request) -> Any:
         return await messages.answer(served, fields, request)
@@ -178,6 +180,10 @@ def _others(routes: APIRouter, served: Served, metrics: Metrics) -> None:
     async def version() -> dict[str, str]:
         return {"version": ollama.VERSION}
 
+
+def _state(routes: APIRouter, served: Served, metrics: Metrics) -> None:
+    machine = Machine(served)
+
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> JSONResponse:
@@ -187,6 +193,10 @@ def _others(routes: APIRouter, served: Served, metrics: Metrics) -> None:
     @routes.get("/metrics")
     async def metrics_text() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/machine")
+    async def machine_told() -> JSONResponse:
+        return JSONResponse(machine.told())
 
 
 def _respond(request: Request, problem: Problem) -> JSONResponse:
