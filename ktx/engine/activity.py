@@ -46,7 +46,7 @@ class Activity:
             (place if layer is None else layer, module)
             for place, (layer, (_, module)) in enumerate(zip(layers, modules, strict=True))
         ]
-        self.before = [(Counted.read(module.counts), module.waited) for _, module in self.experts]
+        self.before = [(module.counts.clone(), module.waited) for _, module in self.experts]
         self.nbytes, self.seconds = 0, 0.0
         self.prompt_tokens = self.answer_tokens = 0
 
@@ -61,11 +61,9 @@ class Activity:
         self.nbytes += self.reads.bytes(forwards, tokens, heads)
 
     def done(self) -> Done:
-        experts = [
-            Counted.read(module.counts) - before
-            for (_, module), (before, _) in zip(self.experts, self.before, strict=True)
-        ]
-        waited = sum(module.waited for _, module in self.experts) - sum(before for _, before in self.before)
+        pairs = list(zip(self.experts, self.before, strict=True))
+        experts = [Counted.read(module.counts - before) for (_, module), (before, _) in pairs]
+        waited = sum(module.waited - before for (_, module), (_, before) in pairs)
         read = sum(one.nbytes for one in experts)
         return Done(
             nbytes=self.nbytes + read,

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from operator import sub
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -237,17 +236,9 @@ class Counted:
     @classmethod
     def read(cls, counts: torch.Tensor) -> Counted:
         """From a tensor of `new_counts`, also while kernels add to it."""
-        numbers = counts.tolist()
-        nbytes, nanoseconds, *of_nodes = numbers[-2 - ops.nodes() :]
-        return cls(tuple(numbers[: -2 - ops.nodes()]), nbytes, nanoseconds / 1e9, tuple(n / 1e9 for n in of_nodes))
-
-    def __sub__(self, before: Counted) -> Counted:
-        return Counted(
-            tuple(map(sub, self.activations, before.activations)),
-            self.nbytes - before.nbytes,
-            self.seconds - before.seconds,
-            tuple(map(sub, self.node_seconds, before.node_seconds)),
-        )
+        numbers, others = counts.tolist(), 2 + ops.nodes()
+        nbytes, nanoseconds, *of_nodes = numbers[-others:]
+        return cls(tuple(numbers[:-others]), nbytes, nanoseconds / 1e9, tuple(n / 1e9 for n in of_nodes))
 
 
 def new_counts(experts: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -195,8 +196,8 @@ def _state(routes: APIRouter, served: Served, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @routes.get("/machine")
-    async def machine_told() -> JSONResponse:
-        return JSONResponse(machine.told())
+    async def machine_told() -> Response:
+        return Response(to_json(machine.told()), media_type="application/json")
 
 
 def _respond(request: Request, problem: Problem) -> JSONResponse:
