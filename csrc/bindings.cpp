@@ -159,7 +159,7 @@ Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int6
 Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& gate, const Tensor& up, const Tensor& down,
                 int64_t gate_code, int64_t up_code, int64_t down_code, int64_t n_experts, int64_t ff,
                 const Optional& gate_bias, const Optional& up_bias, const Optional& down_bias,
-                std::string act, double alpha, double limit) {
+                std::string act, double alpha, double limit, const Optional& counts) {
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be contiguous [tokens, hidden]");
   STD_TORCH_CHECK(n_experts > 0 && ff > 0, "n_experts and ff must be positive");
   const int64_t tokens = x.size(0), hidden = x.size(1);
@@ -172,7 +172,7 @@ Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const
                    {&lg, packed_data(gate, lg, n_experts, ff, hidden, "gate"), optional_floats(gate_bias, n_experts * ff, "gate_bias")},
                    {&lu, packed_data(up, lu, n_experts, ff, hidden, "up"), optional_floats(up_bias, n_experts * ff, "up_bias")},
                    {&ld, packed_data(down, ld, n_experts, hidden, ff, "down"), optional_floats(down_bias, n_experts * hidden, "down_bias")},
-                   activation(act), float(alpha), float(limit)};
+                   activation(act), float(alpha), float(limit), optional_counts(counts, n_experts)};
   if (tokens) experts(call);
   return out;
 }
@@ -221,7 +221,8 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("has_wide() -> bool");
   m.def("linear_batched(Tensor x, Tensor packed, int code, int n, int k) -> Tensor");
   m.def("experts(Tensor x, Tensor ids, Tensor weights, Tensor gate, Tensor up, Tensor down, int gate_code, int up_code, int down_code, "
-        "int n_experts, int ff, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, float alpha, float limit) -> Tensor");
+        "int n_experts, int ff, Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, str act, float alpha, float limit, "
+        "Tensor(a!)? counts=None) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));

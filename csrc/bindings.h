@@ -11,8 +11,10 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/experts.h"
 #include "cpu/kernels.h"
 #include "cpu/layout.h"
+#include "cpu/numa.h"
 #include "cpu/numbers.h"
 #include "cpu/small.h"
 
@@ -49,6 +51,14 @@ inline const float* floats(const Tensor& t, int64_t count, const char* what) {
 }
 
 inline const float* optional_floats(const Optional& t, int64_t count, const char* what) { return t ? floats(*t, count, what) : nullptr; }
+
+// int64 [experts + 2 + nodes]: what is counted, one after another as in Counts.
+inline Counts optional_counts(const Optional& t, int64_t experts) {
+  if (!t) return {};
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->is_contiguous() && t->numel() == experts + 2 + nodes(), "counts must be ", experts + 2 + nodes(), " contiguous int64");
+  int64_t* first = static_cast<int64_t*>(t->mutable_data_ptr());
+  return {first, first + experts, first + experts + 1, first + experts + 2};
+}
 
 // A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense. Keys and values may be Q8_0 blocks, bytes to torch.
 inline Strided strided(const Tensor& t, const char* what, bool kept = false) {

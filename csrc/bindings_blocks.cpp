@@ -158,7 +158,7 @@ Tensor gqa_block_(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor&
 
 Tensor moe_block_(const Tensor& x, Tensors packed, Ints about, const Optional& router_bias, const Optional& correction, int64_t experts, int64_t top,
                   std::string scoring, std::string group_mode, int64_t n_group, int64_t topk_group, bool renorm, double scale, int64_t ff,
-                  int64_t shared_ff, std::string act, double alpha, double limit, const Optional& before, double before_eps, bool before_plus_one) {
+                  int64_t shared_ff, std::string act, double alpha, double limit, const Optional& before, double before_eps, bool before_plus_one, const Optional& counts) {
   check_x(x, 2);
   const int64_t tokens = x.size(0), hidden = x.size(1);
   STD_TORCH_CHECK(experts > 0 && ff > 0 && shared_ff >= 0, "experts and ff must be positive");
@@ -170,6 +170,7 @@ Tensor moe_block_(const Tensor& x, Tensors packed, Ints about, const Optional& r
   b.route = route_style(scoring, group_mode, optional_floats(correction, experts, "correction"), experts, top, n_group, topk_group, renorm, scale);
   b.experts.tokens = tokens, b.experts.top = top, b.experts.hidden = hidden, b.experts.inner = ff, b.experts.experts = experts;
   b.experts.act = activation(act), b.experts.alpha = float(alpha), b.experts.limit = float(limit);
+  b.experts.counts = optional_counts(counts, experts);
   b.experts.gate = matrices.experts(experts, ff, hidden, "gate"), b.experts.up = matrices.experts(experts, ff, hidden, "up");
   b.experts.down = matrices.experts(experts, hidden, ff, "down");
   if (shared_ff) {
@@ -193,7 +194,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
         "int[] about, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor? o_bias, Tensor? q_norm, Tensor? k_norm, bool norm_all, bool plus_one, "
         "Tensor? sinks, float[] numbers, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False, Tensor? sequences=None, Tensor? pages=None, Tensor? slots=None) -> Tensor");
   m.def("moe_block(Tensor x, Tensor[] packed, int[] about, Tensor? router_bias, Tensor? correction, int experts, int top, str scoring, str group_mode, "
-        "int n_group, int topk_group, bool renorm, float scale, int ff, int shared_ff, str act, float alpha, float limit, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False) -> Tensor");
+        "int n_group, int topk_group, bool renorm, float scale, int ff, int shared_ff, str act, float alpha, float limit, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False, Tensor(a!)? counts=None) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
   m.impl("mla_block", TORCH_BOX(&mla_block_));

@@ -20,6 +20,8 @@ from ktx.ops.base import Context, Operator, made_from, resolve
 from ktx.rules import Rule
 from ktx.weights.source import TensorSpec, WeightSource
 
+NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
+
 
 @dataclass
 class Step:
@@ -155,8 +157,14 @@ def _short(rule: Rule | None) -> str:
 
 def _generic(path: str) -> tuple[str, list[int]]:
     """A path with its first number taken out, and that number."""
-    number = re.search(r"\.(\d+)(?=\.|$)", path)
+    number = NUMBER.search(path)
     return (path, []) if number is None else (f"{path[: number.start()]}.{{}}{path[number.end() :]}", [int(number[1])])
+
+
+def layer_of(path: str) -> int | None:
+    """The first number in a module's path."""
+    number = NUMBER.search(path)
+    return None if number is None else int(number[1])
 
 
 def _named(generic: str, numbers: Sequence[int]) -> str:

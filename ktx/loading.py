@@ -31,7 +31,9 @@ from ktx.kernels.kept import Store, open_store
 from ktx.ops import mtp as mtp_layer
 from ktx.ops.base import Operator, made_type
 from ktx.ops.embed import Embedding
+from ktx.ops.experts import Experts
 from ktx.ops.linear import Linear
+from ktx.ops.sizes import sizes
 from ktx.rules import FILES, Rule, load_rules
 from ktx.weights.source import WeightSource, open_weights
 
@@ -58,6 +60,11 @@ class Handle:
         """An engine that answers many requests at once; `options` are those of ktx.engine.engine.Options. Close it, or use it in a `with`."""
         made = importlib.import_module("ktx.engine.engine")  # it stands above this module
         return made.Engine(self.model(), self.tokenizer, made.Options(**options))
+
+    def activity(self) -> dict[str, cpu.Counted]:
+        """By module path, what the experts have done since the model was loaded."""
+        named = self.model().named_modules()
+        return {path: cpu.Counted.read(module.counts) for path, module in named if isinstance(module, Experts)}
 
     @property
     def load_speed(self) -> float:
@@ -259,14 +266,14 @@ def load(
     if mtp:
         mtp_layer.detach(built)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
-    held, read = _weight_bytes(built)
+    own = sizes(built)
     config: Any = built.config
     built.ktx = Handle(
         made,
         source.path,
         time.perf_counter() - start,
-        held,
-        read,
+        sum(size.held for size in own),
+        sum(size.token for size in own),
         cpu.ops.isa(),
         team,
         _cached_as(built, kv_dtype),
@@ -438,23 +445,6 @@ def _repair(model: Any) -> None:
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise BadFile(f"these parameters were not loaded: {', '.join(left[:5])}{' and more' if len(left) > 5 else ''}")
-
-
-def _weight_bytes(model: nn.Module) -> tuple[int, int]:
-    """Packed bytes held, and read for one token; plain parameters count as they are."""
-    held = read = 0
-    shared: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, Operator):
-            mine, token = module.weight_bytes()
-            tied = isinstance(module, Linear) and module.tied_to
-            held, read = held + (0 if tied else mine), read + token
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) not in shared:
-                shared.add(id(parameter))
-                size = parameter.numel() * parameter.element_size()
-                held, read = held + size, read + (0 if isinstance(module, nn.Embedding) else size)
-    return held, read
 
 
 def _generation(model: Any, folder: str | Path) -> None:

@@ -4,6 +4,8 @@
 #include "experts.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <vector>
 
 #include "pool.h"
@@ -17,6 +19,11 @@ constexpr int INNER_GROUPS = 4;  // row groups of gate and up in a unit of work:
 constexpr int64_t LONG_RUN = 64;  // units of few tokens that a member takes at once
 thread_local Scratch shared_scratch, member_scratch;
 thread_local std::vector<int64_t> order, by_number;
+
+int64_t now() { return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Callers may be several, and readers do not ask.
+void add(int64_t& to, int64_t more) { std::atomic_ref<int64_t>(to).fetch_add(more, std::memory_order_relaxed); }
 
 // Units of `groups` row groups of matrices that share their number of rows, node by node: of each matrix in turn those that a node holds.
 struct Units {
@@ -66,6 +73,7 @@ struct Chunk {
   int64_t all_tiles;  // of all active experts' inputs
   Queue rows, tiles;
   Line inner, outer;
+  std::atomic<int64_t> busy[MAX_NODES] = {}, members[MAX_NODES] = {};  // of a memory node: nanoseconds of its members, and how many these are
 
   int count(int64_t e) const { return int(offset[e + 1] - offset[e]); }
   bool ints_in() const { return xs.q; }
@@ -212,6 +220,21 @@ struct Chunk {
         from_floats(total + t * columns, c.type, width, out + (t * c.hidden + first * 16) * int64_t(size_of(c.type)));
     });
   }
+
+  int64_t clock() const { return c.counts.activations ? now() : 0; }
+  void worked(int64_t nanoseconds) {
+    if (!c.counts.activations) return;
+    busy[own_node()].fetch_add(nanoseconds, std::memory_order_relaxed), members[own_node()].fetch_add(1, std::memory_order_relaxed);
+  }
+  void tell() const {
+    const Counts& counts = c.counts;
+    if (!counts.activations) return;
+    for (int64_t e : present) add(counts.activations[e], count(e));
+    const size_t expert = packed_bytes(*c.gate.layout, c.inner, c.hidden) + packed_bytes(*c.up.layout, c.inner, c.hidden) + packed_bytes(*c.down.layout, c.hidden, c.inner);
+    add(*counts.bytes, int64_t(present.size() * expert));
+    for (int node = 0; node < nodes(); ++node)
+      if (const int64_t n = members[node]) add(counts.of_nodes[node], busy[node] / n);
+  }
 };
 
 void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens, bool wide) {
@@ -256,18 +279,25 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens, bool wide) {
       barrier();
       member_scratch.reset(own);
     }
+    const int64_t start = chunk.clock();
     chunk.inner_phase(member_scratch, member);
+    const int64_t end = chunk.clock();
     barrier();
     member_scratch.reset(own);
+    const int64_t again = chunk.clock();
     chunk.outer_phase(member_scratch);
+    chunk.worked(chunk.clock() - again + end - start);
   });
+  chunk.tell();
 }
 }  // namespace
 
 void experts(const ExpertsCall& call) {
+  const int64_t start = call.counts.activations ? now() : 0;
   const int64_t chunk = std::min(CHUNK, std::max<int64_t>(1, call.experts / std::max<int64_t>(call.top, 1)) * FEW);
   for_widths(call.tokens, false, [&](int64_t first, int64_t count, bool wide) {
     for (int64_t t = first; t < first + count; t += chunk) run_chunk(call, t, std::min(chunk, first + count - t), wide);
   });
+  if (call.counts.activations) add(*call.counts.nanoseconds, now() - start);
 }
 }  // namespace ktx

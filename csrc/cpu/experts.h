@@ -12,6 +12,13 @@ struct ExpertMatrix {  // the matrices of all experts, one after another
   const uint8_t* packed;
   const float* bias;  // [experts][rows] or null
 };
+// What is counted of a layer's experts: every call adds to it, others may read meanwhile.
+struct Counts {
+  int64_t* activations = nullptr;  // [experts] choices of each; null: nothing is counted
+  int64_t* bytes = nullptr;        // of packed weights that were read: of every pass over them, those of its distinct experts
+  int64_t* nanoseconds = nullptr;  // from the calls' beginning to their end
+  int64_t* of_nodes = nullptr;     // [nodes] nanoseconds that a memory node's members multiplied in, on average over these members
+};
 struct ExpertsCall {
   const void* x;           // [tokens][hidden] of `type`
   void* out;               // [tokens][hidden] of `type`
@@ -22,6 +29,7 @@ struct ExpertsCall {
   ExpertMatrix gate, up, down;
   Activation act;
   float alpha, limit;
+  Counts counts = {};
 };
 void experts(const ExpertsCall& call);
 }  // namespace ktx

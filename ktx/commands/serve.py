@@ -188,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
         logging.getLogger("ktx.server").info(
             "listening on http://%s:%d, loading %s", address, where.getsockname()[1], names[0]
         )
-        served.load(lambda progress: _scripted(args) if scripted else _engine(args, progress), failed)
+        served.load(lambda progress: _scripted(args) if scripted else _engine(args, served), failed)
 
     serve(app, served, where, started)
     if trouble:
@@ -233,15 +233,18 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _engine(args: argparse.Namespace, progress: Any) -> Any:
+def _engine(args: argparse.Namespace, served: Any) -> Any:
     import ktx
+    from ktx.kernels.cpu import usual_threads
+    from ktx.kernels.speed import read_bandwidth
 
+    served.bandwidth = read_bandwidth(args.threads or usual_threads())
     model, _ = ktx.load(
         args.model,
         args.weights,
         args.rules,
         threads=args.threads,
-        progress=progress,
+        progress=served.progress,
         mtp=args.speculative == "mtp",
         **load_options(args),
     )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ktx.cache.pages import PAGE, Pages
+from ktx.engine.activity import Activity
 from ktx.engine.answer import Answer
 from ktx.engine.asking import Listener, generate
 from ktx.engine.request import Event, Finished, Request
@@ -80,6 +81,7 @@ class Engine:
         self.speculation = self._speculation()
         self._measure()
         self.store = self._store()
+        self.activity = Activity(model)
         self.scheduler = self._scheduler(pages)
         self.answers: dict[Request, Answer] = {}
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -311,7 +313,8 @@ class Engine:
         for part in parts:
             part.request.started = part.request.started or now
         try:
-            logits = self.runner.run(parts)
+            with self.activity.forward(*self.runner.reads(parts)):
+                logits = self.runner.run(parts)
         except Abandoned:
             self._undo(parts)
         except Exception as error:
@@ -348,6 +351,8 @@ class Engine:
     def _computed(self, part: Part, logits: torch.Tensor) -> int:
         """What follows from a part's logits; how many of its tokens stay."""
         request, answer = part.request, self.answers[part.request]
+        answered = request.answered
+        self.activity.prompt_tokens += part.prompt
         try:
             kept, done = answer.take(part, logits)
         except Exception as error:  # a request's own settings must not stop the others
@@ -355,6 +360,7 @@ class Engine:
             self._finish(answer, "error", error=f"{type(error).__name__}: {error}")
             return 0
         request.alone = False
+        self.activity.answer_tokens += request.answered - answered
         if self.scheduler.advance(request, kept) and self.scheduler.recurrent and self.scheduler.share:
             page = request.computed // PAGE - 1
             self.scheduler.pages.keep(request.keys[page], self.runner.snapshot(request))

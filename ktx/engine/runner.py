@@ -67,6 +67,10 @@ class Runner:
         found = out.logits[0].split([len(row) for row in rows])
         return {part.request: logits for part, logits in zip(parts, found, strict=True)}
 
+    def reads(self, parts: Sequence[Part]) -> tuple[int, int, int]:
+        """Forwards that `run` makes of the parts, their tokens, and how many of the forwards make logits."""
+        return 1, sum(part.count for part in parts), int(any(map(wanted, parts)))
+
     def _look(self, parts: Sequence[Part]) -> None:
         self.alive = time.monotonic()
         gone = sum(part.count for part in parts if part.request.cancelled)
@@ -124,6 +128,9 @@ class PlainRunner(Runner):
                 ).logits[0]
             found[part.request] = logits[len(logits) - wanted(part) :]
         return found
+
+    def reads(self, parts: Sequence[Part]) -> tuple[int, int, int]:
+        return len(parts), sum(part.count for part in parts), len(parts)
 
     def forget(self, request: Request) -> None:
         self.caches.pop(request.number, None)

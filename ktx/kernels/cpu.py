@@ -195,8 +195,9 @@ def experts(
     act: str = "silu",
     alpha: float = 0.0,
     limit: float = 0.0,
+    counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [tokens, hidden], ids int64 and weights f32 [tokens, top] -> [tokens, hidden] in x's dtype; see reference.experts."""
+    """x [tokens, hidden], ids int64 and weights f32 [tokens, top] -> [tokens, hidden] in x's dtype; see reference.experts. Adds to `counts`, see `Counted`."""
     return ops.experts(
         x,
         ids,
@@ -215,7 +216,34 @@ def experts(
         act,
         alpha,
         limit,
+        counts,
     )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What experts have done: choices of each, bytes of packed weights read, seconds from the calls' beginning to their end, and seconds
+    that each memory node's members multiplied in, on average over these members.
+
+    Every pass over the weights (of up to 2048 tokens) reads the experts that one of its tokens chose, once.
+    """
+
+    activations: tuple[int, ...]
+    nbytes: int
+    seconds: float
+    node_seconds: tuple[float, ...]
+
+    @classmethod
+    def read(cls, counts: torch.Tensor) -> Counted:
+        """From a tensor of `new_counts`, also while kernels add to it."""
+        numbers, others = counts.tolist(), 2 + ops.nodes()
+        nbytes, nanoseconds, *of_nodes = numbers[-others:]
+        return cls(tuple(numbers[:-others]), nbytes, nanoseconds / 1e9, tuple(n / 1e9 for n in of_nodes))
+
+
+def new_counts(experts: int) -> torch.Tensor:
+    """int64 zeros, what `experts` and the MoE block add to: activations, bytes, nanoseconds, and those of each node."""
+    return torch.zeros(experts + 2 + ops.nodes(), dtype=torch.int64, device="cpu")
 
 
 attention, mla_attention = ops.attention, ops.mla_attention

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ktx.hardware import memory
 from ktx.kernels import cpu
 from ktx.kernels.check import IN_BF16
 from ktx.qtypes import QType
@@ -31,6 +32,11 @@ def seconds(call: Callable[[], object], repeat: int) -> float:
         call()
         taken.append(time.perf_counter() - start)
     return statistics.median(taken)
+
+
+def read_bandwidth(threads: int) -> float | None:
+    """GB/s of reads from memory as `ktx doctor` measures them, within a second; None where half a gigabyte is not free."""
+    return None if memory()[1] < 1 << 30 else cpu.ops.probe_read(threads, 512)
 
 
 def matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 class Experts(Operator):
     """The contract of transformers' experts modules: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D].
 
-    Weights stay on the CPU whatever `.to()` says: that is what they are here for.
+    Weights stay on the CPU whatever `.to()` says: that is what they are here for. `counts` is what kernels count of them, see cpu.Counted;
+    `waited` are the seconds spent on hidden states that came from another device.
     """
 
     def __init__(self, path: str, experts: int, gate: Gate, bias: bool):
@@ -30,6 +32,7 @@ class Experts(Operator):
         self.weights: dict[str, cpu.Packed] = {}
         self.target: str | None = None
         self.biases: dict[str, torch.Tensor | None] = dict.fromkeys(PROJECTIONS)
+        self.counts, self.waited = cpu.new_counts(experts), 0.0
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Experts:
@@ -67,11 +70,16 @@ class Experts(Operator):
         return packed_as(parts, self.target, cpu.pack_experts)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        device = hidden.device
+        if device.type != "cpu":
+            start = time.perf_counter()
+            hidden, ids, weights = hidden.to("cpu"), ids.to("cpu"), weights.to("cpu")
+            self.waited += time.perf_counter() - start
         w, b = self.weights, self.biases
         out = cpu.experts(
-            hidden.to("cpu").contiguous(),
-            ids.to("cpu", torch.int64).contiguous(),
-            weights.to("cpu", torch.float32).contiguous(),
+            hidden.contiguous(),
+            ids.to(torch.int64).contiguous(),
+            weights.to(torch.float32).contiguous(),
             w["gate_proj"],
             w["up_proj"],
             w["down_proj"],
@@ -79,8 +87,9 @@ class Experts(Operator):
             b["up_proj"],
             b["down_proj"],
             *self.gate,
+            self.counts,
         )
-        return out.to(hidden.device)
+        return out.to(device)
 
     def weight_bytes(self) -> tuple[int, int]:
         held = sum(w.nbytes for w in self.weights.values())

@@ -72,7 +72,7 @@ class Block:
         top, scoring, mode, groups, chosen, renorm, scale = router.manner()
         self.style = (experts.num_experts, top, scoring, mode, groups, chosen, renorm, scale)
         self.sizes = experts.width, width
-        self.gate = experts.gate
+        self.gate, self.counts = experts.gate, experts.counts
 
     @classmethod
     def of(cls, owner: MoE) -> Block | None:
@@ -125,4 +125,5 @@ class Block:
             *self.sizes,
             *self.gate,
             *before,
+            self.counts,
         )

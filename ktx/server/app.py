@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -31,6 +32,7 @@ from ktx.server.fields import (
     Tokenize,
 )
 from ktx.server.guard import Access, Guard
+from ktx.server.machine import Machine
 from ktx.server.metrics import Metrics
 from ktx.server.served import Served
 
@@ -87,7 +89,8 @@ def make_app(served: Served, access: Access | None = None) -> Guard:
     served.on_finished = metrics.finished
     routes = APIRouter(route_class=JsonRoute)
     _openai(routes, served)
-    _others(routes, served, metrics)
+    _others(routes, served)
+    _state(routes, served, metrics)
     app.include_router(routes)
     for kind in (Problem, KtxError):
         app.add_exception_handler(kind, _problem)
@@ -145,7 +148,7 @@ def _openai(routes: APIRouter, served: Served) -> None:
         return tokens.info(served)
 
 
-def _others(routes: APIRouter, served: Served, metrics: Metrics) -> None:
+def _others(routes: APIRouter, served: Served) -> None:
     @routes.post("/v1/messages")
     async def anthropic(fields: Anthropic, request: Request) -> Any:
         return await messages.answer(served, fields, request)
@@ -178,6 +181,10 @@ def _others(routes: APIRouter, served: Served, metrics: Metrics) -> None:
     async def version() -> dict[str, str]:
         return {"version": ollama.VERSION}
 
+
+def _state(routes: APIRouter, served: Served, metrics: Metrics) -> None:
+    machine = Machine(served)
+
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> JSONResponse:
@@ -187,6 +194,10 @@ def _others(routes: APIRouter, served: Served, metrics: Metrics) -> None:
     @routes.get("/metrics")
     async def metrics_text() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/machine")
+    async def machine_told() -> Response:
+        return Response(to_json(machine.told()), media_type="application/json")
 
 
 def _respond(request: Request, problem: Problem) -> JSONResponse:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from ktx.engine.activity import Done
+from ktx.engine.engine import Engine
 from ktx.engine.request import Finished
 from ktx.server.served import Served
 
@@ -54,6 +56,8 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
+        self.last: Done | None = None  # at the last look
+        ProcessCollector(registry=self.registry)
         self.registry.register(self)
 
     def finished(self, event: Finished) -> None:
@@ -101,16 +105,57 @@ class Metrics:
         yield self._counter("prefix_cache_hits", "Prompt tokens that were found there.", scheduler.found)
         yield self._counter("engine_steps", "Forwards of the model.", engine.steps)
         yield self._counter("engine_restarts", "Times the engine's thread was replaced.", engine.restarts)
+        yield from self._activity(engine)
 
-    def _gauge(self, name: str, text: str, value: float) -> Any:
-        family = GaugeMetricFamily(f"ktx:{name}", text, labels=["model_name"])
-        family.add_metric([self.model], value)
-        return family
+    def _activity(self, engine: Engine) -> Iterator[Any]:
+        """What the machine did for it."""
+        done, measured = engine.activity.done(), self.served.bandwidth
+        nodes = {str(node): seconds for node, seconds in enumerate(done.node_seconds)}
+        yield self._gauge("kv_cache_bytes", "Memory of all keys and values.", engine.runner.nbytes())
+        yield self._counter("forward_seconds", "Seconds of forwards.", done.seconds)
+        yield self._counter("weight_bytes_read", "Packed bytes that forwards read.", done.nbytes)
+        yield self._counter("expert_bytes_read", "Those of experts.", done.expert_bytes)
+        yield self._counter(
+            "expert_seconds", "Seconds of a memory node's threads in experts, on average.", nodes, "node"
+        )
+        yield self._counter("gpu_wait_seconds", "Seconds the CPU waited for a GPU.", done.gpu_wait_seconds)
+        chosen = {str(layer): sum(counts) for layer, counts in done.layers.items()}
+        shares = {str(layer): imbalance(counts) for layer, counts in done.layers.items()}
+        yield self._counter("expert_activations", "Times that a token chose an expert.", chosen, "layer")
+        yield self._gauge(
+            "expert_imbalance", "The most chosen expert's activations over the mean of its layer.", shares, "layer"
+        )
+        if measured is not None:
+            yield self._gauge("bandwidth_measured_bytes_per_second", "Read from memory at the start.", measured * 1e9)
+            yield self._gauge(
+                "bandwidth_used_ratio",
+                "Weights read a second of forwards over the measured bandwidth, since the last look.",
+                self._speed(done) / measured / 1e9,
+            )
+        self.last = done
 
-    def _counter(self, name: str, text: str, value: float) -> Any:
-        family = CounterMetricFamily(f"ktx:{name}", text, labels=["model_name"])
-        family.add_metric([self.model], value)
+    def _speed(self, done: Done) -> float:
+        """Bytes a second of the forwards since the last look; 0 without any."""
+        nbytes, seconds = (self.last.nbytes, self.last.seconds) if self.last else (0, 0.0)
+        return (done.nbytes - nbytes) / (done.seconds - seconds) if done.seconds > seconds else 0.0
+
+    def _gauge(self, name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Any:
+        return self._family(GaugeMetricFamily, name, text, value, label)
+
+    def _counter(self, name: str, text: str, value: float | Mapping[str, float], label: str = "") -> Any:
+        return self._family(CounterMetricFamily, name, text, value, label)
+
+    def _family(self, kind: Any, name: str, text: str, value: float | Mapping[str, float], label: str) -> Any:
+        """One value, or one for each word of a label."""
+        family = kind(f"ktx:{name}", text, labels=["model_name", label] if label else ["model_name"])
+        for word, number in value.items() if isinstance(value, Mapping) else [("", value)]:
+            family.add_metric([self.model, word] if label else [self.model], number)
         return family
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def imbalance(counts: Sequence[int]) -> float:
+    """How many times the mean the highest count is; 1 when nothing was counted."""
+    return max(counts) * len(counts) / sum(counts) if any(counts) else 1.0

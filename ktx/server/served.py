@@ -56,6 +56,7 @@ class Served:
         self.fingerprint = f"ktx_{uuid.uuid4().hex[:10]}"
         self.progress = Progress()
         self.engine: Engine | None = None
+        self.bandwidth: float | None = None  # GB/s that this machine's memory was read with before the model was loaded
         self.prompts: Prompts | None = None
         self.grammars: Grammars | None = None
         self.defaults: dict[str, Any] = {}

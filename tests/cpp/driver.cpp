@@ -13,6 +13,7 @@
 #include "isa.h"
 #include "layout.h"
 #include "linear.h"
+#include "numa.h"
 #include "pool.h"
 #include "small.h"
 
@@ -71,8 +72,10 @@ void mixtures(Random& random, const Layout& l, const Layout& down) {
     std::vector<int64_t> ids(size_t(tokens * top));
     for (int64_t& id : ids) id = int64_t(random.source() % (count + 2)) - 1;  // some are out of range, some come twice
     std::vector<float> out(size_t(tokens * hidden));
+    static int64_t counted[count + 2 + MAX_NODES];  // of all callers
+    const Counts counts{counted, counted + count, counted + count + 1, counted + count + 2};
     experts({x.data(), out.data(), Number::F32, ids.data(), weights.data(), tokens, top, hidden, inner, count,
-             {&l, gate.data(), nullptr}, {&l, up.data(), nullptr}, {&down, last.data(), nullptr}, SILU, 0, 0});
+             {&l, gate.data(), nullptr}, {&l, up.data(), nullptr}, {&down, last.data(), nullptr}, SILU, 0, 0, counts});
   }
 }
 
