@@ -35,9 +35,13 @@ class SharedHead(nn.Module):
 class MTP(nn.Module):
     """The layer with its two norms and the matrix that joins a state and an embedding."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, index: int, layer: nn.Module):
         super().__init__()
-        self.layer: Any = layer
+        self.layers = nn.ModuleDict({str(index): layer})  # by its number in the checkpoint
+
+    @property
+    def layer(self) -> Any:
+        return next(iter(self.layers.values()))
 
     def forward(self, embeds: torch.Tensor, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Embeddings of the tokens that follow and states, both [B, S, D] -> [B, S, D], ready for the output layer and for another step."""
@@ -74,6 +78,7 @@ def append(model: Any, source: WeightSource) -> None:
 def detach(model: Any) -> None:
     """Makes the loaded layer `model.mtp`."""
     layers = model.get_decoder().layers
-    layer = layers[len(layers) - 1]
-    del layers[len(layers) - 1]
-    model.mtp = MTP(layer)
+    index = len(layers) - 1
+    layer = layers[index]
+    del layers[index]
+    model.mtp = MTP(index, layer)
