@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ktx.commands.arguments import Parser
 from ktx.errors import KtxError
 
-COMMANDS = ("chat", "serve", "plan", "doctor", "verify", "bench")
+COMMANDS = ("chat", "serve", "download", "plan", "doctor", "verify", "bench")
 
 
 def build_parser(wanted: Sequence[str] = COMMANDS) -> Parser:

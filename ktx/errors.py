@@ -19,7 +19,7 @@ class UsageError(KtxError):
 
 
 class DoesNotFit(KtxError):
-    """The machine has too little memory for the request."""
+    """The machine has too little memory, or disk, for the request."""
 
     exit_code = 3
 

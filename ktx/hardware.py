@@ -184,6 +184,15 @@ def _first_line(path: Path, default: str) -> str:
         return default
 
 
+def human(nbytes: float) -> str:
+    """Bytes for people: 1.5 GB, by powers of 1000 as disks and downloads count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 999.5 or unit == "GB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 

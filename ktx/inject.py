@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ktx.errors import BadFile, UsageError, nearest
+from ktx.hardware import human
 from ktx.ops.base import Context, Operator, made_from, resolve
 from ktx.rules import Rule
 from ktx.weights.source import TensorSpec, WeightSource
@@ -126,15 +127,6 @@ class Plan(list[Step]):
 
     def __str__(self) -> str:
         return self.table()
-
-
-def human(nbytes: float) -> str:
-    """Bytes for people: 1.5 GB, by powers of 1000 as disks and downloads count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5 or unit == "GB":
-            return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    raise AssertionError
 
 
 def _shape(shape: tuple[int, ...]) -> str:

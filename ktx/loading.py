@@ -24,8 +24,8 @@ from ktx.cache.kv import Q8_0, KVType, kv_type
 from ktx.compat import config_dict, dtype_plan
 from ktx.config import warn_unknown
 from ktx.errors import BadFile, DoesNotFit, UsageError
-from ktx.hardware import keep_freed_memory, memory
-from ktx.inject import Plan, human, inject
+from ktx.hardware import human, keep_freed_memory, memory
+from ktx.inject import Plan, inject
 from ktx.kernels import cpu
 from ktx.kernels.kept import Store, open_store
 from ktx.ops import mtp as mtp_layer
@@ -86,7 +86,7 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
             f"{source}: has no config.json; --model must be a Hugging Face folder (its GGUF goes to --weights)"
         )
     if not path.is_dir() and (path.exists() or str(source).count("/") > 1 or str(source).startswith((".", "~", "/"))):
-        raise BadFile(f"{source}: no such folder")
+        raise BadFile(f"{source}: no such folder; `ktx download` fetches a model from a hub")
     if path.is_dir():
         _check_json(path / "config.json")
     try:
@@ -97,7 +97,8 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers and the hub raise a dozen unrelated types for what a config.json can say
         first = str(error).strip().partition("\n")[0]
-        raise BadFile(f"{source}: no configuration: {first[:300]}") from error
+        advice = "" if path.is_dir() else f"; `ktx download {source}` fetches a model and says why it cannot"
+        raise BadFile(f"{source}: no configuration: {first[:300]}{advice}") from error
 
 
 def _check_json(file: Path) -> None:
@@ -162,7 +163,7 @@ def _prepare(
     if not weights and not where.exists():
         where = _hub_folder(str(model))
     if not where.exists():
-        raise BadFile(f"{where}: no such file or folder")
+        raise BadFile(f"{where}: no such file or folder; `ktx download` fetches a model from a hub")
     if moe_experts is not None:
         _fewer_experts(config, moe_experts)
     chosen = load_rules(rules, config.model_type)

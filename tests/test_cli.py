@@ -17,7 +17,7 @@ from tests.small_chat import write_model
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
 DEMO, HELD_OUT = demo.path(), demo.heldout()
-COMMANDS = ("chat", "plan", "doctor", "verify", "bench")
+COMMANDS = ("chat", "download", "plan", "doctor", "verify", "bench")
 
 
 def ktx(*words, **more):

@@ -20,6 +20,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
         "ktx.compat",
         "ktx.demo",
         "ktx.dialects",
+        "ktx.hub",
     ),
     ("ktx.weights", "ktx.kernels"),
     ("ktx.cache",),
@@ -50,6 +51,7 @@ ONE_FILE = {
     "triton": "ktx/kernels/",
     "flashinfer": "ktx/kernels/",
     "cpufeature": "ktx/hardware.py",
+    "modelscope_hub": "ktx/hub/modelscope.py",
 }
 LIGHT = [
     "ktx",

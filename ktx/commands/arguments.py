@@ -213,7 +213,7 @@ def named_model(args: argparse.Namespace) -> bool:
         return args.model is not None
     path = Path(args.weights).expanduser()
     if not path.exists():
-        raise BadFile(f"{args.weights}: no such file or folder")
+        raise BadFile(f"{args.weights}: no such file or folder; `ktx download` fetches a model from a hub")
     path = path if (path / "config.json").exists() else gguf_in(path)
     if path.suffix == ".gguf" or (path / "config.json").exists():
         args.model = str(path)

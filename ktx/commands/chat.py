@@ -125,7 +125,7 @@ def _demo(args: argparse.Namespace, note: Any) -> None:
 
 def first_line(model: Any, name: str) -> str:
     """What was picked: model, bytes, types, kernels, threads."""
-    from ktx.inject import human
+    from ktx.hardware import human
 
     h = model.ktx
     return f"{name}: {human(h.nbytes)} of weights, {h.isa} kernels, {h.threads} threads, loaded in {h.seconds:.1f} s ({h.load_speed:.2f} GB/s)"
