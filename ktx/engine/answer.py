@@ -23,6 +23,7 @@ class Answer:
         own = frozenset(request.sampling.stop_ids)
         self.stop_ids = own if request.sampling.ignore_eos else stop_ids | own
         self.stopped_by: str | int | None = None
+        self.last: Choice | None = None  # the token that ended the answer
         self.prompt_choices: list[Choice] = [Choice(request.prompt[0])] if request.sampling.echo else []
         self.done: Reason | None = None
 
@@ -65,7 +66,7 @@ class Answer:
         if request.first_token is None:
             request.first_token = time.perf_counter()
         if token in self.stop_ids:
-            self.stopped_by = token
+            self.stopped_by, self.last = token, choice
             return "stop"
         request.ids.append(token)
         if request.constraint is not None:
@@ -85,6 +86,7 @@ class Answer:
         if self.finder.found is not None and reason == "length":
             reason, self.stopped_by = "stop", self.finder.found
         request = self.request
-        finished = Finished(reason, text, request.ids[len(request.prompt) :], request.usage(), self.stopped_by, error)
+        ids, usage = request.ids[len(request.prompt) :], request.usage()
+        finished = Finished(reason, text, ids, usage, self.stopped_by, error, self.last)
         request.sink(finished)
         return finished

@@ -55,7 +55,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event. `text` is what was held back, `stop` the stop string or token id that ended the answer."""
+    """The last event. `text` is what was held back, `stop` the stop string or token id that ended the answer, `choice` that token,
+    which is no part of it.
+    """
 
     reason: Reason
     text: str
@@ -63,6 +65,7 @@ class Finished:
     usage: Usage
     stop: str | int | None = None
     error: str = ""
+    choice: Choice | None = None
 
 
 Event = Prompt | Piece | Finished

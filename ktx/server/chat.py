@@ -11,9 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ktx.engine.asking import Chorus
+from ktx.engine.request import Piece
 from ktx.server import sending
 from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, guided, salt_of, sampling_of
-from ktx.server.fields import Chat, Message, NamedTool
+from ktx.server.fields import Chat, Message, NamedTool, StreamOptions
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Tokens, Turn
 
@@ -47,8 +48,7 @@ async def answer(served: Served, fields: Chat, request: Request) -> Response:
     hide = fields.include_reasoning is False
     if not fields.stream:
         return await sending.whole(request, chorus, _whole(chorus, turns, base, tokens, wants, hide))
-    usage = bool(fields.stream_options and fields.stream_options.include_usage)
-    pieces = _stream(chorus, turns, base, tokens, wants, hide, usage)
+    pieces = _stream(chorus, turns, base, tokens, wants, hide, fields.stream_options or StreamOptions())
     return sending.events(pieces, chorus, request.url.path, served.settings.ping, "[DONE]")
 
 
@@ -121,21 +121,30 @@ async def _whole(
 
 
 async def _stream(
-    chorus: Chorus, turns: list[Turn], base: dict[str, Any], tokens: Tokens, logprobs: bool, hide: bool, usage: bool
+    chorus: Chorus,
+    turns: list[Turn],
+    base: dict[str, Any],
+    tokens: Tokens,
+    logprobs: bool,
+    hide: bool,
+    options: StreamOptions,
 ) -> AsyncIterator[tuple[None, Any]]:
     """One id for all chunks, the role in the first of each choice, one finish a choice, usage last if it was asked for."""
+    usage, said = bool(options.include_usage), [0 for _ in turns]
 
     def chunk(
         number: int, delta: dict[str, Any], choices: list[Any] | None = None, finish: str | None = None
     ) -> tuple[None, Any]:
         told = tokens.content(choices) if logprobs and choices else None
         one = {"index": number, "delta": delta, "logprobs": told, "finish_reason": finish}
-        more = {"usage": None} if usage else {}
+        so_far = sending.usage_so_far(chorus, number, said[number]) if options.continuous_usage_stats else None
+        more = {"usage": so_far} if usage else {}
         return None, {**base, "object": "chat.completion.chunk", "choices": [one], **more}
 
     for number in range(len(turns)):
         yield chunk(number, {"role": "assistant", "content": ""})
     async for number, event in chorus:
+        said[number] += isinstance(event, Piece)
         for told in turns[number].hear(event):
             if isinstance(told, Said):
                 if told.kind == "answer":

@@ -99,6 +99,11 @@ class Told:
         return lists
 
 
+def ending(event: Finished) -> list[Choice]:
+    """The token that ended an answer is told with the others' log-probabilities: who asked for one token, as lm-eval does, counts on one."""
+    return [event.choice] if event.choice is not None else []
+
+
 def _usage(chorus: Chorus, prompts: list[list[int]], ends: dict[int, Finished]) -> dict[str, Any]:
     asked, said = sum(map(len, prompts)), sum(end.usage.answer for end in ends.values())
     cached = sum(end.usage.cached for end in ends.values())
@@ -124,6 +129,7 @@ async def _whole(
         else:
             sending.check_end(event.reason, event.error)
             texts[number] += event.text
+            choices[number] += ending(event)
             ends[number] = event
     each = fields.n or 1
     if fields.echo:
@@ -142,6 +148,8 @@ async def _stream(
     chorus: Chorus, base: dict[str, Any], tokens: Tokens, fields: Completion, prompts: list[list[int]]
 ) -> AsyncIterator[tuple[None, Any]]:
     usage = bool(fields.stream_options and fields.stream_options.include_usage)
+    running = usage and bool(fields.stream_options and fields.stream_options.continuous_usage_stats)
+    said = [0 for _ in chorus.requests]
     told = [Told(tokens, fields.logprobs is not None) for _ in chorus.requests]
     held: list[list[Choice]] = [[] for _ in chorus.requests]
     ends: dict[int, Finished] = {}
@@ -149,15 +157,18 @@ async def _stream(
     def chunk(number: int, text: str, finish: str | None = None) -> tuple[None, Any]:
         choices, held[number] = held[number], []
         one = {"index": number, "text": text, "logprobs": told[number].of(choices), "finish_reason": finish}
-        return None, {**base, "choices": [one], **({"usage": None} if usage else {})}
+        so_far = sending.usage_so_far(chorus, number, said[number]) if running else None
+        return None, {**base, "choices": [one], **({"usage": so_far} if usage else {})}
 
     async for number, event in chorus:
         if isinstance(event, Piece):
+            said[number] += 1
             held[number].append(event.choice)
             if event.text:
                 yield chunk(number, event.text)
         elif isinstance(event, Finished):
             sending.check_end(event.reason, event.error)
+            held[number] += ending(event)
             ends[number] = event
             yield chunk(number, event.text, event.reason)
     if usage:

@@ -109,7 +109,7 @@ class NamedTool(Fields):
 class StreamOptions(Fields):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: what a choice has come to, with each of its pieces
 
 
 class Guided(Choosing):

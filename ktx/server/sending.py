@@ -111,6 +111,12 @@ def _told(error: Exception) -> Problem:
     return problem
 
 
+def usage_so_far(chorus: Chorus, number: int, said: int) -> dict[str, int]:
+    """Of one choice of a stream, of which `said` tokens have come."""
+    asked = len(chorus.requests[number].prompt)
+    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+
+
 def check_end(reason: str, error: str) -> None:
     """Problem for an answer that did not end by itself."""
     if reason == "error":

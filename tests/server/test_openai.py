@@ -204,6 +204,21 @@ def test_completions_take_every_kind_of_prompt(client):
     assert parts == ["Good day, to you!", "a 🙂 b"]
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_usage_of_each_piece_counts_tokens(http, path):
+    """Also those that had no text of their own: an emoji is four."""
+    asked = {"model": NAME, "prompt": "emoji", "max_tokens": 40} if path == "/v1/completions" else ask("emoji")
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    lines = http.post(path, json=asked | {"stream": True, "stream_options": options}).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    whole = chunks[-1]["usage"]
+    assert counts == sorted(counts) and counts[-2:] == [8, 8] and 6 in counts and not {3, 4, 5} & set(counts)
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {whole["prompt_tokens"]}
+    plain = http.post(path, json=asked | {"stream": True, "stream_options": {"include_usage": True}}).text
+    assert plain.count('"usage":null') == len(chunks) - 1
+
+
 def test_echo_with_log_probabilities_is_what_lm_eval_reads(client):
     made = client.completions.create(
         model=NAME, prompt=[[60, 61, 62], [70, 71]], max_tokens=1, temperature=0, logprobs=1, echo=True, seed=1
@@ -219,6 +234,19 @@ def test_echo_with_log_probabilities_is_what_lm_eval_reads(client):
             == length + 1
         )
         assert told.token_logprobs[1] == max(told.top_logprobs[1].values())  # the script's own: greedy
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_token_that_ends_an_answer_is_told_with_log_probabilities(client, stream):
+    """lm-eval asks for one token and takes the last one told for it: otherwise it would lose one of the prompt's."""
+    asked = {"model": NAME, "prompt": "greet", "max_tokens": 40, "logprobs": 1}
+    made = client.completions.create(**asked, stream=stream)
+    choices = [choice for chunk in (made if stream else [made]) for choice in chunk.choices]
+    text, tokens = "".join(choice.text for choice in choices), [one for c in choices for one in c.logprobs.tokens]
+    assert text == "Good day, to you!" and tokens == [*text, "<|end|>"] and choices[-1].finish_reason == "stop"
+    if not stream:
+        told = client.completions.create(**asked, echo=True).choices[0]
+        assert told.logprobs.tokens == [*"greet", *text, "<|end|>"] and told.text == "greet" + text
 
 
 def test_tokens_there_and_back(http):
