@@ -32,6 +32,7 @@ export class Chat {
     byId("keep").addEventListener("click", () => this.edit(false));
     this.question.addEventListener("input", () => this.fit());
     this.question.addEventListener("keydown", (event) => this.key(event));
+    addEventListener("pagehide", () => this.running.forEach((answering) => answering.stop()));
     this.place.addEventListener("click", (event) => copyCode(event.target));
   }
 
@@ -109,7 +110,7 @@ export class Chat {
     clearInterval(ticking);
     this.running.delete(talk.id);
     this.keep(talk);
-    this.drawSoon();
+    this.draw(false);
     if (talk === this.talk) this.say(message);
   }
 

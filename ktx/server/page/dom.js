@@ -1,12 +1,13 @@
 // Making elements. Text becomes text nodes; nothing here reads markup.
 
+/** Children may be lists: a call with a hundred thousand arguments would be too many. */
 function filled(node, properties, children) {
   for (const [name, value] of Object.entries(properties)) {
     if (value === undefined || value === null || value === false) continue;
     if (typeof value === "function") node.addEventListener(name, value);
     else node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children.filter((child) => child !== null && child !== undefined));
+  for (const child of children.flat()) if (child !== null && child !== undefined) node.append(child);
   return node;
 }
 

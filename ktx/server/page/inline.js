@@ -21,8 +21,8 @@ export function webAddress(text) {
   }
 }
 
-function link(address, ...children) {
-  return make("a", { href: address, rel: "noopener noreferrer", target: "_blank" }, ...children);
+function link(address, children) {
+  return make("a", { href: address, rel: "noopener noreferrer", target: "_blank" }, children);
 }
 
 /** The nodes of a line or several. */
@@ -132,8 +132,8 @@ class Inline {
     if (!address) return false;
     const inner = emphasised(this.nodes.splice(bracket.place).slice(1));
     const named = inner.length ? inner : [address];
-    if (bracket.picture && this.brackets.length) this.nodes.push(...named); // no link within a link
-    else this.nodes.push(link(address, ...named));
+    if (bracket.picture && this.brackets.length) this.nodes = this.nodes.concat(named); // no link within a link
+    else this.nodes.push(link(address, named));
     if (!bracket.picture) this.brackets.length = 0;
     this.at = TARGET.lastIndex;
     return true;
@@ -171,7 +171,7 @@ function emphasised(nodes) {
   const open = { "*": [], _: [], "~": [] }; // places in done
   for (const node of nodes) {
     if (!node.mark) {
-      if (node !== "") done.push(node);
+      done.push(node);
       continue;
     }
     let left = node.count;
@@ -181,7 +181,7 @@ function emphasised(nodes) {
       const pair = Math.min(left, opener.count, 2);
       const name = WRAPS[node.mark][pair - 1];
       if (!name) break;
-      const inner = done.splice(place + 1).map(plain);
+      const inner = joined(done.splice(place + 1));
       for (const places of Object.values(open)) while (places.length && places.at(-1) > place) places.pop();
       opener.count -= pair;
       left -= pair;
@@ -189,14 +189,23 @@ function emphasised(nodes) {
         open[node.mark].pop();
         done.pop();
       }
-      done.push(make(name, {}, ...inner));
+      done.push(make(name, {}, inner));
     }
     if (left && node.opens && open[node.mark].length < DEEPEST) {
       open[node.mark].push(done.length);
       done.push({ mark: node.mark, count: left });
     } else if (left) done.push(node.mark.repeat(left));
   }
-  return done.map(plain);
+  return joined(done);
 }
 
-const plain = (node) => (node.mark ? node.mark.repeat(node.count) : node);
+/** Marks that stayed single are text, and texts side by side are one. */
+function joined(nodes) {
+  const found = [];
+  for (const node of nodes) {
+    const one = node.mark ? node.mark.repeat(node.count) : node;
+    if (typeof one === "string" && typeof found.at(-1) === "string") found[found.length - 1] += one;
+    else if (one !== "") found.push(one);
+  }
+  return found;
+}

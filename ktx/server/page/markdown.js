@@ -57,7 +57,7 @@ function block(lines, at, deep) {
 function heading(level, text) {
   let end = text.length;
   while (text[end - 1] === "#") end -= 1;
-  return make(`h${Math.min(6, level + 2)}`, {}, ...inline(end === 0 || blank(text[end - 1]) ? text.slice(0, end).trim() : text));
+  return make(`h${Math.min(6, level + 2)}`, {}, inline(end === 0 || blank(text[end - 1]) ? text.slice(0, end).trim() : text));
 }
 
 function code(lines, at, [, indent, fence, info]) {
@@ -79,19 +79,19 @@ function table(lines, at) {
   const sides = cells(lines[at + 1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "middle" : "right") : undefined));
   const row = (line, name) => {
     const found = cells(line);
-    return make("tr", {}, ...sides.map((side, i) => make(name, { class: side, ...(name === "th" && { scope: "col" }) }, ...inline(found[i] ?? ""))));
+    return make("tr", {}, sides.map((side, i) => make(name, { class: side, ...(name === "th" && { scope: "col" }) }, inline(found[i] ?? ""))));
   };
   let end = at + 2;
   while (end < lines.length && lines[end].includes("|")) end += 1;
   const body = lines.slice(at + 2, end).map((line) => row(line, "td"));
-  return [make("div", { class: "table" }, make("table", {}, make("thead", {}, row(lines[at], "th")), make("tbody", {}, ...body))), end];
+  return [make("div", { class: "table" }, make("table", {}, make("thead", {}, row(lines[at], "th")), make("tbody", {}, body))), end];
 }
 
 function quote(lines, at, deep) {
   let end = at;
   while (end < lines.length && QUOTE.test(lines[end])) end += 1;
   const inner = lines.slice(at, end).map((line) => line.replace(QUOTE, ""));
-  return [make("blockquote", {}, ...blocks(inner, deep + 1)), end];
+  return [make("blockquote", {}, blocks(inner, deep + 1)), end];
 }
 
 function list(lines, at, deep, first) {
@@ -109,9 +109,9 @@ function list(lines, at, deep, first) {
     at = end;
   }
   const number = parseInt(first[2], 10);
-  const made = items.map((inner) => make("li", {}, ...(loose ? blocks(inner, deep + 1) : tight(inner, deep + 1))));
+  const made = items.map((inner) => make("li", {}, loose ? blocks(inner, deep + 1) : tight(inner, deep + 1)));
   const ordered = !Number.isNaN(number);
-  return [make(ordered ? "ol" : "ul", { start: ordered && number !== 1 ? number : undefined }, ...made), at];
+  return [make(ordered ? "ol" : "ul", { start: ordered && number !== 1 ? number : undefined }, made), at];
 }
 
 /** The lines of an item without their indentation, and the line behind it. Two spaces more than the mark's are enough to belong. */
@@ -125,8 +125,8 @@ function itemLines(lines, at, least, width, first) {
       let next = end + 1;
       while (next < lines.length && blank(lines[next])) next += 1;
       if (next === lines.length || lines[next].length - lines[next].trimStart().length < least) return [inner, next];
-      inner.push(...Array(next - end).fill(""));
-      end = next - 1;
+      for (; end < next - 1; end += 1) inner.push("");
+      inner.push("");
     } else if (indent >= least) inner.push(line.slice(Math.min(indent, width)));
     else if (isItem(line) || begins(lines, end, 0) || blank(lines[end - 1])) break;
     else inner.push(line.trimStart());
@@ -142,7 +142,7 @@ function tight(lines, deep) {
 function paragraph(lines, at, deep) {
   let end = at + 1;
   while (end < lines.length && !blank(lines[end]) && !begins(lines, end, deep)) end += 1;
-  return [make("p", {}, ...inline(lines.slice(at, end).map((line) => line.trimStart()).join("\n").trimEnd())), end];
+  return [make("p", {}, inline(lines.slice(at, end).map((line) => line.trimStart()).join("\n").trimEnd())), end];
 }
 
 function blocks(lines, deep) {
