@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 import ktx
 from ktx.errors import KtxError
-from ktx.server import chat, completions, messages, ollama, responses, tokens
+from ktx.server import chat, completions, messages, ollama, responses, static, tokens
 from ktx.server.errors import Problem, body_for, problem_of
 from ktx.server.fields import (
     Anthropic,
@@ -92,6 +92,7 @@ def make_app(served: Served, access: Access | None = None) -> Guard:
     _others(routes, served)
     _state(routes, served, metrics)
     app.include_router(routes)
+    app.router.routes.extend(static.routes())
     for kind in (Problem, KtxError):
         app.add_exception_handler(kind, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ktx.server.errors import body_for
+from ktx.server.static import FILES
 
-OPEN = {("GET", "/health"), ("HEAD", "/health"), ("GET", "/"), ("HEAD", "/"), ("GET", "/favicon.ico")}
+OPEN = {(method, path) for method in ("GET", "HEAD") for path in ("/health", *FILES)}
 BODY = 16 << 20
 DRAINED, DRAINING = 64 << 20, 5.0  # bytes and seconds of a body that is too large and is read all the same
 SLOW_BODY = 60.0  # seconds without a byte of a body that was announced

@@ -89,3 +89,15 @@ def slow(tmp_path_factory):
     """Twenty tokens a second."""
     with serving(scripted(tmp_path_factory, pace=0.01)) as (base, served):
         yield base, served
+
+
+def settled(served, seconds=1.0):
+    """Whether nothing runs any more and all pages are back."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        engine = served.engine
+        if not engine.answers and not engine.scheduler.pages.used:
+            engine.check_integrity()
+            return True
+        time.sleep(0.01)
+    return False

@@ -16,23 +16,11 @@ import pytest
 
 from ktx.server.log import Lines
 from ktx.server.served import Served, Settings
-from tests.server.conftest import NAME, scripted, serving
+from tests.server.conftest import NAME, scripted, serving, settled
 
 
 def body(text, **more):
     return {"model": NAME, "messages": [{"role": "user", "content": text}], **more}
-
-
-def settled(served, seconds=1.0):
-    """Whether nothing runs any more and all pages are back."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        engine = served.engine
-        if not engine.answers and not engine.scheduler.pages.used:
-            engine.check_integrity()
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def test_health_while_loading():

@@ -1,0 +1,62 @@
+// Making elements. Text becomes text nodes; nothing here reads markup.
+
+/** Children may be lists: a call with a hundred thousand arguments would be too many. */
+function filled(node, properties, children) {
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === undefined || value === null || value === false) continue;
+    if (typeof value === "function") node.addEventListener(name, value);
+    else node.setAttribute(name, value === true ? "" : value);
+  }
+  for (const child of children.flat()) if (child !== null && child !== undefined) node.append(child);
+  return node;
+}
+
+/** An element: functions among the properties are listeners, the others attributes. */
+export function make(name, properties = {}, ...children) {
+  return filled(document.createElement(name), properties, children);
+}
+
+/** The same for pictures. */
+export function draw(name, properties = {}, ...children) {
+  return filled(document.createElementNS("http://www.w3.org/2000/svg", name), properties, children);
+}
+
+export const byId = (id) => document.getElementById(id);
+
+/** Makes `old` equal to `fresh` with as few changes as it takes: what stays keeps its selection, focus and scroll position. */
+export function patch(old, fresh) {
+  if (old.nodeType !== fresh.nodeType || old.nodeName !== fresh.nodeName || !sameAttributes(old, fresh)) {
+    old.replaceWith(fresh);
+    return fresh;
+  }
+  if (old.nodeType === Node.TEXT_NODE) {
+    if (fresh.data !== old.data) {
+      if (fresh.data.startsWith(old.data)) old.appendData(fresh.data.slice(old.data.length));
+      else old.data = fresh.data;
+    }
+    return old;
+  }
+  const [before, after] = [[...old.childNodes], [...fresh.childNodes]];
+  after.forEach((child, i) => (i < before.length ? patch(before[i], child) : old.append(child)));
+  before.slice(after.length).forEach((child) => child.remove());
+  return old;
+}
+
+function sameAttributes(a, b) {
+  if (a.nodeType !== Node.ELEMENT_NODE) return true;
+  return a.attributes.length === b.attributes.length && [...a.attributes].every((one) => b.getAttribute(one.name) === one.value);
+}
+
+/** Copies text, in pages without TLS too, where browsers offer no clipboard. */
+export async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const field = make("textarea", { class: "unseen", "aria-label": "Text to copy" });
+  const focused = document.activeElement;
+  field.value = text;
+  document.body.append(field);
+  field.select();
+  const done = document.execCommand("copy");
+  field.remove();
+  focused?.focus();
+  if (!done) throw new Error("the browser did not let this page copy");
+}

@@ -1,0 +1,83 @@
+"""The web page: files that are read once and served as they are, to everybody. What they show they ask the other routes for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+FOLDER = Path(__file__).parent / "page"
+FILES = {"/": "index.html", "/favicon.ico": "icon.svg"} | {
+    f"/page/{name}": name
+    for name in (
+        "answer.js",
+        "api.js",
+        "chat.js",
+        "dom.js",
+        "gauges.js",
+        "heatmap.js",
+        "icon.svg",
+        "inline.js",
+        "list.js",
+        "machine.css",
+        "machine.js",
+        "markdown.js",
+        "message.js",
+        "modules.js",
+        "page.js",
+        "settings.js",
+        "store.js",
+        "style.css",
+        "theme.js",
+        "toast.js",
+        "words.js",
+    )
+}
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self'",
+    "style-src": "'self'",
+    "img-src": "'self'",
+    "connect-src": "'self'",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+    "frame-ancestors": "'none'",
+    "require-trusted-types-for": "'script'",  # innerHTML and its like throw
+    "trusted-types": "'none'",
+}
+HEADERS = {
+    "content-security-policy": "; ".join(f"{name} {value}" for name, value in POLICY.items()),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-cache",  # asked for each time, and answered with 304
+}
+
+
+def routes() -> list[Route]:
+    """One for each file, for GET and HEAD."""
+    return [Route(path, _sender(FOLDER / name), methods=["GET"]) for path, name in FILES.items()]
+
+
+def _sender(path: Path) -> Callable[[Request], Awaitable[Response]]:
+    data = path.read_bytes()
+    tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+    headers = HEADERS | {"etag": tag}
+
+    async def send(request: Request) -> Response:
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(data, headers=headers, media_type=TYPES[path.suffix])
+
+    return send
