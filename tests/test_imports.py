@@ -50,6 +50,8 @@ ONE_FILE = {
     "triton": "ktx/kernels/",
     "flashinfer": "ktx/kernels/",
     "cpufeature": "ktx/hardware.py",
+    "httpx": "ktx/commands/",
+    "matplotlib": "ktx/commands/bench_plot.py",
 }
 LIGHT = [
     "ktx",
