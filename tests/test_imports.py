@@ -52,6 +52,8 @@ ONE_FILE = {
     "flashinfer": "ktx/kernels/",
     "cpufeature": "ktx/hardware.py",
     "modelscope_hub": "ktx/hub/modelscope.py",
+    "httpx": "ktx/commands/",
+    "matplotlib": "ktx/commands/bench_plot.py",
 }
 LIGHT = [
     "ktx",

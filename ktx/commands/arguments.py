@@ -42,6 +42,16 @@ def _dashed(word: str, known: dict[str, argparse.Action]) -> str:
     return dashed + equals + value if dashed in known else word
 
 
+class Inner(argparse._SubParsersAction):
+    """A sub-command that has options of its own: one that stands before its name would be lost."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for action in parser._actions:
+            if action.dest != self.dest and getattr(namespace, action.dest, action.default) != action.default:
+                parser.error(f"{action.option_strings[0]} stands before {values[0]}: write it behind")
+        super().__call__(parser, namespace, values, option_string)
+
+
 class Settings(argparse.Action):
     """--config FILE: options by their names in YAML. What the command line says, before or after it, counts more."""
 

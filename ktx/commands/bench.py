@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ktx.commands.arguments import counts, flag, gguf_in, load_options, model_options, positive, require_model
+from ktx.commands import bench_serve
+from ktx.commands.arguments import Inner, counts, flag, gguf_in, load_options, model_options, positive, require_model
 from ktx.errors import KtxError, UsageError
 
 SUMMARY = "measure prefill and decode speed, or one layer, beside llama.cpp, ik_llama.cpp, kt-kernel or ftllm"
@@ -53,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     flag(parser, "--json", help="one JSON object a line")
     parser.add_argument("--record", metavar="FILE", help="append the JSON lines to this file")
+    inner = parser.add_subparsers(dest="bench", metavar="COMMAND", action=Inner, parser_class=type(parser))
+    serve = inner.add_parser(
+        "serve", help=bench_serve.SUMMARY, description=(bench_serve.__doc__ or "").partition(": ")[2]
+    )
+    bench_serve.add_arguments(serve)
+    serve.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 class Engine:
@@ -107,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
     """Measures and prints; with --peer the engines take turns so that both see the same machine."""
     from ktx.hardware import default_threads
 
+    if args.bench == "serve":
+        return bench_serve.run(args)
     if args.layer:
         from ktx.commands import bench_layer
 

@@ -38,58 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML file with these options by their names; those given here count more",
     )
     model_options(parser)
-    run = parser.add_argument_group("running")
-    threads_option(run)
-    run.add_argument(
-        "--max-batch-size", type=positive, default=4, metavar="N", help="requests computed at once (default 4)"
-    )
-    run.add_argument(
-        "--chunk-size", type=positive, default=256, metavar="N", help="prompt tokens computed at once (default 256)"
-    )
-    run.add_argument(
-        "--cache-lens",
-        type=positive,
-        default=32768,
-        metavar="N",
-        help="tokens whose keys and values are kept, of all requests together (default 32768)",
-    )
-    run.add_argument(
-        "--max-context",
-        type=positive,
-        metavar="N",
-        help="most tokens of one request (default: what the model and --cache-lens allow)",
-    )
-    run.add_argument(
-        "--max-queue",
-        type=positive,
-        default=256,
-        metavar="N",
-        help="requests that may wait; more are told to come again (default 256)",
-    )
-    flag(run, "--no-prefix-cache", help="compute every prompt anew")
-    run.add_argument(
-        "--prefix-cache-dir",
-        metavar="DIR",
-        help="keep computed prompts in DIR, so that the next start knows them (what was said can be read from them)",
-    )
-    run.add_argument(
-        "--prefix-cache-gb", type=float, default=16.0, metavar="GB", help="most of DIR, oldest go first (default 16)"
-    )
-    speculation_options(run)
-    run.add_argument(
-        "--backend-type",
-        choices=("balance_serve", "ktransformers", "scripted"),
-        default="balance_serve",
-        help="scripted: answers come from --script, for tests of clients",
-    )
-    run.add_argument(
-        "--script",
-        metavar="FILE",
-        help="with --backend-type scripted: JSON list of {match, text}; without it prompts are repeated",
-    )
-    run.add_argument(
-        "--pace", type=float, default=0.0, metavar="SECONDS", help="with --backend-type scripted: seconds a token"
-    )
+    running_options(parser)
     say = parser.add_argument_group("answers")
     say.add_argument(
         "--max-new-tokens",
@@ -146,6 +95,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="true",
         metavar="true|false",
         help="false: write prompts to the log (default true)",
+    )
+
+
+def running_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> None:
+    """How the engine runs, for every command that starts a server. `batch`: requests at once, or words for what they depend on."""
+    run = parser.add_argument_group("running")
+    threads_option(run)
+    run.add_argument(
+        "--max-batch-size",
+        type=positive,
+        default=batch if isinstance(batch, int) else None,
+        metavar="N",
+        help=f"requests computed at once (default {batch})",
+    )
+    run.add_argument(
+        "--chunk-size", type=positive, default=256, metavar="N", help="prompt tokens computed at once (default 256)"
+    )
+    run.add_argument(
+        "--cache-lens",
+        type=positive,
+        default=32768,
+        metavar="N",
+        help="tokens whose keys and values are kept, of all requests together (default 32768)",
+    )
+    run.add_argument(
+        "--max-context",
+        type=positive,
+        metavar="N",
+        help="most tokens of one request (default: what the model and --cache-lens allow)",
+    )
+    run.add_argument(
+        "--max-queue",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="requests that may wait; more are told to come again (default 256)",
+    )
+    flag(run, "--no-prefix-cache", help="compute every prompt anew")
+    run.add_argument(
+        "--prefix-cache-dir",
+        metavar="DIR",
+        help="keep computed prompts in DIR, so that the next start knows them (what was said can be read from them)",
+    )
+    run.add_argument(
+        "--prefix-cache-gb", type=float, default=16.0, metavar="GB", help="most of DIR, oldest go first (default 16)"
+    )
+    speculation_options(run)
+    run.add_argument(
+        "--backend-type",
+        choices=("balance_serve", "ktransformers", "scripted"),
+        default="balance_serve",
+        help="scripted: answers come from --script, for tests of clients",
+    )
+    run.add_argument(
+        "--script",
+        metavar="FILE",
+        help="with --backend-type scripted: JSON list of {match, text}; without it prompts are repeated",
+    )
+    run.add_argument(
+        "--pace", type=float, default=0.0, metavar="SECONDS", help="with --backend-type scripted: seconds a token"
     )
 
 
