@@ -141,7 +141,7 @@ class Page:
     def unnamed(self) -> list[str]:
         """What can be operated, is seen, and has no name that a screen reader could say."""
         controls = self.all(
-            "button, input, select, textarea, summary, a, canvas, nav, dialog, svg, [role=tab], [role=tabpanel]"
+            "button, input, select, textarea, summary, a, canvas, nav, dialog, [role=tab], [role=tabpanel]"
         )
         return [one.get_attribute("outerHTML") for one in controls if one.is_displayed() and not one.accessible_name]
 
