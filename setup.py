@@ -121,5 +121,9 @@ setup(
         "ktx.optimize_rules",
     ],
     package_dir={"ktx": "ktx", "ktx.optimize_rules": "optimize_rules"},
-    package_data={"ktx.optimize_rules": ["*.yaml"], "ktx.demo": ["*.jsonl", "*.txt", "model/*"], "ktx.server": ["page/*"]},
+    package_data={
+        "ktx.optimize_rules": ["*.yaml"],
+        "ktx.demo": ["*.jsonl", "*.txt", "model/*"],
+        "ktx.server": ["page/*"],
+    },
 )
