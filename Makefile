@@ -36,7 +36,7 @@ sanitize:             ## the kernels' C++ drivers under AddressSanitizer and Thr
 	@mkdir -p build/sanitize
 	@for kind in address,undefined thread; do \
 	  echo "-fsanitize=$$kind"; \
-	  ls csrc/cpu/*.cpp tests/cpp/driver.cpp | xargs -P $$(nproc) -I{} sh -c 'mkdir -p build/sanitize/'$$kind' && $${CXX:-g++} -std=c++20 -O1 -g \
+	  ls csrc/cpu/*.cpp tests/cpp/driver.cpp | xargs -P $$(nproc) -I{} sh -c 'mkdir -p build/sanitize/'$$kind' && $${CXX:-g++} -std=c++20 -O1 -g1 \
 	    -fno-omit-frame-pointer -fno-math-errno -fsanitize='$$kind' -Icsrc/cpu -c {} -o build/sanitize/'$$kind'/$$(basename {}).o' && \
 	  $${CXX:-g++} -fsanitize=$$kind build/sanitize/$$kind/*.o -o build/sanitize/$$kind/driver -lpthread && \
 	  build/sanitize/$$kind/driver && KTX_NUMA=fake:2 KTX_GEMM=fast build/sanitize/$$kind/driver || exit 1; \

@@ -21,8 +21,9 @@ from typing import Any
 from selenium import webdriver
 from selenium.webdriver.support.ui import WebDriverWait
 
-WIDTH, HEIGHT = 1200, 780
-QUESTIONS = ("What is a rule file?", "Which kernels can be chosen?", "What is ktx?")
+WIDTH = 1200
+HEIGHTS = {"page-chat": 720, "page-machine": 1010}
+CONVERSATIONS = (("What is MLA?",), ("What is Q4_K_M?",), ("What is a mixture of experts?", "What does the router do?"))
 THEMES = ("light", "dark")
 ANSWERED = "return !document.querySelector('[aria-busy=true]') && document.querySelectorAll('.answer').length"
 
@@ -31,7 +32,7 @@ ANSWERED = "return !document.querySelector('[aria-busy=true]') && document.query
 def server(port: int) -> Iterator[str]:
     """The address of the demo model's server once it answers."""
     base = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "ktx", "serve", "--port", str(port), "--log_level", "warning"]
+    command = [sys.executable, "-m", "ktx", "serve", "--port", str(port), "--temperature", "0"]
     with subprocess.Popen(command) as process:
         try:
             for _ in range(300):
@@ -55,8 +56,6 @@ def chromium() -> Iterator[Any]:
         options.add_argument(flag)
     driver = webdriver.Chrome(service=webdriver.ChromeService(shutil.which("chromedriver")), options=options)
     try:
-        sized = {"width": WIDTH, "height": HEIGHT, "deviceScaleFactor": 1, "mobile": False}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sized)
         yield driver
     finally:
         driver.quit()
@@ -71,6 +70,8 @@ def ask(driver: Any, question: str) -> None:
 
 def picture(driver: Any, name: str, output: Path) -> None:
     """One PNG for each theme."""
+    sized = {"width": WIDTH, "height": HEIGHTS[name], "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sized)
     for theme in THEMES:
         emulated = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
@@ -88,16 +89,16 @@ def main() -> None:
     with server(args.port) as base, chromium() as driver:
         driver.get(base)
         WebDriverWait(driver, 60).until(lambda _: driver.find_element("id", "send").is_enabled())
-        for question in QUESTIONS:
-            ask(driver, question)
+        for questions in CONVERSATIONS:
             driver.find_element("id", "new").click()
-        driver.find_elements("css selector", ".choose")[-1].click()
-        ask(driver, "How is a module chosen?")
+            for question in questions:
+                ask(driver, question)
+        driver.find_element("id", "question").click()
         picture(driver, "page-chat", args.output)
         driver.find_element("id", "tab-machine").click()
         time.sleep(3)
         driver.find_element("id", "tab-chat").click()
-        ask(driver, QUESTIONS[-1])  # something to see over the last minute
+        ask(driver, CONVERSATIONS[0][0])  # something to see over the last minute
         driver.find_element("id", "tab-machine").click()
         picture(driver, "page-machine", args.output)
 

@@ -138,11 +138,10 @@ class Page:
             f"document.querySelectorAll('.answer').length > {before} && !document.querySelector('[aria-busy=true]')"
         )
 
-    def unnamed(self) -> list[str]:
+    def unnamed(self, within: str = "body") -> list[str]:
         """What can be operated, is seen, and has no name that a screen reader could say."""
-        controls = self.all(
-            "button, input, select, textarea, summary, a, canvas, nav, dialog, svg, [role=tab], [role=tabpanel]"
-        )
+        kinds = "button, input, select, textarea, summary, a, canvas, nav, dialog, [role=tab], [role=tabpanel]"
+        controls = self.one(within).find_elements("css selector", kinds)
         return [one.get_attribute("outerHTML") for one in controls if one.is_displayed() and not one.accessible_name]
 
     def emulate(self, feature: str, value: str) -> None:

@@ -291,6 +291,7 @@ def test_the_keyboard_is_enough(page):
     focused().send_keys("two", shift + enter + release, "lines", enter)
     page.until("document.querySelector('.answer > .text')?.textContent.includes('lines')")
     assert page.text(".question p") == "two\nlines"
+    assert all("/machine" in complaint for complaint in page.complaints())  # there may be none to tell of
 
 
 def test_dark_follows_the_system_and_a_switch(page):
@@ -339,5 +340,6 @@ def test_screen_readers_hear_names_landmarks_and_whole_answers(page):
     assert page.one("#list input").is_displayed() and page.unnamed() == []
     for opened in ("settings", "key"):
         page.js("document.getElementById(arguments[0]).showModal()", opened)
-        assert page.one(f"#{opened} input").is_displayed() and page.unnamed() == []
+        assert page.one(f"#{opened} input").is_displayed() and page.unnamed(f"#{opened}") == []
+        assert page.one(f"#{opened}").accessible_name
         page.js("document.getElementById(arguments[0]).close()", opened)

@@ -282,3 +282,9 @@ def test_the_picture_follows_the_theme_and_a_phones_width(page):
     assert page.js("return document.scrollingElement.scrollWidth") <= 360
     assert page.js("return document.getElementById('machine').scrollWidth") <= 360
     assert page.unnamed() == []
+    assert (
+        page.js(
+            "return [...document.querySelectorAll('svg')].map((one) => one.getAttribute('aria-label')).filter((name) => !name)"
+        )
+        == []
+    )

@@ -137,7 +137,7 @@ def test_any_name_for_json_will_do(http):
         b"\x00\x01\x02\r\n\r\n",
         b"GET\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /nothing HTTP/9.9\r\n\r\n",
     ],
 )
 def test_what_is_no_http_is_survived(http, server, raw):

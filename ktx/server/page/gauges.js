@@ -100,7 +100,7 @@ export class Bandwidth {
     this.gauge.replaceChildren(halfCircle(used, measured));
     this.spark.replaceChildren(sparkline(points, top, measured));
     const parts = [measured === null ? "This machine's bandwidth was not measured." : `${rate(measured)} GB/s were measured on this machine.`];
-    if (experts !== null) parts.push(`Experts alone: ${rate(experts)} GB/s.`);
+    if (experts !== null) parts.push(`Experts alone: ${bytes(experts * 1e9)}/s.`);
     parts.push(`${bytes(read)} of weights read since the start. The line is the last two minutes; it is at the bottom while nothing is computed.`);
     this.words.textContent = parts.join(" ");
   }
@@ -120,7 +120,7 @@ function arc(share, name) {
 
 function halfCircle(used, measured) {
   const share = used !== null && measured ? used / measured : null;
-  const big = used === null ? "idle" : `${rate(used)} GB/s`;
+  const big = used === null ? "idle" : `${bytes(used * 1e9)}/s`;
   const small = share === null ? (measured ? `of ${rate(measured)} GB/s` : "") : `${percent(share)} of ${rate(measured)}`;
   const title = `Bandwidth: ${big} ${small}`.trim();
   return draw(
@@ -142,7 +142,7 @@ function sparkline(points, top, measured) {
   const most = Math.max(0, ...points.map(([, value]) => value));
   return draw(
     "svg",
-    { viewBox: `0 0 ${width} ${height + 2}`, role: "img", "aria-label": `Bandwidth over the last two minutes, at most ${rate(most)} GB/s`, preserveAspectRatio: "none" },
+    { viewBox: `0 0 ${width} ${height + 2}`, role: "img", "aria-label": `Bandwidth over the last two minutes, at most ${bytes(most * 1e9)}/s`, preserveAspectRatio: "none" },
     measured ? draw("line", { class: "limit", x1: 0, x2: width, y1: y(measured), y2: y(measured) }) : null,
     points.length > 1 ? draw("polygon", { class: "under", points: `${x(points[0][0])},${height} ${line} ${x(now)},${height}` }) : null,
     draw("polyline", { class: "line", points: line }),
