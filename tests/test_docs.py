@@ -36,6 +36,10 @@ SMALLER: list[tuple[str, str]] = [
     (r"^((?:KTX_ISA=\w+ )?)make ([a-z-]+).*", r"\1make -n \2"),
     (r"^\.ci/run$", "bash -n .ci/run"),
     (r"^(ktx download .*)", r"python -m tests.hub.fake \1"),
+    (  # Ray takes its time: the options alone
+        r"^ktx (serve --ray .*)",
+        "python -c \"from ktx.__main__ import build_parser as b; b().parse_args('\\1'.split())\"",
+    ),
     (  # in the background, ended with the page
         r"^(ktx serve .*)",
         r"setsid \1 > serve.log 2>&1 & echo $! > serve.pid; for i in $(seq 300); do curl -sf http://127.0.0.1:10002/health > /dev/null && exit; sleep 0.2; done; cat serve.log; exit 1",

@@ -30,6 +30,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.loading",),
     ("ktx.engine",),
     ("ktx.server",),
+    ("ktx.replicas",),
     ("ktx.chat", "ktx.commands"),
     ("ktx.local_chat", "ktx.__main__", "ktx.server.main"),
 )
@@ -47,10 +48,11 @@ ONE_FILE = {
     "pydantic": "ktx/server/",
     "uvicorn": "ktx/server/",
     "sse_starlette": "ktx/server/",
-    "prometheus_client": "ktx/server/",
+    "prometheus_client": "ktx/",
     "triton": "ktx/kernels/",
     "flashinfer": "ktx/kernels/",
     "cpufeature": "ktx/hardware.py",
+    "ray": "ktx/replicas/",
     "modelscope_hub": "ktx/hub/modelscope.py",
 }
 LIGHT = [
