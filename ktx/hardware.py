@@ -78,6 +78,21 @@ def default_threads() -> int:
     return machine().cores
 
 
+def share_of_cpus(number: int, of: int) -> set[int]:
+    """The cpus of one of several processes that divide this machine: whole cores side by side, on one memory node where they can be.
+
+    All of them when there are more processes than cores, or no share is left for this number.
+    """
+    usable = sorted(os.sched_getaffinity(0))
+    node = {cpu: place.number for place in _nodes(set(usable)) for cpu in place.cpus}
+    cores: dict[tuple[int, str], list[int]] = {}
+    for cpu in usable:
+        cores.setdefault((node.get(cpu, 0), _core_of(cpu)), []).append(cpu)
+    each = len(cores) // of
+    mine = [cores[core] for core in sorted(cores, key=lambda core: (core[0], cores[core]))][number * each :][:each]
+    return {cpu for core in mine for cpu in core} or set(usable)
+
+
 def memory() -> tuple[int, int]:
     """(total, available) bytes for this process: the machine's, or its cgroup's if that is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -333,11 +333,16 @@ def _cached_as(model: nn.Module, wish: KVType) -> KVType:
 
 def check_memory(made: Plan) -> None:
     """DoesNotFit, with the numbers, when packed weights and a reserve exceed the memory that is free."""
-    need, (total, available) = int(sum(step.memory for step in made) * 1.05) + RESERVE, memory()
+    need, (total, available) = memory_needed(made), memory()
     if need > available:
         raise DoesNotFit(
             f"the weights need {human(need)} of memory, {human(available)} of {human(total)} are free; close programs or take a smaller quant"
         )
+
+
+def memory_needed(made: Plan) -> int:
+    """Bytes of packed weights and a reserve."""
+    return int(sum(step.memory for step in made) * 1.05) + RESERVE
 
 
 def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: bool = False) -> Any:

@@ -40,6 +40,10 @@ SMALLER: list[tuple[str, str]] = [
         r"^(lm_eval .*)--tasks [\w,]+ (.*)",
         rf"! command -v lm_eval || \1--tasks ktx_choices,ktx_heldout --include_path {ROOT}/tests/server/lm_eval --limit 4 \2",
     ),
+    (  # Ray takes its time: the options alone
+        r"^ktx (serve --ray .*)",
+        "python -c \"from ktx.__main__ import build_parser as b; b().parse_args('\\1'.split())\"",
+    ),
     (  # in the background, ended with the page
         r"^(ktx serve .*)",
         r"setsid \1 > serve.log 2>&1 & echo $! > serve.pid; for i in $(seq 300); do curl -sf http://127.0.0.1:10002/health > /dev/null && exit; sleep 0.2; done; cat serve.log; exit 1",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ktx.commands import serve_ray
 from ktx.commands.arguments import (
     Settings,
     flag,
@@ -78,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="web pages that may ask, such as https://chat.example; * is all",
     )
+    serve_ray.add_options(parser)
     log = parser.add_argument_group("log")
     log.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default info)"
@@ -169,12 +171,12 @@ def run(args: argparse.Namespace) -> int:
     keys = keys_of(args)
     check_exposure(args, keys)
     check_settings(args)
+    serve_ray.check(args)
     set_up(args.log_level, args.log_format)
     from ktx.server.app import make_app
     from ktx.server.run import listen, serve
     from ktx.server.served import Served
 
-    scripted = args.backend_type == "scripted"
     known = named_model(args)
     names = tuple(args.model_name or [_name(args.model) if known else "ktx-demo"])
     if not known:
@@ -182,10 +184,13 @@ def run(args: argparse.Namespace) -> int:
 
         args.model = str(ktx.demo.path())
         args.weights = str(ktx.demo.safetensors() if args.speculative == "mtp" else ktx.demo.gguf())
+    hosts = (*(args.allowed_hosts or ()), args.host)
+    access = Access(keys, tuple(hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ()))
+    if args.ray:
+        return serve_ray.serve_replicas(args, names, access, _settings(args), make_engine)
     served = Served(names, _settings(args))
     where = listen(args.host, args.port)
-    hosts = (*(args.allowed_hosts or ()), args.host)
-    app = make_app(served, Access(keys, tuple(hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ())))
+    app = make_app(served, access)
     trouble: list[BaseException] = []
 
     def started(end: Callable[[], None]) -> None:
@@ -197,7 +202,7 @@ def run(args: argparse.Namespace) -> int:
         logging.getLogger("ktx.server").info(
             "listening on http://%s:%d, loading %s", address, where.getsockname()[1], names[0]
         )
-        served.load(lambda progress: _scripted(args) if scripted else _engine(args, served), failed)
+        served.load(lambda served: make_engine(args, served), failed)
 
     serve(app, served, where, started)
     if trouble:
@@ -240,6 +245,11 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "speculative": args.speculative,
         "draft_tokens": args.draft_tokens,
     }
+
+
+def make_engine(args: argparse.Namespace, served: Any) -> Any:
+    """The engine that the options ask for; `served` is told how much is read, and what memory can."""
+    return _scripted(args) if args.backend_type == "scripted" else _engine(args, served)
 
 
 def _engine(args: argparse.Namespace, served: Any) -> Any:

@@ -84,6 +84,11 @@ def parsed(body: bytes) -> Any:
 
 def make_app(served: Served, access: Access | None = None) -> Guard:
     """The whole server as one ASGI application."""
+    return Guard(make_routes(served)[0], access or Access())
+
+
+def make_routes(served: Served) -> tuple[FastAPI, Metrics]:
+    """What stands behind the guard."""
     app = FastAPI(title="ktx", version=ktx.__version__, docs_url=None, redoc_url=None)
     metrics = Metrics(served)
     served.on_finished = metrics.finished
@@ -98,7 +103,7 @@ def make_app(served: Served, access: Access | None = None) -> Guard:
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _problem)
-    return Guard(app, access or Access())
+    return app, metrics
 
 
 def _openai(routes: APIRouter, served: Served) -> None:

@@ -18,7 +18,7 @@ class Lines(logging.Formatter):
         self.as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        more = {key: value for key, value in vars(record).items() if key not in OWN}
+        more = {key: value for key, value in vars(record).items() if key not in OWN and key[0] != "_"}
         if not self.as_json:
             text = super().format(record)
             return text + "".join(f" {key}={value}" for key, value in more.items())

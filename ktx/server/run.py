@@ -7,13 +7,12 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from sse_starlette.sse import AppStatus
 
 from ktx.errors import UsageError
-from ktx.server.served import Served
 
 HEADERS = 64 << 10  # bytes; only h11 keeps to it
 GRACE = 8  # seconds for open answers
@@ -21,10 +20,17 @@ CONNECTIONS = 2048
 log = logging.getLogger("ktx.server")
 
 
+class Stoppable(Protocol):
+    """What answers: a Served, or a cluster of them."""
+
+    def stop(self) -> None:
+        """Ends what runs, each stream with its last words."""
+
+
 class Server(uvicorn.Server):
     """uvicorn, but the first signal ends the engine's answers and the second does not wait for them."""
 
-    def __init__(self, config: uvicorn.Config, served: Served):
+    def __init__(self, config: uvicorn.Config, served: Stoppable):
         super().__init__(config)
         self.served = served
 
@@ -56,7 +62,7 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-def make_server(app: Any, served: Served) -> Server:
+def make_server(app: Any, served: Stoppable) -> Server:
     config = uvicorn.Config(
         app,
         http="h11",
@@ -73,7 +79,7 @@ def make_server(app: Any, served: Served) -> Server:
     return Server(config, served)
 
 
-def serve(app: Any, served: Served, where: socket.socket, started: Callable[[Callable[[], None]], None]) -> None:
+def serve(app: Any, served: Stoppable, where: socket.socket, started: Callable[[Callable[[], None]], None]) -> None:
     """Serves until a signal. `started` is called once requests are answered, with a function that ends the server."""
     AppStatus.should_exit = False
     server = make_server(app, served)

@@ -74,13 +74,13 @@ class Served:
         self.prompts, self.engine = prompts, engine
 
     def load(
-        self, make: Callable[[Progress], Engine], failed: Callable[[BaseException], None] = lambda error: None
+        self, make: Callable[[Served], Engine], failed: Callable[[BaseException], None] = lambda error: None
     ) -> threading.Thread:
         """Makes the engine in a thread of its own, so that /health answers meanwhile."""
 
         def run() -> None:
             try:
-                self.attach(make(self.progress))
+                self.attach(make(self))
             except BaseException as error:  # whoever asks for /health, and whoever started the server, must hear of it
                 self.trouble = str(error) if isinstance(error, KtxError) else f"{type(error).__name__}: {error}"
                 failed(error)

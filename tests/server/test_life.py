@@ -243,7 +243,7 @@ def test_flags_by_file_and_keys_by_environment(tmp_path):
 
 def test_a_server_that_fails_to_load_says_why():
     served = Served(("x",))
-    served.load(lambda progress: (_ for _ in ()).throw(__import__("ktx").errors.BadFile("x.gguf: is no model"))).join()
+    served.load(lambda served: (_ for _ in ()).throw(__import__("ktx").errors.BadFile("x.gguf: is no model"))).join()
     assert served.health()[0] == 503 and "is no model" in served.trouble
 
 

@@ -1,0 +1,144 @@
+"""Which replica a prompt goes to, which machine a replica, and what is refused before Ray is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+
+from ktx.__main__ import main
+from ktx.commands import serve_ray
+from ktx.errors import DoesNotFit
+from ktx.hardware import share_of_cpus
+from ktx.replicas.affinity import MOST, PIECE, UNSENT, Affinity, keys_of
+from ktx.replicas.layout import Node, lay_out
+
+
+def body(*texts, **more):
+    return json.dumps(
+        {"model": "m", "messages": [{"role": "user", "content": text} for text in texts], **more}
+    ).encode()
+
+
+def test_a_conversation_begins_as_its_earlier_turns_did():
+    first, second = keys_of(body("a" * 1000)), keys_of(body("a" * 1000, "b" * 1000))
+    assert len(first) == 4 and second[:4] != keys_of(body("b" * 1000))[:4]
+    assert second[:3] == first[:3] and len(second) > 7  # the fourth piece holds the first message's end
+    assert keys_of(body("a" * 1000, stream=True, temperature=0.3, seed=1)) == first
+    assert keys_of(body("a" * 1000, cache_salt="x"))[0] != first[0]
+
+
+@pytest.mark.parametrize(
+    "path_body", [b"", b"no json", b"[1]", b'"x"', b"[" * 100_000, b'{"prompt": null}', body("short")]
+)
+def test_what_has_no_beginning_worth_a_key(path_body):
+    assert keys_of(path_body) == []
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"prompt": "x" * 600},
+        {"prompt": [1] * 300},
+        {"input": "x" * 600},
+        {"input": [{"role": "user", "content": "x" * 600}]},
+        {"system": [{"type": "text", "text": "x" * 600}], "messages": []},
+        {"instructions": "x" * 600, "input": "y"},
+        {"messages": [{"role": "user", "content": "\ud800" * 600}]},
+    ],
+)
+def test_every_protocols_prompt_has_keys(asked):
+    assert len(keys_of(json.dumps(asked).encode())) >= 2
+
+
+def test_a_prompt_of_megabytes_has_few_keys():
+    assert len(keys_of(body("x" * 5_000_000))) == MOST == len(set(keys_of(body("x" * PIECE * MOST))))
+
+
+def test_the_replica_that_knows_the_beginning_is_first_unless_it_is_crowded():
+    affinity, keys = Affinity(pages=100, crowd=3), keys_of(body("a" * 2000))
+    affinity.begun("1", "y", keys[:3])
+    affinity.ended("1")
+    affinity.begun("2", "z", keys)
+    assert affinity.order(keys, ["x", "y", "z"]) == ["z", "y", "x"]
+    affinity.begun("3", "z", [])
+    affinity.begun("4", "z", [])
+    assert affinity.order(keys, ["x", "y", "z"]) == ["y", "x", "z"]
+    affinity.ended("4")
+    assert affinity.order(keys, ["x", "y", "z"])[0] == "z"
+
+
+def test_what_nobody_knows_goes_where_least_is():
+    affinity = Affinity(pages=100, crowd=4)
+    affinity.begun("1", "x", keys_of(body("a" * 2000)))
+    assert affinity.order(keys_of(body("b" * 2000)), ["x", "y"])[0] == "y"
+    affinity.ended("1")
+    assert affinity.order(keys_of(body("b" * 2000)), ["x", "y"])[0] == "y"  # as idle, but with less in its cache
+
+
+def test_a_crowd_that_comes_at_once_is_spread():
+    affinity = Affinity(pages=100, crowd=4)
+    for number in range(12):
+        keys = keys_of(body(f"{number}" * 2000))
+        affinity.begun(str(number), affinity.order(keys, ["x", "y"])[0], keys, sent=False)
+    assert [asked.replica for asked in affinity.asked.values()].count("x") == 6
+    affinity.begun("0", "y", [])  # it went elsewhere after all
+    assert [asked.replica for asked in affinity.asked.values()].count("y") == 7
+
+
+def test_a_request_that_reached_no_replica_is_not_counted_for_ever(monkeypatch):
+    affinity = Affinity(pages=100, crowd=4)
+    affinity.begun("1", "x", [], sent=False)
+    affinity.begun("2", "y", [])
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + UNSENT + 1)
+    assert affinity.order([], ["x", "y"])[0] == "x" and list(affinity.asked) == ["2"]
+
+
+def test_a_replica_forgets_as_its_cache_does():
+    affinity = Affinity(pages=10, crowd=4)
+    old, new = keys_of(body("a" * 2000)), keys_of(body("b" * 2000))
+    affinity.begun("1", "x", old)
+    affinity.begun("2", "x", new)
+    assert affinity.known(new, "x") == len(new) == 7 and affinity.known(old, "x") == 3
+    affinity.order(old, ["y"])  # x has gone
+    affinity.begun("3", "y", old)
+    assert affinity.order(new, ["x", "y"])[0] == "x" and affinity.known(new, "x") == 0 and list(affinity.asked) == ["3"]
+
+
+def test_processes_share_a_machines_cores():
+    usable = os.sched_getaffinity(0)
+    shares = [share_of_cpus(number, 2) for number in range(2)]
+    if len(usable) > 1:
+        assert not shares[0] & shares[1] and shares[0] | shares[1] <= usable
+    assert share_of_cpus(0, 1) == usable and share_of_cpus(3, 10_000) == usable == share_of_cpus(7, 2)
+
+
+def test_copies_that_do_not_fit_are_refused_with_the_numbers():
+    nodes = [Node("a", "10.0.0.1", 32.0, 16, 100 << 30), Node("b", "10.0.0.2", 24.0, 12, 60 << 30)]
+    layout = lay_out(nodes, 4, None, 20 << 30)
+    assert (layout.replicas, layout.beside, layout.threads, layout.cpus) == (4, 2, 6, 12)
+    assert lay_out(nodes, None, None, 20 << 30).replicas == 2 and lay_out(nodes, 3, 5, 0).threads == 5
+    with pytest.raises(
+        DoesNotFit,
+        match=r"4 replicas on 2 machines: 2 copies of the weights need 85.9 GB on 10.0.0.2, 64.4 GB are free",
+    ):
+        lay_out(nodes, 4, None, 40 << 30)
+    assert lay_out([Node("a", "x", 2.0, 2, 1 << 30)], 4, None, 0).cpus == 0.5
+
+
+@pytest.mark.parametrize(
+    "words,told",
+    [(["--replicas", "2"], "--replicas needs --ray"), (["--ray-address", "auto"], "--ray-address needs --ray")],
+)
+def test_options_that_need_others(words, told, capsys):
+    assert main(["serve", "--port", "0", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_without_ray_the_command_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setattr(serve_ray.importlib.util, "find_spec", lambda name: None if name == "ray" else object())
+    assert main(["serve", "--port", "0", "--ray"]) == 2
+    assert "pip install 'ktx[ray]'" in capsys.readouterr().err
