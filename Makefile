@@ -60,7 +60,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("ktx needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 	@command -v $${CXX:-g++} >/dev/null || { echo "ktx needs a C++ compiler: apt-get install g++"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "setuptools>=77" wheel
+	$(PIP) "pip>=25" "setuptools>=77" wheel  # an older pip takes minutes to resolve what the tests need
 	$(PIP) $(TORCH)
 
 $(VENV)/.ktx: pyproject.toml $(SOURCES) | $(VENV)/bin/python
