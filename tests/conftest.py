@@ -1,6 +1,6 @@
 """During tests uninitialised memory is NaN, so an output that a kernel forgot to write fails instead of passing by luck."""
 
-from __future__ import annotations
+from __future__ import logging
 
 import os
 
@@ -24,3 +24,14 @@ def uninitialised_memory_is_nan():
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before():
+    """A command that ran in this process sends its log to a standard error that is closed when the test is over."""
+    loggers = [logging.getLogger(name) for name in ("ktx", "uvicorn")]
+    before = [(logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    yield
+    for logger, (handlers, propagate, level) in zip(loggers, before, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
