@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TESTS  ?= tests
+SECONDS ?= 1800
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test test-oldest cpu-check gpu-check bench sanitize lint docs wheel clean
+.PHONY: help chat test test-oldest cpu-check gpu-check bench soak sanitize lint docs wheel clean
 
 help:                 ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,6 +32,9 @@ gpu-check: $(VENV)/.dev   ## what a machine with a CUDA GPU has to show (under t
 
 bench: $(VENV)/.dev   ## kernel speeds against this machine's own limits
 	$(PY) benchmarks/kernels.py
+
+soak: $(VENV)/.dev    ## half an hour of mixed load on a server of the demo model (SECONDS=300 for less)
+	$(PY) benchmarks/soak.py --seconds $(SECONDS)
 
 sanitize:             ## the kernels' C++ drivers under AddressSanitizer and ThreadSanitizer (KTX_ISA chooses the kernels)
 	@mkdir -p build/sanitize

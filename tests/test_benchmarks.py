@@ -30,3 +30,83 @@ def test_a_script_says_what_it_measured(words, positive):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert all(found[name] > 0 for name in positive)
+
+
+def test_a_short_soak_finds_nothing_wrong():
+    """What needs a longer time is left out: growth, and every kind of work."""
+    words = [sys.executable, "benchmarks/soak.py", "--seconds", "10", "--clients", "8", "--growth", "1000"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    rows = [line for line in done.stdout.splitlines() if line.endswith(("  ok", "FAILED"))]
+    failed = [row for row in rows if row.endswith("FAILED") and not row.startswith(("requests that gave", "kinds"))]
+    assert len(rows) == 13 and not failed, done.stdout + done.stderr
+    assert done.returncode == any(row.endswith("FAILED") for row in rows)
+
+
+@pytest.fixture
+def soak(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import soak
+
+    return soak
+
+
+GOOD = {"num_preemptions_total": 3.0, "engine_restarts_total": 0.0} | dict.fromkeys(
+    ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"), 0.0
+)
+
+
+def checked(soak, wrong=(), firsts=(0.1, 0.1, 0.3), statuses=None, sick=(), slope=0.5, files=9, threads=4, **metrics):
+    """The names of the checks that failed after so much went wrong; memory grows by `slope` MB for 1000 requests."""
+    tally = soak.Tally(firsts=list(firsts), wrong=list(wrong), fixed={0: "x"})
+    tally.done.update(dict.fromkeys(soak.ACTIONS, 10))
+    tally.statuses.update(statuses or {200: 9, 400: 1, 501: 1})
+    watch = soak.Watch(None, None, tally, 10.0)
+    watch.sick = list(sick)
+    watch.samples = [soak.Sample(float(t), 20 * t, 500.0 + slope * t / 50, 9, 4) for t in range(100)]
+    watch.samples[0] = soak.Sample(0.0, 0, 100.0, 5, 2)  # the warm-up's growth does not count
+    after = soak.Sample(100.0, 2000, 501.0, files, threads)
+    found = soak.checks(watch, watch.samples[20], after, GOOD | metrics, 1.0)
+    return [row.name for row in found if not row.good]
+
+
+@pytest.mark.parametrize(
+    "broken,name",
+    [
+        ({"wrong": ["said 'a', then 'b'"]}, "answers that were wrong"),
+        ({"statuses": {200: 9, 503: 1}}, "answers with status 5xx"),
+        ({"firsts": (0.1, 0.1, 2.1)}, "first token, largest / median"),
+        ({"slope": 1.1}, "memory for 1000 requests"),
+        ({"files": 10}, "open files, rest to rest"),
+        ({"threads": 5}, "threads, rest to rest"),
+        ({"sick": ["503 "]}, "/health"),
+        ({"engine_restarts_total": 1.0}, "engine's restarts"),
+        ({"kv_cache_usage_perc": 0.01}, "idle at the end"),
+        ({"num_preemptions_total": 0.0}, "requests that gave pages up"),
+    ],
+)
+def test_a_soak_sees_each_fault(soak, broken, name):
+    assert checked(soak) == [] and checked(soak, **broken) == [name]
+
+
+def test_a_soak_knows_the_text_of_every_protocol(soak):
+    """Streams and whole answers say the same of the same text."""
+    from soak_protocols import PROTOCOLS
+
+    whole = {
+        "/v1/chat/completions": {"choices": [{"message": {"reasoning_content": "a", "content": "b"}}]},
+        "/v1/completions": {"choices": [{"text": "ab"}]},
+        "/v1/responses": {"output": [{"type": "message", "content": [{"type": "output_text", "text": "ab"}]}]},
+        "/v1/messages": {"content": [{"type": "thinking", "thinking": "a"}, {"type": "text", "text": "b"}]},
+        "/api/chat": {"message": {"thinking": "a", "content": "b"}},
+    }
+    lines = {
+        "/v1/chat/completions": 'data: {"choices":[{"delta":{"content":"ab"}}]}',
+        "/v1/completions": 'data: {"choices":[{"text":"ab"}]}',
+        "/v1/responses": 'data: {"type":"response.output_text.delta","delta":"ab"}',
+        "/v1/messages": 'data: {"type":"content_block_delta","delta":{"type":"text_delta","text":"ab"}}',
+        "/api/chat": '{"message":{"content":"ab"},"done":false}',
+    }
+    for protocol in PROTOCOLS:
+        assert protocol.whole(whole[protocol.path]) == "ab"
+        assert [protocol.piece(event) for event in protocol.events(lines[protocol.path])] == ["ab"]
+        assert protocol.events("data: [DONE]") == protocol.events(": ping") == protocol.events("") == []
