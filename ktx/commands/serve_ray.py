@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,19 @@ def check(args: argparse.Namespace) -> None:
         return
     if importlib.util.find_spec("ray") is None:
         raise UsageError(MISSING)
+    if args.ray_address not in (None, "auto"):
+        check_address(args.ray_address)
+
+
+def check_address(address: str) -> None:
+    """UsageError when nobody listens there: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not host or not port.isdigit():
+        raise UsageError(f"--ray-address {address}: must be HOST:PORT of the cluster's first machine, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(f"--ray-address {address}: nobody answers there: {error}") from error
 
 
 def serve_replicas(

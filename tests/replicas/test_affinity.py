@@ -138,6 +138,20 @@ def test_options_that_need_others(words, told, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "address,told",
+    [
+        ("127.0.0.1:9", "nobody answers there"),
+        ("ray://x:10001", "must be HOST:PORT"),
+        ("somewhere", "must be HOST:PORT"),
+    ],
+)
+def test_a_cluster_that_is_not_there(address, told, capsys, monkeypatch):
+    monkeypatch.setattr(serve_ray.importlib.util, "find_spec", lambda name: object())
+    assert main(["serve", "--port", "0", "--ray", "--ray-address", address]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_without_ray_the_command_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr(serve_ray.importlib.util, "find_spec", lambda name: None if name == "ray" else object())
     assert main(["serve", "--port", "0", "--ray"]) == 2
