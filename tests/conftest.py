@@ -1,7 +1,8 @@
 """During tests uninitialised memory is NaN, so an output that a kernel forgot to write fails instead of passing by luck."""
 
-from __future__ import logging
+from __future__ import annotations
 
+import logging
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
