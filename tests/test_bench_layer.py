@@ -107,7 +107,9 @@ def test_beside_a_peer_both_are_measured_in_turns(tmp_path, monkeypatch):
     assert (mine["engine"], peer["engine"], peer["format"]) == ("ktx", "kt-kernel", "BF16")
     assert mine["ratio"] == pytest.approx(peer["ms"] / mine["ms"])
     assert max(mine["relative_error"], peer["relative_error"]) < 0.01
-    assert 2 < peer["ms"] < 4 + 20  # the better number of workers counts: one sleeps 2 ms, two 4
+    assert (
+        2 < peer["ms"] < 200
+    )  # the better number of workers counts: one sleeps 2 ms, two 4; a busy machine adds to it
     assert "kt-kernel 0.0 made up" in done.stdout and "this goes to" not in done.stdout
 
 

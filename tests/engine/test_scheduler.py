@@ -46,8 +46,8 @@ class World:
             for at in range(part.start + part.count):
                 slot = (r.pages[at // PAGE], at % PAGE)
                 if at >= part.start:
-                    self.wrote[slot] = tuple(r.ids[: at + 1])[-3:], at
-                assert self.wrote[slot] == (tuple(r.ids[: at + 1])[-3:], at), "another sequence's keys"
+                    self.wrote[slot] = tuple(r.ids[max(0, at - 2) : at + 1]), at
+                assert self.wrote[slot] == (tuple(r.ids[max(0, at - 2) : at + 1]), at), "another sequence's keys"
             self.computed += part.count
         for part in parts:
             r = part.request

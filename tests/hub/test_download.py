@@ -58,6 +58,7 @@ def start(hub, home, *words, token=None, **more):
         text=True,
         cwd=home,
         env=env | ({"HF_TOKEN": token} if token else {}) | more,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores Ctrl-C
     )
 
 
