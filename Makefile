@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 TESTS  ?= tests
+SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist worksteal
 SECONDS ?= 1800
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet
@@ -18,12 +19,12 @@ chat: $(VENV)/.ktx    ## talk to the bundled demo model (or: make chat ARGS="--m
 	@$(PY) -m ktx.local_chat $(ARGS)
 
 test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avxvnni|avx512vnni|... chooses the kernels)
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 # What meets transformers: its models and configurations, caches, tokenizers and templates.
-OLDEST ?= tests/models tests/cache tests/weights tests/engine tests/dialects/test_templates.py tests/server/test_openai.py tests/test_loading.py tests/test_demo.py
+OLDEST ?= tests/models tests/cache tests/weights tests/engine/test_batching.py tests/dialects/test_templates.py tests/server/test_openai.py tests/test_loading.py tests/test_demo.py
 test-oldest: $(VENV)/.oldest  ## what meets transformers, on the oldest one that we support
-	PYTHONPATH=$(VENV)/transformers-5.17:. $(PY) -m pytest $(OLDEST)
+	PYTHONPATH=$(VENV)/transformers-5.17:. $(PY) -m pytest $(SIDE_BY_SIDE) $(OLDEST)
 
 cpu-check: $(VENV)/.dev   ## every weight type on every instruction set of this CPU: error, speed, share of the peak
 	$(PY) -m ktx.kernels.check
@@ -53,7 +54,7 @@ lint: $(VENV)/.dev    ## ruff and mypy
 	$(PY) -m mypy
 
 docs: $(VENV)/.dev    ## run every command and code block of README and docs/
-	$(PY) -m pytest tests/test_docs.py
+	$(PY) -m pytest $(SIDE_BY_SIDE) tests/test_docs.py
 
 wheel: $(VENV)/.dev   ## one cp311-abi3 wheel in dist/
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w dist .

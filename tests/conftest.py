@@ -5,6 +5,12 @@ from __future__ import annotations
 import logging
 import os
 
+if (
+    workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+) > 1:  # their teams would wait for each other's cores
+    share = max(1, len(os.sched_getaffinity(0)) // workers)
+    os.environ.setdefault("KTX_THREADS", str(share))
+    os.environ.setdefault("OMP_NUM_THREADS", str(share))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

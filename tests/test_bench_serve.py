@@ -56,10 +56,11 @@ def test_the_numbers_are_the_servers_pace(slow, capsys):
 def test_a_shared_prefix_is_computed_once(slow, capsys):
     words = ("--url", slow, "-c", "2", "--requests", 3, "--prompt-tokens", 150, "--answer-tokens", 1)
     (line,), _ = measured(capsys, *words, "--shared-prefix", 128)
-    assert (line["prompt_tokens"], line["cached_tokens"]) == (450, 256) and line["itl_p50"] is None
+    assert line["prompt_tokens"] == 450 and line["itl_p50"] is None
+    assert 256 <= line["cached_tokens"] < 260  # the first token of what follows may be the same by chance
     for seed, found in ((("--seed", 1), False), (("--seed", 1), True), ((), False), ((), False)):
         (line,), _ = measured(capsys, *words, *seed)
-        assert (line["cached_tokens"] >= 3 * 128) is found and bool(line["cached_tokens"]) is found
+        assert (line["cached_tokens"] >= 3 * 128) is found and (line["cached_tokens"] >= 4) is found
 
 
 def test_the_same_of_all_is_one_prompt_a_level():

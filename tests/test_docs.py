@@ -30,7 +30,8 @@ FILE = re.compile(r"^(?:#|//) ([\w./-]+\.(?:py|yaml|yml|json|txt))\s*$")
 SMALLER: list[tuple[str, str]] = [
     (r"/tmp/v2lite", '"$OUT/v2lite"'),
     (r"--preset v2lite", "--preset v2lite --layers 2 --experts 4 --moe-ff 64 --hidden 256 --ff 512 --vocab 512"),
-    (r"-p 512 -n 32 -t 2 -r 3", "-p 16 -n 2 -t 2 -r 1"),
+    (r"-p [\d,]+ -n [\d,]+ -t 2 -r 3", "-p 16 -n 2 -t 2 -r 1"),
+    (r"^(ktx verify --perplexity .*)", r"\1 --tokens 300"),
     (r" --peer llama\.cpp", ""),
     (r"^git clone .*|^cd ktx$|^pip install .*|^apt-get .*", "true"),
     (r"^((?:KTX_ISA=\w+ )?)make ([a-z-]+).*", r"\1make -n \2"),

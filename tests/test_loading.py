@@ -508,29 +508,39 @@ def test_what_caches_keep(qwen, tmp_path):
 @pytest.mark.parametrize("numa", ["off", "fake:2"])
 def test_packed_weights_on_disk(qwen, tmp_path, numa):
     """The second start maps what the first wrote; another file, type or number of nodes is another folder."""
-    program = (
-        "import json, sys, torch, ktx, ktx.loading\n"
-        "ktx.loading.read_tokenizer = lambda *args: None\n"
-        "folder, cache, words = sys.argv[1:]\n"
-        "model, _ = ktx.load(folder, folder + '/m.gguf', progress=False, cache_dir=cache or None, **json.loads(words))\n"
-        "logits = model(input_ids=torch.arange(3, 40)[None]).logits\n"
-        "print(json.dumps({'mapped': 'packed.bin' in open('/proc/self/maps').read(), 'sum': logits.double().abs().sum().item(), 'held': model.ktx.nbytes}))\n"
-    )
+    program = """
+import json, os, sys, torch, transformers.modeling_utils
+for line in sys.stdin:  # a process each, that has its imports already
+    if (child := os.fork()) == 0:
+        import ktx, ktx.loading
+        folder, cache = json.loads(line)
+        ktx.loading.read_tokenizer = lambda *args: None
+        model, _ = ktx.load(folder, folder + "/m.gguf", progress=False, cache_dir=cache or None)
+        logits = model(input_ids=torch.arange(3, 40)[None]).logits
+        mapped = "packed.bin" in open("/proc/self/maps").read()
+        print(json.dumps({"mapped": mapped, "sum": logits.double().abs().sum().item(), "held": model.ktx.nbytes}), flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+    environment = os.environ | {"KTX_NUMA": numa, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", program]
+    with subprocess.Popen(words, env=environment, stdin=-1, stdout=-1, text=True) as parent:
+        check_packed_weights_on_disk(parent, qwen[0], tmp_path, maps=numa == "off")
+        parent.stdin.close()
+        assert parent.wait() == 0
 
-    def run(cache="", **words):
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(qwen[0]), str(cache), json.dumps(words)],
-            env=os.environ | {"KTX_NUMA": numa},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+
+def check_packed_weights_on_disk(parent, folder, tmp_path, maps):
+    """`maps`: whether a copy is mapped. A file's pages lie on any node, so several nodes get copies of their shares."""
+
+    def run(cache=""):
+        parent.stdin.write(json.dumps([str(folder), str(cache)]) + "\n")
+        parent.stdin.flush()
+        return json.loads(parent.stdout.readline())
 
     def folders():
         return sorted(path.name for path in (tmp_path / "packed").iterdir())
 
-    maps = numa == "off"  # a file's pages lie on any node: several nodes get copies of their shares
     plain, first, second = run(), run(tmp_path / "packed"), run(tmp_path / "packed")
     assert first["sum"] == second["sum"] == plain["sum"] and second["held"] == plain["held"]
     assert (plain["mapped"], first["mapped"], second["mapped"]) == (False, False, maps)
@@ -543,7 +553,7 @@ def test_packed_weights_on_disk(qwen, tmp_path, numa):
     again = run(tmp_path / "packed")
     assert again["sum"] == plain["sum"] and not again["mapped"] and folders() == [only]
     assert run(tmp_path / "packed")["mapped"] == maps
-    os.utime(qwen[0] / "m.gguf")
+    os.utime(folder / "m.gguf")
     run(tmp_path / "packed")
     assert len(folders()) == 2
 

@@ -18,6 +18,8 @@ PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "safetensors", "numpy
 OPTIONAL = {
     "ik_llama_cpp": ("ktx bench --peer ik_llama.cpp", "pip install ik-llama-cpp-python"),
     "llama_cpp": ("ktx bench --peer llama.cpp", "pip install llama-cpp-python"),
+    "ray": ("several replicas: ktx serve --ray", "pip install 'ktx[ray]'"),
+    "modelscope_hub": ("ktx download --hub modelscope", "pip install 'ktx[modelscope]'"),
     "triton": ("GPU kernels", "pip install triton (Linux with a CUDA GPU)"),
     "flashinfer": ("paged MLA on the GPU", "pip install flashinfer-python (CUDA GPU)"),
 }

@@ -88,7 +88,7 @@ def serve_replicas(
             making,
             args.max_batch_size,
             args.max_queue,
-            args.cache_lens // PAGE,
+            0 if args.no_prefix_cache else args.cache_lens // PAGE,
         )
     )
     trouble: list[BaseException] = []

@@ -94,9 +94,25 @@ def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
 
 def wrong_answers(model: Any, tokenizer: Any, asked: list[demo.Question]) -> list[tuple[str, str]]:
-    """(question, what was said) wherever the answer is not the listed one, letter by letter."""
-    said = [(item, answer(model, tokenizer, [{"role": "user", "content": item.question}])) for item in asked]
-    return [(item.question, text) for item, text in said if text != item.answer]
+    """(question, what was said) wherever the answer is not the listed one, letter by letter. A model of ktx is asked eight questions at a time."""
+    turns = [[{"role": "user", "content": item.question}] for item in asked]
+    if hasattr(model, "ktx"):
+        texts = answers_side_by_side(model, tokenizer, turns)
+    else:
+        texts = [answer(model, tokenizer, messages) for messages in turns]
+    return [(item.question, text) for item, text in zip(asked, texts, strict=True) if text != item.answer]
+
+
+def answers_side_by_side(model: Any, tokenizer: Any, turns: list[list[dict[str, str]]]) -> list[str]:
+    """Greedy answers to several conversations, by the engine."""
+    from ktx.engine.sampling import Sampling
+
+    prompts = [tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False) for one in turns]
+    texts = [""] * len(prompts)
+    with model.ktx.engine(max_batch_size=8) as engine:
+        for i, event in engine.generate(prompts, Sampling(max_new_tokens=LONGEST, temperature=0.0)):
+            texts[i] += getattr(event, "text", "")
+    return texts
 
 
 def evaluate(name: str, folder: Path) -> Report:

@@ -81,6 +81,8 @@ class Cluster:
         if not self.serve_was_there:
             serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if os.environ.get("RAY_AUTH_MODE") != "token":
+            log.warning("this Ray cluster asks for no token: whoever reaches its ports can run code on its machines")
 
     def load(self, failed: Callable[[BaseException], None]) -> None:
         """Starts the replicas in a thread of its own, so that /health answers meanwhile."""
@@ -132,7 +134,7 @@ class Cluster:
         app = serve.status().applications.get(self.asked.app)
         if app is None:
             return
-        told = "; ".join(one.message for one in app.deployments.values() if one.message) or app.message
+        told = last_line("\n".join([app.message, *(one.message for one in app.deployments.values())]))
         if app.status == ApplicationStatus.DEPLOY_FAILED:
             raise KtxError(f"Ray Serve: {told}")
         if told and told != self.told:
@@ -164,16 +166,25 @@ class Cluster:
         """Every replica ends what it runs, each stream with its last words."""
         self.stopping = True
         if self.board is not None:
-            ray.get(self.board.end.remote(), timeout=5)
+            with suppress(ray.exceptions.RayError):  # a cluster that has gone has no streams either
+                ray.get(self.board.end.remote(), timeout=5)
 
     def close(self) -> None:
         """Leaves the cluster as it was found; one of our own ends."""
         self.stopping = self.closed = True
-        if self.serve_was_there:
-            serve.delete(self.asked.app)
-        else:
-            serve.shutdown()
+        try:
+            if self.asked.address is not None and self.asked.app in serve.status().applications:
+                serve.delete(self.asked.app)
+            if not self.serve_was_there and not (self.asked.address and serve.status().applications):
+                serve.shutdown()
+        except Exception as error:  # whatever became of the cluster, this process leaves it
+            log.warning("Ray: %s: %s", type(error).__name__, last_line(str(error)))
         ray.shutdown()
+
+
+def last_line(text: str) -> str:
+    """What a traceback ends with."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")[:300]
 
 
 def survey() -> list[Node]:

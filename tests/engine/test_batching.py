@@ -64,14 +64,20 @@ def test_side_by_side_is_what_generate_says(loaded):
     assert found == [greedy(model, prompt, 20) for prompt in PROMPTS]
 
 
+DRAWN = Sampling(max_new_tokens=100, ignore_eos=True, temperature=0.8, seed=3, top_p=0.9)
+
+
+@pytest.fixture(scope="module")
+def alone(loaded):
+    """What each prompt is answered by itself."""
+    with loaded[0].ktx.engine() as engine:
+        return [answers(engine, [prompt], DRAWN)[0].ids for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("options", [{"cache_lens": 320}, {"chunk_size": 64}, {"chunk_size": 400, "max_batch_size": 8}])
-def test_a_small_cache_and_any_chunk_give_the_same(loaded, options):
-    model, _ = loaded
-    sampling = Sampling(max_new_tokens=100, ignore_eos=True, temperature=0.8, seed=3, top_p=0.9)
-    with model.ktx.engine() as engine:
-        alone = [answers(engine, [prompt], sampling)[0].ids for prompt in PROMPTS]
-    with model.ktx.engine(**options) as engine:
-        found = answers(engine, PROMPTS, sampling)
+def test_a_small_cache_and_any_chunk_give_the_same(loaded, alone, options):
+    with loaded[0].ktx.engine(**options) as engine:
+        found = answers(engine, PROMPTS, DRAWN)
     assert [event.ids for event in found] == alone
     if "cache_lens" in options:
         assert sum(event.usage.preempted for event in found)

@@ -180,6 +180,14 @@ def test_the_guard_stands_before_ray(server):
     assert server.http.get("/v1/nothing").status_code == 404
 
 
+def test_keys_do_not_travel():
+    from ktx.replicas.front import plain
+
+    headers = [(b"Authorization", b"Bearer k"), (b"x-api-key", b"k"), (b"cookie", b"k"), (b"accept", b"*/*")]
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": headers, "app": object()}
+    assert plain(scope) == {"method": "GET", "path": "/", "headers": [(b"accept", b"*/*")]}
+
+
 def test_metrics_are_of_all_replicas(server):
     server.ask("greet")
 

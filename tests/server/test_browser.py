@@ -54,11 +54,23 @@ def page(visit, slow):
     assert made.complaints() == []
 
 
+WATCH = """window.shown = [];
+const look = () => {
+  const one = (selector) => document.querySelector(selector)?.textContent.trim() ?? "";
+  window.shown.push([one("summary"), one(".answer > .text")]);
+};
+document.addEventListener("DOMContentLoaded", () => new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true}));"""
+
+
 def test_an_answer_comes_word_by_word_with_its_reasoning_folded(page):
+    page.open(WATCH)
     page.ask("think")
-    page.until("document.querySelector('summary')?.textContent === 'Thinking'")
-    page.until("/^It i?s?$/.test(document.querySelector('.answer > .text').textContent.trim())")
+    page.until("/It is four/.test(document.querySelector('.answer > .text')?.textContent)")
     page.until("!document.querySelector('[aria-busy=true]')")
+    shown = [tuple(one) for one in page.js("return window.shown")]
+    assert ("Thinking", "") in shown
+    parts = {text for _, text in shown} - {"", "It is four."}
+    assert len(parts) > 2 and all("It is four.".startswith(part) for part in parts)
     assert page.text(".answer > .text") == "It is four."
     assert not page.one("details").get_attribute("open") and page.text("summary").startswith("Thought for ")
     assert not page.one("details .text").is_displayed()
