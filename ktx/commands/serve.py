@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import ipaddress
 import logging
@@ -168,6 +167,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"ktx serve needs {', '.join(missing)}: pip install 'ktx[serve]'")
     from ktx.server.guard import Access
     from ktx.server.log import set_up
+    from ktx.server.memory import settle
 
     keys = keys_of(args)
     check_exposure(args, keys)
@@ -214,16 +214,6 @@ def run(args: argparse.Namespace) -> int:
     if trouble:
         raise trouble[0]
     return 0
-
-
-def settle() -> None:
-    """What exists now stays as long as the process: the garbage collector leaves it out, and comes round more often for what requests leave behind.
-
-    Otherwise it waits until that is a quarter of all objects, of which torch and transformers make half a million.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.collect()  # so that what it counts by is what is left
 
 
 def _name(path: str) -> str:

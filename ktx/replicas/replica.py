@@ -46,6 +46,7 @@ class Replica:
         os.sched_setaffinity(0, share_of_cpus(context.rank.local_rank, making.beside))
         from ktx.server.app import make_routes
         from ktx.server.log import set_up
+        from ktx.server.memory import settle
         from ktx.server.served import Served
 
         set_up(*making.log)
@@ -56,6 +57,7 @@ class Replica:
         threading.Thread(target=self._hear, name="ktx-end", daemon=True).start()
         try:
             self.served.attach(making.make(making.threads, self.served))
+            settle()
         except BaseException as error:
             told = str(error) if isinstance(error, KtxError) else f"{type(error).__name__}: {error}"
             self.served.trouble = told
