@@ -70,7 +70,8 @@ class Batch:
             own[: len(span.pages)] = torch.tensor(span.pages, dtype=torch.int32)
         self.positions = torch.cat([torch.arange(span.past, span.past + span.count) for span in spans])
         self.position_ids = self.positions[None]
-        self.position_ids.ktx_batch = self  # type: ignore[attr-defined]  # for rotary code whose tables depend on a sequence's length
+        # For rotary code whose tables depend on a sequence's length. The counts alone: a ring would hold each forward's tensors until a collection of garbage.
+        self.position_ids.ktx_counts = [span.count for span in spans]  # type: ignore[attr-defined]
         of = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([span.count for span in spans]))
         self.slots = self.pages[of, self.positions // PAGE].long() * PAGE + self.positions % PAGE
         self._ranges: dict[int, torch.Tensor] = {}

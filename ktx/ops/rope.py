@@ -28,10 +28,10 @@ class RotaryEmbedding(Operator):
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self.fixed or args or kwargs or position_ids.dim() != 2:
-            batch = getattr(position_ids, "ktx_batch", None)
-            if batch is None or self.fixed:
+            counts = getattr(position_ids, "ktx_counts", None)
+            if counts is None or self.fixed:
                 return super().forward(x, position_ids, *args, **kwargs)
-            parts = position_ids.split([span.count for span in batch.spans], 1)
+            parts = position_ids.split(counts, 1)
             tables = [super(RotaryEmbedding, self).forward(x, part, *args, **kwargs) for part in parts]
             return tuple(torch.cat(values, 1) for values in zip(*tables, strict=True))
         need = int(position_ids.max()) + 1
