@@ -23,7 +23,7 @@ E4M3 = torch.float8_e4m3fn
 KV_SCALE = 0.02  # of e4m3 pools: about what makes normal numbers fill its range
 SMALL = (Tile(16, 16, 4, 2, least=1), Tile(32, 16, 4, 2, least=1))  # many tiles and parts of few keys
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3, E4M3: 8e-3}
-RAGGED = [(1, 70), (5, 5), (40, 90), (1, 1), (1, 201), (7, 33)]  # new tokens and keys of sequences beside each other
+RAGGED = [(1, 45), (5, 5), (12, 40), (1, 1), (1, 90)]  # new tokens and keys of sequences beside each other
 
 
 class Pools:
@@ -64,7 +64,7 @@ def ranges_of(ragged, window):
     return torch.stack([begins, ends], -1).int()[None]
 
 
-def planned(ragged, shape, pools, window=0, tiles=SMALL, slots=3):
+def planned(ragged, shape, pools, window=0, tiles=SMALL, slots=2):
     work = Work([count for count, _ in ragged], shape, DEVICE, slots=slots, tiles=tiles)
     return work.plan(sequences_of(ragged).to(DEVICE), pools.pages.to(DEVICE), window)
 
@@ -88,7 +88,7 @@ def scales(dtype):
 
 CASES = [  # heads, kv heads, key columns, value columns, page, type of q, of keys and values, window, sinks, softcap
     (8, 2, 64, 64, 64, torch.bfloat16, torch.bfloat16, 0, False, 0.0),
-    (4, 4, 40, 24, 64, torch.float16, torch.float16, 0, False, 0.0),
+    (3, 3, 40, 24, 64, torch.float16, torch.float16, 0, False, 0.0),
     (9, 1, 64, 80, 16, torch.float16, torch.float16, 0, True, 0.0),
     (12, 2, 96, 64, 48, torch.bfloat16, torch.bfloat16, 20, False, 0.0),
     (6, 2, 32, 32, 7, torch.float16, torch.float16, 20, True, 5.0),
@@ -143,9 +143,10 @@ def test_mla_chunks_and_decodes_beside_each_other(case):
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, E4M3], ids=str)
 def test_scrambled_pages_change_no_bit(stored):
-    pools, q, qr, ckv, kpe = latents((16, 32, 16, 16, torch.bfloat16, stored))
-    shape = Shape(16, 1, 32, 32, latent=True)
-    found = mla_attention(q, qr, ckv[:, 0], kpe[:, 0], planned(RAGGED, shape, pools), 0.1)
+    ragged = [(1, 90), (3, 40)]
+    pools, q, qr, ckv, kpe = latents((5, 32, 16, 16, torch.bfloat16, stored), ragged)
+    shape = Shape(5, 1, 32, 32, latent=True)
+    found = mla_attention(q, qr, ckv[:, 0], kpe[:, 0], planned(ragged, shape, pools), 0.1)
     order = torch.randperm(pools.count)
     where = torch.empty_like(order)
     where[order] = torch.arange(pools.count)
@@ -153,31 +154,31 @@ def test_scrambled_pages_change_no_bit(stored):
         pools.pages < pools.count, where[pools.pages.clamp(max=pools.count - 1)].int(), pools.pages
     )
     moved = [pool.view(torch.uint8)[order.to(DEVICE)].view(stored)[:, 0] for pool in (ckv, kpe)]
-    assert torch.equal(mla_attention(q, qr, *moved, planned(RAGGED, shape, pools), 0.1), found)
+    assert torch.equal(mla_attention(q, qr, *moved, planned(ragged, shape, pools), 0.1), found)
 
 
 @pytest.mark.parametrize("window", [0, 30])
 def test_a_prompt_in_chunks_is_bit_for_bit_the_prompt_at_once(window):
     """One program a tile, so that nothing is merged: the bits then depend on a row's own keys alone."""
-    heads, length, tiles = 4, 90, (Tile(16, 16, 4, 2, least=1000),)
+    heads, length, tiles = 4, 50, (Tile(16, 16, 4, 2, least=1000),)
     pools, (keys, vals) = made([(length, length)], 2, (32, 32), 16)
     k, v = (pools.filled(rows, torch.bfloat16) for rows in (keys, vals))
     q = torch.randn(1, heads, length, 32).to(DEVICE, torch.bfloat16)
     shape = Shape(heads, 2, 32, 32)
     whole = attention(q, k, v, planned([(length, length)], shape, pools, window, tiles), 0.2)
-    for begin, end in ((0, 1), (1, 38), (38, 90)):
+    for begin, end in ((0, 1), (1, 21), (21, 50)):
         part = attention(q[:, :, begin:end], k, v, planned([(end - begin, end)], shape, pools, window, tiles), 0.2)
         assert torch.equal(part, whole[:, begin:end])
 
 
 def test_a_context_in_parts_is_the_context_in_one_and_the_same_bits_each_time():
-    ragged = [(1, 700), (1, 3), (2, 431)]
-    pools, q, qr, ckv, kpe = latents((16, 32, 16, 64, torch.float16, torch.float16), ragged)
+    ragged = [(1, 300), (1, 3), (2, 181)]
+    pools, q, qr, ckv, kpe = latents((4, 32, 16, 64, torch.float16, torch.float16), ragged)
     shape = Shape(16, 1, 32, 32, latent=True)
     one, many = (
         planned(ragged, shape, pools, tiles=(Tile(32, 16, 4, 2, least=least),), slots=23) for least in (1000, 1)
     )
-    assert (many.lines[0].programs[:, 0] < many.lines[0].programs[:, 1]).sum() == 18
+    assert (many.lines[0].programs[:, 0] < many.lines[0].programs[:, 1]).sum() == 16
     assert (
         many.lines[0].merges[:, 0] >= 0
     ).sum() == 2  # the third sequence's two tokens are one tile, the second's is not shared
@@ -199,7 +200,7 @@ def test_extreme_scores_are_merged_without_overflow():
 
 def test_expanded_mla_with_shared_rotated_columns():
     """MLA's other form: keys and values of each head in a dense matrix, rotated columns once for all heads."""
-    heads, nope, turned, wide, length = 6, 32, 16, 32, 100
+    heads, nope, turned, wide, length = 3, 32, 16, 32, 100
     both, padded = torch.randn(length, heads * (nope + wide)), 128
     matrix = F.pad(both, (0, 0, 0, padded - length), value=torch.nan).to(DEVICE, torch.bfloat16)
     pool = as_pages(matrix, heads, 64)
@@ -207,8 +208,8 @@ def test_expanded_mla_with_shared_rotated_columns():
     pools = Pools([length])
     pools.pages, pools.count = torch.arange(2, dtype=torch.int32)[None], 2
     kpe = as_pages(F.pad(torch.randn(length, turned), (0, 0, 0, padded - length)).to(DEVICE, torch.bfloat16), 1, 64)
-    ragged = [(37, length)]
-    q, qr = (torch.randn(1, heads, 37, d).to(DEVICE, torch.bfloat16) for d in (nope, turned))
+    ragged = [(21, length)]
+    q, qr = (torch.randn(1, heads, 21, d).to(DEVICE, torch.bfloat16) for d in (nope, turned))
     plan = planned(ragged, Shape(heads, heads, nope, wide), pools)
     got = attention(q, k, v, plan, 0.2, q_rope=qr, k_rope=kpe)
     exact = true_attention(q, k, v, ragged, pools, 0.2, q_rope=qr, k_rope=kpe.expand(-1, heads, -1, -1))
@@ -218,9 +219,9 @@ def test_expanded_mla_with_shared_rotated_columns():
 
 
 def test_error_is_no_worse_than_twice_torchs():
-    ragged, heads = [(64, 64)], 4
+    ragged, heads = [(40, 40)], 4
     pools, (keys, vals) = made(ragged, 2, (64, 64))
-    q = torch.randn(1, heads, 64, 64).to(DEVICE, torch.float16)
+    q = torch.randn(1, heads, 40, 64).to(DEVICE, torch.float16)
     k, v = pools.filled(keys, torch.float16), pools.filled(vals, torch.float16)
     exact = true_attention(q, k, v, ragged, pools, 0.125)
     got = attention(q, k, v, planned(ragged, Shape(heads, 2, 64, 64), pools), 0.125)
