@@ -131,7 +131,7 @@ class Case:
 
 def seconds(calls: list[Callable[[], Any]], repeat: int = 5) -> float:
     """Of one call: the median of replays of a graph that holds all of them, several times if they are short."""
-    for call in calls[:2]:
+    for call in calls:
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -185,7 +185,7 @@ def measure(row: Row, copy: float, product: float) -> dict[str, Any]:
     found |= {"copy_share": row.nbytes / taken / copy, "product_share": row.operations / taken / product}
     found |= {
         "share": bound / taken,
-        "floor": FLOORS.get(row.heads, 0.0) if row.kind == "mla" and row.new == 1 else 0.0,
+        "floor": FLOORS.get(row.heads, 0.0) if (row.kind, row.new, row.stored) == ("mla", 1, HALF) else 0.0,
     }
     try:
         other = kernels_for(shape, "flashinfer", rope, stored=row.stored)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ktx.kernels.work import Line, Plan
 
-COLUMNS, PARTS = 64, 32  # that a program takes at once: 8 KB, as rows of 256 bytes
+FEW, MANY = (64, 32), (512, 8)  # columns and parts that a program takes at once: 8 and 16 KB
 
 
 @triton.jit
@@ -83,8 +83,10 @@ def merge(
     part, shape = line.part, plan.work.shape
     if not part.merges:
         return
-    beside = shape.kv_heads * part.blocks * triton.cdiv(shape.value_columns, COLUMNS)
-    _merge[part.merges, part.tile.rows, beside](
+    beside = shape.kv_heads * part.blocks
+    columns, parts = MANY if part.merges * part.tile.rows * beside > 8 * plan.work.slots else FEW
+    columns = min(columns, triton.next_power_of_2(shape.value_columns))
+    _merge[part.merges, part.tile.rows, beside * triton.cdiv(shape.value_columns, columns)](
         out,
         out if sinks is None else sinks,
         partial,
@@ -100,7 +102,7 @@ def merge(
         V_COLUMNS=shape.value_columns,
         SINKS=sinks is not None,
         ROWS=part.tile.rows,
-        COLUMNS=COLUMNS,
-        PARTS=PARTS,
+        COLUMNS=columns,
+        PARTS=parts,
         num_warps=4,
     )

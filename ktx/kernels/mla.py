@@ -29,9 +29,19 @@ def mla_attention(
     """
     if not plan.work.shape.latent:
         raise ValueError("the plan is for keys and values apart: make its shape with latent=True")
-    latent, turned = ckv[:, None], kpe[:, None]
-    scales = {"k_scale": kv_scale, "v_scale": kv_scale}
-    return attention(q_nope, latent, latent, plan, scale, q_rope=q_rope, k_rope=turned, out=out, **scales)
+    latent = ckv[:, None]
+    return attention(
+        q_nope,
+        latent,
+        latent,
+        plan,
+        scale,
+        q_rope=q_rope,
+        k_rope=kpe[:, None],
+        k_scale=kv_scale,
+        v_scale=kv_scale,
+        out=out,
+    )
 
 
 def as_pages(rows: torch.Tensor, heads: int, page: int = 64) -> torch.Tensor:

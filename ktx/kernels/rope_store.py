@@ -107,16 +107,29 @@ def _store_heads(
         slot = tl.load(slots + token).to(tl.int64)
         head = (job - of_queries) * AT_ONCE + tl.arange(0, AT_ONCE)
         there = head < tl.where(slot >= 0, KV_HEADS, 0)
-        own = k + token * k_strides[0]
-        to = k_pool + slot // PAGE * k_pool_strides[0] + slot % PAGE * k_pool_strides[2]
-        heads = (k_strides[1], k_pool_strides[1])
-        _put_rotated(own, to, heads[0], heads[1], tables, k_inverse, head, there, COLUMNS, BLOCK, TURNED, HALF, PAIRS)
+        own_k = k + token * k_strides[0]
+        k_to = k_pool + slot // PAGE * k_pool_strides[0] + slot % PAGE * k_pool_strides[2]
+        _put_rotated(
+            own_k,
+            k_to,
+            k_strides[1],
+            k_pool_strides[1],
+            tables,
+            k_inverse,
+            head,
+            there,
+            COLUMNS,
+            BLOCK,
+            TURNED,
+            HALF,
+            PAIRS,
+        )
         column = tl.arange(0, V_BLOCK)
         mask = there[:, None] & (column < V_COLUMNS)[None, :]
         v_at = v + token * v_strides[0] + head[:, None] * v_strides[1] + column[None, :]
-        to = v_pool + slot // PAGE * v_pool_strides[0] + slot % PAGE * v_pool_strides[2]
+        v_to = v_pool + slot // PAGE * v_pool_strides[0] + slot % PAGE * v_pool_strides[2]
         values = _as_stored(tl.load(v_at, mask=mask, other=0.0), v_inverse, v_pool)
-        tl.store(to + head[:, None] * v_pool_strides[1] + column[None, :], values, mask=mask)
+        tl.store(v_to + head[:, None] * v_pool_strides[1] + column[None, :], values, mask=mask)
 
 
 @triton.jit
@@ -162,8 +175,10 @@ def _store_latent(
     else:
         slot = tl.load(slots + token).to(tl.int64)
         there = head < tl.where(slot >= 0, 1, 0)
-        to = kpe + slot // PAGE * kpe_strides[0] + slot % PAGE * kpe_strides[1]
-        _put_rotated(k_rope + token * k_token, to, 0, 0, tables, inverse, head, there, TURNED, 16, TURNED, HALF, PAIRS)
+        kpe_to = kpe + slot // PAGE * kpe_strides[0] + slot % PAGE * kpe_strides[1]
+        _put_rotated(
+            k_rope + token * k_token, kpe_to, 0, 0, tables, inverse, head, there, TURNED, 16, TURNED, HALF, PAIRS
+        )
         column = tl.arange(0, BLOCK)
         mask = column < tl.where(slot >= 0, RANK, 0)
         x = tl.load(latent + token * latent_token + column, mask=mask, other=0.0)
@@ -172,8 +187,8 @@ def _store_latent(
             wide *= tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
             gain = tl.load(norm + column, mask=mask, other=0.0).to(tl.float32)
             x = (gain * wide.to(x.dtype).to(tl.float32)).to(x.dtype)
-        to = ckv + slot // PAGE * ckv_strides[0] + slot % PAGE * ckv_strides[1]
-        tl.store(to + column, _as_stored(x, inverse, ckv), mask=mask)
+        ckv_to = ckv + slot // PAGE * ckv_strides[0] + slot % PAGE * ckv_strides[1]
+        tl.store(ckv_to + column, _as_stored(x, inverse, ckv), mask=mask)
 
 
 def store_heads(

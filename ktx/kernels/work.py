@@ -33,26 +33,29 @@ class Tile:
     least: int = 2
 
 
-# A multiprocessor of an H100 has 227 KB of shared memory, 64 K registers and matrix units for 64 rows at a time (wgmma); fewer rows
-# take the older 16-row instruction, which is fast enough where memory is the limit.
+# A multiprocessor of an H100 has 227 KB of shared memory, 64 K registers, and matrix units that take 64 rows at a time (wgmma). Fewer rows
+# go to the older 16-row instruction, which is fast enough where memory is the limit.
 #
-# Latents: a key is 576 columns, 1.1 KB. A block of 32 is 36 KB, of 64 is 72 KB, and so are 64 queries. The sums of 64 rows, 512 columns
-# in f32, are half of all registers: eight warps, and one program on a multiprocessor.
+# Latents: a key has 576 columns, so a block of 32 keys is 36 KB, of 64 is 72 KB, and so are 64 queries. Sums of 64 rows by 512 columns in
+# f32 are half of all registers: eight warps and one program. 64 rows, 64 keys twice and the shares between the two products are
+# 224 KB; nothing is spilled in the inner loop. 16 and 32 rows have room for a third
+# block; with more keys than rows, their warps share out the columns of both products.
 LATENT = (
-    Tile(rows=16, keys=64, warps=8, stages=2),
-    Tile(rows=32, keys=64, warps=8, stages=2),
+    Tile(rows=16, keys=64, warps=8, stages=3),
+    Tile(rows=32, keys=64, warps=8, stages=3),
     Tile(rows=64, keys=64, warps=8, stages=2),
 )
-# Keys and values of at most 128 columns: a block of 64 of both is 32 KB.
+# Keys and values of at most 128 columns: a block of 64 of both is 32 KB. Programs of 16 rows take 70 KB, of 64 rows 80 KB; 128 rows
+# have 128 registers a thread for sums alone.
 HEADS = (
-    Tile(rows=16, keys=64, warps=4, stages=3, resident=2, least=4),
-    Tile(rows=64, keys=64, warps=4, stages=3, resident=2, least=4),
+    Tile(rows=16, keys=64, warps=4, stages=3, resident=3, least=4),
+    Tile(rows=64, keys=64, warps=4, stages=2, resident=2, least=4),
     Tile(rows=128, keys=64, warps=8, stages=3, resident=1, least=8),
 )
-# Of up to 256 columns.
+# Of more columns: twice that.
 WIDE_HEADS = (
     Tile(rows=16, keys=32, warps=4, stages=3, resident=2, least=8),
-    Tile(rows=64, keys=32, warps=4, stages=2, resident=1, least=8),
+    Tile(rows=64, keys=32, warps=8, stages=2, resident=1, least=8),
     Tile(rows=128, keys=32, warps=8, stages=2, resident=1, least=8),
 )
 

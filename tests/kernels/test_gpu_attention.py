@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,7 +180,7 @@ def test_a_prompt_in_chunks_is_bit_for_bit_the_prompt_at_once(window):
 def test_a_context_in_parts_is_the_context_in_one_and_the_same_bits_each_time():
     ragged = [(1, 300), (1, 3), (2, 181)]
     pools, q, qr, ckv, kpe = latents((4, 32, 16, 64, torch.float16, torch.float16), ragged)
-    shape = Shape(16, 1, 32, 32, latent=True)
+    shape = Shape(4, 1, 32, 32, latent=True)
     one, many = (
         planned(ragged, shape, pools, tiles=(Tile(32, 16, 4, 2, least=least),), slots=23) for least in (1000, 1)
     )
@@ -399,6 +405,32 @@ def test_a_latent_is_normalised_rotated_and_stored(interleaved, stored):
         same_stored(found, twin)
     with pytest.raises(ValueError, match="no row of"):
         store_latent(latent, k_rope, q_rope, cos[:, :3], sin[:, :3], slots, *pools)
+
+
+def compiled(*words):
+    """What hopper.py found."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = str(Path(__file__).with_name("hopper.py"))
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(GPU, reason="the kernels are compiled for the device itself")
+@pytest.mark.parametrize("heads,rows,layout", [(16, 16, "1, 8"), (128, 64, "4, 2")])
+def test_mla_compiles_for_an_h100_and_no_warp_repeats_anothers_work(heads, rows, layout):
+    """What a program holds fits a multiprocessor, and both products are laid out over all eight warps."""
+    found = compiled(str(heads))[0]
+    assert found["rows"] == rows and found["shared"] <= 227 << 10
+    assert set(found["layouts"]) == {layout}
+    assert found["copies"] >= 4  # latent and rotated columns are fetched ahead, before the loop and in it
+
+
+@pytest.mark.skipif(GPU, reason="the kernels are compiled for the device itself")
+def test_the_other_kernels_compile_for_an_h100():
+    found = compiled()
+    names = ["_attend", "_merge"] * 4 + ["_store_heads", "_store_latent"]
+    assert [kernel["name"] for kernel in found] == names and all(kernel["shared"] <= 227 << 10 for kernel in found)
 
 
 @pytest.mark.gpu
