@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RECORD = str(ROOT / "benchmarks" / "results" / "gpu_attention.jsonl")
 STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing is marked gpu)
     ("cpu kernels", ["-m", "ktx.kernels.check"], (0,)),
     ("families and demo model", ["-m", "pytest", "-q", "tests/models", "tests/test_demo.py", "tests/kernels"], (0,)),
     ("gpu tests", ["-m", "pytest", "-q", "-m", "gpu", "tests"], (0, 5)),
+    ("gpu attention", ["benchmarks/gpu_attention.py", "--quick", "--record", RECORD], (0,)),
 )
 
 

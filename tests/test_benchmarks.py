@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +31,12 @@ def test_a_script_says_what_it_measured(words, positive):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert all(found[name] > 0 for name in positive)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_its_attention_is_not_measured():
+    done = subprocess.run([sys.executable, "benchmarks/gpu_attention.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "no CUDA device" in done.stderr and not done.stdout
 
 
 def test_a_short_soak_finds_nothing_wrong():

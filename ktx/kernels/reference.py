@@ -196,6 +196,65 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: boo
     return torch.cat([turned.to(x.dtype), rest], -1)
 
 
+def to_e4m3(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """x / scale as float8 e4m3; what lies outside its range becomes the largest number of its sign."""
+    most = torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale).clamp(-most, most).to(torch.float8_e4m3fn)
+
+
+def put_rows(rows: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor, scale: float = 1.0) -> None:
+    """Writes rows [1, heads, tokens, columns] to their slots (page times PAGE plus place) of a pool [pages, heads, PAGE, columns], as
+    e4m3 over `scale` if that is its type. A token whose slot is negative is left out.
+    """
+    size = pool.shape[2]
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            row = rows[0, :, token]
+            pool[slot // size, :, slot % size] = to_e4m3(row, scale) if pool.dtype == torch.float8_e4m3fn else row
+
+
+def store_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    interleaved: bool = False,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> torch.Tensor:
+    """q [1, H, T, D] rotated; k [1, Hkv, T, D] rotated and v [1, Hkv, T, Dv] go to their slots of the pools."""
+    put_rows(rope(k, cos, sin, interleaved), k_pool, slots, k_scale)
+    put_rows(v, v_pool, slots, v_scale)
+    return rope(q, cos, sin, interleaved)
+
+
+def store_latent(
+    latent: torch.Tensor,
+    k_rope: torch.Tensor,
+    q_rope: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    ckv: torch.Tensor,
+    kpe: torch.Tensor,
+    norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    interleaved: bool = False,
+    kv_scale: float = 1.0,
+) -> torch.Tensor:
+    """q_rope [1, H, T, P] rotated; latent [1, T, R], normalised, and k_rope [1, T, P], rotated, go to their slots of the pools ckv
+    [pages, PAGE, R] and kpe [pages, PAGE, P].
+    """
+    latent = latent if norm is None else rms_norm(latent, norm, eps)
+    put_rows(latent[:, None], ckv[:, None], slots, kv_scale)
+    put_rows(rope(k_rope[:, None], cos, sin, interleaved), kpe[:, None], slots, kv_scale)
+    return rope(q_rope, cos, sin, interleaved)
+
+
 def route(
     logits: torch.Tensor,
     top_k: int,
