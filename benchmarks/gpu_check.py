@@ -20,6 +20,7 @@ STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing i
     ("cpu kernels", ["-m", "ktx.kernels.check"], (0,)),
     ("families and demo model", ["-m", "pytest", "-q", "tests/models", "tests/test_demo.py", "tests/kernels"], (0,)),
     ("gpu tests", ["-m", "pytest", "-q", "-m", "gpu", "tests"], (0, 5)),
+    ("packed weights", ["benchmarks/gpu_weights.py", "--quick"], (0,)),
 )
 
 
