@@ -79,7 +79,7 @@ def nibble_scale(plane, half, row, start, blocks, SPAN: tl.constexpr):
 
 
 @triton.jit
-def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Pairs of words for 32 columns: four indices; four times seven signs below a scale of four bits."""
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
     part, i = entry // 4, entry % 4
@@ -92,7 +92,7 @@ def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
 
 @triton.jit
-def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Nine bits of index and seven signs for eight columns."""
     start = first // BLOCK
     word = stream(planes[0], row, start * 32 + tl.arange(0, SPAN // 8), blocks * 32).to(tl.int32)
@@ -102,7 +102,7 @@ def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 
 @triton.jit
-def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Ten bits of index, two of them apart, and eight signs for eight columns."""
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
     top = stream(planes[2], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 2)[None, :]
@@ -114,7 +114,7 @@ def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 
 @triton.jit
-def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """An index for four columns; a word for 32: four times seven signs below a scale of four bits. Values 4, 12, ... 52, 62."""
     start, entry = first // BLOCK, tl.arange(0, SPAN // 4)
     place = places(book, stream(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32), 4)
@@ -126,7 +126,7 @@ def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
 
 @triton.jit
-def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Nine bits of index for four columns, one of them apart; a sign a column; four bits of scale for 32. Values 1, 3, ... 15."""
     start, entry = first // BLOCK, tl.arange(0, SPAN // 4)
     top = (stream(planes[2], row, start * 8 + entry // 8, blocks * 8).to(tl.int32) >> (entry % 8)[None, :]) & 1
@@ -139,7 +139,7 @@ def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 
 @triton.jit
-def iq1_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def iq1_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Places less one are -1, 0, 1. A half word for 32 columns: three upper bits of each of four indices, three of scale, and the sign of an eighth that all get."""
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
     top = stream(planes[1], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 3)[None, :]
@@ -151,7 +151,7 @@ def iq1_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 
 @triton.jit
-def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """As IQ1_S, the upper bits and the eighth's sign in four bits for eight columns; a half float's nibbles stand above scales of three bits for 16."""
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
     top = stream(planes[1], row, start * 16 + entry // 2, blocks * 16).to(tl.int32) >> (entry % 2 * 4)[None, :]

@@ -6,6 +6,7 @@ so that a weight is code * scale - minimum, 16 columns sharing the latter two: p
 codes (the 8 of Q4_0) is a minimum too. Types without one give their scale in its place (dequant.py tells which). Past the end of a row all are zero.
 
 `row` int64 [rows] counts the rows of all matrices, `block_row` their rows of 128 x 128 scales (F8_E4M3); `blocks` are a row's. `book` is a code book.
+With RAW the types that have a `run` in dequant.py give codes as they stand in their word, see streams.raw_nibbles; others take no notice.
 Formats: ggml-quants.c of llama.cpp by way of gguf-py, own ones ktx.qtypes. The types with large code books are in code_books.py.
 """
 
@@ -14,18 +15,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ktx.kernels.streams import in_order, nibbles, per_block, spread, stream, twice, two_per_block
+from ktx.kernels.streams import in_order, nibble_codes, nibbles, per_block, spread, stream, twice, two_per_block, with_high_bits
 
 
 @triton.jit
-def floats(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def floats(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     codes = stream(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.float32)
     ones = tl.full([codes.shape[0], SPAN // 16], 1.0, tl.float32)
     return codes, ones, ones
 
 
 @triton.jit
-def f8_e4m3(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def f8_e4m3(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """By arithmetic, because cards before 8.9 convert no FP8: the seven bits are the upper ones of an f32 that is 2^120 times too small."""
     byte = stream(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.int32)
     size = ((byte & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
@@ -35,22 +36,22 @@ def f8_e4m3(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
 
 @triton.jit
-def eight_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def eight_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     codes = stream(planes[0], row, first + tl.arange(0, SPAN), blocks * BLOCK).to(tl.float32)
     scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale
 
 
 @triton.jit
-def four_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
-    codes = nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4).to(tl.float32)
+def four_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    codes = nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
     scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale * 8
 
 
 @triton.jit
-def q4_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
-    codes = nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4).to(tl.float32)
+def q4_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    codes = nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
     scale, least = two_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
     return codes, scale, -least
 
@@ -67,13 +68,13 @@ def five_bits(planes, row, start, blocks, SPAN: tl.constexpr):
 
 
 @triton.jit
-def q5_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def q5_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     scale = per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN)
     return five_bits(planes, row, first // BLOCK, blocks, SPAN), scale, scale * 16
 
 
 @triton.jit
-def q5_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def q5_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     scale, least = two_per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
     return five_bits(planes, row, first // BLOCK, blocks, SPAN), scale, -least
 
@@ -86,7 +87,7 @@ def two_bits(plane, row, start, blocks, SPAN: tl.constexpr):
 
 
 @triton.jit
-def q2_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def q2_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     start = first // BLOCK
     codes = in_order(two_bits(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
     both = stream(planes[1], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.int32)
@@ -95,7 +96,7 @@ def q2_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 
 @triton.jit
-def q3_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def q3_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     start = first // BLOCK
     at = tl.arange(0, SPAN // 16)  # a word of codes; its half of the block says which bits of the mask are its
     mask = stream(planes[1], row, start * 8 + at // 16 * 8 + at % 8, blocks * 8) >> (at // 8 % 2 * 4)[None, :]
@@ -126,40 +127,38 @@ def six_bit_scales(scales, halves, row, start, blocks, SPAN: tl.constexpr):
 
 
 @triton.jit
-def q4_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def q4_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     start = first // BLOCK
-    codes = nibbles(planes[0], row, start, blocks, BLOCK, SPAN, 8).to(tl.float32)
+    codes = nibble_codes(planes[0], row, start, blocks, BLOCK, SPAN, 8, RAW)
     scale, minimum = six_bit_scales(planes[1], planes[2], row, start, blocks, SPAN)
     return codes, scale, minimum
 
 
 @triton.jit
-def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     start = first // BLOCK
     at = tl.arange(0, SPAN // 8)
     words = stream(planes[0], row, start * 32 + at, blocks * 32)
     high = stream(planes[1], row, start * 8 + at // 32 * 8 + at % 8, blocks * 8) >> (at // 8 % 4 * 2)[None, :]
-    place = tl.arange(0, 8)
-    codes = (spread(words, place * 4) & 15) | ((spread(high, place // 2 * 8 + place % 2) & 1) << 4)
+    codes = with_high_bits(words, high, 1, 1, 8, RAW)
     scale, minimum = six_bit_scales(planes[2], planes[3], row, start, blocks, SPAN)
-    return in_order(codes, 8).to(tl.float32), scale, minimum
+    return codes, scale, minimum
 
 
 @triton.jit
-def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     start = first // BLOCK
     at = tl.arange(0, SPAN // 8)  # 16 words of low bits go with 8 words of high bits, which are read twice
     words = stream(planes[0], row, start * 32 + at, blocks * 32)
     high = stream(planes[1], row, start * 16 + at // 16 * 8 + at % 8, blocks * 16) >> (at // 8 % 2 * 2)[None, :]
-    place = tl.arange(0, 8)
-    codes = (spread(words, place * 4) & 15) | ((spread(high, place // 2 * 8 + place % 2 * 4) & 3) << 4)
+    codes = with_high_bits(words, high, 2, 4, 16, RAW)
     factor = stream(planes[2], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.float32)
     scale = per_block(planes[3], row, start, blocks, BLOCK, SPAN) * factor
-    return in_order(codes, 16).to(tl.float32), scale, scale * 32
+    return codes, scale, scale * 32
 
 
 @triton.jit
-def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Five digits of base three a byte as a fixed-point fraction: 160 columns in 32 bytes, 80 in 16, 16 in 4 of four digits."""
     column = tl.arange(0, SPAN)
     c = column % 256
@@ -174,7 +173,7 @@ def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 
 @triton.jit
-def tq2_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def tq2_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     start = first // BLOCK
     codes = in_order(two_bits(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
     scale = per_block(planes[1], row, start, blocks, BLOCK, SPAN)
@@ -182,14 +181,14 @@ def tq2_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 
 @triton.jit
-def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     codes = tl.load(book + nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
     scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale
 
 
 @triton.jit
-def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     start = first // BLOCK
     codes = tl.load(book + nibbles(planes[0], row, start, blocks, 256, SPAN, 4)).to(tl.float32)
     part = tl.arange(0, SPAN // 32)
@@ -201,7 +200,7 @@ def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 
 @triton.jit
-def mxfp4(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
+def mxfp4(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """Codes are doubled, so the scale is 2^(e - 128); the two least of them are no normal f32."""
     codes = tl.load(book + nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
     e = stream(planes[1], row, first // BLOCK + tl.arange(0, SPAN // 16) // 2, blocks).to(tl.int32)

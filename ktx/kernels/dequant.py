@@ -15,26 +15,27 @@ ROWS, SPAN = 16, 256  # of a program
 
 
 class Decoder(NamedTuple):
-    """A type's device function, whether it has a minimum, and its code book."""
+    """A type's device function, whether it has a minimum, its code book, and how many columns a chunk's first (then its second) codes are if it can give them raw."""
 
     function: Any
     minimum: bool = False
     book: str = ""
+    run: int = 0
 
 
 DECODERS: dict[str, Decoder] = {
     **dict.fromkeys(("F32", "F16", "BF16"), Decoder(decode.floats)),
     "F8_E4M3": Decoder(decode.f8_e4m3),
     **dict.fromkeys(("Q8_0", "INT8_128"), Decoder(decode.eight_bits)),
-    **dict.fromkeys(("Q4_0", "INT4_64", "INT4_128"), Decoder(decode.four_bits, True)),
-    "Q4_1": Decoder(decode.q4_1, True),
+    **dict.fromkeys(("Q4_0", "INT4_64", "INT4_128"), Decoder(decode.four_bits, True, run=16)),
+    "Q4_1": Decoder(decode.q4_1, True, run=16),
     "Q5_0": Decoder(decode.q5_0, True),
     "Q5_1": Decoder(decode.q5_1, True),
     "Q2_K": Decoder(decode.q2_k, True),
     "Q3_K": Decoder(decode.q3_k, True),
-    "Q4_K": Decoder(decode.q4_k, True),
-    "Q5_K": Decoder(decode.q5_k, True),
-    "Q6_K": Decoder(decode.q6_k, True),
+    "Q4_K": Decoder(decode.q4_k, True, run=32),
+    "Q5_K": Decoder(decode.q5_k, True, run=32),
+    "Q6_K": Decoder(decode.q6_k, True, run=64),
     "TQ1_0": Decoder(decode.tq1_0, True),
     "TQ2_0": Decoder(decode.tq2_0, True),
     "IQ4_NL": Decoder(decode.iq4_nl, book="IQ4"),
@@ -50,10 +51,11 @@ DECODERS: dict[str, Decoder] = {
 }
 
 
-def decoding(packed: Packed) -> dict[str, Any]:
-    """What kernels need to know to decode these weights: keyword arguments of every kernel, but for the planes."""
+def decoding(packed: Packed, prefix: str = "") -> dict[str, Any]:
+    """What kernels need to know to decode these weights, as keyword arguments."""
     decoder = DECODERS[packed.qtype.name]
-    return {"BLOCK": packed.qtype.block, "DECODE": decoder.function, "MINIMUM": decoder.minimum}
+    found = {"BLOCK": packed.qtype.block, "DECODE": decoder.function, "MINIMUM": decoder.minimum, "RUN": decoder.run}
+    return {prefix + name: value for name, value in found.items()}
 
 
 def book(packed: Packed) -> torch.Tensor:
@@ -90,12 +92,13 @@ def _dequantize(
     BLOCK: tl.constexpr,
     DECODE: tl.constexpr,
     MINIMUM: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = place < count
     row = tl.load(index + place, mask=known, other=0) if INDEXED else first + tl.minimum(place, count - 1)
     block_row = row // n * tl.cdiv(n, 128) + row % n // 128
-    codes, scale, minimum = DECODE(planes, book, row, block_row, tl.program_id(1) * SPAN, blocks, BLOCK, SPAN)
+    codes, scale, minimum = DECODE(planes, book, row, block_row, tl.program_id(1) * SPAN, blocks, BLOCK, SPAN, False)
     column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     values = weights_of(codes, scale, minimum, MINIMUM).to(out.dtype.element_ty)
     tl.store(out + place[:, None] * k + column[None, :], values, mask=known[:, None] & (column < k)[None, :])

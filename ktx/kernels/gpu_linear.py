@@ -21,9 +21,7 @@ from ktx.kernels.planes import Packed, pack, pack_experts
 
 __all__ = ["Packed", "linear", "linear_batched", "pack", "pack_experts", "rows"]
 
-FEW, MANY = 8, 64  # most tokens of the one kernel and of the other
-FEW_WEIGHTS, MANY_ROWS, MANY_SPAN = 4096, 32, 256  # a step of a program: rows x columns of `few`; rows, columns of `many`
-WAVE = 1024  # programs that are enough for any card: below, columns are split among several
+FEW, MANY = 4, 64  # most tokens of the one kernel and of the other
 PIECE = 1 << 26  # weights that are dequantised at once
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -48,6 +46,7 @@ def _linear(
     BLOCK: tl.constexpr,
     DECODE: tl.constexpr,
     MINIMUM: tl.constexpr,
+    RUN: tl.constexpr,
 ):
     """x [matrices, tokens, k] by [matrices, n, k] -> out [parts, matrices, tokens, n], each part `part` columns."""
     group, split = tl.program_id(1), tl.program_id(2)
@@ -60,7 +59,7 @@ def _linear(
     begin = split * part
     inside = matrix * n + tl.minimum(row, n - 1)
     y = PRODUCT(
-        x, place, known, planes, book, inside, n, k, blocks, begin, tl.minimum(k, begin + part), SPAN, BLOCK, DECODE, MINIMUM
+        x, place, known, planes, book, inside, n, k, blocks, begin, tl.minimum(k, begin + part), SPAN, BLOCK, DECODE, MINIMUM, RUN
     )
     if HAS_BIAS:
         y += tl.load(bias + row, mask=row < n, other=0.0)[None, :]
@@ -94,14 +93,12 @@ def linear_batched(x: torch.Tensor, w: Packed) -> torch.Tensor:
     return _multiply(x, w, None)
 
 
-def shape_of(tokens: int, k: int) -> dict[str, Any]:
-    """The kernel and its tile for that many tokens, as keyword arguments."""
-    if tokens > FEW:
-        size = min(64, max(16, triton.next_power_of_2(tokens)))
-        return {"PRODUCT": products.many, "TOKENS": size, "ROWS": MANY_ROWS, "SPAN": MANY_SPAN}
-    span = min((1024, 512, 256), key=lambda span: (-(-k // span) * span, -span))
+def shape_of(tokens: int, n: int, k: int, matrices: int = 1) -> dict[str, Any]:
+    """The product and its tile for that many tokens, as keyword arguments."""
     size = triton.next_power_of_2(max(1, tokens))
-    return {"PRODUCT": products.few, "TOKENS": size, "ROWS": FEW_WEIGHTS // span, "SPAN": span}
+    if tokens > FEW:
+        return {"TOKENS": min(products.MANY_TOKENS, max(16, size)), **products.many_tile()}
+    return {"TOKENS": size, **products.few_tile(n, k, matrices)}
 
 
 def _multiply(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> torch.Tensor:
@@ -109,10 +106,10 @@ def _multiply(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> torch.Te
     matrices, tokens, _ = x.shape
     if not x.numel():
         return x.new_empty(matrices, tokens, w.n)
-    x, shape = x.contiguous(), shape_of(tokens, w.k)
+    x, shape = x.contiguous(), shape_of(tokens, w.n, w.k, matrices)
     groups = matrices * triton.cdiv(tokens, shape["TOKENS"])
     programs, steps = triton.cdiv(w.n, shape["ROWS"]) * matrices, triton.cdiv(w.k, shape["SPAN"])
-    parts = max(1, min(steps, WAVE // programs))
+    parts = max(1, min(steps, products.PROGRAMS // programs))
     part = triton.cdiv(steps, parts) * shape["SPAN"]
     parts = triton.cdiv(w.k, part)
     out = torch.empty(

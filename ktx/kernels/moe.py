@@ -15,11 +15,10 @@ import triton.language as tl
 
 from ktx.errors import KtxError
 from ktx.kernels import products
-from ktx.kernels.dequant import DECODERS, book
+from ktx.kernels.dequant import book, decoding
 from ktx.kernels.planes import Packed
 
 FEW_PAIRS = 64  # most pairs that are multiplied one by one
-FEW_WEIGHTS, MANY_ROWS, MANY_SPAN = 4096, 32, 256  # rows x columns of a step, as in gpu_linear.py
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
 
 
@@ -62,12 +61,12 @@ def group_of(pairs, group_expert, group_first, expert_end, ids, first, experts, 
 def product(
     x, token, known, expert, planes, book, bias, n, k, blocks,
     HAS_BIAS: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr,
+    BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """Rows of x by a program's rows of an expert's matrix, with the bias: f32 [PAIRS, ROWS]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = expert * n + tl.minimum(row, n - 1)
-    y = PRODUCT(x, token, known, planes, book, inside, n, k, blocks, 0, k, SPAN, BLOCK, DECODE, MINIMUM)
+    y = PRODUCT(x, token, known, planes, book, inside, n, k, blocks, 0, k, SPAN, BLOCK, DECODE, MINIMUM, RUN)
     if HAS_BIAS:
         y += tl.load(bias + expert * n + row, mask=row < n, other=0.0)[None, :]
     return y
@@ -79,8 +78,8 @@ def _gate_up(
     gate, gate_book, gate_bias, gate_blocks, up, up_book, up_bias, up_blocks, n, k, alpha, limit,
     ACT: tl.constexpr, HAS_BIAS: tl.constexpr, SORTED: tl.constexpr, PRODUCT: tl.constexpr,
     PAIRS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-    GATE_BLOCK: tl.constexpr, GATE_DECODE: tl.constexpr, GATE_MINIMUM: tl.constexpr,
-    UP_BLOCK: tl.constexpr, UP_DECODE: tl.constexpr, UP_MINIMUM: tl.constexpr,
+    GATE_BLOCK: tl.constexpr, GATE_DECODE: tl.constexpr, GATE_MINIMUM: tl.constexpr, GATE_RUN: tl.constexpr,
+    UP_BLOCK: tl.constexpr, UP_DECODE: tl.constexpr, UP_MINIMUM: tl.constexpr, UP_RUN: tl.constexpr,
 ):  # fmt: skip
     """act(gate(x)) * up(x) of pairs -> out [pairs, n]."""
     expert, pair, known = group_of(
@@ -90,11 +89,11 @@ def _gate_up(
         token = pair // top
         g = product(
             x, token, known, expert, gate, gate_book, gate_bias, n, k, gate_blocks,
-            HAS_BIAS, PRODUCT, ROWS, SPAN, GATE_BLOCK, GATE_DECODE, GATE_MINIMUM,
+            HAS_BIAS, PRODUCT, ROWS, SPAN, GATE_BLOCK, GATE_DECODE, GATE_MINIMUM, GATE_RUN,
         )  # fmt: skip
         u = product(
             x, token, known, expert, up, up_book, up_bias, n, k, up_blocks,
-            HAS_BIAS, PRODUCT, ROWS, SPAN, UP_BLOCK, UP_DECODE, UP_MINIMUM,
+            HAS_BIAS, PRODUCT, ROWS, SPAN, UP_BLOCK, UP_DECODE, UP_MINIMUM, UP_RUN,
         )  # fmt: skip
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         y = activate(g, u, ACT, alpha, limit).to(out.dtype.element_ty)
@@ -106,7 +105,7 @@ def _down(
     x, out, sorting, ids, first, experts, planes, book, bias, blocks, n, k,
     HAS_BIAS: tl.constexpr, SORTED: tl.constexpr, PRODUCT: tl.constexpr,
     PAIRS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
-    BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr,
+    BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """x [pairs, k] by each pair's expert -> out [pairs, n]."""
     expert, pair, known = group_of(
@@ -115,7 +114,7 @@ def _down(
     if expert < experts:
         y = product(
             x, pair, known, expert, planes, book, bias, n, k, blocks,
-            HAS_BIAS, PRODUCT, ROWS, SPAN, BLOCK, DECODE, MINIMUM,
+            HAS_BIAS, PRODUCT, ROWS, SPAN, BLOCK, DECODE, MINIMUM, RUN,
         )  # fmt: skip
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         some = known[:, None] & (row < n)[None, :]
@@ -162,32 +161,31 @@ def experts(
     if not tokens or not top:
         return out.zero_()
     x, ids, weights, pairs = x.contiguous(), ids.contiguous(), weights.contiguous(), tokens * top
-    size = shape_of(pairs, gate.matrices, gate.k)
+    size = shape_of(pairs, gate.matrices, gate.n, gate.k)
     sorting, groups = grouped(ids, first, gate.matrices, size["PAIRS"]) if size["SORTED"] else ((ids,) * 4, pairs)
     inner = torch.empty(pairs, gate.n, dtype=x.dtype, device=x.device)
     _gate_up[(triton.cdiv(gate.n, size["ROWS"]), groups)](
         x, inner, sorting, ids, first, gate.matrices, top,
         gate.planes, book(gate), gate_bias, gate.row_blocks, up.planes, book(up), up_bias, up.row_blocks,
         gate.n, gate.k, alpha, limit,
-        ACT=act, HAS_BIAS=gate_bias is not None, **size, **_decoding(gate, "GATE_"), **_decoding(up, "UP_"),
+        ACT=act, HAS_BIAS=gate_bias is not None, **size, **decoding(gate, "GATE_"), **decoding(up, "UP_"),
     )  # fmt: skip
-    size = shape_of(pairs, gate.matrices, down.k)
+    size = shape_of(pairs, gate.matrices, down.n, down.k)
     y = torch.empty(pairs, down.n, dtype=torch.float32, device=x.device)
     _down[(triton.cdiv(down.n, size["ROWS"]), groups)](
         inner, y, sorting, ids, first, gate.matrices, down.planes, book(down), down_bias, down.row_blocks, down.n, down.k,
-        HAS_BIAS=down_bias is not None, **size, **_decoding(down),
+        HAS_BIAS=down_bias is not None, **size, **decoding(down),
     )  # fmt: skip
     _combine[(tokens, triton.cdiv(down.n, 1024))](y, ids, weights, out, first, gate.matrices, top, down.n, WIDTH=1024)
     return out
 
 
-def shape_of(pairs: int, experts: int, k: int) -> dict[str, Any]:
+def shape_of(pairs: int, experts: int, n: int, k: int) -> dict[str, Any]:
     """The kernels' way with that many pairs, as keyword arguments."""
     if pairs <= FEW_PAIRS:
-        span = min((1024, 512, 256), key=lambda span: (-(-k // span) * span, -span))
-        return {"PRODUCT": products.few, "SORTED": False, "PAIRS": 1, "ROWS": FEW_WEIGHTS // span, "SPAN": span}
-    size = min(64, max(16, triton.next_power_of_2(pairs // experts)))
-    return {"PRODUCT": products.many, "SORTED": True, "PAIRS": size, "ROWS": MANY_ROWS, "SPAN": MANY_SPAN}
+        return {"SORTED": False, "PAIRS": 1, **products.few_tile(n, k, pairs)}
+    size = triton.next_power_of_2(max(1, pairs // experts))
+    return {"SORTED": True, "PAIRS": min(products.MANY_TOKENS, max(16, size)), **products.many_tile()}
 
 
 class Sorting(NamedTuple):
@@ -214,12 +212,6 @@ def grouped(ids: torch.Tensor, first: int, experts: int, size: int) -> tuple[tup
     before = torch.cat([last.new_zeros(1), last])[expert]
     start = begin[expert] + (group - before) * size
     return tuple(Sorting(pairs, expert, start, end)), groups
-
-
-def _decoding(packed: Packed, prefix: str = "") -> dict[str, Any]:
-    decoder = DECODERS[packed.qtype.name]
-    found = {"BLOCK": packed.qtype.block, "DECODE": decoder.function, "MINIMUM": decoder.minimum}
-    return {prefix + name: value for name, value in found.items()}
 
 
 def _check(

@@ -44,6 +44,47 @@ def nibbles(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, 
 
 
 @triton.jit
+def raw_nibbles(words):
+    """Four-bit codes that were masked but not moved: [rows, W, 8] of words and of words shifted by 16, code i at bit i % 4 * 4.
+
+    Read as f32 they are no normal numbers, the code times 2^(i % 4 * 4 - 149), which multiply exactly and as fast as others: one instruction a weight is
+    saved, and its conversion. products.lift_of makes up for the powers.
+    """
+    place = tl.arange(0, 8)
+    return spread(words, place // 4 * 16) & (15 << place % 4 * 4)[None, None, :]
+
+
+@triton.jit
+def nibble_codes(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, RAW: tl.constexpr):
+    """Four-bit codes f32 [rows, SPAN]."""
+    EACH: tl.constexpr = BLOCK // 8
+    if RAW:
+        words = stream(plane, row, start * EACH + tl.arange(0, SPAN // 8), blocks * EACH)
+        codes = in_order(raw_nibbles(words), CHUNK).to(tl.float32, bitcast=True)
+    else:
+        codes = nibbles(plane, row, start, blocks, BLOCK, SPAN, CHUNK).to(tl.float32)
+    return codes
+
+
+@triton.jit
+def with_high_bits(words, high, BITS: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr, RAW: tl.constexpr):
+    """Codes f32 of four bits in `words` and BITS more in `high`: those of byte b at bit 8 b, of its second code STEP above."""
+    place = tl.arange(0, 8)
+    byte, second = place // 2, place % 2
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if RAW:  # to the four bits above: from bit 8 b + STEP s to b % 2 * 8 + s * 4 + 4
+        shift = ((4 - STEP) * second)[None, None, :]
+        whole = tl.reshape(high, [high.shape[0], high.shape[1], 1])
+        moved = tl.where((byte < 2)[None, None, :], whole << (4 + shift), whole >> (12 - shift))
+        upper = moved & (MASK << (byte % 2 * 8 + second * 4 + 4))[None, None, :]
+        codes = in_order(raw_nibbles(words) | upper, CHUNK).to(tl.float32, bitcast=True)
+    else:
+        upper = (spread(high, byte * 8 + second * STEP) & MASK) << 4
+        codes = in_order((spread(words, place * 4) & 15) | upper, CHUNK).to(tl.float32)
+    return codes
+
+
+@triton.jit
 def per_block(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr):
     """One number a block as f32 [rows, SPAN / 16]."""
     return stream(plane, row, start + tl.arange(0, SPAN // 16) // (BLOCK // 16), blocks).to(tl.float32)
