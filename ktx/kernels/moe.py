@@ -47,12 +47,12 @@ def group_of(pairs, group_expert, group_first, expert_end, ids, first, experts, 
     if SORTED:
         expert = tl.load(group_expert + group).to(tl.int64)
         at = tl.load(group_first + group) + tl.arange(0, PAIRS)
-        known = (at < tl.load(expert_end + expert)) & (expert < experts)
+        known = at < tl.load(expert_end + expert)
         pair = tl.load(pairs + at, mask=known, other=0).to(tl.int64)
     else:
         expert = tl.load(ids + group).to(tl.int64) - first
         expert = tl.where(expert < 0, experts, expert)
-        known = (tl.arange(0, PAIRS) == 0) & (expert < experts)
+        known = tl.arange(0, PAIRS) == 0
         pair = group.to(tl.int64) + tl.zeros([PAIRS], tl.int64)
     return expert, pair, known
 
@@ -131,7 +131,7 @@ def _combine(y, ids, weights, out, first, experts, top, n, WIDTH: tl.constexpr):
         pair = token * top + choice
         expert = tl.load(ids + pair) - first
         inside = (expert >= 0) & (expert < experts)
-        part = tl.load(y + pair * n + column, mask=inside & (column < n), other=0.0)
+        part = tl.load(y + pair * n + column, mask=column < tl.where(inside, n, 0), other=0.0)
         total += tl.where(inside, tl.load(weights + pair), 0.0) * part
     tl.store(out + token * n + column, total.to(out.dtype.element_ty), mask=column < n)
 
