@@ -29,10 +29,10 @@ def floats(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 def f8_e4m3(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
     """By arithmetic, because cards before 8.9 convert no FP8: the seven bits are the upper ones of an f32 that is 2^120 times too small."""
     byte = stream(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.int32)
-    size = ((byte & 127) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    size = tl.where((byte & 127) == 127, float("nan"), size)
+    codes = (((byte & 128) << 24) | ((byte & 127) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    codes = tl.where((byte & 127) == 127, float("nan"), codes)
     scale = stream(planes[1], block_row, first // 128 + tl.arange(0, SPAN // 16) // 8, tl.cdiv(blocks, 128))
-    return tl.where(byte > 127, -size, size), scale, scale
+    return codes, scale, scale
 
 
 @triton.jit
