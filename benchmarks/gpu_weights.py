@@ -27,8 +27,14 @@ ROWS, COLUMNS, STREAM = 4096, 7168, 1 << 28  # of a matrix; packed bytes that a 
 EXPERTS, WIDTH, HIDDEN, TOP = 64, 2048, 2048, 8
 TOKENS, QUICK_TOKENS = (1, 2, 4, 8, 16, 32, 64, 512, 4096), (1, 8, 64, 512)
 QUICK_TYPES = ("Q4_K", "Q6_K", "Q8_0", "INT4_128", "IQ2_XXS", "F8_E4M3", "BF16")
-FLOORS = dict.fromkeys(("Q4_K", "Q6_K", "Q8_0", "INT4_64", "INT4_128"), 0.70)  # shares of the copy bandwidth at one token
-BOUND, BOUND_FP8, BOUND_EXPERTS = 5e-3, 4e-2, 1e-2  # activations in bf16; both in FP8; two products and bf16 between them
+FLOORS = dict.fromkeys(
+    ("Q4_K", "Q6_K", "Q8_0", "INT4_64", "INT4_128"), 0.70
+)  # shares of the copy bandwidth at one token
+BOUND, BOUND_FP8, BOUND_EXPERTS = (
+    5e-3,
+    4e-2,
+    1e-2,
+)  # activations in bf16; both in FP8; two products and bf16 between them
 
 
 def microseconds(calls: list[Callable[[], Any]], repeat: int) -> float:
@@ -124,8 +130,14 @@ def complaints(found: dict[str, Any]) -> list[str]:
     """What is wrong with a line."""
     what = f"{found['kernel']} {found['type']} {found['tokens']} tokens"
     floor = FLOORS.get(found["type"], 0.0) if found["kernel"] == "linear" and found["tokens"] == 1 else 0.0
-    wrong = [] if found["error"] <= found["bound"] else [f"{what}: error {found['error']:.1e} over {found['bound']:.1e}"]
-    return wrong if found["share"] >= floor else [*wrong, f"{what}: {found['share']:.0%} of a copy's bandwidth, not {floor:.0%}"]
+    wrong = (
+        [] if found["error"] <= found["bound"] else [f"{what}: error {found['error']:.1e} over {found['bound']:.1e}"]
+    )
+    return (
+        wrong
+        if found["share"] >= floor
+        else [*wrong, f"{what}: {found['share']:.0%} of a copy's bandwidth, not {floor:.0%}"]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -168,6 +168,6 @@ def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 
 @triton.jit
-def nibble_of_half(plane, row, block, I: tl.constexpr, blocks):
-    """The top nibble of a block's half word I, where it stands in the block's half float."""
-    return ((stream(plane, row, block + I, blocks * 4).to(tl.int32) >> 12) & 15) << (4 * I)
+def nibble_of_half(plane, row, block, AT: tl.constexpr, blocks):
+    """The top nibble of a block's half word AT, where it stands in the block's half float."""
+    return ((stream(plane, row, block + AT, blocks * 4).to(tl.int32) >> 12) & 15) << (4 * AT)

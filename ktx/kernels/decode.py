@@ -15,7 +15,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ktx.kernels.streams import in_order, nibble_codes, nibbles, per_block, spread, stream, twice, two_per_block, with_high_bits
+from ktx.kernels.streams import (
+    in_order,
+    nibble_codes,
+    nibbles,
+    per_block,
+    spread,
+    stream,
+    twice,
+    two_per_block,
+    with_high_bits,
+)
 
 
 @triton.jit
@@ -103,7 +113,10 @@ def q3_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
     place = tl.arange(0, 16)
     high = spread(mask, place // 4 * 8 + place % 4) & 1
     codes = in_order(two_bits(planes[0], row, start, blocks, SPAN) | (high << 2), 8).to(tl.float32)
-    block, i = start * 12 + at // 16 * 12, at % 16  # six bits a scale: the lower four of two scales, or the upper two of four, a byte
+    block, i = (
+        start * 12 + at // 16 * 12,
+        at % 16,
+    )  # six bits a scale: the lower four of two scales, or the upper two of four, a byte
     low = stream(planes[2], row, block + i % 8, blocks * 12).to(tl.int32) >> (i // 8 * 4)[None, :]
     top = stream(planes[2], row, block + 8 + i % 4, blocks * 12).to(tl.int32) >> (i // 4 * 2)[None, :]
     factor = ((low & 15) | ((top & 3) << 4)) - 32

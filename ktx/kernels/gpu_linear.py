@@ -59,7 +59,22 @@ def _linear(
     begin = split * part
     inside = matrix * n + tl.minimum(row, n - 1)
     y = PRODUCT(
-        x, place, known, planes, book, inside, n, k, blocks, begin, tl.minimum(k, begin + part), SPAN, BLOCK, DECODE, MINIMUM, RUN
+        x,
+        place,
+        known,
+        planes,
+        book,
+        inside,
+        n,
+        k,
+        blocks,
+        begin,
+        tl.minimum(k, begin + part),
+        SPAN,
+        BLOCK,
+        DECODE,
+        MINIMUM,
+        RUN,
     )
     if HAS_BIAS:
         y += tl.load(bias + row, mask=row < n, other=0.0)[None, :]
@@ -112,9 +127,7 @@ def _multiply(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> torch.Te
     parts = max(1, min(steps, products.PROGRAMS // programs))
     part = triton.cdiv(steps, parts) * shape["SPAN"]
     parts = triton.cdiv(w.k, part)
-    out = torch.empty(
-        parts, matrices, tokens, w.n, dtype=x.dtype if parts == 1 else torch.float32, device=x.device
-    )
+    out = torch.empty(parts, matrices, tokens, w.n, dtype=x.dtype if parts == 1 else torch.float32, device=x.device)
     own = bias if parts == 1 else None
     sizes = tokens, w.n, w.k, w.row_blocks, part
     grid = (triton.cdiv(w.n, shape["ROWS"]), groups, parts)

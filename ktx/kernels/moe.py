@@ -41,7 +41,9 @@ def activate(gate, up, ACT: tl.constexpr, alpha, limit):
 
 
 @triton.jit
-def group_of(pairs, group_expert, group_first, expert_end, ids, first, experts, SORTED: tl.constexpr, PAIRS: tl.constexpr):
+def group_of(
+    pairs, group_expert, group_first, expert_end, ids, first, experts, SORTED: tl.constexpr, PAIRS: tl.constexpr
+):
     """A program's expert (none from `experts` on), its pairs [PAIRS] and which of them are pairs."""
     group = tl.program_id(1)
     if SORTED:
@@ -82,9 +84,7 @@ def _gate_up(
     UP_BLOCK: tl.constexpr, UP_DECODE: tl.constexpr, UP_MINIMUM: tl.constexpr, UP_RUN: tl.constexpr,
 ):  # fmt: skip
     """act(gate(x)) * up(x) of pairs -> out [pairs, n]."""
-    expert, pair, known = group_of(
-        sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS
-    )
+    expert, pair, known = group_of(sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS)
     if expert < experts:
         token = pair // top
         g = product(
@@ -108,9 +108,7 @@ def _down(
     BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """x [pairs, k] by each pair's expert -> out [pairs, n]."""
-    expert, pair, known = group_of(
-        sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS
-    )
+    expert, pair, known = group_of(sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS)
     if expert < experts:
         y = product(
             x, pair, known, expert, planes, book, bias, n, k, blocks,

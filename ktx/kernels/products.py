@@ -16,10 +16,16 @@ from ktx.kernels.dequant import weights_of
 from ktx.kernels.streams import twice
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # numpy multiplies no bf16
-LIFT, LOWER = tl.constexpr(2.0**64), tl.constexpr(2.0**85)  # what raw codes take: together 2^149, one over the least f32
+LIFT, LOWER = (
+    tl.constexpr(2.0**64),
+    tl.constexpr(2.0**85),
+)  # what raw codes take: together 2^149, one over the least f32
 
 
-FEW_WEIGHTS, SPANS = 8192, (1024, 512, 256)  # rows x columns of a step of `few`: 64 weights a lane, so that activations are read once for eight rows
+FEW_WEIGHTS, SPANS = (
+    8192,
+    (1024, 512, 256),
+)  # rows x columns of a step of `few`: 64 weights a lane, so that activations are read once for eight rows
 MANY_TOKENS, MANY_ROWS, MANY_SPAN = 64, 32, 256  # of a step of `many`, at most
 PROGRAMS = 256  # that keep any card's memory busy
 

@@ -55,7 +55,9 @@ def raw_nibbles(words):
 
 
 @triton.jit
-def nibble_codes(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, RAW: tl.constexpr):
+def nibble_codes(
+    plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, CHUNK: tl.constexpr, RAW: tl.constexpr
+):
     """Four-bit codes f32 [rows, SPAN]."""
     EACH: tl.constexpr = BLOCK // 8
     if RAW:
