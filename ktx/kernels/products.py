@@ -1,8 +1,8 @@
 """Products of activations with packed rows on a GPU, the inside of the kernels in gpu_linear.py and moe.py.
 
 `few` multiplies and adds on the plain pipes: what a weight costs there is little more than taking it out of its word, so one token's product is limited by
-memory. `many` rebuilds a tile of weights in the activations' type for the tensor cores. Both sum over the columns [begin, end) in one order whatever
-stands beside a token, so its bits do not depend on it.
+memory. `many` rebuilds a tile of weights in the activations' type for the tensor cores. Both sum over the columns [begin, end) in an order that other tokens do not
+change as long as the tile has as many of them (1, 2, 4 or 16, 32, 64); between two tiles the compiler may add up lanes in another one.
 """
 
 from __future__ import annotations
