@@ -166,7 +166,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.record:
         with open(args.record, "a") as file:
             file.writelines(found + "\n" for found in lines)
-    print("\n".join(wrong), file=sys.stderr)
+    for complaint in wrong:
+        print(complaint, file=sys.stderr)
     return 1 if wrong else 0
 
 
