@@ -22,6 +22,7 @@ STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing i
     ("families and demo model", ["-m", "pytest", "-q", "tests/models", "tests/test_demo.py", "tests/kernels"], (0,)),
     ("gpu tests", ["-m", "pytest", "-q", "-m", "gpu", "tests"], (0, 5)),
     ("gpu attention", ["benchmarks/gpu_attention.py", "--quick", "--record", RECORD], (0,)),
+    ("packed weights", ["benchmarks/gpu_weights.py", "--quick"], (0,)),
 )
 
 
