@@ -73,7 +73,8 @@ Tensor empty_packed(int64_t nbytes, Ints ends) {
 }
 
 // A file's bytes, see cpu/mapped.h.
-Tensor map_file(std::string path) {
+Tensor map_file(StringHandle handle) {
+  const std::string path = text_of(handle);
   const Mapped file = map_whole(path.c_str());
   STD_TORCH_CHECK(file.data, path, ": cannot be opened or mapped");
   const int64_t sizes[1] = {int64_t(file.size)}, strides[1] = {1};
@@ -159,7 +160,8 @@ Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int6
 Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const Tensor& gate, const Tensor& up, const Tensor& down,
                 int64_t gate_code, int64_t up_code, int64_t down_code, int64_t n_experts, int64_t ff,
                 const Optional& gate_bias, const Optional& up_bias, const Optional& down_bias,
-                std::string act, double alpha, double limit, const Optional& counts) {
+                StringHandle act_word, double alpha, double limit, const Optional& counts) {
+  const std::string act = text_of(act_word);
   STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x must be contiguous [tokens, hidden]");
   STD_TORCH_CHECK(n_experts > 0 && ff > 0, "n_experts and ff must be positive");
   const int64_t tokens = x.size(0), hidden = x.size(1);
@@ -178,7 +180,8 @@ Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const
 }
 
 // c [rows, 64] += a [rows, bytes] times b [bytes/4, 64], all uint8, on tiles of AMX or on their model; see cpu/kernels.h.
-Tensor tile_dot(std::string kind, const Tensor& a, const Tensor& b, const Tensor& c, bool model) {
+Tensor tile_dot(StringHandle kind_word, const Tensor& a, const Tensor& b, const Tensor& c, bool model) {
+  const std::string kind = text_of(kind_word);
   for (const Tensor* t : {&a, &b, &c}) STD_TORCH_CHECK(t->dim() == 2 && t->is_contiguous() && t->scalar_type() == ScalarType::Byte, "tiles must be contiguous uint8 [rows, bytes]");
   const int64_t rows = a.size(0), bytes = a.size(1);
   STD_TORCH_CHECK(rows >= 1 && rows <= 16 && bytes >= 4 && bytes <= 64 && bytes % 4 == 0, "a is [", rows, ", ", bytes, "], a tile has up to 16 rows of up to 64 bytes");

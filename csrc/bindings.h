@@ -1,5 +1,6 @@
 // What all binding files need.
 #pragma once
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
@@ -128,6 +129,16 @@ inline const int64_t* slots_of(const Optional& slots, int64_t tokens, const Tens
   const int64_t room = pool.size(0) * pool.size(pool.dim() - 2);
   for (int64_t t = 0; t < tokens; ++t) STD_TORCH_CHECK(at[t] >= 0 && at[t] < room, "slot ", at[t], " of a pool of ", room);
   return at;
+}
+
+// An argument of the type str, which is ours to delete. torch's own way to a std::string (in 2.13) leaves a copy behind at each call.
+inline std::string text_of(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  const bool found = torch_string_length(handle, &length) == 0 && torch_string_c_str(handle, &data) == 0;
+  std::string text(found ? data : "", found ? length : 0);
+  torch_delete_string(handle);
+  return text;
 }
 
 template <class T>

@@ -87,8 +87,9 @@ Tensor rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interle
   return y;
 }
 
-std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, std::string scoring, const Optional& bias, int64_t n_group,
-                                  int64_t topk_group, std::string group_mode, bool renorm, double scale) {
+std::tuple<Tensor, Tensor> route_(const Tensor& logits, int64_t top_k, StringHandle scoring_word, const Optional& bias, int64_t n_group,
+                                  int64_t topk_group, StringHandle group_word, bool renorm, double scale) {
+  const std::string scoring = text_of(scoring_word), group_mode = text_of(group_word);
   STD_TORCH_CHECK(logits.dim() == 2, "logits must be [tokens, experts]");
   const int64_t tokens = logits.size(0), experts = logits.size(1);
   const float* values = floats(logits, tokens * experts, "logits");
@@ -130,7 +131,8 @@ Tensor load_q8_0_(const Tensor& x) {
   return y;
 }
 
-Tensor gated_(const Tensor& gate, const Tensor& up, std::string act) {
+Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
+  const std::string act = text_of(act_word);
   const int64_t width = gate.size(gate.dim() - 1), rows = gate.numel() / (width ? width : 1);
   STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.numel() == up.numel() && gate.scalar_type() == up.scalar_type(), "gate and up must be contiguous twins");
   const int which = named<int>(act, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}}, "activation");

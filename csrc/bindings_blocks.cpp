@@ -157,8 +157,9 @@ Tensor gqa_block_(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor&
 }
 
 Tensor moe_block_(const Tensor& x, Tensors packed, Ints about, const Optional& router_bias, const Optional& correction, int64_t experts, int64_t top,
-                  std::string scoring, std::string group_mode, int64_t n_group, int64_t topk_group, bool renorm, double scale, int64_t ff,
-                  int64_t shared_ff, std::string act, double alpha, double limit, const Optional& before, double before_eps, bool before_plus_one, const Optional& counts) {
+                  StringHandle scoring_word, StringHandle group_word, int64_t n_group, int64_t topk_group, bool renorm, double scale, int64_t ff,
+                  int64_t shared_ff, StringHandle act_word, double alpha, double limit, const Optional& before, double before_eps, bool before_plus_one, const Optional& counts) {
+  const std::string scoring = text_of(scoring_word), group_mode = text_of(group_word), act = text_of(act_word);
   check_x(x, 2);
   const int64_t tokens = x.size(0), hidden = x.size(1);
   STD_TORCH_CHECK(experts > 0 && ff > 0 && shared_ff >= 0, "experts and ff must be positive");
