@@ -39,7 +39,7 @@ class MOEConfig(SimpleNamespace):
 class CPUInfer:
     def __init__(self, pool): self.backend_ = pool
     def submit(self, task): task()
-    def sync(self): time.sleep(0.002 * self.backend_.subpool_thread_count[0])
+    def sync(self): time.sleep(0.1 * self.backend_.subpool_thread_count[0])
 
 class MOE:
     def __init__(self, config): self.c = config
@@ -107,9 +107,7 @@ def test_beside_a_peer_both_are_measured_in_turns(tmp_path, monkeypatch):
     assert (mine["engine"], peer["engine"], peer["format"]) == ("ktx", "kt-kernel", "BF16")
     assert mine["ratio"] == pytest.approx(peer["ms"] / mine["ms"])
     assert max(mine["relative_error"], peer["relative_error"]) < 0.01
-    assert (
-        2 < peer["ms"] < 200
-    )  # the better number of workers counts: one sleeps 2 ms, two 4; a busy machine adds to it
+    assert 100 < peer["ms"] < 195  # the better number of workers counts: one sleeps 100 ms, two 200
     assert "kt-kernel 0.0 made up" in done.stdout and "this goes to" not in done.stdout
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,6 +41,7 @@ def measured(capsys, *words):
 def test_the_numbers_are_the_servers_pace(slow, capsys):
     """A token of a prompt or an answer takes PACE; four answers side by side take four times that for each of theirs."""
     words = ("--url", slow, "-c", "1,4", "--requests", 4, "--prompt-tokens", 20, "--answer-tokens", 20)
+    words += ("--seed", 7)  # none of these begins like another one here
     (one, four), _ = measured(capsys, *words)
     for line, share in ((one, 1), (four, 4)):
         assert (line["requests"], line["errors"], line["concurrency"]) == (4, 0, share)
@@ -53,14 +55,16 @@ def test_the_numbers_are_the_servers_pace(slow, capsys):
     assert one["ratio"] == one["decode_ratio"] == 1 and four["ratio"] == pytest.approx(four["tok_s"] / one["tok_s"])
 
 
-def test_a_shared_prefix_is_computed_once(slow, capsys):
+def test_a_shared_prefix_is_computed_once(slow, capsys, monkeypatch):
+    """The moments from which prompts are made are set: by chance a first token may be the same in two of them."""
+    moments = iter((11, 12, 13))
+    monkeypatch.setattr(bench_serve, "time", SimpleNamespace(time_ns=lambda: next(moments)))
     words = ("--url", slow, "-c", "2", "--requests", 3, "--prompt-tokens", 150, "--answer-tokens", 1)
     (line,), _ = measured(capsys, *words, "--shared-prefix", 128)
-    assert line["prompt_tokens"] == 450 and line["itl_p50"] is None
-    assert 256 <= line["cached_tokens"] < 260  # the first token of what follows may be the same by chance
+    assert (line["prompt_tokens"], line["cached_tokens"]) == (450, 256) and line["itl_p50"] is None
     for seed, found in ((("--seed", 1), False), (("--seed", 1), True), ((), False), ((), False)):
         (line,), _ = measured(capsys, *words, *seed)
-        assert (line["cached_tokens"] >= 3 * 128) is found and (line["cached_tokens"] >= 4) is found
+        assert (line["cached_tokens"] >= 3 * 128) is found and bool(line["cached_tokens"]) is found
 
 
 def test_the_same_of_all_is_one_prompt_a_level():
