@@ -23,10 +23,12 @@ _TOKEN = re.compile(
     r"|(?P<mark>[{}\[\],:])"
 )
 _ESCAPES = r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
-_PLAIN = {  # possessive: no character is tried twice
-    '"': re.compile(rf'(?:[^"\\\x00-\x1f]++|{_ESCAPES})++'),
-    "'": re.compile(rf"(?:[^'\"\\\x00-\x1f]++|{_ESCAPES})++"),
+_PLAIN = {  # but for control characters; possessive: no character is tried twice
+    '"': re.compile(rf'(?:[^"\\]++|{_ESCAPES})++'),
+    "'": re.compile(rf"(?:[^'\"\\]++|{_ESCAPES})++"),
 }
+_CONTROLS = re.compile(r"[\x00-\x1f]+")
+_QUOTES = re.compile('"+')
 _WORD = re.compile(r"[^\s,:;{}\[\]()<>\"'`|=]+")
 _NAME = re.compile(rf"[A-Za-z_$][\w$.-]*|{_NUMBER}")
 _WORDS = {
@@ -142,23 +144,26 @@ class Value:
         source, at = self.source, self.source.at
         match = _PLAIN[self.quote].match(source.text, at)
         if match:
-            self.out.append(match.group())
+            self.out.append(_CONTROLS.sub(_escaped, match.group()))
             source.at = match.end()
             return
         char = source.text[at]
         if char == "\\":
             self._escape()
             return
-        source.at += 1
-        if char == self.quote:
+        if char != self.quote:
+            many = _QUOTES.match(source.text, at)
+            assert many is not None
+            self.out.append(_escaped(many))
+            source.at = many.end()
+        else:
+            source.at += 1
             self.out.append('"')
             self.quote = ""
             if self.want in (KEY, KEY_OR_END):
                 self.want = COLON
             else:
                 self._after()
-        else:  # a quote of the other kind, or a control character
-            self.out.append(json.dumps(char)[1:-1])
 
     def _escape(self) -> None:
         source = self.source
@@ -231,6 +236,11 @@ class Value:
 
     def _after(self) -> None:
         self.want, self.done = NEXT, not self.closers
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Characters as they are written inside a string of JSON."""
+    return json.dumps(found.group())[1:-1]
 
 
 def _scalar(word: str) -> str | None:
