@@ -1,41 +1,25 @@
-"""A checked request -> what the engine is asked: ids, settings, a grammar. What takes long runs outside the event loop, within limits."""
+"""A checked request -> what the engine is asked: ids, settings, a grammar."""
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from ktx.dialects import Dialect, Parser, forced_call_grammar
 from ktx.engine.asking import Chorus
 from ktx.engine.grammar import check_schema, rules_of_regex, rules_of_schema
 from ktx.engine.prompt import Rendered
 from ktx.engine.sampling import Sampling
-from ktx.errors import UsageError
 from ktx.server.errors import Problem, problem_of
 from ktx.server.fields import Choosing, Format
+from ktx.server.pools import COMPILE, GRAMMARS, PROMPTS, RENDER, within
 from ktx.server.served import Served
 
 log = logging.getLogger("ktx.server")
-RENDER, COMPILE = 20.0, 2.0  # seconds for a prompt, and for a grammar
-PROMPTS = ThreadPoolExecutor(2, "ktx-prompts")
-GRAMMARS = ThreadPoolExecutor(4, "ktx-grammars")
-T = TypeVar("T")
-
-
-async def within(seconds: float, pool: ThreadPoolExecutor, what: str, work: Callable[..., T], *args: Any) -> T:
-    """What `work` returns. Problem 400 when it takes too long: it then goes on in its thread, which others do not wait for."""
-    try:
-        return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, work, *args), seconds)
-    except TimeoutError:
-        raise Problem(400, f"{what} takes longer than {seconds:.0f} s") from None
-    except (UsageError, ValueError, KeyError, RecursionError) as error:
-        raise problem_of(error) from error
 
 
 @dataclass

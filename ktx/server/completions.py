@@ -16,8 +16,6 @@ from ktx.engine.request import Finished, Piece, Prompt
 from ktx.engine.sampling import Choice
 from ktx.server import sending
 from ktx.server.asked import (
-    PROMPTS,
-    RENDER,
     Asked,
     begin,
     check_room,
@@ -25,9 +23,9 @@ from ktx.server.asked import (
     guided,
     salt_of,
     sampling_of,
-    within,
 )
 from ktx.server.fields import Completion
+from ktx.server.pools import PROMPTS, RENDER, within
 from ktx.server.served import Served
 from ktx.server.turn import Tokens, bounded
 

@@ -15,8 +15,6 @@ from ktx.engine.asking import Chorus
 from ktx.engine.prompt import Rendered
 from ktx.server import sending
 from ktx.server.asked import (
-    PROMPTS,
-    RENDER,
     Asked,
     Talk,
     asked_of,
@@ -24,9 +22,9 @@ from ktx.server.asked import (
     check_room,
     grammar_of,
     sampling_of,
-    within,
 )
 from ktx.server.fields import Format, OllamaChat, OllamaGenerate, OllamaShared, OllamaShow
+from ktx.server.pools import PROMPTS, RENDER, within
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Turn
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktx.server.asked import PROMPTS, RENDER, Talk, asked_of, sampling_of, within
+from ktx.server.asked import Talk, asked_of, sampling_of
 from ktx.server.chat import message_of
 from ktx.server.errors import Problem
 from ktx.server.fields import Detokenize, Tokenize
+from ktx.server.pools import PROMPTS, RENDER, within
 from ktx.server.served import Served
 
 

@@ -13,9 +13,10 @@ from ktx.engine.request import Request
 from ktx.engine.sampling import Sampling
 from ktx.engine.speculation import Pace, PromptLookup, Speculation, worth
 from ktx.errors import UsageError
-from ktx.weights.names import GGUFNames
 from tests.engine.test_batching import answers
-from tests.small_chat import write_model
+from tests.gguf_writer import write_gguf
+from tests.models.families import tiny
+from tests.small_chat import tokenizer, write_model
 
 TALE = [9, 40, 41, 42, 43, 44, 45, 46, 47, 48]
 PROMPTS = [TALE * 12, TALE * 5 + [77], [100, 101] * 70, list(range(9, 60)) * 2]
@@ -223,23 +224,42 @@ def test_a_drafter_that_fails_costs_nothing_but_speed(loaded):
         assert engine.speculation is None
 
 
-def test_ggufs_of_glm_name_the_layer():
-    from types import SimpleNamespace
+@pytest.fixture(scope="module")
+def glm(tmp_path_factory):
+    """A GLM of three layers and an MTP layer in one GGUF file, loaded; transformers' layer, and the MTP layer's other tensors."""
+    folder = tmp_path_factory.mktemp("glm")
+    whole = tiny("glm4_moe", num_hidden_layers=4)
+    norm = lambda: 1 + 0.1 * torch.randn(256)  # noqa: E731
+    more = {"eh_proj": torch.randn(256, 512) / 20, "enorm": norm(), "hnorm": norm(), "shared_head.norm": norm()}
+    prefix = "model.layers.3."
+    state = whole.state_dict() | {f"{prefix}{name}.weight": value for name, value in more.items()}
+    whole.state_dict = lambda: state
+    write_gguf(folder / "model.gguf", whole, "F32", mangle={"nextn_predict_layers": 1})
+    whole.config.num_hidden_layers, whole.config.num_nextn_predict_layers = 3, 1
+    whole.config.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return ktx.load(folder, folder / "model.gguf", progress=False, mtp=True), whole.get_decoder().layers[3], more
 
-    from ktx.qtypes import QTYPES
-    from ktx.weights.source import TensorSpec
 
-    names = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "ffn_down_exps", "attn_q")
-    tensors = {
-        f"blk.46.{name}.weight": TensorSpec(f"blk.46.{name}.weight", (8, 8), QTYPES["F32"], 256, "file", 0)
-        for name in names
-    }
-    config = SimpleNamespace(
-        num_hidden_layers=46, num_nextn_predict_layers=1, num_attention_heads=8, n_routed_experts=8
-    )
-    recipes = GGUFNames("glm4moe", config, tensors)
-    ours = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "mlp.experts.down_proj", "self_attn.q_proj")
-    for name, theirs in zip(ours, names, strict=True):
-        full = f"model.layers.46.{name}" + ("" if "experts" in name else ".weight")
-        recipe = recipes.recipe(full)
-        assert recipe is not None and recipe.parts[0].tensor == f"blk.46.{theirs}.weight", name
+def test_a_gguf_of_glm_holds_the_layer(glm):
+    (model, _), layer, more = glm
+    ids = torch.tensor([TALE * 3])
+    body = model.get_decoder()
+    with torch.inference_mode():
+        states, embeds = body(input_ids=ids).last_hidden_state[:, :-1], body.embed_tokens(ids[:, 1:])
+        rope = body.rotary_emb(embeds, torch.arange(ids.shape[1] - 1)[None])
+        found = model.mtp(embeds, states, position_embeddings=rope, attention_mask=None)
+        normed = lambda x, name: torch.nn.functional.rms_norm(x, (256,), more[name], model.config.rms_norm_eps)  # noqa: E731
+        joined = torch.cat([normed(embeds, "enorm"), normed(states, "hnorm")], -1) @ more["eh_proj"].T
+        causal = torch.full((29, 29), float("-inf")).triu(1)[None, None]
+        expected = normed(layer(joined, position_embeddings=rope, attention_mask=causal), "shared_head.norm")
+    assert (found - expected).norm() / expected.norm() < 1e-3
+
+
+def test_answers_with_the_layer_of_a_gguf_are_those_without(glm):
+    model, sampling = glm[0][0], Sampling(max_new_tokens=24, ignore_eos=True)
+    with model.ktx.engine() as engine:
+        plain = [event.ids for event in answers(engine, PROMPTS, sampling)]
+    with model.ktx.engine(speculative="mtp") as engine:
+        found = answers(eager(engine), PROMPTS, sampling)
+    assert [event.ids for event in found] == plain and sum(event.usage.drafted for event in found) > 0

@@ -1,0 +1,62 @@
+"""What takes long runs outside the event loop, in a few threads and within limits of time."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from ktx.errors import UsageError
+from ktx.server.errors import Problem, problem_of
+
+RENDER, COMPILE = 20.0, 2.0  # seconds for a prompt, and for a grammar
+PROMPTS = ThreadPoolExecutor(2, "ktx-prompts")
+GRAMMARS = ThreadPoolExecutor(4, "ktx-grammars")
+T = TypeVar("T")
+
+
+async def within(seconds: float, pool: ThreadPoolExecutor, what: str, work: Callable[..., T], *args: Any) -> T:
+    """What `work` returns. Problem 400 when it takes too long: it is then ended where it runs Python, such as a template."""
+    run = _Run(work, args)
+    try:
+        return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, run), seconds)
+    except TimeoutError:
+        run.end()
+        raise Problem(400, f"{what} takes longer than {seconds:.0f} s") from None
+    except (UsageError, ValueError, KeyError, RecursionError) as error:
+        raise problem_of(error) from error
+
+
+class _Run:
+    """A call in a pool's thread that another thread can end."""
+
+    def __init__(self, work: Callable[..., Any], args: tuple[Any, ...]):
+        self.work, self.args = work, args
+        self.thread, self.lock, self.late = 0, threading.Lock(), False
+
+    def __call__(self) -> Any:
+        with self.lock:
+            if self.late:
+                return None
+            self.thread = threading.get_ident()
+        try:
+            return self.work(*self.args)
+        finally:
+            with self.lock:
+                _raise_in(self.thread, None)  # what has not arrived yet is not for the thread's next work
+                self.thread = 0
+
+    def end(self) -> None:
+        """Raises TimeoutError in the call; one that has not begun does nothing."""
+        with self.lock:
+            self.late = True
+            if self.thread:
+                _raise_in(self.thread, TimeoutError)
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> None:
+    """An exception at the next step that the thread makes in Python; None takes back one that has not arrived."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)
