@@ -22,7 +22,7 @@ test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avxvnni|avx51
 	$(PY) -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 # What meets transformers: its models and configurations, caches, tokenizers and templates.
-OLDEST ?= tests/models tests/cache tests/weights tests/engine/test_batching.py tests/dialects/test_templates.py tests/server/test_openai.py tests/test_loading.py tests/test_demo.py
+OLDEST ?= tests/models tests/cache tests/weights tests/engine tests/dialects/test_templates.py tests/server/test_openai.py tests/test_loading.py tests/test_demo.py
 test-oldest: $(VENV)/.oldest  ## what meets transformers, on the oldest one that we support
 	PYTHONPATH=$(VENV)/transformers-5.17:. $(PY) -m pytest $(SIDE_BY_SIDE) $(OLDEST)
 
