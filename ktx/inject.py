@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktx.devices import CPU, Device, device_of, gpus
 from ktx.errors import BadFile, UsageError, nearest
 from ktx.hardware import human
-from ktx.ops.base import Context, Operator, made_from, resolve
+from ktx.ops.base import Context, Operator, made_from, on_gpu, resolve
 from ktx.rules import Rule
 from ktx.weights.source import TensorSpec, WeightSource
 
@@ -205,7 +206,7 @@ def inject(
     """
     walk = _Walk(model, rules, config, dtype, kv_dtype)
     walk.targets = targets
-    walk.visit("", model, torch.device("cpu"))
+    walk.visit("", model, CPU)
     walk.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in walk.hits]
     for rule in walk.plan.unmatched if tell_unmatched else ():
         pattern = rule.name.pattern if rule.name else rule.cls
@@ -230,7 +231,7 @@ class _Walk:
         self.classes = {type(module).__name__ for module in model.modules()}
         self.tied = set(getattr(model, "all_tied_weights_keys", None) or {})
 
-    def visit(self, path: str, module: nn.Module, device: torch.device) -> None:
+    def visit(self, path: str, module: nn.Module, device: Device) -> None:
         index = next((i for i, rule in enumerate(self.rules) if path and rule.matches(path, type(module))), None)
         rule = None if index is None else self.rules[index]
         if rule is not None and rule.device:
@@ -248,12 +249,16 @@ class _Walk:
         else:
             self.keep_below(path, module, device)
 
-    def replaced(self, path: str, old: nn.Module, rule: Rule, device: torch.device) -> Operator:
+    def replaced(self, path: str, old: nn.Module, rule: Rule, device: Device) -> Operator:
         assert rule.replace
         cls = resolve(rule.replace, rule.where)
+        if device.gpu:
+            cls = on_gpu(cls, rule.where)
         check_kwargs(cls, rule)
         try:
-            new = cls.from_hf(old, Context(path, self.config, device, self.dtype, self.kv_dtype), **rule.kwargs)
+            new = cls.from_hf(
+                old, Context(path, self.config, device.torch, self.dtype, self.kv_dtype, device.gpu), **rule.kwargs
+            )
         except (UsageError, NotImplementedError) as error:
             raise UsageError(f"{rule.where}: {error}") from error
         new.path = path  # an operator written in ten lines need not remember it
@@ -261,7 +266,7 @@ class _Walk:
             new.target = self.targets[cls.__name__]
         return new
 
-    def step(self, path: str, old: str, module: nn.Module, rule: Rule | None, device: torch.device) -> None:
+    def step(self, path: str, old: str, module: nn.Module, rule: Rule | None, device: Device) -> None:
         """Records a module that was replaced or holds weights of its own."""
         tensors, shapes = [], {}
         own = [
@@ -281,7 +286,7 @@ class _Walk:
             target = module.target if isinstance(module, Operator) else None
             self.plan.append(Step(path, old, new, rule, str(device), tensors, shapes, target=target))
 
-    def keep_below(self, path: str, module: nn.Module, device: torch.device) -> None:
+    def keep_below(self, path: str, module: nn.Module, device: Device) -> None:
         for name, child in module.named_modules():
             if name:
                 self.step(f"{path}.{name}", type(child).__name__, child, None, device)
@@ -317,13 +322,15 @@ def _same_kind(value: object, default: object) -> bool:
     return isinstance(default, float) and type(value) is int
 
 
-def _device(rule: Rule, tell: bool) -> torch.device:
-    try:
-        device = torch.device(str(rule.device))
-    except RuntimeError as error:
-        raise UsageError(f"{rule.where}: {rule.device!r} is no device; write cpu or cuda:0") from error
-    if device.type != "cpu" and tell:
-        warnings.warn(
-            f"{rule.where}: {device} is not used by this version's operators; the module stays on the CPU", stacklevel=3
-        )
-    return torch.device("cpu")
+def _device(rule: Rule, tell: bool) -> Device:
+    """The rule's device; a machine without any GPU does on its CPU what is meant for one, and says so once a rule."""
+    assert rule.device
+    name = rule.device.strip()
+    if name != CPU.name and re.match("cuda", name) and not gpus():
+        if tell:
+            warnings.warn(
+                f"{rule.where}: {name}: this machine has no GPU that torch can use; the module stays on the CPU",
+                stacklevel=3,
+            )
+        return CPU
+    return device_of(name, rule.where)

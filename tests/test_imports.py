@@ -14,6 +14,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     (
         "ktx.errors",
         "ktx.config",
+        "ktx.devices",
         "ktx.hardware",
         "ktx.qtypes",
         "ktx.quantize",

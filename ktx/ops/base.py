@@ -27,6 +27,7 @@ class Context:
     kv_dtype: torch.dtype | str | None = (
         None  # what caches keep keys and values in, see ktx.cache.kv; None: as they come
     )
+    gpu: bool = False  # whether `device` is a GPU: its kernels are Triton's, see ktx.devices
 
 
 class Operator(nn.Module):
@@ -38,6 +39,9 @@ class Operator(nn.Module):
     """
 
     consumes: ClassVar[tuple[str, ...]] = ()
+    gpu_form: ClassVar[str] = (
+        ""  # the dotted path of the class that stands in for this one on a GPU; its own: it serves both
+    )
     path: str = ""
     target: str | None = None  # for operators that have it in __init__: the entry of MADE that float weights become
 
@@ -148,6 +152,7 @@ SHIPPED = {
     "Embedding": "ktx.ops.embed",
     "MLP": "ktx.ops.mlp",
 }
+ON_GPU: dict[str, str] = {}  # operator -> module and class of its form on a GPU; users' own say `gpu_form`
 _REGISTERED: dict[str, type[Operator]] = {}
 
 
@@ -184,3 +189,12 @@ def resolve(name: str, where: str = "") -> type[Operator]:
     if not (isinstance(cls, type) and issubclass(cls, Operator)):
         raise UsageError(f"{at}{name} is no ktx.Operator")
     return cls
+
+
+def on_gpu(cls: type[Operator], where: str = "") -> type[Operator]:
+    """The class that does an operator's work on a GPU. UsageError when there is none."""
+    name = cls.gpu_form or ON_GPU.get(cls.__name__, "")
+    if not name:
+        at = f"{where}: " if where else ""
+        raise UsageError(f"{at}{cls.__name__} has no form for a GPU; put the module on the CPU (device: cpu)")
+    return cls if name == f"{cls.__module__}.{cls.__name__}" else resolve(name, where)
