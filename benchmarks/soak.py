@@ -22,11 +22,13 @@ import httpx  # noqa: E402
 import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 from soak_clients import ACTIONS, FIXED, Client, Tally  # noqa: E402
+from soak_protocols import CHAT, MODEL  # noqa: E402
 
 SERVER = ["--cache-lens", "3072", "--max-batch-size", "8", "--model-name", "ktx-demo"]
 WARM = 120.0  # seconds of load before growth counts, at most a quarter of the whole
 SETTLE = 30.0  # seconds until a server that nobody asks must be idle
 GROWTH = 1.0  # MB for 1000 requests
+POOLS = 8  # requests at once of those that go to a pool of threads, more than any has
 WAIT = 20.0  # times the median that a first token may take
 IDLE = {"num_requests_running": 0.0, "num_requests_waiting": 0.0, "kv_cache_usage_perc": 0.0}
 
@@ -122,6 +124,21 @@ async def load(base: str, tally: Tally, clients: int, seconds: float, seed: int)
     await asyncio.gather(*(one(number) for number in range(clients)))
 
 
+async def fill_pools(base: str) -> None:
+    """Long prompts and large schemas, enough at once that every thread the server has for them is begun before threads are counted."""
+    words = {"model": MODEL, "prompt": "a rule file " * 20_000}
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "integer", "minimum": i} for i in range(600)}}
+    answer = CHAT.body("Count.", 1, 1, False) | {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    }
+    async with httpx.AsyncClient(base_url=base, timeout=300) as http:
+        done = await asyncio.gather(
+            *(http.post(path, json=body) for path, body in [("/tokenize", words), (CHAT.path, answer)] * POOLS)
+        )
+    for one in done:
+        one.raise_for_status()
+
+
 async def soak(base: str, process: psutil.Process, args: argparse.Namespace) -> tuple[Watch, list[Check]]:
     """Warm-up, rest, load, rest: what is open and used at the two rests must be the same."""
     tally, warm = Tally(), min(WARM, args.seconds / 4)
@@ -129,6 +146,7 @@ async def soak(base: str, process: psutil.Process, args: argparse.Namespace) -> 
     async with httpx.AsyncClient(base_url=base, timeout=60, limits=limits) as http:
         watch = Watch(http, process, tally, args.every)
         looking = asyncio.ensure_future(watch.run())
+        await fill_pools(base)
         await load(base, tally, args.clients, warm, 1)
         await watch.settled()
         before = watch.sample()

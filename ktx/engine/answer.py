@@ -80,13 +80,13 @@ class Answer:
         full = request.answered >= request.sampling.max_new_tokens or len(request.ids) >= self.context
         return "length" if full else None
 
-    def finish(self, reason: Reason, error: str = "") -> Finished:
+    def finish(self, reason: Reason, error: str = "", refused: bool = False) -> Finished:
         """Tells what was held back, and that this was all."""
         text = "" if self.finder.found is not None else self.finder.feed(self.words.rest()) + self.finder.rest()
         if self.finder.found is not None and reason == "length":
             reason, self.stopped_by = "stop", self.finder.found
         request = self.request
         ids, usage = request.ids[len(request.prompt) :], request.usage()
-        finished = Finished(reason, text, ids, usage, self.stopped_by, error, self.last)
+        finished = Finished(reason, text, ids, usage, self.stopped_by, error, self.last, refused)
         request.sink(finished)
         return finished

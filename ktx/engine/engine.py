@@ -355,6 +355,9 @@ class Engine:
         self.activity.prompt_tokens += part.prompt
         try:
             kept, done = answer.take(part, logits)
+        except UsageError as error:  # its grammar goes beyond what can be followed
+            self._finish(answer, "error", str(error), refused=True)
+            return 0
         except Exception as error:  # a request's own settings must not stop the others
             log.exception("request %d failed", request.number)
             self._finish(answer, "error", error=f"{type(error).__name__}: {error}")
@@ -385,14 +388,14 @@ class Engine:
         else:
             self._finish(self.answers[parts[0].request], "error", error=f"{type(error).__name__}: {error}")
 
-    def _finish(self, answer: Answer, reason: Any, error: str = "") -> None:
+    def _finish(self, answer: Answer, reason: Any, error: str = "", refused: bool = False) -> None:
         self.scheduler.drop(answer.request)
-        self._end(answer, reason, error)
+        self._end(answer, reason, error, refused)
 
-    def _end(self, answer: Answer, reason: Any, error: str = "") -> None:
+    def _end(self, answer: Answer, reason: Any, error: str = "", refused: bool = False) -> None:
         with self.lock:
             self.answers.pop(answer.request, None)
-        finished = answer.finish(reason, error)
+        finished = answer.finish(reason, error, refused)
         if self.on_finished is not None:
             self.on_finished(finished)
 

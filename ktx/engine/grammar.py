@@ -16,6 +16,9 @@ import torch
 from ktx.errors import UsageError
 
 LIMITS = {"bytes": 256 << 10, "depth": 64, "members": 2000}  # of a schema; a regex or Lark text has the first
+ROW = (
+    10_000  # items of the parser in one state: an object of the most members has some 8000, and a step then takes 30 ms
+)
 WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes
 
 
@@ -88,15 +91,17 @@ class Grammars:
 
     def constraint(self, rules: str, after: str = "") -> Constraint:
         """The state of one answer that follows Lark rules, from behind the text `after` on. UsageError when they cannot be followed."""
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
         _check_size(rules, "the grammar")
         tokens = self._tokens()
-        matcher = LLMatcher(tokens, rules, log_level=0)
+        matcher = LLMatcher(
+            tokens, rules, log_level=0, limits=LLParserLimits(max_items_in_row=ROW, verbose_errors=False)
+        )
         if not matcher.is_error():
             matcher.compute_bitmask()  # some trouble shows only with the first token
         if matcher.is_error():
-            raise UsageError(f"the grammar cannot be followed: {matcher.get_error().strip().splitlines()[0][:500]}")
+            raise beyond(matcher, "")
         return Constraint(matcher, tokens, self.vocabulary, after)
 
 
@@ -113,7 +118,7 @@ class Constraint:
             return None
         words = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         if self.matcher.is_error():
-            raise ValueError(f"the grammar failed: {self.matcher.get_error().strip().splitlines()[0][:500]}")
+            raise beyond(self.matcher, " any further")
         bits = words[:, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)).bitwise_and_(1).view(-1).bool()
         mask = torch.zeros(self.vocabulary, dtype=torch.bool)
         count = min(len(bits), self.vocabulary)
@@ -128,5 +133,12 @@ class Constraint:
                 self.after = ""
             return
         if not self.matcher.consume_token(token):
-            raise ValueError(f"the grammar does not allow the token {token}")
+            if "doesn't satisfy the grammar" in self.matcher.get_error():
+                raise ValueError(f"the grammar does not allow the token {token}")
+            raise beyond(self.matcher, " any further")
         self.ended = self.matcher.is_stopped()
+
+
+def beyond(matcher: Any, how: str) -> UsageError:
+    """What to say of a grammar that the parser gave up: it is wrong, or more than its limits let it keep in mind."""
+    return UsageError(f"the grammar cannot be followed{how}: {matcher.get_error().strip().splitlines()[0][:500]}")

@@ -56,7 +56,7 @@ class Usage:
 @dataclass(frozen=True)
 class Finished:
     """The last event. `text` is what was held back, `stop` the stop string or token id that ended the answer, `choice` that token,
-    which is no part of it.
+    which is no part of it. `refused`: the error is what the request asked for.
     """
 
     reason: Reason
@@ -66,6 +66,7 @@ class Finished:
     stop: str | int | None = None
     error: str = ""
     choice: Choice | None = None
+    refused: bool = False
 
 
 Event = Prompt | Piece | Finished

@@ -87,7 +87,7 @@ async def _whole(
     async for number, event in chorus:
         for told in turns[number].hear(event):
             if isinstance(told, Ended):
-                sending.check_end(told.reason, told.finished.error)
+                sending.check_end(told.finished)
     choices = []
     for i, turn in enumerate(turns):
         assert turn.end is not None
@@ -161,7 +161,7 @@ async def _stream(
                 yield chunk(number, {"tool_calls": [head]}, told.choices)
                 yield chunk(number, {"tool_calls": [{"index": told.number, "function": {"arguments": told.arguments}}]})
             else:
-                sending.check_end(told.reason, told.finished.error)
+                sending.check_end(told.finished)
                 yield chunk(number, {}, told.choices, told.reason)
     if usage:
         yield (

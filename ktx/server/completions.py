@@ -125,7 +125,7 @@ async def _whole(
             texts[number] += event.text
             choices[number].append(event.choice)
         else:
-            sending.check_end(event.reason, event.error)
+            sending.check_end(event)
             texts[number] += event.text
             choices[number] += ending(event)
             ends[number] = event
@@ -165,7 +165,7 @@ async def _stream(
             if event.text:
                 yield chunk(number, event.text)
         elif isinstance(event, Finished):
-            sending.check_end(event.reason, event.error)
+            sending.check_end(event)
             held[number] += ending(event)
             ends[number] = event
             yield chunk(number, event.text, event.reason)

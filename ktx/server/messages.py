@@ -159,7 +159,7 @@ async def _whole(chorus: Chorus, turn: Turn, head: dict[str, Any], stops: frozen
                     {"type": "tool_use", "id": told.id, "name": told.name, "input": json.loads(told.arguments)}
                 )
             else:
-                sending.check_end(told.reason, told.finished.error)
+                sending.check_end(told.finished)
     assert turn.end is not None
     return {
         **head,
@@ -225,7 +225,7 @@ async def _stream(
                 )
                 yield "content_block_stop", {"type": "content_block_stop", "index": number}
             else:
-                sending.check_end(told.reason, told.finished.error)
+                sending.check_end(told.finished)
                 for piece in closed():
                     yield piece
                 open = ""

@@ -164,7 +164,7 @@ async def _whole(chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: bo
     async for _, event in chorus:
         for told in turn.hear(event):
             if isinstance(told, Ended):
-                sending.check_end(told.reason, told.finished.error)
+                sending.check_end(told.finished)
     assert turn.end is not None
     body = piece("answer", turn.texts["answer"], turn.calls)
     if turn.texts["think"] and thinks:
@@ -182,7 +182,7 @@ async def _stream(chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: b
             elif isinstance(told, Called):
                 yield {**head, **piece("answer", "", [told]), "done": False}
             else:
-                sending.check_end(told.reason, told.finished.error)
+                sending.check_end(told.finished)
                 yield {**head, **piece("answer", "", []), **_done(told, len(chorus.requests[0].prompt))}
 
 

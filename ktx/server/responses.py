@@ -284,7 +284,7 @@ class Writer:
         ]
 
     def end(self, told: Ended) -> list[tuple[str, dict[str, Any]]]:
-        sending.check_end(told.reason, told.finished.error)
+        sending.check_end(told.finished)
         cut = told.reason == "length"
         out = self.close("incomplete" if cut else "completed")
         if not self.items:  # an answer without a word is one all the same

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from ktx.engine.asking import Chorus
+from ktx.engine.request import Finished
 from ktx.server.errors import Problem, body_for, problem_of
 
 log = logging.getLogger("ktx.server")
@@ -117,9 +118,9 @@ def usage_so_far(chorus: Chorus, number: int, said: int) -> dict[str, int]:
     return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
 
-def check_end(reason: str, error: str) -> None:
+def check_end(finished: Finished) -> None:
     """Problem for an answer that did not end by itself."""
-    if reason == "error":
-        raise Problem(500, error or "the answer failed")
-    if reason == "cancelled":
+    if finished.reason == "error":
+        raise Problem(400 if finished.refused else 500, finished.error or "the answer failed")
+    if finished.reason == "cancelled":
         raise Problem(503, "the server is shutting down, the answer ends here", retry=5)

@@ -65,6 +65,22 @@ def test_or_as_the_expression_says(engine, grammars, pattern):
     assert done.reason == "length" or re.fullmatch(pattern, text)
 
 
+def test_an_object_of_as_many_members_as_are_read(engine, grammars):
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "integer", "minimum": i} for i in range(660)}}
+    text, done = answered(engine, grammars.constraint(rules_of_schema(schema)), max_new_tokens=40, seed=3)
+    assert done.reason in ("stop", "length") and text.startswith("{")
+
+
+BEYOND = "(?:a?){500}a{500}"  # more than the parser keeps in mind, which shows only once tokens come
+
+
+def test_what_goes_beyond_the_parser_is_the_requests_fault(engine, grammars):
+    _, done = answered(engine, grammars.constraint(rules_of_regex(BEYOND)))
+    assert (done.reason, done.refused) == ("error", True) and "cannot be followed any further" in done.error
+    text, done = answered(engine, grammars.constraint(rules_of_regex("yes|no")))
+    assert text in ("yes", "no")
+
+
 def test_lark_rules(engine, grammars):
     text, done = answered(engine, grammars.constraint('start: "a" other\nother: /[xy]{2}/'))
     assert re.fullmatch("a[xy]{2}", text) and done.reason == "stop"

@@ -155,6 +155,17 @@ def test_hostile_schemas(http, name, place):
     still_well(http)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_whose_grammar_goes_beyond_the_parser_is_refused(http, stream):
+    body = {"model": NAME, "messages": [{"role": "user", "content": "greet"}], "stream": stream}
+    answer = http.post("/v1/chat/completions", json=body | {"guided_regex": "(?:a?){500}a{500}"})
+    assert answer.status_code == (200 if stream else 400)  # a stream has begun
+    told = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    error = (told[-1] if stream else answer.json())["error"]
+    assert error["type"] == "invalid_request_error" and "cannot be followed any further" in error["message"]
+    still_well(http)
+
+
 @pytest.mark.parametrize("grammar", GRAMMARS, ids=range(len(GRAMMARS)))
 def test_hostile_grammars(http, grammar):
     for name in ("guided_grammar", "guided_regex"):
