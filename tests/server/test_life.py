@@ -173,48 +173,32 @@ def test_a_dead_engine_thread_is_told_and_replaced(tmp_path_factory):
         assert httpx.get(f"{base}/health").json()["restarts"] == 1
 
 
-def start(*options, **environment):
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "ktx",
-            "serve",
-            "--backend_type",
-            "scripted",
-            "--port",
-            "0",
-            "--log_format",
-            "json",
-            *options,
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | environment,
-    )
-    for line in process.stderr:
-        if "listening on" in line:
+@contextlib.contextmanager
+def started(*options, **environment):
+    """A `ktx serve` of its own, ready, and its address; it is gone behind this, whatever happens."""
+    words = ["serve", "--backend_type", "scripted", "--port", "0", "--log_format", "json", *options]
+    with subprocess.Popen(
+        [sys.executable, "-m", "ktx", *words], stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    ) as process:
+        try:
+            line = next((line for line in process.stderr if "listening on" in line), "")
+            assert line, f"the server ended with {process.wait()}"
             base = json.loads(line)["message"].partition("listening on ")[2].partition(",")[0]
-            break
-    else:
-        pytest.fail(f"the server ended with {process.wait()}")
-    for _ in range(300):
-        if httpx.get(f"{base}/health").status_code == 200:
-            return process, base
-        time.sleep(0.1)
-    pytest.fail("the server did not get ready")
+            until = time.monotonic() + 60
+            while httpx.get(f"{base}/health", timeout=30).status_code != 200:
+                assert time.monotonic() < until, "the server did not get ready"
+                time.sleep(0.1)
+            yield process, base
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_streams_well_formed(sig):
-    process, base = start("--pace", "0.02")
-    try:
-        with httpx.stream(
-            "POST",
-            f"{base}/v1/chat/completions",
-            json={**body("tell " * 20), "model": "ktx-demo", "stream": True},
-            timeout=30,
-        ) as answer:
+    """In the middle of an answer of twenty seconds."""
+    asked = {**body("tell " * 200), "model": "ktx-demo", "stream": True}
+    with started("--pace", "0.02") as (process, base):
+        with httpx.stream("POST", f"{base}/v1/chat/completions", json=asked, timeout=30) as answer:
             lines = answer.iter_lines()
             for line in lines:
                 if '"content":"' in line and '"content":""' not in line:
@@ -224,19 +208,15 @@ def test_a_signal_ends_streams_well_formed(sig):
             rest = [line for line in lines if line.startswith("data: ")]
         assert rest[-1] == "data: [DONE]" and "shutting down" in rest[-2]
         assert process.wait(timeout=10) == 0 and time.monotonic() - begun < 10
-    finally:
-        process.kill()
 
 
 def test_flags_by_file_and_keys_by_environment(tmp_path):
     config = tmp_path / "serve.yaml"
     config.write_text("model_name: [one, two]\nmax_batch_size: 2\nhide_input: true\n")
-    process, base = start("--config", str(config), KTX_API_KEY="k1 k2")
-    try:
+    with started("--config", str(config), KTX_API_KEY="k1 k2") as (process, base):
         models = httpx.get(f"{base}/v1/models", headers={"authorization": "Bearer k2"}).json()["data"]
         assert [model["id"] for model in models] == ["one", "two"]
         assert httpx.get(f"{base}/v1/models").status_code == 401
-    finally:
         process.terminate()
         assert process.wait(timeout=15) == 0
 
