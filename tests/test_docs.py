@@ -3,7 +3,7 @@
 A page is one sandbox: its blocks run in order in one directory. A block whose first line is a comment with a file name
 (`# my_rules.yaml`) is written to that file; other `python` blocks run in one namespace; `sh` blocks run line by line.
 MODEL and WEIGHTS name the demo model. `make` targets are asked for (`make -n`), because the landing runs them for real;
-the few commands that need gigabytes run on the smaller twin that SMALLER names.
+commands that need gigabytes, minutes, a network or another program run as the smaller twin that SMALLER names.
 """
 
 from __future__ import annotations
