@@ -6,14 +6,9 @@
 #include "grids.h"
 #include "kernels.h"
 #include "layout.h"
+#include "looped.h"
 #include "numbers.h"
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define AI inline  // lanes are loops: with a check at each access, all of them in one function take the compiler many minutes
-#else
-#define AI inline __attribute__((always_inline))
-#endif
-#define KTX_LOOPED  // a lane is a loop
 #define KTX_TILES
 #define KTX_UNROLL  // a lane of the model is a loop: sixteen vectors of them side by side take the compiler minutes
 #define KTX_BF16

@@ -7,13 +7,8 @@
 #include "grids.h"
 #include "kernels.h"
 #include "layout.h"
+#include "looped.h"
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define AI inline  // lanes are loops: with a check at each access, all of them in one function take the compiler many minutes
-#else
-#define AI inline __attribute__((always_inline))
-#endif
-#define KTX_LOOPED  // a lane is a loop
 #define KTX_TILE 2
 #define KTX_FEW 2
 

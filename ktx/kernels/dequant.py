@@ -76,6 +76,12 @@ def weights_of(codes, scale, minimum, MINIMUM: tl.constexpr):
 
 
 @triton.jit
+def scale_row_of(row, n):
+    """The row among F8_E4M3's scales that a weight's row [of matrices of n rows] has: they stand for 128 rows."""
+    return row // n * tl.cdiv(n, 128) + row % n // 128
+
+
+@triton.jit
 def _dequantize(
     planes,
     book,
@@ -97,7 +103,7 @@ def _dequantize(
     place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     known = place < count
     row = tl.load(index + place, mask=known, other=0) if INDEXED else first + tl.minimum(place, count - 1)
-    block_row = row // n * tl.cdiv(n, 128) + row % n // 128
+    block_row = scale_row_of(row, n)
     codes, scale, minimum = DECODE(planes, book, row, block_row, tl.program_id(1) * SPAN, blocks, BLOCK, SPAN, False)
     column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     values = weights_of(codes, scale, minimum, MINIMUM).to(out.dtype.element_ty)

@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ktx.kernels.dequant import weights_of
+from ktx.kernels.dequant import scale_row_of, weights_of
 from ktx.kernels.streams import twice
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # numpy multiplies no bf16
@@ -72,7 +72,7 @@ def few(
     """Rows `token` int64 [T] of x [.., k] where `known`, times weight rows `row` int64 [R]: f32 [T, R]."""
     TOKENS: tl.constexpr = token.shape[0]
     ROWS: tl.constexpr = row.shape[0]
-    block_row = row // n * tl.cdiv(n, 128) + row % n // 128
+    block_row = scale_row_of(row, n)
     total = tl.zeros([TOKENS, ROWS, SPAN // 8], tl.float32)
     for first in range(begin, end, SPAN):
         codes, scale, minimum = DECODE(planes, book, row, block_row, first, blocks, BLOCK, SPAN, RUN > 0)
@@ -110,7 +110,7 @@ def many(
     RUN: tl.constexpr,
 ):
     """As `few` for T and R of 16 and more. Weights are rounded to x's type."""
-    block_row = row // n * tl.cdiv(n, 128) + row % n // 128
+    block_row = scale_row_of(row, n)
     total = tl.zeros([token.shape[0], row.shape[0]], tl.float32)
     for first in range(begin, end, SPAN):
         codes, scale, minimum = DECODE(planes, book, row, block_row, first, blocks, BLOCK, SPAN, False)
