@@ -207,7 +207,7 @@ class Block:
         norms = [children.get(name) for name in NORMS]
         if any(not plain_linear(children.get(name)) for name in PROJECTIONS):
             return None
-        if any(norm is not None and not isinstance(norm, RMSNorm) for norm in norms) or (norms[0] is None) != (
+        if any(norm is not None and not RMSNorm.here(norm) for norm in norms) or (norms[0] is None) != (
             norms[1] is None
         ):
             return None
