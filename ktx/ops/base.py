@@ -105,7 +105,7 @@ def made_from(spec: Any, wish: str | None) -> QType | None:
     return next((QTYPES[name] for name in MADE[wish] if spec.shape[-1] % QTYPES[name].block == 0), None)
 
 
-def packed_as(parts: Any, wish: str | None, pack: Callable[..., cpu.Packed] = cpu.pack) -> cpu.Packed:
+def packed_as(parts: Any, wish: str | None, pack: Callable[..., Any] = cpu.pack) -> Any:
     """Weights (or one part a matrix) packed, floats as the type that was wished for."""
     return pack(parts, made_from(parts if isinstance(parts, QuantizedTensor) else parts[0], wish))
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from ktx.kernels import gpu_linear
 from ktx.ops import embed
-from ktx.ops.base import Context
 from ktx.weights.source import WeightSource
 
 

@@ -6,16 +6,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from ktx.kernels import gpu_linear
 from ktx.ops import linear
-from ktx.ops.base import Context, packed_as
+from ktx.ops.base import packed_as
 from ktx.weights.source import WeightSource
 
 
 class Linear(linear.Linear):
     """As on the CPU; the parts lie on the device in planes."""
+
+    parts: list[Any]
 
     def load(self, source: WeightSource) -> None:
         if not self.parts:  # a tied output layer is given the embedding's

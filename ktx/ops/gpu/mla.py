@@ -14,7 +14,6 @@ from ktx.kernels.gpu import kernels_for
 from ktx.kernels.rope_store import store_latent
 from ktx.kernels.work import Shape
 from ktx.ops import mla
-from ktx.ops.base import Context
 from ktx.ops.fused import float_type, rotary_tables, split_mask
 from ktx.ops.gpu.attention import turns
 from ktx.ops.gpu.norm import RMSNorm
@@ -81,18 +80,20 @@ class MLA(mla.MLA):
         """Puts latents, normalised, and rotated columns [B, S, columns] where they belong; the queries' rotated columns come back."""
         norm: Any = self.kv_a_layernorm
         inside = isinstance(norm, RMSNorm) and not (norm.plus_one or norm._forward_hooks or norm._forward_pre_hooks)
-        pools = [pool[:, 0] for pool in room.pools]
-        about = (norm.in_f32, norm.variance_epsilon) if inside else ()
+        ckv, kpe = (pool[:, 0] for pool in room.pools)
+        rows = _one(latent if inside else norm(latent))
         return store_latent(
-            _one(latent if inside else norm(latent)),
+            rows,
             _one(k_rope),
             q_rope,
             cos,
             sin,
             room.tables.slots,
-            *pools,
-            *about,
-            interleaved=self.interleaved,
+            ckv,
+            kpe,
+            norm.in_f32 if inside else None,
+            norm.variance_epsilon if inside else 0.0,
+            self.interleaved,
         )
 
     def _update(self, cache: Any, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

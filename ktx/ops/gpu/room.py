@@ -84,7 +84,7 @@ def settled(cache: Any, index: int) -> Any:
     """A cache's layer, told before it is filled that there are no blocks of Q8_0 on a GPU; None if it has none."""
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
-    if hasattr(layer, "keep_floats"):
+    if layer is not None and hasattr(layer, "keep_floats"):
         layer.keep_floats()
     return layer
 
@@ -104,7 +104,7 @@ def of_states(keys: torch.Tensor, values: torch.Tensor, new: int, mask: torch.Te
     if not capacity or capacity != _capacity(values):
         keys, values = (F.pad(x, (0, 0, 0, -x.shape[2] % PAGE)) for x in (keys, values))
         capacity = keys.shape[2]
-    return _grown(*(_whole(x, capacity) for x in (keys, values)), new, known, mask)
+    return _grown(_whole(keys, capacity), _whole(values, capacity), new, known, mask)
 
 
 @dataclass(frozen=True)

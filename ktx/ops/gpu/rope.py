@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ktx.ops import rope
-from ktx.ops.base import Context
 
 
 class RotaryEmbedding(rope.RotaryEmbedding):

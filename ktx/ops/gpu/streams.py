@@ -8,6 +8,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -30,23 +31,30 @@ def _called(number: int) -> None:
 
 def host_functions() -> Launch | None:
     """Puts a function on a CUDA stream (its handle) to be called on the CPU in its turn; None where libcudart cannot be asked."""
+    native = _native()
+    if native is None:
+        return None
+
+    def launch(stream: int, function: Callable[[], None]) -> None:
+        number = next(_numbers)
+        _waiting[number] = function, not torch.cuda.is_current_stream_capturing()  # a graph calls it again
+        if code := native(stream, _called, number):
+            del _waiting[number]
+            raise KtxError(f"cudaLaunchHostFunc failed with the error {code}")
+
+    return launch
+
+
+def _native() -> Any:
+    """cudaLaunchHostFunc of the libcudart that torch has loaded; None if there is none."""
     major = (torch.version.cuda or "").partition(".")[0]
     for name in (f"libcudart.so.{major}", "libcudart.so"):
         try:
-            library = ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD)  # the one that torch has loaded, or none
-            native = library.cudaLaunchHostFunc
+            found = ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD).cudaLaunchHostFunc
         except (OSError, AttributeError):
             continue
-        native.argtypes, native.restype = [ctypes.c_void_p, _FUNCTION, ctypes.c_void_p], ctypes.c_int
-
-        def launch(stream: int, function: Callable[[], None]) -> None:
-            number = next(_numbers)
-            _waiting[number] = function, not torch.cuda.is_current_stream_capturing()  # a graph calls it again
-            if code := native(stream, _called, number):
-                del _waiting[number]
-                raise KtxError(f"cudaLaunchHostFunc failed with the error {code}")
-
-        return launch
+        found.argtypes, found.restype = [ctypes.c_void_p, _FUNCTION, ctypes.c_void_p], ctypes.c_int
+        return found
     return None
 
 
