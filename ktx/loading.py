@@ -23,7 +23,7 @@ from torch import nn
 from ktx.cache.kv import Q8_0, KVType, kv_type
 from ktx.compat import config_dict, dtype_plan
 from ktx.config import warn_unknown
-from ktx.devices import CPU, Device
+from ktx.devices import CPU, PRETEND, Device
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.hardware import human, keep_freed_memory, memory
 from ktx.inject import Plan, inject
@@ -260,6 +260,7 @@ def load(
         model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, _targets(weight_dtype, moe_dtype), mtp
     )
     made.check(source)
+    _check_pretence(made)
     _cached_as(built, kv_dtype)
     check_memory(made)
     tokenizer = read_tokenizer(model, source, trust_remote_code)
@@ -347,6 +348,14 @@ def _cached_as(model: nn.Module, wish: KVType) -> KVType:
             f"kv_dtype q8_0: {foreign[0]} stays transformers' own by the rules and cannot read it; replace it by ktx.ops.attention.Attention or give f16"
         )
     return wish or (None if foreign else torch.float16)
+
+
+def _check_pretence(made: Plan) -> None:
+    """UsageError where GPUs are pretended and nothing would run their kernels."""
+    if any(device.pretended for device in made.devices.values()) and not int(os.environ.get("TRITON_INTERPRET") or 0):
+        raise UsageError(
+            f"{PRETEND}={os.environ.get(PRETEND)}: kernels of pretended GPUs run in Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
+        )
 
 
 def check_memory(made: Plan) -> None:

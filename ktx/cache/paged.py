@@ -234,10 +234,12 @@ class PagedCache(Cache):
     def forget(self, owner: int) -> None:
         self.states.pop(owner, None)
 
-    def nbytes(self) -> int:
-        """Bytes of the pools that were made."""
+    def nbytes(self, host: bool = False) -> int:
+        """Bytes of the pools that were made; `host`: of those in the CPU's memory."""
         layers = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
-        return sum(buffer.numel() * buffer.element_size() for layer in layers for buffer in layer.buffers)
+        return sum(
+            buffer.nbytes for layer in layers for buffer in layer.buffers if not host or buffer.device.type == "cpu"
+        )
 
 
 def paged(cache: Any, index: int) -> PagedLayer | None:

@@ -93,8 +93,8 @@ class Runner:
         self.cache.states.clear()
 
     def nbytes(self) -> int:
-        """Memory of all keys and values when they are filled."""
-        return self.cache.nbytes()
+        """Memory of the CPU that all keys and values take when they are filled."""
+        return self.cache.nbytes(host=True)
 
 
 class PlainRunner(Runner):

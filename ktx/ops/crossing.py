@@ -56,12 +56,13 @@ def _stations(model: Any, devices: Devices) -> Iterator[tuple[nn.Module, list[De
     tables = [child for child in others if is_rotary(child)]
     first = devices.get(embedding, CPU)
     turned = [devices.get(table, CPU) for table in tables]
+    foreign = _has_foreign_attention(model)
     yield embedding, [CPU]
     for table in tables:
         yield table, [CPU, first]
     last = first
     for layer in body.layers:
-        yield layer, [last, *turned, *([first] if _masks_are_matrices(model) else [])]
+        yield layer, [last, *turned, *([CPU, first] if foreign else [])]
         last = devices.get(layer, CPU)
     for child in others:
         if child not in tables:
@@ -78,8 +79,8 @@ def is_rotary(module: nn.Module) -> bool:
     return "RotaryEmbedding" in type(module).__name__
 
 
-def _masks_are_matrices(model: Any) -> bool:
-    """Whether attention of transformers' own reads masks; ours reads intervals, which stay on the CPU."""
+def _has_foreign_attention(model: Any) -> bool:
+    """Whether attention of transformers' own may read masks that are matrices, and positions; ours reads intervals, on the CPU."""
     return any(
         "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
         for module in model.modules()
