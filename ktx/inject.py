@@ -6,7 +6,7 @@ import inspect
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from types import MappingProxyType
@@ -73,6 +73,10 @@ class Plan(list[Step]):
 
     unmatched: list[Rule]
     source: WeightSource
+
+    def __init__(self, steps: Iterable[Step] = ()):
+        super().__init__(steps)
+        self.devices: dict[str, Device] = {}  # of every module
 
     def fill(self, source: WeightSource) -> None:
         """Looks every tensor up in the headers."""
@@ -261,13 +265,14 @@ class _Walk:
             )
         except (UsageError, NotImplementedError) as error:
             raise UsageError(f"{rule.where}: {error}") from error
-        new.path = path  # an operator written in ten lines need not remember it
+        new.path, new.home = path, device  # an operator written in ten lines need not remember it
         if cls.__name__ in self.targets:
             new.target = self.targets[cls.__name__]
         return new
 
     def step(self, path: str, old: str, module: nn.Module, rule: Rule | None, device: Device) -> None:
-        """Records a module that was replaced or holds weights of its own."""
+        """Records where a module is, and one that was replaced or holds weights of its own."""
+        self.plan.devices[path] = device
         tensors, shapes = [], {}
         own = [
             *module.named_parameters(recurse=False),

@@ -23,11 +23,13 @@ from torch import nn
 from ktx.cache.kv import Q8_0, KVType, kv_type
 from ktx.compat import config_dict, dtype_plan
 from ktx.config import warn_unknown
+from ktx.devices import CPU, PRETEND, Device
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.hardware import human, keep_freed_memory, memory
 from ktx.inject import Plan, inject
 from ktx.kernels import cpu
 from ktx.kernels.kept import Store, open_store
+from ktx.ops import crossing
 from ktx.ops import mtp as mtp_layer
 from ktx.ops.base import Operator, made_type
 from ktx.ops.embed import Embedding
@@ -150,13 +152,14 @@ def _prepare(
     model: str | Path,
     weights: str | Path | None,
     rules: Any,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     kv_dtype: KVType,
     moe_experts: int | None,
     trust_remote_code: bool,
     targets: Mapping[str, str | None],
     mtp: bool,
-) -> tuple[nn.Module, Plan, WeightSource]:
+) -> tuple[nn.Module, Plan, WeightSource, torch.dtype]:
+    """The skeleton with its operators, the plan, the weights, and the type that it computes in: `dtype`, or by its devices."""
     warn_unknown()
     config = copy.deepcopy(read_config(model, trust_remote_code))
     where = Path(weights or model).expanduser()
@@ -171,13 +174,20 @@ def _prepare(
     wrong = source.differences(config)
     if wrong:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
-    built = skeleton(config, dtype, trust_remote_code)
-    if mtp:
-        mtp_layer.append(built, source)
-    made = inject(built, chosen, config, dtype, kv_dtype, rules is not None, targets)
+
+    def assembled(kind: torch.dtype, tell: bool) -> tuple[nn.Module, Plan]:
+        built = skeleton(config, kind, trust_remote_code)
+        if mtp:
+            mtp_layer.append(built, source)
+        return built, inject(built, chosen, config, kind, kv_dtype, tell, targets)
+
+    built, made = assembled(dtype or torch.float32, rules is not None)
+    if dtype is None and any(device.gpu for device in made.devices.values()):
+        dtype = torch.bfloat16
+        built, made = assembled(dtype, False)
     _tie(built, made, source)
     made.fill(source)
-    return built, made, source
+    return built, made, source, dtype or torch.float32
 
 
 def _hub_folder(model: str) -> Path:
@@ -206,11 +216,14 @@ def _tie(model: nn.Module, made: Plan, source: WeightSource) -> None:
         module = model.get_submodule(target.rpartition(".")[0])
         if not isinstance(module, Linear):
             continue
-        if source.spec(target) is None:
-            module.tied_to = origin
-        else:
-            step = next(step for step in made if step.path == module.path)
+        step = next(step for step in made if step.path == module.path)
+        if source.spec(target) is not None:
             step.tensors.insert(0, target)
+            continue
+        module.tied_to = origin
+        if module.home != made.devices[origin.rpartition(".")[0]]:  # a copy of its own
+            module.copies = True
+            step.tensors.insert(0, origin)
 
 
 def load(
@@ -218,7 +231,7 @@ def load(
     weights: str | Path | None = None,
     rules: str | Path | Sequence[Rule] | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     kv_dtype: KVType = None,
     threads: int | None = None,
     weight_dtype: str | None = None,
@@ -232,7 +245,8 @@ def load(
     """A transformers model on packed weights, and its tokenizer.
 
     `model` is a Hugging Face folder, a hub id, or a GGUF file whose metadata suffices; `weights` a GGUF file, a folder of one, or
-    safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `kv_dtype` is what keys and values are kept in (f16,
+    safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `dtype` is what the model computes in (default: bf16
+    if a part of it is on a GPU, else f32). `kv_dtype` is what keys and values are kept in (f16,
     bf16, f32, q8_0 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
     first start writes them, later ones map them. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
@@ -242,10 +256,11 @@ def load(
     team = threads or cpu.usual_threads()
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
-    built, made, source = _prepare(
+    built, made, source, dtype = _prepare(
         model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, _targets(weight_dtype, moe_dtype), mtp
     )
     made.check(source)
+    _check_pretence(made)
     _cached_as(built, kv_dtype)
     check_memory(made)
     tokenizer = read_tokenizer(model, source, trust_remote_code)
@@ -260,12 +275,15 @@ def load(
             raise
     if store is not None and (trouble := store.finish()):
         warnings.warn(trouble, stacklevel=2)
-    _repair(built)
+    _repair(built, made)
     for module in reversed(list(built.modules())):  # children before their parents
         if isinstance(module, Operator):
             module.ready()
+    devices = {built.get_submodule(path): device for path, device in made.devices.items()}
     if mtp:
-        mtp_layer.detach(built)
+        beside = mtp_layer.detach(built)
+        devices |= dict.fromkeys((beside, beside.layers), devices[beside.layer])
+    crossing.install(built, devices)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     own = sizes(built)
     config: Any = built.config
@@ -303,6 +321,7 @@ def _identity(made: Plan) -> list[Any]:
         (
             step.path,
             step.new,
+            step.device,
             step.target,
             step.rule.kwargs if step.rule else {},
             [(s.name, s.offset) for s in step.specs],
@@ -331,18 +350,32 @@ def _cached_as(model: nn.Module, wish: KVType) -> KVType:
     return wish or (None if foreign else torch.float16)
 
 
+def _check_pretence(made: Plan) -> None:
+    """UsageError where GPUs are pretended and nothing would run their kernels."""
+    if any(device.pretended for device in made.devices.values()) and not int(os.environ.get("TRITON_INTERPRET") or 0):
+        raise UsageError(
+            f"{PRETEND}={os.environ.get(PRETEND)}: kernels of pretended GPUs run in Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
+        )
+
+
 def check_memory(made: Plan) -> None:
-    """DoesNotFit, with the numbers, when packed weights and a reserve exceed the memory that is free."""
+    """DoesNotFit, with the numbers, when packed weights and a reserve exceed the memory that is free, the machine's or a GPU's."""
     need, (total, available) = memory_needed(made), memory()
     if need > available:
         raise DoesNotFit(
             f"the weights need {human(need)} of memory, {human(available)} of {human(total)} are free; close programs or take a smaller quant"
         )
+    for device in sorted({device for device in made.devices.values() if device.gpu}, key=str):
+        need, (total, available) = memory_needed(made, device), device.memory
+        if need > available:
+            raise DoesNotFit(
+                f"{device}: the weights need {human(need)} of memory, {human(available)} of {human(total)} are free; put less on it or take a smaller quant"
+            )
 
 
-def memory_needed(made: Plan) -> int:
-    """Bytes of packed weights and a reserve."""
-    return int(sum(step.memory for step in made) * 1.05) + RESERVE
+def memory_needed(made: Plan, device: Device = CPU) -> int:
+    """Bytes of packed weights on a device and a reserve."""
+    return int(sum(step.memory for step in made if step.device == device.name) * 1.05) + RESERVE
 
 
 def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: bool = False) -> Any:
@@ -382,14 +415,14 @@ def _load_all(
             source.prefetch(following.tensors)
         step = steps[index]
         module = model.get_submodule(step.path) if step.path else model
-        if isinstance(module, Operator) and not getattr(module, "tied_to", ""):
+        if isinstance(module, Operator) and not _shares(module):
             with nullcontext() if store is None else store.of(step.path):
                 module.load(source)
         own = {name for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
         for full in step.tensors:
             name = full.removeprefix(f"{step.path}.")
             if name in own:
-                _set_own(module, name, source.get(full).dequantize(), keep(full))
+                _set_own(module, name, source.get(full).dequantize().to(made.devices[step.path].torch), keep(full))
         source.release(step.tensors)
         advance(step.nbytes)
 
@@ -403,11 +436,16 @@ def _load_all(
                     other.cancel()
                 raise
     for module in model.modules():
-        if isinstance(module, Linear) and module.tied_to:
+        if isinstance(module, Linear) and _shares(module):
             owner = model.get_submodule(module.tied_to.rpartition(".")[0])
             if isinstance(owner, Embedding) and owner.packed is not None:
                 module.parts = [owner.packed]
             module.load(source)
+
+
+def _shares(module: nn.Module) -> bool:
+    """Whether an output layer has no matrix of its own but the embedding's."""
+    return isinstance(module, Linear) and bool(module.tied_to) and not module.copies
 
 
 def _set_own(module: nn.Module, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
@@ -432,19 +470,22 @@ def _dtype_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dty
     return dtype_for
 
 
-def _repair(model: Any) -> None:
-    """What no file holds: rotary tables and other computed buffers, by transformers' own initialiser; then nothing may be left on meta."""
-    for module in model.modules():
+def _repair(model: Any, made: Plan) -> None:
+    """What no file holds: rotary tables and other computed buffers, by transformers' own initialiser, then to their module's device; after that nothing may be left on meta."""
+    for path, module in model.named_modules():
         meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in meta:
             module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
         if meta:
             model._init_weights(module)
+        for name in meta:
+            module._buffers[name] = module._buffers[name].to(made.devices[path].torch)
     for target in dict(getattr(model, "all_tied_weights_keys", None) or {}):
         module, _, name = target.rpartition(".")
         owner = model.get_submodule(module)
         if isinstance(owner, nn.Linear):  # kept by the rules: tied as transformers does
             source = model.get_submodule(model.all_tied_weights_keys[target].rpartition(".")[0]).weight
+            source = source.to(made.devices[module].torch)
             owner._parameters[name] = (
                 source if isinstance(source, nn.Parameter) else nn.Parameter(source, requires_grad=False)
             )

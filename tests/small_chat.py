@@ -26,11 +26,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def write_model(folder: Path, family: str = "llama", **more: object) -> Path:
+def write_model(folder: Path, family: str = "llama", quant: str = "Q8_0", **more: object) -> Path:
     """Folder with config.json, tokenizer and model.gguf."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny(family, **more)
     model.config.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    write_gguf(folder / "model.gguf", model, "Q8_0")
+    write_gguf(folder / "model.gguf", model, quant)
     return folder

@@ -85,7 +85,7 @@ class DiskPages:
         """Hands copies of the pages that were named to the thread that writes them."""
         for key, page in self.named:
             if self.waiting < WAITING:
-                tensors = {name: buffer[page].clone() for name, buffer in self._buffers().items()}
+                tensors = {name: buffer[page].to("cpu", copy=True) for name, buffer in self._buffers().items()}
                 with self.lock:
                     self.waiting += sum(tensor.nbytes for tensor in tensors.values())
                 self.jobs.put((key, tensors))

@@ -17,7 +17,8 @@ from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
 from ktx.qtypes import QTYPES
 
-FIRST = 256  # positions of the first allocation
+CPU = torch.device("cpu")
+FIRST = 256  # positions of the first allocation: as those that follow, whole pages (ktx.cache.pages)
 HUGE_PAGE = 2 << 20
 Q8_0 = "q8_0"  # blocks of 32 columns, an f16 scale before 32 int8: 1.06 bytes a column; torch sees bytes
 BLOCKS = QTYPES["Q8_0"]
@@ -97,12 +98,19 @@ class GrowingLayer(DynamicLayer):
             self._grow(end)
         self.length = end
 
-    def fits(self, batch: int, heads: int, columns: tuple[int, int], dtype: torch.dtype) -> bool:
-        """Whether keys and values of this shape can be appended; an empty layer is made for them."""
+    def fits(
+        self, batch: int, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU
+    ) -> bool:
+        """Whether keys and values of this shape can be appended; an empty layer is made for them on `device`."""
         if not self.is_initialized:
-            self._make(torch.empty(batch, heads), columns, dtype)
+            self._make(torch.empty(batch, heads, device=device), columns, dtype)
         keys, values = self.buffers
         return keys.shape[:2] == values.shape[:2] == (batch, heads) and self.columns == columns
+
+    def keep_floats(self) -> None:
+        """Says, while the layer is empty, that its reader knows no blocks of Q8_0: it keeps f16 instead."""
+        if not self.is_initialized and self.store_dtype == Q8_0:
+            self.store_dtype = torch.float16
 
     def _grow(self, need: int) -> None:
         size = max(FIRST, 1 << (need - 1).bit_length())
@@ -181,7 +189,7 @@ def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None
     ):
         return None
     assert layer.keys is not None and layer.values is not None
-    if layer.keys.dim() != 4 or layer.keys.device.type != "cpu":
+    if layer.keys.dim() != 4:
         return None
     layers[index] = grown = GrowingLayer(store if store == Q8_0 else None)
     grown.update(layer.keys, layer.values)

@@ -8,17 +8,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from ktx.cache.kv import PLAIN, KVType, empty, kv_type, stored_row
+from ktx.cache.kv import CPU, PLAIN, Q8_0, KVType, empty, kv_type, stored_row
 from ktx.cache.pages import PAGE
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A batch as the kernels of a device read it: `sequences` int64 [n, 3] (first token, tokens, keys with these), `pages` int32 [n, most],
+    `slots` int64 [tokens].
+    """
+
+    sequences: torch.Tensor
+    pages: torch.Tensor
+    slots: torch.Tensor
+    plans: dict[Any, Any] = field(default_factory=dict)  # what layers have made of it for those that follow
+
+    def to(self, device: torch.device) -> Tables:
+        return Tables(self.sequences.to(device), self.pages.to(device), self.slots.to(device))
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,14 @@ class Batch:
         of = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([span.count for span in spans]))
         self.slots = self.pages[of, self.positions // PAGE].long() * PAGE + self.positions % PAGE
         self._ranges: dict[int, torch.Tensor] = {}
+        self._tables: dict[torch.device, Tables] = {}
         self.whole = any(span.whole for span in spans)
+
+    def on(self, device: torch.device) -> Tables:
+        """The tables on a device; they are moved once."""
+        if device not in self._tables:
+            self._tables[device] = Tables(self.sequences, self.pages, self.slots).to(device)
+        return self._tables[device]
 
     def wide(self, narrow: Sequence[int] = ()) -> list[int]:
         """First and count of the rows that are whole pages of a prompt, see cpu.wide_rows; without those of the spans `narrow`."""
@@ -118,13 +140,19 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, owner: PagedCache):
         super().__init__()
         self.owner, self.buffers, self.columns = owner, list[torch.Tensor](), (0, 0)
+        self.store_dtype = owner.dtype
 
-    def fits(self, heads: int, columns: tuple[int, int], dtype: torch.dtype) -> bool:
-        """Whether keys and values of this shape can be kept; pools are made for the first ones."""
+    def keep_floats(self) -> None:
+        """As GrowingLayer's."""
+        if not self.buffers and self.store_dtype == Q8_0:
+            self.store_dtype = torch.float16
+
+    def fits(self, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU) -> bool:
+        """Whether keys and values of this shape can be kept; pools are made for the first ones, on `device`."""
         if not self.buffers:
-            self.columns, device = columns, torch.device("cpu")
+            self.columns = columns
             for width in columns:
-                row, kind = stored_row(self.owner.dtype, width, dtype, device)
+                row, kind = stored_row(self.store_dtype, width, dtype, device)
                 self.buffers.append(empty((self.owner.pages, heads, PAGE, row), kind, device))
         return self.columns == columns and self.buffers[0].shape[1] == heads
 
@@ -135,10 +163,11 @@ class PagedLayer(CacheLayerMixin):
         batch = self.owner.batch
         if batch is None or key_states.shape[0] != 1 or key_states.shape[2] != batch.tokens:
             raise ValueError(f"keys of the shape {tuple(key_states.shape)} are no tokens of the present batch")
-        if not self.fits(key_states.shape[1], (key_states.shape[3], value_states.shape[3]), key_states.dtype):
+        columns = key_states.shape[3], value_states.shape[3]
+        if not self.fits(key_states.shape[1], columns, key_states.dtype, key_states.device):
             raise ValueError(f"keys of the shape {tuple(key_states.shape)} do not fit pools for {self.columns}")
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            cpu.ops.store_slots(states if states.stride(3) == 1 else states.contiguous(), buffer, batch.slots)
+            put_slots(states, buffer, batch.on(buffer.device).slots)
         self.owner.look()
         keys, values = self.buffers
         keys.ktx_batch = batch  # type: ignore[attr-defined]
@@ -158,6 +187,14 @@ class PagedLayer(CacheLayerMixin):
 
     def get_max_cache_shape(self) -> int:
         return -1
+
+
+def put_slots(states: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> None:
+    """Writes [1, heads, tokens, columns] to its slots of a pool [pages, heads, PAGE, columns]."""
+    if pool.device.type == "cpu":
+        cpu.ops.store_slots(states if states.stride(3) == 1 else states.contiguous(), pool, slots)
+    else:
+        pool[slots // PAGE, :, slots % PAGE] = states[0].transpose(0, 1).to(pool.dtype)
 
 
 class PagedCache(Cache):
@@ -197,10 +234,12 @@ class PagedCache(Cache):
     def forget(self, owner: int) -> None:
         self.states.pop(owner, None)
 
-    def nbytes(self) -> int:
-        """Bytes of the pools that were made."""
+    def nbytes(self, host: bool = False) -> int:
+        """Bytes of the pools that were made; `host`: of those in the CPU's memory."""
         layers = [layer for layer in self.layers if isinstance(layer, PagedLayer)]
-        return sum(buffer.numel() * buffer.element_size() for layer in layers for buffer in layer.buffers)
+        return sum(
+            buffer.nbytes for layer in layers for buffer in layer.buffers if not host or buffer.device.type == "cpu"
+        )
 
 
 def paged(cache: Any, index: int) -> PagedLayer | None:

@@ -147,6 +147,10 @@ class Engine:
         free = memory()[1]
         try:
             self.runner.run([Part(probe, 0, 1)])
+        except torch.OutOfMemoryError as error:  # a GPU's memory is taken at once
+            raise DoesNotFit(
+                f"keys and values of {self.runner.pages * PAGE} tokens do not fit on a GPU beside the weights; lower --cache_lens (of a chat: --max-context)"
+            ) from error
         finally:
             self.runner.forget(probe)
         need = self.runner.nbytes()

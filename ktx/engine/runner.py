@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +65,7 @@ class Runner:
                 )
         finally:
             self.cache.batch = None
-        found = out.logits[0].split([len(row) for row in rows])
+        found = here(out.logits)[0].split([len(row) for row in rows])
         return {part.request: logits for part, logits in zip(parts, found, strict=True)}
 
     def reads(self, parts: Sequence[Part]) -> tuple[int, int, int]:
@@ -92,8 +93,8 @@ class Runner:
         self.cache.states.clear()
 
     def nbytes(self) -> int:
-        """Memory of all keys and values when they are filled."""
-        return self.cache.nbytes()
+        """Memory of the CPU that all keys and values take when they are filled."""
+        return self.cache.nbytes(host=True)
 
 
 class PlainRunner(Runner):
@@ -125,7 +126,8 @@ class PlainRunner(Runner):
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=max(1, wanted(part)),
-                ).logits[0]
+                ).logits
+            logits = here(logits)[0]
             found[part.request] = logits[len(logits) - wanted(part) :]
         return found
 
@@ -140,6 +142,15 @@ class PlainRunner(Runner):
 
     def nbytes(self) -> int:
         return 0
+
+
+def here(logits: torch.Tensor) -> torch.Tensor:
+    """Logits on the CPU, where tokens are chosen. Raises what went wrong in experts that a GPU handed over."""
+    logits = logits.to("cpu")
+    handover = sys.modules.get("ktx.ops.gpu.handover")
+    if handover is not None:
+        handover.check()
+    return logits
 
 
 def runner_for(model: Any, pages: int) -> Runner:

@@ -153,7 +153,7 @@ def wide_rows(tokens: int, ranges: Sequence[int] = ()) -> Iterator[None]:
     """Inside, of this thread's calls with `tokens` rows the `ranges` (first, count, first, count, ...) are multiplied in bf16 over tile registers where
     there are some, and no other rows are. Outside it is the pages of 64 that a call's rows fill: see csrc/cpu/wide.h.
     """
-    before = getattr(_told, "rows", (-1, ()))
+    before = rows_told()
     _told.rows = (tokens, tuple(ranges))
     ops.wide_rows(tokens, ranges)
     try:
@@ -163,9 +163,15 @@ def wide_rows(tokens: int, ranges: Sequence[int] = ()) -> Iterator[None]:
         ops.wide_rows(*before)
 
 
+def rows_told() -> tuple[int, tuple[int, ...]]:
+    """What `wide_rows` has said on this thread, for one that computes on its behalf."""
+    tokens, ranges = getattr(_told, "rows", (-1, ()))
+    return tokens, ranges
+
+
 def wide_part(first: int, count: int) -> AbstractContextManager[None]:
     """The same for calls with `count` of the rows alone, from `first` on, which are wide if all of them were."""
-    _, ranges = getattr(_told, "rows", (-1, ()))
+    _, ranges = rows_told()
     inside = any(
         at <= first and first + count <= at + length for at, length in zip(ranges[::2], ranges[1::2], strict=True)
     )

@@ -15,7 +15,7 @@ from ktx.kernels.merge import merge
 from ktx.kernels.work import Line, Plan
 
 LOG2E = 1.4426950408889634
-FLOATS = (torch.float16, torch.bfloat16)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 STORED = (*FLOATS, torch.float8_e4m3fn)
 
 
@@ -123,11 +123,11 @@ def _attend(
                 v_rows = v + (page * v_strides[0] + keys % PAGE * V_ROW)[:, None]
             k_mask = inside[:, None] & (column < K_COLUMNS)[None, :]
             keys_tile = tl.load(k_rows + column[None, :], mask=k_mask, other=0.0).to(NUMBER)
-            scores = tl.dot(query, tl.trans(keys_tile)) * scale
+            scores = tl.dot(query, tl.trans(keys_tile), input_precision="ieee") * scale
             if ROPE:
                 rope_mask = inside[:, None] & (rope_column < ROPE)[None, :]
                 rope_tile = tl.load(kr_rows + rope_column[None, :], mask=rope_mask, other=0.0).to(NUMBER)
-                scores += tl.dot(query_rope, tl.trans(rope_tile)) * scale
+                scores += tl.dot(query_rope, tl.trans(rope_tile), input_precision="ieee") * scale
             if SOFTCAP:
                 # c * tanh(s / c), by an exponential that cannot overflow to NaN
                 scores = softcap * (2 / (1 + tl.exp2(scores * (-2 * 1.4426950408889634) / softcap)) - 1)
@@ -145,11 +145,11 @@ def _attend(
             fade = tl.exp2(most - level)
             total = total * fade + tl.sum(share, 1)
             if LATENT:
-                sums = tl.dot(share.to(NUMBER), keys_tile, sums * fade[:, None])
+                sums = tl.dot(share.to(NUMBER), keys_tile, sums * fade[:, None], input_precision="ieee")
             else:
                 v_mask = inside[:, None] & (value_column < V_COLUMNS)[None, :]
                 values = tl.load(v_rows + value_column[None, :], mask=v_mask, other=0.0).to(NUMBER)
-                sums = tl.dot(share.to(NUMBER), values, sums * fade[:, None])
+                sums = tl.dot(share.to(NUMBER), values, sums * fade[:, None], input_precision="ieee")
             most = new_most
 
         if (low == 0) & (high == stop - start):
@@ -187,8 +187,8 @@ def attention(
 ) -> torch.Tensor:
     """q [1, H, T, Dk] and pools k [pages, Hkv, PAGE, Dk], v [pages, Hkv, PAGE, Dv] -> [1, T, H, Dv] in q's dtype, or into `out`.
 
-    As reference.attention with the plan's sequences, pages and window. Pools are f16, bf16, or e4m3 times `k_scale` (keys, `k_rope` too)
-    and `v_scale`. Rows may have any strides, columns must be dense. ValueError names what does not fit.
+    As reference.attention with the plan's sequences, pages and window. Pools are f16, bf16, f32, or e4m3 times `k_scale` (keys, `k_rope` too)
+    and `v_scale`. Queries in f32 need a plan with the tiles for it. Rows may have any strides, columns must be dense. ValueError names what does not fit.
     """
     shape = plan.work.shape
     out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]) if out is None else out
@@ -274,6 +274,8 @@ def _run(
 
 def _number(dtype: torch.dtype) -> tl.dtype:
     """What is multiplied: the queries' type. The interpreter would multiply the codes of bf16 as integers."""
+    if dtype == torch.float32:
+        return tl.float32
     if dtype == torch.bfloat16:
         return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
     return tl.float16

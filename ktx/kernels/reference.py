@@ -71,20 +71,24 @@ def experts(
 
 
 def visible(
-    queries: int, keys: int, ranges: torch.Tensor | None, mask: torch.Tensor | None
+    queries: int,
+    keys: int,
+    ranges: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What a query sees, bool [batch|1, 1|heads, queries, keys], and what is added to its scores (or None).
 
     `ranges` int [batch, queries, 2] is a key interval [start, end) for each query; without ranges and mask the queries are
     the last of the keys and see what is not after them.
     """
-    position = torch.arange(keys)
+    position = torch.arange(keys, device=device)
     if mask is not None:
         return (mask, None) if mask.dtype == torch.bool else (mask > torch.finfo(mask.dtype).min / 2, mask.double())
     if ranges is not None:
         start, end = ranges[:, None, :, :1], ranges[:, None, :, 1:]
         return (position >= start) & (position < end), None
-    return (position <= torch.arange(queries)[:, None] + keys - queries)[None, None], None
+    return (position <= torch.arange(queries, device=device)[:, None] + keys - queries)[None, None], None
 
 
 def to_q8_0(x: torch.Tensor) -> torch.Tensor:
@@ -140,7 +144,7 @@ def attention(
     scores = q.double() @ keys.transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    seen, extra = visible(q.shape[2], k.shape[2], ranges, mask)
+    seen, extra = visible(q.shape[2], k.shape[2], ranges, mask, q.device)
     scores = (scores if extra is None else scores + extra).masked_fill(~seen, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)

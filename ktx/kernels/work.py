@@ -59,9 +59,16 @@ WIDE_HEADS = (
     Tile(rows=128, keys=32, warps=8, stages=2, resident=1, least=8),
 )
 
+# In f32 a number takes twice the room and no tensor core multiplies it. 16 rows and two blocks of 32 keys of a latent are 184 KB, 64 rows and two
+# blocks of 64 keys and values of 128 columns 160 KB.
+EXACT = (Tile(rows=16, keys=32, warps=4, stages=2, least=16),)
+EXACT_HEADS = (Tile(rows=16, keys=64, warps=4, stages=2, least=8), Tile(rows=64, keys=64, warps=8, stages=2, least=8))
 
-def tiles_for(columns: int, latent: bool) -> tuple[Tile, ...]:
-    """The tiles for keys of so many columns (the rotated ones that lie apart not counted), fewest rows first."""
+
+def tiles_for(columns: int, latent: bool, exact: bool = False) -> tuple[Tile, ...]:
+    """The tiles for keys of so many columns (the rotated ones that lie apart not counted), fewest rows first; `exact`: of f32."""
+    if exact:
+        return EXACT if latent or columns > 128 else EXACT_HEADS
     return LATENT if latent else HEADS if columns <= 128 else WIDE_HEADS
 
 

@@ -70,6 +70,7 @@ def attend(
         ranges, mask = batch.ranges(window_of(module)), None
     else:
         ranges, mask = split_mask(attention_mask, key.shape[2])
+        ranges = None if ranges is None else ranges.to(query.device)
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:
         raise ValueError(f"{query.shape[2]} queries on {key.shape[2]} keys need a mask")
     kernel = cpu.attention if query.device.type == "cpu" else reference.attention
@@ -95,10 +96,11 @@ def interval_mask(
     device: Any = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
-    """transformers' mask function: int32 [B, 1, S, 2] where the mask is an interval for each query, else bool [B, 1, S, T]."""
+    """transformers' mask function: int32 [B, 1, S, 2] on the CPU where the mask is an interval for each query, else bool [B, 1, S, T]."""
     q_offset = int(q_offset)
     if mask_function is causal_mask_function:
-        first = _left_padding(attention_mask, batch_size, kv_offset, kv_length)
+        seen = None if attention_mask is None else attention_mask.cpu()
+        first = _left_padding(seen, batch_size, kv_offset, kv_length)
         if first is not None:
             last = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length).clamp(max=kv_length)
             return torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1).to(torch.int32)[
@@ -131,11 +133,11 @@ def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: in
 
 
 def intervals_of(full: torch.Tensor) -> torch.Tensor:
-    """bool [B, 1, S, T] -> int32 [B, 1, S, 2] if every row is one interval (or empty), else the mask itself."""
+    """bool [B, 1, S, T] -> int32 [B, 1, S, 2] on the CPU if every row is one interval (or empty), else the mask itself."""
     count, first = full.sum(-1), full.int().argmax(-1)
     last = full.shape[-1] - full.flip(-1).int().argmax(-1)
     if bool(((last - first == count) | (count == 0)).all()):
-        return torch.stack([first, torch.where(count == 0, first, last)], -1).to(torch.int32)
+        return torch.stack([first, torch.where(count == 0, first, last)], -1).to(torch.int32).cpu()
     return full
 
 
@@ -207,7 +209,7 @@ class Block:
         norms = [children.get(name) for name in NORMS]
         if any(not plain_linear(children.get(name)) for name in PROJECTIONS):
             return None
-        if any(norm is not None and not isinstance(norm, RMSNorm) for norm in norms) or (norms[0] is None) != (
+        if any(norm is not None and not RMSNorm.here(norm) for norm in norms) or (norms[0] is None) != (
             norms[1] is None
         ):
             return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard, TypeVar
 import torch
 from torch import nn
 
+from ktx.devices import CPU, Device
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
 from ktx.qtypes import QTYPES, QType
@@ -43,6 +44,7 @@ class Operator(nn.Module):
         ""  # the dotted path of the class that stands in for this one on a GPU; its own: it serves both
     )
     path: str = ""
+    home: Device = CPU  # where it lies; whoever puts it into the model says so before it is loaded
     target: str | None = None  # for operators that have it in __init__: the entry of MADE that float weights become
 
     if TYPE_CHECKING:  # an adopted module has whatever the module it replaces had
@@ -103,7 +105,7 @@ def made_from(spec: Any, wish: str | None) -> QType | None:
     return next((QTYPES[name] for name in MADE[wish] if spec.shape[-1] % QTYPES[name].block == 0), None)
 
 
-def packed_as(parts: Any, wish: str | None, pack: Callable[..., cpu.Packed] = cpu.pack) -> cpu.Packed:
+def packed_as(parts: Any, wish: str | None, pack: Callable[..., Any] = cpu.pack) -> Any:
     """Weights (or one part a matrix) packed, floats as the type that was wished for."""
     return pack(parts, made_from(parts if isinstance(parts, QuantizedTensor) else parts[0], wish))
 
@@ -152,7 +154,9 @@ SHIPPED = {
     "Embedding": "ktx.ops.embed",
     "MLP": "ktx.ops.mlp",
 }
-ON_GPU: dict[str, str] = {}  # operator -> module and class of its form on a GPU; users' own say `gpu_form`
+ON_GPU = {  # operator -> module and class of its form on a GPU; users' own say `gpu_form`
+    name: home.replace("ktx.ops.", "ktx.ops.gpu.") + f".{name}" for name, home in SHIPPED.items() if name != "Recurrent"
+}
 _REGISTERED: dict[str, type[Operator]] = {}
 
 

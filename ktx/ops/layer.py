@@ -46,7 +46,7 @@ class Layer(Operator):
     def ready(self) -> None:
         children: dict[str, Any] = self._modules
         norms: list[Any] = [children.get(PARTS[0]), children.get(PARTS[2])]
-        if all(isinstance(norm, RMSNorm) for norm in norms) and isinstance(children.get("self_attn"), Attention | MLA):
+        if all(RMSNorm.here(norm) for norm in norms) and isinstance(children.get("self_attn"), Attention | MLA):
             self.watch = Watch((self, name) for name in PARTS)
             self.before = [(norm.in_f32, norm.variance_epsilon, norm.plus_one) for norm in norms]
 

@@ -24,6 +24,7 @@ class Linear(Operator):
         super().__init__()
         self.path, self.in_features, self.out_features, self.dtype = path, in_features, out_features, dtype
         self.has_bias, self.tied_to = bias, ""
+        self.copies = False  # a tied layer on another device than the embedding has its matrix twice
         self.bias: torch.Tensor | None = None
         self.parts: list[cpu.Packed] = []
         self.target: str | None = None

@@ -88,14 +88,19 @@ class MLA(Operator):
     def _pack(self, source: WeightSource) -> list[cpu.Packed]:
         """W_UK transposed, W_UV, and unless one form serves any length W_UK once more, rows along the latent, for expanding."""
         k_b, v_b = (source.get(name) for name in self.tensors())
-        spec = source.spec(self.tensors()[0])
-        exact = spec is not None and spec.qtype is QTYPES["F32"]
-        packed = [cpu.pack(_as_half(k_b, exact)), cpu.pack(_as_half(v_b, exact))]
+        exact = self.is_exact(source)
+        packed = [cpu.pack(as_half(k_b, exact)), cpu.pack(as_half(v_b, exact))]
         if not self.absorb_for_prefill:
+            spec = source.spec(self.tensors()[0])
             w_uk = QuantizedTensor.of(k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank))
             coarse = spec is not None and not spec.qtype.is_float and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
-            packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(_as_half(w_uk, exact)))
+            packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(as_half(w_uk, exact)))
         return packed
+
+    def is_exact(self, source: WeightSource) -> bool:
+        """Whether the file itself holds W_UK in f32."""
+        spec = source.spec(self.tensors()[0])
+        return spec is not None and spec.qtype is QTYPES["F32"]
 
     def ready(self) -> None:
         self.block = Block.of(self)
@@ -278,7 +283,7 @@ class Block:
         children: dict[str, Any] = owner._modules
         if any(not plain_linear(children[name]) or children[name].bias is not None for name in projections):
             return None
-        if any(not isinstance(children[name], RMSNorm) or children[name].plus_one for name in norms):
+        if any(not RMSNorm.here(children[name]) or children[name].plus_one for name in norms):
             return None
         matrices = Matrices()
         for name in ([] if low else [""]) + projections:
@@ -344,7 +349,7 @@ def _rows(w: cpu.Packed, heads: range, each: int) -> cpu.Packed:
     return cpu.Packed(w.data[heads.start * stride : heads.stop * stride], w.qtype, len(heads) * each, w.k)
 
 
-def _as_half(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
+def as_half(weight: QuantizedTensor, exact: bool) -> QuantizedTensor:
     """What had to be computed from a file's type comes as F32; unless the file itself is F32, f16 rounds less than its type did."""
     if weight.qtype is not QTYPES["F32"] or exact:
         return weight

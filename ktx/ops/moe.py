@@ -43,15 +43,21 @@ class MoE(Operator):
         router = self.gate if hasattr(self, "gate") else self.router
         bias = getattr(self, "e_score_correction_bias", None)
         _, weights, ids = router(flat) if bias is None else router(flat, bias)
-        out = self.experts(flat, ids, weights)
-        shared = getattr(self, "shared_experts", None) or getattr(self, "shared_expert", None)
-        if shared is not None:
-            extra = shared(flat)
-            gate = getattr(self, "shared_expert_gate", None)
-            share = None if gate is None else torch.sigmoid(gate(flat).double()).to(extra.dtype)  # as the block's
-            out = out + (extra if share is None else share * extra)
-        out = out.reshape(shape)
+        out = self.mixed(flat, ids, weights).reshape(shape)
         return (out, weights) if self.returns_router else out
+
+    def mixed(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the chosen experts and the shared ones make of flat [tokens, D]."""
+        out, extra = self.experts(flat, ids, weights), self.shared(flat)
+        return out if extra is None else out + extra
+
+    def shared(self, flat: torch.Tensor) -> torch.Tensor | None:
+        """The part of the experts that every token passes, by its gate if it has one."""
+        shared = getattr(self, "shared_experts", None) or getattr(self, "shared_expert", None)
+        if shared is None:
+            return None
+        extra, gate = shared(flat), getattr(self, "shared_expert_gate", None)
+        return extra if gate is None else torch.sigmoid(gate(flat).double()).to(extra.dtype) * extra  # as the block's
 
 
 MOST = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
@@ -81,6 +87,7 @@ class Block:
         router, experts = children.get("gate") or children.get("router"), children["experts"]
         if (
             not isinstance(router, Router)
+            or router.home.gpu
             or type(experts) is not Experts
             or any(b is not None for b in experts.biases.values())
         ):

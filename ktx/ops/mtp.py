@@ -75,10 +75,12 @@ def append(model: Any, source: WeightSource) -> None:
     layers.append(layer.to(next(last.parameters()).dtype).eval().requires_grad_(False))
 
 
-def detach(model: Any) -> None:
-    """Makes the loaded layer `model.mtp`."""
+def detach(model: Any) -> MTP:
+    """Makes the loaded layer `model.mtp`, which is returned."""
     layers = model.get_decoder().layers
     index = len(layers) - 1
     layer = layers[index]
     del layers[index]
     model.mtp = MTP(index, layer)
+    made: MTP = model.mtp
+    return made

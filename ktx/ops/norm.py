@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -28,6 +28,11 @@ class RMSNorm(Operator):
 
     def ready(self) -> None:
         self.in_f32 = self.weight.detach().float().contiguous()
+
+    @staticmethod
+    def here(child: Any) -> TypeGuard[RMSNorm]:
+        """Whether a child is one that the CPU's blocks can do the work of."""
+        return isinstance(child, RMSNorm) and not child.home.gpu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":

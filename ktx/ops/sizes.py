@@ -29,7 +29,7 @@ def sizes(model: nn.Module) -> list[Size]:
     for path, module in model.named_modules():
         own = list(module.parameters(recurse=False))
         held, token = module.weight_bytes() if isinstance(module, Operator) else (0, 0)
-        held = 0 if isinstance(module, Linear) and module.tied_to else held
+        held = 0 if isinstance(module, Linear) and module.tied_to and not module.copies else held
         for parameter in own:
             held += 0 if id(parameter) in known else parameter.nbytes
             token += parameter.nbytes // (len(parameter) if isinstance(module, nn.Embedding) else 1)

@@ -21,14 +21,14 @@ from ktx.kernels.gpu import kernels_for
 from ktx.kernels.mla import as_pages, mla_attention
 from ktx.kernels.paged import attention
 from ktx.kernels.rope_store import store_heads, store_latent
-from ktx.kernels.work import Shape, Tile, Work, programs_in_line
+from ktx.kernels.work import Shape, Tile, Work, programs_in_line, tiles_for
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 E4M3 = torch.float8_e4m3fn
 KV_SCALE = 0.02  # of e4m3 pools: about what makes normal numbers fill its range
 SMALL = (Tile(16, 16, 4, 2, least=1), Tile(32, 16, 4, 2, least=1))  # many tiles and parts of few keys
-BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3, E4M3: 8e-3}
+BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3, E4M3: 8e-3, torch.float32: 1e-5}
 RAGGED = [(1, 45), (5, 5), (12, 40), (1, 1), (1, 90)]  # new tokens and keys of sequences beside each other
 
 
@@ -145,6 +145,21 @@ def test_mla_chunks_and_decodes_beside_each_other(case):
     got = mla_attention(q, qr, ckv[:, 0], kpe[:, 0], plan, 0.1, KV_SCALE if stored == E4M3 else 1.0)
     exact = true_attention(q, ckv, ckv, RAGGED, pools, 0.1, q_rope=qr, k_rope=kpe)
     assert relative(got.cpu(), exact) < BOUND[dtype]
+
+
+def test_queries_in_f32_are_multiplied_in_f32():
+    """With the tiles that they need, on keys and values apart and on a latent."""
+    ragged = [(3, 40), (1, 70)]
+    pools, (keys, vals) = made(ragged, 2, (24, 40))
+    q = torch.randn(1, 6, 4, 24).to(DEVICE)
+    k, v = pools.filled(keys, torch.float32), pools.filled(vals, torch.float32)
+    plan = planned(ragged, Shape(6, 2, 24, 40), pools, 30, tiles_for(24, False, exact=True))
+    exact = true_attention(q, k, v, ragged, pools, 0.2, 30)
+    assert relative(attention(q, k, v, plan, 0.2).cpu(), exact) < BOUND[torch.float32]
+    pools, q, qr, ckv, kpe = latents((6, 32, 16, 64, torch.float32, torch.float32), ragged)
+    plan = planned(ragged, Shape(6, 1, 32, 32, latent=True), pools, tiles=tiles_for(32, True, exact=True))
+    exact = true_attention(q, ckv, ckv, ragged, pools, 0.1, q_rope=qr, k_rope=kpe)
+    assert relative(mla_attention(q, qr, ckv[:, 0], kpe[:, 0], plan, 0.1).cpu(), exact) < BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, E4M3], ids=str)

@@ -1,0 +1,151 @@
+"""Tensors on their way between modules on different devices: moved once, where a module begins that lies elsewhere than what reaches it.
+
+What the model's body calls in turn (embedding, rotary tables, decoder layers, last norm, output layer) takes what it is given to its own
+device and leaves its result there. A module inside one of these that lies elsewhere than its parent gives its result back. Everything else has no hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktx.devices import CPU, Device
+from ktx.ops.attention import Attention
+from ktx.ops.experts import Experts
+from ktx.ops.mla import MLA
+from ktx.ops.moe import MoE
+
+Devices = Mapping[nn.Module, Device]
+
+
+def install(model: Any, devices: Devices) -> None:
+    """Hooks for a model whose modules lie where `devices` says (by default on the CPU); none for one that is on the CPU as a whole."""
+    if not any(device.gpu for device in devices.values()):
+        return
+    region: Region | None = None
+    stations = list(_stations(model, devices))
+    for module, before in stations:
+        own = devices.get(module, CPU)
+        begins = region is None or region.device != own
+        region = Region(own) if region is None or begins else region
+        if any(device != own for device in before):
+            module.register_forward_pre_hook(Entry(region, begins, is_rotary(module)), with_kwargs=True)
+    called = {module for module, _ in stations}
+    for module in called:
+        for parent in module.modules():
+            for child in parent.children():
+                if child not in called:
+                    _install_inside(child, devices.get(child, CPU), parent, devices.get(parent, CPU))
+
+
+def _install_inside(child: nn.Module, own: Device, parent: nn.Module, around: Device) -> None:
+    handed_over = isinstance(child, Experts) and isinstance(parent, MoE) and around.gpu and not own.gpu
+    if own == around or handed_over:
+        return
+    child.register_forward_pre_hook(Entry(Region(own)), with_kwargs=True)
+    child.register_forward_hook(Back(around))
+
+
+def _stations(model: Any, devices: Devices) -> Iterator[tuple[nn.Module, list[Device]]]:
+    """What the body calls in turn, and the output layer, each with the devices that its tensors may come from."""
+    body, embedding, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
+    others = [child for child in body.children() if child is not embedding and child is not body.layers]
+    tables = [child for child in others if is_rotary(child)]
+    first = devices.get(embedding, CPU)
+    turned = [devices.get(table, CPU) for table in tables]
+    foreign = _has_foreign_attention(model)
+    yield embedding, [CPU]
+    for table in tables:
+        yield table, [CPU, first]
+    last = first
+    for layer in body.layers:
+        yield layer, [last, *turned, *([CPU, first] if foreign else [])]
+        last = devices.get(layer, CPU)
+    for child in others:
+        if child not in tables:
+            yield child, [last]
+            last = devices.get(child, CPU)
+    if head is not None:
+        yield head, [last, *([devices.get(model.mtp, CPU)] if hasattr(model, "mtp") else [])]
+    if hasattr(model, "mtp"):
+        yield model.mtp, [CPU, first, last, *turned]
+
+
+def is_rotary(module: nn.Module) -> bool:
+    """Whether a module makes rotary tables: of what it is given it reads the positions, and the type of the rest."""
+    return "RotaryEmbedding" in type(module).__name__
+
+
+def _has_foreign_attention(model: Any) -> bool:
+    """Whether attention of transformers' own may read masks that are matrices, and positions; ours reads intervals, on the CPU."""
+    return any(
+        "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
+        for module in model.modules()
+        if not isinstance(module, Attention | MLA)
+    )
+
+
+class Region:
+    """Modules that are called one after another on a device, and what of their common arguments has been moved there in this forward."""
+
+    def __init__(self, device: Device):
+        self.device = device
+        self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def taken(self, value: Any, keep: bool = False) -> Any:
+        """A value with its tensors on the device; `keep`: others will be given the same."""
+        if isinstance(value, tuple | list):
+            return type(value)(self.taken(part, keep) for part in value)
+        if not isinstance(value, torch.Tensor) or not keep:
+            return moved(value, self.device) if isinstance(value, torch.Tensor) else value
+        source, copy = self.known.get(id(value), (None, None))
+        if source is not value:
+            copy = moved(value, self.device)
+            if copy is not value:
+                self.known[id(value)] = value, copy
+        return copy
+
+
+def moved(tensor: torch.Tensor, device: Device) -> torch.Tensor:
+    """The tensor on a device. Masks that are intervals stay on the CPU, where the operators read them."""
+    if tensor.dtype == torch.int32 and tensor.dim() == 4:
+        return tensor
+    there = tensor.to(device.torch)
+    if there is not tensor and hasattr(tensor, "ktx_counts"):
+        there.ktx_counts = tensor.ktx_counts  # type: ignore[attr-defined]
+    return there
+
+
+class Entry:
+    """A pre-hook: what the module is given comes to its region's device. `begins`: the region's first module."""
+
+    def __init__(self, region: Region, begins: bool = True, rotary: bool = False):
+        self.region, self.begins, self.rotary = region, begins, rotary
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        _make_current(self.region.device)
+        if self.begins:
+            self.region.known.clear()
+        if self.rotary and args and isinstance(args[0], torch.Tensor):  # the states are not worth the way
+            args = (args[0].new_empty(0, device=self.region.device.torch), *args[1:])
+        return self.region.taken(args), {name: self.region.taken(value, keep=True) for name, value in kwargs.items()}
+
+
+class Back:
+    """A hook: what the module gives goes to the device around it."""
+
+    def __init__(self, device: Device):
+        self.region = Region(device)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        _make_current(self.region.device)
+        return self.region.taken(output)
+
+
+def _make_current(device: Device) -> None:
+    """Triton launches on the current device."""
+    if device.gpu and not device.pretended:
+        torch.cuda.set_device(device.torch)

@@ -1,0 +1,30 @@
+"""Embeddings looked up in packed rows on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ktx.kernels import gpu_linear
+from ktx.ops import embed
+from ktx.weights.source import WeightSource
+
+
+class Embedding(embed.Embedding):
+    """As on the CPU. A number past the end is not noticed: nothing waits for the device."""
+
+    packed: Any
+
+    def load(self, source: WeightSource) -> None:
+        self.packed = gpu_linear.pack(source.get(f"{self.path}.weight"), device=self.home.torch)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        assert self.packed is not None, f"{self.path} is not loaded"
+        rows = gpu_linear.rows(self.packed, ids.reshape(-1).to(torch.int64), self.dtype)
+        return rows.view(*ids.shape, self.embedding_dim)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        assert self.packed is not None, f"{self.path} is not loaded"
+        return gpu_linear.dequantize(self.packed, self.dtype)

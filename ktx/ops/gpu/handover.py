@@ -1,0 +1,160 @@
+"""Experts in the CPU's memory for a layer on a GPU: what goes over, and in which order.
+
+Hidden states, choices and weights are copied to pinned buffers, the CPU's kernel is started, the GPU goes on (with the shared experts), and what
+the kernel made is fetched where it is needed. All of it is given to a stream of its own beside the caller's, and nothing in Python
+waits: `submit` and `sync` are host functions on that stream (cudaLaunchHostFunc, found in the libcudart that torch has loaded), so a CUDA graph may hold them.
+Without that function, and where a GPU is only pretended, a thread does in the same order what the stream would.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ktx.kernels import cpu
+from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions
+
+SLOTS = 2  # sets of buffers: one is filled while another's result may still be on its way
+
+
+class Stream(Protocol):
+    """Work in the order in which it is given, beside the caller's."""
+
+    def fork(self) -> None:
+        """What follows waits for what the caller's stream has been given."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """From the device or to it."""
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Runs on the CPU when its turn has come."""
+
+    def join(self) -> None:
+        """What the caller's stream is given from now on waits for all of this."""
+
+
+class Slot:
+    """Buffers in the CPU's memory that both sides see, as large as was needed so far."""
+
+    def __init__(self, pinned: bool):
+        self.pinned, self.buffers, self.job = pinned, dict[str, torch.Tensor](), None
+
+    job: Job | None
+
+    def part(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """The buffer of a name for a tensor of this shape [tokens, columns] and type."""
+        held = self.buffers.get(name)
+        if held is None or held.dtype is not like.dtype or held.shape[1] != like.shape[1] or len(held) < len(like):
+            with torch.inference_mode(False):  # who writes it next may not be in that mode
+                held = torch.empty(like.shape, dtype=like.dtype, pin_memory=self.pinned)
+            self.buffers[name] = held
+        return held[: len(like)]
+
+
+@dataclass
+class Job:
+    """One call of the experts; a CUDA graph starts it again and again. `rows` are those the caller's forward computes wide, see cpu.wide_rows."""
+
+    owner: HandOver
+    experts: Any
+    inputs: tuple[torch.Tensor, ...]
+    out: torch.Tensor
+    rows: tuple[int, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        self.done = threading.Event()
+
+    def submit(self) -> None:
+        """Hands the work to the CPU's thread and returns."""
+        self.done.clear()
+        self.owner.worker.submit(self.run)
+
+    def run(self) -> None:
+        try:
+            with torch.inference_mode(), cpu.wide_rows(*self.rows):
+                self.out.copy_(self.experts(*self.inputs))
+        except BaseException as error:  # whoever waits has to be let go, and told
+            self.owner.errors.append(error)
+            self.out.fill_(torch.nan)
+        finally:
+            self.done.set()
+
+    def sync(self) -> None:
+        """Waits until the work is done."""
+        self.done.wait()
+
+
+@dataclass
+class UnderWay:
+    """What `submit` gives and `result` takes."""
+
+    slot: Slot
+    job: Job
+    like: torch.Tensor
+
+
+class HandOver:
+    """The way from one device to the CPU's experts and back; all layers of the device share it."""
+
+    def __init__(self, stream: Stream, pinned: bool = False):
+        self.stream = stream
+        self.slots = itertools.cycle([Slot(pinned) for _ in range(SLOTS)])
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="ktx-experts")
+        self.errors: list[BaseException] = []
+
+    def submit(self, experts: Any, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> UnderWay:
+        """flat [tokens, D], ids and weights [tokens, K] on the device set off; raises what went wrong since it was last asked."""
+        self.check()
+        slot, stream = next(self.slots), self.stream
+        stream.fork()
+        if slot.job is not None:  # whose result nobody came for
+            stream.call(slot.job.sync)
+        sources = {"hidden": flat, "ids": ids, "weights": weights}
+        inputs = tuple(slot.part(name, source) for name, source in sources.items())
+        for target, source in zip(inputs, sources.values(), strict=True):
+            stream.copy(target, source)
+        slot.job = Job(self, experts, inputs, slot.part("out", flat), cpu.rows_told())
+        stream.call(slot.job.submit)
+        return UnderWay(slot, slot.job, flat)
+
+    def result(self, under_way: UnderWay) -> torch.Tensor:
+        """[tokens, D] on the device. An error in the experts is raised here if this has to wait for them, else by the next `check`."""
+        out = torch.empty_like(under_way.like)
+        self.stream.call(under_way.job.sync)
+        self.stream.copy(out, under_way.job.out)
+        self.stream.join()
+        under_way.slot.job = None
+        self.check()
+        return out
+
+    def check(self) -> None:
+        """Raises the first error of the experts that nobody has been told of."""
+        if self.errors:
+            error = self.errors[0]
+            self.errors.clear()
+            raise error
+
+
+_ways: dict[torch.device, HandOver] = {}
+
+
+def hand_over_to(device: torch.device) -> HandOver:
+    """The way from a device, made for the first who asks."""
+    if device not in _ways:
+        real = device.type == "cuda"
+        launch = host_functions() if real else None
+        stream: Stream = ThreadStream(device) if launch is None else CudaStream(device, launch)
+        _ways[device] = HandOver(stream, pinned=real)
+    return _ways[device]
+
+
+def check() -> None:
+    """Raises what went wrong on any way; ask when a forward's results are there."""
+    for way in _ways.values():
+        way.check()

@@ -1,0 +1,37 @@
+"""Linear on packed weights on a GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from ktx.kernels import gpu_linear
+from ktx.ops import linear
+from ktx.ops.base import packed_as
+from ktx.weights.source import WeightSource
+
+
+class Linear(linear.Linear):
+    """As on the CPU; the parts lie on the device in planes."""
+
+    parts: list[Any]
+
+    def load(self, source: WeightSource) -> None:
+        if not self.parts:  # a tied output layer is given the embedding's
+            pack = partial(gpu_linear.pack, device=self.home.torch)
+            self.parts = [packed_as(part, self.target, pack) for part in source.parts(self.tensors()[0])]
+        if self.has_bias:
+            bias = source.get(f"{self.path}.bias").dequantize().reshape(-1)
+            self.bias = bias.contiguous().to(self.home.torch)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.parts) == 1:
+            return gpu_linear.linear(x, self.parts[0], self.bias)
+        y = torch.cat([gpu_linear.linear(x, part) for part in self.parts], -1)
+        return y if self.bias is None else (y.float() + self.bias).to(y.dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return torch.cat([gpu_linear.dequantize(part, self.dtype) for part in self.parts])

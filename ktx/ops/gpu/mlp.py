@@ -1,0 +1,22 @@
+"""A gated feed-forward layer on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from ktx.kernels import reference
+from ktx.ops import mlp
+
+
+class MLP(mlp.MLP):
+    """As on the CPU, projection by projection."""
+
+    def ready(self) -> None:
+        self.fused = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if hasattr(self, "gate_up_proj"):
+            gate, up = self.gate_up_proj(x).chunk(2, -1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(reference.activate(gate, up, self.act))

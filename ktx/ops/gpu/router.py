@@ -1,0 +1,32 @@
+"""The router of a mixture of experts on a GPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ktx.kernels import reference
+from ktx.ops import router
+
+
+class Router(router.Router):
+    """As on the CPU, by torch in f32; nothing waits for the device."""
+
+    weight_f32: torch.Tensor
+    correction_f32: torch.Tensor | None
+
+    def ready(self) -> None:
+        bias = getattr(self, "bias", None)
+        self.weight_f32 = self.weight.detach().float().contiguous()
+        self.in_f32 = None if bias is None else bias.detach().float().contiguous()
+        self.correction_f32 = self.correction(None)
+
+    def forward(
+        self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        flat = hidden.reshape(-1, hidden.shape[-1]).float()
+        logits = F.linear(flat, self.weight_f32, self.in_f32)
+        given = self.correction(e_score_correction_bias) if e_score_correction_bias is not None else self.correction_f32
+        top, scoring, mode, groups, chosen, renorm, scale = self.manner()
+        ids, weights = reference.route(logits, top, scoring, given, groups, chosen, mode, renorm, scale)
+        return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, ids

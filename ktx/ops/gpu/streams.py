@@ -1,0 +1,131 @@
+"""Streams on which a GPU and the CPU take turns: CUDA's with host functions, or a thread."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ktx.errors import KtxError
+
+Launch = Callable[[int, Callable[[], None]], None]
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_waiting: dict[int, tuple[Callable[[], None], bool]] = {}  # by number: a function, and whether it is called only once
+_numbers = itertools.count(1)
+
+
+@_FUNCTION
+def _called(number: int) -> None:
+    """What CUDA's own thread calls. Nothing can be raised there: the functions keep their errors."""
+    function, once = _waiting[number]
+    if once:
+        del _waiting[number]
+    function()
+
+
+def host_functions() -> Launch | None:
+    """Puts a function on a CUDA stream (its handle) to be called on the CPU in its turn; None where libcudart cannot be asked."""
+    native = _native()
+    if native is None:
+        return None
+
+    def launch(stream: int, function: Callable[[], None]) -> None:
+        number = next(_numbers)
+        _waiting[number] = function, not torch.cuda.is_current_stream_capturing()  # a graph calls it again
+        if code := native(stream, _called, number):
+            del _waiting[number]
+            raise KtxError(f"cudaLaunchHostFunc failed with the error {code}")
+
+    return launch
+
+
+def _native() -> Any:
+    """cudaLaunchHostFunc of the libcudart that torch has loaded; None if there is none."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    for name in (f"libcudart.so.{major}", "libcudart.so"):
+        try:
+            found = ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD).cudaLaunchHostFunc
+        except (OSError, AttributeError):
+            continue
+        found.argtypes, found.restype = [ctypes.c_void_p, _FUNCTION, ctypes.c_void_p], ctypes.c_int
+        return found
+    return None
+
+
+class CudaStream:
+    """A stream of the device beside the caller's; Python waits for nothing."""
+
+    def __init__(self, device: torch.device, launch: Launch):
+        self.device, self.launch = device, launch
+        self.side = torch.cuda.Stream(device)
+
+    def fork(self) -> None:
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with torch.cuda.stream(self.side):
+            target.copy_(source, non_blocking=True)
+        for tensor in (target, source):
+            if tensor.is_cuda:
+                tensor.record_stream(self.side)
+
+    def call(self, function: Callable[[], None]) -> None:
+        with torch.cuda.stream(self.side):
+            self.launch(self.side.cuda_stream, function)
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self.side)
+
+
+class ThreadStream:
+    """The same by a thread: copies and functions one after another; `join` waits until they are done and raises what a copy raised."""
+
+    def __init__(self, device: torch.device):
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.device, self.error = device, list[BaseException]()
+        self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="ktx-handover", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            job = self.jobs.get()
+            try:
+                with torch.inference_mode():
+                    job()
+            except BaseException as error:  # told at the next join
+                self.error.append(error)
+
+    def fork(self) -> None:
+        if self.side is not None:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+            self.jobs.put(event.synchronize)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self.jobs.put(lambda: self._copy(target, source))
+
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        if self.side is None:
+            target.copy_(source)
+            return
+        with torch.cuda.stream(self.side):
+            target.copy_(source, non_blocking=True)
+            self.side.synchronize()
+
+    def call(self, function: Callable[[], None]) -> None:
+        self.jobs.put(function)
+
+    def join(self) -> None:
+        reached = threading.Event()
+        self.jobs.put(reached.set)
+        reached.wait()
+        if self.error:
+            error = self.error[0]
+            self.error.clear()
+            raise error

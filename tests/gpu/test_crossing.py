@@ -1,0 +1,136 @@
+"""What goes from one device to another, and how often."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ktx.devices import Device
+from ktx.ops import crossing
+from ktx.ops.embed import Embedding
+from ktx.ops.layer import Layer
+from ktx.ops.mlp import MLP
+from ktx.ops.norm import RMSNorm
+from ktx.ops.rope import RotaryEmbedding
+from tests.gpu.placed import Twins
+
+LAYERS = {"num_hidden_layers": 4, "first_k_dense_replace": 4}
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    return Twins(tmp_path_factory.mktemp("deepseek_v3"), "deepseek_v3", **LAYERS)
+
+
+class Journeys(list):
+    """Shapes and devices of tensors that were moved. A pretended GPU's tensors lie in the CPU's memory: their modules say where they are."""
+
+    def __init__(self, really):
+        super().__init__()
+        self.really, self.places = really, {}
+
+    def moved(self, tensor, device):
+        there = self.really(tensor, device)
+        if there.dtype == torch.int32 or not tensor.numel() or self.place(tensor) == device.name:
+            return there
+        self.append((tuple(tensor.shape), device.name))
+        return self.put(there.clone(), device.name)
+
+    def place(self, tensor):
+        return self.places.get(id(tensor), ("cpu", tensor))[0]
+
+    def put(self, tensor, name):
+        self.places[id(tensor)] = name, tensor
+        return tensor
+
+    def run(self, model):
+        """Logits, and the journeys to them."""
+        self.clear()
+
+        def tag(module, args, out):
+            for part in out if isinstance(out, tuple) else (out,):
+                self.put(part, module.home.name)
+
+        hooks = [m.register_forward_hook(tag, prepend=True) for m in model.modules() if isinstance(m, STATIONS)]
+        try:
+            return run(model)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+STATIONS = (Layer, Embedding, RotaryEmbedding, RMSNorm, MLP)
+
+
+@pytest.fixture
+def journeys(monkeypatch):
+    found = Journeys(crossing.moved)
+    monkeypatch.setattr(crossing, "moved", found.moved)
+    return found
+
+
+def hooked(model):
+    return {
+        path
+        for path, module in model.named_modules()
+        if any(isinstance(hook, crossing.Entry) for hook in module._forward_pre_hooks.values())
+    }
+
+
+def run(model):
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([[5, 6, 7]])).logits
+
+
+def test_a_model_on_the_cpu_has_no_hooks(twins):
+    assert hooked(twins.cpu) == set()
+
+
+def test_a_model_on_one_gpu_takes_its_tokens_there_and_has_no_hook_inside(twins, journeys):
+    model = twins.on()
+    assert hooked(model) == {"model.embed_tokens", "model.rotary_emb"}
+    journeys.run(model)
+    assert journeys == [((1, 3), "cuda:0"), ((1, 3), "cuda:0")]  # tokens and positions
+
+
+def test_each_region_gets_states_and_tables_once(twins, journeys):
+    model = twins.on(layers={2: "cuda:1", 3: "cuda:1"}, Embedding="cpu", head="cpu")
+    assert (journeys.run(model) - run(twins.cpu)).abs().max() < 3e-5
+    ids, states, tables = (1, 3), (1, 3, 64), (1, 3, 16)
+    assert journeys == [
+        (ids, "cuda:0"),  # positions, to the tables
+        (states, "cuda:0"),
+        (ids, "cuda:0"),
+        (states, "cuda:1"),
+        (tables, "cuda:1"),
+        (tables, "cuda:1"),
+        (ids, "cuda:1"),
+        (states, "cuda:0"),  # the last norm
+        (states, "cpu"),
+    ]
+    assert hooked(model) >= {"model.layers.0", "model.layers.2", "model.norm", "lm_head"}
+    assert "model.layers.1" not in hooked(model)
+
+
+def test_a_module_inside_a_layer_gives_its_result_back(twins, journeys):
+    model = twins.on(rest="cpu", MLP="cuda:0")
+    assert (journeys.run(model) - run(twins.cpu)).abs().max() < 3e-5
+    assert hooked(model) == {f"model.layers.{i}.mlp" for i in range(4)}
+    assert journeys == [((1, 3, 64), "cuda:0"), ((1, 3, 64), "cpu")] * 4
+
+
+def test_first_layers_on_the_cpu_and_attention_on_a_gpu_inside_one(twins):
+    expected = run(twins.cpu)
+    assert (run(twins.on(layers={0: "cpu", 2: "cuda:1"})) - expected).abs().max() < 3e-5
+    assert (run(twins.on(rest="cpu", MLA="cuda:1")) - expected).abs().max() < 3e-5
+    assert (run(twins.on(MLA="cpu")) - expected).abs().max() < 3e-5
+
+
+def test_masks_that_are_intervals_stay_and_lengths_go_along():
+    mask = torch.zeros(1, 1, 3, 2, dtype=torch.int32)
+    elsewhere = Device("cuda:0", torch.device("meta"), True)
+    assert crossing.moved(mask, elsewhere) is mask
+    positions = torch.arange(3)[None]
+    positions.ktx_counts = [2, 1]
+    there = crossing.moved(positions, elsewhere)
+    assert there.device.type == "meta" and there.ktx_counts == [2, 1]

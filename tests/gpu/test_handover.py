@@ -1,0 +1,174 @@
+"""Experts in the CPU's memory for a layer on a GPU: the order of what is done, buffers, and errors."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+
+from ktx.ops.gpu.handover import HandOver
+from ktx.ops.gpu.streams import ThreadStream
+from tests.gpu.placed import Twins
+
+CPU = torch.device("cpu")
+
+
+class Recording:
+    """A stream that writes down what it is given, and does it when it is waited for."""
+
+    def __init__(self):
+        self.told, self.open = [], []
+
+    def fork(self):
+        self.told.append("fork")
+
+    def copy(self, target, source):
+        self.told.append("copy")
+        self.open.append(lambda: target.copy_(source))
+
+    def call(self, function):
+        self.told.append(function.__name__)
+        self.open.append(function)
+
+    def join(self):
+        self.told.append("join")
+        while self.open:
+            self.open.pop(0)()
+
+
+def twice(hidden, ids, weights):
+    return hidden * 2 + ids.sum(1, keepdim=True) + weights.sum(1, keepdim=True)
+
+
+def states(tokens, columns=4, dtype=torch.float32):
+    return torch.randn(tokens, columns, dtype=dtype), torch.randint(0, 9, (tokens, 2)), torch.rand(tokens, 2)
+
+
+@pytest.mark.parametrize("stream", [Recording, lambda: ThreadStream(CPU)], ids=["recording", "thread"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_comes_back_is_what_the_experts_made(stream, dtype):
+    way = HandOver(stream())
+    for tokens in (3, 1, 40, 2, 2):
+        given = states(tokens, dtype=dtype)
+        found = way.result(way.submit(twice, *given))
+        assert found.dtype is dtype and torch.equal(found, twice(*given).to(dtype))
+
+
+def test_nothing_is_overwritten_before_it_is_read():
+    """A second call is given while the first is on its way, and a third when its buffers are used again."""
+    way = HandOver(Recording())
+    first, second = states(5), states(5)
+    under_way = way.submit(twice, *first), way.submit(twice, *second)
+    assert under_way[0].slot is not under_way[1].slot
+    assert torch.equal(way.result(under_way[0]), twice(*first))
+    third = states(5)
+    last = way.submit(twice, *third)
+    assert last.slot is under_way[0].slot
+    assert torch.equal(way.result(under_way[1]), twice(*second)) and torch.equal(way.result(last), twice(*third))
+
+
+def test_a_result_nobody_comes_for_does_not_disturb_those_that_follow():
+    way, slow = HandOver(ThreadStream(CPU)), threading.Event()
+
+    def waiting(*given):
+        slow.wait(10)
+        return twice(*given)
+
+    way.submit(waiting, *states(4))
+    given = [states(4) for _ in range(4)]
+    timer = threading.Timer(0.1, slow.set)
+    timer.start()
+    assert all(torch.equal(way.result(way.submit(twice, *each)), twice(*each)) for each in given)
+
+
+def test_an_error_of_the_experts_is_raised_where_their_result_is_wanted_and_once():
+    way = HandOver(ThreadStream(CPU))
+
+    def broken(*given):
+        raise RuntimeError("no such expert")
+
+    under_way = way.submit(broken, *states(2))
+    with pytest.raises(RuntimeError, match="no such expert"):
+        way.result(under_way)
+    given = states(2)
+    assert torch.equal(way.result(way.submit(twice, *given)), twice(*given))
+
+
+def test_a_stream_that_does_not_wait_tells_the_error_to_the_next_who_asks():
+    stream = Recording()
+    way, do = HandOver(stream), stream.join
+    stream.join = lambda: None
+    under_way = way.submit(lambda *given: 1 / 0, *states(2))
+    out = way.result(under_way)
+    do()
+    assert out.isnan().all()
+    with pytest.raises(ZeroDivisionError):
+        way.submit(twice, *states(2))
+    way.check()
+
+
+def test_a_job_can_be_done_again_as_a_graph_does():
+    stream = Recording()
+    way = HandOver(stream)
+    seen = []
+
+    def counted(hidden, ids, weights):
+        seen.append(hidden.clone())
+        return hidden + len(seen)
+
+    given = states(3)
+    under_way = way.submit(counted, *given)
+    recorded = list(stream.open)
+    out = way.result(under_way)
+    assert torch.equal(out, given[0] + 1)
+    given[0].fill_(7.0)
+    for step in [*recorded, under_way.job.sync]:
+        step()
+    assert torch.equal(under_way.job.out, torch.full((3, 4), 9.0))
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    twins = Twins(tmp_path_factory.mktemp("deepseek_v3"), "deepseek_v3")
+    return twins, twins.on(Experts="cpu")
+
+
+def test_shared_experts_are_computed_while_the_cpu_computes_the_others(hybrid, monkeypatch):
+    _, model = hybrid
+    block, stream = model.model.layers[1].mlp, Recording()
+    monkeypatch.setattr(block, "handover", HandOver(stream))
+    shared = block.shared_experts.register_forward_hook(lambda *args: stream.told.append("shared"))
+    experts = block.experts.register_forward_hook(lambda *args: stream.told.append("experts"))
+    try:
+        with torch.inference_mode():
+            block(torch.randn(1, 2, 64))
+    finally:
+        shared.remove(), experts.remove()
+    order = ["fork", "copy", "copy", "copy", "submit", "shared", "sync", "copy", "join"]
+    assert [word for word in stream.told if word != "experts"] == order and stream.told.count("experts") == 1
+
+
+def test_an_error_inside_the_experts_reaches_who_called_the_model(hybrid):
+    twins, model = hybrid
+    ids = torch.tensor([[5, 6]])
+
+    def fail(*args):
+        raise RuntimeError("experts failed")
+
+    hook = model.model.layers[1].mlp.experts.register_forward_pre_hook(fail)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="experts failed"):
+        model(ids)
+    hook.remove()
+    with torch.inference_mode():
+        assert (model(ids).logits - twins.cpu(ids).logits).abs().max() < 3e-5
+
+
+def test_a_thread_stream_raises_what_a_copy_raised():
+    stream = ThreadStream(CPU)
+    stream.copy(torch.empty(2), torch.empty(3))
+    with pytest.raises(RuntimeError, match="size"):
+        stream.join()
+    stream.call(lambda: time.sleep(0.01))
+    stream.join()

@@ -1,0 +1,109 @@
+"""Whole models on GPUs, pretended where there is none: they compute what the CPU does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache
+
+from ktx.cache.kv import KVCache
+from tests.gpu.placed import Twins
+from tests.models.test_families import mixed, relative
+
+IDS = torch.randint(3, 320, (1, 90), generator=torch.Generator().manual_seed(3))
+FAMILIES = ["deepseek_v3", "glm4_moe", "gpt_oss", "qwen3_moe", "llama"]
+BOUND = 3e-5
+
+
+def logits(model, ids, **more):
+    with torch.inference_mode():
+        return model(input_ids=ids, **more).logits.cpu()
+
+
+def in_pieces(model, ids, ends, cache=None):
+    cache = KVCache(model.config, "f32") if cache is None else cache
+    begins = [0, *ends[:-1]]
+    parts = [logits(model, ids[:, a:b], past_key_values=cache) for a, b in zip(begins, ends, strict=True)]
+    return torch.cat(parts, 1)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def twins(request, tmp_path_factory):
+    return Twins(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_a_prompt_in_chunks_and_single_tokens_on_a_gpu_is_what_the_cpu_says(twins):
+    ids = IDS[:, :14]
+    found = in_pieces(twins.on(), ids, [10, 11, 12, 14])
+    assert (found - logits(twins.cpu, ids)).abs().max() < BOUND
+
+
+def test_with_experts_on_the_cpu_layers_on_two_gpus_and_both_ends_on_the_cpu(twins):
+    if twins.family == "llama":
+        pytest.skip("has no experts")
+    placed = twins.on(layers={1: "cuda:1"}, Experts="cpu", Embedding="cpu", head="cpu")
+    devices = {step.path: step.device for step in placed.ktx.plan}
+    assert devices["model.layers.1.self_attn.o_proj"] == "cuda:1" and devices["lm_head"] == "cpu"
+    assert devices["model.layers.1.mlp.experts"] == devices["model.embed_tokens"] == "cpu"
+    found = in_pieces(placed, IDS[:, :14], [12, 13, 14])
+    assert (found - logits(twins.cpu, IDS[:, :14])).abs().max() < BOUND
+
+
+def test_generate_answers_the_same(twins):
+    placed = twins.on(Experts="cpu")
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.inference_mode():
+        expected = twins.cpu.generate(IDS[:, :6], **options)
+        assert torch.equal(placed.generate(IDS[:, :6], **options).cpu(), expected)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """MLA and the usual attention with dense layers alone: their caches are what counts."""
+    few = {"deepseek_v3": {"first_k_dense_replace": 2}, "llama": {}}
+    return {name: Twins(tmp_path_factory.mktemp(name), name, **config) for name, config in few.items()}
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_left_padded_and_plain_batches(dense, family):
+    placed, cpu = dense[family].on(), dense[family].cpu
+    ids = torch.cat([IDS[:, :7], IDS[:, 20:27]])
+    both = in_pieces(placed, ids, [5, 6, 7])
+    assert (both - logits(cpu, ids)).abs().max() < BOUND
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    padded = logits(placed, ids, attention_mask=mask, position_ids=positions)
+    assert (padded[1, -1] - logits(cpu, ids[1:, 3:])[0, -1]).abs().max() < BOUND
+    options = {"max_new_tokens": 3, "do_sample": False, "attention_mask": mask, "pad_token_id": 0, "eos_token_id": None}
+    with torch.inference_mode():
+        assert torch.equal(placed.generate(ids, **options), cpu.generate(ids, **options))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_stock_caches_and_none(dense, family):
+    placed, whole = dense[family].on(), logits(dense[family].cpu, IDS[:, :9])
+    assert (logits(placed, IDS[:, :9], use_cache=False) - whole).abs().max() < BOUND
+    cache = DynamicCache(config=placed.config)
+    assert (in_pieces(placed, IDS[:, :9], [6, 8, 9], cache) - whole).abs().max() < BOUND
+
+
+def test_whole_pages_of_a_prompt_are_expanded(dense):
+    ids = IDS[:, :80]
+    found = in_pieces(dense["deepseek_v3"].on(), ids, [3, 78, 80])
+    assert (found - logits(dense["deepseek_v3"].cpu, ids)).abs().max() < BOUND
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", mixed], ids=["Q8_0", "Q4_K and Q6_K"])
+def test_quantised_weights_are_multiplied_as_the_file_has_them(tmp_path, quant):
+    few = {"hidden_size": 256, "num_hidden_layers": 1, "moe_intermediate_size": 256, "intermediate_size": 256}
+    twins = Twins(tmp_path, "qwen3_moe", quant, **few, num_experts=2, num_experts_per_tok=1, head_dim=64, vocab_size=64)
+    ids = IDS[:, :2] % 64
+    assert relative(logits(twins.on(), ids), logits(twins.reference, ids)) < 1e-5
+
+
+def test_a_gpu_computes_in_bf16_unless_told_otherwise(dense):
+    twins = dense["llama"]
+    placed = twins.load(twins.rules(), dtype=None, kv_dtype=None)
+    assert placed.dtype is torch.bfloat16 and twins.load(None, dtype=None).dtype is torch.float32
+    assert relative(logits(placed, IDS[:, :5]).float(), logits(twins.cpu, IDS[:, :5])) < 2e-2
