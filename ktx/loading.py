@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +23,9 @@ from torch import nn
 from ktx.cache.kv import Q8_0, KVType, kv_type
 from ktx.compat import config_dict, dtype_plan
 from ktx.config import warn_unknown
+from ktx.device_map import Place, arranged, split
 from ktx.errors import BadFile, DoesNotFit, UsageError
+from ktx.footprint import Footprint, footprint
 from ktx.hardware import human, keep_freed_memory, memory
 from ktx.inject import Plan, inject
 from ktx.kernels import cpu
@@ -34,10 +36,9 @@ from ktx.ops.embed import Embedding
 from ktx.ops.experts import Experts
 from ktx.ops.linear import Linear
 from ktx.ops.sizes import sizes
-from ktx.rules import FILES, Rule, load_rules
+from ktx.placement import RESERVE, shares
+from ktx.rules import FILES, Rule, Rules, load_rules
 from ktx.weights.source import WeightSource, open_weights
-
-RESERVE = 256 << 20  # what tables, caches and one tensor in flight take beside the packed weights
 
 
 @dataclass
@@ -133,10 +134,52 @@ def plan(
     trust_remote_code: bool = False,
     weight_dtype: str | None = None,
     moe_dtype: str | None = None,
+    *,
+    device: str | Sequence[str] | None = None,
+    moe_device: str | None = None,
+    shared_device: str | None = None,
+    devices: Mapping[str, str | Sequence[str]] | None = None,
 ) -> Plan:
     """What `load` would do, from headers alone."""
     targets = _targets(weight_dtype, moe_dtype)
-    return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets, False)[1]
+    placed = _placed(device, moe_device, shared_device, devices)
+    return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets, False, placed)[1]
+
+
+def measure(
+    model: str | Path,
+    weights: str | Path | None = None,
+    rules: Any = None,
+    trust_remote_code: bool = False,
+    weight_dtype: str | None = None,
+    moe_dtype: str | None = None,
+    moe_experts: int | None = None,
+) -> tuple[Footprint, Rules]:
+    """What a model takes wherever it is, from headers alone, and its rules. UsageError for rules that place a module themselves."""
+    config = read_config(model, trust_remote_code)
+    chosen = load_rules(rules, config.model_type)
+    fixed = next((rule for rule in chosen if rule.device), None)
+    if fixed is not None:
+        raise UsageError(f"{fixed.where}: this rule has a device of its own; a placement by budget needs rules without")
+    unplaced = Rules(chosen, base=chosen.base, asked=chosen.asked)
+    targets = _targets(weight_dtype, moe_dtype)
+    built, made, source = _prepare(
+        model, weights, unplaced, torch.float32, None, moe_experts, trust_remote_code, targets, False
+    )
+    made.check(source)
+    return footprint(built, made, source), unplaced
+
+
+Placed = Callable[[Sequence[Place]], list[Place]]  # a file's map of devices -> the one that counts
+
+
+def _placed(
+    device: str | Sequence[str] | None,
+    moe_device: str | None,
+    shared_device: str | None,
+    devices: Mapping[str, str | Sequence[str]] | None,
+) -> Placed:
+    return lambda file: arranged(file, device, moe_device, shared_device, devices)
 
 
 def _targets(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
@@ -156,6 +199,7 @@ def _prepare(
     trust_remote_code: bool,
     targets: Mapping[str, str | None],
     mtp: bool,
+    placed: Placed = list,
 ) -> tuple[nn.Module, Plan, WeightSource]:
     warn_unknown()
     config = copy.deepcopy(read_config(model, trust_remote_code))
@@ -171,13 +215,22 @@ def _prepare(
     wrong = source.differences(config)
     if wrong:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
-    built = skeleton(config, dtype, trust_remote_code)
-    if mtp:
-        mtp_layer.append(built, source)
-    made = inject(built, chosen, config, dtype, kv_dtype, rules is not None, targets)
-    _tie(built, made, source)
-    made.fill(source)
-    return built, made, source
+
+    def planned(rules: Sequence[Rule], places: Sequence[Place], tell: bool) -> tuple[nn.Module, Plan]:
+        built = skeleton(config, dtype, trust_remote_code)
+        if mtp:
+            mtp_layer.append(built, source)
+        made = inject(built, rules, config, dtype, kv_dtype, tell, targets, places)
+        _tie(built, made, source)
+        made.fill(source)
+        return built, made
+
+    places = placed(chosen.places)
+    several = next((len(place.several) for place in places if place.several), 0)
+    if several:  # split by bytes, which a plan on the CPU tells
+        alike = footprint(*planned([replace(rule, device=None) for rule in chosen], (), False), source)
+        places = split(places, shares(alike, several, places, chosen))
+    return *planned(chosen, places, chosen.asked), source
 
 
 def _hub_folder(model: str) -> Path:
@@ -228,6 +281,10 @@ def load(
     progress: bool | Tally = True,
     cache_dir: str | Path | None = None,
     mtp: bool = False,
+    device: str | Sequence[str] | None = None,
+    moe_device: str | None = None,
+    shared_device: str | None = None,
+    devices: Mapping[str, str | Sequence[str]] | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -235,15 +292,17 @@ def load(
     safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `kv_dtype` is what keys and values are kept in (f16,
     bf16, f32, q8_0 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
-    first start writes them, later ones map them. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
+    first start writes them, later ones map them. `device` (cpu, cuda, cuda:N, or several GPUs that share the layers) is where everything but the routed experts
+    is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
     `speculative="mtp"`. Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
     team = threads or cpu.usual_threads()
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
+    targets, placed = _targets(weight_dtype, moe_dtype), _placed(device, moe_device, shared_device, devices)
     built, made, source = _prepare(
-        model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, _targets(weight_dtype, moe_dtype), mtp
+        model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
     )
     made.check(source)
     _cached_as(built, kv_dtype)
