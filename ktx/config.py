@@ -38,6 +38,7 @@ VARIABLES = {
             "auto",
             "memory nodes that weights are split over: auto, off, or fake:N, which pretends N nodes",
         ),
+        Variable("KTX_GPU", str, "", "fake:N pretends N GPUs, in the CPU's memory, for plans and tests"),
         Variable(
             "KTX_PEER_PATH", str, "", "folder that is put on PYTHONPATH of the peer process of `ktx bench --peer`"
         ),

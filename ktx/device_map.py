@@ -49,8 +49,8 @@ def place(
     key: str, device: str | Sequence[str], where: str = "devices", asked: bool = False, implied: bool = False
 ) -> Place:
     """An entry of a map. UsageError, beginning with `where`, for a key or a device that cannot be meant."""
-    names = device.split(",") if isinstance(device, str) else list(device)
-    names = [name.strip() for name in names]
+    text = device if isinstance(device, str) else ",".join(device)
+    names = [name.strip() for name in text.split(",")]
     for name in names:
         if not DEVICE.fullmatch(name):
             raise UsageError(f"{where}: {name!r} is no device; write cpu, cuda or cuda:N")
@@ -58,7 +58,7 @@ def place(
         if key != "all":
             raise UsageError(f"{where}: {key!r} is on one device; only `all` is split among several")
         if "cpu" in names or "cuda" in names or len(set(names)) < len(names):
-            raise UsageError(f"{where}: layers are split among different GPUs, as in cuda:0,cuda:1; found {device!r}")
+            raise UsageError(f"{where}: layers are split among different GPUs, as in cuda:0,cuda:1; found {text!r}")
     return Place(key, _pattern(key, where), ",".join(names), where, asked, implied)
 
 

@@ -20,6 +20,7 @@ from ktx.ops.base import made_from
 from ktx.ops.experts import Experts
 from ktx.ops.linear import Linear
 from ktx.ops.mla import MLA
+from ktx.ops.norm import RMSNorm
 from ktx.ops.router import Router
 from ktx.qtypes import FP8_BLOCK, QTYPES, QType
 from ktx.weights.source import TensorSpec, WeightSource
@@ -35,7 +36,10 @@ GROUPS = (  # what a module is part of, by the first expression that its path ho
     ("norms and the rest", ""),
 )
 EXPERTS, EMBEDDING, OUTPUT, ATTENTION = GROUPS[0][0], GROUPS[2][0], GROUPS[3][0], GROUPS[4][0]
-FLOAT = 4  # bytes of a parameter that is no matrix
+FLOAT, HALF = (
+    4,
+    2,
+)  # bytes of a number: parameters that are no matrices are f32; beside a GPU the model computes in bf16
 Matrix = tuple[QType, tuple[int, ...]]  # a type and [.., n, k]
 
 
@@ -161,44 +165,47 @@ def group_of(path: str) -> str:
 
 def _part(step: Step, module: nn.Module, plan: Plan, source: WeightSource) -> Part | None:
     """None for a module without weights."""
-    own = {
-        f"{step.path}.{name}"
-        for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    }
+    own = {f"{step.path}.{name}" for name, _ in _tensors(module)}
     floats = sum(prod(spec.shape) for spec in step.specs if _plain(spec, own, step))
-    matrices = [
-        matrix for spec in step.specs if not _plain(spec, own, step) for matrix in _matrices(step, spec, source)
-    ]
+    packed = [matrix for spec in step.specs if not _plain(spec, own, step) for matrix in _matrices(step, spec, source)]
     if isinstance(module, MLA):
-        matrices = _absorbed(module, matrices, step, source)
-    if isinstance(module, Router):  # beside the parameter itself
-        matrices = [(QTYPES["F32"], tuple(module.weight.shape))]
-    shared = _tied(module, plan, source)
-    if not (floats or matrices or shared):
+        packed = _absorbed(module, packed, step, source)
+    tied = _tied(module, plan, source)
+    if not (floats or packed or tied):
         return None
-    loose, all_of = floats * FLOAT, matrices or shared
-    cpu_held, gpu_held = loose + on_cpu(matrices), loose + on_gpu(all_of)
-    read = matrices[:2] if isinstance(module, MLA) else all_of
-    sizes = [on_cpu(read) + (0 if matrices else loose), on_gpu(read) + (0 if matrices else loose)]
+    matrices = packed or tied
+    here, there = floats * FLOAT + on_cpu(packed), floats * FLOAT + on_gpu(matrices)
+    cpu_size, gpu_size = Bytes(here, here + on_cpu(tied)), Bytes(there, there)
+    if isinstance(module, MLA):
+        read = packed[:2]
+        halves = floats * FLOAT + on_gpu(read)  # which expands by the matrix that absorbs
+        cpu_size, gpu_size = Bytes(here, floats * FLOAT + on_cpu(read)), Bytes(halves, halves)
+    if isinstance(module, Router | RMSNorm):  # the parameter itself, and what its kernel reads
+        copied = on_cpu([(QTYPES["F32"], tuple(module.weight.shape))]) if isinstance(module, Router) else 0
+        cpu_size = Bytes(here + copied, copied or here)
+        gpu_size = Bytes(floats * (HALF + FLOAT), floats * FLOAT)
     row = group_of(step.path) == EMBEDDING
     if row and step.specs:
-        sizes = [held // step.specs[0].shape[0] for held in (cpu_held, gpu_held)]
-    count = floats + sum(prod(shape) for _, shape in all_of)
-    largest = max((prod(shape[-2:] if isinstance(module, Experts) else shape) for _, shape in all_of), default=0)
+        rows = step.specs[0].shape[0]
+        cpu_size, gpu_size = Bytes(here, here // rows), Bytes(there, there // rows)
     experts, top = (module.num_experts, min(module.top, module.num_experts)) if isinstance(module, Experts) else (0, 0)
     return Part(
         step.path,
         group_of(step.path),
         layer_of(step.path),
-        Bytes(cpu_held, sizes[0]),
-        Bytes(gpu_held, sizes[1]),
-        count,
-        0 if isinstance(module, Experts) else largest,
+        cpu_size,
+        gpu_size,
+        floats + sum(prod(shape) for _, shape in matrices),
+        0 if experts else max((prod(shape) for _, shape in matrices), default=0),
         _columns(module),
         experts,
         top,
         row,
     )
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
 def _plain(spec: TensorSpec, own: set[str], step: Step) -> bool:

@@ -107,7 +107,7 @@ class Placement:
         }
         for part in self.model.parts:
             device = self.device(part)
-            found[part.group][device] += self.held(part, device)
+            found[part.group][device] += part.on(device != CPU).held
         for layer in self.model.kept:
             found[KV][self.device(layer)] += self.kv(layer)
         for device in self.names:
@@ -115,10 +115,6 @@ class Placement:
             weights = sum(found[group][device] for group, _ in GROUPS)
             found[SYSTEM][device] = int(SLACK * weights) + RESERVE if device == CPU else CONTEXT
         return {group: dict(bytes_of) for group, bytes_of in found.items()}
-
-    def held(self, part: Part, device: str) -> int:
-        """A tied output layer has no weights of its own beside the embedding."""
-        return part.on(device != CPU).held
 
     def kv(self, layer: Kept) -> int:
         budget = self.budget
@@ -128,12 +124,13 @@ class Placement:
         """Of a chunk of a prompt, or of a token of each sequence."""
         parts = [part for part in self.model.parts if self.device(part) == device]
         kept = [layer for layer in self.model.kept if self.device(layer) == device]
-        budget, tokens = self.budget, max(self.budget.chunk, self.budget.batch)
-        need = scratch.activations(self.model, parts, tokens) if parts else 0
+        budget, tokens, gpu = self.budget, max(self.budget.chunk, self.budget.batch), device != CPU
+        need = scratch.activations(self.model, parts, tokens, gpu) if parts else 0
         need += scratch.expanding(kept, budget.context)
         need += scratch.logits(self.model, budget.batch) if any(part.group == OUTPUT for part in parts) else 0
-        need += scratch.crossing(self.model, tokens) if self.budget.vram else 0
-        if device != CPU:
+        if budget.vram:
+            need += scratch.crossing(self.model, tokens) * (1 if gpu else scratch.SLOTS * len(budget.vram))
+        if gpu:
             need += scratch.attention(kept, tokens, budget.batch) + scratch.dequantised(parts)
         return need
 

@@ -188,7 +188,7 @@ def _list(node: yaml.Node, at: _Marked) -> list[Rule]:
 
 def _mapping(root: yaml.Node, at: _Marked, model_type: str) -> Rules:
     """A file with a map of devices, and rules, a name of some, or none."""
-    if any(getattr(key, "value", "") in KEYS[""] for key, _ in root.value):
+    if any(getattr(key, "value", "") in ("match", "replace") for key, _ in root.value):
         raise UsageError(
             f"{at.at(root)}: a rule file is a list, or a mapping of devices and rules; begin each rule with '- match:'"
         )

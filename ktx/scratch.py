@@ -7,23 +7,24 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from ktx.footprint import FLOAT, Footprint, Kept, Part
+from ktx.footprint import FLOAT, HALF, Footprint, Kept, Part
 from ktx.kernels.work import Shape, Work
 from ktx.ops.mla import EXPAND_BYTES
 
 MULTIPROCESSORS = 132  # of an H100: attention's scratch grows with them
 PIECE = 1 << 26  # weights that a GPU dequantises at once, as in ktx.kernels.gpu_linear
 RESIDUALS = 4  # hidden states in flight: residual, normed, a module's result, their sum
-STORED = 2  # bytes of a stored key's column
+SLOTS = 2  # sets of buffers of the hand-over to the CPU
 
 
-def activations(of: Footprint, parts: Collection[Part], tokens: int) -> int:
-    """Hidden states, and all that the widest block of a layer makes of them."""
+def activations(of: Footprint, parts: Collection[Part], tokens: int, gpu: bool) -> int:
+    """Hidden states, and all that the widest block of a layer makes of them: f32 on the CPU, bf16 on a GPU."""
     blocks: Counter[tuple[int | None, str]] = Counter()
     for part in parts:
         if part.layer is not None:  # logits are counted by themselves
             blocks[part.layer, part.group] += part.columns
-    return tokens * FLOAT * (RESIDUALS * of.hidden + max(blocks.values(), default=0))
+    columns = RESIDUALS * of.hidden + max(blocks.values(), default=0)
+    return tokens * columns * (HALF if gpu else FLOAT)
 
 
 def logits(of: Footprint, rows: int) -> int:
@@ -32,14 +33,14 @@ def logits(of: Footprint, rows: int) -> int:
 
 
 def crossing(of: Footprint, tokens: int) -> int:
-    """Hidden states on their way to another device and back, and the experts that were chosen."""
-    return tokens * (2 * of.hidden * FLOAT + of.top * (8 + 4))
+    """Hidden states on their way to the CPU and back, and the experts that were chosen with their weights."""
+    return tokens * (2 * of.hidden * HALF + of.top * (8 + FLOAT))
 
 
 def expanding(kept: Collection[Kept], context: int) -> int:
-    """A latent gathered from its pages, and the keys and values of the heads that MLA makes of it at once."""
+    """A latent gathered from its pages, as it is stored and as it is computed with, and the keys and values of the heads that MLA makes of it at once."""
     found = [
-        min(EXPAND_BYTES, context * layer.expanded * STORED) + context * sum(layer.columns) * STORED
+        min(EXPAND_BYTES, context * layer.expanded * HALF) + 2 * context * sum(layer.columns) * HALF
         for layer in kept
         if layer.latent
     ]
@@ -64,5 +65,5 @@ def _floats(counts: Sequence[int], shape: Shape) -> int:
 
 
 def dequantised(parts: Collection[Part]) -> int:
-    """The piece of the largest matrix that becomes floats for many tokens on a GPU."""
-    return FLOAT * min(PIECE, max((part.largest for part in parts), default=0))
+    """The piece of the largest matrix that becomes bf16 for many tokens on a GPU."""
+    return HALF * min(PIECE, max((part.largest for part in parts), default=0))
