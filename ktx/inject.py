@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktx.device_map import Place
 from ktx.devices import CPU, Device, device_of, gpus
 from ktx.errors import BadFile, UsageError, nearest
 from ktx.hardware import human
@@ -203,14 +204,19 @@ def inject(
     kv_dtype: torch.dtype | str | None = None,
     tell_unmatched: bool = True,
     targets: Mapping[str, str | None] = MappingProxyType({}),
+    places: Sequence[Place] = (),
 ) -> Plan:
     """Replaces modules of a model on the meta device, top down on the new tree, and returns the plan.
 
     A rule that matches nothing is told by a warning, unless nobody asked for these rules. `targets`: by operator, what float weights become.
+    `places`: where modules are whose rule says nothing of it, one GPU in each.
     """
     walk = _Walk(model, rules, config, dtype, kv_dtype)
-    walk.targets = targets
+    walk.targets, walk.places = targets, places
     walk.visit("", model, CPU)
+    for i, entry in enumerate(places):
+        if i not in walk.found and not entry.implied:
+            warnings.warn(f"{entry.where}: {entry.key!r} matched no module", stacklevel=2)
     walk.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in walk.hits]
     for rule in walk.plan.unmatched if tell_unmatched else ():
         pattern = rule.name.pattern if rule.name else rule.cls
@@ -232,14 +238,15 @@ class _Walk:
         self.model, self.rules, self.config, self.dtype, self.kv_dtype = model, rules, config, dtype, kv_dtype
         self.plan, self.hits = Plan(), set[int]()
         self.targets: Mapping[str, str | None] = {}
+        self.places: Sequence[Place] = ()
+        self.found, self.told = set[int](), set[str]()
         self.classes = {type(module).__name__ for module in model.modules()}
         self.tied = set(getattr(model, "all_tied_weights_keys", None) or {})
 
     def visit(self, path: str, module: nn.Module, device: Device) -> None:
         index = next((i for i, rule in enumerate(self.rules) if path and rule.matches(path, type(module))), None)
         rule = None if index is None else self.rules[index]
-        if rule is not None and rule.device:
-            device = _device(rule, tell=index not in self.hits)
+        device = self.placed(path, rule, device)
         if index is not None:
             self.hits.add(index)
         old = type(module).__name__
@@ -252,6 +259,31 @@ class _Walk:
                 self.visit(f"{path}.{name}" if path else name, child, device)
         else:
             self.keep_below(path, module, device)
+
+    def placed(self, path: str, rule: Rule | None, around: Device) -> Device:
+        """By the rule, or the map's first entry that finds the path, or as the module around it."""
+        found = [i for i, entry in enumerate(self.places) if entry.pattern.search(path)]
+        self.found.update(found)
+        if rule is not None and rule.device:
+            return self.device(rule.device.strip(), rule.where)
+        if not found:
+            return around
+        entry = self.places[found[0]]
+        if entry.device == "cuda" and around.gpu:
+            return around
+        return device_of(entry.device, entry.where) if entry.asked else self.device(entry.device, entry.where)
+
+    def device(self, name: str, where: str) -> Device:
+        """A device that a file names; a machine without any GPU does on its CPU what is meant for one, and says so once a rule."""
+        if re.match("cuda", name) and not gpus():
+            if where not in self.told:
+                self.told.add(where)
+                warnings.warn(
+                    f"{where}: {name}: this machine has no GPU that torch can use; the module stays on the CPU",
+                    stacklevel=3,
+                )
+            return CPU
+        return device_of(name, where)
 
     def replaced(self, path: str, old: nn.Module, rule: Rule, device: Device) -> Operator:
         assert rule.replace
@@ -325,17 +357,3 @@ def _same_kind(value: object, default: object) -> bool:
     if value is None or type(value) is type(default):
         return True
     return isinstance(default, float) and type(value) is int
-
-
-def _device(rule: Rule, tell: bool) -> Device:
-    """The rule's device; a machine without any GPU does on its CPU what is meant for one, and says so once a rule."""
-    assert rule.device
-    name = rule.device.strip()
-    if name != CPU.name and re.match("cuda", name) and not gpus():
-        if tell:
-            warnings.warn(
-                f"{rule.where}: {name}: this machine has no GPU that torch can use; the module stays on the CPU",
-                stacklevel=3,
-            )
-        return CPU
-    return device_of(name, rule.where)

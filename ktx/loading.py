@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,8 +23,10 @@ from torch import nn
 from ktx.cache.kv import Q8_0, KVType, kv_type
 from ktx.compat import config_dict, dtype_plan
 from ktx.config import warn_unknown
+from ktx.device_map import Place, arranged, split
 from ktx.devices import CPU, PRETEND, Device
 from ktx.errors import BadFile, DoesNotFit, UsageError
+from ktx.footprint import Footprint, footprint
 from ktx.hardware import human, keep_freed_memory, memory
 from ktx.inject import Plan, inject
 from ktx.kernels import cpu
@@ -36,10 +38,9 @@ from ktx.ops.embed import Embedding
 from ktx.ops.experts import Experts
 from ktx.ops.linear import Linear
 from ktx.ops.sizes import sizes
-from ktx.rules import FILES, Rule, load_rules
+from ktx.placement import RESERVE, shares
+from ktx.rules import FILES, Rule, Rules, load_rules
 from ktx.weights.source import WeightSource, open_weights
-
-RESERVE = 256 << 20  # what tables, caches and one tensor in flight take beside the packed weights
 
 
 @dataclass
@@ -135,10 +136,52 @@ def plan(
     trust_remote_code: bool = False,
     weight_dtype: str | None = None,
     moe_dtype: str | None = None,
+    *,
+    device: str | Sequence[str] | None = None,
+    moe_device: str | None = None,
+    shared_device: str | None = None,
+    devices: Mapping[str, str | Sequence[str]] | None = None,
 ) -> Plan:
     """What `load` would do, from headers alone."""
     targets = _targets(weight_dtype, moe_dtype)
-    return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets, False)[1]
+    placed = _placed(device, moe_device, shared_device, devices)
+    return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets, False, placed)[1]
+
+
+def measure(
+    model: str | Path,
+    weights: str | Path | None = None,
+    rules: Any = None,
+    trust_remote_code: bool = False,
+    weight_dtype: str | None = None,
+    moe_dtype: str | None = None,
+    moe_experts: int | None = None,
+) -> tuple[Footprint, Rules]:
+    """What a model takes wherever it is, from headers alone, and its rules. UsageError for rules that place a module themselves."""
+    config = read_config(model, trust_remote_code)
+    chosen = load_rules(rules, config.model_type)
+    fixed = next((rule for rule in chosen if rule.device), None)
+    if fixed is not None:
+        raise UsageError(f"{fixed.where}: this rule has a device of its own; a placement by budget needs rules without")
+    unplaced = Rules(chosen, base=chosen.base, asked=chosen.asked)
+    targets = _targets(weight_dtype, moe_dtype)
+    built, made, source, _ = _prepare(
+        model, weights, unplaced, torch.float32, None, moe_experts, trust_remote_code, targets, False
+    )
+    made.check(source)
+    return footprint(built, made, source), unplaced
+
+
+Placed = Callable[[Sequence[Place]], list[Place]]  # a file's map of devices -> the one that counts
+
+
+def _placed(
+    device: str | Sequence[str] | None,
+    moe_device: str | None,
+    shared_device: str | None,
+    devices: Mapping[str, str | Sequence[str]] | None,
+) -> Placed:
+    return lambda file: arranged(file, device, moe_device, shared_device, devices)
 
 
 def _targets(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
@@ -158,6 +201,7 @@ def _prepare(
     trust_remote_code: bool,
     targets: Mapping[str, str | None],
     mtp: bool,
+    placed: Placed = list,
 ) -> tuple[nn.Module, Plan, WeightSource, torch.dtype]:
     """The skeleton with its operators, the plan, the weights, and the type that it computes in: `dtype`, or by its devices."""
     warn_unknown()
@@ -175,19 +219,27 @@ def _prepare(
     if wrong:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
 
-    def assembled(kind: torch.dtype, tell: bool) -> tuple[nn.Module, Plan]:
+    def planned(
+        rules: Sequence[Rule], places: Sequence[Place], kind: torch.dtype, tell: bool
+    ) -> tuple[nn.Module, Plan]:
         built = skeleton(config, kind, trust_remote_code)
         if mtp:
             mtp_layer.append(built, source)
-        return built, inject(built, chosen, config, kind, kv_dtype, tell, targets)
+        made = inject(built, rules, config, kind, kv_dtype, tell, targets, places)
+        _tie(built, made, source)
+        made.fill(source)
+        return built, made
 
-    built, made = assembled(dtype or torch.float32, rules is not None)
+    places, kind = placed(chosen.places), dtype or torch.float32
+    several = next((len(place.several) for place in places if place.several), 0)
+    if several:  # split by bytes, which a plan on the CPU tells
+        alike = footprint(*planned([replace(rule, device=None) for rule in chosen], (), kind, False), source)
+        places = split(places, shares(alike, several, places, chosen))
+    built, made = planned(chosen, places, kind, chosen.asked)
     if dtype is None and any(device.gpu for device in made.devices.values()):
-        dtype = torch.bfloat16
-        built, made = assembled(dtype, False)
-    _tie(built, made, source)
-    made.fill(source)
-    return built, made, source, dtype or torch.float32
+        kind = torch.bfloat16
+        built, made = planned(chosen, places, kind, False)
+    return built, made, source, kind
 
 
 def _hub_folder(model: str) -> Path:
@@ -241,6 +293,10 @@ def load(
     progress: bool | Tally = True,
     cache_dir: str | Path | None = None,
     mtp: bool = False,
+    device: str | Sequence[str] | None = None,
+    moe_device: str | None = None,
+    shared_device: str | None = None,
+    devices: Mapping[str, str | Sequence[str]] | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -249,15 +305,17 @@ def load(
     if a part of it is on a GPU, else f32). `kv_dtype` is what keys and values are kept in (f16,
     bf16, f32, q8_0 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
-    first start writes them, later ones map them. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
+    first start writes them, later ones map them. `device` (cpu, cuda, cuda:N, or several GPUs that share the layers) is where everything but the routed experts
+    is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
     `speculative="mtp"`. Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
     team = threads or cpu.usual_threads()
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
+    targets, placed = _targets(weight_dtype, moe_dtype), _placed(device, moe_device, shared_device, devices)
     built, made, source, dtype = _prepare(
-        model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, _targets(weight_dtype, moe_dtype), mtp
+        model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
     )
     made.check(source)
     _check_pretence(made)
@@ -279,11 +337,11 @@ def load(
     for module in reversed(list(built.modules())):  # children before their parents
         if isinstance(module, Operator):
             module.ready()
-    devices = {built.get_submodule(path): device for path, device in made.devices.items()}
+    homes = {built.get_submodule(path): place for path, place in made.devices.items()}
     if mtp:
         beside = mtp_layer.detach(built)
-        devices |= dict.fromkeys((beside, beside.layers), devices[beside.layer])
-    crossing.install(built, devices)
+        homes |= dict.fromkeys((beside, beside.layers), homes[beside.layer])
+    crossing.install(built, homes)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     own = sizes(built)
     config: Any = built.config

@@ -3,6 +3,7 @@
 A rule file is a list; each item has `match` (`name`, a regular expression searched in the module path, and/or `class`, dotted or
 short, compared with the module's class and its bases) and `replace` (`class`, an operator's short name or a dotted path,
 or `default` to keep the module; `kwargs`), and optionally `recursive` and `device`. The first rule that matches wins.
+Or it is a mapping: `devices` says where modules are (ktx.device_map), `rules` is such a list or names another file's; without it they are the model's own.
 Parsing knows no torch; every error names file and line.
 """
 
@@ -11,15 +12,17 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ktx.device_map import Place, place
 from ktx.errors import BadFile, UsageError, nearest
 
+FILE_KEYS = ("devices", "rules")  # of a file that is a mapping
 KEYS: dict[str, dict[str, type]] = {
     "": {"match": dict, "replace": dict, "recursive": bool, "device": str},
     "match": {"name": str, "class": str},
@@ -83,6 +86,14 @@ def _computes_as(cls: type, base: type) -> bool:
     return not is_layer or cls.forward is base.forward  # type: ignore[attr-defined]
 
 
+class Rules(list[Rule]):
+    """The rules of a file, and the places that it gives to modules. `base` names the file whose rules they are; `asked`: somebody chose them."""
+
+    def __init__(self, rules: Iterable[Rule] = (), places: Sequence[Place] = (), base: str = "", asked: bool = True):
+        super().__init__(rules)
+        self.places, self.base, self.asked = list(places), base, asked
+
+
 class _Marked:
     """YAML values that remember their line."""
 
@@ -104,15 +115,15 @@ class _Marked:
             found[key.value] = value
         return found
 
-    def known(self, node: yaml.Node, section: str) -> dict[str, yaml.Node]:
-        """The section's keys; an unknown one is an error with the nearest that exists."""
-        found = self.mapping(node, section or "a rule")
-        keys = {str(key.value): key for key, _ in node.value}
+    def known(self, node: yaml.Node, section: str, keys: Iterable[str] = ()) -> dict[str, yaml.Node]:
+        """The section's keys (default: those of KEYS); an unknown one is an error with the nearest that exists."""
+        found, known = self.mapping(node, section or "a rule"), list(keys or KEYS[section])
+        lines = {str(key.value): key for key, _ in node.value}
         for name in found:
-            if name not in KEYS[section]:
+            if name not in known:
                 where = f" in {section}" if section else ""
                 raise UsageError(
-                    f"{self.at(keys[name])}: unknown key {name!r}{where}{nearest(name, KEYS[section])}; known: {' '.join(KEYS[section])}"
+                    f"{self.at(lines[name])}: unknown key {name!r}{where}{nearest(name, known)}; known: {' '.join(known)}"
                 )
         return found
 
@@ -146,8 +157,13 @@ def _first_line(error: object) -> str:
     return str(error).partition("\n")[0]
 
 
-def parse(text: str, file: str = "<rules>") -> list[Rule]:
-    """Rules of a YAML text. UsageError with file and line for whatever cannot be meant."""
+def parse(text: str, file: str = "<rules>", model_type: str = "") -> Rules:
+    """Rules of a YAML text, and its map of devices; a mapping may leave its rules to another file. UsageError with file and line for whatever cannot be meant."""
+    root, at = _composed(text, file), _Marked(file)
+    return _mapping(root, at, model_type) if isinstance(root, yaml.MappingNode) else Rules(_list(root, at), base=file)
+
+
+def _composed(text: str, file: str) -> yaml.Node:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -159,11 +175,50 @@ def parse(text: str, file: str = "<rules>") -> list[Rule]:
         raise UsageError(f"{file}:1: is nested too deeply for a rule file") from None
     if root is None:
         raise UsageError(f"{file}:1: holds no rules")
-    if not isinstance(root, yaml.SequenceNode):
-        raise UsageError(f"{file}:{root.start_mark.line + 1}: a rule file is a list; begin each rule with '- match:'")
+    return root
+
+
+def _list(node: yaml.Node, at: _Marked) -> list[Rule]:
+    if not isinstance(node, yaml.SequenceNode):
+        raise UsageError(f"{at.at(node)}: rules are a list; begin each with '- match:'")
     from ktx.ktransformers import translate
 
-    return [translate(_rule(item, _Marked(file))) for item in root.value]
+    return [translate(_rule(item, at)) for item in node.value]
+
+
+def _mapping(root: yaml.Node, at: _Marked, model_type: str) -> Rules:
+    """A file with a map of devices, and rules, a name of some, or none."""
+    if any(getattr(key, "value", "") in ("match", "replace") for key, _ in root.value):
+        raise UsageError(
+            f"{at.at(root)}: a rule file is a list, or a mapping of devices and rules; begin each rule with '- match:'"
+        )
+    keys = at.known(root, "a rule file", FILE_KEYS)
+    places = _places(keys["devices"], at) if "devices" in keys else []
+    if "rules" not in keys:
+        return Rules(rules := load_rules(None, model_type), places, rules.base, asked=False)
+    if isinstance(keys["rules"], yaml.SequenceNode):
+        return Rules(_list(keys["rules"], at), places, at.file)
+    name = at.value(keys["rules"], str, "rules, a list or the name of a file,") or ""
+    beside = Path(at.file).parent / name
+    try:
+        path = _file(beside if beside.is_file() else name)
+        node = _composed(_text(path), str(path))
+    except BadFile as error:
+        raise BadFile(f"{at.at(keys['rules'])}: {error}") from None
+    return Rules(_list(node, _Marked(str(path))), places, str(path))
+
+
+def _places(node: yaml.Node, at: _Marked) -> list[Place]:
+    found, lines = at.mapping(node, "devices"), {str(key.value): key for key, _ in node.value}
+    places = []
+    for key, value in found.items():
+        items = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        places.append(place(key, [_device(item, at) for item in items], at.at(lines[key])))
+    return places
+
+
+def _device(node: yaml.Node, at: _Marked) -> str:
+    return str(at.value(node, str, "a device") or "")
 
 
 def _rule(node: yaml.Node, at: _Marked) -> Rule:
@@ -217,27 +272,39 @@ def shipped() -> list[str]:
     return sorted(file.stem for file in rule_folder().glob("*.yaml"))
 
 
-def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") -> list[Rule]:
+def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") -> Rules:
     """Rules by name ("deepseek-v3"), by path, as a list, or (None) by model type."""
+    if isinstance(rules, Rules):
+        return rules
     if isinstance(rules, (list, tuple)):
         strange = next((rule for rule in rules if not isinstance(rule, Rule)), None)
         if strange is not None:
             raise UsageError(
                 f"rules: a list must hold ktx.Rule, found {type(strange).__name__}; a file is given by its path"
             )
-        return list(rules)
-    if rules is None:
-        rules = FILES.get(model_type, "generic")
+        return Rules(rules)
+    asked = rules is not None
+    path = _file(rules if asked else FILES.get(model_type, "generic"))
+    found = parse(_text(path), str(path), model_type)
+    found.asked = found.asked and asked
+    return found
+
+
+def _file(rules: object) -> Path:
+    """The file that is meant: a path, or the name of a shipped one."""
     path = Path(str(rules)).expanduser()
-    if not path.is_file():
-        named = rule_folder() / f"{path.name.removesuffix('.yaml').lower()}.yaml"
-        if path.parent != Path(".") or not named.is_file():
-            raise BadFile(
-                f"{rules}: no such rule file, and no shipped one is called so{nearest(path.stem, shipped())}; shipped: {' '.join(shipped())}"
-            )
-        path = named
+    if path.is_file():
+        return path
+    named = rule_folder() / f"{path.name.removesuffix('.yaml').lower()}.yaml"
+    if path.parent != Path(".") or not named.is_file():
+        raise BadFile(
+            f"{rules}: no such rule file, and no shipped one is called so{nearest(path.stem, shipped())}; shipped: {' '.join(shipped())}"
+        )
+    return named
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadFile(f"{path}: cannot be read as a rule file: {error}") from error
-    return parse(text, str(path))

@@ -14,6 +14,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     (
         "ktx.errors",
         "ktx.config",
+        "ktx.device_map",
         "ktx.devices",
         "ktx.hardware",
         "ktx.qtypes",
@@ -28,6 +29,10 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.ops",),
     ("ktx.rules", "ktx.ktransformers"),
     ("ktx.inject",),
+    ("ktx.footprint",),
+    ("ktx.scratch",),
+    ("ktx.placement",),
+    ("ktx.fitting",),
     ("ktx.loading",),
     ("ktx.engine",),
     ("ktx.server",),

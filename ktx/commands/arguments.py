@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,6 +114,27 @@ def positive(text: str) -> int:
     return value
 
 
+SIZES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+
+
+def size(text: str) -> int:
+    """Bytes: 24G (of 10^9), 22.5GiB (of 2^30), or a plain number."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if found is None or found[2] not in SIZES or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"must be bytes such as 24G or 22.5GiB, found {text!r}")
+    return int(float(found[1]) * SIZES[found[2]])
+
+
+def sizes(text: str) -> list[int]:
+    """One or several of them: 24G,24G."""
+    return [size(part) for part in text.split(",")]
+
+
+def tokens(text: str) -> int:
+    """A number of tokens: 32K is 32768."""
+    return positive(text[:-1]) * 1024 if text[-1:] in ("k", "K") else positive(text)
+
+
 def counts(text: str) -> list[int]:
     """One or several positive numbers: 512,2048."""
     return [positive(part) for part in text.split(",")]
@@ -203,6 +225,52 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         help="keep packed weights in DIR: the first start writes them (as much disk as memory), later ones only map them",
     )
     flag(group, "--trust-remote-code", help="run Python code that comes with the model (default: never)")
+    placement_options(parser)
+
+
+def placement_options(parser: argparse.ArgumentParser) -> None:
+    """Where modules are: --device and what goes elsewhere."""
+    group = parser.add_argument_group("placement")
+    group.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:N, or GPUs that share the layers (cuda:0,cuda:1): where everything but the routed experts is (default: as the rule file says, else cpu)",
+    )
+    group.add_argument(
+        "--moe-device",
+        metavar="DEVICE",
+        help="where the routed experts are: cpu, numa (the same: the CPU with its memory nodes), cuda or cuda:N (default cpu)",
+    )
+    group.add_argument(
+        "--shared-device",
+        metavar="DEVICE",
+        help="where shared experts are (default: as --device)",
+    )
+    group.add_argument(
+        "--devices",
+        action="append",
+        type=keyed,
+        metavar="MODULES=DEVICE",
+        help="places by name, as a rule file's map of devices: 'layers 0-29=cuda:1'; several times",
+    )
+
+
+def keyed(text: str) -> tuple[str, str]:
+    """An entry of a map: key=value."""
+    key, equals, value = text.rpartition("=")
+    if not equals or not key or not value:
+        raise argparse.ArgumentTypeError(f"must be MODULES=DEVICE, found {text!r}")
+    return key.strip(), value.strip()
+
+
+def placed(args: argparse.Namespace) -> dict[str, Any]:
+    """What ktx.load and ktx.plan are told of placement."""
+    return {
+        "device": args.device,
+        "moe_device": args.moe_device,
+        "shared_device": args.shared_device,
+        "devices": dict(args.devices) if args.devices else None,
+    }
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -214,6 +282,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "kv_dtype": args.kv_dtype,
         "cache_dir": args.cache_dir,
         "trust_remote_code": args.trust_remote_code,
+        **placed(args),
     }
 
 

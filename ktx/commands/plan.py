@@ -1,25 +1,164 @@
-"""ktx plan: what would be loaded where, from headers alone."""
+"""ktx plan: what would be loaded where, from headers alone; with budgets, where it should be."""
 
 from __future__ import annotations
 
 import argparse
+import json
+from pathlib import Path
+from typing import Any
 
-from ktx.commands.arguments import flag, model_options, require_model
+from ktx.commands.arguments import flag, model_options, placed, positive, require_model, size, sizes, tokens
+from ktx.errors import UsageError
 
-SUMMARY = "show what rules do to a model, without reading its weights"
+SUMMARY = "show what rules do to a model, or place it by budget, without reading its weights"
+EPILOG = (
+    "With --vram or --ram the placement is chosen: budgets stand for devices that this machine need not have. "
+    "Sizes are bytes with K M G T (of 10^9 and so on) or KiB MiB GiB TiB."
+)
+GPU_GB_S = 1000.0  # where no GPU can be measured: about an RTX 4090's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
     model_options(parser)
     flag(parser, "--all", help="one row a module instead of one for layers that are alike")
+    flag(parser, "--json", help="one JSON object instead of tables")
+    group = parser.add_argument_group("budget")
+    group.add_argument("--vram", type=sizes, metavar="SIZE[,SIZE]", help="memory of each GPU: 24G, or 24G,24G")
+    group.add_argument("--ram", type=size, metavar="SIZE", help="memory of the CPU (default: what is free here)")
+    group.add_argument(
+        "--ctx", type=tokens, default=8192, metavar="N", help="tokens of each sequence: 8192 or 32K (default 8K)"
+    )
+    group.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default 1)")
+    group.add_argument(
+        "--chunk-size", type=positive, default=512, metavar="N", help="prompt tokens computed at once (default 512)"
+    )
+    group.add_argument(
+        "--cpu-bandwidth", type=float, metavar="GB/S", help="of reads from memory (default: measured here)"
+    )
+    group.add_argument(
+        "--gpu-bandwidth",
+        type=float,
+        metavar="GB/S",
+        help=f"of reads from a GPU's memory (default: measured where there is one, else {GPU_GB_S:g})",
+    )
+    group.add_argument("--write", metavar="FILE", help="save the placement as a rule file, for --rules")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; exit status 4 when tensors are missing or do not fit."""
+    """Prints the table; exit status 4 when tensors are missing or do not fit the model, 3 when the model does not fit the budget."""
     require_model(args)
+    if args.vram or args.ram:
+        return by_budget(args)
+    if args.write:
+        raise UsageError("--write saves a placement by budget: give --vram, --ram or both")
     import ktx
 
-    plan = ktx.plan(args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype)
-    print(plan.table(fold=not args.all))
+    plan = ktx.plan(
+        args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, **placed(args)
+    )
+    if args.json:
+        rows = [
+            {"module": s.path, "operator": s.new, "device": s.device, "type": s.types, "bytes": s.nbytes} for s in plan
+        ]
+        print(json.dumps({"modules": rows, "sum": plan.totals()}, indent=1))
+    else:
+        print(plan.table(fold=not args.all))
     plan.check()
     return 0
+
+
+def by_budget(args: argparse.Namespace) -> int:
+    """Chooses a placement, shows what it takes and what a token costs, and writes it if asked."""
+    if given := [f"--{name.replace('_', '-')}" for name, value in placed(args).items() if value]:
+        raise UsageError(f"{given[0]} says where modules are, --vram and --ram have it chosen: give one or the other")
+    from ktx import placement
+    from ktx.cache.kv import kv_type
+    from ktx.fitting import fit
+    from ktx.hardware import memory
+    from ktx.loading import measure
+
+    model, rules = measure(
+        args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, args.moe_experts
+    )
+    kept = kv_type(args.kv_dtype) or kv_type("f16")
+    ram = args.ram or memory()[1]
+    budget = placement.Budget(tuple(args.vram or ()), ram, args.ctx, args.batch, kept, args.chunk_size)
+    made, speeds = fit(model, budget), _speeds(args)
+    if args.json:
+        print(json.dumps(placement.summary(made, speeds), indent=1))
+    else:
+        print("\n".join([*table(made), "", *_words(made, speeds)]))
+    if args.write:
+        write(Path(args.write), made, rules.base)
+    return 0
+
+
+def _speeds(args: argparse.Namespace) -> Any:
+    from ktx.kernels.cpu import usual_threads
+    from ktx.kernels.speed import gpu_read_bandwidth, read_bandwidth
+    from ktx.placement import Speeds
+
+    cpu = args.cpu_bandwidth or read_bandwidth(usual_threads())
+    if cpu is None:
+        raise UsageError("too little memory is free to measure this machine's: give --cpu-bandwidth")
+    measured = None if args.gpu_bandwidth else gpu_read_bandwidth()
+    how = "given" if args.gpu_bandwidth else "assumed" if measured is None else "measured"
+    return Speeds(cpu, args.gpu_bandwidth or measured or GPU_GB_S, "given" if args.cpu_bandwidth else "measured", how)
+
+
+def table(made: Any) -> list[str]:
+    """Groups of modules by device, against the budget."""
+    from ktx.hardware import human
+
+    columns = made.names
+    rows = [("", *columns)]
+    for group, of in made.bytes.items():
+        if any(of.values()):
+            rows.append((group, *(human(of[name]) if of.get(name) else "" for name in columns)))
+    rows.append(("sum", *(human(made.total(name)) for name in columns)))
+    rows.append(("budget", *(human(made.budget.of(name)) for name in columns)))
+    rows.append(("a token reads", *(human(made.reads(name)) for name in columns)))
+    first, widths = max(len(row[0]) for row in rows), [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(first), *(cell.rjust(wide) for cell, wide in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+
+
+def _words(made: Any, speeds: Any) -> list[str]:
+    budget, seconds = made.budget, made.seconds(speeds)
+    lines = [f"{key}: {device}" for key, device in made.map().items()]
+    count = made.crossings()
+    ways = f", {count} crossings {1e3 * seconds['crossings']:.1f} ms" if count else ""
+    rates = {
+        name: (speeds.cpu, speeds.cpu_from) if name == "cpu" else (speeds.gpu, speeds.gpu_from) for name in made.names
+    }
+    sides = ", ".join(
+        f"{name} {1e3 * seconds[name]:.1f} ms at {rates[name][0]:.0f} GB/s ({rates[name][1]})" for name in made.names
+    )
+    alone = "a token" if budget.batch == 1 else f"a token of each of {budget.batch} sequences"
+    rate = budget.batch / sum(seconds.values())
+    lines += ["", f"{alone} after {budget.context} others: {sides}{ways}", f"at most {rate:.1f} tokens a second"]
+    return lines
+
+
+def write(path: Path, made: Any, base: str) -> None:
+    """A rule file with this placement, and the model's rules by name or by path."""
+    import yaml
+
+    from ktx.hardware import human
+    from ktx.rules import rule_folder
+
+    shipped = Path(base).resolve().parent == rule_folder().resolve()
+    budget = made.budget
+    needs = ", ".join(f"{name} {human(made.total(name))} of {human(budget.of(name))}" for name in made.names)
+    lines = [
+        f"# Placed by ktx plan for {budget.batch} x {budget.context} tokens: {needs}",
+        yaml.safe_dump({"rules": Path(base).stem if shipped else str(Path(base).resolve())}, width=1000).rstrip(),
+        yaml.safe_dump({"devices": made.map()}, sort_keys=False, width=1000).rstrip(),
+    ]
+    try:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--write {path}: cannot be written: {error.strerror}") from None

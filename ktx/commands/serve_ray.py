@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from ktx.commands.arguments import flag, positive
+from ktx.commands.arguments import flag, placed, positive
 from ktx.errors import UsageError
 
 MISSING = "ktx serve --ray needs Ray Serve: pip install 'ktx[ray]'"
@@ -131,6 +131,8 @@ def need_of(args: argparse.Namespace) -> int:
     import ktx
     from ktx.loading import memory_needed
 
-    plan = ktx.plan(args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype)
+    plan = ktx.plan(
+        args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, **placed(args)
+    )
     plan.check()
     return memory_needed(plan)

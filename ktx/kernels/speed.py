@@ -39,6 +39,19 @@ def read_bandwidth(threads: int) -> float | None:
     return None if memory()[1] < 1 << 30 else cpu.ops.probe_read(threads, 512)
 
 
+def gpu_read_bandwidth() -> float | None:
+    """GB/s of reads from the first GPU's memory; None where torch can use none."""
+    if not torch.cuda.is_available():
+        return None
+    values = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")  # more than its caches hold
+
+    def read() -> None:
+        values.sum()
+        torch.cuda.synchronize()
+
+    return values.nbytes / seconds(read, 5) / 1e9
+
+
 def matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:
     """count x [n, k] of random rows; a few distinct rows are enough, speed does not depend on them."""
     few = random_rows(qtype, min(n, 64), k)

@@ -1,0 +1,69 @@
+"""Bytes that forwards need on a device beside weights and caches. Upper bounds: what is never in use at once is added up all the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import torch
+
+from ktx.footprint import FLOAT, HALF, Footprint, Kept, Part
+from ktx.kernels.work import Shape, Work
+from ktx.ops.mla import EXPAND_BYTES
+
+MULTIPROCESSORS = 132  # of an H100: attention's scratch grows with them
+PIECE = 1 << 26  # weights that a GPU dequantises at once, as in ktx.kernels.gpu_linear
+RESIDUALS = 4  # hidden states in flight: residual, normed, a module's result, their sum
+SLOTS = 2  # sets of buffers of the hand-over to the CPU
+
+
+def activations(of: Footprint, parts: Collection[Part], tokens: int, gpu: bool) -> int:
+    """Hidden states, and all that the widest block of a layer makes of them: f32 on the CPU, bf16 on a GPU."""
+    blocks: Counter[tuple[int | None, str]] = Counter()
+    for part in parts:
+        if part.layer is not None:  # logits are counted by themselves
+            blocks[part.layer, part.group] += part.columns
+    columns = RESIDUALS * of.hidden + max(blocks.values(), default=0)
+    return tokens * columns * (HALF if gpu else FLOAT)
+
+
+def logits(of: Footprint, rows: int) -> int:
+    """As they are computed, and once more for whoever chooses."""
+    return 2 * rows * of.vocabulary * FLOAT
+
+
+def crossing(of: Footprint, tokens: int) -> int:
+    """Hidden states on their way to the CPU and back, and the experts that were chosen with their weights."""
+    return tokens * (2 * of.hidden * HALF + of.top * (8 + FLOAT))
+
+
+def expanding(kept: Collection[Kept], context: int) -> int:
+    """A latent gathered from its pages, as it is stored and as it is computed with, and the keys and values of the heads that MLA makes of it at once."""
+    found = [
+        min(EXPAND_BYTES, context * layer.expanded * HALF) + 2 * context * sum(layer.columns) * HALF
+        for layer in kept
+        if layer.latent
+    ]
+    return max(found, default=0)
+
+
+def attention(kept: Collection[Kept], tokens: int, batch: int) -> int:
+    """Parts of sums that several programs of a GPU make of one tile, of a chunk or of `batch` single tokens."""
+    shapes = {
+        Shape(layer.queries, layer.heads, layer.columns[0], layer.columns[0 if layer.latent else 1], layer.latent)
+        for layer in kept
+        if layer.columns
+    }
+    found = [FLOAT * max(_floats([tokens], shape), _floats([1] * batch, shape)) for shape in shapes]
+    return max(found, default=0)
+
+
+def _floats(counts: Sequence[int], shape: Shape) -> int:
+    """Of scratch; the memory itself is not made."""
+    endless = torch.empty(1 << 40, dtype=torch.float32, device="meta")
+    return Work(counts, shape, "cpu", MULTIPROCESSORS, scratch=endless).floats
+
+
+def dequantised(parts: Collection[Part]) -> int:
+    """The piece of the largest matrix that becomes bf16 for many tokens on a GPU."""
+    return HALF * min(PIECE, max((part.largest for part in parts), default=0))
