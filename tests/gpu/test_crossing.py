@@ -105,8 +105,7 @@ def test_each_region_gets_states_and_tables_once(twins, journeys):
         (tables, "cuda:1"),
         (tables, "cuda:1"),
         (ids, "cuda:1"),
-        (states, "cuda:0"),  # the last norm
-        (states, "cpu"),
+        (states, "cuda:0"),  # to the last norm; what the output layer gets is a slice, whose place this does not know
     ]
     assert hooked(model) >= {"model.layers.0", "model.layers.2", "model.norm", "lm_head"}
     assert "model.layers.1" not in hooked(model)
