@@ -1,0 +1,331 @@
+"""A model placed by budget: bytes as they will lie there, what fits, what would, and the file that says so."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ktx
+import ktx.demo
+from ktx.__main__ import main
+from ktx.cache.paged import Batch, PagedCache, Span
+from ktx.commands.arguments import size, tokens
+from ktx.commands.plan import write as write_file
+from ktx.errors import DoesNotFit, UsageError
+from ktx.fitting import changes, fit
+from ktx.footprint import Bytes, Footprint, Part, on_cpu, on_gpu
+from ktx.kernels import planes
+from ktx.loading import measure
+from ktx.placement import CPU, KV, Budget, Placement, Speeds, balanced, choose
+from ktx.qtypes import QTYPES
+from ktx.quantize import random_rows
+from ktx.rules import load_rules, rule_folder
+from ktx.weights.source import QuantizedTensor
+from tests.models.families import FAMILIES, tiny
+from tests.models.test_families import load
+from tests.random_model import script, write
+
+GB = 10**9
+DEMO = ["--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf())]
+
+
+@pytest.fixture(scope="module")
+def v3(tmp_path_factory) -> Footprint:
+    """DeepSeek-V3, Q4_K_M."""
+    folder = tmp_path_factory.mktemp("v3")
+    return measure(folder, script("plan_v3").write(folder))[0]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Footprint:
+    return measure(ktx.demo.path(), ktx.demo.gguf())[0]
+
+
+@pytest.fixture
+def two(monkeypatch):
+    """Two pretended GPUs, on which every operator stands for itself."""
+    monkeypatch.setenv("KTX_GPU", "fake:2")
+    monkeypatch.setattr("ktx.inject.on_gpu", lambda cls, where="": cls)
+
+
+def held(model) -> int:
+    """Bytes of all tensors that a loaded model's modules have, each memory once."""
+    found: dict[int, int] = {}
+
+    def look(value, depth=0):
+        value = getattr(value, "data", value) if hasattr(value, "qtype") else value
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+            found[value.data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, list | tuple | dict) and depth < 4:
+            for item in value.values() if isinstance(value, dict) else value:
+                look(item, depth + 1)
+
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_modules", "counts"):
+                look(value)
+    return sum(found.values())
+
+
+# ---- bytes
+
+
+@pytest.mark.parametrize("name", [name for name in QTYPES if name in planes.FIELDS])
+def test_planes_are_as_large_as_is_planned(name):
+    qtype, n, k = QTYPES[name], 160, 512
+    rows = random_rows(qtype, n, k)
+    matrices = QuantizedTensor(rows.expand(3, n, -1), qtype, (3, n, k))
+    assert on_gpu([(qtype, (3, n, k))]) == planes.pack(matrices, device="cpu").nbytes
+    assert on_gpu([(qtype, (n, k))]) * 3 == on_gpu([(qtype, (3, n, k))])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cpu_holds_what_is_planned_and_caches_too(tmp_path, family):
+    tiny(family).save_pretrained(tmp_path)
+    found, model = measure(tmp_path)[0], load(tmp_path, None)
+    assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
+    cache = PagedCache(model.config, 10, torch.float16)
+    cache.batch = Batch([Span(0, 0, 3, [0], 3)])
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache, position_ids=cache.batch.position_ids)
+    pools = [layer for layer in found.kept if not layer.state]
+    assert sum(layer.nbytes(10 * 64, 1, torch.float16, False) for layer in pools) == cache.nbytes()
+    states = {layer.layer: layer.state for layer in found.kept if layer.state}
+    layers = cache.state(0).layers if states else []
+    assert all(size == held_states(layers[i]) for i, size in states.items())
+
+
+def held_states(layer) -> int:
+    """Bytes of a recurrent layer's convolution and matrices."""
+    return sum(state.nbytes for states in (layer.conv_states, layer.recurrent_states) for state in states.values())
+
+
+@pytest.mark.parametrize("preset,quant", [("v2lite", "Q4_K_M"), ("v3", "Q8_0"), ("qwen3-30b", "Q4_K_M")])
+def test_a_file_takes_what_is_planned(tmp_path, preset, quant):
+    file = write(tmp_path, preset, "--quant", quant)
+    found, model = measure(tmp_path, file)[0], load(tmp_path, file)
+    assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
+    assert sum(part.read(1, False) for part in found.parts) == pytest.approx(model.ktx.bytes_per_token, rel=0.02)
+
+
+def test_weights_that_are_made_on_loading_count_as_made():
+    options = {"weight_dtype": "int8", "moe_dtype": "int4"}
+    found = measure(ktx.demo.path(), ktx.demo.safetensors(), **options)[0]
+    model = load(ktx.demo.path(), ktx.demo.safetensors(), **options)
+    assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
+
+
+@pytest.mark.parametrize("kind", ["f16", "f32", "q8_0"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
+def test_caches_of_every_kind_count_whole_pages(tmp_path, family, kind):
+    tiny(family).save_pretrained(tmp_path)
+    found, model = measure(tmp_path)[0], load(tmp_path, None, kv_dtype=kind)
+    cache = PagedCache(model.config, 2 * 3, kind)
+    cache.batch = Batch([Span(0, 0, 2, [0], 2)])
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache, position_ids=cache.batch.position_ids)
+    assert sum(layer.nbytes(130, 2, cache.dtype, False) for layer in found.kept) == cache.nbytes()
+
+
+# ---- choices
+
+
+@pytest.mark.parametrize("context,most", [(8 << 10, 14), (128 << 10, 24)])
+def test_deepseek_v3_beside_the_experts_fits_a_small_gpu(v3, context, most):
+    made = fit(v3, Budget((most * GB,), 420 * GB, context))
+    assert made.total("cuda:0") <= most * GB and made.map() == {"all": "cuda:0", "embedding": "cpu", "experts": "cpu"}
+    assert made.bytes[KV]["cuda:0"] == 61 * (512 + 64) * 2 * context
+    assert made.bytes["routed experts"][CPU] > 380 * GB
+
+
+def test_experts_fill_what_is_left_and_no_more(v3):
+    budget = Budget((48 * GB,), 420 * GB, 32 << 10)
+    made = fit(v3, budget)
+    sizes = {part.layer: part.gpu.held for part in v3.parts if part.experts}
+    assert len(made.experts) >= 4 and made.total("cuda:0") <= 48 * GB
+    left = [size for layer, size in sizes.items() if layer not in made.experts]
+    assert made.total("cuda:0") + min(left) > 48 * GB
+    assert max(sizes[layer] for layer in made.experts) <= min(left)  # as many layers as can be
+    less = fit(v3, replace(budget, vram=(24 * GB,)))
+    assert less.experts < made.experts and less.reads(CPU) > made.reads(CPU)
+
+
+def test_several_gpus_take_layers_in_turn(v3):
+    made = fit(v3, Budget((24 * GB, 48 * GB), 420 * GB, 32 << 10))
+    first = made.layers.count("cuda:0")
+    assert made.layers == ["cuda:0"] * first + ["cuda:1"] * (61 - first) and 10 < first < 30
+    assert made.devices["lm_head"] == "cuda:1" == made.devices["model.norm"]
+    assert all(made.total(name) <= made.budget.of(name) for name in made.names)
+    assert {made.devices[f"model.layers.{i}.mlp.experts"] for i in made.experts} == {"cuda:0", "cuda:1"}
+
+
+def test_a_model_that_fits_whole_leaves_nothing_on_the_cpu(v3, demo):
+    assert set(fit(demo, Budget((8 * GB,), GB)).devices.values()) == {"cuda:0"}
+    made = fit(v3, Budget((80 * GB,) * 6, 8 * GB))
+    assert CPU not in made.devices.values() and made.crossings() == 5
+    assert max(map(made.total, made.budget.gpus)) <= 80 * GB
+
+
+def test_without_a_gpu_everything_is_on_the_cpu(v3):
+    made = fit(v3, Budget((), 430 * GB, 8 << 10))
+    assert made.map() == {"all": "cpu"} and made.crossings() == 0 and made.reads(CPU) > 20 * GB
+
+
+def test_what_does_not_fit_says_what_would(v3):
+    budget = Budget((12 * GB,), 420 * GB, 64 << 10)
+    with pytest.raises(
+        DoesNotFit, match=r"cuda:0 needs 1\d\.\d GB \(attention .*\), 12.0 GB are given, \d\.\d GB too few"
+    ) as error:
+        fit(v3, budget)
+    said = str(error.value)
+    found = list(changes(choose(v3, budget)))
+    assert all(change in said for change in found) and [change.split()[0] for change in found[:2]] == [
+        "--vram",
+        "--ctx",
+    ]
+    vram, context = size(found[0].split()[1]), tokens(found[1].split()[1])
+    assert (
+        not choose(v3, replace(budget, vram=(vram,))).over()
+        and choose(v3, replace(budget, vram=(vram - GB // 5,))).over()
+    )
+    assert not choose(v3, replace(budget, context=context)).over()
+    assert choose(v3, replace(budget, context=context + 64)).over()
+
+
+def test_too_little_memory_names_memory_a_gpu_or_a_quant(v3):
+    budget = Budget((24 * GB,), 300 * GB, 8 << 10)
+    ram, vram, quant = changes(choose(v3, budget))
+    assert not choose(v3, replace(budget, ram=size(ram.split()[1]))).over()
+    assert not choose(v3, replace(budget, vram=(size(vram.split()[1]),))).over()
+    assert "bits a weight on cpu (these have 4.8)" in quant
+    both = list(changes(choose(v3, Budget((10 * GB,), 300 * GB, 8 << 10))))
+    assert both[0].startswith("--vram 1") and "--ram 4" in both[0]
+
+
+def test_q8_0_and_one_sequence_are_offered_where_they_help(demo):
+    need = choose(demo, Budget((), 1 << 40, 1 << 20, 4)).total(CPU)
+    found = list(changes(choose(demo, Budget((), need - (1 << 28), 1 << 20, 4))))
+    assert "--batch 1" in found and "--kv-dtype q8_0" in found
+
+
+def test_weights_are_balanced_by_room():
+    assert balanced([1] * 6, [1, 1]) == [0, 0, 0, 1, 1, 1]
+    assert balanced([1] * 6, [1, 2]) == [0, 0, 1, 1, 1, 1]
+    assert balanced([5, 1, 1, 1], [1, 1]) == [0, 1, 1, 1]
+    assert balanced([3], [1, 1]) == [0] and balanced([0, 0], [1, 1]) == [0, 0]
+
+
+def part(path, group, layer, held, **more):
+    return Part(path, group, layer, Bytes(held, held), Bytes(held, held), held, held, 1, **more)
+
+
+def test_a_token_is_as_slow_as_its_bytes():
+    parts = [
+        part("model.layers.0.self_attn", "attention", 0, 2 * GB),
+        part("model.layers.0.mlp.experts", "routed experts", 0, 80 * GB, experts=8, top=2),
+    ]
+    made = Placement(Footprint(parts, [], 1000, 1000, 0), Budget((4 * GB,), 99 * GB), ["cuda:0"])
+    assert made.reads(CPU) == 20 * GB and made.reads("cuda:0") == 2 * GB and made.crossings() == 3
+    seconds = made.seconds(Speeds(100.0, 1000.0))
+    assert seconds[CPU] == pytest.approx(0.2) and seconds["cuda:0"] == pytest.approx(0.002)
+    assert 3 * 15e-6 <= seconds["crossings"] < 1e-3
+    several = replace(made, budget=replace(made.budget, batch=3))
+    assert several.reads(CPU) == 60 * GB and several.reads("cuda:0") == 2 * GB
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize("vram", ["1.5G", "0.6G,0.6G"])
+def test_the_file_that_is_written_plans_to_the_same_placement(two, tmp_path, capsys, demo, vram):
+    file = tmp_path / "placed.yaml"
+    assert main(["plan", *DEMO, "--vram", vram, "--ram", "2G", "--ctx", "2K", "--write", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "keys and values" in out and "at most" in out and "(assumed)" in out
+    assert len(file.read_text().splitlines()) < 40 and "rules: deepseek-v3" in file.read_text()
+    made = fit(demo, Budget(tuple(size(part) for part in vram.split(",")), 2 * GB, 2048))
+    assert {step.path: step.device for step in ktx.plan(*DEMO[1::2], rules=file) if step.tensors} == made.devices
+
+
+def test_a_part_of_the_experts_is_written_and_read(two, tmp_path, v3, capsys):
+    made = fit(v3, Budget((48 * GB, 24 * GB), 420 * GB))
+    write_file(tmp_path / "v3.yaml", made, str(rule_folder() / "deepseek-v3.yaml"))
+    folder = tmp_path / "v3"
+    plan = ktx.plan(folder, script("plan_v3").write(folder), rules=tmp_path / "v3.yaml")
+    assert {step.path: step.device for step in plan if step.tensors} == made.devices
+    assert len((tmp_path / "v3.yaml").read_text().splitlines()) < 40
+
+
+def test_rules_of_ones_own_are_named_by_their_path(tmp_path, capsys):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((rule_folder() / "deepseek-v3.yaml").read_text())
+    file = tmp_path / "sub" / "placed.yaml"
+    file.parent.mkdir()
+    assert main(["plan", *DEMO, "--rules", str(mine), "--ram", "2G", "--write", str(file)]) == 0
+    assert load_rules(file) == load_rules(mine) and load_rules(file).places[0].device == "cpu"
+
+
+def test_json_holds_the_table_and_the_numbers(capsys):
+    words = [
+        "--vram",
+        "1G",
+        "--ram",
+        "2GiB",
+        "--cpu-bandwidth",
+        "50",
+        "--gpu-bandwidth",
+        "500",
+        "--batch",
+        "2",
+        "--json",
+    ]
+    assert main(["plan", *DEMO, *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["budget"] == {"cpu": 2 << 30, "cuda:0": GB} and found["batch"] == 2
+    for device, total in found["sum"].items():
+        assert total == sum(of.get(device, 0) for of in found["bytes"].values())
+    assert found["tokens a second"] == pytest.approx(2 / sum(found["seconds"].values()))
+    assert main(["plan", *DEMO, "--json"]) == 0
+    assert {row["device"] for row in json.loads(capsys.readouterr().out)["modules"]} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    "words,status,said",
+    [
+        (["--vram", "1G", "--ram", "1M"], 3, "cpu needs"),
+        (["--vram", "1G", "--device", "cuda"], 2, "--device says where modules are"),
+        (["--write", "x.yaml"], 2, "give --vram, --ram or both"),
+        (["--vram", "1G", "--write", "/nowhere/x.yaml"], 2, "--write /nowhere/x.yaml: cannot be written"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(capsys, words, status, said):
+    assert main(["plan", *DEMO, *words]) == status
+    assert said in capsys.readouterr().err
+
+
+def test_rules_with_devices_cannot_be_placed_by_budget(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("- match: {class: torch.nn.Linear}\n  replace: {class: Linear}\n  device: cpu\n")
+    with pytest.raises(UsageError, match="mine.yaml:1: this rule has a device of its own"):
+        measure(*DEMO[1::2], rules=file)
+
+
+def test_sizes_are_read_as_people_write_them():
+    assert [size(text) for text in ("24G", "22.5GiB", "1tb", "512", "3 MB")] == [
+        24 * GB,
+        int(22.5 * (1 << 30)),
+        10**12,
+        512,
+        3_000_000,
+    ]
+    assert (tokens("32K"), tokens("8192")) == (32768, 8192)
+    for text in ("G", "-1G", "24X", "0G", ""):
+        with pytest.raises(Exception, match="must be bytes such as 24G"):
+            size(text)
+
+
+def test_packed_bytes_are_the_kernels_own():
+    assert on_cpu([(QTYPES["Q4_K"], (2, 48, 512))]) == 2 * 48 * QTYPES["Q4_K"].row_bytes(512)
