@@ -31,7 +31,7 @@ from ktx.hardware import human, keep_freed_memory, memory
 from ktx.inject import Plan, inject
 from ktx.kernels import cpu
 from ktx.kernels.kept import Store, open_store
-from ktx.ops import crossing
+from ktx.ops import crossing, deferral
 from ktx.ops import mtp as mtp_layer
 from ktx.ops.base import Operator, made_type
 from ktx.ops.embed import Embedding
@@ -293,6 +293,7 @@ def load(
     progress: bool | Tally = True,
     cache_dir: str | Path | None = None,
     mtp: bool = False,
+    defer_experts: int = 0,
     device: str | Sequence[str] | None = None,
     moe_device: str | None = None,
     shared_device: str | None = None,
@@ -307,7 +308,7 @@ def load(
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
     first start writes them, later ones map them. `device` (cpu, cuda, cuda:N, or several GPUs that share the layers) is where everything but the routed experts
     is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
-    `speculative="mtp"`. Raises
+    `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
     team = threads or cpu.usual_threads()
@@ -319,6 +320,8 @@ def load(
     )
     made.check(source)
     _check_pretence(made)
+    if defer_experts:
+        deferral.install(built, defer_experts)
     _cached_as(built, kv_dtype)
     check_memory(made)
     tokenizer = read_tokenizer(model, source, trust_remote_code)
@@ -356,7 +359,7 @@ def load(
         _cached_as(built, kv_dtype),
         weakref.ref(built),
         tokenizer,
-        [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype)],
+        [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
     )  # type: ignore[assignment]
     _generation(built, model)
     return built, tokenizer

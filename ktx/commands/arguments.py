@@ -212,6 +212,13 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         help="experts a token, fewer than the model asks for: faster, less exact",
     )
     group.add_argument(
+        "--defer-experts",
+        type=int,
+        default=0,
+        metavar="D",
+        help="the D experts of a token that weigh least are added one layer later, so that a GPU and the CPU do not wait for each other: faster there, less exact (default 0)",
+    )
+    group.add_argument(
         "--kv-dtype",
         "--kv-cache-dtype",
         dest="kv_dtype",
@@ -279,6 +286,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "weight_dtype": args.dtype,
         "moe_dtype": args.moe_dtype,
         "moe_experts": args.moe_experts,
+        "defer_experts": args.defer_experts,
         "kv_dtype": args.kv_dtype,
         "cache_dir": args.cache_dir,
         "trust_remote_code": args.trust_remote_code,

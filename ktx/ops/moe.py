@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,9 @@ from ktx.ops.fused import NOTHING, Before, Matrices, Watch, plain_linear
 from ktx.ops.mlp import MLP
 from ktx.ops.router import Router
 
+if TYPE_CHECKING:
+    from ktx.ops.deferral import Link
+
 PARTS = ("gate", "router", "experts", "shared_experts", "shared_expert", "shared_expert_gate")
 RETURNS_ROUTER = ("GptOssMLP",)  # blocks that return (hidden states, router scores)
 
@@ -22,6 +25,7 @@ class MoE(Operator):
     """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate."""
 
     block: Block | None
+    link: Link | None = None  # where the layer puts experts off, see ktx.ops.deferral
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MoE:
@@ -33,7 +37,7 @@ class MoE(Operator):
         return new
 
     def ready(self) -> None:
-        self.block = None if self.returns_router else Block.of(self)
+        self.block = None if self.returns_router or self.link is not None else Block.of(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         shape = hidden_states.shape
@@ -48,8 +52,20 @@ class MoE(Operator):
 
     def mixed(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the chosen experts and the shared ones make of flat [tokens, D]."""
-        out, extra = self.experts(flat, ids, weights), self.shared(flat)
+        if self.link is not None:
+            return self.link.mixed(self, flat, ids, weights)
+        under_way, extra = self.begin(flat, ids, weights), self.shared(flat)
+        out = self.end(under_way)
         return out if extra is None else out + extra
+
+    def begin(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
+        """Sets the chosen experts to work; `end` gives what they make, [tokens, D]. Here they are done at once."""
+        return self.experts(flat, ids, weights)
+
+    def end(self, under_way: Any) -> torch.Tensor:
+        """What `begin` began."""
+        made: torch.Tensor = under_way
+        return made
 
     def shared(self, flat: torch.Tensor) -> torch.Tensor | None:
         """The part of the experts that every token passes, by its gate if it has one."""

@@ -150,6 +150,27 @@ def test_shared_experts_are_computed_while_the_cpu_computes_the_others(hybrid, m
     assert [word for word in stream.told if word != "experts"] == order and stream.told.count("experts") == 1
 
 
+def test_experts_that_are_put_off_run_while_the_device_goes_on_to_the_next_layer(tmp_path, monkeypatch):
+    twins = Twins(tmp_path, "deepseek_v3", num_hidden_layers=4)
+    rules, ids, stream = twins.rules(Experts="cpu"), torch.tensor([[5, 6, 7]]), Recording()
+    on_cpu, model = twins.load(None, defer_experts=1), twins.load(rules, defer_experts=1)
+    way, told = HandOver(stream), stream.told
+    blocks = [(i, layer) for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "handover")]
+    for i, layer in blocks:
+        monkeypatch.setattr(layer.mlp, "handover", way)
+        layer.self_attn.register_forward_hook(lambda *args, i=i: told.append(f"attention {i}"))
+        layer.mlp.shared_experts.register_forward_hook(lambda *args, i=i: told.append(f"shared {i}"))
+    with torch.inference_mode():
+        assert (model(ids).logits - on_cpu(ids).logits).abs().max() < 3e-5
+    order = [word for word in told if word not in ("fork", "copy", "join")]
+    for i, _ in blocks[1:]:
+        before = order.index(f"attention {i}")
+        after = order[before : order.index(f"attention {i + 1}")] if f"attention {i + 1}" in order else order[before:]
+        late = ["submit"] if i != blocks[-1][0] else []
+        assert after == [f"attention {i}", "submit", f"shared {i}", "sync", *late, "sync"]  # first what was put off
+    assert len(blocks) > 2
+
+
 def test_an_error_inside_the_experts_reaches_who_called_the_model(hybrid):
     twins, model = hybrid
     ids = torch.tensor([[5, 6]])

@@ -28,10 +28,10 @@ class MoE(moe.MoE):
         elsewhere = isinstance(self.experts, experts.Experts) and not isinstance(self.experts, Experts)
         self.handover = hand_over_to(self.home.torch) if elsewhere else None
 
-    def mixed(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def begin(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
         if self.handover is None:
-            return super().mixed(flat, ids, weights)
-        under_way = self.handover.submit(self.experts, flat, ids, weights)
-        extra = self.shared(flat)
-        out = self.handover.result(under_way)
-        return out if extra is None else out + extra
+            return super().begin(flat, ids, weights)
+        return self.handover.submit(self.experts, flat, ids, weights)
+
+    def end(self, under_way: Any) -> torch.Tensor:
+        return super().end(under_way) if self.handover is None else self.handover.result(under_way)
