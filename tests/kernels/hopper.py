@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from ktx.kernels import merge, mla, paged, rope_store
-from ktx.kernels.work import Shape, Work
+from ktx.kernels import gpu_norm, merge, mla, paged, rope_store
+from ktx.kernels.work import Shape, Work, tiles_for
 
 
 class Hopper(DriverBase):
@@ -77,6 +77,23 @@ def attend_to_latent(heads: int) -> None:
     mla.mla_attention(q, q_rope, blank(2, 64, 512), blank(2, 64, 64), plan, 1.0)
 
 
+def in_f32() -> None:
+    for shape, wide in ((Shape(8, 2, 128, 128), 0), (Shape(16, 1, 512, 512, latent=True), 64)):
+        tiles = tiles_for(shape.key_columns, shape.latent, exact=True)
+        work = Work([300], shape, "cpu", slots=132, tiles=tiles)
+        plan = work.plan(torch.tensor([[0, 300, 300]]), torch.zeros(1, 32, dtype=torch.int32))
+        q, pool = (
+            blank(*size, dtype=torch.float32)
+            for size in ((1, shape.heads, 300, shape.key_columns), (2, shape.kv_heads, 64, shape.key_columns))
+        )
+        turned = {
+            "q_rope": blank(1, shape.heads, 300, wide, dtype=torch.float32),
+            "k_rope": blank(2, 1, 64, wide, dtype=torch.float32),
+        }
+        paged.attention(q, pool, pool, plan, 1.0, **(turned if wide else {}))
+    gpu_norm.rms_norm(blank(300, 7168), torch.zeros(7168), 1e-6)
+
+
 def everything_else() -> None:
     eight, slots = torch.float8_e4m3fn, torch.zeros(5, dtype=torch.int64)
     work = Work([1, 300], Shape(9, 3, 80, 72), "cpu", slots=132)
@@ -84,6 +101,7 @@ def everything_else() -> None:
     for page, stored in ((48, torch.bfloat16), (64, eight)):
         pools = (blank(2, 3, page, columns, dtype=stored) for columns in (80, 72))
         paged.attention(blank(1, 9, 301, 80), *pools, plan, 1.0, torch.zeros(9), 30.0)
+    in_f32()
     tables = blank(1, 5, 64), blank(1, 5, 64)
     heads = blank(1, 20, 5, 128), blank(1, 3, 5, 128), blank(1, 3, 5, 64)
     rope_store.store_heads(*heads, *tables, slots, *(blank(4, 3, 64, d, dtype=eight) for d in (128, 64)), True)
@@ -96,6 +114,7 @@ def main(heads: str = "") -> None:
     found: list[dict[str, Any]] = []
     for module, name in ((paged, "_attend"), (merge, "_merge")):
         Compiled(module, name, found)
+    Compiled(gpu_norm, "_rms_norm", found)
     for name in ("_store_heads", "_store_latent"):
         Compiled(rope_store, name, found)
     if heads:
