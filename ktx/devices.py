@@ -1,7 +1,8 @@
 """Where modules can be: on the CPU or on a GPU.
 
 A machine without a GPU can pretend to have some, for plans and tests: `KTX_GPU=fake:2` makes cuda:0 and cuda:1. Their tensors lie in the CPU's
-memory, and Triton's interpreter runs their kernels (TRITON_INTERPRET=1 has to be set before they are imported).
+memory, and Triton's interpreter runs their kernels (TRITON_INTERPRET=1 has to be set before they are imported). A machine with one GPU can
+take it for several: with `KTX_GPU=split:2` cuda:0 and cuda:1 are both the first one.
 """
 
 from __future__ import annotations
@@ -44,13 +45,17 @@ CPU = Device("cpu", torch.device("cpu"))
 
 def gpus() -> list[Device]:
     """The GPUs of this machine, or those that it pretends to have. UsageError for a KTX_GPU that cannot be meant."""
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wish := os.environ.get(PRETEND, ""):
-        count = re.fullmatch(r"fake:([1-9]\d?)", wish)
-        if count is None:
-            raise UsageError(f"{PRETEND}={wish}: give fake:N with N pretended GPUs, or leave it out")
-        return [Device(f"cuda:{i}", torch.device("cpu"), True, True) for i in range(int(count[1]))]
-    count_found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [Device(f"cuda:{i}", torch.device("cuda", i), True) for i in range(count_found)]
+        known = re.fullmatch(r"(fake|split):([1-9]\d?)", wish)
+        if known is None or (known[1] == "split" and not there):
+            raise UsageError(
+                f"{PRETEND}={wish}: give fake:N with N pretended GPUs, split:N to take the one there is for N, or leave it out"
+            )
+        fake = known[1] == "fake"
+        where = torch.device("cpu") if fake else torch.device("cuda", 0)
+        return [Device(f"cuda:{i}", where, True, fake) for i in range(int(known[2]))]
+    return [Device(f"cuda:{i}", torch.device("cuda", i), True) for i in range(there)]
 
 
 def device_of(name: str, where: str = "") -> Device:

@@ -43,7 +43,21 @@ def test_no_gpu(monkeypatch):
         device_of("cuda")
 
 
-@pytest.mark.parametrize("wish", ["fake", "fake:0", "fake:1000", "2", "real"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_one_gpu_taken_for_several(monkeypatch):
+    monkeypatch.setenv("KTX_GPU", "split:3")
+    assert [str(gpu) for gpu in gpus()] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert {gpu.torch for gpu in gpus()} == {torch.device("cuda", 0)} and not any(gpu.pretended for gpu in gpus())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_no_gpu_cannot_be_taken_for_several(monkeypatch):
+    monkeypatch.setenv("KTX_GPU", "split:2")
+    with pytest.raises(UsageError, match="split:2: give"):
+        gpus()
+
+
+@pytest.mark.parametrize("wish", ["fake", "fake:0", "fake:1000", "split", "2", "real"])
 def test_a_pretence_that_cannot_be_meant(monkeypatch, wish):
     monkeypatch.setenv("KTX_GPU", wish)
     with pytest.raises(UsageError, match=f"KTX_GPU={wish}: give fake:N"):
