@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -66,6 +66,7 @@ class Part:
     experts: int = 0
     top: int = 0
     row: bool = False  # a token reads one row
+    pinned: bool = False  # to the CPU, by a rule
 
     def on(self, gpu: bool) -> Bytes:
         return self.gpu if gpu else self.cpu
@@ -93,6 +94,7 @@ class Kept:
     queries: int = 0
     latent: bool = False
     expanded: int = 0
+    pinned: bool = False
 
     def row(self, store: KVType, gpu: bool) -> int:
         """Bytes of a position."""
@@ -114,7 +116,6 @@ class Footprint:
     kept: list[Kept]
     hidden: int
     vocabulary: int
-    context: int  # most positions that the model knows; 0: not told
 
     @property
     def layers(self) -> int:
@@ -143,7 +144,9 @@ def _scales(qtype: QType, shape: tuple[int, ...]) -> int:
 def footprint(model: Any, plan: Plan, source: WeightSource) -> Footprint:
     """Of a skeleton on which rules were put, all on the CPU."""
     config = model.config
-    parts = [part for step in plan if (part := _part(step, model.get_submodule(step.path), plan, source)) is not None]
+    below = tuple(f"{step.path}." for step in plan if step.rule is not None and step.rule.device)
+    found = [_part(step, model.get_submodule(step.path), plan, source) for step in plan]
+    parts = [replace(part, pinned=f"{part.path}.".startswith(below)) for part in found if part is not None]
     stock = DynamicCache(config=config).layers
     named = [(path, module) for path, module in model.named_modules() if group_of(path) == ATTENTION]
     own = [(path, module) for path, module in named if hasattr(module, "layer_idx")]
@@ -152,8 +155,8 @@ def footprint(model: Any, plan: Plan, source: WeightSource) -> Footprint:
         for path, module in own
         if module.layer_idx < len(stock)
     ]
-    context = int(getattr(config, "max_position_embeddings", None) or 0)
-    return Footprint(parts, kept, int(config.hidden_size), int(config.vocab_size), context)
+    kept = [replace(layer, pinned=f"{layer.path}.".startswith(below)) for layer in kept]
+    return Footprint(parts, kept, int(config.hidden_size), int(config.vocab_size))
 
 
 def group_of(path: str) -> str:

@@ -157,12 +157,14 @@ def measure(
     moe_dtype: str | None = None,
     moe_experts: int | None = None,
 ) -> tuple[Footprint, Rules]:
-    """What a model takes wherever it is, from headers alone, and its rules. UsageError for rules that place a module themselves."""
+    """What a model takes wherever it is, from headers alone, and its rules. UsageError for rules that put a module on a GPU themselves."""
     config = read_config(model, trust_remote_code)
     chosen = load_rules(rules, config.model_type)
-    fixed = next((rule for rule in chosen if rule.device), None)
+    fixed = next((rule for rule in chosen if rule.device and rule.device.strip() != CPU.name), None)
     if fixed is not None:
-        raise UsageError(f"{fixed.where}: this rule has a device of its own; a placement by budget needs rules without")
+        raise UsageError(
+            f"{fixed.where}: this rule chooses a GPU itself; a placement by budget needs rules that do not"
+        )
     unplaced = Rules(chosen, base=chosen.base, asked=chosen.asked)
     targets = _targets(weight_dtype, moe_dtype)
     built, made, source, _ = _prepare(

@@ -81,6 +81,8 @@ class Placement:
 
     def device(self, part: Part | Kept) -> str:
         group = getattr(part, "group", "")
+        if part.pinned:
+            return CPU
         if group == EMBEDDING:
             return self.embedding
         if group == EXPERTS and part.layer not in self.experts:
@@ -142,6 +144,12 @@ class Placement:
         lacks = {device: self.total(device) - self.budget.of(device) for device in self.names}
         return {device: lack for device, lack in lacks.items() if lack > 0}
 
+    @property
+    def away(self) -> set[tuple[int, str]]:
+        """Layers, and which groups of theirs are on the CPU."""
+        parts = [(part.layer, part.group) for part in self.model.parts if self.device(part) == CPU]
+        return {(layer, group) for layer, group in parts if layer is not None}
+
     # ---- what a token costs
 
     def reads(self, device: str) -> int:
@@ -154,10 +162,9 @@ class Placement:
 
     def crossings(self) -> int:
         """How often hidden states change their device for a token."""
-        path = [self.embedding]
+        path, away = [self.embedding], Counter(layer for layer, _ in self.away)
         for layer, device in enumerate(self.layers):
-            away = any(part.group == EXPERTS and part.layer == layer for part in self.model.parts)
-            path += [device, CPU, device] if away and layer not in self.experts else [device]
+            path += [device, *[CPU, device] * away[layer]]
         return sum(a != b for a, b in zip(path, path[1:], strict=False))
 
     def seconds(self, speeds: Speeds) -> dict[str, float]:
@@ -217,10 +224,10 @@ def _spread(model: Footprint, budget: Budget, counts: Callable[[Part], bool]) ->
     """Layers over the GPUs by what they weigh in each one's room."""
     weights = [0] * model.layers
     for part in model.parts:
-        if counts(part) and part.group != EMBEDDING:
+        if counts(part) and part.group != EMBEDDING and not part.pinned:
             weights[-1 if part.layer is None else part.layer] += part.gpu.held
     for layer in model.kept:
-        weights[layer.layer] += layer.nbytes(budget.context, budget.batch, budget.kv, True)
+        weights[layer.layer] += 0 if layer.pinned else layer.nbytes(budget.context, budget.batch, budget.kv, True)
     gpus = budget.gpus
     return Placement(
         model, budget, [gpus[i] for i in balanced(weights, [max(1, size - CONTEXT) for size in budget.vram])]

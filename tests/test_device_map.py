@@ -29,9 +29,7 @@ devices:
 
 @pytest.fixture
 def two(monkeypatch):
-    """Two pretended GPUs, on which every operator stands for itself: the plan is what is looked at."""
     monkeypatch.setenv("KTX_GPU", "fake:2")
-    monkeypatch.setattr("ktx.inject.on_gpu", lambda cls, where="": cls)
 
 
 @pytest.fixture
@@ -217,7 +215,8 @@ def test_shipped_placements_plan_every_family(two, tmp_path, family):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
             found = devices(ktx.plan(tmp_path, rules=name))
-        assert set(found.values()) == expected, name
+        recurrent = {device for path, device in found.items() if ".linear_attn" in path}
+        assert recurrent <= {"cpu"} and set(found.values()) == expected | recurrent, name
         experts = {device for path, device in found.items() if path.endswith(".experts")}
         assert experts and (experts == {"cpu"}) == name.endswith("-cpu"), name
         assert (found["model.embed_tokens"] == "cpu") == name.endswith("-cpu")
