@@ -18,7 +18,7 @@ SMALLER = {
     "deepseek_v3": MOE | {"n_routed_experts": 8, "num_local_experts": 8, "q_lora_rank": 32, "kv_lora_rank": 32},
     "glm4_moe": MOE | {"n_routed_experts": 4, "head_dim": 32},
     "qwen3_moe": MOE | {"num_experts": 4, "head_dim": 32},
-    "gpt_oss": {"head_dim": 32, "intermediate_size": 32},
+    "gpt_oss": {"head_dim": 32, "intermediate_size": 32, "sliding_window": 4},
 }
 F32 = {"dtype": torch.float32, "kv_dtype": "f32"}
 
