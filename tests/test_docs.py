@@ -31,7 +31,10 @@ SMALLER: list[tuple[str, str]] = [
     (r"/tmp/v2lite", '"$OUT/v2lite"'),
     (r"--preset v2lite", "--preset v2lite --layers 2 --experts 4 --moe-ff 64 --hidden 256 --ff 512 --vocab 512"),
     (r"-p [\d,]+ -n [\d,]+ -t 2 -r 3", "-p 16 -n 2 -t 2 -r 1"),
-    (r"^(ktx verify --perplexity .*)", r"\1 --tokens 300"),
+    (
+        r"^(ktx verify --perplexity .*)",
+        r'\1 --tokens 300 --model "$MODEL" --weights "$WEIGHTS"',
+    ),  # every format: tests/test_cli.py
     (r" --peer llama\.cpp", ""),
     (r"^git clone .*|^cd ktx$|^pip install .*|^apt-get .*", "true"),
     (r"^((?:KTX_ISA=\w+ )?)make ([a-z-]+).*", r"\1make -n \2"),
