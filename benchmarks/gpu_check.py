@@ -1,7 +1,8 @@
 """`make gpu-check`: what a machine with a CUDA GPU has to show, in under ten minutes.
 
 Runs on the installed wheel or the checkout: the CPU kernels on this host (its CPU may have instructions that the
-developers' machines lack), the model families, and the tests marked `gpu`. Appends one line to benchmarks/results/.
+developers' machines lack), the model families, operators and models on the GPU, its kernels against its limits, and a model of DeepSeek-V2-Lite's shapes on the
+CPU, on the GPU, and on both. Appends one line to benchmarks/results/; what the stages measured goes there too.
 """
 
 from __future__ import annotations
@@ -12,17 +13,26 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECORD = str(ROOT / "benchmarks" / "results" / "gpu_attention.jsonl")
+RESULTS = ROOT / "benchmarks" / "results"
+RECORD, HYBRID = str(RESULTS / "gpu_attention.jsonl"), str(RESULTS / "gpu_hybrid.jsonl")
 STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing is marked gpu)
     ("cpu kernels", ["-m", "ktx.kernels.check"], (0,)),
     ("families and demo model", ["-m", "pytest", "-q", "tests/models", "tests/test_demo.py", "tests/kernels"], (0,)),
     ("gpu tests", ["-m", "pytest", "-q", "-m", "gpu", "tests"], (0, 5)),
+    ("models on the gpu", ["-m", "pytest", "-q", "tests/gpu", "tests/test_devices.py"], (0,)),
     ("gpu attention", ["benchmarks/gpu_attention.py", "--quick", "--record", RECORD], (0,)),
     ("packed weights", ["benchmarks/gpu_weights.py", "--quick"], (0,)),
+    (
+        "a model to measure",
+        ["benchmarks/make_model.py", "--preset", "v2lite", "--layers", "8", "--out", "{scratch}"],
+        (0,),
+    ),
+    ("cpu, hybrid, gpu", ["benchmarks/gpu_hybrid.py", "--model", "{scratch}", "--record", HYBRID], (0,)),
 )
 
 
@@ -41,9 +51,7 @@ def machine() -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", default=str(ROOT / "benchmarks" / "results" / "gpu_check.jsonl"), help="file the record is appended to"
-    )
+    parser.add_argument("--out", default=str(RESULTS / "gpu_check.jsonl"), help="file the record is appended to")
     args = parser.parse_args()
     record = machine()
     if not record["gpu"]:
@@ -54,11 +62,13 @@ def main() -> int:
         return 1
     print(" · ".join(f"{key} {value}" for key, value in record.items()), flush=True)
     stages = {}
-    for name, command, passing in STAGES:
-        print(f"\n== {name}", flush=True)
-        start = time.perf_counter()
-        code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
-        stages[name] = {"ok": code in passing, "exit": code, "seconds": round(time.perf_counter() - start, 1)}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, command, passing in STAGES:
+            print(f"\n== {name}", flush=True)
+            start = time.perf_counter()
+            words = [word.replace("{scratch}", scratch) for word in command]
+            code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
+            stages[name] = {"ok": code in passing, "exit": code, "seconds": round(time.perf_counter() - start, 1)}
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()

@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ whose figures the issue tracker and README quote: they run on the demo model and say what they measured."""
+"""The scripts of benchmarks/ whose figures the README and the notes quote: they run on the demo model and say what they measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import ktx.demo
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +39,20 @@ def test_a_script_says_what_it_measured(words, positive):
 def test_without_a_gpu_its_attention_is_not_measured():
     done = subprocess.run([sys.executable, "benchmarks/gpu_attention.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "no CUDA device" in done.stderr and not done.stdout
+
+
+def test_a_model_is_measured_where_it_is_put(tmp_path):
+    """On the CPU, here; tests/gpu has what other placements compute."""
+    record = tmp_path / "lines.jsonl"
+    words = ["--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf()), "-p", "8", "-n", "2", "-r", "1"]
+    words += ["--placements", "cpu", "--record", str(record)]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/gpu_hybrid.py", *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    line = json.loads(record.read_text())
+    assert line["placement"] == "cpu" and line["layers"] == 3 and "vram used" not in line
+    assert line["prompt 8 tok/s"] > 0 and line["token ms"] > 0 and done.stdout.splitlines()[1].split()[0] == "cpu"
 
 
 def test_a_short_soak_finds_nothing_wrong():
