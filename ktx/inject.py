@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktx.device_map import Place
+from ktx.device_map import Place, spans
 from ktx.devices import CPU, Device, device_of, gpus
 from ktx.errors import BadFile, UsageError, nearest
 from ktx.hardware import human
@@ -166,7 +166,7 @@ def layer_of(path: str) -> int | None:
 
 
 def _named(generic: str, numbers: Sequence[int]) -> str:
-    return generic.replace("{}", _spans(numbers) if len(numbers) > 1 else "".join(map(str, numbers)))
+    return generic.replace("{}", f"[{spans(numbers)}]" if len(numbers) > 1 else "".join(map(str, numbers)))
 
 
 def _folded(plan: Plan) -> Iterator[tuple[str, Step]]:
@@ -184,16 +184,6 @@ def _folded(plan: Plan) -> Iterator[tuple[str, Step]]:
     for (generic, *_), steps in groups.items():
         numbers = [number for step in steps for number in _generic(step.path)[1]]
         yield _named(generic, numbers), replace(steps[0], specs=[spec for step in steps for spec in step.specs])
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return "[" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) + "]"
 
 
 def inject(
