@@ -38,7 +38,7 @@ from ktx.ops.embed import Embedding
 from ktx.ops.experts import Experts
 from ktx.ops.linear import Linear
 from ktx.ops.sizes import sizes
-from ktx.placement import RESERVE, shares
+from ktx.placement import RESERVE, SLACK, shares
 from ktx.rules import FILES, Rule, Rules, load_rules
 from ktx.weights.source import WeightSource, open_weights
 
@@ -438,7 +438,7 @@ def check_memory(made: Plan) -> None:
 
 def memory_needed(made: Plan, device: Device = CPU) -> int:
     """Bytes of packed weights on a device and a reserve."""
-    return int(sum(step.memory for step in made if step.device == device.name) * 1.05) + RESERVE
+    return int(sum(step.memory for step in made if step.device == device.name) * (1 + SLACK)) + RESERVE
 
 
 def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: bool = False) -> Any:
