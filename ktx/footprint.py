@@ -36,10 +36,8 @@ GROUPS = (  # what a module is part of, by the first expression that its path ho
     ("norms and the rest", ""),
 )
 EXPERTS, EMBEDDING, OUTPUT, ATTENTION = GROUPS[0][0], GROUPS[2][0], GROUPS[3][0], GROUPS[4][0]
-FLOAT, HALF = (
-    4,
-    2,
-)  # bytes of a number: parameters that are no matrices are f32; beside a GPU the model computes in bf16
+# Bytes of a number: parameters that are no matrices are f32; beside a GPU the model computes in bf16.
+FLOAT, HALF = 4, 2
 Matrix = tuple[QType, tuple[int, ...]]  # a type and [.., n, k]
 
 

@@ -19,6 +19,7 @@ from ktx.cache.kv import KVType
 from ktx.device_map import Place, spans
 from ktx.errors import UsageError
 from ktx.footprint import EMBEDDING, EXPERTS, GROUPS, OUTPUT, Footprint, Kept, Part
+from ktx.ops.gpu.handover import SLOTS
 from ktx.rules import Rule
 
 RESERVE = 256 << 20  # on the CPU: what tables and one tensor in flight take beside the packed weights
@@ -131,7 +132,7 @@ class Placement:
         need += scratch.expanding(kept, budget.context)
         need += scratch.logits(self.model, budget.batch) if any(part.group == OUTPUT for part in parts) else 0
         if budget.vram:
-            need += scratch.crossing(self.model, tokens) * (1 if gpu else scratch.SLOTS * len(budget.vram))
+            need += scratch.crossing(self.model, tokens) * (1 if gpu else SLOTS * len(budget.vram))
         if gpu:
             need += scratch.attention(kept, tokens, budget.batch) + scratch.dequantised(parts)
         return need

@@ -8,13 +8,12 @@ from collections.abc import Collection, Sequence
 import torch
 
 from ktx.footprint import FLOAT, HALF, Footprint, Kept, Part
+from ktx.kernels.planes import PIECE
 from ktx.kernels.work import Shape, Work
 from ktx.ops.mla import EXPAND_BYTES
 
 MULTIPROCESSORS = 132  # of an H100: attention's scratch grows with them
-PIECE = 1 << 26  # weights that a GPU dequantises at once, as in ktx.kernels.gpu_linear
 RESIDUALS = 4  # hidden states in flight: residual, normed, a module's result, their sum
-SLOTS = 2  # sets of buffers of the hand-over to the CPU
 
 
 def activations(of: Footprint, parts: Collection[Part], tokens: int, gpu: bool) -> int:

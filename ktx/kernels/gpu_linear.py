@@ -17,12 +17,11 @@ import triton.language as tl
 from ktx.errors import KtxError
 from ktx.kernels import fp8, products
 from ktx.kernels.dequant import book, decoding, dequantize, rows
-from ktx.kernels.planes import Packed, pack, pack_experts
+from ktx.kernels.planes import PIECE, Packed, pack, pack_experts
 
 __all__ = ["Packed", "dequantize", "linear", "linear_batched", "pack", "pack_experts", "rows"]
 
 FEW, MANY = 4, 64  # most tokens of the one kernel and of the other
-PIECE = 1 << 26  # weights that are dequantised at once
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

@@ -27,6 +27,7 @@ class Field(NamedTuple):
     dtype: torch.dtype
 
 
+PIECE = 1 << 26  # weights that are dequantised at once; a plan counts it where there is no Triton
 BYTE, SIGNED, WORD, HALF = torch.uint8, torch.int8, torch.int32, torch.float16
 FIELDS: dict[str, tuple[Field, ...]] = {  # planes in their order; what a field holds is told in decode.py
     "F32": (Field(0, 4, torch.float32),),
