@@ -24,7 +24,7 @@ from ktx.cache.kv import Q8_0, KVType, kv_type
 from ktx.compat import config_dict, dtype_plan
 from ktx.config import warn_unknown
 from ktx.device_map import Place, arranged, split
-from ktx.devices import CPU, PRETEND, Device
+from ktx.devices import CPU, PRETEND, Device, gpus
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.footprint import Footprint, footprint
 from ktx.hardware import human, keep_freed_memory, memory
@@ -232,16 +232,30 @@ def _prepare(
         made.fill(source)
         return built, made
 
-    places, kind = placed(chosen.places), dtype or torch.float32
+    places = placed(chosen.places)
+    kind = dtype or _type_beside(_names_gpu(chosen, places))
     several = next((len(place.several) for place in places if place.several), 0)
     if several:  # split by bytes, which a plan on the CPU tells
         alike = footprint(*planned([replace(rule, device=None) for rule in chosen], (), kind, False), source)
         places = split(places, shares(alike, several, places, chosen))
     built, made = planned(chosen, places, kind, chosen.asked)
-    if dtype is None and any(device.gpu for device in made.devices.values()):
-        kind = torch.bfloat16
-        built, made = planned(chosen, places, kind, False)
-    return built, made, source, kind
+    found = dtype or _type_beside(any(device.gpu for device in made.devices.values()))
+    if found != kind:  # what names a GPU found no module, and that has been told
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            built, made = planned(chosen, places, found, False)
+    return built, made, source, found
+
+
+def _type_beside(gpu: bool) -> torch.dtype:
+    """What a model computes in unless something else is said."""
+    return torch.bfloat16 if gpu else torch.float32
+
+
+def _names_gpu(rules: Sequence[Rule], places: Sequence[Place]) -> bool:
+    """Whether a module may be put on a GPU of this machine."""
+    named = [*(rule.device for rule in rules), *(place.device for place in places)]
+    return bool(gpus()) and any(name and name.strip() != CPU.name for name in named)
 
 
 def _hub_folder(model: str) -> Path:
