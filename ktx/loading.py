@@ -133,7 +133,7 @@ def load(
     if mtp:
         beside = mtp_layer.detach(built)
         homes |= dict.fromkeys((beside, beside.layers), homes[beside.layer])
-    crossing.install(built, homes)
+    crossing.install(built, homes, dtype)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     own = sizes(built)
     config: Any = built.config
