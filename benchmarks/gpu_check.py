@@ -2,7 +2,7 @@
 
 Runs on the installed wheel or the checkout: the CPU kernels on this host (its CPU may have instructions that the
 developers' machines lack), the model families, operators and models on the GPU, its kernels against its limits, and a model of DeepSeek-V2-Lite's shapes on the
-CPU, on the GPU, and on both. Appends one line to benchmarks/results/; what the stages measured goes there too.
+CPU, on the GPU, and on both, with a picture of one step. Appends one line to benchmarks/results/; what the stages measured goes there too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD, HYBRID = str(RESULTS / "gpu_attention.jsonl"), str(RESULTS / "gpu_hybrid.jsonl")
+TRACE = str(RESULTS / "gpu_trace.png")
 STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing is marked gpu)
     ("cpu kernels", ["-m", "ktx.kernels.check"], (0,)),
     ("families and demo model", ["-m", "pytest", "-q", "tests/models", "tests/test_demo.py", "tests/kernels"], (0,)),
@@ -33,6 +34,7 @@ STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing i
         (0,),
     ),
     ("cpu, hybrid, gpu", ["benchmarks/gpu_hybrid.py", "--model", "{scratch}", "--record", HYBRID], (0,)),
+    ("a step", ["benchmarks/gpu_trace.py", "--model", "{scratch}", "--output", TRACE], (0,)),
 )
 
 

@@ -2,6 +2,7 @@
 
 Three placements, each in a process of its own: `cpu`; `hybrid`, with the routed experts in the CPU's memory; `gpu`. A line for each: tokens a second of prompts and of
 tokens one at a time, and the GPU's memory, the most that torch has given out beside what the plan counts (without the plan's allowance for CUDA itself). `--record FILE` appends JSON lines.
+`--of 61` is for a model that was cut to fewer layers: it is measured with the first half of its layers too, and what a layer more takes is extrapolated to 61.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +43,21 @@ def placement(args: argparse.Namespace, context: int) -> Any:
     )
 
 
-def measured(args: argparse.Namespace) -> dict[str, Any]:
-    """One placement."""
+@contextmanager
+def cut(model: Any, layers: int) -> Iterator[None]:
+    """The model with its first layers only."""
+    whole, model.config.num_hidden_layers = model.config.num_hidden_layers, layers
+    try:
+        yield
+    finally:
+        model.config.num_hidden_layers = whole
+
+
+def timed(args: argparse.Namespace, model: Any) -> dict[str, float]:
+    """Seconds of each prompt, by its length, and of a token ("token")."""
     import torch
 
     from ktx.cache.kv import KVCache
-    from ktx.placement import CONTEXT
-
-    made = placement(args, max(args.prompts) + args.tokens + WARM)
-    model, _ = ktx.load(args.model, args.weights, devices=made.map(), progress=False)
 
     def step(ids: torch.Tensor, cache: Any) -> float:
         start = time.perf_counter()
@@ -58,17 +67,55 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         return time.perf_counter() - start
 
     source = torch.Generator().manual_seed(1)
-    vocabulary = model.config.vocab_size
-    found: dict[str, Any] = {"placement": args.one, "layers": made.model.layers}
+    found = {}
     for count in args.prompts:
-        prompts = [torch.randint(3, vocabulary, (1, count), generator=source) for _ in range(args.repeat + 1)]
+        prompts = [
+            torch.randint(3, model.config.vocab_size, (1, count), generator=source) for _ in range(args.repeat + 1)
+        ]
         times = []
         for prompt in prompts:
             cache = KVCache(model.config, model.ktx.kv_dtype)
             times.append(step(prompt, cache))
-        found[f"prompt {count} tok/s"] = count / statistics.median(times[1:])  # the first one compiles
+        found[f"prompt {count}"] = statistics.median(times[1:])  # the first one compiles
     each = [step(torch.tensor([[7]]), cache) for _ in range(WARM + args.tokens)][WARM:]
-    found |= {"token ms": 1e3 * statistics.median(each), "token tok/s": 1 / statistics.median(each)}
+    return found | {"token": statistics.median(each)}
+
+
+def named(args: argparse.Namespace, seconds: dict[str, float], note: str = "") -> dict[str, float]:
+    """What is printed of times."""
+    found = {f"prompt {count} tok/s{note}": count / seconds[f"prompt {count}"] for count in args.prompts}
+    return found | {f"token ms{note}": 1e3 * seconds["token"], f"token tok/s{note}": 1 / seconds["token"]}
+
+
+def extrapolated(args: argparse.Namespace, model: Any, seconds: dict[str, float]) -> dict[str, float]:
+    """Milliseconds of one layer more, and what a model of `args.of` such layers would do."""
+    layers = model.config.num_hidden_layers
+    few = max(getattr(model.config, "first_k_dense_replace", 0), layers // 2)
+    if not 0 < few < layers <= args.of:
+        raise SystemExit(
+            f"--of {args.of}: the model has {layers} layers; it takes at least two with experts, and no more than are asked for"
+        )
+    with cut(model, few):
+        fewer = timed(args, model)
+    layer = {name: (taken - fewer[name]) / (layers - few) for name, taken in seconds.items()}
+    whole = {name: taken + (args.of - layers) * layer[name] for name, taken in seconds.items()}
+    return {f"{name} ms a layer": 1e3 * each for name, each in layer.items()} | named(
+        args, whole, f" of {args.of} layers, extrapolated"
+    )
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """One placement."""
+    import torch
+
+    from ktx.placement import CONTEXT
+
+    made = placement(args, max(args.prompts) + args.tokens + WARM)
+    model, _ = ktx.load(args.model, args.weights, devices=made.map(), progress=False)
+    found: dict[str, Any] = {"placement": args.one, "layers": made.model.layers}
+    found |= named(args, seconds := timed(args, model))
+    if args.of:
+        found |= extrapolated(args, model, seconds)
     if args.one != "cpu":
         real = torch.cuda.is_available()
         found["vram planned"] = made.total("cuda:0") - CONTEXT
@@ -100,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-p", "--prompts", default="512,2048", type=lambda text: [int(n) for n in text.split(",")])
     parser.add_argument("-n", "--tokens", type=int, default=32)
     parser.add_argument("-r", "--repeat", type=int, default=2)
+    parser.add_argument("--of", type=int, metavar="LAYERS", help="extrapolate to a model of so many layers")
     parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS))
     parser.add_argument("--record", metavar="FILE", help="append JSON lines")
     parser.add_argument("--one", choices=PLACEMENTS, help=argparse.SUPPRESS)
@@ -123,6 +171,9 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         line = json.loads(done.stdout.splitlines()[-1])
         print(row(line, names), flush=True)
+        for name in line:
+            if "a layer" in name or "extrapolated" in name:
+                print(f"{'':9}  {name}: {line[name]:.2f}", flush=True)
         if args.record:
             with open(args.record, "a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import ktx.demo
+from ktx.ops.gpu.handover import HandOver, Job
+from ktx.ops.gpu.streams import ThreadStream
+from tests.random_model import script
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,7 +49,7 @@ def test_a_model_is_measured_where_it_is_put(tmp_path):
     """On the CPU, here; tests/gpu has what other placements compute."""
     record = tmp_path / "lines.jsonl"
     words = ["--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf()), "-p", "8", "-n", "2", "-r", "1"]
-    words += ["--placements", "cpu", "--record", str(record)]
+    words += ["--placements", "cpu", "--record", str(record), "--of", "61"]
     done = subprocess.run(
         [sys.executable, "benchmarks/gpu_hybrid.py", *words], cwd=ROOT, capture_output=True, text=True
     )
@@ -53,6 +57,37 @@ def test_a_model_is_measured_where_it_is_put(tmp_path):
     line = json.loads(record.read_text())
     assert line["placement"] == "cpu" and line["layers"] == 3 and "vram used" not in line
     assert line["prompt 8 tok/s"] > 0 and line["token ms"] > 0 and done.stdout.splitlines()[1].split()[0] == "cpu"
+    expected = line["token ms"] + 58 * line["token ms a layer"]
+    assert line["token ms of 61 layers, extrapolated"] == pytest.approx(expected)
+    assert "prompt 8 tok/s of 61 layers, extrapolated: " in done.stdout
+
+
+def test_a_step_is_drawn_with_what_is_busy_in_it(tmp_path, monkeypatch):
+    trace = script("gpu_trace")
+    mark = {"ph": "X", "cat": "user_annotation", "name": trace.MARK, "tid": 1, "ts": 1000.0, "dur": 10_000.0}
+    spans = [("kernel", 2000, 1000), ("kernel", 2500, 1500), ("gpu_memcpy", 4000, 100), ("kernel", 500, 100)]
+    events = [mark, {"ph": "M", "name": "thread_name"}]
+    events += [{"ph": "X", "cat": cat, "name": "k", "tid": 7, "ts": ts, "dur": dur} for cat, ts, dur in spans]
+    found = trace.read(events, 5_000_000, [(7_000_000, 11_000_000), (4_000_000, 4_500_000)], False)
+    assert found.length == 10 and found.rows[trace.EXPERTS] == [(2, 6)]
+    assert (found.busy(trace.GPU), found.busy(trace.COPIES), found.busy(trace.EXPERTS)) == (2, pytest.approx(0.1), 4)
+    assert found.limit == pytest.approx(1.1 * 4 + 1) and "step 10.00 ms · GPU 2.00 ms" in trace.told(found)
+    trace.draw(found, "a step", str(tmp_path / "deep" / "trace.png"))
+    assert (tmp_path / "deep" / "trace.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_experts_are_timed_where_they_run_beside_the_profilers_clock():
+    trace, way = script("gpu_trace"), HandOver(ThreadStream(torch.device("cpu")))
+
+    def step():
+        given = torch.randn(2, 4), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
+        way.result(way.submit(lambda hidden, *_: time.sleep(0.05) or hidden, *given))
+
+    run = Job.run
+    found = trace.profiled(step, pretended=True)
+    ((begin, end),) = found.rows[trace.EXPERTS]
+    assert 0 <= begin and 45 <= end - begin and end <= found.length + 1 and Job.run is run
+    assert 0 < found.busy(trace.GPU) < found.length
 
 
 def test_a_short_soak_finds_nothing_wrong():
