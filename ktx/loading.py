@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktx.cache.kv import Q8_0, KVType, kv_type
+from ktx.cache.kv import FP8, KVType, kv_type
 from ktx.devices import CPU, PRETEND, Device
 from ktx.errors import DoesNotFit, UsageError
 from ktx.filling import Tally, fill, progress_bar, repair
@@ -93,7 +93,7 @@ def load(
     `model` is a Hugging Face folder, a hub id, or a GGUF file whose metadata suffices; `weights` a GGUF file, a folder of one, or
     safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `dtype` is what the model computes in (default: bf16
     if a part of it is on a GPU, else f32). `kv_dtype` is what keys and values are kept in (f16,
-    bf16, f32, q8_0 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
+    bf16, f32, q8_0, fp8 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
     first start writes them, later ones map them. `device` (cpu, cuda, cuda:N, or several GPUs that share the layers) is where everything but the routed experts
     is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
@@ -109,6 +109,8 @@ def load(
     )
     made.check(source)
     _check_pretence(made)
+    if kv_dtype == FP8:
+        _check_fp8(made)
     if defer_experts:
         deferral.install(built, defer_experts)
     _cached_as(built, kv_dtype)
@@ -193,9 +195,9 @@ def _cached_as(model: nn.Module, wish: KVType) -> KVType:
         and hasattr(module, "layer_idx")
         and not isinstance(module, Attention | MLA)
     ]
-    if foreign and wish == Q8_0:
+    if foreign and isinstance(wish, str):
         raise UsageError(
-            f"kv_dtype q8_0: {foreign[0]} stays transformers' own by the rules and cannot read it; replace it by ktx.ops.attention.Attention or give f16"
+            f"kv_dtype {wish}: {foreign[0]} stays transformers' own by the rules and cannot read it; replace it by ktx.ops.attention.Attention or give f16"
         )
     return wish or (None if foreign else torch.float16)
 
@@ -206,6 +208,15 @@ def _check_pretence(made: Plan) -> None:
         raise UsageError(
             f"{PRETEND}={os.environ.get(PRETEND)}: kernels of pretended GPUs run in Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
         )
+
+
+def _check_fp8(made: Plan) -> None:
+    """UsageError where a GPU cannot read e4m3."""
+    for device in {device for device in made.devices.values() if device.gpu and not device.pretended}:
+        if (found := torch.cuda.get_device_capability(device.torch)) < (8, 9):
+            raise UsageError(
+                f"kv_dtype fp8: {device} has the compute capability {found[0]}.{found[1]}, e4m3 needs 8.9 (Ada, Hopper); give f16"
+            )
 
 
 def check_memory(made: Plan) -> None:

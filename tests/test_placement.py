@@ -116,7 +116,7 @@ def test_weights_that_are_made_on_loading_count_as_made():
     assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
 
 
-@pytest.mark.parametrize("kind", ["f16", "f32", "q8_0"])
+@pytest.mark.parametrize("kind", ["f16", "f32", "q8_0", "fp8"])
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_moe"])
 def test_caches_of_every_kind_count_whole_pages(tmp_path, family, kind):
     tiny(family).save_pretrained(tmp_path)

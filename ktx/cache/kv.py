@@ -21,14 +21,24 @@ CPU = torch.device("cpu")
 FIRST = 256  # positions of the first allocation: as those that follow, whole pages (ktx.cache.pages)
 HUGE_PAGE = 2 << 20
 Q8_0 = "q8_0"  # blocks of 32 columns, an f16 scale before 32 int8: 1.06 bytes a column; torch sees bytes
+FP8 = "fp8"  # on a GPU e4m3 as it is, without a scale; on the CPU, which knows none, Q8_0
 BLOCKS = QTYPES["Q8_0"]
-KVType = torch.dtype | str | None  # a float type, Q8_0, or None: whatever the model computes in
-KV_TYPES: dict[str, KVType] = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32, "q8_0": Q8_0}
+KVType = torch.dtype | str | None  # a float type, Q8_0 or FP8, or None: whatever the model computes in
+KV_TYPES: dict[str, KVType] = {
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f32": torch.float32,
+    "q8_0": Q8_0,
+    "fp8": FP8,
+}
+E4M3 = torch.float8_e4m3fn
+E4M3_MOST = torch.finfo(E4M3).max
+ON_GPU: dict[KVType, torch.dtype] = {Q8_0: torch.float16, FP8: E4M3}  # no kernel there knows blocks
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses keep states of other kinds beside keys
 
 
 def kv_type(wish: KVType) -> KVType:
-    """What a user asked for (f16, bf16, f32, q8_0, auto, or a torch type) as one of KV_TYPES; None for auto. UsageError otherwise."""
+    """What a user asked for (f16, bf16, f32, q8_0, fp8, auto, or a torch type) as one of KV_TYPES; None for auto. UsageError otherwise."""
     if wish is None or wish == "auto":
         return None
     if isinstance(wish, torch.dtype) and wish in KV_TYPES.values():
@@ -49,10 +59,12 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 def stored_row(store: KVType, columns: int, own: torch.dtype, device: torch.device) -> tuple[int, torch.dtype]:
-    """Elements and type of a stored row; columns that are no whole blocks of Q8_0 are kept in f16, and so is what is not on the CPU."""
-    if store != Q8_0:
-        return columns, store or own  # type: ignore[return-value]
-    if columns % BLOCKS.block or device.type != "cpu":
+    """Elements and type of a stored row; columns that are no whole blocks of Q8_0 are kept in f16."""
+    if not isinstance(store, str):
+        return columns, store or own
+    if device.type != "cpu":
+        return columns, ON_GPU[store]
+    if columns % BLOCKS.block:
         return columns, torch.float16
     return BLOCKS.row_bytes(columns), torch.uint8
 
@@ -108,9 +120,9 @@ class GrowingLayer(DynamicLayer):
         return keys.shape[:2] == values.shape[:2] == (batch, heads) and self.columns == columns
 
     def keep_floats(self) -> None:
-        """Says, while the layer is empty, that its reader knows no blocks of Q8_0: it keeps f16 instead."""
-        if not self.is_initialized and self.store_dtype == Q8_0:
-            self.store_dtype = torch.float16
+        """Says, while the layer is empty, that its reader is on a GPU and knows no blocks."""
+        if not self.is_initialized:
+            self.store_dtype = ON_GPU.get(self.store_dtype, self.store_dtype)
 
     def _grow(self, need: int) -> None:
         size = max(FIRST, 1 << (need - 1).bit_length())
@@ -159,9 +171,14 @@ class GrowingLayer(DynamicLayer):
 def put(states: torch.Tensor, stored: torch.Tensor) -> None:
     """Writes keys or values [batch, heads, new, columns] of any float type into a buffer's part."""
     if stored.dtype != torch.uint8:
-        stored.copy_(states)
+        stored.copy_(within(states, stored.dtype))
     else:
         cpu.ops.store_q8_0(states if states.stride(3) == 1 else states.contiguous(), stored)
+
+
+def within(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers that a type can hold; a cast to E4M3 may make NaN of larger ones, depending on torch's version."""
+    return states.clamp(-E4M3_MOST, E4M3_MOST) if dtype is E4M3 else states
 
 
 def values_of(stored: torch.Tensor) -> torch.Tensor:
@@ -173,7 +190,7 @@ def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None
     """A cache's layer as one that grows in place; None for a cache that has none, or is no cache.
 
     In a stock DynamicCache, which copies the whole past for every token, the layer is exchanged for one with the same content,
-    which is quantised when `store` is Q8_0.
+    which is quantised when `store` says so.
     """
     layers: Any = getattr(cache, "layers", ())
     if index >= len(layers):
@@ -191,7 +208,7 @@ def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None
     assert layer.keys is not None and layer.values is not None
     if layer.keys.dim() != 4:
         return None
-    layers[index] = grown = GrowingLayer(store if store == Q8_0 else None)
+    layers[index] = grown = GrowingLayer(store if isinstance(store, str) else None)
     grown.update(layer.keys, layer.values)
     return grown
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from ktx.cache.kv import CPU, PLAIN, Q8_0, KVType, empty, kv_type, stored_row
+from ktx.cache.kv import CPU, E4M3, ON_GPU, PLAIN, KVType, empty, kv_type, stored_row, within
 from ktx.cache.pages import PAGE
 from ktx.errors import UsageError
 from ktx.kernels import cpu
@@ -144,8 +144,8 @@ class PagedLayer(CacheLayerMixin):
 
     def keep_floats(self) -> None:
         """As GrowingLayer's."""
-        if not self.buffers and self.store_dtype == Q8_0:
-            self.store_dtype = torch.float16
+        if not self.buffers:
+            self.store_dtype = ON_GPU.get(self.store_dtype, self.store_dtype)
 
     def fits(self, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU) -> bool:
         """Whether keys and values of this shape can be kept; pools are made for the first ones, on `device`."""
@@ -191,10 +191,10 @@ class PagedLayer(CacheLayerMixin):
 
 def put_slots(states: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> None:
     """Writes [1, heads, tokens, columns] to its slots of a pool [pages, heads, PAGE, columns]."""
-    if pool.device.type == "cpu":
+    if pool.device.type == "cpu" and pool.dtype is not E4M3:
         cpu.ops.store_slots(states if states.stride(3) == 1 else states.contiguous(), pool, slots)
     else:
-        pool[slots // PAGE, :, slots % PAGE] = states[0].transpose(0, 1).to(pool.dtype)
+        pool[slots // PAGE, :, slots % PAGE] = within(states[0].transpose(0, 1), pool.dtype).to(pool.dtype)
 
 
 class PagedCache(Cache):

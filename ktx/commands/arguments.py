@@ -224,7 +224,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         dest="kv_dtype",
         default="auto",
         metavar="TYPE",
-        help="keys and values are kept as f16, bf16, f32 or q8_0 (half the memory of f16; default f16)",
+        help="keys and values are kept as f16, bf16, f32, q8_0 (half the memory of f16; a GPU keeps f16) or fp8 (half on a GPU; q8_0 on the CPU); default f16",
     )
     group.add_argument(
         "--cache-dir",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktx.cache.kv import Q8_0, KVType, growing
+from ktx.cache.kv import KVType, growing
 from ktx.cache.paged import paged
 from ktx.errors import UsageError
 from ktx.kernels import cpu
@@ -130,7 +130,7 @@ def window_of(module: Any) -> int:
 
 def float_type(kv_dtype: KVType, own: torch.dtype) -> torch.dtype:
     """The type in which keys and values are handed to a cache; one that quantises gets them in f16."""
-    return torch.float16 if kv_dtype == Q8_0 else own if kv_dtype is None else kv_dtype  # type: ignore[return-value]
+    return torch.float16 if isinstance(kv_dtype, str) else own if kv_dtype is None else kv_dtype
 
 
 def rotary_tables(embeddings: Any, halved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,11 +74,12 @@ def test_tables_of_a_batch_are_moved_once_a_device():
     assert tables.slots.tolist() == [128, 129, 130, 64] and tables.sequences.tolist() == [[0, 3, 3], [3, 1, 65]]
 
 
-def test_keys_in_eight_bits_are_f16_on_a_gpu(pair):
+@pytest.mark.parametrize("wish,kept", [("q8_0", torch.float16), ("fp8", torch.float8_e4m3fn)])
+def test_keys_in_eight_bits_are_no_blocks_on_a_gpu(pair, wish, kept):
     model = pair[1]
-    cache = PagedCache(model.config, 4, "q8_0")
+    cache = PagedCache(model.config, 4, wish)
     cache.batch = Batch([Span(0, 0, 2, [1])])
     with torch.inference_mode():
         model(torch.tensor([[5, 6]]), position_ids=cache.batch.position_ids, past_key_values=cache)
-    assert {buffer.dtype for layer in cache.layers for buffer in layer.buffers} == {torch.float16}
+    assert {buffer.dtype for layer in cache.layers for buffer in layer.buffers} == {kept}
     handover.check()

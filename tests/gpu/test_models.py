@@ -90,6 +90,26 @@ def test_stock_caches_and_none(dense, family):
     assert (in_pieces(placed, IDS[:, :9], [6, 8, 9], cache) - whole).abs().max() < BOUND
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
+def test_keys_in_eight_bits(dense, family):
+    placed, cpu = dense[family].on(layers={1: "cpu"}), dense[family].cpu
+    cache, whole = KVCache(placed.config, "fp8"), logits(cpu, IDS[:, :9])
+    assert 1e-4 < relative(in_pieces(placed, IDS[:, :9], [6, 8, 9], cache), whole) < 0.1  # four bits of each number
+    kinds = [{buffer.dtype for buffer in layer.buffers} for layer in cache.layers]
+    assert kinds[0] == {torch.float8_e4m3fn}
+    assert (torch.uint8 in kinds[1]) == (family == "deepseek_v3")  # Q8_0 on the CPU; heads of 16 columns are no blocks
+    cache.batch_repeat_interleave(2)
+    twice = logits(placed, IDS[:, 9:11].expand(2, -1), past_key_values=cache)
+    assert relative(twice[1:], logits(cpu, IDS[:, :11])[:, 9:]) < 0.1
+
+
+def test_numbers_beyond_eight_bits_are_the_largest(dense):
+    cache = KVCache(dense["llama"].cpu.config, "fp8")
+    cache.layers[0].keep_floats()
+    keys, values = cache.update(torch.full((1, 1, 1, 32), 1e4), torch.full((1, 1, 1, 32), -1e4), 0)
+    assert keys.float().unique().tolist() == [448] and values.float().unique().tolist() == [-448]
+
+
 @pytest.mark.parametrize("ends", [[66, 67], [2, 130]], ids=str)
 def test_whole_pages_of_a_prompt_are_expanded(tmp_path, ends, monkeypatch):
     twins = Twins(tmp_path, "deepseek_v3", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
