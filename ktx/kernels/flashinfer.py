@@ -44,11 +44,18 @@ class Plan:
 
 
 class Work:
-    """As ktx.kernels.work.Work."""
+    """As ktx.kernels.work.Work; tiles are FlashInfer's own, and `scratch` may be that of another Work."""
 
-    def __init__(self, counts: Sequence[int], shape: Shape, device: torch.device | str):
+    def __init__(
+        self,
+        counts: Sequence[int],
+        shape: Shape,
+        device: torch.device | str,
+        tiles: Any = None,
+        scratch: torch.Tensor | None = None,
+    ):
         self.counts, self.shape, self.device = list(counts), shape, torch.device(device)
-        self.workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+        self.scratch = torch.empty(WORKSPACE, dtype=torch.uint8, device=device) if scratch is None else scratch
 
     def plan(self, sequences: torch.Tensor, pages: torch.Tensor, window: int = 0) -> Plan:
         """As ktx.kernels.work.Work.plan; waits for the device."""
@@ -118,7 +125,7 @@ def _pages(plan: Plan, page: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def _heads(plan: Plan, q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> Any:
     shape, page = plan.work.shape, k.shape[2]
     begins, pages, lengths = _pages(plan, page)
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(plan.work.workspace, "HND")
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(plan.work.scratch, "HND")
     wrapper.plan(
         plan.queries,
         begins,
@@ -141,7 +148,7 @@ def _heads(plan: Plan, q: torch.Tensor, k: torch.Tensor, scale: float, softcap: 
 
 def _latent(plan: Plan, q: torch.Tensor, ckv: torch.Tensor, kpe: torch.Tensor, scale: float) -> Any:
     begins, pages, lengths = _pages(plan, ckv.shape[1])
-    wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(plan.work.workspace)
+    wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(plan.work.scratch)
     on_device = (x.to(plan.work.device) for x in (plan.queries, begins, pages, lengths))
     wrapper.plan(
         *on_device,

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,6 +27,14 @@ class Kernels:
     mla_attention: Callable[..., torch.Tensor]
 
 
+def known_backend(name: str) -> str:
+    """The name of a backend. UsageError for any other."""
+    if name not in BACKENDS:
+        raise UsageError(f"{name!r} is no attention backend; there are {' '.join(BACKENDS)}")
+    return name
+
+
+@cache  # every layer asks at every step
 def kernels_for(
     shape: Shape,
     backend: str = "triton",
@@ -37,9 +46,7 @@ def kernels_for(
 
     UsageError for a backend that is unknown, not installed, or has no kernel for it.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"{backend!r} is no attention backend; there are {' '.join(BACKENDS)}")
-    if backend != "triton":
+    if known_backend(backend) != "triton":
         reason = _flashinfer_refuses(shape, rope_columns, sinks, stored)
         if not reason:
             other = importlib.import_module("ktx.kernels.flashinfer")

@@ -19,6 +19,7 @@ from ktx.cache.kv import KVType
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
+from ktx.kernels.gpu import known_backend
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
     NOTHING,
@@ -148,20 +149,22 @@ AttentionMaskInterface.register(NAME, interval_mask)
 class Attention(Operator):
     """The transformers module itself, computing with our kernel: projections, norms, rotary code and gates are its own.
 
-    A module without a configuration has no attention to choose (linear attention): it stays as it is.
+    A module without a configuration has no attention to choose (linear attention): it stays as it is. Option: `backend` (triton, flashinfer, auto)
+    says whose kernels attend on a GPU.
     """
 
     kv_dtype: KVType
     block: Block | None
 
     @classmethod
-    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Attention:
+    def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> Attention:
         if not hasattr(old, "layer_idx"):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}, which is no attention: it has no place in a cache (layer_idx)"
             )
         new: Attention = adopt(cls, old, ctx)
         new.kv_dtype, new.block, new.usual = ctx.kv_dtype, None, type(old).__name__ in USUAL
+        new.backend = known_backend(backend)
         new.half_tables = type(old).__name__ == "GptOssAttention"
         if hasattr(old, "config"):
             new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself

@@ -16,6 +16,7 @@ from ktx.cache.paged import Batch, batch_of, gathered, paged
 from ktx.cache.pages import PAGE
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.gpu import known_backend
 from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
@@ -49,7 +50,7 @@ class MLA(Operator):
     """Replaces an attention that caches a latent as DeepSeek's does.
 
     Options: `absorb_for_prefill` keeps one form for any length, which saves memory and costs prefill speed; `rope`
-    (interleaved, halves, config) vouches for a class that is not in ROPE.
+    (interleaved, halves, config) vouches for a class that is not in ROPE; `backend` (triton, flashinfer, auto) says whose kernels read the latent on a GPU.
     """
 
     consumes = ("kv_b_proj",)
@@ -59,7 +60,15 @@ class MLA(Operator):
     block: Block | None
 
     @classmethod
-    def from_hf(cls, old: Any, ctx: Context, absorb_for_prefill: bool = False, rope: str = "", **kwargs: Any) -> MLA:
+    def from_hf(
+        cls,
+        old: Any,
+        ctx: Context,
+        absorb_for_prefill: bool = False,
+        rope: str = "",
+        backend: str = "triton",
+        **kwargs: Any,
+    ) -> MLA:
         if not hasattr(old, "kv_lora_rank") or not hasattr(old, "kv_a_proj_with_mqa"):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}, MLA needs an attention with a compressed latent (kv_lora_rank)"
@@ -68,7 +77,7 @@ class MLA(Operator):
         new: MLA = adopt(cls, old, ctx)
         del new._modules["kv_b_proj"]
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
-        new.interleaved = pairs == "interleaved"
+        new.interleaved, new.backend = pairs == "interleaved", known_backend(backend)
         new.w_uk_t, new.w_uv, new.w_uk, new.block = None, None, None, None
         return new
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
 from ktx.cache.kv import KVCache
+from ktx.errors import UsageError
+from ktx.kernels.gpu import kernels_for
+from ktx.ops.gpu import attention as gpu_attention
+from ktx.ops.gpu import mla as gpu_mla
 from ktx.ops.gpu.mla import MLA
 from tests.gpu.placed import Twins
 from tests.models.test_families import mixed, relative
@@ -154,3 +161,29 @@ def test_a_gpu_computes_in_bf16_unless_told_otherwise(dense):
     placed = twins.load(twins.rules(), dtype=None, kv_dtype=None)
     assert placed.dtype is torch.bfloat16 and twins.load(None, dtype=None).dtype is torch.float32
     assert relative(logits(placed, IDS[:, :5]).float(), logits(twins.cpu, IDS[:, :5])) < 2e-2
+
+
+@pytest.mark.parametrize("family,operator", [("deepseek_v3", "MLA"), ("llama", "Attention")])
+def test_a_rule_says_whose_kernels_attend(dense, family, operator, monkeypatch):
+    """Installed or not: FlashInfer's names are Triton's here, and its name is asked for."""
+    twins, asked = dense[family], []
+
+    def chosen(shape, backend="triton", *args, **kwargs):
+        asked.append((backend, shape.latent))
+        return replace(kernels_for(shape), name=backend)
+
+    def rules(backend):
+        return [replace(r, kwargs={"backend": backend} if r.replace == operator else {}) for r in twins.rules()]
+
+    with pytest.raises(UsageError, match="'flash' is no attention backend; there are triton flashinfer auto"):
+        twins.load(rules("flash"))
+    if importlib.util.find_spec("flashinfer") is None:
+        with pytest.raises(UsageError, match="FlashInfer: the package flashinfer-python is not installed"):
+            twins.load(rules("flashinfer"))
+    for module in (gpu_attention, gpu_mla):
+        monkeypatch.setattr(module, "kernels_for", chosen)
+    model, ids = twins.load(rules("flashinfer")), IDS[:, :4]
+    assert asked == [("flashinfer", operator == "MLA")] * 2
+    asked.clear()
+    assert (logits(model, ids) - logits(twins.cpu, ids)).abs().max() < BOUND
+    assert set(asked) == {("flashinfer", operator == "MLA")}

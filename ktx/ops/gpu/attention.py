@@ -48,14 +48,18 @@ def attend(
     if room is None:
         return by_torch(query, key, value, attention_mask, scale, sinks, cap), None
     flat = query.transpose(1, 2).reshape(1, -1, query.shape[1], query.shape[3]).transpose(1, 2)
-    return on_pages(flat, room, scale, sinks, cap).view(len(query), new, query.shape[1], -1), None
+    backend = getattr(module, "backend", "triton")
+    return on_pages(flat, room, scale, sinks, cap, backend).view(len(query), new, query.shape[1], -1), None
 
 
-def on_pages(q: torch.Tensor, room: Room, scale: float, sinks: torch.Tensor | None, softcap: float) -> torch.Tensor:
+def on_pages(
+    q: torch.Tensor, room: Room, scale: float, sinks: torch.Tensor | None, softcap: float, backend: str
+) -> torch.Tensor:
     """q [1, H, T, Dk], the sequences one after another -> [1, T, H, Dv]."""
     keys, values = room.pools
     shape = Shape(q.shape[1], keys.shape[1], keys.shape[3], values.shape[3])
-    return kernels_for(shape).attention(q, keys, values, room.plan(shape, q.dtype), scale, sinks, softcap)
+    kernels = kernels_for(shape, backend, 0, sinks is not None, keys.dtype)
+    return kernels.attention(q, keys, values, room.plan(kernels, shape, q.dtype), scale, sinks, softcap)
 
 
 def by_torch(
@@ -88,11 +92,15 @@ class Attention(attention.Attention):
     sinks_f32: torch.Tensor | None
 
     @classmethod
-    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> attention.Attention:
-        new = super().from_hf(old, ctx, **kwargs)
+    def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> attention.Attention:
+        new = super().from_hf(old, ctx, backend, **kwargs)
         new.sinks_f32 = None
         if hasattr(old, "config"):
             new.config._attn_implementation = NAME
+        if new.usual:  # what cannot be had is said before anything is loaded
+            heads = old.config.num_attention_heads
+            shape = Shape(heads, heads // old.num_key_value_groups, old.head_dim, old.head_dim)
+            kernels_for(shape, backend, sinks=hasattr(old, "sinks"))
         return new
 
     def ready(self) -> None:
@@ -126,7 +134,7 @@ class Attention(attention.Attention):
         q, k, v = (self._heads(name, hidden_states) for name in "qkv")
         cos, sin = turns(rotary_tables(position_embeddings, self.half_tables), hidden_states)
         q = store_heads(q, k, v, cos, sin, room.tables.slots, *room.pools)
-        found = on_pages(q, room, float(self.scaling), self.sinks_f32, 0.0)
+        found = on_pages(q, room, float(self.scaling), self.sinks_f32, 0.0, self.backend)
         return self.o_proj(found.view(*hidden_states.shape[:2], -1))
 
     def _heads(self, which: str, hidden: torch.Tensor) -> torch.Tensor:

@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 
+from ktx.cache.kv import stored_row
 from ktx.cache.paged import Tables
 from ktx.cache.pages import PAGE
 from ktx.kernels import gpu_linear, reference
-from ktx.kernels.gpu import kernels_for
+from ktx.kernels.gpu import Kernels, kernels_for
 from ktx.kernels.rope_store import store_latent
 from ktx.kernels.work import Shape
 from ktx.ops import mla
+from ktx.ops.base import Context
 from ktx.ops.fused import float_type, rotary_tables, split_mask
 from ktx.ops.gpu.attention import turns
 from ktx.ops.gpu.norm import RMSNorm
@@ -22,7 +24,28 @@ from ktx.weights.source import WeightSource
 
 
 class MLA(mla.MLA):
-    """As on the CPU. Keys are expanded by the matrix that absorbs, so it is held once."""
+    """As on the CPU. Keys are expanded by the matrix that absorbs, so it is held once. FlashInfer can take the absorbed form's place, not the other's."""
+
+    @classmethod
+    def from_hf(
+        cls,
+        old: Any,
+        ctx: Context,
+        absorb_for_prefill: bool = False,
+        rope: str = "",
+        backend: str = "triton",
+        **kwargs: Any,
+    ) -> mla.MLA:
+        new = super().from_hf(old, ctx, absorb_for_prefill, rope, backend, **kwargs)
+        new._kernels(stored_row(new.kv_dtype, 1, ctx.dtype, torch.device("cuda"))[1])  # said before anything is loaded
+        return new
+
+    def _kernels(self, stored: torch.dtype) -> Kernels:
+        """Those of the absorbed form, for latents that are stored in a type."""
+        return kernels_for(self._latent(), self.backend, self.qk_rope_head_dim, stored=stored)
+
+    def _latent(self) -> Shape:
+        return Shape(self.num_heads, 1, self.kv_lora_rank, self.kv_lora_rank, latent=True)
 
     def load(self, source: WeightSource) -> None:
         exact = self.is_exact(source)
@@ -128,11 +151,10 @@ class MLA(mla.MLA):
     ) -> torch.Tensor:
         """The queries of some tables' sequences -> [1, T, H * v]."""
         query = gpu_linear.linear_batched(q_nope[0], self.w_uk_t)[None]
-        rank = self.kv_lora_rank
-        shape = Shape(self.num_heads, 1, rank, rank, latent=True)
-        plan = planned(tables, counts, shape, query.dtype)
         ckv, kpe = (pool[:, 0] for pool in room.pools)
-        context = kernels_for(shape).mla_attention(query, q_rope, ckv, kpe, plan, self.scaling)
+        kernels = self._kernels(ckv.dtype)
+        plan = planned(kernels, tables, counts, self._latent(), query.dtype)
+        context = kernels.mla_attention(query, q_rope, ckv, kpe, plan, self.scaling)
         out = gpu_linear.linear_batched(context[0].transpose(0, 1), self.w_uv)  # [H, T, v]
         return out.transpose(0, 1).reshape(1, len(context[0]), -1)
 
@@ -148,8 +170,9 @@ class MLA(mla.MLA):
             k, v = self._expanded(latent.flatten(0, 2), heads)
             shape = Shape(len(heads), len(heads), self.qk_nope_head_dim, self.v_head_dim)
             chosen = slice(heads.start, heads.stop)
-            plan = planned(self._alone(room, index, whole, end), [whole], shape, q_nope.dtype)
-            kernels_for(shape).attention(
+            kernels = kernels_for(shape)
+            plan = planned(kernels, self._alone(room, index, whole, end), [whole], shape, q_nope.dtype)
+            kernels.attention(
                 q_nope[:, chosen, own],
                 k,
                 v,

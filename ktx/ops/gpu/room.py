@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from ktx.cache.kv import growing
 from ktx.cache.paged import Batch, Tables, paged
 from ktx.cache.pages import PAGE
-from ktx.kernels.gpu import kernels_for
-from ktx.kernels.work import Plan, Shape, tiles_for
+from ktx.kernels.gpu import Kernels
+from ktx.kernels.work import Shape, tiles_for
 from ktx.ops.fused import float_type, window_of
 
 Row = tuple[int, int, int]  # a sequence's first token in the forward, its tokens, its keys with these
@@ -36,18 +36,20 @@ class Room:
     window: int = 0
     wholes: tuple[tuple[int, int], ...] = ()
 
-    def plan(self, shape: Shape, dtype: torch.dtype) -> Plan:
+    def plan(self, kernels: Kernels, shape: Shape, dtype: torch.dtype) -> Any:
         """Who attends to what, for queries of a type; made by the first layer of a kind, for all of them."""
-        return planned(self.tables, [count for _, count, _ in self.rows], shape, dtype, self.window)
+        return planned(kernels, self.tables, [count for _, count, _ in self.rows], shape, dtype, self.window)
 
 
-def planned(tables: Tables, counts: Sequence[int], shape: Shape, dtype: torch.dtype, window: int = 0) -> Plan:
-    """The plan for the sequences of some tables, made once."""
+def planned(
+    kernels: Kernels, tables: Tables, counts: Sequence[int], shape: Shape, dtype: torch.dtype, window: int = 0
+) -> Any:
+    """The kernels' plan for the sequences of some tables, made once."""
     made, exact = tables.plans, dtype is torch.float32
-    work, plan = (shape, exact), (shape, exact, window)
+    work, plan = (kernels.name, shape, exact), (kernels.name, shape, exact, window)
     if work not in made:
         tiles = tiles_for(shape.key_columns, shape.latent, exact)
-        made[work] = kernels_for(shape).work(counts, shape, tables.sequences.device, tiles=tiles)
+        made[work] = kernels.work(counts, shape, tables.sequences.device, tiles=tiles)
     if plan not in made:
         made[plan] = made[work].plan(tables.sequences, tables.pages, window)
     return made[plan]
