@@ -8,7 +8,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from ktx.commands import bench, bench_ktx, bench_llama_cpp
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import ISAS
-from tests import random_model
+from tests import random_model, warm
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = '''
@@ -90,8 +89,7 @@ def fake(tmp_path, monkeypatch) -> Path:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ktx", "bench", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ.copy(), capture_output=True, text=True, timeout=240)
+    return warm.run("ktx", "bench", *words)
 
 
 def test_alone_one_record_a_test(model, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from ktx.commands import bench_ftllm, bench_kt_kernel, bench_layer
 from ktx.commands.bench_layer import Layer, truth
 from ktx.kernels.check import relative
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = '''
@@ -63,14 +64,7 @@ LAYER = "4,2,256,256"
 
 
 def run(*words, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "ktx", "bench", "--layer", *words],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return warm.run("ktx", "bench", "--layer", *words, env=os.environ | environment)
 
 
 def test_alone_every_format_has_a_speed_and_an_error(tmp_path):

@@ -8,7 +8,6 @@ import pty
 import re
 import select
 import signal
-import subprocess
 import sys
 import termios
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.small_chat import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,20 +32,9 @@ def folder(tmp_path_factory):
 
 
 def chat(folder, *words, text="", module="ktx.local_chat", **more):
-    command = [
-        sys.executable,
-        "-m",
-        module,
-        *(["chat"] if module == "ktx" else []),
-        "--model_path",
-        str(folder),
-        "--gguf_path",
-        str(folder / "model.gguf"),
-        "--max_new_tokens",
-        "6",
-        *words,
-    ]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120, env=ENV | more)
+    command = [module, *(["chat"] if module == "ktx" else []), "--model_path", folder]
+    command += ["--gguf_path", folder / "model.gguf", "--max_new_tokens", "6", *words]
+    return warm.run(*command, text=text, timeout=120, env=ENV | more)
 
 
 def test_one_shot_prints_the_answer_alone(folder):
@@ -153,8 +142,8 @@ def test_usage_errors_are_one_line(folder, words, code, message):
 def test_a_truncated_file_is_told_in_one_line(folder, tmp_path):
     bad = tmp_path / "bad.gguf"
     bad.write_bytes((folder / "model.gguf").read_bytes()[:-5000])
-    command = [sys.executable, "-m", "ktx", "chat", "--model", str(folder), "--weights", str(bad), "-p", "x"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    command = ["ktx", "chat", "--model", folder, "--weights", bad, "-p", "x"]
+    done = warm.run(*command, env=ENV)
     assert (
         done.returncode == 4
         and done.stderr.count("\n") == 1
@@ -162,7 +151,7 @@ def test_a_truncated_file_is_told_in_one_line(folder, tmp_path):
         and "tensor" in done.stderr
         and "bad.gguf" in done.stderr
     )
-    debug = subprocess.run([*command, "--debug"], capture_output=True, text=True, env=ENV)
+    debug = warm.run(*command, "--debug", env=ENV)
     assert "Traceback" in debug.stderr
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ktx import demo
+from tests import warm
 from tests.small_chat import write_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,9 +22,7 @@ COMMANDS = ("chat", "download", "plan", "doctor", "verify", "bench")
 
 
 def ktx(*words, **more):
-    return subprocess.run(
-        [sys.executable, "-m", "ktx", *map(str, words)], capture_output=True, text=True, timeout=200, env=ENV | more
-    )
+    return warm.run("ktx", *words, timeout=200, env=ENV | more)
 
 
 @pytest.fixture(scope="module")

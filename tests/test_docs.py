@@ -2,7 +2,7 @@
 
 A page is one sandbox: its blocks run in order in one directory. A block whose first line is a comment with a file name
 (`# my_rules.yaml`) is written to that file; other `python` blocks run in one namespace; `sh` blocks run line by line.
-MODEL and WEIGHTS name the demo model. `make` targets are asked for (`make -n`), because the landing runs them for real;
+MODEL and WEIGHTS name the demo model. The README's commands run as they stand, from the other pages a plain `ktx ...` in a process that has torch already. `make` targets are asked for (`make -n`), because the landing runs them for real;
 commands that need gigabytes, minutes, a network or another program run as the smaller twin that SMALLER names.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import ktx.demo
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,6 +73,9 @@ def smaller(command: str) -> str:
     return command
 
 
+PLAIN = re.compile(r"((?:[A-Z_]+=\S+ )*)ktx ([^|&;<>`()*?#\\~]+)")
+
+
 def run_command(command: str, sandbox: Path, where: str) -> None:
     in_root = any(word in command for word in ("make -n", "bash -n", "benchmarks/"))
     env = os.environ | {
@@ -81,6 +86,13 @@ def run_command(command: str, sandbox: Path, where: str) -> None:
         "PATH": f"{sandbox / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}:{sandbox}:{os.environ.get('PYTHONPATH', '')}",
     }
+    plain = None if where.startswith("README") else PLAIN.fullmatch(command)
+    if plain:
+        env |= dict(pair.split("=", 1) for pair in plain[1].split())
+        words = [re.sub(r"\$(\w+)", lambda name: env[name[1]], word) for word in shlex.split(plain[2])]
+        done = warm.run("ktx", *words, env=env, cwd=sandbox)
+        assert done.returncode == 0, f"{where}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        return
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=ROOT if in_root else sandbox,

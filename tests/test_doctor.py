@@ -15,13 +15,13 @@ import pytest
 from ktx import hardware
 from ktx.commands import doctor
 from ktx.qtypes import QTYPES
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def ktx(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ktx", *words]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    return warm.run("ktx", *words, env=os.environ | environment)
 
 
 def test_json_has_machine_measurements_kernels_versions_and_remedies():
