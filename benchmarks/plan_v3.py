@@ -2,7 +2,7 @@
 
     python benchmarks/plan_v3.py [--folder DIR]
 
-The file is sparse: 405 GB long, a few MB on disk. Exit status 1 when the plan takes 5 seconds or 1 GiB.
+The file is sparse: 405 GB long, a few MB on disk. Exit status 1 when the plan takes ten seconds or 1 GiB.
 """
 
 from __future__ import annotations
