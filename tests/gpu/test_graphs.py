@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,3 +284,26 @@ def test_models_that_are_not_on_one_gpu_say_why(hybrid):
 def test_sizes_are_powers_of_two_and_the_most():
     assert graphs.sizes_up_to(1) == [1] and graphs.sizes_up_to(4) == [4, 2, 1]
     assert graphs.sizes_up_to(6) == [6, 4, 2, 1] and graphs.sizes_up_to(32) == [32, 16, 8, 4, 2, 1]
+
+
+def test_the_benchmark_compares_both_ways(hybrid, monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
+    import gpu_graphs
+
+    record = tmp_path / "graphs.jsonl"
+    words = [
+        "--model",
+        str(hybrid.folder),
+        "--weights",
+        str(hybrid.folder / "model.gguf"),
+        "-b",
+        "1,2",
+        "-p",
+        "2",
+        "-n",
+        "1",
+    ]
+    assert gpu_graphs.main([*words, "--placements", "hybrid", "--record", str(record)], **F32) == 0
+    first, second = (json.loads(line) for line in record.read_text().splitlines())
+    assert [first["requests"], first["graph"], second["requests"], second["graph"]] == [1, 1, 2, 2]
+    assert first["alike"] == second["alike"] == 1 and first["graph ms"] > 0 and "eager ms" in capsys.readouterr().out
