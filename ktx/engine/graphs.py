@@ -186,6 +186,9 @@ class Graphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """The largest first: the memory that it takes serves the others too."""
+        if not self.watch.holds():
+            log.info("no CUDA graphs: somebody listens to a module, whom a replay would not call")
+            return
         start, pool = time.perf_counter(), None if self.device.pretended else torch.cuda.graph_pool_handle()
         before = self._taken()
         for size in shown(sizes_up_to(self.most)):

@@ -21,6 +21,8 @@ from tests.small_chat import write_model
 
 PROMPTS = [[(i * 37 + j * j) % 250 + 9 for j in range(length)] for i, length in enumerate((5, 20, 1))]
 NEW = 6
+REAL = torch.cuda.is_available()
+KIND = graphs.CudaGraph if REAL else graphs.Rerun
 LONG, SHORT = (Sampling(max_new_tokens=new, ignore_eos=True) for new in (NEW, 3))
 KINDS = {  # a latent, with experts in the CPU's memory; keys and values apart, all on the GPU but the embedding
     "deepseek_v3": (
@@ -146,6 +148,8 @@ def test_a_replay_reads_static_buffers_alone(hybrid, monkeypatch):
 
             def filled(given, size):
                 fill(given, size)
+                if REAL:  # the copies read what is overwritten next
+                    torch.cuda.synchronize()
                 engine.runner.graphs.inputs.own.fill_(1 << 40)
                 engine.runner.graphs.inputs.own_pages.fill_(1 << 20)
                 for token in given:
@@ -163,7 +167,8 @@ def test_a_replay_reads_static_buffers_alone(hybrid, monkeypatch):
         monkeypatch.setattr(engine.runner.graphs, "step", alone)
         found = [event.ids for event in answers(engine, PROMPTS[:2], LONG)]
     assert found == hybrid.expected[:2]
-    assert set(called) == {1, 2} and all(len(addresses) == 1 for addresses in called.values())
+    if not REAL:  # there it is not called at all
+        assert set(called) == {1, 2} and all(len(addresses) == 1 for addresses in called.values())
 
 
 def test_padding_is_on_a_page_of_its_own_and_reaches_no_expert(hybrid):
@@ -207,7 +212,7 @@ def test_experts_that_fail_in_a_replay_end_their_request(hybrid):
         finally:
             hook.remove()
         assert found.reason == "error" and "experts failed" in found.error and len(found.ids) == 2
-        assert steps.replayed == [1]  # the second one failed
+        assert steps.replayed[0] == 1
         assert answers(engine, PROMPTS[:1], LONG)[0].ids == hybrid.expected[0]
 
 
@@ -216,7 +221,7 @@ def test_what_cannot_be_captured_is_computed_without_and_told(hybrid, monkeypatc
         function()
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graphs.Rerun, "capture", broken)
+    monkeypatch.setattr(KIND, "capture", broken)
     with caplog.at_level(logging.WARNING, "ktx.engine"), hybrid.engine(max_batch_size=1) as engine:
         assert engine.runner.graphs is None
         assert answers(engine, PROMPTS[:1], LONG)[0].ids == hybrid.expected[0]
@@ -232,7 +237,7 @@ def test_a_capture_that_breaks_off_inside_a_layer_leaves_nothing_that_is_waited_
         way.all_slots[0].job = object()
         raise RuntimeError("no")
 
-    monkeypatch.setattr(graphs.Rerun, "capture", broken)
+    monkeypatch.setattr(KIND, "capture", broken)
     with hybrid.engine(max_batch_size=1):
         assert all(slot.job is None for slot in way.all_slots)
 
@@ -254,6 +259,12 @@ def test_drafts_and_modules_that_are_listened_to_are_computed_without(hybrid):
         hook.remove()
         answers(engine, PROMPTS[:1], SHORT)
         assert steps.replayed
+    hook = hybrid.model.model.register_forward_hook(
+        lambda *args: None
+    )  # as one that guesses tokens by a layer of the model
+    with hybrid.engine(max_batch_size=1) as engine:
+        assert not engine.runner.graphs.graphs
+    hook.remove()
     repeated = [5, 6, 7, 8] * 4
     with hybrid.engine(max_batch_size=1, speculative="prompt_lookup") as engine:
         steps = Steps(engine)
