@@ -2,7 +2,7 @@
 
 Runs on the installed wheel or the checkout: the CPU kernels on this host (its CPU may have instructions that the
 developers' machines lack), the model families, operators and models on the GPU, its kernels against its limits, and a model of DeepSeek-V2-Lite's shapes on the
-CPU, on the GPU, and on both, with a picture of one step. Appends one line to benchmarks/results/; what the stages measured goes there too.
+CPU, on the GPU, and on both, with steps as CUDA graphs and a picture of one. Appends one line to benchmarks/results/; what the stages measured goes there too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-RECORD, HYBRID = str(RESULTS / "gpu_attention.jsonl"), str(RESULTS / "gpu_hybrid.jsonl")
+RECORD, HYBRID, GRAPHS = (str(RESULTS / f"gpu_{name}.jsonl") for name in ("attention", "hybrid", "graphs"))
 TRACE = str(RESULTS / "gpu_trace.png")
 STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing is marked gpu)
     ("cpu kernels", ["-m", "ktx.kernels.check"], (0,)),
@@ -33,6 +33,7 @@ STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing i
         ["benchmarks/make_model.py", "--preset", "v2lite", "--layers", "8", "--out", "{scratch}"],
         (0,),
     ),
+    ("steps as graphs", ["benchmarks/gpu_graphs.py", "--model", "{scratch}", "--record", GRAPHS], (0,)),
     ("cpu, hybrid, gpu", ["benchmarks/gpu_hybrid.py", "--model", "{scratch}", "--record", HYBRID], (0,)),
     ("a step", ["benchmarks/gpu_trace.py", "--model", "{scratch}", "--output", TRACE], (0,)),
 )

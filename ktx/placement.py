@@ -135,6 +135,7 @@ class Placement:
             need += scratch.crossing(self.model, tokens) * (1 if gpu else SLOTS * len(budget.vram))
         if gpu:
             need += scratch.attention(kept, tokens, budget.batch) + scratch.dequantised(parts)
+            need += scratch.captured(self.model, parts, kept, budget.batch) if len(budget.vram) == 1 else 0
         return need
 
     def total(self, device: str) -> int:

@@ -57,6 +57,16 @@ def attention(kept: Collection[Kept], tokens: int, batch: int) -> int:
     return max(found, default=0)
 
 
+def captured(of: Footprint, parts: Collection[Part], kept: Collection[Kept], batch: int) -> int:
+    """What CUDA graphs of steps with up to `batch` tokens keep for themselves: activations, those on their way to the CPU in each layer, parts of attention's sums, logits.
+
+    Sizes share it. Their buffers of numbers and page tables are some hundred kilobytes and not counted.
+    """
+    layers = len({part.layer for part in parts if part.layer is not None})
+    need = activations(of, parts, batch, gpu=True) + layers * crossing(of, batch)
+    return need + attention(kept, 1, batch) + batch * of.vocabulary * HALF
+
+
 def _floats(counts: Sequence[int], shape: Shape) -> int:
     """Of scratch; the memory itself is not made."""
     endless = torch.empty(1 << 40, dtype=torch.float32, device="meta")

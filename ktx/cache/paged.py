@@ -7,7 +7,7 @@ where they go. Attention modules of ours read it; see ktx.ops.attention. Recurre
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,13 +24,15 @@ from ktx.kernels import cpu
 @dataclass(frozen=True)
 class Tables:
     """A batch as the kernels of a device read it: `sequences` int64 [n, 3] (first token, tokens, keys with these), `pages` int32 [n, most],
-    `slots` int64 [tokens].
+    `slots` int64 [tokens]. Tables of different sizes may have one `scratch`, if only one is in use at a time.
     """
 
     sequences: torch.Tensor
     pages: torch.Tensor
     slots: torch.Tensor
     plans: dict[Any, Any] = field(default_factory=dict)  # what layers have made of it for those that follow
+    works: dict[Any, Any] = field(default_factory=dict)  # the same of the counts of tokens alone
+    scratch: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> Tables:
         return Tables(self.sequences.to(device), self.pages.to(device), self.slots.to(device))
@@ -70,9 +72,14 @@ class Span:
 
 
 class Batch:
-    """What attention has to know about a forward's tokens."""
+    """What attention has to know about a forward's tokens. `tables` are those of devices that have them already."""
 
-    def __init__(self, spans: Sequence[Span], check: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        spans: Sequence[Span],
+        check: Callable[[], None] | None = None,
+        tables: Mapping[torch.device, Tables] | None = None,
+    ):
         self.spans, self.check = spans, check
         rows, at = [], 0
         for span in spans:
@@ -90,7 +97,7 @@ class Batch:
         of = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([span.count for span in spans]))
         self.slots = self.pages[of, self.positions // PAGE].long() * PAGE + self.positions % PAGE
         self._ranges: dict[int, torch.Tensor] = {}
-        self._tables: dict[torch.device, Tables] = {}
+        self._tables = dict(tables or {})
         self.whole = any(span.whole for span in spans)
 
     def on(self, device: torch.device) -> Tables:

@@ -174,6 +174,15 @@ def speculation_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def graphs_option(group: argparse._ArgumentGroup) -> None:
+    """--no-cuda-graphs, for whoever makes an engine."""
+    flag(
+        group,
+        "--no-cuda-graphs",
+        help="launch every kernel of a token by itself: with all layers on one GPU a token's kernels are launched as one, which is captured when the model has been loaded",
+    )
+
+
 def model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --weights, --rules and their KTransformers names; `named_model` settles which one is meant."""
     group = parser.add_argument_group("model")

@@ -8,6 +8,7 @@ from typing import Any
 
 from ktx.commands.arguments import (
     flag,
+    graphs_option,
     load_options,
     model_options,
     named_model,
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most tokens of a conversation (default: what the model allows, at most 32768)",
     )
     speculation_options(run)
+    graphs_option(run)
     say = parser.add_argument_group("answers")
     say.add_argument("--max-new-tokens", type=positive, default=1000, metavar="N", help="longest answer (default 1000)")
     say.add_argument(
@@ -98,8 +100,12 @@ def run(args: argparse.Namespace) -> int:
     chunks = (
         {"chunk_size": args.chunk_size} if args.chunk_size else {"chunk_size": PIECE, "longest_chunk": LONGEST_PIECE}
     )
-    guesses = {"speculative": args.speculative, "draft_tokens": args.draft_tokens}
-    with model.ktx.engine(max_batch_size=1, cache_lens=context, max_context=context, **chunks, **guesses) as engine:
+    steps = {
+        "speculative": args.speculative,
+        "draft_tokens": args.draft_tokens,
+        "cuda_graphs": not args.no_cuda_graphs,
+    }
+    with model.ktx.engine(max_batch_size=1, cache_lens=context, max_context=context, **chunks, **steps) as engine:
         talk = Conversation(Session(engine), sampling_of(args, model), args.system, args.force_think)
         chat = Chat(talk, Printer(sys.stdout, args.fold), engine, prompt_file=args.prompt_file)
         if args.prompt is not None:

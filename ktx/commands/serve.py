@@ -15,6 +15,7 @@ from ktx.commands import serve_ray
 from ktx.commands.arguments import (
     Settings,
     flag,
+    graphs_option,
     load_options,
     model_options,
     named_model,
@@ -144,6 +145,7 @@ def running_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> No
         "--prefix-cache-gb", type=float, default=16.0, metavar="GB", help="most of DIR, oldest go first (default 16)"
     )
     speculation_options(run)
+    graphs_option(run)
     run.add_argument(
         "--backend-type",
         choices=("balance_serve", "ktransformers", "scripted"),
@@ -250,6 +252,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "prefix_cache_gb": args.prefix_cache_gb,
         "speculative": args.speculative,
         "draft_tokens": args.draft_tokens,
+        "cuda_graphs": not args.no_cuda_graphs,
     }
 
 

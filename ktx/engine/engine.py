@@ -37,6 +37,7 @@ class Options:
 
     `chunk_size` tokens of prompts are computed at once, after a long past up to `longest_chunk`: that makes a long prompt
     faster, and others wait longer. `speculative` ("mtp" or "prompt_lookup") guesses up to `draft_tokens` tokens of an answer at once.
+    `cuda_graphs` captures steps of one token a request, where all layers are on one GPU, when the engine starts.
     `prefix_cache_dir` is a folder that keeps pages of prompts and answers beyond this engine's life, `prefix_cache_gb` of them at most.
     """
 
@@ -51,6 +52,7 @@ class Options:
     draft_tokens: int = MOST
     prefix_cache_dir: str | Path | None = None
     prefix_cache_gb: float = 16.0
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "chunk_size", "cache_lens", "max_queue", "draft_tokens"):
@@ -77,9 +79,10 @@ class Engine:
         limit = getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT
         self.context = min(self.options.max_context or limit, limit, pages * PAGE)
         self.stop_ids = stop_ids(model, tokenizer)
-        self.runner = runner or runner_for(model, pages)
+        self.runner = runner or runner_for(model, pages, self.options.max_batch_size * self.options.cuda_graphs)
         self.speculation = self._speculation()
         self._measure()
+        self.runner.capture(self.context)
         self.store = self._store()
         self.activity = Activity(model)
         self.scheduler = self._scheduler(pages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +11,16 @@ import torch
 
 from ktx.cache.kv import KVCache
 from ktx.cache.paged import Batch, PagedCache, Span
+from ktx.engine.graphs import Graphs, Token, gpu_of, obstacle
 from ktx.engine.request import Request
 from ktx.engine.scheduler import Part
 from ktx.kernels import cpu
 from ktx.ops.attention import Attention
+from ktx.ops.gpu import handover
 from ktx.ops.mla import MLA
 from ktx.ops.recurrent import Recurrent
 
+log = logging.getLogger("ktx.engine")
 Logits = dict[
     Request, torch.Tensor
 ]  # [rows, vocabulary]: of all tokens of an echo, of what is to be chosen from, or none
@@ -28,22 +31,64 @@ class Abandoned(Exception):
 
 
 class Runner:
-    """Several sequences in one forward, on pages. `alive` is the moment of the last sign of life, `pages` how many there are."""
+    """Several sequences in one forward, on pages. `alive` is the moment of the last sign of life, `pages` how many there are.
+
+    Steps of up to `captured` requests may become CUDA graphs, which `capture` makes; 0: none.
+    """
 
     shares = True  # whether a sequence can begin with pages of another
     two_forms = False  # whether whole pages of a prompt are computed in another way than single tokens
     recurrent = False
+    captured = 0
+    graphs: Graphs | None = None
 
-    def __init__(self, model: Any, pages: int):
+    def __init__(self, model: Any, pages: int, captured: int = 0):
         self.model, self.pages = model, pages
         self.two_forms = cpu.ops.has_wide() or any(isinstance(module, MLA) for module in model.modules())
-        self.cache = PagedCache(model.config, pages, model.ktx.kv_dtype, more=int(hasattr(model, "mtp")))
+        if captured and gpu_of(model) is not None:
+            reason = obstacle(model)
+            self.captured = 0 if reason else captured
+            if reason:
+                log.info("no CUDA graphs: %s", reason)
+        spare = int(self.captured > 0)  # a page for rows of a graph that no request has
+        self.cache = PagedCache(model.config, pages + spare, model.ktx.kv_dtype, more=int(hasattr(model, "mtp")))
         self.recurrent = self.cache.recurrent
         self.alive = time.monotonic()
 
+    def capture(self, context: int) -> None:
+        """Makes graphs of steps with up to `context` tokens a request, once the pools are there. What goes wrong is told, and costs only speed."""
+        if not self.captured:
+            return
+        try:
+            self.graphs = Graphs(self.model, self.cache, self.captured, context, self.pages)
+            self.graphs.capture()
+        except Exception as error:
+            self.graphs = None
+            handover.give_up()
+            log.warning(
+                "capturing CUDA graphs failed, steps will be launched kernel by kernel (--no-cuda-graphs does not try): %s: %s",
+                type(error).__name__,
+                error,
+            )
+
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Logits:
-        """Raises Abandoned between two layers when those who asked for most of it have gone."""
+        """Raises Abandoned between two layers when those who asked for most of it have gone; a graph is one piece."""
+        replayed = self._replayed(parts)
+        return self._forward(parts) if replayed is None else replayed
+
+    def _replayed(self, parts: Sequence[Part]) -> Logits | None:
+        """By a graph, if all parts are single tokens that logits are wanted of, and there is one."""
+        if self.graphs is None or any(part.count != 1 or wanted(part) != 1 for part in parts):
+            return None
+        self.alive = time.monotonic()
+        logits = self.graphs.step([Token(part.ids[0], part.start, part.request.pages) for part in parts])
+        if logits is None:
+            return None
+        rows = here(logits, copy=True).split(1)
+        return {part.request: row for part, row in zip(parts, rows, strict=True)}
+
+    def _forward(self, parts: Sequence[Part]) -> Logits:
         spans = [Span(p.request.number, p.start, p.count, p.request.pages, p.prompt) for p in parts]
         batch = self.cache.batch = Batch(spans, lambda: self._look(parts))
         ids = torch.tensor([[token for part in parts for token in part.ids]])
@@ -144,17 +189,15 @@ class PlainRunner(Runner):
         return 0
 
 
-def here(logits: torch.Tensor) -> torch.Tensor:
-    """Logits on the CPU, where tokens are chosen. Raises what went wrong in experts that a GPU handed over."""
-    logits = logits.to("cpu")
-    handover = sys.modules.get("ktx.ops.gpu.handover")
-    if handover is not None:
-        handover.check()
+def here(logits: torch.Tensor, copy: bool = False) -> torch.Tensor:
+    """Logits on the CPU, where tokens are chosen; `copy`: even if they are there. Raises what went wrong in experts that a GPU handed over."""
+    logits = logits.to("cpu", copy=copy)
+    handover.check()
     return logits
 
 
-def runner_for(model: Any, pages: int) -> Runner:
-    """The one that the model's attention modules allow."""
+def runner_for(model: Any, pages: int, captured: int = 0) -> Runner:
+    """The one that the model's attention modules allow; for `captured` see Runner."""
     ours = (Attention, MLA, Recurrent)
     foreign = any(
         hasattr(module, "layer_idx") and not isinstance(module, ours) and "attention" in type(module).__name__.lower()
@@ -163,7 +206,7 @@ def runner_for(model: Any, pages: int) -> Runner:
     linear = any("linear_attention" in str(kind) for kind in getattr(model.config, "layer_types", None) or ())
     if foreign or (linear and not any(isinstance(module, Recurrent) for module in model.modules())):
         return PlainRunner(model, pages)
-    return Runner(model, pages)
+    return Runner(model, pages, captured)
 
 
 def wanted(part: Part) -> int:

@@ -34,6 +34,11 @@ def known_backend(name: str) -> str:
     return name
 
 
+def plans_on_host(backend: str) -> bool:
+    """Whether kernels of this backend may read lengths on the CPU, which a CUDA graph cannot hold."""
+    return backend != "triton" and importlib.util.find_spec("flashinfer") is not None
+
+
 @cache  # every layer asks at every step
 def kernels_for(
     shape: Shape,

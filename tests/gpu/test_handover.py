@@ -8,7 +8,9 @@ import time
 import pytest
 import torch
 
+from ktx.ops.gpu import streams
 from ktx.ops.gpu.handover import HandOver
+from ktx.ops.gpu.padding import NOBODY, Padding, chosen, padded
 from ktx.ops.gpu.streams import ThreadStream
 from tests.gpu.placed import Twins
 
@@ -127,6 +129,44 @@ def test_a_job_can_be_done_again_as_a_graph_does():
     for step in [*recorded, under_way.job.sync]:
         step()
     assert torch.equal(under_way.job.out, torch.full((3, 4), 9.0))
+
+
+def test_rows_that_stand_for_nothing_are_not_computed_and_their_number_is_read_at_each_start():
+    way, seen = HandOver(stream := Recording()), []
+
+    def counted(hidden, ids, weights):
+        seen.append(len(hidden))
+        return hidden + 1
+
+    padding, given = Padding(torch.tensor([2]), torch.tensor([1, 1, 0])), states(3)
+    with padded(padding):
+        under_way = way.submit(counted, *given)
+        assert chosen(given[1])[:2].equal(given[1][:2]) and chosen(given[1])[2].tolist() == [NOBODY] * 2
+    recorded = list(stream.open)
+    out = way.result(under_way)
+    assert torch.equal(out[:2], given[0][:2] + 1) and not out[2].any()
+    padding.count[0] = 1
+    for step in [*recorded, under_way.job.sync]:
+        step()
+    assert seen == [2, 1] and not under_way.job.out[1:].any()
+    assert chosen(given[1]) is given[1]
+
+
+def test_functions_of_a_graph_are_called_again_until_they_are_forgotten(monkeypatch):
+    capturing, seen = [True], []
+    monkeypatch.setattr(streams, "_native", lambda: lambda stream, function, number: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    launch, before = streams.host_functions(), set(streams._waiting)
+    with streams.captured() as numbers:
+        launch(0, lambda: seen.append("graph"))
+    capturing[0] = False
+    launch(0, lambda: seen.append("once"))
+    (once,) = set(streams._waiting) - before - set(numbers)
+    for number in (*numbers, once, *numbers):
+        streams._called(number)
+    assert seen == ["graph", "once", "graph"] and len(numbers) == 1
+    streams.forget(numbers)
+    assert set(streams._waiting) == before
 
 
 @pytest.fixture(scope="module")

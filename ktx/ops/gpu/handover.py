@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from ktx.kernels import cpu
+from ktx.ops.gpu import padding
 from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions
 
 SLOTS = 2  # sets of buffers: one is filled while another's result may still be on its way
@@ -59,13 +60,16 @@ class Slot:
 
 @dataclass
 class Job:
-    """One call of the experts; a CUDA graph starts it again and again. `rows` are those the caller's forward computes wide, see cpu.wide_rows."""
+    """One call of the experts; a CUDA graph starts it again and again. `rows` are those the caller's forward computes wide, see cpu.wide_rows;
+    `count` says at each start how many of all rows, the first ones, are tokens, where not all are.
+    """
 
     owner: HandOver
     experts: Any
     inputs: tuple[torch.Tensor, ...]
     out: torch.Tensor
     rows: tuple[int, tuple[int, ...]]
+    count: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.done = threading.Event()
@@ -77,8 +81,10 @@ class Job:
 
     def run(self) -> None:
         try:
+            real = len(self.out) if self.count is None else int(self.count)
             with torch.inference_mode(), cpu.wide_rows(*self.rows):
-                self.out.copy_(self.experts(*self.inputs))
+                self.out[:real].copy_(self.experts(*(part[:real] for part in self.inputs)))
+                self.out[real:].zero_()
         except BaseException as error:  # whoever waits has to be let go, and told
             self.owner.errors.append(error)
             self.out.fill_(torch.nan)
@@ -104,7 +110,8 @@ class HandOver:
 
     def __init__(self, stream: Stream, pinned: bool = False):
         self.stream = stream
-        self.slots = itertools.cycle([Slot(pinned) for _ in range(SLOTS)])
+        self.all_slots = [Slot(pinned) for _ in range(SLOTS)]
+        self.slots = itertools.cycle(self.all_slots)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="ktx-experts")
         self.errors: list[BaseException] = []
 
@@ -119,7 +126,7 @@ class HandOver:
         inputs = tuple(slot.part(name, source) for name, source in sources.items())
         for target, source in zip(inputs, sources.values(), strict=True):
             stream.copy(target, source)
-        slot.job = Job(self, experts, inputs, slot.part("out", flat), cpu.rows_told())
+        slot.job = Job(self, experts, inputs, slot.part("out", flat), cpu.rows_told(), padding.count())
         stream.call(slot.job.submit)
         return UnderWay(slot, slot.job, flat)
 
@@ -132,6 +139,11 @@ class HandOver:
         under_way.slot.job = None
         self.check()
         return out
+
+    def give_up(self) -> None:
+        """What was begun will not be waited for: it was recorded for a graph that came to nothing, and never ran."""
+        for slot in self.all_slots:
+            slot.job = None
 
     def check(self) -> None:
         """Raises the first error of the experts that nobody has been told of."""
@@ -152,6 +164,12 @@ def hand_over_to(device: torch.device) -> HandOver:
         stream: Stream = ThreadStream(device) if launch is None else CudaStream(device, launch)
         _ways[device] = HandOver(stream, pinned=real)
     return _ways[device]
+
+
+def give_up() -> None:
+    """As HandOver.give_up, on all ways."""
+    for way in _ways.values():
+        way.give_up()
 
 
 def check() -> None:

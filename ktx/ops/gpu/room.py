@@ -47,11 +47,12 @@ def planned(
     """The kernels' plan for the sequences of some tables, made once."""
     made, exact = tables.plans, dtype is torch.float32
     work, plan = (kernels.name, shape, exact), (kernels.name, shape, exact, window)
-    if work not in made:
-        tiles = tiles_for(shape.key_columns, shape.latent, exact)
-        made[work] = kernels.work(counts, shape, tables.sequences.device, tiles=tiles)
+    if work not in tables.works:
+        tiles, scratch = tiles_for(shape.key_columns, shape.latent, exact), tables.scratch.get(work)
+        found = kernels.work(counts, shape, tables.sequences.device, tiles=tiles, scratch=scratch)
+        tables.works[work], tables.scratch[work] = found, found.scratch
     if plan not in made:
-        made[plan] = made[work].plan(tables.sequences, tables.pages, window)
+        made[plan] = tables.works[work].plan(tables.sequences, tables.pages, window)
     return made[plan]
 
 

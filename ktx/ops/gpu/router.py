@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ktx.kernels import reference
 from ktx.ops import router
+from ktx.ops.gpu import padding
 
 
 class Router(router.Router):
@@ -29,4 +30,4 @@ class Router(router.Router):
         given = self.correction(e_score_correction_bias) if e_score_correction_bias is not None else self.correction_f32
         top, scoring, mode, groups, chosen, renorm, scale = self.manner()
         ids, weights = reference.route(logits, top, scoring, given, groups, chosen, mode, renorm, scale)
-        return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, ids
+        return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, padding.chosen(ids)

@@ -7,7 +7,9 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ Launch = Callable[[int, Callable[[], None]], None]
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _waiting: dict[int, tuple[Callable[[], None], bool]] = {}  # by number: a function, and whether it is called only once
 _numbers = itertools.count(1)
+_captured: ContextVar[list[int] | None] = ContextVar("captured", default=None)
 
 
 @_FUNCTION
@@ -29,6 +32,23 @@ def _called(number: int) -> None:
     function()
 
 
+@contextmanager
+def captured() -> Iterator[list[int]]:
+    """The numbers of functions that a graph captured inside calls again and again: `forget` them when there is no such graph any more."""
+    numbers: list[int] = []
+    token = _captured.set(numbers)
+    try:
+        yield numbers
+    finally:
+        _captured.reset(token)
+
+
+def forget(numbers: Iterable[int]) -> None:
+    """Lets go of functions that nobody calls any more, and of what they hold."""
+    for number in numbers:
+        _waiting.pop(number, None)
+
+
 def host_functions() -> Launch | None:
     """Puts a function on a CUDA stream (its handle) to be called on the CPU in its turn; None where libcudart cannot be asked."""
     native = _native()
@@ -36,8 +56,10 @@ def host_functions() -> Launch | None:
         return None
 
     def launch(stream: int, function: Callable[[], None]) -> None:
-        number = next(_numbers)
-        _waiting[number] = function, not torch.cuda.is_current_stream_capturing()  # a graph calls it again
+        number, again = next(_numbers), torch.cuda.is_current_stream_capturing()
+        _waiting[number] = function, not again
+        if again and (numbers := _captured.get()) is not None:
+            numbers.append(number)
         if code := native(stream, _called, number):
             del _waiting[number]
             raise KtxError(f"cudaLaunchHostFunc failed with the error {code}")
