@@ -35,7 +35,7 @@ from ktx.ops import crossing, deferral
 from ktx.ops import mtp as mtp_layer
 from ktx.ops.base import Operator, made_type
 from ktx.ops.embed import Embedding
-from ktx.ops.experts import Experts
+from ktx.ops.experts import of_layers
 from ktx.ops.linear import Linear
 from ktx.ops.sizes import sizes
 from ktx.placement import RESERVE, SLACK, shares
@@ -66,8 +66,7 @@ class Handle:
 
     def activity(self) -> dict[str, cpu.Counted]:
         """By module path, what the experts have done since the model was loaded."""
-        named = self.model().named_modules()
-        return {path: cpu.Counted.read(module.counts) for path, module in named if isinstance(module, Experts)}
+        return {path: cpu.Counted.read(module.counted()) for path, module in of_layers(self.model())}
 
     @property
     def load_speed(self) -> float:
@@ -141,10 +140,11 @@ def plan(
     moe_device: str | None = None,
     shared_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
+    gpu_experts: int | None = None,
 ) -> Plan:
     """What `load` would do, from headers alone."""
     targets = _targets(weight_dtype, moe_dtype)
-    placed = _placed(device, moe_device, shared_device, devices)
+    placed = _placed(device, moe_device, shared_device, devices, gpu_experts)
     return _prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets, False, placed)[1]
 
 
@@ -160,7 +160,10 @@ def measure(
     """What a model takes wherever it is, from headers alone, and its rules. UsageError for rules that put a module on a GPU themselves."""
     config = read_config(model, trust_remote_code)
     chosen = load_rules(rules, config.model_type)
-    fixed = next((rule for rule in chosen if rule.device and rule.device.strip() != CPU.name), None)
+    on_gpu = [
+        rule for rule in chosen if rule.device and rule.device.strip() != CPU.name or rule.kwargs.get("gpu_experts")
+    ]
+    fixed = next(iter(on_gpu), None)
     if fixed is not None:
         raise UsageError(
             f"{fixed.where}: this rule chooses a GPU itself; a placement by budget needs rules that do not"
@@ -182,8 +185,9 @@ def _placed(
     moe_device: str | None,
     shared_device: str | None,
     devices: Mapping[str, str | Sequence[str]] | None,
+    gpu_experts: int | None,
 ) -> Placed:
-    return lambda file: arranged(file, device, moe_device, shared_device, devices)
+    return lambda file: arranged(file, device, moe_device, shared_device, devices, gpu_experts)
 
 
 def _targets(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
@@ -314,6 +318,7 @@ def load(
     moe_device: str | None = None,
     shared_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
+    gpu_experts: int | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -323,14 +328,18 @@ def load(
     bf16, f32, q8_0 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
     first start writes them, later ones map them. `device` (cpu, cuda, cuda:N, or several GPUs that share the layers) is where everything but the routed experts
-    is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
+    is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it;
+    `gpu_experts` is how many experts of a layer are on its GPU when the others are on the CPU. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
     `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
     team = threads or cpu.usual_threads()
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
-    targets, placed = _targets(weight_dtype, moe_dtype), _placed(device, moe_device, shared_device, devices)
+    targets, placed = (
+        _targets(weight_dtype, moe_dtype),
+        _placed(device, moe_device, shared_device, devices, gpu_experts),
+    )
     built, made, source, dtype = _prepare(
         model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
     )
@@ -400,6 +409,7 @@ def _identity(made: Plan) -> list[Any]:
             step.new,
             step.device,
             step.target,
+            str(step.share),
             step.rule.kwargs if step.rule else {},
             [(s.name, s.offset) for s in step.specs],
         )

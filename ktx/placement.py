@@ -259,7 +259,7 @@ def balanced(weights: Sequence[int], rooms: Sequence[int]) -> list[int]:
 
 def shares(model: Footprint, gpus: int, places: Sequence[Place], rules: Sequence[Rule]) -> list[int]:
     """Which of several GPUs each layer is on when they share its bytes evenly; what the map or a rule puts elsewhere is not counted."""
-    elsewhere = [entry.pattern for entry in places if not entry.several]
+    elsewhere = [entry.pattern for entry in places if entry.device and not entry.several]
     fixed = [rule.name for rule in rules if rule.device and rule.name is not None]
     weights = [0] * model.layers
     for part in model.parts:

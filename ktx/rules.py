@@ -3,7 +3,7 @@
 A rule file is a list; each item has `match` (`name`, a regular expression searched in the module path, and/or `class`, dotted or
 short, compared with the module's class and its bases) and `replace` (`class`, an operator's short name or a dotted path,
 or `default` to keep the module; `kwargs`), and optionally `recursive` and `device`. The first rule that matches wins.
-Or it is a mapping: `devices` says where modules are (ktx.device_map), `rules` is such a list or names another file's; without it they are the model's own.
+Or it is a mapping: `devices` says where modules are (ktx.device_map), `gpu_experts` how many of a layer's experts are on its GPU, `rules` is such a list or names another file's; without it they are the model's own.
 Parsing knows no torch; every error names file and line.
 """
 
@@ -19,10 +19,10 @@ from typing import Any
 
 import yaml
 
-from ktx.device_map import Place, place
+from ktx.device_map import Place, place, share
 from ktx.errors import BadFile, UsageError, nearest
 
-FILE_KEYS = ("devices", "rules")  # of a file that is a mapping
+FILE_KEYS = ("devices", "gpu_experts", "rules")  # of a file that is a mapping
 KEYS: dict[str, dict[str, type]] = {
     "": {"match": dict, "replace": dict, "recursive": bool, "device": str},
     "match": {"name": str, "class": str},
@@ -194,6 +194,7 @@ def _mapping(root: yaml.Node, at: _Marked, model_type: str) -> Rules:
         )
     keys = at.known(root, "a rule file", FILE_KEYS)
     places = _places(keys["devices"], at) if "devices" in keys else []
+    places += _shares(keys["gpu_experts"], at) if "gpu_experts" in keys else []
     if "rules" not in keys:
         return Rules(rules := load_rules(None, model_type), places, rules.base, asked=False)
     if isinstance(keys["rules"], yaml.SequenceNode):
@@ -215,6 +216,17 @@ def _places(node: yaml.Node, at: _Marked) -> list[Place]:
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
         places.append(place(key, [_device(item, at) for item in items], at.at(lines[key])))
     return places
+
+
+def _shares(node: yaml.Node, at: _Marked) -> list[Place]:
+    """Experts on a GPU beside others on the CPU: of all layers, or by layers as in a map of devices."""
+    if isinstance(node, yaml.SequenceNode):
+        raise UsageError(f"{at.at(node)}: gpu_experts must be a number, or a mapping of layers to numbers")
+    found = at.mapping(node, "gpu_experts") if isinstance(node, yaml.MappingNode) else {"all": node}
+    return [
+        share(key, at.value(value, object, "gpu_experts"), f"{at.at(value)}: gpu_experts")
+        for key, value in found.items()
+    ]
 
 
 def _device(node: yaml.Node, at: _Marked) -> str:

@@ -43,7 +43,8 @@ def install(model: Any, devices: Devices) -> None:
 
 def _install_inside(child: nn.Module, own: Device, parent: nn.Module, around: Device) -> None:
     handed_over = isinstance(child, Experts) and isinstance(parent, MoE) and around.gpu and not own.gpu
-    if own == around or handed_over:
+    shared = isinstance(child, Experts) and isinstance(parent, Experts)  # called by the block
+    if own == around or handed_over or shared:
         return
     child.register_forward_pre_hook(Entry(Region(own)), with_kwargs=True)
     child.register_forward_hook(Back(around))
