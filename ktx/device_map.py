@@ -73,6 +73,16 @@ def share(key: str, count: object, where: str = "gpu_experts") -> Place:
     return Place(key, _pattern(key, where), "", where, experts=count)
 
 
+def streaming(wish: object, where: str = "stream_experts") -> int | None:
+    """Tokens from which on experts in memory come to their layer's GPU: 0 for never (off), None where it is measured (auto). UsageError for another word."""
+    text = "off" if wish is False else "auto" if wish is None else str(wish).strip().lower()
+    if text == "auto":
+        return None
+    if text == "off" or re.fullmatch(r"[1-9]\d{0,8}", text):
+        return 0 if text == "off" else int(text)
+    raise UsageError(f"{where}: must be auto, off or a number of tokens, found {wish!r}")
+
+
 def _pattern(key: str, where: str) -> re.Pattern[str]:
     word, _, numbers = key.partition(" ")
     if word in RANGES and numbers:

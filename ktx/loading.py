@@ -23,7 +23,7 @@ from torch import nn
 from ktx.cache.kv import Q8_0, KVType, kv_type
 from ktx.compat import config_dict, dtype_plan
 from ktx.config import warn_unknown
-from ktx.device_map import Place, arranged, split
+from ktx.device_map import Place, arranged, split, streaming
 from ktx.devices import CPU, PRETEND, Device, gpus
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.footprint import Footprint, footprint
@@ -319,6 +319,7 @@ def load(
     shared_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
     gpu_experts: int | None = None,
+    stream_experts: int | str = "auto",
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -329,10 +330,12 @@ def load(
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
     first start writes them, later ones map them. `device` (cpu, cuda, cuda:N, or several GPUs that share the layers) is where everything but the routed experts
     is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it;
-    `gpu_experts` is how many experts of a layer are on its GPU when the others are on the CPU. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
+    `gpu_experts` is how many experts of a layer are on its GPU when the others are on the CPU, `stream_experts` (a number of tokens, auto or off) from when on these
+    others are brought there too. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
     `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
+    streaming(stream_experts)
     team = threads or cpu.usual_threads()
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
@@ -370,6 +373,7 @@ def load(
         beside = mtp_layer.detach(built)
         homes |= dict.fromkeys((beside, beside.layers), homes[beside.layer])
     crossing.install(built, homes)
+    _stream_experts(built, made, stream_experts)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     own = sizes(built)
     config: Any = built.config
@@ -388,6 +392,11 @@ def load(
     )  # type: ignore[assignment]
     _generation(built, model)
     return built, tokenizer
+
+
+def _stream_experts(built: nn.Module, made: Plan, wish: int | str) -> None:
+    if any(device.gpu for device in made.devices.values()):  # else there need be no Triton
+        importlib.import_module("ktx.ops.gpu.streaming").install(built, wish)
 
 
 def _store(folder: str | Path, made: Plan, source: WeightSource) -> Store:

@@ -259,6 +259,12 @@ def placement_options(parser: argparse.ArgumentParser) -> None:
         help="so many routed experts of each layer are on its GPU when the others are on the CPU; both sides compute at once (default: as the rule file says, else 0)",
     )
     group.add_argument(
+        "--stream-experts",
+        default="auto",
+        metavar="N",
+        help="prompts of N tokens or more have experts in memory copied to their layer's GPU and computed there: a number, auto (from where that is faster, the default) or off",
+    )
+    group.add_argument(
         "--shared-device",
         metavar="DEVICE",
         help="where shared experts are (default: as --device)",
@@ -301,6 +307,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "kv_dtype": args.kv_dtype,
         "cache_dir": args.cache_dir,
         "trust_remote_code": args.trust_remote_code,
+        "stream_experts": args.stream_experts,
         **placed(args),
     }
 

@@ -15,7 +15,18 @@ from ktx.kernels.planes import FIELDS, HALF, Packed
 from ktx.qtypes import FP8_BLOCK, QType
 
 LANES, LINE = 16, 64  # rows of a group, and bytes to which a plane of it is filled up
-ARRANGED = ("Q5_0", "Q5_1", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")  # `arrange` in layout.cpp
+STREAMED = 512 << 20  # packed bytes of experts that come to a GPU at once (ktx.ops.gpu.streaming), at least one expert
+ARRANGED = (
+    "Q5_0",
+    "Q5_1",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+)  # `arrange` in layout.cpp
 WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # of what is copied at once
 
 
