@@ -248,6 +248,7 @@ def _prepare(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             built, made = planned(chosen, places, found, False)
+    made.stream_experts = chosen.stream_experts
     return built, made, source, found
 
 
@@ -319,7 +320,7 @@ def load(
     shared_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
     gpu_experts: int | None = None,
-    stream_experts: int | str = "auto",
+    stream_experts: int | str | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -330,8 +331,8 @@ def load(
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
     first start writes them, later ones map them. `device` (cpu, cuda, cuda:N, or several GPUs that share the layers) is where everything but the routed experts
     is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it;
-    `gpu_experts` is how many experts of a layer are on its GPU when the others are on the CPU, `stream_experts` (a number of tokens, auto or off) from when on these
-    others are brought there too. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
+    `gpu_experts` is how many experts of a layer are on its GPU when the others are on the CPU, `stream_experts` (a number of tokens, auto or off; default: the file's, else
+    auto) from when on these others are brought there too. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
     `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
@@ -373,7 +374,7 @@ def load(
         beside = mtp_layer.detach(built)
         homes |= dict.fromkeys((beside, beside.layers), homes[beside.layer])
     crossing.install(built, homes)
-    _stream_experts(built, made, stream_experts)
+    _stream_experts(built, made, made.stream_experts if stream_experts is None else stream_experts)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     own = sizes(built)
     config: Any = built.config
@@ -394,7 +395,7 @@ def load(
     return built, tokenizer
 
 
-def _stream_experts(built: nn.Module, made: Plan, wish: int | str) -> None:
+def _stream_experts(built: nn.Module, made: Plan, wish: int | str | None) -> None:
     if any(device.gpu for device in made.devices.values()):  # else there need be no Triton
         importlib.import_module("ktx.ops.gpu.streaming").install(built, wish)
 

@@ -260,9 +260,8 @@ def placement_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--stream-experts",
-        default="auto",
         metavar="N",
-        help="prompts of N tokens or more have experts in memory copied to their layer's GPU and computed there: a number, auto (from where that is faster, the default) or off",
+        help="prompts of N tokens or more have experts in memory copied to their layer's GPU and computed there: a number, auto (from where that is faster) or off (default: as the rule file says, else auto)",
     )
     group.add_argument(
         "--shared-device",

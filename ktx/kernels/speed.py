@@ -21,7 +21,7 @@ from ktx.quantize import random_rows
 from ktx.weights.source import QuantizedTensor
 
 COLUMNS, ROWS = 2048, 8192
-LINK = 20.0  # GB/s to a GPU where none can be measured
+LINK = 20.0  # GB/s between two devices where none can be measured
 LEAST, EACH = 64, 32  # tokens from which on experts may be copied to a GPU, and that an expert gets of a prompt
 STREAM = 1 << 28  # packed bytes that a pass reads: no cache holds them
 
@@ -55,9 +55,10 @@ def gpu_read_bandwidth() -> float | None:
     return values.nbytes / seconds(read, 5) / 1e9
 
 
-def link_bandwidth(device: torch.device) -> float | None:
-    """GB/s from pinned memory to a GPU; None where the device is none."""
-    if device.type != "cuda":
+def link_bandwidth(device: torch.device | str = "cuda") -> float | None:
+    """GB/s from pinned memory to a GPU; None where torch can use none."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
     source, target = (
         torch.empty(1 << 27, dtype=torch.uint8, pin_memory=True),

@@ -22,7 +22,7 @@ class Experts(Operator):
     """The contract of transformers' experts modules: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D].
 
     Weights stay on the CPU whatever `.to()` says: that is what they are here for. `counts` is what kernels count of them, see cpu.Counted;
-    `waited` are the seconds spent on hidden states that came from another device.
+    `waited` are the seconds that they waited for hidden states from another device.
 
     Of a layer's `total` experts it holds `num_experts`, from number `first` on, and skips the others. Where it lies in the CPU's memory beside a GPU, the
     first ones may be on that: `on_gpu` holds them, and the MoE block calls both. `chosen` counts choices there, int64 [total] on the device.
