@@ -5,17 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ktx.devices import Device
 from ktx.engine.activity import Activity
 from ktx.errors import UsageError
 from ktx.kernels import speed
 from ktx.ops.experts import PROJECTIONS
-from ktx.ops.gpu.streaming import Streamer
+from ktx.ops.gpu.streaming import Streamer, _install_on
 from ktx.ops.gpu.streams import ThreadStream
 from tests.gpu.placed import Twins
 from tests.models.test_families import mixed, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*matched no module")
-IDS = torch.randint(3, 320, (1, 6), generator=torch.Generator().manual_seed(3))
+IDS = torch.randint(3, 320, (1, 4), generator=torch.Generator().manual_seed(3))
 BOUND = 3e-5
 BLOCK = {r"\.mlp$": "cuda:0", "experts": "cpu"}  # the rest of the model on the CPU: the interpreter is slow
 LAYERS = {"num_hidden_layers": 3, "num_experts": 4, "moe_intermediate_size": 32}
@@ -175,3 +176,15 @@ def test_other_words_are_errors_before_anything_is_read(qwen):
 def test_what_has_no_use_is_told(qwen):
     with pytest.warns(UserWarning, match="stream_experts=9: no layer has its experts on the CPU and its MoE block on"):
         qwen.load(None, devices={r"\.mlp$": "cuda:0"}, stream_experts=9)
+
+
+def test_auto_copies_from_where_the_measured_cpu_is_slower_than_the_way(qwen, monkeypatch):
+    model = qwen.load(None, devices=BLOCK)
+    for rate, least in ((1e6, None), (1.0, speed.LEAST)):
+        monkeypatch.setattr(speed, "prompt_rate", lambda qtype, rate=rate: rate)
+        _install_on(Device("cuda:0", torch.device("cpu"), True), blocks(model), None)
+        experts = blocks(model)[0].experts
+        copying = experts.weight_bytes()[0] / (speed.LINK * 1e9)
+        token = 2 * 3 * 64 * 32 * experts.top / (rate * 1e9)  # three matrices of each chosen expert
+        wanted = least or copying / token
+        assert all(block.streamed_from == pytest.approx(wanted, abs=1) for block in blocks(model))

@@ -26,7 +26,7 @@ from ktx.ops.experts import PROJECTIONS, Experts
 from ktx.ops.gpu.experts import computed
 from ktx.ops.gpu.handover import Stream
 from ktx.ops.gpu.moe import MoE
-from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions
+from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions, pin
 
 
 @dataclass(eq=False)
@@ -175,19 +175,21 @@ def _install_on(device: Device, blocks: Sequence[MoE], least: int | None) -> Non
             raise DoesNotFit(f"{what}; put less on it, or leave --stream-experts at off") from None
         warnings.warn(f"{what}; the CPU computes them for prompts too", stacklevel=4)
         return
-    link = speed.link_bandwidth(device.torch) if least is None else None
+    link = rate = 0.0
+    if least is None:
+        link, rate = (
+            speed.link_bandwidth(device.torch) or speed.LINK,
+            speed.prompt_rate(layers[0].weights["up_proj"].qtype),
+        )
     for block in blocks:
         if block.experts.on_gpu is None:
             block.experts.chosen = torch.zeros(block.experts.total, dtype=torch.int64, device=device.torch)
-        block.streamer, block.streamed_from = streamer, least or _pays_from(block.experts, link)
+        block.streamer, block.streamed_from = streamer, least or _pays_from(block.experts, link, rate)
 
 
-def _pays_from(experts: Experts, link: float | None) -> int:
-    held = experts.weights.values()
-    numbers = sum(w.n * w.k for w in held) * experts.top * experts.num_experts // experts.total  # for a token
-    return speed.copying_pays_from(
-        experts.weight_bytes()[0], numbers, link or speed.LINK, speed.prompt_rate(experts.weights["up_proj"].qtype)
-    )
+def _pays_from(experts: Experts, link: float, rate: float) -> int:
+    numbers = sum(w.n * w.k for w in experts.weights.values()) * experts.top * experts.num_experts // experts.total
+    return speed.copying_pays_from(experts.weight_bytes()[0], numbers, link, rate)
 
 
 def _stream(device: Device, layers: Sequence[Experts]) -> Stream:
@@ -202,8 +204,8 @@ def _pinned(held: cpu.Packed) -> bool:
     """Pins packed weights where they are. Not those of a mapped file: they move to memory of their own behind the model's back (kernels/kept.py)."""
     if held.data.untyped_storage().nbytes() != held.nbytes:
         return False
-    runtime, at = torch.cuda.cudart(), held.data.data_ptr()
-    if int(runtime.cudaHostRegister(at, held.nbytes, 0)):
+    end = pin(held.data)
+    if end is None:
         return False
-    weakref.finalize(held, runtime.cudaHostUnregister, at)  # before its memory is given back
+    weakref.finalize(held, end).atexit = False  # before its memory is given back
     return True
