@@ -30,6 +30,7 @@ class Place:
     """Modules whose path `pattern` finds are on `device`: cpu, cuda (the GPU of the module around it, or the first) or cuda:N.
 
     For the key `all` there may be several GPUs with commas between them: layers are split among them. `where` begins messages.
+    An entry with `experts` places no module: of routed experts on the CPU that it finds, so many of a layer are on the GPU of the block around them.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Place:
     where: str
     asked: bool = False  # by an option: a GPU that is not there is an error, not a warning
     implied: bool = False  # nobody wrote it, so nobody is told that it matched nothing
+    experts: int | None = None
 
     @property
     def several(self) -> list[str]:
@@ -60,6 +62,25 @@ def place(
         if "cpu" in names or "cuda" in names or len(set(names)) < len(names):
             raise UsageError(f"{where}: layers are split among different GPUs, as in cuda:0,cuda:1; found {text!r}")
     return Place(key, _pattern(key, where), ",".join(names), where, asked, implied)
+
+
+def share(key: str, count: object, where: str = "gpu_experts") -> Place:
+    """An entry for the experts of all layers (`all`), of a range (`layers 3-9`), or of modules that a regular expression finds. UsageError as `place`."""
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise UsageError(f"{where}: must be a number of a layer's experts, 0 or more; found {count!r}")
+    word, _, numbers = key.partition(" ")
+    key = "experts" if key == "all" else f"experts {numbers}" if word == "layers" and numbers else key
+    return Place(key, _pattern(key, where), "", where, experts=count)
+
+
+def streaming(wish: object, where: str = "stream_experts") -> int | None:
+    """Tokens from which on experts in memory come to their layer's GPU: 0 for never (off), None where it is measured (auto). UsageError for another word."""
+    text = "off" if wish is False else "auto" if wish is None else str(wish).strip().lower()
+    if text == "auto":
+        return None
+    if text == "off" or re.fullmatch(r"[1-9]\d{0,8}", text):
+        return 0 if text == "off" else int(text)
+    raise UsageError(f"{where}: must be auto, off or a number of tokens, found {wish!r}")
 
 
 def _pattern(key: str, where: str) -> re.Pattern[str]:
@@ -104,9 +125,15 @@ def arranged(
     moe_device: str | None = None,
     shared_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
+    gpu_experts: int | None = None,
 ) -> list[Place]:
     """A file's map with what options say before it. `device` takes the whole map's place, and leaves the routed experts on the CPU unless something else is said of them."""
     found = [place(key, value, f"devices, {key}", asked=True) for key, value in (devices or {}).items()]
+    if gpu_experts is not None:
+        found.append(share("all", gpu_experts))
+    else:
+        found += [entry for entry in file if entry.experts is not None]
+    file = [entry for entry in file if entry.experts is None]
     if moe_device is not None:
         found.append(place("experts", "cpu" if moe_device == "numa" else moe_device, "moe_device", asked=True))
     if shared_device is not None:

@@ -69,6 +69,13 @@ class Part:
     def on(self, gpu: bool) -> Bytes:
         return self.gpu if gpu else self.cpu
 
+    def of(self, count: int) -> Part:
+        """So many of the experts, of which a token chooses as many as their share is."""
+        here, there = (
+            (size.held * count // self.experts, size.read * count // self.experts) for size in (self.cpu, self.gpu)
+        )
+        return replace(self, cpu=Bytes(*here), gpu=Bytes(*there), weights=self.weights * count // self.experts)
+
     def read(self, tokens: int, gpu: bool) -> int:
         """Bytes that a forward over so many tokens reads; of experts as many as the tokens can choose, each another."""
         size = self.on(gpu)

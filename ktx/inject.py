@@ -8,6 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +21,8 @@ from ktx.devices import CPU, Device, device_of, gpus
 from ktx.errors import BadFile, UsageError, nearest
 from ktx.hardware import human
 from ktx.ops.base import Context, Operator, made_from, on_gpu, resolve
+from ktx.ops.experts import Experts
+from ktx.ops.moe import MoE
 from ktx.rules import Rule
 from ktx.weights.source import TensorSpec, WeightSource
 
@@ -39,17 +42,18 @@ class Step:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     specs: list[TensorSpec] = field(default_factory=list)
     target: str | None = None  # the type that float weights become on loading (ktx.ops.base.MADE)
+    share: Fraction = Fraction(1)  # of the tensors' bytes: experts of a layer may lie on two devices
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
-        return sum(spec.nbytes for spec in self.specs)
+        return int(self.share * sum(spec.nbytes for spec in self.specs))
 
     @property
     def memory(self) -> int:
         """Bytes in memory: an operator keeps the file's form, a kept module has f32 parameters."""
         return (
-            sum(self.packed(spec) for spec in self.specs)
+            int(self.share * sum(self.packed(spec) for spec in self.specs))
             if self.new
             else sum(4 * prod(spec.shape) for spec in self.specs)
         )
@@ -78,6 +82,7 @@ class Plan(list[Step]):
     def __init__(self, steps: Iterable[Step] = ()):
         super().__init__(steps)
         self.devices: dict[str, Device] = {}  # of every module
+        self.stream_experts: int | str | None = None  # what the rule file says of it (ktx.device_map.streaming)
 
     def fill(self, source: WeightSource) -> None:
         """Looks every tensor up in the headers."""
@@ -179,6 +184,7 @@ def _folded(plan: Plan) -> Iterator[tuple[str, Step]]:
             step.new,
             step.device,
             step.rule.where if step.rule else "",
+            step.share,
         )
         groups.setdefault(alike, []).append(step)
     for (generic, *_), steps in groups.items():
@@ -202,9 +208,12 @@ def inject(
     `places`: where modules are whose rule says nothing of it, one GPU in each.
     """
     walk = _Walk(model, rules, config, dtype, kv_dtype)
-    walk.targets, walk.places = targets, places
+    walk.targets, walk.places = targets, [entry for entry in places if entry.experts is None]
+    walk.shares = [entry for entry in places if entry.experts is not None]
     walk.visit("", model, CPU)
-    for i, entry in enumerate(places):
+    if tell_unmatched or places:
+        walk.tell_unshared()
+    for i, entry in enumerate(walk.places):
         if i not in walk.found and not entry.implied:
             warnings.warn(f"{entry.where}: {entry.key!r} matched no module", stacklevel=2)
     walk.plan.unmatched = [rule for i, rule in enumerate(rules) if i not in walk.hits]
@@ -229,6 +238,8 @@ class _Walk:
         self.plan, self.hits = Plan(), set[int]()
         self.targets: Mapping[str, str | None] = {}
         self.places: Sequence[Place] = ()
+        self.shares: Sequence[Place] = ()
+        self.unshared: dict[str, int] = {}  # who asked for experts on a GPU: how many, 0 when there are some
         self.found, self.told = set[int](), set[str]()
         self.classes = {type(module).__name__ for module in model.modules()}
         self.tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -236,19 +247,54 @@ class _Walk:
     def visit(self, path: str, module: nn.Module, device: Device) -> None:
         index = next((i for i, rule in enumerate(self.rules) if path and rule.matches(path, type(module))), None)
         rule = None if index is None else self.rules[index]
-        device = self.placed(path, rule, device)
+        around, device = device, self.placed(path, rule, device)
         if index is not None:
             self.hits.add(index)
-        old = type(module).__name__
+        old, original = type(module).__name__, module
         if rule is not None and rule.replace:
             module = self.replaced(path, module, rule, device)
             self.model.set_submodule(path, module)
+            if isinstance(module, Experts):
+                self.shared(path, original, module, rule, around)
         self.step(path, old, module, rule, device)
-        if rule is None or rule.recursive:
+        if isinstance(module, Experts) and module.on_gpu is not None:
+            self.step(f"{path}.on_gpu", old, module.on_gpu, rule, around)  # the same class and tensors
+        elif rule is None or rule.recursive:
             for name, child in list(module.named_children()):
                 self.visit(f"{path}.{name}" if path else name, child, device)
         else:
             self.keep_below(path, module, device)
+
+    def shared(self, path: str, old: nn.Module, new: Experts, rule: Rule, around: Device) -> None:
+        """Leaves some of the experts that lie on the CPU to the GPU of the block around them, as the rule or the map says."""
+        entry = next((entry for entry in self.shares if entry.pattern.search(path)), None)
+        count, where = new.gpu_experts, f"{rule.where}: gpu_experts"
+        if not count and entry is not None:
+            count, where = entry.experts or 0, entry.where
+        if not count:
+            return
+        self.unshared.setdefault(where, count)
+        if new.home.gpu or not around.gpu or not isinstance(self.model.get_submodule(path.rpartition(".")[0]), MoE):
+            return
+        self.unshared[where] = 0
+        kwargs = {key: value for key, value in rule.kwargs.items() if key != "gpu_experts"}
+        beside = self.replaced(path, old, replace(rule, kwargs=kwargs), around)
+        assert isinstance(beside, Experts)
+        try:
+            new.share(beside, count)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    def tell_unshared(self) -> None:
+        """Warns of what was asked of experts that found no layer beside a GPU."""
+        why = (
+            "no layer has its experts on the CPU and its MoE block on a GPU"
+            if gpus()
+            else "this machine has no GPU that torch can use"
+        )
+        for where, count in self.unshared.items():
+            if count:
+                warnings.warn(f"{where}: {count} experts beside a GPU: {why}; nothing is shared", stacklevel=4)
 
     def placed(self, path: str, rule: Rule | None, around: Device) -> Device:
         """By the rule, or the map's first entry that finds the path, or as the module around it."""
@@ -311,7 +357,8 @@ class _Walk:
         if tensors or isinstance(module, Operator):
             new = type(module).__name__ if rule is not None and rule.replace else ""
             target = module.target if isinstance(module, Operator) else None
-            self.plan.append(Step(path, old, new, rule, str(device), tensors, shapes, target=target))
+            share = Fraction(module.num_experts, module.total) if isinstance(module, Experts) else Fraction(1)
+            self.plan.append(Step(path, old, new, rule, str(device), tensors, shapes, target=target, share=share))
 
     def keep_below(self, path: str, module: nn.Module, device: Device) -> None:
         for name, child in module.named_modules():

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ktx.cache.kv import FP8, KVType, kv_type
+from ktx.device_map import streaming
 from ktx.devices import CPU, PRETEND, Device
 from ktx.errors import DoesNotFit, UsageError
 from ktx.filling import Tally, fill, progress_bar, repair
@@ -26,7 +27,7 @@ from ktx.kernels.kept import Store, open_store
 from ktx.ops import crossing, deferral
 from ktx.ops import mtp as mtp_layer
 from ktx.ops.base import Operator
-from ktx.ops.experts import Experts
+from ktx.ops.experts import of_layers
 from ktx.ops.sizes import sizes
 from ktx.placement import RESERVE, SLACK
 from ktx.preparing import placed_by, prepare, targets_of
@@ -58,8 +59,7 @@ class Handle:
 
     def activity(self) -> dict[str, cpu.Counted]:
         """By module path, what the experts have done since the model was loaded."""
-        named = self.model().named_modules()
-        return {path: cpu.Counted.read(module.counts) for path, module in named if isinstance(module, Experts)}
+        return {path: cpu.Counted.read(module.counted()) for path, module in of_layers(self.model())}
 
     @property
     def load_speed(self) -> float:
@@ -87,6 +87,8 @@ def load(
     moe_device: str | None = None,
     shared_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
+    gpu_experts: int | None = None,
+    stream_experts: int | str | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -96,14 +98,18 @@ def load(
     bf16, f32, q8_0, fp8 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
     int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
     first start writes them, later ones map them. `device` (cpu, cuda, cuda:N, or several GPUs that share the layers) is where everything but the routed experts
-    is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
+    is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it;
+    `gpu_experts` is how many experts of a layer are on its GPU when the others are on the CPU, `stream_experts` (a number of tokens, auto or off; default: the file's, else
+    auto) from when on these others are brought there too. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
     `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
+    streaming(stream_experts)
     team = threads or cpu.usual_threads()
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
-    targets, placed = targets_of(weight_dtype, moe_dtype), placed_by(device, moe_device, shared_device, devices)
+    targets = targets_of(weight_dtype, moe_dtype)
+    placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
     built, made, source, dtype = prepare(
         model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
     )
@@ -136,6 +142,7 @@ def load(
         beside = mtp_layer.detach(built)
         homes |= dict.fromkeys((beside, beside.layers), homes[beside.layer])
     crossing.install(built, homes, dtype)
+    _stream_experts(built, made, made.stream_experts if stream_experts is None else stream_experts)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     own = sizes(built)
     config: Any = built.config
@@ -154,6 +161,11 @@ def load(
     )  # type: ignore[assignment]
     generation(built, model)
     return built, tokenizer
+
+
+def _stream_experts(built: nn.Module, made: Plan, wish: int | str | None) -> None:
+    if any(device.gpu for device in made.devices.values()):  # else there need be no Triton
+        importlib.import_module("ktx.ops.gpu.streaming").install(built, wish)
 
 
 def _store(folder: str | Path, made: Plan, source: WeightSource) -> Store:
@@ -175,6 +187,7 @@ def _identity(made: Plan) -> list[Any]:
             step.new,
             step.device,
             step.target,
+            str(step.share),
             step.rule.kwargs if step.rule else {},
             [(s.name, s.offset) for s in step.specs],
         )

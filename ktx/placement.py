@@ -7,7 +7,7 @@ experts of as many layers as there is room for; what is left stays on the CPU, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from ktx.cache.kv import KVType
 from ktx.device_map import Place, spans
 from ktx.errors import UsageError
 from ktx.footprint import EMBEDDING, EXPERTS, GROUPS, OUTPUT, Footprint, Kept, Part
+from ktx.kernels.speed import LINK, copying_pays_from
 from ktx.ops.gpu.handover import SLOTS
 from ktx.rules import Rule
 
@@ -26,7 +27,6 @@ RESERVE = 256 << 20  # on the CPU: what tables and one tensor in flight take bes
 SLACK = 0.05  # and so much of their bytes
 CONTEXT = 512 << 20  # an allowance for what CUDA takes of each GPU: its context, kernels, cuBLAS's workspace
 CROSSING = 15e-6  # seconds until hidden states begin to arrive on another device
-LINK = 20.0  # GB/s between two devices
 KV, SCRATCH, SYSTEM = "keys and values", "scratch", "CUDA, reserve"
 CPU = "cpu"
 
@@ -57,23 +57,31 @@ class Budget:
 
 @dataclass(frozen=True)
 class Speeds:
-    """GB/s that each side reads its memory with, and where the numbers are from."""
+    """GB/s that each side reads its memory with, GB/s between them, GOPS of the CPU for prompts (0: not known), and where the numbers are from."""
 
     cpu: float
     gpu: float
     cpu_from: str = "given"
     gpu_from: str = "given"
+    link: float = LINK
+    link_from: str = "assumed"
+    rate: float = 0.0
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A choice. `layers[i]` is layer i's device, `experts` the layers whose routed experts are there too; elsewhere they are on the CPU."""
+    """A choice. `layers[i]` is layer i's device, `experts` the layers whose routed experts are there too; elsewhere they are on the CPU, but for `share[i]` of them.
+
+    `stream`: there is room on the GPUs to bring experts there for prompts.
+    """
 
     model: Footprint
     budget: Budget
     layers: list[str]
     experts: frozenset[int] = field(default_factory=frozenset)
     embedding: str = CPU
+    share: Mapping[int, int] = field(default_factory=dict)
+    stream: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -88,6 +96,10 @@ class Placement:
             return self.embedding
         if group == EXPERTS and part.layer not in self.experts:
             return CPU
+        return self.home(part)
+
+    def home(self, part: Part | Kept) -> str:
+        """Where a part's layer is."""
         if part.layer is not None:
             return self.layers[part.layer] if part.layer < len(self.layers) else self.last
         return self.last
@@ -100,7 +112,20 @@ class Placement:
     @cached_property
     def devices(self) -> dict[str, str]:
         """By module path."""
-        return {part.path: self.device(part) for part in self.model.parts}
+        return {part.path: device for part, device in self.lying}
+
+    @cached_property
+    def lying(self) -> list[tuple[Part, str]]:
+        """What lies where; experts of which a share is on their layer's GPU are two parts."""
+        found = []
+        for part in self.model.parts:
+            device, count = self.device(part), self.share.get(part.layer or 0, 0) if part.experts else 0
+            if count and device == CPU and not part.pinned:
+                beside = replace(part.of(count), path=f"{part.path}.on_gpu")
+                found += [(part.of(part.experts - count), CPU), (beside, self.home(part))]
+            else:
+                found.append((part, device))
+        return found
 
     @cached_property
     def bytes(self) -> dict[str, dict[str, int]]:
@@ -108,8 +133,7 @@ class Placement:
         found: dict[str, Counter[str]] = {
             name: Counter() for name in [*(group for group, _ in GROUPS), KV, SCRATCH, SYSTEM]
         }
-        for part in self.model.parts:
-            device = self.device(part)
+        for part, device in self.lying:
             found[part.group][device] += part.on(device != CPU).held
         for layer in self.model.kept:
             found[KV][self.device(layer)] += self.kv(layer)
@@ -125,7 +149,7 @@ class Placement:
 
     def scratch(self, device: str) -> int:
         """Of a chunk of a prompt, or of a token of each sequence."""
-        parts = [part for part in self.model.parts if self.device(part) == device]
+        parts = [part for part, where in self.lying if where == device]
         kept = [layer for layer in self.model.kept if self.device(layer) == device]
         budget, tokens, gpu = self.budget, max(self.budget.chunk, self.budget.batch), device != CPU
         need = scratch.activations(self.model, parts, tokens, gpu) if parts else 0
@@ -136,7 +160,12 @@ class Placement:
         if gpu:
             need += scratch.attention(kept, tokens, budget.batch) + scratch.dequantised(parts)
             need += scratch.captured(self.model, parts, kept, budget.batch) if len(budget.vram) == 1 else 0
+            need += scratch.streamed(self.streamed(device)) if self.stream else 0
         return need
+
+    def streamed(self, device: str) -> list[Part]:
+        """The experts on the CPU of layers on a GPU."""
+        return [part for part, where in self.lying if part.experts and where == CPU and self.home(part) == device]
 
     def total(self, device: str) -> int:
         return sum(of.get(device, 0) for of in self.bytes.values())
@@ -157,7 +186,7 @@ class Placement:
     def reads(self, device: str) -> int:
         """Bytes that a token of each sequence makes a device read, at the end of its context."""
         budget, gpu = self.budget, device != CPU
-        weights = sum(part.read(budget.batch, gpu) for part in self.model.parts if self.device(part) == device)
+        weights = sum(part.read(budget.batch, gpu) for part, where in self.lying if where == device)
         kept = [layer for layer in self.model.kept if self.device(layer) == device]
         past = sum(layer.row(budget.kv, gpu) * budget.context + 2 * layer.state for layer in kept)
         return weights + past * budget.batch
@@ -174,6 +203,21 @@ class Placement:
         found = {name: self.reads(name) / 1e9 / (speeds.cpu if name == CPU else speeds.gpu) for name in self.names}
         each = CROSSING + scratch.crossing(self.model, self.budget.batch) / 2 / 1e9 / LINK
         return found | {"crossings": self.crossings() * each}
+
+    def streamed_from(self, speeds: Speeds) -> int:
+        """Tokens from which on experts are better brought to a GPU than computed by the CPU; 0 where they are not brought."""
+        parts = [part for gpu in self.budget.gpus for part in self.streamed(gpu) if part.weights]
+        if not self.stream or not speeds.rate or not parts:
+            return 0
+        numbers = [part.weights * part.top // part.experts for part in parts]
+        found = [
+            copying_pays_from(p.cpu.held, n, speeds.link, speeds.rate) for p, n in zip(parts, numbers, strict=True)
+        ]
+        return max(found)
+
+    def shares(self) -> dict[str, int]:
+        """As a rule file's `gpu_experts`."""
+        return {f"layers {layer}": count for layer, count in sorted(self.share.items())}
 
     def map(self) -> dict[str, str]:
         """As a rule file's `devices`."""
@@ -198,7 +242,12 @@ class Placement:
 
 
 def choose(model: Footprint, budget: Budget) -> Placement:
-    """The best placement; where none fits, the one that lacks least."""
+    """The best placement; where none fits, the one that lacks least. Room to bring experts for prompts comes before experts that stay, and after all else."""
+    made = _chosen(model, budget, stream=True)
+    return made if not made.over() else _chosen(model, budget, stream=False)
+
+
+def _chosen(model: Footprint, budget: Budget, stream: bool) -> Placement:
     if not budget.vram:
         return Placement(model, budget, [CPU] * model.layers)
     everywhere = frozenset(part.layer for part in model.parts if part.group == EXPERTS and part.layer is not None)
@@ -206,7 +255,7 @@ def choose(model: Footprint, budget: Budget) -> Placement:
         made = replace(_spread(model, budget, lambda part: True), experts=everywhere, embedding=embedding)
         if not made.over():
             return made
-    made = _spread(model, budget, lambda part: part.group != EXPERTS)
+    made = replace(_spread(model, budget, lambda part: part.group != EXPERTS), stream=stream)
     sizes = {part.layer: part.gpu.held for part in model.parts if part.group == EXPERTS}
     rooms: dict[str, int] = {}  # of GPUs that have the scratch of experts
     for layer in sorted(everywhere, key=lambda layer: (sizes[layer], layer)):
@@ -215,6 +264,22 @@ def choose(model: Footprint, budget: Budget) -> Placement:
             rooms[device] = budget.of(device) - _with(made, layer).total(device) + sizes[layer]
         if sizes[layer] <= rooms[device]:
             made, rooms[device] = _with(made, layer), rooms[device] - sizes[layer]
+    for device in budget.gpus:
+        made = _filled(made, device)
+    return made
+
+
+def _filled(made: Placement, device: str) -> Placement:
+    """With as many experts of one more layer as there is room for on a GPU."""
+    parts = [part for part in made.streamed(device) if not part.pinned and part.layer is not None]
+    room = made.budget.of(device) - made.total(device)
+    if not parts or room <= 0:
+        return made
+    part = min(parts, key=lambda part: (part.gpu.held, part.layer))
+    for count in range(min(part.experts - 1, part.experts * room // max(1, part.gpu.held)), 0, -1):
+        found = replace(made, share={**made.share, part.layer or 0: count})
+        if device not in found.over():
+            return found
     return made
 
 
@@ -260,7 +325,7 @@ def balanced(weights: Sequence[int], rooms: Sequence[int]) -> list[int]:
 
 def shares(model: Footprint, gpus: int, places: Sequence[Place], rules: Sequence[Rule]) -> list[int]:
     """Which of several GPUs each layer is on when they share its bytes evenly; what the map or a rule puts elsewhere is not counted."""
-    elsewhere = [entry.pattern for entry in places if not entry.several]
+    elsewhere = [entry.pattern for entry in places if entry.device and not entry.several]
     fixed = [rule.name for rule in rules if rule.device and rule.name is not None]
     weights = [0] * model.layers
     for part in model.parts:
@@ -274,6 +339,7 @@ def summary(made: Placement, speeds: Speeds | None) -> dict[str, Any]:
     """Plain data."""
     found: dict[str, Any] = {
         "devices": made.map(),
+        "gpu_experts": made.shares(),
         "context": made.budget.context,
         "batch": made.budget.batch,
         "bytes": {group: of for group, of in made.bytes.items() if any(of.values())},
@@ -287,6 +353,7 @@ def summary(made: Placement, speeds: Speeds | None) -> dict[str, Any]:
         found |= {
             "GB/s": {CPU: speeds.cpu, "gpu": speeds.gpu},
             "seconds": seconds,
+            "stream_experts": made.streamed_from(speeds) or "off",
             "tokens a second": made.budget.batch / sum(seconds.values()),
         }
     return found

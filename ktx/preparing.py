@@ -40,10 +40,11 @@ def plan(
     moe_device: str | None = None,
     shared_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
+    gpu_experts: int | None = None,
 ) -> Plan:
     """What `load` would do, from headers alone."""
     targets = targets_of(weight_dtype, moe_dtype)
-    placed = placed_by(device, moe_device, shared_device, devices)
+    placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
     return prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets, False, placed)[1]
 
 
@@ -59,7 +60,10 @@ def measure(
     """What a model takes wherever it is, from headers alone, and its rules. UsageError for rules that put a module on a GPU themselves."""
     config = read_config(model, trust_remote_code)
     chosen = load_rules(rules, config.model_type)
-    fixed = next((rule for rule in chosen if rule.device and rule.device.strip() != CPU.name), None)
+    on_gpu = [
+        rule for rule in chosen if rule.device and rule.device.strip() != CPU.name or rule.kwargs.get("gpu_experts")
+    ]
+    fixed = next(iter(on_gpu), None)
     if fixed is not None:
         raise UsageError(
             f"{fixed.where}: this rule chooses a GPU itself; a placement by budget needs rules that do not"
@@ -81,8 +85,10 @@ def placed_by(
     moe_device: str | None,
     shared_device: str | None,
     devices: Mapping[str, str | Sequence[str]] | None,
+    gpu_experts: int | None,
 ) -> Placed:
-    return lambda file: arranged(file, device, moe_device, shared_device, devices)
+    """A file's map with what options say before it."""
+    return lambda file: arranged(file, device, moe_device, shared_device, devices, gpu_experts)
 
 
 def targets_of(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
@@ -143,6 +149,7 @@ def prepare(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             built, made = planned(chosen, places, found, False)
+    made.stream_experts = chosen.stream_experts
     return built, made, source, found
 
 

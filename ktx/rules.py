@@ -3,7 +3,8 @@
 A rule file is a list; each item has `match` (`name`, a regular expression searched in the module path, and/or `class`, dotted or
 short, compared with the module's class and its bases) and `replace` (`class`, an operator's short name or a dotted path,
 or `default` to keep the module; `kwargs`), and optionally `recursive` and `device`. The first rule that matches wins.
-Or it is a mapping: `devices` says where modules are (ktx.device_map), `rules` is such a list or names another file's; without it they are the model's own.
+Or it is a mapping: `devices` says where modules are (ktx.device_map), `gpu_experts` how many of a layer's experts are on its GPU,
+`stream_experts` from how many tokens on the others come there, `rules` is such a list or names another file's; without it they are the model's own.
 Parsing knows no torch; every error names file and line.
 """
 
@@ -19,10 +20,10 @@ from typing import Any
 
 import yaml
 
-from ktx.device_map import Place, place
+from ktx.device_map import Place, place, share, streaming
 from ktx.errors import BadFile, UsageError, nearest
 
-FILE_KEYS = ("devices", "rules")  # of a file that is a mapping
+FILE_KEYS = ("devices", "gpu_experts", "stream_experts", "rules")  # of a file that is a mapping
 KEYS: dict[str, dict[str, type]] = {
     "": {"match": dict, "replace": dict, "recursive": bool, "device": str},
     "match": {"name": str, "class": str},
@@ -87,7 +88,12 @@ def _computes_as(cls: type, base: type) -> bool:
 
 
 class Rules(list[Rule]):
-    """The rules of a file, and the places that it gives to modules. `base` names the file whose rules they are; `asked`: somebody chose them."""
+    """The rules of a file, and the places that it gives to modules. `base` names the file whose rules they are; `asked`: somebody chose them.
+
+    `stream_experts` is the file's word for ktx.device_map.streaming, None where it has none.
+    """
+
+    stream_experts: int | str | None = None
 
     def __init__(self, rules: Iterable[Rule] = (), places: Sequence[Place] = (), base: str = "", asked: bool = True):
         super().__init__(rules)
@@ -194,6 +200,14 @@ def _mapping(root: yaml.Node, at: _Marked, model_type: str) -> Rules:
         )
     keys = at.known(root, "a rule file", FILE_KEYS)
     places = _places(keys["devices"], at) if "devices" in keys else []
+    places += _shares(keys["gpu_experts"], at) if "gpu_experts" in keys else []
+    found = _rules_of(keys, places, at, model_type)
+    if "stream_experts" in keys:
+        found.stream_experts = _streaming(keys["stream_experts"], at)
+    return found
+
+
+def _rules_of(keys: Mapping[str, yaml.Node], places: list[Place], at: _Marked, model_type: str) -> Rules:
     if "rules" not in keys:
         return Rules(rules := load_rules(None, model_type), places, rules.base, asked=False)
     if isinstance(keys["rules"], yaml.SequenceNode):
@@ -215,6 +229,22 @@ def _places(node: yaml.Node, at: _Marked) -> list[Place]:
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
         places.append(place(key, [_device(item, at) for item in items], at.at(lines[key])))
     return places
+
+
+def _shares(node: yaml.Node, at: _Marked) -> list[Place]:
+    """Experts on a GPU beside others on the CPU: of all layers, or by layers as in a map of devices."""
+    if isinstance(node, yaml.SequenceNode):
+        raise UsageError(f"{at.at(node)}: gpu_experts must be a number, or a mapping of layers to numbers")
+    found = at.mapping(node, "gpu_experts") if isinstance(node, yaml.MappingNode) else {"all": node}
+    return [
+        share(key, at.value(value, object, "gpu_experts"), f"{at.at(value)}: gpu_experts")
+        for key, value in found.items()
+    ]
+
+
+def _streaming(node: yaml.Node, at: _Marked) -> int | str:
+    least = streaming(at.value(node, object, "stream_experts"), f"{at.at(node)}: stream_experts")
+    return "auto" if least is None else least or "off"
 
 
 def _device(node: yaml.Node, at: _Marked) -> str:

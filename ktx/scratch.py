@@ -9,6 +9,7 @@ import torch
 
 from ktx.footprint import FLOAT, HALF, Footprint, Kept, Part
 from ktx.kernels.planes import PIECE
+from ktx.kernels.unpack import STREAMED
 from ktx.kernels.work import Shape, Work
 from ktx.ops.mla import EXPAND_BYTES
 
@@ -34,6 +35,16 @@ def logits(of: Footprint, rows: int) -> int:
 def crossing(of: Footprint, tokens: int) -> int:
     """Hidden states on their way to the CPU and back, and the experts that were chosen with their weights."""
     return tokens * (2 * of.hidden * HALF + of.top * (8 + FLOAT))
+
+
+def streamed(parts: Collection[Part]) -> int:
+    """A piece of the experts in the CPU's memory as they come to a GPU for prompts, and the same in planes; an expert is a piece at least."""
+    found = [
+        sum(min(size, max(STREAMED, size // part.experts)) for size in (part.cpu.held, part.gpu.held))
+        for part in parts
+        if part.experts and part.weights
+    ]
+    return max(found, default=0)
 
 
 def expanding(kept: Collection[Kept], context: int) -> int:

@@ -18,6 +18,7 @@ from ktx.errors import DoesNotFit, UsageError
 from ktx.fitting import changes, fit
 from ktx.footprint import Bytes, Footprint, Part, on_cpu, on_gpu
 from ktx.kernels import planes
+from ktx.kernels.unpack import STREAMED
 from ktx.placement import CPU, KV, Budget, Placement, Speeds, balanced, choose
 from ktx.preparing import measure
 from ktx.qtypes import QTYPES
@@ -29,6 +30,7 @@ from tests.models.test_families import load
 from tests.random_model import script, write
 
 GB = 10**9
+FAST = Speeds(200.0, 1000.0, link=25.0, rate=2000.0)
 DEMO = ["--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf())]
 
 
@@ -151,6 +153,38 @@ def test_experts_fill_what_is_left_and_no_more(v3):
     assert less.experts < made.experts and less.reads(CPU) > made.reads(CPU)
 
 
+def test_what_is_left_takes_a_share_of_one_more_layer(v3):
+    made = fit(v3, Budget((48 * GB,), 420 * GB, 32 << 10))
+    ((layer, count),) = made.share.items()
+    assert layer not in made.experts and 0 < count < 256
+    assert made.over() == {} and "cuda:0" in replace(made, share={layer: count + 1}).over()
+    path = f"model.layers.{layer}.mlp.experts"
+    assert (made.devices[path], made.devices[f"{path}.on_gpu"]) == (CPU, "cuda:0")
+    without = replace(made, share={})
+    moved = without.bytes["routed experts"][CPU] - made.bytes["routed experts"][CPU]
+    assert moved == pytest.approx(made.bytes["routed experts"]["cuda:0"] - without.bytes["routed experts"]["cuda:0"])
+    one = next(part for part in v3.parts if part.path == path)
+    assert moved == pytest.approx(one.cpu.held * count / 256, abs=256)
+    assert without.reads(CPU) - made.reads(CPU) == pytest.approx(one.read(1, False) * count / 256, abs=256)
+
+
+def test_room_to_bring_experts_for_prompts_is_counted_and_given_up_first(v3):
+    roomy = fit(v3, Budget((24 * GB,), 420 * GB, 32 << 10))
+    assert roomy.stream and roomy.scratch("cuda:0") - replace(roomy, stream=False).scratch("cuda:0") == 2 * STREAMED
+    need = roomy.total("cuda:0") - roomy.bytes["routed experts"]["cuda:0"] - STREAMED
+    tight = fit(v3, Budget((need,), 420 * GB, 32 << 10))
+    assert not tight.stream and tight.streamed_from(FAST) == 0 < roomy.streamed_from(FAST)
+
+
+def test_prompts_are_brought_to_a_gpu_from_where_copying_is_faster(v3):
+    made = fit(v3, Budget((24 * GB,), 420 * GB))
+    layer = max((part for part in v3.parts if part.experts), key=lambda part: part.cpu.held / part.weights)
+    alone = 2 * layer.weights * 8 / 256 / (FAST.rate * 1e9)  # seconds of a token on the CPU
+    assert made.streamed_from(FAST) == pytest.approx(layer.cpu.held / (FAST.link * 1e9) / alone, abs=1)
+    assert made.streamed_from(replace(FAST, rate=FAST.rate * 2)) == pytest.approx(2 * made.streamed_from(FAST), abs=2)
+    assert made.streamed_from(replace(FAST, rate=1e-3)) == 64 and made.streamed_from(replace(FAST, rate=0.0)) == 0
+
+
 def test_several_gpus_take_layers_in_turn(v3):
     made = fit(v3, Budget((24 * GB, 48 * GB), 420 * GB, 32 << 10))
     first = made.layers.count("cuda:0")
@@ -255,6 +289,16 @@ def test_a_part_of_the_experts_is_written_and_read(two, tmp_path, v3, capsys):
     plan = ktx.plan(folder, script("plan_v3").write(folder), rules=tmp_path / "v3.yaml")
     assert {step.path: step.device for step in plan if step.tensors} == made.devices
     assert len((tmp_path / "v3.yaml").read_text().splitlines()) < 40
+    shares = {step.path: step.share for step in plan if step.path.endswith(".on_gpu")}
+    assert shares == {f"model.layers.{i}.mlp.experts.on_gpu": count / 256 for i, count in made.share.items()} != {}
+
+
+def test_a_placement_without_room_for_prompts_experts_says_so_in_its_file(tmp_path, v3):
+    file = tmp_path / "v3.yaml"
+    for stream, word in ((True, None), (False, "off")):
+        made = replace(choose(v3, Budget((48 * GB,), 420 * GB)), stream=stream)
+        write_file(file, made, str(rule_folder() / "deepseek-v3.yaml"))
+        assert load_rules(file).stream_experts == word
 
 
 def test_rules_of_ones_own_are_named_by_their_path(tmp_path, capsys):

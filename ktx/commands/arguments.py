@@ -114,6 +114,10 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    return 0 if text.strip() == "0" else positive(text)
+
+
 SIZES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
 
 
@@ -258,6 +262,17 @@ def placement_options(parser: argparse.ArgumentParser) -> None:
         help="where the routed experts are: cpu, numa (the same: the CPU with its memory nodes), cuda or cuda:N (default cpu)",
     )
     group.add_argument(
+        "--gpu-experts",
+        type=natural,
+        metavar="N",
+        help="so many routed experts of each layer are on its GPU when the others are on the CPU; both sides compute at once (default: as the rule file says, else 0)",
+    )
+    group.add_argument(
+        "--stream-experts",
+        metavar="N",
+        help="prompts of N tokens or more have experts in memory copied to their layer's GPU and computed there: a number, auto (from where that is faster) or off (default: as the rule file says, else auto)",
+    )
+    group.add_argument(
         "--shared-device",
         metavar="DEVICE",
         help="where shared experts are (default: as --device)",
@@ -285,6 +300,7 @@ def placed(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "moe_device": args.moe_device,
         "shared_device": args.shared_device,
+        "gpu_experts": args.gpu_experts,
         "devices": dict(args.devices) if args.devices else None,
     }
 
@@ -299,6 +315,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "kv_dtype": args.kv_dtype,
         "cache_dir": args.cache_dir,
         "trust_remote_code": args.trust_remote_code,
+        "stream_experts": args.stream_experts,
         **placed(args),
     }
 

@@ -96,15 +96,25 @@ def by_budget(args: argparse.Namespace) -> int:
 
 def _speeds(args: argparse.Namespace) -> Any:
     from ktx.kernels.cpu import usual_threads
-    from ktx.kernels.speed import gpu_read_bandwidth, read_bandwidth
+    from ktx.kernels.speed import LINK, gpu_read_bandwidth, link_bandwidth, prompt_rate, read_bandwidth
     from ktx.placement import Speeds
+    from ktx.qtypes import QTYPES
 
     cpu = args.cpu_bandwidth or read_bandwidth(usual_threads())
     if cpu is None:
         raise UsageError("too little memory is free to measure this machine's: give --cpu-bandwidth")
     measured = None if args.gpu_bandwidth else gpu_read_bandwidth()
     how = "given" if args.gpu_bandwidth else "assumed" if measured is None else "measured"
-    return Speeds(cpu, args.gpu_bandwidth or measured or GPU_GB_S, "given" if args.cpu_bandwidth else "measured", how)
+    link = link_bandwidth()
+    return Speeds(
+        cpu,
+        args.gpu_bandwidth or measured or GPU_GB_S,
+        "given" if args.cpu_bandwidth else "measured",
+        how,
+        link or LINK,
+        "measured" if link else "assumed",
+        prompt_rate(QTYPES["Q4_K"]) if args.vram else 0.0,
+    )
 
 
 def table(made: Any) -> list[str]:
@@ -129,6 +139,7 @@ def table(made: Any) -> list[str]:
 def _words(made: Any, speeds: Any) -> list[str]:
     budget, seconds = made.budget, made.seconds(speeds)
     lines = [f"{key}: {device}" for key, device in made.map().items()]
+    lines += [f"gpu_experts, {key}: {count}" for key, count in made.shares().items()]
     count = made.crossings()
     ways = f", {count} crossings {1e3 * seconds['crossings']:.1f} ms" if count else ""
     rates = {
@@ -140,6 +151,11 @@ def _words(made: Any, speeds: Any) -> list[str]:
     alone = "a token" if budget.batch == 1 else f"a token of each of {budget.batch} sequences"
     rate = budget.batch / sum(seconds.values())
     lines += ["", f"{alone} after {budget.context} others: {sides}{ways}", f"at most {rate:.1f} tokens a second"]
+    if least := made.streamed_from(speeds):
+        link = f"{speeds.link:.0f} GB/s ({speeds.link_from})"
+        lines.append(
+            f"prompts of {least} tokens or more: experts are copied to their GPU at {link}; fewer: the CPU's {speeds.rate:.0f} GOPS (measured)"
+        )
     return lines
 
 
@@ -158,6 +174,10 @@ def write(path: Path, made: Any, base: str) -> None:
         yaml.safe_dump({"rules": Path(base).stem if shipped else str(Path(base).resolve())}, width=1000).rstrip(),
         yaml.safe_dump({"devices": made.map()}, sort_keys=False, width=1000).rstrip(),
     ]
+    if made.share:
+        lines.append(yaml.safe_dump({"gpu_experts": made.shares()}, sort_keys=False).rstrip())
+    if budget.vram and not made.stream:
+        lines.append("stream_experts: 'off'")
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

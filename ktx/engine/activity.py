@@ -12,7 +12,7 @@ from torch import nn
 
 from ktx.inject import layer_of
 from ktx.kernels.cpu import Counted
-from ktx.ops.experts import Experts
+from ktx.ops.experts import of_layers
 from ktx.ops.sizes import Reads
 
 
@@ -40,13 +40,13 @@ class Activity:
     def __init__(self, model: Any):
         real = isinstance(model, nn.Module)
         self.reads = Reads.of(model) if real else Reads()
-        modules = [(path, m) for path, m in model.named_modules() if isinstance(m, Experts)] if real else []
+        modules = of_layers(model) if real else []
         layers = [layer_of(path) for path, _ in modules]
         self.experts = [
             (place if layer is None else layer, module)
             for place, (layer, (_, module)) in enumerate(zip(layers, modules, strict=True))
         ]
-        self.before = [(module.counts.clone(), module.waited) for _, module in self.experts]
+        self.before = [(module.counted(), module.waited) for _, module in self.experts]
         self.nbytes, self.seconds = 0, 0.0
         self.prompt_tokens = self.answer_tokens = 0
 
@@ -62,7 +62,7 @@ class Activity:
 
     def done(self) -> Done:
         pairs = list(zip(self.experts, self.before, strict=True))
-        experts = [Counted.read(module.counts - before) for (_, module), (before, _) in pairs]
+        experts = [Counted.read(module.counted() - before) for (_, module), (before, _) in pairs]
         waited = sum(module.waited - before for (_, module), (_, before) in pairs)
         read = sum(one.nbytes for one in experts)
         return Done(

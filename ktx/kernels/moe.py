@@ -120,8 +120,8 @@ def _down(
 
 
 @triton.jit
-def _combine(y, ids, weights, out, first, experts, top, n, WIDTH: tl.constexpr):
-    """Sum over a token's choices inside the share, in their order -> out [tokens, n]."""
+def _combine(y, ids, weights, out, chosen, first, experts, top, n, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Sum over a token's choices inside the share, in their order -> out [tokens, n]; adds these choices to `chosen`, by their numbers."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], tl.float32)
@@ -131,6 +131,8 @@ def _combine(y, ids, weights, out, first, experts, top, n, WIDTH: tl.constexpr):
         inside = (expert >= 0) & (expert < experts)
         part = tl.load(y + pair * n + column, mask=column < tl.where(inside, n, 0), other=0.0)
         total += tl.where(inside, tl.load(weights + pair), 0.0) * part
+        if COUNT:
+            tl.atomic_add(chosen + first + expert, 1, mask=inside & (tl.program_id(1) == 0), sem="relaxed")
     tl.store(out + token * n + column, total.to(out.dtype.element_ty), mask=column < n)
 
 
@@ -148,10 +150,12 @@ def experts(
     alpha: float = 0.0,
     limit: float = 0.0,
     first: int = 0,
+    chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [tokens, hidden], ids int64 and weights f32 [tokens, top] -> [tokens, hidden] in x's dtype; see reference.experts.
 
-    The packed matrices (and biases) are those of the experts from `first` on; choices of others are skipped.
+    The packed matrices (and biases) are those of the experts from `first` on; choices of others are skipped. `chosen`, int64 on the device, counts by an
+    expert's number how often it was chosen.
     """
     _check(x, ids, weights, gate, up, down, gate_bias, up_bias, act)
     tokens, top = ids.shape
@@ -174,7 +178,9 @@ def experts(
         inner, y, sorting, ids, first, gate.matrices, down.planes, book(down), down_bias, down.row_blocks, down.n, down.k,
         HAS_BIAS=down_bias is not None, **size, **decoding(down),
     )  # fmt: skip
-    _combine[(tokens, triton.cdiv(down.n, 1024))](y, ids, weights, out, first, gate.matrices, top, down.n, WIDTH=1024)
+    _combine[(tokens, triton.cdiv(down.n, 1024))](
+        y, ids, weights, out, chosen, first, gate.matrices, top, down.n, COUNT=chosen is not None, WIDTH=1024
+    )
     return out
 
 

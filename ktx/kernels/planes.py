@@ -93,6 +93,14 @@ class Packed:
         return out.view(self.matrices, self.n, -1)
 
 
+def empty(qtype: QType, n: int, k: int, matrices: int, memory: torch.Tensor) -> Packed:
+    """Planes in the first bytes of some memory, uint8, whatever these hold."""
+    scale = None
+    if qtype.name == "F8_E4M3":
+        scale = memory.new_empty((matrices, -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)), dtype=torch.float32)
+    return Packed(memory[: matrices * n * qtype.row_bytes(k)], qtype, n, k, matrices, scale)
+
+
 def _planes(packed: Packed) -> tuple[torch.Tensor, ...]:
     """Views of the fields; for F8_E4M3 its scales are the second one."""
     count = packed.matrices * packed.n * packed.row_blocks

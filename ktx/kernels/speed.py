@@ -6,6 +6,7 @@ that the type is multiplied with. A limit is measured next to each figure, becau
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from ktx.quantize import random_rows
 from ktx.weights.source import QuantizedTensor
 
 COLUMNS, ROWS = 2048, 8192
+LINK = 20.0  # GB/s between two devices where none can be measured
+LEAST, EACH = 64, 32  # tokens from which on experts may be copied to a GPU, and that an expert gets of a prompt
 STREAM = 1 << 28  # packed bytes that a pass reads: no cache holds them
 
 
@@ -50,6 +53,39 @@ def gpu_read_bandwidth() -> float | None:
         torch.cuda.synchronize()
 
     return values.nbytes / seconds(read, 5) / 1e9
+
+
+def link_bandwidth(device: torch.device | str = "cuda") -> float | None:
+    """GB/s from pinned memory to a GPU; None where torch can use none."""
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    source, target = (
+        torch.empty(1 << 27, dtype=torch.uint8, pin_memory=True),
+        torch.empty(1 << 27, dtype=torch.uint8, device=device),
+    )
+
+    def copy() -> None:
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize(device)
+
+    return source.numel() / seconds(copy, 3) / 1e9
+
+
+def prompt_rate(qtype: QType) -> float:
+    """GOPS at which experts of a type are multiplied with a prompt's tokens: as many at once as an expert gets of them."""
+    packed = split(cpu.pack(matrices(qtype, 8, 512, COLUMNS)))
+    x = torch.randn(EACH, COLUMNS)
+    taken = seconds(lambda: [cpu.linear(x, matrix, wide=True) for matrix in packed], 3)
+    return 2 * EACH * 512 * COLUMNS * len(packed) / taken / 1e9
+
+
+def copying_pays_from(nbytes: int, numbers: int, link: float, rate: float) -> int:
+    """Tokens from which on copying nbytes at `link` GB/s takes less time than multiplying each token by so many numbers at `rate` GOPS.
+
+    At least LEAST: the device needs time too, and so do its launches.
+    """
+    return max(LEAST, math.ceil(nbytes / link * rate / (2 * numbers)))
 
 
 def matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:

@@ -58,7 +58,8 @@ def install(model: Any, devices: Devices, dtype: torch.dtype) -> None:
 
 def _install_inside(child: nn.Module, own: Home, parent: nn.Module, around: Home) -> None:
     handed_over = isinstance(child, Experts) and isinstance(parent, MoE) and around.device.gpu and not own.device.gpu
-    if own.device == around.device or handed_over:
+    shared = isinstance(child, Experts) and isinstance(parent, Experts)  # called by the block
+    if own.device == around.device or handed_over or shared:
         return
     child.register_forward_pre_hook(Entry(Region(own)), with_kwargs=True)
     child.register_forward_hook(Back(around))

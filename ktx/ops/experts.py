@@ -12,7 +12,7 @@ from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, packed_as
 from ktx.ops.gates import Gate, gate_of_experts
-from ktx.weights.source import WeightSource
+from ktx.weights.source import QuantizedTensor, WeightSource, joined
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -22,20 +22,33 @@ class Experts(Operator):
     """The contract of transformers' experts modules: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D].
 
     Weights stay on the CPU whatever `.to()` says: that is what they are here for. `counts` is what kernels count of them, see cpu.Counted;
-    `waited` are the seconds spent on hidden states that came from another device.
+    `waited` are the seconds that they waited for hidden states from another device.
+
+    Of a layer's `total` experts it holds `num_experts`, from number `first` on, and skips the others. Where it lies in the CPU's memory beside a GPU, the
+    first ones may be on that: `on_gpu` holds them, and the MoE block calls both. `chosen` counts choices there, int64 [total] on the device.
     """
+
+    on_gpu: Experts | None
+    chosen: torch.Tensor | None
 
     def __init__(self, path: str, experts: int, gate: Gate, bias: bool):
         super().__init__()
-        self.path, self.num_experts, self.gate, self.has_bias = path, experts, gate, bias
+        self.path, self.gate, self.has_bias = path, gate, bias
+        self.total, self.on_gpu, self.chosen = experts, None, None
         self.hidden, self.width, self.top = 0, 0, 1
         self.weights: dict[str, cpu.Packed] = {}
         self.target: str | None = None
         self.biases: dict[str, torch.Tensor | None] = dict.fromkeys(PROJECTIONS)
-        self.counts, self.waited = cpu.new_counts(experts), 0.0
+        self.waited, self.gpu_experts = 0.0, 0
+        self.hold(0, experts)
+
+    def hold(self, first: int, count: int) -> None:
+        """Before weights are loaded: which of the layer's experts are here."""
+        self.first, self.num_experts = first, count
+        self.counts = cpu.new_counts(count)
 
     @classmethod
-    def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Experts:
+    def from_hf(cls, old: Any, ctx: Context, gpu_experts: int = 0, **kwargs: Any) -> Experts:
         count = next((int(getattr(old, name)) for name in COUNTS if hasattr(old, name)), 0)
         if not count:
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, which is no experts module of transformers 5")
@@ -45,29 +58,52 @@ class Experts(Operator):
         rows, columns = old.down_proj.shape[1:]
         new.hidden, new.width = (columns, rows) if getattr(old, "is_transposed", False) else (rows, columns)
         new.top = int(getattr(ctx.config, "num_experts_per_tok", 1) or 1)
+        new.gpu_experts = new.sharable(gpu_experts or 0)
         return new
 
+    def sharable(self, count: int) -> int:
+        """The number, if a GPU can have so many of the layer's experts; else UsageError."""
+        if not 0 <= count <= self.total:
+            raise UsageError(f"gpu_experts={count}: {self.path} has {self.total} experts, it must be 0 to {self.total}")
+        return count
+
+    def share(self, beside: Experts, count: int) -> None:
+        """Leaves the first `count` experts to `beside`, a twin on a GPU. UsageError for a number that there are not."""
+        beside.hold(0, self.sharable(count))
+        self.hold(count, self.total - count)
+        self.on_gpu = beside
+
     def tensors(self) -> list[str]:
-        names = [f"{self.path}.{name}" for name in PROJECTIONS]
+        names = [f"{self.path}.{name}" for name in PROJECTIONS] if self.num_experts else []
         return names + [f"{name}_bias" for name in names] if self.has_bias else names
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        wide, narrow = (self.num_experts, self.width, self.hidden), (self.num_experts, self.hidden, self.width)
+        wide, narrow = (self.total, self.width, self.hidden), (self.total, self.hidden, self.width)
         return {f"{self.path}.{name}": narrow if name == "down_proj" else wide for name in PROJECTIONS}
 
     def load(self, source: WeightSource) -> None:
-        for name in PROJECTIONS:
+        for name in PROJECTIONS if self.num_experts else ():
             full = f"{self.path}.{name}"
             (self.weights[name],) = kept(lambda full=full: [self._pack(source, full)])  # type: ignore[misc]
             source.release([full])
             if self.has_bias:
-                self.biases[name] = source.get(f"{full}_bias").dequantize().contiguous()
+                self.biases[name] = self._bias(source, full)
 
-    def _pack(self, source: WeightSource, full: str) -> cpu.Packed:
-        parts = source.parts(full)
-        if len({part.qtype.name for part in parts}) > 1:
-            parts = [source.get(full)]
-        return packed_as(parts, self.target, cpu.pack_experts)
+    def _pack(self, source: WeightSource, full: str) -> Any:
+        return packed_as(self._held(source.parts(full)), self.target, cpu.pack_experts)
+
+    def _held(self, parts: list[QuantizedTensor]) -> list[QuantizedTensor]:
+        """Of a layer's stacked experts, or of a part for each, those that are held here; floats where types differ."""
+        last, mixed = self.first + self.num_experts, len({part.qtype.name for part in parts}) > 1
+        if len(parts) == self.total and len(parts[0].shape) == 2:
+            held = parts[self.first : last]
+        else:
+            whole = parts[0] if len(parts) == 1 else joined(parts, (self.total, *parts[0].shape[-2:]))
+            held = [whole if self.num_experts == self.total else whole.matrices(self.first, last)]
+        return [QuantizedTensor.of(part.dequantize()) for part in held] if mixed else held
+
+    def _bias(self, source: WeightSource, full: str) -> torch.Tensor:
+        return source.get(f"{full}_bias").dequantize()[self.first : self.first + self.num_experts].contiguous()
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         device = hidden.device
@@ -76,9 +112,10 @@ class Experts(Operator):
             hidden, ids, weights = hidden.to("cpu"), ids.to("cpu"), weights.to("cpu")
             self.waited += time.perf_counter() - start
         w, b = self.weights, self.biases
+        ids = ids.to(torch.int64)
         out = cpu.experts(
             hidden.contiguous(),
-            ids.to(torch.int64).contiguous(),
+            (ids - self.first if self.first else ids).contiguous(),
             weights.to(torch.float32).contiguous(),
             w["gate_proj"],
             w["up_proj"],
@@ -93,8 +130,25 @@ class Experts(Operator):
 
     def weight_bytes(self) -> tuple[int, int]:
         held = sum(w.nbytes for w in self.weights.values())
-        return held, held * min(self.top, self.num_experts) // self.num_experts
+        return held, held * min(self.top, self.total) // self.total
+
+    def counted(self) -> torch.Tensor:
+        """As `counts` of all the layer's experts, with those that were counted on a device."""
+        own, numbers = self.counts, self.counts.new_zeros(self.total + len(self.counts) - self.num_experts)
+        numbers[self.first : self.first + self.num_experts] = own[: self.num_experts]
+        numbers[self.total :] = own[self.num_experts :]
+        chosen = self.chosen if self.on_gpu is None else self.on_gpu.chosen
+        if chosen is not None:
+            numbers[: self.total] += chosen.cpu()
+        return numbers
 
     def extra_repr(self) -> str:
         types = "/".join(w.qtype.name for w in self.weights.values()) or "not loaded"
         return f"{self.num_experts} experts, {types}, {self.gate.act}"
+
+
+def of_layers(model: Any) -> list[tuple[str, Experts]]:
+    """Experts by module path, a layer's once."""
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts)]
+    shares = {id(module.on_gpu) for _, module in found}
+    return [(path, module) for path, module in found if id(module) not in shares]

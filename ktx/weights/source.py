@@ -58,6 +58,11 @@ class QuantizedTensor:
         data = self.data[..., index, :]
         return QuantizedTensor(data, self.qtype, (*self.shape[:-2], data.shape[-2], self.shape[-1]))
 
+    def matrices(self, first: int, last: int) -> QuantizedTensor:
+        """Some of several matrices, from `first` up to `last`."""
+        scale = None if self.scale is None else self.scale[first:last]
+        return QuantizedTensor(self.data[first:last], self.qtype, (last - first, *self.shape[1:]), scale)
+
     def reshape(self, *shape: int) -> QuantizedTensor:
         """Another shape with the same columns."""
         return QuantizedTensor(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ktx.ops.experts import of_layers
 from ktx.placement import CPU, Budget, Placement
 from ktx.preparing import measure
 from tests.models.families import FAMILIES, tiny
@@ -21,3 +22,17 @@ def test_a_placed_model_holds_what_is_planned_on_both_sides(tmp_path, family):
     assert {path: there[path] for path in made.devices if path in there} == made.devices
     both = sum(part.on(made.device(part) != CPU).held for part in found.parts)
     assert both == pytest.approx(held(model), rel=0.003)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_a_share_of_the_experts_takes_what_is_planned_on_each_side(tmp_path, family):
+    tiny(family).save_pretrained(tmp_path)
+    found = measure(tmp_path)[0]
+    layers = {part.layer: 1 for part in found.parts if part.experts}
+    made = Placement(found, Budget((1 << 40,), 1 << 40), ["cuda:0"] * found.layers, share=layers)
+    model = load(tmp_path, None, device="cuda", gpu_experts=1, devices={"embedding": "cpu"})
+    experts = [module for _, module in of_layers(model)]
+    sides = {CPU: sum(one.weight_bytes()[0] for one in experts)}
+    sides["cuda:0"] = sum(one.on_gpu.weight_bytes()[0] for one in experts)
+    assert {device: made.bytes["routed experts"][device] for device in sides} == pytest.approx(sides, rel=0.01)
+    assert {step.path: step.device for step in model.ktx.plan if step.tensors}.items() >= made.devices.items()

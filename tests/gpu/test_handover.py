@@ -243,3 +243,21 @@ def test_a_thread_stream_raises_what_a_copy_raised():
         stream.join()
     stream.call(lambda: time.sleep(0.01))
     stream.join()
+
+
+def test_the_cpus_waiting_for_the_device_is_counted_from_layer_to_layer_of_a_forward():
+    way = HandOver(ThreadStream(CPU))
+
+    class Layer:
+        def __init__(self, number):
+            self.path, self.waited = f"model.layers.{number}.mlp.experts", 0.0
+
+        def __call__(self, *given):
+            return twice(*given)
+
+    layers = [Layer(i) for i in (3, 4, 5)]
+    for _ in range(2):
+        for layer in layers:
+            time.sleep(0.02)
+            way.result(way.submit(layer, *states(2)))
+    assert layers[0].waited == 0 and all(0.03 < layer.waited < 2 for layer in layers[1:])

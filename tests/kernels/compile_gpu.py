@@ -64,6 +64,9 @@ def matrices(name: str, count: int) -> Packed:
 
 def main() -> None:
     arch, x = int(sys.argv[1]), torch.zeros(1, K, dtype=torch.bfloat16)
+    sums, choices = torch.zeros(1, N), torch.zeros(1, dtype=torch.int64)
+    head = sums, choices, sums, x, choices, 0, EXPERTS, 8, N
+    print(json.dumps({"kernel": "combine"} | compiled(moe._combine, arch, *head, COUNT=True, WIDTH=1024)), flush=True)
     for name in sys.argv[2:]:
         one, some = matrices(name, 1), matrices(name, EXPERTS)
         for tokens in (1, gpu_linear.MANY):

@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from ktx.kernels import gpu_linear, moe
+from ktx.kernels.planes import Packed
 from ktx.ops import experts
 from ktx.ops.base import packed_as
 from ktx.ops.experts import PROJECTIONS
+from ktx.ops.gates import Gate
 from ktx.weights.source import WeightSource
 
 
 class Experts(experts.Experts):
-    """As on the CPU, with the weights on the device. What experts do there is not counted: nothing waits for the device."""
+    """As on the CPU, with the weights on the device."""
 
     weights: dict[str, Any]
 
     def load(self, source: WeightSource) -> None:
-        for name in PROJECTIONS:
+        for name in PROJECTIONS if self.num_experts else ():
             full = f"{self.path}.{name}"
             self.weights[name] = self._pack(source, full)
             source.release([full])
             if self.has_bias:
-                self.biases[name] = source.get(f"{full}_bias").dequantize().contiguous().to(self.home.torch)
+                self.biases[name] = self._bias(source, full).to(self.home.torch)
 
     def _pack(self, source: WeightSource, full: str) -> Any:
-        parts = source.parts(full)
-        if len({part.qtype.name for part in parts}) > 1:
-            parts = [source.get(full)]
-        return packed_as(parts, self.target, partial(gpu_linear.pack_experts, device=self.home.torch))
+        pack = partial(gpu_linear.pack_experts, device=self.home.torch)
+        return packed_as(self._held(source.parts(full)), self.target, pack)
+
+    def ready(self) -> None:
+        self.chosen = torch.zeros(self.total, dtype=torch.int64, device=self.home.torch)
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        gate, up, down = (self.weights[name] for name in PROJECTIONS)
-        gate_bias, up_bias, down_bias = (self.biases[name] for name in PROJECTIONS)
         ids, weights = ids.to(torch.int64), weights.to(torch.float32)
-        act, alpha, limit = self.gate
-        return moe.experts(hidden, ids, weights, gate, up, down, gate_bias, up_bias, down_bias, act, alpha, limit)
+        matrices = [self.weights[name] for name in PROJECTIONS]
+        biases = [self.biases[name] for name in PROJECTIONS]
+        return computed(self.gate, (hidden, ids, weights), matrices, biases, self.first, self.chosen)
+
+
+def computed(
+    gate: Gate,
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    matrices: Sequence[Packed],
+    biases: Sequence[torch.Tensor | None],
+    first: int,
+    chosen: torch.Tensor | None,
+) -> torch.Tensor:
+    """What the experts from `first` on make of `given` (hidden states, ids, weights): matrices and biases are gate's, up's and down's."""
+    (w_gate, w_up, w_down), (b_gate, b_up, b_down) = matrices, biases
+    return moe.experts(*given, w_gate, w_up, w_down, b_gate, b_up, b_down, *gate, first, chosen)

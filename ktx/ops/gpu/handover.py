@@ -9,7 +9,9 @@ Without that function, and where a GPU is only pretended, a thread does in the s
 from __future__ import annotations
 
 import itertools
+import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -80,6 +82,7 @@ class Job:
         self.owner.worker.submit(self.run)
 
     def run(self) -> None:
+        self.owner.count_waiting(self.experts)
         try:
             real = len(self.out) if self.count is None else int(self.count)
             with torch.inference_mode(), cpu.wide_rows(*self.rows):
@@ -89,6 +92,7 @@ class Job:
             self.owner.errors.append(error)
             self.out.fill_(torch.nan)
         finally:
+            self.owner.ended = time.perf_counter()
             self.done.set()
 
     def sync(self) -> None:
@@ -114,6 +118,14 @@ class HandOver:
         self.slots = itertools.cycle(self.all_slots)
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="ktx-experts")
         self.errors: list[BaseException] = []
+        self.layer, self.ended = -1, 0.0  # the last that the CPU worked for, and when it was done
+
+    def count_waiting(self, experts: Any) -> None:
+        """Adds the time since a layer further up was done to what these experts have waited for the device; between two forwards nobody waits."""
+        number = re.search(r"\.(\d+)\.", getattr(experts, "path", ""))
+        before, self.layer = self.layer, int(number[1]) if number else -1
+        if 0 <= before < self.layer:
+            experts.waited += time.perf_counter() - self.ended
 
     def submit(self, experts: Any, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> UnderWay:
         """flat [tokens, D], ids and weights [tokens, K] on the device set off; raises what went wrong since it was last asked."""

@@ -1,26 +1,38 @@
-"""The mixture-of-experts block on a GPU, with its experts there or in the CPU's memory."""
+"""The mixture-of-experts block on a GPU, with its experts there, in the CPU's memory, or some here and some there."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ktx.ops import experts, moe
 from ktx.ops.base import Context
 from ktx.ops.gpu.experts import Experts
-from ktx.ops.gpu.handover import HandOver, hand_over_to
+from ktx.ops.gpu.handover import HandOver, UnderWay, hand_over_to
+
+if TYPE_CHECKING:
+    from ktx.ops.gpu.streaming import Streamer
+
+
+class Begun(NamedTuple):
+    """What the device makes of the chosen experts, and what the CPU is asked to."""
+
+    here: torch.Tensor | None
+    there: UnderWay | None
 
 
 class MoE(moe.MoE):
-    """As on the CPU. Experts that stayed there are computed while the device computes the shared ones."""
+    """As on the CPU. Experts that stayed there are computed while the device computes its own, and the shared ones."""
 
     handover: HandOver | None
+    streamer: Streamer | None  # see ktx.ops.gpu.streaming
+    streamed_from: int
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> moe.MoE:
         new = super().from_hf(old, ctx, **kwargs)
-        new.handover = None
+        new.handover = new.streamer = None
         return new
 
     def ready(self) -> None:
@@ -31,7 +43,27 @@ class MoE(moe.MoE):
     def begin(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
         if self.handover is None:
             return super().begin(flat, ids, weights)
-        return self.handover.submit(self.experts, flat, ids, weights)
+        share, there, brought = self.experts.on_gpu, None, None
+        if self.streams(flat):
+            assert self.streamer is not None
+            brought = self.streamer(self.experts, flat, ids, weights)
+        elif self.experts.num_experts:
+            there = self.handover.submit(self.experts, flat, ids, weights)
+        here = None if share is None else share(flat, ids, weights)
+        return Begun(here if brought is None else brought if here is None else brought + here, there)
+
+    def streams(self, flat: torch.Tensor) -> bool:
+        """Whether the CPU's experts come here for these tokens. Not where somebody listens to them, and a graph could not tell what came before."""
+        if self.streamer is None or len(flat) < self.streamed_from:
+            return False
+        heard = self.experts._forward_hooks or self.experts._forward_pre_hooks
+        return not heard and not (flat.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def end(self, under_way: Any) -> torch.Tensor:
-        return super().end(under_way) if self.handover is None else self.handover.result(under_way)
+        if self.handover is None:
+            return super().end(under_way)
+        here, there = under_way
+        if there is None:
+            return here
+        out = self.handover.result(there)
+        return out if here is None else out + here

@@ -1,4 +1,4 @@
-"""Streams on which a GPU and the CPU take turns: CUDA's with host functions, or a thread."""
+"""Streams on which a GPU and the CPU take turns: CUDA's with host functions, or a thread. And memory that copies may be made from meanwhile."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from ktx.errors import KtxError
 
 Launch = Callable[[int, Callable[[], None]], None]
+PORTABLE = 1  # cudaHostRegisterPortable
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _waiting: dict[int, tuple[Callable[[], None], bool]] = {}  # by number: a function, and whether it is called only once
 _numbers = itertools.count(1)
@@ -51,7 +52,7 @@ def forget(numbers: Iterable[int]) -> None:
 
 def host_functions() -> Launch | None:
     """Puts a function on a CUDA stream (its handle) to be called on the CPU in its turn; None where libcudart cannot be asked."""
-    native = _native()
+    native = _native("cudaLaunchHostFunc", ctypes.c_void_p, _FUNCTION, ctypes.c_void_p)
     if native is None:
         return None
 
@@ -67,15 +68,28 @@ def host_functions() -> Launch | None:
     return launch
 
 
-def _native() -> Any:
-    """cudaLaunchHostFunc of the libcudart that torch has loaded; None if there is none."""
+def pin(memory: torch.Tensor) -> Callable[[], None] | None:
+    """Pins memory where it is, for all GPUs, so that copies from it run beside the program: what ends that again; None where CUDA does not do it."""
+    register = _native("cudaHostRegister", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
+    end, forget = _native("cudaHostUnregister", ctypes.c_void_p), _native("cudaGetLastError")
+    if register is None or end is None or forget is None:
+        return None
+    at = memory.data_ptr()
+    if register(at, memory.nbytes, PORTABLE):
+        forget()  # else whoever asks next would be told of it
+        return None
+    return lambda: end(at)
+
+
+def _native(name: str, *types: Any) -> Any:
+    """A function of the libcudart that torch has loaded; None if there is none."""
     major = (torch.version.cuda or "").partition(".")[0]
-    for name in (f"libcudart.so.{major}", "libcudart.so"):
+    for library in (f"libcudart.so.{major}", "libcudart.so"):
         try:
-            found = ctypes.CDLL(name, mode=os.RTLD_NOW | os.RTLD_NOLOAD).cudaLaunchHostFunc
+            found = getattr(ctypes.CDLL(library, mode=os.RTLD_NOW | os.RTLD_NOLOAD), name)
         except (OSError, AttributeError):
             continue
-        found.argtypes, found.restype = [ctypes.c_void_p, _FUNCTION, ctypes.c_void_p], ctypes.c_int
+        found.argtypes, found.restype = list(types), ctypes.c_int
         return found
     return None
 

@@ -1,0 +1,50 @@
+"""What the CPU has packed, taken to a GPU's planes: the bytes that packing for the GPU makes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ktx.errors import KtxError
+from ktx.kernels import cpu, planes
+from ktx.kernels.check import sample
+from ktx.kernels.unpack import ARRANGED, unpack, unpackable
+from ktx.qtypes import QTYPES
+from ktx.weights.source import QuantizedTensor
+
+KNOWN = [name for name in QTYPES if unpackable(QTYPES[name])]
+
+
+def both(name: str, rows: int, k: int, count: int = 3) -> tuple[torch.Tensor, planes.Packed, planes.Packed]:
+    """Groups as the CPU has them, the planes that should come of them, and empty ones."""
+    parts: list[QuantizedTensor] = [sample(name, rows, k, seed) for seed in range(count)]
+    held, wanted = cpu.pack(parts), planes.pack(parts, device="cpu")
+    scale = None if wanted.scale is None else torch.zeros_like(wanted.scale)
+    empty = planes.Packed(torch.zeros_like(wanted.data), wanted.qtype, rows, k, count, scale)
+    return held.data.view(count, -(-rows // cpu.GROUP_ROWS), -1), wanted, empty
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("rows", [272, 50, 5])
+def test_planes_are_those_of_the_file(name, rows):
+    k = max(320, QTYPES[name].block * 3)
+    data, wanted, found = both(name, rows, k // QTYPES[name].block * QTYPES[name].block)
+    unpack(data, found)
+    assert torch.equal(found.data, wanted.data)
+    assert wanted.scale is None or torch.equal(found.scale, wanted.scale)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "F8_E4M3", "BF16", "MXFP4"])
+def test_each_memory_nodes_rows_come_by_themselves(name):
+    data, wanted, found = both(name, 296, 512)
+    for begin, end in ((0, 5), (5, 11), (11, 19)):
+        unpack(data[:, begin:end], found, begin)
+    assert torch.equal(found.data, wanted.data)
+    assert wanted.scale is None or torch.equal(found.scale, wanted.scale)
+
+
+def test_types_whose_bits_lie_otherwise_are_refused():
+    assert set(ARRANGED) | set(KNOWN) == set(QTYPES)
+    data, _, found = both("Q5_0", 16, 64)
+    with pytest.raises(KtxError, match="Q5_0: its packed order"):
+        unpack(data, found)
