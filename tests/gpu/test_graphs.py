@@ -318,3 +318,19 @@ def test_the_benchmark_compares_both_ways(hybrid, monkeypatch, tmp_path, capsys)
     first, second = (json.loads(line) for line in record.read_text().splitlines())
     assert [first["requests"], first["graph"], second["requests"], second["graph"]] == [1, 1, 2, 2]
     assert first["alike"] == second["alike"] == 1 and first["graph ms"] > 0 and "eager ms" in capsys.readouterr().out
+
+
+def test_beside_a_share_of_the_experts_and_prompts_that_bring_the_others(hybrid):
+    weights, options = hybrid.folder / "model.gguf", {"device": "cuda", "gpu_experts": 3, "stream_experts": 2}
+    model = ktx.load(hybrid.folder, weights, progress=False, **F32, **options)[0]
+    block = model.model.layers[1].mlp
+    with model.ktx.engine(max_batch_size=4, chunk_size=16, cache_lens=512) as engine:
+        replayed = engine.runner.graphs
+        assert block.streams(torch.zeros(2, 64)) and not block.streams(torch.zeros(1, 64))
+        before = block.experts.counts[: block.experts.total].clone()
+        assert [event.ids for event in answers(engine, PROMPTS, LONG)] == hybrid.expected
+        assert (
+            replayed is not None and replayed.replays > 0
+        )  # of several requests: by the CPU, although prompts of as many tokens are not
+        assert (block.experts.counts[: block.experts.total] > before).any()
+        engine.check_integrity()

@@ -8,6 +8,7 @@ import torch
 
 from ktx.ops import experts, moe
 from ktx.ops.base import Context
+from ktx.ops.gpu import padding
 from ktx.ops.gpu.experts import Experts
 from ktx.ops.gpu.handover import HandOver, UnderWay, hand_over_to
 
@@ -53,11 +54,10 @@ class MoE(moe.MoE):
         return Begun(here if brought is None else brought if here is None else brought + here, there)
 
     def streams(self, flat: torch.Tensor) -> bool:
-        """Whether the CPU's experts come here for these tokens. Not where somebody listens to them, and a graph could not tell what came before."""
-        if self.streamer is None or len(flat) < self.streamed_from:
+        """Whether the CPU's experts come here for these tokens. Not where somebody listens to them, and not in a step that becomes a graph, which could not tell what came before."""
+        if self.streamer is None or len(flat) < self.streamed_from or padding.count() is not None:
             return False
-        heard = self.experts._forward_hooks or self.experts._forward_pre_hooks
-        return not heard and not (flat.is_cuda and torch.cuda.is_current_stream_capturing())
+        return not (self.experts._forward_hooks or self.experts._forward_pre_hooks)
 
     def end(self, under_way: Any) -> torch.Tensor:
         if self.handover is None:
