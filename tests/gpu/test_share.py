@@ -66,7 +66,7 @@ def test_either_side_may_be_empty(twins):
         assert (logits(model) - logits(twins.cpu)).abs().max() < BOUND
 
 
-@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "BF16", mixed], ids=str)
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "BF16", mixed], ids=["Q8_0", "Q4_0", "BF16", "mixed"])
 def test_stacked_experts_of_a_gguf_file(tmp_path, quant):
     twins = Twins(tmp_path, "qwen3_moe", quant, **SMALL)
     model = twins.load(None, devices=BLOCK, gpu_experts=1)

@@ -69,7 +69,7 @@ def test_a_prompt_is_what_the_cpu_says(tmp_path, family):
     assert sum(sum(block.experts.counts[: block.experts.total]) for block in blocks(model)) == 0  # the CPU did nothing
 
 
-@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "BF16", mixed], ids=str)
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "BF16", mixed], ids=["Q8_0", "Q4_0", "BF16", "mixed"])
 def test_formats(tmp_path, quant):
     small = {"hidden_size": 256, "num_hidden_layers": 1, "moe_intermediate_size": 256}
     small |= {"num_experts": 2, "num_experts_per_tok": 1}
