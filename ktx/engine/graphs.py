@@ -44,7 +44,7 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """CUDA's. Functions that it calls on the CPU are forgotten with it."""
+    """CUDA's. It holds no tensor; functions that it calls on the CPU are forgotten with it."""
 
     def __init__(self, device: torch.device, pool: Any):
         self.device, self.pool, self.graph = device, pool, torch.cuda.CUDAGraph()
