@@ -38,14 +38,14 @@ class Graph(Protocol):
     """What a function gives a device to do, to be done again."""
 
     def capture(self, function: Callable[[], None]) -> None:
-        """Runs the function and keeps what it launched; it leaves its results in buffers that stay."""
+        """Runs the function and keeps what it launched; whoever calls keeps the function and the buffers that it works on."""
 
     def replay(self) -> None:
         """Does it all again, on what the same buffers hold now."""
 
 
 class CudaGraph:
-    """CUDA's. Functions that it calls on the CPU are forgotten with it."""
+    """CUDA's. It holds no tensor; functions that it calls on the CPU are forgotten with it."""
 
     def __init__(self, device: torch.device, pool: Any):
         self.device, self.pool, self.graph = device, pool, torch.cuda.CUDAGraph()
@@ -181,6 +181,7 @@ class Graphs:
             shape = 1, most, embedding.embedding_dim
             self.hidden = torch.empty(shape, dtype=model.dtype, device=device.torch)
         self.graphs: dict[int, Graph] = {}
+        self.steps: dict[int, Step] = {}  # a graph knows addresses: what lies there must live as long as it
         self.watch = watch(model)
         self.replays = 0
 
@@ -194,8 +195,9 @@ class Graphs:
         before = self._taken()
         for size in shown(sizes_up_to(self.most)):
             self._fill([], size)
+            self.steps[size] = Step(self, size)
             graph: Graph = Rerun() if self.device.pretended else CudaGraph(self.device.torch, pool)
-            graph.capture(Step(self, size))
+            graph.capture(self.steps[size])
             self.graphs[size] = graph
         named = ", ".join(map(str, sorted(self.graphs)))
         seconds, nbytes = time.perf_counter() - start, self._taken() - before

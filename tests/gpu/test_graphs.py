@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 import ktx
+from ktx.__main__ import build_parser
+from ktx.commands.serve import _options
 from ktx.devices import gpus
 from ktx.engine import graphs
 from ktx.engine.request import Piece
@@ -171,6 +175,20 @@ def test_a_replay_reads_static_buffers_alone(hybrid, monkeypatch):
         assert set(called) == {1, 2} and all(len(addresses) == 1 for addresses in called.values())
 
 
+@pytest.mark.skipif(REAL, reason="CUDA's graphs hold nothing")
+def test_what_a_graph_works_on_lives_as_long_as_it(hybrid, monkeypatch):
+    def capture(self, function):
+        function()
+        self.function = weakref.ref(function)
+
+    monkeypatch.setattr(graphs.Rerun, "capture", capture)
+    monkeypatch.setattr(graphs.Rerun, "replay", lambda self: self.function()())
+    with hybrid.engine(max_batch_size=1) as engine:
+        gc.collect()
+        assert answers(engine, PROMPTS[:1], SHORT)[0].ids == hybrid.expected[0][:3]
+        assert engine.runner.graphs.replays == 2
+
+
 def test_padding_is_on_a_page_of_its_own_and_reaches_no_expert(hybrid):
     experts, seen = hybrid.model.model.layers[1].mlp.experts, []
     with hybrid.engine() as engine:
@@ -242,12 +260,15 @@ def test_a_capture_that_breaks_off_inside_a_layer_leaves_nothing_that_is_waited_
         assert all(slot.job is None for slot in way.all_slots)
 
 
-def test_the_option_switches_them_off(hybrid):
+def test_what_is_captured_is_told_and_an_option_switches_it_off(hybrid, caplog):
+    with caplog.at_level(logging.INFO, "ktx.engine"), hybrid.engine(max_batch_size=3):
+        assert "CUDA graphs of steps with 1, 2, 3 requests" in caplog.text
     with hybrid.engine(cuda_graphs=False) as engine:
         assert engine.runner.graphs is None
-        assert all(
-            len(buffer) == engine.runner.pages for layer in engine.runner.cache.layers for buffer in layer.buffers
-        )
+        buffers = [buffer for layer in engine.runner.cache.layers for buffer in layer.buffers]
+        assert all(len(buffer) == engine.runner.pages for buffer in buffers)
+    for words, wanted in ([], True), (["--no_cuda_graphs"], False), (["--no-cuda-graphs", "false"], True):
+        assert _options(build_parser().parse_args(["serve", *words]))["cuda_graphs"] is wanted
 
 
 def test_drafts_and_modules_that_are_listened_to_are_computed_without(hybrid):
