@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def bytes_are_held_once(model, on_cpu) -> bool:
     return (
         experts.weight_bytes()[0] * total == alone.weight_bytes()[0] * (total - count)
         and experts.on_gpu.weight_bytes()[0] == on_gpu(shapes)
-        and (here.share, there.share, there.device) == (1 - there.share, count / total, "cuda:0")
+        and (here.share, there.share, there.device) == (1 - there.share, Fraction(count, total), "cuda:0")
         and here.memory + there.memory == {step.path: step for step in on_cpu.ktx.plan}[here.path].memory
     )
 
