@@ -26,8 +26,8 @@ WARM = 2  # tokens before the clock runs: kernels are compiled, buffers made
 def placement(args: argparse.Namespace, context: int) -> Any:
     """Where everything is, by the same count as `ktx plan --vram`."""
     from ktx.footprint import EXPERTS
-    from ktx.loading import measure
     from ktx.placement import Budget, Placement
+    from ktx.preparing import measure
 
     model, _ = measure(args.model, args.weights)
     budget = Budget(() if args.one == "cpu" else (1 << 40,), 1 << 50, context, chunk=max(args.prompts))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ktx.inject import Plan as Plan
     from ktx.loading import load as load
-    from ktx.loading import plan as plan
     from ktx.ops.base import Context as Context
     from ktx.ops.base import Operator as Operator
     from ktx.ops.base import register as register
+    from ktx.preparing import plan as plan
     from ktx.rules import Rule as Rule
 
 __version__ = "0.1.0"
@@ -29,7 +29,7 @@ _HOMES = {
     "register": "ktx.ops.base",
     "Rule": "ktx.rules",
     "load": "ktx.loading",
-    "plan": "ktx.loading",
+    "plan": "ktx.preparing",
 }
 
 

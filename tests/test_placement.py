@@ -19,8 +19,8 @@ from ktx.fitting import changes, fit
 from ktx.footprint import Bytes, Footprint, Part, on_cpu, on_gpu
 from ktx.kernels import planes
 from ktx.kernels.unpack import STREAMED
-from ktx.loading import measure
 from ktx.placement import CPU, KV, Budget, Placement, Speeds, balanced, choose
+from ktx.preparing import measure
 from ktx.qtypes import QTYPES
 from ktx.quantize import random_rows
 from ktx.rules import load_rules, rule_folder

@@ -76,7 +76,7 @@ def by_budget(args: argparse.Namespace) -> int:
     from ktx.cache.kv import kv_type
     from ktx.fitting import fit
     from ktx.hardware import memory
-    from ktx.loading import measure
+    from ktx.preparing import measure
 
     model, rules = measure(
         args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, args.moe_experts

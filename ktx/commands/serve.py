@@ -282,7 +282,7 @@ def _engine(args: argparse.Namespace, served: Any) -> Any:
 def _scripted(args: argparse.Namespace) -> Any:
     from ktx.engine.engine import Options
     from ktx.engine.scripted import read_script, scripted_engine
-    from ktx.loading import read_config, read_tokenizer
+    from ktx.skeleton import read_config, read_tokenizer
     from ktx.weights.source import open_weights
 
     source: Any = open_weights(args.model, read_config(args.model)) if Path(args.model).suffix == ".gguf" else None

@@ -151,7 +151,7 @@ class _Reference:
 
         import torch
 
-        from ktx.loading import read_config, skeleton
+        from ktx.skeleton import read_config, skeleton
 
         config = copy.deepcopy(read_config(args.model, args.trust_remote_code))
         config.num_experts_per_tok = getattr(model.config, "num_experts_per_tok", None)

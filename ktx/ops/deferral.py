@@ -6,7 +6,9 @@ something else than it was trained to, so it is off unless asked for; the last l
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ class Link:
     count: int
     before: Link | None
     chain: list[Link] = field(repr=False)
-    left: Any = None  # what is under way for the next layer
+    left: Callable[[], torch.Tensor] | None = (
+        None  # gives what is under way for the next layer, which may lie elsewhere
+    )
 
     def mixed(self, owner: MoE, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """As MoE.mixed, for flat [tokens, D]."""
@@ -35,9 +39,10 @@ class Link:
         parts = [owner.shared(flat)]
         if self.before is not None:
             ended, self.before.left = self.before.left, None
-            parts.append(owner.end(ended))
+            assert ended is not None  # layers come in turn
+            parts.append(ended().to(flat))
         if self.count:
-            self.left = owner.begin(flat, ids.gather(1, last), weights.gather(1, last))
+            self.left = partial(owner.end, owner.begin(flat, ids.gather(1, last), weights.gather(1, last)))
         out = owner.end(under_way)
         for part in parts:
             out = out if part is None else out + part

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ktx.cache.kv import KVCache
 from ktx.devices import Device
 from ktx.ops import crossing
 from ktx.ops.embed import Embedding
@@ -29,8 +30,8 @@ class Journeys(list):
         super().__init__()
         self.really, self.places = really, {}
 
-    def moved(self, tensor, device):
-        there = self.really(tensor, device)
+    def moved(self, tensor, home):
+        there, device = self.really(tensor, home), home.device
         if there.dtype == torch.int32 or not tensor.numel() or self.place(tensor) == device.name:
             return there
         self.append((tuple(tensor.shape), device.name))
@@ -77,9 +78,9 @@ def hooked(model):
     }
 
 
-def run(model):
+def run(model, cache=None):
     with torch.inference_mode():
-        return model(input_ids=torch.tensor([[5, 6, 7]])).logits
+        return model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache).logits
 
 
 def test_a_model_on_the_cpu_has_no_hooks(twins):
@@ -127,9 +128,42 @@ def test_first_layers_on_the_cpu_and_attention_on_a_gpu_inside_one(twins):
 
 def test_masks_that_are_intervals_stay_and_lengths_go_along():
     mask = torch.zeros(1, 1, 3, 2, dtype=torch.int32)
-    elsewhere = Device("cuda:0", torch.device("meta"), True)
+    elsewhere = crossing.Home(Device("cuda:0", torch.device("meta"), True), torch.float32)
     assert crossing.moved(mask, elsewhere) is mask
     positions = torch.arange(3)[None]
     positions.ktx_counts = [2, 1]
     there = crossing.moved(positions, elsewhere)
     assert there.device.type == "meta" and there.ktx_counts == [2, 1]
+
+
+@pytest.fixture(scope="module")
+def halves(twins):
+    """In bf16, the first two layers on a GPU, the others and both ends on the CPU."""
+    return twins.load(twins.rules(layers={2: "cpu", 3: "cpu"}, Embedding="cpu", RMSNorm="cpu", head="cpu"), dtype=None)
+
+
+def test_layers_on_the_cpu_beside_a_gpu_compute_in_f32_by_their_blocks(twins, halves, monkeypatch):
+    found, together, really = {}, [], Layer.together
+
+    def recorded(layer, *args, **kwargs):
+        done = really(layer, *args, **kwargs)
+        together.append(layer if done is not None else None)
+        return done
+
+    monkeypatch.setattr(Layer, "together", recorded)
+    for i, layer in enumerate(halves.model.layers):
+        layer.register_forward_hook(lambda module, args, out, i=i: found.update({i: out.dtype}))
+    logits = run(halves, KVCache(halves.config, "f32"))
+    assert halves.dtype is torch.bfloat16 and logits.dtype is torch.float32
+    assert [found[i] for i in range(4)] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert together == list(halves.model.layers[2:])
+    assert (logits - run(twins.cpu)).abs().max() < 2e-2 * run(twins.cpu).abs().max()
+
+
+def test_a_module_left_to_transformers_keeps_its_layer_in_the_models_type(twins, halves):
+    layer = halves.model.layers[2]
+    homes = lambda: crossing._homes(halves, {m: m.home for m in halves.modules() if hasattr(m, "home")}, halves.dtype)  # noqa: E731
+    assert homes()[layer].dtype is torch.float32
+    layer.mlp.kept = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    assert homes()[layer].dtype is homes()[layer.mlp.kept].dtype is torch.bfloat16
+    del layer.mlp.kept

@@ -171,6 +171,16 @@ def test_experts_that_are_put_off_run_while_the_device_goes_on_to_the_next_layer
     assert len(blocks) > 2
 
 
+def test_experts_are_put_off_from_a_layer_on_a_gpu_to_one_on_the_cpu_and_back(tmp_path):
+    twins = Twins(tmp_path, "deepseek_v3", num_hidden_layers=4)
+    ids, rules = torch.tensor([[5, 6, 7]]), twins.rules(layers={2: "cpu"}, Experts="cpu")
+    expected = twins.load(None, defer_experts=1)(ids).logits
+    with torch.inference_mode():
+        assert (twins.load(rules, defer_experts=1)(ids).logits - expected).abs().max() < 3e-5
+        found = twins.load(rules, defer_experts=1, dtype=None)(ids).logits
+    assert found.dtype is torch.bfloat16 and (found - expected).abs().max() < 3e-2 * expected.abs().max()
+
+
 def test_an_error_inside_the_experts_reaches_who_called_the_model(hybrid):
     twins, model = hybrid
     ids = torch.tensor([[5, 6]])

@@ -18,6 +18,7 @@ from ktx.footprint import on_gpu
 from ktx.kernels.check import in_bf16
 from ktx.qtypes import expand_scale
 from ktx.rules import Rule, load_rules
+from ktx.skeleton import read_config
 from tests.gpu.placed import Twins
 from tests.models.families import tiny
 from tests.models.test_families import load, mixed, relative
@@ -225,4 +226,4 @@ def test_a_file_says_it_for_all_layers_or_some(tmp_path):
 
 
 def experts_in_demo() -> int:
-    return int(ktx.loading.read_config(ktx.demo.path()).n_routed_experts)
+    return int(read_config(ktx.demo.path()).n_routed_experts)

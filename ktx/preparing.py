@@ -1,0 +1,179 @@
+"""A model as its rules make it, from headers alone: skeleton, operators, plan."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktx.cache.kv import KVType
+from ktx.config import warn_unknown
+from ktx.device_map import Place, arranged, split
+from ktx.devices import CPU, gpus
+from ktx.errors import BadFile, UsageError
+from ktx.footprint import Footprint, footprint
+from ktx.inject import Plan, inject
+from ktx.ops import mtp as mtp_layer
+from ktx.ops.base import made_type
+from ktx.ops.linear import Linear
+from ktx.placement import shares
+from ktx.rules import Rule, Rules, load_rules
+from ktx.skeleton import fewer_experts, hub_folder, read_config, skeleton
+from ktx.weights.source import WeightSource, open_weights
+
+
+def plan(
+    model: str | Path,
+    weights: str | Path | None = None,
+    rules: Any = None,
+    trust_remote_code: bool = False,
+    weight_dtype: str | None = None,
+    moe_dtype: str | None = None,
+    *,
+    device: str | Sequence[str] | None = None,
+    moe_device: str | None = None,
+    shared_device: str | None = None,
+    devices: Mapping[str, str | Sequence[str]] | None = None,
+    gpu_experts: int | None = None,
+) -> Plan:
+    """What `load` would do, from headers alone."""
+    targets = targets_of(weight_dtype, moe_dtype)
+    placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
+    return prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets, False, placed)[1]
+
+
+def measure(
+    model: str | Path,
+    weights: str | Path | None = None,
+    rules: Any = None,
+    trust_remote_code: bool = False,
+    weight_dtype: str | None = None,
+    moe_dtype: str | None = None,
+    moe_experts: int | None = None,
+) -> tuple[Footprint, Rules]:
+    """What a model takes wherever it is, from headers alone, and its rules. UsageError for rules that put a module on a GPU themselves."""
+    config = read_config(model, trust_remote_code)
+    chosen = load_rules(rules, config.model_type)
+    on_gpu = [
+        rule for rule in chosen if (rule.device or CPU.name).strip() != CPU.name or rule.kwargs.get("gpu_experts")
+    ]
+    fixed = next(iter(on_gpu), None)
+    if fixed is not None:
+        raise UsageError(
+            f"{fixed.where}: this rule chooses a GPU itself; a placement by budget needs rules that do not"
+        )
+    unplaced = Rules(chosen, base=chosen.base, asked=chosen.asked)
+    targets = targets_of(weight_dtype, moe_dtype)
+    built, made, source, _ = prepare(
+        model, weights, unplaced, torch.float32, None, moe_experts, trust_remote_code, targets, False
+    )
+    made.check(source)
+    return footprint(built, made, source), unplaced
+
+
+Placed = Callable[[Sequence[Place]], list[Place]]  # a file's map of devices -> the one that counts
+
+
+def placed_by(
+    device: str | Sequence[str] | None,
+    moe_device: str | None,
+    shared_device: str | None,
+    devices: Mapping[str, str | Sequence[str]] | None,
+    gpu_experts: int | None,
+) -> Placed:
+    return lambda file: arranged(file, device, moe_device, shared_device, devices, gpu_experts)
+
+
+def targets_of(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
+    """What float weights become, by operator; experts as all others unless they are named apart."""
+    named = {"Linear": weight_dtype, "Experts": moe_dtype or weight_dtype}
+    options = {"Linear": "dtype", "Experts": "moe_dtype"}
+    return {name: made_type(word, options[name]) for name, word in named.items() if word not in (None, "auto")}
+
+
+def prepare(
+    model: str | Path,
+    weights: str | Path | None,
+    rules: Any,
+    dtype: torch.dtype | None,
+    kv_dtype: KVType,
+    moe_experts: int | None,
+    trust_remote_code: bool,
+    targets: Mapping[str, str | None],
+    mtp: bool,
+    placed: Placed = list,
+) -> tuple[nn.Module, Plan, WeightSource, torch.dtype]:
+    """The skeleton with its operators, the plan, the weights, and the type that it computes in: `dtype`, or by its devices."""
+    warn_unknown()
+    config = copy.deepcopy(read_config(model, trust_remote_code))
+    where = Path(weights or model).expanduser()
+    if not weights and not where.exists():
+        where = hub_folder(str(model))
+    if not where.exists():
+        raise BadFile(f"{where}: no such file or folder; `ktx download` fetches a model from a hub")
+    if moe_experts is not None:
+        fewer_experts(config, moe_experts)
+    chosen = load_rules(rules, config.model_type)
+    source = open_weights(where, config)
+    wrong = source.differences(config)
+    if wrong:
+        raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
+
+    def planned(
+        rules: Sequence[Rule], places: Sequence[Place], kind: torch.dtype, tell: bool
+    ) -> tuple[nn.Module, Plan]:
+        built = skeleton(config, kind, trust_remote_code)
+        if mtp:
+            mtp_layer.append(built, source)
+        made = inject(built, rules, config, kind, kv_dtype, tell, targets, places)
+        _tie(built, made, source)
+        made.fill(source)
+        return built, made
+
+    places = placed(chosen.places)
+    kind = dtype or _type_beside(_names_gpu(chosen, places))
+    several = next((len(place.several) for place in places if place.several), 0)
+    if several:  # split by bytes, which a plan on the CPU tells
+        alike = footprint(*planned([replace(rule, device=None) for rule in chosen], (), kind, False), source)
+        places = split(places, shares(alike, several, places, chosen))
+    built, made = planned(chosen, places, kind, chosen.asked)
+    found = dtype or _type_beside(any(device.gpu for device in made.devices.values()))
+    if found != kind:  # what names a GPU found no module, and that has been told
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            built, made = planned(chosen, places, found, False)
+    made.stream_experts = chosen.stream_experts
+    return built, made, source, found
+
+
+def _type_beside(gpu: bool) -> torch.dtype:
+    """What a model computes in unless something else is said."""
+    return torch.bfloat16 if gpu else torch.float32
+
+
+def _names_gpu(rules: Sequence[Rule], places: Sequence[Place]) -> bool:
+    """Whether a module may be put on a GPU of this machine."""
+    named = [*(rule.device for rule in rules), *(place.device for place in places)]
+    return bool(gpus()) and any(name and name.strip() != CPU.name for name in named)
+
+
+def _tie(model: nn.Module, made: Plan, source: WeightSource) -> None:
+    """An output layer without weights of its own reads the embedding's; if the file has some, they count."""
+    for target, origin in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        module = model.get_submodule(target.rpartition(".")[0])
+        if not isinstance(module, Linear):
+            continue
+        step = next(step for step in made if step.path == module.path)
+        if source.spec(target) is not None:
+            step.tensors.insert(0, target)
+            continue
+        module.tied_to = origin
+        if module.home != made.devices[origin.rpartition(".")[0]]:  # a copy of its own
+            module.copies = True
+            step.tensors.insert(0, origin)

@@ -1,0 +1,115 @@
+"""What transformers makes of a folder, a hub id or a GGUF file: configuration, model without weights, tokenizer."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ktx.compat import config_dict
+from ktx.errors import BadFile, UsageError
+from ktx.rules import FILES
+from ktx.weights.source import WeightSource
+
+
+def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a folder, hub id or GGUF file. Kimi-K2 is DeepSeek-V3 under another name."""
+    from transformers import AutoConfig
+
+    path = Path(source).expanduser()
+    if path.suffix == ".gguf":
+        from ktx.weights.metadata import config_from_gguf
+
+        return config_from_gguf(path)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise BadFile(
+            f"{source}: has no config.json; --model must be a Hugging Face folder (its GGUF goes to --weights)"
+        )
+    if not path.is_dir() and (path.exists() or str(source).count("/") > 1 or str(source).startswith((".", "~", "/"))):
+        raise BadFile(f"{source}: no such folder; `ktx download` fetches a model from a hub")
+    if path.is_dir():
+        _check_json(path / "config.json")
+    try:
+        raw = config_dict(str(path if path.is_dir() else source))
+        if raw.get("model_type") == "kimi_k2":
+            keep = {key: value for key, value in raw.items() if key not in ("auto_map", "model_type", "architectures")}
+            return AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **keep)
+        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and the hub raise a dozen unrelated types for what a config.json can say
+        first = str(error).strip().partition("\n")[0]
+        advice = "" if path.is_dir() else f"; `ktx download {source}` fetches a model and says why it cannot"
+        raise BadFile(f"{source}: no configuration: {first[:300]}{advice}") from error
+
+
+def _check_json(file: Path) -> None:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadFile(f"{file}: is no JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise BadFile(f"{file}: holds {type(raw).__name__}, not the keys of a configuration")
+
+
+def hub_folder(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+    except Exception as error:  # the hub client's errors have no common base but Exception
+        raise BadFile(
+            f"{model}: is no folder and cannot be fetched from the hub: {str(error).splitlines()[0][:200]}"
+        ) from error
+
+
+def fewer_experts(config: Any, count: int) -> None:
+    usual = getattr(config, "num_experts_per_tok", None)
+    if usual is None:
+        raise UsageError(f"moe_experts={count}: {config.model_type} has no experts")
+    if not 1 <= count <= usual:
+        raise UsageError(f"moe_experts={count}: must be 1 to {usual}, what the model was trained with")
+    config.num_experts_per_tok = count
+
+
+def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """The transformers model on the meta device; masks are intervals for our attention kernel in the families that we know."""
+    from transformers import AutoModelForCausalLM
+
+    import ktx.ops.attention as attention
+
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    if config.model_type in FILES:
+        model.config._attn_implementation = attention.NAME
+    else:  # a family nobody here has read may use its mask elsewhere too (a sparse indexer): then it must be a matrix
+        model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    return model.eval().requires_grad_(False)
+
+
+def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: bool = False) -> Any:
+    """The folder's tokenizer, or the GGUF's own when the folder has none."""
+    from transformers import AutoTokenizer
+
+    path = Path(model).expanduser()
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if path.suffix == ".gguf" or (path.is_dir() and not any((path / name).exists() for name in names)):
+        from ktx.weights.metadata import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(source.metadata, source.path)
+    try:
+        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadFile(f"{model}: no tokenizer: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def generation(model: Any, folder: str | Path) -> None:
+    from transformers import GenerationConfig
+
+    if (Path(folder).expanduser() / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    model.generation_config.disable_compile = (
+        True  # kernels are opaque to the compiler; compiling around them costs minutes
+    )
