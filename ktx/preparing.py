@@ -61,7 +61,7 @@ def measure(
     config = read_config(model, trust_remote_code)
     chosen = load_rules(rules, config.model_type)
     on_gpu = [
-        rule for rule in chosen if rule.device and rule.device.strip() != CPU.name or rule.kwargs.get("gpu_experts")
+        rule for rule in chosen if (rule.device or CPU.name).strip() != CPU.name or rule.kwargs.get("gpu_experts")
     ]
     fixed = next(iter(on_gpu), None)
     if fixed is not None:

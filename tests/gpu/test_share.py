@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from fractions import Fraction
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from ktx.footprint import on_gpu
 from ktx.kernels.check import in_bf16
 from ktx.qtypes import expand_scale
 from ktx.rules import Rule, load_rules
+from ktx.skeleton import read_config
 from tests.gpu.placed import Twins
 from tests.models.families import tiny
 from tests.models.test_families import load, mixed, relative
@@ -117,7 +119,7 @@ def bytes_are_held_once(model, on_cpu) -> bool:
     return (
         experts.weight_bytes()[0] * total == alone.weight_bytes()[0] * (total - count)
         and experts.on_gpu.weight_bytes()[0] == on_gpu(shapes)
-        and (here.share, there.share, there.device) == (1 - there.share, count / total, "cuda:0")
+        and (here.share, there.share, there.device) == (1 - there.share, Fraction(count, total), "cuda:0")
         and here.memory + there.memory == {step.path: step for step in on_cpu.ktx.plan}[here.path].memory
     )
 
@@ -224,4 +226,4 @@ def test_a_file_says_it_for_all_layers_or_some(tmp_path):
 
 
 def experts_in_demo() -> int:
-    return int(ktx.loading.read_config(ktx.demo.path()).n_routed_experts)
+    return int(read_config(ktx.demo.path()).n_routed_experts)
