@@ -63,12 +63,18 @@ class Watch:
         self.start = time.monotonic()
         self.sick: list[str] = []
         self.told = (self.start, 0, 0)
+        self.spent = self._spent()
 
     def sample(self) -> Sample:
         p, seconds = self.process, time.monotonic() - self.start
         megabytes = p.memory_info().rss / 1e6
         self.samples.append(Sample(seconds, self.tally.requests, megabytes, p.num_fds(), p.num_threads()))
         return self.samples[-1]
+
+    def _spent(self) -> tuple[float, float]:
+        """Seconds of processors that the server has had, and that other machines on the host took from this one: a slow server is told from a slow machine."""
+        own = self.process.cpu_times()
+        return own.user + own.system, psutil.cpu_times().steal
 
     async def run(self) -> None:
         """Once a second, until it is cancelled."""
@@ -91,6 +97,9 @@ class Watch:
         self.told = (time.monotonic(), self.tally.requests, self.tally.pieces)
         passed = self.told[0] - at
         rates = f"{(now.requests - requests) / passed:5.1f} requests/s {(self.tally.pieces - pieces) / passed:6.0f} pieces/s"
+        before, self.spent = self.spent, self._spent()
+        own, stolen = ((after - was) / passed for after, was in zip(self.spent, before, strict=True))
+        rates += f" {own:4.1f} cores {stolen:4.1f} stolen"
         state = f"{now.megabytes:7.1f} MB {now.files:4} files {now.threads:3} threads"
         print(
             f"{now.seconds:6.0f} s {now.requests:7} requests {rates} {state} {len(self.tally.wrong)} wrong", flush=True
