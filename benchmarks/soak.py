@@ -63,7 +63,7 @@ class Watch:
         self.start = time.monotonic()
         self.sick: list[str] = []
         self.told = (self.start, 0, 0)
-        self.spent = self._spent()
+        self.spent = 0.0, 0.0
 
     def sample(self) -> Sample:
         p, seconds = self.process, time.monotonic() - self.start
@@ -78,6 +78,7 @@ class Watch:
 
     async def run(self) -> None:
         """Once a second, until it is cancelled."""
+        self.spent = self._spent()
         while True:
             await asyncio.sleep(1)
             try:
