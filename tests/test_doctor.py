@@ -25,8 +25,9 @@ def ktx(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_json_has_machine_measurements_kernels_versions_and_remedies():
+    command = [sys.executable, "-m", "ktx", "doctor", "--json"]  # its imports are among what it takes
     start = time.perf_counter()
-    done = ktx("doctor", "--json")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     taken = time.perf_counter() - start
     found = json.loads(done.stdout)
     assert done.returncode == 0 and taken < 30  # five seconds on a quiet machine
