@@ -77,12 +77,7 @@ def active_params(model: Any) -> int:
         if isinstance(module, Linear) and name != "lm_head":
             total += module.in_features * module.out_features
         elif isinstance(module, Experts):
-            total += (
-                sum(w.n * w.k for w in module.weights.values())
-                * min(module.top, module.total)
-                * module.num_experts
-                // module.total
-            )
+            total += module.numbers()
         elif isinstance(module, MLA):
             total += sum(w.n * w.k * w.matrices for w in (module.w_uk_t, module.w_uv))
     return total

@@ -132,6 +132,11 @@ class Experts(Operator):
         held = sum(w.nbytes for w in self.weights.values())
         return held, held * min(self.top, self.total) // self.total
 
+    def numbers(self) -> int:
+        """Weights that a token is multiplied with here, of experts as many as its choices' share is."""
+        one = sum(w.n * w.k for w in self.weights.values())
+        return one * min(self.top, self.total) * self.num_experts // self.total
+
     def counted(self) -> torch.Tensor:
         """As `counts` of all the layer's experts, with those that were counted on a device."""
         own, numbers = self.counts, self.counts.new_zeros(self.total + len(self.counts) - self.num_experts)

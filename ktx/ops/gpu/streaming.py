@@ -188,8 +188,7 @@ def _install_on(device: Device, blocks: Sequence[MoE], least: int | None) -> Non
 
 
 def _pays_from(experts: Experts, link: float, rate: float) -> int:
-    numbers = sum(w.n * w.k for w in experts.weights.values()) * experts.top * experts.num_experts // experts.total
-    return speed.copying_pays_from(experts.weight_bytes()[0], numbers, link, rate)
+    return speed.copying_pays_from(experts.weight_bytes()[0], experts.numbers(), link, rate)
 
 
 def _stream(device: Device, layers: Sequence[Experts]) -> Stream:
