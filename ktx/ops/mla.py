@@ -79,7 +79,11 @@ class MLA(Operator):
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
         new.interleaved, new.backend = pairs == "interleaved", known_backend(backend)
         new.w_uk_t, new.w_uv, new.w_uk, new.block = None, None, None, None
+        new.check(ctx)
         return new
+
+    def check(self, ctx: Context) -> None:
+        """UsageError for options that cannot be had where it lies, before anything is loaded; the CPU has all."""
 
     def tensors(self) -> list[str]:
         return [f"{self.path}.k_b_proj.weight", f"{self.path}.v_b_proj.weight"]

@@ -26,19 +26,8 @@ from ktx.weights.source import WeightSource
 class MLA(mla.MLA):
     """As on the CPU. Keys are expanded by the matrix that absorbs, so it is held once. FlashInfer can take the absorbed form's place, not the other's."""
 
-    @classmethod
-    def from_hf(
-        cls,
-        old: Any,
-        ctx: Context,
-        absorb_for_prefill: bool = False,
-        rope: str = "",
-        backend: str = "triton",
-        **kwargs: Any,
-    ) -> mla.MLA:
-        new = super().from_hf(old, ctx, absorb_for_prefill, rope, backend, **kwargs)
-        new._kernels(stored_row(new.kv_dtype, 1, ctx.dtype, torch.device("cuda"))[1])  # said before anything is loaded
-        return new
+    def check(self, ctx: Context) -> None:
+        self._kernels(stored_row(self.kv_dtype, 1, ctx.dtype, torch.device("cuda"))[1])
 
     def _kernels(self, stored: torch.dtype) -> Kernels:
         """Those of the absorbed form, for latents that are stored in a type."""
