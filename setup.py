@@ -78,14 +78,10 @@ class Build(build_ext):
             shutil.move(target, done.with_suffix(".part"))  # whole or not there: a build may be broken off
             return str(done.with_suffix(".part").rename(done))
 
-        first = {
-            "csrc/cpu/scalar.cpp": 0,
-            "csrc/cpu/amx_model.cpp": 0,
-            "csrc/cpu/avx512.cpp": 1,
-            "csrc/bindings.cpp": 2,
-        }
+        longest = ["amx_model", "avx512", "scalar", "amx", "avxvnni", "avx2"]
+        place = {f"csrc/cpu/{name}.cpp": number for number, name in enumerate(longest)}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(compile_one, sorted(ext.sources, key=lambda s: first.get(s, 9))))
+            objects = list(pool.map(compile_one, sorted(ext.sources, key=lambda s: place.get(s, len(place)))))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{path}" for path in library_paths()]

@@ -22,7 +22,7 @@ constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 thread_local Scratch shared_scratch, member_scratch;
 
 const AttentionKernels& attention_kernels() {
-  static const AttentionKernels* const table[] = {&SCALAR_ATTENTION, &SCALAR_ATTENTION, &AVX2_ATTENTION, &AVX2_ATTENTION, &AVX512VNNI_ATTENTION, &AVX512VBMI_ATTENTION, &AVX512BF16_ATTENTION, &AVX512BF16_ATTENTION};
+  static const AttentionKernels* const table[] = {&SCALAR_ATTENTION, &SCALAR_ATTENTION, &AVX2_ATTENTION, &AVX2_ATTENTION, &AVX512VNNI_ATTENTION, &AVX512VNNI_ATTENTION, &AVX512BF16_ATTENTION, &AVX512BF16_ATTENTION};
   static_assert(std::size(table) == ISA_COUNT);
   return *table[picked_isa()];
 }

@@ -46,5 +46,5 @@ struct AttentionKernels {
   void (*gather)(const float* shares, const float* v, int queries, int keys, int dv, float* out);  // out[i] += shares[i] . v
   const PairKernels* pairs;  // null: this instruction set multiplies f32 only
 };
-extern const AttentionKernels SCALAR_ATTENTION, AVX2_ATTENTION, AVX512VNNI_ATTENTION, AVX512VBMI_ATTENTION, AVX512BF16_ATTENTION;
+extern const AttentionKernels SCALAR_ATTENTION, AVX2_ATTENTION, AVX512VNNI_ATTENTION, AVX512BF16_ATTENTION;
 }  // namespace ktx

@@ -1,4 +1,4 @@
-// The kernels for one instruction set. All headers come before the target region: code of a standard header compiled inside it
+// Products of bf16 serve weights and attention in half precision; what else there is, is as without them. All headers come before the target region: code of a standard header compiled inside it
 // could be picked by the linker for every caller, and would then fault on lesser machines.
 #include <immintrin.h>
 #include <math.h>
@@ -14,6 +14,9 @@
 #define KTX_TILE 6
 #define KTX_FEW 8
 #define KTX_FAST
+#define KTX_BASE AVX512VBMI_KERNELS
+#define KTX_INTS(X)
+#define KTX_FLOATS(X) X(BF16, LBF16) X(F8_E4M3, LF8)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16")
 

@@ -641,28 +641,35 @@ template <class L> static void unpack_floats(const Layout&, const uint8_t* group
 
 // ---- dispatch on the type -------------------------------------------------------------------------------------------------
 
-#define KTX_FORMATS(X)                                                                                                       \
+// An instruction set that adds to another compiles the types that gain by it; KTX_BASE are the kernels of the other, which have the rest.
+#ifndef KTX_BASE
+#define KTX_INTS(X)                                                                                                          \
   X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0)      \
   X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M) X(INT8_128) X(INT4_64)      \
   X(INT4_128)
+#define KTX_FLOATS(X) X(F32, LF32) X(F16, LF16) X(BF16, LBF16) X(F8_E4M3, LF8)
+#endif
 
 typedef void (*Multiply)(const Layout&, const uint8_t*, int, const Tokens&, float*, uint8_t*, const uint8_t*);
 typedef void (*Unpack)(const Layout&, const uint8_t*, int64_t, float*);
 struct Row { int code; Multiply multiply; Unpack unpack; };
 static const Row ROWS[] = {
 #define X(name) {ktx::name, multiply_ints<D##name>, unpack_ints<D##name>},
-    KTX_FORMATS(X)
+    KTX_INTS(X)
 #undef X
-    {ktx::F32, multiply_floats<LF32>, unpack_floats<LF32>},
-    {ktx::F16, multiply_floats<LF16>, unpack_floats<LF16>},
-    {ktx::BF16, multiply_floats<LBF16>, unpack_floats<LBF16>},
-    {ktx::F8_E4M3, multiply_floats<LF8>, unpack_floats<LF8>},
+#define X(name, L) {ktx::name, multiply_floats<L>, unpack_floats<L>},
+    KTX_FLOATS(X)
+#undef X
 };
 
-static const Row& row_of(int code) {
+static Row row_of(int code) {
   for (const Row& row : ROWS)
     if (row.code == code) return row;
+#ifdef KTX_BASE
+  return {code, KTX_BASE.multiply, KTX_BASE.unpack};
+#else
   __builtin_trap();  // the drivers check the code before they come here
+#endif
 }
 static void multiply(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work,
                      const uint8_t* next) {
