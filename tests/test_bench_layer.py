@@ -80,6 +80,7 @@ def test_alone_every_format_has_a_speed_and_an_error(tmp_path):
     assert len(done.stdout.splitlines()) == 2 + len(lines)
 
 
+@pytest.mark.wall_clock
 def test_beside_a_peer_both_are_measured_in_turns(tmp_path, monkeypatch):
     monkeypatch.setitem(bench_layer.PAIRS, "kt-kernel", {"BF16": "BF16"})
     (tmp_path / "kt_kernel.py").write_text(FAKE)
@@ -124,9 +125,7 @@ def test_what_cannot_be_is_told(words, status, told, tmp_path):
 
 
 def test_a_whole_model_is_not_for_kt_kernel():
-    done = subprocess.run(
-        [sys.executable, "-m", "ktx", "bench", "--peer", "kt-kernel"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = warm.run("ktx", "bench", "--peer", "kt-kernel")
     assert done.returncode == 2 and "--layer" in done.stderr
 
 
@@ -155,10 +154,8 @@ def test_the_layer_as_a_model_is_the_layer(tmp_path):
 
 
 def test_roofline_draws_a_picture(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "benchmarks/roofline.py", "-o", str(tmp_path / "r.png"), "--types", "Q4_K", "BF16", "--tokens", "1", "48", "-r", "1", "--json", str(tmp_path / "r.jsonl")],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    words = ["--types", "Q4_K", "BF16", "--tokens", "1", "48", "-r", "1"]
+    done = warm.run("benchmarks/roofline.py", "-o", tmp_path / "r.png", "--json", tmp_path / "r.jsonl", *words)
     assert done.returncode == 0, done.stderr
     points = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [(p["type"], p["tokens"]) for p in points] == [("Q4_K", 1), ("Q4_K", 48), ("BF16", 1), ("BF16", 48)]

@@ -14,6 +14,7 @@ import torch
 import ktx.demo
 from ktx.ops.gpu.handover import HandOver, Job
 from ktx.ops.gpu.streams import ThreadStream
+from tests import warm
 from tests.random_model import script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,9 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
     ],
 )
 def test_a_script_says_what_it_measured(words, positive):
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/{words[0]}", *words[1:], "--json"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = warm.run(f"benchmarks/{words[0]}", *words[1:], "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert all(found[name] > 0 for name in positive)
@@ -41,7 +40,7 @@ def test_a_script_says_what_it_measured(words, positive):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_its_attention_is_not_measured():
-    done = subprocess.run([sys.executable, "benchmarks/gpu_attention.py"], cwd=ROOT, capture_output=True, text=True)
+    done = warm.run("benchmarks/gpu_attention.py")
     assert done.returncode == 1 and "no CUDA device" in done.stderr and not done.stdout
 
 
@@ -50,9 +49,7 @@ def test_a_model_is_measured_where_it_is_put(tmp_path):
     record = tmp_path / "lines.jsonl"
     words = ["--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf()), "-p", "8", "-n", "2", "-r", "1"]
     words += ["--placements", "cpu", "--record", str(record), "--of", "61"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/gpu_hybrid.py", *words], cwd=ROOT, capture_output=True, text=True
-    )
+    done = warm.run("benchmarks/gpu_hybrid.py", *words)
     assert done.returncode == 0, done.stderr
     line = json.loads(record.read_text())
     assert line["placement"] == "cpu" and line["layers"] == 3 and "vram used" not in line
@@ -76,6 +73,7 @@ def test_a_step_is_drawn_with_what_is_busy_in_it(tmp_path, monkeypatch):
     assert (tmp_path / "deep" / "trace.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.wall_clock
 def test_experts_are_timed_where_they_run_beside_the_profilers_clock():
     trace, way = script("gpu_trace"), HandOver(ThreadStream(torch.device("cpu")))
 
@@ -90,6 +88,7 @@ def test_experts_are_timed_where_they_run_beside_the_profilers_clock():
     assert 0 < found.busy(trace.GPU) < found.length
 
 
+@pytest.mark.wall_clock
 def test_a_short_soak_finds_nothing_wrong():
     """What needs a longer time is left out: growth, and every kind of work."""
     long = ("requests that gave", "kinds")

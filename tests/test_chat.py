@@ -202,6 +202,7 @@ class Terminal:
         raise AssertionError(f"the chat did not end: {self.text[-1000:]}")
 
 
+@pytest.mark.wall_clock
 def test_a_terminal_session(folder, tmp_path):
     t = Terminal(
         sys.executable,

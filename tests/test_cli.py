@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("cli") / "m", "qwen3_moe")
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("words", [["--help"], *([c, "--help"] for c in COMMANDS)], ids=lambda w: w[0])
 def test_help_is_instant_and_needs_no_torch(words):
     code = f"import sys; sys.argv = ['ktx', *{words!r}]\nfrom ktx.__main__ import main\ntry:\n    main()\nexcept SystemExit:\n    pass\nsys.exit('torch' in sys.modules)"

@@ -2,7 +2,7 @@
 
 A page is one sandbox: its blocks run in order in one directory. A block whose first line is a comment with a file name
 (`# my_rules.yaml`) is written to that file; other `python` blocks run in one namespace; `sh` blocks run line by line.
-MODEL and WEIGHTS name the demo model. The README's commands run as they stand, from the other pages a plain `ktx ...` in a process that has torch already. `make` targets are asked for (`make -n`), because the landing runs them for real;
+MODEL and WEIGHTS name the demo model. A plain `ktx ...` or `python ...` runs in a process that has torch already. `make` targets are asked for (`make -n`), because the landing runs them for real;
 commands that need gigabytes, minutes, a network or another program run as the smaller twin that SMALLER names.
 """
 
@@ -38,6 +38,7 @@ SMALLER: list[tuple[str, str]] = [
         r'\1 --tokens 300 --model "$MODEL" --weights "$WEIGHTS"',
     ),  # every format: tests/test_cli.py
     (r" --peer llama\.cpp", ""),
+    (r'"\$\(python -c .import ktx\.demo; print\(ktx\.demo\.heldout\(\)\).\)"', '"$HELDOUT"'),
     (r"^git clone .*|^cd ktx$|^pip install .*|^apt-get .*", "true"),
     (r"^((?:KTX_ISA=\w+ )?)make ([a-z-]+).*", r"\1make -n \2"),
     (r"^\.ci/run$", "bash -n .ci/run"),
@@ -73,35 +74,36 @@ def smaller(command: str) -> str:
     return command
 
 
-PLAIN = re.compile(r"((?:[A-Z_]+=\S+ )*)ktx ([^|&;<>`()*?#\\~]+)")
+PLAIN = re.compile(
+    r"((?:[A-Z_]+=\S+ )*)(ktx|python -m [\w.]+|python (?!benchmarks/plan_v3)[\w/]+\.py)( [^|&;<>`()*?#\\~]+)?"
+)
 
 
 def run_command(command: str, sandbox: Path, where: str) -> None:
-    in_root = any(word in command for word in ("make -n", "bash -n", "benchmarks/"))
+    cwd = ROOT if any(word in command for word in ("make -n", "bash -n", "benchmarks/")) else sandbox
     env = os.environ | {
         "MODEL": str(ktx.demo.path()),
         "WEIGHTS": str(ktx.demo.gguf()),
+        "HELDOUT": str(ktx.demo.heldout()),
         "OUT": str(sandbox),
         "NO_COLOR": "1",
         "PATH": f"{sandbox / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}:{sandbox}:{os.environ.get('PYTHONPATH', '')}",
     }
-    plain = None if where.startswith("README") else PLAIN.fullmatch(command)
-    if plain:
+    if plain := PLAIN.fullmatch(command):
         env |= dict(pair.split("=", 1) for pair in plain[1].split())
-        words = [re.sub(r"\$(\w+)", lambda name: env[name[1]], word) for word in shlex.split(plain[2])]
-        done = warm.run("ktx", *words, env=env, cwd=sandbox)
-        assert done.returncode == 0, f"{where}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-        return
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command],
-        cwd=ROOT if in_root else sandbox,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+        words = [re.sub(r"\$(\w+)", lambda name: env[name[1]], word) for word in shlex.split(plain[3] or "")]
+        done = warm.run(plain[2].split()[-1], *words, env=env, cwd=cwd)
+    else:
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=cwd,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
     assert done.returncode == 0, f"{where}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 

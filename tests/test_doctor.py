@@ -24,6 +24,7 @@ def ktx(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return warm.run("ktx", *words, env=os.environ | environment)
 
 
+@pytest.mark.wall_clock
 def test_json_has_machine_measurements_kernels_versions_and_remedies():
     command = [sys.executable, "-m", "ktx", "doctor", "--json"]  # its imports are among what it takes
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""`python -m MODULE ...` in a process of its own that need not import torch and transformers first, which takes five seconds.
+"""`python -m MODULE ...` or `python SCRIPT.py ...` in a process of its own that need not import torch and transformers first, which takes five seconds.
 
 multiprocessing's forkserver has imported both, and nothing of ktx but the package, which sets what must be set before torch. What a command costs to start, and what it
 leaves unimported, is for tests that start Python itself.
@@ -27,7 +27,7 @@ _context.set_forkserver_preload(PRELOADED)
 def run(
     *words: object, text: str = "", env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
-    """As subprocess.run([sys.executable, "-m", *words], input=text, text=True, capture_output=True, ...)."""
+    """As subprocess.run([sys.executable, "-m", *words], input=text, text=True, capture_output=True, ...), without "-m" for a script."""
     command = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("in", "out", "err")]
@@ -64,7 +64,11 @@ def _child(words: list[str], files: list[str], env: dict[str, str], cwd: str) ->
     sys.argv = words
     code: object = 0
     try:
-        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        if words[0].endswith(".py"):
+            sys.path.insert(0, str(Path(words[0]).resolve().parent))
+            runpy.run_path(words[0], run_name="__main__")
+        else:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         code = end.code
     except BaseException:

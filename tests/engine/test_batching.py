@@ -140,6 +140,7 @@ def test_stop_ids_end_the_answer(llama):
     assert cut.ids == whole.ids[:at] and cut.reason == "stop" and cut.stop == whole.ids[at]
 
 
+@pytest.mark.wall_clock
 def test_cancelling_gives_everything_back_within_a_second(llama):
     model, _ = llama
     with model.ktx.engine(cache_lens=4096) as engine:

@@ -147,11 +147,13 @@ def refused(make, harmless=False):
     assert time.monotonic() - start < 2
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_schema_is_refused_in_time(grammars, name):
     refused(lambda: grammars.constraint(rules_of_schema(HOSTILE[name])), name in HARMLESS)
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize(
     "rules",
     [
@@ -169,6 +171,7 @@ def test_and_so_are_hostile_rules(grammars, rules):
     refused(lambda: grammars.constraint(rules), "999" in rules)
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("pattern", ["[", "(" * 3000, "(?=x)y", r"(a)\1", "(((a+)+)+)+$", "a{1,100000}{1,100000}"])
 def test_and_hostile_expressions(grammars, pattern):
     refused(lambda: grammars.constraint(rules_of_regex(pattern)), "a" in pattern and "(a)" not in pattern)

@@ -38,6 +38,7 @@ def test_many_at_once_in_a_small_cache_hear_their_own():
         engine.check_integrity()
 
 
+@pytest.mark.wall_clock
 def test_the_pace_is_kept():
     with scripted_engine(TOK, Options(), read_script(None, TOK), seconds=0.01) as engine:
         start = time.monotonic()

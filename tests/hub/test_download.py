@@ -163,6 +163,7 @@ def test_a_connection_that_breaks_is_taken_up_again(there, tmp_path):
     assert first == 0 and len(later) == 2 and 1_000_000 < later[0] < later[1] < 6_000_000
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("to", [["--to", "m"], []])
 def test_ctrl_c_leaves_what_the_next_run_goes_on_with(there, tmp_path, to):
     there.pace = 0.05

@@ -18,6 +18,7 @@ def parsed(*words):
     return build_parser().parse_args(["serve", *words])
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize(
     "words,told",
     [

@@ -122,6 +122,7 @@ def still_well(http):
     assert made["choices"][0]["text"] == "Good day, to you!"
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("path", GOOD)
 def test_wrong_values_for_every_field(http, path):
     """A thousand requests in all."""
@@ -135,6 +136,7 @@ def test_wrong_values_for_every_field(http, path):
     still_well(http)
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("name", HOSTILE_SCHEMAS)
 @pytest.mark.parametrize("place", ["format", "tool", "guided"])
 def test_hostile_schemas(http, name, place):
@@ -166,6 +168,7 @@ def test_an_answer_whose_grammar_goes_beyond_the_parser_is_refused(http, stream)
     still_well(http)
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("grammar", GRAMMARS, ids=range(len(GRAMMARS)))
 def test_hostile_grammars(http, grammar):
     for name in ("guided_grammar", "guided_regex"):

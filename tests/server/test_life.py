@@ -35,6 +35,7 @@ def test_health_while_loading():
         assert "no such file" in httpx.get(f"{base}/health").json()["error"]["message"]
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize(
     "path,more",
     [
@@ -59,6 +60,7 @@ def test_a_client_that_leaves_costs_nothing_more(slow, path, more, text):
     assert settled(served)
 
 
+@pytest.mark.wall_clock
 def test_a_storm_of_leaving_clients_harms_nobody(slow):
     base, served = slow
     alone = httpx.post(f"{base}/v1/chat/completions", json=body("greet"), timeout=60).json()["choices"]
@@ -83,6 +85,7 @@ def test_a_storm_of_leaving_clients_harms_nobody(slow):
     assert found == [alone] and settled(served, 3)
 
 
+@pytest.mark.wall_clock
 def test_comments_keep_a_silent_stream_alive(slow):
     base, _ = slow
     with httpx.stream(
@@ -112,6 +115,7 @@ def test_more_than_the_queue_holds_is_told_to_come_again(tmp_path_factory):
         assert settled(served)
 
 
+@pytest.mark.wall_clock
 def test_500_requests_from_16_clients_in_a_small_cache(tmp_path_factory):
     """Each hears its own prompt's end; the first word of none takes twenty times as long as the median."""
     with serving(scripted(tmp_path_factory, pace=0.0, cache_lens=1024, max_batch_size=4)) as (base, served):
@@ -153,6 +157,7 @@ def test_500_requests_from_16_clients_in_a_small_cache(tmp_path_factory):
         assert counted == [sum(min(64, len(f"request {n} of client {n % 16} ") + n * 7 % 200) for n in range(500))]
 
 
+@pytest.mark.wall_clock
 def test_a_dead_engine_thread_is_told_and_replaced(tmp_path_factory):
     with serving(scripted(tmp_path_factory, pace=0.01)) as (base, served):
         found = []
@@ -193,6 +198,7 @@ def started(*options, **environment):
             process.kill()
 
 
+@pytest.mark.wall_clock
 @pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_streams_well_formed(sig):
     """In the middle of an answer of twenty seconds."""

@@ -276,6 +276,7 @@ def test_truncation_anywhere(good):
             parse_header(good[:at], "m.gguf")
 
 
+@pytest.mark.wall_clock
 def test_twenty_thousand_mutated_headers(good):
     """Each is read or refused, quickly, and never by another error."""
     rng = random.Random(1)
