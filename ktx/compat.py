@@ -33,3 +33,8 @@ def config_dict(source: str) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     return PreTrainedConfig.get_config_dict(source)[0]
+
+
+def keeps_own_cache(model: Any) -> bool:
+    """Whether a model takes no cache but of a kind that only itself makes (MiniMax-Text-01)."""
+    return not model._supports_default_dynamic_cache()
