@@ -33,7 +33,8 @@ class Made:
 
 
 def made_of(names: Iterable[str], converters: list[Any]) -> dict[str, Made]:
-    """Parameters that converters make of tensors with these names; a converter that finds only some of its patterns makes none."""
+    """Parameters that converters of one target make of tensors with these names; one that finds only some of its patterns makes none."""
+    converters = [converter for converter in converters if len(converter.target_patterns) == 1]
     found: dict[tuple[str, int], dict[str, list[str]]] = {}
     for name in sorted(names, key=_by_number):
         for i, converter in enumerate(converters):
