@@ -35,6 +35,15 @@ def converted(converter: Any, name: str, tensors: dict[str, list[Any]], config: 
     return values[0] if isinstance(values, list) else values
 
 
+def text_part(config: Any) -> Any:
+    """The configuration of the language model in one of text and pictures, where transformers has that model by itself; any other as it is."""
+    from transformers import AutoModelForCausalLM
+
+    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    text = getattr(config, "sub_configs", {}).get("text_config")
+    return config.get_text_config() if text is not None and getattr(cls, "config_class", None) == text else config
+
+
 def dtype_plan(model: Any, dtype: Any) -> dict[str, Any]:
     """Parameters that the model keeps in another type than `dtype` (routers' correction biases in f32): name pattern -> dtype."""
     return dict(model._get_dtype_plan(dtype))

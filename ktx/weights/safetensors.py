@@ -11,7 +11,7 @@ import mmap
 import re
 import threading
 from collections.abc import Iterable
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from ktx.compat import checkpoint_renaming
 from ktx.errors import BadFile
 from ktx.qtypes import FP8_BLOCK, QTYPES
-from ktx.weights.conversion import made_of
+from ktx.weights.conversion import Made, made_of
 from ktx.weights.gguf import PAGE
 from ktx.weights.source import QuantizedTensor, TensorSpec, joined
 
@@ -37,7 +37,7 @@ class SafetensorsSource:
     def __init__(self, path: Path, config: Any):
         self.path, self.config = str(path), config
         self.metadata: dict[str, Any] = {"general.architecture": config.model_type}
-        rename, converters = checkpoint_renaming(config)
+        rename, self._converters = checkpoint_renaming(config)
         self.tensors: dict[str, TensorSpec] = {}
         for file in shards(path):
             for spec in read_safetensors_header(file):
@@ -45,13 +45,17 @@ class SafetensorsSource:
                 if name in self.tensors:
                     raise BadFile(f"{spec.file}: tensor {spec.name} is in {self.tensors[name].file} too")
                 self.tensors[name] = spec
-        self.made = made_of(self.tensors, converters)
         self.total_bytes = sum(spec.nbytes for spec in self.tensors.values())
         self._maps: dict[str, mmap.mmap] = {}
         self._lock = threading.Lock()
         self._used: set[str] = set()
 
     # ---- what is there
+
+    @cached_property
+    def made(self) -> dict[str, Made]:
+        """Parameters that are kept in other tensors; most checkpoints have none but experts, which nobody asks for here."""
+        return made_of(self.tensors, self._converters)
 
     def _sources(self, name: str) -> list[str]:
         """The checkpoint's tensors behind a parameter, in row order; empty when there are none."""
@@ -60,12 +64,10 @@ class SafetensorsSource:
         expert = EXPERT.match(name)
         if expert:
             return self._expert_sources(expert[1], expert[2], bool(expert[3]))
-        if name in self.made:
-            return self.made[name].sources
         fused = re.match(r"^(.+\.self_attn)\.([kv])_b_proj\.weight$", name)
         if fused and f"{fused[1]}.kv_b_proj.weight" in self.tensors:
             return [f"{fused[1]}.kv_b_proj.weight"]
-        return []
+        return self.made[name].sources if name in self.made else []
 
     def _expert_sources(self, experts: str, which: str, bias: bool) -> list[str]:
         fused = ("down_proj" if which == "down" else "gate_up_proj") + ("_bias" if bias else "")
@@ -94,7 +96,7 @@ class SafetensorsSource:
         return TensorSpec(name, shape, first.qtype, nbytes, first.file, first.offset)
 
     def _shape(self, name: str, sources: list[str]) -> tuple[int, ...]:
-        if self._is_made(name):
+        if self._is_made(name, sources):
             empty = partial(torch.empty, device="meta")
             return tuple(self.made[name].values(lambda key: empty(self.tensors[key].shape), self.config).shape)
         shape = self.tensors[sources[0]].shape
@@ -118,8 +120,8 @@ class SafetensorsSource:
         """gpt-oss keeps experts as [experts, columns, rows], gate and up interleaved."""
         return self.config.model_type == "gpt_oss" and EXPERT.match(name) is not None and not name.endswith("_bias")
 
-    def _is_made(self, name: str) -> bool:
-        return name in self.made and name not in self.tensors and not EXPERT.match(name)
+    def _is_made(self, name: str, sources: list[str]) -> bool:
+        return sources != [name] and "made" in self.__dict__ and name in self.made and not EXPERT.match(name)
 
     # ---- what it holds
 
@@ -130,7 +132,7 @@ class SafetensorsSource:
             raise BadFile(f"{self.path}: no tensor for {name}")
         if sources == [name] and not EXPERT.match(name):
             return [self.read(name)]
-        if self._is_made(name):
+        if self._is_made(name, sources):
             values = self.made[name].values(lambda key: self.read(key).dequantize(), self.config)
             return [_as_type(values, self.read(sources[0]))]
         if ".self_attn." in name:
