@@ -46,6 +46,7 @@ USUAL = (  # attention that is: project, normalise q and k if it has norms, turn
     "Qwen2MoeAttention",
     "Qwen3Attention",
     "Qwen3MoeAttention",
+    "Dots1Attention",
     "Glm4MoeAttention",
     "MiniMaxM2Attention",
     "GptOssAttention",
