@@ -14,7 +14,7 @@ def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
 
     cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
     names = [getattr(cls, "__name__", ""), config.model_type]
-    entries = next((found for name in names if (found := get_checkpoint_conversion_mapping(name))), [])
+    entries: list[Any] = next((found for name in names if (found := get_checkpoint_conversion_mapping(name))), [])
     renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
 
     def rename(key: str) -> str:

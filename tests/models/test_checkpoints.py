@@ -8,6 +8,8 @@ import torch
 from ktx.engine.request import Finished
 from ktx.engine.runner import PlainRunner, Runner
 from ktx.engine.sampling import Sampling
+from ktx.errors import UsageError
+from ktx.rules import Rule, load_rules
 from tests.models.families import LINEAR, MLA, MOE, tiny
 from tests.models.test_families import IDS, load, logits, relative
 from tests.small_chat import tokenizer
@@ -16,6 +18,18 @@ SPARSE = {"num_local_experts": 8, "n_routed_experts": 8, "index_topk": 16, "inde
 KDA = {"linear_head_dim": 32, "linear_num_heads": 4, "num_local_experts": 8, "q_lora_rank": None}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_chunk_size": 16}
 FOUR = {"num_hidden_layers": 4, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}
+NEMOTRON = {
+    "layers_block_type": ["mamba", "moe", "attention"],
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 96,
+    "moe_shared_expert_intermediate_size": 96,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 16,
+    "n_groups": 1,
+    "chunk_size": 16,
+}
 OTHERS = {  # family: what its configuration says, and which runner serves it
     "dots1": (MOE | {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}, Runner),
     "olmoe": ({"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 96, "clip_qkv": 0.5}, Runner),
@@ -38,6 +52,7 @@ OTHERS = {  # family: what its configuration says, and which runner serves it
     ),
     "kimi_linear": (MLA | KDA | FOUR | {"n_group": 1, "topk_group": 1}, PlainRunner),  # convolutions in three tensors
     "falcon_h1": (MAMBA | {"mamba_d_ssm": 512, "mamba_n_groups": 1}, PlainRunner),  # buffers that the model computes
+    "nemotron_h": (NEMOTRON, PlainRunner),  # experts without a gate
     "minimax": (MOE | {"num_local_experts": 4, "block_size": 16}, PlainRunner),  # a cache of its own
 }
 
@@ -50,6 +65,18 @@ def pair(request, tmp_path_factory):
     reference.save_pretrained(folder)
     reference.generation_config.eos_token_id = None
     return request.param, reference, load(folder, None, kv_dtype="f32")
+
+
+def test_experts_that_no_kernel_computes_are_kept_by_a_rule(tmp_path):
+    reference = tiny("llama4_text", num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=320)
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(
+        UsageError, match="Llama4TextExperts does not keep the experts contract.*a rule before this one"
+    ):
+        load(tmp_path, None)
+    kept = Rule(r"\.experts$", recursive=False)
+    model = load(tmp_path, None, rules=[kept, *load_rules("generic")])
+    assert relative(logits(model), logits(reference)) < 1e-4
 
 
 def test_logits(pair):
