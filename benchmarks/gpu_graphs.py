@@ -28,8 +28,8 @@ class Bench:
     """A model with an engine's runner, and requests with prompts of `prompt` tokens."""
 
     def __init__(self, args: argparse.Namespace, name: str, **load: Any):
-        from ktx.engine.runner import runner_for
         from ktx.engine.scheduler import pages_for
+        from ktx.engine.trial import runner_for
 
         self.args, self.context = args, args.prompt + args.tokens + 1
         self.model, _ = ktx.load(args.model, args.weights, device="cuda", progress=False, **PLACEMENTS[name], **load)

@@ -6,21 +6,42 @@ from collections.abc import Callable
 from typing import Any
 
 
-def checkpoint_renaming(model_type: str) -> Callable[[str], str]:
-    """A function from a checkpoint's key to the parameter path of today's modeling code, by transformers' own table."""
+def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
+    """A function from a checkpoint's key to the parameter path of today's modeling code, and converters for what is kept in other tensors, by transformers' own table."""
+    from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    entries = [
-        entry for entry in get_checkpoint_conversion_mapping(model_type) or [] if isinstance(entry, WeightRenaming)
-    ]
+    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    names = [getattr(cls, "__name__", ""), config.model_type]
+    entries: list[Any] = next((found for name in names if (found := get_checkpoint_conversion_mapping(name))), [])
+    renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
 
     def rename(key: str) -> str:
-        for entry in entries:
+        for entry in renamings:
             key = entry.rename_source_key(key)[0]
         return key
 
-    return rename
+    return rename, [entry for entry in entries if isinstance(entry, WeightConverter)]
+
+
+def converted(converter: Any, name: str, tensors: dict[str, list[Any]], config: Any) -> Any:
+    """The parameter `name` that a converter makes of a checkpoint's tensors, given by pattern."""
+    made: Any = tensors
+    about = {"source_patterns": converter.source_patterns, "target_patterns": converter.target_patterns}
+    for operation in converter.operations:
+        made = operation.convert(made, full_layer_name=name, model=None, config=config, missing_keys=None, **about)
+    values = next(iter(made.values()))
+    return values[0] if isinstance(values, list) else values
+
+
+def text_part(config: Any) -> Any:
+    """The configuration of the language model in one of text and pictures, where transformers has that model by itself; any other as it is."""
+    from transformers import AutoModelForCausalLM
+
+    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    text = getattr(config, "sub_configs", {}).get("text_config")
+    return config.get_text_config() if text is not None and getattr(cls, "config_class", None) == text else config
 
 
 def dtype_plan(model: Any, dtype: Any) -> dict[str, Any]:
@@ -33,3 +54,8 @@ def config_dict(source: str) -> dict[str, Any]:
     from transformers import PreTrainedConfig
 
     return PreTrainedConfig.get_config_dict(source)[0]
+
+
+def keeps_own_cache(model: Any) -> bool:
+    """Whether a model takes no cache but of a kind that only itself makes (MiniMax-Text-01)."""
+    return not model._supports_default_dynamic_cache()

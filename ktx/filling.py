@@ -99,10 +99,19 @@ def repair(model: Any, made: Plan) -> None:
     for path, module in model.named_modules():
         meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in meta:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-        if meta:
-            model._init_weights(module)
+            module._buffers[name] = _unknown(module._buffers[name])
+        around = [
+            path.rsplit(".", depth)[0] if depth <= path.count(".") else "" for depth in range(path.count(".") + 2)
+        ]
+        for owner in around if meta else ():  # some families fill the buffers of a layer from the model around it
+            model._init_weights(model.get_submodule(owner))
+            if not any(_is_unknown(module._buffers[name]) for name in meta):
+                break
         for name in meta:
+            if _is_unknown(module._buffers[name]):
+                raise BadFile(
+                    f"{path}.{name} is computed by {type(model).__name__} alone, which cannot be asked for it"
+                )
             module._buffers[name] = module._buffers[name].to(made.devices[path].torch)
     for target in dict(getattr(model, "all_tied_weights_keys", None) or {}):
         module, _, name = target.rpartition(".")
@@ -116,6 +125,16 @@ def repair(model: Any, made: Plan) -> None:
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if left:
         raise BadFile(f"these parameters were not loaded: {', '.join(left[:5])}{' and more' if len(left) > 5 else ''}")
+
+
+def _unknown(like: Any) -> torch.Tensor:
+    """Room for a computed buffer, full of NaN where its type has them."""
+    made = torch.empty_like(like, device="cpu")
+    return made.fill_(torch.nan) if made.is_floating_point() else made
+
+
+def _is_unknown(buffer: Any) -> bool:
+    return bool(buffer.is_floating_point() and buffer.isnan().any())
 
 
 class Tally(Protocol):

@@ -198,15 +198,12 @@ def _identity(made: Plan) -> list[Any]:
 
 def _cached_as(model: nn.Module, wish: KVType) -> KVType:
     """What caches keep: f16 unless something else is asked for, or an attention of transformers' own reads them. UsageError when that cannot read what is asked for."""
-    from ktx.ops.attention import Attention
-    from ktx.ops.mla import MLA
-
     foreign = [
         name
         for name, module in model.named_modules()
         if type(module).__name__.endswith("Attention")
         and hasattr(module, "layer_idx")
-        and not isinstance(module, Attention | MLA)
+        and not getattr(module, "ours", False)
     ]
     if foreign and isinstance(wish, str):
         raise UsageError(

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from ktx.compat import config_dict
+from ktx.compat import config_dict, text_part
 from ktx.errors import BadFile, UsageError
 from ktx.rules import FILES
 from ktx.weights.source import WeightSource
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a folder, hub id or GGUF file. Kimi-K2 is DeepSeek-V3 under another name."""
+    """The transformers configuration of a folder, hub id or GGUF file; of text and pictures the text's. Kimi-K2 is DeepSeek-V3 under another name."""
     from transformers import AutoConfig
 
     path = Path(source).expanduser()
@@ -37,7 +37,7 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         if raw.get("model_type") == "kimi_k2":
             keep = {key: value for key, value in raw.items() if key not in ("auto_map", "model_type", "architectures")}
             return AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **keep)
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code)
+        return text_part(AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code))
     except Exception as error:  # transformers and the hub raise a dozen unrelated types for what a config.json can say
         first = str(error).strip().partition("\n")[0]
         advice = "" if path.is_dir() else f"; `ktx download {source}` fetches a model and says why it cannot"

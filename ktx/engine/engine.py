@@ -18,10 +18,11 @@ from ktx.engine.activity import Activity
 from ktx.engine.answer import Answer
 from ktx.engine.asking import Listener, generate
 from ktx.engine.request import Event, Finished, Request
-from ktx.engine.runner import Abandoned, Runner, runner_for
+from ktx.engine.runner import Abandoned, Runner
 from ktx.engine.sampling import Sampling
 from ktx.engine.scheduler import Part, Scheduler, pages_for
 from ktx.engine.speculation import KINDS, MOST, PromptLookup, Speculation
+from ktx.engine.trial import runner_for
 from ktx.errors import DoesNotFit, Overloaded, UsageError, nearest
 from ktx.hardware import memory
 

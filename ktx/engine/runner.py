@@ -11,14 +11,14 @@ import torch
 
 from ktx.cache.kv import KVCache
 from ktx.cache.paged import Batch, PagedCache, Span
+from ktx.compat import keeps_own_cache
 from ktx.engine.graphs import Graphs, Token, gpu_of, obstacle
 from ktx.engine.request import Request
 from ktx.engine.scheduler import Part
+from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.ops.attention import Attention
 from ktx.ops.gpu import handover
 from ktx.ops.mla import MLA
-from ktx.ops.recurrent import Recurrent
 
 log = logging.getLogger("ktx.engine")
 Logits = dict[
@@ -143,9 +143,13 @@ class Runner:
 
 
 class PlainRunner(Runner):
-    """One sequence after another, each with a cache of its own: for models with an attention that is not ours."""
+    """One sequence after another, each with a cache of its own: for models with an attention that is not ours.
+
+    `in_chunks`: whether a prompt may be computed in several forwards; if not, it is computed in one, when its last part comes.
+    """
 
     shares = False
+    in_chunks = True
 
     def __init__(self, model: Any, pages: int):
         self.model, self.pages, self.recurrent = (
@@ -153,7 +157,8 @@ class PlainRunner(Runner):
             pages,
             True,
         )  # what a forward began to write cannot be taken back
-        self.caches: dict[int, KVCache] = {}
+        self.caches: dict[int, Any] = {}
+        self.own_cache = keeps_own_cache(model)
         self.alive = time.monotonic()
 
     @torch.inference_mode()
@@ -161,20 +166,37 @@ class PlainRunner(Runner):
         found = {}
         for part in parts:
             self._look(parts)
-            cache = self.caches.setdefault(part.request.number, KVCache(self.model.config, self.model.ktx.kv_dtype))
-            span = Span(part.request.number, part.start, part.count, (), part.prompt)
-            ranges = (span.lead, span.whole) if span.whole and not part.request.sampling.echo else ()
-            with cpu.wide_rows(part.count, ranges):
-                logits = self.model(
-                    input_ids=torch.tensor([part.ids]),
-                    position_ids=torch.arange(part.start, part.start + part.count)[None],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=max(1, wanted(part)),
-                ).logits
-            logits = here(logits)[0]
-            found[part.request] = logits[len(logits) - wanted(part) :]
+            rows = [self._forward_of(part.request, *piece) for piece in self._pieces(part)]
+            found[part.request] = torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
         return found
+
+    def _pieces(self, part: Part) -> list[tuple[int, int, int, int]]:
+        """Forwards that a part takes: first token, tokens, how many are the prompt's, rows of logits."""
+        if self.in_chunks or part.request.number in self.caches:
+            return [(part.start, part.count, part.prompt, wanted(part))]
+        if part.request.sampling.echo:
+            raise UsageError(
+                f"log-probabilities of a prompt: a {self.model.config.model_type} computes prompts in one piece; ask for those of the answer only"
+            )
+        return [(0, part.start + part.count, part.prompt, 1)] if wanted(part) else []
+
+    def _forward_of(self, request: Request, start: int, count: int, prompt: int, wanted: int) -> torch.Tensor:
+        """Logits of the last `wanted` of the tokens."""
+        span = Span(request.number, start, count, (), prompt)
+        ranges = (span.lead, span.whole) if span.whole and not request.sampling.echo else ()
+        if not self.own_cache and request.number not in self.caches:
+            self.caches[request.number] = KVCache(self.model.config, self.model.ktx.kv_dtype)
+        with cpu.wide_rows(count, ranges):
+            out = self.model(
+                input_ids=torch.tensor([request.ids[start : start + count]]),
+                position_ids=torch.arange(start, start + count)[None],
+                past_key_values=self.caches.get(request.number),
+                use_cache=True,
+                logits_to_keep=max(1, wanted),
+            )
+        self.caches[request.number] = out.past_key_values
+        logits = here(out.logits)[0]
+        return logits[len(logits) - wanted :]
 
     def reads(self, parts: Sequence[Part]) -> tuple[int, int, int]:
         return len(parts), sum(part.count for part in parts), len(parts)
@@ -194,19 +216,6 @@ def here(logits: torch.Tensor, copy: bool = False) -> torch.Tensor:
     logits = logits.to("cpu", copy=copy)
     handover.check()
     return logits
-
-
-def runner_for(model: Any, pages: int, captured: int = 0) -> Runner:
-    """The one that the model's attention modules allow; for `captured` see Runner."""
-    ours = (Attention, MLA, Recurrent)
-    foreign = any(
-        hasattr(module, "layer_idx") and not isinstance(module, ours) and "attention" in type(module).__name__.lower()
-        for module in model.modules()
-    )
-    linear = any("linear_attention" in str(kind) for kind in getattr(model.config, "layer_types", None) or ())
-    if foreign or (linear and not any(isinstance(module, Recurrent) for module in model.modules())):
-        return PlainRunner(model, pages)
-    return Runner(model, pages, captured)
 
 
 def wanted(part: Part) -> int:

@@ -8,6 +8,8 @@ outside. A mask that is not (holes, custom functions) stays transformers' bool m
 from __future__ import annotations
 
 import copy
+import inspect
+from types import CodeType
 from typing import Any
 
 import torch
@@ -44,9 +46,23 @@ USUAL = (  # attention that is: project, normalise q and k if it has norms, turn
     "Qwen2MoeAttention",
     "Qwen3Attention",
     "Qwen3MoeAttention",
+    "Dots1Attention",
     "Glm4MoeAttention",
     "MiniMaxM2Attention",
     "GptOssAttention",
+)
+
+HANDED = (  # what a module may hand to its attention function beside tensors and mask: `attend` knows it, or it changes nothing here
+    *("scaling", "dropout", "softcap", "s_aux", "sliding_window", "is_causal", "position_ids", "output_attentions"),
+    *(
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "use_cache",
+        "past_key_values",
+        "attention_mask",
+    ),
 )
 
 
@@ -146,15 +162,27 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, interval_mask)
 
 
+def foreign_words(module: nn.Module) -> list[str]:
+    """What a module's forward tells its attention function, or asks of the function's name, that our kernel would not heed: sparse indices, position biases."""
+    code: CodeType = inspect.unwrap(type(module).forward).__code__
+    tuples = [const for const in code.co_consts if isinstance(const, tuple)]
+    words = {word for const in tuples if "scaling" in const for word in const if isinstance(word, str)}
+    asked = {
+        const for const in [*code.co_consts, *(c for const in tuples for c in const)] if const in ("eager", "sdpa")
+    }
+    return sorted((words - set(HANDED)) | asked)
+
+
 class Attention(Operator):
     """The transformers module itself, computing with our kernel: projections, norms, rotary code and gates are its own.
 
-    A module without a configuration has no attention to choose (linear attention): it stays as it is. Option: `backend` (triton, flashinfer, auto)
-    says whose kernels attend on a GPU.
+    A module without a configuration has no attention to choose (linear attention): it stays as it is, and so does one whose attention is told
+    what the kernel does not know (`foreign_words`); `ours` says whether the kernel computes. Option: `backend` (triton, flashinfer, auto) says whose kernels attend on a GPU.
     """
 
     kv_dtype: KVType
     block: Block | None
+    ours: bool
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> Attention:
@@ -166,20 +194,26 @@ class Attention(Operator):
         new.kv_dtype, new.block, new.usual = ctx.kv_dtype, None, type(old).__name__ in USUAL
         new.backend = known_backend(backend)
         new.half_tables = type(old).__name__ == "GptOssAttention"
-        if hasattr(old, "config"):
+        new.ours = hasattr(old, "config") and not foreign_words(old)
+        if new.ours:
             new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself
             new.config._attn_implementation = NAME
         return new
 
     def ready(self) -> None:
-        self.block = Block.of(self) if self.usual else None
+        self.block = Block.of(self) if self.usual and self.ours else None
 
     def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         if self.block is not None and self.block.watch.holds():
             done = self.block(*args, cache=past_key_values, **kwargs)
             if done is not None:
                 return done, None
-        if self.kv_dtype is not None and past_key_values is not None and type(past_key_values) is not PagedCache:
+        if (
+            self.ours
+            and self.kv_dtype is not None
+            and past_key_values is not None
+            and type(past_key_values) is not PagedCache
+        ):
             past_key_values = StoredAs(past_key_values, float_type(self.kv_dtype, torch.float16))
         return super().forward(*args, past_key_values=past_key_values, **kwargs)
 

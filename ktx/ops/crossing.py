@@ -15,10 +15,8 @@ import torch
 from torch import nn
 
 from ktx.devices import CPU, Device
-from ktx.ops.attention import Attention
 from ktx.ops.base import Operator
 from ktx.ops.experts import Experts
-from ktx.ops.mla import MLA
 from ktx.ops.moe import MoE
 
 Devices = Mapping[nn.Module, Device]
@@ -134,7 +132,7 @@ def _has_foreign_attention(model: Any) -> bool:
     return any(
         "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
         for module in model.modules()
-        if not isinstance(module, Attention | MLA)
+        if not getattr(module, "ours", False)
     )
 
 

@@ -11,7 +11,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, packed_as
-from ktx.ops.gates import Gate, gate_of_experts
+from ktx.ops.gates import KEEP, Gate, gate_of_experts, is_gated
 from ktx.weights.source import QuantizedTensor, WeightSource, joined
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -40,6 +40,9 @@ class Experts(Operator):
         self.target: str | None = None
         self.biases: dict[str, torch.Tensor | None] = dict.fromkeys(PROJECTIONS)
         self.waited, self.gpu_experts = 0.0, 0
+        self.projections: tuple[str, ...] = (
+            PROJECTIONS  # that the file has: without a gate, the other one is taken twice
+        )
         self.hold(0, experts)
 
     def hold(self, first: int, count: int) -> None:
@@ -51,12 +54,15 @@ class Experts(Operator):
     def from_hf(cls, old: Any, ctx: Context, gpu_experts: int = 0, **kwargs: Any) -> Experts:
         count = next((int(getattr(old, name)) for name in COUNTS if hasattr(old, name)), 0)
         if not count:
-            raise UsageError(f"{ctx.path} is a {type(old).__name__}, which is no experts module of transformers 5")
+            raise UsageError(
+                f"{ctx.path} is a {type(old).__name__}, which is no experts module of transformers 5; {KEEP}"
+            )
         gate = gate_of_experts(old, ctx.path)
         bias = hasattr(old, "gate_up_proj_bias") or hasattr(old, "down_proj_bias")
         new = cls(ctx.path, count, gate, bias)
         rows, columns = old.down_proj.shape[1:]
         new.hidden, new.width = (columns, rows) if getattr(old, "is_transposed", False) else (rows, columns)
+        new.projections = PROJECTIONS if is_gated(old) else PROJECTIONS[1:]
         new.top = int(getattr(ctx.config, "num_experts_per_tok", 1) or 1)
         new.gpu_experts = new.sharable(gpu_experts or 0)
         return new
@@ -74,20 +80,26 @@ class Experts(Operator):
         self.on_gpu = beside
 
     def tensors(self) -> list[str]:
-        names = [f"{self.path}.{name}" for name in PROJECTIONS] if self.num_experts else []
+        names = [f"{self.path}.{name}" for name in self.projections] if self.num_experts else []
         return names + [f"{name}_bias" for name in names] if self.has_bias else names
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         wide, narrow = (self.total, self.width, self.hidden), (self.total, self.hidden, self.width)
-        return {f"{self.path}.{name}": narrow if name == "down_proj" else wide for name in PROJECTIONS}
+        return {f"{self.path}.{name}": narrow if name == "down_proj" else wide for name in self.projections}
 
     def load(self, source: WeightSource) -> None:
-        for name in PROJECTIONS if self.num_experts else ():
+        for name in self.projections if self.num_experts else ():
             full = f"{self.path}.{name}"
             (self.weights[name],) = kept(lambda full=full: [self._pack(source, full)])  # type: ignore[misc]
             source.release([full])
             if self.has_bias:
                 self.biases[name] = self._bias(source, full)
+        self._complete()
+
+    def _complete(self) -> None:
+        """After loading: without a gate, the other projection stands for it too, in the same memory."""
+        if self.weights and len(self.projections) < len(PROJECTIONS):
+            self.weights = {"gate_proj": self.weights["up_proj"]} | self.weights
 
     def _pack(self, source: WeightSource, full: str) -> Any:
         return packed_as(self._held(source.parts(full)), self.target, cpu.pack_experts)
@@ -129,7 +141,7 @@ class Experts(Operator):
         return out.to(device)
 
     def weight_bytes(self) -> tuple[int, int]:
-        held = sum(w.nbytes for w in self.weights.values())
+        held = sum(self.weights[name].nbytes for name in self.projections if name in self.weights)
         return held, held * min(self.top, self.total) // self.total
 
     def numbers(self) -> int:

@@ -19,9 +19,10 @@ PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 GATE = torch.linspace(-40.0, 40.0, 257)  # beyond every limit in use
 UP = GATE.flip(0) + 0.5
 ODD = (  # attributes of experts modules: name, the value that the kernel has, what another value means
-    ("has_gate", True, "has no gate projection, which the experts kernel needs"),
     ("has_post_expert_norm", False, "norms the output of each expert, which the experts kernel does not"),
 )
+
+KEEP = "a rule before this one keeps it, in plain torch and f32: match its name, replace: {class: default}, recursive: false"
 
 
 class Gate(NamedTuple):
@@ -37,9 +38,16 @@ def gate_of_experts(experts: Any, where: str) -> Gate:
     odd = [what for name, usual, what in ODD if getattr(experts, name, usual) is not usual]
     if odd or not hasattr(experts, "_apply_gate"):
         wrong = odd[0] if odd else "does not keep the experts contract of transformers 5"
-        raise UsageError(f"{where}: {type(experts).__name__} {wrong}")
+        raise UsageError(f"{where}: {type(experts).__name__} {wrong}; {KEEP}")
+    if not is_gated(experts):
+        return _known(lambda: [experts.act_fn(GATE)], experts, where, GATE)
     laid_out = (torch.cat([GATE, UP]), torch.stack([GATE, UP], -1).flatten())  # gpt-oss interleaves the two
     return _known(lambda: [experts._apply_gate(both[None])[0] for both in laid_out], experts, where)
+
+
+def is_gated(experts: Any) -> bool:
+    """Whether experts have a gate projection. Those without compute act(up(x)), which for relu2 is relu(up(x)) * up(x): a gate that is the other projection once more."""
+    return bool(getattr(experts, "has_gate", True))
 
 
 def gate_of_mlp(mlp: Any, where: str) -> Gate:
@@ -76,19 +84,20 @@ class _Answers(nn.Module):
         return self.values[None, None]
 
 
-def _known(ask: Callable[[], list[torch.Tensor]], module: nn.Module, where: str) -> Gate:
+def _known(ask: Callable[[], list[torch.Tensor]], module: nn.Module, where: str, up: torch.Tensor = UP) -> Gate:
     try:
         with torch.no_grad(), torch.device("cpu"):
             answers = [answer.float() for answer in ask()]
     except Exception as error:  # a family's own code, fed with numbers it may not expect
         raise refused(module, where, "its activation", error) from error
     for gate in _candidates(module):
-        expected = reference.activate(GATE, UP, *gate)
+        expected = reference.activate(GATE, up, *gate)
         alike = (answer for answer in answers if answer.shape == expected.shape)
         if any(torch.allclose(expected, answer, rtol=1e-5, atol=1e-5) for answer in alike):
             return gate
     names = " ".join((*PLAIN, "swiglu_oai"))
-    raise UsageError(f"{where}: what {type(module).__name__} does with gate and up is in no kernel; ktx has {names}")
+    what = "gate and up" if up is UP else "one projection"
+    raise UsageError(f"{where}: what {type(module).__name__} does with {what} is in no kernel; ktx has {names}; {KEEP}")
 
 
 def _candidates(module: Any) -> list[Gate]:

@@ -17,6 +17,7 @@ PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 USUAL = (  # layers that are: x = x + attention(norm(x)), then x = x + mlp(norm(x))
     "DeepseekV2DecoderLayer",
     "DeepseekV3DecoderLayer",
+    "Dots1DecoderLayer",
     "Ernie4_5_MoeDecoderLayer",
     "Glm4MoeDecoderLayer",
     "Glm4MoeLiteDecoderLayer",

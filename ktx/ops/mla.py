@@ -54,6 +54,7 @@ class MLA(Operator):
     """
 
     consumes = ("kv_b_proj",)
+    ours = True  # as ktx.ops.attention.Attention has it
     w_uk_t: Any
     w_uv: Any
     w_uk: Any

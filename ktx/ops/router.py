@@ -26,9 +26,13 @@ class Style:
 STYLES: dict[str, Style] = {
     "DeepseekV2TopkRouter": Style("softmax", "max", scaled=True),
     "DeepseekV3TopkRouter": Style("sigmoid", "top2", "norm_topk_prob", scaled=True),
+    "Dots1TopkRouter": Style("sigmoid", "top2", "norm_topk_prob", scaled=True),
     "Glm4MoeTopkRouter": Style("sigmoid", "top2", "norm_topk_prob", scaled=True),
+    "Glm4MoeLiteTopkRouter": Style("sigmoid", "top2", "norm_topk_prob", scaled=True),
+    "OlmoeTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
     "Qwen2MoeTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
     "Qwen3MoeTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
+    "Qwen3_5MoeTopKRouter": Style("softmax", renorm=True, own_dtype=True),
     "Qwen3NextTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
     "MixtralTopKRouter": Style("softmax", renorm=True),
     "MiniMaxM2TopKRouter": Style("sigmoid", renorm=True),

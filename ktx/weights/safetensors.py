@@ -11,6 +11,7 @@ import mmap
 import re
 import threading
 from collections.abc import Iterable
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from ktx.compat import checkpoint_renaming
 from ktx.errors import BadFile
 from ktx.qtypes import FP8_BLOCK, QTYPES
+from ktx.weights.conversion import Made, made_of
 from ktx.weights.gguf import PAGE
 from ktx.weights.source import QuantizedTensor, TensorSpec, joined
 
@@ -35,7 +37,7 @@ class SafetensorsSource:
     def __init__(self, path: Path, config: Any):
         self.path, self.config = str(path), config
         self.metadata: dict[str, Any] = {"general.architecture": config.model_type}
-        rename = checkpoint_renaming(config.model_type)
+        rename, self._converters = checkpoint_renaming(config)
         self.tensors: dict[str, TensorSpec] = {}
         for file in shards(path):
             for spec in read_safetensors_header(file):
@@ -50,6 +52,11 @@ class SafetensorsSource:
 
     # ---- what is there
 
+    @cached_property
+    def made(self) -> dict[str, Made]:
+        """Parameters that are kept in other tensors; most checkpoints have none but experts, which nobody asks for here."""
+        return made_of(self.tensors, self._converters)
+
     def _sources(self, name: str) -> list[str]:
         """The checkpoint's tensors behind a parameter, in row order; empty when there are none."""
         if name in self.tensors:
@@ -60,7 +67,7 @@ class SafetensorsSource:
         fused = re.match(r"^(.+\.self_attn)\.([kv])_b_proj\.weight$", name)
         if fused and f"{fused[1]}.kv_b_proj.weight" in self.tensors:
             return [f"{fused[1]}.kv_b_proj.weight"]
-        return []
+        return self.made[name].sources if name in self.made else []
 
     def _expert_sources(self, experts: str, which: str, bias: bool) -> list[str]:
         fused = ("down_proj" if which == "down" else "gate_up_proj") + ("_bias" if bias else "")
@@ -89,6 +96,9 @@ class SafetensorsSource:
         return TensorSpec(name, shape, first.qtype, nbytes, first.file, first.offset)
 
     def _shape(self, name: str, sources: list[str]) -> tuple[int, ...]:
+        if self._is_made(name, sources):
+            empty = partial(torch.empty, device="meta")
+            return tuple(self.made[name].values(lambda key: empty(self.tensors[key].shape), self.config).shape)
         shape = self.tensors[sources[0]].shape
         if sources == [name] and not self._transposed(name):
             return shape
@@ -110,6 +120,9 @@ class SafetensorsSource:
         """gpt-oss keeps experts as [experts, columns, rows], gate and up interleaved."""
         return self.config.model_type == "gpt_oss" and EXPERT.match(name) is not None and not name.endswith("_bias")
 
+    def _is_made(self, name: str, sources: list[str]) -> bool:
+        return sources != [name] and "made" in self.__dict__ and name in self.made and not EXPERT.match(name)
+
     # ---- what it holds
 
     def parts(self, name: str) -> list[QuantizedTensor]:
@@ -119,6 +132,9 @@ class SafetensorsSource:
             raise BadFile(f"{self.path}: no tensor for {name}")
         if sources == [name] and not EXPERT.match(name):
             return [self.read(name)]
+        if self._is_made(name, sources):
+            values = self.made[name].values(lambda key: self.read(key).dequantize(), self.config)
+            return [_as_type(values, self.read(sources[0]))]
         if ".self_attn." in name:
             return [self._half_of_kv_b(name, sources[0])]
         if re.search(r"\.experts\.\d+\.", sources[0]):
@@ -147,7 +163,7 @@ class SafetensorsSource:
             values = values if bias else values.transpose(1, 2)
             if which != "down":
                 values = values[:, (0 if which == "gate" else 1) :: 2]
-            return QuantizedTensor.of(values) if whole.qtype is QTYPES["F32"] else _as_type(values, whole)
+            return _as_type(values, whole)
         if which == "down":
             return whole
         half = whole.shape[1] // 2
@@ -209,6 +225,9 @@ class SafetensorsSource:
 
 
 def _as_type(values: torch.Tensor, like: QuantizedTensor) -> QuantizedTensor:
+    """Values as the weights that they were made of, if those are plain floats; else in F32."""
+    if like.qtype is QTYPES["F32"] or like.scale is not None:
+        return QuantizedTensor.of(values)
     return QuantizedTensor(like.qtype.quantize(values.contiguous()), like.qtype, tuple(values.shape))
 
 

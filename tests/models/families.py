@@ -48,6 +48,12 @@ YARN = {
     "beta_slow": 1,
 }
 MOE = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 96, "head_dim": 64}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
         **MLA,
@@ -63,11 +69,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {
         **MOE,
         "num_hidden_layers": 4,
+        **LINEAR,
         "shared_expert_intermediate_size": 128,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 32,
-        "linear_value_head_dim": 32,
         "norm_topk_prob": True,
         "layer_types": ["linear_attention"] * 3 + ["full_attention"],
     },
@@ -154,7 +157,7 @@ MEMBERS: list[tuple[str, dict[str, Any]]] = [  # what other members of the famil
 def tiny(family: str, **more: Any) -> Any:
     """A transformers model with random weights that are neither all alike nor so small that nothing would show."""
     torch.manual_seed(7)
-    config = AutoConfig.for_model(family, **(COMMON | FAMILIES[family] | more))
+    config = AutoConfig.for_model(family, **(COMMON | FAMILIES.get(family, {}) | more))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, p in [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "correction" in n)]:

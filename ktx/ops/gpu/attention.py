@@ -95,7 +95,7 @@ class Attention(attention.Attention):
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> attention.Attention:
         new = super().from_hf(old, ctx, backend, **kwargs)
         new.sinks_f32 = None
-        if hasattr(old, "config"):
+        if new.ours:
             new.config._attn_implementation = NAME
         if new.usual:  # what cannot be had is said before anything is loaded
             heads = old.config.num_attention_heads

@@ -23,12 +23,13 @@ class Experts(experts.Experts):
     weights: dict[str, Any]
 
     def load(self, source: WeightSource) -> None:
-        for name in PROJECTIONS if self.num_experts else ():
+        for name in self.projections if self.num_experts else ():
             full = f"{self.path}.{name}"
             self.weights[name] = self._pack(source, full)
             source.release([full])
             if self.has_bias:
                 self.biases[name] = self._bias(source, full).to(self.home.torch)
+        self._complete()
 
     def _pack(self, source: WeightSource, full: str) -> Any:
         pack = partial(gpu_linear.pack_experts, device=self.home.torch)

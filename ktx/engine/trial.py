@@ -1,0 +1,96 @@
+"""Which runner serves a model: by its modules, and where nobody here has read the family by trying it on a few tokens.
+
+A forward over several sequences asks much of a model: that its attention reads pages, that no other module looks at the mask or keeps a state,
+that rotary code goes by positions. What does not keep that may raise, or answer nonsense.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ktx.cache.kv import GrowingLayer, KVCache
+from ktx.engine.request import Request
+from ktx.engine.runner import PlainRunner, Runner
+from ktx.engine.sampling import Sampling
+from ktx.engine.scheduler import Part
+from ktx.errors import UsageError
+from ktx.ops.recurrent import Recurrent
+from ktx.rules import FILES
+
+log = logging.getLogger("ktx.engine")
+CHUNKS = ((4, 1), (3, 8), (1, 1))  # tokens of two sequences in three forwards
+FAR = 0.1  # of logits' length, what an answer may be away: half precision and rounding make a hundredth, another sequence's past makes one
+
+
+def runner_for(model: Any, pages: int, captured: int = 0) -> Runner:
+    """The one that the model's modules allow; for `captured` see Runner. UsageError for a model that goes on from no past."""
+    if model.config.model_type in FILES:
+        return PlainRunner(model, pages) if _reads_no_pages(model) else Runner(model, pages, captured)
+    reason = _reads_no_pages(model) or _wrong(Runner(model, 2))
+    if not reason:
+        return Runner(model, pages, captured)
+    log.info("requests are computed one after another: %s", reason)
+    return _plain(model, pages)
+
+
+def _plain(model: Any, pages: int) -> PlainRunner:
+    runner = PlainRunner(model, pages)
+    for in_chunks in (True, False):
+        runner.in_chunks = in_chunks
+        reason = _wrong(runner)
+        if not reason:
+            return runner
+        log.info("prompts in several forwards: %s" if in_chunks else "answers: %s", reason)
+    raise UsageError(
+        f"an engine cannot serve this {model.config.model_type}: {reason}; model.generate computes it as transformers does"
+    )
+
+
+def _reads_no_pages(model: Any) -> str:
+    """The module that does not read pages, in words; empty if all do."""
+    for path, module in model.named_modules():
+        attends = "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
+        if attends and not isinstance(module, Recurrent) and not getattr(module, "ours", False):
+            return f"{path} is transformers' own {type(module).__name__}"
+    layers = KVCache(model.config).layers
+    own = {module.layer_idx for module in model.modules() if isinstance(module, Recurrent)}
+    odd = [i for i, layer in enumerate(layers) if not isinstance(layer, GrowingLayer) and i not in own]
+    return f"layer {odd[0]} keeps a {type(layers[odd[0]]).__name__}" if odd else ""
+
+
+@torch.inference_mode()
+def _wrong(runner: Runner) -> str:
+    """What is wrong with the logits of two sequences whose tokens come in CHUNKS; empty if they are as those of whole sequences."""
+    size = runner.model.config.vocab_size
+    requests = [Request([], Sampling(), lambda event: None, number=-1 - i, pages=[i]) for i in range(2)]
+    for i, request in enumerate(requests):
+        request.prompt = [(7 * i + 5 * j + 3) % size for j in range(sum(chunk[i] for chunk in CHUNKS[:2]))]
+        request.ids = list(request.prompt)
+    try:
+        return _compared(runner, requests)
+    except Exception as error:  # a family's own code, given what it may not expect
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+    finally:
+        for request in requests:
+            runner.forget(request)
+
+
+def _compared(runner: Runner, requests: Sequence[Request]) -> str:
+    for step, counts in enumerate(CHUNKS):
+        if step == len(CHUNKS) - 1:
+            for request in requests:
+                request.ids.append(request.prompt[0])
+        parts = [Part(request, request.computed, count) for request, count in zip(requests, counts, strict=True)]
+        found = runner.run(parts)
+        for part in parts:
+            part.request.computed += part.count
+    for request in requests:
+        whole = runner.model(input_ids=torch.tensor([request.ids]), use_cache=False).logits[0, -1].cpu().float()
+        away = (found[request][-1].float() - whole).norm() / whole.norm()
+        if not away < FAR:
+            return f"logits are {away:.0%} away from those of the whole sequence"
+    return ""
