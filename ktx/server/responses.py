@@ -104,6 +104,13 @@ def messages_of(fields: Respond) -> list[dict[str, Any]]:
             told.append({"role": item["role"], "content": _content(item.get("content"), at)})
             if thought and item["role"] == "assistant":
                 told[-1]["reasoning_content"], thought = thought, ""
+        elif kind == "item_reference":
+            raise Problem(
+                400,
+                f"input[{at}] is the id of an item, {item.get('id')!r}, and this server keeps none: send items whole, "
+                "as clients do that are told store: false",
+                "input",
+            )
         else:
             raise Problem(
                 400, f"input[{at}] is a {kind!r} of role {item.get('role')!r}, which is not understood", "input"
