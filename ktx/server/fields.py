@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 TEXT = 16 << 20
 Name = Annotated[str, Field(max_length=256)]
@@ -338,6 +338,36 @@ class ResponseTool(Fields):
     _own = model_validator(mode="before")(own_tool)
 
 
+class ResponseNamespace(Fields):
+    """Functions under a common name, which calls of them repeat."""
+
+    type: Literal["namespace"]
+    name: FunctionName
+    description: Text | None = None
+    tools: Annotated[list[ResponseTool], Field(min_length=1, max_length=512)]
+
+
+class ResponseSearch(Fields):
+    """Leave to search the web, which nobody here can: the model is not told of it, nor is it among the answer's tools."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    type: Literal["web_search"]
+
+
+def kind_of_tool(tool: Any) -> str:
+    """Of what was sent, or of what was read from it."""
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return kind if kind in ("namespace", "web_search") else "function"
+
+
+AnyResponseTool = Annotated[
+    Annotated[ResponseTool, Tag("function")]
+    | Annotated[ResponseNamespace, Tag("namespace")]
+    | Annotated[ResponseSearch, Tag("web_search")],
+    Discriminator(kind_of_tool),
+]
+
+
 class ResponseChoice(Fields):
     type: Literal["function"]
     name: FunctionName
@@ -351,7 +381,7 @@ class Respond(Fields):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Annotated[list[ResponseTool], Field(max_length=512)] | None = None
+    tools: Annotated[list[AnyResponseTool], Field(max_length=512)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
     parallel_tool_calls: bool | None = None
     text: ResponseText | None = None
@@ -365,6 +395,7 @@ class Respond(Fields):
     include: Annotated[list[str], Field(max_length=16)] | None = None
     service_tier: Tier | None = None
     safety_identifier: Name | None = None
+    client_metadata: Object | None = None
     prompt_cache_key: Name | None = None
     prompt_cache_retention: Retention | None = None
     prompt_cache_options: Object | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,7 +16,7 @@ from ktx.engine.asking import Chorus
 from ktx.server import sending
 from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, sampling_of
 from ktx.server.errors import Problem
-from ktx.server.fields import Format, Respond, ResponseChoice
+from ktx.server.fields import Format, Respond, ResponseChoice, ResponseNamespace, ResponseTool
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Tokens, Turn
 
@@ -38,10 +39,7 @@ async def answer(served: Served, fields: Respond, request: Request) -> Response:
         fields.max_output_tokens,
         logprobs=(fields.top_logprobs or 0) if wanted else None,
     )
-    tools: list[dict[str, Any]] = [
-        {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})}
-        for tool in fields.tools or ()
-    ]
+    tools, spaces = _tools(fields)
     choice = fields.tool_choice.name if isinstance(fields.tool_choice, ResponseChoice) else fields.tool_choice or "auto"
     names = [tool["function"]["name"] for tool in tools]
     if choice == "required" and not names or choice not in ("auto", "none", "required", *names):
@@ -63,10 +61,32 @@ async def answer(served: Served, fields: Respond, request: Request) -> Response:
         Turn(ask.parser(served)),
         Tokens(chorus.engine.tokenizer) if wanted else None,
         len(ask.rendered.ids),
+        bool(fields.reasoning and (fields.reasoning.summary or fields.reasoning.generate_summary)),
+        spaces,
     )
     if not fields.stream:
         return await sending.whole(request, chorus, _whole(chorus, writer))
     return sending.events(_stream(chorus, writer), chorus, request.url.path, served.settings.ping)
+
+
+def _tools(fields: Respond) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
+    """What the model is told of, and the namespace and own name of each function that has one."""
+    tools: list[dict[str, Any]] = []
+    spaces: dict[str, tuple[str, str]] = {}
+    for tool in fields.tools or ():
+        space = tool.name if isinstance(tool, ResponseNamespace) else None
+        for one in tool.tools if isinstance(tool, ResponseNamespace) else [tool]:
+            if isinstance(one, ResponseTool):
+                name = _spaced(space, one.name)
+                if space:
+                    spaces[name] = (space, one.name)
+                told = one.model_dump(exclude_none=True, exclude={"type"}) | {"name": name}
+                tools.append({"type": "function", "function": told})
+    return tools, spaces
+
+
+def _spaced(space: str | None, name: str) -> str:
+    return f"{space}__{name}" if space else name
 
 
 def messages_of(fields: Respond) -> list[dict[str, Any]]:
@@ -93,7 +113,10 @@ def messages_of(fields: Respond) -> list[dict[str, Any]]:
             call = {
                 "id": str(item.get("call_id", "")),
                 "type": "function",
-                "function": {"name": str(item.get("name", "")), "arguments": str(item.get("arguments") or "{}")},
+                "function": {
+                    "name": _spaced(item.get("namespace"), str(item.get("name", ""))),
+                    "arguments": str(item.get("arguments") or "{}"),
+                },
             }
             if not told or told[-1]["role"] != "assistant":
                 told.append({"role": "assistant", "content": ""})
@@ -150,6 +173,7 @@ def _format(fields: Respond) -> Format | None:
 
 def _base(fields: Respond, model: str, sampling: Any) -> dict[str, Any]:
     told = fields.model_dump(exclude_none=True)
+    tools = [tool for tool in told.get("tools", ()) if tool["type"] != "web_search"]
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -178,7 +202,7 @@ def _base(fields: Respond, model: str, sampling: Any) -> dict[str, Any]:
         "top_logprobs": fields.top_logprobs or 0,
         "text": {"format": {"type": "text"}} | told.get("text", {}),
         "tool_choice": told.get("tool_choice", "auto"),
-        "tools": [{"description": None, "parameters": None, "strict": None} | tool for tool in told.get("tools", ())],
+        "tools": [{"description": None, "parameters": None, "strict": None} | tool for tool in tools],
         "truncation": "disabled",
         "usage": None,
         "user": fields.user,
@@ -186,11 +210,47 @@ def _base(fields: Respond, model: str, sampling: Any) -> dict[str, Any]:
     }
 
 
-class Writer:
-    """The events of one answer, numbered; the items they build are what the whole answer holds."""
+@dataclass(frozen=True)
+class Form:
+    """Where a text stands in its item, and what its events are called."""
 
-    def __init__(self, base: dict[str, Any], turn: Turn, tokens: Tokens | None, asked: int):
-        self.base, self.turn, self.tokens, self.asked = base, turn, tokens, asked
+    place: str  # the list in the item
+    index: str
+    type: str
+    part: str
+    text: str
+
+
+FORMS = {
+    "answer": Form("content", "content_index", "output_text", "response.content_part", "response.output_text"),
+    "think": Form("content", "content_index", "reasoning_text", "response.content_part", "response.reasoning_text"),
+    "summary": Form(
+        "summary",
+        "summary_index",
+        "summary_text",
+        "response.reasoning_summary_part",
+        "response.reasoning_summary_text",
+    ),
+}
+
+
+class Writer:
+    """The events of one answer, numbered; the items they build are what the whole answer holds.
+
+    `summary`: the client shows summaries of reasoning. There are none, so the reasoning itself stands in their place.
+    """
+
+    def __init__(
+        self,
+        base: dict[str, Any],
+        turn: Turn,
+        tokens: Tokens | None,
+        asked: int,
+        summary: bool,
+        spaces: dict[str, tuple[str, str]],
+    ):
+        self.base, self.turn, self.tokens, self.asked, self.spaces = base, turn, tokens, asked, spaces
+        self.forms = FORMS | ({"think": FORMS["summary"]} if summary else {})
         self.number = -1
         self.items: list[dict[str, Any]] = []
         self.open = ""  # kind of the item that is being written: answer or think
@@ -204,11 +264,16 @@ class Writer:
     def state(self, kind: str) -> tuple[str, dict[str, Any]]:
         return self.event(kind, response={**self.base, "output": list(self.items)})
 
-    def place(self) -> dict[str, Any]:
-        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, "content_index": 0}
+    def place(self, form: Form) -> dict[str, Any]:
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, form.index: 0}
+
+    def part(self, form: Form) -> dict[str, Any]:
+        more = {"annotations": [], "logprobs": list(self.logprobs)} if self.open == "answer" else {}
+        return {"type": form.type, "text": self.text, **more}
 
     def _begin(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
         self.open, self.text, self.logprobs = kind, "", []
+        form = self.forms[kind]
         if kind == "answer":
             item: dict[str, Any] = {
                 "id": f"msg_{uuid.uuid4().hex}",
@@ -217,7 +282,6 @@ class Writer:
                 "role": "assistant",
                 "content": [],
             }
-            part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         else:
             item = {
                 "id": f"rs_{uuid.uuid4().hex}",
@@ -227,33 +291,23 @@ class Writer:
                 "encrypted_content": None,
                 "status": "in_progress",
             }
-            part = {"type": "reasoning_text", "text": ""}
         self.items.append(item)
         return [
             self.event("response.output_item.added", output_index=len(self.items) - 1, item=dict(item)),
-            self.event("response.content_part.added", **self.place(), part=part),
+            self.event(f"{form.part}.added", **self.place(form), part=self.part(form)),
         ]
 
     def close(self, status: str = "completed") -> list[tuple[str, dict[str, Any]]]:
         if not self.open:
             return []
-        item = self.items[-1]
-        if self.open == "answer":
-            part: dict[str, Any] = {
-                "type": "output_text",
-                "text": self.text,
-                "annotations": [],
-                "logprobs": self.logprobs,
-            }
-            done = self.event("response.output_text.done", **self.place(), text=self.text, logprobs=self.logprobs)
-        else:
-            part = {"type": "reasoning_text", "text": self.text}
-            done = self.event("response.reasoning_text.done", **self.place(), text=self.text)
-        item |= {"content": [part], "status": status}
+        item, form = self.items[-1], self.forms[self.open]
+        place, part = self.place(form), self.part(form)
+        more = {"logprobs": self.logprobs} if self.open == "answer" else {}
+        item |= {form.place: [part], "status": status}
         self.open = ""
         return [
-            done,
-            self.event("response.content_part.done", **self.place(), part=part),
+            self.event(f"{form.text}.done", **place, text=self.text, **more),
+            self.event(f"{form.part}.done", **place, part=part),
             self.event("response.output_item.done", output_index=len(self.items) - 1, item=dict(item)),
         ]
 
@@ -262,21 +316,23 @@ class Writer:
         if self.open != told.kind:
             out = self.close() + self._begin(told.kind)
         self.text += told.text
-        if told.kind == "think":
-            return [*out, self.event("response.reasoning_text.delta", **self.place(), delta=told.text)]
-        logprobs = self.tokens.content(told.choices)["content"] if self.tokens else []
-        self.logprobs += logprobs
-        return [*out, self.event("response.output_text.delta", **self.place(), delta=told.text, logprobs=logprobs)]
+        form, more = self.forms[told.kind], {}
+        if told.kind == "answer":
+            more = {"logprobs": self.tokens.content(told.choices)["content"] if self.tokens else []}
+            self.logprobs += more["logprobs"]
+        return [*out, self.event(f"{form.text}.delta", **self.place(form), delta=told.text, **more)]
 
     def call(self, told: Called) -> list[tuple[str, dict[str, Any]]]:
         out = self.close()
+        space, name = self.spaces.get(told.name, (None, told.name))
         item = {
             "id": f"fc_{uuid.uuid4().hex}",
             "type": "function_call",
             "status": "in_progress",
             "call_id": told.id,
-            "name": told.name,
+            "name": name,
             "arguments": "",
+            **({"namespace": space} if space else {}),
         }
         at = len(self.items)
         whole = {**item, "status": "completed", "arguments": told.arguments}
@@ -286,7 +342,7 @@ class Writer:
             *out,
             self.event("response.output_item.added", output_index=at, item=item),
             self.event("response.function_call_arguments.delta", **place, delta=told.arguments),
-            self.event("response.function_call_arguments.done", **place, name=told.name, arguments=told.arguments),
+            self.event("response.function_call_arguments.done", **place, name=name, arguments=told.arguments),
             self.event("response.output_item.done", output_index=at, item=whole),
         ]
 

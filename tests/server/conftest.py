@@ -54,6 +54,10 @@ SCRIPT = [
     },
     {"match": "broken call", "text": 'Now <tool_call>\n{"name": "weather", "arguments": [1, 2'},
     {
+        "match": "look at the sky",
+        "text": '<tool_call>\n{"name": "sky__weather", "arguments": {"city": "x"}}\n</tool_call>',
+    },
+    {
         "match": "beyond numbers",
         "text": '<tool_call>\n{"name": "weather", "arguments": {"city": "x", "days": 1e999}}\n</tool_call>',
     },

@@ -15,6 +15,7 @@ PARAMETERS = {
 }
 FUNCTION = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": PARAMETERS}}
 TOOL = {"name": "weather", "description": "d", "input_schema": PARAMETERS}
+RESPONSE_TOOL = {"type": "function", "name": "weather", "description": "d", "strict": False, "parameters": PARAMETERS}
 ALWAYS = {  # what says something about the sender or about keeping, and nothing about the answer
     "store": True,
     "metadata": {"a": "b"},
@@ -187,12 +188,13 @@ def test_anthropics_clients_learn_that_no_conversation_is_kept_here(http):
             "/v1/messages",
             {"max_tokens": 9, "messages": user("x"), "tools": [{"type": "web_search_1", "name": "s", "max_uses": 3}]},
         ),
-        ("/v1/responses", {"input": "x", "tools": [{"type": "web_search_1", "external_web_access": False}]}),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "web_search_1", "vector_store_ids": []}]}),
         ("/v1/chat/completions", {"messages": user("x"), "tools": [{"type": "web_search_1", "custom": {}}]}),
     ],
 )
 def test_tools_that_a_provider_would_run_are_named(http, path, body):
-    assert "tools.0: a tool of type 'web_search_1' cannot be used here" in refused(http, path, **body)
+    words = refused(http, path, **body)
+    assert words.startswith("tools.0") and "a tool of type 'web_search_1' cannot be used here" in words
 
 
 def test_numbers_beyond_all_floats_are_told(http):
@@ -218,8 +220,9 @@ def test_a_coding_agent_on_the_responses_route(http):
             {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "weather", "arguments": "{}"},
             {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "sun; greet"}]},
         ],
-        tools=[{"type": "function", "name": "weather", "description": "d", "strict": False, "parameters": PARAMETERS}],
+        tools=[RESPONSE_TOOL, {"type": "web_search", "external_web_access": False}],
         tool_choice="auto",
+        client_metadata={"installation": "i"},
         parallel_tool_calls=False,
         reasoning={"effort": "medium", "summary": "auto"},
         store=False,
@@ -228,6 +231,45 @@ def test_a_coding_agent_on_the_responses_route(http):
         text={"verbosity": "medium"},
     )
     assert told["output"][0]["content"][0]["text"] == "Good day, to you!"
+    assert [tool["type"] for tool in told["tools"]] == [
+        "function"
+    ]  # nobody here searches the web, and the answer says so
+
+
+def test_functions_of_a_namespace_are_called_by_both_names(http):
+    """The model knows one name, the client two."""
+    tools = [{"type": "namespace", "name": "sky", "description": "d", "tools": [RESPONSE_TOOL]}]
+    told = sent(http, "/v1/responses", input="look at the sky", tools=tools)
+    call = next(item for item in told["output"] if item["type"] == "function_call")
+    assert (call["namespace"], call["name"], told["tools"][0]["type"]) == ("sky", "weather", "namespace")
+    forced = {"tools": tools, "tool_choice": {"type": "function", "name": "sky__weather"}, "max_output_tokens": 16}
+    assert sent(http, "/v1/responses", input="x", **forced)["status"] == "incomplete"
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sun; greet"}
+    again = sent(http, "/v1/responses", input=[*[{"role": "user", "content": "x"}], call, result], tools=tools)
+    assert again["output"][0]["content"][0]["text"] == "Good day, to you!"
+
+
+def test_reasoning_stands_where_summaries_are_shown_if_they_are_asked_for(http):
+    """It is whole there, and is read back from there."""
+    body = {"model": NAME, "input": "think", "stream": True, "reasoning": {"summary": "auto"}}
+    lines = http.post("/v1/responses", json=body).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    kinds = list(dict.fromkeys(event["type"] for event in events))
+    assert kinds[2:8] == [
+        "response.output_item.added",
+        "response.reasoning_summary_part.added",
+        "response.reasoning_summary_text.delta",
+        "response.reasoning_summary_text.done",
+        "response.reasoning_summary_part.done",
+        "response.output_item.done",
+    ]
+    output = events[-1]["response"]["output"]
+    assert output[0]["summary"] == [{"type": "summary_text", "text": "Let me see."}] and output[0]["content"] == []
+    assert output[1]["content"][0]["text"] == "It is four."
+    told = [event["delta"] for event in events if event["type"] == "response.reasoning_summary_text.delta"]
+    assert "".join(told) == "Let me see."
+    plain = sent(http, "/v1/responses", input="think")["output"][0]
+    assert plain["summary"] == [] and plain["content"] == [{"type": "reasoning_text", "text": "Let me see."}]
 
 
 def test_ollamas_command_line(http):
