@@ -19,9 +19,18 @@ import ktx
 from ktx.errors import KtxError
 from ktx.server import chat, completions, messages, ollama, responses, static, tokens
 from ktx.server.errors import Problem, body_for, problem_of
-from ktx.server.fields import Chat, Completion, Detokenize, Respond, Tokenize
-from ktx.server.fields_anthropic import Anthropic, Count
-from ktx.server.fields_ollama import OllamaChat, OllamaGenerate, OllamaShow
+from ktx.server.fields import (
+    Anthropic,
+    Chat,
+    Completion,
+    Count,
+    Detokenize,
+    OllamaChat,
+    OllamaGenerate,
+    OllamaShow,
+    Respond,
+    Tokenize,
+)
 from ktx.server.guard import Access, Guard
 from ktx.server.machine import Machine
 from ktx.server.metrics import Metrics

@@ -15,7 +15,7 @@ from ktx.engine.grammar import check_schema, rules_of_choice, rules_of_regex, ru
 from ktx.engine.prompt import Rendered
 from ktx.engine.sampling import Sampling
 from ktx.server.errors import Problem, problem_of
-from ktx.server.fields import Choosing, Format, Guided, Structured
+from ktx.server.fields.openai import Choosing, Format, Guided, Structured
 from ktx.server.pools import COMPILE, GRAMMARS, PROMPTS, RENDER, within
 from ktx.server.served import Served
 

@@ -14,8 +14,8 @@ from ktx.engine.asking import Chorus
 from ktx.server import sending
 from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, sampling_of
 from ktx.server.errors import Problem
-from ktx.server.fields import Format
-from ktx.server.fields_anthropic import Anthropic, AnthropicTurn, Block, Count
+from ktx.server.fields.anthropic import Anthropic, AnthropicTurn, Block, Count
+from ktx.server.fields.openai import Format
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Turn
 

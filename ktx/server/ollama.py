@@ -26,8 +26,8 @@ from ktx.server.asked import (
     sampling_of,
 )
 from ktx.server.errors import Problem
-from ktx.server.fields import Format
-from ktx.server.fields_ollama import OllamaChat, OllamaGenerate, OllamaShared, OllamaShow
+from ktx.server.fields.ollama import OllamaChat, OllamaGenerate, OllamaShared, OllamaShow
+from ktx.server.fields.openai import Format
 from ktx.server.pools import PROMPTS, RENDER, within
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Tokens, Turn

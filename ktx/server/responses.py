@@ -15,7 +15,7 @@ from ktx.engine.asking import Chorus
 from ktx.server import sending
 from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, sampling_of
 from ktx.server.errors import Problem
-from ktx.server.fields import Format, Respond, ResponseChoice, ResponseNamespace, ResponseTool
+from ktx.server.fields.openai import Format, Respond, ResponseChoice, ResponseNamespace, ResponseTool
 from ktx.server.items import Writer
 from ktx.server.served import Served
 from ktx.server.turn import Tokens, Turn

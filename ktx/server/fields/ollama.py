@@ -1,4 +1,4 @@
-"""What a request of Ollama's API may hold. The same rules as in `fields`."""
+"""What a request of Ollama's API may hold. The same rules as in `openai`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from ktx.server.fields import Fields, Name, Object, Stop, Stops, Text, Tool
+from ktx.server.fields.openai import Fields, Name, Object, Stop, Stops, Text, Tool
 
 
 def no_images(images: list[Any] | None) -> None:

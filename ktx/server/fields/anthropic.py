@@ -1,4 +1,4 @@
-"""What a request of Anthropic's API may hold. The same rules as in `fields`."""
+"""What a request of Anthropic's API may hold. The same rules as in `openai`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from ktx.server.fields import Effort, Fields, FunctionName, MaxTokens, Name, Object, Stops, Text, own_tool
+from ktx.server.fields.openai import Effort, Fields, FunctionName, MaxTokens, Name, Object, Stops, Text, own_tool
 
 
 class Block(Fields):
