@@ -114,6 +114,7 @@ setup(
     packages=[
         "ktx",
         *(f"ktx.{path.parent.name}" for path in sorted(Path(ROOT, "ktx").glob("*/__init__.py"))),
+        "ktx.server.fields",
         "ktx.optimize_rules",
     ],
     package_dir={"ktx": "ktx", "ktx.optimize_rules": "optimize_rules"},

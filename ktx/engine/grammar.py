@@ -54,6 +54,11 @@ def rules_of_regex(pattern: str) -> str:
     return f"%llguidance {{}}\nstart: /{escaped}/\n"
 
 
+def rules_of_choice(texts: Sequence[str]) -> str:
+    """Lark rules of one of several texts."""
+    return f"%llguidance {{}}\nstart: {' | '.join(json.dumps(text, ensure_ascii=False) for text in texts)}\n"
+
+
 def _check_size(text: str, what: str) -> None:
     if len(text.encode("utf-8", "surrogatepass")) > LIMITS["bytes"]:
         raise UsageError(f"{what} has {len(text)} characters, at most {LIMITS['bytes']} bytes are read")

@@ -108,6 +108,7 @@ def make_routes(served: Served) -> tuple[FastAPI, Metrics]:
 
 def _openai(routes: APIRouter, served: Served) -> None:
     def model(name: str) -> dict[str, Any]:
+        """As OpenAI tells of it, with vLLM's length, and as Anthropic does: both have this path."""
         engine, _, _ = served.ready()
         return {
             "id": name,
@@ -115,11 +116,18 @@ def _openai(routes: APIRouter, served: Served) -> None:
             "created": served.created,
             "owned_by": "ktx",
             "max_model_len": engine.context,
+            "type": "model",
+            "display_name": name,
+            "created_at": served.since,
+            "max_input_tokens": engine.context,
+            "max_tokens": engine.context,
         }
 
     @routes.get("/v1/models")
+    @routes.get("/v1/models/", include_in_schema=False)
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model(name) for name in served.names]}
+        more = {"has_more": False, "first_id": served.names[0], "last_id": served.names[-1]}
+        return {"object": "list", "data": [model(name) for name in served.names], **more}
 
     @routes.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
@@ -175,6 +183,12 @@ def _others(routes: APIRouter, served: Served) -> None:
     async def show(fields: OllamaShow) -> dict[str, Any]:
         return ollama.show(served, fields)
 
+    @routes.post("/api/embed")
+    @routes.post("/api/embeddings")
+    async def ollama_embeddings() -> Any:
+        raise Problem(501, "this is a chat model, it makes no embeddings")
+
+    @routes.head("/api/tags", include_in_schema=False)
     @routes.get("/api/tags")
     async def tags() -> dict[str, Any]:
         return ollama.tags(served)
@@ -183,6 +197,7 @@ def _others(routes: APIRouter, served: Served) -> None:
     async def ps() -> dict[str, Any]:
         return ollama.ps(served)
 
+    @routes.head("/api/version", include_in_schema=False)
     @routes.get("/api/version")
     async def version() -> dict[str, str]:
         return {"version": ollama.VERSION}
@@ -209,9 +224,8 @@ def _state(routes: APIRouter, served: Served, metrics: Metrics) -> None:
 def _respond(request: Request, problem: Problem) -> JSONResponse:
     message = problem.message.encode("utf-8", "replace").decode()[:4096]
     headers = {"retry-after": str(problem.retry)} if problem.retry else None
-    return JSONResponse(
-        body_for(request.url.path, problem.status, message, problem.code, problem.param), problem.status, headers
-    )
+    body = body_for(request.url.path, problem.status, message, problem.code, problem.param, problem.details)
+    return JSONResponse(body, problem.status, headers)
 
 
 async def _problem(request: Request, error: Exception) -> JSONResponse:
@@ -234,7 +248,8 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
     elif first["type"] == "none_required":
         message = f"{place}: this server does not offer it"
     else:
-        message = f"{place}: {first['msg']}" if place else str(first["msg"])
+        words = str(first["msg"]).removeprefix("Value error, ")
+        message = f"{place}: {words}" if place else words
     return _respond(request, Problem(400, message, place or None))
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from ktx.dialects import Dialect, Parser, forced_call_grammar
 from ktx.engine.asking import Chorus
-from ktx.engine.grammar import check_schema, rules_of_regex, rules_of_schema
+from ktx.engine.grammar import check_schema, rules_of_choice, rules_of_regex, rules_of_schema
 from ktx.engine.prompt import Rendered
 from ktx.engine.sampling import Sampling
 from ktx.server.errors import Problem, problem_of
-from ktx.server.fields import Choosing, Format
+from ktx.server.fields.openai import Choosing, Format, Guided, Structured
 from ktx.server.pools import COMPILE, GRAMMARS, PROMPTS, RENDER, within
 from ktx.server.served import Served
 
@@ -57,7 +57,7 @@ def effort_words(effort: str | None) -> dict[str, Any]:
     if effort is None:
         return {}
     thinks = effort != "none"
-    told = {"none": "low", "minimal": "low", "xhigh": "high"}.get(effort, effort)
+    told = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}.get(effort, effort)
     return {"enable_thinking": thinks, "thinking": thinks, "reasoning_effort": told}
 
 
@@ -147,20 +147,29 @@ def rules_of(format: Format) -> str:
     return rules_of_regex(format.pattern or "") if format.type == "regex" else format.grammar or ""
 
 
-def guided(fields: Any) -> Format | None:
-    """The one format that a request asks for, by OpenAI's name or by vLLM's."""
-    if fields.guided_json is not None:
-        schema = fields.guided_json
+def guided(fields: Guided) -> Format | None:
+    """The one format that a request asks for, by OpenAI's name or by one of vLLM's."""
+
+    def first(*given: Any) -> Any:
+        return next((one for one in given if one is not None), None)
+
+    more = fields.structured_outputs or Structured(json=None)
+    schema, regex = first(fields.guided_json, more.json_), first(fields.guided_regex, more.regex)
+    choice, grammar = first(fields.guided_choice, more.choice), first(fields.guided_grammar, more.grammar)
+    if schema is not None:
+        name = "guided_json" if fields.guided_json is not None else "structured_outputs"
         try:
             schema = json.loads(schema) if isinstance(schema, str) else schema
         except ValueError as error:
-            raise Problem(400, f"guided_json is no JSON: {error}", "guided_json") from error
+            raise Problem(400, f"{name} is no JSON: {error}", name) from error
         return Format.model_validate({"type": "json_schema", "json_schema": {"schema": schema}})
-    if fields.guided_regex is not None:
-        return Format(type="regex", pattern=fields.guided_regex)
-    if fields.guided_grammar is not None:
-        return Format(type="grammar", grammar=fields.guided_grammar)
-    return fields.response_format
+    if regex is not None:
+        return Format(type="regex", pattern=regex)
+    if choice is not None:
+        return Format(type="grammar", grammar=rules_of_choice(choice))
+    if grammar is not None:
+        return Format(type="grammar", grammar=grammar)
+    return Format(type="json_object") if more.json_object else fields.response_format
 
 
 def check_room(served: Served, prompt: Sequence[int], limit: int | None) -> None:

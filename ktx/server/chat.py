@@ -14,7 +14,7 @@ from ktx.engine.asking import Chorus
 from ktx.engine.request import Piece
 from ktx.server import sending
 from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, guided, salt_of, sampling_of
-from ktx.server.fields import Chat, Message, NamedTool, StreamOptions
+from ktx.server.fields.openai import Chat, Message, NamedTool, StreamOptions
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Tokens, Turn
 

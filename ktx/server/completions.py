@@ -24,7 +24,7 @@ from ktx.server.asked import (
     salt_of,
     sampling_of,
 )
-from ktx.server.fields import Completion
+from ktx.server.fields.openai import Completion
 from ktx.server.pools import PROMPTS, RENDER, within
 from ktx.server.served import Served
 from ktx.server.turn import Tokens, bounded

@@ -21,11 +21,20 @@ KINDS = {  # status: OpenAI's type, Anthropic's type
 
 
 class Problem(Exception):
-    """An answer that is an error. `param`: the field at fault; `code`: a word for programs."""
+    """An answer that is an error. `param`: the field at fault; `code`: a word for programs; `details`: more for Anthropic's."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str = "", retry: int | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str = "",
+        retry: int | None = None,
+        details: dict[str, Any] | None = None,
+    ):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
+        self.details = details
 
 
 def problem_of(error: Exception) -> Problem:
@@ -43,11 +52,19 @@ def problem_of(error: Exception) -> Problem:
     return Problem(500, f"the server failed: {type(error).__name__}")
 
 
-def body_for(path: str, status: int, message: str, code: str = "", param: str | None = None) -> dict[str, Any]:
+def body_for(
+    path: str,
+    status: int,
+    message: str,
+    code: str = "",
+    param: str | None = None,
+    details: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """An error's body in the form of the protocol that a path belongs to."""
     openai, anthropic = KINDS.get(status, ("server_error", "api_error"))
     if path.startswith("/api/"):
         return {"error": message}
     if path.startswith("/v1/messages"):
-        return {"type": "error", "error": {"type": anthropic, "message": message}}
+        more = {"details": details} if details else {}
+        return {"type": "error", "error": {"type": anthropic, "message": message, **more}}
     return {"error": {"message": message, "type": openai, "param": param, "code": code or None}}

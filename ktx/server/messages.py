@@ -12,9 +12,10 @@ from starlette.responses import JSONResponse, Response
 
 from ktx.engine.asking import Chorus
 from ktx.server import sending
-from ktx.server.asked import Talk, asked_of, begin, check_room, sampling_of
+from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, sampling_of
 from ktx.server.errors import Problem
-from ktx.server.fields import Anthropic, AnthropicTurn, Block, Count
+from ktx.server.fields.anthropic import Anthropic, AnthropicTurn, Block, Count
+from ktx.server.fields.openai import Format
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Turn
 
@@ -47,6 +48,12 @@ async def count(served: Served, fields: Count) -> Response:
 
 
 def talk_of(fields: Count) -> Talk:
+    if fields.thread is not None:
+        raise Problem(
+            400,
+            "thread: this server keeps no conversations, send the whole one each time",
+            details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+        )
     told: list[dict[str, Any]] = []
     if fields.system:
         told.append(
@@ -75,7 +82,15 @@ def talk_of(fields: Count) -> Talk:
             raise Problem(400, "tool_choice any needs tools")
         choice = {"any": "required", "tool": str(said.name)}.get(said.type, said.type)
     think = None if fields.thinking is None else fields.thinking.type != "disabled"
-    return Talk(told, tools, choice, not (said and said.disable_parallel_tool_use), think=think)
+    parallel = not (said and said.disable_parallel_tool_use)
+    effort = effort_words(fields.output_config.effort if fields.output_config else None)
+    words = {"reasoning_effort": effort["reasoning_effort"]} if effort else {}  # whether it thinks is said by thinking
+    return Talk(told, tools, choice, parallel, words, _format(fields), think)
+
+
+def _format(fields: Count) -> Format | None:
+    said = (fields.output_config.format if fields.output_config else None) or fields.output_format
+    return Format.model_validate({"type": "json_schema", "json_schema": {"schema": said.schema_}}) if said else None
 
 
 def _text(block: Block) -> str:
@@ -155,9 +170,7 @@ async def _whole(chorus: Chorus, turn: Turn, head: dict[str, Any], stops: frozen
                     blocks.append({"type": key, key: "", **({"signature": ""} if key == "thinking" else {})})
                 blocks[-1][key] += told.text
             elif isinstance(told, Called):
-                blocks.append(
-                    {"type": "tool_use", "id": told.id, "name": told.name, "input": json.loads(told.arguments)}
-                )
+                blocks.append({"type": "tool_use", "id": told.id, "name": told.name, "input": told.object()})
             else:
                 sending.check_end(told.finished)
     assert turn.end is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from ktx.engine.asking import Chorus
 from ktx.engine.prompt import Rendered
+from ktx.engine.sampling import Choice
 from ktx.server import sending
 from ktx.server.asked import (
     Asked,
@@ -23,19 +25,14 @@ from ktx.server.asked import (
     grammar_of,
     sampling_of,
 )
-from ktx.server.fields import Format, OllamaChat, OllamaGenerate, OllamaShared, OllamaShow
+from ktx.server.errors import Problem
+from ktx.server.fields.ollama import OllamaChat, OllamaGenerate, OllamaShared, OllamaShow
+from ktx.server.fields.openai import Format
 from ktx.server.pools import PROMPTS, RENDER, within
 from ktx.server.served import Served
-from ktx.server.turn import Called, Ended, Said, Turn
+from ktx.server.turn import Called, Ended, Said, Tokens, Turn
 
 VERSION = "0.13.0"  # of Ollama's API that these routes follow
-
-
-def known(served: Served, name: str) -> str:
-    """Ollama's names end in a tag."""
-    base = name.removesuffix(":latest")
-    served.named(base if base in served.names else name)
-    return name
 
 
 def _settings(fields: OllamaShared) -> tuple[dict[str, Any], int | None]:
@@ -54,23 +51,26 @@ def _format(fields: OllamaShared) -> Format | None:
     return Format.model_validate({"type": "json_schema", "json_schema": {"schema": fields.format}})
 
 
+def _logprobs(fields: OllamaShared) -> int | None:
+    return (fields.top_logprobs or 0) if fields.logprobs else None
+
+
+def _loaded(fields: OllamaShared, piece: dict[str, Any]) -> Response:
+    """The answer to an empty request, which is how its clients load a model, and unload one with keep_alive 0. Problem 400 for that."""
+    if re.fullmatch(r"0+(\.0+)?[a-z]*", str(fields.keep_alive)):
+        raise Problem(400, "keep_alive: this server keeps its model as long as it runs")
+    return JSONResponse({"model": fields.model, "created_at": _now(), **piece, "done": True, "done_reason": "load"})
+
+
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
 
 
 async def chat(served: Served, fields: OllamaChat, request: Request) -> Response:
-    name = known(served, fields.model)
+    name = served.named(fields.model)
     served.ready()
-    if not fields.messages:  # how its clients load a model
-        return JSONResponse(
-            {
-                "model": name,
-                "created_at": _now(),
-                "message": {"role": "assistant", "content": ""},
-                "done": True,
-                "done_reason": "load",
-            }
-        )
+    if not fields.messages:
+        return _loaded(fields, {"message": {"role": "assistant", "content": ""}})
     messages = []
     for message in fields.messages:
         told = message.model_dump(exclude_none=True)
@@ -88,7 +88,7 @@ async def chat(served: Served, fields: OllamaChat, request: Request) -> Response
     talk = Talk(
         messages, tools, words=words, format=_format(fields), think=None if fields.think is None else bool(fields.think)
     )
-    ask = await asked_of(served, talk, sampling_of(served, given, limit))
+    ask = await asked_of(served, talk, sampling_of(served, given, limit, logprobs=_logprobs(fields)))
 
     def piece(kind: str, text: str, calls: list[Called]) -> dict[str, Any]:
         told: dict[str, Any] = {"role": "assistant", "content": text if kind == "answer" else ""}
@@ -98,7 +98,7 @@ async def chat(served: Served, fields: OllamaChat, request: Request) -> Response
             told["tool_calls"] = [
                 {
                     "id": call.id,
-                    "function": {"index": call.number, "name": call.name, "arguments": json.loads(call.arguments)},
+                    "function": {"index": call.number, "name": call.name, "arguments": call.object()},
                 }
                 for call in calls
             ]
@@ -108,12 +108,12 @@ async def chat(served: Served, fields: OllamaChat, request: Request) -> Response
 
 
 async def generate(served: Served, fields: OllamaGenerate, request: Request) -> Response:
-    name = known(served, fields.model)
+    name = served.named(fields.model)
     engine, _, _ = served.ready()
     if not fields.prompt:
-        return JSONResponse({"model": name, "created_at": _now(), "response": "", "done": True, "done_reason": "load"})
+        return _loaded(fields, {"response": ""})
     given, limit = _settings(fields)
-    sampling = sampling_of(served, given, limit)
+    sampling = sampling_of(served, given, limit, logprobs=_logprobs(fields))
     if fields.raw:
         ids = await within(RENDER, PROMPTS, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"]))
         ask = Asked(Rendered(fields.prompt, ids, False), sampling, await grammar_of(_format(fields)))
@@ -141,9 +141,14 @@ async def _answer(
     check_room(served, ask.rendered.ids, 1)
     chorus = await begin(served, [ask])
     turn = Turn(ask.parser(served))
+    tokens = Tokens(chorus.engine.tokenizer) if fields.logprobs else None
     if fields.stream is False:
-        return await sending.whole(request, chorus, _whole(chorus, turn, name, piece, thinks))
-    return sending.lines(_stream(chorus, turn, name, piece, thinks), chorus)
+        return await sending.whole(request, chorus, _whole(chorus, turn, name, piece, thinks, tokens))
+    return sending.lines(_stream(chorus, turn, name, piece, thinks, tokens), chorus)
+
+
+def _told(tokens: Tokens | None, choices: list[Choice]) -> dict[str, Any]:
+    return {"logprobs": tokens.content(choices)["content"]} if tokens and choices else {}
 
 
 def _done(told: Ended, prompt: int) -> dict[str, Any]:
@@ -160,7 +165,9 @@ def _done(told: Ended, prompt: int) -> dict[str, Any]:
     }
 
 
-async def _whole(chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: bool) -> dict[str, Any]:
+async def _whole(
+    chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: bool, tokens: Tokens | None
+) -> dict[str, Any]:
     async for _, event in chorus:
         for told in turn.hear(event):
             if isinstance(told, Ended):
@@ -169,21 +176,24 @@ async def _whole(chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: bo
     body = piece("answer", turn.texts["answer"], turn.calls)
     if turn.texts["think"] and thinks:
         body.get("message", body)["thinking"] = turn.texts["think"]
-    return {"model": name, "created_at": _now(), **body, **_done(turn.end, len(chorus.requests[0].prompt))}
+    done = _done(turn.end, len(chorus.requests[0].prompt))
+    return {"model": name, "created_at": _now(), **body, **_told(tokens, turn.told), **done}
 
 
-async def _stream(chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: bool) -> AsyncIterator[dict[str, Any]]:
+async def _stream(
+    chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: bool, tokens: Tokens | None
+) -> AsyncIterator[dict[str, Any]]:
     async for _, event in chorus:
         for told in turn.hear(event):
-            head = {"model": name, "created_at": _now()}
+            head, more = {"model": name, "created_at": _now()}, _told(tokens, told.choices)
             if isinstance(told, Said):
                 if told.kind == "answer" or thinks:
-                    yield {**head, **piece(told.kind, told.text, []), "done": False}
+                    yield {**head, **piece(told.kind, told.text, []), **more, "done": False}
             elif isinstance(told, Called):
-                yield {**head, **piece("answer", "", [told]), "done": False}
+                yield {**head, **piece("answer", "", [told]), **more, "done": False}
             else:
                 sending.check_end(told.finished)
-                yield {**head, **piece("answer", "", []), **_done(told, len(chorus.requests[0].prompt))}
+                yield {**head, **piece("answer", "", []), **more, **_done(told, len(chorus.requests[0].prompt))}
 
 
 def details(served: Served) -> dict[str, Any]:
@@ -205,11 +215,11 @@ def details(served: Served) -> dict[str, Any]:
 
 
 def tags(served: Served) -> dict[str, Any]:
-    when = datetime.datetime.fromtimestamp(served.created, datetime.UTC).isoformat().replace("+00:00", "Z")
     about = details(served)
     return {
         "models": [
-            {"name": f"{name}:latest", "model": f"{name}:latest", "modified_at": when, **about} for name in served.names
+            {"name": f"{name}:latest", "model": f"{name}:latest", "modified_at": served.since, **about}
+            for name in served.names
         ]
     }
 
@@ -222,7 +232,7 @@ def ps(served: Served) -> dict[str, Any]:
 
 
 def show(served: Served, fields: OllamaShow) -> dict[str, Any]:
-    known(served, fields.model or fields.name or "")
+    name = served.named(fields.model or fields.name or "")
     engine, prompts, _ = served.ready()
     kind = engine.model.config.model_type
     can = (
@@ -235,7 +245,11 @@ def show(served: Served, fields: OllamaShow) -> dict[str, Any]:
         "parameters": "",
         "template": prompts.template or "",
         "details": details(served)["details"],
-        "model_info": {"general.architecture": kind, f"{kind}.context_length": engine.context},
+        "model_info": {
+            "general.architecture": kind,
+            "general.basename": name.removesuffix(":latest"),
+            f"{kind}.context_length": engine.context,
+        },
         "capabilities": can,
-        "modified_at": datetime.datetime.fromtimestamp(served.created, datetime.UTC).isoformat().replace("+00:00", "Z"),
+        "modified_at": served.since,
     }

@@ -15,9 +15,10 @@ from ktx.engine.asking import Chorus
 from ktx.server import sending
 from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, sampling_of
 from ktx.server.errors import Problem
-from ktx.server.fields import Format, Respond, ResponseChoice
+from ktx.server.fields.openai import Format, Respond, ResponseChoice, ResponseNamespace, ResponseTool
+from ktx.server.items import Writer
 from ktx.server.served import Served
-from ktx.server.turn import Called, Ended, Said, Tokens, Turn
+from ktx.server.turn import Tokens, Turn
 
 INCLUDED = (
     "message.output_text.logprobs",
@@ -38,10 +39,7 @@ async def answer(served: Served, fields: Respond, request: Request) -> Response:
         fields.max_output_tokens,
         logprobs=(fields.top_logprobs or 0) if wanted else None,
     )
-    tools: list[dict[str, Any]] = [
-        {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type"})}
-        for tool in fields.tools or ()
-    ]
+    tools, spaces = _tools(fields)
     choice = fields.tool_choice.name if isinstance(fields.tool_choice, ResponseChoice) else fields.tool_choice or "auto"
     names = [tool["function"]["name"] for tool in tools]
     if choice == "required" and not names or choice not in ("auto", "none", "required", *names):
@@ -63,10 +61,32 @@ async def answer(served: Served, fields: Respond, request: Request) -> Response:
         Turn(ask.parser(served)),
         Tokens(chorus.engine.tokenizer) if wanted else None,
         len(ask.rendered.ids),
+        bool(fields.reasoning and (fields.reasoning.summary or fields.reasoning.generate_summary)),
+        spaces,
     )
     if not fields.stream:
         return await sending.whole(request, chorus, _whole(chorus, writer))
     return sending.events(_stream(chorus, writer), chorus, request.url.path, served.settings.ping)
+
+
+def _tools(fields: Respond) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
+    """What the model is told of, and the namespace and own name of each function that has one."""
+    tools: list[dict[str, Any]] = []
+    spaces: dict[str, tuple[str, str]] = {}
+    for tool in fields.tools or ():
+        space = tool.name if isinstance(tool, ResponseNamespace) else None
+        for one in tool.tools if isinstance(tool, ResponseNamespace) else [tool]:
+            if isinstance(one, ResponseTool):
+                name = _spaced(space, one.name)
+                if space:
+                    spaces[name] = (space, one.name)
+                told = one.model_dump(exclude_none=True, exclude={"type"}) | {"name": name}
+                tools.append({"type": "function", "function": told})
+    return tools, spaces
+
+
+def _spaced(space: str | None, name: str) -> str:
+    return f"{space}__{name}" if space else name
 
 
 def messages_of(fields: Respond) -> list[dict[str, Any]]:
@@ -93,7 +113,10 @@ def messages_of(fields: Respond) -> list[dict[str, Any]]:
             call = {
                 "id": str(item.get("call_id", "")),
                 "type": "function",
-                "function": {"name": str(item.get("name", "")), "arguments": str(item.get("arguments") or "{}")},
+                "function": {
+                    "name": _spaced(item.get("namespace"), str(item.get("name", ""))),
+                    "arguments": str(item.get("arguments") or "{}"),
+                },
             }
             if not told or told[-1]["role"] != "assistant":
                 told.append({"role": "assistant", "content": ""})
@@ -104,6 +127,13 @@ def messages_of(fields: Respond) -> list[dict[str, Any]]:
             told.append({"role": item["role"], "content": _content(item.get("content"), at)})
             if thought and item["role"] == "assistant":
                 told[-1]["reasoning_content"], thought = thought, ""
+        elif kind == "item_reference":
+            raise Problem(
+                400,
+                f"input[{at}] is the id of an item, {item.get('id')!r}, and this server keeps none: send items whole, "
+                "as clients do that are told store: false",
+                "input",
+            )
         else:
             raise Problem(
                 400, f"input[{at}] is a {kind!r} of role {item.get('role')!r}, which is not understood", "input"
@@ -143,6 +173,7 @@ def _format(fields: Respond) -> Format | None:
 
 def _base(fields: Respond, model: str, sampling: Any) -> dict[str, Any]:
     told = fields.model_dump(exclude_none=True)
+    tools = [tool for tool in told.get("tools", ()) if tool["type"] != "web_search"]
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -171,150 +202,12 @@ def _base(fields: Respond, model: str, sampling: Any) -> dict[str, Any]:
         "top_logprobs": fields.top_logprobs or 0,
         "text": {"format": {"type": "text"}} | told.get("text", {}),
         "tool_choice": told.get("tool_choice", "auto"),
-        "tools": [{"description": None, "parameters": None, "strict": None} | tool for tool in told.get("tools", ())],
+        "tools": [{"description": None, "parameters": None, "strict": None} | tool for tool in tools],
         "truncation": "disabled",
         "usage": None,
         "user": fields.user,
         "metadata": fields.metadata or {},
     }
-
-
-class Writer:
-    """The events of one answer, numbered; the items they build are what the whole answer holds."""
-
-    def __init__(self, base: dict[str, Any], turn: Turn, tokens: Tokens | None, asked: int):
-        self.base, self.turn, self.tokens, self.asked = base, turn, tokens, asked
-        self.number = -1
-        self.items: list[dict[str, Any]] = []
-        self.open = ""  # kind of the item that is being written: answer or think
-        self.text = ""
-        self.logprobs: list[Any] = []
-
-    def event(self, kind: str, **more: Any) -> tuple[str, dict[str, Any]]:
-        self.number += 1
-        return kind, {"type": kind, "sequence_number": self.number, **more}
-
-    def state(self, kind: str) -> tuple[str, dict[str, Any]]:
-        return self.event(kind, response={**self.base, "output": list(self.items)})
-
-    def place(self) -> dict[str, Any]:
-        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, "content_index": 0}
-
-    def _begin(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
-        self.open, self.text, self.logprobs = kind, "", []
-        if kind == "answer":
-            item: dict[str, Any] = {
-                "id": f"msg_{uuid.uuid4().hex}",
-                "type": "message",
-                "status": "in_progress",
-                "role": "assistant",
-                "content": [],
-            }
-            part: dict[str, Any] = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
-        else:
-            item = {
-                "id": f"rs_{uuid.uuid4().hex}",
-                "type": "reasoning",
-                "summary": [],
-                "content": [],
-                "encrypted_content": None,
-                "status": "in_progress",
-            }
-            part = {"type": "reasoning_text", "text": ""}
-        self.items.append(item)
-        return [
-            self.event("response.output_item.added", output_index=len(self.items) - 1, item=dict(item)),
-            self.event("response.content_part.added", **self.place(), part=part),
-        ]
-
-    def close(self, status: str = "completed") -> list[tuple[str, dict[str, Any]]]:
-        if not self.open:
-            return []
-        item = self.items[-1]
-        if self.open == "answer":
-            part: dict[str, Any] = {
-                "type": "output_text",
-                "text": self.text,
-                "annotations": [],
-                "logprobs": self.logprobs,
-            }
-            done = self.event("response.output_text.done", **self.place(), text=self.text, logprobs=self.logprobs)
-        else:
-            part = {"type": "reasoning_text", "text": self.text}
-            done = self.event("response.reasoning_text.done", **self.place(), text=self.text)
-        item |= {"content": [part], "status": status}
-        self.open = ""
-        return [
-            done,
-            self.event("response.content_part.done", **self.place(), part=part),
-            self.event("response.output_item.done", output_index=len(self.items) - 1, item=dict(item)),
-        ]
-
-    def say(self, told: Said) -> list[tuple[str, dict[str, Any]]]:
-        out = []
-        if self.open != told.kind:
-            out = self.close() + self._begin(told.kind)
-        self.text += told.text
-        if told.kind == "think":
-            return [*out, self.event("response.reasoning_text.delta", **self.place(), delta=told.text)]
-        logprobs = self.tokens.content(told.choices)["content"] if self.tokens else []
-        self.logprobs += logprobs
-        return [*out, self.event("response.output_text.delta", **self.place(), delta=told.text, logprobs=logprobs)]
-
-    def call(self, told: Called) -> list[tuple[str, dict[str, Any]]]:
-        out = self.close()
-        item = {
-            "id": f"fc_{uuid.uuid4().hex}",
-            "type": "function_call",
-            "status": "in_progress",
-            "call_id": told.id,
-            "name": told.name,
-            "arguments": "",
-        }
-        at = len(self.items)
-        whole = {**item, "status": "completed", "arguments": told.arguments}
-        self.items.append(whole)
-        place = {"item_id": item["id"], "output_index": at}
-        return [
-            *out,
-            self.event("response.output_item.added", output_index=at, item=item),
-            self.event("response.function_call_arguments.delta", **place, delta=told.arguments),
-            self.event("response.function_call_arguments.done", **place, name=told.name, arguments=told.arguments),
-            self.event("response.output_item.done", output_index=at, item=whole),
-        ]
-
-    def end(self, told: Ended) -> list[tuple[str, dict[str, Any]]]:
-        sending.check_end(told.finished)
-        cut = told.reason == "length"
-        out = self.close("incomplete" if cut else "completed")
-        if not self.items:  # an answer without a word is one all the same
-            out += self._begin("answer") + self.close("incomplete" if cut else "completed")
-        usage = told.finished.usage
-        self.base |= {
-            "status": "incomplete" if cut else "completed",
-            "completed_at": None if cut else int(time.time()),
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-            "usage": {
-                "input_tokens": self.asked,
-                "input_tokens_details": {"cached_tokens": usage.cached},
-                "output_tokens": usage.answer,
-                "output_tokens_details": {"reasoning_tokens": told.thought},
-                "total_tokens": self.asked + usage.answer,
-            },
-        }
-        return [*out, self.state("response.incomplete" if cut else "response.completed")]
-
-    def hear(self, event: Any) -> list[tuple[str, dict[str, Any]]]:
-        out: list[tuple[str, dict[str, Any]]] = []
-        for told in self.turn.hear(event):
-            out += (
-                self.say(told)
-                if isinstance(told, Said)
-                else self.call(told)
-                if isinstance(told, Called)
-                else self.end(told)
-            )
-        return out
 
 
 async def _whole(chorus: Chorus, writer: Writer) -> dict[str, Any]:

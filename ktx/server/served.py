@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
 import time
 import uuid
@@ -53,6 +54,7 @@ class Served:
     def __init__(self, names: tuple[str, ...], settings: Settings | None = None):
         self.names, self.settings = names, settings or Settings()
         self.created = int(time.time())
+        self.since = datetime.datetime.fromtimestamp(self.created, datetime.UTC).isoformat().replace("+00:00", "Z")
         self.fingerprint = f"ktx_{uuid.uuid4().hex[:10]}"
         self.progress = Progress()
         self.engine: Engine | None = None
@@ -103,8 +105,8 @@ class Served:
         return self.engine, self.prompts, self.grammars
 
     def named(self, name: str) -> str:
-        """The name as the answer repeats it. Problem 404 for one that is not served."""
-        if name not in self.names:
+        """The name as the answer repeats it. Problem 404 for one that is not served. Ollama's clients add a tag to a name, on all routes."""
+        if name not in self.names and name.removesuffix(":latest") not in self.names:
             raise Problem(
                 404,
                 f"the model {name!r} does not exist; this server has {', '.join(self.names)}",

@@ -7,7 +7,7 @@ from typing import Any
 from ktx.server.asked import Talk, asked_of, sampling_of
 from ktx.server.chat import message_of
 from ktx.server.errors import Problem
-from ktx.server.fields import Detokenize, Tokenize
+from ktx.server.fields.openai import Detokenize, Tokenize
 from ktx.server.pools import PROMPTS, RENDER, within
 from ktx.server.served import Served
 

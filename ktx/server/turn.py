@@ -5,6 +5,8 @@ A call is told when it is whole: until then it may turn out to be none, and its 
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,7 @@ from ktx.engine.request import Event, Finished, Piece
 from ktx.engine.sampling import Choice
 
 LEAST = -9999.0  # JSON has no infinity
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Called:
     name: str
     arguments: str
     choices: list[Choice]
+
+    def object(self) -> dict[str, Any]:
+        """The arguments read. JSON has no infinity, so a number beyond all floats becomes the largest of them."""
+        return json.loads(self.arguments, parse_float=lambda text: min(max(float(text), -LARGEST), LARGEST))
 
 
 @dataclass(frozen=True)

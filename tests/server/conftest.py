@@ -53,6 +53,14 @@ SCRIPT = [
         "text": 'Well.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Köln", "days": 2}}\n</tool_call>\n<tool_call>\n{"name": "weather", "arguments": {"city": "<b>\\"x\\"</b>"}}\n</tool_call>',
     },
     {"match": "broken call", "text": 'Now <tool_call>\n{"name": "weather", "arguments": [1, 2'},
+    {
+        "match": "look at the sky",
+        "text": '<tool_call>\n{"name": "sky__weather", "arguments": {"city": "x"}}\n</tool_call>',
+    },
+    {
+        "match": "beyond numbers",
+        "text": '<tool_call>\n{"name": "weather", "arguments": {"city": "x", "days": 1e999}}\n</tool_call>',
+    },
     {"match": "emoji", "text": "a 🙂 b"},
     {"match": "long story", "text": "word " * 400},
 ]

@@ -385,5 +385,9 @@ def test_responses_stream(client, text):
 
 
 def test_responses_without_memory(http):
-    for more in ({"store": True}, {"previous_response_id": "resp_1"}, {"background": True}):
+    for more in ({"previous_response_id": "resp_1"}, {"background": True}):
         assert http.post("/v1/responses", json={"model": NAME, "input": "x", **more}).status_code == 400
+    referring = [{"role": "user", "content": "x"}, {"type": "item_reference", "id": "msg_1"}]
+    told = http.post("/v1/responses", json={"model": NAME, "input": referring})
+    assert told.status_code == 400 and "store: false" in told.json()["error"]["message"]
+    assert http.post("/v1/responses", json={"model": NAME, "input": "greet", "store": True}).json()["store"] is False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 TEXT = 16 << 20
 Name = Annotated[str, Field(max_length=256)]
@@ -16,9 +16,12 @@ Object = dict[str, Any]
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=1 << 20)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
+Choices = Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=1024)]
 MaxTokens = Annotated[int, Field(ge=1, lt=1 << 31)]
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]{1,64}$")]
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]{1,128}$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Tier = Literal["auto", "default", "flex", "scale", "priority"]  # there is one here, which answers call "default"
+Retention = Literal["in-memory", "in_memory", "24h"]  # of a prompt: here pages stay until others need the room
 TEMPLATE_WORDS = (  # what a request may tell a chat template
     "enable_thinking",
     "thinking",
@@ -85,6 +88,14 @@ class Format(Fields):
         return self
 
 
+def own_tool(tool: Any) -> Any:
+    """ValueError for a tool that its provider would run, or that is called with free text."""
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if isinstance(kind, str) and kind not in ("function", "custom" if "input_schema" in tool else "function"):
+        raise ValueError(f"a tool of type {kind!r} cannot be used here: this server runs no tools, and calls functions")
+    return tool
+
+
 class Function(Fields):
     name: FunctionName
     description: Text | None = None
@@ -95,6 +106,9 @@ class Function(Fields):
 class Tool(Fields):
     type: Literal["function"]
     function: Function
+    cache_control: Object | None = Field(None, exclude=True)  # what is computed is kept by itself
+
+    _own = model_validator(mode="before")(own_tool)
 
 
 class NamedFunction(Fields):
@@ -112,24 +126,40 @@ class StreamOptions(Fields):
     continuous_usage_stats: bool | None = None  # vLLM's: what a choice has come to, with each of its pieces
 
 
+class Structured(Fields):
+    """vLLM's newer name for the guides; one of them."""
+
+    json_: Object | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: Choices | None = None
+    grammar: Text | None = None
+    json_object: Literal[True] | None = None
+
+
 class Guided(Choosing):
     response_format: Format | None = None
+    structured_outputs: Structured | None = None
     guided_json: Object | Text | None = None
     guided_regex: Text | None = None
+    guided_choice: Choices | None = None
     guided_grammar: Text | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=8)
     user: Annotated[str, Field(max_length=1024)] | None = None
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: Tier | None = None
     safety_identifier: Name | None = None
     prompt_cache_key: Name | None = None
-    prompt_cache_retention: Literal["in-memory", "in_memory"] | None = None
+    prompt_cache_retention: Retention | None = None
+    prompt_cache_options: Object | None = None
 
     @model_validator(mode="after")
     def one_guide(self) -> Guided:
-        given = [name for name in ("guided_json", "guided_regex", "guided_grammar") if getattr(self, name) is not None]
+        guides = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+        given = [name for name in guides if getattr(self, name) is not None]
+        if self.structured_outputs is not None:
+            given += [f"structured_outputs.{name}" for name in self.structured_outputs.model_dump(exclude_none=True)]
         if self.response_format is not None and self.response_format.type != "text":
             given.append("response_format")
         if len(given) > 1:
@@ -152,6 +182,7 @@ class TextPart(Fields):
 class CalledFunction(Fields):
     name: Annotated[str, Field(max_length=256)]
     arguments: Text | Object | None = None
+    parsed_arguments: Any = Field(None, exclude=True)  # of OpenAI's client
 
 
 class ToolCall(Fields):
@@ -159,6 +190,7 @@ class ToolCall(Fields):
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None
+    provider_specific_fields: Any = Field(None, exclude=True)  # of LiteLLM
 
 
 class Message(Fields):
@@ -173,6 +205,13 @@ class Message(Fields):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
+    cache_control: Object | None = Field(None, exclude=True)
+    # what clients add to an answer and hand back with it; it says again what the other fields say
+    id: Name | None = Field(None, exclude=True)
+    parsed: Any = Field(None, exclude=True)
+    provider_specific_fields: Any = Field(None, exclude=True)
+    thinking_blocks: Any = Field(None, exclude=True)
+    images: Annotated[list[Any], Field(max_length=0)] | None = Field(None, exclude=True)
 
     @model_validator(mode="after")
     def said(self) -> Message:
@@ -195,7 +234,7 @@ class Chat(Guided):
     chat_template_kwargs: Object | None = None
     add_generation_prompt: Literal[True] | None = None
     modalities: list[Literal["text"]] | None = None
-    store: Literal[False] | None = None
+    store: bool | None = None  # for a place to look at answers later, which is not here
     verbosity: Literal["low", "medium", "high"] | None = None
     include_reasoning: bool | None = None
     # known, and refused by their types unless they say nothing
@@ -217,7 +256,7 @@ class Chat(Guided):
 
     @model_validator(mode="after")
     def fitting(self) -> Chat:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         names = [tool.function.name for tool in self.tools or ()]
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
@@ -286,6 +325,7 @@ class ResponseText(Fields):
 class ResponseReasoning(Fields):
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class ResponseTool(Fields):
@@ -294,6 +334,38 @@ class ResponseTool(Fields):
     description: Text | None = None
     parameters: Object | None = None
     strict: bool | None = None
+
+    _own = model_validator(mode="before")(own_tool)
+
+
+class ResponseNamespace(Fields):
+    """Functions under a common name, which calls of them repeat."""
+
+    type: Literal["namespace"]
+    name: FunctionName
+    description: Text | None = None
+    tools: Annotated[list[ResponseTool], Field(min_length=1, max_length=512)]
+
+
+class ResponseSearch(Fields):
+    """Leave to search the web, which nobody here can: the model is not told of it, nor is it among the answer's tools."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    type: Literal["web_search"]
+
+
+def kind_of_tool(tool: Any) -> str:
+    """Of what was sent, or of what was read from it."""
+    kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
+    return kind if kind in ("namespace", "web_search") else "function"
+
+
+AnyResponseTool = Annotated[
+    Annotated[ResponseTool, Tag("function")]
+    | Annotated[ResponseNamespace, Tag("namespace")]
+    | Annotated[ResponseSearch, Tag("web_search")],
+    Discriminator(kind_of_tool),
+]
 
 
 class ResponseChoice(Fields):
@@ -309,155 +381,26 @@ class Respond(Fields):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: Annotated[list[ResponseTool], Field(max_length=512)] | None = None
+    tools: Annotated[list[AnyResponseTool], Field(max_length=512)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
     parallel_tool_calls: bool | None = None
     text: ResponseText | None = None
     reasoning: ResponseReasoning | None = None
     stream: bool | None = None
     stream_options: Object | None = None
-    store: Literal[False] | None = None
+    store: bool | None = None  # true is the default of OpenAI's; answers say false
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
     truncation: Literal["disabled"] | None = None
     include: Annotated[list[str], Field(max_length=16)] | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: Tier | None = None
     safety_identifier: Name | None = None
+    client_metadata: Object | None = None
     prompt_cache_key: Name | None = None
+    prompt_cache_retention: Retention | None = None
+    prompt_cache_options: Object | None = None
     background: Literal[False] | None = None
     previous_response_id: None = None  # answers are not kept
     conversation: None = None
     prompt: None = None
     max_tool_calls: int | None = None
-
-
-# ---- Anthropic's /v1/messages
-
-
-class Block(Fields):
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
-    type: Annotated[str, Field(max_length=64)]
-
-
-class AnthropicTurn(Fields):
-    role: Literal["user", "assistant", "system"]
-    content: Text | Annotated[list[Block], Field(max_length=4096)]
-
-
-class AnthropicTool(Fields):
-    name: FunctionName
-    description: Text | None = None
-    input_schema: Object
-    type: Literal["custom"] | None = None
-    cache_control: Object | None = None
-    strict: bool | None = None
-
-
-class AnthropicChoice(Fields):
-    type: Literal["auto", "any", "tool", "none"]
-    name: FunctionName | None = None
-    disable_parallel_tool_use: bool | None = None
-
-
-class Thinking(Fields):
-    type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
-    display: str | None = None
-
-
-class Count(Fields):
-    model: Name
-    messages: Annotated[list[AnthropicTurn], Field(min_length=1, max_length=10_000)]
-    system: Text | Annotated[list[Block], Field(max_length=4096)] | None = None
-    tools: Annotated[list[AnthropicTool], Field(max_length=512)] | None = None
-    tool_choice: AnthropicChoice | None = None
-    thinking: Thinking | None = None
-    output_config: Object | None = None
-    context_management: Object | None = None
-
-
-class Anthropic(Count):
-    max_tokens: MaxTokens
-    stop_sequences: Stops | None = None
-    temperature: float | None = Field(None, ge=0, le=1)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0, lt=1 << 30)
-    stream: bool | None = None
-    metadata: Object | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
-
-
-# ---- Ollama's /api
-
-
-class OllamaOptions(Fields):
-    """Settings of its runner that mean nothing here (threads, layers on a GPU) may be given: they change no answer."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1, lt=1 << 30)
-    min_p: float | None = Field(None, ge=0, le=1)
-    typical_p: float | None = Field(None, ge=0, le=1)
-    repeat_penalty: float | None = Field(None, gt=0, le=10)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    num_predict: int | None = Field(None, ge=-2, lt=1 << 31)
-    stop: Stop | Stops | None = None
-
-
-class OllamaShared(Fields):
-    model: Name
-    stream: bool | None = None
-    format: Literal["", "json"] | Object | None = None
-    options: OllamaOptions | None = None
-    keep_alive: Any = None
-    think: bool | Literal["low", "medium", "high"] | None = None
-
-
-class OllamaCall(Fields):
-    name: Annotated[str, Field(max_length=256)]
-    arguments: Object | None = None
-    index: int | None = None
-
-
-class OllamaToolCall(Fields):
-    id: Name | None = None
-    type: Literal["function"] | None = None
-    function: OllamaCall
-
-
-class OllamaMessage(Fields):
-    role: Literal["system", "user", "assistant", "tool"]
-    content: Text | None = ""
-    thinking: Text | None = None
-    images: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_calls: Annotated[list[OllamaToolCall], Field(max_length=512)] | None = None
-    tool_name: Name | None = None
-    tool_call_id: Name | None = None
-
-
-class OllamaChat(OllamaShared):
-    messages: Annotated[list[OllamaMessage], Field(max_length=10_000)] = []
-    tools: Annotated[list[Tool], Field(max_length=512)] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
-
-
-class OllamaGenerate(OllamaShared):
-    prompt: Text = ""
-    suffix: Literal[""] | None = None
-    system: Text | None = None
-    raw: bool | None = None
-    template: Literal[""] | None = None
-    context: Annotated[list[int], Field(max_length=0)] | None = None
-    images: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: Literal[False] | None = None
-    top_logprobs: Literal[0] | None = None
-
-
-class OllamaShow(Fields):
-    model: Name | None = None
-    name: Name | None = None
-    verbose: bool | None = None

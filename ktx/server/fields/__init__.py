@@ -1,0 +1,18 @@
+"""What a request may hold, a file a protocol."""
+
+from ktx.server.fields.anthropic import Anthropic, Count
+from ktx.server.fields.ollama import OllamaChat, OllamaGenerate, OllamaShow
+from ktx.server.fields.openai import Chat, Completion, Detokenize, Respond, Tokenize
+
+__all__ = [
+    "Anthropic",
+    "Chat",
+    "Completion",
+    "Count",
+    "Detokenize",
+    "OllamaChat",
+    "OllamaGenerate",
+    "OllamaShow",
+    "Respond",
+    "Tokenize",
+]
