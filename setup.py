@@ -112,9 +112,7 @@ setup(
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
     packages=[
-        "ktx",
-        *(f"ktx.{path.parent.name}" for path in sorted(Path(ROOT, "ktx").glob("*/__init__.py"))),
-        "ktx.server.fields",
+        *(".".join(path.parent.relative_to(ROOT).parts) for path in sorted(Path(ROOT, "ktx").rglob("__init__.py"))),
         "ktx.optimize_rules",
     ],
     package_dir={"ktx": "ktx", "ktx.optimize_rules": "optimize_rules"},
