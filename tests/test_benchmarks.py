@@ -146,6 +146,14 @@ def test_a_soak_sees_each_fault(soak, broken, name):
     assert checked(soak) == [] and checked(soak, **broken) == [name]
 
 
+def test_a_soak_compares_first_tokens_with_those_around_them(soak):
+    """A machine that is slow for minutes is slow for all of them; one that waits while others do not is seen in any minute."""
+    quick, slow = [0.1] * 1000, [1.0] * 300
+    assert checked(soak, firsts=[*quick, *slow, 4.0, *slow, *quick]) == []
+    for firsts in ([*quick, *slow, 21.0, *slow], [*quick, 2.1], [2.1, *quick, *slow]):
+        assert checked(soak, firsts=firsts) == ["first token, largest / median"]
+
+
 def test_a_soak_knows_the_text_of_every_protocol(soak):
     """Streams and whole answers say the same of the same text."""
     from soak_protocols import PROTOCOLS
