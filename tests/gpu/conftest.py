@@ -7,6 +7,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from ktx.kernels import products
+
 
 @pytest.fixture(autouse=True, scope="package")
 def _two_gpus():
@@ -14,4 +16,14 @@ def _two_gpus():
         there = torch.cuda.device_count()
         if there < 2:
             patch.setenv("KTX_GPU", "split:2" if there else "fake:2")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _wide_tiles():
+    """Triton's interpreter needs as long for a small tile as for a wide one. What the tiles of a GPU compute is for tests/kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        if products.INTERPRETED.value:
+            patch.setattr(products, "FEW_WEIGHTS", 1 << 17)
+            patch.setattr(products, "MANY_ROWS", 256)
         yield
