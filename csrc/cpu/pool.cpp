@@ -37,8 +37,8 @@ void futex_wake(std::atomic<uint32_t>& word) {
 struct Signal {
   std::atomic<uint32_t> value{0};
   std::atomic<int> sleepers{0};
-  void set(uint32_t v) {
-    value.store(v, std::memory_order_seq_cst);
+  void raise() {
+    value.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers.load(std::memory_order_seq_cst)) futex_wake(value);
   }
   void wait_while(uint32_t seen, int spins = SPINS) {
@@ -49,6 +49,15 @@ struct Signal {
     sleepers.fetch_sub(1, std::memory_order_relaxed);
   }
 };
+
+// What a run is at, in one word, so that each step is one exchange. A run waits for those who have come, never for those the system
+// has not woken yet: beside a busy neighbour that takes milliseconds, and the queues leave them nothing to do.
+struct State {
+  uint32_t run = 0;                           // its number
+  uint32_t here : 11 = 0, arrived : 11 = 0;   // members inside, and those of them at the barrier
+  uint32_t phase : 9 = 0, closed : 1 = 1;     // barriers that have opened; closed: nobody comes any more
+};
+static_assert(sizeof(State) == 8 && std::atomic<State>::is_always_lock_free);
 
 // The lowest logical cpu of the core that a cpu belongs to; itself where the system does not say.
 int first_sibling(int cpu) {
@@ -105,6 +114,7 @@ Cores allowed_cores() {
 }
 
 thread_local bool inside = false;
+thread_local uint32_t own_phase = 0;  // barriers of this run that the member is behind
 thread_local int node_of_member = 0;
 
 class Team {
@@ -122,30 +132,30 @@ class Team {
   }
   ~Team() {
     stop = true;
-    start.set(start.value + 1);
+    start.raise();
     for (auto& worker : workers) worker.join();
   }
   void run(void (*f)(void*, int), void* c) {
     fn = f, context = c, error = nullptr;
-    running.store(size - 1, std::memory_order_relaxed);
-    start.set(start.value.load(std::memory_order_relaxed) + 1);
+    state.store({.run = state.load().run + 1, .here = 1, .closed = 0});
+    start.raise();
     if (nodes() > 1 && !pretended()) node_of_member = node_of(sched_getcpu());  // the caller goes where the system puts it
     member_run(0);
-    for (;;) {
-      const uint32_t seen = done.value.load(std::memory_order_acquire);
-      if (running.load(std::memory_order_acquire) == 0) break;
-      done.wait_while(seen);
-    }
+    for (uint32_t seen; seen = done.value.load(), state.load().here;) done.wait_while(seen);
     if (error) std::rethrow_exception(error);
   }
+  // Whoever comes late finds the barriers before its time open, and nothing left in the queues before them.
   void barrier() {
-    const uint32_t seen = gate.value.load(std::memory_order_acquire);
-    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-      arrived.store(0, std::memory_order_relaxed);
-      gate.set(seen + 1);
-    } else {
-      gate.wait_while(seen);
-    }
+    bool opened = false;
+    const State now = change([&](State& s) {
+      opened = false;
+      if (own_phase < s.phase) return;
+      if (++s.arrived == s.here) opened = true, s.arrived = 0, ++s.phase;
+    });
+    if (opened) gate.raise();
+    else if (now.phase == own_phase)
+      for (uint32_t seen; seen = gate.value.load(), state.load().phase == own_phase;) gate.wait_while(seen);
+    ++own_phase;
   }
   const int size;
   const pid_t pid;
@@ -157,8 +167,16 @@ class Team {
     CPU_SET(core, &set);
     pthread_setaffinity_np(worker.native_handle(), sizeof set, &set);  // refused in some containers: then unpinned
   }
+  template <class F>
+  State change(F&& f) {  // the state behind it
+    for (State seen = state.load();;) {
+      State next = seen;
+      f(next);
+      if (state.compare_exchange_weak(seen, next)) return next;
+    }
+  }
   void member_run(int member) {
-    inside = true;
+    inside = true, own_phase = 0;
     try {
       fn(context, member);
     } catch (...) {
@@ -166,20 +184,38 @@ class Team {
       if (!error) error = std::current_exception();
     }
     inside = false;
+    leave(member == 0);
+  }
+  // The caller's part ends when the queues are empty, so nobody need begin behind it. Who has failed is not waited for at the barrier.
+  void leave(bool last_call) {
+    bool opened = false;
+    const State now = change([&](State& s) {
+      opened = false;
+      if (last_call) s.closed = 1;
+      if (--s.here && s.arrived == s.here) opened = true, s.arrived = 0, ++s.phase;
+    });
+    if (opened) gate.raise();
+    if (!now.here && !last_call) done.raise();
   }
   void work(int member) {
-    for (uint32_t seen = 0;; ++seen) {
-      start.wait_while(seen, SPINS_BETWEEN);
+    for (uint32_t seen = 0, awake = 0;;) {
+      start.wait_while(awake, SPINS_BETWEEN);
+      awake = start.value.load();
       if (stop) return;
-      member_run(member);
-      if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) done.set(done.value.load(std::memory_order_relaxed) + 1);
+      bool came = false;
+      const State now = change([&](State& s) {
+        came = !s.closed && s.run != seen;
+        if (came) ++s.here;
+      });
+      seen = now.run;
+      if (came) member_run(member);
     }
   }
   void (*fn)(void*, int) = nullptr;
   void* context = nullptr;
   std::vector<std::thread> workers;
   Signal start, done, gate;
-  std::atomic<int> running{0}, arrived{0};
+  std::atomic<State> state{};
   std::atomic<bool> stop{false};
   std::mutex error_mutex;
   std::exception_ptr error;

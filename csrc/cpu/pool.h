@@ -11,10 +11,11 @@ int threads();            // size of the team, caller included
 double idle_seconds();    // since the last run; 0 inside one
 void set_threads(int n);  // 1..1024; takes effect for the next run
 
-// Calls fn(context, member) on every member and returns when all are done. The first exception is rethrown here.
+// Calls fn(context, member) on the caller and on every member that comes while the caller works, and returns when these are done. Work is
+// therefore shared by queues and never by a member's number. The first exception is rethrown here.
 // Calls from several threads are served one after another; a call from inside a run is an error.
 void run(void (*fn)(void* context, int member), void* context);
-void barrier();  // inside a run: returns when every member has reached it
+void barrier();  // inside a run, at most 500 times: returns when all who have come are at it, or behind it, or have failed
 
 template <class F>
 void parallel(F&& f) {

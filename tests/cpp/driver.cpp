@@ -1,5 +1,7 @@
 // Every kernel driver on odd shapes, by several threads at once: what `make sanitize` runs under AddressSanitizer and ThreadSanitizer.
 // Weights are random bytes of valid blocks' sizes, so results mean nothing; reading or writing where one must not is what is looked for.
+#include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -143,12 +145,44 @@ void sequences_on_pages(Random& random) {
   }
 }
 
+// Three phases of shared work: each unit once, and nobody in a phase before the one behind it is whole. Members come when the system wakes them.
+void phases(int team) {
+  constexpr int64_t UNITS = 40;
+  for (int turn = 0; turn < 2000; ++turn) {
+    Queue queues[3];
+    int64_t done[3][UNITS] = {}, others = 0;  // plain words: ThreadSanitizer sees what no barrier orders
+    std::atomic<int> came{0};
+    parallel([&](int member) {
+      ++came;
+      if (turn % 7 == 0 && member == turn % team) std::this_thread::sleep_for(std::chrono::microseconds(turn % 300));
+      for (int phase = 0; phase < 3; ++phase) {
+        if (phase) barrier();
+        for (int64_t unit; (unit = queues[phase].take()) < UNITS;) {
+          for (int64_t i = 0; phase && i < UNITS; ++i)
+            if (done[phase - 1][i] != 1) throw std::logic_error("a phase began before the one before it was done");
+          ++done[phase][unit];
+        }
+      }
+    });
+    for (const auto& units : done)
+      for (int64_t times : units) others += times != 1;
+    if (others || came < 1 || came > team) throw std::logic_error("a unit of work was left out or done twice");
+  }
+}
+
+// Whoever takes the unit that fails, in front of a barrier or behind it, all others come to an end and the caller hears of it.
 void exceptions(int team) {
-  for (int turn = 0; turn < 50; ++turn) {
+  for (int turn = 0; turn < 200; ++turn) {
     bool caught = false;
+    Queue queue, last;
     try {
-      parallel([&](int member) {
-        if (member == turn % team) throw std::runtime_error("expected");
+      parallel([&](int) {
+        for (int64_t unit; (unit = queue.take()) < 2 * team;)
+          if (unit == turn % (3 * team)) throw std::runtime_error("expected");
+        barrier();
+        for (int64_t unit; (unit = last.take()) < team;)
+          if (unit + 2 * team == turn % (3 * team)) throw std::runtime_error("expected");
+        barrier();
       });
     } catch (const std::runtime_error&) {
       caught = true;
@@ -174,6 +208,7 @@ int main() {
   for (int team : {1, 3}) {
     set_threads(team);
     everything(unsigned(team));
+    phases(team);
     exceptions(team);
   }
   std::thread other([] { everything(7); });  // two callers of one team
