@@ -6,14 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 
+def _causal_class(config: Any) -> Any:
+    """The class that writes text by such a configuration; None where transformers has none."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM._model_mapping.get(type(config), None)
+
+
 def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
     """A function from a checkpoint's key to the parameter path of today's modeling code, and converters for what is kept in other tensors, by transformers' own table."""
-    from transformers import AutoModelForCausalLM
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    names = [getattr(cls, "__name__", ""), config.model_type]
+    names = [getattr(_causal_class(config), "__name__", ""), config.model_type]
     entries: list[Any] = next((found for name in names if (found := get_checkpoint_conversion_mapping(name))), [])
     renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
 
@@ -37,11 +42,12 @@ def converted(converter: Any, name: str, tensors: dict[str, list[Any]], config: 
 
 def text_part(config: Any) -> Any:
     """The configuration of the language model in one of text and pictures, where transformers has that model by itself; any other as it is."""
-    from transformers import AutoModelForCausalLM
-
-    cls = AutoModelForCausalLM._model_mapping.get(type(config), None)
     text = getattr(config, "sub_configs", {}).get("text_config")
-    return config.get_text_config() if text is not None and getattr(cls, "config_class", None) == text else config
+    return (
+        config.get_text_config()
+        if text is not None and getattr(_causal_class(config), "config_class", None) == text
+        else config
+    )
 
 
 def dtype_plan(model: Any, dtype: Any) -> dict[str, Any]:

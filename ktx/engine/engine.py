@@ -191,6 +191,7 @@ class Engine:
     def checked(self, prompt: Sequence[int], sampling: Sampling) -> Sampling:
         """The settings with what the context leaves of max_new_tokens. UsageError with the numbers when nothing is left."""
         vocabulary = self.model.config.vocab_size
+        self.runner.check(sampling)
         if not prompt:
             raise UsageError("the prompt is empty")
         if bad := [token for token in prompt if not 0 <= token < vocabulary]:

@@ -14,6 +14,7 @@ from ktx.cache.paged import Batch, PagedCache, Span
 from ktx.compat import keeps_own_cache
 from ktx.engine.graphs import Graphs, Token, gpu_of, obstacle
 from ktx.engine.request import Request
+from ktx.engine.sampling import Sampling
 from ktx.engine.scheduler import Part
 from ktx.errors import UsageError
 from ktx.kernels import cpu
@@ -70,6 +71,9 @@ class Runner:
                 type(error).__name__,
                 error,
             )
+
+    def check(self, sampling: Sampling) -> None:
+        """UsageError for what this model's forwards cannot give."""
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Logits:
@@ -161,6 +165,12 @@ class PlainRunner(Runner):
         self.own_cache = keeps_own_cache(model)
         self.alive = time.monotonic()
 
+    def check(self, sampling: Sampling) -> None:
+        if sampling.echo and not self.in_chunks:
+            raise UsageError(
+                f"log-probabilities of a prompt: a {self.model.config.model_type} computes prompts in one piece; ask for those of the answer only"
+            )
+
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Logits:
         found = {}
@@ -174,10 +184,6 @@ class PlainRunner(Runner):
         """Forwards that a part takes: first token, tokens, how many are the prompt's, rows of logits."""
         if self.in_chunks or part.request.number in self.caches:
             return [(part.start, part.count, part.prompt, wanted(part))]
-        if part.request.sampling.echo:
-            raise UsageError(
-                f"log-probabilities of a prompt: a {self.model.config.model_type} computes prompts in one piece; ask for those of the answer only"
-            )
         return [(0, part.start + part.count, part.prompt, 1)] if wanted(part) else []
 
     def _forward_of(self, request: Request, start: int, count: int, prompt: int, wanted: int) -> torch.Tensor:

@@ -101,6 +101,9 @@ def test_the_engine_answers_as_generate_does(pair):
     model.ktx.tokenizer = tokenizer()
     with model.ktx.engine(cache_lens=1024, chunk_size=32) as engine:
         assert type(engine.runner) is OTHERS[family][1]
+        if not getattr(engine.runner, "in_chunks", True):
+            with pytest.raises(UsageError, match=f"a {model.config.model_type} computes prompts in one piece"):
+                engine.submit(prompts[0], Sampling(echo=True), print)
         events = list(engine.generate(prompts, Sampling(max_new_tokens=6, ignore_eos=True)))
     answers = {i: event.ids for i, event in events if isinstance(event, Finished)}
     for i, prompt in enumerate(prompts):
