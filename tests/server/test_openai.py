@@ -316,8 +316,9 @@ def test_what_cannot_be_is_told_as_openai_tells_it(http, body, param, words):
 
 def test_official_error_classes(client):
     with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(**ask("x" * 40000))
-    assert error.value.code == "context_length_exceeded"
+        client.chat.completions.create(**ask("x" * 40000), extra_headers={"x-request-id": "mine"})
+    assert error.value.code == "context_length_exceeded" and error.value.request_id == "mine"
+    assert client.chat.completions.create(**ask("greet"))._request_id.startswith("req_")
 
 
 @pytest.mark.parametrize(
