@@ -368,7 +368,7 @@ class Engine:
             self._finish(answer, "error", str(error), refused=True)
             return 0
         except Exception as error:  # a request's own settings must not stop the others
-            log.exception("request %d failed", request.number)
+            request.context.run(log.exception, "request %d failed", request.number)
             self._finish(answer, "error", error=f"{type(error).__name__}: {error}")
             return 0
         request.alone = False
@@ -406,7 +406,7 @@ class Engine:
             self.answers.pop(answer.request, None)
         finished = answer.finish(reason, error, refused)
         if self.on_finished is not None:
-            self.on_finished(finished)
+            answer.request.context.run(self.on_finished, finished)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:

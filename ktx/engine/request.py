@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -99,6 +100,9 @@ class Request:
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None
     first_token: float | None = None
+    context: Context = field(
+        default_factory=copy_context
+    )  # of whoever asked: what the engine's thread says of it is said there
 
     def __post_init__(self) -> None:
         self.ids = list(self.prompt)

@@ -20,6 +20,7 @@ from ray import serve
 from ktx.errors import KtxError
 from ktx.hardware import share_of_cpus
 from ktx.replicas.board import Word, say
+from ktx.server import ids
 
 PAUSE = 1.0  # seconds between two words to the board
 PATIENCE = 5.0  # seconds that a request's routes have to end after its client has left
@@ -118,6 +119,7 @@ class Replica:
             messages.put_nowait(message)
 
         async def run() -> None:
+            ids.begin(dict(scope["headers"]))
             try:
                 await self.routes({**scope, "type": "http", "asgi": {"version": "3.0"}}, receive, send)
             finally:

@@ -34,6 +34,7 @@ from ktx.server.fields import (
 from ktx.server.guard import Access, Guard
 from ktx.server.machine import Machine
 from ktx.server.metrics import Metrics
+from ktx.server.sending import Gone, unless_gone
 from ktx.server.served import Served
 
 log = logging.getLogger("ktx.server")
@@ -41,15 +42,19 @@ DEPTH = 128  # of brackets in a body
 
 
 class JsonRoute(APIRoute):
-    """Reads the body as JSON before anything is made of it, whatever its sender calls it."""
+    """Reads the body as JSON before anything is made of it, whatever its sender calls it. Ends what it does for a client that leaves."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
 
         async def read(request: Request) -> Response:
-            if request.method == "POST":
-                request._json = parsed(await request.body())
-            return await handler(request)
+            if request.method != "POST":
+                return await handler(request)
+            request._json = parsed(await request.body())
+            try:
+                return await unless_gone(request, handler(request))
+            except Gone:
+                return Response(status_code=499)
 
         return read
 

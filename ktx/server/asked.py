@@ -28,7 +28,7 @@ class Talk:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] = field(default_factory=list)  # OpenAI's form
-    choice: str = "auto"  # auto, none, required, or the name of a function
+    choice: str | list[str] = "auto"  # auto, none, required, or which functions: a name, or several to choose from
     parallel: bool = True
     words: dict[str, Any] = field(default_factory=dict)  # for the template
     format: Format | None = None
@@ -59,6 +59,18 @@ def effort_words(effort: str | None) -> dict[str, Any]:
     thinks = effort != "none"
     told = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}.get(effort, effort)
     return {"enable_thinking": thinks, "thinking": thinks, "reasoning_effort": told}
+
+
+def allowed(tools: list[dict[str, Any]], names: list[str], mode: str) -> tuple[list[dict[str, Any]], str | list[str]]:
+    """What the model is told of and must choose from, where only some tools may be called. Problem 400 for names that none has."""
+    known = [tool["function"]["name"] for tool in tools]
+    if not names or not set(names) <= set(known):
+        raise Problem(400, f"tool_choice allows {names}, tools are {known}", "tool_choice")
+    if mode == "required":
+        return tools, names
+    return [
+        tool for tool in tools if tool["function"]["name"] in names
+    ], "auto"  # no grammar binds what may also be text
 
 
 def sampling_of(served: Served, fields: Choosing | Mapping[str, Any], limit: int | None, **more: Any) -> Sampling:
@@ -107,7 +119,7 @@ async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 
     rendered = await within(RENDER, PROMPTS, "the prompt", prompts.render, talk.messages, tools, words, force)
     asked = Asked(rendered, sampling, None, tools, bool(tools), salt, count)
     if tools and talk.choice != "auto":
-        names = None if talk.choice == "required" else [talk.choice]
+        names = None if talk.choice == "required" else [talk.choice] if isinstance(talk.choice, str) else talk.choice
         if prompts.dialect.format is None:
             raise Problem(400, f"this model ({prompts.dialect.name}) cannot be made to call a function", "tool_choice")
         forced = (prompts.dialect, tools, names, talk.parallel, prompts.special, rendered.thinking)

@@ -13,8 +13,8 @@ from starlette.responses import Response
 from ktx.engine.asking import Chorus
 from ktx.engine.request import Piece
 from ktx.server import sending
-from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, guided, salt_of, sampling_of
-from ktx.server.fields.openai import Chat, Message, NamedTool, StreamOptions
+from ktx.server.asked import Talk, allowed, asked_of, begin, check_room, effort_words, guided, salt_of, sampling_of
+from ktx.server.fields.openai import AllowedChoice, Chat, Message, NamedTool, StreamOptions
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Tokens, Turn
 
@@ -27,8 +27,7 @@ async def answer(served: Served, fields: Chat, request: Request) -> Response:
     sampling = sampling_of(served, fields, limit, logprobs=logprobs)
     talk = Talk(
         [message_of(message) for message in fields.messages],
-        [tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
-        fields.tool_choice.function.name if isinstance(fields.tool_choice, NamedTool) else fields.tool_choice or "auto",
+        *_tools(fields),
         fields.parallel_tool_calls is not False,
         effort_words(fields.reasoning_effort) | (fields.chat_template_kwargs or {}),
         guided(fields),
@@ -50,6 +49,15 @@ async def answer(served: Served, fields: Chat, request: Request) -> Response:
         return await sending.whole(request, chorus, _whole(chorus, turns, base, tokens, wants, hide))
     pieces = _stream(chorus, turns, base, tokens, wants, hide, fields.stream_options or StreamOptions())
     return sending.events(pieces, chorus, request.url.path, served.settings.ping, "[DONE]")
+
+
+def _tools(fields: Chat) -> tuple[list[dict[str, Any]], str | list[str]]:
+    """What the model is told of, and what it may or must call of it."""
+    tools, choice = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()], fields.tool_choice
+    if isinstance(choice, AllowedChoice):
+        names = [tool.function.name for tool in choice.allowed_tools.tools]
+        return allowed(tools, names, choice.allowed_tools.mode)
+    return tools, choice.function.name if isinstance(choice, NamedTool) else choice or "auto"
 
 
 def message_of(message: Message) -> dict[str, Any]:

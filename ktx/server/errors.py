@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ktx.errors import Overloaded, UsageError
+from ktx.server import ids
 
 KINDS = {  # status: OpenAI's type, Anthropic's type
     400: ("invalid_request_error", "invalid_request_error"),
@@ -66,5 +67,6 @@ def body_for(
         return {"error": message}
     if path.startswith("/v1/messages"):
         more = {"details": details} if details else {}
-        return {"type": "error", "error": {"type": anthropic, "message": message, **more}}
+        error = {"type": anthropic, "message": message, **more}
+        return {"type": "error", "error": error, "request_id": ids.CURRENT.get()}
     return {"error": {"message": message, "type": openai, "param": param, "code": code or None}}

@@ -1,4 +1,4 @@
-"""What stands before every route: keys, hosts, origins, and the size of what is read. Plain ASGI, on the raw path.
+"""What stands before every route: keys, hosts, origins, the size of what is read, and an id. Plain ASGI, on the raw path.
 
 Nothing is open that is not listed. A request is refused before its body is read.
 """
@@ -10,11 +10,12 @@ import contextlib
 import hmac
 import ipaddress
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ktx.server import ids
 from ktx.server.errors import body_for
 from ktx.server.static import FILES
 
@@ -82,7 +83,8 @@ class Guard:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        origin = headers.get(b"origin")
+        origin, name = headers.get(b"origin"), ids.begin(headers).encode()
+        send = _with(send, [(header, name) for header in ids.TOLD])
         try:
             self._let_in(scope, headers)
             if scope["method"] == "OPTIONS" and origin:
@@ -91,12 +93,11 @@ class Guard:
         except Refused as refused:
             more = [(b"www-authenticate", b"Bearer")] if refused.status == 401 else []
             return await _answer(send, scope, refused, more)
+        known = [(ids.GIVEN, name)]
         if body:  # many clients send JSON under another name, curl -d among them
-            scope = {
-                **scope,
-                "headers": [*_without(scope["headers"], b"content-type"), (b"content-type", b"application/json")],
-            }
-        await self.app(scope, _replay(body, receive), _allowing(send, origin) if origin else send)
+            known.append((b"content-type", b"application/json"))
+        scope = {**scope, "headers": [*_without(scope["headers"], dict(known)), *known]}
+        await self.app(scope, _replay(body, receive), _with(send, _allowing(origin)) if origin else send)
 
     def _let_in(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         access, path, method = self.access, scope["path"], scope["method"]
@@ -121,8 +122,8 @@ class Guard:
             raise Refused(401, "a key is needed: send Authorization: Bearer KEY", "invalid_api_key")
 
 
-def _without(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> list[tuple[bytes, bytes]]:
-    return [(key, value) for key, value in headers if key != name]
+def _without(headers: Iterable[tuple[bytes, bytes]], names: Container[bytes]) -> list[tuple[bytes, bytes]]:
+    return [(key, value) for key, value in headers if key not in names]
 
 
 async def _body(receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
@@ -182,16 +183,23 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-def _allowing(send: Send, origin: bytes) -> Send:
+def _with(send: Send, more: list[tuple[bytes, bytes]]) -> Send:
+    """Sends more headers with the answer."""
+
     async def told(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {
-                **message,
-                "headers": [*message["headers"], (b"access-control-allow-origin", origin), (b"vary", b"Origin")],
-            }
+            message = {**message, "headers": [*message["headers"], *more]}
         await send(message)
 
     return told
+
+
+def _allowing(origin: bytes) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"access-control-allow-origin", origin),
+        (b"access-control-expose-headers", b", ".join(ids.TOLD)),
+        (b"vary", b"Origin"),
+    ]
 
 
 async def _preflight(send: Send, origin: bytes, headers: Mapping[bytes, bytes]) -> None:

@@ -7,11 +7,13 @@ import logging
 import sys
 from typing import Any
 
+from ktx.server import ids
+
 OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
 class Lines(logging.Formatter):
-    """Time, level, who, what; JSON with whatever else was said by `extra`."""
+    """Time, level, who, what; JSON with whatever else was said by `extra`, and the request's id where the line is of one."""
 
     def __init__(self, as_json: bool):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
@@ -19,6 +21,8 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         more = {key: value for key, value in vars(record).items() if key not in OWN and key[0] != "_"}
+        if name := ids.CURRENT.get():
+            more["request_id"] = name
         if not self.as_json:
             text = super().format(record)
             return text + "".join(f" {key}={value}" for key, value in more.items())

@@ -13,28 +13,42 @@ from ktx.errors import UsageError
 from ktx.server.errors import Problem, problem_of
 
 RENDER, COMPILE = 20.0, 2.0  # seconds for a prompt, and for a grammar
+WAIT = 20.0  # seconds until a thread is free
 PROMPTS = ThreadPoolExecutor(2, "ktx-prompts")
 GRAMMARS = ThreadPoolExecutor(4, "ktx-grammars")
 T = TypeVar("T")
 
 
 async def within(seconds: float, pool: ThreadPoolExecutor, what: str, work: Callable[..., T], *args: Any) -> T:
-    """What `work` returns. Problem 400 when it takes too long: it is then ended where it runs Python, such as a template."""
-    run = _Run(work, args)
+    """What `work` returns. Problem 400 when it takes too long from its beginning on, and 429 when no thread was free to begin it:
+    what others take is not its fault. What nobody waits for any more is ended where it runs Python, such as a template.
+    """
+    loop = asyncio.get_running_loop()
+    begun: asyncio.Future[None] = loop.create_future()
+    run = _Run(work, args, lambda: loop.call_soon_threadsafe(begun.set_result, None))
+    done = loop.run_in_executor(pool, run)
     try:
-        return await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(pool, run), seconds)
-    except TimeoutError:
-        run.end()
-        raise Problem(400, f"{what} takes longer than {seconds:.0f} s") from None
+        await asyncio.wait({begun}, timeout=WAIT)
+        if not begun.done():
+            raise Problem(
+                429, f"the server is busy: {what} found no thread in {WAIT:.0f} s", code="queue_full", retry=1
+            )
+        await asyncio.wait({done}, timeout=seconds)
+        if not done.done():
+            raise Problem(400, f"{what} takes longer than {seconds:.0f} s")
+        return done.result()
     except (UsageError, ValueError, KeyError, RecursionError) as error:
         raise problem_of(error) from error
+    finally:
+        done.cancel()
+        run.end()
 
 
 class _Run:
-    """A call in a pool's thread that another thread can end."""
+    """A call in a pool's thread that another thread can end. `begins` is called there first."""
 
-    def __init__(self, work: Callable[..., Any], args: tuple[Any, ...]):
-        self.work, self.args = work, args
+    def __init__(self, work: Callable[..., Any], args: tuple[Any, ...], begins: Callable[[], Any]):
+        self.work, self.args, self.begins = work, args, begins
         self.thread, self.lock, self.late = 0, threading.Lock(), False
 
     def __call__(self) -> Any:
@@ -43,6 +57,7 @@ class _Run:
                 return None
             self.thread = threading.get_ident()
         try:
+            self.begins()
             return self.work(*self.args)
         finally:
             with self.lock:
@@ -50,7 +65,7 @@ class _Run:
                 self.thread = 0
 
     def end(self) -> None:
-        """Raises TimeoutError in the call; one that has not begun does nothing."""
+        """Raises TimeoutError in the call; one that has not begun never will, and one that is over is left alone."""
         with self.lock:
             self.late = True
             if self.thread:

@@ -13,9 +13,9 @@ from starlette.responses import Response
 
 from ktx.engine.asking import Chorus
 from ktx.server import sending
-from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, sampling_of
+from ktx.server.asked import Talk, allowed, asked_of, begin, check_room, effort_words, sampling_of
 from ktx.server.errors import Problem
-from ktx.server.fields.openai import Format, Respond, ResponseChoice, ResponseNamespace, ResponseTool
+from ktx.server.fields.openai import Format, Respond, ResponseAllowed, ResponseChoice, ResponseNamespace, ResponseTool
 from ktx.server.items import Writer
 from ktx.server.served import Served
 from ktx.server.turn import Tokens, Turn
@@ -40,10 +40,7 @@ async def answer(served: Served, fields: Respond, request: Request) -> Response:
         logprobs=(fields.top_logprobs or 0) if wanted else None,
     )
     tools, spaces = _tools(fields)
-    choice = fields.tool_choice.name if isinstance(fields.tool_choice, ResponseChoice) else fields.tool_choice or "auto"
-    names = [tool["function"]["name"] for tool in tools]
-    if choice == "required" and not names or choice not in ("auto", "none", "required", *names):
-        raise Problem(400, f"tool_choice is {choice!r}, tools are {names}", "tool_choice")
+    tools, choice = _chosen(fields, tools)
     effort = fields.reasoning.effort if fields.reasoning else None
     talk = Talk(
         messages_of(fields),
@@ -83,6 +80,18 @@ def _tools(fields: Respond) -> tuple[list[dict[str, Any]], dict[str, tuple[str, 
                 told = one.model_dump(exclude_none=True, exclude={"type"}) | {"name": name}
                 tools.append({"type": "function", "function": told})
     return tools, spaces
+
+
+def _chosen(fields: Respond, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | list[str]]:
+    """What the model is told of, and what it may or must call of it. Problem 400 for names that no tool has."""
+    said = fields.tool_choice
+    if isinstance(said, ResponseAllowed):
+        return allowed(tools, [tool.name for tool in said.tools], said.mode)
+    choice = said.name if isinstance(said, ResponseChoice) else said or "auto"
+    names = [tool["function"]["name"] for tool in tools]
+    if choice == "required" and not names or choice not in ("auto", "none", "required", *names):
+        raise Problem(400, f"tool_choice is {choice!r}, tools are {names}", "tool_choice")
+    return tools, choice
 
 
 def _spaced(space: str | None, name: str) -> str:

@@ -178,6 +178,8 @@ def test_the_guard_stands_before_ray(server):
     refused = server.http.post("/v1/chat/completions", json={"model": "other", "messages": []})
     assert refused.status_code in (400, 404) and refused.headers["x-ktx-replica"]
     assert server.http.get("/v1/nothing").status_code == 404
+    named = server.http.post("/v1/messages", json={"model": "ktx-demo"}, headers={"x-request-id": "mine"})
+    assert named.json()["request_id"] == named.headers["x-request-id"] == "mine"  # the replica knows it too
 
 
 def test_keys_do_not_travel():

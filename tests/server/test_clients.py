@@ -89,6 +89,9 @@ def test_messages_errors(claude):
         with pytest.raises((anthropic.BadRequestError, anthropic.NotFoundError)) as error:
             claude.messages.create(**({"model": NAME, "max_tokens": 9, "messages": said("x")} | wrong))
         assert error.value.body["type"] == "error"
+        assert error.value.request_id == error.value.body["request_id"]
+    answer = claude.messages.create(model=NAME, max_tokens=9, messages=said("greet"))
+    assert answer._request_id.startswith("req_")
 
 
 @pytest.fixture(scope="module")

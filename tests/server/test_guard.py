@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import socket
 
 import httpx
 import pytest
 
 from ktx.server.guard import Access, structure
+from ktx.server.log import Lines
+from ktx.server.served import Settings
+from ktx.server.turn import Turn
 from tests.server.conftest import NAME, scripted, serving
 
 BODY = {"model": NAME, "messages": [{"role": "user", "content": "greet"}]}
@@ -75,6 +81,74 @@ def test_only_listed_pages_may_ask(keyed):
     preflight = keyed.options("/v1/chat/completions", headers=asked)
     assert preflight.status_code == 204 and "x-stainless-os" in preflight.headers["access-control-allow-headers"]
     assert keyed.options("/v1/chat/completions", headers=asked | {"origin": "https://evil.example"}).status_code == 403
+    assert {"x-request-id", "request-id"} <= {*good.headers["access-control-expose-headers"].split(", ")}
+
+
+def told_id(answer):
+    """The id under both its names."""
+    assert answer.headers["x-request-id"] == answer.headers["request-id"]
+    assert len(answer.headers.get_list("x-request-id")) == 1
+    return answer.headers["x-request-id"]
+
+
+def test_every_answer_has_an_id_of_its_own(keyed):
+    key = {"authorization": "Bearer first-key"}
+    answers = [
+        keyed.get("/v1/models"),
+        keyed.get("/v1/models", headers=key),
+        keyed.head("/health"),
+        keyed.get("/nothing", headers=key),
+        keyed.options("/v1/models", headers={"origin": "https://chat.example"}),
+        keyed.get("/v1/models", headers=key | {"origin": "https://evil.example"}),
+        keyed.post("/v1/chat/completions", content=b"x" * (17 << 20), headers=key),
+        *(
+            keyed.post("/v1/chat/completions", json=BODY | more, headers=key)
+            for more in ({}, {"stream": True}, {"n": 0})
+        ),
+        keyed.post("/api/chat", json=BODY, headers=key),
+    ]
+    assert [answer.status_code for answer in answers] == [401, 200, 200, 404, 204, 403, 413, 200, 200, 400, 200]
+    names = [told_id(answer) for answer in answers]
+    assert len({*names}) == len(answers) and all(name.startswith("req_") for name in names)
+
+
+def test_a_client_may_bring_an_id(http):
+    for own in ("a", "Job-7.3_b", "x" * 128):
+        assert told_id(http.get("/v1/models", headers={"x-request-id": own})) == own
+    for other in ("", "x" * 129, "a b", "a,b", "<b>", "é".encode()):
+        assert told_id(http.get("/v1/models", headers={"x-request-id": other})).startswith("req_")
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
+def test_anthropics_errors_repeat_the_id(keyed, path):
+    for headers, status in (({}, 401), ({"x-api-key": "first-key"}, 400)):
+        answer = keyed.post(path, json={"model": NAME}, headers=headers)
+        assert answer.status_code == status and answer.json()["request_id"] == told_id(answer), answer.text
+
+
+def test_lines_of_the_log_name_the_request(tmp_path_factory, monkeypatch):
+    """Also those of the engine's thread, and those of what fails, with the event that tells of it."""
+    heard, logger = io.StringIO(), logging.getLogger("ktx")
+    handler = logging.StreamHandler(heard)
+    handler.setFormatter(Lines(True))
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    with (
+        serving(scripted(tmp_path_factory), settings=Settings(hide_input=False)) as (base, _),
+        httpx.Client(base_url=base, timeout=30) as http,
+    ):
+        assert http.post("/v1/messages", json=BODY | {"max_tokens": 9}, headers={"x-request-id": "good"}).is_success
+        monkeypatch.setattr(Turn, "hear", lambda turn, event: [1 / 0])
+        for stream, name in ((True, "streamed"), (False, "whole")):
+            asked = BODY | {"max_tokens": 9, "stream": stream}
+            answer = http.post("/v1/messages", json=asked, headers={"x-request-id": name})
+            last = answer.text.strip().rpartition("data: ")[2]
+            assert json.loads(last)["request_id"] == name and "ZeroDivisionError" in last
+    said = {}
+    for line in map(json.loads, heard.getvalue().splitlines()):
+        said.setdefault(line["request_id"], set()).add(line["message"])
+    assert said["good"] == {"asked", "answered"}
+    assert "a stream failed" in said["streamed"] and "POST /v1/messages failed" in said["whole"]
 
 
 @pytest.mark.parametrize(

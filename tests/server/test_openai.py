@@ -133,6 +133,45 @@ def test_named_and_required_tools_are_forced(client):
             assert call.function.name == "weather" and "city" in json.loads(call.function.arguments)
 
 
+def other(name="other", **more):
+    return {"type": "function", "function": TOOLS[0]["function"] | {"name": name, **more}}
+
+
+def allowing(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_only_allowed_tools_are_called(client):
+    """The script would say something else: the grammar leaves calls of those alone, and the prompt stays what it was."""
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"], "additionalProperties": False}
+    three = [other(name, parameters=schema) for name in ("first", "second", "third")]
+
+    def made(choice):
+        asked = ask("greet", tools=three, tool_choice=choice, parallel_tool_calls=False, n=8, temperature=2, seed=1)
+        return client.chat.completions.create(**asked)
+
+    forced = made(allowing("required", "second", "third"))
+    called = [[call.function.name for call in one.message.tool_calls] for one in forced.choices]
+    assert len(called) == 8 and {*map(tuple, called)} <= {("second",), ("third",)}
+    assert all(one.message.content is None for one in forced.choices)
+    assert forced.usage.prompt_tokens == made("auto").usage.prompt_tokens
+
+
+def test_where_a_model_may_also_answer_it_is_told_of_the_allowed_tools_alone(client):
+    def prompt(text, **more):
+        return client.chat.completions.create(**ask(text, **more)).usage.prompt_tokens
+
+    two = [*TOOLS, other()]
+    for text in ("greet", "call the tool"):
+        told = prompt(text, tools=two, tool_choice=allowing("auto", "weather"))
+        assert told == prompt(text, tools=TOOLS) < prompt(text, tools=two)
+    choice = client.chat.completions.create(
+        **ask("call the tool", tools=two, tool_choice=allowing("auto", "weather"))
+    ).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.tool_calls[0].function.name == "weather"
+
+
 def test_several_answers_and_log_probabilities(client):
     made = client.chat.completions.create(**ask("greet", n=3, logprobs=True, top_logprobs=2))
     assert [choice.index for choice in made.choices] == [0, 1, 2]
@@ -294,6 +333,11 @@ def test_words_that_look_like_control_tokens_stay_words(http):
             None,
             "no tool is called",
         ),
+        (ask("x", tools=TOOLS, tool_choice=allowing("auto", "no")), "tool_choice", "tools are ['weather']"),
+        (ask("x", tools=TOOLS, tool_choice=allowing("required")), "tool_choice", "tools are ['weather']"),
+        (ask("x", tool_choice=allowing("auto", "weather")), "tool_choice", "tools are []"),
+        (ask("x", tools=TOOLS, tool_choice=allowing("none", "weather")), None, "'auto' or 'required'"),
+        (ask("x", tools=TOOLS, tool_choice="any"), None, "'none', 'auto' or 'required'"),
         (ask("x", chat_template_kwargs={"chat_template": "x"}), "chat_template_kwargs", "cannot be told"),
         (
             {
@@ -316,8 +360,9 @@ def test_what_cannot_be_is_told_as_openai_tells_it(http, body, param, words):
 
 def test_official_error_classes(client):
     with pytest.raises(openai.BadRequestError) as error:
-        client.chat.completions.create(**ask("x" * 40000))
-    assert error.value.code == "context_length_exceeded"
+        client.chat.completions.create(**ask("x" * 40000), extra_headers={"x-request-id": "mine"})
+    assert error.value.code == "context_length_exceeded" and error.value.request_id == "mine"
+    assert client.chat.completions.create(**ask("greet"))._request_id.startswith("req_")
 
 
 @pytest.mark.parametrize(

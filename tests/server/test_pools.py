@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from ktx.server import asked
+from ktx.server import asked, pools
 from ktx.server.errors import Problem
-from ktx.server.pools import PROMPTS, within
+from ktx.server.pools import COMPILE, GRAMMARS, PROMPTS, RENDER, within
 from tests.server.conftest import NAME, scripted, serving
 
 
@@ -37,6 +37,19 @@ def pool():
         yield made
 
 
+@contextlib.contextmanager
+def filled(pool, count):
+    """All its threads wait, until this ends or a call of what is given."""
+    free = threading.Event()
+    waiting = [pool.submit(free.wait, 60) for _ in range(count)]
+    try:
+        yield free.set
+    finally:
+        free.set()
+        for one in waiting:
+            one.result()
+
+
 def test_what_overruns_is_ended(pool):
     async def check():
         endless = Endless()
@@ -49,13 +62,47 @@ def test_what_overruns_is_ended(pool):
     asyncio.run(check())
 
 
-def test_what_had_no_turn_in_time_is_not_done(pool):
+def test_time_until_a_thread_is_free_is_not_ones_own(pool):
+    async def check():
+        works = [within(1.5, pool, "a", time.sleep, 0.5) for _ in range(5)]
+        assert await asyncio.gather(*works) == [None] * 5
+
+    asyncio.run(check())
+
+
+def test_what_has_no_turn_in_time_is_told_so_and_never_done(pool, monkeypatch):
+    monkeypatch.setattr(pools, "WAIT", 0.2)
     done = []
 
     async def check():
-        with pytest.raises(Problem):
-            await asyncio.gather(within(0.4, pool, "a", time.sleep, 0.8), within(0.2, pool, "b", done.append, "b"))
+        with filled(pool, 1):
+            with pytest.raises(Problem, match="busy: b found no thread") as busy:
+                await within(10, pool, "b", done.append, "b")
+        assert (busy.value.status, busy.value.code, busy.value.retry) == (429, "queue_full", 1)
         assert await within(10, pool, "c", len, "abc") == 3
+
+    asyncio.run(check())
+    assert not done
+
+
+def test_what_nobody_waits_for_is_ended(pool):
+    """Begun or not."""
+    done = []
+
+    async def check():
+        endless = Endless()
+        tasks = [
+            asyncio.ensure_future(within(60, pool, "a", endless)),
+            asyncio.ensure_future(within(60, pool, "b", done.append, "b")),
+        ]
+        await asyncio.to_thread(endless.begun.wait, 10)
+        for task in reversed(tasks):
+            task.cancel()
+        assert [type(told) for told in await asyncio.gather(*tasks, return_exceptions=True)] == [
+            asyncio.CancelledError
+        ] * 2
+        assert await within(10, pool, "c", len, "abc") == 3
+        assert endless.ended.is_set()
 
     asyncio.run(check())
     assert not done
@@ -69,6 +116,10 @@ def test_a_thread_outlives_a_hundred_of_them(pool):
             with contextlib.suppress(Problem):
                 await within(0.002, pool, "a", time.sleep, 0.0015 + i % 10 * 1e-4)
             assert await within(10, pool, "b", threading.get_ident) == thread
+            left = asyncio.ensure_future(within(10, pool, "c", time.sleep, 0.001))
+            await asyncio.sleep(0.0005 + i % 10 * 1e-4)
+            left.cancel()
+            assert await within(10, pool, "d", threading.get_ident) == thread
 
     thread = pool.submit(threading.get_ident).result()
     asyncio.run(check())
@@ -100,3 +151,31 @@ def test_an_endless_template_is_refused_and_ended(tmp_path_factory, monkeypatch)
     both = threading.Barrier(2)
     for waiting in [PROMPTS.submit(both.wait, 5) for _ in range(2)]:
         waiting.result()
+
+
+def test_others_slow_grammars_are_nobody_elses_fault(tmp_path_factory, monkeypatch):
+    asked = {"model": NAME, "prompt": "greet", "max_tokens": 9, "guided_regex": "[0-9]{3}"}
+    with serving(scripted(tmp_path_factory)) as (base, _), httpx.Client(base_url=base, timeout=30) as http:
+        with filled(GRAMMARS, 4) as free:
+            threading.Timer(COMPILE + 1, free).start()
+            assert http.post("/v1/completions", json=asked).json()["choices"][0]["text"].isdigit()
+        monkeypatch.setattr(pools, "WAIT", 0.3)
+        with filled(GRAMMARS, 4):
+            busy = http.post("/v1/completions", json=asked)
+            assert (busy.status_code, busy.headers["retry-after"]) == (429, "1"), busy.text
+            assert busy.json()["error"]["code"] == "queue_full"
+        assert http.post("/v1/completions", json=asked).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_takes_its_template_with_it(tmp_path_factory, stream):
+    engine = scripted(tmp_path_factory)
+    engine.tokenizer.chat_template = ENDLESS
+    asked = {"model": NAME, "messages": [{"role": "user", "content": "x"}], "stream": stream}
+    with serving(engine) as (base, _), httpx.Client(base_url=base, timeout=0.5) as http:
+        for _ in range(4):  # more than the pool has threads
+            with pytest.raises(httpx.ReadTimeout):
+                http.post("/v1/chat/completions", json=asked)
+        begun = time.monotonic()
+        assert http.post("/tokenize", json={"prompt": "x"}, timeout=60).status_code == 200
+        assert time.monotonic() - begun < RENDER / 2

@@ -249,6 +249,36 @@ def test_functions_of_a_namespace_are_called_by_both_names(http):
     assert again["output"][0]["content"][0]["text"] == "Good day, to you!"
 
 
+def test_the_responses_route_allows_some_tools(http):
+    """Also those of a namespace, by the name that the model knows."""
+    short = {
+        "type": "object",
+        "properties": {"city": {"enum": ["x"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    sky = {"type": "namespace", "name": "sky", "description": "d", "tools": [RESPONSE_TOOL | {"parameters": short}]}
+    tools = [RESPONSE_TOOL | {"name": "other"}, sky]
+
+    def choice(mode, *names):
+        return {"type": "allowed_tools", "mode": mode, "tools": [{"type": "function", "name": name} for name in names]}
+
+    def told(text, **more):
+        return sent(http, "/v1/responses", input=text, **more)
+
+    forced = told("greet", tools=tools, tool_choice=choice("required", "sky__weather"), parallel_tool_calls=False)
+    assert forced["tool_choice"] == choice("required", "sky__weather")
+    assert [(item["type"], item.get("namespace")) for item in forced["output"]] == [("function_call", "sky")]
+    free = told("look at the sky", tools=tools, tool_choice=choice("auto", "sky__weather"))
+    alone, both = told("look at the sky", tools=[sky]), told("look at the sky", tools=tools)
+    assert free["output"][-1]["name"] == "weather" and free["tools"] == both["tools"]
+    counts = [one["usage"]["input_tokens"] for one in (free, alone, both)]
+    assert counts[0] == counts[1] < counts[2]
+    for wrong in (choice("auto", "weather"), choice("required")):
+        words = refused(http, "/v1/responses", input="x", tools=tools, tool_choice=wrong)
+        assert "tools are ['other', 'sky__weather']" in words
+
+
 def test_reasoning_stands_where_summaries_are_shown_if_they_are_asked_for(http):
     """It is whole there, and is read back from there."""
     body = {"model": NAME, "input": "think", "stream": True, "reasoning": {"summary": "auto"}}

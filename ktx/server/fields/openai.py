@@ -120,6 +120,30 @@ class NamedTool(Fields):
     function: NamedFunction
 
 
+class AllowedTools(Fields):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(max_length=512)]
+
+
+class AllowedChoice(Fields):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def kind_of_choice(choice: Any) -> str:
+    """Of what was sent, or of what was read from it."""
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", "word")
+    return kind if kind in ("word", "allowed_tools") else "function"
+
+
+AnyChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    | Annotated[NamedTool, Tag("function")]
+    | Annotated[AllowedChoice, Tag("allowed_tools")],
+    Discriminator(kind_of_choice),
+]
+
+
 class StreamOptions(Fields):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
@@ -228,7 +252,7 @@ class Chat(Guided):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: AnyChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: Object | None = None
@@ -373,6 +397,20 @@ class ResponseChoice(Fields):
     name: FunctionName
 
 
+class ResponseAllowed(Fields):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ResponseChoice], Field(max_length=512)]
+
+
+AnyResponseChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    | Annotated[ResponseChoice, Tag("function")]
+    | Annotated[ResponseAllowed, Tag("allowed_tools")],
+    Discriminator(kind_of_choice),
+]
+
+
 class Respond(Fields):
     model: Name
     input: Text | Annotated[list[Object], Field(min_length=1, max_length=10_000)]
@@ -382,7 +420,7 @@ class Respond(Fields):
     top_p: float | None = Field(None, ge=0, le=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: Annotated[list[AnyResponseTool], Field(max_length=512)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponseChoice | None = None
+    tool_choice: AnyResponseChoice | None = None
     parallel_tool_calls: bool | None = None
     text: ResponseText | None = None
     reasoning: ResponseReasoning | None = None
