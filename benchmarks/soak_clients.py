@@ -174,6 +174,24 @@ class Client:
             good = bool(calls) and all(fits_schema(one["function"]["arguments"]) for one in calls)
             self.tally.expect(good, f"a forced call came out as {made}")
 
+    async def follow(self) -> None:
+        """A conversation that the server keeps: each answer goes on with the one before it, and is forgotten when that is asked for."""
+        body, asked, before = {"model": MODEL, "max_output_tokens": 16}, 0, None
+        for _ in range(self.chance.randint(2, 4)):
+            said = {"input": f"Tell me more. {self.chance.random()}", "previous_response_id": before}
+            made = await self.post("/v1/responses", body | said)
+            tokens = made["usage"]["input_tokens"]
+            self.tally.expect(tokens > asked, f"/v1/responses: {tokens} tokens where {asked} came before")
+            before, asked = made["id"], tokens
+        kept = await self.http.get(f"/v1/responses/{before}")
+        self.seen("/v1/responses/ID", kept.status_code, (200,), kept.text)
+        self.tally.expect(kept.json() == made, f"/v1/responses/{before}: kept {kept.text[:200]}")
+        if self.chance.random() < 0.5:
+            gone = await self.http.delete(f"/v1/responses/{before}")
+            self.seen("/v1/responses/ID", gone.status_code, (200,), gone.text)
+            again = await self.http.get(f"/v1/responses/{before}")
+            self.seen("/v1/responses/ID", again.status_code, (404,), again.text)
+
     async def look(self) -> None:
         """What boards and tokenizers ask for."""
         answer = await self.http.get(
@@ -199,6 +217,7 @@ ACTIONS: dict[str, tuple[int, Callable[[Client], Awaitable[None]]]] = {  # how o
     "long": (6, Client.long),
     "grammar": (8, Client.grammar),
     "call": (6, Client.call),
+    "follow": (4, Client.follow),
     "look": (6, Client.look),
 }
 _ASK = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}

@@ -28,6 +28,7 @@ from ktx.errors import BadFile, UsageError
 SUMMARY = "serve a model over HTTP"
 EPILOG = "Without --model the bundled demo model answers. Keys may also stand in the environment: KTX_API_KEY."
 LEAST_TOKENS = 64
+MOST_KEPT = 1_000_000
 PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance")
 
 
@@ -54,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     say.add_argument("--top-p", type=float, metavar="P", help="the same for top_p")
     say.add_argument("--chat-template", metavar="FILE", help="a Jinja chat template in the place of the model's own")
     flag(say, "--force-think", help="begin each answer with <think>")
+    say.add_argument(
+        "--keep-responses",
+        type=int,
+        metavar="N",
+        help="newest answers of /v1/responses that are kept in memory for requests that go on from them (default 1000; 0 with --ray, whose replicas share none)",
+    )
     net = parser.add_argument_group("network")
     net.add_argument(
         "--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1: this machine alone)"
@@ -237,7 +244,8 @@ def _settings(args: argparse.Namespace) -> Any:
     from ktx.engine.sampling import Sampling
 
     Sampling(**sampling)  # refuses what is out of range
-    return Answers(args.max_new_tokens, args.force_think, template, args.hide_input != "false", sampling)
+    keep = (0 if args.ray else Answers.keep_responses) if args.keep_responses is None else args.keep_responses
+    return Answers(args.max_new_tokens, args.force_think, template, args.hide_input != "false", sampling, keep)
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -328,6 +336,12 @@ def check_exposure(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
 def check_settings(args: argparse.Namespace) -> None:
     if not 0 <= args.port < 1 << 16:
         raise UsageError(f"--port {args.port}: must be from 0 to 65535")
+    if args.keep_responses is not None and not 0 <= args.keep_responses <= MOST_KEPT:
+        raise UsageError(f"--keep-responses {args.keep_responses}: must be from 0 to {MOST_KEPT}")
+    if args.keep_responses and args.ray:
+        raise UsageError(
+            f"--keep-responses {args.keep_responses}: replicas (--ray) share no answers; leave it out, or give 0"
+        )
     if args.hide_input not in ("true", "false"):
         raise UsageError(f"--hide-input {args.hide_input}: must be true or false")
     if args.cache_lens < LEAST_TOKENS:

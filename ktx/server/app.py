@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic_core import to_json
@@ -17,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 import ktx
 from ktx.errors import KtxError
-from ktx.server import chat, completions, messages, ollama, responses, static, tokens
+from ktx.server import chat, completions, messages, ollama, recalled, responses, static, tokens
 from ktx.server.errors import Problem, body_for, problem_of
 from ktx.server.fields import (
     Anthropic,
@@ -29,9 +30,10 @@ from ktx.server.fields import (
     OllamaGenerate,
     OllamaShow,
     Respond,
+    RespondCount,
     Tokenize,
 )
-from ktx.server.guard import Access, Guard
+from ktx.server.guard import Access, Guard, owner_of
 from ktx.server.machine import Machine
 from ktx.server.metrics import Metrics
 from ktx.server.sending import Gone, unless_gone
@@ -50,7 +52,8 @@ class JsonRoute(APIRoute):
         async def read(request: Request) -> Response:
             if request.method != "POST":
                 return await handler(request)
-            request._json = parsed(await request.body())
+            if body := await request.body():
+                request._json = parsed(body)
             try:
                 return await unless_gone(request, handler(request))
             except Gone:
@@ -62,7 +65,7 @@ class JsonRoute(APIRoute):
 def parsed(body: bytes) -> Any:
     """Problem 400 for what is no JSON, is nested too deeply, or holds halves of characters."""
     try:
-        value = json.loads(body)
+        value = json.loads(body, parse_constant=_number, parse_float=_number)
     except UnicodeDecodeError as error:
         raise Problem(400, f"the body is no UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
@@ -87,6 +90,14 @@ def parsed(body: bytes) -> Any:
     return value
 
 
+def _number(text: str) -> float:
+    """ValueError for what JSON has no number for, such as NaN, which Python reads and could not write again."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:32]} is no number of JSON's, or too large")
+    return value
+
+
 def make_app(served: Served, access: Access | None = None) -> Guard:
     """The whole server as one ASGI application."""
     return Guard(make_routes(served)[0], access or Access())
@@ -99,6 +110,7 @@ def make_routes(served: Served) -> tuple[FastAPI, Metrics]:
     served.on_finished = metrics.finished
     routes = APIRouter(route_class=JsonRoute)
     _openai(routes, served)
+    _responses(routes, served)
     _others(routes, served)
     _state(routes, served, metrics)
     app.include_router(routes)
@@ -146,10 +158,6 @@ def _openai(routes: APIRouter, served: Served) -> None:
     async def plain_completions(fields: Completion, request: Request) -> Any:
         return await completions.answer(served, fields, request)
 
-    @routes.post("/v1/responses")
-    async def respond(fields: Respond, request: Request) -> Any:
-        return await responses.answer(served, fields, request)
-
     @routes.post("/v1/embeddings")
     async def embeddings() -> Any:
         raise Problem(501, "this is a chat model, it makes no embeddings")
@@ -165,6 +173,38 @@ def _openai(routes: APIRouter, served: Served) -> None:
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         return tokens.info(served)
+
+
+def _responses(routes: APIRouter, served: Served) -> None:
+    @routes.post("/v1/responses")
+    async def respond(fields: Respond, request: Request) -> Any:
+        return await responses.answer(served, fields, request)
+
+    @routes.post("/v1/responses/input_tokens")
+    async def input_tokens(fields: RespondCount, request: Request) -> Any:
+        return await responses.count(served, fields, request)
+
+    @routes.get("/v1/responses/{name}")
+    async def retrieve(name: str, request: Request, stream: bool = False) -> Any:
+        return recalled.retrieve(served.kept, owner_of(request), name, stream)
+
+    @routes.delete("/v1/responses/{name}")
+    async def delete(name: str, request: Request) -> Any:
+        return recalled.delete(served.kept, owner_of(request), name)
+
+    @routes.get("/v1/responses/{name}/input_items")
+    async def input_items(
+        name: str,
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+        after: Annotated[str | None, Query(max_length=256)] = None,
+    ) -> Any:
+        return recalled.input_items(served.kept, owner_of(request), name, limit, order == "desc", after)
+
+    @routes.post("/v1/responses/{name}/cancel")
+    async def cancel(name: str, request: Request) -> Any:
+        return recalled.cancel(served.kept, owner_of(request), name)
 
 
 def _others(routes: APIRouter, served: Served) -> None:

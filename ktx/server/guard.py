@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import ipaddress
 import json
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ktx.server import ids
@@ -20,6 +22,7 @@ from ktx.server.errors import body_for
 from ktx.server.static import FILES
 
 OPEN = {(method, path) for method in ("GET", "HEAD") for path in ("/health", *FILES)}
+OWNER = "ktx.owner"  # in a request's scope
 BODY = 16 << 20
 DRAINED, DRAINING = 64 << 20, 5.0  # bytes and seconds of a body that is too large and is read all the same
 SLOW_BODY = 60.0  # seconds without a byte of a body that was announced
@@ -37,12 +40,13 @@ class Access:
 
     def knows(self, headers: Mapping[bytes, bytes]) -> bool:
         """Whether a key of ours is in Authorization or X-Api-Key. Takes as long for a wrong key as for a right one."""
-        given = headers.get(b"x-api-key", b"")
-        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer":
-            given = bearer.strip()
+        given = _key(headers)
         right = [hmac.compare_digest(given, key.encode()) for key in self.keys]
         return any(right)
+
+    def owner(self, headers: Mapping[bytes, bytes]) -> bytes:
+        """Who asks, of those that are let in."""
+        return hashlib.sha256(_key(headers)).digest() if self.keys else b""
 
     def host(self, header: bytes) -> bool:
         """Whether a Host header names this server: DNS rebinding sends a name of somebody else's."""
@@ -54,6 +58,16 @@ class Access:
         """Whether a page of this origin may ask: its own host's, or a listed one."""
         said = origin.decode("latin-1").strip().rstrip("/")
         return "*" in self.origins or said in self.origins or said.partition("://")[2].encode("latin-1") == host.strip()
+
+
+def owner_of(request: HTTPConnection) -> bytes:
+    """Whose key a request came with, as a digest; empty where there are no keys."""
+    return request.scope.get(OWNER, b"")
+
+
+def _key(headers: Mapping[bytes, bytes]) -> bytes:
+    scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
+    return bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
 
 
 def _is_address(name: str) -> bool:
@@ -96,7 +110,11 @@ class Guard:
         known = [(ids.GIVEN, name)]
         if body:  # many clients send JSON under another name, curl -d among them
             known.append((b"content-type", b"application/json"))
-        scope = {**scope, "headers": [*_without(scope["headers"], dict(known)), *known]}
+        scope = {
+            **scope,
+            "headers": [*_without(scope["headers"], dict(known)), *known],
+            OWNER: self.access.owner(headers),
+        }
         await self.app(scope, _replay(body, receive), _with(send, _allowing(origin)) if origin else send)
 
     def _let_in(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
@@ -205,7 +223,7 @@ def _allowing(origin: bytes) -> list[tuple[bytes, bytes]]:
 async def _preflight(send: Send, origin: bytes, headers: Mapping[bytes, bytes]) -> None:
     more = [
         (b"access-control-allow-origin", origin),
-        (b"access-control-allow-methods", b"GET, POST, OPTIONS"),
+        (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
         (
             b"access-control-allow-headers",
             headers.get(b"access-control-request-headers", b"authorization, content-type"),

@@ -62,8 +62,16 @@ class Writer:
         self.number += 1
         return kind, {"type": kind, "sequence_number": self.number, **more}
 
+    def told(self) -> dict[str, Any]:
+        """The answer as it is now."""
+        return {**self.base, "output": list(self.items)}
+
+    @property
+    def ended(self) -> bool:
+        return self.base["status"] in ("completed", "incomplete")
+
     def state(self, kind: str) -> tuple[str, dict[str, Any]]:
-        return self.event(kind, response={**self.base, "output": list(self.items)})
+        return self.event(kind, response=self.told())
 
     def place(self, form: Form) -> dict[str, Any]:
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, form.index: 0}

@@ -13,7 +13,7 @@ from ktx.errors import UsageError
 from ktx.server.errors import Problem, problem_of
 
 RENDER, COMPILE = 20.0, 2.0  # seconds for a prompt, and for a grammar
-WAIT = 20.0  # seconds until a thread is free
+WAIT = 8.0  # seconds until a thread is free
 PROMPTS = ThreadPoolExecutor(2, "ktx-prompts")
 GRAMMARS = ThreadPoolExecutor(4, "ktx-grammars")
 T = TypeVar("T")

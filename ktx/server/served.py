@@ -16,6 +16,7 @@ from ktx.engine.prompt import Prompts
 from ktx.engine.request import Finished
 from ktx.errors import KtxError
 from ktx.server.errors import Problem
+from ktx.server.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Settings:
     chat_template: str | None = None
     hide_input: bool = True
     sampling: Mapping[str, Any] = field(default_factory=dict)  # over the model's own defaults
+    keep_responses: int = 1000  # answers of /v1/responses that later requests may go on from
     ping: float = 15.0  # seconds between comments of a stream that has nothing to say
 
 
@@ -57,6 +59,7 @@ class Served:
         self.since = datetime.datetime.fromtimestamp(self.created, datetime.UTC).isoformat().replace("+00:00", "Z")
         self.fingerprint = f"ktx_{uuid.uuid4().hex[:10]}"
         self.progress = Progress()
+        self.kept = Kept(self.settings.keep_responses)
         self.engine: Engine | None = None
         self.bandwidth: float | None = None  # GB/s that this machine's memory was read with before the model was loaded
         self.prompts: Prompts | None = None

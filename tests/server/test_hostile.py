@@ -23,6 +23,7 @@ GOOD = {
     ),
     "/v1/completions": (fields.Completion, {"model": NAME, "prompt": "greet", "max_tokens": 4}),
     "/v1/responses": (fields.Respond, {"model": NAME, "input": "greet", "max_output_tokens": 4}),
+    "/v1/responses/input_tokens": (fields.RespondCount, {"model": NAME, "input": "greet"}),
     "/v1/messages": (
         fields.Anthropic,
         {"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": "greet"}]},
@@ -133,6 +134,21 @@ def test_wrong_values_for_every_field(http, path):
         for wrong in WRONG:
             refused += asked(http, path, good | {known.alias or name: wrong}) != 200
     assert refused > 5 * len(kind.model_fields)
+    still_well(http)
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+def test_numbers_that_no_json_can_say(http, number):
+    """They would be told back, in the tools of an answer or the items of a conversation, and cannot be."""
+    tool = {"type": "function", "name": "f", "parameters": {"maximum": "NUMBER"}}
+    for more in (
+        {"tools": [tool]},
+        {"input": [{"role": "user", "content": "greet", "x": "NUMBER"}]},
+        {"temperature": "NUMBER"},
+    ):
+        body = json.dumps({"model": NAME, "input": "greet"} | more).replace('"NUMBER"', number)
+        answer = http.post("/v1/responses", content=body)
+        assert answer.status_code == 400 and "no JSON" in answer.json()["error"]["message"]
     still_well(http)
 
 

@@ -429,10 +429,6 @@ def test_responses_stream(client, text):
     ] and whole.output_text == text_of
 
 
-def test_responses_without_memory(http):
-    for more in ({"previous_response_id": "resp_1"}, {"background": True}):
+def test_responses_in_the_background_are_not_offered(http):
+    for more in ({"background": True}, {"conversation": "conv_1"}):
         assert http.post("/v1/responses", json={"model": NAME, "input": "x", **more}).status_code == 400
-    referring = [{"role": "user", "content": "x"}, {"type": "item_reference", "id": "msg_1"}]
-    told = http.post("/v1/responses", json={"model": NAME, "input": referring})
-    assert told.status_code == 400 and "store: false" in told.json()["error"]["message"]
-    assert http.post("/v1/responses", json={"model": NAME, "input": "greet", "store": True}).json()["store"] is False

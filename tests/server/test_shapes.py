@@ -49,7 +49,7 @@ def test_what_says_nothing_about_the_answer_breaks_no_client(http):
     chat = sent(http, "/v1/chat/completions", messages=user("greet"), top_logprobs=0, logprobs=False, **ALWAYS)
     assert chat["choices"][0]["message"]["content"] == "Good day, to you!" and chat["service_tier"] == "default"
     told = sent(http, "/v1/responses", input="greet", reasoning={"effort": "max", "summary": "auto"}, **ALWAYS)
-    assert (told["status"], told["store"], told["service_tier"]) == ("completed", False, "default")
+    assert (told["status"], told["store"], told["service_tier"]) == ("completed", True, "default")
 
 
 def test_what_clients_add_to_an_answer_may_come_back_with_it(http):

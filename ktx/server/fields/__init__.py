@@ -2,7 +2,8 @@
 
 from ktx.server.fields.anthropic import Anthropic, Count
 from ktx.server.fields.ollama import OllamaChat, OllamaGenerate, OllamaShow
-from ktx.server.fields.openai import Chat, Completion, Detokenize, Respond, Tokenize
+from ktx.server.fields.openai import Chat, Completion, Detokenize, Tokenize
+from ktx.server.fields.responses import Respond, RespondCount
 
 __all__ = [
     "Anthropic",
@@ -14,5 +15,6 @@ __all__ = [
     "OllamaGenerate",
     "OllamaShow",
     "Respond",
+    "RespondCount",
     "Tokenize",
 ]
