@@ -3,7 +3,7 @@
     <|channel|>analysis<|message|>...<|end|>
     <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{...}<|call|>
 
-The prompt ends with <|start|>assistant, so an answer begins inside a header.
+The prompt ends with <|start|>assistant, so an answer begins inside a header, but where it goes on with a message's text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Harmony:
     def read(self) -> Iterator[Event | None]:
         source, output = self.source, self.output
         yield from output.show((yield from source.space()))
-        if (yield from source.comes(marks_of("to=functions."))):  # the mark before it stands in the prompt
+        inside = not output.fresh  # a message's text: no header begins
+        if not inside and (yield from source.comes(marks_of("to=functions."))):  # the mark before it is the prompt's
             yield from self.parser.call("", self.message)
         while True:
             text, mark = source.until(_MARKS)

@@ -11,12 +11,12 @@ from ktx.dialects.source import SPACE
 class Output:
     """Text on its way out. White space waits for what follows: before a mark it is layout and not shown."""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, said: str = ""):
         self.kind = kind
         self.pending: list[str] = []
-        self.fresh = True  # nothing has been shown since a mark
+        self.fresh = not said  # nothing has been shown since a mark
         self.leading = "\n"  # what is layout behind that mark
-        self.last = "\n"  # the character before what comes next
+        self.last = said[-1:] or "\n"  # the character before what comes next
 
     def show(self, text: str) -> Iterator[Text]:
         if self.fresh and not self.pending:

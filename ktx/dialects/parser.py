@@ -26,9 +26,10 @@ BARE = "{", "["  # what calls without a mark begin with, at the start of a line
 class Parser:
     """Reads one answer of one request.
 
-    `thinking`: the prompt has opened the reasoning block. `parse_calls`: whether calls are looked for, by default where
-    there are tools. Arguments are told while they come, so it may turn out late that they are no JSON: the call then
-    has no CallEnd, and all its text follows as Text. Whoever collects a message leaves out calls without CallEnd.
+    `thinking`: the prompt has opened the reasoning block. `said`: what the prompt says in the block where it ends, the
+    beginning of the text that comes. `parse_calls`: whether calls are looked for, by default where there are tools.
+    Arguments are told while they come, so it may turn out late that they are no JSON: the call then has no CallEnd, and
+    all its text follows as Text. Whoever collects a message leaves out calls without CallEnd.
     """
 
     def __init__(
@@ -38,12 +39,15 @@ class Parser:
         thinking: bool = False,
         parse_calls: bool | None = None,
         ids: Callable[[], str] = new_id,
+        said: str = "",
     ):
         self.dialect, tools = dialect, list(tools)
         self.parse_calls: bool = bool(tools) if parse_calls is None else parse_calls
         self.format: Format | None = dialect.format if self.parse_calls else None
-        self.source, self.calls, self.output = Source(), Calls(tools, ids), Output("think" if thinking else "answer")
-        self.seen = thinking  # whether there was any reasoning
+        self.source, self.calls = Source(), Calls(tools, ids)
+        self.output = Output("think" if thinking else "answer", said)
+        self.seen = thinking or bool(said)  # whether there was any reasoning, or none will come any more
+        self.begins = said.endswith("\n")  # what comes first begins a line
         self.again, self.broken = AGAIN, 0
         self.open_call = False  # after finish(cut=True): the stream ended inside a call
         self._look()
@@ -86,7 +90,8 @@ class Parser:
         """Shows text; returns the mark behind it, empty at the end."""
         source = self.source
         while True:
-            if self._bare and self.output.fresh:
+            if self._bare and (self.output.fresh or self.begins):
+                self.begins = False
                 yield from self.output.show((yield from source.space()))
                 char = yield from source.char()
                 if char in BARE and char:

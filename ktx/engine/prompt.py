@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktx.dialects import Dialect, dialect_for, for_template, opened
+from ktx.engine.proceed import proceeding
 from ktx.errors import UsageError
 
 LONGEST = 64 << 20  # characters of a rendered prompt
@@ -20,11 +21,12 @@ _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode will n
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt as text and as ids; `thinking`: it ends inside the reasoning block."""
+    """A prompt as text and as ids; `thinking`: it ends inside the reasoning block; `said`: text at its end that the answer goes on with."""
 
     text: str
     ids: list[int]
     thinking: bool
+    said: str = ""
 
 
 class Prompts:
@@ -52,10 +54,14 @@ class Prompts:
         words: Mapping[str, Any] | None = None,
         force_think: bool = False,
         answer: bool = True,
+        proceed: bool = False,
     ) -> Rendered:
-        """A conversation that ends where the assistant speaks (`answer`). UsageError for messages that the template refuses."""
+        """A conversation that ends where the assistant speaks (`answer`), or inside its last message (`proceed`).
+
+        UsageError for messages that the template refuses, or with which no answer can go on.
+        """
         told = for_template(messages, self.dialect)
-        border = self._border(told, tools)
+        border, end = self._unwritten(told, tools)
         told = [
             {
                 key: self._shielded(value, border, self._spared(message)) if key != "role" else value
@@ -64,15 +70,24 @@ class Prompts:
             for message in told
         ]
         shielded = [self._shielded(tool, border, ()) for tool in tools]
-        text = self._text(told, shielded, dict(words or {}), answer)
-        if len(text) > LONGEST:
-            raise UsageError(f"the prompt has {len(text)} characters, at most {LONGEST} are read")
-        mark = self.dialect.think[0]
+
+        def write(messages: Sequence[Mapping[str, Any]], answer: bool) -> str:
+            text = self._text(messages, shielded, dict(words or {}), answer)
+            if len(text) > LONGEST:
+                raise UsageError(f"the prompt has {len(text)} characters, at most {LONGEST} are read")
+            return text
+
+        if proceed:
+            text, said, thinking = proceeding(write, told, self.dialect, str(self.template), end)
+            return Rendered(text.replace(border, ""), self._ids(text, border), thinking, said.replace(border, ""))
+        text, mark = write(told, answer), self.dialect.think[0]
         if answer and force_think and mark and not opened(text, self.dialect):
             text += f"{mark}\n"
         return Rendered(text.replace(border, ""), self._ids(text, border), bool(answer and opened(text, self.dialect)))
 
-    def _text(self, messages: list[dict[str, Any]], tools: list[Any], words: dict[str, Any], answer: bool) -> str:
+    def _text(
+        self, messages: Sequence[Mapping[str, Any]], tools: list[Any], words: dict[str, Any], answer: bool
+    ) -> str:
         if not self.template:
             if tools:
                 raise UsageError("this model has no chat template, so it cannot be told of tools")
@@ -99,13 +114,11 @@ class Prompts:
             ids += self.tokenizer(part, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _border(self, *texts: Any) -> str:
-        """A character that nobody has written."""
+    def _unwritten(self, *texts: Any) -> list[str]:
+        """Two characters that nobody has written."""
         written = repr(texts)
-        return next(
-            (char for char in _NONCHARACTERS if char not in written and ascii(char)[1:-1] not in written),
-            _NONCHARACTERS[0],
-        )
+        free = [char for char in _NONCHARACTERS if char not in written and ascii(char)[1:-1] not in written]
+        return [*free, *_NONCHARACTERS][:2]
 
     def _spared(self, message: Mapping[str, Any]) -> tuple[str, ...]:
         """Marks that are the model's own words in its own messages."""

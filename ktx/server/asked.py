@@ -33,6 +33,8 @@ class Talk:
     words: dict[str, Any] = field(default_factory=dict)  # for the template
     format: Format | None = None
     think: bool | None = None  # None: as the model does by itself
+    answer: bool = True  # the prompt ends where the assistant speaks
+    proceed: bool = False  # the answer goes on with the last message
 
 
 @dataclass
@@ -49,7 +51,8 @@ class Asked:
 
     def parser(self, served: Served) -> Parser:
         assert served.prompts is not None
-        return Parser(served.prompts.dialect, self.tools, self.rendered.thinking, self.parse_calls)
+        rendered = self.rendered
+        return Parser(served.prompts.dialect, self.tools, rendered.thinking, self.parse_calls, said=rendered.said)
 
 
 def effort_words(effort: str | None) -> dict[str, Any]:
@@ -112,11 +115,16 @@ async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 
     """A conversation as the engine is asked it."""
     _, prompts, _ = served.ready()
     tools = talk.tools if talk.choice != "none" else []
+    formed = talk.format is not None and talk.format.type != "text"
+    if talk.proceed and (formed or (tools and talk.choice != "auto")):
+        kind, param = ("a format", "response_format") if formed else ("calls", "tool_choice")
+        raise Problem(400, f"an answer that goes on with the last message cannot be held to {kind}", param)
     words = dict(talk.words)
     if talk.think is not None:
         words = {"enable_thinking": talk.think, "thinking": talk.think} | words
     force = served.settings.force_think and talk.think is not False and words.get("enable_thinking") is not False
-    rendered = await within(RENDER, PROMPTS, "the prompt", prompts.render, talk.messages, tools, words, force)
+    how = (talk.messages, tools, words, force, talk.answer, talk.proceed)
+    rendered = await within(RENDER, PROMPTS, "the prompt", prompts.render, *how)
     asked = Asked(rendered, sampling, None, tools, bool(tools), salt, count)
     if tools and talk.choice != "auto":
         names = None if talk.choice == "required" else [talk.choice] if isinstance(talk.choice, str) else talk.choice
@@ -124,7 +132,7 @@ async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 
             raise Problem(400, f"this model ({prompts.dialect.name}) cannot be made to call a function", "tool_choice")
         forced = (prompts.dialect, tools, names, talk.parallel, prompts.special, rendered.thinking)
         asked.grammar = (await within(COMPILE, GRAMMARS, "the grammar", _forced, *forced), "")
-    elif talk.format is not None and talk.format.type != "text":
+    elif talk.format is not None and formed:
         after = ""
         if prompts.dialect.format is not None and prompts.dialect.format.style == "harmony":
             after = "<|channel|>final<|message|>"

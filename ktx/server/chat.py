@@ -31,6 +31,8 @@ async def answer(served: Served, fields: Chat, request: Request) -> Response:
         fields.parallel_tool_calls is not False,
         effort_words(fields.reasoning_effort) | (fields.chat_template_kwargs or {}),
         guided(fields),
+        answer=fields.add_generation_prompt is not False,
+        proceed=fields.proceeds,
     )
     ask = await asked_of(served, talk, sampling, fields.n or 1, salt_of(fields))
     check_room(served, ask.rendered.ids, limit)

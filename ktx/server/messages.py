@@ -85,7 +85,22 @@ def talk_of(fields: Count) -> Talk:
     parallel = not (said and said.disable_parallel_tool_use)
     effort = effort_words(fields.output_config.effort if fields.output_config else None)
     words = {"reasoning_effort": effort["reasoning_effort"]} if effort else {}  # whether it thinks is said by thinking
-    return Talk(told, tools, choice, parallel, words, _format(fields), think)
+    return Talk(told, tools, choice, parallel, words, _format(fields), think, proceed=_proceeds(fields.messages[-1]))
+
+
+def _proceeds(message: AnthropicTurn) -> bool:
+    """Whether the answer goes on with the last message. Problem 400 for an end that Anthropic's API refuses."""
+    if message.role != "assistant":
+        return False
+    text = message.content if isinstance(message.content, str) else ""
+    if message.content and not isinstance(message.content, str):
+        last = message.content[-1]
+        if last.type != "text":
+            raise Problem(400, f"messages: final assistant content cannot end with a block of type {last.type!r}")
+        text = _text(last)
+    if text != text.rstrip():
+        raise Problem(400, "messages: final assistant content cannot end with trailing whitespace")
+    return True
 
 
 def _format(fields: Count) -> Format | None:

@@ -86,7 +86,12 @@ async def chat(served: Served, fields: OllamaChat, request: Request) -> Response
     tools = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()]
     words = {"reasoning_effort": fields.think} if isinstance(fields.think, str) else {}
     talk = Talk(
-        messages, tools, words=words, format=_format(fields), think=None if fields.think is None else bool(fields.think)
+        messages,
+        tools,
+        words=words,
+        format=_format(fields),
+        think=None if fields.think is None else bool(fields.think),
+        proceed=fields.messages[-1].role == "assistant",
     )
     ask = await asked_of(served, talk, sampling_of(served, given, limit, logprobs=_logprobs(fields)))
 

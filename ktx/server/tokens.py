@@ -13,22 +13,17 @@ from ktx.server.served import Served
 
 
 async def tokenize(served: Served, fields: Tokenize) -> dict[str, Any]:
-    engine, prompts, _ = served.ready()
+    engine, _, _ = served.ready()
     if fields.model is not None:
         served.named(fields.model)
     if fields.messages is not None:
         talk = Talk(
             [message_of(message) for message in fields.messages],
             [tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
+            answer=fields.add_generation_prompt is not False,
+            proceed=fields.proceeds,
         )
-        if fields.add_generation_prompt is False:
-            ids = (
-                await within(
-                    RENDER, PROMPTS, "the prompt", prompts.render, talk.messages, talk.tools, None, False, False
-                )
-            ).ids
-        else:
-            ids = (await asked_of(served, talk, sampling_of(served, {}, 1))).rendered.ids
+        ids = (await asked_of(served, talk, sampling_of(served, {}, 1))).rendered.ids
     else:
         special = fields.add_special_tokens is not False
         ids = await within(

@@ -84,8 +84,15 @@ def numbered() -> Any:
     return lambda: f"call_{next(numbers)}"
 
 
-def parse(dialect: str, pieces: Iterable[str], thinking: bool = False, tools: Any = TOOLS, cut: bool = False) -> Any:
+def parse(
+    dialect: str,
+    pieces: Iterable[str],
+    thinking: bool = False,
+    tools: Any = TOOLS,
+    cut: bool = False,
+    said: str = "",
+) -> Any:
     """The merged events, and whether a call stayed open."""
-    parser = Parser(DIALECTS[dialect], tools, thinking, ids=numbered())
+    parser = Parser(DIALECTS[dialect], tools, thinking, ids=numbered(), said=said)
     events = [event for piece in pieces for event in parser.feed(piece)]
     return merged(events + parser.finish(cut)), parser.open_call

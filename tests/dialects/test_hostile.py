@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktx.dialects import DIALECTS, CallArguments, CallEnd, CallStart, Parser, Text
+from ktx.dialects import DIALECTS, CallArguments, CallEnd, CallStart, Parser, Text, merged
 from tests.dialects.cases import TOOLS, parse
 from tests.dialects.writing import WRITINGS
 
@@ -61,6 +61,32 @@ def test_any_text(family):
         for index in ended:
             found = [event.text for event in events if isinstance(event, CallArguments) and event.index == index]
             assert isinstance(json.loads("".join(found)), dict)
+
+    check()
+
+
+def before(family: str, thinking: bool) -> str:
+    """What a model writes before it thinks, or before it answers once it has thought."""
+    if family == "gpt-oss":
+        return f"<|channel|>{'analysis' if thinking else 'final'}<|message|>"
+    opening, closing = DIALECTS[family].think
+    return opening if thinking else f"{opening}Hm.{closing}"
+
+
+@pytest.mark.parametrize("family", DIALECTS)
+def test_any_text_that_goes_on(family):
+    """The same events as behind the same words of the model's own, however the text is cut."""
+    texts = st.lists(st.sampled_from(marks(family)) | st.text(max_size=3), max_size=14).map("".join)
+
+    @settings(max_examples=150, deadline=None)
+    @given(texts, st.booleans(), st.booleans())
+    def check(text, thinking, cut):
+        said, kind = "The answer is", "think" if thinking else "answer"
+        events, open_call = parse(family, [text], thinking, cut=cut, said=said)
+        assert parse(family, list(text), thinking, cut=cut, said=said) == (events, open_call)
+        whole = parse(family, [before(family, thinking) + said + text], cut=cut)[0]
+        own = whole if thinking or family == "gpt-oss" else whole[1:]
+        assert own == merged([Text(said, kind), *events])
 
     check()
 

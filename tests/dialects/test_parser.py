@@ -54,3 +54,36 @@ def test_a_whole_call_before_a_cut_is_no_open_one():
     parser.feed(CALL[:-6])
     parser.finish(cut=True)
     assert not parser.open_call
+
+
+def test_what_goes_on_keeps_its_white_space():
+    for thinking, kind in ((False, "answer"), (True, "think")):
+        parser = Parser(QWEN, TOOLS, thinking, said="Hello")
+        assert merged(parser.feed("\n world ") + parser.finish()) == [Text("\n world ", kind)]
+
+
+def test_an_answer_that_goes_on_thinks_no_more():
+    text = " and <think>more</think> words"
+    assert merged(Parser(QWEN, said="Hello").feed(text)) == [Text(text)]
+    thought = Parser(QWEN, thinking=True, said="Hm").feed(" <think> so.</think>\n\nYes.")
+    assert merged(thought) == [Text(" <think> so.", "think"), Text("Yes.")]
+
+
+def test_what_goes_on_may_call():
+    events = Parser(QWEN, TOOLS, ids=numbered(), said="Hello").feed(" you.\n" + CALL)
+    assert events == [Text(" you."), CallStart(0, "call_0", "now"), CallArguments(0, "{}"), CallEnd(0)]
+
+
+def test_a_call_without_marks_begins_a_line():
+    call = '{"name": "now", "parameters": {}}'
+    for said, text, calls in (("So:\n", call, 1), ("So:", "\n" + call, 1), ("So: ", call, 0), ("So:\n", "x" + call, 0)):
+        events = Parser(DIALECTS["llama-3"], TOOLS, said=said).feed(text)
+        assert sum(isinstance(event, CallStart) for event in events) == calls, (said, text)
+
+
+def test_harmony_goes_on_inside_its_channel():
+    rest = " four.<|end|><|start|>assistant<|channel|>final<|message|>4"
+    thought = Parser(DIALECTS["gpt-oss"], thinking=True, said="It is")
+    assert merged(thought.feed(rest) + thought.finish()) == [Text(" four.", "think"), Text("4")]
+    answer = Parser(DIALECTS["gpt-oss"], TOOLS, said="Say")
+    assert merged(answer.feed(" to=functions.now<|return|>")) == [Text(" to=functions.now")]

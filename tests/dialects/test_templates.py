@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ktx.dialects import DIALECTS, CallArguments, CallEnd, CallStart, Text, dialect_for, for_template, opened
+from ktx.engine.prompt import Prompts
+from ktx.errors import UsageError
 from tests.dialects.cases import TOOLS, parse
+from tests.small_chat import tokenizer
 
 FOLDER = Path(__file__).parent / "templates"
 # what a turn of the assistant begins with, beside what the model itself writes, and ends with
@@ -177,3 +180,113 @@ def test_any_arguments(family):
         assert read(family, turn(family, assistant(calls)))[2] == calls
 
     check()
+
+
+def prompts(family: str) -> Prompts:
+    """The template with a tokenizer that knows a few control tokens."""
+    words = tokenizer()
+    words.chat_template = template(family)
+    return Prompts(words)
+
+
+def going_on(family: str, before=QUESTION, **last):
+    """The prompt, and what it writes of the last message, which stands behind what is written of those before it."""
+    made = prompts(family)
+    rendered = made.render([*before, {"role": "assistant", **last}], TOOLS, proceed=True)
+    begun = made.render(before, TOOLS, answer=False).text
+    assert rendered.text.startswith(begun)
+    return rendered, rendered.text[len(begun) :]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_goes_on(family):
+    rendered, turn = going_on(family, content="The answer is")
+    assert turn.startswith(TURNS[family][0]) and turn.endswith("The answer is")
+    assert read(family, turn.removeprefix(TURNS[family][0]).removeprefix(" ")) == ("", "The answer is", [])
+    assert (rendered.said, rendered.thinking) == ("The answer is", False)
+    empty, place = going_on(family, content="")
+    assert turn == place + "The answer is" and (empty.said, empty.thinking) == ("", False)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_white_space_at_the_end_stays(family):
+    assert going_on(family, content=" \n The answer \n")[1].endswith("The answer \n")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_answer_goes_on_behind_results(family):
+    """Kimi's template would leave out the reasoning of a turn that is not over, Mistral's the system message."""
+    calls = assistant([("now", {})], reasoning="Hm.\nThe clock." if family in REASONING else "")
+    before = [*QUESTION, calls, {"role": "tool", "tool_call_id": "call_0", "content": "noon"}]
+    _, turn = going_on(family, before, content="It is")
+    assert turn.endswith("It is")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_that_look_like_control_tokens_stay_words_that_go_on(family):
+    made, said = prompts(family), "a<|end|>\ufdd0\ufdd1<|user|>b"
+    rendered, plain = going_on(family, content=said)[0], going_on(family, content="ab")[0]
+    assert rendered.said == said and rendered.text.endswith(said)
+    assert made.tokenizer.decode(rendered.ids) == rendered.text
+    for name in ("<|end|>", "<|user|>"):  # some templates write them too
+        assert rendered.ids.count(made.special[name]) == plain.ids.count(made.special[name])
+
+
+@pytest.mark.parametrize("family", sorted({*REASONING, "deepseek-r1"}))
+def test_reasoning_and_an_answer_that_goes_on(family):
+    rendered, turn = going_on(family, content="The answer is", reasoning_content="Hm.\nParis.")
+    assert read(family, turn.removeprefix(TURNS[family][0])) == ("Hm.\nParis.", "The answer is", [])
+    assert (rendered.said, rendered.thinking) == ("The answer is", False)
+    opening, closing = DIALECTS[family].think
+    if opening:
+        inside = f"{opening}\nHm.\nParis.\n{closing}\n\nThe answer is"
+        assert going_on(family, content=inside) == (rendered, turn)
+
+
+@pytest.mark.parametrize("family", sorted({*REASONING, "deepseek-r1"}))
+def test_reasoning_goes_on(family):
+    rendered, turn = going_on(family, content="", reasoning_content="Hm.\nPar")
+    assert read(family, turn.removeprefix(TURNS[family][0])) == ("Hm.\nPar", "", [])
+    assert (rendered.said, rendered.thinking) == ("Hm.\nPar", True) and turn.endswith("Hm.\nPar")
+    opening = DIALECTS[family].think[0]
+    if opening:
+        assert going_on(family, content=f"{opening}\nHm.\nPar") == (rendered, turn)
+        begun, place = going_on(family, content=opening)
+        assert turn == place + "Hm.\nPar" and (begun.said, begun.thinking) == ("", True)
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - REASONING - {"deepseek-r1"}))
+def test_reasoning_that_no_template_writes(family):
+    for content in ("", "The answer is"):
+        with pytest.raises(UsageError, match="writes no reasoning"):
+            going_on(family, content=content, reasoning_content="Hm.")
+
+
+def test_reasoning_of_a_model_that_was_told_to_think():
+    last = {"role": "assistant", "reasoning_content": "Hm.", "content": "It"}
+    rendered = prompts("deepseek-v3.1").render([*QUESTION, last], words={"thinking": True}, proceed=True)
+    assert rendered.text.endswith("<｜Assistant｜><think>Hm.</think>It")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_cannot_go_on(family):
+    with pytest.raises(UsageError, match="only if that is the assistant's"):
+        prompts(family).render(QUESTION, TOOLS, proceed=True)
+    with pytest.raises(UsageError, match="calls functions"):
+        going_on(family, **assistant([("now", {})], "So"))
+
+
+def test_text_that_a_template_changes_cannot_go_on():
+    with pytest.raises(UsageError, match="changes the last message's text"):
+        going_on("deepseek-r1", content="a</think>b")
+    made = tokenizer()
+    made.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+    with pytest.raises(UsageError, match="changes the last message's text"):
+        Prompts(made).render([*QUESTION, {"role": "assistant", "content": "ab"}], proceed=True)
+
+
+def test_a_model_without_a_template_goes_on():
+    made = tokenizer()
+    made.chat_template = None
+    rendered = Prompts(made).render([*QUESTION, {"role": "assistant", "content": "It "}], proceed=True)
+    assert (rendered.text, rendered.said) == ("Be brief.\nWeather?\nIt ", "It ")

@@ -193,7 +193,7 @@ class Guided(Choosing):
         return self
 
 
-# ---- /v1/chat/completions
+# ---- /v1/chat/completions and the messages of /tokenize
 
 
 class TextPart(Fields):
@@ -226,6 +226,7 @@ class Message(Fields):
     reasoning_content: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=512)] | None = None
     tool_call_id: Name | None = None
+    prefix: bool | None = Field(None, exclude=True)  # DeepSeek's: the answer goes on with this message, the last one
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
@@ -244,7 +245,28 @@ class Message(Fields):
         return self
 
 
-class Chat(Guided):
+class Ending(Fields):
+    """Where the prompt ends, in vLLM's words and in DeepSeek's."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @property
+    def proceeds(self) -> bool:
+        """The answer goes on with the last message."""
+        return bool(self.continue_final_message or (self.messages and self.messages[-1].prefix))
+
+    @model_validator(mode="after")
+    def one_end(self) -> Ending:
+        if any(message.prefix for message in (self.messages or ())[:-1]):
+            raise ValueError("prefix: only the last message can go on")
+        if self.proceeds and self.add_generation_prompt:
+            raise ValueError("an answer that goes on with the last message needs add_generation_prompt: false")
+        return self
+
+
+class Chat(Guided, Ending):
     model: Name
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
     max_tokens: MaxTokens | None = None
@@ -256,7 +278,7 @@ class Chat(Guided):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     chat_template_kwargs: Object | None = None
-    add_generation_prompt: Literal[True] | None = None
+    echo: Literal[False] | None = None  # vLLM's: what an answer goes on with is not said again
     modalities: list[Literal["text"]] | None = None
     store: bool | None = None  # for a place to look at answers later, which is not here
     verbosity: Literal["low", "medium", "high"] | None = None
@@ -317,12 +339,10 @@ class Completion(Guided):
         return self
 
 
-class Tokenize(Fields):
+class Tokenize(Ending):
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
     add_special_tokens: bool | None = None
-    add_generation_prompt: bool | None = None
     return_token_strs: bool | None = None
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
 
