@@ -48,7 +48,7 @@ async def answer(served: Served, fields: Chat, request: Request) -> Response:
     wants = bool(fields.logprobs)
     hide = fields.include_reasoning is False
     if not fields.stream:
-        return await sending.whole(request, chorus, _whole(chorus, turns, base, tokens, wants, hide))
+        return await sending.whole(chorus, _whole(chorus, turns, base, tokens, wants, hide))
     pieces = _stream(chorus, turns, base, tokens, wants, hide, fields.stream_options or StreamOptions())
     return sending.events(pieces, chorus, request.url.path, served.settings.ping, "[DONE]")
 

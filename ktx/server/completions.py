@@ -56,7 +56,7 @@ async def answer(served: Served, fields: Completion, request: Request) -> Respon
     }
     tokens = Tokens(engine.tokenizer)
     if not fields.stream:
-        return await sending.whole(request, chorus, _whole(chorus, base, tokens, fields, prompts))
+        return await sending.whole(chorus, _whole(chorus, base, tokens, fields, prompts))
     return sending.events(
         _stream(chorus, base, tokens, fields, prompts), chorus, request.url.path, served.settings.ping, "[DONE]"
     )

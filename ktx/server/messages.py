@@ -37,7 +37,7 @@ async def answer(served: Served, fields: Anthropic, request: Request) -> Respons
     turn = Turn(ask.parser(served))
     stops = frozenset(fields.stop_sequences or ())
     if not fields.stream:
-        return await sending.whole(request, chorus, _whole(chorus, turn, head, stops))
+        return await sending.whole(chorus, _whole(chorus, turn, head, stops))
     return sending.events(_stream(chorus, turn, head, stops), chorus, request.url.path, served.settings.ping)
 
 

@@ -148,7 +148,7 @@ async def _answer(
     turn = Turn(ask.parser(served))
     tokens = Tokens(chorus.engine.tokenizer) if fields.logprobs else None
     if fields.stream is False:
-        return await sending.whole(request, chorus, _whole(chorus, turn, name, piece, thinks, tokens))
+        return await sending.whole(chorus, _whole(chorus, turn, name, piece, thinks, tokens))
     return sending.lines(_stream(chorus, turn, name, piece, thinks, tokens), chorus)
 
 

@@ -71,7 +71,7 @@ async def answer(served: Served, fields: Respond, request: Request) -> Response:
             served.kept.keep(owner, writer.told(), [listed(item) for item in came], previous)
 
     if not fields.stream:
-        return await sending.whole(request, chorus, _whole(chorus, writer, keep))
+        return await sending.whole(chorus, _whole(chorus, writer, keep))
     return sending.events(_stream(chorus, writer, keep), chorus, request.url.path, served.settings.ping)
 
 

@@ -49,12 +49,10 @@ async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
-async def whole(request: Request, chorus: Chorus, work: Coroutine[Any, Any, Any]) -> Response:
-    """The one body that `work` makes."""
+async def whole(chorus: Chorus, work: Awaitable[Any]) -> Response:
+    """The one body that `work` makes. The routes cancel it when its client leaves."""
     try:
-        return JSONResponse(await unless_gone(request, work))
-    except Gone:
-        return Response(status_code=499)
+        return JSONResponse(await work)
     finally:
         chorus.close()
 
