@@ -109,3 +109,17 @@ def settled(served, seconds=1.0):
             return True
         time.sleep(0.01)
     return False
+
+
+def sent(http, path, **body):
+    answer = http.post(path, json={"model": NAME, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def refused(http, path, **body):
+    """What an error says; Ollama's have no more than that."""
+    answer = http.post(path, json={"model": NAME, **body})
+    assert answer.status_code in (400, 501), answer.text
+    error = answer.json()["error"]
+    return error if isinstance(error, str) else error["message"]

@@ -12,7 +12,7 @@ import pytest
 from ktx.server.guard import Access
 from ktx.server.kept import Kept
 from ktx.server.served import Settings
-from tests.server.conftest import NAME, scripted, serving
+from tests.server.conftest import NAME, scripted, sent, serving
 
 TOOL = {
     "type": "function",
@@ -27,9 +27,7 @@ def client(server):
 
 
 def asked(http, text, **more):
-    answer = http.post("/v1/responses", json={"model": NAME, "input": text, **more})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    return sent(http, "/v1/responses", input=text, **more)
 
 
 def texts(items):

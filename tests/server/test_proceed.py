@@ -15,7 +15,7 @@ import pytest
 import ktx
 from ktx.engine.engine import Options
 from ktx.engine.scripted import read_script, scripted_engine
-from tests.server.conftest import NAME, serving
+from tests.server.conftest import NAME, refused, sent, serving
 from tests.server.test_clients import FUNCTION, TOOL
 from tests.small_chat import tokenizer, write_model
 
@@ -80,20 +80,6 @@ def base(http):
 @pytest.fixture(scope="module")
 def client(base):
     return openai.OpenAI(base_url=f"{base}/v1", api_key="none", max_retries=0)
-
-
-def sent(http, path, **body):
-    answer = http.post(path, json={"model": NAME, **body})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-def refused(http, path, **body):
-    """What an error says; Ollama's have no more than that."""
-    answer = http.post(path, json={"model": NAME, **body})
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
-    return error if isinstance(error, str) else error["message"]
 
 
 def cut(messages, said):

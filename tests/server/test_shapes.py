@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.server.conftest import NAME
+from tests.server.conftest import NAME, refused, sent
 
 PARAMETERS = {
     "type": "object",
@@ -29,20 +29,6 @@ ALWAYS = {  # what says something about the sender or about keeping, and nothing
 
 def user(text):
     return [{"role": "user", "content": text}]
-
-
-def sent(http, path, **body):
-    answer = http.post(path, json={"model": NAME, **body})
-    assert answer.status_code == 200, answer.text
-    return answer.json()
-
-
-def refused(http, path, **body):
-    """What an error says; Ollama's have no more than that."""
-    answer = http.post(path, json={"model": NAME, **body})
-    assert answer.status_code in (400, 501), answer.text
-    error = answer.json()["error"]
-    return error if isinstance(error, str) else error["message"]
 
 
 def test_what_says_nothing_about_the_answer_breaks_no_client(http):
