@@ -17,7 +17,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import ktx
-from ktx.errors import KtxError
 from ktx.server import chat, completions, messages, ollama, recalled, responses, static, tokens
 from ktx.server.errors import Problem, body_for, problem_of
 from ktx.server.fields import (
@@ -50,14 +49,20 @@ class JsonRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def read(request: Request) -> Response:
-            if request.method != "POST":
-                return await handler(request)
-            if body := await request.body():
-                request._json = parsed(body)
             try:
+                if request.method != "POST":
+                    return await handler(request)
+                if body := await request.body():
+                    request._json = parsed(body)
                 return await unless_gone(request, handler(request))
             except Gone:
                 return Response(status_code=499)
+            except (RequestValidationError, HTTPException):
+                raise
+            except (
+                Exception
+            ) as error:  # told here: Starlette would raise it again behind the answer, and the connection end
+                return _problem(request, error)
 
         return read
 
@@ -115,11 +120,8 @@ def make_routes(served: Served) -> tuple[FastAPI, Metrics]:
     _state(routes, served, metrics)
     app.include_router(routes)
     app.router.routes.extend(static.routes())
-    for kind in (Problem, KtxError):
-        app.add_exception_handler(kind, _problem)
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http)  # type: ignore[arg-type]
-    app.add_exception_handler(Exception, _problem)
     return app, metrics
 
 
@@ -273,7 +275,7 @@ def _respond(request: Request, problem: Problem) -> JSONResponse:
     return JSONResponse(body, problem.status, headers)
 
 
-async def _problem(request: Request, error: Exception) -> JSONResponse:
+def _problem(request: Request, error: Exception) -> JSONResponse:
     problem = problem_of(error)
     if problem.status == 500:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)

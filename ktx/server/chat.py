@@ -14,6 +14,7 @@ from ktx.engine.asking import Chorus
 from ktx.engine.request import Piece
 from ktx.server import sending
 from ktx.server.asked import Talk, allowed, asked_of, begin, check_room, effort_words, guided, salt_of, sampling_of
+from ktx.server.errors import Problem
 from ktx.server.fields.openai import AllowedChoice, Chat, Message, NamedTool, StreamOptions
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Tokens, Turn
@@ -67,12 +68,18 @@ def message_of(message: Message) -> dict[str, Any]:
     told = message.model_dump(exclude_none=True)
     content = told.get("content")
     if isinstance(content, list):
-        told["content"] = [
-            {"type": "text", "text": part["refusal"]} if part.get("type") == "refusal" else part for part in content
-        ]
+        told["content"] = [_part(part) for part in content]
     if told["role"] == "function":
         told["role"] = "tool"
     return told
+
+
+def _part(part: dict[str, Any]) -> dict[str, Any]:
+    if part.get("type") != "refusal":
+        return part
+    if not isinstance(part.get("refusal"), str):
+        raise Problem(400, "messages: a part of type 'refusal' without its text", "messages")
+    return {"type": "text", "text": part["refusal"]}
 
 
 def usage_of(ask_tokens: int, turns: list[Turn]) -> dict[str, Any]:

@@ -89,15 +89,17 @@ def spaced(space: str | None, name: str) -> str:
     return f"{space}__{name}" if space else name
 
 
-def messages_of(instructions: str | None, items: list[Item]) -> list[dict[str, Any]]:
-    """Items as chat messages; calls of one turn stand in one message, with the reasoning before them."""
+def messages_of(instructions: str | None, before: list[Item], came: list[Item]) -> list[dict[str, Any]]:
+    """Items of the turns before and of the request as chat messages; calls of one turn stand in one message, with the reasoning before them."""
     told: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
     thought = ""
-    for at, item in enumerate(items):
+    for at, item in enumerate([*before, *came], -len(before)):
         kind = item.get("type", "message")
         if kind == "reasoning":
-            parts = [*(item.get("content") or ()), *(item.get("summary") or ())]
-            thought = "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+            lists = [item.get(place) or () for place in ("content", "summary")]
+            if not all(isinstance(parts, list | tuple) for parts in lists):
+                raise Problem(400, f"input[{at}]: content and summary of reasoning are lists", "input")
+            thought = "".join(str(part.get("text", "")) for parts in lists for part in parts if isinstance(part, dict))
             continue
         if kind == "function_call_output":
             told.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
@@ -109,10 +109,14 @@ def _format(fields: Count) -> Format | None:
 
 
 def _text(block: Block) -> str:
-    text = (block.model_extra or {}).get("text")
-    if block.type != "text" or not isinstance(text, str):
+    return _plain(block.type, (block.model_extra or {}).get("text"))
+
+
+def _plain(kind: Any, text: Any) -> str:
+    """The text of a block of that type."""
+    if kind != "text" or not isinstance(text, str):
         raise Problem(
-            400, f"a content block of type {block.type!r}: only text, thinking, tool_use and tool_result are understood"
+            400, f"a content block of type {kind!r}: only text, thinking, tool_use and tool_result are understood"
         )
     return text
 
@@ -152,9 +156,9 @@ def _message(message: AnthropicTurn) -> list[dict[str, Any]]:
 def _result(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    if isinstance(content, Sequence):
-        return "".join(_text(Block.model_validate(part)) for part in content)
-    raise Problem(400, "the content of a tool_result must be text")
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise Problem(400, "the content of a tool_result must be text or a list of blocks")
+    return "".join(_plain(part.get("type"), part.get("text")) for part in content)
 
 
 def _usage(told: Ended | None, prompt: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ktx.server.fields.responses import (
 )
 from ktx.server.guard import owner_of
 from ktx.server.items import Writer
+from ktx.server.kept import Item
 from ktx.server.served import Served
 from ktx.server.turn import Tokens, Turn
 
@@ -52,7 +53,7 @@ async def answer(served: Served, fields: Respond, request: Request) -> Response:
     )
     owner = owner_of(request)
     before, came, previous = input_of(served.kept, owner, fields)
-    talk, spaces = _talk(fields, [*before, *came])
+    talk, spaces = _talk(fields, before, came)
     ask = await asked_of(served, talk, sampling)
     check_room(served, ask.rendered.ids, fields.max_output_tokens)
     chorus = await begin(served, [ask])
@@ -80,17 +81,17 @@ async def count(served: Served, fields: RespondCount, request: Request) -> dict[
     if fields.model is not None:
         served.named(fields.model)
     before, came, _ = input_of(served.kept, owner_of(request), fields)
-    talk, _ = _talk(fields, [*before, *came])
+    talk, _ = _talk(fields, before, came)
     ask = await asked_of(served, talk, Sampling())
     return {"object": "response.input_tokens", "input_tokens": len(ask.rendered.ids)}
 
 
-def _talk(fields: RespondCount, items: list[dict[str, Any]]) -> tuple[Talk, dict[str, tuple[str, str]]]:
+def _talk(fields: RespondCount, before: list[Item], came: list[Item]) -> tuple[Talk, dict[str, tuple[str, str]]]:
     """What the engine is asked, and the namespace and own name of each function that has one."""
     tools, spaces = _tools(fields)
     tools, choice = _chosen(fields, tools)
     words = effort_words(fields.reasoning.effort if fields.reasoning else None)
-    messages = messages_of(fields.instructions, items)
+    messages = messages_of(fields.instructions, before, came)
     return Talk(messages, tools, choice, fields.parallel_tool_calls is not False, words, _format(fields)), spaces
 
 

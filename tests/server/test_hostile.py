@@ -23,6 +23,19 @@ GOOD = {
     ),
     "/v1/completions": (fields.Completion, {"model": NAME, "prompt": "greet", "max_tokens": 4}),
     "/v1/responses": (fields.Respond, {"model": NAME, "input": "greet", "max_output_tokens": 4}),
+    "/v1/responses?items": (
+        fields.Respond,
+        {
+            "model": NAME,
+            "max_output_tokens": 4,
+            "input": [
+                {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "x"}], "content": []},
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "greet"},
+            ],
+        },
+    ),
     "/v1/responses/input_tokens": (fields.RespondCount, {"model": NAME, "input": "greet"}),
     "/v1/messages": (
         fields.Anthropic,
@@ -234,6 +247,40 @@ def test_hostile_messages(http):
             + [{"role": "user", "content": "x"}]
         },
     )
+    still_well(http)
+
+
+ITEMS = (
+    {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "greet"}], "id": "msg_1"},
+    {"role": "assistant", "content": "greet", "status": "completed", "phase": None},
+    {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "x"}], "content": [{"type": "x"}]},
+    {"type": "function_call", "id": "fc_1", "call_id": "c", "name": "f", "arguments": "{}", "namespace": "n"},
+    {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "x"}]},
+    {"type": "item_reference", "id": "msg_1"},
+)
+
+
+@pytest.mark.wall_clock
+@pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.get("type", "assistant"))
+def test_items_of_a_conversation(http, item):
+    """Each field of each kind of item with each wrong value, and what is then kept of it is shown and gone on from."""
+    kept = 0
+    for name in item:
+        for wrong in [*WRONG, None, item]:
+            body = {
+                "model": NAME,
+                "input": [item | {name: wrong}, {"role": "user", "content": "greet"}],
+                "max_output_tokens": 2,
+            }
+            answer = http.post("/v1/responses", json=body)
+            assert answer.status_code in (200, 400), (body, answer.text)
+            if answer.status_code == 200:
+                kept += 1
+                id = answer.json()["id"]
+                assert http.get(f"/v1/responses/{id}/input_items").status_code == 200
+                more = {"previous_response_id": id, "input": "greet"}
+                assert http.post("/v1/responses", json=body | more).status_code == 200
+    assert kept or item["type"] == "item_reference"
     still_well(http)
 
 
