@@ -230,26 +230,50 @@ struct DTQ2_0 : Usual {
   }
 };
 
+// Digits to the base 3, five in a byte: a byte is their fraction, so times 3^n (mod 256) brings digit n to the front, times 3 over 256 reads it.
+static const uint32_t POWERS_OF_3[5] = {0x00010001, 0x00030003, 0x00090009, 0x001b001b, 0x00510051};  // in both halves of a word
+AI V low_bytes(V x) { return and_(x, set(0x00ff00ff)); }
+AI V trit(V x, int n) {
+  const V p = set(POWERS_OF_3[n]), three = set(POWERS_OF_3[1]);
+  const V even = mul16(low_bytes(mul16(low_bytes(x), p)), three), odd = mul16(low_bytes(mul16(shr16(x, 8), p)), three);
+  return with_bits(shr16(even, 8), odd, set(0xff00ff00));
+}
+// Eight times the digits FROM and following of each byte; eight times digit n, one of the first four.
+#ifdef KTX_VBMI
+AI V eight_of(V four, int n) { return and_(n < 2 ? shl(four, 3 - 2 * n) : shr(four, 2 * n - 3), set8(24)); }
+template <int FROM, int COUNT> AI void eight_trits(V bytes, V* w) {
+  const Selected<256> at(bytes, bytes);
+  const V four = FROM < 4 ? at.of(TRITS.four) : bytes;
+#pragma GCC unroll 5
+  for (int i = 0; i < COUNT; ++i) w[i] = FROM + i < 4 ? eight_of(four, FROM + i) : at.of(TRITS.fifth);
+}
+AI V eight_trit(V bytes, int n) { return eight_of(Selected<256>(bytes, bytes).of(TRITS.four), n); }
+#else
+template <int FROM, int COUNT> AI void eight_trits(V bytes, V* w) {
+  V even = low_bytes(bytes), odd = shr16(bytes, 8);
+  if (FROM) even = low_bytes(mul16(even, set(POWERS_OF_3[FROM]))), odd = low_bytes(mul16(odd, set(POWERS_OF_3[FROM])));
+#pragma GCC unroll 5
+  for (int i = 0; i < COUNT; ++i) {
+    if (i) even = low_bytes(even), odd = low_bytes(odd);
+    even = mul16(even, set(POWERS_OF_3[1])), odd = mul16(odd, set(POWERS_OF_3[1]));
+    w[i] = shl(with_bits(shr16(even, 8), odd, set(0xff00ff00)), 3);
+  }
+}
+AI V eight_trit(V bytes, int n) { return shl(trit(bytes, n), 3); }
+#endif
+
 struct DTQ1_0 : Usual {  // words: 12 of five trits a byte, 1 of four trits a byte
   KTX_FORMAT(TQ1_0, 256, 16, false, 1, false, 2)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
-  // A byte is a fraction in base 3: times 3^n (mod 256) brings trit n to the front, times 3 over 256 reads it.
-  AI static V trit(V x, int power) {
-    const V low = set(0x00ff00ff), p = set(uint32_t(power) * 0x00010001u), three = set(0x00030003);
-    const V even = shr16(mul16(and_(mul16(and_(x, low), p), low), three), 8);
-    const V odd = shr16(mul16(and_(mul16(shr16(x, 8), p), low), three), 8);
-    return or_(even, shl(odd, 8));
-  }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    static const int POWERS[5] = {1, 3, 9, 27, 81};
     scale = d;
     if (s < 10)
-      for (int i = 0; i < 4; ++i) w[i] = trit(b.word(s % 2 * 4 + i), POWERS[s / 2]);
+      for (int i = 0; i < 4; ++i) w[i] = trit(b.word(s % 2 * 4 + i), s / 2);
     else if (s < 15)
-      for (int i = 0; i < 4; ++i) w[i] = trit(b.word(8 + i), POWERS[s - 10]);
+      for (int i = 0; i < 4; ++i) w[i] = trit(b.word(8 + i), s - 10);
     else
-      for (int i = 0; i < 4; ++i) w[i] = trit(b.word(12), POWERS[i]);
+      for (int i = 0; i < 4; ++i) w[i] = trit(b.word(12), i);
   }
 };
 
@@ -287,7 +311,7 @@ AI V eight_fields(const Entries& e, int entry, int second) {
 }
 AI V four_fields(const Entries& e, int entry) { return shr16_each<0, 4>(doubled(e, entry)); }
 #endif
-KTX_BOOK(IQ2_XXS, 256) KTX_BOOK(IQ2_XS, 512) KTX_BOOK(IQ2_S, 1024) KTX_BOOK(IQ3_XXS, 256) KTX_BOOK(IQ3_S, 512) KTX_BOOK(IQ1, 2048)
+KTX_BOOK(IQ2_XXS, 256) KTX_BOOK(IQ2_XS, 512) KTX_BOOK(IQ2_S, 1024) KTX_BOOK(IQ3_XXS, 256) KTX_BOOK(IQ3_S, 512)
 
 AI uint64_t mask_at(const uint8_t* line, int vector) {
   uint64_t m;
@@ -310,8 +334,6 @@ static const int8_t VALUES_IQ3_XXS[16] = {carry(4), carry(12), carry(20), carry(
                                           carry(4), carry(12), carry(20), carry(28), carry(36), carry(44), carry(52), carry(62)};
 static const int8_t VALUES_IQ3_S[16] = {carry(1), carry(3), carry(5), carry(7), carry(9), carry(11), carry(13), carry(15),
                                         carry(1), carry(3), carry(5), carry(7), carry(9), carry(11), carry(13), carry(15)};
-// IQ1: a weight is d * (g + delta) with g in -1, 0, 1 and delta = +-1/8; carried as the integer 8*g +- 1 with scale d/8.
-static const int8_t VALUES_IQ1[16] = {carry(-7), carry(1), carry(9), 0, carry(-7), carry(1), carry(9), 0, carry(-7), carry(1), carry(9), 0, carry(-7), carry(1), carry(9), 0};
 
 // Four weights of an entry: the first or the second of eight, all of four. `minus` is the mask of those with a minus.
 AI V of_eight(const Entries& e, int entry, int second, uint64_t minus) {
@@ -319,9 +341,6 @@ AI V of_eight(const Entries& e, int entry, int second, uint64_t minus) {
 }
 AI V of_four(const int8_t* values, const Entries& e, int entry, uint64_t minus) {
   return negated(repeated_table<7>(values, four_fields(e, entry)), minus);
-}
-AI V of_three(const Entries& e, int entry, int second, V two_if_minus) {
-  return sub8(repeated_table<3>(VALUES_IQ1, eight_fields(e, entry, second)), two_if_minus);
 }
 
 struct DIQ2_XXS : Ready {  // words: per 32 k, four grid indices, then signs; the spare bits are a scale
@@ -400,35 +419,48 @@ struct DIQ3_S : Ready {  // words: 16 of low index bytes, 8 of signs, 2 of ninth
   }
 };
 
-struct DIQ1_S : Ready {  // words: 8 of low index bytes, 4 of two times (3 x 4 index bits, scale, sign of delta)
+// ---- IQ1: a weight is d * (2 * scale + 1) * (digit - 1 + delta), delta = +-1/8; carried in eighths, 8 * digit - 8 +- 1. Packing has spelled the
+// entries out (layout.cpp).
+
+AI void unit_digits(const Block& b, int u, V* w) {  // of 32 k, eight times each
+  const int pair = u / 2;
+  if (u % 2) {
+    eight_trits<3, 2>(b.word(3 * pair + 1), w), eight_trits<0, 5>(b.word(3 * pair + 2), w + 2);
+    w[7] = eight_trit(b.word(12), pair);
+  } else {
+    eight_trits<0, 5>(b.word(3 * pair), w), eight_trits<0, 3>(b.word(3 * pair + 1), w + 5);
+  }
+}
+AI F odd_steps(F d, V bits) { return mulf(mulf(d, to_float(or_(shl(and_(bits, set(7)), 1), set(1)))), setf(0.125f)); }
+AI V minus_nine_or_seven(V sign) { return sub8(set8(carry(-7)), and_(sub(set(0), and_(sign, set(1))), set8(2))); }
+
+struct DIQ1_S : Ready {  // words: 13 of digits, 1 of (scale, sign of delta) nibbles
   KTX_FORMAT(IQ1_S, 256, 32, true, 0, false, 9)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
   AI static void part(const Head& d, const Block& b, int s, V* w, F& scale, F&) {
-    const V h = and_(shr(b.word(8 + s / 2), s % 2 * 16), set(0xffff));
-    scale = mulf(mulf(d, to_float(add(shl(and_(shr(h, 12), set(7)), 1), set(1)))), setf(0.125f));
-    const V minus = and_(sub(set(0), shr(h, 15)), set8(2));
-    const Entries e = look_up<BIQ1, 3>(b.word(s), h);
-    for (int i = 0; i < 8; ++i) w[i] = of_three(e, i / 2, i % 2, minus);
+    const V nibble = shr(b.word(13), 4 * s), from = minus_nine_or_seven(shr(nibble, 3));
+    scale = odd_steps(d, nibble);
+    unit_digits(b, s, w);
+    for (int i = 0; i < 8; ++i) w[i] = add8(w[i], from);
   }
 };
 
-struct DIQ1_M : Units {  // words: 8 of low index bytes, 4 of (3 index bits, sign of delta) nibbles, 2 of scales that carry d in their top nibbles
+struct DIQ1_M : Units {  // words: 13 of digits, 1 of signs of delta, one for eight weights, 2 of scales that carry d in their top nibbles
   KTX_FORMAT(IQ1_M, 256, 16, true, 0, false, 9)
   typedef F Head;
   AI static Head head(const Block& b) {
-    const V s0 = b.word(12), s1 = b.word(13);
+    const V s0 = b.word(14), s1 = b.word(15);
     const V low = or_(and_(shr(s0, 12), set(0x000f)), and_(shr(s0, 24), set(0x00f0)));
     return f16_lanes(or_(low, or_(and_(shr(s1, 4), set(0x0f00)), and_(shr(s1, 16), set(0xf000)))));
   }
-  AI static F step(const Head& d, V bits) { return mulf(mulf(d, to_float(add(shl(and_(bits, set(7)), 1), set(1)))), setf(0.125f)); }
   AI static void unit(const Head& d, const Block& b, int u, V* w, F* scale) {
-    const V steps = shr(b.word(12 + u / 4), u / 2 % 2 * 16 + u % 2 * 6), nibbles = shr(b.word(8 + u / 2), u % 2 * 16);
-    scale[0] = step(d, steps), scale[1] = step(d, shr(steps, 3));
-    const Entries e = look_up<BIQ1, 4>(b.word(u), nibbles);
-    for (int i = 0; i < 4; ++i) {
-      const V minus = and_(sub(set(0), and_(shr(nibbles, 4 * i + 3), set(1))), set8(2));
-      w[2 * i] = of_three(e, i, 0, minus), w[2 * i + 1] = of_three(e, i, 1, minus);
+    const V steps = shr(b.word(14 + u / 4), u / 2 % 2 * 16 + u % 2 * 6), signs = shr(b.word(13), 4 * u);
+    scale[0] = odd_steps(d, steps), scale[1] = odd_steps(d, shr(steps, 3));
+    unit_digits(b, u, w);
+    for (int i = 0; i < 8; i += 2) {
+      const V from = minus_nine_or_seven(shr(signs, i / 2));
+      w[i] = add8(w[i], from), w[i + 1] = add8(w[i + 1], from);
     }
   }
 };

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "grids.h"
+
 namespace ktx {
 namespace {
 // Offsets are those of the ggml block structures (gguf-py's constants and dequantisers name the same fields).
@@ -26,8 +28,8 @@ const Layout LAYOUTS[] = {
     {IQ2_S, "IQ2_S", 256, 82, 2, 1, {0, 0}, {{2, 32}, {34, 32}, {66, 8}, {74, 8}}, false},
     {IQ3_XXS, "IQ3_XXS", 256, 98, 2, 1, {0, 0}, {{2, 64}, {66, 32}}, false},
     {IQ3_S, "IQ3_S", 256, 110, 2, 1, {0, 0}, {{2, 64}, {74, 32}, {66, 8}, {106, 4}}, false},
-    {IQ1_S, "IQ1_S", 256, 50, 2, 1, {0, 0}, {{2, 32}, {34, 16}}, false},
-    {IQ1_M, "IQ1_M", 256, 56, 0, 0, {0, 0}, {{0, 32}, {32, 16}, {48, 8}}, false},
+    {IQ1_S, "IQ1_S", 256, 50, 2, 1, {0, 0}, {{2, 32}, {34, 16}}, false, 2},
+    {IQ1_M, "IQ1_M", 256, 56, 0, 0, {0, 0}, {{0, 32}, {32, 16}, {48, 8}}, false, 2},
     {IQ4_NL, "IQ4_NL", 32, 18, 2, 1, {0, 0}, {{2, 16}}, false},
     {IQ4_XS, "IQ4_XS", 256, 136, 2, 2, {0, 2}, {{8, 128}, {4, 4}}, false},
     {MXFP4, "MXFP4", 32, 17, 1, 1, {0, 0}, {{1, 16}}, false},
@@ -98,11 +100,62 @@ void part_pairs(uint8_t* lines) {
   signs_by_vector(lines + 64);
 }
 
+// IQ1: entries of a book of 2048 become the digits 0 to 2 that they stand for, five in a byte: sixteen bits for eight weights instead of eleven, which
+// are taken apart five times as fast as they are looked up. Bytes are written as TQ1_0's: a fraction of 243, rounded up to one of 256.
+struct Spelling {  // of each entry, its weights as bytes
+  uint32_t fours[2048][2];
+  Spelling() {
+    for (int e = 0; e < 2048; ++e)
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t fields = half ? SECOND_IQ1[e] : FIRST_IQ1[e];
+        fours[e][half] = (fields & 3) | (fields >> 2 & 3) << 8 | (fields >> 4 & 3) << 16 | (fields >> 6) << 24;
+      }
+  }
+};
+// The words of digits from those of `fours`: of each pair of units fifteen fours in three words, and one in the last word.
+void put_digits(const uint32_t (*fours)[16], uint32_t (*words)[16]) {
+  static const uint32_t NONE[16] = {};
+  for (int i = 0; i < 13; ++i) {
+    const uint32_t* digit[5];
+    for (int d = 0; d < 5; ++d) digit[d] = i < 12 ? fours[i / 3 * 16 + i % 3 * 5 + d] : d < 4 ? fours[16 * d + 15] : NONE;
+    uint8_t line[64];
+    for (int r = 0; r < 16; ++r) {
+      uint32_t x = digit[0][r];
+      for (int d = 1; d < 5; ++d) x = 3 * x + digit[d][r];
+      std::memcpy(line + 4 * r, &x, 4);
+    }
+    for (uint8_t& x : line) x = uint8_t(x + ((uint32_t(x) * 13 + 242) * 270 >> 16));  // ceil(256 x / 243)
+    std::memcpy(words[i], line, 64);
+  }
+}
+// IQ1_S: 8 words of low index bytes, 4 of two times (3 x 4 index bits, scale, sign of delta) -> 13 of digits, 1 of (scale, sign) nibbles.
+// IQ1_M: 8 and 4 of (3 index bits, sign of delta) nibbles, 2 of scales -> 13, 1 of signs, 2 of scales.
+template <bool S> void spell_out(uint8_t* lines) {
+  static const Spelling spelling;
+  uint32_t words[16][16], fours[64][16], rest[16] = {};
+  std::memcpy(words, lines, 14 * 64);
+  for (int u = 0; u < 8; ++u)
+    for (int r = 0; r < 16; ++r) {
+      const uint32_t low = words[u][r], high = words[8 + u / 2][r] >> (16 * (u % 2));
+      if (S) rest[r] |= (high >> 12 & 15) << (4 * u);
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t more = high >> ((S ? 3 : 4) * i), entry = (low >> (8 * i) & 255) | (more & 7) << 8;
+        if (!S) rest[r] |= (more >> 3 & 1) << (4 * u + i);
+        fours[8 * u + 2 * i][r] = spelling.fours[entry][0], fours[8 * u + 2 * i + 1][r] = spelling.fours[entry][1];
+      }
+    }
+  if (!S) std::memcpy(words[14], lines + 12 * 64, 2 * 64);
+  std::memcpy(words[13], rest, 64);
+  put_digits(fours, words);
+  std::memcpy(lines, words, (S ? 14 : 16) * 64);
+}
+
 // What the decoder of a type wants beside words of 16 rows: its bits in another order (see formats.inl).
 void arrange(int code, uint8_t* words) {
   switch (code) {
     case Q5_0: case Q5_1: each_word(words + 64 * 4, fifth_bits); break;
-    case IQ1_S: case IQ1_M: swap_indices(words, 0, 8, 1); break;
+    case IQ1_S: spell_out<true>(words); break;
+    case IQ1_M: spell_out<false>(words); break;
     case IQ2_XXS:
       swap_indices(words, 0, 16, 2);
       for (int i = 1; i < 16; i += 2) each_word(words + 64 * i, with_spare_bits), signs_by_vector(words + 64 * i);

@@ -2,8 +2,8 @@
 //
 // A packed matrix is cut into groups of 16 rows. A group holds, for its 16 rows, one plane for every field narrower than four
 // bytes (scales: [block][16] of f16 or u8) and one plane of 32-bit words ([block][word][16 rows]). A vector register then holds
-// the same word of 16 rows, so packing is pure data movement and a packed matrix is as large as the file's, up to
-// rounding a plane to 64 bytes. Float types are a single plane [k][16 rows].
+// the same word of 16 rows, so packing is data movement and a packed matrix is as large as the file's, up to rounding a plane to
+// 64 bytes; but for IQ1, whose entries of a code book become what they stand for. Float types are a single plane [k][16 rows].
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -26,7 +26,8 @@ struct Layout {
   int16_t narrow_at[2];   // their offsets in the block
   Segment words[4];       // the rest, in the order the decoder expects
   bool is_float;
-  int word_count() const { int n = 0; for (const Segment& s : words) n += s.bytes / 4; return n; }
+  int more = 0;           // packed words that a block of the file does not have
+  int word_count() const { int n = more; for (const Segment& s : words) n += s.bytes / 4; return n; }
 };
 
 const Layout* find_layout(int code);  // nullptr when the type is unknown

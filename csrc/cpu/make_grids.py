@@ -1,7 +1,8 @@
 """Writes grids.cpp: the code books of the IQ types, an entry in 16 bits, taken from gguf-py.
 
 An entry holds the places of its weights in a short table of values: of eight weights in two bits each, of four in four bits each. They lie
-so that shifting the doubled entry by a constant brings one of four to the bottom of each byte (`fields` in formats.inl). Machines that permute bytes take the same entries as two bytes (`halves`).
+so that shifting the doubled entry by a constant brings one of four to the bottom of each byte (`fields` in formats.inl). Machines that permute bytes take the same entries as two bytes (`halves`), and so does
+packing, which spells IQ1's out.
 
 Usage: python csrc/cpu/make_grids.py > csrc/cpu/grids.cpp
 """
@@ -56,7 +57,8 @@ def main() -> None:
         values, codes = entries(cls)
         first, second = halves(codes, cls.grid.shape[-1] == 8)
         print(f"// values: {' '.join(map(str, values))}")
-        print(table("uint16_t", f"GRID_{name}", 32, codes.tolist(), 4))
+        if name != "IQ1":  # packing spells these out
+            print(table("uint16_t", f"GRID_{name}", 32, codes.tolist(), 4))
         print(table("uint8_t", f"FIRST_{name}", 0, first, 2))
         print(table("uint8_t", f"SECOND_{name}", 0, second, 2))
     print("}  // namespace ktx")

@@ -61,6 +61,20 @@ template <int N> struct Selected {  // 64 indices into N entries: low bytes, and
   }
   AI V of(const uint8_t* table) const { return permuted<N>(table, low, bits); }
 };
+struct Trits {  // the first four digits of a byte (see `trit` in formats.inl) in two bits each, and eight times the fifth
+  alignas(64) uint8_t four[256], fifth[256];
+  constexpr Trits() : four{}, fifth{} {
+    for (int byte = 0; byte < 256; ++byte) {
+      int x = byte;
+      for (int n = 0; n < 5; ++n, x &= 255) {
+        x *= 3;
+        if (n < 4) four[byte] = uint8_t(four[byte] | (x >> 8) << (2 * n));
+        else fifth[byte] = uint8_t(x >> 8 << 3);
+      }
+    }
+  }
+};
+constexpr Trits TRITS;
 constexpr int PLACES[4] = {0, 16, 8, 24};  // where the byte of an entry begins
 AI V two_bit_fields(V bytes, int entry) {  // four fields of an entry's byte, each at the bottom of a byte
   const long long lane = PLACES[entry] * 0x01010101ll + 0x06040200ll;
