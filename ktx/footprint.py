@@ -16,6 +16,7 @@ from ktx.cache.kv import PLAIN, KVType, stored_row
 from ktx.cache.pages import PAGE, SNAPSHOTS
 from ktx.inject import Plan, Step, layer_of
 from ktx.kernels import cpu
+from ktx.kernels.rearrange import UNDO
 from ktx.ops.base import made_from
 from ktx.ops.experts import Experts
 from ktx.ops.linear import Linear
@@ -65,6 +66,7 @@ class Part:
     top: int = 0
     row: bool = False  # a token reads one row
     pinned: bool = False  # to the CPU, by a rule
+    rearranged: bool = False  # on its way from the CPU's memory to a GPU, bit by bit
 
     def on(self, gpu: bool) -> Bytes:
         return self.gpu if gpu else self.cpu
@@ -209,6 +211,7 @@ def _part(step: Step, module: nn.Module, plan: Plan, source: WeightSource) -> Pa
         experts,
         top,
         row,
+        rearranged=any(qtype.name in UNDO for qtype, _ in packed),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 
 from ktx.footprint import FLOAT, HALF, Footprint, Kept, Part
 from ktx.kernels.planes import PIECE
+from ktx.kernels.rearrange import UNDOING
 from ktx.kernels.unpack import STREAMED
 from ktx.kernels.work import Shape, Work
 from ktx.ops.mla import EXPAND_BYTES
@@ -38,9 +39,13 @@ def crossing(of: Footprint, tokens: int) -> int:
 
 
 def streamed(parts: Collection[Part]) -> int:
-    """A piece of the experts in the CPU's memory as they come to a GPU for prompts, and the same in planes; an expert is a piece at least."""
+    """A piece of the experts in the CPU's memory as they come to a GPU for prompts, and the same in planes; an expert is a piece at least.
+
+    What puts bits back where packing found them has some room of its own.
+    """
     found = [
         sum(min(size, max(STREAMED, size // part.experts)) for size in (part.cpu.held, part.gpu.held))
+        + part.rearranged * UNDOING
         for part in parts
         if part.experts and part.weights
     ]

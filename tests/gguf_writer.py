@@ -11,6 +11,7 @@ import gguf
 import torch
 
 from ktx.qtypes import QTYPES, QType
+from ktx.quantize import random_rows
 
 ARCH = {
     "deepseek_v2": "deepseek2",
@@ -45,6 +46,14 @@ def permuted(w: torch.Tensor, heads: int) -> torch.Tensor:
 
 def unpermuted(w: torch.Tensor, heads: int) -> torch.Tensor:
     return w.reshape(heads, w.shape[0] // heads // 2, 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def packed(qtype: QType, x: torch.Tensor) -> torch.Tensor:
+    """Types that need an importance matrix hold other weights of the same spread."""
+    if not qtype.name.startswith(("IQ1", "IQ2", "IQ3")):
+        return qtype.quantize(x)
+    rows, seed = x.numel() // x.shape[-1], int(x.abs().sum()) % 1000
+    return random_rows(qtype, rows, x.shape[-1], seed, float(x.std())).view(*x.shape[:-1], -1)
 
 
 class Writer:
@@ -163,7 +172,7 @@ class Writer:
     def put(self, name: str, x: torch.Tensor) -> torch.Tensor:
         x = x.float().contiguous()
         qtype = self.type_for(name, tuple(x.shape))
-        data = qtype.quantize(x)
+        data = packed(qtype, x)
         kind = gguf.GGMLQuantizationType(qtype.code)
         if qtype.name == "F32":
             self.w.add_tensor(name, x.numpy())

@@ -10,6 +10,7 @@ import torch
 
 import ktx
 import ktx.demo
+from ktx import scratch
 from ktx.__main__ import main
 from ktx.cache.paged import Batch, PagedCache, Span
 from ktx.commands.arguments import size, tokens
@@ -18,6 +19,7 @@ from ktx.errors import DoesNotFit, UsageError
 from ktx.fitting import changes, fit
 from ktx.footprint import Bytes, Footprint, Part, on_cpu, on_gpu
 from ktx.kernels import planes
+from ktx.kernels.rearrange import UNDOING
 from ktx.kernels.unpack import STREAMED
 from ktx.placement import CPU, KV, Budget, Placement, Speeds, balanced, choose
 from ktx.preparing import measure
@@ -174,6 +176,12 @@ def test_room_to_bring_experts_for_prompts_is_counted_and_given_up_first(v3):
     need = roomy.total("cuda:0") - roomy.bytes["routed experts"]["cuda:0"] - STREAMED
     tight = fit(v3, Budget((need,), 420 * GB, 32 << 10))
     assert not tight.stream and tight.streamed_from(FAST) == 0 < roomy.streamed_from(FAST)
+
+
+def test_room_to_put_bits_back_is_counted_where_packing_moved_them(v3):
+    part = next(part for part in v3.parts if part.experts)
+    assert not part.rearranged
+    assert scratch.streamed([replace(part, rearranged=True)]) == scratch.streamed([part]) + UNDOING
 
 
 def test_prompts_are_brought_to_a_gpu_from_where_copying_is_faster(v3):

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ktx.kernels import code_books, decode
+from ktx.kernels import books, code_books, decode
 from ktx.kernels.planes import Packed
 
 ROWS, SPAN = 16, 256  # of a program
@@ -61,7 +61,7 @@ def decoding(packed: Packed, prefix: str = "") -> dict[str, Any]:
 def book(packed: Packed) -> torch.Tensor:
     """The code book of these weights; types that have none get what is never read."""
     name = DECODERS[packed.qtype.name].book
-    return code_books.book(name, packed.data.device) if name else packed.data
+    return books.book(name, packed.data.device) if name else packed.data
 
 
 @triton.jit

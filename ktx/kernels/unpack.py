@@ -1,7 +1,8 @@
 """The CPU's packed order of weights taken to a GPU's planes, by strided copies on the device: exact, and no table of its own.
 
 The CPU keeps groups of 16 rows (csrc/cpu/layout.h): a plane for each narrow field, then 32-bit words of 16 rows side by side. A field of planes.py is
-either narrow there or whole words, in the same order, so both orders follow from FIELDS. Types whose bits the CPU keeps in another order are left out.
+either narrow there or whole words, in the same order, so both orders follow from FIELDS. What packing did to the bits of words is undone first, some of
+the matrices at a time (rearrange.py).
 """
 
 from __future__ import annotations
@@ -10,35 +11,17 @@ from collections.abc import Iterator
 
 import torch
 
-from ktx.errors import KtxError
 from ktx.kernels.planes import FIELDS, HALF, Packed
-from ktx.qtypes import FP8_BLOCK, QType
+from ktx.kernels.rearrange import AT_ONCE, MORE, UNDO
+from ktx.qtypes import FP8_BLOCK
 
 LANES, LINE = 16, 64  # rows of a group, and bytes to which a plane of it is filled up
 STREAMED = 512 << 20  # packed bytes of experts that come to a GPU at once (ktx.ops.gpu.streaming), at least one expert
-ARRANGED = (
-    "Q5_0",
-    "Q5_1",
-    "IQ1_S",
-    "IQ1_M",
-    "IQ2_XXS",
-    "IQ2_XS",
-    "IQ2_S",
-    "IQ3_XXS",
-    "IQ3_S",
-)  # `arrange` in layout.cpp
 WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # of what is copied at once
-
-
-def unpackable(qtype: QType) -> bool:
-    """Whether `unpack` knows a type."""
-    return qtype.name in FIELDS and qtype.name not in ARRANGED
 
 
 def unpack(data: torch.Tensor, into: Packed, first: int = 0) -> None:
     """Groups of rows of every matrix of `into`, from group `first` on: uint8 [matrices, groups, bytes of a group], on the device of `into`."""
-    if not unpackable(into.qtype):
-        raise KtxError(f"{into.qtype}: its packed order on the CPU cannot be taken to planes")
     begin = first * LANES
     rows = min(into.n - begin, data.shape[1] * LANES)
     whole, rest = divmod(rows, LANES)
@@ -71,13 +54,19 @@ def _fields(data: torch.Tensor, into: Packed) -> Iterator[tuple[torch.Tensor, to
             held = data[..., at : at + blocks * LANES * width].view(WIDTHS[width]).unflatten(-1, (blocks, LANES))
             yield held.transpose(-1, -2), plane.view(WIDTHS[width])[..., part]
             at += -(-blocks * LANES * width // LINE) * LINE
-    count = sum(plane.shape[-1] for plane in words)
+    count = sum(plane.shape[-1] for plane in words) + MORE.get(into.qtype.name, 0)
     held = data[..., at:].view(torch.int32).unflatten(-1, (blocks, count, LANES))
-    held = held.permute(0, 1, 4, 2, 3)  # [matrices, groups, 16, blocks, words of a block]
-    begin = 0
-    for plane in words:
-        yield held[..., begin : begin + plane.shape[-1]], plane
-        begin += plane.shape[-1]
+    undo = UNDO.get(into.qtype.name)
+    each = into.matrices if undo is None else max(1, AT_ONCE * into.matrices // (held.numel() * 4))
+    for some in range(0, into.matrices, each):
+        taken = held[some : some + each]
+        if undo is not None:
+            taken = undo(taken)
+        taken = taken.permute(0, 1, 4, 2, 3)  # [matrices, groups, 16, blocks, words of a block]
+        begin = 0
+        for plane in words:
+            yield taken[..., begin : begin + plane.shape[-1]], plane[some : some + each]
+            begin += plane.shape[-1]
 
 
 def _scales(data: torch.Tensor, into: Packed, first: int) -> None:

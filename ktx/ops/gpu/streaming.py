@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from ktx.devices import Device
 from ktx.errors import DoesNotFit
 from ktx.hardware import human
 from ktx.kernels import cpu, planes, speed
-from ktx.kernels.unpack import STREAMED, unpack, unpackable
+from ktx.kernels.unpack import STREAMED, unpack
 from ktx.ops.experts import PROJECTIONS, Experts
 from ktx.ops.gpu.experts import computed
 from ktx.ops.gpu.handover import Stream
@@ -53,6 +53,10 @@ class Piece:
     def nbytes(self, name: str) -> int:
         return sum(data.numel() for data, _, _ in self.stretches(name))
 
+    def file_bytes(self, name: str) -> int:
+        held = self.experts.weights[name]
+        return self.count * held.n * held.qtype.row_bytes(held.k)
+
 
 class Streamer:
     """What brings the experts of several layers to a device, in the order in which they are called."""
@@ -66,11 +70,12 @@ class Streamer:
         self.coming: Piece | None = None  # what is, or will be, in `raw`
         self.here: Piece | None = None  # what `matrices` are
         self.matrices: list[planes.Packed] = []
-        self.raw, self.planes = ({name: self._buffer(line, name) for name in PROJECTIONS} for _ in range(2))
+        self.raw = {name: self._buffer(piece.nbytes(name) for piece in line) for name in PROJECTIONS}
+        self.planes = {name: self._buffer(piece.file_bytes(name) for piece in line) for name in PROJECTIONS}
         self.biases = {experts: self._biases(experts) for experts in layers}
 
-    def _buffer(self, line: Sequence[Piece], name: str) -> torch.Tensor:
-        return torch.empty(max(piece.nbytes(name) for piece in line), dtype=torch.uint8, device=self.device)
+    def _buffer(self, sizes: Iterable[int]) -> torch.Tensor:
+        return torch.empty(max(sizes), dtype=torch.uint8, device=self.device)
 
     def _biases(self, experts: Experts) -> list[torch.Tensor | None]:
         given = [experts.biases[name] for name in PROJECTIONS]
@@ -147,22 +152,11 @@ def install(model: Any, wish: object = "auto") -> None:
         why = "no layer has its experts on the CPU and its MoE block on a GPU"
         warnings.warn(f"stream_experts={wish}: {why}; nothing is streamed", stacklevel=3)
     for device, of in blocks.items():
-        if least is not None or not device.pretended:
-            _install_on(device, [block for block in of if _known(block.experts)], least)
-    others = [module.experts for of in blocks.values() for module in of if not _known(module.experts)]
-    types = sorted({w.qtype.name for experts in others for w in experts.weights.values() if not unpackable(w.qtype)})
-    if types and (least is not None or not all(device.pretended for device in blocks)):
-        what = f"experts of {', '.join(types)} are not brought to a GPU for prompts; the CPU computes them"
-        warnings.warn(f"stream_experts: {what}", stacklevel=3)
-
-
-def _known(experts: Experts) -> bool:
-    return all(unpackable(w.qtype) for w in experts.weights.values())
+        if of and (least is not None or not device.pretended):
+            _install_on(device, of, least)
 
 
 def _install_on(device: Device, blocks: Sequence[MoE], least: int | None) -> None:
-    if not blocks:
-        return
     layers = [block.experts for block in blocks]
     try:
         streamer = Streamer(device.torch, layers, _stream(device, layers))
