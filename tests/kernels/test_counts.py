@@ -92,8 +92,8 @@ def test_counts_of_another_form_are_refused(packed, counts):
 
 
 def test_several_threads_add_to_one_and_a_reader_sees_it_grow(packed):
-    ids, counts, seen = choices(4), cpu.new_counts(COUNT), []
-    x, weights = torch.randn(4, HIDDEN), torch.rand(4, TOP)
+    ids, counts = choices(4), cpu.new_counts(COUNT)
+    x, weights, seen = torch.randn(4, HIDDEN), torch.rand(4, TOP), [counts.clone()]
 
     def work():
         for _ in range(50):
