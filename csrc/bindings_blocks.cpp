@@ -1,7 +1,11 @@
-// Whole modules as torch operators; see bindings.cpp. Matrices come as a list, each with its type's code and its rows in a list beside it.
+// Whole modules, and rows of them, as torch operators; see bindings.cpp. A module is made into a step once: its matrices come as a list, each with
+// its type's code and its rows in a list beside it. A call then names steps by number and brings tokens, which is little to hand over.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <memory>
+#include <mutex>
+#include <unordered_map>
 #include <vector>
 
 #include "bindings.h"
@@ -83,122 +87,270 @@ struct Past {
   }
 };
 
-Norm norm_before(const Optional& weight, int64_t hidden, double eps, bool plus_one) { return {optional_floats(weight, hidden, "before"), float(eps), plus_one}; }
+// What a call brings to the steps that it names.
+struct Call {
+  const Tensor& x;  // f32 [batches, length, hidden], of the first step; later ones have the same shape
+  const Optional &cos, &sin, &ranges, &mask, &sequences, &pages, &slots;
+  int64_t past, batches, length;
+};
 
-void check_x(const Tensor& x, int64_t dimensions) {
-  STD_TORCH_CHECK(x.dim() == dimensions && x.is_contiguous() && x.scalar_type() == ScalarType::Float, "x must be contiguous float32 with ", dimensions, " dimensions");
-}
+// What is known before any token comes. It holds the tensors whose memory it reads.
+class Step {
+ public:
+  Step(int64_t hidden, const Optional& before, double eps, bool plus_one) : hidden(hidden), before_{optional_floats(before, hidden, "before"), float(eps), plus_one} { hold({&before}); }
+  virtual ~Step() = default;
+  virtual size_t keeps() const { return 0; }  // tensors of a cache that it writes
+  virtual void run(const Call& call, Tensor* kept, const float* x, float* out) const = 0;
+  const int64_t hidden;
 
-Tensor mla_block_(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& latents, Tensor& ropes, int64_t past, const Optional& ranges,
-                  const Optional& mask, Tensors packed, Ints about, const Optional& q_norm, const Tensor& kv_norm, int64_t heads, int64_t nope,
-                  int64_t values, bool interleaved, Doubles numbers, const Optional& before, double before_eps, bool before_plus_one,
-                  const Optional& sequences, const Optional& pages, const Optional& slots) {
-  check_x(x, 3);
-  STD_TORCH_CHECK(latents.dim() == 4 && past >= 0 && heads > 0 && numbers.size() == 3, "latents, past, heads or numbers are not what a block takes");
-  MlaBlock b{};
-  b.batches = x.size(0), b.length = x.size(1), b.hidden = x.size(2);
-  const Past where(x, past, latents, sequences, pages, slots);
-  b.places = where.places;
-  b.heads = heads, b.nope = nope, b.values = values, b.rank = columns_of(latents, "latents");
-  b.rotation = rotation(cos, sin, b.batches, b.length, interleaved);
-  const int64_t turned = b.rotation.turned;
-  b.latent = cached(latents, where.batches, 1, where.positions, b.rank, "latents"), b.rope = cached(ropes, where.batches, 1, where.positions, turned, "ropes");
-  Matrices matrices(packed, about);
-  b.q_a = matrices.projection(b.hidden, "q_a_proj");
-  b.q = matrices.projection(b.q_a.rows() ? b.q_a.rows() : b.hidden, "q_proj");
-  b.kv_a = matrices.projection(b.hidden, "kv_a_proj");
-  b.o = matrices.projection(heads * values, "o_proj");
-  STD_TORCH_CHECK(b.q.rows() == heads * (nope + turned) && b.kv_a.rows() == b.rank + turned && b.o.rows() == b.hidden && (!b.q_a.rows() || q_norm),
-                  "the projections do not fit ", heads, " heads of ", nope, " + ", turned, " columns on a latent of ", b.rank);
-  const ExpertMatrix uk = matrices.experts(heads, b.rank, nope, "W_UK"), uv = matrices.experts(heads, values, b.rank, "W_UV");
-  b.uk_layout = uk.layout, b.uk = uk.packed, b.uv_layout = uv.layout, b.uv = uv.packed;
-  b.q_norm = {optional_floats(q_norm, b.q_a.rows(), "q_norm"), float(numbers[0]), false};
-  b.kv_norm = {floats(kv_norm, b.rank, "kv_norm"), float(numbers[1]), false};
-  b.masks.batches = b.batches, b.masks.heads = heads, b.masks.queries = b.length, b.masks.scale = float(numbers[2]);
-  where.put(b.masks, ranges, mask);
-  Tensor out = torch::stable::empty_like(x);
-  b.x = static_cast<const float*>(x.const_data_ptr()), b.out = static_cast<float*>(out.mutable_data_ptr());
-  if (x.numel()) beside(b, norm_before(before, b.hidden, before_eps, before_plus_one), b.batches * b.length, b.hidden, mla_block);
-  return out;
-}
-
-Tensor gqa_block_(const Tensor& x, const Tensor& cos, const Tensor& sin, Tensor& keys, Tensor& values, int64_t past, const Optional& ranges,
-                  const Optional& mask, Tensors packed, Ints about, const Optional& q_bias, const Optional& k_bias, const Optional& v_bias,
-                  const Optional& o_bias, const Optional& q_norm, const Optional& k_norm, bool norm_all, bool plus_one, const Optional& sinks,
-                  Doubles numbers, const Optional& before, double before_eps, bool before_plus_one, const Optional& sequences, const Optional& pages, const Optional& slots) {
-  check_x(x, 3);
-  STD_TORCH_CHECK(keys.dim() == 4 && past >= 0 && numbers.size() == 4, "keys, past or numbers are not what a block takes");
-  GqaBlock b{};
-  b.batches = x.size(0), b.length = x.size(1), b.hidden = x.size(2);
-  const Past where(x, past, keys, sequences, pages, slots);
-  b.places = where.places;
-  b.kv_heads = keys.size(1), b.columns = columns_of(keys, "keys");
-  b.rotation = rotation(cos, sin, b.batches, b.length, false);
-  STD_TORCH_CHECK(b.rotation.turned <= b.columns && b.kv_heads > 0, "cos is wider than a head");
-  b.keys = cached(keys, where.batches, b.kv_heads, where.positions, b.columns, "keys"), b.values = cached(values, where.batches, b.kv_heads, where.positions, b.columns, "values");
-  Matrices matrices(packed, about);
-  b.q = matrices.projection(b.hidden, "q_proj"), b.k = matrices.projection(b.hidden, "k_proj"), b.v = matrices.projection(b.hidden, "v_proj");
-  b.o = matrices.projection(b.q.rows(), "o_proj");
-  b.heads = b.q.rows() / b.columns;
-  STD_TORCH_CHECK(b.q.rows() % b.columns == 0 && b.heads > 0 && b.heads % b.kv_heads == 0 && b.k.rows() == b.kv_heads * b.columns && b.v.rows() == b.k.rows() && b.o.rows() == b.hidden,
-                  "the projections do not fit ", b.kv_heads, " key/value heads of ", b.columns, " columns");
-  set_bias(b.q, q_bias, "q_bias"), set_bias(b.k, k_bias, "k_bias"), set_bias(b.v, v_bias, "v_bias"), set_bias(b.o, o_bias, "o_bias");
-  b.norm_all = norm_all;
-  b.q_norm = {optional_floats(q_norm, norm_all ? b.q.rows() : b.columns, "q_norm"), float(numbers[0]), plus_one};
-  b.k_norm = {optional_floats(k_norm, norm_all ? b.k.rows() : b.columns, "k_norm"), float(numbers[1]), plus_one};
-  b.masks.batches = b.batches, b.masks.heads = b.heads, b.masks.queries = b.length;
-  b.masks.scale = float(numbers[2]), b.masks.softcap = float(numbers[3]);
-  if (sinks) b.masks.sinks = floats(*sinks, b.heads, "sinks");
-  where.put(b.masks, ranges, mask);
-  Tensor out = torch::stable::empty_like(x);
-  b.x = static_cast<const float*>(x.const_data_ptr()), b.out = static_cast<float*>(out.mutable_data_ptr());
-  if (x.numel()) beside(b, norm_before(before, b.hidden, before_eps, before_plus_one), b.batches * b.length, b.hidden, gqa_block);
-  return out;
-}
-
-Tensor moe_block_(const Tensor& x, Tensors packed, Ints about, const Optional& router_bias, const Optional& correction, int64_t experts, int64_t top,
-                  StringHandle scoring_word, StringHandle group_word, int64_t n_group, int64_t topk_group, bool renorm, double scale, int64_t ff,
-                  int64_t shared_ff, StringHandle act_word, double alpha, double limit, const Optional& before, double before_eps, bool before_plus_one, const Optional& counts) {
-  const std::string scoring = text_of(scoring_word), group_mode = text_of(group_word), act = text_of(act_word);
-  check_x(x, 2);
-  const int64_t tokens = x.size(0), hidden = x.size(1);
-  STD_TORCH_CHECK(experts > 0 && ff > 0 && shared_ff >= 0, "experts and ff must be positive");
-  Matrices matrices(packed, about);
-  MoeBlock b{};
-  b.router = matrices.projection(hidden, "router");
-  STD_TORCH_CHECK(b.router.rows() == experts, "the router has ", b.router.rows(), " rows for ", experts, " experts");
-  set_bias(b.router, router_bias, "router_bias");
-  b.route = route_style(scoring, group_mode, optional_floats(correction, experts, "correction"), experts, top, n_group, topk_group, renorm, scale);
-  b.experts.tokens = tokens, b.experts.top = top, b.experts.hidden = hidden, b.experts.inner = ff, b.experts.experts = experts;
-  b.experts.act = activation(act), b.experts.alpha = float(alpha), b.experts.limit = float(limit);
-  b.experts.counts = optional_counts(counts, experts);
-  b.experts.gate = matrices.experts(experts, ff, hidden, "gate"), b.experts.up = matrices.experts(experts, ff, hidden, "up");
-  b.experts.down = matrices.experts(experts, hidden, ff, "down");
-  if (shared_ff) {
-    b.shared.inner = shared_ff, b.shared.act = b.experts.act;
-    b.shared.gate = matrices.experts(1, shared_ff, hidden, "shared gate"), b.shared.up = matrices.experts(1, shared_ff, hidden, "shared up");
-    b.shared.down = matrices.experts(1, hidden, shared_ff, "shared down");
-    b.shared_gate = matrices.projection(hidden, "shared_expert_gate");
-    STD_TORCH_CHECK(b.shared_gate.rows() <= 1, "shared_expert_gate has more than one row");
+ protected:
+  void hold(const Tensors& tensors) { held_.insert(held_.end(), tensors.begin(), tensors.end()); }
+  void hold(std::initializer_list<const Optional*> tensors) {
+    for (const Optional* t : tensors)
+      if (*t) held_.push_back(**t);
   }
-  Tensor out = torch::stable::empty_like(x);
-  b.x = static_cast<const float*>(x.const_data_ptr()), b.out = static_cast<float*>(out.mutable_data_ptr());
-  if (tokens) beside(b, norm_before(before, hidden, before_eps, before_plus_one), tokens, hidden, moe_block);
-  return out;
+  Norm before_;
+
+ private:
+  Tensors held_;
+};
+
+class MlaStep : public Step {
+ public:
+  MlaStep(const Tensors& packed, const Ints& about, const Ints& sizes, const Optional& q_norm, const Optional& kv_norm, bool interleaved, const Doubles& numbers,
+          const Optional& before, double eps, bool plus_one)
+      : Step(sizes[0], before, eps, plus_one), turned_(sizes[5]), interleaved_(interleaved) {
+    MlaBlock& b = block_;
+    b.hidden = sizes[0], b.heads = sizes[1], b.nope = sizes[2], b.values = sizes[3], b.rank = sizes[4];
+    Matrices matrices(packed, about);
+    b.q_a = matrices.projection(b.hidden, "q_a_proj");
+    b.q = matrices.projection(b.q_a.rows() ? b.q_a.rows() : b.hidden, "q_proj");
+    b.kv_a = matrices.projection(b.hidden, "kv_a_proj");
+    b.o = matrices.projection(b.heads * b.values, "o_proj");
+    STD_TORCH_CHECK(b.q.rows() == b.heads * (b.nope + turned_) && b.kv_a.rows() == b.rank + turned_ && b.o.rows() == b.hidden && (!b.q_a.rows() || q_norm) && kv_norm,
+                    "the projections do not fit ", b.heads, " heads of ", b.nope, " + ", turned_, " columns on a latent of ", b.rank);
+    const ExpertMatrix uk = matrices.experts(b.heads, b.rank, b.nope, "W_UK"), uv = matrices.experts(b.heads, b.values, b.rank, "W_UV");
+    b.uk_layout = uk.layout, b.uk = uk.packed, b.uv_layout = uv.layout, b.uv = uv.packed;
+    b.q_norm = {optional_floats(q_norm, b.q_a.rows(), "q_norm"), float(numbers[0]), false};
+    b.kv_norm = {optional_floats(kv_norm, b.rank, "kv_norm"), float(numbers[1]), false};
+    b.masks.heads = b.heads, b.masks.scale = float(numbers[2]);
+    hold(packed), hold({&q_norm, &kv_norm});
+  }
+  size_t keeps() const override { return 2; }
+  void run(const Call& call, Tensor* kept, const float* x, float* out) const override {
+    const Tensor &latents = kept[0], &ropes = kept[1];
+    MlaBlock b = block_;
+    STD_TORCH_CHECK(latents.dim() == 4 && call.cos && call.sin, "a latent [batch, 1, positions, columns], cos and sin are needed");
+    b.batches = call.batches, b.length = call.length;
+    const Past where(call.x, call.past, latents, call.sequences, call.pages, call.slots);
+    b.places = where.places;
+    b.rotation = rotation(*call.cos, *call.sin, b.batches, b.length, interleaved_);
+    STD_TORCH_CHECK(b.rotation.turned == turned_, "cos has ", b.rotation.turned, " columns, ", turned_, " are turned");
+    b.latent = cached(latents, where.batches, 1, where.positions, b.rank, "latents"), b.rope = cached(ropes, where.batches, 1, where.positions, turned_, "ropes");
+    b.masks.batches = b.batches, b.masks.queries = b.length;
+    where.put(b.masks, call.ranges, call.mask);
+    b.x = x, b.out = out;
+    beside(b, before_, b.batches * b.length, b.hidden, mla_block);
+  }
+
+ private:
+  MlaBlock block_{};
+  int64_t turned_;
+  bool interleaved_;
+};
+
+class GqaStep : public Step {
+ public:
+  GqaStep(const Tensors& packed, const Ints& about, const Ints& sizes, const Optional& q_bias, const Optional& k_bias, const Optional& v_bias, const Optional& o_bias,
+          const Optional& q_norm, const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, const Doubles& numbers, const Optional& before, double eps,
+          bool plus_one)
+      : Step(sizes[0], before, eps, plus_one) {
+    GqaBlock& b = block_;
+    b.hidden = sizes[0], b.kv_heads = sizes[1], b.columns = sizes[2];
+    STD_TORCH_CHECK(b.kv_heads > 0 && b.columns > 0, "kv_heads and columns must be positive");
+    Matrices matrices(packed, about);
+    b.q = matrices.projection(b.hidden, "q_proj"), b.k = matrices.projection(b.hidden, "k_proj"), b.v = matrices.projection(b.hidden, "v_proj");
+    b.o = matrices.projection(b.q.rows(), "o_proj");
+    b.heads = b.q.rows() / b.columns;
+    STD_TORCH_CHECK(b.q.rows() % b.columns == 0 && b.heads > 0 && b.heads % b.kv_heads == 0 && b.k.rows() == b.kv_heads * b.columns && b.v.rows() == b.k.rows() && b.o.rows() == b.hidden,
+                    "the projections do not fit ", b.kv_heads, " key/value heads of ", b.columns, " columns");
+    set_bias(b.q, q_bias, "q_bias"), set_bias(b.k, k_bias, "k_bias"), set_bias(b.v, v_bias, "v_bias"), set_bias(b.o, o_bias, "o_bias");
+    b.norm_all = norm_all;
+    b.q_norm = {optional_floats(q_norm, norm_all ? b.q.rows() : b.columns, "q_norm"), float(numbers[0]), norm_plus_one};
+    b.k_norm = {optional_floats(k_norm, norm_all ? b.k.rows() : b.columns, "k_norm"), float(numbers[1]), norm_plus_one};
+    b.masks.heads = b.heads, b.masks.scale = float(numbers[2]), b.masks.softcap = float(numbers[3]);
+    b.masks.sinks = optional_floats(sinks, b.heads, "sinks");
+    hold(packed), hold({&q_bias, &k_bias, &v_bias, &o_bias, &q_norm, &k_norm, &sinks});
+  }
+  size_t keeps() const override { return 2; }
+  void run(const Call& call, Tensor* kept, const float* x, float* out) const override {
+    const Tensor &keys = kept[0], &values = kept[1];
+    GqaBlock b = block_;
+    STD_TORCH_CHECK(keys.dim() == 4 && call.cos && call.sin, "keys [batch, heads, positions, columns], cos and sin are needed");
+    b.batches = call.batches, b.length = call.length;
+    const Past where(call.x, call.past, keys, call.sequences, call.pages, call.slots);
+    b.places = where.places;
+    b.rotation = rotation(*call.cos, *call.sin, b.batches, b.length, false);
+    STD_TORCH_CHECK(b.rotation.turned <= b.columns, "cos is wider than a head");
+    b.keys = cached(keys, where.batches, b.kv_heads, where.positions, b.columns, "keys"), b.values = cached(values, where.batches, b.kv_heads, where.positions, b.columns, "values");
+    b.masks.batches = b.batches, b.masks.queries = b.length;
+    where.put(b.masks, call.ranges, call.mask);
+    b.x = x, b.out = out;
+    beside(b, before_, b.batches * b.length, b.hidden, gqa_block);
+  }
+
+ private:
+  GqaBlock block_{};
+};
+
+class MoeStep : public Step {
+ public:
+  MoeStep(const Tensors& packed, const Ints& about, const Ints& sizes, const Optional& router_bias, const Optional& correction, const RouteCall& route, Activation act, double alpha,
+          double limit, const Optional& counts, const Optional& before, double eps, bool plus_one)
+      : Step(sizes[0], before, eps, plus_one) {
+    const int64_t experts = sizes[1], ff = sizes[2], shared_ff = sizes[3];
+    Matrices matrices(packed, about);
+    MoeBlock& b = block_;
+    for (ExpertsCall* e : {&b.experts, &b.shared}) e->hidden = hidden, e->act = act, e->alpha = float(alpha), e->limit = float(limit);
+    if (experts) {
+      b.router = matrices.projection(hidden, "router");
+      STD_TORCH_CHECK(b.router.rows() == experts, "the router has ", b.router.rows(), " rows for ", experts, " experts");
+      set_bias(b.router, router_bias, "router_bias");
+      b.route = route, b.route.bias = optional_floats(correction, experts, "correction");
+      b.experts.top = route.top, b.experts.inner = ff, b.experts.experts = experts;
+      b.experts.counts = optional_counts(counts, experts);
+      b.experts.gate = matrices.experts(experts, ff, hidden, "gate"), b.experts.up = matrices.experts(experts, ff, hidden, "up");
+      b.experts.down = matrices.experts(experts, hidden, ff, "down");
+    }
+    if (shared_ff) {
+      b.shared.inner = shared_ff, b.shared.top = b.shared.experts = 1;
+      b.shared.gate = matrices.experts(1, shared_ff, hidden, "shared gate"), b.shared.up = matrices.experts(1, shared_ff, hidden, "shared up");
+      b.shared.down = matrices.experts(1, hidden, shared_ff, "shared down");
+      b.shared_gate = matrices.projection(hidden, "shared_expert_gate");
+      STD_TORCH_CHECK(b.shared_gate.rows() <= 1, "shared_expert_gate has more than one row");
+    }
+    hold(packed), hold({&router_bias, &correction, &counts});
+  }
+  void run(const Call& call, Tensor*, const float* x, float* out) const override {
+    MoeBlock b = block_;
+    b.experts.tokens = b.shared.tokens = call.batches * call.length;
+    b.x = x, b.out = out;
+    beside(b, before_, b.experts.tokens, hidden, moe_block);
+  }
+
+ private:
+  MoeBlock block_{};
+};
+
+// Steps by number. A call holds those that it runs, so they may be forgotten meanwhile.
+class Steps {
+ public:
+  int64_t add(std::shared_ptr<const Step> step) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    known_.emplace(++last_, std::move(step));
+    return last_;
+  }
+  void forget(int64_t number) {
+    std::shared_ptr<const Step> gone;  // its tensors are freed behind the lock
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (const auto at = known_.find(number); at != known_.end()) gone = std::move(at->second), known_.erase(at);
+  }
+  std::vector<std::shared_ptr<const Step>> find(const Ints& numbers) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<std::shared_ptr<const Step>> found;
+    for (int64_t number : numbers) {
+      const auto at = known_.find(number);
+      STD_TORCH_CHECK(at != known_.end(), "there is no step ", number);
+      found.push_back(at->second);
+    }
+    return found;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const Step>> known_;
+  int64_t last_ = 0;
+};
+Steps& known() {
+  static Steps* steps = new Steps;  // never destroyed at exit: torch may be gone by then
+  return *steps;
+}
+
+void check_sizes(const Ints& sizes, size_t count, size_t positive) {
+  STD_TORCH_CHECK(sizes.size() == count, "a step of this kind has ", count, " sizes, found ", sizes.size());
+  for (size_t i = 0; i < count; ++i) STD_TORCH_CHECK(sizes[i] >= (i < positive ? 1 : 0), "size ", i, " of a step is ", sizes[i]);
+}
+
+int64_t mla_step(Tensors packed, Ints about, Ints sizes, const Optional& q_norm, const Optional& kv_norm, bool interleaved, Doubles numbers, const Optional& before, double eps, bool plus_one) {
+  check_sizes(sizes, 6, 6);
+  STD_TORCH_CHECK(numbers.size() == 3, "numbers are two epsilons and a scale");
+  return known().add(std::make_shared<MlaStep>(packed, about, sizes, q_norm, kv_norm, interleaved, numbers, before, eps, plus_one));
+}
+
+int64_t gqa_step(Tensors packed, Ints about, Ints sizes, const Optional& q_bias, const Optional& k_bias, const Optional& v_bias, const Optional& o_bias, const Optional& q_norm,
+                 const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, Doubles numbers, const Optional& before, double eps, bool plus_one) {
+  check_sizes(sizes, 3, 3);
+  STD_TORCH_CHECK(numbers.size() == 4, "numbers are two epsilons, a scale and a cap");
+  return known().add(std::make_shared<GqaStep>(packed, about, sizes, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, norm_all, norm_plus_one, sinks, numbers, before, eps, plus_one));
+}
+
+int64_t moe_step(Tensors packed, Ints about, Ints sizes, const Optional& router_bias, const Optional& correction, int64_t top, StringHandle scoring_word, StringHandle group_word,
+                 int64_t n_group, int64_t topk_group, bool renorm, double scale, StringHandle act_word, double alpha, double limit, const Optional& counts, const Optional& before,
+                 double eps, bool plus_one) {
+  const std::string scoring = text_of(scoring_word), group_mode = text_of(group_word), act = text_of(act_word);
+  check_sizes(sizes, 4, 1);
+  STD_TORCH_CHECK((sizes[1] > 0) == (sizes[2] > 0) && sizes[1] + sizes[3] > 0, "experts have a width, or there is a layer that all tokens pass");
+  const RouteCall route = sizes[1] ? route_style(scoring, group_mode, nullptr, sizes[1], top, n_group, topk_group, renorm, scale) : RouteCall{};
+  return known().add(std::make_shared<MoeStep>(packed, about, sizes, router_bias, correction, route, activation(act), alpha, limit, counts, before, eps, plus_one));
+}
+
+void forget_step(int64_t number) { known().forget(number); }
+
+// Steps one after another on x; each of `outs` gets what an equal share of them, one or two, makes of the one before it. `kept`: of each step that attends, the two tensors of its cache.
+void run_steps(const Tensor& x, Tensors outs, Ints numbers, Tensors kept, int64_t past, const Optional& cos, const Optional& sin, const Optional& ranges, const Optional& mask,
+               const Optional& sequences, const Optional& pages, const Optional& slots) {
+  const auto is_activation = [](const Tensor& t) { return t.dim() == 3 && t.is_contiguous() && t.scalar_type() == ScalarType::Float; };
+  STD_TORCH_CHECK(is_activation(x), "x must be contiguous float32 [batch, length, hidden]");
+  STD_TORCH_CHECK(past >= 0 && !outs.empty() && (numbers.size() == outs.size() || numbers.size() == 2 * outs.size()), numbers.size(), " steps after ", past, " positions for ", outs.size(), " results");
+  for (const Tensor& out : outs)
+    STD_TORCH_CHECK(is_activation(out) && out.size(0) == x.size(0) && out.size(1) == x.size(1) && out.size(2) == x.size(2), "a result must have the shape and type of x");
+  const auto steps = known().find(numbers);
+  size_t need = 0;
+  for (const auto& step : steps) {
+    STD_TORCH_CHECK(step->hidden == x.size(2), "x has ", x.size(2), " columns, a step takes ", step->hidden);
+    need += step->keeps();
+  }
+  STD_TORCH_CHECK(kept.size() == need, "the steps keep ", need, " tensors, found ", kept.size());
+  if (!x.numel()) return;
+  const Call call{x, cos, sin, ranges, mask, sequences, pages, slots, past, x.size(0), x.size(1)};
+  thread_local std::vector<float> between;
+  const size_t each = steps.size() / outs.size();
+  if (each > 1) between.resize(size_t(x.numel()));
+  const float* from = static_cast<const float*>(x.const_data_ptr());
+  Tensor* own = kept.data();
+  for (size_t i = 0; i < steps.size(); ++i) {
+    float* to = (i + 1) % each ? between.data() : static_cast<float*>(outs[i / each].mutable_data_ptr());
+    steps[i]->run(call, own, from, to);
+    from = to, own += steps[i]->keeps();
+  }
 }
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ktx, m) {
-  m.def("mla_block(Tensor x, Tensor cos, Tensor sin, Tensor(a!) latents, Tensor(b!) ropes, int past, Tensor? ranges, Tensor? mask, Tensor[] packed, "
-        "int[] about, Tensor? q_norm, Tensor kv_norm, int heads, int nope, int values, bool interleaved, float[] numbers, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False, Tensor? sequences=None, Tensor? pages=None, Tensor? slots=None) -> Tensor");
-  m.def("gqa_block(Tensor x, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, int past, Tensor? ranges, Tensor? mask, Tensor[] packed, "
-        "int[] about, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor? o_bias, Tensor? q_norm, Tensor? k_norm, bool norm_all, bool plus_one, "
-        "Tensor? sinks, float[] numbers, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False, Tensor? sequences=None, Tensor? pages=None, Tensor? slots=None) -> Tensor");
-  m.def("moe_block(Tensor x, Tensor[] packed, int[] about, Tensor? router_bias, Tensor? correction, int experts, int top, str scoring, str group_mode, "
-        "int n_group, int topk_group, bool renorm, float scale, int ff, int shared_ff, str act, float alpha, float limit, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False, Tensor(a!)? counts=None) -> Tensor");
+  m.def("mla_step(Tensor[] packed, int[] about, int[] sizes, Tensor? q_norm, Tensor? kv_norm, bool interleaved, float[] numbers, Tensor? before=None, float before_eps=0.0, "
+        "bool before_plus_one=False) -> int");
+  m.def("gqa_step(Tensor[] packed, int[] about, int[] sizes, Tensor? q_bias, Tensor? k_bias, Tensor? v_bias, Tensor? o_bias, Tensor? q_norm, Tensor? k_norm, bool norm_all, "
+        "bool norm_plus_one, Tensor? sinks, float[] numbers, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False) -> int");
+  m.def("moe_step(Tensor[] packed, int[] about, int[] sizes, Tensor? router_bias, Tensor? correction, int top, str scoring, str group_mode, int n_group, int topk_group, bool renorm, "
+        "float scale, str act, float alpha, float limit, Tensor? counts=None, Tensor? before=None, float before_eps=0.0, bool before_plus_one=False) -> int");
+  m.def("forget_step(int number) -> ()");
+  m.def("run_steps(Tensor x, Tensor(a!)[] outs, int[] steps, Tensor(b!)[] kept, int past=0, Tensor? cos=None, Tensor? sin=None, Tensor? ranges=None, Tensor? mask=None, "
+        "Tensor? sequences=None, Tensor? pages=None, Tensor? slots=None) -> ()");
 }
+STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) { m.impl("forget_step", TORCH_BOX(&forget_step)); }
 STABLE_TORCH_LIBRARY_IMPL(ktx, CPU, m) {
-  m.impl("mla_block", TORCH_BOX(&mla_block_));
-  m.impl("gqa_block", TORCH_BOX(&gqa_block_));
-  m.impl("moe_block", TORCH_BOX(&moe_block_));
+  m.impl("mla_step", TORCH_BOX(&mla_step));
+  m.impl("gqa_step", TORCH_BOX(&gqa_step));
+  m.impl("moe_step", TORCH_BOX(&moe_step));
+  m.impl("run_steps", TORCH_BOX(&run_steps));
 }

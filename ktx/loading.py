@@ -24,7 +24,7 @@ from ktx.hardware import human, keep_freed_memory, memory
 from ktx.inject import Plan
 from ktx.kernels import cpu
 from ktx.kernels.kept import Store, open_store
-from ktx.ops import crossing, deferral
+from ktx.ops import crossing, deferral, layer
 from ktx.ops import mtp as mtp_layer
 from ktx.ops.base import Operator
 from ktx.ops.experts import of_layers
@@ -142,6 +142,7 @@ def load(
         beside = mtp_layer.detach(built)
         homes |= dict.fromkeys((beside, beside.layers), homes[beside.layer])
     crossing.install(built, homes, dtype)
+    layer.join(built)
     _stream_experts(built, made, made.stream_experts if stream_experts is None else stream_experts)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     own = sizes(built)

@@ -113,18 +113,20 @@ void gqa_block(const GqaBlock& b) {
 }
 
 void moe_block(const MoeBlock& b) {
-  const int64_t tokens = b.experts.tokens, hidden = b.experts.hidden, count = b.experts.experts, top = b.experts.top;
+  const int64_t tokens = b.shared.tokens, hidden = b.shared.hidden, count = b.experts.experts, top = std::max<int64_t>(b.experts.top, 1);
   scratch.reset(size_t(tokens) * (count * 4 + top * 12 + hidden * 4 + 16) + 8 * 64);
   float *logits = scratch.take<float>(tokens * count), *weights = scratch.take<float>(tokens * top);
   int64_t* ids = scratch.take<int64_t>(tokens * top);
   float *extra = scratch.take<float>(tokens * hidden), *share = scratch.take<float>(tokens);
-  project(b.x, tokens, hidden, {{b.router, logits}});
-  RouteCall r = b.route;
-  r.logits = logits, r.tokens = tokens, r.experts = count, r.top = top, r.ids = ids, r.weights = weights;
-  route(r);
-  ExpertsCall e = b.experts;
-  e.x = b.x, e.out = b.out, e.type = Number::F32, e.ids = ids, e.weights = weights;
-  experts(e);
+  if (count) {
+    project(b.x, tokens, hidden, {{b.router, logits}});
+    RouteCall r = b.route;
+    r.logits = logits, r.tokens = tokens, r.experts = count, r.top = top, r.ids = ids, r.weights = weights;
+    route(r);
+    ExpertsCall e = b.experts;
+    e.x = b.x, e.out = b.out, e.type = Number::F32, e.ids = ids, e.weights = weights;
+    experts(e);
+  }
   if (!b.shared.inner) return;
   std::fill_n(share, tokens, 1.0f);
   if (!b.shared_gate.parts.empty()) {
@@ -133,8 +135,8 @@ void moe_block(const MoeBlock& b) {
   }
   std::fill_n(ids, tokens, int64_t(0));
   ExpertsCall s = b.shared;
-  s.x = b.x, s.out = extra, s.type = Number::F32, s.tokens = tokens, s.top = 1, s.hidden = hidden, s.experts = 1, s.ids = ids, s.weights = share;
+  s.x = b.x, s.out = count ? extra : b.out, s.type = Number::F32, s.ids = ids, s.weights = share;
   experts(s);
-  for (int64_t i = 0; i < tokens * hidden; ++i) b.out[i] += extra[i];
+  for (int64_t i = 0; count && i < tokens * hidden; ++i) b.out[i] += extra[i];
 }
 }  // namespace ktx

@@ -79,13 +79,13 @@ struct GqaBlock {  // see ktx/ops/attention.py
 };
 void gqa_block(const GqaBlock& block);
 
-struct MoeBlock {  // see ktx/ops/moe.py
+struct MoeBlock {  // see ktx/ops/moe.py; without experts a plain gated layer (ktx/ops/mlp.py)
   const float* x;
   float* out;  // both [tokens][hidden]
   Projection router;
   RouteCall route;       // its style; logits, ids and weights are made here
-  ExpertsCall experts;   // its matrices and activation
-  ExpertsCall shared;    // inner 0: none
+  ExpertsCall experts;   // its matrices and activation; experts 0: none
+  ExpertsCall shared;    // one expert for all tokens, inner 0: none; its tokens and hidden are the block's
   Projection shared_gate;
 };
 void moe_block(const MoeBlock& block);

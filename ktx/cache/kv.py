@@ -98,17 +98,16 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         before, end = self.length, self.length + key_states.shape[2]
-        self.reserve(key_states.shape[2])
+        self.make_room(key_states.shape[2])
+        self.length = end
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             put(states, buffer[:, :, before:end])
         return self.keys, self.values  # type: ignore[return-value]
 
-    def reserve(self, new: int) -> None:
-        """Makes the layer `new` positions longer; who asks for them writes them into `buffers`."""
-        end = self.length + new
-        if end > self.buffers[0].shape[2]:
-            self._grow(end)
-        self.length = end
+    def make_room(self, new: int) -> None:
+        """For `new` positions more in `buffers`; who writes them makes `length` longer."""
+        if self.length + new > self.buffers[0].shape[2]:
+            self._grow(self.length + new)
 
     def fits(
         self, batch: int, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU

@@ -24,14 +24,15 @@ from ktx.kernels import cpu, reference
 from ktx.kernels.gpu import known_backend
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
+    MOST,
     NOTHING,
     Before,
+    Made,
     Matrices,
     Watch,
+    attended,
     float_type,
     plain_linear,
-    room_for,
-    rotary_tables,
     split_mask,
     window_of,
 )
@@ -219,25 +220,33 @@ class Attention(Operator):
 
 
 PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_norm"]
-MOST = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
 
 
 class Block:
     """The usual attention in one kernel call, on a cache that grows in place."""
 
     def __init__(self, owner: Attention, watch: Watch, matrices: Matrices):
-        self.owner, self.watch, self.matrices = owner, watch, matrices
+        self.owner, self.watch, self.halved = owner, watch, owner.half_tables
         children: dict[str, Any] = owner._modules
-        self.biases = [children[name].bias for name in PROJECTIONS]
         norms = [children.get(name) for name in NORMS]
-        self.norms: list[Any] = [None if norm is None else norm.in_f32 for norm in norms]
-        self.heads = children["k_proj"].out_features // owner.head_dim
-        self.norm_all = norms[0] is not None and norms[0].in_f32.numel() != owner.head_dim
-        self.plus_one = norms[0] is not None and bool(norms[0].plus_one)
+        self.heads, self.columns = children["k_proj"].out_features // owner.head_dim, (owner.head_dim, owner.head_dim)
         sinks = getattr(owner, "sinks", None)
-        self.sinks = None if sinks is None else sinks.detach().float().contiguous()
-        epsilons = [1.0 if norm is None else norm.variance_epsilon for norm in norms]
-        self.numbers = [*epsilons, float(owner.scaling), 0.0]
+        self.made = Made(
+            "gqa_step",
+            matrices.packed,
+            matrices.about,
+            [matrices.hidden, self.heads, owner.head_dim],
+            *(children[name].bias for name in PROJECTIONS),
+            *(None if norm is None else norm.in_f32 for norm in norms),
+            norms[0] is not None and norms[0].in_f32.numel() != owner.head_dim,
+            norms[0] is not None and bool(norms[0].plus_one),
+            None if sinks is None else sinks.detach().float().contiguous(),
+            [*(1.0 if norm is None else norm.variance_epsilon for norm in norms), float(owner.scaling), 0.0],
+        )
+
+    def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
+        """Whether hidden [B, S, D] has few tokens."""
+        return hidden.shape[0] * hidden.shape[1] <= MOST
 
     @classmethod
     def of(cls, owner: Attention) -> Block | None:
@@ -266,33 +275,9 @@ class Block:
         **kwargs: Any,
     ) -> torch.Tensor | None:
         """hidden_states f32 [B, S, D] -> [B, S, D], with `before` plus hidden_states; None when this call has to go the long way."""
-        own, new = self.owner, hidden_states.shape[1]
-        if hidden_states.shape[0] * new > MOST or position_embeddings is None:
+        if position_embeddings is None or not self.takes(hidden_states, cache):
             return None
-        columns = (own.head_dim, own.head_dim)
-        room = room_for(hidden_states, cache, own, self.heads, columns, attention_mask)
-        if room is None:
-            return None
-        cos, sin = rotary_tables(position_embeddings, own.half_tables)
-        return cpu.ops.gqa_block(
-            hidden_states.contiguous(),
-            cos,
-            sin,
-            *room.buffers,
-            room.past,
-            room.ranges,
-            room.mask,
-            self.matrices.packed,
-            self.matrices.about,
-            *self.biases,
-            *self.norms,
-            self.norm_all,
-            self.plus_one,
-            self.sinks,
-            self.numbers,
-            *before,
-            *room.ragged,
-        )
+        return attended(self, hidden_states, position_embeddings, attention_mask, cache, before)
 
 
 class StoredAs:

@@ -6,38 +6,87 @@ nobody listens to them; else the module goes the long way, child by child.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.utils.hooks import RemovableHandle
 
-from ktx.cache.kv import KVType, growing
-from ktx.cache.paged import paged
+from ktx.cache.kv import GrowingLayer, KVType, growing
+from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.steps import Step, run
 from ktx.ops.linear import Linear
 
 Before = tuple[
     torch.Tensor | None, float, bool
 ]  # a norm that a block begins with: weight f32, epsilon, whether one is added to the weight
 NOTHING: Before = (None, 0.0, False)
+MOST = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
 
 
 class Watch:
-    """Children of modules, and the hooks that would have to be called. A pair (parent, name) is a child, None if it has none of that name."""
+    """Children of modules, and the hooks that would have to be called. A pair (parent, name) is a child, None if it has none of that name.
+
+    It is asked at every call, when the weights have just driven everything else out of the caches, so it touches little memory: hooks are looked
+    for when one has been registered anywhere since none was found, which is what torch's counter of handles tells.
+    """
 
     def __init__(self, children: Iterable[tuple[nn.Module, str]]):
-        self.children = [(parent._modules, name, parent._modules.get(name)) for parent, name in children]
-        found = [child for _, _, child in self.children if child is not None]
+        names: dict[nn.Module, list[str]] = {}
+        for parent, name in children:
+            names.setdefault(parent, []).append(name)
+        self.parents = [
+            (parent._modules, tuple(own), tuple(map(parent._modules.get, own))) for parent, own in names.items()
+        ]
+        found = [child for _, _, kept in self.parents for child in kept if child is not None]
         self.hooks = [hooks for child in found for hooks in (child._forward_hooks, child._forward_pre_hooks)]
+        self.registered = -1
+
+    @classmethod
+    def over(cls, watches: Iterable[Watch]) -> Watch:
+        """One that holds when all of them do."""
+        made = cls(())
+        for watch in watches:
+            made.parents += watch.parents
+            made.hooks += watch.hooks
+        return made
 
     def holds(self) -> bool:
-        for modules, name, child in self.children:
-            if modules.get(name) is not child:
+        for modules, names, children in self.parents:
+            if tuple(map(modules.get, names)) != children:
                 return False
-        return not any(self.hooks)
+        registered = RemovableHandle.next_id
+        if registered != self.registered:
+            if any(self.hooks) or _global_forward_hooks or _global_forward_pre_hooks:
+                return False
+            self.registered = registered
+        return True
+
+
+class Made:
+    """The step of a block, made when it is first asked for; once more with the norm that a layer begins with."""
+
+    def __init__(self, make: str, *args: Any):
+        self.make, self.args = make, args
+        self.steps: dict[bool, Step] = {}
+
+    def step(self, before: Before = NOTHING) -> Step:
+        made = self.steps.get(before[0] is None)
+        if made is None:
+            made = self.steps[before[0] is None] = Step(self.make, *self.args, *before)
+        return made
+
+    def __call__(self, x: torch.Tensor, before: Before = NOTHING) -> torch.Tensor:
+        """x f32 [B, S, D] -> [B, S, D], with `before` plus x itself; for blocks that keep nothing."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        run(x, [self.step(before)], [out])
+        return out
 
 
 class Matrices:
@@ -46,17 +95,23 @@ class Matrices:
     def __init__(self) -> None:
         self.packed: list[torch.Tensor] = []
         self.about: list[int] = []
+        self.hidden = 0  # columns of the first one
 
     def projection(self, parts: Iterable[cpu.Packed]) -> None:
         """Rows of one or several matrices; none for a projection that the module does not have."""
         known = list(parts)
         self.about.append(len(known))
         for part in known:
-            self.about += [part.qtype.code, part.n]
-            self.packed.append(part.data)
+            self.about.append(part.qtype.code)
+            self.about.append(part.n)
+            self._add(part)
 
     def experts(self, weights: cpu.Packed) -> None:
         self.about.append(weights.qtype.code)
+        self._add(weights)
+
+    def _add(self, weights: cpu.Packed) -> None:
+        self.hidden = self.hidden or weights.k
         self.packed.append(weights.data)
 
 
@@ -65,41 +120,91 @@ def plain_linear(child: Any) -> bool:
     return type(child) is Linear and bool(child.parts)
 
 
+class Attends(Protocol):
+    """A block that attends: its module, the heads that it keeps, and the columns of what it keeps of each."""
+
+    owner: Any
+    heads: int
+    columns: tuple[int, int]
+    halved: bool  # whether its tables of cosines come without their second half
+    made: Made
+
+
 @dataclass(frozen=True)
 class Room:
-    """Where a block writes keys and values, after how many others, and what its tokens see of them."""
+    """Where blocks write keys and values, two buffers each, after how many others, and what their tokens see of them."""
 
     buffers: list[torch.Tensor]
     past: int
     ranges: torch.Tensor | None
     mask: torch.Tensor | None
     ragged: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
+    layers: Sequence[GrowingLayer] = ()  # of a cache that grows: what is written counts when `keep` says so
+
+    def about(self, embeddings: Any, halved: bool) -> tuple[Any, ...]:
+        """What `run` is told of it."""
+        return (
+            self.buffers,
+            self.past,
+            *rotary_tables(embeddings, halved),
+            self.ranges,
+            self.mask,
+            *self.ragged,
+        )
+
+    def fits(self, index: int) -> bool:
+        """Whether nobody else has written to a block's layer meanwhile."""
+        return not self.layers or self.layers[index].length == self.past
+
+    def keep(self, index: int, new: int) -> None:
+        if self.layers:
+            self.layers[index].length += new
 
 
-def room_for(
-    hidden: torch.Tensor, cache: Any, owner: Any, heads: int, columns: tuple[int, int], mask: torch.Tensor | None
-) -> Room | None:
-    """Room in the cache's layer for the tokens of `hidden` f32 [B, S, D], made for a block that fills it; None when no block can.
-
-    `owner` is the attention module.
-    """
+def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: torch.Tensor | None) -> Room | None:
+    """Room in the cache's layers for the tokens of `hidden` f32 [B, S, D], made for blocks that fill them; None when they cannot."""
     if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or hidden.requires_grad:
         return None
-    kept = float_type(owner.kv_dtype, hidden.dtype)
-    pages = paged(cache, owner.layer_idx)
-    if pages is not None:
-        batch = pages.owner.batch
-        if batch is None or not pages.fits(heads, columns, kept):
+    first = blocks[0].owner
+    kept = float_type(first.kv_dtype, hidden.dtype)
+    buffers: list[torch.Tensor] = []
+    if type(cache) is PagedCache:
+        batch = cache.batch
+        for block in blocks:
+            pages: Any = cache.layers[block.owner.layer_idx]
+            if batch is None or not pages.fits(block.heads, block.columns, kept):
+                return None
+            buffers += pages.buffers
+        assert batch is not None
+        cache.look()
+        return Room(buffers, 0, batch.ranges(window_of(first)), None, (batch.sequences, batch.pages, batch.slots))
+    layers = []
+    for block in blocks:
+        layer = growing(cache, block.owner.layer_idx, first.kv_dtype)
+        if layer is None or not layer.fits(hidden.shape[0], block.heads, block.columns, kept):
             return None
-        pages.owner.look()
-        return Room(pages.buffers, 0, batch.ranges(window_of(owner)), None, (batch.sequences, batch.pages, batch.slots))
-    layer = growing(cache, owner.layer_idx, owner.kv_dtype)
-    if layer is None or not layer.fits(hidden.shape[0], heads, columns, kept):
+        layers.append(layer)
+    past, new = layers[0].length, hidden.shape[1]
+    if any(layer.length != past for layer in layers):
         return None
-    past, new = layer.length, hidden.shape[1]
-    ranges, matrix = split_mask(mask, past + new)
-    layer.reserve(new)
-    return Room(layer.buffers, past, ranges, matrix)
+    for layer in layers:
+        layer.make_room(new)
+        buffers += layer.buffers
+    return Room(buffers, past, *split_mask(mask, past + new), layers=layers)
+
+
+def attended(
+    block: Attends, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any, before: Before
+) -> torch.Tensor | None:
+    """A block's result for hidden f32 [B, S, D] -> [B, S, D], with `before` plus hidden itself; None where the cache is none it can write to."""
+    room = room_for(hidden, cache, [block], mask)
+    if room is None:
+        return None
+    hidden = hidden.contiguous()
+    out = torch.empty_like(hidden)
+    run(hidden, [block.made.step(before)], [out], *room.about(embeddings, block.halved))
+    room.keep(0, hidden.shape[1])
+    return out
 
 
 def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

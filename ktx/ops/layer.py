@@ -1,15 +1,20 @@
-"""A decoder layer in two kernel calls: norm, attention and sum; norm, experts and sum."""
+"""Decoder layers in few kernel calls: norm, attention and sum, then norm, experts and sum; and several layers at once."""
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
+from ktx.kernels.steps import run
 from ktx.ops.attention import Attention
 from ktx.ops.base import Context, Operator, adopt, known_class
-from ktx.ops.fused import Watch
+from ktx.ops.fused import MOST, Room, Watch, room_for
 from ktx.ops.mla import MLA
+from ktx.ops.mlp import MLP
 from ktx.ops.moe import MoE
 from ktx.ops.norm import RMSNorm
 
@@ -30,18 +35,24 @@ USUAL = (  # layers that are: x = x + attention(norm(x)), then x = x + mlp(norm(
     "Qwen3DecoderLayer",
     "Qwen3MoeDecoderLayer",
 )
+AT_ONCE, TOKEN_LAYERS = (
+    8,
+    64,
+)  # layers of a call, and tokens times layers up to which there may be more: who wants to stop a forward waits for a call's end
+MISSES = 3  # calls whose results were not asked for, after which layers are computed one by one
 
 
 class Layer(Operator):
     """Its children stay modules of their own and are called one by one whenever a block of theirs cannot do it, or somebody listens to one."""
 
     watch: Watch | None
+    stretch: Stretch | None  # of which it is the first layer
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Layer:
         known_class(old, USUAL, ctx, "it is not known whether {} adds up as others do")
         new: Layer = adopt(cls, old, ctx)
-        new.watch = None
+        new.watch, new.stretch = None, None
         return new
 
     def ready(self) -> None:
@@ -52,32 +63,185 @@ class Layer(Operator):
             self.before = [(norm.in_f32, norm.variance_epsilon, norm.plus_one) for norm in norms]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not args and self.watch is not None and self.watch.holds():
-            done = self.together(hidden_states, **kwargs)
-            if done is not None:
-                return done
+        ahead = hidden_states.__dict__.get("ktx_ahead")
+        if ahead is not None and ahead.layer is self and not args and ahead.answers(hidden_states, kwargs):
+            return ahead.out
+        if not args and self.watch is not None:
+            asked = Asked.of(**kwargs)
+            if self.watch.holds():
+                done = None if self.stretch is None else self.stretch(hidden_states, asked)
+                done = self.together(hidden_states, asked) if done is None else done
+                if done is not None:
+                    return done
         return super().forward(hidden_states, *args, **kwargs)
 
-    def together(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: Any = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
+    def together(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor | None:
         """hidden_states f32 [B, S, D] -> [B, S, D]; None when this call has to go the long way."""
         children: dict[str, Any] = self._modules
         block = children["self_attn"].block
         if block is None or not block.watch.holds():
             return None
         first, second = self.before
-        x = block(hidden_states, position_embeddings, attention_mask, cache=past_key_values, before=first)
+        x = block(hidden_states, asked.embeddings, asked.mask, cache=asked.cache, before=first)
         if x is None:
             return None
         mlp = children["mlp"]
-        if isinstance(mlp, MoE) and mlp.block is not None:
-            flat = x.view(-1, x.shape[-1])
-            if mlp.block.takes(flat):
-                return mlp.block(flat, before=second).view(x.shape)
+        feed = mlp.block if isinstance(mlp, MoE | MLP) else None
+        if feed is not None and x.shape[0] * x.shape[1] <= MOST and feed.watch.holds():
+            return feed.made(x, second)
         return x + mlp(children["post_attention_layernorm"](x))
+
+
+class Asked(NamedTuple):
+    """What a layer is told beside hidden states, as far as its attention goes by it."""
+
+    mask: torch.Tensor | None
+    embeddings: Any
+    cache: Any
+
+    @classmethod
+    def of(
+        cls,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Asked:
+        return cls(attention_mask, position_embeddings, past_key_values)
+
+
+@dataclass(slots=True)
+class Ahead:
+    """What the layer behind a result makes of it, computed before it was asked; the result's tensor carries it."""
+
+    layer: Layer
+    out: torch.Tensor
+    version: int  # of the result, which nobody may have written to
+    asked: Asked
+    room: Room
+    index: int
+    stretch: Stretch
+
+    def answers(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+        """Whether this is what the layer is asked for; its keys and values then count."""
+        mask, embeddings, cache = self.asked
+        if (
+            hidden_states._version != self.version
+            or kwargs.get("attention_mask") is not mask
+            or kwargs.get("past_key_values") is not cache
+            or not _same(kwargs.get("position_embeddings"), embeddings)
+            or not self.room.fits(self.index)
+        ):
+            return False
+        self.room.keep(self.index, hidden_states.shape[1])
+        self.stretch.left -= 1
+        return True
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    """Whether tables are the same tensors; their pair may have been made anew."""
+    if mine is theirs:
+        return True
+    return isinstance(mine, tuple) and isinstance(theirs, tuple) and all(map(operator.is_, mine, theirs))
+
+
+class Parts(NamedTuple):
+    """A layer's blocks, as they were when its stretch was made."""
+
+    layer: Layer
+    attention: Any
+    feed: Any
+    watch: Watch
+
+    @classmethod
+    def of(cls, layer: Layer) -> Parts | None:
+        if layer.watch is None:
+            return None
+        children: dict[str, Any] = layer._modules
+        attention, mlp = children["self_attn"].block, children["mlp"]
+        feed = mlp.block if isinstance(mlp, MoE | MLP) else None
+        if attention is None or feed is None:
+            return None
+        return cls(layer, attention, feed, Watch.over((layer.watch, attention.watch, feed.watch)))
+
+    def hold(self) -> bool:
+        layer, attention, feed, watch = self
+        if layer.watch is None or not watch.holds():
+            return False
+        children: dict[str, Any] = layer._modules
+        return children["self_attn"].block is attention and children["mlp"].block is feed
+
+
+class Stretch:
+    """Layers in a row. When the first is asked one call computes all; the others, asked for just that, hand out what is there.
+
+    Nobody can tell but by the time: a layer that is given other hidden states than the one before it returned (a hook or a script has
+    changed them), another mask or cache computes them itself, and its cache has grown by what was asked for and no more. Where that happens
+    again and again the stretch stops.
+    """
+
+    def __init__(self, layers: list[Parts]):
+        self.layers, self.left, self.missed = layers, 0, 0
+        self.blocks = [parts.attention for parts in layers]
+        self.steps = [
+            made.step(before)
+            for layer, attention, feed, _ in layers
+            for made, before in zip((attention.made, feed.made), layer.before, strict=True)
+        ]
+
+    def __call__(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor | None:
+        """hidden_states f32 [B, S, D] -> what the first layer makes of it; None when layers have to be computed one by one."""
+        first, tokens = self.blocks[0], hidden_states.shape[0] * hidden_states.shape[1]
+        if not 0 < tokens <= MOST or self.missed >= MISSES or asked.embeddings is None:
+            return None
+        layers = self.layers[: max(1, TOKEN_LAYERS // AT_ONCE // tokens) * AT_ONCE]
+        if not first.takes(hidden_states, asked.cache) or not all(parts.hold() for parts in layers):
+            return None
+        room = room_for(hidden_states, asked.cache, self.blocks[: len(layers)], asked.mask)
+        if room is None:
+            return None
+        if self.left:
+            self.missed += 1
+        with torch.inference_mode(False):  # tensors that count who writes to them
+            outs = [torch.empty(hidden_states.shape, dtype=torch.float32, device="cpu") for _ in layers]
+        run(
+            hidden_states.contiguous(), self.steps[: 2 * len(layers)], outs, *room.about(asked.embeddings, first.halved)
+        )
+        for i in range(1, len(outs)):
+            ahead = Ahead(layers[i].layer, outs[i], outs[i - 1]._version, asked, room, i, self)
+            outs[i - 1].ktx_ahead = ahead  # type: ignore[attr-defined]
+        room.keep(0, hidden_states.shape[1])
+        self.left = len(outs) - 1
+        return outs[0]
+
+
+def join(model: nn.Module) -> None:
+    """Makes stretches of a loaded model's layers that follow one another."""
+    for module in model.modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        row: list[Parts] = []
+        for child in [*module, None]:
+            parts = Parts.of(child) if isinstance(child, Layer) else None
+            if row and (parts is None or _manner(parts) != _manner(row[0])):
+                for i in range(
+                    0, len(row) - 1, AT_ONCE
+                ):  # all to the end of the row: calls of many tokens go only to the next
+                    row[i].layer.stretch = Stretch(row[i:])
+                row = []
+            if parts is not None:
+                row.append(parts)
+
+
+def _manner(parts: Parts) -> tuple[Any, ...]:
+    """What layers of a stretch have in common: they attend in one way, to the same keys."""
+    attention = parts.attention.owner
+    kinds = getattr(getattr(attention, "config", None), "layer_types", None)
+    expands = getattr(attention, "w_uk", None) is not None
+    return (
+        type(parts.attention),
+        kinds and kinds[attention.layer_idx],
+        attention.kv_dtype,
+        parts.attention.halved,
+        expands,
+    )

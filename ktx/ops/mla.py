@@ -22,11 +22,12 @@ from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
     NOTHING,
     Before,
+    Made,
     Matrices,
     Watch,
+    attended,
     float_type,
     plain_linear,
-    room_for,
     rotary_tables,
     split_mask,
 )
@@ -277,16 +278,24 @@ class Block:
     """The absorbed form in one kernel call, on a cache that grows in place."""
 
     def __init__(self, owner: MLA, watch: Watch, matrices: Matrices):
-        self.owner, self.watch, self.matrices = owner, watch, matrices
-        low: Any = getattr(owner, "q_a_layernorm", None)
-        norm = owner.kv_a_layernorm
-        self.norms = None if owner.q_lora_rank is None else low.in_f32, norm.in_f32
-        self.numbers = [
-            1.0 if owner.q_lora_rank is None else low.variance_epsilon,
-            norm.variance_epsilon,
-            owner.scaling,
-        ]
-        self.columns = owner.kv_lora_rank, owner.qk_rope_head_dim
+        self.owner, self.watch = owner, watch
+        low: Any = None if owner.q_lora_rank is None else owner.q_a_layernorm
+        norm, rank, turned = owner.kv_a_layernorm, owner.kv_lora_rank, owner.qk_rope_head_dim
+        self.heads, self.columns, self.halved = 1, (rank, turned), False
+        self.made = Made(
+            "mla_step",
+            matrices.packed,
+            matrices.about,
+            [matrices.hidden, owner.num_heads, owner.qk_nope_head_dim, owner.v_head_dim, rank, turned],
+            None if low is None else low.in_f32,
+            norm.in_f32,
+            owner.interleaved,
+            [1.0 if low is None else low.variance_epsilon, norm.variance_epsilon, owner.scaling],
+        )
+
+    def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
+        """Whether the tokens of hidden [B, S, D] take the absorbed form."""
+        return not self.owner._whole(cache, *hidden.shape[:2])
 
     @classmethod
     def of(cls, owner: MLA) -> Block | None:
@@ -315,32 +324,7 @@ class Block:
         before: Before = NOTHING,
     ) -> torch.Tensor | None:
         """hidden f32 [B, S, D] -> [B, S, D], with `before` plus hidden itself; None when this call has to go the long way."""
-        own = self.owner
-        if own._whole(cache, *hidden.shape[:2]):
-            return None
-        room = room_for(hidden, cache, own, 1, self.columns, mask)
-        if room is None:
-            return None
-        cos, sin = rotary_tables(embeddings)
-        return cpu.ops.mla_block(
-            hidden.contiguous(),
-            cos,
-            sin,
-            *room.buffers,
-            room.past,
-            room.ranges,
-            room.mask,
-            self.matrices.packed,
-            self.matrices.about,
-            *self.norms,
-            own.num_heads,
-            own.qk_nope_head_dim,
-            own.v_head_dim,
-            own.interleaved,
-            self.numbers,
-            *before,
-            *room.ragged,
-        )
+        return attended(self, hidden, embeddings, mask, cache, before) if self.takes(hidden, cache) else None
 
 
 def _pairs(rope: str, old: Any, ctx: Context) -> str:

@@ -10,6 +10,7 @@ import torch
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.fused import Made, Matrices, Watch
 from ktx.ops.gates import PLAIN, gate_of_mlp
 from ktx.ops.linear import Linear
 
@@ -54,10 +55,24 @@ class Fused:
         return cpu.experts(flat, only, one, *self.matrices, *self.biases, act).view(x.shape)
 
 
+class Block:
+    """A layer without biases as a step of several, see ktx.ops.layer."""
+
+    def __init__(self, fused: Fused, act: str, watch: Watch):
+        self.watch, matrices = watch, Matrices()
+        for weights in fused.matrices:
+            matrices.experts(weights)
+        matrices.projection([])  # no gate of its own
+        sizes = [matrices.hidden, 0, 0, fused.matrices[0].n]  # no experts
+        router = None, None, 1, "softmax", "none", 1, 1, False, 1.0
+        self.made = Made("moe_step", matrices.packed, matrices.about, sizes, *router, act, 0.0, 0.0, None)
+
+
 class MLP(Operator):
     """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own."""
 
     fused: Fused | None
+    block: Block | None
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MLP:
@@ -66,13 +81,15 @@ class MLP(Operator):
                 f"{ctx.path} is a {type(old).__name__}, MLP needs gate_proj and up_proj (or gate_up_proj), and down_proj"
             )
         new: MLP = adopt(cls, old, ctx)
-        new.act, new.fused = gate_of_mlp(old, ctx.path).act, None
+        new.act, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None
         if new.act not in PLAIN:
             raise UsageError(f"{ctx.path}: {type(old).__name__} clamps its gate, which only the experts kernel does")
         return new
 
     def ready(self) -> None:
         self.fused = Fused.of({name: child for name, child in self._modules.items() if name in PROJECTIONS})
+        if self.fused is not None and not any(bias is not None for bias in self.fused.biases):
+            self.block = Block(self.fused, self.act, Watch((self, name) for name in self.fused.children))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.fused is not None and self.fused.holds(self._modules):

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktx.errors import UsageError
-from ktx.kernels import cpu
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.experts import Experts
-from ktx.ops.fused import NOTHING, Before, Matrices, Watch, plain_linear
+from ktx.ops.fused import MOST, NOTHING, Before, Made, Matrices, Watch, plain_linear
 from ktx.ops.mlp import MLP
 from ktx.ops.router import Router
 
@@ -76,25 +75,24 @@ class MoE(Operator):
         return extra if gate is None else torch.sigmoid(gate(flat).double()).to(extra.dtype) * extra  # as the block's
 
 
-MOST = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
-
-
 class Block:
     """Router, experts and shared experts in one kernel call."""
 
     def __init__(
         self, router: Router, experts: Experts, width: int, watch: Watch, matrices: Matrices, bias: torch.Tensor | None
     ):
-        self.watch, self.matrices, self.router_bias, self.correction = (
-            watch,
-            matrices,
+        self.watch = watch
+        self.made = Made(
+            "moe_step",
+            matrices.packed,
+            matrices.about,
+            [matrices.hidden, experts.num_experts, experts.width, width],
             router.in_f32,
             router.correction(bias),
+            *router.manner(),
+            *experts.gate,
+            experts.counts,
         )
-        top, scoring, mode, groups, chosen, renorm, scale = router.manner()
-        self.style = (experts.num_experts, top, scoring, mode, groups, chosen, renorm, scale)
-        self.sizes = experts.width, width
-        self.gate, self.counts = experts.gate, experts.counts
 
     @classmethod
     def of(cls, owner: MoE) -> Block | None:
@@ -138,15 +136,4 @@ class Block:
 
     def __call__(self, flat: torch.Tensor, before: Before = NOTHING) -> torch.Tensor:
         """flat f32 [tokens, D] -> [tokens, D]; with `before` plus flat itself."""
-        return cpu.ops.moe_block(
-            flat.contiguous(),
-            self.matrices.packed,
-            self.matrices.about,
-            self.router_bias,
-            self.correction,
-            *self.style,
-            *self.sizes,
-            *self.gate,
-            *before,
-            self.counts,
-        )
+        return self.made(flat[None], before)[0]

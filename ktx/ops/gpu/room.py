@@ -78,7 +78,8 @@ def room_for(
     known = seen(mask, sequences, new, layer.length + new)
     if known is None or set(known.keys) != {layer.length + new}:
         return None
-    layer.reserve(new)
+    layer.make_room(new)
+    layer.length += new
     keys, values = layer.buffers
     return _grown(keys, values, new, known, mask)
 
