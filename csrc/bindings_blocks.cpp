@@ -115,6 +115,19 @@ class Step {
   Tensors held_;
 };
 
+// What a call says to a block that attends and keeps its tokens in a cache like `kept`; to be held while the block runs.
+template <class B>
+Past place(B& b, const Call& call, const Tensor& kept, bool interleaved) {
+  STD_TORCH_CHECK(kept.dim() == 4 && call.cos && call.sin, "a cache [batch, heads, positions, columns], cos and sin are needed");
+  b.batches = call.batches, b.length = call.length;
+  Past where(call.x, call.past, kept, call.sequences, call.pages, call.slots);
+  b.places = where.places;
+  b.rotation = rotation(*call.cos, *call.sin, b.batches, b.length, interleaved);
+  b.masks.batches = b.batches, b.masks.queries = b.length;
+  where.put(b.masks, call.ranges, call.mask);
+  return where;
+}
+
 class MlaStep : public Step {
  public:
   MlaStep(const Tensors& packed, const Ints& about, const Ints& sizes, const Optional& q_norm, const Optional& kv_norm, bool interleaved, const Doubles& numbers,
@@ -138,17 +151,10 @@ class MlaStep : public Step {
   }
   size_t keeps() const override { return 2; }
   void run(const Call& call, Tensor* kept, const float* x, float* out) const override {
-    const Tensor &latents = kept[0], &ropes = kept[1];
     MlaBlock b = block_;
-    STD_TORCH_CHECK(latents.dim() == 4 && call.cos && call.sin, "a latent [batch, 1, positions, columns], cos and sin are needed");
-    b.batches = call.batches, b.length = call.length;
-    const Past where(call.x, call.past, latents, call.sequences, call.pages, call.slots);
-    b.places = where.places;
-    b.rotation = rotation(*call.cos, *call.sin, b.batches, b.length, interleaved_);
+    const Past where = place(b, call, kept[0], interleaved_);
     STD_TORCH_CHECK(b.rotation.turned == turned_, "cos has ", b.rotation.turned, " columns, ", turned_, " are turned");
-    b.latent = cached(latents, where.batches, 1, where.positions, b.rank, "latents"), b.rope = cached(ropes, where.batches, 1, where.positions, turned_, "ropes");
-    b.masks.batches = b.batches, b.masks.queries = b.length;
-    where.put(b.masks, call.ranges, call.mask);
+    b.latent = cached(kept[0], where.batches, 1, where.positions, b.rank, "latents"), b.rope = cached(kept[1], where.batches, 1, where.positions, turned_, "ropes");
     b.x = x, b.out = out;
     beside(b, before_, b.batches * b.length, b.hidden, mla_block);
   }
@@ -184,17 +190,10 @@ class GqaStep : public Step {
   }
   size_t keeps() const override { return 2; }
   void run(const Call& call, Tensor* kept, const float* x, float* out) const override {
-    const Tensor &keys = kept[0], &values = kept[1];
     GqaBlock b = block_;
-    STD_TORCH_CHECK(keys.dim() == 4 && call.cos && call.sin, "keys [batch, heads, positions, columns], cos and sin are needed");
-    b.batches = call.batches, b.length = call.length;
-    const Past where(call.x, call.past, keys, call.sequences, call.pages, call.slots);
-    b.places = where.places;
-    b.rotation = rotation(*call.cos, *call.sin, b.batches, b.length, false);
+    const Past where = place(b, call, kept[0], false);
     STD_TORCH_CHECK(b.rotation.turned <= b.columns, "cos is wider than a head");
-    b.keys = cached(keys, where.batches, b.kv_heads, where.positions, b.columns, "keys"), b.values = cached(values, where.batches, b.kv_heads, where.positions, b.columns, "values");
-    b.masks.batches = b.batches, b.masks.queries = b.length;
-    where.put(b.masks, call.ranges, call.mask);
+    b.keys = cached(kept[0], where.batches, b.kv_heads, where.positions, b.columns, "keys"), b.values = cached(kept[1], where.batches, b.kv_heads, where.positions, b.columns, "values");
     b.x = x, b.out = out;
     beside(b, before_, b.batches * b.length, b.hidden, gqa_block);
   }
