@@ -39,7 +39,7 @@ AT_ONCE, TOKEN_LAYERS = (
     8,
     64,
 )  # layers of a call, and tokens times layers up to which there may be more: who wants to stop a forward waits for a call's end
-MISSES = 3  # calls whose results were not asked for, after which layers are computed one by one
+MISSES, REST = 3, 100  # calls in a row whose results were not asked for, and how many then compute layers one by one
 
 
 class Layer(Operator):
@@ -123,7 +123,7 @@ class Ahead:
     stretch: Stretch
 
     def answers(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether this is what the layer is asked for; its keys and values then count."""
+        """Whether this is what the layer is asked for. If so its keys and values count, and the result lets go of what was made of it."""
         mask, embeddings, cache = self.asked
         if (
             hidden_states._version != self.version
@@ -135,6 +135,7 @@ class Ahead:
             return False
         self.room.keep(self.index, hidden_states.shape[1])
         self.stretch.left -= 1
+        del hidden_states.ktx_ahead  # type: ignore[attr-defined]  # who keeps hidden states keeps no more than these
         return True
 
 
@@ -177,11 +178,11 @@ class Stretch:
 
     Nobody can tell but by the time: a layer that is given other hidden states than the one before it returned (a hook or a script has
     changed them), another mask or cache computes them itself, and its cache has grown by what was asked for and no more. Where that happens
-    again and again the stretch stops.
+    again and again the stretch rests.
     """
 
     def __init__(self, layers: list[Parts]):
-        self.layers, self.left, self.missed = layers, 0, 0
+        self.layers, self.left, self.missed, self.resting = layers, 0, 0, 0
         self.blocks = [parts.attention for parts in layers]
         self.steps = [
             made.step(before)
@@ -192,7 +193,7 @@ class Stretch:
     def __call__(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor | None:
         """hidden_states f32 [B, S, D] -> what the first layer makes of it; None when layers have to be computed one by one."""
         first, tokens = self.blocks[0], hidden_states.shape[0] * hidden_states.shape[1]
-        if not 0 < tokens <= MOST or self.missed >= MISSES or asked.embeddings is None:
+        if not 0 < tokens <= MOST or asked.embeddings is None or not self._pays():
             return None
         layers = self.layers[: max(1, TOKEN_LAYERS // AT_ONCE // tokens) * AT_ONCE]
         if not first.takes(hidden_states, asked.cache) or not all(parts.hold() for parts in layers):
@@ -200,8 +201,6 @@ class Stretch:
         room = room_for(hidden_states, asked.cache, self.blocks[: len(layers)], asked.mask)
         if room is None:
             return None
-        if self.left:
-            self.missed += 1
         with torch.inference_mode(False):  # tensors that count who writes to them
             outs = [torch.empty(hidden_states.shape, dtype=torch.float32, device="cpu") for _ in layers]
         run(
@@ -214,6 +213,15 @@ class Stretch:
         self.left = len(outs) - 1
         return outs[0]
 
+    def _pays(self) -> bool:
+        """Whether results are asked for, as far as the last calls tell."""
+        self.missed = self.missed + 1 if self.left else 0
+        self.left = 0
+        if self.missed == MISSES:
+            self.resting = REST
+        self.resting -= self.resting > 0
+        return not self.resting
+
 
 def join(model: nn.Module) -> None:
     """Makes stretches of a loaded model's layers that follow one another."""
@@ -224,10 +232,8 @@ def join(model: nn.Module) -> None:
         for child in [*module, None]:
             parts = Parts.of(child) if isinstance(child, Layer) else None
             if row and (parts is None or _manner(parts) != _manner(row[0])):
-                for i in range(
-                    0, len(row) - 1, AT_ONCE
-                ):  # all to the end of the row: calls of many tokens go only to the next
-                    row[i].layer.stretch = Stretch(row[i:])
+                for i in range(0, len(row) - 1, AT_ONCE):
+                    row[i].layer.stretch = Stretch(row[i:])  # to the row's end; calls of many tokens go to the next
                 row = []
             if parts is not None:
                 row.append(parts)

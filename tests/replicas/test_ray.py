@@ -111,7 +111,9 @@ def address():
             [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         try:
-            yield cluster.stdout.readline().strip()
+            made = cluster.stdout.readline().strip()
+            assert made, "Ray's cluster did not start; what it said stands above"
+            yield made
         finally:
             cluster.communicate(timeout=60)
 
