@@ -28,7 +28,7 @@ namespace {
 }  // namespace
 }  // namespace amx
 
-const Kernels AMX_KERNELS = {32, true, KTX_TILE, KTX_FEW, amx::quantise, amx::place, amx::place_floats, amx::multiply, amx::unpack, amx::gate, amx::quantise_block};
+const Kernels AMX_KERNELS = {32, true, KTX_TILE, KTX_FEW, amx::quantise, amx::place, amx::place_floats, amx::multiply, amx::unpack, amx::write, amx::add_weighted, amx::gate, amx::quantise_block};
 void tile_dot_amx(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) { amx::one_product(kind, rows, bytes, a, b, c); }
 }  // namespace ktx
 #pragma GCC pop_options

@@ -25,6 +25,6 @@ namespace {
 }  // namespace
 }  // namespace amxmodel
 
-const Kernels AMXMODEL_KERNELS = {32, true, KTX_TILE, KTX_FEW, amxmodel::quantise, amxmodel::place, amxmodel::place_floats, amxmodel::multiply, amxmodel::unpack, amxmodel::gate, amxmodel::quantise_block};
+const Kernels AMXMODEL_KERNELS = {32, true, KTX_TILE, KTX_FEW, amxmodel::quantise, amxmodel::place, amxmodel::place_floats, amxmodel::multiply, amxmodel::unpack, amxmodel::write, amxmodel::add_weighted, amxmodel::gate, amxmodel::quantise_block};
 void tile_dot_model(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) { amxmodel::one_product(kind, rows, bytes, a, b, c); }
 }  // namespace ktx

@@ -24,7 +24,7 @@ namespace {
 }  // namespace
 }  // namespace avx2
 
-const Kernels AVX2_KERNELS = {0, false, KTX_TILE, KTX_FEW, avx2::quantise, avx2::place, avx2::place_floats, avx2::multiply, avx2::unpack, avx2::gate, avx2::quantise_block};
+const Kernels AVX2_KERNELS = {0, false, KTX_TILE, KTX_FEW, avx2::quantise, avx2::place, avx2::place_floats, avx2::multiply, avx2::unpack, avx2::write, avx2::add_weighted, avx2::gate, avx2::quantise_block};
 const AttentionKernels AVX2_ATTENTION = {avx2::convert, avx2::score, avx2::soften, avx2::gather_values, nullptr};
 }  // namespace ktx
 #pragma GCC pop_options

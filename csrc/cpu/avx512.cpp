@@ -25,7 +25,7 @@ namespace {
 }  // namespace
 }  // namespace avx512
 
-const Kernels AVX512VNNI_KERNELS = {0, false, KTX_TILE, KTX_FEW, avx512::quantise, avx512::place, avx512::place_floats, avx512::multiply, avx512::unpack, avx512::gate, avx512::quantise_block};
+const Kernels AVX512VNNI_KERNELS = {0, false, KTX_TILE, KTX_FEW, avx512::quantise, avx512::place, avx512::place_floats, avx512::multiply, avx512::unpack, avx512::write, avx512::add_weighted, avx512::gate, avx512::quantise_block};
 const AttentionKernels AVX512VNNI_ATTENTION = {avx512::convert, avx512::score, avx512::soften, avx512::gather_values, nullptr};
 }  // namespace ktx
 #pragma GCC pop_options

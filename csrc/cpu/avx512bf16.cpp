@@ -31,7 +31,7 @@ namespace {
 }  // namespace
 }  // namespace bf16
 
-const Kernels AVX512BF16_KERNELS = {2, false, KTX_TILE, KTX_FEW, bf16::quantise, bf16::place, bf16::place_floats, bf16::multiply, bf16::unpack, bf16::gate, bf16::quantise_block};
+const Kernels AVX512BF16_KERNELS = {2, false, KTX_TILE, KTX_FEW, bf16::quantise, bf16::place, bf16::place_floats, bf16::multiply, bf16::unpack, bf16::write, bf16::add_weighted, bf16::gate, bf16::quantise_block};
 const PairKernels BF16_PAIRS = {bf16::pair_queries, bf16::to_bf16, bf16::score_pairs, bf16::score_latent, bf16::soften_pairs, bf16::gather_pairs, bf16::COLUMN_ORDER};
 const AttentionKernels AVX512BF16_ATTENTION = {bf16::convert, bf16::score, bf16::soften, bf16::gather_values, &BF16_PAIRS};
 }  // namespace ktx

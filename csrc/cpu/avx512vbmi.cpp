@@ -28,6 +28,6 @@ namespace {
 }  // namespace
 }  // namespace vbmi
 
-const Kernels AVX512VBMI_KERNELS = {0, false, KTX_TILE, KTX_FEW, vbmi::quantise, vbmi::place, vbmi::place_floats, vbmi::multiply, vbmi::unpack, vbmi::gate, vbmi::quantise_block};
+const Kernels AVX512VBMI_KERNELS = {0, false, KTX_TILE, KTX_FEW, vbmi::quantise, vbmi::place, vbmi::place_floats, vbmi::multiply, vbmi::unpack, vbmi::write, vbmi::add_weighted, vbmi::gate, vbmi::quantise_block};
 }  // namespace ktx
 #pragma GCC pop_options

@@ -35,7 +35,7 @@ namespace {
 }  // namespace
 }  // namespace avx512vl
 
-const Kernels AVXVNNI_KERNELS = {0, false, KTX_TILE, KTX_FEW, avxvnni::quantise, avxvnni::place, avxvnni::place_floats, avxvnni::multiply, avxvnni::unpack, avxvnni::gate, avxvnni::quantise_block};
-const Kernels AVX512VL_KERNELS = {0, false, KTX_TILE, KTX_FEW, avx512vl::quantise, avx512vl::place, avx512vl::place_floats, avx512vl::multiply, avx512vl::unpack, avx512vl::gate, avx512vl::quantise_block};
+const Kernels AVXVNNI_KERNELS = {0, false, KTX_TILE, KTX_FEW, avxvnni::quantise, avxvnni::place, avxvnni::place_floats, avxvnni::multiply, avxvnni::unpack, avxvnni::write, avxvnni::add_weighted, avxvnni::gate, avxvnni::quantise_block};
+const Kernels AVX512VL_KERNELS = {0, false, KTX_TILE, KTX_FEW, avx512vl::quantise, avx512vl::place, avx512vl::place_floats, avx512vl::multiply, avx512vl::unpack, avx512vl::write, avx512vl::add_weighted, avx512vl::gate, avx512vl::quantise_block};
 }  // namespace ktx
 #pragma GCC pop_options

@@ -17,6 +17,8 @@ namespace {
 constexpr int64_t CHUNK = 2048, FEW = 512;  // tokens at once, and how many of them for one expert: see linear.cpp
 constexpr int INNER_GROUPS = 4;  // row groups of gate and up in a unit of work: 64 rows, so two blocks of 32 for down
 constexpr int64_t LONG_RUN = 64;  // units of few tokens that a member takes at once
+// Of many tokens: neighbours in the rows of a tile that two members write share lines, so four, while a projection's sums are no more than 256 KiB.
+constexpr int64_t SHORT_RUN = 4, SUMS = 4096;
 thread_local Scratch shared_scratch, member_scratch;
 thread_local std::vector<int64_t> order, by_number;
 
@@ -102,19 +104,18 @@ struct Chunk {
   void quantise_inputs(Scratch& own) {
     float* room = own.take<float>(c.hidden);
     if (ints_in()) {
-      for (int64_t t; (t = rows.take()) < tokens;) k.quantise(values_of(t, room), c.hidden, row_of(t));
+      for (int64_t t; (t = rows.take()) < tokens;) k.quantise(values_of(t, room), 16, c.hidden, row_of(t));
       barrier();
     }
     size_t at = 0;  // the expert of the tile, and how many tiles the experts before it have
     for (int64_t tile, before = 0; (tile = tiles.take()) < all_tiles;) {
       while (tile - before >= input(at).tiles) before += input(at++).tiles;
       const Tokens to = input(at);
-      const int place = int(tile - before);
-      for (int i = to.start(place); i < to.start(place + 1); ++i) {
+      for_tile(to, int(tile - before), [&](int i, Spot spot) {
         const int64_t t = slot_token[offset[active[at]] + i];
-        if (xs.q) k.place(row_of(t), to, i, 0, c.hidden);
-        if (xs.f || xs.wide) k.place_floats(values_of(t, room), to, i, 0, c.hidden);
-      }
+        if (xs.q) k.place(row_of(t), to, spot, 0, c.hidden);
+        if (xs.f || xs.wide) k.place_floats(values_of(t, room), to, spot, 0, c.hidden);
+      });
     }
   }
   const float* values_of(int64_t t, float* room) const {
@@ -131,9 +132,9 @@ struct Chunk {
     const float* values = values_of(0, own.take<float>(c.hidden));
     if (one.q) {
       const RowView row = take_row(own, c.hidden);
-      k.quantise(values, c.hidden, row), k.place(row, one, 0, 0, c.hidden);
+      k.quantise(values, 16, c.hidden, row), k.place(row, one, {0, 1, 0}, 0, c.hidden);
     }
-    if (one.f) k.place_floats(values, one, 0, 0, c.hidden);
+    if (one.f) k.place_floats(values, one, {0, 1, 0}, 0, c.hidden);
     return one;
   }
 
@@ -162,11 +163,15 @@ struct Chunk {
     const int n = count(e);
     const Tokens to = slice(hs, offset[e], n, k);
     const int64_t first = group * 16, width = std::min<int64_t>(groups * 16, c.inner - first);
-    for (int t = 0; t < n; ++t) {
-      for (int64_t i = 0; i < width; ++i) line[i] = h[(i / 16 * n + t) * 16 + i % 16];
-      if (hs.f || hs.wide) k.place_floats(line, to, t, first, width);
-      else k.quantise(line, width, row), k.place(row, to, t, first, width);
-    }
+    for (int tile = 0; tile < to.tiles; ++tile)
+      for_tile(to, tile, [&](int t, Spot spot) {
+        if (hs.f || hs.wide) {
+          for (int64_t i = 0; i < width; ++i) line[i] = h[(i / 16 * n + t) * 16 + i % 16];
+          k.place_floats(line, to, spot, first, width);
+        } else {
+          k.quantise(h + t * 16, n * 16, width, row), k.place(row, to, spot, first, width);
+        }
+      });
   }
 
   void inner_phase(Scratch& own, int member) {
@@ -207,17 +212,15 @@ struct Chunk {
                                                      : then.count ? outer_weights(then.first, present[0]) : nullptr;
         const Tokens in = slice(hs, offset[e], count(e), k);
         project(c.down, e, block(c.down, e, downs, p, c.inner), first, groups, c.hidden, in, sums, work, next);
-        for (int g = 0; g < groups; ++g)
-          for (int t = 0; t < in.n; ++t) {
-            const int64_t slot = offset[e] + t;
-            const float weight = slot_weight[slot], *from = sums + (g * in.n + t) * 16;
-            float* to = total + slot_token[slot] * columns + g * 16;
-            for (int i = 0; i < 16; ++i) to[i] += weight * from[i];
-          }
+        k.add_weighted(sums, in.n, groups, slot_token + offset[e], slot_weight + offset[e], total, columns);
       }
       const int64_t width = std::min<int64_t>(groups * 16, c.hidden - first * 16);
-      for (int64_t t = 0; t < tokens; ++t)
-        from_floats(total + t * columns, c.type, width, out + (t * c.hidden + first * 16) * int64_t(size_of(c.type)));
+      for (int64_t t = 0; t < tokens; ++t) {
+        const float* from = total + t * columns;
+        uint8_t* to = out + (t * c.hidden + first * 16) * int64_t(size_of(c.type));
+        k.write(from, 16, width / 16, c.type, to);
+        if (width % 16) from_floats(from + width / 16 * 16, c.type, width % 16, to + width / 16 * 16 * int64_t(size_of(c.type)));
+      }
     });
   }
 
@@ -260,14 +263,15 @@ void run_chunk(const ExpertsCall& c, int64_t first, int64_t tokens, bool wide) {
   chunk.group();
   for (size_t i = 0; i < chunk.active.size(); ++i) chunk.all_tiles += chunk.input(i).tiles;
   chunk.inner.team = chunk.outer.team = team;
-  chunk.inner.longest = many ? 1 : LONG_RUN, chunk.outer.longest = many ? 1 : LONG_RUN;
+  const int64_t widest = chunk.active.empty() ? 0 : chunk.count(chunk.active[0]);
+  chunk.inner.longest = many ? std::clamp<int64_t>(SUMS / (std::max<int64_t>(widest, 1) * INNER_GROUPS), 1, SHORT_RUN) : LONG_RUN;
+  chunk.outer.longest = many ? 1 : LONG_RUN;
   chunk.gates.set((c.inner + 15) / 16, INNER_GROUPS, int64_t(chunk.active.size()));
   chunk.downs.set(all_groups, many ? std::clamp<int64_t>(all_groups / (4 * team), 2, 4) : 1, 1);
   for (int node = 0; node < nodes(); ++node) {
     chunk.inner.share(node, chunk.gates.begin[node], chunk.gates.begin[node + 1]);
     chunk.outer.share(node, chunk.downs.begin[node], chunk.downs.begin[node + 1]);
   }
-  const int64_t widest = chunk.active.empty() ? 0 : chunk.count(chunk.active[0]);
   chunk.lone = tokens == 1 && widest == 1 && !wide;
   const int64_t inner_rows = chunk.inner.longest * INNER_GROUPS * 16, outer_rows = chunk.outer.longest * chunk.downs.groups * 16;
   const size_t own = row_bytes(c.hidden) + tokens_bytes(1, c.hidden, in_ints, in_floats) + row_bytes(inner_rows) +

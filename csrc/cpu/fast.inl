@@ -101,11 +101,14 @@ static void multiply_fast(const Layout& l, const uint8_t* packed, const Tokens& 
   __builtin_memset(out, 0, R * stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += SPAN) {
     const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
+    Upcoming upcoming[R];
     for (int r = 0; r < R; ++r) {
-      expand<D, true>(l, packed + r * group, x.k, from, length, spans[r], next ? next + r * group : nullptr);
+      expand<D, true>(l, packed + r * group, x.k, from, length, spans[r]);
       requantise<D>(spans[r], length);
+      upcoming[r] = span_at<D>(l, packed + r * group, x.k, from + length, next ? next + r * group : nullptr, x.tiles);
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
+      for (Upcoming& u : upcoming) u.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       const int64_t at = first * (x.k / 32) + from / 32 * tokens;
       fast_kernel<R>(tokens)(spans, length, x.q + first * x.k + from * tokens, x.scale + at, x.part32 + at, out + first * 16, stride);

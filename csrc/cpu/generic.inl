@@ -6,6 +6,16 @@ constexpr int SPAN = 256;  // k unpacked at once: 4 KB of weights for a group of
 // page tables as well. Past the end of what was asked for, fetching goes on at the beginning of what comes next. A few lines at a time: a
 // processor drops what it has no room to wait for.
 constexpr int64_t LINES_AHEAD = 4096, SPANS_AHEAD = 6144, PAGES_AHEAD = 16384;
+struct Upcoming {  // memory that will be read soon, fetched in so many steps
+  const uint8_t *at, *end;
+  int64_t lines;  // of a step
+  AI explicit Upcoming(const uint8_t* begin = nullptr, int64_t bytes = 0, int steps = 1)
+      : at(begin), end(begin + bytes), lines(((bytes + 63) / 64 + steps - 1) / steps) {}
+  AI void fetch() {
+    const uint8_t* to = at + lines * 64 < end ? at + lines * 64 : end;
+    for (; at < to; at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
 struct Ahead {
   const uint8_t* end;
   int64_t jump;
@@ -17,10 +27,7 @@ struct Ahead {
     for (; at < bytes; at += 64) __builtin_prefetch(to + at, 0, 0);
     return at;
   }
-  AI void span(const uint8_t* p, int64_t bytes) const {  // too much at once for the first-level cache to wait for
-    const uint8_t* to = from(p + SPANS_AHEAD);
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(to + at, 0, 2);
-  }
+  AI Upcoming span(const uint8_t* p, int64_t bytes, int steps) const { return Upcoming(from(p + SPANS_AHEAD), bytes, steps); }
   AI void page(const uint8_t* p) const { __builtin_prefetch(from(p + PAGES_AHEAD), 0, 2); }
 };
 
@@ -126,21 +133,18 @@ struct Span {  // one group's expanded weights
 };
 static_assert(2 * sizeof(Span) <= WORK_BYTES, "work buffer");
 
-// The span that will be expanded after this one: of the same group, or the first of `next` with its narrow fields.
-template <class D> AI void fetch_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next) {
-  const uint8_t *begin = from < k ? block_at(l, group, k, from / D::BLOCK).words : next, *end = begin;
-  if (from >= k && next) end = block_at(l, next, k, 0).words;
-  if (!begin) return;
+// The span of column `from`: of this group, or behind its end the first of `next` with its narrow fields.
+template <class D> AI Upcoming span_at(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next, int steps) {
+  if (from >= k && !next) return Upcoming();
+  const uint8_t *words = from < k ? block_at(l, group, k, from / D::BLOCK).words : block_at(l, next, k, 0).words, *begin = from < k ? words : next;
   const int64_t columns = from < k ? k - from : k;
-  end += (columns < SPAN ? columns : SPAN) / D::BLOCK * l.word_count() * 64;
-  for (; begin < end; begin += 64) __builtin_prefetch(begin, 0, 2);
+  return Upcoming(begin, words - begin + (columns < SPAN ? columns : SPAN) / D::BLOCK * l.word_count() * 64, steps);
 }
 
 // PLAIN: codes as signed bytes without what is carried or too much.
 template <class D, bool PLAIN = false>
-static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out, const uint8_t* next) {
+static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out) {
   typedef Traits<D> R;
-  fetch_span<D>(l, group, k, from + length, next);
   for (int at = 0, sub = 0; at < length; at += D::BLOCK) {
     const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
     const typename D::Head head = D::head(b);
@@ -240,8 +244,13 @@ static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& 
   __builtin_memset(out, 0, R * stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += SPAN) {
     const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
-    for (int r = 0; r < R; ++r) expand<D>(l, packed + r * group, x.k, from, length, spans[r], next ? next + r * group : nullptr);
+    Upcoming upcoming[R];  // a few lines beside each tile: a processor drops what it has no room to wait for
+    for (int r = 0; r < R; ++r) {
+      expand<D>(l, packed + r * group, x.k, from, length, spans[r]);
+      upcoming[r] = span_at<D>(l, packed + r * group, x.k, from + length, next ? next + r * group : nullptr, x.tiles);
+    }
     for (int tile = 0; tile < x.tiles; ++tile) {
+      for (Upcoming& u : upcoming) u.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       const int64_t at32 = first * (x.k / 32) + from / 32 * tokens;
       const int64_t at = first * (x.k / D::SUB) + from / D::SUB * tokens;
@@ -434,9 +443,10 @@ static void multiply_float_many(const uint8_t* packed, size_t group, const Token
   for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
     const int64_t to = from + FLOAT_SPAN < x.k ? from + FLOAT_SPAN : x.k;
     F scale[R];
+    Upcoming upcoming[R];
     for (int r = 0; r < R; ++r) {
       const uint8_t* here = packed + r * group + from * 16 * L::BYTES;
-      ahead.span(here, (to - from) * 16 * L::BYTES);
+      upcoming[r] = ahead.span(here, (to - from) * 16 * L::BYTES, x.tiles);
       scale[r] = float_scale<L>(packed + r * group, x.k, from);
       float* w = span + r * 16;
       for (int64_t i = from; i < to; i += 2, w += 2 * R * 16) {
@@ -447,6 +457,7 @@ static void multiply_float_many(const uint8_t* packed, size_t group, const Token
       }
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
+      for (Upcoming& u : upcoming) u.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       for (int t = 0; t < tokens; t += FLOAT_TILE)
         float_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from), x.f + first * x.k + from * tokens + t, tokens, scale, out + (first + t) * 16, stride);
@@ -456,8 +467,7 @@ static void multiply_float_many(const uint8_t* packed, size_t group, const Token
 
 #ifdef KTX_BF16
 // `columns` of a group as pairs of bf16, the 16 rows of a pair `step` words after those before.
-template <class L> AI void expand_pairs(const uint8_t* here, int columns, uint32_t* w, int step, const Ahead& ahead) {
-  ahead.span(here, columns * 16 * L::BYTES);
+template <class L> AI void expand_pairs(const uint8_t* here, int columns, uint32_t* w, int step) {
   int i = 0;
   for (; i + 4 <= columns; i += 4, w += 2 * step, here += 64 * L::BYTES) {
     Pairs a, b;
@@ -542,11 +552,15 @@ static void multiply_pair_many(const uint8_t* packed, size_t group, const Tokens
   for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
     const int64_t to = from + FLOAT_SPAN < x.k ? from + FLOAT_SPAN : x.k;
     F scale[R];
+    Upcoming upcoming[R];
     for (int r = 0; r < R; ++r) {
+      const uint8_t* here = packed + r * group + from * 16 * L::BYTES;
+      upcoming[r] = ahead.span(here, (to - from) * 16 * L::BYTES, x.tiles);
       scale[r] = float_scale<L>(packed + r * group, x.k, from);
-      expand_pairs<L>(packed + r * group + from * 16 * L::BYTES, int(to - from), span + r * 16, R * 16, ahead);
+      expand_pairs<L>(here, int(to - from), span + r * 16, R * 16);
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
+      for (Upcoming& u : upcoming) u.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       for (int t = 0; t < tokens; t += FLOAT_TILE)
         pair_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from) / 2, x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16, stride);
@@ -679,19 +693,19 @@ static void unpack(const Layout& l, const uint8_t* group, int64_t k, float* out)
 
 // ---- activations ----------------------------------------------------------------------------------------------------------
 
-static void quantise(const float* x, int64_t k, RowView out) {
+static void quantise(const float* x, int64_t step, int64_t k, RowView out) {
 #ifdef KTX_FAST
   const bool wide = fast_gemm();  // then two neighbours share a scale
 #else
   constexpr bool wide = false;
 #endif
   float most = 0;
-  for (int64_t b = 0; b < k / 32; ++b, x += 32) {
-    const F lo = loadf(x), hi = loadf(x + 16);
+  for (int64_t b = 0; b < k / 32; ++b, x += 2 * step) {
+    const F lo = loadf(x), hi = loadf(x + step);
     if (!wide || b % 2 == 0) {
       // As integers, so that a NaN is the largest of all: it must reach the scale, its code cannot tell.
       V largest = maxu(as_int(absf(lo)), as_int(absf(hi)));
-      if (wide && b + 1 < k / 32) largest = maxu(largest, maxu(as_int(absf(loadf(x + 32))), as_int(absf(loadf(x + 48)))));
+      if (wide && b + 1 < k / 32) largest = maxu(largest, maxu(as_int(absf(loadf(x + 2 * step))), as_int(absf(loadf(x + 3 * step)))));
       const uint32_t bits = largest_lane(largest);
       __builtin_memcpy(&most, &bits, 4);
     }
@@ -745,15 +759,8 @@ static void quantise_block(const float* x, int n, bool four, uint8_t* out) {
     for (int j = 0; j < 16; ++j) out[2 + i / 2 + j] = uint8_t((codes[i + j] + 8) | (codes[i + 16 + j] + 8) << 4);
 }
 
-AI int tile_of(const Tokens& to, int token) {
-  int tile = int(int64_t(token) * to.tiles / to.n);
-  while (to.start(tile + 1) <= token) ++tile;
-  while (to.start(tile) > token) --tile;
-  return tile;
-}
-
-static void place(const RowView& row, const Tokens& to, int token, int64_t from, int64_t length) {
-  const int tile = tile_of(to, token), first = to.start(tile), T = to.start(tile + 1) - first, t = token - first;
+static void place(const RowView& row, const Tokens& to, Spot token, int64_t from, int64_t length) {
+  const int first = token.first, T = token.count, t = token.at;
   const int64_t at16 = first * (to.k / 16) + from / 16 * T + t, at32 = first * (to.k / 32) + from / 32 * T + t;
   int32_t *q = reinterpret_cast<int32_t*>(to.q + first * to.k + from * T) + t, *s16 = to.sum16 + at16, *s32 = to.sum32 + at32;
   float *scale = to.scale + at32, *p16 = to.part16 + at16, *p32 = to.part32 + at32;
@@ -775,22 +782,22 @@ static void place(const RowView& row, const Tokens& to, int token, int64_t from,
   }
 }
 
-static void place_floats(const float* x, const Tokens& to, int token, int64_t from, int64_t length) {
-  const int tile = tile_of(to, token), first = to.start(tile), T = to.start(tile + 1) - first;
+static void place_floats(const float* x, const Tokens& to, Spot token, int64_t from, int64_t length) {
+  const int first = token.first, T = token.count, t = token.at;
   if (to.f) {
-    float* f = to.f + first * to.k + from * T + token - first;
+    float* f = to.f + first * to.k + from * T + t;
     for (int64_t i = 0; i < length; ++i) f[i * T] = x[i];
   }
 #ifdef KTX_BF16
   if (!to.pair) return;
 #ifdef KTX_TILES
   if (to.wide) {
-    uint32_t* rows = to.pair + first * (to.k / 2) + from / 2 * T + (token - first) * 16;
+    uint32_t* rows = to.pair + first * (to.k / 2) + from / 2 * T + t * 16;
     for (int64_t i = 0; i < length; i += 32) store(rows + i / 2 * T, bf16_pairs(loadf(x + i), loadf(x + i + 16)));
     return;
   }
 #endif
-  uint32_t* pair = to.pair + first * (to.k / 2) + from / 2 * T + token - first;
+  uint32_t* pair = to.pair + first * (to.k / 2) + from / 2 * T + t;
   for (int64_t i = 0; i < length; i += 32) {
     float columns[32] = {};
     uint32_t words[16];
@@ -800,6 +807,24 @@ static void place_floats(const float* x, const Tokens& to, int token, int64_t fr
     for (int64_t j = 0; j < count / 2; ++j) pair[(i / 2 + j) * T] = words[j];
   }
 #endif
+}
+
+static void write(const float* x, int64_t step, int64_t groups, Number type, void* out) {
+  uint8_t* to = static_cast<uint8_t*>(out);
+  if (type == Number::F32)
+    for (; groups; --groups, x += step, to += 64) storef(reinterpret_cast<float*>(to), loadf(x));
+  else if (type == Number::BF16)
+    for (; groups; --groups, x += step, to += 32) store_bf16(to, loadf(x));
+  else
+    for (; groups; --groups, x += step, to += 32) store_f16(to, loadf(x));
+}
+
+static void add_weighted(const float* sums, int n, int groups, const int64_t* token, const float* weight, float* total, int64_t columns) {
+  for (int g = 0; g < groups; ++g, total += 16)
+    for (int t = 0; t < n; ++t, sums += 16) {
+      float* to = total + token[t] * columns;
+      storef(to, fma(broadcastf(weight + t), loadf(sums), loadf(to)));
+    }
 }
 
 // exp(x) by 2^n * p(f): relative error below 2e-7 for |x| <= 87

@@ -3,6 +3,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "numbers.h"
+
 namespace ktx {
 struct Layout;
 
@@ -32,21 +34,32 @@ struct Tokens {
   int start(int t) const { return wide ? (t < tiles ? t * WIDE_TILE : n) : int(int64_t(n) * t / tiles); }
 };
 
+// Where a token lies: the first token of its tile, how many that has, and which of them it is.
+struct Spot { int first, count, at; };
+// f(token, spot) for the tokens of a tile.
+template <class F> void for_tile(const Tokens& x, int tile, F&& f) {
+  const int first = x.start(tile), count = x.start(tile + 1) - first;
+  for (int t = 0; t < count; ++t) f(first + t, Spot{first, count, t});
+}
+
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU_OAI };
 
 struct Kernels {
   int pairs;      // of how many columns a row must be a multiple to be multiplied in pairs of bf16; 0: never
   bool wide;      // whether they can multiply wide tokens
   int tile, few;  // widest tile; up to `few` quantised tokens make one tile and take the fused path
-  void (*quantise)(const float* x, int64_t k, RowView out);
+  void (*quantise)(const float* x, int64_t step, int64_t k, RowView out);  // sixteen values every `step`
   // Columns from..from+length of a token into its tile; `row` and `x` hold these columns only. Multiples of 32 for `place`.
-  void (*place)(const RowView& row, const Tokens& to, int token, int64_t from, int64_t length);
-  void (*place_floats)(const float* x, const Tokens& to, int token, int64_t from, int64_t length);
+  void (*place)(const RowView& row, const Tokens& to, Spot token, int64_t from, int64_t length);
+  void (*place_floats)(const float* x, const Tokens& to, Spot token, int64_t from, int64_t length);
   // out[group][token][16] = packed rows of `groups` groups times every token; `work` holds WORK_BYTES. `next` is what the caller
   // will multiply with next, or null: its beginning is fetched while the end of this is used.
   void (*multiply)(const Layout& layout, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work,
                    const uint8_t* next);
   void (*unpack)(const Layout& layout, const uint8_t* group, int64_t k, float* out);  // [k][16]
+  void (*write)(const float* x, int64_t step, int64_t groups, Number type, void* out);  // sixteen values every `step`, one after the other as f32, f16 or bf16
+  // total[token[t]][columns] += weight[t] * sums[group][t][16]
+  void (*add_weighted)(const float* sums, int n, int groups, const int64_t* token, const float* weight, float* total, int64_t columns);
   void (*gate)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out, int64_t n);  // n % 16 == 0
   void (*quantise_block)(const float* x, int n, bool four, uint8_t* out);  // n weights -> a block of INT8_128 or Q8_0, else of INT4_* or Q4_0
 };

@@ -75,33 +75,33 @@ struct Call {
     for (int64_t tile; (tile = rows.take()) < sets * tiles;) {
       const int64_t first = tile / tiles * tokens;
       const Tokens mine = slice(all, first, tokens, kernels);
-      for (int t = mine.start(int(tile % tiles)); t < mine.start(int(tile % tiles) + 1); ++t) place(mine, t, first + t, row, room);
+      for_tile(mine, int(tile % tiles), [&](int t, Spot at) { place(mine, at, first + t, row, room); });
     }
   }
-  void place(const Tokens& to, int t, int64_t row_of_x, const RowView& row, float* room) const {
+  void place(const Tokens& to, Spot t, int64_t row_of_x, const RowView& row, float* room) const {
     const float* values = as_floats(x + row_of_x * k * size_of(type), type, k, room);
     if (to.f || to.wide) kernels.place_floats(values, to, t, 0, k);
-    if (to.q) kernels.quantise(values, k, row), kernels.place(row, to, t, 0, k);
+    if (to.q) kernels.quantise(values, 16, k, row), kernels.place(row, to, t, 0, k);
   }
   // A lone token is quantised by everybody: that takes less time than waiting for somebody else's.
   Tokens lone_token(Scratch& own) const {
     const Tokens one = slice(take_tokens(own, 1, k, all.q, all.f, false), 0, 1, kernels);
-    place(one, 0, 0, all.q ? take_row(own, k) : RowView{}, own.take<float>(k));
+    place(one, {0, 1, 0}, 0, all.q ? take_row(own, k) : RowView{}, own.take<float>(k));
     return one;
   }
   // Groups of [token][16] -> y, with bias; a token's row at once, for each lies on a page of its own.
   void finish(const Piece& p, int64_t group, int64_t count, const float* sums) const {
-    for (int t = 0; t < tokens; ++t)
-      for (int64_t g = 0; g < count; ++g) {
-        const int64_t row = (group + g) * 16, width = std::min<int64_t>(16, p.n - row);
-        const float* from = sums + (g * tokens + t) * 16;
+    const int64_t row = group * 16, whole = std::min(count, (p.n - row) / 16);
+    for (int t = 0; t < tokens; ++t, sums += 16) {
+      uint8_t* y = p.y + (t * p.stride + p.first + row) * int64_t(size_of(type));
+      if (!p.bias) kernels.write(sums, tokens * 16, whole, type, y);
+      for (int64_t g = p.bias ? 0 : whole; g < count; ++g) {
+        const int64_t width = std::min<int64_t>(16, p.n - row - g * 16);
         float v[16];
-        if (p.bias) {
-          for (int i = 0; i < width; ++i) v[i] = from[i] + p.bias[row + i];
-          from = v;
-        }
-        from_floats(from, type, width, p.y + (t * p.stride + p.first + row) * int64_t(size_of(type)));
+        for (int64_t i = 0; i < width; ++i) v[i] = sums[g * tokens * 16 + i] + (p.bias ? p.bias[row + g * 16 + i] : 0.0f);
+        from_floats(v, type, width, y + g * 16 * int64_t(size_of(type)));
       }
+    }
   }
   const Piece& piece(int64_t item, int64_t& group) const {
     const size_t at = size_t(std::upper_bound(first_item.begin(), first_item.end(), item) - first_item.begin()) - 1;

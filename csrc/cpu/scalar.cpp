@@ -22,6 +22,6 @@ namespace {
 }  // namespace
 }  // namespace scalar
 
-const Kernels SCALAR_KERNELS = {0, false, KTX_TILE, KTX_FEW, scalar::quantise, scalar::place, scalar::place_floats, scalar::multiply, scalar::unpack, scalar::gate, scalar::quantise_block};
+const Kernels SCALAR_KERNELS = {0, false, KTX_TILE, KTX_FEW, scalar::quantise, scalar::place, scalar::place_floats, scalar::multiply, scalar::unpack, scalar::write, scalar::add_weighted, scalar::gate, scalar::quantise_block};
 const AttentionKernels SCALAR_ATTENTION = {scalar::convert, scalar::score, scalar::soften, scalar::gather_values, nullptr};
 }  // namespace ktx

@@ -62,7 +62,8 @@ template <class D> static void multiply_tiles(const Layout& l, const uint8_t* pa
     __builtin_memset(out, 0, stride * sizeof(float));
     for (int64_t from = 0; from < x.k; from += SPAN) {
       const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
-      expand<D, true>(l, packed, x.k, from, length, span, g + 1 < groups ? packed + group : next);
+      span_at<D>(l, packed, x.k, from + length, g + 1 < groups ? packed + group : next, 1).fetch();
+      expand<D, true>(l, packed, x.k, from, length, span);
       for (int tile = 0; tile < x.tiles; ++tile) {
         const int first = x.start(tile), tokens = x.start(tile + 1) - first;
         if (tokens != configured) tiles_begin(tokens, tokens, D::SUB), configured = tokens;

@@ -10,7 +10,7 @@ template <class D> struct WideInts {
   static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, uint32_t* to, const uint8_t* next) {
     typedef Traits<D> R;
     constexpr int CENTRE = D::SIGNED ? 128 : D::OFFSET;
-    fetch_span<D>(l, group, k, from + length, next);
+    span_at<D>(l, group, k, from + length, next, 1).fetch();
     for (int at = 0; at < length; at += D::BLOCK) {
       const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
       const typename D::Head head = D::head(b);

@@ -141,6 +141,15 @@ AI void store_f16(void* p, F x) {
   __m128i* q = static_cast<__m128i*>(p);
   _mm_storeu_si128(q, _mm256_cvtps_ph(x.a, 0)), _mm_storeu_si128(q + 1, _mm256_cvtps_ph(x.b, 0));
 }
+AI __m128i bf16_halves(__m256 x) {  // to nearest even; what is not a number stays so
+  const __m256i bits = _mm256_castps_si256(x), even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), even)), none = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  return low_halves(_mm256_srli_epi32(_mm256_blendv_epi8(rounded, none, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))), 16));
+}
+AI void store_bf16(void* p, F x) {
+  __m128i* q = static_cast<__m128i*>(p);
+  _mm_storeu_si128(q, bf16_halves(x.a)), _mm_storeu_si128(q + 1, bf16_halves(x.b));
+}
 AI void store_s8(int8_t* p, V x) {
   const __m128i lo = low_halves(x.a), hi = low_halves(x.b), mask = _mm_set1_epi16(0xff);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(_mm_and_si128(lo, mask), _mm_and_si128(hi, mask)));

@@ -146,6 +146,11 @@ AI void e4m3_as_f16(const uint8_t* p, F& a, F& b) {  // 32 bytes; the f16 are 2^
 }
 AI F f16_lanes(V a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }  // low halves of the lanes
 AI void store_f16(void* p, F a) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a, 0)); }
+AI void store_bf16(void* p, F a) {  // to nearest even; what is not a number stays so
+  const V bits = as_int(a), rounded = add(bits, add(set(0x7fff), and_(shr(bits, 16), set(1))));
+  const V kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), or_(bits, set(0x400000)));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(shr(kept, 16)));
+}
 AI void store_s8(int8_t* p, V a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 
 // Dot product of four bytes a lane. Signed weights are carried with 128 added (see `carried`), so there is one instruction.

@@ -132,6 +132,11 @@ AI void store_f16(void* p, F x) {
   uint8_t* q = static_cast<uint8_t*>(p);
   KTX_LANES { const uint32_t h = f16_bits(x.v[i]); q[2 * i] = uint8_t(h), q[2 * i + 1] = uint8_t(h >> 8); }
 }
+AI void store_bf16(void* p, F x) {
+  uint16_t h[16];
+  KTX_LANES h[i] = to_bf16(x.v[i]);
+  __builtin_memcpy(p, h, 32);
+}
 AI void store_s8(int8_t* p, V x) { KTX_LANES p[i] = int8_t(x.v[i]); }
 
 template <bool SIGNED> AI V dot(V acc, V w, V x) {
