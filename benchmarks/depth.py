@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     import torch
 
+    from ktx.compat import cache_argument
+
     model, _ = ktx.load(
         args.model or ktx.demo.path(),
         None if args.model else ktx.demo.gguf(),
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         start = time.perf_counter()
         with torch.inference_mode():
             for i in range(args.tokens):
-                model(input_ids=torch.tensor([[i + 5]]), past_key_values=cache)
+                model(input_ids=torch.tensor([[i + 5]]), **cache_argument(model, cache))
         return (time.perf_counter() - start) / args.tokens * 1e3
 
     rounds = []
@@ -72,10 +74,11 @@ def filled(model: Any, depth: int) -> Any:
     import torch
 
     from ktx.cache.kv import GrowingLayer, KVCache
+    from ktx.compat import cache_argument
 
     cache = KVCache(model.config, model.ktx.kv_dtype)
     with torch.inference_mode():
-        model(input_ids=torch.arange(5, 5 + BEFORE)[None], past_key_values=cache)
+        model(input_ids=torch.arange(5, 5 + BEFORE)[None], **cache_argument(model, cache))
         for layer in cache.layers if depth else ():
             if isinstance(layer, GrowingLayer):
                 batch, heads = layer.buffers[0].shape[:2]

@@ -58,11 +58,12 @@ def timed(args: argparse.Namespace, model: Any) -> dict[str, float]:
     import torch
 
     from ktx.cache.kv import KVCache
+    from ktx.compat import cache_argument
 
     def step(ids: torch.Tensor, cache: Any) -> float:
         start = time.perf_counter()
         with torch.inference_mode():
-            logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
         logits.float().cpu()  # whoever chooses a token waits for it
         return time.perf_counter() - start
 

@@ -114,6 +114,7 @@ def measured(args: argparse.Namespace) -> tuple[Trace, str]:
     import torch
 
     from ktx.cache.kv import KVCache
+    from ktx.compat import cache_argument
 
     model, _ = ktx.load(args.model, args.weights, device="cuda", moe_device="cpu", progress=False)
     cache = KVCache(model.config, model.ktx.kv_dtype)
@@ -122,7 +123,7 @@ def measured(args: argparse.Namespace) -> tuple[Trace, str]:
     @torch.inference_mode()
     def forward(count: int) -> None:
         ids = torch.randint(3, model.config.vocab_size, (1, count), generator=source)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1).logits
         logits.float().cpu()  # whoever chooses a token waits for it
 
     forward(args.context)

@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     import ktx
     import ktx.demo
     from ktx.cache.kv import KVCache
+    from ktx.compat import cache_argument
 
     weights = None if args.model else str(ktx.demo.gguf())
     model, _ = ktx.load(args.model or str(ktx.demo.path()), weights, progress=False)
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     def token() -> float:
         start = time.perf_counter()
         with torch.inference_mode():
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5]]), **cache_argument(model, cache))
         return (time.perf_counter() - start) * 1e3
 
     def read() -> float:

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 import ktx  # noqa: E402
 from ktx.cache.kv import KVCache  # noqa: E402
+from ktx.compat import cache_argument  # noqa: E402
 
 TINY = {
     "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 4,
@@ -60,7 +61,7 @@ def loop(model: Any, tokens: int) -> Callable[[], None]:
         cache, token = KVCache(model.config), torch.zeros(1, 1, dtype=torch.long)
         with torch.inference_mode():
             for _ in range(tokens):
-                logits = model(input_ids=token, past_key_values=cache, logits_to_keep=1).logits
+                logits = model(input_ids=token, **cache_argument(model, cache), logits_to_keep=1).logits
                 token = logits[:, -1].argmax(-1, keepdim=True)
 
     return run

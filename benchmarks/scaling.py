@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from ktx.cache.kv import KVCache
+    from ktx.compat import cache_argument
     from ktx.hardware import default_threads
     from ktx.kernels.cpu import ops
 
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(threads)
         cache, start = KVCache(model.config, model.ktx.kv_dtype), time.perf_counter()
         with torch.inference_mode():
-            model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+            model(input_ids=ids, **cache_argument(model, cache), logits_to_keep=1)
         return args.prompt / (time.perf_counter() - start)
 
     speed(most)

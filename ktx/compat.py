@@ -1,9 +1,50 @@
-"""Every import from transformers that has moved before or may move again, in one place. Tested on 5.17 and 5.23."""
+"""What differs from one version of transformers to another, in one place: names of arguments, and every import that has moved before or may move again."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
+
+CACHE_NAMES = (  # what forwards call their cache
+    "past_key_values",  # 5.17 to 5.23
+    "cache_params",  # linear attention, 5.17 to 5.23
+    "cache",  # all of them, from 5.24 on; before, continuous batching passes another object under this name
+)
+
+
+@functools.cache
+def usual_cache_name() -> str:
+    """What the installed version calls the cache in a model's forward and in its output."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    fields = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
+    return next(name for name in CACHE_NAMES if name in fields)
+
+
+@functools.cache
+def cache_name(module: Any) -> str:
+    """The parameter of a module class's forward that takes the cache; "" where it has none."""
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), "")
+
+
+def cache_aliases(name: str) -> tuple[str, ...]:
+    """Older names under which transformers itself accepts an argument called `name`."""
+    return CACHE_NAMES[:-1] if name == CACHE_NAMES[-1] else ()
+
+
+def cache_argument(module: Any, cache: Any) -> dict[str, Any]:
+    """The cache as a keyword argument of a module's forward. A wrapper that passes on whatever it gets is asked as the models of this version are."""
+    kind: Any = type(module)
+    return {cache_name(kind) or usual_cache_name(): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output."""
+    return getattr(output, usual_cache_name())
 
 
 def _causal_class(config: Any) -> Any:

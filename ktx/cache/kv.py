@@ -213,7 +213,7 @@ def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None
 
 
 class KVCache(Cache):
-    """What chat, bench and engine pass as `past_key_values`; `dtype` is one of KV_TYPES or its name, None keeps the model's own."""
+    """What chat, bench and engine pass as a model's cache; `dtype` is one of KV_TYPES or its name, None keeps the model's own."""
 
     def __init__(self, config: Any, dtype: KVType = torch.float16):
         dtype = kv_type(dtype)

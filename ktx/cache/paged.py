@@ -205,7 +205,7 @@ def put_slots(states: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> 
 
 
 class PagedCache(Cache):
-    """`past_key_values` of a forward over several sequences, `pages` pages long, and of `more` layers than the model's. `batch` is set before each forward."""
+    """The cache of a forward over several sequences, `pages` pages long, and of `more` layers than the model's. `batch` is set before each forward."""
 
     def __init__(self, config: Any, pages: int, dtype: KVType = torch.float16, more: int = 0):
         self.dtype, self.pages, self.config = kv_type(dtype), pages, config

@@ -181,6 +181,7 @@ def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...
 
     from ktx.cache.kv import KVCache
     from ktx.commands.chat import LONGEST_PIECE, PIECE
+    from ktx.compat import cache_argument
     from ktx.engine.scheduler import piece_of
 
     cache, tokens = KVCache(model.config, model.ktx.kv_dtype), torch.tensor([[*prompt, *ids]])
@@ -190,7 +191,7 @@ def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...
             before = at < len(prompt)
             piece = piece_of(at, PIECE, LONGEST_PIECE)
             end = min(at + (piece if before else step or piece), len(prompt) if before else tokens.shape[1])
-            model(input_ids=tokens[:, at:end], past_key_values=cache, logits_to_keep=1)
+            model(input_ids=tokens[:, at:end], **cache_argument(model, cache), logits_to_keep=1)
             at = end
             if at == len(prompt):
                 start = time.perf_counter()

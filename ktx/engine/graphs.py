@@ -20,6 +20,7 @@ import torch
 
 from ktx.cache.paged import Batch, PagedCache, Span, Tables
 from ktx.cache.pages import PAGE
+from ktx.compat import cache_argument
 from ktx.devices import CPU, Device
 from ktx.hardware import human
 from ktx.kernels import cpu
@@ -154,7 +155,9 @@ class Step:
         self.cache.batch = self.batch
         try:
             with cpu.wide_rows(self.size), padded(self.padding):
-                out = self.model(past_key_values=self.cache, use_cache=True, logits_to_keep=0, **self.given)
+                out = self.model(
+                    **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=0, **self.given
+                )
         finally:
             self.cache.batch = None
             self.tables.plans.clear()

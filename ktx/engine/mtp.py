@@ -9,6 +9,7 @@ import torch
 
 from ktx.cache.paged import Batch, Span
 from ktx.cache.pages import PAGE
+from ktx.compat import cache_argument
 from ktx.engine.request import Request
 from ktx.engine.runner import Runner
 from ktx.engine.scheduler import Part
@@ -88,7 +89,7 @@ class MTPDrafter:
                     hidden[None].to(embeds.dtype),
                     position_ids=batch.position_ids,
                     position_embeddings=self.body.rotary_emb(embeds, batch.position_ids),
-                    past_key_values=self.cache,
+                    **cache_argument(self.model.mtp.layer, self.cache),
                     attention_mask=None,
                     use_cache=True,
                 )

@@ -11,7 +11,7 @@ import torch
 
 from ktx.cache.kv import KVCache
 from ktx.cache.paged import Batch, PagedCache, Span
-from ktx.compat import keeps_own_cache
+from ktx.compat import cache_argument, cache_of, keeps_own_cache
 from ktx.engine.graphs import Graphs, Token, gpu_of, obstacle
 from ktx.engine.request import Request
 from ktx.engine.sampling import Sampling
@@ -108,7 +108,7 @@ class Runner:
                 out = self.model(
                     input_ids=ids,
                     position_ids=batch.position_ids,
-                    past_key_values=self.cache,
+                    **cache_argument(self.model, self.cache),
                     use_cache=True,
                     logits_to_keep=torch.cat(rows),
                 )
@@ -196,11 +196,11 @@ class PlainRunner(Runner):
             out = self.model(
                 input_ids=torch.tensor([request.ids[start : start + count]]),
                 position_ids=torch.arange(start, start + count)[None],
-                past_key_values=self.caches.get(request.number),
+                **cache_argument(self.model, self.caches.get(request.number)),
                 use_cache=True,
                 logits_to_keep=max(1, wanted),
             )
-        self.caches[request.number] = out.past_key_values
+        self.caches[request.number] = cache_of(out)
         logits = here(out.logits)[0]
         return logits[len(logits) - wanted :]
 

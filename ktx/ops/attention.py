@@ -19,6 +19,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ktx.cache.kv import KVType
 from ktx.cache.paged import PagedCache
+from ktx.compat import CACHE_NAMES
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.kernels.gpu import known_backend
@@ -61,7 +62,7 @@ HANDED = (  # what a module may hand to its attention function beside tensors an
         "max_length_q",
         "max_length_k",
         "use_cache",
-        "past_key_values",
+        *CACHE_NAMES,
         "attention_mask",
     ),
 )
@@ -208,19 +209,18 @@ class Attention(Operator):
     def ready(self) -> None:
         self.block = Block.of(self) if self.usual and self.ours else None
 
-    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.computed(*self.call.split(args, kwargs))
+
+    def computed(self, given: dict[str, Any], cache: Any) -> Any:
+        """The forward, its arguments by name and its cache apart."""
         if self.block is not None and self.block.watch.holds():
-            done = self.block(*args, cache=past_key_values, **kwargs)
+            done = self.block(cache=cache, **given)
             if done is not None:
                 return done, None
-        if (
-            self.ours
-            and self.kv_dtype is not None
-            and past_key_values is not None
-            and type(past_key_values) is not PagedCache
-        ):
-            past_key_values = StoredAs(past_key_values, float_type(self.kv_dtype, torch.float16))
-        return super().forward(*args, past_key_values=past_key_values, **kwargs)
+        if self.ours and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
+            cache = StoredAs(cache, float_type(self.kv_dtype, torch.float16))
+        return super().forward(**self.call.joined(given, cache))
 
 
 PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_norm"]

@@ -13,6 +13,7 @@ from torch import nn
 from ktx.devices import CPU, Device
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
+from ktx.ops.calls import Call
 from ktx.qtypes import QTYPES, QType
 from ktx.weights.source import QuantizedTensor, WeightSource
 
@@ -45,6 +46,7 @@ class Operator(nn.Module):
     )
     path: str = ""
     home: Device = CPU  # where it lies; whoever puts it into the model says so before it is loaded
+    call: Call  # how the replaced forward is called; adopted modules have it
     target: str | None = None  # for operators that have it in __init__: the entry of MADE that float weights become
 
     if TYPE_CHECKING:  # an adopted module has whatever the module it replaces had
@@ -114,8 +116,8 @@ Layer = TypeVar("Layer", bound=nn.Module)
 _HEIRS: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {}
 
 
-def _heir(cls: type[Operator], old: type[nn.Module]) -> type[Operator]:
-    names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+def _heir(cls: type[Operator], old: Any) -> type[Operator]:
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "call": Call.of(old)}
     return _HEIRS.setdefault((cls, old), type(cls.__name__, (cls, old), names))
 
 

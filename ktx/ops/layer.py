@@ -63,17 +63,17 @@ class Layer(Operator):
             self.before = [(norm.in_f32, norm.variance_epsilon, norm.plus_one) for norm in norms]
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given, cache = self.call.split((hidden_states, *args), kwargs)
+        asked = Asked(given.get("attention_mask"), given.get("position_embeddings"), cache)
         ahead = hidden_states.__dict__.get("ktx_ahead")
-        if ahead is not None and ahead.layer is self and not args and ahead.answers(hidden_states, kwargs):
+        if ahead is not None and ahead.layer is self and ahead.answers(hidden_states, asked):
             return ahead.out
-        if not args and self.watch is not None:
-            asked = Asked.of(**kwargs)
-            if self.watch.holds():
-                done = None if self.stretch is None else self.stretch(hidden_states, asked)
-                done = self.together(hidden_states, asked) if done is None else done
-                if done is not None:
-                    return done
-        return super().forward(hidden_states, *args, **kwargs)
+        if self.watch is not None and self.watch.holds():
+            done = None if self.stretch is None else self.stretch(hidden_states, asked)
+            done = self.together(hidden_states, asked) if done is None else done
+            if done is not None:
+                return done
+        return super().forward(**self.call.joined(given, cache))
 
     def together(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor | None:
         """hidden_states f32 [B, S, D] -> [B, S, D]; None when this call has to go the long way."""
@@ -99,16 +99,6 @@ class Asked(NamedTuple):
     embeddings: Any
     cache: Any
 
-    @classmethod
-    def of(
-        cls,
-        attention_mask: torch.Tensor | None = None,
-        position_embeddings: Any = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> Asked:
-        return cls(attention_mask, position_embeddings, past_key_values)
-
 
 @dataclass(slots=True)
 class Ahead:
@@ -122,14 +112,14 @@ class Ahead:
     index: int
     stretch: Stretch
 
-    def answers(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    def answers(self, hidden_states: torch.Tensor, asked: Asked) -> bool:
         """Whether this is what the layer is asked for. If so its keys and values count, and the result lets go of what was made of it."""
         mask, embeddings, cache = self.asked
         if (
             hidden_states._version != self.version
-            or kwargs.get("attention_mask") is not mask
-            or kwargs.get("past_key_values") is not cache
-            or not _same(kwargs.get("position_embeddings"), embeddings)
+            or asked.mask is not mask
+            or asked.cache is not cache
+            or not _same(asked.embeddings, embeddings)
             or not self.room.fits(self.index)
         ):
             return False

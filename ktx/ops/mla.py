@@ -120,16 +120,21 @@ class MLA(Operator):
     def ready(self) -> None:
         self.block = Block.of(self)
 
-    def forward(
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        given, cache = self.call.split(args, kwargs)
+        return self.computed(cache, **given)
+
+    def computed(
         self,
+        kv_cache: Any,
         hidden_states: torch.Tensor,
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        """The forward, by whatever name the cache came."""
         if self.block is not None and self.block.watch.holds():
-            done = self.block(hidden_states, position_embeddings, attention_mask, past_key_values)
+            done = self.block(hidden_states, position_embeddings, attention_mask, kv_cache)
             if done is not None:
                 return done, None
         batch, length, _ = hidden_states.shape
@@ -148,15 +153,15 @@ class MLA(Operator):
         q_rope = cpu.rope(q_rope, cos, sin, self.interleaved)
         k_rope = cpu.rope(k_rope[:, None], cos, sin, self.interleaved)
         latent = self.kv_a_layernorm(latent)[:, None]
-        pages = paged(past_key_values, self.layer_idx)
+        pages = paged(kv_cache, self.layer_idx)
         if pages is not None:
             pools = pages.update(latent, k_rope)
             assert pages.owner.batch is not None
             return self.o_proj(self.ragged(q_nope, q_rope, *pools, pages.owner.batch)), None
-        whole = self._whole(past_key_values, batch, length)
-        if past_key_values is not None:
+        whole = self._whole(kv_cache, batch, length)
+        if kv_cache is not None:
             stored = float_type(self.kv_dtype, latent.dtype)
-            latent, k_rope = past_key_values.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
+            latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
         keys, parts = latent.shape[2], []
         ranges, mask = split_mask(attention_mask, keys)
         for mix, first, last in ((self.expanded, 0, whole), (self.absorbed, whole, length)):

@@ -13,7 +13,7 @@ from ktx.ops.base import Context, Operator, adopt
 
 
 class Recurrent(Operator):
-    """Computes as the module it replaces, which takes its state from `cache_params`; on a PagedCache one sequence after another."""
+    """Computes as the module it replaces, which takes its state from a cache; on a PagedCache one sequence after another."""
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Recurrent:
@@ -22,17 +22,18 @@ class Recurrent(Operator):
         new: Recurrent = adopt(cls, old, ctx)
         return new
 
-    def forward(self, hidden_states: torch.Tensor, cache_params: Any = None, **kwargs: Any) -> torch.Tensor:
-        if type(cache_params) is not PagedCache:
-            return super().forward(hidden_states, cache_params=cache_params, **kwargs)
-        cache_params.look()
-        assert cache_params.batch is not None
-        kwargs |= {"attention_mask": None}
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        given, cache = self.call.split(args, kwargs)
+        if type(cache) is not PagedCache:
+            return super().forward(**self.call.joined(given, cache))
+        cache.look()
+        assert cache.batch is not None
+        hidden_states = given["hidden_states"]
         done, at = [], 0
-        for span in cache_params.batch.spans:
+        for span in cache.batch.spans:
             for size in span.pieces:
                 with cpu.wide_part(at, size):
-                    piece = hidden_states[:, at : at + size]
-                    done.append(super().forward(piece, cache_params=cache_params.state(span.owner), **kwargs))
+                    piece = {"hidden_states": hidden_states[:, at : at + size], "attention_mask": None}
+                    done.append(super().forward(**self.call.joined(given | piece, cache.state(span.owner))))
                 at += size
         return torch.cat(done, 1)

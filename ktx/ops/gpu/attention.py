@@ -107,13 +107,13 @@ class Attention(attention.Attention):
         sinks = getattr(self, "sinks", None)
         self.sinks_f32 = None if sinks is None else sinks.detach().float().contiguous()
 
-    def forward(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+    def computed(self, given: dict[str, Any], cache: Any) -> Any:
         if self.usual:
-            done = self.stored(*args, cache=past_key_values, **kwargs)
+            done = self.stored(cache=cache, **given)
             if done is not None:
                 return done, None
-        settled(past_key_values, self.layer_idx)
-        return super().forward(*args, past_key_values=past_key_values, **kwargs)
+        settled(cache, self.layer_idx)
+        return super().computed(given, cache)
 
     def stored(
         self,

@@ -44,16 +44,16 @@ class MLA(mla.MLA):
     def ready(self) -> None:
         self.block = None
 
-    def forward(
+    def computed(
         self,
+        kv_cache: Any,
         hidden_states: torch.Tensor,
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         columns = self.kv_lora_rank, self.qk_rope_head_dim
-        room = room_for(self, past_key_values, hidden_states, 1, columns, attention_mask)
+        room = room_for(self, kv_cache, hidden_states, 1, columns, attention_mask)
         q_nope, q_rope = self._queries(hidden_states)
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split(columns, -1)
         cos, sin = turns(rotary_tables(position_embeddings), hidden_states)
@@ -61,9 +61,7 @@ class MLA(mla.MLA):
             q_rope = self._store(room, latent, k_rope, q_rope, cos, sin)
         else:
             q_rope = reference.rope(q_rope, cos, sin, self.interleaved)
-            states = self._update(
-                past_key_values, latent, reference.rope(_one(k_rope)[:, None], cos, sin, self.interleaved)
-            )
+            states = self._update(kv_cache, latent, reference.rope(_one(k_rope)[:, None], cos, sin, self.interleaved))
             room = of_states(*states, hidden_states.shape[1], attention_mask)
             if room is None:
                 return self.o_proj(self._by_torch(q_nope, q_rope, *states, attention_mask)), None
