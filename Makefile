@@ -1,6 +1,8 @@
 # Every target sets up what it needs in $(VENV); nothing is installed outside the checkout.
 PYTHON ?= python3
 VENV   ?= .venv
+LOCK   := requirements.lock
+# The torch that ktx is built with: words for pip. Which build of it, tools/install_torch.py says.
 TORCH  ?= torch==2.13.0
 TESTS  ?= tests
 SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist worksteal
@@ -10,7 +12,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test test-oldest cpu-check gpu-check bench soak sanitize lint docs wheel clean
+.PHONY: help chat test test-oldest cpu-check gpu-check bench soak sanitize lint docs lock wheel clean
 
 help:                 ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -58,25 +60,33 @@ lint: $(VENV)/.dev    ## ruff and mypy
 docs: $(VENV)/.dev    ## run every command and code block of README and docs/
 	$(PY) -m pytest $(SIDE_BY_SIDE) tests/test_docs.py
 
+lock:                 ## renew requirements.lock: the newest versions that pyproject.toml admits, for every Python
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip --disable-pip-version-check install --quiet --upgrade uv
+	.venv-lock/bin/python tools/lock.py $(TORCH)
+
 wheel: $(VENV)/.dev   ## one cp311-abi3 wheel in dist/
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
 
 clean:                ## remove everything that was built here
-	rm -rf $(VENV) build dist *.egg-info ktx/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist *.egg-info ktx/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("ktx needs Python 3.11 or newer, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else 0'
 	@command -v $${CXX:-g++} >/dev/null || { echo "ktx needs a C++ compiler: apt-get install g++"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) "pip>=25" "setuptools>=77" wheel  # an older pip takes minutes to resolve what the tests need
-	$(PIP) $(TORCH)
+	$(PIP) -c $(LOCK) pip setuptools wheel  # an older pip takes minutes to resolve what the tests need
 
-$(VENV)/.ktx: pyproject.toml $(SOURCES) | $(VENV)/bin/python
-	$(PIP) --no-build-isolation -e .
+# What everything else is installed by: the lock, as far as this torch agrees.
+$(VENV)/constraints.txt: $(LOCK) | $(VENV)/bin/python
+	@$(PY) tools/install_torch.py --constraints $@ $(TORCH)
+
+$(VENV)/.ktx: pyproject.toml $(SOURCES) $(VENV)/constraints.txt
+	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.ktx
-	$(PIP) --no-build-isolation -e '.[dev]'
+	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 $(VENV)/.oldest: $(VENV)/.dev

@@ -2,7 +2,7 @@
 
     python benchmarks/screenshots.py --output docs
 
-needs chromium and chromium-driver, and selenium, which `pip install 'ktx[dev]'` brings.
+needs chromium and chromium-driver, and selenium, which `pip install -e '.[dev]'` brings.
 """
 
 from __future__ import annotations

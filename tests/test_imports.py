@@ -20,6 +20,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
         "ktx.qtypes",
         "ktx.quantize",
         "ktx.compat",
+        "ktx.versions",
         "ktx.demo",
         "ktx.dialects",
         "ktx.hub",
@@ -73,6 +74,7 @@ LIGHT = [
     "ktx.config",
     "ktx.errors",
     "ktx.dialects",
+    "ktx.versions",
     "ktx.__main__",
 ]  # import no torch
 

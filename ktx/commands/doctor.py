@@ -12,14 +12,15 @@ from typing import Any
 
 from ktx.commands.arguments import flag
 from ktx.errors import KtxError, UsageError
+from ktx.versions import DISTRIBUTION, install
 
 SUMMARY = "show the machine, the picked kernels, and missing packages with their remedy"
 PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "safetensors", "numpy", "cpufeature")
 OPTIONAL = {
     "ik_llama_cpp": ("ktx bench --peer ik_llama.cpp", "pip install ik-llama-cpp-python"),
     "llama_cpp": ("ktx bench --peer llama.cpp", "pip install llama-cpp-python"),
-    "ray": ("several replicas: ktx serve --ray", "pip install 'ktx[ray]'"),
-    "modelscope_hub": ("ktx download --hub modelscope", "pip install 'ktx[modelscope]'"),
+    "ray": ("several replicas: ktx serve --ray", install("ray")),
+    "modelscope_hub": ("ktx download --hub modelscope", install("modelscope")),
     "triton": ("GPU kernels", "pip install triton (Linux with a CUDA GPU)"),
     "flashinfer": ("paged MLA on the GPU", "pip install flashinfer-python (CUDA GPU)"),
 }
@@ -60,7 +61,7 @@ def report(quick: bool) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            "ktx": _version("ktx"),
+            "ktx": _version(DISTRIBUTION),
             **{name: _version(name) for name in PACKAGES},
         },
         "missing": {
@@ -143,7 +144,7 @@ def _version(name: str) -> str:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        if name == "ktx":
+        if name == DISTRIBUTION:
             import ktx
 
             return f"{ktx.__version__} (not installed, run from a checkout)"

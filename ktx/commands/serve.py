@@ -24,6 +24,7 @@ from ktx.commands.arguments import (
     threads_option,
 )
 from ktx.errors import BadFile, UsageError
+from ktx.versions import install
 
 SUMMARY = "serve a model over HTTP"
 EPILOG = "Without --model the bundled demo model answers. Keys may also stand in the environment: KTX_API_KEY."
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     """Serves until a signal; exit status 0 then."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"ktx serve needs {', '.join(missing)}: pip install 'ktx[serve]'")
+        raise UsageError(f"ktx serve needs {', '.join(missing)}: {install('serve')}")
     from ktx.server.guard import Access
     from ktx.server.log import set_up
     from ktx.server.memory import settle

@@ -11,8 +11,7 @@ from typing import Any
 
 from ktx.commands.arguments import flag, placed, positive
 from ktx.errors import UsageError
-
-MISSING = "ktx serve --ray needs Ray Serve: pip install 'ktx[ray]'"
+from ktx.versions import install
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +27,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _missing() -> str:
+    return f"ktx serve --ray needs Ray Serve: {install('ray')}"
+
+
 def check(args: argparse.Namespace) -> None:
     """UsageError for options that need others, and for a Ray that is missing."""
     if not args.ray:
@@ -35,7 +38,7 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(f"{'--replicas' if args.replicas else '--ray-address'} needs --ray")
         return
     if importlib.util.find_spec("ray") is None:
-        raise UsageError(MISSING)
+        raise UsageError(_missing())
     if args.ray_address not in (None, "auto"):
         check_address(args.ray_address)
 
@@ -70,7 +73,7 @@ def serve_replicas(
         from ktx.replicas.cluster import Cluster, Wanted
         from ktx.replicas.front import Front
     except ImportError as error:
-        raise UsageError(f"{MISSING} ({error})") from error
+        raise UsageError(f"{_missing()} ({error})") from error
     from ktx.replicas.replica import Making
     from ktx.server.guard import Guard
     from ktx.server.run import listen, serve

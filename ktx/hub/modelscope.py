@@ -11,6 +11,7 @@ from typing import Any
 from ktx.errors import BadFile, KtxError, UsageError
 from ktx.hub.choice import File
 from ktx.hub.listing import Listing, Plan
+from ktx.versions import install
 
 
 class ModelScope:
@@ -21,7 +22,7 @@ class ModelScope:
         try:
             from modelscope_hub import HubApi, get_default_config
         except ImportError as error:
-            raise UsageError("--hub modelscope needs its client: pip install 'ktx[modelscope]'") from error
+            raise UsageError(f"--hub modelscope needs its client: {install('modelscope')}") from error
         logging.getLogger("modelscope_hub").setLevel(logging.CRITICAL)
         self.api, self.cache = HubApi(), Path(get_default_config().cache_dir)
 

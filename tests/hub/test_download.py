@@ -257,11 +257,11 @@ def test_no_network(there, tmp_path):
 def test_modelscope_without_its_client(there, tmp_path):
     (tmp_path / "modelscope_hub.py").write_text("raise ImportError('not here')\n")
     status, _, err = download(there, tmp_path, "o/gguf:Q8_0", "--hub", "modelscope", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert status == 2 and "pip install 'ktx[modelscope]'" in err
+    assert status == 2 and "pip install -e '.[modelscope]'" in err
 
 
 def test_modelscope(there, tmp_path):
-    pytest.importorskip("modelscope_hub", reason="ModelScope's client is not installed: pip install 'ktx[modelscope]'")
+    pytest.importorskip("modelscope_hub", reason="ModelScope's client is not installed: pip install -e '.[modelscope]'")
     status, out, err = download(there, tmp_path, "o/gguf:Q4_K_M", "--hub", "modelscope", "--to", "m")
     assert status == 0, err
     assert {name: data for name, data in contents(tmp_path / "m").items() if not name.startswith(".")} == {

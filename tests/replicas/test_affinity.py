@@ -155,4 +155,4 @@ def test_a_cluster_that_is_not_there(address, told, capsys, monkeypatch):
 def test_without_ray_the_command_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setattr(serve_ray.importlib.util, "find_spec", lambda name: None if name == "ray" else object())
     assert main(["serve", "--port", "0", "--ray"]) == 2
-    assert "pip install 'ktx[ray]'" in capsys.readouterr().err
+    assert "pip install -e '.[ray]'" in capsys.readouterr().err

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("ray") is None, reason="Ray Serve is not installed: pip install 'ktx[ray]'"
+    importlib.util.find_spec("ray") is None, reason="Ray Serve is not installed: pip install -e '.[ray]'"
 )
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = {"authorization": "Bearer secret"}

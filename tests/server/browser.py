@@ -31,7 +31,7 @@ def found(*names: str) -> str | None:
 @contextlib.contextmanager
 def chromium(*flags: str) -> Iterator[Any]:
     """A WebDriver. Skips the test, and says why, where something is missing."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install 'ktx[dev]'")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
     browser = found("chromium", "chromium-browser", "google-chrome")
     driver = found("chromedriver")
     if browser is None or driver is None:

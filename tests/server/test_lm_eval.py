@@ -13,7 +13,7 @@ import ktx
 from ktx import demo
 from tests.server.conftest import NAME, serving
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'ktx[eval]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install -e '.[eval]'")
 
 from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402

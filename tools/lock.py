@@ -1,0 +1,67 @@
+"""Writes requirements.lock: `python tools/lock.py TORCH`, by uv's resolver, for every Python and machine that pyproject.toml names under [tool.uv].
+
+Exact versions of all that ktx, its extras for serving and development, and the build need. Not of torch, which tools/install_torch.py chooses: the lock is
+what fits that torch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
+BUILD = ("pip", "setuptools", "wheel")
+TORCHS_OWN = re.compile(
+    r"(torch|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=="
+)  # what comes with torch, and only with its CUDA build
+EVERYWHERE = {  # what holds wherever the lock is used
+    "python_full_version < '3.15'",
+    "platform_machine == 'x86_64'",
+    "sys_platform == 'linux'",
+    "platform_python_implementation != 'PyPy'",
+    "implementation_name != 'PyPy'",
+}
+HEAD = """\
+# Exact versions of all that ktx, its extras `serve`, `modelscope` and `dev`, and the build need: Python 3.11 to 3.14, Linux, x86-64.
+# `make chat` and `make test` install them; `make lock` renews them. torch is chosen by tools/install_torch.py.
+"""
+
+
+def resolved(torch: str) -> str:
+    """uv's lock."""
+    command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--extra", "dev"]
+    command += ["--no-header", "--no-annotate", "pyproject.toml", "-"]
+    given = "\n".join([torch, *BUILD])
+    return subprocess.run(
+        [sys.executable, "-m", *command], input=given, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True
+    ).stdout
+
+
+def shortened(lock: str) -> str:
+    """The lock without torch's own, and without the parts of markers that hold everywhere."""
+    lines = []
+    for line in lock.splitlines():
+        pin, _, marker = line.partition(" ; ")
+        if " or " not in marker:
+            marker = " and ".join(part for part in marker.split(" and ") if part not in EVERYWHERE)
+        if not TORCHS_OWN.match(pin):
+            lines.append(f"{pin} ; {marker}" if marker else pin)
+    return "\n".join(lines) + "\n"
+
+
+def main(words: list[str]) -> int:
+    torch = next(word for word in words if word.startswith("torch"))  # others say where pip finds it
+    before = LOCK.read_text().splitlines() if LOCK.exists() else []
+    text = HEAD + shortened(resolved(torch))
+    LOCK.write_text(text)
+    after = text.splitlines()
+    for sign, lines in (("-", [x for x in before if x not in after]), ("+", [x for x in after if x not in before])):
+        print("".join(f"{sign} {line}\n" for line in lines), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
