@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from ktx.commands.bench import stamp  # noqa: E402
 from ktx.hardware import default_threads  # noqa: E402
 from ktx.kernels import cpu  # noqa: E402
-from ktx.kernels.speed import STREAM, matrices, peak, seconds, split  # noqa: E402
+from ktx.kernels.speed import matrices, pass_bytes, peak, read_bandwidth, seconds, split  # noqa: E402
 from ktx.qtypes import QTYPES, QType  # noqa: E402
 
 HIDDEN, WIDTH, TOP, TOKENS = 2048, 1024, 8, 512
@@ -29,7 +29,7 @@ HIDDEN, WIDTH, TOP, TOKENS = 2048, 1024, 8, 512
 def measure(qtype: QType, threads: int, repeat: int) -> dict[str, float]:
     """GB/s and GOPS of one type with their shares of the limits."""
     one = cpu.packed_nbytes(qtype, WIDTH, HIDDEN)
-    count = max(2 * TOP, STREAM // one)
+    count = max(2 * TOP, pass_bytes() // one)
     weights = matrices(qtype, count, WIDTH, HIDDEN)
     start = time.perf_counter()
     gate = cpu.pack_experts(weights)
@@ -38,7 +38,7 @@ def measure(qtype: QType, threads: int, repeat: int) -> dict[str, float]:
     x = torch.randn(1, HIDDEN)
     found = {"bits": 8 * one / WIDTH / HIDDEN, "pack_gb_s": gate.nbytes / packing / 1e9}
 
-    read = cpu.ops.probe_read(threads, 256)
+    read = read_bandwidth(threads).gb_s
     gemv = seconds(lambda: [cpu.linear(x, matrix) for matrix in singles], repeat)
     found |= {"linear_1_gb_s": gate.nbytes / gemv / 1e9, "linear_1_share": gate.nbytes / gemv / 1e9 / read}
 
@@ -63,7 +63,7 @@ def mixture(qtype: QType, gate: cpu.Packed, count: int, threads: int, repeat: in
 
     x = torch.randn(1, HIDDEN)
     steps = [torch.arange(i, i + TOP)[None] % half for i in range(0, half, TOP)]
-    read = cpu.ops.probe_read(threads, 256)
+    read = read_bandwidth(threads).gb_s
     taken = seconds(lambda: [layer(x, chosen) for chosen in steps], repeat)
     rate = nbytes * TOP * len(steps) / taken / 1e9
     many, choice = (

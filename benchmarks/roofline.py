@@ -53,13 +53,13 @@ def measure(qtype: Any, tokens: list[int], threads: int, repeat: int) -> list[di
 
     cpu.ops.set_threads(threads)
     one = cpu.packed_nbytes(qtype, speed.ROWS, speed.COLUMNS)
-    packed = cpu.pack(speed.matrices(qtype, max(2, speed.STREAM // one), speed.ROWS, speed.COLUMNS))
+    packed = cpu.pack(speed.matrices(qtype, max(2, speed.pass_bytes() // one), speed.ROWS, speed.COLUMNS))
     weights, points = speed.ROWS * speed.COLUMNS, []
     for count in tokens:
         some = speed.split(packed, max(1, min(packed.matrices, 1024 // count)))
         x, turns = torch.randn(count, speed.COLUMNS), []
         for _ in range(repeat):
-            read, peak = cpu.ops.probe_read(threads, 128), speed.peak(qtype, threads)
+            read, peak = speed.read_bandwidth(threads, speed.STREAM // 2).gb_s, speed.peak(qtype, threads)
             taken = speed.seconds(lambda some=some, x=x: [cpu.linear(x, matrix) for matrix in some], 1)  # type: ignore[misc]
             turns.append((2 * count * weights * len(some) / taken / 1e9, read, peak))
         rate, read, peak = (statistics.median(column) for column in zip(*turns, strict=True))

@@ -1,5 +1,6 @@
 // Whole modules, and rows of them, as torch operators; see bindings.cpp. A module is made into a step once: its matrices come as a list, each with
 // its type's code and its rows in a list beside it. A call then names steps by number and brings tokens, which is little to hand over.
+#include <pthread.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -264,6 +265,8 @@ class Steps {
     }
     return found;
   }
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   std::mutex mutex_;
@@ -274,6 +277,8 @@ Steps& known() {
   static Steps* steps = new Steps;  // never destroyed at exit: torch may be gone by then
   return *steps;
 }
+// A fork waits for whoever adds, forgets or looks up a step, which takes microseconds: the child finds all of them, and the lock open.
+[[maybe_unused]] const int at_fork = pthread_atfork([] { known().lock(); }, [] { known().unlock(); }, [] { known().unlock(); });
 
 void check_sizes(const Ints& sizes, size_t count, size_t positive) {
   STD_TORCH_CHECK(sizes.size() == count, "a step of this kind has ", count, " sizes, found ", sizes.size());

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+CPUS = Path("/sys/devices/system/cpu")
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
 ISAS = {  # the instruction sets of our kernels, the better ones last, and the flags of /proc/cpuinfo they need
@@ -103,6 +104,20 @@ def memory() -> tuple[int, int]:
     return total, available
 
 
+def last_level_cache() -> int:
+    """Bytes of the last-level caches of the usable cpus, each counted once; 0 where the system does not say."""
+    found: dict[tuple[int, str], int] = {}
+    for cpu in os.sched_getaffinity(0):
+        caches = [
+            (int(_first_line(folder / "level", "0")), folder)
+            for folder in (CPUS / f"cpu{cpu}" / "cache").glob("index[0-9]*")
+            if _first_line(folder / "type", "") in ("Unified", "Data")
+        ]
+        for level, folder in sorted(caches)[-1:]:
+            found[level, _first_line(folder / "shared_cpu_list", str(cpu))] = _size(_first_line(folder / "size", "0"))
+    return sum(found.values())
+
+
 def cpu_quota() -> float | None:
     """CPUs the cgroup (v2 or v1) gives this process; None when it sets no limit."""
     for folder in _own_cgroups(""):
@@ -174,7 +189,7 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def _core_of(cpu: int) -> str:
-    return _first_line(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"), str(cpu))
+    return _first_line(CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list", str(cpu))
 
 
 def _nodes(usable: set[int]) -> Iterator[Node]:
@@ -190,6 +205,13 @@ def _list(text: str) -> Iterator[int]:
     for part in filter(None, text.split(",")):
         low, _, high = part.partition("-")
         yield from range(int(low), int(high or low) + 1)
+
+
+def _size(text: str) -> int:
+    """Bytes of a kernel size: "32768K"."""
+    unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
+    number = text.rstrip("KMG")
+    return int(number) * unit if number.isdecimal() else 0
 
 
 def _first_line(path: Path, default: str) -> str:

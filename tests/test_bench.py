@@ -111,6 +111,7 @@ def test_alone_one_record_a_test(model, tmp_path):
             min(line[f"{what}_gb_s"] for what in ("load", "cat", "pack", "fresh")) > 0
             and line["peak_rss"] < line["rss_bound"]
         )
+        assert line["probe_bytes"] >= 2 * line["cache_bytes"] >= 0 and line["probe_bytes"] >= 1 << 28
     assert [line["limit_unit"] for line in lines] == ["GOPS int8"] * 4 + ["GB/s read"] * 2
 
 
@@ -140,6 +141,7 @@ def test_table_has_a_row_an_engine_and_test(model, fake):
     rows = [line for line in out.splitlines() if line.startswith(("pp16", "tg2"))]
     assert len(rows) == 4 and "GOPS int8" in rows[0] and "GB/s read" in rows[2]
     assert rows[0].split()[4].endswith("x") and "alone" in rows[1]
+    assert "measured before each round: read " in out and "MiB, last-level cache " in out
     assert "peak RSS" in out and "; alone on 2 threads: cat" in out and "engine" in out and "in memory" in out
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from ktx import hardware
 from ktx.commands import doctor
+from ktx.kernels import speed
 from ktx.qtypes import QTYPES
 from tests import warm
 
@@ -40,6 +41,14 @@ def test_json_has_machine_measurements_kernels_versions_and_remedies():
     listed = [name for names in found["weight types"].values() for name in names]
     assert len(listed) == len(set(listed)) == len(QTYPES)
     assert all(entry["remedy"].startswith("pip install") for entry in found["missing"].values())
+
+
+def test_read_bandwidth_says_what_was_read_beside_the_cache(monkeypatch):
+    monkeypatch.setattr(speed, "last_level_cache", lambda: 160 << 20)
+    monkeypatch.setattr(speed, "memory", lambda: (1 << 36, 1 << 35))
+    assert doctor.report(False)["measured"]["read bandwidth"].endswith("GB/s (640 MiB read, last-level cache 160 MiB)")
+    monkeypatch.setattr(speed, "memory", lambda: (1 << 34, 1 << 29))
+    assert doctor.report(False)["measured"]["read bandwidth"].startswith("not measured")
 
 
 def test_a_lowered_isa_is_reported_with_its_reason():

@@ -70,6 +70,42 @@ def test_cpu_quota_of_cgroup_v1(cgroup):
     assert hardware.cpu_quota() is None
 
 
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """A tree of caches for pretended cpus: cpu -> [(level, type, size, shared by)]."""
+    monkeypatch.setattr(hardware, "CPUS", tmp_path)
+
+    def put(cpus: dict[int, list[tuple[int, str, str, str]]]) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(cpus))
+        for cpu, found in cpus.items():
+            for number, words in enumerate(found):
+                folder = tmp_path / f"cpu{cpu}" / "cache" / f"index{number}"
+                folder.mkdir(parents=True)
+                for name, text in zip(("level", "type", "size", "shared_cpu_list"), words, strict=True):
+                    (folder / name).write_text(f"{text}\n")
+
+    return put
+
+
+L1 = (1, "Data", "48K", "0"), (1, "Instruction", "32K", "0"), (2, "Unified", "2048K", "0")
+
+
+@pytest.mark.parametrize(
+    "cpus, mebibytes",
+    [
+        ({0: [*L1, (3, "Unified", "491520K", "0-1")], 1: [*L1, (3, "Unified", "491520K", "0-1")]}, 480),
+        ({0: [*L1, (3, "Unified", "32M", "0")], 8: [*L1, (3, "Unified", "32768K", "8")]}, 64),  # two complexes
+        ({0: [(1, "Instruction", "64K", "0"), (2, "Unified", "1M", "0")]}, 1),  # the second level is the last
+        ({0: [(3, "Instruction", "9M", "0"), (2, "Unified", "1M", "0")]}, 1),
+        ({0: [(3, "Unified", "", "0")]}, 0),
+        ({0: []}, 0),  # nothing is said
+    ],
+)
+def test_last_level_caches_are_added_up(caches, cpus, mebibytes):
+    caches(cpus)
+    assert hardware.last_level_cache() == mebibytes << 20
+
+
 def test_memory_is_the_least_of_machine_and_groups(cgroup):
     free = hardware.memory()
     cgroup(

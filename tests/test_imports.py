@@ -16,6 +16,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
         "ktx.config",
         "ktx.device_map",
         "ktx.devices",
+        "ktx.forks",
         "ktx.hardware",
         "ktx.qtypes",
         "ktx.quantize",

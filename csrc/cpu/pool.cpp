@@ -14,6 +14,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <thread>
 #include <vector>
@@ -119,7 +120,7 @@ thread_local int node_of_member = 0;
 
 class Team {
  public:
-  explicit Team(int size) : size(size), pid(getpid()) {
+  explicit Team(int size) : size(size) {
     const std::vector<int> cores = allowed_cores().cpus;
     for (int member = 1; member < size; ++member) {
       const int node = pretended() ? member % nodes() : member < int(cores.size()) ? node_of(cores[size_t(member)]) : member % nodes();
@@ -158,7 +159,6 @@ class Team {
     ++own_phase;
   }
   const int size;
-  const pid_t pid;
 
  private:
   static void pin(std::thread& worker, int core) {
@@ -237,9 +237,17 @@ std::mutex team_mutex;
 int team_size = 0;
 Team* team = nullptr;  // never destroyed at exit: workers may still sleep in it
 
+// A forked child has the forking thread alone. The team's members are not in it, and neither is the thread that may have held the mutex; a run that
+// was under way is the parent's. The old team is left as it is: it cannot be joined. Its memory is small, and the child's next run makes a new one.
+void begin_anew_in_child() {
+  new (&team_mutex) std::mutex;
+  team = nullptr;
+  if (last_run == RUNS_NOW) last_run = now();
+}
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, begin_anew_in_child);
+
 Team& current() {
   if (!team_size) team_size = wanted();
-  if (team && team->pid != getpid()) team = nullptr;  // after fork the workers are gone: leave the old team to the parent
   if (team && team->size != team_size) {
     delete team;
     team = nullptr;

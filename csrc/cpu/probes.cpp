@@ -148,7 +148,7 @@ double probe_fresh(int threads, int mebibytes) {
 double probe_read(int threads, int mebibytes) {
   Fresh memory(threads, mebibytes);
   const size_t part = memory.part;
-  std::memset(memory.data, 1, memory.bytes);
+  timed(threads, [&](int t) { std::memset(memory.data + t * part, 1, part); });
   std::vector<uint64_t> sums(threads);
   double best = 0;
   for (int repeat = 0; repeat < 3; ++repeat) {

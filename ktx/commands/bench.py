@@ -24,6 +24,7 @@ PEERS = (*REPACKERS, "kt-kernel", "ftllm")
 SLACK = 1 << 30  # memory that is left alone when both engines are loaded
 PAUSE = 0.3  # seconds before a measurement, until the other engine's threads have gone to sleep
 LOADING = ("isa", "load_seconds", "load_gb_s", "cat_gb_s", "pack_gb_s", "fresh_gb_s", "peak_rss", "rss_bound")
+PROBED = {"probe_bytes": "read", "cache_bytes": "last-level cache"}  # what the read limit was measured on
 Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # test -> engine -> one measurement a round
 
 
@@ -281,7 +282,7 @@ def _lines(
             | {"engine": engine, "tok_s": statistics.median(speeds), "spread": [min(speeds), max(speeds)]}
             | middle
         )
-    lines[0] |= {key: facts[key] for key in LOADING}
+    lines[0] |= {key: facts[key] for key in (*LOADING, *PROBED)}
     errors = facts["errors"][test[:2]]
     lines[0] |= {"errors": errors, "relative_error": max(errors.values(), default=0.0)}
     lines[0]["limit_unit"] = "GOPS int8" if test.startswith("pp") else "GB/s read"
@@ -314,6 +315,8 @@ def _table(lines: list[dict[str, Any]], facts: dict[str, Any], room: str) -> Non
     limits = f"cat {facts['cat_gb_s']:.2f}, packing {facts['pack_gb_s']:.2f}, new memory {facts['fresh_gb_s']:.2f} GB/s"
     print(f"loaded in {facts['load_seconds']:.1f} s, {facts['load_gb_s']:.2f} GB/s; alone on {threads}: {limits}")
     print(f"peak RSS {gb['peak_rss']:.2f} GB, bound {gb['rss_bound']:.2f} GB")
+    sizes = ", ".join(f"{what} {facts[key] >> 20} MiB" for key, what in PROBED.items())
+    print(f"read bandwidth, the limit of tg, is measured before each round: {sizes}")
     print(*filter(None, [room]), sep="\n", end="\n" if room else "")
     width = max(len(line["engine"]) for line in lines) + 2
     first = max(8, *(len(line["test"]) + 2 for line in lines))

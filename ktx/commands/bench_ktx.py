@@ -35,7 +35,9 @@ def main() -> int:
 
     try:
         import ktx
+        from ktx.hardware import last_level_cache
         from ktx.kernels.cpu import ops
+        from ktx.kernels.speed import pass_bytes
 
         model, _ = ktx.load(args.model, args.weights, args.rules, threads=args.threads, progress=False, **args.options)
     except KtxError as error:
@@ -54,6 +56,8 @@ def main() -> int:
         "cat_gb_s": cat_speed({spec.file for step in h.plan for spec in step.specs}, h.threads),
         "pack_gb_s": pack_speed(h.plan, h.threads),
         "fresh_gb_s": ops.probe_fresh(h.threads, FRESH),
+        "probe_bytes": pass_bytes(),
+        "cache_bytes": last_level_cache(),
         "peak_rss": peak,
         "rss_bound": int(h.nbytes * 1.15) + (1 << 30),
         "params": active_params(model),
@@ -201,10 +205,11 @@ def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...
 def measure(model: Any, test: str) -> dict[str, Any]:
     """A prompt of N tokens ("ppN"), or N tokens after a short one ("tgN"), after D others ("@dD"), with the limit probed right before."""
     from ktx.kernels.cpu import ops
+    from ktx.kernels.speed import read_bandwidth
 
     kind, count, depth = parts(test)
     threads, vocabulary = model.ktx.threads, model.config.vocab_size
-    limit = ops.probe_int8(threads, 0.1) if kind == "pp" else ops.probe_read(threads, 256)
+    limit = ops.probe_int8(threads, 0.1) if kind == "pp" else read_bandwidth(threads).gb_s
     ids = token_ids(count, vocabulary)
     before = token_ids(depth if kind == "pp" else depth or 4, vocabulary)
     rate = count / forward(model, ids, None if kind == "pp" else 1, before)

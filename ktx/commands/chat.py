@@ -139,8 +139,9 @@ def first_line(model: Any, name: str) -> str:
 
 def _bandwidth() -> float:
     from ktx.kernels.cpu import ops
+    from ktx.kernels.speed import read_bandwidth
 
-    return ops.probe_read(ops.threads(), 256)
+    return read_bandwidth(ops.threads()).gb_s
 
 
 def sampling_check(args: argparse.Namespace) -> None:

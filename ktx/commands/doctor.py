@@ -89,6 +89,7 @@ def _kernels(quick: bool) -> dict[str, Any]:
     import torch
 
     from ktx.kernels.cpu import ops
+    from ktx.kernels.speed import free_read_bandwidth
     from ktx.ops.base import SHIPPED
     from ktx.qtypes import QTYPES
 
@@ -109,7 +110,7 @@ def _kernels(quick: bool) -> dict[str, Any]:
     }
     if not quick:
         found["measured"] = {
-            "read bandwidth": f"{ops.probe_read(threads, 512):.1f} GB/s",
+            "read bandwidth": str(free_read_bandwidth(threads) or "not measured: less than 1 GiB of memory is free"),
             "int8 peak": f"{ops.probe_int8(threads, 0.3):.0f} GOPS",
             "f32 peak": f"{ops.probe_fma(threads, 0.3):.0f} GFLOPS",
         }

@@ -96,20 +96,20 @@ def by_budget(args: argparse.Namespace) -> int:
 
 def _speeds(args: argparse.Namespace) -> Any:
     from ktx.kernels.cpu import usual_threads
-    from ktx.kernels.speed import LINK, gpu_read_bandwidth, link_bandwidth, prompt_rate, read_bandwidth
+    from ktx.kernels.speed import LINK, free_read_bandwidth, gpu_read_bandwidth, link_bandwidth, prompt_rate
     from ktx.placement import Speeds
     from ktx.qtypes import QTYPES
 
-    cpu = args.cpu_bandwidth or read_bandwidth(usual_threads())
-    if cpu is None:
+    reading = None if args.cpu_bandwidth else free_read_bandwidth(usual_threads())
+    if reading is None and not args.cpu_bandwidth:
         raise UsageError("too little memory is free to measure this machine's: give --cpu-bandwidth")
     measured = None if args.gpu_bandwidth else gpu_read_bandwidth()
     how = "given" if args.gpu_bandwidth else "assumed" if measured is None else "measured"
     link = link_bandwidth()
     return Speeds(
-        cpu,
+        reading.gb_s if reading else args.cpu_bandwidth,
         args.gpu_bandwidth or measured or GPU_GB_S,
-        "given" if args.cpu_bandwidth else "measured",
+        f"measured: {reading.size}" if reading else "given",
         how,
         link or LINK,
         "measured" if link else "assumed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -100,6 +101,7 @@ class Engine:
         )
         self.thread = threading.Thread(target=self._run, name="ktx-engine", daemon=True)
         self.thread.start()
+        self.process = os.getpid()
 
     def _scheduler(self, pages: int) -> Scheduler:
         return Scheduler(
@@ -175,6 +177,7 @@ class Engine:
         salt: bytes = b"",
     ) -> Request:
         """Queues a request, whose events go to `sink`. UsageError when it can never be answered, Overloaded when too many wait."""
+        self._check_process()
         sampling = self.checked(prompt, sampling)
         request = Request(list(prompt), sampling, sink, salt, constraint)
         with self.lock:
@@ -234,6 +237,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """AssertionError unless pages, requests and answers agree; call it when nothing runs, it waits for the present step."""
+        self._check_process()
         done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
         def check() -> None:
@@ -248,7 +252,9 @@ class Engine:
             raise error
 
     def close(self) -> None:
-        """Cancels what is left and ends the thread."""
+        """Cancels what is left and ends the thread. Nothing in a forked child, which has no such thread."""
+        if self.process != os.getpid():
+            return
         with self.lock:
             self.closed = True
         for request in list(self.answers):
@@ -259,6 +265,13 @@ class Engine:
             self.speculation.drafter.close()
         if self.store is not None:
             self.store.close()
+
+    def _check_process(self) -> None:
+        """UsageError in a forked child: the thread that computes is its parent's."""
+        if self.process != os.getpid():
+            raise UsageError(
+                f"this engine belongs to process {self.process}, which this one ({os.getpid()}) was forked from; make an engine here (model.ktx.engine())"
+            )
 
     def __enter__(self) -> Engine:
         return self

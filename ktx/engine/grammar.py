@@ -7,13 +7,13 @@ cannot be followed is refused; no request runs without the rules it asked for.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ktx.errors import UsageError
+from ktx.forks import Lock
 
 LIMITS = {"bytes": 256 << 10, "depth": 64, "members": 2000}  # of a schema; a regex or Lark text has the first
 ROW = (
@@ -78,7 +78,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Any, vocabulary: int, stop_ids: Sequence[int]):
         self.tokenizer, self.vocabulary, self.stop_ids = tokenizer, vocabulary, sorted(stop_ids)
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.made: Any = None
 
     def _tokens(self) -> Any:

@@ -10,10 +10,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from ktx.hardware import memory
+from ktx.hardware import last_level_cache, memory
 from ktx.kernels import cpu
 from ktx.kernels.check import IN_BF16
 from ktx.qtypes import QType
@@ -23,7 +24,8 @@ from ktx.weights.source import QuantizedTensor
 COLUMNS, ROWS = 2048, 8192
 LINK = 20.0  # GB/s between two devices where none can be measured
 LEAST, EACH = 64, 32  # tokens from which on experts may be copied to a GPU, and that an expert gets of a prompt
-STREAM = 1 << 28  # packed bytes that a pass reads: no cache holds them
+STREAM = 1 << 28  # bytes that a pass reads at least
+CACHES = 4  # and times the last-level caches: of so much they can hold a part only
 
 
 def seconds(call: Callable[[], object], repeat: int) -> float:
@@ -37,9 +39,42 @@ def seconds(call: Callable[[], object], repeat: int) -> float:
     return statistics.median(taken)
 
 
-def read_bandwidth(threads: int) -> float | None:
-    """GB/s of reads from memory as `ktx doctor` measures them, within a second; None where half a gigabyte is not free."""
-    return None if memory()[1] < 1 << 30 else cpu.ops.probe_read(threads, 512)
+@dataclass(frozen=True)
+class Reading:
+    """GB/s of reads, the bytes that were read in a pass, and those of the last-level caches (0: not known)."""
+
+    gb_s: float
+    nbytes: int
+    cache: int
+
+    def __str__(self) -> str:
+        return f"{self.gb_s:.1f} GB/s ({self.size})"
+
+    @property
+    def size(self) -> str:
+        """What was read, beside the caches."""
+        cache = f"last-level cache {self.cache / (1 << 20):.0f} MiB" if self.cache else "cache size not known"
+        short = f"; less than {CACHES} times that, for memory is short" if self.nbytes < CACHES * self.cache else ""
+        return f"{self.nbytes / (1 << 20):.0f} MiB read, {cache}{short}"
+
+
+def pass_bytes(least: int = STREAM) -> int:
+    """Bytes that a pass has to read so that memory is measured and not a cache: CACHES times the caches, in whole MiB.
+
+    At least `least`; at most a quarter of the free memory beyond that.
+    """
+    return max(least, min(CACHES * last_level_cache(), memory()[1] // 4)) >> 20 << 20
+
+
+def read_bandwidth(threads: int, least: int = STREAM) -> Reading:
+    """Reads from memory, as many bytes as `pass_bytes` says."""
+    nbytes = pass_bytes(least)
+    return Reading(cpu.ops.probe_read(threads, nbytes >> 20), nbytes, last_level_cache())
+
+
+def free_read_bandwidth(threads: int) -> Reading | None:
+    """The same on half a gigabyte at least, within seconds; None where a gigabyte is not free."""
+    return None if memory()[1] < 1 << 30 else read_bandwidth(threads, 1 << 29)
 
 
 def gpu_read_bandwidth() -> float | None:
@@ -120,11 +155,11 @@ def stacked(packed: cpu.Packed) -> cpu.Packed:
 def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] = (48, 512)) -> dict[str, float]:
     """gemv_gb_s and gemv_share of one token, gemm_T_gops and gemm_T_share of T tokens, all on matrices that come from memory."""
     one = cpu.packed_nbytes(qtype, ROWS, COLUMNS)
-    packed = cpu.pack(matrices(qtype, max(2, STREAM // one), ROWS, COLUMNS))
+    packed = cpu.pack(matrices(qtype, max(2, pass_bytes() // one), ROWS, COLUMNS))
     whole, x = stacked(packed), torch.randn(1, COLUMNS)
     turns = []
     for _ in range(repeat):  # in turns: a machine's memory may be faster a moment later
-        read = cpu.ops.probe_read(threads, 128)
+        read = read_bandwidth(threads, STREAM // 2).gb_s
         rate = packed.nbytes / seconds(lambda: cpu.linear(x, whole), 1) / 1e9
         turns.append((rate / read, rate))
     share, rate = statistics.median_low(turns)

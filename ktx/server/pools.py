@@ -6,20 +6,21 @@ import asyncio
 import ctypes
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 from ktx.errors import UsageError
+from ktx.forks import Threads
 from ktx.server.errors import Problem, problem_of
 
 RENDER, COMPILE = 20.0, 2.0  # seconds for a prompt, and for a grammar
 WAIT = 8.0  # seconds until a thread is free
-PROMPTS = ThreadPoolExecutor(2, "ktx-prompts")
-GRAMMARS = ThreadPoolExecutor(4, "ktx-grammars")
+PROMPTS = Threads(2, "ktx-prompts")
+GRAMMARS = Threads(4, "ktx-grammars")
 T = TypeVar("T")
 
 
-async def within(seconds: float, pool: ThreadPoolExecutor, what: str, work: Callable[..., T], *args: Any) -> T:
+async def within(seconds: float, pool: Executor, what: str, work: Callable[..., T], *args: Any) -> T:
     """What `work` returns. Problem 400 when it takes too long from its beginning on, and 429 when no thread was free to begin it:
     what others take is not its fault. What nobody waits for any more is ended where it runs Python, such as a template.
     """

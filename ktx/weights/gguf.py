@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import re
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ktx.errors import BadFile
+from ktx.forks import Lock
 from ktx.weights.gguf_header import Header, architecture, read_header
 from ktx.weights.names import GGUFNames, Recipe, cook
 from ktx.weights.source import QuantizedTensor, TensorSpec, joined
@@ -32,7 +32,7 @@ class GGUFSource:
         self.config = config
         self.names = GGUFNames(self.arch, config, self.tensors)
         self._maps: dict[str, mmap.mmap] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._used: set[str] = set()
         self._recipes: dict[str, Recipe | None] = {}
 

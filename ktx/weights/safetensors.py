@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import mmap
 import re
-import threading
 from collections.abc import Iterable
 from functools import cached_property, partial
 from math import prod
@@ -20,6 +19,7 @@ import torch
 
 from ktx.compat import checkpoint_renaming
 from ktx.errors import BadFile
+from ktx.forks import Lock
 from ktx.qtypes import FP8_BLOCK, QTYPES
 from ktx.weights.conversion import Made, made_of
 from ktx.weights.gguf import PAGE
@@ -47,7 +47,7 @@ class SafetensorsSource:
                 self.tensors[name] = spec
         self.total_bytes = sum(spec.nbytes for spec in self.tensors.values())
         self._maps: dict[str, mmap.mmap] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
         self._used: set[str] = set()
 
     # ---- what is there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -179,3 +180,19 @@ def test_a_client_that_leaves_takes_its_template_with_it(tmp_path_factory, strea
         begun = time.monotonic()
         assert http.post("/tokenize", json={"prompt": "x"}, timeout=60).status_code == 200
         assert time.monotonic() - begun < RENDER / 2
+
+
+def test_a_forked_child_has_threads_of_its_own():
+    """The parent's threads are busy, and are not in the child."""
+    begun, free = threading.Event(), threading.Event()
+    work = PROMPTS.submit(lambda: (begun.set(), free.wait(60)))
+    assert begun.wait(10)
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            status = 0 if asyncio.run(within(10, PROMPTS, "a prompt", len, "abc")) == 3 else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    free.set()
+    assert work.result(10)[1]
