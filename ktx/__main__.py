@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def guarded(args: object) -> int:
     """Runs a parsed command; an error that is the user's to mend becomes one line."""
     module = importlib.import_module(f"ktx.commands.{args.command}")  # type: ignore[attr-defined]
     debug = getattr(args, "debug", False)
+    _streams()
     if not debug:
         _quiet_warnings()
     # Importing torch and transformers makes a million objects that stay: 0.6 s of collecting by the default.
@@ -79,12 +81,23 @@ def guarded(args: object) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nobody reads any more: what Python still holds back has nowhere to go
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
         return 0
     except MemoryError:
         print("ktx: out of memory; take a smaller quant, a shorter --max-context, or close programs", file=sys.stderr)
         return 3
+
+
+def _streams() -> None:
+    """Standard streams that can be written to whatever the shell has done: closed ones lead nowhere, and a terminal shows ? for what it cannot."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _quiet_warnings() -> None:

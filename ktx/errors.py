@@ -7,15 +7,29 @@ from __future__ import annotations
 
 
 class KtxError(Exception):
-    """Base of every error that is the user's to mend; anything else is a bug in ktx."""
+    """Base of every error that is the user's to mend; anything else is a bug in ktx.
+
+    `exit_code`: of a command; `status`: of an HTTP answer; `code`: a word for programs that read such an answer;
+    `retry`: seconds after which the same request may succeed.
+    """
 
     exit_code = 1
+    status = 500
+    code = ""
+    retry: int | None = None
 
 
 class UsageError(KtxError):
     """A flag, rule or argument that cannot mean anything."""
 
     exit_code = 2
+    status = 400
+
+
+class ContextExceeded(UsageError):
+    """A prompt, or a prompt and the answer that is asked for, that the context does not hold."""
+
+    code = "context_length_exceeded"
 
 
 class DoesNotFit(KtxError):
@@ -31,9 +45,18 @@ class BadFile(KtxError):
 
 
 class Overloaded(KtxError):
-    """Too many requests at once, or an engine that has stopped: the same request may be answered later."""
+    """An engine that takes no request now: the same request may be answered later."""
 
     exit_code = 5
+    status = 503
+    retry = 1
+
+
+class QueueFull(Overloaded):
+    """Too many requests at once."""
+
+    status = 429
+    code = "queue_full"
 
 
 def nearest(word: str, known: object) -> str:

@@ -25,13 +25,13 @@ _context.set_forkserver_preload(PRELOADED)
 
 
 def run(
-    *words: object, text: str = "", env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 240
+    *words: object, text: str | bytes = "", env: Mapping[str, str] | None = None, cwd: Path = ROOT, timeout: float = 240
 ) -> subprocess.CompletedProcess[str]:
     """As subprocess.run([sys.executable, "-m", *words], input=text, text=True, capture_output=True, ...), without "-m" for a script."""
     command = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("in", "out", "err")]
-        files[0].write_text(text)
+        files[0].write_bytes(text if isinstance(text, bytes) else text.encode())
         given = dict(os.environ if env is None else env)
         process = _context.Process(target=_child, args=(command, [str(file) for file in files], given, str(cwd)))
         process.start()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ktx.chat.reading import clean
 from ktx.dialects import Text
 from ktx.engine.request import Finished
 from ktx.engine.sampling import Sampling
@@ -40,12 +41,15 @@ class Conversation:
     turns: list[dict[str, str]] = field(default_factory=list)
     last: Finished | None = None
 
+    def __post_init__(self) -> None:
+        self.system = clean(self.system)
+
     def messages(self) -> list[dict[str, str]]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
     def send(self, text: str) -> Iterator[Text | Finished]:
         """The answer to a new message as a stream of events. Nothing is kept when the prompt is refused."""
-        self.turns.append({"role": "user", "content": text})
+        self.turns.append({"role": "user", "content": clean(text)})
         try:
             prompt = self.session.prompt(self.messages(), self.force_think)
             answer = ""
@@ -104,5 +108,6 @@ class Conversation:
         if not good:
             raise BadFile(f"{path}: is no saved chat: roles must be {', '.join(ROLES)} and contents text")
         self.clear()
-        self.system, self.turns = system, [{"role": t["role"], "content": t["content"]} for t in turns]
+        self.system = clean(system)
+        self.turns = [{"role": t["role"], "content": clean(t["content"])} for t in turns]
         return len(self.turns)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ktx.chat.conversation import SETTABLE, Conversation
+from ktx.chat.reading import lines_of, read_text
 from ktx.chat.render import Printer, note, stats_line
 from ktx.errors import BadFile, KtxError, UsageError, nearest
 
@@ -180,7 +181,7 @@ class Chat:
 
     def piped(self, stream: Any) -> None:
         """Each line is a turn; a block between two lines of three quotes is one."""
-        for text in blocks(stream):
+        for text in blocks(lines_of(stream, note)):
             if text.strip() and not self.turn(text):
                 return
 
@@ -202,15 +203,6 @@ def blocks(lines: Any) -> Iterator[str]:
             held.append(line)
     if held is not None:
         yield "\n".join(held).strip("\n")
-
-
-def read_text(path: str) -> str:
-    try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadFile(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise BadFile(f"{path}: is no UTF-8 text (byte {error.start})") from error
 
 
 def _prompter() -> Callable[[], str]:

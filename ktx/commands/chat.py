@@ -77,8 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Loads the model and chats; exit status 0 unless something was wrong before the first turn."""
     from ktx.chat.conversation import Conversation
+    from ktx.chat.reading import read_text
     from ktx.chat.render import Printer, note
-    from ktx.chat.terminal import Chat, has_terminal, read_text
+    from ktx.chat.terminal import Chat, has_terminal
     from ktx.engine.text import Session
 
     sampling_check(args)

@@ -235,18 +235,31 @@ def _name(path: str) -> str:
 def _settings(args: argparse.Namespace) -> Any:
     from ktx.server.served import Settings as Answers
 
-    template = None
-    if args.chat_template:
-        try:
-            template = Path(args.chat_template).expanduser().read_text(encoding="utf-8")
-        except OSError as error:
-            raise BadFile(f"--chat-template {args.chat_template}: cannot be read: {error.strerror}") from error
+    template = read_template(args.chat_template) if args.chat_template else None
     sampling = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
     from ktx.engine.sampling import Sampling
 
     Sampling(**sampling)  # refuses what is out of range
     keep = (0 if args.ray else Answers.keep_responses) if args.keep_responses is None else args.keep_responses
     return Answers(args.max_new_tokens, args.force_think, template, args.hide_input != "false", sampling, keep)
+
+
+def read_template(file: str) -> str:
+    """The text of a chat template. BadFile, with the line where there is one, for a file that holds none."""
+    from ktx.engine.template import DEFAULT, check_templates
+
+    where = f"--chat-template {file}"
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadFile(f"{where}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise BadFile(f"{where}, line {line}: is no UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise BadFile(f"{where}: is empty")
+    check_templates({DEFAULT: text}, where)
+    return text
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ktx.engine.sampling import Sampling
 from ktx.engine.scheduler import Part, Scheduler, pages_for
 from ktx.engine.speculation import KINDS, MOST, PromptLookup, Speculation
 from ktx.engine.trial import runner_for
-from ktx.errors import DoesNotFit, Overloaded, UsageError, nearest
+from ktx.errors import ContextExceeded, DoesNotFit, Overloaded, QueueFull, UsageError, nearest
 from ktx.hardware import memory
 
 log = logging.getLogger("ktx.engine")
@@ -176,7 +176,7 @@ class Engine:
         constraint: Any = None,
         salt: bytes = b"",
     ) -> Request:
-        """Queues a request, whose events go to `sink`. UsageError when it can never be answered, Overloaded when too many wait."""
+        """Queues a request, whose events go to `sink`. UsageError when it can never be answered, QueueFull when too many wait, Overloaded when the engine has stopped."""
         self._check_process()
         sampling = self.checked(prompt, sampling)
         request = Request(list(prompt), sampling, sink, salt, constraint)
@@ -184,7 +184,7 @@ class Engine:
             if self.closed or self.failure:
                 raise Overloaded(self.failure or "the engine is closed")
             if len(self.answers) >= self.options.max_queue + self.options.max_batch_size:
-                raise Overloaded(f"{len(self.answers)} requests are waiting or running; try again later")
+                raise QueueFull(f"{len(self.answers)} requests are waiting or running; try again later")
             self.submitted += 1
             request.number = self.submitted
             self.answers[request] = Answer(request, self.tokenizer, self.stop_ids, self.context)
@@ -201,7 +201,7 @@ class Engine:
             raise UsageError(f"the prompt holds the token id {bad[0]}, the model has {vocabulary}")
         room = self.context - len(prompt)
         if room < min(1, sampling.max_new_tokens):
-            raise UsageError(
+            raise ContextExceeded(
                 f"the prompt has {len(prompt)} tokens, the context holds {self.context}: shorten it, or raise --cache_lens or --max_context"
             )
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))

@@ -12,6 +12,7 @@ from typing import Any
 
 from ktx.dialects import Dialect, dialect_for, for_template, opened
 from ktx.engine.proceed import proceeding
+from ktx.engine.template import DEFAULT, check_templates, chosen, named_templates
 from ktx.errors import UsageError
 
 LONGEST = 64 << 20  # characters of a rendered prompt
@@ -21,21 +22,30 @@ _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode will n
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt as text and as ids; `thinking`: it ends inside the reasoning block; `said`: text at its end that the answer goes on with."""
+    """A prompt as text and as ids; `thinking`: it ends inside the reasoning block; `said`: text at its end that the answer goes on with.
+
+    `untold`: tools were given, and the template wrote nothing of them.
+    """
 
     text: str
     ids: list[int]
     thinking: bool
     said: str = ""
+    untold: bool = False
 
 
 class Prompts:
-    """Makes prompts for one tokenizer. `template` takes the place of the tokenizer's own."""
+    """Makes prompts for one tokenizer. `template` takes the place of the tokenizer's own. BadFile where no prompt could be made."""
 
     def __init__(self, tokenizer: Any, model_type: str | None = None, template: str | None = None):
         self.tokenizer = tokenizer
-        self.template = template or getattr(tokenizer, "chat_template", None)
-        self.dialect: Dialect = dialect_for(self.template if isinstance(self.template, str) else None, model_type)
+        self.templates = named_templates(template or getattr(tokenizer, "chat_template", None))
+        folder = getattr(tokenizer, "name_or_path", "")
+        own = f"{folder}: the tokenizer's chat template" if folder else "the tokenizer's chat template"
+        where = "--chat-template" if template else own
+        check_templates(self.templates, where, getattr(tokenizer, "special_tokens_map", {}))
+        self.dialect: Dialect = dialect_for("\n".join(self.templates.values()), model_type)
+        self.writes_tools: set[str | None] = set()  # templates that have written tools
         added = getattr(tokenizer, "added_tokens_decoder", None) or {}
         names = [
             str(token)
@@ -47,6 +57,11 @@ class Prompts:
             "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)"
         )
 
+    @property
+    def template(self) -> str | None:
+        """The template of plain requests; where there is none, any."""
+        return self.templates.get(DEFAULT) or next(iter(self.templates.values()), None)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -55,11 +70,13 @@ class Prompts:
         force_think: bool = False,
         answer: bool = True,
         proceed: bool = False,
+        name: str | None = None,
     ) -> Rendered:
-        """A conversation that ends where the assistant speaks (`answer`), or inside its last message (`proceed`).
+        """A conversation that ends where the assistant speaks (`answer`), or inside its last message (`proceed`). `name`: of the template.
 
         UsageError for messages that the template refuses, or with which no answer can go on.
         """
+        template = chosen(self.templates, bool(tools), name)
         told = for_template(messages, self.dialect)
         border, end = self._unwritten(told, tools)
         told = [
@@ -71,24 +88,46 @@ class Prompts:
         ]
         shielded = [self._shielded(tool, border, ()) for tool in tools]
 
-        def write(messages: Sequence[Mapping[str, Any]], answer: bool) -> str:
-            text = self._text(messages, shielded, dict(words or {}), answer)
+        def write(messages: Sequence[Mapping[str, Any]], answer: bool, tools: list[Any] = shielded) -> str:
+            text = self._text(template, messages, tools, dict(words or {}), answer)
             if len(text) > LONGEST:
                 raise UsageError(f"the prompt has {len(text)} characters, at most {LONGEST} are read")
             return text
 
+        untold = bool(tools) and not self._tells_tools(write, told, answer, template)
         if proceed:
-            text, said, thinking = proceeding(write, told, self.dialect, str(self.template), end)
-            return Rendered(text.replace(border, ""), self._ids(text, border), thinking, said.replace(border, ""))
+            text, said, thinking = proceeding(write, told, self.dialect, str(template), end)
+            said = said.replace(border, "")
+            return Rendered(text.replace(border, ""), self._ids(text, border), thinking, said, untold)
         text, mark = write(told, answer), self.dialect.think[0]
         if answer and force_think and mark and not opened(text, self.dialect):
             text += f"{mark}\n"
-        return Rendered(text.replace(border, ""), self._ids(text, border), bool(answer and opened(text, self.dialect)))
+        thinking = bool(answer and opened(text, self.dialect))
+        return Rendered(text.replace(border, ""), self._ids(text, border), thinking, untold=untold)
+
+    def _tells_tools(
+        self, write: Any, messages: Sequence[Mapping[str, Any]], answer: bool, template: str | None
+    ) -> bool:
+        """Whether the template writes anything of tools: the prompt without them is another one, or none."""
+        if template not in self.writes_tools:
+            told = write(messages, answer)
+            try:
+                if write(messages, answer, []) == told:
+                    return False
+            except UsageError:  # a template that cannot do without them
+                pass
+            self.writes_tools.add(template)
+        return True
 
     def _text(
-        self, messages: Sequence[Mapping[str, Any]], tools: list[Any], words: dict[str, Any], answer: bool
+        self,
+        template: str | None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[Any],
+        words: dict[str, Any],
+        answer: bool,
     ) -> str:
-        if not self.template:
+        if not template:
             if tools:
                 raise UsageError("this model has no chat template, so it cannot be told of tools")
             return "\n".join(str(message["content"]) for message in messages)
@@ -98,7 +137,7 @@ class Prompts:
             return self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools or None,
-                chat_template=self.template,
+                chat_template=template,
                 add_generation_prompt=answer,
                 tokenize=False,
                 **words,
@@ -107,7 +146,7 @@ class Prompts:
             raise UsageError(f"the model's chat template refuses these messages: {error}") from error
 
     def _ids(self, text: str, border: str) -> list[int]:
-        whole = not self.template  # a template writes what begins a text itself
+        whole = not self.templates  # a template writes what begins a text itself
         parts = text.split(border)
         ids = list(self.tokenizer(parts[0], add_special_tokens=whole)["input_ids"])
         for part in parts[1:]:

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from ktx.errors import Overloaded, QueueFull
 from ktx.replicas.affinity import keys_of
 from ktx.replicas.board import Word
 from ktx.replicas.cluster import BUSY, GONE, Cluster
@@ -48,7 +49,7 @@ class Front:
         if own is not None and scope["method"] in ("GET", "HEAD"):
             answer = await own()
         elif not await self.cluster.ready():
-            answer = refused(scope, 503, self.cluster.why(), retry=5)
+            answer = refused(scope, Overloaded(self.cluster.why()), retry=5)
         else:
             return await self.pass_on(scope, receive, send)
         await answer(scope, receive, send)
@@ -85,14 +86,14 @@ class Front:
             except Gone:
                 return
             except BUSY:
-                busy = refused(scope, 429, "too many requests are waiting; try again later", retry=1)
+                busy = refused(scope, QueueFull("too many requests are waiting; try again later"))
                 return await busy(scope, receive, send)
             except GONE as error:
                 log.warning("a replica ended under a request: %s", str(error).partition("\n")[0])
                 if sending.begun:
                     return await sending.last_words("the replica that was answering has ended")
                 if attempt + 1 == TRIES:
-                    ended = refused(scope, 503, "the replicas end under this request", retry=5)
+                    ended = refused(scope, Overloaded("the replicas end under this request"), retry=5)
                     return await ended(scope, receive, send)
             finally:
                 answer.cancel()  # its replica goes on otherwise; nothing happens where it has ended
@@ -134,11 +135,11 @@ class Sending:
         await self.send({"type": "http.response.body", "body": data.encode(), "more_body": False})
 
 
-def refused(scope: Scope, status: int, message: str, retry: int) -> Response:
+def refused(scope: Scope, error: Overloaded, retry: int | None = None) -> Response:
     return Response(
-        json.dumps(body_for(scope["path"], status, message)),
-        status,
-        {"retry-after": str(retry)},
+        json.dumps(body_for(scope["path"], error.status, str(error), error.code)),
+        error.status,
+        {"retry-after": str(retry or error.retry)},
         media_type="application/json",
     )
 

@@ -14,6 +14,7 @@ from ktx.engine.asking import Chorus
 from ktx.engine.grammar import check_schema, rules_of_choice, rules_of_regex, rules_of_schema
 from ktx.engine.prompt import Rendered
 from ktx.engine.sampling import Sampling
+from ktx.errors import ContextExceeded
 from ktx.server.errors import Problem, problem_of
 from ktx.server.fields.openai import Choosing, Format, Guided, Structured
 from ktx.server.pools import COMPILE, GRAMMARS, PROMPTS, RENDER, within
@@ -35,6 +36,7 @@ class Talk:
     think: bool | None = None  # None: as the model does by itself
     answer: bool = True  # the prompt ends where the assistant speaks
     proceed: bool = False  # the answer goes on with the last message
+    template: str | None = None  # its name, where the model has several
 
 
 @dataclass
@@ -123,7 +125,7 @@ async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 
     if talk.think is not None:
         words = {"enable_thinking": talk.think, "thinking": talk.think} | words
     force = served.settings.force_think and talk.think is not False and words.get("enable_thinking") is not False
-    how = (talk.messages, tools, words, force, talk.answer, talk.proceed)
+    how = (talk.messages, tools, words, force, talk.answer, talk.proceed, talk.template)
     rendered = await within(RENDER, PROMPTS, "the prompt", prompts.render, *how)
     asked = Asked(rendered, sampling, None, tools, bool(tools), salt, count)
     if tools and talk.choice != "auto":
@@ -202,7 +204,7 @@ def check_room(served: Served, prompt: Sequence[int], limit: int | None) -> None
             400,
             f"this model's context holds {most} tokens, the request asks for {len(prompt) + (limit or 0)}: {wanted}",
             "messages",
-            "context_length_exceeded",
+            ContextExceeded.code,
         )
 
 

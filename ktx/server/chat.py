@@ -34,6 +34,7 @@ async def answer(served: Served, fields: Chat, request: Request) -> Response:
         guided(fields),
         answer=fields.add_generation_prompt is not False,
         proceed=fields.proceeds,
+        template=fields.chat_template,
     )
     ask = await asked_of(served, talk, sampling, fields.n or 1, salt_of(fields))
     check_room(served, ask.rendered.ids, limit)

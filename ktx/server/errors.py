@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktx.errors import Overloaded, UsageError
+from ktx.errors import KtxError
 from ktx.server import ids
 
 KINDS = {  # status: OpenAI's type, Anthropic's type
@@ -39,15 +39,11 @@ class Problem(Exception):
 
 
 def problem_of(error: Exception) -> Problem:
-    """What a client is told of an error of the engine's or a check's."""
+    """What a client is told of an error of the engine's or a check's: its class says the status, not its words."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, Overloaded):
-        busy = "try again later" in str(error)
-        return Problem(429 if busy else 503, str(error), code="queue_full" if busy else "", retry=1)
-    if isinstance(error, UsageError):
-        long = "the context holds" in str(error)
-        return Problem(400, str(error), code="context_length_exceeded" if long else "")
+    if isinstance(error, KtxError) and error.status != 500:
+        return Problem(error.status, str(error), code=error.code, retry=error.retry)
     if isinstance(error, (ValueError, KeyError)):
         return Problem(400, str(error))
     return Problem(500, f"the server failed: {type(error).__name__}")

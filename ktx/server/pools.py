@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, TypeVar
 
-from ktx.errors import UsageError
+from ktx.errors import QueueFull, UsageError
 from ktx.forks import Threads
 from ktx.server.errors import Problem, problem_of
 
@@ -31,9 +31,7 @@ async def within(seconds: float, pool: Executor, what: str, work: Callable[..., 
     try:
         await asyncio.wait({begun}, timeout=WAIT)
         if not begun.done():
-            raise Problem(
-                429, f"the server is busy: {what} found no thread in {WAIT:.0f} s", code="queue_full", retry=1
-            )
+            raise problem_of(QueueFull(f"the server is busy: {what} found no thread in {WAIT:.0f} s"))
         await asyncio.wait({done}, timeout=seconds)
         if not done.done():
             raise Problem(400, f"{what} takes longer than {seconds:.0f} s")

@@ -22,6 +22,7 @@ async def tokenize(served: Served, fields: Tokenize) -> dict[str, Any]:
             [tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
             answer=fields.add_generation_prompt is not False,
             proceed=fields.proceeds,
+            template=fields.chat_template,
         )
         ids = (await asked_of(served, talk, sampling_of(served, {}, 1))).rendered.ids
     else:

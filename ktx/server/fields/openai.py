@@ -251,6 +251,7 @@ class Ending(Fields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: Text | None = None  # the name of one of the model's; a template itself never comes from a request
 
     @property
     def proceeds(self) -> bool:
