@@ -330,7 +330,7 @@ def write_gguf(path: Path, config: dict[str, Any], quant: str, seed: int = 0, he
 def write_folder(folder: Path, config: dict[str, Any], file: Path) -> None:
     """config.json, generation_config.json and the file's tokenizer in Hugging Face form."""
     from ktx.weights.gguf_header import read_header
-    from ktx.weights.metadata import tokenizer_from_gguf
+    from ktx.weights.gguf_tokenizer import tokenizer_from_gguf
 
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"], "do_sample": False}

@@ -160,7 +160,7 @@ def load(
         tokenizer,
         [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
     )  # type: ignore[assignment]
-    generation(built, model)
+    generation(built, model, source)
     return built, tokenizer
 
 

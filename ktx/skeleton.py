@@ -12,18 +12,23 @@ import torch
 from ktx.compat import config_dict, text_part
 from ktx.errors import BadFile, UsageError
 from ktx.rules import FILES
+from ktx.weights.gguf_files import ggufs_in, is_gguf
 from ktx.weights.source import WeightSource
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a folder, hub id or GGUF file; of text and pictures the text's. Kimi-K2 is DeepSeek-V3 under another name."""
+    """The transformers configuration of a folder, hub id or GGUF file (or a folder of nothing else); of text and pictures the text's. Kimi-K2 is DeepSeek-V3 under another name."""
     from transformers import AutoConfig
 
     path = Path(source).expanduser()
-    if path.suffix == ".gguf":
+    if is_gguf(path) or (path.is_dir() and not (path / "config.json").exists() and ggufs_in(path)):
         from ktx.weights.metadata import config_from_gguf
 
         return config_from_gguf(path)
+    if path.is_file():
+        raise BadFile(
+            f"{source}: is a file, but no GGUF by its first four bytes; --model must be a Hugging Face folder, a hub id or a GGUF file"
+        )
     if path.is_dir() and not (path / "config.json").exists():
         raise BadFile(
             f"{source}: has no config.json; --model must be a Hugging Face folder (its GGUF goes to --weights)"
@@ -95,8 +100,8 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
 
     path = Path(model).expanduser()
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if path.suffix == ".gguf" or (path.is_dir() and not any((path / name).exists() for name in names)):
-        from ktx.weights.metadata import tokenizer_from_gguf
+    if is_gguf(path) or (path.is_dir() and not any((path / name).exists() for name in names)):
+        from ktx.weights.gguf_tokenizer import tokenizer_from_gguf
 
         return tokenizer_from_gguf(source.metadata, source.path)
     try:
@@ -105,11 +110,18 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
         raise BadFile(f"{model}: no tokenizer: {str(error).strip().splitlines()[0][:300]}") from error
 
 
-def generation(model: Any, folder: str | Path) -> None:
+def generation(model: Any, folder: str | Path, source: WeightSource) -> None:
+    """The folder's generation settings; where it has none, every token that a GGUF file ends answers with counts too."""
     from transformers import GenerationConfig
+
+    from ktx.weights.gguf_tokenizer import end_tokens
 
     if (Path(folder).expanduser() / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    elif ends := end_tokens(source.metadata, source.path):
+        own = model.generation_config.eos_token_id
+        own = [own] if isinstance(own, int) else own or []
+        model.generation_config.eos_token_id = [*own, *(number for number in ends if number not in own)]
     model.generation_config.disable_compile = (
         True  # kernels are opaque to the compiler; compiling around them costs minutes
     )

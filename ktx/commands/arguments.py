@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ktx.errors import BadFile, UsageError
+from ktx.weights.gguf_files import ggufs_in, is_gguf
 
 
 class Parser(argparse.ArgumentParser):
@@ -328,7 +329,7 @@ def named_model(args: argparse.Namespace) -> bool:
     if not path.exists():
         raise BadFile(f"{args.weights}: no such file or folder; `ktx download` fetches a model from a hub")
     path = path if (path / "config.json").exists() else gguf_in(path)
-    if path.suffix == ".gguf" or (path / "config.json").exists():
+    if is_gguf(path) or (path / "config.json").exists():
         args.model = str(path)
         return True
     raise UsageError(
@@ -338,7 +339,7 @@ def named_model(args: argparse.Namespace) -> bool:
 
 def gguf_in(path: Path) -> Path:
     """The first GGUF file of a folder; anything else as it is."""
-    return next(iter(sorted(path.glob("*.gguf"))), path) if path.is_dir() else path
+    return next(iter(ggufs_in(path)), path) if path.is_dir() else path
 
 
 def require_model(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from ktx.commands import bench_serve
 from ktx.commands.arguments import Inner, counts, flag, gguf_in, load_options, model_options, positive, require_model
 from ktx.errors import KtxError, UsageError
+from ktx.weights.gguf_files import is_gguf
 
 SUMMARY = "measure prefill and decode speed, or one layer, beside llama.cpp, ik_llama.cpp, kt-kernel or ftllm"
 REPACKERS = ("llama.cpp", "ik_llama.cpp")  # run with repacking on and off, whichever is better
@@ -197,7 +198,7 @@ def _gguf(args: argparse.Namespace) -> Path:
     path = gguf_in(Path(args.weights or args.model).expanduser())
     if args.peer == "ftllm" and path.is_dir():
         return path
-    if path.suffix != ".gguf" or not path.exists():
+    if not is_gguf(path) or not path.exists():
         raise UsageError(f"{path}: {args.peer} reads GGUF files only; give one to --weights, or leave --peer out")
     return path
 

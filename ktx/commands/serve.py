@@ -309,9 +309,10 @@ def _scripted(args: argparse.Namespace) -> Any:
     from ktx.engine.engine import Options
     from ktx.engine.scripted import read_script, scripted_engine
     from ktx.skeleton import read_config, read_tokenizer
+    from ktx.weights.gguf_files import is_gguf
     from ktx.weights.source import open_weights
 
-    source: Any = open_weights(args.model, read_config(args.model)) if Path(args.model).suffix == ".gguf" else None
+    source: Any = open_weights(args.model, read_config(args.model)) if is_gguf(Path(args.model)) else None
     tokenizer = read_tokenizer(args.model, source, args.trust_remote_code)
     return scripted_engine(tokenizer, Options(**_options(args)), read_script(args.script, tokenizer), args.pace)
 

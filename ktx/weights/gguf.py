@@ -12,11 +12,12 @@ import torch
 
 from ktx.errors import BadFile
 from ktx.forks import Lock
+from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header
 from ktx.weights.names import GGUFNames, Recipe, cook
 from ktx.weights.source import QuantizedTensor, TensorSpec, joined
 
-SPLIT = re.compile(r"^(.+)-(\d{5})-of-(\d{5})\.gguf$")
+SPLIT = re.compile(r"^(.+)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 PAGE = mmap.PAGESIZE
 
 
@@ -139,17 +140,22 @@ def whole_header(path: Path) -> Header:
 def _files(path: Path) -> list[Path]:
     """The file, or every part of the split model it belongs to; a folder must hold one model."""
     if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
+        found = ggufs_in(path)
         firsts = [file for file in found if not (m := SPLIT.match(file.name)) or m[2] == "00001"]
         if len(firsts) > 1:
             raise BadFile(
                 f"{path}: holds more than one model: {firsts[0].name} and {firsts[1].name}; name the file to load"
             )
+        if not found:
+            raise BadFile(f"{path}: holds no GGUF file")
         path = firsts[0] if firsts else found[0]
     match = SPLIT.match(path.name)
+    if not match and path.is_symlink() and SPLIT.match(path.resolve().name):
+        path = path.resolve()  # a link of another name to a part
+        match = SPLIT.match(path.name)
     if not match:
         return [path]
-    parts = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}.gguf") for i in range(1, int(match[3]) + 1)]
+    parts = [path.with_name(f"{match[1]}-{i:05d}-of-{match[3]}{match[4]}") for i in range(1, int(match[3]) + 1)]
     missing = [part.name for part in parts if not part.exists()]
     if missing:
         raise BadFile(f"{path}: {len(missing)} of {len(parts)} parts are missing, the first is {missing[0]}")

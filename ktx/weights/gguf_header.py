@@ -16,6 +16,7 @@ from typing import Any
 
 from ktx.errors import BadFile
 from ktx.qtypes import BY_CODE
+from ktx.weights.gguf_files import MAGIC
 from ktx.weights.source import TensorSpec
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -144,7 +145,7 @@ def parse_header(data: mmap.mmap | bytes, file: str) -> Header:
     """Header of a GGUF image; BadFile names the first thing that cannot be."""
     r = _Reader(data, file)
     magic = bytes(data[:4])
-    if magic != b"GGUF":
+    if magic != MAGIC:
         raise BadFile(f"{file}: is no GGUF file (it starts with {magic!r})")
     r.at = 4
     version = r.scalar("I", "the version")

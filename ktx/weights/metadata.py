@@ -1,8 +1,7 @@
-"""Configuration and tokenizer from GGUF metadata alone, for the families whose metadata suffices."""
+"""Configuration from GGUF metadata alone, for the families whose metadata suffices."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from ktx.errors import BadFile, nearest
 from ktx.weights.gguf_header import Header, architecture
+from ktx.weights.gguf_tokenizer import end_tokens
 
 # transformers' name -> metadata key after the architecture; "?" marks keys that may be absent
 COMMON = {
@@ -53,37 +53,6 @@ FAMILIES: dict[str, tuple[str, dict[str, str]]] = {  # GGUF architecture -> (mod
     "deepseek2": ("deepseek_v3", DEEPSEEK),
 }
 NEEDS_FOLDER = ("qwen3next", "glm4moe", "minimax-m2", "ernie4_5-moe", "gpt-oss")
-SPLITS = {  # tokenizer.ggml.pre -> regular expression that cuts text before BPE; facts of the published tokenizers
-    "gpt-2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-SAME_SPLIT = {
-    "default": "gpt-2",
-    "llama3": "llama-bpe",
-    "llama-v3": "llama-bpe",
-    "glm4": "llama-bpe",
-    "chatglm-bpe": "llama-bpe",
-    "deepseek-r1-qwen": "qwen2",
-    "smaug-bpe": "llama-bpe",
-    "dbrx": "llama-bpe",
-}
-DEEPSEEK_SPLITS = {  # several cuts, one after the other
-    "deepseek-llm": (
-        r"[\r\n]",
-        r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-Ֆ]+",
-        r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-        r"\s+$",
-        r"[一-龥ࠀ-一가-퟿]+",
-        r"\p{N}+",
-    ),
-    "deepseek-v3": (
-        r"\p{N}{1,3}",
-        r"[一-龥぀-ゟ゠-ヿ]+",
-        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-}
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
 
 def config_from_gguf(path: Path) -> Any:
@@ -116,6 +85,9 @@ def config_from_gguf(path: Path) -> Any:
     values |= _rope(header, arch, values)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         values[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    ends = end_tokens(header.metadata, str(path))
+    if len(ends) > 1 or values["eos_token_id"] is None:
+        values["eos_token_id"] = ends or None
     try:
         return AutoConfig.for_model(model_type, **values)
     except Exception as error:  # transformers' checks raise what they like; the values are the file's
@@ -249,131 +221,3 @@ def _floats(header: Header, name: str) -> list[float]:
     if spec.qtype.name != "F32":
         raise BadFile(f"{header.file}: the tensor {name} is {spec.qtype}, it must be F32")
     return [float(x) for x in np.fromfile(spec.file, dtype="<f4", count=spec.nbytes // 4, offset=spec.offset)]
-
-
-# ---- tokenizer
-
-
-def tokenizer_from_gguf(metadata: Mapping[str, Any], file: str) -> Any:
-    """A fast tokenizer made of the file's tokens, merges and chat template (which transformers renders in its sandbox)."""
-    from transformers import PreTrainedTokenizerFast
-
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama") or "tokenizer.ggml.tokens" not in metadata:
-        raise BadFile(
-            f"{file}: has no tokenizer ktx can build (tokenizer.ggml.model is {kind!r}); give --model a folder with tokenizer.json"
-        )
-    tokens = list(metadata["tokenizer.ggml.tokens"])
-    types = list(metadata.get("tokenizer.ggml.token_type", [])) or [NORMAL] * len(tokens)
-    backend = _byte_level(metadata, tokens, file) if kind == "gpt2" else _sentencepiece(metadata, tokens, file)
-    _add_special(backend, tokens, types)
-    named = {
-        name: _token(metadata, tokens, key)
-        for name, key in (
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("pad_token", "padding"),
-            ("unk_token", "unknown"),
-        )
-    }
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{name: token for name, token in named.items() if token is not None}
-    )
-    if isinstance(metadata.get("tokenizer.chat_template"), str):
-        tokenizer.chat_template = metadata["tokenizer.chat_template"]
-    return tokenizer
-
-
-def _token(metadata: Mapping[str, Any], tokens: list[str], key: str) -> str | None:
-    number = metadata.get(f"tokenizer.ggml.{key}_token_id")
-    return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
-
-
-def _add_special(backend: Any, tokens: list[str], types: list[int]) -> None:
-    from tokenizers import AddedToken
-
-    backend.add_special_tokens(
-        [
-            AddedToken(t, special=True, normalized=False)
-            for t, kind in zip(tokens, types, strict=False)
-            if kind == CONTROL
-        ]
-    )
-    backend.add_tokens(
-        [
-            AddedToken(t, special=False, normalized=False)
-            for t, kind in zip(tokens, types, strict=False)
-            if kind == USER_DEFINED
-        ]
-    )
-
-
-def _byte_level(metadata: Mapping[str, Any], tokens: list[str], file: str) -> Any:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    merges = []
-    for number, merge in enumerate(metadata.get("tokenizer.ggml.merges", [])):
-        left, space, right = merge.partition(" ")
-        if not space or not left or not right:
-            raise BadFile(f"{file}: tokenizer.ggml.merges[{number}] is {merge!r}, not two pieces")
-        merges.append((left, right))
-    try:
-        backend = Tokenizer(
-            models.BPE(
-                vocab={t: i for i, t in enumerate(tokens)},
-                merges=merges,
-                ignore_merges=metadata.get("tokenizer.ggml.pre") in ("llama-bpe", "llama3"),
-            )
-        )
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise BadFile(f"{file}: its tokens and merges do not fit each other: {error}") from error
-    pre = str(metadata.get("tokenizer.ggml.pre", "default"))
-    cuts = DEEPSEEK_SPLITS.get(pre) or (SPLITS.get(SAME_SPLIT.get(pre, pre), SPLITS["gpt-2"]),)
-    steps = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in cuts]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    _begin_with_bos(backend, metadata, tokens, default=False)
-    return backend
-
-
-def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], file: str) -> Any:
-    """llama's SPM: BPE whose merges follow from the scores, with bytes for what has no piece."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    scores = list(metadata.get("tokenizer.ggml.scores", []))
-    if len(scores) != len(tokens):
-        raise BadFile(f"{file}: has {len(tokens)} tokens but {len(scores)} scores")
-    vocabulary = {t: i for i, t in enumerate(tokens)}
-    merges = []
-    for token in tokens:
-        pairs = [
-            (token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in vocabulary and token[i:] in vocabulary
-        ]
-        merges += [
-            (vocabulary[token], pair) for pair in sorted(pairs, key=lambda p: (vocabulary[p[0]], vocabulary[p[1]]))
-        ]
-    merges.sort(key=lambda entry: (-scores[entry[0]], entry[0]))
-    unknown = _token(metadata, tokens, "unknown") or tokens[0]
-    backend = Tokenizer(
-        models.BPE(
-            vocab=vocabulary, merges=[pair for _, pair in merges], byte_fallback=True, fuse_unk=True, unk_token=unknown
-        )
-    )
-    space = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
-    backend.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(content=" ", left=1)] if space else []
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    _begin_with_bos(backend, metadata, tokens, default=True)
-    return backend
-
-
-def _begin_with_bos(backend: Any, metadata: Mapping[str, Any], tokens: list[str], default: bool) -> None:
-    from tokenizers import processors
-
-    bos = _token(metadata, tokens, "bos")
-    if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", default):
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
-        )

@@ -17,6 +17,7 @@ import torch
 
 from ktx.errors import BadFile
 from ktx.qtypes import QTYPES, QType
+from ktx.weights.gguf_files import ggufs_in, is_gguf
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,12 @@ def open_weights(path: str | Path, config: Any) -> WeightSource:
     where = Path(path).expanduser()
     if not where.exists():
         raise BadFile(f"{path}: no such file or folder; pass a GGUF file, a safetensors file, or a folder of either")
+    if where.is_file() and is_gguf(where):
+        return GGUFSource(where, config)
     files = sorted(where.iterdir()) if where.is_dir() else [where]
-    ggufs = [file for file in files if file.suffix == ".gguf"]
+    ggufs = ggufs_in(where) if where.is_dir() else []
     tensors = [file for file in files if file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")]
+    tensors = [file for file in tensors if file not in ggufs]
     if ggufs and tensors and where.is_dir():
         raise BadFile(
             f"{path}: holds both GGUF ({ggufs[0].name}) and safetensors ({tensors[0].name}); name the one to load"
