@@ -74,6 +74,7 @@ def measure(
         model, weights, unplaced, torch.float32, None, moe_experts, trust_remote_code, targets, False
     )
     made.check(source)
+    made.tell()
     return footprint(built, made, source), unplaced
 
 
@@ -133,6 +134,7 @@ def prepare(
         if mtp:
             mtp_layer.append(built, source)
         made = inject(built, rules, config, kind, kv_dtype, tell, targets, places)
+        made.ignored = tuple(getattr(built, "_keys_to_ignore_on_load_unexpected", None) or ())
         _tie(built, made, source)
         made.fill(source)
         return built, made
