@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,7 @@ from ktx.ops.base import Context, Operator, made_from, on_gpu, resolve
 from ktx.ops.experts import Experts
 from ktx.ops.moe import MoE
 from ktx.rules import Rule
+from ktx.weights.accounting import Reads, Unread, line, unread
 from ktx.weights.source import TensorSpec, WeightSource
 
 NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
@@ -74,7 +76,7 @@ class Step:
 
 
 class Plan(list[Step]):
-    """What will be where. str() is the table, `totals()` the bytes by device, `check` names what is missing."""
+    """What will be where. str() is the table, `totals()` the bytes by device, `check` names what is missing, `notes` what is left out."""
 
     unmatched: list[Rule]
     source: WeightSource
@@ -83,6 +85,8 @@ class Plan(list[Step]):
         super().__init__(steps)
         self.devices: dict[str, Device] = {}  # of every module
         self.stream_experts: int | str | None = None  # what the rule file says of it (ktx.device_map.streaming)
+        self.scheme = ""  # how the checkpoint says its weights are quantised (ktx.weights.quantization)
+        self.ignored: Sequence[str] = ()  # patterns of tensors that the modeling code leaves out
 
     def fill(self, source: WeightSource) -> None:
         """Looks every tensor up in the headers."""
@@ -96,13 +100,33 @@ class Plan(list[Step]):
         wrong: dict[tuple[str, str], list[int]] = {}
         for step in self:
             for name in step.tensors:
-                what = _misfit(source.spec(name), step.shapes.get(name))
+                what = _misfit(source.spec(name), step.shapes.get(name)) or source.flaw(name)
                 if what:
                     generic, number = _generic(name)
                     wrong.setdefault((generic, what), []).extend(number)
-        if wrong:
-            lines = [f"{_named(generic, numbers)} {what}" for (generic, what), numbers in wrong.items()]
+        lines = [f"{_named(generic, numbers)} {what}" for (generic, what), numbers in wrong.items()]
+        lines += [f"no module reads {left}" for left in self.unread if left.refused]
+        if lines:
             raise BadFile(f"{source.path}: does not fit this model: {'; '.join(lines)}")
+
+    @cached_property
+    def unread(self) -> list[Unread]:
+        """Tensors of the file that no module reads, by pattern; none before `fill` has named a file."""
+        if not hasattr(self, "source"):
+            return []
+        read = {key for step in self for name in step.tensors for key in self.source.behind(name)}
+        modules = {step.path for step in self if step.tensors} | {key.rpartition(".")[0] for key in read}
+        return unread(self.source, Reads(read, modules), self.ignored)
+
+    def tell(self) -> None:
+        """Warns of tensors that are left out."""
+        if left := line(self.unread):
+            warnings.warn(f"{self.source.path}: {left}", stacklevel=3)
+
+    @property
+    def notes(self) -> list[str]:
+        """A line on the checkpoint's quantisation and one on tensors that are left out, where there are any."""
+        return [note for note in (self.scheme, line(self.unread)) if note]
 
     def totals(self) -> dict[str, int]:
         """Bytes of weights by device."""
@@ -134,7 +158,7 @@ class Plan(list[Step]):
             for row in [head, *rows]
         ]
         totals = [f"total {device}: {human(nbytes)}" for device, nbytes in sorted(self.totals().items())]
-        return "\n".join([*lines, *totals])
+        return "\n".join([*lines, *totals, *self.notes])
 
     def __str__(self) -> str:
         return self.table()

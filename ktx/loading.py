@@ -114,6 +114,7 @@ def load(
         model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
     )
     made.check(source)
+    made.tell()
     _check_pretence(made)
     if kv_dtype == FP8:
         _check_fp8(made)

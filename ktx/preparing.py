@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ktx.cache.kv import KVType
+from ktx.compat import config_dict
 from ktx.config import warn_unknown
 from ktx.device_map import Place, arranged, split
 from ktx.devices import CPU, gpus
@@ -25,6 +26,8 @@ from ktx.ops.linear import Linear
 from ktx.placement import shares
 from ktx.rules import Rule, Rules, load_rules
 from ktx.skeleton import fewer_experts, hub_folder, read_config, skeleton
+from ktx.weights.quantization import scheme_of
+from ktx.weights.safetensors import SafetensorsSource
 from ktx.weights.source import WeightSource, open_weights
 
 
@@ -74,6 +77,7 @@ def measure(
         model, weights, unplaced, torch.float32, None, moe_experts, trust_remote_code, targets, False
     )
     made.check(source)
+    made.tell()
     return footprint(built, made, source), unplaced
 
 
@@ -122,6 +126,7 @@ def prepare(
         fewer_experts(config, moe_experts)
     chosen = load_rules(rules, config.model_type)
     source = open_weights(where, config)
+    scheme = _scheme(model, where) if isinstance(source, SafetensorsSource) else ""
     wrong = source.differences(config)
     if wrong:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
@@ -133,6 +138,7 @@ def prepare(
         if mtp:
             mtp_layer.append(built, source)
         made = inject(built, rules, config, kind, kv_dtype, tell, targets, places)
+        made.scheme, made.ignored = scheme, tuple(getattr(built, "_keys_to_ignore_on_load_unexpected", None) or ())
         _tie(built, made, source)
         made.fill(source)
         return built, made
@@ -151,6 +157,20 @@ def prepare(
             built, made = planned(chosen, places, found, False)
     made.stream_experts = chosen.stream_experts
     return built, made, source, found
+
+
+def _scheme(model: str | Path, weights: Path) -> str:
+    """How a checkpoint is quantised, by configurations of model and weights and by the files beside them. BadFile when that is not computed."""
+    folders = [
+        folder
+        for folder in (Path(model).expanduser(), weights if weights.is_dir() else weights.parent)
+        if folder.is_dir()
+    ]
+    configured = [folder for folder in dict.fromkeys(folders) if (folder / "config.json").is_file()]
+    said = [(config_dict(str(folder)), str(folder / "config.json")) for folder in configured]
+    if not Path(model).expanduser().exists():
+        said.append((config_dict(str(model)), str(model)))
+    return next((line for line in [scheme_of({}, "", *folders), *(scheme_of(*of) for of in said)] if line), "")
 
 
 def _type_beside(gpu: bool) -> torch.dtype:

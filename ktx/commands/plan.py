@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [
             {"module": s.path, "operator": s.new, "device": s.device, "type": s.types, "bytes": s.nbytes} for s in plan
         ]
-        print(json.dumps({"modules": rows, "sum": plan.totals()}, indent=1))
+        print(json.dumps({"modules": rows, "sum": plan.totals(), "notes": plan.notes}, indent=1))
     else:
         print(plan.table(fold=not args.all))
     plan.check()

@@ -12,6 +12,7 @@ import torch
 
 from ktx.errors import BadFile
 from ktx.forks import Lock
+from ktx.weights.accounting import Reads, Verdict, companion
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header
 from ktx.weights.names import GGUFNames, Recipe, cook
@@ -34,7 +35,6 @@ class GGUFSource:
         self.names = GGUFNames(self.arch, config, self.tensors)
         self._maps: dict[str, mmap.mmap] = {}
         self._lock = Lock()
-        self._used: set[str] = set()
         self._recipes: dict[str, Recipe | None] = {}
 
     def recipe(self, name: str) -> Recipe | None:
@@ -81,8 +81,6 @@ class GGUFSource:
     def read(self, tensor: str) -> QuantizedTensor:
         """A file tensor as it lies in the file."""
         spec = self.tensors[tensor]
-        with self._lock:
-            self._used.add(tensor)
         flat = torch.frombuffer(self._map(spec.file), dtype=torch.uint8, count=spec.nbytes, offset=spec.offset)
         rows = spec.shape[:-1] or (1,)
         data = flat.reshape(*rows, -1) if len(spec.shape) > 1 else flat
@@ -95,10 +93,17 @@ class GGUFSource:
         """Gives the pages of these parameters back: they stay in the page cache, not in this process."""
         self._advise(names, mmap.MADV_DONTNEED)
 
-    def unused(self) -> set[str]:
-        """File tensors that nobody read, leaving out layers past the model's (MTP) and tables that llama.cpp computes."""
-        layers = int(self.config.num_hidden_layers)
-        return {name for name in self.tensors if name not in self._used and not _beside_the_model(name, layers)}
+    def behind(self, name: str) -> list[str]:
+        return [spec.name for spec in self.specs(name)]
+
+    def flaw(self, name: str) -> str:
+        return ""
+
+    def judge(self, key: str, reads: Reads) -> Verdict:
+        """Layers past the model's (MTP) and tables that llama.cpp computes are left out rightly."""
+        if why := _beside_the_model(key, int(self.config.num_hidden_layers)):
+            return Verdict(why)
+        return companion(key, reads, self.tensors) or Verdict()
 
     def differences(self, config: Any) -> list[str]:
         from ktx.weights.agreement import gguf_differences
@@ -126,9 +131,11 @@ class GGUFSource:
                     self._map(spec.file).madvise(advice, start, length)
 
 
-def _beside_the_model(name: str, layers: int) -> bool:
+def _beside_the_model(name: str, layers: int) -> str:
     block = re.match(r"blk\.(\d+)\.", name)
-    return (block is not None and int(block[1]) >= layers) or ".nextn." in name or name.startswith("rope_")
+    if (block is not None and int(block[1]) >= layers) or ".nextn." in name:
+        return "behind the model's last layer"
+    return "a table that is computed" if name.startswith("rope_") else ""
 
 
 def whole_header(path: Path) -> Header:

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints as a WeightSource: one file, shards, or a folder; F32, F16, BF16 and block-FP8.
+"""Hugging Face checkpoints as a WeightSource: one file, shards, or a folder; F32, F16, BF16 and block-FP8 are read, other types accounted for.
 
 The header is parsed here and not by the safetensors library, because a WeightSource needs offsets into the mapped file and a
 damaged or hostile header must be told before anything is mapped. Format: safetensors' README.
@@ -20,15 +20,46 @@ import torch
 from ktx.compat import checkpoint_renaming
 from ktx.errors import BadFile
 from ktx.forks import Lock
-from ktx.qtypes import FP8_BLOCK, QTYPES
+from ktx.qtypes import FP8_BLOCK, QTYPES, QType
+from ktx.weights.accounting import Reads, Verdict, companion
 from ktx.weights.conversion import Made, made_of
 from ktx.weights.gguf import PAGE
 from ktx.weights.source import QuantizedTensor, TensorSpec, joined
 
-DTYPES = {"F32": "F32", "F16": "F16", "BF16": "BF16", "F8_E4M3": "F8_E4M3"}
+DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # that modules can read
+OTHERS = {  # that a file may hold: elements and bytes of a block
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), (1, 1)),
+    **dict.fromkeys(("I16", "U16"), (1, 2)),
+    **dict.fromkeys(("I32", "U32"), (1, 4)),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), (1, 8)),
+    **{"F4": (2, 1), "F6_E2M3": (4, 3), "F6_E3M2": (4, 3)},
+}
+STORED = {name: QTYPES[name] for name in DTYPES} | {name: QType(name, -1, *block) for name, block in OTHERS.items()}
 MAX_HEADER = 100 << 20  # the format's own limit
 EXPERT = re.compile(r"^(.+\.experts)\.(gate|up|down)_proj(_bias)?$")
 MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+
+MTP = "multi-token prediction"
+# what modules of the text model have no use for; the first that is found in a name counts
+BESIDE = tuple(
+    (re.compile(rf"(?:^|\.)(?:{words})(?:\.|$)"), why)
+    for words, why in (
+        (r"mtp\w*|nextn\w*", MTP),
+        (
+            r"visual|vision|vision_\w+|vit|image_\w+|img_\w+|multi_?modal_projector|mm_\w+|mlp1|connector|aligner|embed_vision",
+            "of pictures, text is computed alone",
+        ),
+        (r"audio|audio_\w+|embed_audio|speech_\w+|talker|code2wav|token2wav", "of sound, text is computed alone"),
+    )
+)
+COMPUTED = tuple(
+    (re.compile(pattern), why)
+    for pattern, why in (
+        (r"(?:^|\.)(?:\w*inv_freq|(?:cos|sin)_cached|rope\.freqs)$", "a table that is computed"),
+        (r"(?:^|[._])(?:attn|attention)\.(?:masked_)?bias$", "a mask that is computed"),
+        (r"(?:^|\.)position_ids$", "positions that are computed"),
+    )
+)
 
 
 class SafetensorsSource:
@@ -48,7 +79,6 @@ class SafetensorsSource:
         self.total_bytes = sum(spec.nbytes for spec in self.tensors.values())
         self._maps: dict[str, mmap.mmap] = {}
         self._lock = Lock()
-        self._used: set[str] = set()
 
     # ---- what is there
 
@@ -91,11 +121,11 @@ class SafetensorsSource:
         if not sources:
             return None
         first = self.tensors[sources[0]]
-        shape = self._shape(name, sources)
-        nbytes = prod(shape) * first.qtype.nbytes
+        shape = self._shape_of(name, sources)
+        nbytes = prod(shape) // first.qtype.block * first.qtype.nbytes
         return TensorSpec(name, shape, first.qtype, nbytes, first.file, first.offset)
 
-    def _shape(self, name: str, sources: list[str]) -> tuple[int, ...]:
+    def _shape_of(self, name: str, sources: list[str]) -> tuple[int, ...]:
         if self._is_made(name, sources):
             empty = partial(torch.empty, device="meta")
             return tuple(self.made[name].values(lambda key: empty(self.tensors[key].shape), self.config).shape)
@@ -143,7 +173,7 @@ class SafetensorsSource:
 
     def get(self, name: str) -> QuantizedTensor:
         parts = self.parts(name)
-        return joined(parts, self._shape(name, self._sources(name)))
+        return joined(parts, self._shape_of(name, self._sources(name)))
 
     def _half_of_kv_b(self, name: str, source: str) -> QuantizedTensor:
         c = self.config
@@ -172,8 +202,6 @@ class SafetensorsSource:
     def read(self, name: str) -> QuantizedTensor:
         """A checkpoint tensor under its present name."""
         spec = self.tensors[name]
-        with self._lock:
-            self._used.add(name)
         flat = torch.frombuffer(self._map(spec.file), dtype=torch.uint8, count=spec.nbytes, offset=spec.offset)
         data = flat.reshape(*spec.shape[:-1], -1) if len(spec.shape) > 1 else flat
         return QuantizedTensor(data, spec.qtype, spec.shape, self._scale(name, spec))
@@ -181,13 +209,19 @@ class SafetensorsSource:
     def _scale(self, name: str, spec: TensorSpec) -> torch.Tensor | None:
         if spec.qtype.name != "F8_E4M3":
             return None
-        key = f"{name}_scale_inv"
+        if wrong := self._scale_flaw(name, spec):
+            raise BadFile(f"{spec.file}: {name} {wrong}")
+        return self.read(_scale_of(name)).dequantize()
+
+    def _scale_flaw(self, name: str, spec: TensorSpec) -> str:
+        """What is wrong with the scales of an FP8 tensor."""
+        key, reads = _scale_of(name), f"ktx reads F8_E4M3 with a scale for {FP8_BLOCK} x {FP8_BLOCK} weights"
         if key not in self.tensors:
-            raise BadFile(f"{spec.file}: {name} is F8_E4M3 but {key} is missing; ktx reads DeepSeek's block-FP8")
-        blocks = tuple(-(-size // FP8_BLOCK) for size in spec.shape[-2:])
-        if self.tensors[key].shape[-2:] != blocks:
-            raise BadFile(f"{spec.file}: {key} has shape {self.tensors[key].shape}, {name} {spec.shape} needs {blocks}")
-        return self.read(key).dequantize()
+            return f"is F8_E4M3 but {key} is missing; {reads}"
+        found, blocks = self.tensors[key], (*spec.shape[:-2], *(-(-size // FP8_BLOCK) for size in spec.shape[-2:]))
+        if len(spec.shape) < 2 or found.shape != blocks:
+            return f"is {_shape(spec.shape)} of F8_E4M3, but {key} is {_shape(found.shape)}; {reads}"
+        return "" if found.qtype.name in ("F32", "F16", "BF16") else f"has {key} of {found.qtype}; {reads}, a float"
 
     def prefetch(self, names: Iterable[str]) -> None:
         for name in names:
@@ -203,10 +237,32 @@ class SafetensorsSource:
                 if length > 0:
                     self._map(spec.file).madvise(mmap.MADV_DONTNEED, start, length)
 
-    def unused(self) -> set[str]:
-        layers = int(self.config.num_hidden_layers)
-        left = {name for name in self.tensors if name not in self._used}
-        return {name for name in left if not ((m := re.search(r"layers\.(\d+)\.", name)) and int(m[1]) >= layers)}
+    def behind(self, name: str) -> list[str]:
+        sources = self._sources(name)
+        return sources + [scale for source in sources if (scale := _scale_of(source)) in self.tensors]
+
+    def flaw(self, name: str) -> str:
+        for source in self._sources(name):
+            spec = self.tensors[source]
+            if spec.qtype.name not in DTYPES:
+                return f"is of {spec.qtype}; ktx reads {' '.join(DTYPES)}"
+            if wrong := self._scale_flaw(source, spec) if spec.qtype.name == "F8_E4M3" else "":
+                return wrong
+        return ""
+
+    def judge(self, key: str, reads: Reads) -> Verdict:
+        name, layer = self.tensors[key].name, re.match(r"(?:.+?\.)?layers\.(\d+)\.", key)
+        if layer and int(layer[1]) >= int(self.config.num_hidden_layers):
+            mtp = f"{layer[0]}eh_proj.weight" in self.tensors
+            why = MTP if mtp else f"behind the {self.config.num_hidden_layers} layers of the configuration"
+            return Verdict(why, pattern=f"{layer[0]}*")
+        for pattern, why in BESIDE:
+            if found := pattern.search(name):
+                return Verdict(why, pattern=f"{name[: found.end()].rstrip('.')}.*")
+        for pattern, why in COMPUTED:
+            if pattern.search(key):
+                return Verdict(why)
+        return companion(key, reads, self.tensors) or Verdict()
 
     def differences(self, config: Any) -> list[str]:
         spec = self.tensors.get("model.embed_tokens.weight")
@@ -222,6 +278,15 @@ class SafetensorsSource:
                 with open(file, "rb") as handle:
                     self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
             return self._maps[file]
+
+
+def _scale_of(name: str) -> str:
+    """DeepSeek's name for the scales of a tensor's blocks."""
+    return f"{name}_scale_inv"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "a number"
 
 
 def _as_type(values: torch.Tensor, like: QuantizedTensor) -> QuantizedTensor:
@@ -307,14 +372,13 @@ def _entry(path: str, name: str, entry: Any, start: int, size: int) -> TensorSpe
         raise BadFile(
             f"{path}: tensor {name} has shape {entry['shape']} and data_offsets {entry['data_offsets']}"[:300]
         )
-    qtype = QTYPES.get(DTYPES.get(str(entry.get("dtype")), ""))
+    qtype = STORED.get(str(entry.get("dtype")))
     if qtype is None:
-        known = " ".join(DTYPES)
-        raise BadFile(f"{path}: tensor {name} has dtype {str(entry.get('dtype'))[:40]!r}; ktx reads {known}")
+        raise BadFile(
+            f"{path}: tensor {name} has dtype {str(entry.get('dtype'))[:40]!r}, which is none of the format's"
+        )
     shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-    if prod(shape) == 0:
-        raise BadFile(f"{path}: tensor {name} is empty: its shape is {shape}")
-    if last - first != prod(shape) * qtype.nbytes or start + last > size:
+    if (last - first) * qtype.block != prod(shape) * qtype.nbytes or start + last > size:
         raise BadFile(
             f"{path}: tensor {name} {shape} of {qtype} does not fit bytes {first} to {last} of {size - start}: truncated?"
         )

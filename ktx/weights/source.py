@@ -17,6 +17,7 @@ import torch
 
 from ktx.errors import BadFile
 from ktx.qtypes import QTYPES, QType
+from ktx.weights.accounting import Reads, Verdict
 from ktx.weights.gguf_files import ggufs_in, is_gguf
 
 
@@ -88,6 +89,7 @@ class WeightSource(Protocol):
     path: str
     metadata: dict[str, Any]
     total_bytes: int
+    tensors: dict[str, TensorSpec]  # all that the files hold
 
     def spec(self, name: str) -> TensorSpec | None: ...
     def specs(self, name: str) -> list[TensorSpec]: ...
@@ -95,8 +97,16 @@ class WeightSource(Protocol):
     def parts(self, name: str) -> list[QuantizedTensor]: ...
     def prefetch(self, names: Iterable[str]) -> None: ...
     def release(self, names: Iterable[str]) -> None: ...
-    def unused(self) -> set[str]: ...
     def differences(self, config: Any) -> list[str]: ...
+
+    def behind(self, name: str) -> list[str]:
+        """Keys of `tensors` that a parameter is made of, with scales that are tensors of their own."""
+
+    def flaw(self, name: str) -> str:
+        """What keeps a parameter that is there from being read, after its name; empty when nothing does."""
+
+    def judge(self, key: str, reads: Reads) -> Verdict:
+        """On a tensor that no module reads."""
 
 
 def joined(parts: Sequence[QuantizedTensor], shape: tuple[int, ...]) -> QuantizedTensor:

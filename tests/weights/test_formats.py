@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import ktx
 from ktx.errors import BadFile, KtxError, UsageError
 from ktx.qtypes import BY_CODE, QTYPES
 from ktx.quantize import random_rows
@@ -105,7 +106,10 @@ def test_round_trip(tmp_path, family, options):
                 source.get(f"model.layers.{layer}.self_attn.k_b_proj.weight"),
                 source.get(f"model.layers.{layer}.self_attn.v_b_proj.weight"),
             )
-    assert not source.unused(), source.unused()
+    model.config.save_pretrained(tmp_path)
+    plan = ktx.plan(tmp_path, tmp_path / "m.gguf")
+    plan.check()
+    assert not plan.unread, plan.unread
     assert not source.differences(model.config)
 
 
@@ -318,10 +322,12 @@ GOOD = {"a": {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]}}
 @pytest.mark.parametrize(
     "change,words",
     [
-        ({"dtype": "I64"}, "dtype 'I64'"),
+        ({"dtype": "I64"}, "does not fit"),
+        ({"dtype": "I65"}, "dtype 'I65'"),
+        ({"dtype": "F4"}, "does not fit"),
         ({"dtype": 7}, "dtype '7'"),
         ({"shape": [2, 9]}, "does not fit"),
-        ({"shape": [0, 8]}, "is empty"),
+        ({"shape": [0, 8]}, "does not fit"),
         ({"shape": [1 << 61, 8]}, "does not fit"),
         ({"shape": [-2, 8]}, "shape"),
         ({"shape": "2"}, "no dtype, shape"),
