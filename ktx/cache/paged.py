@@ -211,6 +211,7 @@ class PagedCache(Cache):
         self.dtype, self.pages, self.config = kv_type(dtype), pages, config
         self.batch: Batch | None = None
         self.states: dict[int, DynamicCache] = {}  # of sequences, where the model has recurrent layers
+        self.known: dict[int, int] = {}  # tokens that a sequence's states have seen; no entry while layers differ in that
         stock = DynamicCache(config=config).layers
         super().__init__(layers=[PagedLayer(self) if type(layer) in PLAIN else layer for layer in stock])
         self.layers += [PagedLayer(self) for _ in range(more)]
@@ -226,20 +227,40 @@ class PagedCache(Cache):
         if self.batch is not None and self.batch.check is not None:
             self.batch.check()
 
+    def begin(self, batch: Batch) -> None:
+        """Before a forward, which overwrites states layer by layer. RuntimeError if a sequence's states are not those before its tokens."""
+        self.batch = batch
+        if not self.recurrent:
+            return
+        for span in batch.spans:
+            if self.known.get(span.owner, 0 if span.owner not in self.states else -1) != span.past:
+                raise RuntimeError(
+                    f"sequence {span.owner} goes on after {span.past} tokens, its recurrent states are those after {self.known.get(span.owner)}"
+                )
+        for span in batch.spans:
+            self.known.pop(span.owner, None)
+
+    def end(self, batch: Batch) -> None:
+        """After a forward that went through all layers; of any other the states stay unknown."""
+        if self.recurrent:
+            self.known |= {span.owner: span.past + span.count for span in batch.spans}
+
     def state(self, owner: int) -> DynamicCache:
         """The recurrent layers' states of a sequence."""
         if owner not in self.states:
             self.states[owner] = DynamicCache(config=self.config)
         return self.states[owner]
 
-    def snapshot(self, owner: int) -> DynamicCache:
-        return copy.deepcopy(self.states[owner])
+    def snapshot(self, owner: int, tokens: int) -> DynamicCache | None:
+        """A copy of a sequence's states after `tokens` tokens; None if they are those after another number, or were left halfway."""
+        return copy.deepcopy(self.states[owner]) if self.known.get(owner) == tokens else None
 
-    def restore(self, owner: int, snapshot: DynamicCache) -> None:
-        self.states[owner] = copy.deepcopy(snapshot)
+    def restore(self, owner: int, snapshot: DynamicCache, tokens: int) -> None:
+        self.states[owner], self.known[owner] = copy.deepcopy(snapshot), tokens
 
     def forget(self, owner: int) -> None:
         self.states.pop(owner, None)
+        self.known.pop(owner, None)
 
     def nbytes(self, host: bool = False) -> int:
         """Bytes of the pools that were made; `host`: of those in the CPU's memory."""

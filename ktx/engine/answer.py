@@ -25,6 +25,7 @@ class Answer:
         self.stopped_by: str | int | None = None
         self.last: Choice | None = None  # the token that ended the answer
         self.prompt_choices: list[Choice] = [Choice(request.prompt[0])] if request.sampling.echo else []
+        self.prompt_sent = False
         self.done: Reason | None = None
 
     def take(self, part: Part, logits: torch.Tensor) -> tuple[int, Reason | None]:
@@ -54,10 +55,16 @@ class Answer:
         return None if constraint is None else constraint.mask()
 
     def _tell_prompt(self, part: Part, logits: torch.Tensor) -> None:
-        """Log-probabilities of the prompt's tokens: a row speaks of the token that follows it."""
-        following = self.request.prompt[part.start + 1 : part.start + part.count + 1]
-        self.prompt_choices += [self.chooser.told(row, token) for row, token in zip(logits, following, strict=False)]
-        if part.start + part.count >= len(self.request.prompt):
+        """Log-probabilities of the prompt's tokens: a row speaks of the token that follows it. Those of a part that is computed again are known."""
+        prompt, known = self.request.prompt, len(self.prompt_choices)
+        if known == len(prompt) and self.prompt_sent:
+            return
+        at = known - 1 - part.start  # the row that speaks of the first token not known yet
+        self.prompt_choices += [
+            self.chooser.told(row, token) for row, token in zip(logits[at:], prompt[known:], strict=False)
+        ]
+        if part.start + part.count >= len(prompt):
+            self.prompt_sent = True
             self.request.sink(Prompt(self.prompt_choices))
 
     def _say(self, choice: Choice) -> Reason | None:

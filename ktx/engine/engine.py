@@ -338,7 +338,7 @@ class Engine:
             with self.activity.forward(*self.runner.reads(parts)):
                 logits = self.runner.run(parts)
         except Abandoned:
-            self._undo(parts)
+            self.scheduler.undo(parts)
         except Exception as error:
             self._failed(parts, error)
         else:
@@ -386,24 +386,15 @@ class Engine:
             return 0
         request.alone = False
         self.activity.answer_tokens += request.answered - answered
-        if self.scheduler.advance(request, kept) and self.scheduler.recurrent and self.scheduler.share:
-            page = request.computed // PAGE - 1
-            self.scheduler.pages.keep(request.keys[page], self.runner.snapshot(request))
+        self.scheduler.advance(request, kept)
         if done:
             self._finish(answer, done)
         return kept
 
-    def _undo(self, parts: Sequence[Part]) -> None:
-        """Nothing was computed. Keys and values are written again; a running state is not what it was."""
-        if self.scheduler.recurrent:
-            for part in parts:
-                if part.request in self.scheduler.running:
-                    self.scheduler.preempt(part.request)
-
     def _failed(self, parts: Sequence[Part], error: Exception) -> None:
         """Finds out whose fault it was: each request is tried alone, and one that fails alone has failed."""
         log.exception("a forward of %d requests failed", len(parts))
-        self._undo(parts)
+        self.scheduler.undo(parts)
         if len(parts) > 1:
             for part in parts:
                 part.request.alone = True

@@ -28,7 +28,7 @@ Logits = dict[
 
 
 class Abandoned(Exception):
-    """Most of a forward's tokens are no longer wanted."""
+    """A forward computes more for those who have gone than the others lose by its end."""
 
 
 class Runner:
@@ -77,7 +77,7 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, parts: Sequence[Part]) -> Logits:
-        """Raises Abandoned between two layers when those who asked for most of it have gone; a graph is one piece."""
+        """Raises Abandoned between two layers when most of it is for those who have gone; a graph is one piece."""
         replayed = self._replayed(parts)
         return self._forward(parts) if replayed is None else replayed
 
@@ -94,7 +94,7 @@ class Runner:
 
     def _forward(self, parts: Sequence[Part]) -> Logits:
         spans = [Span(p.request.number, p.start, p.count, p.request.pages, p.prompt) for p in parts]
-        batch = self.cache.batch = Batch(spans, lambda: self._look(parts))
+        batch = Batch(spans, lambda: self._look(parts))
         ids = torch.tensor([[token for part in parts for token in part.ids]])
         rows = [
             torch.arange(first + count - wanted(part), first + count)
@@ -104,6 +104,7 @@ class Runner:
             i for i, part in enumerate(parts) if part.request.sampling.echo
         ]  # logits of all rows: as many as there are tokens
         try:
+            self.cache.begin(batch)
             with cpu.wide_rows(batch.tokens, batch.wide(echoes)):
                 out = self.model(
                     input_ids=ids,
@@ -115,6 +116,7 @@ class Runner:
         finally:
             self.cache.batch = None
         found = here(out.logits)[0].split([len(row) for row in rows])
+        self.cache.end(batch)
         return {part.request: logits for part, logits in zip(parts, found, strict=True)}
 
     def reads(self, parts: Sequence[Part]) -> tuple[int, int, int]:
@@ -124,22 +126,27 @@ class Runner:
     def _look(self, parts: Sequence[Part]) -> None:
         self.alive = time.monotonic()
         gone = sum(part.count for part in parts if part.request.cancelled)
-        if gone and 2 * gone > sum(part.count for part in parts):
+        if gone and gone > sum(self._again(part) for part in parts if not part.request.cancelled):
             raise Abandoned
+
+    def _again(self, part: Part) -> int:
+        """Tokens that are computed again when a forward with this part is given up: a running state goes back to its beginning."""
+        return part.start + part.count if self.recurrent else part.count
 
     def forget(self, request: Request) -> None:
         """The request's past is given up."""
         self.cache.forget(request.number)
 
     def snapshot(self, request: Request) -> Any:
-        """What recurrent layers know of a request, to be kept."""
-        return self.cache.snapshot(request.number)
+        """What recurrent layers know of a request's computed tokens, to be kept; None if they have seen others or a part of a forward."""
+        return self.cache.snapshot(request.number, request.computed)
 
     def resume(self, request: Request, snapshot: Any) -> None:
-        self.cache.restore(request.number, snapshot)
+        self.cache.restore(request.number, snapshot, request.computed)
 
     def clear(self) -> None:
         self.cache.states.clear()
+        self.cache.known.clear()
 
     def nbytes(self) -> int:
         """Memory of the CPU that all keys and values take when they are filled."""
@@ -175,20 +182,27 @@ class PlainRunner(Runner):
     def run(self, parts: Sequence[Part]) -> Logits:
         found = {}
         for part in parts:
-            self._look(parts)
-            rows = [self._forward_of(part.request, *piece) for piece in self._pieces(part)]
+            rows = []
+            for start, count in self._pieces(part):
+                self._look(parts)
+                rows.append(self._forward_of(part, start, count))
             found[part.request] = torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
         return found
 
-    def _pieces(self, part: Part) -> list[tuple[int, int, int, int]]:
-        """Forwards that a part takes: first token, tokens, how many are the prompt's, rows of logits."""
-        if self.in_chunks or part.request.number in self.caches:
-            return [(part.start, part.count, part.prompt, wanted(part))]
-        return [(0, part.start + part.count, part.prompt, 1)] if wanted(part) else []
+    def _pieces(self, part: Part) -> list[tuple[int, int]]:
+        """First token and tokens of the forwards that a part takes. An answer that is computed again comes token by token, as it came before."""
+        first = part.start + part.prompt
+        answer = [(at, 1) for at in range(first, part.start + part.count)]
+        if not part.prompt or (not self.in_chunks and first < len(part.request.prompt)):
+            return answer
+        start = part.start if self.in_chunks else 0
+        return [(start, first - start), *answer]
 
-    def _forward_of(self, request: Request, start: int, count: int, prompt: int, wanted: int) -> torch.Tensor:
-        """Logits of the last `wanted` of the tokens."""
-        span = Span(request.number, start, count, (), prompt)
+    def _forward_of(self, part: Part, start: int, count: int) -> torch.Tensor:
+        """Logits of those of the tokens that the part wants them of."""
+        request = part.request
+        rows = max(0, start + count - max(start, part.start + part.count - wanted(part)))
+        span = Span(request.number, start, count, (), max(0, min(count, len(request.prompt) - start)))
         ranges = (span.lead, span.whole) if span.whole and not request.sampling.echo else ()
         if not self.own_cache and request.number not in self.caches:
             self.caches[request.number] = KVCache(self.model.config, self.model.ktx.kv_dtype)
@@ -198,14 +212,15 @@ class PlainRunner(Runner):
                 position_ids=torch.arange(start, start + count)[None],
                 **cache_argument(self.model, self.caches.get(request.number)),
                 use_cache=True,
-                logits_to_keep=max(1, wanted),
+                logits_to_keep=max(1, rows),
             )
         self.caches[request.number] = cache_of(out)
         logits = here(out.logits)[0]
-        return logits[len(logits) - wanted :]
+        return logits[len(logits) - rows :]
 
     def reads(self, parts: Sequence[Part]) -> tuple[int, int, int]:
-        return len(parts), sum(part.count for part in parts), len(parts)
+        forwards = sum(len(self._pieces(part)) for part in parts)
+        return forwards, sum(part.count for part in parts), forwards
 
     def forget(self, request: Request) -> None:
         self.caches.pop(request.number, None)

@@ -68,7 +68,8 @@ class Store(Protocol):
 
 class Scheduler:
     """`waiting` and `running` are in the order of arrival. `released` is told of a request whose past is given up,
-    `resumed` of one that begins with what recurrent layers knew somewhere; `state` tells what they know of a request.
+    `resumed` of one that begins with what recurrent layers knew somewhere; `state` tells what they know of a request's computed
+    tokens, None if that is not known.
 
     `two_forms`: the model computes whole pages of a prompt in another way than single tokens, with other rounding errors.
     """
@@ -111,12 +112,14 @@ class Scheduler:
 
     def _give_up(self, request: Request) -> None:
         at, beyond = divmod(request.computed, PAGE)
-        if beyond and self._may_share(request):
+        share = bool(beyond) and self._may_share(request)
+        state = self.state(request) if share and self.recurrent else None
+        if share and (state is not None or not self.recurrent):
             tail = Tail(request.pages[at], self._before(request, at), tuple(request.ids[at * PAGE : request.computed]))
             self.pages.release(request.pages[at + 1 :])
             self.pages.leave(tail)
             if self.recurrent:
-                self.pages.keep(tail.key, self.state(request))
+                self.pages.keep(tail.key, state)
             del request.pages[at:]
         self.pages.release(request.pages)
         request.pages, request.computed, request.draft = [], 0, []
@@ -130,6 +133,13 @@ class Scheduler:
         request.preempted += 1
         self.preemptions += 1
         self.waiting.insert(sum(other.number < request.number for other in self.waiting), request)
+
+    def undo(self, parts: Sequence[Part]) -> None:
+        """A forward of the parts came to no end. Keys and values are written again; a running state is not what it was, so its request begins anew."""
+        if self.recurrent:
+            for part in parts:
+                if part.request in self.running:
+                    self.preempt(part.request)
 
     # ---- a forward
 
@@ -191,8 +201,8 @@ class Scheduler:
         request.pages += taken or []
         return taken is not None
 
-    def advance(self, request: Request, count: int) -> bool:
-        """`count` more tokens are computed and stay. Returns whether a page has just become full."""
+    def advance(self, request: Request, count: int) -> None:
+        """`count` more tokens are computed and stay."""
         before, request.computed = request.computed // PAGE, request.computed + count
         self._extend_keys(request)
         for i in range(before, request.computed // PAGE):
@@ -201,7 +211,10 @@ class Scheduler:
                 self.pages.name(request.pages[i], request.keys[i])
                 if self.store is not None:
                     self.store.keep(request.keys[i], request.pages[i])
-        return bool(count) and request.computed % PAGE == 0
+        if self.recurrent and count and request.computed % PAGE == 0 and self._may_share(request):
+            state = self.state(request)
+            if state is not None:
+                self.pages.keep(request.keys[request.computed // PAGE - 1], state)
 
     # ---- admission and what is shared
 
