@@ -44,6 +44,12 @@ class BadFile(KtxError):
     exit_code = 4
 
 
+class SelfTestFailed(KtxError):
+    """A model that was loaded computes what cannot be right: its cache is not read, or numbers are none."""
+
+    exit_code = 4
+
+
 class Overloaded(KtxError):
     """An engine that takes no request now: the same request may be answered later."""
 

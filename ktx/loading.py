@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktx import selftest
 from ktx.cache.kv import FP8, KVType, kv_type
 from ktx.device_map import streaming
 from ktx.devices import CPU, PRETEND, Device
@@ -51,6 +52,7 @@ class Handle:
     model: Callable[[], Any] = field(default=lambda: None, repr=False)  # a weak reference: the model holds its handle
     tokenizer: Any = field(default=None, repr=False)
     identity: Any = field(default=None, repr=False)  # plain values that decide what the model computes
+    self_test: bool = True  # whether an engine proves its pages by a few tokens too
 
     def engine(self, **options: Any) -> Any:
         """An engine that answers many requests at once; `options` are those of ktx.engine.engine.Options. Close it, or use it in a `with`."""
@@ -89,6 +91,7 @@ def load(
     devices: Mapping[str, str | Sequence[str]] | None = None,
     gpu_experts: int | None = None,
     stream_experts: int | str | None = None,
+    self_test: bool = True,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -102,7 +105,8 @@ def load(
     `gpu_experts` is how many experts of a layer are on its GPU when the others are on the CPU, `stream_experts` (a number of tokens, auto or off; default: the file's, else
     auto) from when on these others are brought there too. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
     `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
-    BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
+    BadFile, DoesNotFit or UsageError before anything is read when it cannot work. `self_test` computes two tokens at the end, in one forward and through
+    the cache (ktx.selftest); SelfTestFailed when the two differ, or logits are not finite or all alike.
     """
     streaming(stream_experts)
     team = threads or cpu.usual_threads()
@@ -160,8 +164,11 @@ def load(
         weakref.ref(built),
         tokenizer,
         [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
+        self_test,
     )  # type: ignore[assignment]
     generation(built, model, source)
+    if self_test:
+        selftest.check(built)
     return built, tokenizer
 
 

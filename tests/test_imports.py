@@ -37,7 +37,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.fitting",),
     ("ktx.skeleton",),
     ("ktx.preparing",),
-    ("ktx.filling",),
+    ("ktx.filling", "ktx.selftest"),
     ("ktx.loading",),
     ("ktx.engine",),
     ("ktx.server",),

@@ -246,6 +246,11 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         help="keep packed weights in DIR: the first start writes them (as much disk as memory), later ones only map them",
     )
     flag(group, "--trust-remote-code", help="run Python code that comes with the model (default: never)")
+    flag(
+        group,
+        "--no-self-test",
+        help="skip the few tokens that are computed when the model has been loaded, whole and through the cache, to prove that both agree (status 4 if not)",
+    )
     placement_options(parser)
 
 
@@ -317,6 +322,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "cache_dir": args.cache_dir,
         "trust_remote_code": args.trust_remote_code,
         "stream_experts": args.stream_experts,
+        "self_test": not args.no_self_test,
         **placed(args),
     }
 

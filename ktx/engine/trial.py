@@ -20,16 +20,20 @@ from ktx.engine.scheduler import Part
 from ktx.errors import UsageError
 from ktx.ops.recurrent import Recurrent
 from ktx.rules import FILES
+from ktx.selftest import Cached, Fault, away, check, judged, tolerance, undisturbed
 
 log = logging.getLogger("ktx.engine")
 CHUNKS = ((4, 1), (3, 8), (1, 1))  # tokens of two sequences in three forwards
-FAR = 0.1  # of logits' length, what an answer may be away: half precision and rounding make a hundredth, another sequence's past makes one
 
 
 def runner_for(model: Any, pages: int, captured: int = 0) -> Runner:
-    """The one that the model's modules allow; for `captured` see Runner. UsageError for a model that goes on from no past."""
+    """The one that the model's modules allow; for `captured` see Runner. UsageError for a model that goes on from no past, SelfTestFailed where pages are misread."""
     if model.config.model_type in FILES:
-        return PlainRunner(model, pages) if _reads_no_pages(model) else Runner(model, pages, captured)
+        if _reads_no_pages(model):
+            return PlainRunner(model, pages)
+        if model.ktx.self_test:
+            check(model, OnPages(Runner(model, 1)))
+        return Runner(model, pages, captured)
     reason = _reads_no_pages(model) or _wrong(Runner(model, 2))
     if not reason:
         return Runner(model, pages, captured)
@@ -65,21 +69,28 @@ def _reads_no_pages(model: Any) -> str:
 @torch.inference_mode()
 def _wrong(runner: Runner) -> str:
     """What is wrong with the logits of two sequences whose tokens come in CHUNKS; empty if they are as those of whole sequences."""
+    with undisturbed(runner.model):
+        return judged(lambda number: _tried(runner, number))
+
+
+def _tried(runner: Runner, number: int) -> Fault | None:
     size = runner.model.config.vocab_size
     requests = [Request([], Sampling(), lambda event: None, number=-1 - i, pages=[i]) for i in range(2)]
     for i, request in enumerate(requests):
-        request.prompt = [(7 * i + 5 * j + 3) % size for j in range(sum(chunk[i] for chunk in CHUNKS[:2]))]
+        request.prompt = [
+            (7 * i + 5 * j + 3 + 11 * number) % size for j in range(sum(chunk[i] for chunk in CHUNKS[:2]))
+        ]
         request.ids = list(request.prompt)
     try:
         return _compared(runner, requests)
     except Exception as error:  # a family's own code, given what it may not expect
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        return Fault(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}", True)
     finally:
         for request in requests:
             runner.forget(request)
 
 
-def _compared(runner: Runner, requests: Sequence[Request]) -> str:
+def _compared(runner: Runner, requests: Sequence[Request]) -> Fault | None:
     for step, counts in enumerate(CHUNKS):
         if step == len(CHUNKS) - 1:
             for request in requests:
@@ -89,8 +100,24 @@ def _compared(runner: Runner, requests: Sequence[Request]) -> str:
         for part in parts:
             part.request.computed += part.count
     for request in requests:
-        whole = runner.model(input_ids=torch.tensor([request.ids]), use_cache=False).logits[0, -1].cpu().float()
-        away = (found[request][-1].float() - whole).norm() / whole.norm()
-        if not away < FAR:
-            return f"logits are {away:.0%} away from those of the whole sequence"
-    return ""
+        whole = Cached(runner.model)(request.ids, 0)[-1]  # from a cache of the same type: what that rounds is no fault
+        far = away(found[request][-1], whole)
+        if not far <= tolerance(runner.model, whole):
+            return Fault(f"logits are {far:.1%} away from those of the whole sequence")
+    return None
+
+
+class OnPages:
+    """Forwards of one sequence on a runner's pages, as ktx.selftest asks for them."""
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+
+    def __call__(self, ids: list[int], past: int) -> torch.Tensor:
+        asked = Request(ids, Sampling(echo=True), lambda event: None, number=-1, pages=[0])  # logits of all its tokens
+        if past and self.runner.recurrent:  # its state has seen what comes now
+            self.runner.run([Part(asked, 0, past)])
+        try:
+            return self.runner.run([Part(asked, past, len(ids) - past)])[asked]
+        finally:
+            self.runner.forget(asked)

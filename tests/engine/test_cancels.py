@@ -119,7 +119,9 @@ def test_who_leaves_in_a_prompt_changes_no_neighbour_and_no_later_answer(model, 
         leaving_in_its_prompt(model, engine, at)
         assert [one.wait() for one in neighbours] == [alone[i] for i in (0, 2, 3)]
         assert Asked(engine, LONG).wait() == alone[-1]  # its own retry
-        assert [Asked(engine, PROMPTS[i]).wait() for i in (0, 2, 3)] == [alone[i] for i in (0, 2, 3)]  # from what is kept
+        assert [Asked(engine, PROMPTS[i]).wait() for i in (0, 2, 3)] == [
+            alone[i] for i in (0, 2, 3)
+        ]  # from what is kept
         engine.check_integrity()
 
 

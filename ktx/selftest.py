@@ -1,0 +1,266 @@
+"""The first tokens prove a model: two tokens in one forward, then the second one again through the cache.
+
+Both forwards attend to keys and values as the same cache stores them, so its rounding is on both sides, and what is left of the difference is small
+enough for a single wrong layer to show. Hooks look at the first forward, which therefore goes child by child; the second goes the way that answers go.
+A token is too little to tell a broken model from a router that was undecided between two experts, so a difference has to show in most of several
+pairs of tokens before it counts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ktx.cache.kv import KVCache
+from ktx.compat import keeps_own_cache
+from ktx.errors import KtxError, SelfTestFailed
+from ktx.ops.base import Operator
+from ktx.ops.experts import Experts
+from ktx.ops.gpu import handover
+from ktx.ops.rope import RotaryEmbedding
+from ktx.rules import FILES
+
+log = logging.getLogger("ktx.engine")
+
+TRIES = 5  # pairs of tokens; the first one that shows nothing wrong ends the test
+NEAR, NEAR_HALF = 1e-3, 5e-2  # of a row's length, what it may be away: computed in f32, and in half precision
+ALIKE = 1e-4  # the same, from where on rows of different tokens are no longer the same
+LEAST = 4  # columns of a module's result: fewer may be alike by chance
+Forward = Callable[
+    [list[int], int], torch.Tensor
+]  # (ids, past) -> logits [len(ids) - past, V] on the CPU of the tokens behind the first `past`, which were computed before
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What one pair of tokens showed, in words. `certain`: no other pair need be asked."""
+
+    text: str
+    certain: bool = False
+
+
+def check(model: Any, forward: Forward | None = None) -> None:
+    """Raises SelfTestFailed when `forward` (default: with a KVCache) computes what cannot be right. Leaves no trace in counts, caches or random states."""
+    if reason := fault(model, forward or Cached(model)):
+        raise SelfTestFailed(
+            f"self-test of this {model.config.model_type}: {reason} ({versions()}); run `ktx verify` with the same model and weights to compare each layer with transformers; --no-self-test (self_test=False) uses it as it is"
+        )
+
+
+@torch.inference_mode()
+def fault(model: Any, forward: Forward) -> str:
+    """What is wrong with the logits of a few tokens, in words; empty if nothing is."""
+    with undisturbed(model):
+        return judged(lambda number: _tried(model, forward, _pair(model.config.vocab_size, number)))
+
+
+def judged(attempt: Callable[[int], Fault | None]) -> str:
+    """The first fault that counts among those of attempts 0, 1, ...: a certain one, or what most of TRIES show. Empty if the first attempt shows none."""
+    faults: list[Fault] = []
+    for number in range(TRIES):
+        found = attempt(number)
+        if found is None and not number:
+            return ""
+        if found is not None:
+            faults.append(found)
+            if found.certain or 2 * len(faults) > TRIES:
+                return found.text
+    return ""
+
+
+def tolerance(model: Any, logits: torch.Tensor) -> float:
+    """How far equal computations may be apart, relative to their length. A cache that quantises may be read before or behind it."""
+    exact = logits.dtype == model.dtype == torch.float32 and not isinstance(model.ktx.kv_dtype, str)
+    return NEAR if exact else NEAR_HALF
+
+
+def away(mine: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Length of the difference of two rows over the second one's."""
+    return float((mine.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
+
+
+def versions() -> str:
+    """What computed it."""
+    import transformers
+
+    return f"transformers {transformers.__version__}, torch {torch.__version__}"
+
+
+class Cached:
+    """Forwards with a KVCache, one sequence at a time, as scripts and benchmarks make them.
+
+    A family that nobody here has read may take no such cache: it is given none and makes its own. Where what it makes is no `past_key_values` either, tokens
+    behind others are computed with them.
+    """
+
+    def __init__(self, model: Any):
+        self.model, self.length = model, 0
+        self.cache: Any = None
+        self.own, self.known = keeps_own_cache(model), model.config.model_type in FILES
+        self.goes_on = True
+
+    def __call__(self, ids: list[int], past: int) -> torch.Tensor:
+        if not self.goes_on:
+            return self._forward(ids, 0)[past:]
+        if past < self.length:
+            self._rewind(ids, past)
+        return self._forward(ids[past:], past)
+
+    def _rewind(self, ids: list[int], past: int) -> None:
+        if past and getattr(self.cache, "can_crop", False):
+            self.cache.truncate(past)
+            return
+        self.cache, self.length = None, 0
+        if past:
+            self._forward(ids[:past], 0)
+
+    def _forward(self, ids: list[int], past: int) -> torch.Tensor:
+        if past or self.own:
+            return self._computed(ids, past)
+        self.cache = KVCache(self.model.config, self.model.ktx.kv_dtype)
+        try:
+            return self._computed(ids, past)
+        except Exception as error:
+            if self.known or isinstance(error, KtxError):
+                raise
+            reason = str(error).partition("\n")[0]
+            log.warning("this %s takes no KVCache (%s)", self.model.config.model_type, reason)
+            self.own, self.cache = True, None
+            return self._computed(ids, past)
+
+    def _computed(self, ids: list[int], past: int) -> torch.Tensor:
+        out = self.model(
+            input_ids=torch.tensor([ids]),
+            position_ids=torch.arange(past, past + len(ids))[None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        handover.check()
+        self.cache, self.length = getattr(out, "past_key_values", None), past + len(ids)
+        self.goes_on = self.known or self.cache is not None
+        logits: torch.Tensor = out.logits[0].cpu()
+        return logits
+
+
+def _pair(size: int, number: int) -> list[int]:
+    """Two ids from where a vocabulary has ordinary tokens, other ones for each number."""
+    first, second = size * (30 + 7 * number) // 100, size * (61 - 11 * number) // 100
+    return [first, second if second != first else (first + 1) % size]
+
+
+def _tried(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
+    try:
+        with Looking(model) as look:
+            whole = forward(ids, 0)
+        step = forward(ids, 1)
+    except KtxError:
+        raise
+    except Exception as error:  # modeling code that is given what it does not expect
+        return Fault(f"a forward with a cache raises {type(error).__name__}: {str(error).partition(chr(10))[0]}", True)
+    if not (whole.isfinite().all() and step.isfinite().all()):
+        where = look.first_not_finite()
+        return Fault(f"logits are not finite{f', from {where} on' if where else ''}", True)
+    rows = whole.float()
+    if bool((rows.amax(-1) - rows.amin(-1) <= ALIKE * rows.abs().amax(-1)).any()):
+        return Fault("all logits of a token are alike")
+    if away(rows[0], rows[1]) < ALIKE:
+        return Fault("logits of different tokens are alike")
+    if alike := look.first_alike():
+        return Fault(f"{alike} gives the same for different tokens, as weights of zero would")
+    far, bound = away(step[-1], whole[-1]), tolerance(model, whole)
+    if far <= bound:
+        return None
+    return Fault(
+        f"a token that is computed through the cache is {far:.1%} away from the same token computed with the one before it (at most {bound:.1%}), {_place(model, forward, ids, bound)}"
+    )
+
+
+def _place(model: Any, forward: Forward, ids: list[int], bound: float) -> str:
+    """Where the two ways part, in words."""
+    with Looking(model, keep=True) as whole:
+        forward(ids, 0)
+    with Looking(model, keep=True, tokens=1) as step:
+        forward(ids, 1)
+    for path, row in step.rows.items():
+        if path in whole.rows and not away(row, whole.rows[path]) <= bound:
+            return f"from {path} on"
+    return "though module by module they agree: where several are one call (ktx.ops.fused, ktx.ops.layer)"
+
+
+class Looking:
+    """Looks, while it is entered, at what modules make of `tokens` tokens: whether it is finite, whether it is the same for two of them; `keep`: the last one's row too."""
+
+    def __init__(self, model: nn.Module, keep: bool = False, tokens: int = 2):
+        self.model, self.keep, self.tokens = model, keep, tokens
+        self.rows: dict[str, torch.Tensor] = {}
+        self.finite: dict[str, torch.Tensor] = {}
+        self.differ: dict[str, torch.Tensor] = {}
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> Looking:
+        telling = _telling(self.model)
+        for path, module in self.model.named_modules():
+            if path:
+                self.hooks.append(module.register_forward_hook(self._hook(path, module in telling)))
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _hook(self, path: str, telling: bool) -> Callable[[Any, Any, Any], None]:
+        def look(module: Any, given: Any, made: Any) -> None:
+            rows = made[0] if isinstance(made, tuple) and made else made
+            if not isinstance(rows, torch.Tensor) or not rows.is_floating_point() or rows.dim() < 2:
+                return
+            if rows.numel() != self.tokens * rows.shape[-1]:
+                return
+            rows = rows.reshape(self.tokens, -1)
+            self.finite[path] = rows.isfinite().all()
+            if telling and self.tokens > 1 and rows.shape[-1] >= LEAST:
+                self.differ[path] = (rows[0] != rows[1]).any()
+            if self.keep:
+                self.rows[path] = rows[-1].cpu().float()
+
+        return look
+
+    def first_not_finite(self) -> str:
+        return next((path for path, fine in self.finite.items() if not fine), "")
+
+    def first_alike(self) -> str:
+        return next((path for path, fine in self.differ.items() if not fine), "")
+
+
+def _telling(model: nn.Module) -> set[nn.Module]:
+    """Modules whose results differ from token to token wherever their weights are not zero: those with matrices, and the parts of layers."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Operator) and not isinstance(module, RotaryEmbedding):
+            found.add(module)
+        if isinstance(module, nn.ModuleList):
+            found.update(part for layer in module for part in layer.children() if not isinstance(part, nn.ModuleList))
+    return {module for module in found if not isinstance(module, Experts) or module.num_experts == module.total}
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Counts of experts are what they were before, behind it."""
+    kept = []
+    for module in model.modules():
+        if isinstance(module, Experts):
+            chosen = module.chosen
+            kept.append((module, module.counts.clone(), None if chosen is None else chosen.clone(), module.waited))
+    try:
+        yield
+    finally:
+        for module, counts, chosen, waited in kept:
+            module.counts.copy_(counts)
+            if chosen is not None and module.chosen is not None:
+                module.chosen.copy_(chosen)
+            module.waited = waited
