@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ktx import hardware
+from ktx import hardware, versions
 from ktx.commands import doctor
 from ktx.qtypes import QTYPES
 from tests import warm
@@ -40,6 +40,22 @@ def test_json_has_machine_measurements_kernels_versions_and_remedies():
     listed = [name for names in found["weight types"].values() for name in names]
     assert len(listed) == len(set(listed)) == len(QTYPES)
     assert all(entry["remedy"].startswith("pip install") for entry in found["missing"].values())
+
+
+def test_versions_that_were_not_tested_are_named(monkeypatch, capsys):
+    before = versions.installed
+    others = {"transformers": "9.1", "numpy": "1.2.3"}
+    monkeypatch.setattr(versions, "installed", lambda name: others.get(name) or before(name))
+    found = doctor.report(quick=True)
+    assert found["versions"]["transformers"] == "9.1"
+    assert [line for line in found["warnings"] if "than what ktx was tested with" in line] == [
+        f"transformers 9.1 is newer than what ktx was tested with ({versions.tested('transformers')}): "
+        f"pip install '{versions.admitted('transformers')}'",
+        f"numpy 1.2.3 is older than what ktx was tested with ({versions.tested('numpy')}): pip install '{versions.admitted('numpy')}'",
+    ]
+    doctor.show(found)
+    out = capsys.readouterr().out
+    assert f"9.1  (tested: {versions.tested('transformers')})" in out and "! transformers 9.1 is newer" in out
 
 
 def test_a_lowered_isa_is_reported_with_its_reason():
