@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ktx import hardware
+from ktx import hardware, versions
 from ktx.commands import doctor
 from ktx.kernels import speed
 from ktx.qtypes import QTYPES
@@ -49,6 +49,22 @@ def test_read_bandwidth_says_what_was_read_beside_the_cache(monkeypatch):
     assert doctor.report(False)["measured"]["read bandwidth"].endswith("GB/s (640 MiB read, last-level cache 160 MiB)")
     monkeypatch.setattr(speed, "memory", lambda: (1 << 34, 1 << 29))
     assert doctor.report(False)["measured"]["read bandwidth"].startswith("not measured")
+
+
+def test_versions_that_were_not_tested_are_named(monkeypatch, capsys):
+    before = versions.installed
+    others = {"transformers": "9.1", "numpy": "1.2.3"}
+    monkeypatch.setattr(versions, "installed", lambda name: others.get(name) or before(name))
+    found = doctor.report(quick=True)
+    assert found["versions"]["transformers"] == "9.1"
+    assert [line for line in found["warnings"] if "than what ktx was tested with" in line] == [
+        f"transformers 9.1 is newer than what ktx was tested with ({versions.tested('transformers')}): "
+        f"pip install '{versions.admitted('transformers')}'",
+        f"numpy 1.2.3 is older than what ktx was tested with ({versions.tested('numpy')}): pip install '{versions.admitted('numpy')}'",
+    ]
+    doctor.show(found)
+    out = capsys.readouterr().out
+    assert f"9.1  (tested: {versions.tested('transformers')})" in out and "! transformers 9.1 is newer" in out
 
 
 def test_a_lowered_isa_is_reported_with_its_reason():

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.metadata
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from ktx import versions
 
@@ -111,3 +117,238 @@ def test_an_extra_of_files_that_nobody_installed(monkeypatch, tmp_path):
     monkeypatch.setattr(versions, "CHECKOUT", tmp_path)
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     assert versions.install("serve").startswith("pip install 'dist/ktx_moe-")
+
+
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+OURS = ("serve", "ray", "modelscope")  # extras of users; the others are for us
+LOCKED = ("serve", "modelscope", "dev")
+
+
+def declared(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for, less the extras that name ours again."""
+    lines = [*PYPROJECT["project"]["dependencies"], *(line for extra in extras for line in EXTRAS[extra])]
+    return [found for line in lines if canonicalize_name((found := Requirement(line)).name) != versions.DISTRIBUTION]
+
+
+def locked() -> list[Requirement]:
+    text = (ROOT / "requirements.lock").read_text()
+    return [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
+
+
+def lower(bounds: SpecifierSet) -> str:
+    return next(one.version for one in bounds if one.operator == ">=")
+
+
+def upper(bounds: SpecifierSet) -> str:
+    return next(one.version for one in bounds if one.operator == "<")
+
+
+def test_the_names_agree():
+    assert PYPROJECT["project"]["name"] == versions.DISTRIBUTION
+    assert PYPROJECT["project"]["scripts"] == {"ktx": "ktx.__main__:main"}
+    own = {canonicalize_name(Requirement(line).name) for lines in EXTRAS.values() for line in lines if "moe" in line}
+    assert own == {versions.DISTRIBUTION}
+
+
+@pytest.mark.parametrize(
+    "requirement", [*declared(*EXTRAS), *map(Requirement, PYPROJECT["build-system"]["requires"])], ids=str
+)
+def test_every_bound_has_an_end(requirement):
+    if requirement.name in ("setuptools", "wheel") and requirement in map(
+        Requirement, PYPROJECT["build-system"]["requires"]
+    ):
+        return  # what builds us has no part in what we compute
+    assert {one.operator for one in requirement.specifier} == {">=", "<"}, f"{requirement}: needs >= and <"
+
+
+@pytest.mark.parametrize("requirement", declared(*OURS), ids=lambda found: found.name)
+def test_bounds_are_what_was_tested(requirement):
+    name = requirement.name
+    assert name in versions.TESTED, f"{name} has no entry in ktx/versions.py"
+    oldest, newest = versions.TESTED[name]
+    assert lower(requirement.specifier) == oldest
+    assert requirement.specifier.contains(newest)
+    if name in PRIVATE:
+        assert str(requirement) == str(Requirement(versions.admitted(name))), f"we use private names of {name}"
+    else:
+        assert upper(requirement.specifier) == str(versions.numbers(newest)[0] + 1), "the next major version"
+
+
+def test_nothing_is_tested_that_nobody_asks_for():
+    assert set(versions.TESTED) == {found.name for found in declared(*OURS)}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_the_lock_is_what_was_tested(python):
+    environment = {"python_version": python, "python_full_version": f"{python}.0"}
+    pins = {
+        canonicalize_name(pin.name): pin.specifier
+        for pin in locked()
+        if not pin.marker or pin.marker.evaluate(environment)
+    }
+    for requirement in declared(*LOCKED):
+        name = canonicalize_name(requirement.name)
+        if name == "torch":
+            continue  # tools/install_torch.py
+        assert name in pins, f"make lock: Python {python} has no {name}"
+        (pin,) = pins[name]
+        assert pin.operator == "==" and requirement.specifier.contains(pin.version), (
+            f"make lock: {name} {pin} for {requirement}"
+        )
+        if requirement.name in versions.TESTED:
+            far = versions.outside(requirement.name, pin.version)
+            assert far is None, f"{name} {pin.version} is {far} than ktx/versions.py says that the suite was run on"
+    assert {"pip", "setuptools", "wheel"} <= set(pins)
+    assert not {name for name in pins if name.startswith(("torch", "nvidia-", "cuda-"))}
+
+
+def test_the_lock_has_exact_versions_and_no_places():
+    text = (ROOT / "requirements.lock").read_text()
+    assert not re.search(r"://|(?m:^)(?:-|\s*/)|\bfile:| @ ", text)
+    assert all(len(pin.specifier) == 1 and str(pin.specifier).startswith("==") for pin in locked())
+
+
+def test_the_lock_has_all_that_is_installed_with_it():
+    """The requirements of what it names, as installed here, down to the last."""
+    pins = {canonicalize_name(pin.name) for pin in locked()} | {"torch"}
+    waiting, seen = [(found.name, extra) for found in declared(*LOCKED) for extra in ["", *found.extras]], set()
+    while waiting:
+        name, extra = waiting.pop()
+        if (key := (canonicalize_name(name), extra)) in seen or (
+            key[0] == "triton" and not versions.installed("triton")
+        ):
+            continue
+        seen.add(key)
+        if key[0].startswith(("nvidia-", "cuda-")):
+            continue  # with a CUDA build of torch
+        assert key[0] in pins, f"make lock: {name} is missing"
+        for line in importlib.metadata.requires(name) or []:
+            found = Requirement(line)
+            if found.marker is None or found.marker.evaluate({"extra": extra}):
+                waiting += [(found.name, one) for one in ["", *found.extras]]
+    assert len(seen) > 80
+
+
+@pytest.mark.parametrize(
+    "version,said",
+    [
+        ("5.16.9", "older"),
+        ("5.17.0", None),
+        ("5.23.0", None),
+        ("5.23.4", None),
+        ("5.24.0", "newer"),
+        ("5.24.0.dev0", "newer"),
+        ("6.0", "newer"),
+        ("5.20.0+local", None),
+    ],
+)
+def test_a_version_outside(monkeypatch, version, said):
+    monkeypatch.setitem(versions.TESTED, "transformers", ("5.17", "5.23"))
+    monkeypatch.setattr(versions, "installed", lambda name: version if name == "transformers" else None)
+    assert versions.outside("transformers", version) == said
+    found = versions.untested()
+    assert len(found) == (said is not None)
+    if said:
+        assert found == [
+            f"transformers {version} is {said} than what ktx was tested with (5.17 to 5.23): pip install 'transformers>=5.17,<5.24'"
+        ]
+
+
+# Private names of others that ktx uses: package -> where each is found. A new minor version may drop any, so these packages' bounds end behind the
+# newest one that was tested. () makes an instance; a name after / is looked for in the module's source.
+PRIVATE = {
+    "torch": [
+        "torch:Tensor._version",
+        "torch.nn:Module()._parameters",
+        "torch.nn:Module()._modules",
+        "torch.nn:Module()._forward_hooks",
+        "torch.nn:Module()._forward_pre_hooks",
+        "torch.nn:Module()._non_persistent_buffers_set",
+        "torch.nn.modules.module:_global_forward_hooks",
+        "torch.nn.modules.module:_global_forward_pre_hooks",
+    ],
+    "transformers": [
+        "transformers:AutoModelForCausalLM._model_mapping",
+        "transformers:PreTrainedModel._get_dtype_plan",
+        "transformers:GenerationMixin._supports_default_dynamic_cache",
+        "transformers:PreTrainedModel._supports_sdpa",
+        "transformers:PreTrainedModel._init_weights",
+        "transformers:PreTrainedModel._initialize_weights",
+        "transformers:LlamaConfig()._attn_implementation",
+        "transformers:LlamaConfig()._experts_implementation",
+        "transformers.models.gpt_oss.modeling_gpt_oss:GptOssExperts._apply_gate",
+        "transformers.modeling_utils/_is_hf_initialized",
+        "transformers.core_model_loading:WeightRenaming",
+        "transformers.conversion_mapping:get_checkpoint_conversion_mapping",
+    ],
+    "huggingface_hub": [
+        "huggingface_hub._local_folder:write_download_metadata",
+        "huggingface_hub.file_download:http_get",
+        "huggingface_hub.file_download:repo_folder_name",
+    ],
+    "starlette": ["starlette.requests/_json"],
+    "uvicorn": [
+        "uvicorn:Server.handle_exit",
+        "uvicorn:Server.shutdown",
+        "uvicorn.server/should_exit",
+        "uvicorn.server/force_exit",
+    ],
+    "sse-starlette": ["sse_starlette.sse:AppStatus.should_exit"],
+}
+PEERS = {"_ctypes_api", "_lib"}  # of ik_llama_cpp, which only `ktx bench --peer` asks
+PYTHONS = {"_actions", "_option_string_actions", "_SubParsersAction", "_ArgumentGroup", "_AppendAction", "_exit"}
+
+
+@pytest.mark.parametrize("place", [place for places in PRIVATE.values() for place in places])
+def test_a_private_name_of_others_is_there(place):
+    if "/" in place:
+        module, name = place.split("/")
+        assert re.search(rf"\b{name}\b", Path(importlib.import_module(module).__file__).read_text())
+        return
+    module, names = place.split(":")
+    found = importlib.import_module(module)
+    for name in names.split("."):
+        found = getattr(found, name.removesuffix("()"))
+        if name.endswith("()"):
+            found = found()
+
+
+def test_every_private_name_of_others_is_listed():
+    listed = {re.split(r"[.:/]", place)[-1] for places in PRIVATE.values() for place in places}
+    listed |= {place.split(":")[0].split(".")[-1] for places in PRIVATE.values() for place in places}
+    trees = {file: ast.parse(file.read_text()) for file in (ROOT / "ktx").rglob("*.py")}
+    own = {name for tree in trees.values() for node in ast.walk(tree) for name in made(node)}
+    unknown = sorted(
+        f"{file.relative_to(ROOT)}:{node.lineno}: {name}"
+        for file, tree in trees.items()
+        for node in ast.walk(tree)
+        for name in asked(node)
+        if name not in own | listed | PEERS | PYTHONS
+    )
+    assert not unknown, "private names of other packages, which PRIVATE does not list:\n" + "\n".join(unknown)
+
+
+def made(node: ast.AST) -> list[str]:
+    """Names that a statement of ours defines."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        return [node.attr] if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else []
+    return [node.id] if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else []
+
+
+def asked(node: ast.AST) -> list[str]:
+    """Private names that a statement takes from an object or a package not of ours."""
+    names: list[str] = []
+    if isinstance(node, ast.Attribute):
+        names = [node.attr]
+    elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("ktx"):
+        names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+    elif (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("getattr", "hasattr", "setattr")
+    ):
+        names = [str(word.value) for word in node.args[1:2] if isinstance(word, ast.Constant)]
+    return [name for name in names if name.startswith("_") and not name.endswith("__")]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 from typing import Any
 
+from ktx import versions
 from ktx.commands.arguments import flag
 from ktx.errors import KtxError, UsageError
-from ktx.versions import DISTRIBUTION, install
+from ktx.versions import install
 
 SUMMARY = "show the machine, the picked kernels, and missing packages with their remedy"
-PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "safetensors", "numpy", "cpufeature")
 OPTIONAL = {
     "ik_llama_cpp": ("ktx bench --peer ik_llama.cpp", "pip install ik-llama-cpp-python"),
     "llama_cpp": ("ktx bench --peer llama.cpp", "pip install llama-cpp-python"),
@@ -61,9 +60,10 @@ def report(quick: bool) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            "ktx": _version(DISTRIBUTION),
-            **{name: _version(name) for name in PACKAGES},
+            "ktx": _own_version(),
+            **{name: versions.installed(name) or "missing" for name in versions.TESTED},
         },
+        "tested versions": {name: versions.tested(name) for name in versions.TESTED},
         "missing": {
             name: {"for": what, "remedy": remedy}
             for name, (what, remedy) in OPTIONAL.items()
@@ -71,7 +71,7 @@ def report(quick: bool) -> dict[str, Any]:
         },
     }
     found |= _kernels_or_why(quick)
-    found["warnings"] = _warnings(m, found)
+    found["warnings"] = [*versions.untested(), *_warnings(m, found)]
     return found
 
 
@@ -141,15 +141,11 @@ def _isas(flags: frozenset[str]) -> str:
     return " ".join(name for name in wanted if name in flags) or "none of ours"
 
 
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        if name == DISTRIBUTION:
-            import ktx
+def _own_version() -> str:
+    import ktx
 
-            return f"{ktx.__version__} (not installed, run from a checkout)"
-        return "missing"
+    found = versions.installed(versions.DISTRIBUTION)
+    return found or f"{ktx.__version__} (not installed, run from a checkout)"
 
 
 def _warnings(m: Any, found: dict[str, Any]) -> list[str]:
@@ -181,12 +177,15 @@ def show(found: dict[str, Any]) -> None:
             continue
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for key, value in found[title].items():
+            tested = found["tested versions"].get(key) if title == "versions" else None
             table.add_row(
                 key,
                 " ".join(value)
                 if title == "weight types"
                 else ", ".join(map(str, value))
                 if isinstance(value, list)
+                else f"{value}  (tested: {tested})"
+                if tested
                 else str(value),
             )
         console.print(table)

@@ -117,7 +117,7 @@ _HEIRS: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {}
 
 
 def _heir(cls: type[Operator], old: Any) -> type[Operator]:
-    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "call": Call.of(old)}
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "call": Call.of_class(old)}
     return _HEIRS.setdefault((cls, old), type(cls.__name__, (cls, old), names))
 
 

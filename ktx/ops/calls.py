@@ -7,6 +7,8 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from ktx.compat import cache_aliases, cache_name
 
 
@@ -19,9 +21,15 @@ class Call:
     cache: str
     aliases: tuple[str, ...]
 
+    @staticmethod
+    def of(module: nn.Module) -> Call:
+        """Of the forward of a module's class."""
+        kind: Any = type(module)
+        return Call.of_class(kind)
+
     @classmethod
     @functools.cache
-    def of(cls, module: Any) -> Call:
+    def of_class(cls, module: Any) -> Call:
         parameters = inspect.signature(module.forward).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         names = tuple(parameter.name for parameter in parameters if parameter.kind in kinds)[1:]  # without self

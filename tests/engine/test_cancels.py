@@ -8,10 +8,8 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-import torch
 
 from ktx.engine.request import Finished, Piece, Prompt
-from ktx.engine.runner import PlainRunner
 from ktx.engine.sampling import Sampling
 from ktx.errors import UsageError
 from tests.models.families import tiny

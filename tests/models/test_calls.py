@@ -123,7 +123,7 @@ class Without(nn.Module):
     ],
 )
 def test_the_cache_is_found_as_the_forward_names_it(module, args, kwargs, given, cache):
-    call = Call.of(module)
+    call = Call.of(module())
     assert call.split(args, dict(kwargs)) == (given, cache)
     assert call.joined(given, cache) == (given | {call.cache: cache} if call.cache else given)
 
