@@ -23,6 +23,7 @@ from ktx.compat import CACHE_NAMES
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.kernels.gpu import known_backend
+from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
     MOST,
@@ -204,6 +205,9 @@ class Attention(Operator):
         if new.ours:
             new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself
             new.config._attn_implementation = NAME
+            contract.masks(NAME)
+        if new.usual and new.ours:
+            contract.attention(old, ctx.path, new.half_tables, window_of(old))
         return new
 
     def ready(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
+from ktx.ops import contract
 from ktx.ops.base import Context, Operator, packed_as
 from ktx.ops.gates import KEEP, Gate, gate_of_experts, is_gated
 from ktx.weights.source import QuantizedTensor, WeightSource, joined
@@ -57,6 +58,7 @@ class Experts(Operator):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}, which is no experts module of transformers 5; {KEEP}"
             )
+        contract.experts(old, ctx.path)
         gate = gate_of_experts(old, ctx.path)
         bias = hasattr(old, "gate_up_proj_bias") or hasattr(old, "down_proj_bias")
         new = cls(ctx.path, count, gate, bias)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ktx.kernels.steps import run
+from ktx.ops import contract
 from ktx.ops.attention import Attention
 from ktx.ops.base import Context, Operator, adopt, known_class
 from ktx.ops.fused import MOST, Room, Watch, room_for
@@ -51,6 +52,7 @@ class Layer(Operator):
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Layer:
         known_class(old, USUAL, ctx, "it is not known whether {} adds up as others do")
+        contract.layer(old, ctx.path)
         new: Layer = adopt(cls, old, ctx)
         new.watch, new.stretch = None, None
         return new

@@ -18,6 +18,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.gpu import known_backend
 from ktx.kernels.kept import kept
+from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
     NOTHING,
@@ -82,6 +83,7 @@ class MLA(Operator):
         new.interleaved, new.backend = pairs == "interleaved", known_backend(backend)
         new.w_uk_t, new.w_uv, new.w_uk, new.block = None, None, None, None
         new.check(ctx)
+        contract.latent_attention(old, ctx.path, new.interleaved)
         return new
 
     def check(self, ctx: Context) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import Made, Matrices, Watch
 from ktx.ops.gates import PLAIN, gate_of_mlp
@@ -80,6 +81,7 @@ class MLP(Operator):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}, MLP needs gate_proj and up_proj (or gate_up_proj), and down_proj"
             )
+        contract.parameters(old, ctx.path, contract.ONE)
         new: MLP = adopt(cls, old, ctx)
         new.act, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None
         if new.act not in PLAIN:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktx.errors import UsageError
+from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.experts import Experts
 from ktx.ops.fused import MOST, NOTHING, Before, Made, Matrices, Watch, plain_linear
@@ -33,6 +34,8 @@ class MoE(Operator):
         new: MoE = adopt(cls, old, ctx)
         new.returns_router = type(old).__name__ in RETURNS_ROUTER
         new.block = None
+        if cls is MoE:
+            contract.moe(old, ctx.path, new)
         return new
 
     def ready(self) -> None:

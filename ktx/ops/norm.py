@@ -8,6 +8,7 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
+from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.gates import refused, stand_in
 
@@ -20,6 +21,7 @@ class RMSNorm(Operator):
         eps = getattr(old, "variance_epsilon", getattr(old, "eps", None))
         if eps is None or not isinstance(getattr(old, "weight", None), torch.Tensor):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, RMSNorm needs a weight and an epsilon")
+        contract.parameters(old, ctx.path, contract.ONE)
         new: RMSNorm = adopt(cls, old, ctx)
         new.variance_epsilon = float(eps)
         new.plus_one = _multiplies_by_one_more(old, float(eps), ctx.path)

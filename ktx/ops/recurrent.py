@@ -9,7 +9,9 @@ import torch
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.calls import Call
 
 
 class Recurrent(Operator):
@@ -19,6 +21,10 @@ class Recurrent(Operator):
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Recurrent:
         if not hasattr(old, "layer_idx"):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, which has no place in a cache (layer_idx)")
+        if not Call.of(old).cache:
+            raise contract.differs(
+                old, ctx.path, "has no argument for a cache in its forward, so its state would be lost"
+            )
         new: Recurrent = adopt(cls, old, ctx)
         return new
 

@@ -23,7 +23,7 @@ class RotaryEmbedding(Operator):
         if not hasattr(old, "inv_freq"):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, RotaryEmbedding needs inv_freq")
         new: RotaryEmbedding = adopt(cls, old, ctx)
-        new.table, new.fixed = None, getattr(old, "rope_type", "default") in ("default", "linear", "yarn", "llama3")
+        new.table, new.fixed = None, getattr(old, "rope_type", "") in ("default", "linear", "yarn", "llama3")
         return new
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ktx.kernels import cpu
+from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, known_class
 from ktx.weights.source import QuantizedTensor
 
@@ -52,6 +53,8 @@ class Router(Operator):
         if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
             new.style = Style("softmax", scaled=True)
         new.packed = None
+        if cls is Router:
+            contract.router(old, ctx.path, new)
         return new
 
     packed: cpu.Packed | None
