@@ -109,14 +109,15 @@ def interval_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Any = causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
+    *,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Any,
+    attention_mask: torch.Tensor | None,
     device: Any = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
-    """transformers' mask function: int32 [B, 1, S, 2] on the CPU where the mask is an interval for each query, else bool [B, 1, S, T]."""
+    """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. int32 [B, 1, S, 2] on the CPU where the mask is an interval for each query, else bool [B, 1, S, T]."""
     q_offset = int(q_offset)
     if mask_function is causal_mask_function:
         seen = None if attention_mask is None else attention_mask.cpu()

@@ -66,6 +66,7 @@ def attributes(old: nn.Module, path: str, names: Iterable[str]) -> None:
 
 def experts(old: nn.Module, path: str) -> None:
     """The experts contract of transformers 5: (hidden states, ids, weights), in this order."""
+    attributes(old, path, ("down_proj",))
     names = Call.of(old).names
     if len(names) != len(EXPERTS) or any(name not in known for name, known in zip(names, EXPERTS, strict=True)):
         wanted = ", ".join("|".join(known) for known in EXPERTS)
@@ -95,8 +96,11 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
         children = [(name, type(child), getattr(child, "out_features", 0)) for name, child in old._modules.items()]
         key = type(old), tuple(sorted(plain.items())), tuple(children), more
         if key not in seen:
-            with torch.no_grad(), torch.device("cpu"):
-                check(old, path, *more)
+            try:
+                with torch.no_grad(), torch.device("cpu"):
+                    check(old, path, *more)
+            except AttributeError as error:
+                raise differs(old, path, f"has not all that the operator reads ({error})") from error
             seen.add(key)
 
     return checked
@@ -346,6 +350,7 @@ def router(old: Any, path: str, mine: Any) -> None:
 def moe(old: Any, path: str, mine: Any) -> None:
     """The block's result for given choices, of stand-ins for its router and its experts, as the operator `mine` gives it."""
     parameters(old, path, MOE)
+    attributes(old.experts, f"{path}.experts", ("down_proj",))
     count, width, chosen = 4, old.experts.down_proj.shape[-2], 2
     if getattr(old.experts, "is_transposed", False):
         width = old.experts.down_proj.shape[-1]
