@@ -94,7 +94,8 @@ def once(check: Callable[..., None]) -> Callable[..., None]:
         plain = {name: value for name, value in vars(old).items() if isinstance(value, bool | int | float | str)}
         plain.pop("layer_idx", None)
         children = [(name, type(child), getattr(child, "out_features", 0)) for name, child in old._modules.items()]
-        key = type(old), tuple(sorted(plain.items())), tuple(children), more
+        also = [type(given) if isinstance(given, nn.Module) else given for given in more]
+        key = type(old), tuple(sorted(plain.items())), tuple(children), tuple(also)
         if key not in seen:
             try:
                 with torch.no_grad(), torch.device("cpu"):
