@@ -116,6 +116,7 @@ setup(
         "ktx.optimize_rules",
     ],
     package_dir={"ktx": "ktx", "ktx.optimize_rules": "optimize_rules"},
+    include_package_data=False,  # else folders of data count as packages that were forgotten: pages of warnings
     package_data={
         "ktx.optimize_rules": ["*.yaml"],
         "ktx.demo": ["*.jsonl", "*.txt", "model/*"],
