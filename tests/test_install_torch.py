@@ -106,7 +106,7 @@ def test_which_build(tool, indexes, monkeypatch, capsys, words, index, driver, c
     monkeypatch.setattr(tool, "pip", lambda *given: asked.append(given) or 0)
     monkeypatch.setattr(tool, "has_driver", lambda: driver)
     monkeypatch.setattr(tool, "PATIENCE", 1.0 if index == "mute" else 5.0)
-    monkeypatch.setenv("KTX_TORCH_INDEX", indexes[index])
+    monkeypatch.setenv("TORCH_INDEX", indexes[index])
     assert tool.install(words.split(), []) == 0
     assert asked == [tuple(word.format(**indexes) for word in call) for call in calls]
     assert said.format(**indexes) in capsys.readouterr().err
@@ -144,7 +144,7 @@ class Environment:
         """By the script as make runs it, on a machine without a driver."""
         code = f"import runpy, shutil, pathlib, sys; shutil.which = lambda *_: None; real = pathlib.Path.exists; pathlib.Path.exists = lambda p, **k: 'nvidia' not in str(p) and real(p, **k); sys.argv[1:] = ['--constraints', {str(self.constraints)!r}, *{words.split()!r}]; runpy.run_path({str(TOOL)!r}, run_name='__main__')"
         return subprocess.run(
-            [self.python, "-c", code], env=self.variables | {"KTX_TORCH_INDEX": index}, capture_output=True, text=True
+            [self.python, "-c", code], env=self.variables | {"TORCH_INDEX": index}, capture_output=True, text=True
         )
 
     def version(self, name: str) -> str:
