@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +33,10 @@ FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_2_11}",
     "-DPy_LIMITED_API=0x030b0000",
 ]
+
+# pip shows every warning of a build. torch misses NumPy, which no header needs; setuptools explains what an editable installation is.
+for said in ("Failed to initialize NumPy", "Editable installation"):
+    warnings.filterwarnings("ignore", message=rf"\s*{said}")
 
 
 def _digest(compiler: list[str], includes: list[str]) -> str:
