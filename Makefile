@@ -8,11 +8,13 @@ TESTS  ?= tests
 SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist worksteal
 SECONDS ?= 1800
 PY     := $(VENV)/bin/python
+NEWEST := .venv-newest/bin/python
+ALLOWED := .venv-allowed/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help chat test test-oldest cpu-check gpu-check bench soak sanitize lint docs lock wheel clean
+.PHONY: help chat test test-oldest test-newest test-allowed cpu-check gpu-check bench soak sanitize lint docs lock wheel clean
 
 help:                 ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +29,24 @@ test: $(VENV)/.dev    ## the whole test suite (KTX_ISA=scalar|avx2|avxvnni|avx51
 OLDEST ?= tests/models tests/cache tests/weights tests/engine tests/dialects/test_templates.py tests/server/test_openai.py tests/test_loading.py tests/test_demo.py
 test-oldest: $(VENV)/.oldest  ## what meets transformers, on the oldest one that we support
 	PYTHONPATH=$(VENV)/transformers-5.17:. $(PY) -m pytest $(SIDE_BY_SIDE) $(OLDEST)
+
+# What meets other people's code: theirs above, the hub, clients of the server, the terminal, their private names.
+OTHERS ?= tests/hub tests/server/test_clients.py tests/test_packaging.py::test_a_private_name_of_others_is_there
+TORCH_NEWEST ?= torch
+test-newest: $(VENV)/.ktx  ## what meets other people's code, on the newest of everything, whatever pyproject.toml admits
+	$(PYTHON) -m venv .venv-newest
+	$(NEWEST) -m pip --disable-pip-version-check install --quiet --upgrade pip setuptools wheel
+	$(NEWEST) tools/install_torch.py --upgrade $(TORCH_NEWEST)
+	$(NEWEST) tools/newest.py requirements --lift > .venv-newest/requirements.txt
+	$(NEWEST) -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-newest/requirements.txt
+	PYTHONPATH=$(CURDIR) $(NEWEST) tools/newest.py test $(SIDE_BY_SIDE) $(OLDEST) $(OTHERS) tests/test_chat.py
+
+test-allowed: $(VENV)/.dev  ## a few tests on the newest versions that pyproject.toml admits, over the torch of $(VENV)
+	$(PY) tools/newest.py over .venv-allowed
+	$(PY) tools/newest.py requirements > .venv-allowed/requirements.txt
+	$(ALLOWED) -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-allowed/requirements.txt
+	echo "What is a rule file?" | PYTHONPATH=$(CURDIR) $(ALLOWED) -m ktx.local_chat | grep -F "A rule file is YAML"
+	PYTHONPATH=$(CURDIR) $(ALLOWED) tools/newest.py test $(SIDE_BY_SIDE) tests/test_demo.py $(OTHERS)
 
 cpu-check: $(VENV)/.dev   ## every weight type on every instruction set of this CPU: error, speed, share of the peak
 	$(PY) -m ktx.kernels.check

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +33,10 @@ FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_2_11}",
     "-DPy_LIMITED_API=0x030b0000",
 ]
+
+# pip shows every warning of a build. torch misses NumPy, which no header needs; setuptools explains what an editable installation is.
+for said in ("Failed to initialize NumPy", "Editable installation"):
+    warnings.filterwarnings("ignore", message=rf"\s*{said}")
 
 
 def _digest(compiler: list[str], includes: list[str]) -> str:
@@ -116,6 +121,7 @@ setup(
         "ktx.optimize_rules",
     ],
     package_dir={"ktx": "ktx", "ktx.optimize_rules": "optimize_rules"},
+    include_package_data=False,  # else folders of data count as packages that were forgotten: pages of warnings
     package_data={
         "ktx.optimize_rules": ["*.yaml"],
         "ktx.demo": ["*.jsonl", "*.txt", "model/*"],

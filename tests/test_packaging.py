@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -318,13 +319,13 @@ def test_every_private_name_of_others_is_listed():
     listed = {re.split(r"[.:/]", place)[-1] for places in PRIVATE.values() for place in places}
     listed |= {place.split(":")[0].split(".")[-1] for places in PRIVATE.values() for place in places}
     trees = {file: ast.parse(file.read_text()) for file in (ROOT / "ktx").rglob("*.py")}
-    own = {name for tree in trees.values() for node in ast.walk(tree) for name in made(node)}
+    nodes = [(file, node) for file, tree in trees.items() for node in ast.walk(tree)]
+    known = {name for _, node in nodes for name in made(node)} | listed | PEERS | PYTHONS
     unknown = sorted(
         f"{file.relative_to(ROOT)}:{node.lineno}: {name}"
-        for file, tree in trees.items()
-        for node in ast.walk(tree)
+        for file, node in nodes
         for name in asked(node)
-        if name not in own | listed | PEERS | PYTHONS
+        if name not in known
     )
     assert not unknown, "private names of other packages, which PRIVATE does not list:\n" + "\n".join(unknown)
 
@@ -352,3 +353,25 @@ def asked(node: ast.AST) -> list[str]:
     ):
         names = [str(word.value) for word in node.args[1:2] if isinstance(word, ast.Constant)]
     return [name for name in names if name.startswith("_") and not name.endswith("__")]
+
+
+def test_a_build_says_nothing_of_packages_and_holds_the_data(tmp_path):
+    """Folders of data are no packages: setuptools warned of each, a page a folder."""
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "egg_info",
+        "-e",
+        str(tmp_path),
+        "build_py",
+        "-d",
+        str(tmp_path / "lib"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "importable" not in done.stdout + done.stderr and "ignored" not in done.stdout + done.stderr
+    for folder in ("ktx/demo", "ktx/demo/model", "ktx/server/page", "optimize_rules"):
+        here = {file.name for file in (ROOT / folder).iterdir() if file.is_file()}
+        there = tmp_path / "lib" / folder.replace("optimize_rules", "ktx/optimize_rules")
+        assert {file.name for file in there.iterdir() if file.is_file()} == here

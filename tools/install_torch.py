@@ -1,7 +1,7 @@
 """Installs PyTorch into the environment of the Python that runs this: `python tools/install_torch.py [--constraints FILE] WORDS`.
 
 WORDS go to pip as they are: a requirement (`torch==2.13.0`), or with an index, a file or an address of its own. Without one of those, and
-where no NVIDIA driver is, PyTorch's own CPU build is taken from its public index (KTX_TORCH_INDEX names another) if that answers; else whatever
+where no NVIDIA driver is, PyTorch's own CPU build is taken from its public index (TORCH_INDEX names another) if that answers; else whatever
 the index that pip has holds, which on PyPI are gigabytes of CUDA. FILE gets what the rest of the installation keeps to: requirements.lock, less
 what this torch brings at versions of its own.
 """
@@ -65,7 +65,7 @@ def pip(*words: str) -> int:
 
 def install(words: list[str], constraints: list[str]) -> int:
     """pip's exit status."""
-    index, wanted = os.environ.get("KTX_TORCH_INDEX", INDEX), " ".join(words)
+    index, wanted = os.environ.get("TORCH_INDEX", INDEX), " ".join(words)
     if names_its_place(words):
         say(f"{wanted}, as TORCH says")
         return pip(*constraints, *words)
