@@ -166,6 +166,7 @@ def load(
 
 def _stream_experts(built: nn.Module, made: Plan, wish: int | str | None) -> None:
     if any(device.gpu for device in made.devices.values()):  # else there need be no Triton
+        importlib.import_module("ktx.ops.gpu.moe").hand_over(built)
         importlib.import_module("ktx.ops.gpu.streaming").install(built, wish)
 
 

@@ -65,7 +65,7 @@ class Runner:
             self.graphs.capture()
         except Exception as error:
             self.graphs = None
-            handover.give_up()
+            handover.give_up(self.model)
             log.warning(
                 "capturing CUDA graphs failed, steps will be launched kernel by kernel (--no-cuda-graphs does not try): %s: %s",
                 type(error).__name__,
@@ -89,7 +89,7 @@ class Runner:
         logits = self.graphs.step([Token(part.ids[0], part.start, part.request.pages) for part in parts])
         if logits is None:
             return None
-        rows = here(logits, copy=True).split(1)
+        rows = here(self.model, logits, copy=True).split(1)
         return {part.request: row for part, row in zip(parts, rows, strict=True)}
 
     def _forward(self, parts: Sequence[Part]) -> Logits:
@@ -114,7 +114,7 @@ class Runner:
                 )
         finally:
             self.cache.batch = None
-        found = here(out.logits)[0].split([len(row) for row in rows])
+        found = here(self.model, out.logits)[0].split([len(row) for row in rows])
         return {part.request: logits for part, logits in zip(parts, found, strict=True)}
 
     def reads(self, parts: Sequence[Part]) -> tuple[int, int, int]:
@@ -201,7 +201,7 @@ class PlainRunner(Runner):
                 logits_to_keep=max(1, wanted),
             )
         self.caches[request.number] = out.past_key_values
-        logits = here(out.logits)[0]
+        logits = here(self.model, out.logits)[0]
         return logits[len(logits) - wanted :]
 
     def reads(self, parts: Sequence[Part]) -> tuple[int, int, int]:
@@ -217,10 +217,10 @@ class PlainRunner(Runner):
         return 0
 
 
-def here(logits: torch.Tensor, copy: bool = False) -> torch.Tensor:
-    """Logits on the CPU, where tokens are chosen; `copy`: even if they are there. Raises what went wrong in experts that a GPU handed over."""
+def here(model: Any, logits: torch.Tensor, copy: bool = False) -> torch.Tensor:
+    """A model's logits on the CPU, where tokens are chosen; `copy`: even if they are there. Raises what went wrong in experts that its GPU handed over."""
     logits = logits.to("cpu", copy=copy)
-    handover.check()
+    handover.check(model)
     return logits
 
 
