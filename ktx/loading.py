@@ -105,7 +105,7 @@ def load(
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work.
     """
     streaming(stream_experts)
-    team = threads or cpu.usual_threads()
+    team = cpu.team_of(threads)
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
     targets = targets_of(weight_dtype, moe_dtype)
