@@ -83,6 +83,7 @@ class Plan(list[Step]):
         super().__init__(steps)
         self.devices: dict[str, Device] = {}  # of every module
         self.stream_experts: int | str | None = None  # what the rule file says of it (ktx.device_map.streaming)
+        self.said: list[Any] = []  # ktx.notes on it
 
     def fill(self, source: WeightSource) -> None:
         """Looks every tensor up in the headers."""

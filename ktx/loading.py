@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktx import notes
 from ktx.cache.kv import FP8, KVType, kv_type
 from ktx.device_map import streaming
 from ktx.devices import CPU, PRETEND, Device
@@ -51,6 +52,7 @@ class Handle:
     model: Callable[[], Any] = field(default=lambda: None, repr=False)  # a weak reference: the model holds its handle
     tokenizer: Any = field(default=None, repr=False)
     identity: Any = field(default=None, repr=False)  # plain values that decide what the model computes
+    notes: list[notes.Note] = field(default_factory=list)  # where it is slow, or does something else than was asked
 
     def engine(self, **options: Any) -> Any:
         """An engine that answers many requests at once; `options` are those of ktx.engine.engine.Options. Close it, or use it in a `with`."""
@@ -110,9 +112,10 @@ def load(
     kv_dtype = kv_type(kv_dtype)
     targets = targets_of(weight_dtype, moe_dtype)
     placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
-    built, made, source, dtype = prepare(
-        model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
-    )
+    with notes.heard() as warned:
+        built, made, source, dtype = prepare(
+            model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
+        )
     made.check(source)
     _check_pretence(made)
     if kv_dtype == FP8:
@@ -160,6 +163,7 @@ def load(
         tokenizer,
         [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
     )  # type: ignore[assignment]
+    notes.tell(built.ktx.notes, [*made.said, *warned])
     generation(built, model)
     return built, tokenizer
 
@@ -200,13 +204,7 @@ def _identity(made: Plan) -> list[Any]:
 
 def _cached_as(model: nn.Module, wish: KVType) -> KVType:
     """What caches keep: f16 unless something else is asked for, or an attention of transformers' own reads them. UsageError when that cannot read what is asked for."""
-    foreign = [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Attention")
-        and hasattr(module, "layer_idx")
-        and not getattr(module, "ours", False)
-    ]
+    foreign = notes.foreign_attention(model)
     if foreign and isinstance(wish, str):
         raise UsageError(
             f"kv_dtype {wish}: {foreign[0]} stays transformers' own by the rules and cannot read it; replace it by ktx.ops.attention.Attention or give f16"

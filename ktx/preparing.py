@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ktx import notes
 from ktx.cache.kv import KVType, kv_type
 from ktx.config import check_environment
 from ktx.device_map import Place, arranged, split, streaming
@@ -162,6 +163,7 @@ def prepare(
             warnings.simplefilter("ignore")
             built, made = planned(chosen, places, found, False)
     made.stream_experts = chosen.stream_experts
+    made.said = notes.notes_of(built, made, chosen, targets, kv_dtype)
     return built, made, source, found
 
 

@@ -88,13 +88,15 @@ def run(args: argparse.Namespace) -> int:
     loaded = load_options(args)
     loaded = {name: loaded[name] for name in ktx.plan.__kwdefaults__ if name in loaded}
     plan = ktx.plan(args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, **loaded)
+    told = [note for note in plan.said if note.code != "weights"]  # which the table has
     if args.json:
         rows = [
             {"module": s.path, "operator": s.new, "device": s.device, "type": s.types, "bytes": s.nbytes} for s in plan
         ]
-        print(json.dumps({"modules": rows, "sum": plan.totals()}, indent=1))
+        notes = [note._asdict() for note in plan.said]
+        print(json.dumps({"modules": rows, "sum": plan.totals(), "notes": notes}, indent=1))
     else:
-        print(plan.table(fold=not args.all))
+        print(plan.table(fold=not args.all), *(f"note: {note.text}" for note in told), sep="\n")
     plan.check()
     return 0
 

@@ -41,16 +41,16 @@ class Runner:
     two_forms = False  # whether whole pages of a prompt are computed in another way than single tokens
     recurrent = False
     captured = 0
+    reason = ""  # why requests are computed one after another, where they are
+    obstacle = ""  # why steps are not captured, where that was asked for
     graphs: Graphs | None = None
 
     def __init__(self, model: Any, pages: int, captured: int = 0):
         self.model, self.pages = model, pages
         self.two_forms = cpu.ops.has_wide() or any(isinstance(module, MLA) for module in model.modules())
         if captured and gpu_of(model) is not None:
-            reason = obstacle(model)
-            self.captured = 0 if reason else captured
-            if reason:
-                log.info("no CUDA graphs: %s", reason)
+            self.obstacle = obstacle(model)
+            self.captured = 0 if self.obstacle else captured
         spare = int(self.captured > 0)  # a page for rows of a graph that no request has
         self.cache = PagedCache(model.config, pages + spare, model.ktx.kv_dtype, more=int(hasattr(model, "mtp")))
         self.recurrent = self.cache.recurrent

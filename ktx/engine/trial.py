@@ -28,13 +28,13 @@ FAR = 0.1  # of logits' length, what an answer may be away: half precision and r
 
 def runner_for(model: Any, pages: int, captured: int = 0) -> Runner:
     """The one that the model's modules allow; for `captured` see Runner. UsageError for a model that goes on from no past."""
-    if model.config.model_type in FILES:
-        return PlainRunner(model, pages) if _reads_no_pages(model) else Runner(model, pages, captured)
-    reason = _reads_no_pages(model) or _wrong(Runner(model, 2))
+    known = model.config.model_type in FILES
+    reason = _reads_no_pages(model) or ("" if known else _wrong(Runner(model, 2)))
     if not reason:
         return Runner(model, pages, captured)
-    log.info("requests are computed one after another: %s", reason)
-    return _plain(model, pages)
+    runner = PlainRunner(model, pages) if known else _plain(model, pages)
+    runner.reason = reason
+    return runner
 
 
 def _plain(model: Any, pages: int) -> PlainRunner:
