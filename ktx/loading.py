@@ -150,7 +150,7 @@ def load(
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     own = sizes(built)
     config: Any = built.config
-    built.ktx = Handle(
+    handle = built.ktx = Handle(
         made,
         source.path,
         time.perf_counter() - start,
@@ -163,7 +163,7 @@ def load(
         tokenizer,
         [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
     )  # type: ignore[assignment]
-    notes.tell(built.ktx.notes, [*made.said, *warned])
+    notes.tell(handle.notes, [*made.said, *warned])
     generation(built, model)
     return built, tokenizer
 

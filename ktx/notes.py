@@ -49,14 +49,18 @@ def tell(notes: list[Note], found: Sequence[Note], instead_of: Sequence[str] = (
 
 @contextmanager
 def heard() -> Iterator[list[Note]]:
-    """What is warned of inside, as notes too: the warnings follow when it ends."""
+    """What users are warned of inside, as notes too: all warnings follow when it ends, however it does."""
     notes: list[Note] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield notes
-    for warning in caught:
-        notes.append(Note("warning", str(warning.message)))
-        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    caught: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield notes
+    finally:
+        for warning in caught:
+            if issubclass(warning.category, UserWarning):
+                notes.append(Note("warning", str(warning.message)))
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def foreign_attention(model: nn.Module) -> list[str]:

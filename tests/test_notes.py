@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 
 import httpx
@@ -12,6 +13,7 @@ import pytest
 import ktx
 from ktx import demo, notes
 from ktx.__main__ import main
+from ktx.errors import UsageError
 from ktx.notes import Note
 from ktx.rules import load_rules
 from tests.models.families import tiny
@@ -173,3 +175,19 @@ def test_plan_prints_them(stranger, capsys):
 def test_the_page_explains_every_code():
     table = PAGE.partition("| code | about |")[2].partition("\n\n")[0]
     assert [line.split("`")[1] for line in table.splitlines() if "`" in line] == list(notes.CODES)
+
+
+def test_a_warning_is_heard_although_an_error_follows(qwen, monkeypatch):
+    monkeypatch.setenv("KTX_THREDS", "2")
+    rules = [
+        ktx.Rule(name="experts$", replace="Experts", kwargs={"bits": 4}),
+    ]
+    with pytest.warns(UserWarning, match="KTX_THREDS"), pytest.raises(UsageError, match="bits"):
+        loaded(qwen, rules=rules)
+
+
+def test_a_librarys_deprecation_is_no_note_and_is_passed_on():
+    with pytest.warns(DeprecationWarning, match="old"), notes.heard() as found:
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+        warnings.warn("yours", stacklevel=1)
+    assert found == [Note("warning", "yours")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     import ktx
 
     loaded = load_options(args)
-    loaded = {name: loaded[name] for name in ktx.plan.__kwdefaults__ if name in loaded}
-    plan = ktx.plan(args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, **loaded)
+    loaded = {name: loaded[name] for name in inspect.signature(ktx.plan).parameters if name in loaded}
+    plan = ktx.plan(args.model, args.weights, args.rules, **loaded)
     told = [note for note in plan.said if note.code != "weights"]  # which the table has
     if args.json:
         rows = [
