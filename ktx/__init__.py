@@ -33,6 +33,11 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    """What tab completion offers: the public names, also those that are not imported yet."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Public names are imported when they are asked for, so that `import ktx` costs no torch."""
     if name not in _HOMES:

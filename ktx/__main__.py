@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from ktx.commands.arguments import Parser
+from ktx.config import check_environment
 from ktx.errors import KtxError
 
 COMMANDS = ("chat", "serve", "download", "plan", "doctor", "verify", "bench")
@@ -73,6 +74,7 @@ def guarded(args: object) -> int:
     # Importing torch and transformers makes a million objects that stay: 0.6 s of collecting by the default.
     gc.set_threshold(100_000, 20, 100)
     try:
+        check_environment()
         return module.run(args)
     except KtxError as error:
         if debug:

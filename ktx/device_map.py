@@ -91,6 +91,10 @@ def _pattern(key: str, where: str) -> re.Pattern[str]:
         raise UsageError(
             f"{where}: an entry of devices needs a name: a regular expression, or one of {' '.join(WORDS)}"
         )
+    if re.search(r"\s", key):
+        raise UsageError(
+            f"{where}: {key!r} is no name of modules: write one of {' '.join(WORDS)}, {' or '.join(RANGES)} with numbers as in layers 0-29, or a regular expression on paths, which have no spaces"
+        )
     try:
         return re.compile(WORDS.get(key, key))
     except re.error as error:

@@ -87,6 +87,7 @@ class Plan(list[Step]):
         self.stream_experts: int | str | None = None  # what the rule file says of it (ktx.device_map.streaming)
         self.scheme = ""  # how the checkpoint says its weights are quantised (ktx.weights.quantization)
         self.ignored: Sequence[str] = ()  # patterns of tensors that the modeling code leaves out
+        self.said: list[Any] = []  # ktx.notes on it
 
     def fill(self, source: WeightSource) -> None:
         """Looks every tensor up in the headers."""

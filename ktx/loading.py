@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktx import selftest
+from ktx import notes, selftest
 from ktx.cache.kv import FP8, KVType, kv_type
 from ktx.device_map import streaming
 from ktx.devices import CPU, PRETEND, Device
@@ -53,6 +53,7 @@ class Handle:
     tokenizer: Any = field(default=None, repr=False)
     identity: Any = field(default=None, repr=False)  # plain values that decide what the model computes
     self_test: bool = True  # whether an engine proves its pages by a few tokens too
+    notes: list[notes.Note] = field(default_factory=list)  # where it is slow, or does something else than was asked
 
     def engine(self, **options: Any) -> Any:
         """An engine that answers many requests at once; `options` are those of ktx.engine.engine.Options. Close it, or use it in a `with`."""
@@ -109,14 +110,15 @@ def load(
     the cache (ktx.selftest); SelfTestFailed when the two differ, or logits are not finite or all alike.
     """
     streaming(stream_experts)
-    team = threads or cpu.usual_threads()
+    team = cpu.team_of(threads)
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
     targets = targets_of(weight_dtype, moe_dtype)
     placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
-    built, made, source, dtype = prepare(
-        model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
-    )
+    with notes.heard() as warned:
+        built, made, source, dtype = prepare(
+            model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
+        )
     made.check(source)
     made.tell()
     _check_pretence(made)
@@ -152,7 +154,7 @@ def load(
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     own = sizes(built)
     config: Any = built.config
-    built.ktx = Handle(
+    handle = built.ktx = Handle(
         made,
         source.path,
         time.perf_counter() - start,
@@ -166,6 +168,7 @@ def load(
         [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
         self_test,
     )  # type: ignore[assignment]
+    notes.tell(handle.notes, [*made.said, *warned])
     generation(built, model, source)
     if self_test:
         selftest.check(built)
@@ -174,6 +177,7 @@ def load(
 
 def _stream_experts(built: nn.Module, made: Plan, wish: int | str | None) -> None:
     if any(device.gpu for device in made.devices.values()):  # else there need be no Triton
+        importlib.import_module("ktx.ops.gpu.moe").hand_over(built)
         importlib.import_module("ktx.ops.gpu.streaming").install(built, wish)
 
 
@@ -207,13 +211,7 @@ def _identity(made: Plan) -> list[Any]:
 
 def _cached_as(model: nn.Module, wish: KVType) -> KVType:
     """What caches keep: f16 unless something else is asked for, or an attention of transformers' own reads them. UsageError when that cannot read what is asked for."""
-    foreign = [
-        name
-        for name, module in model.named_modules()
-        if type(module).__name__.endswith("Attention")
-        and hasattr(module, "layer_idx")
-        and not getattr(module, "ours", False)
-    ]
+    foreign = notes.foreign_attention(model)
     if foreign and isinstance(wish, str):
         raise UsageError(
             f"kv_dtype {wish}: {foreign[0]} stays transformers' own by the rules and cannot read it; replace it by ktx.ops.attention.Attention or give f16"

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktx.cache.kv import KVType
+from ktx import notes
+from ktx.cache.kv import KVType, kv_type
 from ktx.compat import config_dict
-from ktx.config import warn_unknown
-from ktx.device_map import Place, arranged, split
+from ktx.config import check_environment
+from ktx.device_map import Place, arranged, split, streaming
 from ktx.devices import CPU, gpus
 from ktx.errors import BadFile, UsageError
 from ktx.footprint import Footprint, footprint
 from ktx.inject import Plan, inject
+from ktx.ops import deferral
 from ktx.ops import mtp as mtp_layer
 from ktx.ops.base import made_type
 from ktx.ops.linear import Linear
@@ -44,11 +46,22 @@ def plan(
     shared_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
     gpu_experts: int | None = None,
+    kv_dtype: KVType = None,
+    moe_experts: int | None = None,
+    defer_experts: int = 0,
+    stream_experts: int | str | None = None,
 ) -> Plan:
-    """What `load` would do, from headers alone."""
+    """What `load` would do, from headers alone. The same UsageError as there for options that cannot be meant."""
+    streaming(stream_experts)
     targets = targets_of(weight_dtype, moe_dtype)
     placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
-    return prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets, False, placed)[1]
+    kept = kv_type(kv_dtype)
+    built, made, *_ = prepare(
+        model, weights, rules, torch.float32, kept, moe_experts, trust_remote_code, targets, False, placed
+    )
+    if defer_experts:
+        deferral.install(built, defer_experts)
+    return made
 
 
 def measure(
@@ -115,7 +128,7 @@ def prepare(
     placed: Placed = list,
 ) -> tuple[nn.Module, Plan, WeightSource, torch.dtype]:
     """The skeleton with its operators, the plan, the weights, and the type that it computes in: `dtype`, or by its devices."""
-    warn_unknown()
+    check_environment()
     config = copy.deepcopy(read_config(model, trust_remote_code))
     where = Path(weights or model).expanduser()
     if not weights and not where.exists():
@@ -156,6 +169,7 @@ def prepare(
             warnings.simplefilter("ignore")
             built, made = planned(chosen, places, found, False)
     made.stream_experts = chosen.stream_experts
+    made.said = notes.notes_of(built, made, chosen, targets, kv_dtype)
     return built, made, source, found
 
 

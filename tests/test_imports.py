@@ -31,6 +31,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.ops",),
     ("ktx.rules", "ktx.ktransformers"),
     ("ktx.inject",),
+    ("ktx.notes",),
     ("ktx.footprint",),
     ("ktx.scratch",),
     ("ktx.placement",),

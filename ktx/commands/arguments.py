@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -106,17 +106,21 @@ def yes_no(text: str) -> bool:
 
 
 def positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number, found {text!r}") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, found {value}")
     return value
-
-
-def natural(text: str) -> int:
-    return 0 if text.strip() == "0" else positive(text)
 
 
 SIZES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
@@ -133,6 +137,17 @@ def size(text: str) -> int:
 def sizes(text: str) -> list[int]:
     """One or several of them: 24G,24G."""
     return [size(part) for part in text.split(",")]
+
+
+def rate(text: str) -> float:
+    """GB/s: more than nothing, and a number."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, found {text!r}") from None
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"must be more than 0 and below 1000000 GB/s, found {text}")
+    return value
 
 
 def tokens(text: str) -> int:
@@ -325,6 +340,25 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "self_test": not args.no_self_test,
         **placed(args),
     }
+
+
+Adds = Callable[[argparse.ArgumentParser], None]  # a command's add_arguments, or a part of it
+
+
+def options_of(*adds: Adds) -> dict[str, argparse.Action]:
+    """The options that functions add to a parser, by the name of their value."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for add in adds:
+        add(parser)
+    return {action.dest: action for action in parser._actions if action.option_strings}
+
+
+def refuse(args: argparse.Namespace, options: Mapping[str, argparse.Action], why: str) -> None:
+    """UsageError for one of the options that is given, which this run of the command would not read: `why` ends the message."""
+    for name, action in options.items():
+        if getattr(args, name, action.default) != action.default:
+            name = next((word for word in action.option_strings if word.startswith("--")), action.option_strings[0])
+            raise UsageError(f"{name} {why}")
 
 
 def named_model(args: argparse.Namespace) -> bool:

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from ktx.commands import bench_serve
-from ktx.commands.arguments import Inner, counts, flag, gguf_in, load_options, model_options, positive, require_model
+from ktx.commands.arguments import (
+    Inner,
+    flag,
+    gguf_in,
+    load_options,
+    model_options,
+    natural,
+    options_of,
+    positive,
+    refuse,
+    require_model,
+)
 from ktx.errors import KtxError, UsageError
 from ktx.weights.gguf_files import is_gguf
 
@@ -23,6 +34,8 @@ SUMMARY = "measure prefill and decode speed, or one layer, beside llama.cpp, ik_
 REPACKERS = ("llama.cpp", "ik_llama.cpp")  # run with repacking on and off, whichever is better
 PEERS = (*REPACKERS, "kt-kernel", "ftllm")
 SLACK = 1 << 30  # memory that is left alone when both engines are loaded
+OF_LAYERS = ("layer", "formats", "prompt", "threads", "repeat", "peer", "record")  # options that --layer reads
+LONGEST = 1 << 24  # tokens: more than any model has a context for
 PAUSE = 0.3  # seconds before a measurement, until the other engine's threads have gone to sleep
 LOADING = ("isa", "load_seconds", "load_gb_s", "cat_gb_s", "pack_gb_s", "fresh_gb_s", "peak_rss", "rss_bound")
 PROBED = {"probe_bytes": "read", "cache_bytes": "last-level cache"}  # what the read limit was measured on
@@ -35,9 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (("-p", "--prompt"), 512, "prompt lengths"),
         (("-n", "--tokens"), 32, "tokens to generate"),
     ):
-        parser.add_argument(*names, type=counts, default=[default], metavar="N[,N]", help=f"{what} (default {default})")
+        parser.add_argument(
+            *names, type=lengths, default=[default], metavar="N[,N]", help=f"{what} (default {default}; 0: none)"
+        )
     parser.add_argument(
-        "-d", "--depth", type=depths, default=[0], metavar="N[,N]", help="tokens that lie before each test (default 0)"
+        "-d", "--depth", type=lengths, default=[0], metavar="N[,N]", help="tokens that lie before each test (default 0)"
     )
     parser.add_argument("-t", "--threads", type=positive, metavar="N", help="of every engine (default: usable cores)")
     parser.add_argument("-r", "--repeat", type=positive, default=3, metavar="N", help="rounds; medians are shown")
@@ -121,17 +136,22 @@ def run(args: argparse.Namespace) -> int:
     if args.layer:
         from ktx.commands import bench_layer
 
+        others = {name: action for name, action in options_of(add_arguments).items() if name not in OF_LAYERS}
+        refuse(args, others, "goes with a model, not with --layer")
         try:
             args.layer = bench_layer.Layer.read(args.layer)
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"--layer {error}") from None
         args.threads = args.threads or default_threads()
         return bench_layer.run(args)
+    refuse(args, {"formats": options_of(add_arguments)["formats"]}, "goes with --layer")
     if args.peer == "kt-kernel":
         raise UsageError("--peer kt-kernel runs no whole models on a CPU: give --layer, e.g. --layer 64,8,2048,1536")
     require_model(args)
     args.threads = args.threads or default_threads()
-    kinds = [f"pp{n}" for n in args.prompt] + [f"tg{n}" for n in args.tokens]
+    kinds = [f"pp{n}" for n in args.prompt if n] + [f"tg{n}" for n in args.tokens if n]
+    if not kinds:
+        raise UsageError("-p 0 and -n 0 leave nothing to measure: give one of them a number of tokens")
     tests = [f"{kind}@d{depth}" if depth else kind for kind in kinds for depth in args.depth]
     mine = Engine("ktx", "ktx.commands.bench_ktx", _ktx_words(args))
     engines, alone = _best_peers(args, tests) if args.peer else ({None: tests}, {})
@@ -169,9 +189,12 @@ def alternate(engines: list[Engine], tests: list[str], repeat: int, together: bo
     return found
 
 
-def depths(text: str) -> list[int]:
-    """One or several numbers, of which 0 is one: 0,8192."""
-    return [0 if part == "0" else positive(part) for part in text.split(",")]
+def lengths(text: str) -> list[int]:
+    """One or several numbers of tokens, each once, of which 0 may be one: 0,8192."""
+    found = [natural(part) for part in text.split(",")]
+    if max(found) > LONGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LONGEST} tokens, found {max(found)}")
+    return list(dict.fromkeys(found))
 
 
 def parts(test: str) -> tuple[str, int, int]:

@@ -134,6 +134,8 @@ def serve(facts: dict[str, Any], build: Callable[[str], Callable[[int], dict[str
 def run(args: argparse.Namespace) -> int:
     """Measures formats and numbers of tokens, ktx and the peer in turns, and prints a table."""
     layer: Layer = args.layer
+    if not any(args.prompt):
+        raise UsageError("-p 0 leaves nothing to measure: give --layer a number of tokens")
     words = ["--layer", str(layer), "--threads", str(args.threads)]
     pairs = PAIRS.get(args.peer or "", {})
     if args.peer and not pairs:
@@ -159,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f"{'tokens':>6}  {'engine':12}{'format':12}{'ms':>10}{'GOPS':>8}{'error':>9}{'ratio':>8}")
         for named, name in rows:
-            for tokens in args.prompt:
+            for tokens in filter(None, args.prompt):
                 lines += _row(layer, mine, other, name, named, tokens, args)
     finally:
         mine.stop()

@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows what is to come, fetches it, and says how to use it. Exit status 3 when the disk is too small for it."""
-    repo, _, tag = args.repo.strip().removesuffix("/").partition(":")
+    repo, colon, tag = args.repo.strip().removesuffix("/").partition(":")
+    if colon and not tag:
+        raise UsageError(
+            f"{args.repo}: name a quantisation behind the colon, such as {repo}:Q4_K_M, or leave the colon out"
+        )
     if tag and args.include:
         raise UsageError(f"{repo}:{tag} and --include both say what is wanted; give one of them")
     hub = _hub(args.hub)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ktx.commands.arguments import load_options, named_model
+from ktx.commands.arguments import load_options, model_options, named_model, options_of, refuse
 from ktx.errors import BadFile, UsageError
 
 MOST_REFERENCE = 1 << 33  # bytes of log-probabilities that are kept of the model compared against
@@ -27,6 +27,11 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(
                 "--against needs --model or --weights; the demo model is compared with its own BF16 weights"
             )
+        refuse(
+            args,
+            options_of(model_options),
+            "needs --model or --weights; the demo model is measured in every format as it is",
+        )
         _demo(args, text)
         return 0
     import ktx

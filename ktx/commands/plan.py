@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-from ktx.commands.arguments import flag, model_options, placed, positive, require_model, size, sizes, tokens
+from ktx.commands.arguments import (
+    flag,
+    load_options,
+    model_options,
+    options_of,
+    placed,
+    positive,
+    rate,
+    refuse,
+    require_model,
+    size,
+    sizes,
+    tokens,
+)
 from ktx.errors import UsageError
 
 SUMMARY = "show what rules do to a model, or place it by budget, without reading its weights"
@@ -15,6 +29,15 @@ EPILOG = (
     "With --vram or --ram the placement is chosen: budgets stand for devices that this machine need not have. "
     "Sizes are bytes with K M G T (of 10^9 and so on) or KiB MiB GiB TiB."
 )
+OF_BUDGETS = (
+    "ctx",
+    "batch",
+    "chunk_size",
+    "cpu_bandwidth",
+    "gpu_bandwidth",
+    "write",
+)  # options that only a placement by budget reads
+OF_PLANS = ("all", "defer_experts", "stream_experts", "cache_dir")  # and that it does not
 GPU_GB_S = 1000.0  # where no GPU can be measured: about an RTX 4090's
 
 
@@ -34,11 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chunk-size", type=positive, default=512, metavar="N", help="prompt tokens computed at once (default 512)"
     )
     group.add_argument(
-        "--cpu-bandwidth", type=float, metavar="GB/S", help="of reads from memory (default: measured here)"
+        "--cpu-bandwidth", type=rate, metavar="GB/S", help="of reads from memory (default: measured here)"
     )
     group.add_argument(
         "--gpu-bandwidth",
-        type=float,
+        type=rate,
         metavar="GB/S",
         help=f"of reads from a GPU's memory (default: measured where there is one, else {GPU_GB_S:g})",
     )
@@ -48,22 +71,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table; exit status 4 when tensors are missing or do not fit the model, 3 when the model does not fit the budget."""
     require_model(args)
+    options = options_of(add_arguments)
     if args.vram or args.ram:
+        refuse(
+            args,
+            {name: options[name] for name in OF_PLANS},
+            "is not read where --vram or --ram have the placement chosen",
+        )
         return by_budget(args)
-    if args.write:
-        raise UsageError("--write saves a placement by budget: give --vram, --ram or both")
+    refuse(
+        args,
+        {name: options[name] for name in OF_BUDGETS},
+        "goes with a placement by budget: give --vram, --ram or both",
+    )
     import ktx
 
-    plan = ktx.plan(
-        args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, **placed(args)
-    )
+    loaded = load_options(args)
+    loaded = {name: loaded[name] for name in inspect.signature(ktx.plan).parameters if name in loaded}
+    plan = ktx.plan(args.model, args.weights, args.rules, **loaded)
+    told = [note for note in plan.said if note.code != "weights"]  # which the table has
     if args.json:
         rows = [
             {"module": s.path, "operator": s.new, "device": s.device, "type": s.types, "bytes": s.nbytes} for s in plan
         ]
-        print(json.dumps({"modules": rows, "sum": plan.totals(), "notes": plan.notes}, indent=1))
+        notes = [note._asdict() for note in plan.said]
+        print(json.dumps({"modules": rows, "sum": plan.totals(), "notes": notes}, indent=1))
     else:
-        print(plan.table(fold=not args.all))
+        print(plan.table(fold=not args.all), *(f"note: {note.text}" for note in told), sep="\n")
     plan.check()
     return 0
 

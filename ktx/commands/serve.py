@@ -285,10 +285,10 @@ def make_engine(args: argparse.Namespace, served: Any) -> Any:
 
 def _engine(args: argparse.Namespace, served: Any) -> Any:
     import ktx
-    from ktx.kernels.cpu import usual_threads
+    from ktx.kernels.cpu import team_of
     from ktx.kernels.speed import free_read_bandwidth
 
-    reading = free_read_bandwidth(args.threads or usual_threads())
+    reading = free_read_bandwidth(team_of(args.threads))
     served.bandwidth = reading and reading.gb_s
     model, _ = ktx.load(
         args.model,

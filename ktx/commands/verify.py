@@ -6,8 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from ktx.commands.arguments import flag, load_options, model_options, positive, require_model
-from ktx.errors import UsageError
+from ktx.commands.arguments import flag, load_options, model_options, options_of, positive, refuse, require_model
 
 SUMMARY = "compare layer by layer with transformers on the dequantised weights, or measure perplexity"
 BOUND_FLOAT, BOUND_BF16, BOUND_QUANTISED = 1e-3, 1e-2, 0.03
@@ -43,12 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """One line a layer, then the logits; exit status 1 when an error is over its bound. With --perplexity, that instead."""
+    options = options_of(add_arguments)
     if args.perplexity:
         from ktx.commands import perplexity
 
+        refuse(args, {"prompt": options["prompt"]}, "is not read with --perplexity, which predicts its FILE")
         return perplexity.run(args)
-    if args.against:
-        raise UsageError("--against goes with --perplexity FILE")
+    refuse(args, {name: options[name] for name in ("against", "window")}, "goes with --perplexity FILE")
     require_model(args)
     import torch
 

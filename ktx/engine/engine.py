@@ -18,6 +18,7 @@ from ktx.cache.pages import PAGE, Pages
 from ktx.engine.activity import Activity
 from ktx.engine.answer import Answer
 from ktx.engine.asking import Listener, generate
+from ktx.engine.notes import ENGINES, notes_of
 from ktx.engine.request import Event, Finished, Request
 from ktx.engine.runner import Abandoned, Runner
 from ktx.engine.sampling import Sampling
@@ -26,6 +27,7 @@ from ktx.engine.speculation import KINDS, MOST, PromptLookup, Speculation
 from ktx.engine.trial import runner_for
 from ktx.errors import ContextExceeded, DoesNotFit, Overloaded, QueueFull, UsageError, nearest
 from ktx.hardware import memory
+from ktx.notes import tell
 
 log = logging.getLogger("ktx.engine")
 FALLBACK_CONTEXT = 1 << 15
@@ -102,6 +104,7 @@ class Engine:
         self.thread = threading.Thread(target=self._run, name="ktx-engine", daemon=True)
         self.thread.start()
         self.process = os.getpid()
+        tell(getattr(getattr(model, "ktx", None), "notes", []), notes_of(self, limit), ENGINES)
 
     def _scheduler(self, pages: int) -> Scheduler:
         return Scheduler(

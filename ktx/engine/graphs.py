@@ -48,8 +48,9 @@ class Graph(Protocol):
 class CudaGraph:
     """CUDA's. It holds no tensor; functions that it calls on the CPU are forgotten with it."""
 
-    def __init__(self, device: torch.device, pool: Any):
-        self.device, self.pool, self.graph = device, pool, torch.cuda.CUDAGraph()
+    def __init__(self, model: Any, device: torch.device, pool: Any):
+        self.model, self.device, self.pool = model, device, pool
+        self.graph = torch.cuda.CUDAGraph()
 
     def capture(self, function: Callable[[], None]) -> None:
         """Runs it twice: the first time kernels are compiled, and memory is taken that has to outlive the graph's."""
@@ -59,7 +60,7 @@ class CudaGraph:
             with torch.cuda.stream(side):
                 function()
             side.synchronize()
-            handover.check()
+            handover.check(self.model)
             weakref.finalize(self, streams.forget, numbers)
             # Other threads may go on with what CUDA forbids while everything is captured, such as taking memory.
             with torch.cuda.graph(self.graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
@@ -199,7 +200,7 @@ class Graphs:
         for size in shown(sizes_up_to(self.most)):
             self._fill([], size)
             self.steps[size] = Step(self, size)
-            graph: Graph = Rerun() if self.device.pretended else CudaGraph(self.device.torch, pool)
+            graph: Graph = Rerun() if self.device.pretended else CudaGraph(self.model, self.device.torch, pool)
             graph.capture(self.steps[size])
             self.graphs[size] = graph
         named = ", ".join(map(str, sorted(self.graphs)))

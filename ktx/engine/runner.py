@@ -41,16 +41,16 @@ class Runner:
     two_forms = False  # whether whole pages of a prompt are computed in another way than single tokens
     recurrent = False
     captured = 0
+    reason = ""  # why requests are computed one after another, where they are
+    obstacle = ""  # why steps are not captured, where that was asked for
     graphs: Graphs | None = None
 
     def __init__(self, model: Any, pages: int, captured: int = 0):
         self.model, self.pages = model, pages
         self.two_forms = cpu.ops.has_wide() or any(isinstance(module, MLA) for module in model.modules())
         if captured and gpu_of(model) is not None:
-            reason = obstacle(model)
-            self.captured = 0 if reason else captured
-            if reason:
-                log.info("no CUDA graphs: %s", reason)
+            self.obstacle = obstacle(model)
+            self.captured = 0 if self.obstacle else captured
         spare = int(self.captured > 0)  # a page for rows of a graph that no request has
         self.cache = PagedCache(model.config, pages + spare, model.ktx.kv_dtype, more=int(hasattr(model, "mtp")))
         self.recurrent = self.cache.recurrent
@@ -65,7 +65,7 @@ class Runner:
             self.graphs.capture()
         except Exception as error:
             self.graphs = None
-            handover.give_up()
+            handover.give_up(self.model)
             log.warning(
                 "capturing CUDA graphs failed, steps will be launched kernel by kernel (--no-cuda-graphs does not try): %s: %s",
                 type(error).__name__,
@@ -89,7 +89,7 @@ class Runner:
         logits = self.graphs.step([Token(part.ids[0], part.start, part.request.pages) for part in parts])
         if logits is None:
             return None
-        rows = here(logits, copy=True).split(1)
+        rows = here(self.model, logits, copy=True).split(1)
         return {part.request: row for part, row in zip(parts, rows, strict=True)}
 
     def _forward(self, parts: Sequence[Part]) -> Logits:
@@ -115,7 +115,7 @@ class Runner:
                 )
         finally:
             self.cache.batch = None
-        found = here(out.logits)[0].split([len(row) for row in rows])
+        found = here(self.model, out.logits)[0].split([len(row) for row in rows])
         self.cache.end(batch)
         return {part.request: logits for part, logits in zip(parts, found, strict=True)}
 
@@ -215,7 +215,7 @@ class PlainRunner(Runner):
                 logits_to_keep=max(1, rows),
             )
         self.caches[request.number] = cache_of(out)
-        logits = here(out.logits)[0]
+        logits = here(self.model, out.logits)[0]
         return logits[len(logits) - rows :]
 
     def reads(self, parts: Sequence[Part]) -> tuple[int, int, int]:
@@ -232,10 +232,10 @@ class PlainRunner(Runner):
         return 0
 
 
-def here(logits: torch.Tensor, copy: bool = False) -> torch.Tensor:
-    """Logits on the CPU, where tokens are chosen; `copy`: even if they are there. Raises what went wrong in experts that a GPU handed over."""
+def here(model: Any, logits: torch.Tensor, copy: bool = False) -> torch.Tensor:
+    """A model's logits on the CPU, where tokens are chosen; `copy`: even if they are there. Raises what went wrong in experts that its GPU handed over."""
     logits = logits.to("cpu", copy=copy)
-    handover.check()
+    handover.check(model)
     return logits
 
 

@@ -28,17 +28,15 @@ CHUNKS = ((4, 1), (3, 8), (1, 1))  # tokens of two sequences in three forwards
 
 def runner_for(model: Any, pages: int, captured: int = 0) -> Runner:
     """The one that the model's modules allow; for `captured` see Runner. UsageError for a model that goes on from no past, SelfTestFailed where pages are misread."""
-    if model.config.model_type in FILES:
-        if _reads_no_pages(model):
-            return PlainRunner(model, pages)
-        if model.ktx.self_test:
-            check(model, OnPages(Runner(model, 1)))
-        return Runner(model, pages, captured)
-    reason = _reads_no_pages(model) or _wrong(Runner(model, 2))
+    known = model.config.model_type in FILES
+    reason = _reads_no_pages(model) or ("" if known else _wrong(Runner(model, 2)))
+    if not reason and known and model.ktx.self_test:
+        check(model, OnPages(Runner(model, 1)))
     if not reason:
         return Runner(model, pages, captured)
-    log.info("requests are computed one after another: %s", reason)
-    return _plain(model, pages)
+    runner = PlainRunner(model, pages) if known else _plain(model, pages)
+    runner.reason = reason
+    return runner
 
 
 def _plain(model: Any, pages: int) -> PlainRunner:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -82,6 +83,9 @@ def choose(
     asked = {PurePosixPath(glob).suffix.lower() for glob in include}
     pickles = [file for file in allowed if file.kind in PICKLES and file.kind not in asked]
     safe = [file for file in allowed if file not in pickles]
+    for glob in [*include, *exclude]:
+        if not any(fits(file, [glob]) for file in files):
+            warnings.warn(f"{repo}: {glob} fits no file", stacklevel=2)
     if include:
         wanted = [file for file in safe if fits(file, include)]
         if not wanted:

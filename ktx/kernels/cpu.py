@@ -23,12 +23,20 @@ from ktx.weights.source import QuantizedTensor
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 GROUP_ROWS = 16  # rows that are packed side by side (csrc/cpu/layout.h)
 _told = local()  # what this thread has said by `wide_rows`
+MOST_THREADS = 1024  # csrc/cpu/pool.h
 PACK_ROWS = 1 << 10  # rows packed by one call, so that loading threads share the work evenly
 
 
 def usual_threads() -> int:
     """KTX_THREADS, or the usable physical cores within a cgroup's quota."""
     return int(str(environment("KTX_THREADS"))) or default_threads()
+
+
+def team_of(threads: int | None) -> int:
+    """The size of the kernels' team: `threads`, by default the usual one. UsageError for one that cannot be."""
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError(f"threads is {threads}, it must be from 1 to {MOST_THREADS}")
+    return threads or usual_threads()
 
 
 def _load() -> Any:

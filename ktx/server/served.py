@@ -134,7 +134,12 @@ class Served:
         if why:
             return 503, {"status": "error", "error": {"code": 503, "message": why, "type": "unavailable_error"}}
         assert self.engine is not None
-        return 200, {"status": "ok", "restarts": self.engine.restarts}
+        notes = getattr(getattr(self.engine.model, "ktx", None), "notes", [])
+        return 200, {
+            "status": "ok",
+            "restarts": self.engine.restarts,
+            "notes": [note._asdict() for note in notes],
+        }
 
     def stop(self) -> None:
         """Ends what runs: each stream gets its last words."""

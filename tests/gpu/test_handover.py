@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import time
 
 import pytest
 import torch
 
-from ktx.ops.gpu import streams
+from ktx.engine.runner import here
+from ktx.ops.gpu import handover, streams
 from ktx.ops.gpu.handover import HandOver
 from ktx.ops.gpu.padding import NOBODY, Padding, chosen, padded
 from ktx.ops.gpu.streams import ThreadStream
@@ -224,10 +227,6 @@ def test_experts_are_put_off_from_a_layer_on_a_gpu_to_one_on_the_cpu_and_back(tm
 def test_an_error_inside_the_experts_reaches_who_called_the_model(hybrid):
     twins, model = hybrid
     ids = torch.tensor([[5, 6]])
-
-    def fail(*args):
-        raise RuntimeError("experts failed")
-
     hook = model.model.layers[1].mlp.experts.register_forward_pre_hook(fail)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="experts failed"):
         model(ids)
@@ -261,3 +260,100 @@ def test_the_cpus_waiting_for_the_device_is_counted_from_layer_to_layer_of_a_for
             time.sleep(0.02)
             way.result(way.submit(layer, *states(2)))
     assert layers[0].waited == 0 and all(0.03 < layer.waited < 2 for layer in layers[1:])
+
+
+def fail(*args):
+    raise RuntimeError("experts failed")
+
+
+@pytest.fixture(scope="module")
+def two(hybrid):
+    """Two models on the same pretended GPU, their tokens, and the logits of both."""
+    twins, first = hybrid
+    ids = torch.tensor([[5, 6, 7]])
+    return first, twins.on(Experts="cpu"), ids, twins.cpu(ids).logits
+
+
+def right(model, ids, expected):
+    with torch.inference_mode():
+        return (model(ids).logits - expected).abs().max() < 3e-5
+
+
+def test_models_have_ways_of_their_own(two, tmp_path):
+    first, second, *_ = two
+    blocks = [
+        [layer.mlp for layer in model.model.layers if getattr(layer.mlp, "handover", None)] for model in (first, second)
+    ]
+    ways = [{block.handover for block in of} for of in blocks]
+    assert [len(of) for of in ways] == [1, 1] and not ways[0] & ways[1]
+    assert [set(model.handovers) for model in (first, second)] == ways
+    apart = Twins(tmp_path, "deepseek_v3", num_hidden_layers=4).on(layers={3: "cuda:1"}, Experts="cpu")
+    assert len(apart.handovers) == 2  # one a device
+    assert not hasattr(hybrid_on_cpu := Twins(tmp_path, "deepseek_v3").cpu, "handovers")
+    handover.check(hybrid_on_cpu), handover.give_up(hybrid_on_cpu)
+
+
+def test_an_error_nobody_came_for_is_not_another_models(two):
+    first, second, ids, expected = two
+    block = first.model.layers[1].mlp
+    hook = block.experts.register_forward_pre_hook(fail)
+    with torch.inference_mode():
+        under_way = block.begin(torch.randn(2, 64), torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2))
+    assert under_way.there.job.done.wait(60)
+    hook.remove()
+    assert right(second, ids, expected)
+    assert here(second, expected) is expected  # as the engine asks when a forward's results are there
+    with pytest.raises(RuntimeError, match="experts failed"):
+        here(first, expected)
+    assert right(first, ids, expected)
+
+
+def test_models_that_take_turns_fail_and_answer_each_for_itself(two):
+    first, second, ids, expected = two
+    hook = first.model.layers[1].mlp.experts.register_forward_pre_hook(fail)
+    try:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="experts failed"):
+                right(first, ids, expected)
+            assert right(second, ids, expected)
+    finally:
+        hook.remove()
+    assert right(first, ids, expected)
+
+
+def test_what_one_model_gives_up_the_other_still_waits_for(two):
+    first, second, ids, expected = two
+    first.handovers[0].all_slots[0].job = second.handovers[0].all_slots[0].job = job = object()
+    handover.give_up(first)
+    assert first.handovers[0].all_slots[0].job is None and second.handovers[0].all_slots[0].job is job
+    handover.give_up(second)
+    assert right(first, ids, expected) and right(second, ids, expected)
+
+
+def test_a_ways_threads_end_with_it():
+    before = set(threading.enumerate())
+    way = HandOver(ThreadStream(CPU))
+    way.result(way.submit(twice, *states(2)))
+    own = set(threading.enumerate()) - before
+    assert {thread.name.split("_")[0] for thread in own} == {"ktx-handover", "ktx-experts"}
+    del way
+    gc.collect()
+    for thread in own:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_a_forked_child_has_a_way_of_its_own():
+    way, free = HandOver(ThreadStream(CPU)), threading.Event()
+    given = states(2)
+    way.stream.call(lambda: free.wait(60))  # its thread is busy, and not in the child
+    under_way = way.submit(twice, *given)
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            status = 0 if torch.equal(way.result(way.submit(twice, *given)), twice(*given)) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    free.set()
+    assert torch.equal(way.result(under_way), twice(*given))

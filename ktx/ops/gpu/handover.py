@@ -12,13 +12,14 @@ import itertools
 import re
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from ktx.devices import Device
+from ktx.forks import Renewed, Threads
 from ktx.kernels import cpu
 from ktx.ops.gpu import padding
 from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions
@@ -109,14 +110,17 @@ class UnderWay:
     like: torch.Tensor
 
 
-class HandOver:
-    """The way from one device to the CPU's experts and back; all layers of the device share it."""
+class HandOver(Renewed):
+    """The way from one device to the CPU's experts and back; all layers of a model that are on the device share it."""
 
     def __init__(self, stream: Stream, pinned: bool = False):
-        self.stream = stream
-        self.all_slots = [Slot(pinned) for _ in range(SLOTS)]
+        self.stream, self.pinned = stream, pinned
+        self.worker = Threads(1, "ktx-experts")
+        super().__init__()
+
+    def renew(self) -> None:
+        self.all_slots = [Slot(self.pinned) for _ in range(SLOTS)]
         self.slots = itertools.cycle(self.all_slots)
-        self.worker = ThreadPoolExecutor(1, thread_name_prefix="ktx-experts")
         self.errors: list[BaseException] = []
         self.layer, self.ended = -1, 0.0  # the last that the CPU worked for, and when it was done
 
@@ -165,26 +169,31 @@ class HandOver:
             raise error
 
 
-_ways: dict[torch.device, HandOver] = {}
+def way_from(device: torch.device) -> HandOver:
+    """A way from a device, by what it has for it."""
+    real = device.type == "cuda"
+    launch = host_functions() if real else None
+    stream: Stream = ThreadStream(device) if launch is None else CudaStream(device, launch)
+    return HandOver(stream, pinned=real)
 
 
-def hand_over_to(device: torch.device) -> HandOver:
-    """The way from a device, made for the first who asks."""
-    if device not in _ways:
-        real = device.type == "cuda"
-        launch = host_functions() if real else None
-        stream: Stream = ThreadStream(device) if launch is None else CudaStream(device, launch)
-        _ways[device] = HandOver(stream, pinned=real)
-    return _ways[device]
+def install(model: Any, blocks: Iterable[Any]) -> None:
+    """Gives a model's blocks a way to their experts, all blocks of a device the same one. No other model has it: its errors are this model's."""
+    ways: dict[Device, HandOver] = {}
+    for block in blocks:
+        if block.home not in ways:
+            ways[block.home] = way_from(block.home.torch)
+        block.handover = ways[block.home]
+    model.handovers = list(ways.values())
 
 
-def give_up() -> None:
-    """As HandOver.give_up, on all ways."""
-    for way in _ways.values():
+def give_up(model: Any) -> None:
+    """As HandOver.give_up, on all of a model's ways."""
+    for way in getattr(model, "handovers", ()):
         way.give_up()
 
 
-def check() -> None:
-    """Raises what went wrong on any way; ask when a forward's results are there."""
-    for way in _ways.values():
+def check(model: Any) -> None:
+    """Raises what went wrong on any of a model's ways; ask when a forward's results are there."""
+    for way in getattr(model, "handovers", ()):
         way.check()

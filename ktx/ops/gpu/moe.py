@@ -10,7 +10,7 @@ from ktx.ops import experts, moe
 from ktx.ops.base import Context
 from ktx.ops.gpu import padding
 from ktx.ops.gpu.experts import Experts
-from ktx.ops.gpu.handover import HandOver, UnderWay, hand_over_to
+from ktx.ops.gpu.handover import HandOver, UnderWay, install
 
 if TYPE_CHECKING:
     from ktx.ops.gpu.streaming import Streamer
@@ -38,8 +38,11 @@ class MoE(moe.MoE):
 
     def ready(self) -> None:
         self.block = None
-        elsewhere = isinstance(self.experts, experts.Experts) and not isinstance(self.experts, Experts)
-        self.handover = hand_over_to(self.home.torch) if elsewhere else None
+
+    @property
+    def apart(self) -> bool:
+        """Whether the experts stayed with the CPU."""
+        return isinstance(self.experts, experts.Experts) and not isinstance(self.experts, Experts)
 
     def begin(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
         if self.handover is None:
@@ -67,3 +70,8 @@ class MoE(moe.MoE):
             return here
         out = self.handover.result(there)
         return out if here is None else out + here
+
+
+def hand_over(model: Any) -> None:
+    """Gives all blocks of a model whose experts stayed with the CPU a way to them. After everything is ready."""
+    install(model, [module for module in model.modules() if isinstance(module, MoE) and module.apart])

@@ -7,6 +7,7 @@ import itertools
 import os
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from ktx.errors import KtxError
+from ktx.forks import Renewed
 
 Launch = Callable[[int, Callable[[], None]], None]
 PORTABLE = 1  # cudaHostRegisterPortable
@@ -119,32 +121,37 @@ class CudaStream:
         torch.cuda.current_stream(self.device).wait_stream(self.side)
 
 
-class ThreadStream:
+Jobs = queue.SimpleQueue[Callable[[], None] | None]
+
+
+class ThreadStream(Renewed):
     """The same by a thread: copies and functions one after another; `join` waits until they are done and raises what a copy raised."""
 
     def __init__(self, device: torch.device):
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.device, self.error = device, list[BaseException]()
-        self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="ktx-handover", daemon=True).start()
+        self.device = device
+        super().__init__()
 
-    def _run(self) -> None:
-        while True:
-            job = self.jobs.get()
-            try:
-                with torch.inference_mode():
-                    job()
-            except BaseException as error:  # told at the next join
-                self.error.append(error)
+    def renew(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.error: list[BaseException] = []
+        self.jobs: Jobs = queue.SimpleQueue()
+
+    def _put(self, job: Callable[[], None]) -> None:
+        if self.thread is None:  # it ends with the stream, which it does not hold
+            self.thread = threading.Thread(target=_work, args=(self.jobs, self.error), name="ktx-handover", daemon=True)
+            self.thread.start()
+            weakref.finalize(self, self.jobs.put, None).atexit = False
+        self.jobs.put(job)
 
     def fork(self) -> None:
         if self.side is not None:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(self.device))
-            self.jobs.put(event.synchronize)
+            self._put(event.synchronize)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        self.jobs.put(lambda: self._copy(target, source))
+        self._put(lambda: self._copy(target, source))
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         if self.side is None:
@@ -155,13 +162,24 @@ class ThreadStream:
             self.side.synchronize()
 
     def call(self, function: Callable[[], None]) -> None:
-        self.jobs.put(function)
+        self._put(function)
 
     def join(self) -> None:
         reached = threading.Event()
-        self.jobs.put(reached.set)
+        self._put(reached.set)
         reached.wait()
         if self.error:
             error = self.error[0]
             self.error.clear()
             raise error
+
+
+def _work(jobs: Jobs, errors: list[BaseException]) -> None:
+    """Does jobs until one is None; what goes wrong is told at the next join."""
+    while (job := jobs.get()) is not None:
+        try:
+            with torch.inference_mode():
+                job()
+        except BaseException as error:
+            errors.append(error)
+        job = None  # it may be the last that holds the stream
