@@ -41,6 +41,16 @@ class Dialect:
     ids: str = ""  # "named": functions.name:0; "short": nine letters and digits
     one_call: bool = False  # refuses several calls in one message
 
+    @property
+    def written(self) -> tuple[str, ...]:
+        """All marks that its models write around reasoning and calls."""
+        format = self.format
+        if format is None:
+            return tuple(mark for mark in self.think if mark)
+        calls = (*format.starts, *format.ends, *format.sections, *format.separators, format.id_mark)
+        tags = (*format.tag_call, *format.tag_parameter, *format.pair_key, *format.pair_value)
+        return tuple(mark for mark in (*self.think, *calls, *tags) if mark)
+
 
 _TOOL_CALL = "<tool_call>", "</tool_call>"
 _FUNCTION, _PARAMETER = ("<function", "</function>"), ("<parameter", "</parameter>")
