@@ -31,6 +31,7 @@ class Dialect:
     name: str
     format: Format | None = None
     think: tuple[str, str] = ("<think>", "</think>")
+    calls_in_thought: bool = False  # calls without closing the reasoning block first, by marks that are control tokens
     prompt_opens: bool = False  # the generation prompt ends inside the reasoning block, unless it is told otherwise
     marks: tuple[str, ...] = field(default=(), compare=False)  # all of them stand in the family's chat template
     model_types: tuple[str, ...] = field(default=(), compare=False)  # config.json's, where the template says nothing
@@ -125,6 +126,7 @@ _ROWS = (
     Dialect(
         "kimi-k2",
         KIMI,
+        calls_in_thought=True,
         marks=("<|tool_call_argument_begin|>",),
         model_types=("kimi_k2", "kimi_k25", "kimi_linear"),
         ids="named",
