@@ -24,24 +24,35 @@ class Variable:
 VARIABLES = {
     variable.name: variable
     for variable in (
-        Variable("KTX_ISA", str, "", f"lowers the instruction set of the kernels: {', '.join(ISAS)}"),
         Variable(
-            "KTX_GEMM",
+            "KTX_ISA",
             str,
-            "exact",
-            "fast: many tokens on weights requantised to one scale for 256 (AVX-512), faster and less exact",
+            "",
+            f"{', '.join(f'`{name}`' for name in ISAS if name != 'amxmodel')}: lowers the instruction set, never raises it; `amxmodel` is AMX's kernels on tiles in software, for tests",
         ),
-        Variable("KTX_THREADS", int, 0, "size of the kernels' team; 0: the usable cores"),
+        Variable("KTX_THREADS", int, 0, "size of the worker team; default the usable physical cores"),
         Variable(
             "KTX_NUMA",
             str,
             "auto",
-            "memory nodes that weights are split over: auto, off, or fake:N, which pretends N nodes",
+            "`auto` (default): rows of every matrix are split over the machine's memory nodes; `off`; `fake:N` pretends N nodes, to test",
         ),
-        Variable("KTX_GPU", str, "", "fake:N pretends N GPUs, in the CPU's memory, for plans and tests"),
         Variable(
-            "KTX_PEER_PATH", str, "", "folder that is put on PYTHONPATH of the peer process of `ktx bench --peer`"
+            "KTX_GEMM",
+            str,
+            "exact",
+            "`exact` (default) or `fast`: many tokens on weights requantised to a scale for 256 columns (AVX-512); `make cpu-check` prints its error",
         ),
+        Variable(
+            "KTX_GPU",
+            str,
+            "",
+            "`fake:N` pretends N GPUs in the CPU's memory, for plans and tests; their kernels run in Triton's interpreter (`TRITON_INTERPRET=1`). `split:N` takes the first GPU there is for N",
+        ),
+        Variable(
+            "KTX_API_KEY", str, "", "keys of `ktx serve`, with spaces between; `ktx bench serve` asks with the first"
+        ),
+        Variable("KTX_PEER_PATH", str, "", "folder in which `ktx bench --peer` finds the peer's library"),
     )
 }
 

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from ktx.commands import bench_serve
-from ktx.commands.arguments import Inner, counts, flag, gguf_in, load_options, model_options, positive, require_model
+from ktx.commands.arguments import (
+    Inner,
+    counts,
+    debug_option,
+    flag,
+    gguf_in,
+    load_options,
+    model_options,
+    positive,
+    require_model,
+)
 from ktx.errors import KtxError, UsageError
 
 SUMMARY = "measure prefill and decode speed, or one layer, beside llama.cpp, ik_llama.cpp, kt-kernel or ftllm"
@@ -59,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "serve", help=bench_serve.SUMMARY, description=(bench_serve.__doc__ or "").partition(": ")[2]
     )
     bench_serve.add_arguments(serve)
-    serve.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    debug_option(serve)
 
 
 class Engine:
