@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ktx.commands.arguments import Parser
+from ktx.commands.arguments import Parser, debug_option
 from ktx.config import check_environment
 from ktx.errors import KtxError
 
@@ -33,7 +33,7 @@ def build_parser(wanted: Sequence[str] = COMMANDS) -> Parser:
         module = importlib.import_module(f"ktx.commands.{name}")
         sub = commands.add_parser(name, help=module.SUMMARY, description=(module.__doc__ or "").partition(": ")[2])
         module.add_arguments(sub)
-        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        debug_option(sub)
     return parser
 
 
@@ -58,7 +58,7 @@ def run_as(prog: str, command: str, argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(f"ktx.commands.{command}")
     parser = Parser(prog=prog, description=(module.__doc__ or "").partition(": ")[2])
     module.add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    debug_option(parser)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     args.command = command
     return guarded(args)

@@ -27,33 +27,41 @@ THREADS = r"0*(\d{1,3}|10[01]\d|102[0-4])"
 VARIABLES = {
     variable.name: variable
     for variable in (
-        Variable("KTX_ISA", str, "", f"lowers the instruction set of the kernels: {', '.join(ISAS)}", "|".join(ISAS)),
         Variable(
-            "KTX_GEMM",
+            "KTX_ISA",
             str,
-            "exact",
-            "exact or fast: many tokens on weights requantised to one scale for 256 (AVX-512), faster and less exact",
-            "exact|fast",
+            "",
+            f"{', '.join(f'`{name}`' for name in ISAS if name != 'amxmodel')}: lowers the instruction set, never raises it; `amxmodel` is AMX's kernels on tiles in software, for tests",
+            "|".join(ISAS),
         ),
-        Variable("KTX_THREADS", int, 0, "size of the kernels' team, 1 to 1024; 0: the usable cores", THREADS),
+        Variable(
+            "KTX_THREADS", int, 0, "size of the worker team, 1 to 1024; default the usable physical cores", THREADS
+        ),
         Variable(
             "KTX_NUMA",
             str,
             "auto",
-            "memory nodes that weights are split over: auto, off, or fake:N, which pretends N nodes, 1 to 8",
+            "`auto` (default): rows of every matrix are split over the machine's memory nodes; `off`; `fake:N` pretends N nodes, to test",
             "auto|off|fake:[1-8]",
+        ),
+        Variable(
+            "KTX_GEMM",
+            str,
+            "exact",
+            "`exact` (default) or `fast`: many tokens on weights requantised to a scale for 256 columns (AVX-512); `make cpu-check` prints its error",
+            "exact|fast",
         ),
         Variable(
             "KTX_GPU",
             str,
             "",
-            "fake:N pretends N GPUs, in the CPU's memory, for plans and tests; split:N takes the one there is for N",
+            "`fake:N` pretends N GPUs in the CPU's memory, for plans and tests; their kernels run in Triton's interpreter (`TRITON_INTERPRET=1`). `split:N` takes the first GPU there is for N",
             r"(fake|split):[1-9]\d?",
         ),
-        Variable("KTX_API_KEY", str, "", "keys of `ktx serve`, or the key of a server that `ktx bench serve` asks"),
         Variable(
-            "KTX_PEER_PATH", str, "", "folder that is put on PYTHONPATH of the peer process of `ktx bench --peer`"
+            "KTX_API_KEY", str, "", "keys of `ktx serve`, with spaces between; `ktx bench serve` asks with the first"
         ),
+        Variable("KTX_PEER_PATH", str, "", "folder in which `ktx bench --peer` finds the peer's library"),
     )
 }
 

@@ -18,13 +18,24 @@ class Parser(argparse.ArgumentParser):
     """Takes --like_this for --like-this, and answers an unknown option with the nearest one. Usage errors exit with 2."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):  # type: ignore[no-untyped-def, override]
-        words = list(sys.argv[1:] if args is None else args)
-        found, left = super().parse_known_args(
-            [_dashed(word, self._option_string_actions) for word in words], namespace
-        )
+        words = [_dashed(word, self._option_string_actions) for word in (sys.argv[1:] if args is None else args)]
+        found, left = super().parse_known_args(self._flags_alone(words), namespace)
         if left:  # here, where the options are known that the word may have meant
             self.error(f"unrecognized arguments: {' '.join(left)}")
         return found, left
+
+    def _flags_alone(self, words: list[str]) -> list[str]:
+        """A flag takes the next word only where that is a truth value; else it would take a positional argument's."""
+        if all(action.option_strings for action in self._actions):
+            return words  # nothing else could be meant, and a word that is no truth value is an error
+        told: list[str] = []
+        for word in words:
+            flag = bool(told) and isinstance(self._option_string_actions.get(told[-1]), Flag)
+            if flag and word.lower() in TRUTH:
+                told[-1] += f"={word}"
+            else:
+                told[-1:] = [f"{told[-1]}=true", word] if flag else [*told[-1:], word]
+        return told
 
     def error(self, message: str) -> NoReturn:
         options = [name for name in self._option_string_actions if name.startswith("--")]
@@ -42,6 +53,33 @@ def _dashed(word: str, known: dict[str, argparse.Action]) -> str:
     name, equals, value = word.partition("=")
     dashed = "--" + name[2:].replace("_", "-")
     return dashed + equals + value if dashed in known else word
+
+
+class Flag(argparse.BooleanOptionalAction):
+    """A truth value. `--name` and `--no-name` each exist, alone or before true or false; `--no-name false` is `--name`.
+
+    Either may be the one that is named first: that one's value is what the namespace holds.
+    """
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, default: bool = False, help: str | None = None, **more: Any
+    ):
+        given = list(option_strings)
+        self.others = [_opposite(name) for name in given if name.startswith("--")]
+        argparse.Action.__init__(
+            self, [*given, *self.others], dest, "?", None, default, yes_no, help=help, metavar="true|false"
+        )
+
+    def meant(self, name: str, value: bool | None) -> bool:
+        """The value for the namespace of an option of ours with a value, or alone (None)."""
+        return (value is None or value) != (name in self.others)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, self.meant(option_string or "", values))
+
+
+def _opposite(name: str) -> str:
+    return f"--{name[5:]}" if name.startswith("--no-") else f"--no-{name[2:]}"
 
 
 class Inner(argparse._SubParsersAction):
@@ -79,12 +117,12 @@ class Settings(argparse.Action):
                     + (f" (did you mean {close[0][2:]!r}?)" if close else "")
                 )
             words = [item.value for item in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
-            made = [self._value(parser, action, word, f"{where}: {key.value}") for word in words]
+            made = [self._value(parser, action, name, word, f"{where}: {key.value}") for word in words]
             if getattr(namespace, action.dest, None) == action.default:
                 setattr(namespace, action.dest, made if isinstance(action, argparse._AppendAction) else made[-1])
 
     @staticmethod
-    def _value(parser: Any, action: Any, word: Any, where: str) -> Any:
+    def _value(parser: Any, action: Any, name: str, word: Any, where: str) -> Any:
         if not isinstance(word, str):
             parser.error(f"{where} must be a value or a list of values")
         try:
@@ -93,16 +131,17 @@ class Settings(argparse.Action):
             parser.error(f"{where}: {error}")
         if action.choices is not None and made not in action.choices:
             parser.error(f"{where} must be one of {', '.join(action.choices)}, found {word!r}")
-        return yes_no(word) if isinstance(action.default, bool) else made
+        return action.meant(name, made) if isinstance(action, Flag) else made
+
+
+TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def yes_no(text: str) -> bool:
     """The value of an option like --force_think true."""
-    if text.lower() in ("true", "yes", "on", "1"):
-        return True
-    if text.lower() in ("false", "no", "off", "0"):
-        return False
-    raise argparse.ArgumentTypeError(f"must be true or false, found {text!r}")
+    if text.lower() not in TRUTH:
+        raise argparse.ArgumentTypeError(f"must be true or false, found {text!r}")
+    return TRUTH[text.lower()]
 
 
 def positive(text: str) -> int:
@@ -160,9 +199,15 @@ def counts(text: str) -> list[int]:
     return [positive(part) for part in text.split(",")]
 
 
-def flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str, help: str) -> None:
-    """An option that stands alone or takes true or false."""
-    parser.add_argument(*names, nargs="?", const=True, default=False, type=yes_no, metavar="true|false", help=help)
+def flag(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str, help: str, default: bool = False
+) -> None:
+    """An option that stands alone or takes true or false, with its opposite."""
+    parser.add_argument(*names, action=Flag, default=default, help=help)
+
+
+def debug_option(parser: argparse.ArgumentParser) -> None:
+    flag(parser, "--debug", help="show the traceback of an error")
 
 
 def threads_option(group: argparse._ArgumentGroup) -> None:

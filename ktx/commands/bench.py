@@ -17,6 +17,7 @@ from typing import Any
 from ktx.commands import bench_serve
 from ktx.commands.arguments import (
     Inner,
+    debug_option,
     flag,
     gguf_in,
     load_options,
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "serve", help=bench_serve.SUMMARY, description=(bench_serve.__doc__ or "").partition(": ")[2]
     )
     bench_serve.add_arguments(serve)
-    serve.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    debug_option(serve)
 
 
 class Engine:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ktx.commands.arguments import flag
 from ktx.errors import DoesNotFit, UsageError
 from ktx.hardware import human
 from ktx.hub.choice import SPLIT, Choice, File, Quantisation, Several, choose
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", metavar="FOLDER", help="where files go (default: the hub's own cache, which other programs share)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="show what would be fetched and leave")
+    flag(parser, "--dry-run", help="show what would be fetched and leave")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -99,14 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="text",
         help="a line or a JSON object for each event (default text)",
     )
-    log.add_argument(
-        "--hide-input",
-        nargs="?",
-        const="true",
-        default="true",
-        metavar="true|false",
-        help="false: write prompts to the log (default true)",
-    )
+    flag(log, "--hide-input", default=True, help="false: write prompts to the log (default true)")
 
 
 def running_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> None:
@@ -241,7 +234,7 @@ def _settings(args: argparse.Namespace) -> Any:
 
     Sampling(**sampling)  # refuses what is out of range
     keep = (0 if args.ray else Answers.keep_responses) if args.keep_responses is None else args.keep_responses
-    return Answers(args.max_new_tokens, args.force_think, template, args.hide_input != "false", sampling, keep)
+    return Answers(args.max_new_tokens, args.force_think, template, args.hide_input, sampling, keep)
 
 
 def read_template(file: str) -> str:
@@ -358,8 +351,6 @@ def check_settings(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--keep-responses {args.keep_responses}: replicas (--ray) share no answers; leave it out, or give 0"
         )
-    if args.hide_input not in ("true", "false"):
-        raise UsageError(f"--hide-input {args.hide_input}: must be true or false")
     if args.cache_lens < LEAST_TOKENS:
         raise UsageError(f"--cache-lens {args.cache_lens}: must be at least {LEAST_TOKENS}")
     if args.script and args.backend_type != "scripted":

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 
 from ktx.dialects.calls import Calls
-from ktx.dialects.events import Event
+from ktx.dialects.events import Event, Text
 from ktx.dialects.lenient import Value
 from ktx.dialects.objects import ObjectCall, read_list
-from ktx.dialects.source import Broken, Source, Wait, marks_of
+from ktx.dialects.source import Broken, Source, marks_of
 from ktx.dialects.table import Format
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.-]{0,255}")
@@ -33,11 +33,13 @@ def read_bare(source: Source, calls: Calls, format: Format, mark: str) -> Iterat
         yield from _python_calls(source, calls)
 
 
-def _between(source: Source) -> Wait[None]:
+def _between(source: Source) -> Iterator[Event | None]:
     """What separates objects that are not in a list."""
-    yield from source.space()
-    if (yield from source.char()) in (",", ";"):
+    space = yield from source.space()
+    if (char := (yield from source.char())) and char in ",;":
         source.at += 1
+    elif space:
+        yield Text(space)
 
 
 def _python_calls(source: Source, calls: Calls) -> Iterator[Event | None]:

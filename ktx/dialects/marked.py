@@ -9,9 +9,9 @@ import re
 from collections.abc import Iterator
 
 from ktx.dialects.calls import Calls, stream_call
-from ktx.dialects.events import Event
+from ktx.dialects.events import Event, Text
 from ktx.dialects.objects import ObjectCall, read_list
-from ktx.dialects.source import Broken, Source, Wait, marks_of
+from ktx.dialects.source import Broken, Marks, Source, Wait, marks_of
 from ktx.dialects.table import Format
 from ktx.dialects.tags import TagCall
 
@@ -35,8 +35,7 @@ def _read(source: Source, calls: Calls, format: Format) -> Iterator[Event | None
     ends = marks_of(*format.ends, *format.starts, *format.sections, *format.tag_call[1:], "```")
     char = yield from source.char()
     if char == "{":
-        yield from ObjectCall(source, calls, ends, True).read()
-        yield from _spare_brackets(source)
+        yield from _objects(source, calls, ends)
     elif char == "[" and not (yield from source.comes(marks_of(format.id_mark, *format.separators))):
         yield from read_list(source, calls, ends)
     elif (yield from source.accept(marks_of(format.tag_call[0]))):
@@ -49,6 +48,22 @@ def _read(source: Source, calls: Calls, format: Format) -> Iterator[Event | None
             yield from TagCall(source, calls, format, name).read()
     else:
         yield from _named(source, calls, format)
+
+
+def _objects(source: Source, calls: Calls, ends: Marks) -> Iterator[Event | None]:
+    """{...}, and those that follow it before the end mark: each is a call. What follows and is none is left, as text."""
+    while True:
+        yield from ObjectCall(source, calls, ends, True).read()
+        yield from _spare_brackets(source)
+        source.keep()  # the calls so far are sure
+        space = yield from source.space()
+        if (char := (yield from source.char())) and char in ",;":
+            source.at += 1
+            space = yield from source.space()
+        if (yield from source.char()) != "{":
+            if space:
+                yield Text(space)
+            break
 
 
 def _named(source: Source, calls: Calls, format: Format) -> Iterator[Event | None]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ktx.dialects.bare import read_bare
 from ktx.dialects.calls import MOST, Calls, new_id
-from ktx.dialects.events import CallEnd, CallStart, Event
+from ktx.dialects.events import CallEnd, CallStart, Event, Text
 from ktx.dialects.harmony import Harmony
 from ktx.dialects.layout import Output
 from ktx.dialects.marked import read_marked
@@ -28,6 +28,8 @@ class Parser:
 
     `thinking`: the prompt has opened the reasoning block. `said`: what the prompt says in the block where it ends, the
     beginning of the text that comes. `parse_calls`: whether calls are looked for, by default where there are tools.
+    What looks like a call inside the reasoning block is reasoning, unless the family calls from there: nobody runs what
+    a model only thinks about.
     Arguments are told while they come, so it may turn out late that they are no JSON: the call then has no CallEnd, and
     all its text follows as Text. Whoever collects a message leaves out calls without CallEnd.
     """
@@ -78,7 +80,9 @@ class Parser:
             if mark in self.dialect.think:
                 yield from self._reasoning(mark)
             elif self.format and mark in self.format.ends + ("```",):
-                if not self.output.behind_call:  # else: the end of a call that has been read
+                if self.output.behind_call:
+                    self.output.end_mark()
+                else:
                     yield from self.output.show(mark)
             elif self.format and mark in self.format.sections + ("```json",):
                 self.output.wait(mark)
@@ -90,14 +94,16 @@ class Parser:
         """Shows text; returns the mark behind it, empty at the end."""
         source = self.source
         while True:
-            if self._bare and (self.output.fresh or self.begins):
+            thinking = self.output.kind == "think" and not self.dialect.calls_in_thought
+            if self._bare and not thinking and (self.output.fresh or self.begins):
                 self.begins = False
                 yield from self.output.show((yield from source.space()))
                 char = yield from source.char()
                 if char in BARE and char:
                     source.at += 1
                     return char
-            text, mark = source.until(self._marks_behind if self.output.behind_call else self._marks)
+            behind = self._marks_behind if self.output.behind_call else self._marks
+            text, mark = source.until(marks_of(*self.dialect.think) if thinking else behind)
             yield from self.output.show(text)
             if mark[:1] == "\n":
                 yield from self.output.show("\n")
@@ -148,10 +154,13 @@ class Parser:
                         self.calls.index, self.calls.open = self.calls.index - 1, False
                         raise Broken
                     layout = self.output.drop()
+                elif isinstance(event, Text):  # white space behind a call
+                    yield from self.output.show(event.text)
+                    continue
                 yield event
                 if isinstance(event, CallEnd):
                     source.release()
-                    self.output.after_call()
+                    self.output.after_call(layout)
                     layout = ""
         except Broken:
             yield from self.output.show(layout)

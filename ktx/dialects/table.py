@@ -31,6 +31,7 @@ class Dialect:
     name: str
     format: Format | None = None
     think: tuple[str, str] = ("<think>", "</think>")
+    calls_in_thought: bool = False  # calls without closing the reasoning block first, by marks that are control tokens
     prompt_opens: bool = False  # the generation prompt ends inside the reasoning block, unless it is told otherwise
     marks: tuple[str, ...] = field(default=(), compare=False)  # all of them stand in the family's chat template
     model_types: tuple[str, ...] = field(default=(), compare=False)  # config.json's, where the template says nothing
@@ -40,6 +41,16 @@ class Dialect:
     thinking_key: str = ""  # the key of reasoning, besides reasoning_content
     ids: str = ""  # "named": functions.name:0; "short": nine letters and digits
     one_call: bool = False  # refuses several calls in one message
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """All marks that its models write around reasoning and calls."""
+        format = self.format
+        if format is None:
+            return tuple(mark for mark in self.think if mark)
+        calls = (*format.starts, *format.ends, *format.sections, *format.separators, format.id_mark)
+        tags = (*format.tag_call, *format.tag_parameter, *format.pair_key, *format.pair_value)
+        return tuple(mark for mark in (*self.think, *calls, *tags) if mark)
 
 
 _TOOL_CALL = "<tool_call>", "</tool_call>"
@@ -115,6 +126,7 @@ _ROWS = (
     Dialect(
         "kimi-k2",
         KIMI,
+        calls_in_thought=True,
         marks=("<|tool_call_argument_begin|>",),
         model_types=("kimi_k2", "kimi_k25", "kimi_linear"),
         ids="named",

@@ -19,7 +19,9 @@ class Answer:
     def __init__(self, request: Request, tokenizer: Any, stop_ids: frozenset[int], context: int):
         self.request, self.context = request, context
         self.chooser = Chooser(request.sampling, request.prompt)
-        self.words, self.finder = Detokeniser(tokenizer), StopFinder(request.sampling.stop)
+        self.words = Detokeniser(tokenizer, request.sampling.hidden)
+        self.finder = StopFinder(request.sampling.stop, request.sampling.include_stop)
+        self.tail = ""  # the text of the token that ended the answer, where it is part of it
         own = frozenset(request.sampling.stop_ids)
         self.stop_ids = own if request.sampling.ignore_eos else stop_ids | own
         self.stopped_by: str | int | None = None
@@ -41,7 +43,7 @@ class Answer:
         drafted, request.draft = request.draft, []
         kept = part.count - len(drafted)
         for i, row in enumerate(logits):
-            choice = self.chooser.choose(row, self._allowed())
+            choice = self.chooser.choose(row, self._allowed(len(row)))
             self.done = self._say(choice)
             if self.done or i >= len(drafted) or choice.token != drafted[i]:
                 break
@@ -50,9 +52,15 @@ class Answer:
         request.accepted += kept - (part.count - len(drafted))
         return kept, self.done
 
-    def _allowed(self) -> torch.Tensor | None:
+    def _allowed(self, vocabulary: int) -> torch.Tensor | None:
+        """bool [vocabulary] of what may come next, by the grammar and because the answer is too short to end. None: anything."""
         constraint = self.request.constraint
-        return None if constraint is None else constraint.mask()
+        mask = None if constraint is None else constraint.mask()
+        if self.request.answered >= self.request.sampling.min_tokens:
+            return mask
+        longer = torch.ones(vocabulary, dtype=torch.bool) if mask is None else mask.clone()
+        longer[[token for token in self.stop_ids if token < vocabulary]] = False
+        return longer if longer.any() else mask  # a grammar that allows nothing but the end has the last word
 
     def _tell_prompt(self, part: Part, logits: torch.Tensor) -> None:
         """Log-probabilities of the prompt's tokens: a row speaks of the token that follows it. Those of a part that is computed again are known."""
@@ -74,11 +82,15 @@ class Answer:
             request.first_token = time.perf_counter()
         if token in self.stop_ids:
             self.stopped_by, self.last = token, choice
+            self.tail = self.words.feed(token) if request.sampling.include_stop else ""
             return "stop"
         request.ids.append(token)
         if request.constraint is not None:
             request.constraint.took(token)
-        request.sink(Piece(self.finder.feed(self.words.feed(token)), choice))
+        text = self.words.feed(token)
+        if request.answered >= request.sampling.min_tokens:  # before, no text ends it
+            text = self.finder.feed(text)
+        request.sink(Piece(text, choice))
         if self.finder.found is not None:
             self.stopped_by = self.finder.found
             return "stop"
@@ -89,7 +101,9 @@ class Answer:
 
     def finish(self, reason: Reason, error: str = "", refused: bool = False) -> Finished:
         """Tells what was held back, and that this was all."""
-        text = "" if self.finder.found is not None else self.finder.feed(self.words.rest()) + self.finder.rest()
+        text = ""
+        if self.finder.found is None:
+            text = self.finder.feed(self.words.rest()) + self.finder.rest() + self.tail
         if self.finder.found is not None and reason == "length":
             reason, self.stopped_by = "stop", self.finder.found
         request = self.request

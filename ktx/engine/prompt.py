@@ -53,9 +53,21 @@ class Prompts:
             if len(str(token)) > 1 and (token.special or _MARK.fullmatch(str(token)))
         ]
         self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
+        self.silent = frozenset(self._silent(added))
         self.controls = re.compile(
             "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)"
         )
+
+    def _silent(self, added: Mapping[int, Any]) -> set[int]:
+        """Special tokens that say nothing to whoever reads an answer: all but the marks of reasoning and calls, which the parser reads."""
+        if self.dialect.format is not None and self.dialect.format.style == "harmony":
+            return set()  # all of them are marks
+        marks = self.dialect.written
+        return {
+            token
+            for token, word in added.items()
+            if word.special and not any(str(word) in mark or mark in str(word) for mark in marks)
+        }
 
     @property
     def template(self) -> str | None:

@@ -20,6 +20,8 @@ LIMITS = {  # inclusive range of each setting
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
     "max_new_tokens": (0, 1 << 30),
+    "min_tokens": (0, 1 << 31),
+    "repeat_last_n": (-1, 1 << 31),
     "logprobs": (0, 20),
 }
 FIRST, MORE = (
@@ -35,6 +37,8 @@ class Sampling:
     Cuts follow one another as in transformers: top_k, top_p, min_p, typical_p, each on what the one before left.
     `logprobs`: how many likeliest tokens are told with each one's own log-probability (None: none of it), from the
     model's own distribution, before any setting here. `echo`: the prompt's tokens with theirs too.
+    Nothing ends an answer before `min_tokens` of it. Penalties look back over `repeat_last_n` tokens (-1: all of them).
+    `hidden` tokens have no text; `include_stop`: the text that ends an answer is part of it.
     """
 
     temperature: float = 0.0
@@ -51,6 +55,10 @@ class Sampling:
     stop: Sequence[str] = ()
     stop_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0
+    repeat_last_n: int = -1
+    hidden: frozenset[int] = frozenset()
+    include_stop: bool = False
     logprobs: int | None = None
     echo: bool = False
 
@@ -66,7 +74,8 @@ class Sampling:
 
     @property
     def penalises(self) -> bool:
-        return self.repetition_penalty != 1 or bool(self.presence_penalty) or bool(self.frequency_penalty)
+        changes = self.repetition_penalty != 1 or bool(self.presence_penalty) or bool(self.frequency_penalty)
+        return changes and self.repeat_last_n != 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,7 @@ class Chooser:
             self.source.manual_seed(sampling.seed % (1 << 64))
         self.read: torch.Tensor | None = None  # bool [vocabulary]: in the prompt or the answer
         self.count: torch.Tensor | None = None  # f32 [vocabulary]: how often in the answer
+        self.said: list[int] = []  # the answer, where penalties look back over a part of it
 
     def choose(self, logits: torch.Tensor, mask: torch.Tensor | None = None) -> Choice:
         """The next token from logits [vocabulary]; `mask` bool says which ones a grammar allows."""
@@ -98,6 +108,7 @@ class Chooser:
         if self.count is not None and self.read is not None:
             self.count[token] += 1
             self.read[token] = True
+            self.said.append(token)
         return self.told(logits, token)
 
     def told(self, logits: torch.Tensor, token: int) -> Choice:
@@ -122,14 +133,24 @@ class Chooser:
 
     def _penalise(self, logits: torch.Tensor) -> None:
         """Repetition counts the prompt too (Keskar et al. 2019, arXiv 1909.05858); presence and frequency the answer, as OpenAI's."""
-        if self.read is None or self.count is None:
-            self.read, self.count = torch.zeros(len(logits), dtype=torch.bool), torch.zeros(len(logits))
-            self.read[torch.tensor(list(self.prompt), dtype=torch.int64)] = True
         s = self.sampling
+        if self.read is None or self.count is None or s.repeat_last_n >= 0:
+            self.read, self.count = self._window(len(logits))
         if s.repetition_penalty != 1:
             values = logits[self.read]
             logits[self.read] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
         logits -= s.frequency_penalty * self.count + s.presence_penalty * (self.count > 0)
+
+    def _window(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens stand in what penalties look back over, and how often those of the answer do."""
+        most = self.sampling.repeat_last_n
+        said = self.said[-most:] if most >= 0 else self.said
+        before = list(self.prompt)
+        if most >= 0:
+            before = before[len(before) - min(len(before), most - len(said)) :]
+        read = torch.zeros(vocabulary, dtype=torch.bool)
+        read[torch.tensor([*before, *said], dtype=torch.int64)] = True
+        return read, torch.bincount(torch.tensor(said, dtype=torch.int64), minlength=vocabulary).float()
 
     def _pick(self, logits: torch.Tensor) -> int:
         s = self.sampling

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 
@@ -10,11 +10,11 @@ class Detokeniser:
     """Decodes with a few tokens of context, and holds back what is not yet a whole character.
 
     Decoding a token alone would lose the spaces that some tokenizers keep between tokens, so the text is the difference
-    of two decodings that start at the same token.
+    of two decodings that start at the same token. `hidden` tokens have no text.
     """
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer, self.ids = tokenizer, list[int]()
+    def __init__(self, tokenizer: Any, hidden: Container[int] = ()):
+        self.tokenizer, self.hidden, self.ids = tokenizer, hidden, list[int]()
         self.start, self.shown = 0, 0  # decoding starts at `start`; tokens before `shown` have been given out
 
     def _decode(self, ids: Sequence[int]) -> str:
@@ -22,6 +22,8 @@ class Detokeniser:
 
     def feed(self, token: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
+        if token in self.hidden:
+            return ""
         self.ids.append(token)
         before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
         if now.endswith("�") or len(now) <= len(before):
@@ -37,10 +39,10 @@ class Detokeniser:
 
 
 class StopFinder:
-    """Looks for stop strings in a stream and holds back what might become one."""
+    """Looks for stop strings in a stream and holds back what might become one. `include`: the one that was found is shown."""
 
-    def __init__(self, stop: Iterable[str] = ()):
-        self.stop, self.held = [s for s in stop if s], ""
+    def __init__(self, stop: Iterable[str] = (), include: bool = False):
+        self.stop, self.include, self.held = [s for s in stop if s], include, ""
         self.found: str | None = None
 
     def feed(self, piece: str) -> str:
@@ -51,6 +53,7 @@ class StopFinder:
         hits = [(self.held.find(stop), stop) for stop in self.stop if stop in self.held]
         if hits:
             at, self.found = min(hits)
+            at += len(self.found) if self.include else 0
         else:
             at = len(self.held) - max((_overlap(self.held, stop) for stop in self.stop), default=0)
         shown, self.held = self.held[:at], self.held[at:]

@@ -31,6 +31,7 @@ from ktx.server.fields import (
     Respond,
     RespondCount,
     Tokenize,
+    parameters,
 )
 from ktx.server.guard import Access, Guard, owner_of
 from ktx.server.machine import Machine
@@ -49,12 +50,17 @@ class JsonRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def read(request: Request) -> Response:
+            ignored: list[str] = []
+            parameters.IGNORED_NOW.set(ignored)
             try:
                 if request.method != "POST":
                     return await handler(request)
                 if body := await request.body():
                     request._json = parsed(body)
-                return await unless_gone(request, handler(request))
+                answer = await unless_gone(request, handler(request))
+                if ignored:
+                    answer.headers[parameters.HEADER] = ", ".join(ignored)
+                return answer
             except Gone:
                 return Response(status_code=499)
             except (RequestValidationError, HTTPException):
@@ -290,6 +296,8 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
     place = ".".join(str(part) for part in first["loc"] if part != "body")
     if unknown:
         message = f"{place}: this server knows no such field"
+    elif first["type"] == "parameter":
+        message, place = str(first["msg"]), first["ctx"]["name"]
     elif first["type"] == "missing":
         message = f"{place}: is missing"
     elif first["type"] == "none_required":

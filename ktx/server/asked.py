@@ -17,6 +17,7 @@ from ktx.engine.sampling import Sampling
 from ktx.errors import ContextExceeded
 from ktx.server.errors import Problem, problem_of
 from ktx.server.fields.openai import Choosing, Format, Guided, Structured
+from ktx.server.fields.parameters import ignore
 from ktx.server.pools import COMPILE, GRAMMARS, PROMPTS, RENDER, within
 from ktx.server.served import Served
 
@@ -37,6 +38,7 @@ class Talk:
     answer: bool = True  # the prompt ends where the assistant speaks
     proceed: bool = False  # the answer goes on with the last message
     template: str | None = None  # its name, where the model has several
+    truncate: int | None = None  # tokens of the prompt that are read, its last ones
 
 
 @dataclass
@@ -92,20 +94,34 @@ def sampling_of(served: Served, fields: Choosing | Mapping[str, Any], limit: int
         "repetition_penalty",
         "seed",
         "ignore_eos",
+        "min_tokens",
+        "repeat_last_n",
     )
     chosen = served.defaults | {name: given[name] for name in names if name in given}
     chosen["top_k"] = max(0, chosen.get("top_k", 0))
     stop = given.get("stop") or ()
     bias = {int(token): float(value) for token, value in (given.get("logit_bias") or {}).items()}
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
     most = limit if limit is not None else served.settings.max_new_tokens or 1 << 30
+    if chosen.get("min_tokens", 0) > most:
+        raise Problem(400, f"min_tokens is {chosen['min_tokens']}, the answer has {most} at most", "min_tokens")
     return Sampling(
         **chosen,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop=stop,
+        hidden=frozenset() if given.get("skip_special_tokens") is False else _hidden(served, stop),
+        include_stop=bool(given.get("include_stop_str_in_output")),
         stop_ids=tuple(given.get("stop_token_ids") or ()),
         logit_bias=bias,
         max_new_tokens=most,
         **more,
     )
+
+
+def _hidden(served: Served, stop: Sequence[str]) -> frozenset[int]:
+    """Special tokens that are not shown. One that a stop string is made of is read as text: else it would end nothing."""
+    _, prompts, _ = served.ready()
+    named = {token for word, token in prompts.special.items() if any(word in one or one in word for one in stop)}
+    return prompts.silent - named
 
 
 def salt_of(fields: Choosing) -> bytes:
@@ -127,6 +143,10 @@ async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 
     force = served.settings.force_think and talk.think is not False and words.get("enable_thinking") is not False
     how = (talk.messages, tools, words, force, talk.answer, talk.proceed, talk.template)
     rendered = await within(RENDER, PROMPTS, "the prompt", prompts.render, *how)
+    if tools:
+        _check_tools(served, rendered.untold)
+    if talk.truncate is not None:
+        rendered = replace(rendered, ids=last_tokens(served, rendered.ids, talk.truncate, sampling))
     asked = Asked(rendered, sampling, None, tools, bool(tools), salt, count)
     if tools and talk.choice != "auto":
         names = None if talk.choice == "required" else [talk.choice] if isinstance(talk.choice, str) else talk.choice
@@ -142,6 +162,24 @@ async def asked_of(served: Served, talk: Talk, sampling: Sampling, count: int = 
             after = prompts.dialect.think[1]
         asked.grammar = await grammar_of(talk.format, after)
     return asked
+
+
+def _check_tools(served: Served, untold: bool) -> None:
+    """Says where tools have no effect: in the answer's header each time, in the log once for a model."""
+    _, prompts, _ = served.ready()
+    if untold:
+        ignore("tools")
+        served.warn_once("the model's chat template writes nothing of tools: the model does not hear of them")
+    elif prompts.dialect.format is None:
+        served.warn_once("how this model writes calls is not known: its calls are text of the answer")
+
+
+def last_tokens(served: Served, ids: list[int], count: int, sampling: Sampling) -> list[int]:
+    """The last `count` tokens of a prompt; -1: as many as the context holds beside the answer."""
+    engine, _, _ = served.ready()
+    if count < 0:
+        count = max(1, engine.context - min(sampling.max_new_tokens, engine.context - 1))
+    return ids[max(0, len(ids) - count) :]
 
 
 def _forced(dialect: Dialect, tools: list[dict[str, Any]], names: list[str] | None, *more: Any) -> str:

@@ -30,11 +30,12 @@ async def answer(served: Served, fields: Chat, request: Request) -> Response:
         [message_of(message) for message in fields.messages],
         *_tools(fields),
         fields.parallel_tool_calls is not False,
-        effort_words(fields.reasoning_effort) | (fields.chat_template_kwargs or {}),
+        _words(fields),
         guided(fields),
         answer=fields.add_generation_prompt is not False,
         proceed=fields.proceeds,
         template=fields.chat_template,
+        truncate=fields.truncate_prompt_tokens,
     )
     ask = await asked_of(served, talk, sampling, fields.n or 1, salt_of(fields))
     check_room(served, ask.rendered.ids, limit)
@@ -46,13 +47,22 @@ async def answer(served: Served, fields: Chat, request: Request) -> Response:
         "system_fingerprint": served.fingerprint,
     }
     turns = [Turn(ask.parser(served)) for _ in range(ask.count)]
-    tokens = Tokens(chorus.engine.tokenizer)
+    tokens = Tokens(chorus.engine.tokenizer, bool(fields.return_tokens_as_token_ids))
     wants = bool(fields.logprobs)
-    hide = fields.include_reasoning is False
+    hide = fields.include_reasoning is False or bool(fields.reasoning and fields.reasoning.exclude)
     if not fields.stream:
         return await sending.whole(chorus, _whole(chorus, turns, base, tokens, wants, hide))
     pieces = _stream(chorus, turns, base, tokens, wants, hide, fields.stream_options or StreamOptions())
     return sending.events(pieces, chorus, request.url.path, served.settings.ping, "[DONE]")
+
+
+def _words(fields: Chat) -> dict[str, Any]:
+    """What the template is told of thinking and whatever else."""
+    said = fields.reasoning
+    told = effort_words(fields.reasoning_effort or (said.effort if said else None))
+    if said and said.enabled is not None:
+        told |= {"enable_thinking": said.enabled, "thinking": said.enabled}
+    return told | fields.words
 
 
 def _tools(fields: Chat) -> tuple[list[dict[str, Any]], str | list[str]]:

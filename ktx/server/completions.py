@@ -21,6 +21,7 @@ from ktx.server.asked import (
     check_room,
     grammar_of,
     guided,
+    last_tokens,
     salt_of,
     sampling_of,
 )
@@ -40,6 +41,8 @@ async def answer(served: Served, fields: Completion, request: Request) -> Respon
         served, fields, limit, logprobs=fields.logprobs, echo=bool(fields.echo and fields.logprobs is not None)
     )
     prompts = await within(RENDER, PROMPTS, "the prompt", _ids, engine.tokenizer, fields)
+    if fields.truncate_prompt_tokens is not None:
+        prompts = [last_tokens(served, ids, fields.truncate_prompt_tokens, sampling) for ids in prompts]
     grammar = await grammar_of(guided(fields))
     for ids in prompts:
         check_room(served, ids, limit)
@@ -54,7 +57,7 @@ async def answer(served: Served, fields: Completion, request: Request) -> Respon
         "model": model,
         "system_fingerprint": served.fingerprint,
     }
-    tokens = Tokens(engine.tokenizer)
+    tokens = Tokens(engine.tokenizer, bool(fields.return_tokens_as_token_ids))
     if not fields.stream:
         return await sending.whole(chorus, _whole(chorus, base, tokens, fields, prompts))
     return sending.events(
@@ -88,9 +91,16 @@ class Told:
             first = choice.logprob is None  # of a prompt: nothing stands before it
             top: dict[str, float] = {}
             for token, logprob in choice.top:
-                top.setdefault(self.tokens.text(token), bounded(logprob))
+                top.setdefault(self.tokens.name(token), bounded(logprob))
             for name, value in zip(
-                lists, (text, None if first else bounded(choice.logprob), None if first else top, self.at), strict=True
+                lists,
+                (
+                    self.tokens.name(choice.token),
+                    None if first else bounded(choice.logprob),
+                    None if first else top,
+                    self.at,
+                ),
+                strict=True,
             ):
                 lists[name].append(value)
             self.at += len(text)

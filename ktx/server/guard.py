@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ktx.server import ids
 from ktx.server.errors import body_for
+from ktx.server.fields.parameters import HEADER
 from ktx.server.static import FILES
 
 OPEN = {(method, path) for method in ("GET", "HEAD") for path in ("/health", *FILES)}
@@ -215,7 +216,7 @@ def _with(send: Send, more: list[tuple[bytes, bytes]]) -> Send:
 def _allowing(origin: bytes) -> list[tuple[bytes, bytes]]:
     return [
         (b"access-control-allow-origin", origin),
-        (b"access-control-expose-headers", b", ".join(ids.TOLD)),
+        (b"access-control-expose-headers", b", ".join((*ids.TOLD, HEADER.encode()))),
         (b"vary", b"Origin"),
     ]
 

@@ -37,7 +37,7 @@ VERSION = "0.13.0"  # of Ollama's API that these routes follow
 
 def _settings(fields: OllamaShared) -> tuple[dict[str, Any], int | None]:
     given = fields.options.model_dump(exclude_none=True) if fields.options else {}
-    limit = given.pop("num_predict", None)
+    limit = given.pop("num_predict", fields.max_tokens)
     if "repeat_penalty" in given:
         given["repetition_penalty"] = given.pop("repeat_penalty")
     return given, limit if limit is not None and limit > 0 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import threading
 import time
 import uuid
@@ -17,6 +18,8 @@ from ktx.engine.request import Finished
 from ktx.errors import KtxError
 from ktx.server.errors import Problem
 from ktx.server.kept import Kept
+
+log = logging.getLogger("ktx.server")
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Served:
         self.defaults: dict[str, Any] = {}
         self.trouble = ""
         self.stopping = False
+        self.warned: set[str] = set()
         self.on_finished: Callable[[Finished], None] | None = None
 
     def attach(self, engine: Engine) -> None:
@@ -93,6 +97,12 @@ class Served:
         thread = threading.Thread(target=run, name="ktx-loading", daemon=True)
         thread.start()
         return thread
+
+    def warn_once(self, words: str) -> None:
+        """A line of the log that nobody needs with every request."""
+        if words not in self.warned:
+            self.warned.add(words)
+            log.warning("%s: %s", self.names[0], words)
 
     def ready(self) -> tuple[Engine, Prompts, Grammars]:
         """Problem 503 unless requests can be answered."""

@@ -20,6 +20,7 @@ async def tokenize(served: Served, fields: Tokenize) -> dict[str, Any]:
         talk = Talk(
             [message_of(message) for message in fields.messages],
             [tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
+            words=fields.words,
             answer=fields.add_generation_prompt is not False,
             proceed=fields.proceeds,
             template=fields.chat_template,

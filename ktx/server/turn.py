@@ -101,17 +101,20 @@ class Turn:
 
 
 class Tokens:
-    """Single tokens as text and bytes."""
+    """Single tokens as text and bytes. `as_ids`: vLLM's token_id:N in place of the text, which need not tell tokens apart."""
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, as_ids: bool = False):
         from tokenizers.decoders import ByteLevel
 
-        self.tokenizer = tokenizer
+        self.tokenizer, self.as_ids = tokenizer, as_ids
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.bytes_of = _letters() if isinstance(getattr(backend, "decoder", None), ByteLevel) else {}
 
     def text(self, token: int) -> str:
         return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def name(self, token: int) -> str:
+        return f"token_id:{token}" if self.as_ids else self.text(token)
 
     def bytes(self, token: int) -> list[int]:
         """A part of a character too, which has no text."""
@@ -124,7 +127,7 @@ class Tokens:
 
     def entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         """As OpenAI's chat answers tell of a token."""
-        return {"token": self.text(token), "logprob": bounded(logprob), "bytes": self.bytes(token)}
+        return {"token": self.name(token), "logprob": bounded(logprob), "bytes": self.bytes(token)}
 
     def content(self, choices: list[Choice]) -> dict[str, Any]:
         """`logprobs` of a chat answer or a piece of it."""

@@ -56,7 +56,6 @@ def shared(family: str) -> list[Case]:
         case("a thought that ends with the stream", w.think[0] + "and so", Think("and so")),
         case("thought and call", w.thought("Look.") + one, Think("Look."), paris),
         case("thought and two calls", w.thought("Look.") + two, Think("Look."), *both),
-        case("a call in a thought", w.think[0] + "Look.\n" + one, Think("Look."), paris),
         case("text and call", w.say("Let me look.") + "\n\n" + one, "Let me look.", paris),
         case("white space before a call", "\n\n" + one, paris),
         case("white space behind a call", one + "\n \n", paris),
@@ -71,6 +70,23 @@ def shared(family: str) -> list[Case]:
     if w.json:
         said = {"path": "x", "content": "".join(w.marks) + '{"name": "weather"}' + w.calls(("now", {}))}
         cases.append(case("the family's own marks in a string", w.calls(("write", said)), call("write", said)))
+    if family == "kimi-k2":
+        cases.append(case("a call in a thought", w.think[0] + "Look.\n" + one, Think("Look."), paris))
+    elif family == "gpt-oss":  # a call is a message of its own
+        cases.append(case("a call behind a thought", w.think[0] + "Look.\n" + one, Think("Look."), paris))
+    else:
+        thought = "Look.\n" + one.strip()
+        cases += [
+            case("a call in a thought", w.think[0] + thought, Think(thought)),
+            case("a call in a thought that is closed", w.thought(thought) + w.say("Yes."), Think(thought), "Yes."),
+            case("a call in a thought, then one behind it", w.thought(thought) + one, Think(thought), paris),
+        ]
+    if family != "gpt-oss":
+        text = w.say("Let me look.") + "\n\n" + one + "\n" + w.say("Done now!")
+        cases.append(case("text around a call", text, "Let me look.", paris, "\n\n\nDone now!"))
+    if family not in ("gpt-oss", "llama-3", "llama-4"):  # bare calls begin a line
+        text = "Look. " + w.calls(("now", {})) + w.say("So.") + " \n" + one + "\n\n"
+        cases.append(case("a space before a call", text, "Look.", call("now", {}), " So.", paris))
     if family != "gpt-oss":
         raw = f"Text {one} more"
         cases.append(case("no tools: calls are text", raw, raw, tools=False))

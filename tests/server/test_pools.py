@@ -134,8 +134,9 @@ def test_what_cannot_be_done_is_a_problem(pool):
         asyncio.run(within(10, pool, "a", broken))
 
 
-ENDLESS = (
-    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
+ENDLESS = (  # for one message
+    "{% if messages[0].content == 'x' %}{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}"
+    "{% endfor %}{% endfor %}{% endif %}{{ messages[0].content }}"
 )
 
 

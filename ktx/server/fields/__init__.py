@@ -1,5 +1,6 @@
 """What a request may hold, a file a protocol."""
 
+from ktx.server.fields import parameters
 from ktx.server.fields.anthropic import Anthropic, Count
 from ktx.server.fields.ollama import OllamaChat, OllamaGenerate, OllamaShow
 from ktx.server.fields.openai import Chat, Completion, Detokenize, Tokenize
@@ -17,4 +18,5 @@ __all__ = [
     "Respond",
     "RespondCount",
     "Tokenize",
+    "parameters",
 ]

@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from ktx.server.fields.openai import Effort, Fields, FunctionName, MaxTokens, Name, Object, Stops, Text, own_tool
+from ktx.server.fields.openai import (
+    Effort,
+    Fields,
+    FunctionName,
+    MaxTokens,
+    Name,
+    Object,
+    Request,
+    Stops,
+    Text,
+    own_tool,
+)
 
 
 class Block(Fields):
@@ -55,7 +66,7 @@ class OutputConfig(Fields):
     format: OutputFormat | None = None
 
 
-class Count(Fields):
+class Count(Request):
     model: Name
     messages: Annotated[list[AnthropicTurn], Field(min_length=1, max_length=10_000)]
     system: Text | Annotated[list[Block], Field(max_length=4096)] | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
-from ktx.server.fields.openai import Fields, Name, Object, Stop, Stops, Text, Tool
+from ktx.server.fields.openai import Fields, MaxTokens, Name, Object, Request, Stop, Stops, Text, Tool
 
 
 def no_images(images: list[Any] | None) -> None:
@@ -17,15 +17,15 @@ def no_images(images: list[Any] | None) -> None:
 NoImages = Annotated[list[Any] | None, AfterValidator(no_images)]
 
 
-class OllamaOptions(Fields):
-    """Settings of its runner that mean nothing here (threads, layers on a GPU) may be given: they change no answer."""
+class OllamaOptions(Request):
+    """Settings of an answer. Those of Ollama's runner (threads, layers on a GPU) are in the table of what is ignored."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=1 << 30)
     min_p: float | None = Field(None, ge=0, le=1)
     typical_p: float | None = Field(None, ge=0, le=1)
+    repeat_last_n: int | None = Field(None, ge=-1, lt=1 << 31)
     repeat_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -34,11 +34,12 @@ class OllamaOptions(Fields):
     stop: Stop | Stops | None = None
 
 
-class OllamaShared(Fields):
+class OllamaShared(Request):
     model: Name
     stream: bool | None = None
     format: Literal["", "json"] | Object | None = None
     options: OllamaOptions | None = None
+    max_tokens: MaxTokens | None = None  # num_predict, as clients of several servers call it
     keep_alive: Any = None
     think: bool | Literal["low", "medium", "high"] | None = None
     logprobs: bool | None = None

@@ -5,9 +5,11 @@ Fields of OpenAI's API that make no sense for a text model on one machine are li
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from ktx.server.fields.parameters import known
 
 TEXT = 16 << 20
 Name = Annotated[str, Field(max_length=256)]
@@ -36,15 +38,28 @@ TEMPLATE_WORDS = (  # what a request may tell a chat template
 
 
 class Fields(BaseModel):
-    """Types are not guessed: "0.7" is no number."""
+    """Types are not guessed: "0.7" is no number. But 8.0 is 8: JSON has one kind of number, and some clients write all of them so."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def whole_number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class Request(Fields):
+    """The fields of a route, which also knows other servers' parameters."""
+
+    effective: ClassVar[frozenset[str]] = frozenset()  # that have an effect here though the table says they have none
+
+    _known = model_validator(mode="before")(classmethod(known))  # type: ignore[arg-type]
 
 
 # ---- sampling, which several routes share
 
 
-class Choosing(Fields):
+class Choosing(Request):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=1 << 30)  # 0 and -1: all
@@ -60,6 +75,10 @@ class Choosing(Fields):
     stop: Stop | Stops | None = None
     stop_token_ids: Annotated[Ids, Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
+    repeat_last_n: int | None = Field(None, ge=-1, lt=1 << 31)  # tokens that penalties look back over; -1: all
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
@@ -170,6 +189,8 @@ class Guided(Choosing):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=8)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=1 << 31)  # the prompt's last ones; -1: as many as fit
+    return_tokens_as_token_ids: bool | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
     service_tier: Tier | None = None
@@ -245,18 +266,52 @@ class Message(Fields):
         return self
 
 
-class Ending(Fields):
-    """Where the prompt ends, in vLLM's words and in DeepSeek's."""
+class Switch(Fields):
+    """Whether the model thinks, in the words of GLM's API and DeepSeek's."""
+
+    type: Literal["enabled", "disabled", "auto"]
+    clear_thinking: bool | None = None
+
+
+class Ending(Request):
+    """How messages become a prompt: its template's words and its end, in vLLM's words and in others'."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    enable_thinking: bool | None = None
+    thinking: Switch | bool | None = None
+    chat_template_kwargs: Object | None = None
     chat_template: Text | None = None  # the name of one of the model's; a template itself never comes from a request
 
     @property
     def proceeds(self) -> bool:
         """The answer goes on with the last message."""
         return bool(self.continue_final_message or (self.messages and self.messages[-1].prefix))
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def known_words(cls, value: Object | None) -> Object | None:
+        for key, word in (value or {}).items():
+            if key not in TEMPLATE_WORDS:
+                raise ValueError(f"{key!r} cannot be told to the template; what can: {', '.join(TEMPLATE_WORDS)}")
+            if not isinstance(word, str | int | float | bool | None) or (isinstance(word, str) and len(word) > 4096):
+                raise ValueError(f"{key!r} must be a short string, a number or a truth value")
+        return value
+
+    @property
+    def words(self) -> Object:
+        """What the template is told, the most particular last."""
+        thinks, told = self.enable_thinking, {}
+        if isinstance(self.thinking, Switch):
+            thinks = {"enabled": True, "disabled": False}.get(self.thinking.type, thinks)
+            if self.thinking.clear_thinking is not None:
+                told["clear_thinking"] = self.thinking.clear_thinking
+        elif self.thinking is not None:
+            thinks = self.thinking
+        if thinks is not None:
+            told |= {"enable_thinking": thinks, "thinking": thinks}
+        return told | (self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
     def one_end(self) -> Ending:
@@ -265,6 +320,16 @@ class Ending(Fields):
         if self.proceeds and self.add_generation_prompt:
             raise ValueError("an answer that goes on with the last message needs add_generation_prompt: false")
         return self
+
+
+class Reasoning(Fields):
+    """OpenRouter's words for it."""
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+    max_tokens: None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None  # nothing is summed up: it is told whole
 
 
 class Chat(Guided, Ending):
@@ -278,7 +343,9 @@ class Chat(Guided, Ending):
     tool_choice: AnyChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
-    chat_template_kwargs: Object | None = None
+    reasoning: Reasoning | None = None
+    add_special_tokens: Literal[False] | None = None  # vLLM's: the template writes what begins a text
+    best_of: Literal[1] | None = None
     echo: Literal[False] | None = None  # vLLM's: what an answer goes on with is not said again
     modalities: list[Literal["text"]] | None = None
     store: bool | None = None  # for a place to look at answers later, which is not here
@@ -290,16 +357,6 @@ class Chat(Guided, Ending):
     function_call: None = None
     prediction: None = None
     web_search_options: None = None
-
-    @field_validator("chat_template_kwargs")
-    @classmethod
-    def words(cls, value: Object | None) -> Object | None:
-        for key, word in (value or {}).items():
-            if key not in TEMPLATE_WORDS:
-                raise ValueError(f"{key!r} cannot be told to the template; what can: {', '.join(TEMPLATE_WORDS)}")
-            if not isinstance(word, str | int | float | bool | None) or (isinstance(word, str) and len(word) > 4096):
-                raise ValueError(f"{key!r} must be a short string, a number or a truth value")
-        return value
 
     @model_validator(mode="after")
     def fitting(self) -> Chat:
@@ -354,6 +411,6 @@ class Tokenize(Ending):
         return self
 
 
-class Detokenize(Fields):
+class Detokenize(Request):
     model: Name | None = None
     tokens: Ids

@@ -13,6 +13,7 @@ from ktx.server.fields.openai import (
     MaxTokens,
     Name,
     Object,
+    Request,
     Retention,
     Text,
     Tier,
@@ -93,8 +94,10 @@ AnyResponseChoice = Annotated[
 ]
 
 
-class RespondCount(Fields):
+class RespondCount(Request):
     """What the length of a prompt depends on."""
+
+    effective = frozenset({"store", "metadata"})
 
     model: Name | None = None
     input: Text | Annotated[list[Object], Field(min_length=1, max_length=ITEMS)] | None = None

@@ -52,8 +52,9 @@ CASES: list[Case] = [
     case(
         "a call in the thought",
         "So.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
-        Think("So."),
-        Call("now"),
+        Think(
+            "So.\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+        ),
         thinking=True,
     ),
 ]

@@ -29,8 +29,9 @@ CASES: list[Case] = [
     case(
         "a call in the thought",
         '<think>Hm.\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
-        Think("Hm."),
-        Call("now"),
+        Think(
+            'Hm.\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>'
+        ),
     ),
     case(
         "cut in a value",

@@ -86,9 +86,41 @@ CASES: list[Case] = [
     case(
         "the thought never closed before the call",
         '<think>\nI will look.\n<tool_call>{"name": "now", "arguments": {}}</tool_call>\nand so',
-        Think("I will look."),
+        Think('I will look.\n<tool_call>{"name": "now", "arguments": {}}</tool_call>\nand so'),
+    ),
+    case(
+        "two objects in one pair of marks",
+        '<tool_call>\n{"name": "now", "arguments": {}}\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n',
         Call("now"),
-        Think("and so"),
+        Call("weather", PARIS),
+    ),
+    case(
+        "two objects with a comma between, then a call of its own",
+        'So: <tool_call>{"name": "now"}, {"name": "now"}</tool_call><tool_call>{"name": "now"}</tool_call> Done.',
+        "So:",
+        Call("now"),
+        Call("now"),
+        Call("now"),
+        "  Done.",
+    ),
+    case(
+        "three objects side by side, no end mark",
+        '<tool_call>{"name": "now"}{"name": "now"}{"name": "weather", "arguments": {"city": "Paris"}}',
+        Call("now"),
+        Call("now"),
+        Call("weather", PARIS),
+    ),
+    case(
+        "an object behind a call that is none",
+        '<tool_call>{"name": "now"}\n{"city": "Paris"}</tool_call>',
+        Call("now"),
+        '{"city": "Paris"}</tool_call>',
+    ),
+    case(
+        "words behind the object",
+        '<tool_call>{"name": "now"} and so</tool_call>',
+        Call("now"),
+        "and so</tool_call>",
     ),
     case(
         "functions. before the name",
