@@ -52,7 +52,7 @@ FAMILIES: dict[str, tuple[str, dict[str, str]]] = {  # GGUF architecture -> (mod
     "qwen3moe": ("qwen3_moe", MOE | {"num_experts": "expert_count"}),
     "deepseek2": ("deepseek_v3", DEEPSEEK),
 }
-NEEDS_FOLDER = ("qwen3next", "glm4moe", "minimax-m2", "ernie4_5-moe", "gpt-oss")
+NEEDS_FOLDER = ("qwen3next", "qwen35", "qwen35moe", "glm4moe", "minimax-m2", "ernie4_5-moe", "gpt-oss")
 
 
 def config_from_gguf(path: Path) -> Any:
