@@ -22,6 +22,7 @@ ARCH = {
     "qwen3_5_text": "qwen35",
     "qwen3_5_moe_text": "qwen35moe",
     "mixtral": "llama",
+    "mistral": "llama",
     "llama": "llama",
     "glm4_moe": "glm4moe",
     "minimax_m2": "minimax-m2",
