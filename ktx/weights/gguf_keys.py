@@ -31,7 +31,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 ELSEWHERE = (  # agreement.py compares them, or the shapes of tensors do; the last do nothing to a text
     "block_count nextn_predict_layers embedding_length attention.head_count attention.head_count_kv "
     "vocab_size context_length feed_forward_length expert_count expert_feed_forward_length expert_shared_feed_forward_length expert_shared_count "
-    "attention.kv_lora_rank rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scale_linear "
+    "attention.q_lora_rank attention.kv_lora_rank rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scale_linear "
     "rope.scaling.attn_factor rope.scaling.yarn_ext_factor rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast "
     "rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier full_attention_interval attention.recurrent_layers "
     "rope.scaling.finetuned rope.dimension_sections tensor_data_layout attention.layer_norm_epsilon pooling_type"
@@ -48,6 +48,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that mean "off", beside 0, Fal
     "num_loops": (1,),
     "rope.scaling.alpha": (1,),
 }
+UNSET = (  # 0 says nothing
+    "attention.scale",
+    "expert_gating_func",
+    "expert_weights_scale",
+    "expert_group_count",
+    "expert_group_used_count",
+)
 NORMED = {"mixtral": True, "minimax_m2": True, "gpt_oss": True, "ernie4_5_moe": True, "qwen3_5_moe_text": True}
 GATING = {
     "deepseek_v3": (2,),
@@ -144,7 +151,6 @@ SAME: dict[
     "attention.layer_norm_rms_epsilon": ("RMS norm's epsilon", _first("rms_norm_eps")),
     "attention.key_length": ("key width", _width),
     "attention.value_length": ("value width", _width),
-    "attention.q_lora_rank": ("q_lora_rank", _first("q_lora_rank")),
     "attention.key_length_mla": ("key width", _latent(lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim)),
     "attention.value_length_mla": ("value width", _latent(lambda c: c.v_head_dim)),
     "attention.key_length_swa": ("key width in windows", head_dim),
@@ -196,9 +202,6 @@ def key_differences(metadata: Mapping[str, Any], arch: str, config: Any) -> list
         elif expected is not None and not _same(value, expected) and not (value == 0 and key in UNSET):
             found.append(f"{what}: {_shown(value)} in the file ({full}), {_shown(expected)} in the configuration")
     return [*found, *_window(metadata, arch, config), *_linear_layers(metadata, arch, config)]
-
-
-UNSET = ("attention.q_lora_rank", "attention.scale", "expert_gating_func", "expert_weights_scale", "expert_group_count", "expert_group_used_count")  # 0 says nothing  # fmt: skip
 
 
 def _same(value: Any, expected: Any) -> bool:
@@ -298,7 +301,8 @@ def rope_differences(
 def _scaling(rope: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, ...]]:
     """Values of keys under rope.scaling that agree with the configuration."""
     factor = float(rope.get("factor") or 1.0)
-    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    original = original or config.max_position_embeddings
     attention = rope.get("attention_factor")
     stretched = config.max_position_embeddings / original
     long = math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0

@@ -13,7 +13,7 @@ import ktx
 from ktx.engine.request import Finished
 from ktx.engine.sampling import Sampling
 from ktx.errors import BadFile, KtxError
-from ktx.weights.gguf_tokenizer import end_tokens, tokenizer_from_gguf
+from ktx.weights.gguf_tokenizer import end_tokens, sampling_in, tokenizer_from_gguf
 from ktx.weights.pretokenizers import PRE
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
@@ -326,6 +326,28 @@ def test_an_answer_ends_there(tmp_path, own, end, folder):
         (finished,) = [event for _, event in events if isinstance(event, Finished)]
     assert (finished.ids, finished.reason) == ([B_], "stop")
     assert mine.generate(torch.tensor([[A_]]), max_new_tokens=8, do_sample=False)[0, 1:].tolist() == [B_, end]
+
+
+@pytest.mark.parametrize(
+    "said,expected",
+    [
+        (
+            {"temp": 0.6, "top_k": 20, "top_p": 0.95},
+            {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True},
+        ),
+        ({"penalty_repeat": 1.1, "min_p": 0.05}, {"repetition_penalty": 1.1, "min_p": 0.05, "do_sample": True}),
+        ({"temp": 0.0, "top_k": 20}, {"do_sample": False}),
+        ({"sequence": "kpt", "mirostat": 0}, {}),
+        ({}, {}),
+    ],
+)
+def test_settings_that_a_file_recommends(said, expected):
+    assert sampling_in({f"general.sampling.{key}": value for key, value in said.items()}, "m.gguf") == expected
+
+
+def test_settings_that_ktx_does_not_have_are_named():
+    with pytest.warns(UserWarning, match=r"recommends general.sampling.mirostat, which ktx does not have"):
+        assert sampling_in({"general.sampling.mirostat": 2}, "m.gguf") == {}
 
 
 # ---- a file is what its first bytes say
