@@ -135,14 +135,15 @@ def prepare(
         where = hub_folder(str(model))
     if not where.exists():
         raise BadFile(f"{where}: no such file or folder; `ktx download` fetches a model from a hub")
-    if moe_experts is not None:
-        fewer_experts(config, moe_experts)
     chosen = load_rules(rules, config.model_type)
     source = open_weights(where, config)
     scheme = _scheme(model, where) if isinstance(source, SafetensorsSource) else ""
     wrong = source.differences(config)
     if wrong:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
+
+    if moe_experts is not None:
+        fewer_experts(config, moe_experts)
 
     def planned(
         rules: Sequence[Rule], places: Sequence[Place], kind: torch.dtype, tell: bool

@@ -111,17 +111,20 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
 
 
 def generation(model: Any, folder: str | Path, source: WeightSource) -> None:
-    """The folder's generation settings; where it has none, every token that a GGUF file ends answers with counts too."""
+    """The folder's generation settings; where it has none, those of a GGUF file, whose every end of an answer counts too."""
     from transformers import GenerationConfig
 
-    from ktx.weights.gguf_tokenizer import end_tokens
+    from ktx.weights.gguf_tokenizer import end_tokens, sampling_in
 
     if (Path(folder).expanduser() / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
-    elif ends := end_tokens(source.metadata, source.path):
+    else:
         own = model.generation_config.eos_token_id
         own = [own] if isinstance(own, int) else own or []
-        model.generation_config.eos_token_id = [*own, *(number for number in ends if number not in own)]
+        ends = [*own, *(number for number in end_tokens(source.metadata, source.path) if number not in own)]
+        if len(ends) > len(own):
+            model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+        model.generation_config.update(**sampling_in(source.metadata, source.path))
     model.generation_config.disable_compile = (
         True  # kernels are opaque to the compiler; compiling around them costs minutes
     )

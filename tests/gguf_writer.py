@@ -19,7 +19,10 @@ ARCH = {
     "qwen2_moe": "qwen2moe",
     "qwen3_moe": "qwen3moe",
     "qwen3_next": "qwen3next",
+    "qwen3_5_text": "qwen35",
+    "qwen3_5_moe_text": "qwen35moe",
     "mixtral": "llama",
+    "mistral": "llama",
     "llama": "llama",
     "glm4_moe": "glm4moe",
     "minimax_m2": "minimax-m2",
@@ -194,7 +197,13 @@ class Writer:
                 if seen is not None:
                     self.oracle[hf] = seen.reshape(x.shape)
                     return
-        plus = 1 if self.arch == "qwen3next" and rest.endswith("norm.weight") and "linear_attn" not in rest else 0
+        plus = (
+            1
+            if self.arch in ("qwen3next", "qwen35", "qwen35moe")
+            and rest.endswith("norm.weight")
+            and "linear_attn" not in rest
+            else 0
+        )
         base, suffix = (
             (hf.removesuffix(".weight"), ".weight") if hf.endswith(".weight") else (hf.removesuffix(".bias"), ".bias")
         )
@@ -268,14 +277,39 @@ class Writer:
     def shared_gate(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
         return self.put1(f"{block}ffn_gate_inp_shexp.weight", x.reshape(-1))
 
+    def tiled(self, x: torch.Tensor, dim: int, width: int, back: bool = False) -> torch.Tensor:
+        """Value heads in the order of llama.cpp's converter (_reorder_v_heads) for Qwen3.5; as they are for others."""
+        if not self.arch.startswith("qwen35"):
+            return x
+        keys, values = self.config.linear_num_key_heads, self.config.linear_num_value_heads
+        split = (values // keys, keys) if back else (keys, values // keys)
+        return x.unflatten(dim, (*split, width)).transpose(dim, dim + 1).flatten(dim, dim + 2)
+
+    def behind_keys(self, x: torch.Tensor, back: bool = False) -> torch.Tensor:
+        before = 2 * self.config.linear_num_key_heads * self.config.linear_key_head_dim
+        return torch.cat([x[:before], self.tiled(x[before:], 0, self.config.linear_value_head_dim, back)])
+
     def dt_bias(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
-        return self.put1(f"{block}ssm_dt.bias", x)
+        self.put1(f"{block}ssm_dt.bias", self.tiled(x, 0, 1))
+        return x
 
     def a_log(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
-        return torch.log(-self.put1(f"{block}ssm_a", -torch.exp(x.float())))
+        return torch.log(-self.tiled(self.put1(f"{block}ssm_a", -torch.exp(self.tiled(x.float(), 0, 1))), 0, 1, True))
 
     def conv1d(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
-        return self.put1(f"{block}ssm_conv1d.weight", x.squeeze(1))
+        self.put1(f"{block}ssm_conv1d.weight", self.behind_keys(x.squeeze(1)))
+        return x
+
+    def tiled_rows(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        if hit[1] == "qkv":
+            return self.behind_keys(self.put(f"{block}attn_qkv.weight", self.behind_keys(x)), True)
+        width = self.config.linear_value_head_dim if hit[1] == "z" else 1
+        name = {"z": "attn_gate", "a": "ssm_alpha", "b": "ssm_beta"}[hit[1]]
+        return self.tiled(self.put(f"{block}{name}.weight", self.tiled(x, 0, width)), 0, width, True)
+
+    def tiled_columns(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
+        width = self.config.linear_value_head_dim
+        return self.tiled(self.put(f"{block}ssm_out.weight", self.tiled(x, 1, width)), 1, width, True)
 
     def qkvz(self, block: str, hit: re.Match[str], x: torch.Tensor) -> torch.Tensor:
         c = self.config
@@ -304,6 +338,8 @@ SPECIAL = [
     (r"linear_attn\.A_log", "a_log"),
     (r"linear_attn\.conv1d\.weight", "conv1d"),
     (r"linear_attn\.in_proj_qkvz\.weight", "qkvz"),
+    (r"linear_attn\.in_proj_(qkv|z|a|b)\.weight", "tiled_rows"),
+    (r"linear_attn\.out_proj\.weight", "tiled_columns"),
 ]
 
 

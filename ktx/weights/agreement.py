@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ktx.weights.gguf_keys import scalar
 from ktx.weights.source import TensorSpec
 
 # metadata key after the architecture -> configuration attributes, of which the first that exists counts
@@ -21,12 +22,30 @@ def gguf_differences(
     metadata: Mapping[str, Any], arch: str, tensors: Mapping[str, TensorSpec], config: Any
 ) -> list[str]:
     """One line for each thing in which file and configuration differ; an empty list when they agree."""
-    found = [_layers(metadata, arch, config), _vocabulary(tensors, config), _kv_heads(metadata, arch, config)]
+    found: list[str | None] = [
+        _layers(metadata, arch, config),
+        _vocabulary(tensors, config),
+        _kv_heads(metadata, arch, config),
+    ]
+    found += _uniform(metadata, arch)
     for key, attributes, what in KEYS:
-        in_file, in_config = metadata.get(f"{arch}.{key}"), _first(config, attributes)
+        in_file, in_config = scalar(metadata.get(f"{arch}.{key}")), _first(config, attributes)
         if isinstance(in_file, int) and in_file and isinstance(in_config, int) and in_file != in_config:
             found.append(f"{what}: {in_file} in the file, {in_config} in the configuration")
     return [line for line in found if line]
+
+
+def _uniform(metadata: Mapping[str, Any], arch: str) -> list[str]:
+    """Lines on numbers that differ from layer to layer, which no family here has."""
+    keys = (
+        "attention.head_count",
+        "attention.head_count_kv",
+        "feed_forward_length",
+        "expert_feed_forward_length",
+        "expert_used_count",
+    )
+    varying = [(f"{arch}.{key}", scalar(metadata.get(f"{arch}.{key}"))) for key in keys]
+    return [f"{key} differs from layer to layer" for key, value in varying if isinstance(value, list)]
 
 
 def _first(config: Any, attributes: tuple[str, ...]) -> Any:
@@ -50,7 +69,8 @@ def _vocabulary(tensors: Mapping[str, TensorSpec], config: Any) -> str | None:
 
 
 def _kv_heads(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None:
-    in_file, in_config = metadata.get(f"{arch}.attention.head_count_kv"), getattr(config, "num_key_value_heads", None)
+    in_file = scalar(metadata.get(f"{arch}.attention.head_count_kv"))
+    in_config = getattr(config, "num_key_value_heads", None)
     if (
         getattr(config, "kv_lora_rank", None)
         or not isinstance(in_file, int)

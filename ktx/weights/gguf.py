@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ktx.forks import Lock
 from ktx.weights.accounting import Reads, Verdict, companion
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header
+from ktx.weights.gguf_keys import ROPE_TABLES, key_differences, refuse_architecture, refuse_kind, rope_differences
 from ktx.weights.names import GGUFNames, Recipe, cook
 from ktx.weights.source import QuantizedTensor, TensorSpec, joined
 
@@ -30,6 +32,8 @@ class GGUFSource:
         whole = whole_header(path)
         self.metadata, self.tensors = whole.metadata, whole.tensors
         self.arch = architecture(self.metadata, whole.file)
+        refuse_kind(self.metadata, whole.file)
+        refuse_architecture(self.arch, whole.file, config.model_type)
         self.total_bytes = sum(spec.nbytes for spec in self.tensors.values())
         self.config = config
         self.names = GGUFNames(self.arch, config, self.tensors)
@@ -108,7 +112,15 @@ class GGUFSource:
     def differences(self, config: Any) -> list[str]:
         from ktx.weights.agreement import gguf_differences
 
-        return gguf_differences(self.metadata, self.arch, self.tensors, config)
+        tables = {name: partial(self._table, name) for name in ROPE_TABLES if name in self.tensors}
+        return [
+            *gguf_differences(self.metadata, self.arch, self.tensors, config),
+            *key_differences(self.metadata, self.arch, config),
+            *rope_differences(self.metadata, self.arch, config, tables),
+        ]
+
+    def _table(self, tensor: str) -> list[float]:
+        return [float(value) for value in self.read(tensor).dequantize().reshape(-1)]
 
     def _map(self, file: str) -> mmap.mmap:
         with self._lock:

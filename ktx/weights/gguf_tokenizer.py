@@ -33,6 +33,14 @@ FIM_ENDS = {  # fill-in-the-middle: marks of padding, repository and file end an
     "fim_rep": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>".split(),
     "fim_sep": ["<|file_sep|>"],
 }
+SAMPLING = {  # keys under general.sampling -> transformers' names
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+NO_SAMPLING = ("sequence", "penalty_last_n", "xtc_threshold", "mirostat_tau", "mirostat_eta")  # nothing by themselves
 NO_ENDS = (  # a token that ends nothing where the file has both of these
     ("<|end|>", ("<|return|>", "<|call|>")),
     ("<|end|>", ("<|return|>", "<|calls|>")),
@@ -148,6 +156,19 @@ class Vocabulary:
 def end_tokens(metadata: Mapping[str, Any], file: str) -> list[int]:
     """Ids that end an answer, the end mark first; empty where the file has no tokenizer."""
     return Vocabulary.of(metadata, file).ends if "tokenizer.ggml.tokens" in metadata else []
+
+
+def sampling_in(metadata: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Settings of transformers' GenerationConfig that a file recommends; a warning names those that ktx does not have."""
+    prefix = "general.sampling."
+    said = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    left = [f"{prefix}{key}" for key, value in said.items() if value and key not in (*SAMPLING, *NO_SAMPLING)]
+    if left:
+        warnings.warn(f"{file}: recommends {', '.join(left)}, which ktx does not have; left out", stacklevel=2)
+    found = {SAMPLING[key]: value for key, value in said.items() if key in SAMPLING}
+    if not found.get("temperature", 1.0):
+        return {"do_sample": False}
+    return found | {"do_sample": True} if found else {}
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], file: str) -> Any:

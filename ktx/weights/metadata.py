@@ -9,6 +9,7 @@ import numpy as np
 
 from ktx.errors import BadFile, nearest
 from ktx.weights.gguf_header import Header, architecture
+from ktx.weights.gguf_keys import refuse_kind, scalar, scaling_of
 from ktx.weights.gguf_tokenizer import end_tokens
 
 # transformers' name -> metadata key after the architecture; "?" marks keys that may be absent
@@ -52,7 +53,7 @@ FAMILIES: dict[str, tuple[str, dict[str, str]]] = {  # GGUF architecture -> (mod
     "qwen3moe": ("qwen3_moe", MOE | {"num_experts": "expert_count"}),
     "deepseek2": ("deepseek_v3", DEEPSEEK),
 }
-NEEDS_FOLDER = ("qwen3next", "glm4moe", "minimax-m2", "ernie4_5-moe", "gpt-oss")
+NEEDS_FOLDER = ("qwen3next", "qwen35", "qwen35moe", "glm4moe", "minimax-m2", "ernie4_5-moe", "gpt-oss")
 
 
 def config_from_gguf(path: Path) -> Any:
@@ -71,7 +72,8 @@ def config_from_gguf(path: Path) -> Any:
         )
         raise BadFile(f"{path}: a {arch} file cannot be used alone ({why}); {REMEDY}")
     model_type, keys = FAMILIES[arch]
-    if arch == "llama" and f"{arch}.expert_count" in header.metadata:
+    refuse_kind(header.metadata, str(path))
+    if arch == "llama" and header.metadata.get(f"{arch}.expert_count"):
         model_type, keys = "mixtral", {"num_experts_per_tok": "expert_used_count", "num_local_experts": "expert_count"}
     values = {name: value for name, key in (COMMON | keys).items() if (value := _value(header, arch, key)) is not None}
     values |= {
@@ -79,6 +81,7 @@ def config_from_gguf(path: Path) -> Any:
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "rope_theta": float(header.metadata.get(f"{arch}.rope.freq_base", 10000.0)),
     }
+    values["num_hidden_layers"] -= header.metadata.get(f"{arch}.nextn_predict_layers", 0)
     if arch == "deepseek2":
         model_type = _deepseek(header, values)
     values |= _biases(header, model_type) | FIXED.get(model_type, {})
@@ -114,8 +117,10 @@ def _biases(header: Header, model_type: str) -> dict[str, bool]:
 def _value(header: Header, arch: str, key: str) -> Any:
     full = f"{arch}.{key.removesuffix('?')}"
     if full in header.metadata:
-        value = header.metadata[full]
-        return next(iter(value)) if hasattr(value, "__iter__") and not isinstance(value, str) else value
+        value = scalar(header.metadata[full])
+        if isinstance(value, list):
+            raise BadFile(f"{header.file}: {full} differs from layer to layer, which no family here has")
+        return value
     if key.endswith("?"):
         return None
     raise BadFile(f"{header.file}: the metadata key {full} is missing; {REMEDY}")
@@ -144,7 +149,9 @@ def _deepseek(header: Header, values: dict[str, Any]) -> str:
     values["head_dim"] = values["qk_rope_head_dim"]
     values["q_lora_rank"] = values.get("q_lora_rank") or None
     sigmoid = m.get("deepseek2.expert_gating_func", 1) == 2
-    values.setdefault("n_group", 1), values.setdefault("topk_group", 1)
+    values["n_group"], values["topk_group"] = values.get("n_group") or 1, values.get("topk_group") or 1
+    values.setdefault("norm_topk_prob", False)  # what llama.cpp takes where the file says nothing
+    values["routed_scaling_factor"] = values.get("routed_scaling_factor") or 1.0
     if not sigmoid:
         values["topk_method"] = "greedy" if values["n_group"] == 1 else "group_limited_greedy"
     return "deepseek_v3" if sigmoid else "deepseek_v2"
@@ -152,10 +159,11 @@ def _deepseek(header: Header, values: dict[str, Any]) -> str:
 
 def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
     """rope_parameters, and what else of the configuration they go with. Takes rope_theta out of `values`."""
-    m, kind = header.metadata, header.metadata.get(f"{arch}.rope.scaling.type", "none")
+    m = header.metadata
+    kind, factor = scaling_of(m, arch)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
     more: dict[str, Any] = {}
-    factor, original = m.get(f"{arch}.rope.scaling.factor"), m.get(f"{arch}.rope.scaling.original_context_length")
+    original = m.get(f"{arch}.rope.scaling.original_context_length") or values["max_position_embeddings"]
     rotated = m.get(f"{arch}.rope.dimension_count")
     width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     if arch != "deepseek2" and isinstance(rotated, int) and 0 < rotated < width:
@@ -168,7 +176,7 @@ def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
             "short_factor": _floats(header, "rope_factors_short.weight"),
             "long_factor": _floats(header, "rope_factors_long.weight"),
         }
-        more["original_max_position_embeddings"] = rope["original_max_position_embeddings"] = int(original or 4096)
+        more["original_max_position_embeddings"] = rope["original_max_position_embeddings"] = int(original)
         if f"{arch}.rope.scaling.attn_factor" in m:
             rope["attention_factor"] = float(m[f"{arch}.rope.scaling.attn_factor"])
     elif kind == "yarn":
@@ -177,14 +185,16 @@ def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
         )  # a tenth of mscale_all_dim is stored
         rope |= {
             "rope_type": "yarn",
-            "factor": float(factor or 1.0),
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "original_max_position_embeddings": int(original or 4096),
+            "factor": factor,
+            "beta_fast": m.get(f"{arch}.rope.scaling.yarn_beta_fast") or 32,
+            "beta_slow": m.get(f"{arch}.rope.scaling.yarn_beta_slow") or 1,
+            "original_max_position_embeddings": int(original),
         }
+        if attention := m.get(f"{arch}.rope.scaling.yarn_attn_factor"):
+            rope["attention_factor"] = float(attention)
         rope |= {"mscale": mscale, "mscale_all_dim": mscale} if mscale else {}
     elif kind == "linear":
-        rope |= {"rope_type": "linear", "factor": float(factor or 1.0)}
+        rope |= {"rope_type": "linear", "factor": factor}
     elif kind not in ("none", "longrope"):
         raise BadFile(f"{header.file}: rope scaling {kind!r} is not known; {REMEDY}")
     if f"{arch}.attention.sliding_window" in m and arch == "phi3":
@@ -196,6 +206,8 @@ def _llama3(header: Header, theta: float, width: int) -> dict[str, Any]:
     """Llama 3's scaling from the table of divisors that files keep of it; BadFile when the table says something else."""
     table = np.array(_floats(header, "rope_freqs.weight"))
     factor = float(table.max())
+    if (table == 1).all():
+        return {}  # divides by one
     wavelength = 2 * np.pi * theta ** (np.arange(len(table)) * 2 / width)
     smooth = (1 / table - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.ones_like(table)
     between = (smooth > 0.01) & (smooth < 0.99)

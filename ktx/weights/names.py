@@ -34,6 +34,7 @@ class Recipe:
     parts: tuple[Part, ...]
     shape: Shape
     order: Callable[[], torch.Tensor] | None = None  # row i of the result is row order[i] of the parts
+    columns: Callable[[], torch.Tensor] | None = None  # column i of the result is column columns[i] of the one part
     value: Callable[[torch.Tensor], torch.Tensor] | None = None  # on the dequantised parts; then reshaped to `shape`
 
 
@@ -60,7 +61,7 @@ class GGUFNames:
                     found = make(self, block, hit)
                     if found is not None:
                         return found
-        elif self.arch == "qwen3next" and name == "model.norm.weight":
+        elif self.arch in PLUS_ONE and name == "model.norm.weight":
             return self.one("output_norm.weight", value=lambda w: w - 1)
         return self.plain(name)
 
@@ -251,11 +252,16 @@ def _fused_gate_up(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe |
     return names.one(f"{block}ffn_up.weight")  # phi3's ffn_up holds both
 
 
-# ---- Qwen3-Next's linear attention, and its norms stored as 1 + w
+# ---- linear attention of Qwen3-Next and Qwen3.5, and their norms stored as 1 + w
+
+TILED = ("qwen35", "qwen35moe")  # value heads that share a key head are apart: the first of each, then the second ...
+PLUS_ONE = ("qwen3next", *TILED)
 
 
-def _only(arch: str, make: Callable[[GGUFNames, str, re.Match[str]], Recipe | None]) -> Callable[..., Recipe | None]:
-    return lambda names, block, hit: make(names, block, hit) if names.arch == arch else None
+def _only(
+    archs: tuple[str, ...], make: Callable[[GGUFNames, str, re.Match[str]], Recipe | None]
+) -> Callable[..., Recipe | None]:
+    return lambda names, block, hit: make(names, block, hit) if names.arch in archs else None
 
 
 def _minus_one(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
@@ -268,7 +274,47 @@ def _conv1d(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
     if not names.has(tensor):
         return None
     channels, kernel = names.shape(tensor)
-    return names.one(tensor, shape=(channels, 1, kernel))
+    order = (lambda: _behind_keys(names.config)) if names.arch in TILED else None
+    return names.one(tensor, shape=(channels, 1, kernel), order=order)
+
+
+def _grouped(config: Any, width: int) -> torch.Tensor:
+    """Where a tiled file has the rows of the value heads, `width` each, in the model's order: those of a key head together."""
+    keys, values = int(config.linear_num_key_heads), int(config.linear_num_value_heads)
+    return torch.arange(values * width).reshape(values // keys, keys, width).transpose(0, 1).reshape(-1)
+
+
+def _behind_keys(config: Any) -> torch.Tensor:
+    """Queries and keys as they are, then value heads grouped."""
+    before = 2 * int(config.linear_num_key_heads) * int(config.linear_key_head_dim)
+    return torch.cat([torch.arange(before), before + _grouped(config, int(config.linear_value_head_dim))])
+
+
+def _tiled_rows(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
+    """A projection whose rows are value heads, or end in them."""
+    c = names.config
+    tensor, order = {
+        "qkv": ("attn_qkv", lambda: _behind_keys(c)),
+        "z": ("attn_gate", lambda: _grouped(c, int(c.linear_value_head_dim))),
+        "a": ("ssm_alpha", lambda: _grouped(c, 1)),
+        "b": ("ssm_beta", lambda: _grouped(c, 1)),
+    }[hit[1]]
+    return names.one(f"{block}{tensor}.weight", order=order)
+
+
+def _tiled_columns(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
+    c = names.config
+    return names.one(f"{block}ssm_out.weight", columns=lambda: _grouped(c, int(c.linear_value_head_dim)))
+
+
+def _a_log(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
+    order = _grouped(names.config, 1) if names.arch in TILED else slice(None)
+    return names.one(f"{block}ssm_a", value=lambda a: torch.log(-a.reshape(-1)[order]))
+
+
+def _dt_bias(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
+    order = _grouped(names.config, 1) if names.arch in TILED else slice(None)
+    return names.one(f"{block}ssm_dt.bias", value=lambda dt: dt.reshape(-1)[order])
 
 
 def _qkvz(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
@@ -308,13 +354,15 @@ SPECIAL: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[str]], R
         (r"(?:mlp|block_sparse_moe).*e_score_correction_bias", _correction_bias),
         (r"mlp\.shared_expert_gate\.weight", _shared_gate),
         (r"mlp\.gate_up_proj\.weight", _fused_gate_up),
-        (r"linear_attn\.dt_bias", lambda n, b, hit: n.one(f"{b}ssm_dt.bias")),
-        (r"linear_attn\.A_log", lambda n, b, hit: n.one(f"{b}ssm_a", value=lambda a: torch.log(-a))),
+        (r"linear_attn\.dt_bias", _dt_bias),
+        (r"linear_attn\.A_log", _a_log),
         (r"linear_attn\.conv1d\.weight", _conv1d),
         (r"linear_attn\.in_proj_qkvz\.weight", _qkvz),
+        (r"linear_attn\.in_proj_(qkv|z|a|b)\.weight", _only(TILED, _tiled_rows)),
+        (r"linear_attn\.out_proj\.weight", _only(TILED, _tiled_columns)),
         (
             r"((?:self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm))\.weight",
-            _only("qwen3next", _minus_one),
+            _only(PLUS_ONE, _minus_one),
         ),
     )
 ]
@@ -327,6 +375,8 @@ def cook(recipe: Recipe, read: Callable[[str], QuantizedTensor]) -> list[Quantiz
         flat = [part.dequantize() for part in parts]
         values = recipe.value(flat[0] if len(flat) == 1 else torch.cat([f.reshape(-1) for f in flat]))
         return [QuantizedTensor.of(values.reshape(recipe.shape))]
+    if recipe.columns is not None:
+        return [_columns(parts[0], recipe.columns())]
     if recipe.order is not None:
         return [_ordered(parts, recipe)]
     if len(parts) == 1:
@@ -340,8 +390,24 @@ def _ordered(parts: list[QuantizedTensor], recipe: Recipe) -> QuantizedTensor:
         data = torch.cat([part.data.reshape(-1, part.data.shape[-1]) for part in parts])[order]
         return QuantizedTensor(data.reshape(*recipe.shape[:-1], -1), parts[0].qtype, recipe.shape)
     values = torch.cat([part.dequantize().reshape(-1, columns) for part in parts])[order].reshape(recipe.shape)
-    half = values.half()  # types that differ cannot be interleaved packed: f16 keeps ten bits of mantissa for either
-    return QuantizedTensor(half.view(torch.uint8).reshape(*recipe.shape[:-1], columns * 2), _f16(), recipe.shape)
+    return _half(values)  # types that differ cannot be interleaved packed: f16 keeps ten bits of mantissa for either
+
+
+def _columns(part: QuantizedTensor, order: torch.Tensor) -> QuantizedTensor:
+    """Other columns of a matrix: its blocks as they are where each stays whole, else values in f16."""
+    block = part.qtype.block
+    pieces = order.reshape(-1, block) if len(order) % block == 0 else order[:0].reshape(0, block)
+    if len(pieces) and bool(
+        (pieces - pieces[:, :1] == torch.arange(block)).all() and (pieces[:, 0] % block == 0).all()
+    ):
+        data = part.data.reshape(*part.data.shape[:-1], len(pieces), part.qtype.nbytes)[..., pieces[:, 0] // block, :]
+        return QuantizedTensor(data.reshape(part.data.shape), part.qtype, part.shape)
+    return _half(part.dequantize()[..., order])
+
+
+def _half(values: torch.Tensor) -> QuantizedTensor:
+    data = values.half().contiguous().view(torch.uint8).reshape(*values.shape[:-1], values.shape[-1] * 2)
+    return QuantizedTensor(data, _f16(), tuple(values.shape))
 
 
 def _f16() -> Any:
