@@ -13,6 +13,11 @@ def _causal_class(config: Any) -> Any:
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
+def writes_text(config: Any) -> bool:
+    """Whether transformers has a causal language model of such a configuration."""
+    return _causal_class(config) is not None
+
+
 def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
     """A function from a checkpoint's key to the parameter path of today's modeling code, and converters for what is kept in other tensors, by transformers' own table."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping

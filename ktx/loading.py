@@ -32,7 +32,7 @@ from ktx.ops.sizes import sizes
 from ktx.placement import RESERVE, SLACK
 from ktx.preparing import placed_by, prepare, targets_of
 from ktx.rules import Rule
-from ktx.skeleton import generation, read_tokenizer
+from ktx.skeleton import generation, located, read_tokenizer
 from ktx.weights.source import WeightSource
 
 
@@ -110,6 +110,7 @@ def load(
     kv_dtype = kv_type(kv_dtype)
     targets = targets_of(weight_dtype, moe_dtype)
     placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
+    model = located(model, not weights)
     built, made, source, dtype = prepare(
         model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
     )
