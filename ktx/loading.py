@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ktx.cache.kv import FP8, KVType, kv_type
+from ktx.defaults import torch_defaults
 from ktx.device_map import streaming
 from ktx.devices import CPU, PRETEND, Device
 from ktx.errors import DoesNotFit, UsageError
@@ -67,6 +68,7 @@ class Handle:
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
+@torch_defaults()
 def load(
     model: str | Path,
     weights: str | Path | None = None,

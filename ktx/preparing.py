@@ -15,6 +15,7 @@ from torch import nn
 from ktx.cache.kv import KVType
 from ktx.compat import config_dict
 from ktx.config import warn_unknown
+from ktx.defaults import torch_defaults
 from ktx.device_map import Place, arranged, split
 from ktx.devices import CPU, gpus
 from ktx.errors import BadFile, UsageError
@@ -31,6 +32,7 @@ from ktx.weights.safetensors import SafetensorsSource
 from ktx.weights.source import WeightSource, open_weights
 
 
+@torch_defaults()
 def plan(
     model: str | Path,
     weights: str | Path | None = None,
@@ -51,6 +53,7 @@ def plan(
     return prepare(model, weights, rules, torch.float32, None, None, trust_remote_code, targets, False, placed)[1]
 
 
+@torch_defaults()
 def measure(
     model: str | Path,
     weights: str | Path | None = None,

@@ -177,7 +177,9 @@ class PlainRunner(Runner):
         for part in parts:
             self._look(parts)
             rows = [self._forward_of(part.request, *piece) for piece in self._pieces(part)]
-            found[part.request] = torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
+            found[part.request] = (
+                torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size, dtype=torch.float32)
+            )
         return found
 
     def _pieces(self, part: Part) -> list[tuple[int, int, int, int]]:

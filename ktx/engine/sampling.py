@@ -123,7 +123,10 @@ class Chooser:
     def _penalise(self, logits: torch.Tensor) -> None:
         """Repetition counts the prompt too (Keskar et al. 2019, arXiv 1909.05858); presence and frequency the answer, as OpenAI's."""
         if self.read is None or self.count is None:
-            self.read, self.count = torch.zeros(len(logits), dtype=torch.bool), torch.zeros(len(logits))
+            self.read, self.count = (
+                torch.zeros(len(logits), dtype=torch.bool),
+                torch.zeros(len(logits), dtype=torch.float32),
+            )
             self.read[torch.tensor(list(self.prompt), dtype=torch.int64)] = True
         s = self.sampling
         if s.repetition_penalty != 1:
