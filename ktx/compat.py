@@ -54,6 +54,11 @@ def _causal_class(config: Any) -> Any:
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
+def writes_text(config: Any) -> bool:
+    """Whether transformers has a causal language model of such a configuration."""
+    return _causal_class(config) is not None
+
+
 def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
     """A function from a checkpoint's key to the parameter path of today's modeling code, and converters for what is kept in other tensors, by transformers' own table."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -82,13 +87,16 @@ def converted(converter: Any, name: str, tensors: dict[str, list[Any]], config: 
 
 
 def text_part(config: Any) -> Any:
-    """The configuration of the language model in one of text and pictures, where transformers has that model by itself; any other as it is."""
-    text = getattr(config, "sub_configs", {}).get("text_config")
-    return (
-        config.get_text_config()
-        if text is not None and getattr(_causal_class(config), "config_class", None) == text
-        else config
-    )
+    """The configuration of the language model in one of text and pictures, where transformers has that model by itself; any other as it is.
+
+    The output layer is tied where either says so: the whole model goes by its top, which is where `save_pretrained` writes it. A matrix of its own in the file counts all the same.
+    """
+    part = getattr(config, "sub_configs", {}).get("text_config")
+    if part is None or getattr(_causal_class(config), "config_class", None) != part:
+        return config
+    text = config.get_text_config()
+    text.tie_word_embeddings = any(getattr(of, "tie_word_embeddings", None) for of in (config, text))
+    return text
 
 
 def dtype_plan(model: Any, dtype: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from ktx import notes, selftest
 from ktx.cache.kv import FP8, KVType, kv_type
+from ktx.defaults import torch_defaults
 from ktx.device_map import streaming
 from ktx.devices import CPU, PRETEND, Device
 from ktx.errors import DoesNotFit, UsageError
@@ -33,7 +34,7 @@ from ktx.ops.sizes import sizes
 from ktx.placement import RESERVE, SLACK
 from ktx.preparing import placed_by, prepare, targets_of
 from ktx.rules import Rule
-from ktx.skeleton import generation, read_tokenizer
+from ktx.skeleton import generation, located, read_tokenizer
 from ktx.weights.source import WeightSource
 
 
@@ -70,6 +71,7 @@ class Handle:
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
+@torch_defaults()
 def load(
     model: str | Path,
     weights: str | Path | None = None,
@@ -115,6 +117,7 @@ def load(
     kv_dtype = kv_type(kv_dtype)
     targets = targets_of(weight_dtype, moe_dtype)
     placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
+    model = located(model, not weights)
     with notes.heard() as warned:
         built, made, source, dtype = prepare(
             model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed

@@ -16,6 +16,7 @@ from ktx import notes
 from ktx.cache.kv import KVType, kv_type
 from ktx.compat import config_dict
 from ktx.config import check_environment
+from ktx.defaults import torch_defaults
 from ktx.device_map import Place, arranged, split, streaming
 from ktx.devices import CPU, gpus
 from ktx.errors import BadFile, UsageError
@@ -27,12 +28,13 @@ from ktx.ops.base import made_type
 from ktx.ops.linear import Linear
 from ktx.placement import shares
 from ktx.rules import Rule, Rules, load_rules
-from ktx.skeleton import fewer_experts, hub_folder, read_config, skeleton
+from ktx.skeleton import fewer_experts, located, read_config, skeleton
 from ktx.weights.quantization import scheme_of
 from ktx.weights.safetensors import SafetensorsSource
 from ktx.weights.source import WeightSource, open_weights
 
 
+@torch_defaults()
 def plan(
     model: str | Path,
     weights: str | Path | None = None,
@@ -64,6 +66,7 @@ def plan(
     return made
 
 
+@torch_defaults()
 def measure(
     model: str | Path,
     weights: str | Path | None = None,
@@ -129,10 +132,9 @@ def prepare(
 ) -> tuple[nn.Module, Plan, WeightSource, torch.dtype]:
     """The skeleton with its operators, the plan, the weights, and the type that it computes in: `dtype`, or by its devices."""
     check_environment()
+    model = located(model, not weights)
     config = copy.deepcopy(read_config(model, trust_remote_code))
     where = Path(weights or model).expanduser()
-    if not weights and not where.exists():
-        where = hub_folder(str(model))
     if not where.exists():
         raise BadFile(f"{where}: no such file or folder; `ktx download` fetches a model from a hub")
     chosen = load_rules(rules, config.model_type)
@@ -183,8 +185,6 @@ def _scheme(model: str | Path, weights: Path) -> str:
     ]
     configured = [folder for folder in dict.fromkeys(folders) if (folder / "config.json").is_file()]
     said = [(config_dict(str(folder)), str(folder / "config.json")) for folder in configured]
-    if not Path(model).expanduser().exists():
-        said.append((config_dict(str(model)), str(model)))
     return next((line for line in [scheme_of({}, "", *folders), *(scheme_of(*of) for of in said)] if line), "")
 
 
@@ -202,6 +202,8 @@ def _names_gpu(rules: Sequence[Rule], places: Sequence[Place]) -> bool:
 def _tie(model: nn.Module, made: Plan, source: WeightSource) -> None:
     """An output layer without weights of its own reads the embedding's; if the file has some, they count."""
     for target, origin in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if isinstance(source, SafetensorsSource) and source.spec(origin) is None and target in source.tensors:
+            source.tensors[origin] = source.tensors.pop(target)  # the one matrix under the other name
         module = model.get_submodule(target.rpartition(".")[0])
         if not isinstance(module, Linear):
             continue

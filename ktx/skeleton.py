@@ -9,18 +9,31 @@ from typing import Any
 
 import torch
 
-from ktx.compat import config_dict, text_part
+from ktx.compat import config_dict, text_part, writes_text
 from ktx.errors import BadFile, UsageError
+from ktx.hub.choice import BESIDE
 from ktx.rules import FILES
 from ktx.weights.gguf_files import ggufs_in, is_gguf
 from ktx.weights.source import WeightSource
+
+
+def located(model: str | Path, weights: bool = False) -> Path:
+    """The folder or GGUF file that a name means: a hub id's files, with safetensors if `weights`, come from the hub or its cache (OWNER/NAME, or OWNER/NAME@REVISION)."""
+    path = Path(model).expanduser()
+    if path.exists() or path.suffix == ".gguf":
+        return path
+    if str(model).count("/") > 1 or str(model).startswith((".", "~", "/")):
+        raise BadFile(f"{model}: no such folder; `ktx download` fetches a model from a hub")
+    return hub_folder(str(model), weights)
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers configuration of a folder, hub id or GGUF file (or a folder of nothing else); of text and pictures the text's. Kimi-K2 is DeepSeek-V3 under another name."""
     from transformers import AutoConfig
 
-    path = Path(source).expanduser()
+    path = located(source)
+    if not path.exists():
+        raise BadFile(f"{source}: no such file or folder; `ktx download` fetches a model from a hub")
     if is_gguf(path) or (path.is_dir() and not (path / "config.json").exists() and ggufs_in(path)):
         from ktx.weights.metadata import config_from_gguf
 
@@ -29,24 +42,26 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         raise BadFile(
             f"{source}: is a file, but no GGUF by its first four bytes; --model must be a Hugging Face folder, a hub id or a GGUF file"
         )
-    if path.is_dir() and not (path / "config.json").exists():
+    if not (path / "config.json").exists():
         raise BadFile(
             f"{source}: has no config.json; --model must be a Hugging Face folder (its GGUF goes to --weights)"
         )
-    if not path.is_dir() and (path.exists() or str(source).count("/") > 1 or str(source).startswith((".", "~", "/"))):
-        raise BadFile(f"{source}: no such folder; `ktx download` fetches a model from a hub")
-    if path.is_dir():
-        _check_json(path / "config.json")
+    _check_json(path / "config.json")
     try:
-        raw = config_dict(str(path if path.is_dir() else source))
+        raw = config_dict(str(path))
         if raw.get("model_type") == "kimi_k2":
             keep = {key: value for key, value in raw.items() if key not in ("auto_map", "model_type", "architectures")}
             return AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **keep)
-        return text_part(AutoConfig.from_pretrained(str(source), trust_remote_code=trust_remote_code))
-    except Exception as error:  # transformers and the hub raise a dozen unrelated types for what a config.json can say
+        config = text_part(AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
+    except Exception as error:  # transformers raises a dozen unrelated types for what a config.json can say
         first = str(error).strip().partition("\n")[0]
-        advice = "" if path.is_dir() else f"; `ktx download {source}` fetches a model and says why it cannot"
-        raise BadFile(f"{source}: no configuration: {first[:300]}{advice}") from error
+        raise BadFile(f"{source}: no configuration: {first[:300]}") from error
+    if not (writes_text(config) or "AutoModelForCausalLM" in getattr(config, "auto_map", ())):
+        raise BadFile(
+            f"{source}: transformers has no language model by itself for a {config.model_type}"
+            f" (architectures: {', '.join(config.architectures or ()) or 'none'}); take a checkpoint of the text model, or its GGUF"
+        )
+    return config
 
 
 def _check_json(file: Path) -> None:
@@ -58,15 +73,22 @@ def _check_json(file: Path) -> None:
         raise BadFile(f"{file}: holds {type(raw).__name__}, not the keys of a configuration")
 
 
-def hub_folder(model: str) -> Path:
+def hub_folder(model: str, weights: bool) -> Path:
+    """Configuration, tokenizer, template and settings of a hub id, from one revision, and its safetensors where they are wanted."""
     from huggingface_hub import snapshot_download
 
+    repo, _, revision = model.partition("@")
+    wanted = [*BESIDE, *(("*.safetensors",) if weights else ())]
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+        found = snapshot_download(
+            repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*.safetensors", "consolidated*"]
+        )
     except Exception as error:  # the hub client's errors have no common base but Exception
         raise BadFile(
-            f"{model}: is no folder and cannot be fetched from the hub: {str(error).splitlines()[0][:200]}"
+            f"{model}: is no folder and cannot be fetched from the hub: {str(error).splitlines()[0][:200]};"
+            f" `ktx download {repo}` fetches a model and says why it cannot"
         ) from error
+    return Path(found)
 
 
 def fewer_experts(config: Any, count: int) -> None:
@@ -98,14 +120,14 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
     """The folder's tokenizer, or the GGUF's own when the folder has none."""
     from transformers import AutoTokenizer
 
-    path = Path(model).expanduser()
+    path = located(model)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if is_gguf(path) or (path.is_dir() and not any((path / name).exists() for name in names)):
         from ktx.weights.gguf_tokenizer import tokenizer_from_gguf
 
         return tokenizer_from_gguf(source.metadata, source.path)
     try:
-        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise BadFile(f"{model}: no tokenizer: {str(error).strip().splitlines()[0][:300]}") from error
 

@@ -114,7 +114,7 @@ class GrowingLayer(DynamicLayer):
     ) -> bool:
         """Whether keys and values of this shape can be appended; an empty layer is made for them on `device`."""
         if not self.is_initialized:
-            self._make(torch.empty(batch, heads, device=device), columns, dtype)
+            self._make(torch.empty(batch, heads, device=device, dtype=torch.float32), columns, dtype)
         keys, values = self.buffers
         return keys.shape[:2] == values.shape[:2] == (batch, heads) and self.columns == columns
 

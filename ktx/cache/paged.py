@@ -86,15 +86,17 @@ class Batch:
             rows.append((at, span.count, span.past + span.count))
             at += span.count
         self.tokens, self.rows = at, rows
-        self.sequences = torch.tensor(rows, dtype=torch.int64)
-        self.pages = torch.zeros(len(spans), max(len(span.pages) for span in spans), dtype=torch.int32)
+        self.sequences = torch.tensor(rows, dtype=torch.int64, device="cpu")
+        self.pages = torch.zeros(len(spans), max(len(span.pages) for span in spans), dtype=torch.int32, device="cpu")
         for own, span in zip(self.pages, spans, strict=True):
-            own[: len(span.pages)] = torch.tensor(span.pages, dtype=torch.int32)
-        self.positions = torch.cat([torch.arange(span.past, span.past + span.count) for span in spans])
+            own[: len(span.pages)] = torch.tensor(span.pages, dtype=torch.int32, device="cpu")
+        self.positions = torch.cat([torch.arange(span.past, span.past + span.count, device="cpu") for span in spans])
         self.position_ids = self.positions[None]
         # For rotary code whose tables depend on a sequence's length. The counts alone: a ring would hold each forward's tensors until a collection of garbage.
         self.position_ids.ktx_counts = [span.count for span in spans]  # type: ignore[attr-defined]
-        of = torch.repeat_interleave(torch.arange(len(spans)), torch.tensor([span.count for span in spans]))
+        of = torch.repeat_interleave(
+            torch.arange(len(spans), device="cpu"), torch.tensor([span.count for span in spans], device="cpu")
+        )
         self.slots = self.pages[of, self.positions // PAGE].long() * PAGE + self.positions % PAGE
         self._ranges: dict[int, torch.Tensor] = {}
         self._tables = dict(tables or {})
@@ -122,11 +124,11 @@ class Batch:
         for i, (span, (first, _, _)) in enumerate(zip(self.spans, self.rows, strict=True)):
             for begin, end in ((0, span.lead), (span.lead + span.whole, span.count)):
                 if begin < end:
-                    places.append(torch.arange(first + begin, first + end))
+                    places.append(torch.arange(first + begin, first + end, device="cpu"))
                     rows.append((at, end - begin, span.past + end))
                     own.append(i)
                     at += end - begin
-        return (torch.cat(places), torch.tensor(rows), self.pages[own]) if rows else None
+        return (torch.cat(places), torch.tensor(rows, device="cpu"), self.pages[own]) if rows else None
 
     def ranges(self, window: int = 0) -> torch.Tensor | None:
         """int32 [1, tokens, 2]: the keys that each token sees of its own sequence; None without a window: all up to itself."""

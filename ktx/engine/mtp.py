@@ -26,7 +26,7 @@ class MTPDrafter:
     def __init__(self, runner: Runner):
         self.model, self.cache = runner.model, runner.cache
         self.body = self.model.get_decoder()
-        self.hidden = torch.empty(0)
+        self.hidden = torch.empty(0, dtype=torch.float32)
         self.hook = self.body.register_forward_hook(self._keep)
 
     def _keep(self, module: Any, args: Any, output: Any) -> None:

@@ -186,7 +186,9 @@ class PlainRunner(Runner):
             for start, count in self._pieces(part):
                 self._look(parts)
                 rows.append(self._forward_of(part, start, count))
-            found[part.request] = torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size)
+            found[part.request] = (
+                torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size, dtype=torch.float32)
+            )
         return found
 
     def _pieces(self, part: Part) -> list[tuple[int, int]]:

@@ -37,7 +37,7 @@ class ScriptedRunner(Runner):
 
     def _logits(self, part: Part) -> torch.Tensor:
         rows, request = wanted(part), part.request
-        logits = torch.zeros(rows, self.vocabulary)
+        logits = torch.zeros(rows, self.vocabulary, dtype=torch.float32)
         for row, at in zip(logits, range(part.start + part.count - rows, part.start + part.count), strict=True):
             row[self._next(request, at + 1)] = 30.0
         return logits

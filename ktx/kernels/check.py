@@ -97,8 +97,8 @@ def _show_tiles() -> list[str]:
     for kind in ("ssd", "usd", "bf16"):
         a, b, c = (torch.randint(0, 256, (16, 64), dtype=torch.uint8) for _ in range(3))
         if kind == "bf16":
-            a, b = (torch.randn(16, 32).bfloat16().view(torch.uint8) for _ in range(2))
-            c = torch.randn(16, 16).view(torch.uint8)
+            a, b = (torch.randn(16, 32, dtype=torch.float32).bfloat16().view(torch.uint8) for _ in range(2))
+            c = torch.randn(16, 16, dtype=torch.float32).view(torch.uint8)
         if not torch.equal(ops.tile_dot(kind, a, b, c, False), ops.tile_dot(kind, a, b, c, True)):
             wrong.append(f"TDPB {kind}")
     print(f"\nAMX tiles: {'differ from their model: ' + ', '.join(wrong) if wrong else 'bit for bit as their model'}")
@@ -216,7 +216,7 @@ def sample(name: str, n: int, k: int, seed: int = 0):  # type: ignore[no-untyped
     from ktx.quantize import random_rows
     from ktx.weights.source import QuantizedTensor
 
-    scale = torch.rand((n + 127) // 128, (k + 127) // 128) + 0.5 if name == "F8_E4M3" else None
+    scale = torch.rand((n + 127) // 128, (k + 127) // 128, dtype=torch.float32) + 0.5 if name == "F8_E4M3" else None
     return QuantizedTensor(random_rows(QTYPES[name], n, k, seed), QTYPES[name], (n, k), scale)
 
 
@@ -230,7 +230,10 @@ def _linear(name: str, tokens: int, n: int, k: int) -> float:
     from ktx.kernels import cpu, reference
 
     weight = sample(name, n, k)
-    x, packed = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)), cpu.pack(weight)
+    x, packed = (
+        torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens), dtype=torch.float32),
+        cpu.pack(weight),
+    )
     exact = reference.linear(x.double(), weight)
     return max(relative(cpu.linear(x, packed, wide=wide), exact) for wide in (False, True))
 
@@ -246,9 +249,9 @@ def _experts(name: str) -> float:
         [sample(name, rows, columns, 10 * e + i) for e in range(count)]
         for i, (rows, columns) in enumerate(((inner, hidden), (inner, hidden), (hidden, inner)))
     ]
-    x = torch.randn(tokens, hidden, generator=source)
+    x = torch.randn(tokens, hidden, generator=source, dtype=torch.float32)
     ids = torch.stack([torch.randperm(count, generator=source)[:2] for _ in range(tokens)])
-    weights = torch.rand(tokens, 2, generator=source)
+    weights = torch.rand(tokens, 2, generator=source, dtype=torch.float32)
     gate, up, down = (cpu.pack_experts(m) for m in mats)
     mine = cpu.experts(x, ids, weights, gate, up, down)
     out = torch.zeros(tokens, hidden, dtype=torch.float64)

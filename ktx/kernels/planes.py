@@ -155,5 +155,8 @@ def _scales(parts: list[QuantizedTensor], n: int, k: int, device: torch.device |
         return None
     shape = (-1, -(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
     each = 1 if len(parts[0].shape) == 2 else parts[0].shape[0]
-    given = [torch.ones(each, *shape[1:]) if p.scale is None else p.scale.float().reshape(shape) for p in parts]
+    given = [
+        torch.ones(each, *shape[1:], dtype=torch.float32) if p.scale is None else p.scale.float().reshape(shape)
+        for p in parts
+    ]
     return torch.cat(given).contiguous().to(device)

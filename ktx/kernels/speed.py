@@ -110,7 +110,7 @@ def link_bandwidth(device: torch.device | str = "cuda") -> float | None:
 def prompt_rate(qtype: QType) -> float:
     """GOPS at which experts of a type are multiplied with a prompt's tokens: as many at once as an expert gets of them."""
     packed = split(cpu.pack(matrices(qtype, 8, 512, COLUMNS)))
-    x = torch.randn(EACH, COLUMNS)
+    x = torch.randn(EACH, COLUMNS, dtype=torch.float32)
     taken = seconds(lambda: [cpu.linear(x, matrix, wide=True) for matrix in packed], 3)
     return 2 * EACH * 512 * COLUMNS * len(packed) / taken / 1e9
 
@@ -127,7 +127,7 @@ def matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:
     """count x [n, k] of random rows; a few distinct rows are enough, speed does not depend on them."""
     few = random_rows(qtype, min(n, 64), k)
     data = few.repeat(-(-n // few.shape[0]), 1)[:n].expand(count, n, -1)
-    scale = torch.ones(count, -(-n // 128), -(-k // 128)) if qtype.name == "F8_E4M3" else None
+    scale = torch.ones(count, -(-n // 128), -(-k // 128), dtype=torch.float32) if qtype.name == "F8_E4M3" else None
     return QuantizedTensor(data, qtype, (count, n, k), scale)
 
 
@@ -156,7 +156,7 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
     """gemv_gb_s and gemv_share of one token, gemm_T_gops and gemm_T_share of T tokens, all on matrices that come from memory."""
     one = cpu.packed_nbytes(qtype, ROWS, COLUMNS)
     packed = cpu.pack(matrices(qtype, max(2, pass_bytes() // one), ROWS, COLUMNS))
-    whole, x = stacked(packed), torch.randn(1, COLUMNS)
+    whole, x = stacked(packed), torch.randn(1, COLUMNS, dtype=torch.float32)
     turns = []
     for _ in range(repeat):  # in turns: a machine's memory may be faster a moment later
         read = read_bandwidth(threads, STREAM // 2).gb_s
@@ -166,7 +166,7 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
     found = {"gemv_gb_s": rate, "gemv_share": share}
     for count in tokens:
         some = split(packed, min(packed.matrices, max(1, 512 // count)))
-        many = torch.randn(count, COLUMNS)
+        many = torch.randn(count, COLUMNS, dtype=torch.float32)
         limit = peak(qtype, threads)
         taken = seconds(lambda some=some, many=many: [cpu.linear(many, matrix, wide=True) for matrix in some], repeat)  # type: ignore[misc]
         rate = 2 * count * ROWS * COLUMNS * len(some) / taken / 1e9

@@ -127,7 +127,9 @@ def interval_mask(
             return torch.tensor([[ends]] * batch_size, dtype=torch.int32, device="cpu")
         first = _left_padding(seen, batch_size, kv_offset, kv_length)
         if first is not None:
-            last = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length).clamp(max=kv_length)
+            last = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length, device="cpu").clamp(
+                max=kv_length
+            )
             return torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1).to(torch.int32)[
                 :, None
             ]
@@ -150,7 +152,7 @@ def interval_mask(
 def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: int) -> torch.Tensor | None:
     """First key of each sequence; None when its padding is not all on the left."""
     if mask is None:
-        return torch.zeros(batch, dtype=torch.int64)
+        return torch.zeros(batch, dtype=torch.int64, device="cpu")
     seen = mask[:, offset : offset + length].bool()
     first = seen.int().argmax(1)
     left = seen.sum(1) + first == seen.shape[1]

@@ -53,7 +53,7 @@ class Embedding(Operator):
     @property
     def weight(self) -> torch.Tensor:
         assert self.packed is not None, f"{self.path} is not loaded"
-        return self.packed.rows(torch.arange(self.num_embeddings)).to(self.dtype)
+        return self.packed.rows(torch.arange(self.num_embeddings, device="cpu")).to(self.dtype)
 
     def weight_bytes(self) -> tuple[int, int]:
         held = 0 if self.packed is None else self.packed.nbytes

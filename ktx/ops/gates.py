@@ -16,7 +16,7 @@ from ktx.errors import UsageError
 from ktx.kernels import reference
 
 PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-GATE = torch.linspace(-40.0, 40.0, 257)  # beyond every limit in use
+GATE = torch.linspace(-40.0, 40.0, 257, dtype=torch.float32, device="cpu")  # beyond every limit in use
 UP = GATE.flip(0) + 0.5
 ODD = (  # attributes of experts modules: name, the value that the kernel has, what another value means
     ("has_post_expert_norm", False, "norms the output of each expert, which the experts kernel does not"),

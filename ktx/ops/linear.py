@@ -60,7 +60,7 @@ class Linear(Operator):
 
     @property
     def weight(self) -> torch.Tensor:
-        return torch.cat([part.rows(torch.arange(part.n)) for part in self.parts]).to(self.dtype)
+        return torch.cat([part.rows(torch.arange(part.n, device="cpu")) for part in self.parts]).to(self.dtype)
 
     def weight_bytes(self) -> tuple[int, int]:
         held = sum(part.nbytes for part in self.parts)

@@ -52,7 +52,10 @@ class Fused:
 
     def __call__(self, x: torch.Tensor, act: str) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        only, one = torch.zeros(len(flat), 1, dtype=torch.int64), torch.ones(len(flat), 1)
+        only, one = (
+            torch.zeros(len(flat), 1, dtype=torch.int64, device="cpu"),
+            torch.ones(len(flat), 1, dtype=torch.float32, device="cpu"),
+        )
         return cpu.experts(flat, only, one, *self.matrices, *self.biases, act).view(x.shape)
 
 

@@ -48,7 +48,9 @@ class RMSNorm(Operator):
 def _multiplies_by_one_more(old: Any, eps: float, where: str) -> bool:
     """Whether the module multiplies by 1 + weight, found by asking it; UsageError when it does neither that nor plain RMSNorm."""
     source = torch.Generator().manual_seed(1)
-    x, weight = (torch.randn(*shape, old.weight.shape[-1], generator=source) for shape in ((3,), ()))
+    x, weight = (
+        torch.randn(*shape, old.weight.shape[-1], generator=source, dtype=torch.float32) for shape in ((3,), ())
+    )
     probe = stand_in(old, parameters={"weight": weight})
     try:
         with torch.no_grad(), torch.device("cpu"):

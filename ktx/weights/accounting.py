@@ -55,10 +55,10 @@ def unread(source: WeightSource, reads: Reads, ignored: Iterable[str] = ()) -> l
         if key in reads.tensors:
             continue
         name = source.tensors[key].name
-        if any(pattern.search(text) for pattern in harmless for text in (key, name)):
+        verdict = source.judge(key, reads)
+        known = verdict.why and not verdict.refused
+        if not known and any(pattern.search(text) for pattern in harmless for text in (key, name)):
             verdict = Verdict("transformers leaves them out")
-        else:
-            verdict = source.judge(key, reads)
         pattern = verdict.pattern or re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
         alike.setdefault((not verdict.refused, pattern, verdict.why), []).append(name)
     return [
