@@ -211,7 +211,9 @@ class PagedCache(Cache):
         self.dtype, self.pages, self.config = kv_type(dtype), pages, config
         self.batch: Batch | None = None
         self.states: dict[int, DynamicCache] = {}  # of sequences, where the model has recurrent layers
-        self.known: dict[int, int] = {}  # tokens that a sequence's states have seen; no entry while layers differ in that
+        self.known: dict[
+            int, int
+        ] = {}  # tokens that a sequence's states have seen; no entry while layers differ in that
         stock = DynamicCache(config=config).layers
         super().__init__(layers=[PagedLayer(self) if type(layer) in PLAIN else layer for layer in stock])
         self.layers += [PagedLayer(self) for _ in range(more)]

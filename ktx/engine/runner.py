@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ktx.cache.kv import KVCache
 from ktx.cache.paged import Batch, PagedCache, Span
+from ktx.cache.pages import PAGE
 from ktx.compat import keeps_own_cache
+from ktx.engine.budget import SMALLEST
 from ktx.engine.graphs import Graphs, Token, gpu_of, obstacle
 from ktx.engine.request import Request
 from ktx.engine.sampling import Sampling
 from ktx.engine.scheduler import Part
 from ktx.errors import UsageError
+from ktx.hardware import memory
 from ktx.kernels import cpu
 from ktx.ops.gpu import handover
 from ktx.ops.mla import MLA
+from ktx.scratch import step_bytes
 
 log = logging.getLogger("ktx.engine")
 Logits = dict[
@@ -39,6 +44,9 @@ class Runner:
 
     shares = True  # whether a sequence can begin with pages of another
     two_forms = False  # whether whole pages of a prompt are computed in another way than single tokens
+    grain = (
+        PAGE  # a forward computes a prompt up to multiples of it: so its results do not depend on how the prompt is cut
+    )
     recurrent = False
     captured = 0
     graphs: Graphs | None = None
@@ -71,6 +79,14 @@ class Runner:
                 type(error).__name__,
                 error,
             )
+
+    def largest_step(self, most: int, share: float = 1.0) -> int:
+        """Tokens of a step whose activations fit into a share of the memory that is free beside weights and caches: `most`, or that halved; at least SMALLEST."""
+        for device, each in step_bytes(self.model).items():
+            free = device.memory[1] if device.gpu else memory()[1] - self.nbytes()
+            while most > SMALLEST and most * each > share * free:
+                most = max(SMALLEST, most // 2)
+        return most
 
     def check(self, sampling: Sampling) -> None:
         """UsageError for what this model's forwards cannot give."""
@@ -160,6 +176,7 @@ class PlainRunner(Runner):
     """
 
     shares = False
+    grain = 4 * PAGE
     in_chunks = True
 
     def __init__(self, model: Any, pages: int):
@@ -190,13 +207,17 @@ class PlainRunner(Runner):
         return found
 
     def _pieces(self, part: Part) -> list[tuple[int, int]]:
-        """First token and tokens of the forwards that a part takes. An answer that is computed again comes token by token, as it came before."""
+        """First token and tokens of the forwards that a part takes: of a prompt `grain` tokens at once, since a family's own code may add up otherwise in another
+        number of them; an answer that is computed again comes token by token, as it came before.
+        """
         first = part.start + part.prompt
         answer = [(at, 1) for at in range(first, part.start + part.count)]
         if not part.prompt or (not self.in_chunks and first < len(part.request.prompt)):
             return answer
-        start = part.start if self.in_chunks else 0
-        return [(start, first - start), *answer]
+        if not self.in_chunks:
+            return [(0, first), *answer]
+        cuts = [part.start, *range((part.start // self.grain + 1) * self.grain, first, self.grain), first]
+        return [*((at, end - at) for at, end in pairwise(cuts)), *answer]
 
     def _forward_of(self, part: Part, start: int, count: int) -> torch.Tensor:
         """Logits of those of the tokens that the part wants them of."""
