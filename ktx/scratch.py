@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from ktx.devices import CPU, Device
 from ktx.footprint import FLOAT, HALF, Footprint, Kept, Part, columns_of, group_of
@@ -33,9 +32,9 @@ def activations(of: Footprint, parts: Collection[Part], tokens: int, gpu: bool) 
 
 
 def step_bytes(model: Any) -> dict[Device, int]:
-    """The same of one token, of a loaded model by device; a model that is none, as a script's, needs nothing."""
+    """The same of one token, of a loaded model by device."""
     blocks: Counter[tuple[Device, int, str]] = Counter()
-    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+    for path, module in model.named_modules():
         layer, columns = layer_of(path), columns_of(module)
         if layer is not None and columns:
             blocks[getattr(module, "home", CPU), layer, group_of(path)] += columns

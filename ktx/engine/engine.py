@@ -82,6 +82,7 @@ class Engine:
         self.context = min(self.options.max_context or limit, limit, pages * PAGE)
         self.stop_ids = stop_ids(model, tokenizer)
         self.runner = runner or runner_for(model, pages, self.options.max_batch_size * self.options.cuda_graphs)
+        self.runner.shared = self.options.prefix_cache
         self.speculation = self._speculation()
         self._measure()
         self.runner.capture(self.context)

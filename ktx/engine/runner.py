@@ -48,6 +48,7 @@ class Runner:
         PAGE  # a forward computes a prompt up to multiples of it: so its results do not depend on how the prompt is cut
     )
     recurrent = False
+    shared = False  # whether sequences are to begin with states of another; the engine says so
     captured = 0
     graphs: Graphs | None = None
 
@@ -109,7 +110,17 @@ class Runner:
         return {part.request: row for part, row in zip(parts, rows, strict=True)}
 
     def _forward(self, parts: Sequence[Part]) -> Logits:
-        spans = [Span(p.request.number, p.start, p.count, p.request.pages, p.prompt) for p in parts]
+        spans = [
+            Span(
+                p.request.number,
+                p.start,
+                p.count,
+                p.request.pages,
+                p.prompt,
+                self.shared and not p.request.sampling.echo,
+            )
+            for p in parts
+        ]
         batch = Batch(spans, lambda: self._look(parts))
         ids = torch.tensor([[token for part in parts for token in part.ids]])
         rows = [
@@ -153,9 +164,9 @@ class Runner:
         """The request's past is given up."""
         self.cache.forget(request.number)
 
-    def snapshot(self, request: Request) -> Any:
-        """What recurrent layers know of a request's computed tokens, to be kept; None if they have seen others or a part of a forward."""
-        return self.cache.snapshot(request.number, request.computed)
+    def snapshot(self, request: Request, tokens: int) -> Any:
+        """What recurrent layers know of a request's first tokens, to be kept; None if that is not known."""
+        return self.cache.snapshot(request.number, tokens)
 
     def resume(self, request: Request, snapshot: Any) -> None:
         self.cache.restore(request.number, snapshot, request.computed)
@@ -163,6 +174,7 @@ class Runner:
     def clear(self) -> None:
         self.cache.states.clear()
         self.cache.known.clear()
+        self.cache.marked.clear()
 
     def nbytes(self) -> int:
         """Memory of the CPU that all keys and values take when they are filled."""

@@ -66,7 +66,7 @@ class Store(Protocol):
 
 class Scheduler:
     """`waiting` and `running` are in the order of arrival. `released` is told of a request whose past is given up,
-    `resumed` of one that begins with what recurrent layers knew somewhere; `state` tells what they know of a request's computed
+    `resumed` of one that begins with what recurrent layers knew somewhere; `state` tells what they know of a request's first
     tokens, None if that is not known.
 
     `two_forms`: the model computes whole pages of a prompt in another way than single tokens, with other rounding errors.
@@ -82,7 +82,7 @@ class Scheduler:
         recurrent: bool = False,
         released: Callable[[Request], None] = lambda request: None,
         resumed: Callable[[Request, Any], None] = lambda request, snapshot: None,
-        state: Callable[[Request], Any] = lambda request: None,
+        state: Callable[[Request, int], Any] = lambda request, tokens: None,
         two_forms: bool = False,
         store: Store | None = None,
         grain: int = PAGE,
@@ -112,7 +112,7 @@ class Scheduler:
     def _give_up(self, request: Request) -> None:
         at, beyond = divmod(request.computed, PAGE)
         share = bool(beyond) and self._may_share(request)
-        state = self.state(request) if share and self.recurrent else None
+        state = self.state(request, request.computed) if share and self.recurrent else None
         if share and (state is not None or not self.recurrent):
             tail = Tail(request.pages[at], self._before(request, at), tuple(request.ids[at * PAGE : request.computed]))
             self.pages.release(request.pages[at + 1 :])
@@ -212,12 +212,10 @@ class Scheduler:
             self.making.pop(request.keys[i], None)
             if self._may_share(request):
                 self.pages.name(request.pages[i], request.keys[i])
+                if self.recurrent and (state := self.state(request, (i + 1) * PAGE)) is not None:
+                    self.pages.keep(request.keys[i], state)
                 if self.store is not None:
                     self.store.keep(request.keys[i], request.pages[i])
-        if self.recurrent and count and request.computed % PAGE == 0 and self._may_share(request):
-            state = self.state(request)
-            if state is not None:
-                self.pages.keep(request.keys[request.computed // PAGE - 1], state)
 
     # ---- admission and what is shared
 

@@ -30,9 +30,12 @@ class Recurrent(Operator):
         kwargs |= {"attention_mask": None}
         done, at = [], 0
         for span in cache_params.batch.spans:
+            first, marks = at - span.past, span.marks
             for size in span.pieces:
                 with cpu.wide_part(at, size):
                     piece = hidden_states[:, at : at + size]
                     done.append(super().forward(piece, cache_params=cache_params.state(span.owner), **kwargs))
                 at += size
+                if at - first in marks:
+                    cache_params.mark(span.owner, at - first, self.layer_idx)
         return torch.cat(done, 1)

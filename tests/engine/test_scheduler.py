@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktx.cache.paged import Span
 from ktx.cache.pages import PAGE, Pages
 from ktx.engine.budget import StepBudget
 from ktx.engine.request import Request
@@ -16,14 +17,14 @@ from ktx.engine.scheduler import Scheduler
 
 
 class World:
-    """Runs requests to their ends and keeps count of what is computed. `state` is what a recurrent layer would know."""
+    """Runs requests to their ends and keeps count of what is computed. `state` is what a recurrent layer would know, `copied` how many tokens its copies stand for."""
 
     def __init__(self, pages=64, max_batch=4, chunk=256, seconds=1e9, **more):
-        self.state, self.wrote, self.computed, self.steps = {}, {}, 0, 0
+        self.state, self.copied, self.wrote, self.computed, self.steps = {}, {}, {}, 0, 0
         told = {
             "released": lambda r: self.state.pop(r, None),
             "resumed": self.state.__setitem__,
-            "state": self.state.get,
+            "state": lambda r, tokens: tokens if tokens in self.copied.get(r, {self.state.get(r)}) else None,
         }
         self.budget = StepBudget(chunk, chunk, seconds)
         self.budget.fitting = chunk  # tests of time learn it
@@ -38,8 +39,18 @@ class World:
         self.scheduler.add(request)
         return request
 
-    def step(self):
-        """One forward; every position must have been written, by somebody with the same beginning, before it is read."""
+    def give_up(self):
+        """A forward that some layers have computed."""
+        parts = self.scheduler.plan()
+        self.copied = {part.request: set() for part in parts}
+        for part in parts:
+            if self.scheduler.recurrent:
+                self.state[part.request] = "other tokens in each layer"
+        self.scheduler.undo(parts)
+        self.scheduler.check_integrity()
+
+    def step(self, refused=None):
+        """One forward; every position must have been written, by somebody with the same beginning, before it is read. `refused` fails behind it."""
         parts = self.scheduler.plan()
         self.steps += 1
         assert len({part.request for part in parts}) == len(parts) <= self.scheduler.max_batch
@@ -52,15 +63,21 @@ class World:
                     self.wrote[slot] = tuple(r.ids[max(0, at - 2) : at + 1]), at
                 assert self.wrote[slot] == (tuple(r.ids[max(0, at - 2) : at + 1]), at), "another sequence's keys"
             self.computed += part.count
+        self.copied = {}
         for part in parts:
             r = part.request
             if self.scheduler.recurrent:
                 assert self.state.get(r, 0) == part.start
                 self.state[r] = part.start + part.count
+                marks = Span(r.number, part.start, part.count, (), part.prompt, shared=True).marks
+                self.copied[r] = {*marks, self.state[r]}
+            if r is refused:
+                self.scheduler.drop(r)
+                self.done[r] = self.steps
+                continue
             if part.start + part.count == len(r.ids):
                 r.ids.append(sum(r.ids[-3:]) * 7919 % 1000 + len(r.ids) % 5)
-            if self.scheduler.advance(r, part.count) and self.scheduler.recurrent:
-                self.scheduler.pages.keep(r.keys[r.computed // PAGE - 1], r.computed)
+            self.scheduler.advance(r, part.count)
             if r.answered >= r.sampling.max_new_tokens:
                 self.scheduler.drop(r)
                 self.done[r] = self.steps
@@ -94,14 +111,64 @@ def test_any_mixture_is_answered_as_alone_and_in_a_small_cache(recurrent, data):
     )
     pages = data.draw(st.integers(6, 20))
     world = World(pages, data.draw(st.integers(1, 5)), data.draw(st.sampled_from([1, 7, 64, 256])), recurrent=recurrent)
-    requests = []
+    requests, gone = [], set()
     for length, new, seed in lengths:
         requests.append((world.add(prompt(length, seed), new), length, new, seed))
-        for _ in range(data.draw(st.integers(0, 3))):
-            world.step()
+        for what in data.draw(st.lists(st.sampled_from(["step", "step", "give up", "refuse", "leave"]), max_size=4)):
+            if what == "leave":
+                leaving = requests[-1][0]
+                if leaving not in world.done:
+                    world.scheduler.drop(leaving)
+                    world.done[leaving] = world.steps
+                    gone.add(leaving)
+            elif what == "give up":
+                world.give_up()
+            else:
+                refused = requests[-1][0] if what == "refuse" and requests[-1][0] in world.scheduler.running else None
+                world.step(refused)
+                gone |= {refused} & world.done.keys()
     world.run(20000)
     for request, length, new, seed in requests:
+        if request in gone:
+            continue
         assert request.ids == alone(prompt(length, seed), new)
+
+
+def test_a_forward_that_was_given_up_leaves_no_state_and_takes_no_page_that_was_kept():
+    world = World(recurrent=True)
+    first = world.add(prompt(300), 40)
+    for _ in range(5):
+        world.step()
+    world.give_up()
+    assert not first.pages and first.preempted == 1 and not world.scheduler.pages.tails
+    world.run()
+    assert first.ids == alone(prompt(300), 40)
+    again = world.add(prompt(300), 1)
+    world.run()
+    assert again.cached == 256  # where the prompt's last page ends
+
+
+def test_a_request_refused_behind_its_forward_leaves_no_state_of_a_token_that_it_has_not():
+    world = World(recurrent=True)
+    refused = world.add(prompt(100), 9)
+    world.step()
+    world.step()
+    world.step(refused)
+    assert not world.scheduler.pages.tails
+    again = world.add(refused.ids, 5)
+    world.run()
+    assert again.cached == 64 and again.ids == alone(refused.prompt, 9)[: len(again.ids)]
+
+
+def test_states_are_copied_on_the_way_of_a_long_prompt():
+    world = World(chunk=2048, recurrent=True)
+    world.add(prompt(1000), 1)
+    world.run()
+    assert world.computed == 1000  # one step
+    for begins, cached in ((700, 512), (990, 960), (255, 0)):
+        request = world.add(prompt(begins) + prompt(50, 9 + begins), 1)
+        world.run()
+        assert request.cached == cached and request.ids == alone(request.prompt, 1)
 
 
 def test_a_page_that_is_not_full_is_taken_over_by_one_that_goes_on_there():
