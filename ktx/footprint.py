@@ -207,7 +207,7 @@ def _part(step: Step, module: nn.Module, plan: Plan, source: WeightSource) -> Pa
         gpu_size,
         floats + sum(prod(shape) for _, shape in matrices),
         0 if experts else max((prod(shape) for _, shape in matrices), default=0),
-        _columns(module),
+        columns_of(module),
         experts,
         top,
         row,
@@ -260,7 +260,8 @@ def _tied(module: nn.Module, plan: Plan, source: WeightSource) -> list[Matrix]:
     return [] if spec is None else list(_matrices(step, spec, source))
 
 
-def _columns(module: nn.Module) -> int:
+def columns_of(module: nn.Module) -> int:
+    """That a token's activations have while the module computes."""
     if isinstance(module, Linear):
         return module.out_features
     if isinstance(module, Experts):

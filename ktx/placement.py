@@ -40,7 +40,7 @@ class Budget:
     context: int = 8192
     batch: int = 1
     kv: KVType = torch.float16
-    chunk: int = 512
+    chunk: int = 2048
 
     def __post_init__(self) -> None:
         for name in ("context", "batch", "chunk"):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
-from ktx.footprint import FLOAT, HALF, Footprint, Kept, Part
+from ktx.devices import CPU, Device
+from ktx.footprint import FLOAT, HALF, Footprint, Kept, Part, columns_of, group_of
+from ktx.inject import layer_of
 from ktx.kernels.planes import PIECE
 from ktx.kernels.rearrange import UNDOING
 from ktx.kernels.unpack import STREAMED
@@ -26,6 +29,22 @@ def activations(of: Footprint, parts: Collection[Part], tokens: int, gpu: bool) 
             blocks[part.layer, part.group] += part.columns
     columns = RESIDUALS * of.hidden + max(blocks.values(), default=0)
     return tokens * columns * (HALF if gpu else FLOAT)
+
+
+def step_bytes(model: Any) -> dict[Device, int]:
+    """The same of one token, of a loaded model by device."""
+    blocks: Counter[tuple[Device, int, str]] = Counter()
+    for path, module in model.named_modules():
+        layer, columns = layer_of(path), columns_of(module)
+        if layer is not None and columns:
+            blocks[getattr(module, "home", CPU), layer, group_of(path)] += columns
+    widest: dict[Device, int] = {}
+    for (device, _, _), columns in blocks.items():
+        widest[device] = max(widest.get(device, 0), columns)
+    return {
+        device: (RESIDUALS * model.config.hidden_size + columns) * (HALF if device.gpu else FLOAT)
+        for device, columns in widest.items()
+    }
 
 
 def logits(of: Footprint, rows: int) -> int:

@@ -36,6 +36,8 @@ def llama_model_load_from_file(path, params):
     return params
 def llama_context_default_params(): return SimpleNamespace(mla_attn=3)
 def llama_init_from_model(model, context):
+    model.ubatch = context.n_ubatch
+    assert context.n_batch == context.n_ubatch
     log(f"threads {context.n_threads} {context.n_threads_batch} context {context.n_ctx}")
     return model
 def llama_model_get_vocab(model): return 512
@@ -47,6 +49,7 @@ def llama_batch_get_one(tokens, count): return list(tokens)
 def llama_synchronize(state): pass
 def llama_decode(state, batch):
     one = len(batch) == 1
+    assert len(batch) <= state.ubatch
     time.sleep(0.04 if one == state.repack else 0.005)
     log(f"decode {len(batch)} {sum(batch)}")
     return 0
@@ -92,6 +95,20 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return warm.run("ktx", "bench", *words)
 
 
+@pytest.mark.parametrize("peer_name", ["llama.cpp", "ik_llama.cpp"])
+def test_a_long_prompt_finds_the_peers_better_ubatch(model, fake, peer_name):
+    """Each call of the made-up one takes as long as any other, so the larger is better; what is not longer than the smaller one is left to that."""
+    done = run("--model", model, "-p", "700,64", "-n", "2", "-t", "2", "-r", "1", "--peer", peer_name, "--json")
+    assert done.returncode == 0, done.stderr
+    engines = {
+        line["test"]: line["engine"] for line in map(json.loads, done.stdout.splitlines())
+    }  # the peer's is the last
+    on, off = f"{peer_name} (repack on, -ub", f"{peer_name} (repack off, -ub"
+    assert engines == {"pp700": f"{on} 2048)", "pp64": f"{on} 512)", "tg2": f"{off} 512)"}
+    log = fake.read_text().splitlines()
+    assert any(line.startswith("decode 700 ") for line in log) and any(line.startswith("decode 188 ") for line in log)
+
+
 def test_alone_one_record_a_test(model, tmp_path):
     record = tmp_path / "results.jsonl"
     record.write_text("{}\n")
@@ -121,7 +138,7 @@ def test_the_peer_runs_in_its_better_form_for_each_test(model, fake, peer_name):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(line["test"], line["engine"]) for line in lines] == [
-        ("pp32", "ktx"), ("pp32", f"{peer_name} (repack on)"), ("tg3", "ktx"), ("tg3", f"{peer_name} (repack off)"),
+        ("pp32", "ktx"), ("pp32", f"{peer_name} (repack on, -ub 512)"), ("tg3", "ktx"), ("tg3", f"{peer_name} (repack off, -ub 512)"),
     ]  # fmt: skip
     for mine, peer in (lines[:2], lines[2:]):
         assert mine["ratio"] == pytest.approx(mine["tok_s"] / peer["tok_s"])

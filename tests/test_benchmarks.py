@@ -38,6 +38,15 @@ def test_a_script_says_what_it_measured(words, positive):
     assert all(found[name] > 0 for name in positive)
 
 
+def test_first_tokens_alone_and_beside_answers():
+    words = ["--model", ktx.demo.path(), "--weights", ktx.demo.gguf(), "-p", "300", "-r", "1", "--answers", "2"]
+    done = warm.run("benchmarks/first_token.py", *words, "--longest", "1000", "--json")
+    assert done.returncode == 0, done.stderr
+    [line] = map(json.loads, done.stdout.splitlines())
+    assert (line["checkout"], line["prompt"], line["answers"]) == (ROOT.name, 300, 2)
+    assert 0 < line["usual"] <= line["gap"] and line["alone"] > 0 and line["beside"] > 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_its_attention_is_not_measured():
     done = warm.run("benchmarks/gpu_attention.py")

@@ -16,9 +16,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ktx.cache.kv import CPU, E4M3, ON_GPU, PLAIN, KVType, empty, kv_type, stored_row, within
-from ktx.cache.pages import PAGE
+from ktx.cache.pages import PAGE, SNAPSHOTS
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+
+SAVED = 4 * PAGE  # tokens of a prompt between two states that are copied
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Span:
 
     The first `prompt` of them are the prompt's. An operator with one form for prompts and one for answers (MLA), or whose sums depend
     on the piece they are made in (recurrent layers), goes by `whole` and `pieces`, which do not depend on what else is computed.
+    `shared`: others may begin with the same prompt, so states that recurrent layers have on the way are copied, see `marks`.
     """
 
     owner: int
@@ -51,6 +54,16 @@ class Span:
     count: int
     pages: Sequence[int]
     prompt: int = 0
+    shared: bool = False
+
+    @property
+    def marks(self) -> list[int]:
+        """How many tokens of the sequence there are where a state is copied before the span's end: each SAVED, and at the end of the prompt's last page."""
+        if not self.shared:
+            return []
+        end = self.past + self.prompt
+        found = {*range(self.past // SAVED * SAVED + SAVED, end, SAVED), end // PAGE * PAGE}
+        return sorted(at for at in found if self.past < at < self.past + self.count)[-SNAPSHOTS:]
 
     @property
     def lead(self) -> int:
@@ -213,9 +226,9 @@ class PagedCache(Cache):
         self.dtype, self.pages, self.config = kv_type(dtype), pages, config
         self.batch: Batch | None = None
         self.states: dict[int, DynamicCache] = {}  # of sequences, where the model has recurrent layers
-        self.known: dict[
-            int, int
-        ] = {}  # tokens that a sequence's states have seen; no entry while layers differ in that
+        # Tokens that a sequence's states have seen, no entry while layers differ in that; and states on the way of the latest forward.
+        self.known: dict[int, int] = {}
+        self.marked: dict[tuple[int, int], DynamicCache] = {}
         stock = DynamicCache(config=config).layers
         super().__init__(layers=[PagedLayer(self) if type(layer) in PLAIN else layer for layer in stock])
         self.layers += [PagedLayer(self) for _ in range(more)]
@@ -241,6 +254,7 @@ class PagedCache(Cache):
                 raise RuntimeError(
                     f"sequence {span.owner} goes on after {span.past} tokens, its recurrent states are those after {self.known.get(span.owner)}"
                 )
+        self.marked.clear()
         for span in batch.spans:
             self.known.pop(span.owner, None)
 
@@ -249,6 +263,11 @@ class PagedCache(Cache):
         if self.recurrent:
             self.known |= {span.owner: span.past + span.count for span in batch.spans}
 
+    def mark(self, owner: int, tokens: int, layer: int) -> None:
+        """Copies what a layer knows of a sequence after so many tokens."""
+        copied = self.marked.setdefault((owner, tokens), DynamicCache(config=self.config))
+        copied.layers[layer] = copy.deepcopy(self.states[owner].layers[layer])
+
     def state(self, owner: int) -> DynamicCache:
         """The recurrent layers' states of a sequence."""
         if owner not in self.states:
@@ -256,8 +275,10 @@ class PagedCache(Cache):
         return self.states[owner]
 
     def snapshot(self, owner: int, tokens: int) -> DynamicCache | None:
-        """A copy of a sequence's states after `tokens` tokens; None if they are those after another number, or were left halfway."""
-        return copy.deepcopy(self.states[owner]) if self.known.get(owner) == tokens else None
+        """A copy of a sequence's states after `tokens` tokens, at the end of the latest forward or on its way; None if they are not known, as after one that came to no end."""
+        if owner not in self.known:
+            return None
+        return copy.deepcopy(self.states[owner]) if self.known[owner] == tokens else self.marked.get((owner, tokens))
 
     def restore(self, owner: int, snapshot: DynamicCache, tokens: int) -> None:
         self.states[owner], self.known[owner] = copy.deepcopy(snapshot), tokens

@@ -239,6 +239,25 @@ def speculation_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def step_options(group: argparse._ArgumentGroup) -> None:
+    """--max-num-batched-tokens and --max-itl-ms, for whoever makes an engine."""
+    group.add_argument(
+        "--max-num-batched-tokens",
+        "--chunk-size",
+        dest="chunk_size",
+        type=positive,
+        metavar="N",
+        help="prompt tokens computed in one step where no answer is being written (default 2048, after a long past up to 8192, fewer where memory is short)",
+    )
+    group.add_argument(
+        "--max-itl-ms",
+        type=positive,
+        default=500,
+        metavar="MS",
+        help="inter-token latency: beside answers a step computes as many prompt tokens as take so many milliseconds, by the measured rate, 64 at least (default 500)",
+    )
+
+
 def graphs_option(group: argparse._ArgumentGroup) -> None:
     """--no-cuda-graphs, for whoever makes an engine."""
     flag(

@@ -32,7 +32,11 @@ from ktx.errors import KtxError, UsageError
 from ktx.weights.gguf_files import is_gguf
 
 SUMMARY = "measure prefill and decode speed, or one layer, beside llama.cpp, ik_llama.cpp, kt-kernel or ftllm"
-REPACKERS = ("llama.cpp", "ik_llama.cpp")  # run with repacking on and off, whichever is better
+REPACKERS = (
+    "llama.cpp",
+    "ik_llama.cpp",
+)  # run with repacking on and off, and with each of UBATCHES, whichever is better
+UBATCHES = (512, 2048)  # tokens that they compute at once; the second for prompts that are longer than the first
 PEERS = (*REPACKERS, "kt-kernel", "ftllm")
 SLACK = 1 << 30  # memory that is left alone when both engines are loaded
 OF_LAYERS = ("layer", "formats", "prompt", "threads", "repeat", "peer", "record")  # options that --layer reads
@@ -60,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peer",
         choices=PEERS,
-        help="runs beside ktx in turns: llama.cpp or ik_llama.cpp on the same file (best of its repack on and off), ftllm on a model or a layer, kt-kernel on a layer",
+        help="runs beside ktx in turns: llama.cpp or ik_llama.cpp on the same file (best of its repack on and off, and of -ub 512 and 2048), ftllm on a model or a layer, kt-kernel on a layer",
     )
     parser.add_argument(
         "--layer",
@@ -81,10 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Engine:
-    """An engine in a process of its own, started when it is first needed. It speaks JSON lines: a test, its figures."""
+    """An engine in a process of its own, started when it is first needed. It speaks JSON lines: a test, its figures. `more_than`: tokens of a prompt that it is for."""
 
-    def __init__(self, name: str, module: str, words: list[str]):
-        self.name, self.command = name, [sys.executable, "-m", module, *words]
+    def __init__(self, name: str, module: str, words: list[str], more_than: int = 0):
+        self.name, self.command, self.more_than = name, [sys.executable, "-m", module, *words], more_than
         self.process: subprocess.Popen[str] | None = None
         self.facts: dict[str, Any] = {}
 
@@ -227,7 +231,7 @@ def _gguf(args: argparse.Namespace) -> Path:
     return path
 
 
-def _peer(args: argparse.Namespace, tests: list[str], repack: int) -> Engine:
+def _peer(args: argparse.Namespace, tests: list[str], repack: int, ubatch: int) -> Engine:
     context = max(count + depth for _, count, depth in map(parts, tests)) + 16
     words = [
         "--engine",
@@ -238,16 +242,19 @@ def _peer(args: argparse.Namespace, tests: list[str], repack: int) -> Engine:
         str(args.threads),
         "--repack",
         str(repack),
+        "--ubatch",
+        str(ubatch),
         "--context",
         str(context),
     ]
-    return Engine(f"{args.peer} (repack {'on' if repack else 'off'})", "ktx.commands.bench_llama_cpp", words)
+    name = f"{args.peer} (repack {'on' if repack else 'off'}, -ub {ubatch})"
+    return Engine(name, "ktx.commands.bench_llama_cpp", words, more_than=0 if ubatch == UBATCHES[0] else UBATCHES[0])
 
 
 def _peers(args: argparse.Namespace, tests: list[str]) -> list[Engine]:
     """The forms in which a peer may run."""
     if args.peer in REPACKERS:
-        return [_peer(args, tests, repack) for repack in (1, 0)]
+        return [_peer(args, tests, repack, ubatch) for ubatch in UBATCHES for repack in (1, 0)]
     path = _gguf(args)
     folder = Path(args.model).expanduser()
     if not (folder / "config.json").exists():
@@ -265,12 +272,18 @@ def _best_peers(args: argparse.Namespace, tests: list[str]) -> tuple[dict[Engine
     """The peer in each of its forms, each alone in memory: the better one for each test, and its figure."""
     alone: dict[Engine, dict[str, float]] = {}
     for engine in _peers(args, tests):
-        alone[engine] = {test: max(engine.measure(test)["tok_s"] for _ in range(2)) for test in tests}
+        own = [test for test in tests if not engine.more_than or _is_prompt(test, engine.more_than)]
+        alone[engine] = {test: max(engine.measure(test)["tok_s"] for _ in range(2)) for test in own}
         engine.stop()
     best: dict[Engine | None, list[str]] = {}
     for test in tests:
-        best.setdefault(max(alone, key=lambda engine: alone[engine][test]), []).append(test)
-    return best, {test: max(figures[test] for figures in alone.values()) for test in tests}
+        best.setdefault(max(alone, key=lambda engine: alone[engine].get(test, 0.0)), []).append(test)
+    return best, {test: max(figures.get(test, 0.0) for figures in alone.values()) for test in tests}
+
+
+def _is_prompt(test: str, more_than: int) -> bool:
+    kind, count, _ = parts(test)
+    return kind == "pp" and count > more_than
 
 
 def _room(args: argparse.Namespace) -> tuple[bool, str]:

@@ -36,18 +36,22 @@ def serve_words(args: argparse.Namespace) -> list[str]:
 
 
 class Child:
-    """As a context manager its base address, once the model answers. KtxError with its last words, and its exit status, when it ends instead."""
+    """As a context manager its base address, once the model answers. KtxError with its last words, and its exit status, when it ends instead.
 
-    def __init__(self, words: list[str]):
-        self.words = words
+    `root` is the checkout that it runs, this one unless another is named.
+    """
+
+    def __init__(self, words: list[str], root: Path | None = None):
+        self.words, self.root = words, root or Path(__file__).resolve().parents[2]
         self.process: subprocess.Popen[str] | None = None
         self.said: deque[str] = deque(maxlen=HELD)
         self.address: queue.SimpleQueue[str] = queue.SimpleQueue()  # empty when the log ended without one
 
     def __enter__(self) -> str:
-        command = [sys.executable, "-m", "ktx", "serve", "--port", "0", "--log-format", "json", *self.words]
-        own = str(Path(__file__).resolve().parents[2])
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [own, os.environ.get("PYTHONPATH")]))}
+        command = [sys.executable, "-P", "-m", "ktx", "serve", "--port", "0", "--log-format", "json", *self.words]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))
+        }
         environment.pop("KTX_API_KEY", None)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         threading.Thread(target=self._listen, daemon=True).start()

@@ -184,16 +184,16 @@ def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...
     import torch
 
     from ktx.cache.kv import KVCache
-    from ktx.commands.chat import LONGEST_PIECE, PIECE
     from ktx.compat import cache_argument
-    from ktx.engine.scheduler import piece_of
+    from ktx.engine.budget import StepBudget
 
+    budget = StepBudget()
     cache, tokens = KVCache(model.config, model.ktx.kv_dtype), torch.tensor([[*prompt, *ids]])
     start, at = time.perf_counter(), 0
     with torch.inference_mode():
         while at < tokens.shape[1]:
             before = at < len(prompt)
-            piece = piece_of(at, PIECE, LONGEST_PIECE)
+            piece = budget.tokens(at)
             end = min(at + (piece if before else step or piece), len(prompt) if before else tokens.shape[1])
             model(input_ids=tokens[:, at:end], **cache_argument(model, cache), logits_to_keep=1)
             at = end

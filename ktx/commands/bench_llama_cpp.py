@@ -12,15 +12,14 @@ from typing import Any
 
 from ktx.commands.bench import parts, token_ids
 
-BATCH = 512
-
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, with its own defaults but for threads, length and repacking."""
+    """llama.cpp through llama-cpp-python, with its own defaults but for threads, length, repacking and the tokens computed at once."""
 
     package = "llama-cpp-python"
     state: Any = None
     vocabulary = 0
+    ubatch = 0  # tokens computed at once, which is all that a call is given
     at = 0  # tokens in the context
 
     def __init__(self) -> None:
@@ -35,7 +34,8 @@ class LlamaCpp:
         if not model:
             return False
         context = lib.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = args.context, BATCH, BATCH
+        self.ubatch = args.ubatch
+        context.n_ctx, context.n_batch, context.n_ubatch = args.context, args.ubatch, args.ubatch
         context.n_threads = context.n_threads_batch = args.threads
         self.state = lib.llama_init_from_model(model, context)
         self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
@@ -107,7 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--engine", choices=ENGINES)
     parser.add_argument("--weights")
-    for name in ("--threads", "--repack", "--context"):
+    for name in ("--threads", "--repack", "--ubatch", "--context"):
         parser.add_argument(name, type=int)
     args = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
@@ -143,9 +143,9 @@ def measure(engine: LlamaCpp, test: str) -> float:
         token_ids(depth if kind == "pp" else depth or 4, engine.vocabulary),
         token_ids(count, engine.vocabulary),
     )
-    step = BATCH if kind == "pp" else 1
-    for at in range(0, len(prompt), BATCH):
-        engine.decode(prompt[at : at + BATCH])
+    step = engine.ubatch if kind == "pp" else 1
+    for at in range(0, len(prompt), engine.ubatch):
+        engine.decode(prompt[at : at + engine.ubatch])
     engine.wait()
     start = time.perf_counter()
     for at in range(0, count, step):

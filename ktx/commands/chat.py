@@ -14,6 +14,7 @@ from ktx.commands.arguments import (
     named_model,
     positive,
     speculation_options,
+    step_options,
     threads_option,
 )
 
@@ -23,7 +24,6 @@ EPILOG = (
 )
 
 CONTEXT = 1 << 15  # tokens of a conversation, where nobody says how many
-PIECE, LONGEST_PIECE = 512, 2048  # tokens of a prompt computed at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
     run = parser.add_argument_group("running")
     threads_option(run)
-    run.add_argument(
-        "--chunk-size",
-        type=positive,
-        metavar="N",
-        help="prompt tokens computed at once (default 512, after a long past up to 2048)",
-    )
+    step_options(run)
     run.add_argument(
         "--max-context",
         type=positive,
@@ -98,15 +93,14 @@ def run(args: argparse.Namespace) -> int:
     note(first_line(model, args.model))
     limit = getattr(model.config, "max_position_embeddings", None) or CONTEXT
     context = args.max_context or min(limit, CONTEXT)
-    chunks = (
-        {"chunk_size": args.chunk_size} if args.chunk_size else {"chunk_size": PIECE, "longest_chunk": LONGEST_PIECE}
-    )
     steps = {
+        "chunk_size": args.chunk_size,
+        "max_itl_ms": args.max_itl_ms,
         "speculative": args.speculative,
         "draft_tokens": args.draft_tokens,
         "cuda_graphs": not args.no_cuda_graphs,
     }
-    with model.ktx.engine(max_batch_size=1, cache_lens=context, max_context=context, **chunks, **steps) as engine:
+    with model.ktx.engine(max_batch_size=1, cache_lens=context, max_context=context, **steps) as engine:
         talk = Conversation(Session(engine), sampling_of(args, model), args.system, args.force_think)
         chat = Chat(talk, Printer(sys.stdout, args.fold), engine, prompt_file=args.prompt_file)
         if args.prompt is not None:

@@ -54,7 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default 1)")
     group.add_argument(
-        "--chunk-size", type=positive, default=512, metavar="N", help="prompt tokens computed at once (default 512)"
+        "--max-num-batched-tokens",
+        "--chunk-size",
+        dest="chunk_size",
+        type=positive,
+        metavar="N",
+        help="prompt tokens computed in one step (default: the largest step that ktx serve takes of --ctx tokens, 2048 or more)",
     )
     group.add_argument(
         "--cpu-bandwidth", type=rate, metavar="GB/S", help="of reads from memory (default: measured here)"
@@ -108,6 +113,7 @@ def by_budget(args: argparse.Namespace) -> int:
         raise UsageError(f"{given[0]} says where modules are, --vram and --ram have it chosen: give one or the other")
     from ktx import placement
     from ktx.cache.kv import kv_type
+    from ktx.engine.budget import longest_step
     from ktx.fitting import fit
     from ktx.hardware import memory
     from ktx.preparing import measure
@@ -116,8 +122,9 @@ def by_budget(args: argparse.Namespace) -> int:
         args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, args.moe_experts
     )
     kept = kv_type(args.kv_dtype) or kv_type("f16")
+    step = args.chunk_size or longest_step(args.ctx)
     ram = args.ram or memory()[1]
-    budget = placement.Budget(tuple(args.vram or ()), ram, args.ctx, args.batch, kept, args.chunk_size)
+    budget = placement.Budget(tuple(args.vram or ()), ram, args.ctx, args.batch, kept, step)
     made, speeds = fit(model, budget), _speeds(args)
     if args.json:
         print(json.dumps(placement.summary(made, speeds), indent=1))

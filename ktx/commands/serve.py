@@ -21,6 +21,7 @@ from ktx.commands.arguments import (
     named_model,
     positive,
     speculation_options,
+    step_options,
     threads_option,
 )
 from ktx.errors import BadFile, UsageError
@@ -113,9 +114,7 @@ def running_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> No
         metavar="N",
         help=f"requests computed at once (default {batch})",
     )
-    run.add_argument(
-        "--chunk-size", type=positive, default=256, metavar="N", help="prompt tokens computed at once (default 256)"
-    )
+    step_options(run)
     run.add_argument(
         "--cache-lens",
         type=positive,
@@ -259,6 +258,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "max_batch_size": args.max_batch_size,
         "chunk_size": args.chunk_size,
+        "max_itl_ms": args.max_itl_ms,
         "cache_lens": args.cache_lens,
         "max_context": args.max_context,
         "max_queue": args.max_queue,

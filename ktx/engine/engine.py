@@ -18,6 +18,7 @@ from ktx.cache.pages import PAGE, Pages
 from ktx.engine.activity import Activity
 from ktx.engine.answer import Answer
 from ktx.engine.asking import Listener, generate
+from ktx.engine.budget import ITL, LONGEST, SHARE, STEP, StepBudget
 from ktx.engine.notes import ENGINES, notes_of
 from ktx.engine.request import Event, Finished, Request
 from ktx.engine.runner import Abandoned, Runner
@@ -39,19 +40,19 @@ RESTARTS = 3  # of the thread, before the engine gives up
 class Options:
     """How an engine is set up. `cache_lens` tokens are kept in all, of running requests and of what they may share.
 
-    `chunk_size` tokens of prompts are computed at once, after a long past up to `longest_chunk`: that makes a long prompt
-    faster, and others wait longer. `speculative` ("mtp" or "prompt_lookup") guesses up to `draft_tokens` tokens of an answer at once.
+    `chunk_size` tokens of prompts are computed at once where no answer goes on; None: 2048, after a long past up to 8192, or fewer where
+    memory is short. Beside answers as many as take `max_itl_ms` milliseconds, a page at least. `speculative` ("mtp" or "prompt_lookup") guesses up to `draft_tokens` tokens of an answer at once.
     `cuda_graphs` captures steps of one token a request, where all layers are on one GPU, when the engine starts.
     `prefix_cache_dir` is a folder that keeps pages of prompts and answers beyond this engine's life, `prefix_cache_gb` of them at most.
     """
 
     max_batch_size: int = 4
-    chunk_size: int = 256
+    chunk_size: int | None = None
+    max_itl_ms: float = ITL
     cache_lens: int = 32768
     max_context: int | None = None  # of one request; None: what the model and the cache allow
     max_queue: int = 256
     prefix_cache: bool = True
-    longest_chunk: int = 0
     speculative: str | None = None
     draft_tokens: int = MOST
     prefix_cache_dir: str | Path | None = None
@@ -59,8 +60,8 @@ class Options:
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "chunk_size", "cache_lens", "max_queue", "draft_tokens"):
-            if getattr(self, name) < 1:
+        for name in ("max_batch_size", "chunk_size", "cache_lens", "max_queue", "draft_tokens", "max_itl_ms"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, it must be at least 1")
         if self.max_context is not None and self.max_context < 8:
             raise UsageError(f"max_context is {self.max_context}, it must be at least 8")
@@ -84,9 +85,11 @@ class Engine:
         self.context = min(self.options.max_context or limit, limit, pages * PAGE)
         self.stop_ids = stop_ids(model, tokenizer)
         self.runner = runner or runner_for(model, pages, self.options.max_batch_size * self.options.cuda_graphs)
+        self.runner.shared = self.options.prefix_cache
         self.speculation = self._speculation()
         self._measure()
         self.runner.capture(self.context)
+        self.budget = self._budget()
         self.store = self._store()
         self.activity = Activity(model)
         self.scheduler = self._scheduler(pages)
@@ -110,16 +113,31 @@ class Engine:
         return Scheduler(
             Pages(pages),
             self.options.max_batch_size,
-            self.options.chunk_size,
+            self.budget,
             self.options.prefix_cache and self.runner.shares,
             self.runner.recurrent,
             self.runner.forget,
             self.runner.resume,
-            self.options.longest_chunk,
             self.runner.snapshot,
             self.runner.two_forms,
             self.store,
+            self.runner.grain,
         )
+
+    def _budget(self) -> StepBudget:
+        """Of steps that memory suffices for. DoesNotFit when it does not for the one that was asked for."""
+        grain, given, seconds = self.runner.grain, self.options.chunk_size, self.options.max_itl_ms / 1000
+        most = self.runner.largest_step(given or LONGEST, 1.0 if given else SHARE)
+        if given is not None:
+            if given > most:
+                raise DoesNotFit(
+                    f"a step of {given} tokens of prompts needs more memory than is free beside weights and caches, {most} would do; lower --max-num-batched-tokens"
+                )
+            step = max(given, grain) if given >= PAGE else given
+            return StepBudget(step, step, seconds, grain)
+        if most < LONGEST:
+            log.info("a step computes at most %d tokens of prompts: more of them need more memory than is free", most)
+        return StepBudget(min(STEP, most), most, seconds, grain)
 
     def _speculation(self) -> Speculation | None:
         if self.options.speculative is None:
@@ -339,12 +357,15 @@ class Engine:
             part.request.started = part.request.started or now
         try:
             with self.activity.forward(*self.runner.reads(parts)):
+                start = time.perf_counter()
                 logits = self.runner.run(parts)
         except Abandoned:
             self.scheduler.undo(parts)
         except Exception as error:
             self._failed(parts, error)
         else:
+            prompts = sum(part.count for part in parts if not part.answers)
+            self.budget.took(prompts, any(part.answers for part in parts), time.perf_counter() - start)
             done = [(part, self._computed(part, logits[part.request])) for part in parts]
             if self.speculation is not None:
                 self._guess(self.speculation, done, tried, now)

@@ -5,21 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ktx.cache.kv import KVCache
 from ktx.cache.paged import Batch, PagedCache, Span
+from ktx.cache.pages import PAGE
 from ktx.compat import cache_argument, cache_of, keeps_own_cache
+from ktx.engine.budget import SMALLEST
 from ktx.engine.graphs import Graphs, Token, gpu_of, obstacle
 from ktx.engine.request import Request
 from ktx.engine.sampling import Sampling
 from ktx.engine.scheduler import Part
 from ktx.errors import UsageError
+from ktx.hardware import memory
 from ktx.kernels import cpu
 from ktx.ops.gpu import handover
 from ktx.ops.mla import MLA
+from ktx.scratch import step_bytes
 
 log = logging.getLogger("ktx.engine")
 Logits = dict[
@@ -39,7 +44,11 @@ class Runner:
 
     shares = True  # whether a sequence can begin with pages of another
     two_forms = False  # whether whole pages of a prompt are computed in another way than single tokens
+    grain = (
+        PAGE  # a forward computes a prompt up to multiples of it: so its results do not depend on how the prompt is cut
+    )
     recurrent = False
+    shared = False  # whether sequences are to begin with states of another; the engine says so
     captured = 0
     reason = ""  # why requests are computed one after another, where they are
     obstacle = ""  # why steps are not captured, where that was asked for
@@ -72,6 +81,14 @@ class Runner:
                 error,
             )
 
+    def largest_step(self, most: int, share: float = 1.0) -> int:
+        """Tokens of a step whose activations fit into a share of the memory that is free beside weights and caches: `most`, or that halved; at least SMALLEST."""
+        for device, each in step_bytes(self.model).items():
+            free = device.memory[1] if device.gpu else memory()[1] - self.nbytes()
+            while most > SMALLEST and most * each > share * free:
+                most = max(SMALLEST, most // 2)
+        return most
+
     def check(self, sampling: Sampling) -> None:
         """UsageError for what this model's forwards cannot give."""
 
@@ -93,7 +110,17 @@ class Runner:
         return {part.request: row for part, row in zip(parts, rows, strict=True)}
 
     def _forward(self, parts: Sequence[Part]) -> Logits:
-        spans = [Span(p.request.number, p.start, p.count, p.request.pages, p.prompt) for p in parts]
+        spans = [
+            Span(
+                p.request.number,
+                p.start,
+                p.count,
+                p.request.pages,
+                p.prompt,
+                self.shared and not p.request.sampling.echo,
+            )
+            for p in parts
+        ]
         batch = Batch(spans, lambda: self._look(parts))
         ids = torch.tensor([[token for part in parts for token in part.ids]])
         rows = [
@@ -137,9 +164,9 @@ class Runner:
         """The request's past is given up."""
         self.cache.forget(request.number)
 
-    def snapshot(self, request: Request) -> Any:
-        """What recurrent layers know of a request's computed tokens, to be kept; None if they have seen others or a part of a forward."""
-        return self.cache.snapshot(request.number, request.computed)
+    def snapshot(self, request: Request, tokens: int) -> Any:
+        """What recurrent layers know of a request's first tokens, to be kept; None if that is not known."""
+        return self.cache.snapshot(request.number, tokens)
 
     def resume(self, request: Request, snapshot: Any) -> None:
         self.cache.restore(request.number, snapshot, request.computed)
@@ -147,6 +174,7 @@ class Runner:
     def clear(self) -> None:
         self.cache.states.clear()
         self.cache.known.clear()
+        self.cache.marked.clear()
 
     def nbytes(self) -> int:
         """Memory of the CPU that all keys and values take when they are filled."""
@@ -160,6 +188,7 @@ class PlainRunner(Runner):
     """
 
     shares = False
+    grain = 4 * PAGE
     in_chunks = True
 
     def __init__(self, model: Any, pages: int):
@@ -192,13 +221,17 @@ class PlainRunner(Runner):
         return found
 
     def _pieces(self, part: Part) -> list[tuple[int, int]]:
-        """First token and tokens of the forwards that a part takes. An answer that is computed again comes token by token, as it came before."""
+        """First token and tokens of the forwards that a part takes: of a prompt `grain` tokens at once, since a family's own code may add up otherwise in another
+        number of them; an answer that is computed again comes token by token, as it came before.
+        """
         first = part.start + part.prompt
         answer = [(at, 1) for at in range(first, part.start + part.count)]
         if not part.prompt or (not self.in_chunks and first < len(part.request.prompt)):
             return answer
-        start = part.start if self.in_chunks else 0
-        return [(start, first - start), *answer]
+        if not self.in_chunks:
+            return [(0, first), *answer]
+        cuts = [part.start, *range((part.start // self.grain + 1) * self.grain, first, self.grain), first]
+        return [*((at, end - at) for at, end in pairwise(cuts)), *answer]
 
     def _forward_of(self, part: Part, start: int, count: int) -> torch.Tensor:
         """Logits of those of the tokens that the part wants them of."""

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ktx.cache.pages import PAGE, Pages, Tail, chain
+from ktx.engine.budget import StepBudget
 from ktx.engine.request import Request
 
 OTHERS = 4  # a quarter of the budget, a page at least, is for prompts behind the oldest one, shortest first: a short question need not wait for a long one
+ECHO = 256  # tokens of a prompt computed at once where all of their logits are wanted: each takes as much memory as the vocabulary
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,10 @@ class Part:
         """How many of the tokens, the first ones, are the prompt's."""
         return max(0, min(self.count, len(self.request.prompt) - self.start))
 
-
-def piece_of(past: int, chunk: int, longest: int) -> int:
-    """How many tokens of a prompt to compute at once after `past` others.
-
-    What a piece does once for its whole past, such as expanding MLA's latent, is shared by its tokens: after a long past
-    pieces are longer, up to where their activations would need much memory.
-    """
-    return max(chunk, min(longest, past // 4))
+    @property
+    def answers(self) -> bool:
+        """Whether these are the request's latest token and its draft, after which the next one is chosen."""
+        return self.start + 1 == len(self.request.ids)
 
 
 def alike(one: Sequence[int], other: Sequence[int]) -> int:
@@ -68,27 +66,28 @@ class Store(Protocol):
 
 class Scheduler:
     """`waiting` and `running` are in the order of arrival. `released` is told of a request whose past is given up,
-    `resumed` of one that begins with what recurrent layers knew somewhere; `state` tells what they know of a request's computed
+    `resumed` of one that begins with what recurrent layers knew somewhere; `state` tells what they know of a request's first
     tokens, None if that is not known.
 
     `two_forms`: the model computes whole pages of a prompt in another way than single tokens, with other rounding errors.
+    `grain`: a prompt is computed up to multiples of so many tokens, whole pages, and to its end.
     """
 
     def __init__(
         self,
         pages: Pages,
         max_batch: int,
-        chunk: int,
+        budget: StepBudget,
         share: bool = True,
         recurrent: bool = False,
         released: Callable[[Request], None] = lambda request: None,
         resumed: Callable[[Request, Any], None] = lambda request, snapshot: None,
-        longest: int = 0,
-        state: Callable[[Request], Any] = lambda request: None,
+        state: Callable[[Request, int], Any] = lambda request, tokens: None,
         two_forms: bool = False,
         store: Store | None = None,
+        grain: int = PAGE,
     ):
-        self.pages, self.max_batch, self.chunk, self.longest = pages, max_batch, chunk, longest
+        self.pages, self.max_batch, self.budget, self.grain = pages, max_batch, budget, grain
         self.share, self.recurrent, self.released, self.resumed = share, recurrent, released, resumed
         self.state, self.two_forms, self.store = state, two_forms, store
         self.waiting: list[Request] = []
@@ -113,7 +112,7 @@ class Scheduler:
     def _give_up(self, request: Request) -> None:
         at, beyond = divmod(request.computed, PAGE)
         share = bool(beyond) and self._may_share(request)
-        state = self.state(request) if share and self.recurrent else None
+        state = self.state(request, request.computed) if share and self.recurrent else None
         if share and (state is not None or not self.recurrent):
             tail = Tail(request.pages[at], self._before(request, at), tuple(request.ids[at * PAGE : request.computed]))
             self.pages.release(request.pages[at + 1 :])
@@ -159,22 +158,26 @@ class Scheduler:
         return parts
 
     def _prefill(self, parts: list[Part], prompts: list[Request]) -> None:
-        """Prompts share the budget: the oldest takes most of it, the shortest of the others the rest, and what is left goes back to it."""
+        """Prompts share the budget: the oldest takes most of it, the shortest of the others the rest, and what is left goes back to it.
+
+        It is never left with less than what it can go on by, however small the budget and however many short ones come.
+        """
         if not prompts:
             return
         head, others = prompts[0], sorted(prompts[1:], key=lambda request: request.left)
-        left = piece_of(head.computed, self.chunk, self.longest)
-        rest = left - head.left if head.left < left else max(left // OTHERS, min(PAGE, left // 2))
+        left = self.budget.tokens(head.computed, bool(parts))
+        least = min(left, self.grain)
+        rest = left - head.left if head.left < left else max(left // OTHERS, least)
         for request in others:
             if request in self.running:
                 count = self._put(parts, request, min(request.left, rest))
                 left, rest = left - count, rest - count
         if head in self.running:
-            self._put(parts, head, min(head.left, left))
+            self._put(parts, head, min(head.left, max(left, least)))
 
     def _put(self, parts: list[Part], request: Request, count: int) -> int:
         """Adds a part and returns its tokens, 0 when there are no pages for it, or too little budget."""
-        count = self._in_pages(request, count)
+        count = self._in_pages(request, min(count, ECHO) if request.sampling.echo else count)
         if not count:
             return 0
         while not self._grow(request, request.computed + count):
@@ -192,8 +195,8 @@ class Scheduler:
     def _in_pages(self, request: Request, count: int) -> int:
         """A prompt's full pages are computed whole, by whatever budget: so their content does not depend on it. Recurrent layers want its end whole too."""
         end, prompt = request.computed + count, len(request.prompt)
-        if self.chunk >= PAGE and (end < prompt // PAGE * PAGE or (self.recurrent and end < prompt)):
-            end = end // PAGE * PAGE
+        if self.budget.step >= PAGE and (end < prompt // PAGE * PAGE or (self.recurrent and end < prompt)):
+            end = end // self.grain * self.grain
         return max(0, end - request.computed)
 
     def _grow(self, request: Request, tokens: int) -> bool:
@@ -209,12 +212,10 @@ class Scheduler:
             self.making.pop(request.keys[i], None)
             if self._may_share(request):
                 self.pages.name(request.pages[i], request.keys[i])
+                if self.recurrent and (state := self.state(request, (i + 1) * PAGE)) is not None:
+                    self.pages.keep(request.keys[i], state)
                 if self.store is not None:
                     self.store.keep(request.keys[i], request.pages[i])
-        if self.recurrent and count and request.computed % PAGE == 0 and self._may_share(request):
-            state = self.state(request)
-            if state is not None:
-                self.pages.keep(request.keys[request.computed // PAGE - 1], state)
 
     # ---- admission and what is shared
 

@@ -37,9 +37,12 @@ class Recurrent(Operator):
         hidden_states = given["hidden_states"]
         done, at = [], 0
         for span in cache.batch.spans:
+            first, marks = at - span.past, span.marks
             for size in span.pieces:
                 with cpu.wide_part(at, size):
                     piece = {"hidden_states": hidden_states[:, at : at + size], "attention_mask": None}
                     done.append(super().forward(**self.call.joined(given | piece, cache.state(span.owner))))
                 at += size
+                if at - first in marks:
+                    cache.mark(span.owner, at - first, self.layer_idx)
         return torch.cat(done, 1)

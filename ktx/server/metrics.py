@@ -103,9 +103,34 @@ class Metrics:
         )
         yield self._counter("prefix_cache_queries", "Prompt tokens that were looked for in the cache.", scheduler.asked)
         yield self._counter("prefix_cache_hits", "Prompt tokens that were found there.", scheduler.found)
+        yield from self._steps(engine)
         yield self._counter("engine_steps", "Forwards of the model.", engine.steps)
         yield self._counter("engine_restarts", "Times the engine's thread was replaced.", engine.restarts)
         yield from self._activity(engine)
+
+    def _steps(self, engine: Engine) -> Iterator[Any]:
+        """How large a step with prompts may be, and how fast the latest one was, alone and beside answers."""
+        budget, kinds = engine.budget, {"none": False, "some": True}
+        latest = {word: budget.latest[answers] for word, answers in kinds.items() if answers in budget.latest}
+        yield self._gauge(
+            "max_num_batched_tokens",
+            "Tokens of prompts that a step may compute, by whether answers go on in it.",
+            {word: budget.tokens(answers=answers) for word, answers in kinds.items()},
+            "answers",
+        )
+        yield self._gauge("max_itl_seconds", "Seconds that a step with answers may take.", budget.seconds)
+        yield self._gauge(
+            "prefill_tokens_per_second",
+            "Tokens of prompts a second in the latest step that computed some.",
+            {word: took.rate for word, took in latest.items()},
+            "answers",
+        )
+        yield self._gauge(
+            "prefill_step_seconds",
+            "Seconds of that step's forward.",
+            {word: took.seconds for word, took in latest.items()},
+            "answers",
+        )
 
     def _activity(self, engine: Engine) -> Iterator[Any]:
         """What the machine did for it."""

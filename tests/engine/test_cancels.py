@@ -17,9 +17,9 @@ from tests.models.test_checkpoints import OTHERS
 from tests.models.test_families import load
 from tests.small_chat import tokenizer
 
-FAMILIES = ["qwen3_next", "qwen3_5_moe_text", "lfm2_moe", "jamba", "falcon_h1", "kimi_linear", "minimax"]
-ROUNDS = int(os.environ.get("CANCEL_ROUNDS", "20"))
-NEW = 24  # tokens of an answer
+FAMILIES = ["qwen3_next", "lfm2_moe", "jamba", "falcon_h1", "minimax"]
+ROUNDS = int(os.environ.get("CANCEL_ROUNDS", "5"))
+NEW = 16  # tokens of an answer
 PROMPTS = [
     [(i * 37 + j * j * (i + 1)) % 250 + 9 for j in range(length)] for i, length in enumerate((30, 7, 65, 128, 1, 100))
 ]
@@ -108,7 +108,7 @@ def leaving_in_its_prompt(model, engine, at, prompt=LONG):
     assert gone.end.reason == "cancelled"
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("at", [1, 2])
 def test_who_leaves_in_a_prompt_changes_no_neighbour_and_no_later_answer(model, alone, at):
     with model.ktx.engine(max_batch_size=4, chunk_size=512) as engine:
         neighbours = [Asked(engine, PROMPTS[i]) for i in (0, 2, 3)]
@@ -128,7 +128,7 @@ def test_who_leaves_while_others_are_computed_again_changes_nothing(model, alone
         neighbours = [Asked(engine, PROMPTS[i]) for i in (0, 1)]
         for one in neighbours:
             assert one.begun.wait(WAIT)
-        for at in (2, 3, 1):
+        for at in (2, 1):
             leaving_in_its_prompt(model, engine, at, LONG[at:])
         assert [one.wait() for one in neighbours] == alone[:2]
         assert Asked(engine, LONG).wait() == alone[-1]
@@ -148,7 +148,7 @@ def test_several_leave_at_once_and_while_they_are_answered(model, alone):
         engine.check_integrity()
 
 
-@pytest.mark.parametrize("at", [1, 2, 5])
+@pytest.mark.parametrize("at", [2, 5])
 def test_a_forward_that_fails_halfway_is_computed_again(model, alone, at):
     def fail(n):
         if n == at:
@@ -227,7 +227,7 @@ def test_a_neighbour_loses_less_than_the_others_computation_saves(model):
 
 
 def test_any_order_of_asking_leaving_and_failing_gives_each_its_own_answer(model, alone):
-    """Twenty rounds, or as many as CANCEL_ROUNDS says."""
+    """Five rounds, or as many as CANCEL_ROUNDS says."""
     with model.ktx.engine(max_batch_size=4, chunk_size=192, cache_lens=1536) as engine:
         layers = len(model.get_decoder().layers)
         for number in range(ROUNDS):

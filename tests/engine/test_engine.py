@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import ktx
 from ktx.dialects import Text
+from ktx.engine.budget import StepBudget, longest_step
 from ktx.engine.prompt import Rendered
 from ktx.engine.request import Finished
 from ktx.engine.sampling import Chooser, Sampling
-from ktx.engine.scheduler import piece_of
 from ktx.engine.stream import Detokeniser, StopFinder
 from ktx.engine.text import Session
 from ktx.errors import UsageError
@@ -189,8 +189,9 @@ def session(loaded):
 
 
 def test_pieces_grow_with_the_past():
-    assert [piece_of(past, 512, 2048) for past in (0, 2048, 4096, 1 << 20)] == [512, 512, 1024, 2048]
-    assert piece_of(0, 3, 0) == piece_of(1 << 20, 3, 0) == 3
+    assert [StepBudget().tokens(past) for past in (0, 8192, 16384, 1 << 20)] == [2048, 2048, 4096, 8192]
+    assert StepBudget(3, 3).tokens(0) == StepBudget(3, 3).tokens(1 << 20) == 3
+    assert [longest_step(context) for context in (1, 16384, 1 << 20)] == [2048, 4096, 8192]
 
 
 def test_cancel_keeps_what_was_said(loaded, session):
