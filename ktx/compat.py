@@ -43,8 +43,8 @@ def cache_argument(module: Any, cache: Any) -> dict[str, Any]:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output."""
-    return getattr(output, usual_cache_name())
+    """The cache in a model's output; None where it has none."""
+    return getattr(output, usual_cache_name(), None)
 
 
 def _causal_class(config: Any) -> Any:

@@ -9,7 +9,7 @@ pairs of tokens before it counts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ktx.cache.kv import KVCache
-from ktx.compat import keeps_own_cache
+from ktx.compat import cache_argument, cache_of, keeps_own_cache
 from ktx.errors import KtxError, SelfTestFailed
 from ktx.ops.base import Operator
 from ktx.ops.experts import Experts
@@ -95,7 +95,7 @@ def versions() -> str:
 class Cached:
     """Forwards with a KVCache, one sequence at a time, as scripts and benchmarks make them.
 
-    A family that nobody here has read may take no such cache: it is given none and makes its own. Where what it makes is no `past_key_values` either, tokens
+    A family that nobody here has read may take no such cache: it is given none and makes its own. Where its output has no cache either, tokens
     behind others are computed with them.
     """
 
@@ -138,11 +138,11 @@ class Cached:
         out = self.model(
             input_ids=torch.tensor([ids]),
             position_ids=torch.arange(past, past + len(ids))[None],
-            past_key_values=self.cache,
+            **cache_argument(self.model, self.cache),
             use_cache=True,
         )
-        handover.check()
-        self.cache, self.length = getattr(out, "past_key_values", None), past + len(ids)
+        handover.check(self.model)
+        self.cache, self.length = cache_of(out), past + len(ids)
         self.goes_on = self.known or self.cache is not None
         logits: torch.Tensor = out.logits[0].cpu()
         return logits
@@ -155,25 +155,27 @@ def _pair(size: int, number: int) -> list[int]:
 
 
 def _tried(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
+    alike: list[str] = []
     try:
-        with Looking(model) as look:
+        with _looking(_telling(model), 2, lambda path, rows: alike.append(path) if torch.equal(*rows) else None):
             whole = forward(ids, 0)
         step = forward(ids, 1)
     except KtxError:
         raise
     except Exception as error:  # modeling code that is given what it does not expect
         return Fault(f"a forward with a cache raises {type(error).__name__}: {str(error).partition(chr(10))[0]}", True)
-    if not (whole.isfinite().all() and step.isfinite().all()):
-        where = look.first_not_finite()
-        return Fault(f"logits are not finite{f', from {where} on' if where else ''}", True)
     rows = whole.float()
+    if not (rows.isfinite().all() and step.isfinite().all()):
+        made = _rows(model, lambda: forward(ids, 0), 2)
+        where = next((path for path, found in made.items() if not found.isfinite().all()), "")
+        return Fault(f"logits are not finite{where and f', from {where} on'}", True)
     if bool((rows.amax(-1) - rows.amin(-1) <= ALIKE * rows.abs().amax(-1)).any()):
         return Fault("all logits of a token are alike")
     if away(rows[0], rows[1]) < ALIKE:
         return Fault("logits of different tokens are alike")
-    if alike := look.first_alike():
-        return Fault(f"{alike} gives the same for different tokens, as weights of zero would")
-    far, bound = away(step[-1], whole[-1]), tolerance(model, whole)
+    if alike:
+        return Fault(f"{alike[0]} gives the same for different tokens, as weights of zero would")
+    far, bound = away(step[-1], rows[-1]), tolerance(model, whole)
     if far <= bound:
         return None
     return Fault(
@@ -183,69 +185,58 @@ def _tried(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
 
 def _place(model: Any, forward: Forward, ids: list[int], bound: float) -> str:
     """Where the two ways part, in words."""
-    with Looking(model, keep=True) as whole:
-        forward(ids, 0)
-    with Looking(model, keep=True, tokens=1) as step:
-        forward(ids, 1)
-    for path, row in step.rows.items():
-        if path in whole.rows and not away(row, whole.rows[path]) <= bound:
+    whole = _rows(model, lambda: forward(ids, 0), 2)
+    step = _rows(model, lambda: forward(ids, 1), 1)
+    for path, row in step.items():
+        if path in whole and not away(row[-1], whole[path][-1]) <= bound:
             return f"from {path} on"
     return "though module by module they agree: where several are one call (ktx.ops.fused, ktx.ops.layer)"
 
 
-class Looking:
-    """Looks, while it is entered, at what modules make of `tokens` tokens: whether it is finite, whether it is the same for two of them; `keep`: the last one's row too."""
+def _rows(model: nn.Module, forward: Callable[[], Any], tokens: int) -> dict[str, torch.Tensor]:
+    """What every module makes of each of the last `tokens` tokens, in the order of their ends."""
+    made: dict[str, torch.Tensor] = {}
+    modules = {path: module for path, module in model.named_modules() if path}
+    with _looking(modules, tokens, lambda path, rows: made.update({path: rows.cpu().float()})):
+        forward()
+    return made
 
-    def __init__(self, model: nn.Module, keep: bool = False, tokens: int = 2):
-        self.model, self.keep, self.tokens = model, keep, tokens
-        self.rows: dict[str, torch.Tensor] = {}
-        self.finite: dict[str, torch.Tensor] = {}
-        self.differ: dict[str, torch.Tensor] = {}
-        self.hooks: list[Any] = []
 
-    def __enter__(self) -> Looking:
-        telling = _telling(self.model)
-        for path, module in self.model.named_modules():
-            if path:
-                self.hooks.append(module.register_forward_hook(self._hook(path, module in telling)))
-        return self
+@contextmanager
+def _looking(modules: Mapping[str, nn.Module], tokens: int, look: Callable[[str, torch.Tensor], Any]) -> Iterator[None]:
+    """While it is entered, `look` is given what each of the modules makes, if that is floats [tokens, D]."""
 
-    def __exit__(self, *args: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def _hook(self, path: str, telling: bool) -> Callable[[Any, Any, Any], None]:
-        def look(module: Any, given: Any, made: Any) -> None:
+    def hook(path: str) -> Callable[[Any, Any, Any], None]:
+        def hear(module: Any, given: Any, made: Any) -> None:
             rows = made[0] if isinstance(made, tuple) and made else made
-            if not isinstance(rows, torch.Tensor) or not rows.is_floating_point() or rows.dim() < 2:
-                return
-            if rows.numel() != self.tokens * rows.shape[-1]:
-                return
-            rows = rows.reshape(self.tokens, -1)
-            self.finite[path] = rows.isfinite().all()
-            if telling and self.tokens > 1 and rows.shape[-1] >= LEAST:
-                self.differ[path] = (rows[0] != rows[1]).any()
-            if self.keep:
-                self.rows[path] = rows[-1].cpu().float()
+            if isinstance(rows, torch.Tensor) and rows.is_floating_point() and rows.dim() > 1:
+                columns = rows.shape[-1]
+                if columns >= LEAST and rows.numel() == tokens * columns:
+                    look(path, rows.reshape(tokens, columns))
 
-        return look
+        return hear
 
-    def first_not_finite(self) -> str:
-        return next((path for path, fine in self.finite.items() if not fine), "")
-
-    def first_alike(self) -> str:
-        return next((path for path, fine in self.differ.items() if not fine), "")
+    hooks = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
+    try:
+        yield
+    finally:
+        for made in hooks:
+            made.remove()
 
 
-def _telling(model: nn.Module) -> set[nn.Module]:
+def _telling(model: nn.Module) -> dict[str, nn.Module]:
     """Modules whose results differ from token to token wherever their weights are not zero: those with matrices, and the parts of layers."""
-    found: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Operator) and not isinstance(module, RotaryEmbedding):
-            found.add(module)
+    parts: set[nn.Module] = set()
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
-            found.update(part for layer in module for part in layer.children() if not isinstance(part, nn.ModuleList))
-    return {module for module in found if not isinstance(module, Experts) or module.num_experts == module.total}
+            parts.update(part for layer in module for part in layer.children())
+        shared = (
+            isinstance(module, Experts) and module.num_experts < module.total
+        )  # it may have been chosen by no token
+        if (module in parts or isinstance(module, nn.Linear | Operator)) and not shared:
+            found[path] = module
+    return {path: module for path, module in found.items() if not isinstance(module, RotaryEmbedding)}
 
 
 @contextmanager

@@ -46,7 +46,8 @@ class Twins:
         self.cpu = self.load(None)
 
     def load(self, chosen, **more):
-        return load(self.folder, self.folder / "model.gguf", rules=chosen, **(F32 | more))
+        more = {"self_test": False} | F32 | more  # the interpreter is slow; tests/gpu/test_share.py asks for it
+        return load(self.folder, self.folder / "model.gguf", rules=chosen, **more)
 
     def on(self, rest="cuda:0", layers=None, **others):
         return self.load(self.rules(rest, layers, **others))

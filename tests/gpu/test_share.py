@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 
 import ktx
 import ktx.demo
+from ktx import selftest
 from ktx.__main__ import main
 from ktx.engine.activity import Activity
-from ktx.errors import UsageError
+from ktx.errors import SelfTestFailed, UsageError
 from ktx.footprint import on_gpu
 from ktx.kernels.check import in_bf16
 from ktx.qtypes import expand_scale
@@ -58,6 +59,21 @@ def test_both_sides_together_make_what_the_cpu_makes(twins):
         assert (experts.on_gpu.first, experts.on_gpu.num_experts) == (0, count)
         assert (experts.first, experts.num_experts) == (count, experts.total - count)
         assert (logits(model) - logits(twins.cpu)).abs().max() < BOUND
+
+
+def test_the_self_test_sees_both_sides(v3, monkeypatch):
+    """It refuses none where one side was not chosen, counts nothing, and sees a layer that drops its cache."""
+    model = v3.load(v3.rules(Experts="cpu"), gpu_experts=1, self_test=True)
+    assert not experts_of(model).counted().any()
+    monkeypatch.setattr(selftest, "TRIES", 1)  # the interpreter is slow
+    layer = model.model.layers[1]
+    whole = layer.forward
+    layer.forward = lambda hidden, **words: whole(
+        hidden, **words | dict.fromkeys({"past_key_values", "cache"} & set(words))
+    )
+    with pytest.raises(SelfTestFailed, match="through the cache"):
+        selftest.check(model)
+    assert not experts_of(model).counted().any()
 
 
 def test_either_side_may_be_empty(twins):
