@@ -41,12 +41,13 @@ test-newest: $(VENV)/.ktx  ## what meets other people's code, on the newest of e
 	$(NEWEST) -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-newest/requirements.txt
 	PYTHONPATH=$(CURDIR) $(NEWEST) tools/newest.py test $(SIDE_BY_SIDE) $(OLDEST) $(OTHERS) tests/test_chat.py
 
+SMOKE ?= tests/test_demo.py $(OTHERS)
 test-allowed: $(VENV)/.dev  ## a few tests on the newest versions that pyproject.toml admits, over the torch of $(VENV)
 	$(PY) tools/newest.py over .venv-allowed
 	$(PY) tools/newest.py requirements > .venv-allowed/requirements.txt
 	$(ALLOWED) -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-allowed/requirements.txt
 	echo "What is a rule file?" | PYTHONPATH=$(CURDIR) $(ALLOWED) -m ktx.local_chat | grep -F "A rule file is YAML"
-	PYTHONPATH=$(CURDIR) $(ALLOWED) tools/newest.py test $(SIDE_BY_SIDE) tests/test_demo.py $(OTHERS)
+	PYTHONPATH=$(CURDIR) $(ALLOWED) tools/newest.py test $(SIDE_BY_SIDE) $(SMOKE)
 
 cpu-check: $(VENV)/.dev   ## every weight type on every instruction set of this CPU: error, speed, share of the peak
 	$(PY) -m ktx.kernels.check

@@ -22,7 +22,7 @@ INDEX = "https://download.pytorch.org/whl/cpu"
 PATIENCE = 5.0  # seconds for the index's first answer, the look-up of its name included
 OWN_PLACE = ("-i", "--index-url", "--extra-index-url", "-f", "--find-links", "--no-index")
 BROUGHT = ("triton",)  # CUDA builds of torch ask for one version of it
-OTHERWISE = "Another: make chat TORCH='torch==VERSION --index-url ADDRESS'"
+OTHERWISE = "Other packages: about 60 MB, for the tests 400 MB. Another torch: make chat TORCH='torch==VERSION --index-url ADDRESS'"
 
 
 def has_driver() -> bool:
@@ -65,9 +65,9 @@ def pip(*words: str) -> int:
 
 def install(words: list[str], constraints: list[str]) -> int:
     """pip's exit status."""
-    index, wanted = os.environ.get("TORCH_INDEX", INDEX), " ".join(words)
+    index, wanted = os.environ.get("TORCH_INDEX", INDEX), " ".join(word for word in words if not word.startswith("-"))
     if names_its_place(words):
-        say(f"{wanted}, as TORCH says")
+        say(f"{' '.join(words)}, as TORCH says")
         return pip(*constraints, *words)
     if has_driver():
         say(
