@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ktx.config import VARIABLES, environment, warn_unknown
+from ktx.config import VARIABLES, check_environment, environment
 from ktx.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,13 +49,13 @@ def test_each_is_read_somewhere():
 def test_a_known_one_is_no_cause_for_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_unknown({**dict.fromkeys(VARIABLES, "x"), "PATH": "", "OTHER": ""})
+        check_environment({**dict.fromkeys(VARIABLES, ""), "PATH": "", "OTHER": ""})
     for name, near in (("KTX_API_KEYS", "KTX_API_KEY"), ("KTX_THREDS", "KTX_THREADS")):
         with pytest.warns(UserWarning, match=rf"{name} is not known \(did you mean '{near}'"):
-            warn_unknown({name: "1"})
+            check_environment({name: "1"})
 
 
 def test_values():
     assert environment("KTX_THREADS", {"KTX_THREADS": "3"}) == 3 and environment("KTX_THREADS", {}) == 0
-    with pytest.raises(UsageError, match="KTX_THREADS='x': must be int"):
+    with pytest.raises(UsageError, match="KTX_THREADS=x is not known: size of the worker team"):
         environment("KTX_THREADS", {"KTX_THREADS": "x"})

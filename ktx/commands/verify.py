@@ -60,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     import ktx
     from ktx import selftest
 
-    options = load_options(args) | {"self_test": False}  # what it finds is to be shown beside the layers
-    model, tokenizer = ktx.load(args.model, args.weights, args.rules, **options)
+    untested = load_options(args) | {"self_test": False}  # what it finds is to be shown beside the layers
+    model, tokenizer = ktx.load(args.model, args.weights, args.rules, **untested)
     ids = torch.tensor([tokenizer(args.prompt)["input_ids"][: args.tokens or TOKENS]])
     rows, summary = compare(model, args, ids)
     if args.json:
