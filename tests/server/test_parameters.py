@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,7 +14,7 @@ from ktx.engine.sampling import Chooser, Sampling
 from ktx.engine.scripted import read_script, scripted_engine
 from ktx.server.fields import Chat, Completion, parameters
 from ktx.server.fields.ollama import OllamaOptions
-from ktx.server.fields.parameters import ALIASES, HEADER, IGNORED, REFUSED
+from ktx.server.fields.parameters import ALIASES, HEADER, IGNORED, PREFIXES, REFUSED
 from tests.server.conftest import NAME, QWEN, refused, sent, serving
 from tests.small_chat import tokenizer
 
@@ -325,3 +327,20 @@ def test_parameters_are_of_their_own_request(special):
         assert asked(http, CHAT, id_slot=1)[1] == "id_slot"
         assert asked(http, CHAT)[1] == ""
     assert parameters.IGNORED_NOW.get() is None
+
+
+def test_the_page_shows_the_tables():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "server.md").read_text(encoding="utf-8")
+    page = page.partition("## Other servers' parameters")[2].partition("\n## ")[0]
+    rows = {
+        tuple(re.findall(r"`([^`]+)`", names)): why for names, why in re.findall(r"^\| (`.*?) \| (.*) \|$", page, re.M)
+    }
+    shown = {name: why for names, why in rows.items() for name in names}
+    table = IGNORED | {f"{prefix}*": why for prefix, why in PREFIXES.items()}
+    assert shown == table | {name: row.why for name, row in REFUSED.items()}
+    named = set(re.findall(r"`([a-z_]+)`", page.partition("| ignored")[0]))
+    assert set(ALIASES) <= named and named - set(ALIASES) - {"effort", "enabled", "exclude", "n", "false"} <= {
+        *Chat.model_fields,
+        *Completion.model_fields,
+        *OllamaOptions.model_fields,
+    }
