@@ -20,6 +20,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
         "ktx.qtypes",
         "ktx.quantize",
         "ktx.compat",
+        "ktx.defaults",
         "ktx.demo",
         "ktx.dialects",
         "ktx.hub",
