@@ -98,7 +98,7 @@ def load(
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
-    `model` is a Hugging Face folder, a hub id, or a GGUF file whose metadata suffices; `weights` a GGUF file, a folder of one, or
+    `model` is a Hugging Face folder, a hub id (OWNER/NAME, or OWNER/NAME@REVISION), or a GGUF file whose metadata suffices; `weights` a GGUF file, a folder of one, or
     safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `dtype` is what the model computes in (default: bf16
     if a part of it is on a GPU, else f32). `kv_dtype` is what keys and values are kept in (f16,
     bf16, f32, q8_0, fp8 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,

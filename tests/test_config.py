@@ -57,5 +57,5 @@ def test_a_known_one_is_no_cause_for_a_warning():
 
 def test_values():
     assert environment("KTX_THREADS", {"KTX_THREADS": "3"}) == 3 and environment("KTX_THREADS", {}) == 0
-    with pytest.raises(UsageError, match="KTX_THREADS=x is not known: size of the worker team"):
+    with pytest.raises(UsageError, match="KTX_THREADS=x is not known: use a number"):
         environment("KTX_THREADS", {"KTX_THREADS": "x"})

@@ -21,6 +21,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
         "ktx.qtypes",
         "ktx.quantize",
         "ktx.compat",
+        "ktx.defaults",
         "ktx.versions",
         "ktx.demo",
         "ktx.dialects",

@@ -15,7 +15,7 @@ from ktx.__main__ import main
 from ktx.errors import BadFile
 from ktx.kernels.check import in_bf16
 from ktx.qtypes import expand_scale
-from ktx.weights.quantization import REFUSED, SCHEMES
+from ktx.weights.quantization import REFUSED, SCHEMES, scheme_of
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
 from tests.models.test_families import IDS, logits, relative
@@ -91,10 +91,13 @@ def test_methods_that_are_not_computed_are_refused_by_name(plain, method):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_no_method_of_transformers_is_unheard_of():
-    theirs = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING} - {"gguf"}
-    assert theirs <= {*REFUSED, *SCHEMES}, theirs - {*REFUSED, *SCHEMES}
+def test_every_method_of_transformers_is_computed_or_refused():
+    """Also those that a newer version adds: by name, as unknown."""
     assert not {*REFUSED} & {*SCHEMES}
+    theirs = {name.removesuffix("_4bit").removesuffix("_8bit") for name in AUTO_QUANTIZATION_CONFIG_MAPPING}
+    for method in theirs - {*SCHEMES}:
+        with pytest.raises(BadFile, match=f"config.json: quantization_config: quant_method .?{method}.? "):
+            scheme_of({"quantization_config": {"quant_method": method}}, "config.json")
 
 
 @pytest.mark.parametrize(
