@@ -64,7 +64,7 @@ class StepBudget:
             self.longest * DEEP, True
         ):  # the quick end of a prompt says little
             self.fitting = max(float(self.least), min(fitting, GROWTH * max(self.fitting, tokens), float(self.longest)))
-        if seconds > self.seconds and tokens <= self.least and not self.warned:
+        if seconds > self.seconds and self.least <= tokens < 2 * self.least and not self.warned:
             self.warned = True
             log.warning(
                 "%d tokens of a prompt beside answers take %.1f s, more than the %.1f s of --max-itl-ms: that many are computed at once all the same, raise it for faster prompts",

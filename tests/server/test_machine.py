@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import httpx
 import pytest
@@ -162,6 +163,28 @@ def test_metrics_are_what_the_machine_says(running):
         assert names["process_resident_memory_bytes"][0][1] > 0
     finally:
         served.bandwidth = None
+
+
+def test_metrics_say_how_much_of_a_prompt_a_step_may_compute_and_how_fast_it_was(running):
+    base, served = running
+    ask(base, "p" * 200)
+    talking = threading.Thread(target=ask, args=(base, "talk", 450))
+    talking.start()
+    while not any(request.answered for request in served.engine.scheduler.running):
+        assert talking.is_alive()
+        time.sleep(0.002)
+    budget = served.engine.budget
+    for letter in "qrstuv":  # beside the answer
+        if True not in budget.latest:
+            ask(base, letter * 200, 1)
+    talking.join()
+    names = metrics(base)
+    assert names["ktx:max_itl_seconds"] == [({}, 0.5)]
+    allowed = {labels["answers"]: value for labels, value in names["ktx:max_num_batched_tokens"]}
+    assert allowed == {"none": budget.tokens(), "some": budget.tokens(answers=True)} and allowed["some"] >= 64
+    for name in ("prefill_tokens_per_second", "prefill_step_seconds"):
+        found = {labels["answers"]: value for labels, value in names[f"ktx:{name}"]}
+        assert found.keys() == {"none", "some"} and min(found.values()) > 0
 
 
 def test_imbalance_is_the_most_over_the_mean():
