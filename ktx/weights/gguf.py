@@ -17,7 +17,7 @@ from ktx.weights.accounting import Reads, Verdict, companion
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header
 from ktx.weights.gguf_keys import ROPE_TABLES, key_differences, refuse_architecture, refuse_kind, rope_differences
-from ktx.weights.names import GGUFNames, Recipe, cook
+from ktx.weights.names import GGUFNames, Recipe, cook, means_something
 from ktx.weights.source import QuantizedTensor, TensorSpec, joined
 
 SPLIT = re.compile(r"^(.+)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
@@ -107,7 +107,15 @@ class GGUFSource:
         """Layers past the model's (MTP) and tables that llama.cpp computes are left out rightly."""
         if why := _beside_the_model(key, int(self.config.num_hidden_layers)):
             return Verdict(why)
-        return companion(key, reads, self.tensors) or Verdict()
+        if found := companion(key, reads, self.tensors):
+            return found
+        if key.endswith("attn_kv_b.weight") and {key.replace("kv_b", "k_b"), key.replace("kv_b", "v_b")} <= set(
+            reads.tensors
+        ):
+            return Verdict("read as k_b and v_b")
+        if means_something(key):
+            return Verdict("with which llama.cpp computes and this model does not", refused=True)
+        return Verdict()
 
     def differences(self, config: Any) -> list[str]:
         from ktx.weights.agreement import gguf_differences

@@ -99,6 +99,19 @@ def _name_map(arch: str, layers: int) -> Any:
     return gguf.get_tensor_name_map(by_name[arch], layers)
 
 
+@lru_cache(maxsize=1)
+def _meanings() -> frozenset[str]:
+    import gguf
+
+    return frozenset(gguf.TENSOR_NAMES.values())
+
+
+def means_something(tensor: str) -> bool:
+    """Whether llama.cpp computes with a tensor of this name in some architecture; rotary tables of old files are not used."""
+    base = re.sub(r"(?<=^blk\.)\d+(?=\.)", "{bid}", tensor).removesuffix(".weight").removesuffix(".bias")
+    return base in _meanings() and not base.endswith("attn_rot_embd")
+
+
 # ---- attention
 
 

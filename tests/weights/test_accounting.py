@@ -220,6 +220,6 @@ def test_a_gguf_is_accounted_for_too(tmp_path, name, said):
 def test_an_unknown_tensor_of_a_gguf_is_listed(tmp_path):
     model = tiny("llama")
     model.config.save_pretrained(tmp_path)
-    more = lambda w: [w.add_tensor(f"blk.{i}.attn_q_norm.weight", ONE.numpy()) for i in range(2)]  # noqa: E731
+    more = lambda w: [w.add_tensor(f"blk.{i}.made_up.weight", ONE.numpy()) for i in range(2)]  # noqa: E731
     write_gguf(tmp_path / "m.gguf", model, "F32", extra=more)
-    assert ktx.plan(tmp_path).notes == ["2 tensors that no module reads: blk.*.attn_q_norm.weight (2)"]
+    assert ktx.plan(tmp_path).notes == ["2 tensors that no module reads: blk.*.made_up.weight (2)"]

@@ -252,3 +252,33 @@ def test_a_file_that_is_no_model_says_so(tmp_path, kind):
     for go in (lambda: open_weights(tmp_path / "m.gguf", model.config), lambda: load(tmp_path / "m.gguf", None)):
         with pytest.raises(BadFile, match=f"general.type is '{kind}'"):
             go()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.attn_q_norm.weight",
+        "blk.1.post_ffw_norm.weight",
+        "blk.0.ffn_gate_inp.weight",
+        "blk.0.layer_output_scale.weight",
+    ],
+)
+def test_a_tensor_that_means_something_elsewhere_is_refused(tmp_path, name):
+    path, _ = file(tmp_path, "llama", {}, tensors=[(name, [1.0] * 64)])
+    with pytest.raises(BadFile, match=f"no module reads {name}.*with which llama.cpp computes"):
+        load(path, None)
+
+
+def test_tensors_that_mean_nothing_are_listed(tmp_path):
+    path, _ = file(
+        tmp_path, "llama", {}, tensors=[("blk.0.attn_rot_embd.weight", [1.0]), ("blk.1.made_up.weight", [1.0])]
+    )
+    with pytest.warns(UserWarning, match="2 tensors that no module reads"):
+        load(path, None)
+
+
+def test_latent_keys_twice_are_no_fault(tmp_path):
+    model = tiny("deepseek_v3")
+    both = [(f"blk.{i}.attn_kv_b.weight", model.model.layers[i].self_attn.kv_b_proj.weight.tolist()) for i in range(2)]
+    path, model = file(tmp_path, "deepseek_v3", {}, tensors=both)
+    assert (logits(load(path, None), IDS[:, :20]) - logits(model, IDS[:, :20])).abs().max() < 1e-4
