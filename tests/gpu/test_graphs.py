@@ -15,6 +15,7 @@ import torch
 import ktx
 from ktx.__main__ import build_parser
 from ktx.commands.serve import _options
+from ktx.compat import usual_cache_name
 from ktx.devices import gpus
 from ktx.engine import graphs
 from ktx.engine.request import Piece
@@ -140,7 +141,7 @@ def test_a_replay_reads_static_buffers_alone(hybrid, monkeypatch):
 
         def spied(**given):
             if inside[0]:
-                tables = given["past_key_values"].batch.on(gpus()[0].torch)
+                tables = given[usual_cache_name()].batch.on(gpus()[0].torch)
                 held = [given["input_ids"], given["position_ids"], tables.pages, tables.slots, tables.sequences]
                 addresses = tuple(tensor.data_ptr() for tensor in held)
                 called.setdefault(tables.pages.shape[0], set()).add(addresses)
