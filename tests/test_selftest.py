@@ -84,7 +84,7 @@ def is_one_position_ahead(model):
     rotary = model.model.rotary_emb
     whole = rotary.forward
     rotary.forward = lambda x, position_ids, *more, **words: whole(
-        x, position_ids + (position_ids.shape[-1] == 1), *more, **words
+        x, position_ids + (position_ids.min() > 0), *more, **words
     )
 
 
