@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 LOCK   := requirements.lock
-# The torch that ktx is built with: words for pip. Which build of it, tools/install_torch.py says.
+# The torch that ktx is built with: words for pip. Which build of it, .ci/install_torch.py says.
 TORCH  ?= torch==2.13.0
 TESTS  ?= tests
 SIDE_BY_SIDE ?= -n auto --maxprocesses 4 --dist worksteal
@@ -36,18 +36,18 @@ TORCH_NEWEST ?= torch
 test-newest: $(VENV)/.ktx  ## what meets other people's code, on the newest of everything, whatever pyproject.toml admits
 	$(PYTHON) -m venv .venv-newest
 	$(NEWEST) -m pip --disable-pip-version-check install --quiet --upgrade pip setuptools wheel
-	$(NEWEST) tools/install_torch.py --upgrade $(TORCH_NEWEST)
-	$(NEWEST) tools/newest.py requirements --lift > .venv-newest/requirements.txt
+	$(NEWEST) .ci/install_torch.py --upgrade $(TORCH_NEWEST)
+	$(NEWEST) .ci/newest.py requirements --lift > .venv-newest/requirements.txt
 	$(NEWEST) -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-newest/requirements.txt
-	PYTHONPATH=$(CURDIR) $(NEWEST) tools/newest.py test $(SIDE_BY_SIDE) $(OLDEST) $(OTHERS) tests/test_chat.py
+	PYTHONPATH=$(CURDIR) $(NEWEST) .ci/newest.py test $(SIDE_BY_SIDE) $(OLDEST) $(OTHERS) tests/test_chat.py
 
 SMOKE ?= tests/test_demo.py $(OTHERS)
 test-allowed: $(VENV)/.dev  ## a few tests on the newest versions that pyproject.toml admits, over the torch of $(VENV)
-	$(PY) tools/newest.py over .venv-allowed
-	$(PY) tools/newest.py requirements > .venv-allowed/requirements.txt
+	$(PY) .ci/newest.py over .venv-allowed
+	$(PY) .ci/newest.py requirements > .venv-allowed/requirements.txt
 	$(ALLOWED) -m pip install --quiet --upgrade --upgrade-strategy eager -r .venv-allowed/requirements.txt
 	echo "What is a rule file?" | PYTHONPATH=$(CURDIR) $(ALLOWED) -m ktx.local_chat | grep -F "A rule file is YAML"
-	PYTHONPATH=$(CURDIR) $(ALLOWED) tools/newest.py test $(SIDE_BY_SIDE) $(SMOKE)
+	PYTHONPATH=$(CURDIR) $(ALLOWED) .ci/newest.py test $(SIDE_BY_SIDE) $(SMOKE)
 
 cpu-check: $(VENV)/.dev   ## every weight type on every instruction set of this CPU: error, speed, share of the peak
 	$(PY) -m ktx.kernels.check
@@ -84,7 +84,7 @@ docs: $(VENV)/.dev    ## run every command and code block of README and docs/
 lock:                 ## renew requirements.lock: the newest versions that pyproject.toml admits, for every Python
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip --disable-pip-version-check install --quiet --upgrade uv
-	.venv-lock/bin/python tools/lock.py $(TORCH)
+	.venv-lock/bin/python .ci/lock.py $(TORCH)
 
 wheel: $(VENV)/.dev   ## one cp311-abi3 wheel in dist/
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps -w dist .
@@ -100,7 +100,7 @@ $(VENV)/bin/python:
 
 # What everything else is installed by: the lock, as far as this torch agrees.
 $(VENV)/constraints.txt: $(LOCK) | $(VENV)/bin/python
-	@$(PY) tools/install_torch.py --constraints $@ $(TORCH)
+	@$(PY) .ci/install_torch.py --constraints $@ $(TORCH)
 
 $(VENV)/.ktx: pyproject.toml $(SOURCES) $(VENV)/constraints.txt
 	$(PIP) -c $(VENV)/constraints.txt --no-build-isolation -e .

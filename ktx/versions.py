@@ -15,7 +15,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 # pyproject.toml has the same bounds, tests/test_packaging.py compares them and the lock.
 TESTED = {
     "torch": ("2.11", "2.15"),
-    "transformers": ("5.17", "5.23"),
+    "transformers": ("5.17", "5.24"),
     "tokenizers": ("0.22", "0.23"),
     "gguf": ("0.17", "0.19"),
     "safetensors": ("0.5", "0.8"),

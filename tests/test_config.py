@@ -17,7 +17,7 @@ READ = re.compile(r'getenv\("(KTX_\w+)"')  # in C++, where macros begin like thi
 MISSPELT = {"KTX_THREDS", "KTX_API_KEYS"}  # in tests of what is said about such
 
 
-def files(folder, *kinds):
+def sources(folder, *kinds):
     return [path for kind in kinds for path in sorted((ROOT / folder).rglob(kind))]
 
 
@@ -32,18 +32,18 @@ def test_the_page_shows_the_table():
 
 
 def test_nothing_else_is_read_or_named():
-    python = files("ktx", "*.py") + files("benchmarks", "*.py")
-    others = [ROOT / name for name in ("Makefile", "setup.py", "README.md", "pyproject.toml")] + files("docs", "*.md")
-    others += [path for path in files(".ci", "*") if path.is_file()]
+    python = sources("ktx", "*.py") + sources("benchmarks", "*.py")
+    others = [ROOT / name for name in ("Makefile", "setup.py", "README.md", "pyproject.toml")] + sources("docs", "*.md")
+    others += [path for path in sources(".ci", "*") if path.is_file()]
     assert named(python + others) - MISSPELT <= set(VARIABLES)
-    assert named(files("tests", "*.py")) - MISSPELT <= set(VARIABLES)
-    assert named(files("csrc", "*.cpp", "*.h", "*.inl"), READ) <= set(VARIABLES)
+    assert named(sources("tests", "*.py")) - MISSPELT <= set(VARIABLES)
+    assert named(sources("csrc", "*.cpp", "*.h", "*.inl"), READ) <= set(VARIABLES)
 
 
 def test_each_is_read_somewhere():
     table = ROOT / "ktx" / "config.py"
-    read = named([path for path in files("ktx", "*.py") if path != table])
-    assert set(VARIABLES) == (read | named(files("csrc", "*.cpp"), READ)) & set(VARIABLES)
+    read = named([path for path in sources("ktx", "*.py") if path != table])
+    assert set(VARIABLES) == (read | named(sources("csrc", "*.cpp"), READ)) & set(VARIABLES)
 
 
 def test_a_known_one_is_no_cause_for_a_warning():

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOL = ROOT / "tools" / "install_torch.py"
+TOOL = ROOT / ".ci" / "install_torch.py"
 
 
 @pytest.fixture

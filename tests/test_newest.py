@@ -25,7 +25,7 @@ REPORT = """<testsuites><testsuite name="pytest">
 
 @pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("newest", ROOT / "tools" / "newest.py")
+    spec = importlib.util.spec_from_file_location("newest", ROOT / ".ci" / "newest.py")
     assert spec and spec.loader
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)

@@ -191,7 +191,7 @@ def test_the_lock_is_what_was_tested(python):
     for requirement in declared(*LOCKED):
         name = canonicalize_name(requirement.name)
         if name == "torch":
-            continue  # tools/install_torch.py
+            continue  # .ci/install_torch.py
         assert name in pins, f"make lock: Python {python} has no {name}"
         (pin,) = pins[name]
         assert pin.operator == "==" and requirement.specifier.contains(pin.version), (
@@ -273,6 +273,7 @@ PRIVATE = {
         "transformers:AutoModelForCausalLM._model_mapping",
         "transformers:PreTrainedModel._get_dtype_plan",
         "transformers:GenerationMixin._supports_default_dynamic_cache",
+        "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
         "transformers:PreTrainedModel._supports_sdpa",
         "transformers:PreTrainedModel._init_weights",
         "transformers:PreTrainedModel._initialize_weights",
@@ -298,7 +299,15 @@ PRIVATE = {
     "sse-starlette": ["sse_starlette.sse:AppStatus.should_exit"],
 }
 PEERS = {"_ctypes_api", "_lib"}  # of ik_llama_cpp, which only `ktx bench --peer` asks
-PYTHONS = {"_actions", "_option_string_actions", "_SubParsersAction", "_ArgumentGroup", "_AppendAction", "_exit"}
+PYTHONS = {
+    "_actions",
+    "_asdict",
+    "_option_string_actions",
+    "_SubParsersAction",
+    "_ArgumentGroup",
+    "_AppendAction",
+    "_exit",
+}
 
 
 @pytest.mark.parametrize("place", [place for places in PRIVATE.values() for place in places])

@@ -1,8 +1,8 @@
 """How ktx does on other versions than the locked ones.
 
-`python tools/newest.py requirements [--lift]` prints what pyproject.toml asks for, extras `serve`, `modelscope` and `dev` included, one a line and without torch:
-with its bounds, or, lifted, without their ends. `python tools/newest.py over DIR` makes an environment that has what this Python's has, and where pip can put other versions
-in front of it. `python tools/newest.py test WORDS` runs pytest with those words, then says what broke and against which versions.
+`python .ci/newest.py requirements [--lift]` prints what pyproject.toml asks for, extras `serve`, `modelscope` and `dev` included, one a line and without torch:
+with its bounds, or, lifted, without their ends. `python .ci/newest.py over DIR` makes an environment that has what this Python's has, and where pip can put other versions
+in front of it. `python .ci/newest.py test WORDS` runs pytest with those words, then says what broke and against which versions.
 """
 
 from __future__ import annotations

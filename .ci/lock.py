@@ -1,6 +1,6 @@
-"""Writes requirements.lock: `python tools/lock.py TORCH`, by uv's resolver, for every Python and machine that pyproject.toml names under [tool.uv].
+"""Writes requirements.lock: `python .ci/lock.py TORCH`, by uv's resolver, for every Python and machine that pyproject.toml names under [tool.uv].
 
-Exact versions of all that ktx, its extras for serving and development, and the build need. Not of torch, which tools/install_torch.py chooses: the lock is
+Exact versions of all that ktx, its extras for serving and development, and the build need. Not of torch, which .ci/install_torch.py chooses: the lock is
 what fits that torch.
 """
 
@@ -26,7 +26,7 @@ EVERYWHERE = {  # what holds wherever the lock is used
 }
 HEAD = """\
 # Exact versions of all that ktx, its extras `serve`, `modelscope` and `dev`, and the build need: Python 3.11 to 3.14, Linux, x86-64.
-# `make chat` and `make test` install them; `make lock` renews them. torch is chosen by tools/install_torch.py.
+# `make chat` and `make test` install them; `make lock` renews them. torch is chosen by .ci/install_torch.py.
 """
 
 

@@ -1,4 +1,4 @@
-"""Installs PyTorch into the environment of the Python that runs this: `python tools/install_torch.py [--constraints FILE] WORDS`.
+"""Installs PyTorch into the environment of the Python that runs this: `python .ci/install_torch.py [--constraints FILE] WORDS`.
 
 WORDS go to pip as they are: a requirement (`torch==2.13.0`), or with an index, a file or an address of its own. Without one of those, and
 where no NVIDIA driver is, PyTorch's own CPU build is taken from its public index (TORCH_INDEX names another) if that answers; else whatever
