@@ -180,12 +180,13 @@ def _tried(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
         made = _rows(model, lambda: forward(ids, 0), 2)
         where = next((path for path, found in made.items() if not found.isfinite().all()), "")
         return Fault(f"logits are not finite{where and f', from {where} on'}", True)
-    if bool((rows.amax(-1) - rows.amin(-1) <= ALIKE * rows.abs().amax(-1)).any()):
-        return Fault("all logits of a token are alike")
-    if away(rows[0], rows[1]) < ALIKE:
-        return Fault("logits of different tokens are alike")
-    if alike:
-        return Fault(f"{alike[0]} gives the same for different tokens, as weights of zero would")
+    if not alike or not _zeros(model, alike[0]):
+        if bool((rows.amax(-1) - rows.amin(-1) <= ALIKE * rows.abs().amax(-1)).any()):
+            return Fault("all logits of a token are alike")
+        if away(rows[0], rows[1]) < ALIKE:
+            return Fault("logits of different tokens are alike")
+        if alike:
+            return Fault(f"{alike[0]} gives the same for different tokens, as weights of zero would")
     far, bound = away(step[-1], rows[-1]), tolerance(model, whole)
     if far <= bound:
         return None
@@ -196,6 +197,19 @@ def _tried(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
         far=far,
         noise=noise,
     )
+
+
+def _zeros(model: Any, path: str) -> bool:
+    """Whether the file itself has a matrix of zeros below a path inside the model, as models made by hand do: that their results are alike is no fault."""
+    plan = model.ktx.plan
+    if model.get_submodule(path) is model.get_output_embeddings():
+        return False
+    names = [name for step in plan if step.path == path or step.path.startswith(f"{path}.") for name in step.tensors]
+    matrices = [name for name in names if (spec := plan.source.spec(name)) is not None and len(spec.shape) > 1]
+    found = next((name for name in matrices if not plan.source.get(name).dequantize().any()), None)
+    if found is not None:
+        log.warning("%s holds nothing but zeros in the file: the self-test does not ask whether results differ", found)
+    return found is not None
 
 
 def _exact(model: Any) -> bool:
