@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import ContextDecorator, ExitStack
 from types import TracebackType
 
 import torch
 
-_lock = threading.Lock()
+from ktx.forks import Lock
+
+_lock = Lock()
 _before: list[torch.dtype] = []  # the process's default type, once for each thread that is inside
 
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from ktx.cache.kv import KVCache
 from ktx.compat import cache_argument, cache_of, keeps_own_cache
+from ktx.defaults import torch_defaults
 from ktx.errors import KtxError, SelfTestFailed
 from ktx.ops.base import Operator
 from ktx.ops.experts import Experts
@@ -53,6 +54,7 @@ class Fault:
     noise: float = 0.0
 
 
+@torch_defaults()
 def check(model: Any, forward: Forward | None = None) -> None:
     """Raises SelfTestFailed when `forward` (default: with a KVCache) computes what cannot be right. Leaves no trace in counts, caches or random states."""
     if reason := fault(model, forward or Cached(model)):

@@ -299,6 +299,6 @@ def test_the_real_peers_read_our_random_models(tmp_path, peer_name, module, pres
 
 
 def test_depths_and_their_tests():
-    assert bench.depths("0,8192") == [0, 8192]
+    assert bench.lengths("0,8192") == [0, 8192]
     assert bench.parts("pp512") == ("pp", 512, 0)
     assert bench.parts("tg32@d8192") == ("tg", 32, 8192)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ktx.cache.kv import GrowingLayer, KVCache
+from ktx.defaults import torch_defaults
 from ktx.engine.request import Request
 from ktx.engine.runner import PlainRunner, Runner
 from ktx.engine.sampling import Sampling
@@ -26,6 +27,7 @@ log = logging.getLogger("ktx.engine")
 CHUNKS = ((4, 1), (3, 8), (1, 1))  # tokens of two sequences in three forwards
 
 
+@torch_defaults()
 def runner_for(model: Any, pages: int, captured: int = 0) -> Runner:
     """The one that the model's modules allow; for `captured` see Runner. UsageError for a model that goes on from no past, SelfTestFailed where pages are misread."""
     known = model.config.model_type in FILES

@@ -70,7 +70,11 @@ def experts(old: nn.Module, path: str) -> None:
     names = Call.of(old).names
     if len(names) != len(EXPERTS) or any(name not in known for name, known in zip(names, EXPERTS, strict=True)):
         wanted = ", ".join("|".join(known) for known in EXPERTS)
-        raise differs(old, path, f"takes ({', '.join(names)}) in its forward where experts take ({wanted})")
+        raise differs(
+            old,
+            path,
+            f"does not keep the experts contract of transformers 5: its forward takes ({', '.join(names)}), not ({wanted})",
+        )
 
 
 class Stub(nn.Module):

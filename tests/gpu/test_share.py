@@ -200,7 +200,7 @@ def test_a_number_that_cannot_be_meant_is_an_error(v3, capsys):
         rule = Rule(r"\.experts$", replace="Experts", device="cpu", kwargs={"gpu_experts": given})
         with pytest.raises(UsageError, match=f"^rule: .*{said}"):
             v3.load([rule, *v3.rules()])
-    for word, said in (("-2", "must be at least 1"), ("many", "must be a number, found 'many'")):
+    for word, said in (("-2", "must be at least 0"), ("many", "must be a number, found 'many'")):
         with pytest.raises(SystemExit):
             main(["plan", *DEMO, "--gpu_experts", word])
         assert said in capsys.readouterr().err

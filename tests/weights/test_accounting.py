@@ -122,7 +122,7 @@ def test_what_is_left_out_is_listed_by_pattern(saved, tmp_path, more, listed, ca
     assert main(["plan", "--model", str(folder)]) == 0
     assert line in capsys.readouterr().out.splitlines()
     assert main(["plan", "--model", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["notes"] == [line]
+    assert json.loads(capsys.readouterr().out)["notes"] == [{"code": "weights", "text": line}]
 
 
 def test_a_line_does_not_grow_without_bounds(saved, tmp_path):

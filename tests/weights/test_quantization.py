@@ -179,7 +179,7 @@ def test_block_fp8_is_computed(fp8, more, capsys):
         f"quantised: fp8, e4m3 with a scale for 128 x 128 weights ({folder / 'config.json'}" in capsys.readouterr().out
     )
     assert main(["plan", "--model", str(folder), "--json"]) == 0
-    assert "quantised: fp8" in json.loads(capsys.readouterr().out)["notes"][0]
+    assert "quantised: fp8" in json.loads(capsys.readouterr().out)["notes"][0]["text"]
 
 
 NAME = "model.layers.0.mlp.up_proj.weight"  # 300 x 256
