@@ -76,12 +76,17 @@ def _check_json(file: Path) -> None:
 def hub_folder(model: str, weights: bool) -> Path:
     """Configuration, tokenizer, template and settings of a hub id, from one revision, and its safetensors where they are wanted."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     repo, _, revision = model.partition("@")
     wanted = [*BESIDE, *(("*.safetensors",) if weights else ())]
     try:
         found = snapshot_download(
-            repo, revision=revision or None, allow_patterns=wanted, ignore_patterns=["*/*.safetensors", "consolidated*"]
+            repo,
+            revision=revision or None,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*.safetensors", "consolidated*"],
+            local_files_only=HF_HUB_OFFLINE,  # older clients ask the hub for the files of a revision even then
         )
     except Exception as error:  # the hub client's errors have no common base but Exception
         raise BadFile(

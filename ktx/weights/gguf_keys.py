@@ -110,8 +110,6 @@ def head_dim(config: Any) -> int:
 def _rotated(config: Any) -> int:
     if getattr(config, "kv_lora_rank", None):
         return int(config.qk_rope_head_dim)
-    if getattr(config, "rotary_dim", None):
-        return int(config.rotary_dim)
     part = rope_of(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     return int(head_dim(config) * part)
 
