@@ -99,16 +99,17 @@ def test_each_region_gets_states_and_tables_once(twins, journeys):
     model = twins.on(layers={2: "cuda:1", 3: "cuda:1"}, Embedding="cpu", head="cpu")
     assert (journeys.run(model) - run(twins.cpu)).abs().max() < 3e-5
     ids, states, tables = (1, 3), (1, 3, 64), (1, 3, 16)
-    assert journeys == [
+    once = [
         (ids, "cuda:0"),  # positions, to the tables
         (states, "cuda:0"),
-        (ids, "cuda:0"),
         (states, "cuda:1"),
         (tables, "cuda:1"),
         (tables, "cuda:1"),
         (ids, "cuda:1"),
         (states, "cuda:0"),  # to the last norm; what the output layer gets is a slice, whose place this does not know
     ]
+    # transformers 5.17 gives layers the very positions that the tables are made of, which are there already.
+    assert journeys in (once, [*once[:2], (ids, "cuda:0"), *once[2:]])
     assert hooked(model) >= {"model.layers.0", "model.layers.2", "model.norm", "lm_head"}
     assert "model.layers.1" not in hooked(model)
 
