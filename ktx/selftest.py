@@ -298,8 +298,8 @@ def _telling(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Counts of experts are what they were before, behind it."""
-    kept = []
+    """Counts of experts and rotary tables are what they were before, behind it."""
+    kept, tables = [], [(m, m.table) for m in model.modules() if isinstance(m, RotaryEmbedding)]
     for module in model.modules():
         if isinstance(module, Experts):
             chosen = module.chosen
@@ -312,3 +312,5 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if chosen is not None and module.chosen is not None:
                 module.chosen.copy_(chosen)
             module.waited = waited
+        for rotary, table in tables:
+            rotary.table = table

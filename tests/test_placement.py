@@ -87,7 +87,7 @@ def test_planes_are_as_large_as_is_planned(name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_cpu_holds_what_is_planned_and_caches_too(tmp_path, family):
     tiny(family).save_pretrained(tmp_path)
-    found, model = measure(tmp_path)[0], load(tmp_path, None, self_test=False)
+    found, model = measure(tmp_path)[0], load(tmp_path, None)
     assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
     cache = PagedCache(model.config, 10, torch.float16)
     cache.batch = Batch([Span(0, 0, 3, [0], 3)])
@@ -108,7 +108,7 @@ def held_states(layer) -> int:
 @pytest.mark.parametrize("preset,quant", [("v2lite", "Q4_K_M"), ("v3", "Q8_0"), ("qwen3-30b", "Q4_K_M")])
 def test_a_file_takes_what_is_planned(tmp_path, preset, quant):
     file = write(tmp_path, preset, "--quant", quant)
-    found, model = measure(tmp_path, file)[0], load(tmp_path, file, self_test=False)
+    found, model = measure(tmp_path, file)[0], load(tmp_path, file)
     assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
     assert sum(part.read(1, False) for part in found.parts) == pytest.approx(model.ktx.bytes_per_token, rel=0.02)
 
@@ -116,7 +116,7 @@ def test_a_file_takes_what_is_planned(tmp_path, preset, quant):
 def test_weights_that_are_made_on_loading_count_as_made():
     options = {"weight_dtype": "int8", "moe_dtype": "int4"}
     found = measure(ktx.demo.path(), ktx.demo.safetensors(), **options)[0]
-    model = load(ktx.demo.path(), ktx.demo.safetensors(), self_test=False, **options)
+    model = load(ktx.demo.path(), ktx.demo.safetensors(), **options)
     assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
 
 

@@ -80,10 +80,9 @@ def experts(old: nn.Module, path: str) -> None:
 class Stub(nn.Module):
     """A child that computes a given function."""
 
-    def __init__(self, function: Callable[..., Any], **attributes: Any):
+    def __init__(self, function: Callable[..., Any]):
         super().__init__()
         self.function = function
-        self.__dict__.update(attributes)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -387,9 +386,7 @@ def moe(old: Any, path: str, mine: Any) -> None:
         return called
 
     children: dict[str, nn.Module] = {
-        name: Stub(known.get(name) or stranger(name))
-        for name, child in old._modules.items()
-        if child is not None and not (name == "act_fn")
+        name: Stub(known.get(name) or stranger(name)) for name, child in old._modules.items() if child is not None
     }
     theirs, ours = twin_of(old, children), twin_of(mine, children)
     x = numbers(1, TOKENS, width, seed=5)

@@ -14,6 +14,7 @@ from ktx.ops.layer import Layer
 from ktx.ops.mlp import MLP
 from ktx.ops.norm import RMSNorm
 from ktx.ops.rope import RotaryEmbedding
+from ktx.versions import installed, numbers
 from tests.gpu.placed import Twins
 
 LAYERS = {"num_hidden_layers": 4, "first_k_dense_replace": 4}
@@ -108,8 +109,10 @@ def test_each_region_gets_states_and_tables_once(twins, journeys):
         (ids, "cuda:1"),
         (states, "cuda:0"),  # to the last norm; what the output layer gets is a slice, whose place this does not know
     ]
-    # transformers 5.17 gives layers the very positions that the tables are made of, which are there already.
-    assert journeys in (once, [*once[:2], (ids, "cuda:0"), *once[2:]])
+    # Up to 5.17 layers are given the very positions that the tables are made of, which are there already.
+    assert journeys == (
+        once if numbers(installed("transformers"))[:2] == (5, 17) else [*once[:2], (ids, "cuda:0"), *once[2:]]
+    )
     assert hooked(model) >= {"model.layers.0", "model.layers.2", "model.norm", "lm_head"}
     assert "model.layers.1" not in hooked(model)
 
