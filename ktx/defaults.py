@@ -25,7 +25,8 @@ class torch_defaults(ContextDecorator):  # noqa: N801 - used as a function
         with _lock:
             _before.append(_before[0] if _before else torch.get_default_dtype())
             torch.set_default_dtype(torch.float32)
-        self.stack.enter_context(torch.device("cpu"))
+        if torch.get_default_device().type != "cpu":  # a device as context intercepts every call of torch
+            self.stack.enter_context(torch.device("cpu"))
         self.stack.enter_context(torch.inference_mode(False))
         return self
 

@@ -34,6 +34,7 @@ from ktx.ops.sizes import sizes
 from ktx.placement import RESERVE, SLACK
 from ktx.preparing import placed_by, prepare, targets_of
 from ktx.rules import Rule
+from ktx.selftest import SelfTest
 from ktx.skeleton import generation, located, read_tokenizer
 from ktx.weights.source import WeightSource
 
@@ -53,7 +54,7 @@ class Handle:
     model: Callable[[], Any] = field(default=lambda: None, repr=False)  # a weak reference: the model holds its handle
     tokenizer: Any = field(default=None, repr=False)
     identity: Any = field(default=None, repr=False)  # plain values that decide what the model computes
-    self_test: bool = True  # whether an engine proves its pages by a few tokens too
+    self_test: SelfTest = True  # whether an engine is tested by a few tokens too; "engine": nothing else was
     notes: list[notes.Note] = field(default_factory=list)  # where it is slow, or does something else than was asked
 
     def engine(self, **options: Any) -> Any:
@@ -94,7 +95,7 @@ def load(
     devices: Mapping[str, str | Sequence[str]] | None = None,
     gpu_experts: int | None = None,
     stream_experts: int | str | None = None,
-    self_test: bool = True,
+    self_test: SelfTest = True,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -109,9 +110,11 @@ def load(
     auto) from when on these others are brought there too. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
     `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work. `self_test` computes two tokens at the end, in one forward and through
-    the cache (ktx.selftest); SelfTestFailed when the two differ, or logits are not finite or all alike.
+    the cache (ktx.selftest); SelfTestFailed when the two differ, or logits are not finite or all alike. "engine" leaves that to the engine that will be made of
+    the model, which computes them in its own way.
     """
     streaming(stream_experts)
+    selftest.asked(self_test)
     team = cpu.team_of(threads)
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
@@ -173,7 +176,7 @@ def load(
     )  # type: ignore[assignment]
     notes.tell(handle.notes, [*made.said, *warned])
     generation(built, model, source)
-    if self_test:
+    if self_test is True:
         selftest.check(built)
     return built, tokenizer
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from torch import nn
 from ktx.cache.kv import KVCache
 from ktx.compat import cache_argument, cache_of, keeps_own_cache
 from ktx.defaults import torch_defaults
-from ktx.errors import KtxError, SelfTestFailed
+from ktx.errors import KtxError, SelfTestFailed, UsageError
 from ktx.ops.base import Operator
 from ktx.ops.experts import Experts
 from ktx.ops.gpu import handover
@@ -42,6 +42,14 @@ LEAST = 4  # columns of a module's result: fewer may be alike by chance
 Forward = Callable[
     [list[int], int], torch.Tensor
 ]  # (ids, past) -> logits [len(ids) - past, V] on the CPU of the tokens behind the first `past`, which were computed before
+
+SelfTest = bool | Literal["engine"]  # whether a loaded model is tested; "engine": by the engine that is made of it
+
+
+def asked(self_test: SelfTest) -> None:
+    """UsageError for what is no SelfTest."""
+    if not (isinstance(self_test, bool) or self_test == "engine"):
+        raise UsageError(f"self_test={self_test!r}: takes True, False or 'engine'")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from ktx.compat import config_dict, text_part, writes_text
 from ktx.errors import BadFile, UsageError
 from ktx.hub.choice import BESIDE
+from ktx.json_file import read_object
 from ktx.rules import FILES
 from ktx.weights.gguf_files import ggufs_in, is_gguf
 from ktx.weights.source import WeightSource
@@ -46,7 +46,7 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         raise BadFile(
             f"{source}: has no config.json; --model must be a Hugging Face folder (its GGUF goes to --weights)"
         )
-    _check_json(path / "config.json")
+    read_object(path / "config.json", "configuration")  # errors of transformers' name no file
     try:
         raw = config_dict(str(path))
         if raw.get("model_type") == "kimi_k2":
@@ -62,15 +62,6 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
             f" (architectures: {', '.join(config.architectures or ()) or 'none'}); take a checkpoint of the text model, or its GGUF"
         )
     return config
-
-
-def _check_json(file: Path) -> None:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{file}: is no JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise BadFile(f"{file}: holds {type(raw).__name__}, not the keys of a configuration")
 
 
 def hub_folder(model: str, weights: bool) -> Path:

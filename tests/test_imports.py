@@ -18,6 +18,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
         "ktx.devices",
         "ktx.forks",
         "ktx.hardware",
+        "ktx.json_file",
         "ktx.qtypes",
         "ktx.quantize",
         "ktx.compat",

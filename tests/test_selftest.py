@@ -15,7 +15,7 @@ from ktx.compat import usual_cache_name
 from ktx.engine import runner, trial
 from ktx.engine.runner import PlainRunner, Runner
 from ktx.engine.sampling import Sampling
-from ktx.errors import SelfTestFailed
+from ktx.errors import SelfTestFailed, UsageError
 from ktx.ops.base import Operator
 from ktx.ops.experts import of_layers
 from ktx.ops.linear import Linear
@@ -292,6 +292,29 @@ def test_an_engine_proves_its_pages(folder, monkeypatch):
             trial.runner_for(model, 2)
     model.ktx.self_test = False
     assert type(trial.runner_for(model, 2)) is Runner
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "smollm3"])
+def test_an_engine_makes_the_test_that_loading_left_to_it(family, tmp_path, monkeypatch):
+    known = family in FAMILIES
+    if known:
+        write_model(tmp_path, family)
+    else:
+        tiny(family).save_pretrained(tmp_path)
+    asked = []
+    for place in (selftest, trial):
+        monkeypatch.setattr(place, "check", lambda model, forward=None: asked.append(type(forward).__name__))
+    pages = ["OnPages"] * known
+    for self_test, wanted in ((True, ["NoneType", *pages]), ("engine", pages or ["NoneType"]), (False, [])):
+        asked.clear()
+        trial.runner_for(load(tmp_path, tmp_path / "model.gguf" if known else None, self_test=self_test), 2)
+        assert asked == wanted
+
+
+@pytest.mark.parametrize("wish", ["no", "Engine", 2, None])
+def test_what_is_no_wish_for_a_self_test_is_refused(folder, wish):
+    with pytest.raises(UsageError, match="self_test=.*takes True, False or 'engine'"):
+        load(folder, folder / "model.gguf", self_test=wish)
 
 
 EXAONE = MOE | {

@@ -239,16 +239,21 @@ def speculation_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def step_options(group: argparse._ArgumentGroup) -> None:
-    """--max-num-batched-tokens and --max-itl-ms, for whoever makes an engine."""
+def batched_option(group: argparse._ArgumentGroup, default: str) -> None:
+    """--max-num-batched-tokens and its KTransformers name; `default` in words."""
     group.add_argument(
         "--max-num-batched-tokens",
         "--chunk-size",
         dest="chunk_size",
         type=positive,
         metavar="N",
-        help="prompt tokens computed in one step where no answer is being written (default 2048, after a long past up to 8192, fewer where memory is short)",
+        help=f"prompt tokens computed in one step where no answer is being written (default: {default})",
     )
+
+
+def step_options(group: argparse._ArgumentGroup) -> None:
+    """--max-num-batched-tokens and --max-itl-ms of an engine."""
+    batched_option(group, "2048, after a long past up to 8192, fewer where memory is short")
     group.add_argument(
         "--max-itl-ms",
         type=positive,
@@ -390,8 +395,8 @@ def placed(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What ktx.load is told beside the model: the options above by its own names."""
+def load_options(args: argparse.Namespace, engine: bool = False) -> dict[str, Any]:
+    """What ktx.load is told beside the model: the options above by its own names. `engine`: an engine is made of the model, and makes its self-test."""
     return {
         "weight_dtype": args.dtype,
         "moe_dtype": args.moe_dtype,
@@ -401,7 +406,7 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
         "cache_dir": args.cache_dir,
         "trust_remote_code": args.trust_remote_code,
         "stream_experts": args.stream_experts,
-        "self_test": not args.no_self_test,
+        "self_test": False if args.no_self_test else "engine" if engine else True,
         **placed(args),
     }
 

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         args.rules,
         threads=args.threads,
         mtp=args.speculative == "mtp",
-        **load_options(args),
+        **load_options(args, engine=True),
     )
     note(first_line(model, args.model))
     limit = getattr(model.config, "max_position_embeddings", None) or CONTEXT

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ktx.commands.arguments import (
+    batched_option,
     flag,
     load_options,
     model_options,
@@ -53,14 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ctx", type=tokens, default=8192, metavar="N", help="tokens of each sequence: 8192 or 32K (default 8K)"
     )
     group.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default 1)")
-    group.add_argument(
-        "--max-num-batched-tokens",
-        "--chunk-size",
-        dest="chunk_size",
-        type=positive,
-        metavar="N",
-        help="prompt tokens computed in one step (default: the largest step that ktx serve takes of --ctx tokens, 2048 or more)",
-    )
+    batched_option(group, "the largest step that ktx serve takes of --ctx tokens, 2048 or more")
     group.add_argument(
         "--cpu-bandwidth", type=rate, metavar="GB/S", help="of reads from memory (default: measured here)"
     )

@@ -290,7 +290,7 @@ def _engine(args: argparse.Namespace, served: Any) -> Any:
         threads=args.threads,
         progress=served.progress,
         mtp=args.speculative == "mtp",
-        **load_options(args),
+        **load_options(args, engine=True),
     )
     logging.getLogger("ktx.server").info(
         "loaded in %.1f s, %s kernels, %d threads", model.ktx.seconds, model.ktx.isa, model.ktx.threads

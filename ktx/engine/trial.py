@@ -32,8 +32,10 @@ def runner_for(model: Any, pages: int, captured: int = 0) -> Runner:
     """The one that the model's modules allow; for `captured` see Runner. UsageError for a model that goes on from no past, SelfTestFailed where pages are misread."""
     known = model.config.model_type in FILES
     reason = _reads_no_pages(model) or ("" if known else _wrong(Runner(model, 2)))
-    if not reason and known and model.ktx.self_test:
+    if known and not reason and model.ktx.self_test:
         check(model, OnPages(Runner(model, 1)))
+    elif model.ktx.self_test == "engine":
+        check(model)
     if not reason:
         return Runner(model, pages, captured)
     runner = PlainRunner(model, pages) if known else _plain(model, pages)

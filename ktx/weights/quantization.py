@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ktx.errors import BadFile, nearest
+from ktx.json_file import read_object
 from ktx.qtypes import FP8_BLOCK
 from ktx.weights.accounting import REMEDY
 
@@ -119,13 +120,8 @@ def _said(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
 
 def _of_file(file: Path, method: str) -> dict[str, Any] | None:
     """What such a file says, with its method; None when that is that nothing is quantised."""
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadFile(f"{file}: is no JSON: {error}") from error
-    if not isinstance(said, dict):
-        raise BadFile(f"{file}: holds {type(said).__name__}, not the keys of a quantisation")
-    said = said.get("quantization", said) if method == "modelopt" else said
+    found = read_object(file, "quantisation")
+    said = found.get("quantization", found) if method == "modelopt" else found
     if (
         method == "modelopt"
         and isinstance(said, dict)
