@@ -84,6 +84,7 @@ class Plan(list[Step]):
     def __init__(self, steps: Iterable[Step] = ()):
         super().__init__(steps)
         self.devices: dict[str, Device] = {}  # of every module
+        self.rules: Sequence[Rule] = ()  # that made it
         self.stream_experts: int | str | None = None  # what the rule file says of it (ktx.device_map.streaming)
         self.scheme = ""  # how the checkpoint says its weights are quantised (ktx.weights.quantization)
         self.ignored: Sequence[str] = ()  # patterns of tensors that the modeling code leaves out

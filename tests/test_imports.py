@@ -40,7 +40,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.fitting",),
     ("ktx.skeleton",),
     ("ktx.preparing",),
-    ("ktx.filling", "ktx.selftest"),
+    ("ktx.filling", "ktx.model", "ktx.reloading", "ktx.selftest"),
     ("ktx.loading",),
     ("ktx.engine",),
     ("ktx.server",),

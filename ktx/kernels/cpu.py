@@ -5,9 +5,11 @@ Shapes, types and errors are checked in C++ (csrc/bindings*.cpp); each operator 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -17,13 +19,14 @@ import torch
 from ktx.config import environment
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import default_threads
-from ktx.qtypes import FP8_BLOCK, QType
+from ktx.qtypes import FP8_BLOCK, QTYPES, QType
 from ktx.weights.source import QuantizedTensor
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 GROUP_ROWS = 16  # rows that are packed side by side (csrc/cpu/layout.h)
 _told = local()  # what this thread has said by `wide_rows`
 MOST_THREADS = 1024  # csrc/cpu/pool.h
+ROWS, COLUMNS = 17, 256  # of the sample that tells one order of packing from another
 PACK_ROWS = 1 << 10  # rows packed by one call, so that loading threads share the work evenly
 
 
@@ -69,6 +72,22 @@ class Packed:
     k: int
     matrices: int = 1
     ends: tuple[int, ...] = ()  # of `data`, where the memory nodes' shares end; none when there is one node
+    origin: Any = field(
+        default=None, init=False, compare=False, repr=False
+    )  # who can load it again, its name there and its number
+
+    def __copy__(self) -> Packed:
+        return self  # nobody writes to packed bytes: copies of a model share them
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return self
+
+    def __reduce__(self) -> Any:
+        """Pickled as a reference to the files it was loaded from; what comes from none is written as it is packed."""
+        if self.origin is not None:
+            return _again, self.origin
+        about = self.qtype.name, self.n, self.k, self.matrices, self.ends
+        return _written, (self.data.clone(), *about, packing())
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +96,47 @@ class Packed:
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """f32 [len(index), k]: rows of a single matrix, dequantised exactly. index int64."""
         return ops.unpack_rows(self.data, self.qtype.code, self.n, self.k, index)
+
+
+def _again(origin: Any, name: str, number: int) -> Packed:
+    """What a pickle refers to."""
+    packed: Packed = origin.taken(name, number)
+    return packed
+
+
+def _written(
+    data: torch.Tensor, qtype: str, n: int, k: int, matrices: int, ends: tuple[int, ...], made: tuple[Any, ...]
+) -> Packed:
+    """Packed bytes from a pickle. KtxError where kernels read them in another order than they were written in."""
+    if made != packing():
+        raise KtxError(
+            "a pickle holds weights that another version of ktx packed, or another processor (instruction set, memory nodes, order):"
+            f" {made}, here {packing()}; load the model anew with ktx.load and pickle it here"
+        )
+    placed = ops.empty_packed(data.numel(), ends)
+    placed.copy_(data)
+    return Packed(placed, QTYPES[qtype], n, k, matrices, ends)
+
+
+def packing() -> tuple[Any, ...]:
+    """What decides the order of packed bytes."""
+    return ops.isa(), ops.nodes(), fingerprint()
+
+
+@functools.cache
+def fingerprint() -> str:
+    """A digest of packed samples of every type: it changes when the order of anything in a packed matrix does."""
+    digest = hashlib.sha256()
+    for qtype in QTYPES.values():
+        k = max(COLUMNS, qtype.block)
+        bytes_of_row = k // qtype.block * qtype.nbytes
+        rows = (torch.arange(ROWS * bytes_of_row, dtype=torch.int64) * 2654435761 >> 13 & 255).to(torch.uint8)
+        scale = torch.arange(-(-ROWS // 128) * -(-k // 128), dtype=torch.float32).view(-(-ROWS // 128), -1)
+        weight = QuantizedTensor(
+            rows.view(ROWS, bytes_of_row), qtype, (ROWS, k), scale if qtype.name == "F8_E4M3" else None
+        )
+        digest.update(pack(weight).data.numpy().data)
+    return digest.hexdigest()
 
 
 def packed_nbytes(qtype: QType, n: int, k: int, matrices: int = 1) -> int:

@@ -190,6 +190,7 @@ class Attention(Operator):
     what the kernel does not know (`foreign_words`); `ours` says whether the kernel computes. Option: `backend` (triton, flashinfer, auto) says whose kernels attend on a GPU.
     """
 
+    remade = ("block",)
     kv_dtype: KVType
     block: Block | None
     ours: bool

@@ -41,11 +41,13 @@ class Operator(nn.Module):
     """
 
     consumes: ClassVar[tuple[str, ...]] = ()
+    remade: ClassVar[tuple[str, ...]] = ()  # attributes that `ready` makes of others, and a copy makes anew
     gpu_form: ClassVar[str] = (
         ""  # the dotted path of the class that stands in for this one on a GPU; its own: it serves both
     )
     path: str = ""
     home: Device = CPU  # where it lies; whoever puts it into the model says so before it is loaded
+    is_ready = False  # whether `ready` has run
     call: Call  # how the replaced forward is called; adopted modules have it
     target: str | None = None  # for operators that have it in __init__: the entry of MADE that float weights become
 
@@ -67,7 +69,24 @@ class Operator(nn.Module):
         """Reads `tensors()` from the source and packs them."""
 
     def ready(self) -> None:
-        """Called after the whole model is loaded."""
+        """Called after the whole model is loaded, children before their parents; and in a copy, or one read from a pickle, again."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies and pickles: the class of an adopted module is made anew, and so is what `ready` made. UsageError on a GPU."""
+        if self.home.gpu:
+            raise UsageError(
+                f"{self.path} lies on {self.home}, where modules can neither be copied nor pickled; load the model again"
+            )
+        made_of = getattr(type(self), "made_of", None)
+        return super().__reduce_ex__(protocol) if made_of is None else (bare, made_of, self.__getstate__())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {name: None for name in self.remade if name in self.__dict__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.is_ready:
+            self.ready()
 
     def weight_bytes(self) -> tuple[int, int]:
         """Packed bytes held, and bytes a single token makes the kernels read."""
@@ -117,8 +136,14 @@ _HEIRS: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {}
 
 
 def _heir(cls: type[Operator], old: Any) -> type[Operator]:
-    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "call": Call.of_class(old)}
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "call": Call.of_class(old), "made_of": (cls, old)}
     return _HEIRS.setdefault((cls, old), type(cls.__name__, (cls, old), names))
+
+
+def bare(cls: type[Operator], old: Any) -> Operator:
+    """An adopted module without anything in it, for one that is copied or read from a pickle."""
+    made = _heir(cls, old)
+    return made.__new__(made)
 
 
 def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:

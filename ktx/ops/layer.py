@@ -46,6 +46,7 @@ MISSES, REST = 3, 100  # calls in a row whose results were not asked for, and ho
 class Layer(Operator):
     """Its children stay modules of their own and are called one by one whenever a block of theirs cannot do it, or somebody listens to one."""
 
+    remade = ("watch", "stretch", "before")
     watch: Watch | None
     stretch: Stretch | None  # of which it is the first layer
 

@@ -56,6 +56,7 @@ class MLA(Operator):
     """
 
     consumes = ("kv_b_proj",)
+    remade = ("block",)
     ours = True  # as ktx.ops.attention.Attention has it
     w_uk_t: Any
     w_uv: Any

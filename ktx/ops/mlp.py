@@ -75,6 +75,7 @@ class Block:
 class MLP(Operator):
     """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own."""
 
+    remade = ("fused", "block")
     fused: Fused | None
     block: Block | None
 

@@ -24,6 +24,7 @@ RETURNS_ROUTER = ("GptOssMLP",)  # blocks that return (hidden states, router sco
 class MoE(Operator):
     """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate."""
 
+    remade = ("block",)
     block: Block | None
     link: Link | None = None  # where the layer puts experts off, see ktx.ops.deferral
 

@@ -16,6 +16,8 @@ from ktx.ops.gates import refused, stand_in
 class RMSNorm(Operator):
     """x / rms(x) * weight (or 1 + weight for the families that store it so), in f32."""
 
+    remade = ("in_f32",)
+
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> RMSNorm:
         eps = getattr(old, "variance_epsilon", getattr(old, "eps", None))

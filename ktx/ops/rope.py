@@ -16,6 +16,7 @@ class RotaryEmbedding(Operator):
     Tables whose frequencies depend on the length (dynamic NTK, long-rope) are left to transformers' own forward.
     """
 
+    remade = ("table",)
     table: tuple[int, Any] | None
 
     @classmethod
