@@ -370,6 +370,18 @@ def _(logits, top_k, *rest, **more):  # type: ignore[no-untyped-def]
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
 
 
+@torch.library.register_fake("ktx::store_q8_0")
+def _(x, to):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("ktx::load_q8_0")
+def _(x):  # type: ignore[no-untyped-def]
+    block = QTYPES["Q8_0"]
+    shape = (*x.shape[:-1], x.shape[-1] // block.nbytes * block.block)
+    return x.new_empty(shape, dtype=torch.float16)
+
+
 @torch.library.register_fake("ktx::gated")
 def _(gate, up, act):  # type: ignore[no-untyped-def]
     return torch.empty_like(gate)

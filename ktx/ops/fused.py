@@ -57,6 +57,8 @@ class Watch:
         return made
 
     def holds(self) -> bool:
+        if torch.compiler.is_compiling():
+            return False
         for modules, names, children in self.parents:
             if tuple(map(modules.get, names)) != children:
                 return False
@@ -212,6 +214,8 @@ def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | Non
     if mask is None:
         return None, None
     if mask.dtype == torch.int32:
+        if torch.compiler.is_compiling():
+            return mask[:, 0].contiguous(), None
         ranges = getattr(mask, "ktx_ranges", None)  # one mask serves all layers of a forward
         if ranges is None:
             ranges = mask.ktx_ranges = mask[:, 0].contiguous()  # type: ignore[attr-defined]
@@ -245,9 +249,11 @@ def rotary_tables(embeddings: Any, halved: bool = False) -> tuple[torch.Tensor, 
     """
     whole = isinstance(embeddings, torch.Tensor)
     owner, parts = (embeddings, (embeddings.real, embeddings.imag)) if whole else (embeddings[0], embeddings)
-    known = getattr(owner, "ktx_tables", None)  # one pair serves all layers of a forward
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else getattr(owner, "ktx_tables", None)  # one pair serves all layers of a forward
     if known is None:
         twice = whole or halved
         known = tuple((torch.cat([part, part], -1) if twice else part).float().contiguous() for part in parts)
-        owner.ktx_tables = known
+        if not compiling:
+            owner.ktx_tables = known
     return known
