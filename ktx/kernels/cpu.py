@@ -182,6 +182,27 @@ def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType 
     return Packed(data, qtype, n, k, count, ends)
 
 
+def unpack_expert(w: Packed, number: int) -> torch.Tensor:
+    """f32 [n, k]: one of the matrices that `pack_experts` packed, dequantised exactly."""
+    size, groups, nodes = packed_nbytes(w.qtype, w.n, w.k), -(-w.n // GROUP_ROWS), max(1, len(w.ends))
+    group, rows = size // groups, []
+    first = [ops.share_of(groups, node) for node in range(nodes)] + [groups] if w.ends else [0, groups]
+    for begin, end in zip(first, first[1:], strict=False):
+        share = (end - begin) * group
+        if share:
+            at, n = begin * group * w.matrices + number * share, min(w.n, end * GROUP_ROWS) - begin * GROUP_ROWS
+            part = Packed(w.data[at : at + share], w.qtype, n, w.k)
+            rows.append(part.rows(torch.arange(n, device="cpu")))
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def unpack_matrix(w: Packed, number: int) -> torch.Tensor:
+    """f32 [n, k]: one of the matrices that `pack` packed, dequantised exactly."""
+    size = packed_nbytes(w.qtype, w.n, w.k)
+    one = Packed(w.data[number * size : (number + 1) * size], w.qtype, w.n, w.k)
+    return one.rows(torch.arange(w.n, device="cpu"))
+
+
 def _whole(
     weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None
 ) -> tuple[list[QuantizedTensor], int, int, QType]:

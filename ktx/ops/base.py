@@ -14,6 +14,7 @@ from ktx.devices import CPU, Device
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
 from ktx.ops.calls import Call
+from ktx.ops.floats import Dequantized, Floats
 from ktx.qtypes import QTYPES, QType
 from ktx.weights.source import QuantizedTensor, WeightSource
 
@@ -47,6 +48,7 @@ class Operator(nn.Module):
     )
     path: str = ""
     home: Device = CPU  # where it lies; whoever puts it into the model says so before it is loaded
+    dtype: torch.dtype = torch.float32  # of what it makes where nothing else says so, and of its weights as floats
     is_ready = False  # whether `ready` has run
     call: Call  # how the replaced forward is called; adopted modules have it
     target: str | None = None  # for operators that have it in __init__: the entry of MADE that float weights become
@@ -70,6 +72,63 @@ class Operator(nn.Module):
 
     def ready(self) -> None:
         """Called after the whole model is loaded, children before their parents; and in a copy, or one read from a pickle, again."""
+
+    def floats(self) -> dict[str, Floats]:
+        """What it holds packed, by the names that the replaced module has for it. UsageError where that cannot be said."""
+        if self.tensors():
+            raise UsageError(
+                f"{self.path}: {type(self).__name__} does not say its packed weights in floats (floats); the model's state cannot be written"
+            )
+        return {}
+
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        """Other values for some of `floats`, which are packed as the floats they are."""
+        raise UsageError(f"{self.path}: {type(self).__name__} does not take weights after loading (take)")
+
+    def on_cpu(self) -> None:
+        """UsageError on a GPU, whose packed weights are not read back, or where there are none yet."""
+        if self.home.gpu:
+            raise UsageError(
+                f"{self.path} lies on {self.home}, whose packed weights are not read back; load the model on the CPU for it (device='cpu')"
+            )
+        if not self.is_ready:
+            raise UsageError(f"{self.path} is not loaded, it has no weights")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, floats in self.floats().items():
+            destination[prefix + name] = Dequantized(floats, self.dtype)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As torch's; packed weights that come back as they are change nothing."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        found: dict[str, torch.Tensor] = {}
+        for name, own in self.floats().items():
+            key = prefix + name
+            values = state_dict.get(key)
+            if key in unexpected_keys:
+                unexpected_keys.remove(key)
+            if values is None:
+                missing_keys += [key] * strict
+            elif tuple(values.shape) != own.shape:
+                error_msgs.append(
+                    f"size mismatch for {key}: copying a param with shape {tuple(values.shape)} from checkpoint, the shape in current model is {own.shape}."
+                )
+            elif not (isinstance(values, Dequantized) and values.floats.place == own.place):
+                found[name] = values.detach()
+        if found:
+            self.take(found)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For copies and pickles: the class of an adopted module is made anew, and so is what `ready` made. UsageError on a GPU."""
@@ -129,6 +188,14 @@ def made_from(spec: Any, wish: str | None) -> QType | None:
 def packed_as(parts: Any, wish: str | None, pack: Callable[..., Any] = cpu.pack) -> Any:
     """Weights (or one part a matrix) packed, floats as the type that was wished for."""
     return pack(parts, made_from(parts if isinstance(parts, QuantizedTensor) else parts[0], wish))
+
+
+def as_weights(values: torch.Tensor) -> QuantizedTensor:
+    """A tensor's floats as weights: half precision as it is, everything else in f32."""
+    kept = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(values.dtype)
+    if kept is None:
+        return QuantizedTensor.of(values)
+    return QuantizedTensor(values.contiguous().view(torch.uint8), QTYPES[kept], tuple(values.shape))
 
 
 Layer = TypeVar("Layer", bound=nn.Module)

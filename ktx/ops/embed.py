@@ -10,7 +10,8 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
-from ktx.ops.base import Context, Operator, is_plain
+from ktx.ops.base import Context, Operator, as_weights, is_plain
+from ktx.ops.floats import Floats, matrix
 from ktx.weights.source import WeightSource
 
 
@@ -49,6 +50,14 @@ class Embedding(Operator):
         assert self.packed is not None, f"{self.path} is not loaded"
         rows = self.packed.rows(ids.reshape(-1).to(torch.int64).contiguous())
         return rows.to(self.dtype).reshape(*ids.shape, self.embedding_dim)
+
+    def floats(self) -> dict[str, Floats]:
+        self.on_cpu()
+        assert self.packed is not None
+        return {"weight": matrix([self.packed])}
+
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        self.packed = cpu.pack(as_weights(values["weight"]))
 
     @property
     def weight(self) -> torch.Tensor:

@@ -10,7 +10,8 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
-from ktx.ops.base import Context, Operator, is_plain, packed_as
+from ktx.ops.base import Context, Operator, as_weights, is_plain, packed_as
+from ktx.ops.floats import Floats, matrix, plain
 from ktx.weights.source import WeightSource
 
 
@@ -57,6 +58,17 @@ class Linear(Operator):
             return cpu.linear(x, self.parts[0], self.bias)
         y = torch.cat([cpu.linear(x, part) for part in self.parts], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def floats(self) -> dict[str, Floats]:
+        self.on_cpu()
+        bias = {} if self.bias is None else {"bias": plain(self.bias)}
+        return {"weight": matrix(self.parts)} | bias
+
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        if "weight" in values:
+            self.parts = [packed_as(as_weights(values["weight"]), self.target)]
+        if "bias" in values:
+            self.bias = values["bias"].float().clone()
 
     @property
     def weight(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ktx.kernels.gpu import known_backend
 from ktx.kernels.kept import kept
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.floats import Floats
 from ktx.ops.fused import (
     NOTHING,
     Before,
@@ -80,6 +81,7 @@ class MLA(Operator):
         pairs = _pairs(rope or ROPE.get(type(old).__name__, ""), old, ctx)
         new: MLA = adopt(cls, old, ctx)
         del new._modules["kv_b_proj"]
+        new.dtype = ctx.dtype
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
         new.interleaved, new.backend = pairs == "interleaved", known_backend(backend)
         new.w_uk_t, new.w_uv, new.w_uk, new.block = None, None, None, None
@@ -106,12 +108,14 @@ class MLA(Operator):
     def _pack(self, source: WeightSource) -> list[cpu.Packed]:
         """W_UK transposed, W_UV, and unless one form serves any length W_UK once more, rows along the latent, for expanding."""
         k_b, v_b = (source.get(name) for name in self.tensors())
-        exact = self.is_exact(source)
+        spec = source.spec(self.tensors()[0])
+        return self._packed(k_b, v_b, self.is_exact(source), spec is not None and not spec.qtype.is_float)
+
+    def _packed(self, k_b: QuantizedTensor, v_b: QuantizedTensor, exact: bool, quantised: bool) -> list[cpu.Packed]:
         packed = [cpu.pack(as_half(k_b, exact)), cpu.pack(as_half(v_b, exact))]
         if not self.absorb_for_prefill:
-            spec = source.spec(self.tensors()[0])
             w_uk = QuantizedTensor.of(k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank))
-            coarse = spec is not None and not spec.qtype.is_float and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
+            coarse = quantised and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
             packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(as_half(w_uk, exact)))
         return packed
 
@@ -276,6 +280,24 @@ class MLA(Operator):
         if w.n % cpu.GROUP_ROWS == 0:
             return cpu.linear(flat, _rows(cpu.Packed(w.data, w.qtype, w.matrices * w.n, w.k), heads, w.n), wide=True)
         return cpu.linear_batched(flat.expand(w.matrices, -1, -1), w).transpose(0, 1).reshape(len(flat), -1)
+
+    def floats(self) -> dict[str, Floats]:
+        self.on_cpu()
+        k, v = self.w_uk_t, self.w_uv
+        each = k.k + v.n  # rows of a head
+
+        def read(first: int, last: int) -> torch.Tensor:
+            heads = range(first // each, -(-last // each))
+            rows = [torch.cat([cpu.unpack_matrix(k, head).T, cpu.unpack_matrix(v, head)]) for head in heads]
+            return torch.cat(rows)[first - heads.start * each : last - heads.start * each]
+
+        return {"kv_b_proj.weight": Floats((k.matrices * each, k.n), read, k.data.data_ptr())}
+
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        heads = values["kv_b_proj.weight"].float().reshape(self.num_heads, -1, self.kv_lora_rank)
+        k_b, v_b = heads.split([self.qk_nope_head_dim, self.v_head_dim], 1)
+        packed = self._packed(QuantizedTensor.of(k_b.transpose(1, 2)), QuantizedTensor.of(v_b), True, False)
+        self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
     def weight_bytes(self) -> tuple[int, int]:
         read = sum(w.nbytes for w in (self.w_uk_t, self.w_uv) if w is not None)
