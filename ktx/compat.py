@@ -114,3 +114,20 @@ def config_dict(source: str) -> dict[str, Any]:
 def keeps_own_cache(model: Any) -> bool:
     """Whether a model takes no cache but of a kind that only itself makes (MiniMax-Text-01)."""
     return not model._supports_default_dynamic_cache()
+
+
+def written_form(model: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A function from a model's own parameters to a checkpoint's, as `save_pretrained` writes them: other names, stacked experts apart. It takes some of them too."""
+    from types import SimpleNamespace
+
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    changes: Any = getattr(model, "_weight_conversions", None)
+    if changes is None:
+        changes = get_model_conversion_mapping(model, add_legacy=False)
+        changes = [change for change in changes if type(change).__name__ != "PrefixChange"]  # as transformers does
+    if not changes:
+        return dict
+    stand_in: Any = SimpleNamespace(_weight_conversions=changes, config=model.config)
+    return lambda state: revert_weight_conversion(stand_in, state)

@@ -18,6 +18,8 @@ from ktx.ops.floats import Dequantized, Floats
 from ktx.qtypes import QTYPES, QType
 from ktx.weights.source import QuantizedTensor, WeightSource
 
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # types that kernels take
+
 
 @dataclass(frozen=True)
 class Context:
@@ -42,6 +44,9 @@ class Operator(nn.Module):
     """
 
     consumes: ClassVar[tuple[str, ...]] = ()
+    stays: ClassVar[bool] = (
+        False  # whether it takes hidden states from another device, wherever those of its parent are
+    )
     remade: ClassVar[tuple[str, ...]] = ()  # attributes that `ready` makes of others, and a copy makes anew
     gpu_form: ClassVar[str] = (
         ""  # the dotted path of the class that stands in for this one on a GPU; its own: it serves both
@@ -144,8 +149,43 @@ class Operator(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.remake()
+
+    def remake(self) -> None:
+        """Once more what `ready` made, of what there is now."""
+        for name in self.remade:
+            if name in self.__dict__:
+                self.__dict__[name] = None
         if self.is_ready:
             self.ready()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Of `to`, `half` and their like: packed weights stay as they are, `dtype` is what the module makes from then on. UsageError for another device or type."""
+        if not self.is_ready:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        given = fn(torch.empty(0, dtype=self.dtype, device=self.home.torch))
+        if given.device.type != self.home.torch.type and self.tensors() and not self.stays:
+            raise UsageError(
+                f"{self.path}: its packed weights lie on {self.home} and do not go to {given.device}; say where modules are when the model is"
+                " loaded: ktx.load(..., device=...)"
+            )
+        if given.dtype not in COMPUTED:
+            raise UsageError(
+                f"{self.path} does not compute in {given.dtype}; give one of {', '.join(map(str, COMPUTED))}"
+            )
+        done = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = given.dtype
+        self.remake()
+        return done
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's. UsageError where a packed weight is to become a parameter, as torch.nn.utils.prune does."""
+        if isinstance(param, torch.Tensor) and not isinstance(param, nn.Parameter):
+            raise UsageError(
+                f"{self.path}: a packed weight is no parameter, {name} cannot be registered; change values and give them back with"
+                " model.load_state_dict({...}, strict=False), or keep the module plain by a rule before the others: replace: {class: default}"
+            )
+        super().register_parameter(name, param)
 
     def weight_bytes(self) -> tuple[int, int]:
         """Packed bytes held, and bytes a single token makes the kernels read."""

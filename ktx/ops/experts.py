@@ -30,6 +30,7 @@ class Experts(Operator):
     first ones may be on that: `on_gpu` holds them, and the MoE block calls both. `chosen` counts choices there, int64 [total] on the device.
     """
 
+    stays = True
     on_gpu: Experts | None
     chosen: torch.Tensor | None
 

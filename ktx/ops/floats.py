@@ -62,9 +62,7 @@ def matrix(parts: Sequence[cpu.Packed]) -> Floats:
     )
 
 
-def experts(
-    halves: Sequence[cpu.Packed], interleaved: bool = False, transposed: bool = False
-) -> Floats:
+def experts(halves: Sequence[cpu.Packed], interleaved: bool = False, transposed: bool = False) -> Floats:
     """[experts, rows, columns] of one projection, or of two in one: rows behind each other, or in turns."""
     count, n, k = halves[0].matrices, halves[0].n * len(halves), halves[0].k
 

@@ -67,7 +67,9 @@ class Layer(Operator):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given, cache = self.call.split((hidden_states, *args), kwargs)
-        if torch.compiler.is_compiling():  # a graph holds the kernels that children call; what a tensor carries is not in it
+        if (
+            torch.compiler.is_compiling()
+        ):  # a graph holds the kernels that children call; what a tensor carries is not in it
             return super().forward(**self.call.joined(given, cache))
         asked = Asked(given.get("attention_mask"), given.get("position_embeddings"), cache)
         ahead = hidden_states.__dict__.get("ktx_ahead")
