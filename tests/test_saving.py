@@ -95,13 +95,11 @@ def test_quantised_weights_are_written_as_what_they_stand_for(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "mixtral"])
-def test_pieces_shards_and_types(tmp_path, family, monkeypatch):
+def test_pieces_and_types(tmp_path, family, monkeypatch):
     original, mine = of_floats(family, tmp_path / "loaded")
     mine.save_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
     asked = []
-    for module in (floats, saving):
-        if hasattr(module, "SPAN"):
-            monkeypatch.setattr(module, "SPAN", 1 << 13)
+    monkeypatch.setattr(floats, "SPAN", 1 << 13)
     read = floats.Floats.values
     monkeypatch.setattr(floats.Floats, "values", lambda self, dtype: (asked.append(self.shape), read(self, dtype))[1])
     mine.save_pretrained(tmp_path / "pieces", max_shard_size="300KB", dtype=torch.bfloat16)
@@ -134,12 +132,12 @@ def test_a_folder_that_was_written_before(tmp_path):
 
 
 def test_a_chat_model_is_written_with_all_that_it_needs(tmp_path):
-    write_model(tmp_path / "loaded")
+    write_model(tmp_path / "loaded", quant="F32")
     mine, tokenizer = ktx.load(tmp_path / "loaded", tmp_path / "loaded" / "model.gguf", progress=False)
     mine.generation_config.temperature, mine.generation_config.do_sample = 0.5, True
     mine.save_pretrained(tmp_path / "mine")
     again, same = ktx.load(tmp_path / "mine", progress=False)
-    assert torch.allclose(again(IDS).logits, mine(IDS).logits, atol=2e-2)
+    assert torch.allclose(again(IDS).logits, mine(IDS).logits, atol=1e-4)
     assert same.get_vocab() == tokenizer.get_vocab() and same.chat_template == tokenizer.chat_template
     assert again.generation_config.temperature == 0.5
     assert "disable_compile" not in json.loads((tmp_path / "mine" / "generation_config.json").read_text())
@@ -221,10 +219,7 @@ def test_a_packed_weight_is_a_tensor_for_whoever_reads_it(tmp_path):
     assert type(value.clone()) is torch.Tensor and type(value.detach()) is Dequantized
     torch.save({name: value}, tmp_path / "part.pt")
     assert torch.equal(torch.load(tmp_path / "part.pt")[name], value.clone())
-    save_file(
-        dict(mine.state_dict()), tmp_path / "all.safetensors", {"format": "pt"}
-    ) if not original.config.tie_word_embeddings else None
-    for write in (value.zero_, lambda: value.mul_(2), lambda: value[0].copy_(value[1]) and value.copy_(right)):
+    for write in (value.zero_, lambda: value.mul_(2), lambda: value.__setitem__(0, 1), lambda: value.copy_(right)):
         with pytest.raises(UsageError, match="cannot be written to in place.*load_state_dict"):
             write()
 

@@ -76,10 +76,17 @@ def experts(halves: Sequence[cpu.Packed], interleaved: bool = False, transposed:
     return Floats(shape, read, halves[0].data.data_ptr())
 
 
+READ_ONLY = (
+    "a packed weight cannot be written to in place; change a copy (weight.clone()) and give it back with"
+    " model.load_state_dict({...}, strict=False)"
+)
+
+
 class Dequantized(torch.Tensor):
     """A parameter that is packed, as a tensor that nobody can write to: it takes no memory, every use of its values dequantises them."""
 
     floats: Floats
+    held: torch.Tensor | None = None
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -98,10 +105,7 @@ class Dequantized(torch.Tensor):
             return Dequantized(args[0].floats, args[0].dtype)
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Dequantized):
-                raise UsageError(
-                    f"{func}: a packed weight cannot be written to in place; make other values of a copy (weight.clone()) and give"
-                    " them back with load_state_dict(..., strict=False)"
-                )
+                raise UsageError(READ_ONLY)
         args, kwargs = tree_map_only(Dequantized, Dequantized.dequantized, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -114,8 +118,14 @@ class Dequantized(torch.Tensor):
     def untyped_storage(self) -> Any:
         return _Place(self.floats.place, self.nbytes)
 
-    def data_ptr(self) -> NoReturn:
-        raise UsageError("a packed weight has no floats in memory; take its values first: weight.clone()")
+    def data_ptr(self) -> int:
+        """Of the values, which are in memory from now on as long as this tensor is."""
+        if self.held is None:
+            self.held = self.dequantized()
+        return self.held.data_ptr()
+
+    def __setitem__(self, index: Any, values: Any) -> NoReturn:
+        raise UsageError(READ_ONLY)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dequantized().__reduce_ex__(protocol)
