@@ -46,7 +46,7 @@ class Model(PreTrainedModel):
                 handle.files.close()
         layer.join(self)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
@@ -65,7 +65,11 @@ class Model(PreTrainedModel):
                 raise UsageError(
                     "save_pretrained: dtype is of the model's own weights, not of a state_dict or an adapter"
                 )
-            options = {"variant": variant, "save_original_format": save_original_format, "push_to_hub": push_to_hub}
+            options: dict[str, Any] = {
+                "variant": variant,
+                "save_original_format": save_original_format,
+                "push_to_hub": push_to_hub,
+            }
             super().save_pretrained(
                 save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **options, **kwargs
             )

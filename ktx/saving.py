@@ -171,10 +171,10 @@ def _write(drafts: list[Path], places: dict[str, Place], state: dict[str, torch.
                 "shape": list(place.shape),
                 "data_offsets": [place.at, place.at + place.nbytes],
             }
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % 8)
-        draft.write_bytes(len(raw).to_bytes(8, "little") + raw)
-        begins.append(8 + len(raw))
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        draft.write_bytes(len(text).to_bytes(8, "little") + text)
+        begins.append(8 + len(text))
         os.truncate(draft, begins[-1] + sum(place.nbytes for place in own.values()))
     written: set[str] = set()
     handles = [os.open(draft, os.O_WRONLY) for draft in drafts]
@@ -213,15 +213,10 @@ def _pieces(
         if same is not None and floats is not None:
             for first, last in floats.spans():
                 yield same, first, floats.read(first, last)
-        elif floats is not None and (numbers := _numbers(own, floats)):
+        elif floats is not None and _by_expert(own, floats):
             for first, last in floats.spans():
                 for made, values in form({name: floats.read(first, last)}).items():
-                    yield (
-                        EXPERT.sub(lambda found, by=first: f"{found[1]}{int(found[2]) + by}{found[3]}", made),
-                        0,
-                        values,
-                    )
-            assert numbers == floats.shape[0]
+                    yield _later(made, first), 0, values
         else:
             for made, values in form({name: _values(value)}).items():
                 yield made, 0, values
@@ -243,11 +238,15 @@ def _alone(
     return found if shapes == {name: place.shape for name, place in places.items()} else None
 
 
-def _numbers(own: dict[str, tuple[int, ...]], floats: Floats) -> int:
-    """How many experts there are where a parameter becomes tensors of each, by its number; else none."""
+def _by_expert(own: dict[str, tuple[int, ...]], floats: Floats) -> bool:
+    """Whether a parameter of all experts becomes tensors of each, by its number."""
     numbers = [int(found[2]) for name in own if (found := EXPERT.search(name))]
-    count = floats.shape[0]
-    return count if len(numbers) == len(own) and set(numbers) == set(range(count)) else 0
+    return len(numbers) == len(own) and set(numbers) == set(range(floats.shape[0]))
+
+
+def _later(name: str, count: int) -> str:
+    """The name of a tensor of an expert that comes so many after."""
+    return EXPERT.sub(lambda found: f"{found[1]}{int(found[2]) + count}{found[3]}", name)
 
 
 def _values(value: torch.Tensor) -> torch.Tensor:

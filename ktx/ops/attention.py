@@ -223,7 +223,7 @@ class Attention(Operator):
 
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
         """The forward, its arguments by name and its cache apart."""
-        if self.block is not None and self.block.watch.holds():
+        if self.block is not None and not torch.compiler.is_compiling() and self.block.watch.holds():
             done = self.block(cache=cache, **given)
             if done is not None:
                 return done, None

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 
+CPU = torch.device("cpu")
 SPAN = 1 << 26  # numbers that are dequantised at once
 
 
@@ -87,11 +88,11 @@ class Dequantized(torch.Tensor):
 
     floats: Floats
     held: torch.Tensor | None = None
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, floats: Floats, dtype: torch.dtype) -> Dequantized:
-        made: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+        made: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=CPU)
         made.floats = floats
         return made
 
@@ -100,7 +101,7 @@ class Dequantized(torch.Tensor):
         return self.floats.values(self.dtype)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return Dequantized(args[0].floats, args[0].dtype)
         for argument, value in zip(func._schema.arguments, args, strict=False):
@@ -133,7 +134,7 @@ class Dequantized(torch.Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Dequantized:
         return self
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"Dequantized({list(self.shape)}, {self.dtype})"
 
 

@@ -57,8 +57,6 @@ class Watch:
         return made
 
     def holds(self) -> bool:
-        if torch.compiler.is_compiling():
-            return False
         for modules, names, children in self.parents:
             if tuple(map(modules.get, names)) != children:
                 return False

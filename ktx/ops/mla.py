@@ -140,7 +140,7 @@ class MLA(Operator):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """The forward, by whatever name the cache came."""
-        if self.block is not None and self.block.watch.holds():
+        if self.block is not None and not torch.compiler.is_compiling() and self.block.watch.holds():
             done = self.block(hidden_states, position_embeddings, attention_mask, kv_cache)
             if done is not None:
                 return done, None
