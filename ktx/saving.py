@@ -36,7 +36,7 @@ Form = Callable[[dict[str, Any]], dict[str, Any]]
 
 @dataclass
 class Place:
-    """Where a tensor lies in a file that is being written."""
+    """Where a tensor is in a file that is being written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -74,10 +74,10 @@ def save(
     for name in _left_out(model, state):
         del state[name]
     form: Form = written_form(model) if save_original_format else dict
-    kept = dtype_plan(model, dtype)
+    own_types = dtype_plan(model, dtype)
     whole = form(
         {
-            name: torch.empty(value.shape, dtype=_type(kept, name, value, dtype), device="meta")
+            name: torch.empty(value.shape, dtype=_type(own_types, name, value, dtype), device="meta")
             for name, value in state.items()
         }
     )
@@ -99,14 +99,14 @@ def save(
         for draft in drafts:
             draft.unlink(missing_ok=True)
     _tidy(path, files, places, variant, model)
-    _beside(model, path, dtype)
+    _settings(model, path, dtype)
 
 
-def _type(kept: dict[str, torch.dtype], name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+def _type(own_types: dict[str, torch.dtype], name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     """What a tensor is written as."""
     if not value.is_floating_point():
         return value.dtype
-    return next((own for pattern, own in kept.items() if re.search(pattern, name)), dtype)
+    return next((own for pattern, own in own_types.items() if re.search(pattern, name)), dtype)
 
 
 def _left_out(model: Any, state: dict[str, torch.Tensor]) -> list[str]:
@@ -273,7 +273,7 @@ def _tidy(path: Path, files: list[str], places: dict[str, Place], variant: str |
     index.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def _beside(model: Any, path: Path, dtype: torch.dtype) -> None:
+def _settings(model: Any, path: Path, dtype: torch.dtype) -> None:
     """Configuration, generation settings, tokenizer. The weights are floats now, whatever they were."""
     config = copy.deepcopy(model.config)
     config.dtype, config.architectures = str(dtype)[6:], [type(model).__name__]

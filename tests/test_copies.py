@@ -211,7 +211,7 @@ def change(file):
 def test_a_file_that_has_changed_is_refused(chat, tmp_path):
     file = tmp_path / "chat" / "model.gguf"
     text, about = pickle.dumps(chat), file.stat()
-    shutil.copy(file, tmp_path / "kept")
+    shutil.copy(file, tmp_path / "copy")
     change(file)
     os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
     with pytest.raises(BadFile, match=r"model\.gguf: has changed since the model was pickled.*ktx\.load"):
@@ -219,7 +219,7 @@ def test_a_file_that_has_changed_is_refused(chat, tmp_path):
     os.utime(file)
     with pytest.raises(BadFile, match=r"has changed since the model was loaded.*save_pretrained"):
         pickle.dumps(chat)
-    shutil.copy(tmp_path / "kept", file)  # what it was, at another time
+    shutil.copy(tmp_path / "copy", file)  # what it was, at another time
     assert torch.equal(answers(pickle.loads(text)), answers(copy.deepcopy(chat)))
     file.unlink()
     with pytest.raises(BadFile, match=r"model\.gguf: .*No such file"):
@@ -266,7 +266,7 @@ def test_modules_on_a_gpu_are_not_copied(chat):
 
     chat.model.layers[0].mlp.home = Elsewhere()
     for make in (copy.deepcopy, pickled):
-        with pytest.raises(UsageError, match=r"layers\.0\.mlp lies on cuda:0.*load the model again"):
+        with pytest.raises(UsageError, match=r"layers\.0\.mlp is on cuda:0.*load the model again"):
             make(chat)
 
 

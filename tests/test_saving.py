@@ -207,7 +207,7 @@ def test_an_operator_that_does_not_say_its_weights(tmp_path):
     assert torch.equal(copy.deepcopy(mine)(IDS).logits, mine(IDS).logits)
 
 
-def test_a_packed_weight_is_a_tensor_for_whoever_reads_it(tmp_path):
+def test_a_packed_weight_is_a_tensor_for_programs_that_read_it(tmp_path):
     original, mine = of_floats("qwen3_moe", tmp_path)
     name = "model.layers.1.mlp.experts.gate_up_proj"
     value, right = mine.state_dict()[name], original.state_dict()[name]

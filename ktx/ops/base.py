@@ -94,7 +94,7 @@ class Operator(nn.Module):
         """UsageError on a GPU, whose packed weights are not read back, or where there are none yet."""
         if self.home.gpu:
             raise UsageError(
-                f"{self.path} lies on {self.home}, whose packed weights are not read back; load the model on the CPU for it (device='cpu')"
+                f"{self.path} is on {self.home}, whose packed weights are not read back; load the model on the CPU for it (device='cpu')"
             )
         if not self.is_ready:
             raise UsageError(f"{self.path} is not loaded, it has no weights")
@@ -139,7 +139,7 @@ class Operator(nn.Module):
         """For copies and pickles: the class of an adopted module is made anew, and so is what `ready` made. UsageError on a GPU."""
         if self.home.gpu:
             raise UsageError(
-                f"{self.path} lies on {self.home}, where modules can neither be copied nor pickled; load the model again"
+                f"{self.path} is on {self.home}, where modules can neither be copied nor pickled; load the model again"
             )
         made_of = getattr(type(self), "made_of", None)
         return super().__reduce_ex__(protocol) if made_of is None else (bare, made_of, self.__getstate__())
@@ -166,7 +166,7 @@ class Operator(nn.Module):
         given = fn(torch.empty(0, dtype=self.dtype, device=self.home.torch))
         if given.device.type != self.home.torch.type and self.tensors() and not self.stays:
             raise UsageError(
-                f"{self.path}: its packed weights lie on {self.home} and do not go to {given.device}; say where modules are when the model is"
+                f"{self.path}: its packed weights are on {self.home} and do not go to {given.device}; say where modules are when the model is"
                 " loaded: ktx.load(..., device=...)"
             )
         if given.dtype not in COMPUTED:
@@ -232,10 +232,10 @@ def packed_as(parts: Any, wish: str | None, pack: Callable[..., Any] = cpu.pack)
 
 def as_weights(values: torch.Tensor) -> QuantizedTensor:
     """A tensor's floats as weights: half precision as it is, everything else in f32."""
-    kept = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(values.dtype)
-    if kept is None:
+    half = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(values.dtype)
+    if half is None:
         return QuantizedTensor.of(values)
-    return QuantizedTensor(values.contiguous().view(torch.uint8), QTYPES[kept], tuple(values.shape))
+    return QuantizedTensor(values.contiguous().view(torch.uint8), QTYPES[half], tuple(values.shape))
 
 
 Layer = TypeVar("Layer", bound=nn.Module)

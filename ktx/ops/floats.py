@@ -44,7 +44,7 @@ def plain(values: torch.Tensor) -> Floats:
 
 
 def rows_of(parts: Sequence[cpu.Packed], first: int, last: int) -> torch.Tensor:
-    """f32 rows of a matrix that lies in parts."""
+    """f32 rows of a matrix in parts."""
     found, at = [], 0
     for part in parts:
         begin, end = max(first - at, 0), min(last - at, part.n)
