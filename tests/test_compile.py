@@ -78,6 +78,16 @@ def test_inductor(pair):
     assert near(out.logits, original(IDS[:, :20]).logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_prompts_of_many_lengths(pair, family):
+    original, mine = pair(family)
+    graphs = []
+    compiled = torch.compile(mine, backend=lambda graph, given: (graphs.append(graph), graph.forward)[1])
+    for length in (20, 33, 25, 38, 12, 17):
+        assert near(compiled(IDS[:, :length]).logits, original(IDS[:, :length]).logits)
+    assert len(graphs) <= 2  # one of the first length, one of any
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
 def test_our_cache(pair, dtype):
     _, mine = pair("llama")
@@ -145,11 +155,15 @@ def test_many_tokens_and_quantised_weights(tmp_path):
     assert near(torch.compile(mine, backend="aot_eager")(ids).logits, mine(ids).logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
 def test_export(pair, family):
     original, mine = pair(family)
-    made = torch.export.export(mine, (IDS[:, :12],), {"use_cache": False}, strict=False)
-    assert near(made.module()(IDS[:, :12], use_cache=False).logits, original(IDS[:, :12]).logits)
+    lengths = {"input_ids": {1: torch.export.Dim("length", min=2, max=64)}, "use_cache": None}
+    given = {"input_ids": IDS[:, :12], "use_cache": False}
+    made = torch.export.export(mine, (), given, dynamic_shapes=lengths, strict=False).module()
+    for length in (12, 30):
+        out = made(input_ids=IDS[:, :length], use_cache=False).logits
+        assert near(out, original(IDS[:, :length]).logits)
 
 
 def test_shortcuts_are_back_outside(pair):

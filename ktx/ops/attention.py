@@ -122,7 +122,7 @@ def interval_mask(
     compiling = torch.compiler.is_compiling()  # where a padding is a tensor without numbers: then the mask is a matrix
     if mask_function is causal_mask_function and not (compiling and attention_mask is not None):
         seen = None if attention_mask is None else attention_mask.cpu()
-        if seen is None and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
+        if seen is None and not compiling and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
             after = q_offset + 1 - int(kv_offset)
             ends = [[0, min(after + i, int(kv_length))] for i in range(q_length)]
             return torch.tensor([[ends]] * batch_size, dtype=torch.int32, device="cpu")

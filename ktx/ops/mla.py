@@ -204,7 +204,7 @@ class MLA(Operator):
 
     def _whole(self, cache: Any, sequences: int, length: int) -> int:
         """How many of a call's tokens, the first ones, take the expanded form: whole pages, whatever the piece of the prompt they come in."""
-        if self.w_uk is None:
+        if self.w_uk is None or torch.compiler.is_exporting():  # one graph for any length has one form
             return 0
         batch = batch_of(cache)
         if batch is not None:
@@ -279,7 +279,7 @@ class MLA(Operator):
         assert w is not None
         if w.n % cpu.GROUP_ROWS == 0:
             return cpu.linear(flat, _rows(cpu.Packed(w.data, w.qtype, w.matrices * w.n, w.k), heads, w.n), wide=True)
-        return cpu.linear_batched(flat.expand(w.matrices, -1, -1), w).transpose(0, 1).reshape(len(flat), -1)
+        return cpu.linear_batched(flat.expand(w.matrices, -1, -1), w).transpose(0, 1).reshape(flat.shape[0], -1)
 
     def floats(self) -> dict[str, Floats]:
         self.on_cpu()

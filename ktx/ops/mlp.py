@@ -53,8 +53,8 @@ class Fused:
     def __call__(self, x: torch.Tensor, act: str) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         only, one = (
-            torch.zeros(len(flat), 1, dtype=torch.int64, device="cpu"),
-            torch.ones(len(flat), 1, dtype=torch.float32, device="cpu"),
+            torch.zeros(flat.shape[0], 1, dtype=torch.int64, device="cpu"),
+            torch.ones(flat.shape[0], 1, dtype=torch.float32, device="cpu"),
         )
         return cpu.experts(flat, only, one, *self.matrices, *self.biases, act).view(x.shape)
 
