@@ -34,8 +34,10 @@ class Model(PreTrainedModel):
     ktx: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        handle = self.__dict__.get("ktx")
-        return _bare, (type(self).__bases__[1], getattr(handle, "files", None)), self.__getstate__()
+        made_of = type(self).__dict__.get("made_of")
+        if made_of is None:  # somebody's subclass
+            return super().__reduce_ex__(protocol)
+        return _bare, (made_of, getattr(self.__dict__.get("ktx"), "files", None)), self.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -106,6 +108,9 @@ class Model(PreTrainedModel):
         layer.join(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        for module in self.modules():  # before one of them is changed
+            if isinstance(module, Operator):
+                module.cast_by(fn)
         done = super()._apply(fn, recurse)
         layer.join(self)
         return done
@@ -154,7 +159,7 @@ class Model(PreTrainedModel):
 
 def _heir(old: type[nn.Module]) -> type[nn.Module]:
     if old not in _HEIRS:
-        names = {name: getattr(old, name) for name in ("__module__", "__qualname__", "__doc__")}
+        names = {name: getattr(old, name) for name in ("__module__", "__qualname__", "__doc__")} | {"made_of": old}
         _HEIRS[old] = type(old.__name__, (Model, old), names)
     return _HEIRS[old]
 

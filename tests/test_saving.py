@@ -224,6 +224,14 @@ def test_a_packed_weight_is_a_tensor_for_programs_that_read_it(tmp_path):
             write()
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "deepseek_v3"])
+def test_a_state_that_is_given_is_written_by_transformers(tmp_path, family):
+    original, mine = of_floats(family, tmp_path / "loaded")
+    mine.save_pretrained(tmp_path / "mine", state_dict=mine.state_dict())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "mine", dtype=torch.float32).eval()
+    assert away(again(IDS).logits, original(IDS).logits) < 1e-4
+
+
 def test_safetensors_of_a_state(tmp_path):
     original, mine = of_floats("llama", tmp_path)
     save_file(dict(mine.state_dict()), tmp_path / "all.safetensors")
@@ -277,8 +285,10 @@ def test_casts(tmp_path, family, cast):
     assert mine.float()(IDS).logits.dtype is torch.float32 and away(mine(IDS).logits, right) < 0.05
 
 
-def test_where_packed_weights_do_not_go(tmp_path):
-    _, mine = of_floats("llama", tmp_path)
+@pytest.mark.parametrize("plain", ["embed_tokens", "lm_head"])
+def test_where_packed_weights_do_not_go(tmp_path, plain):
+    tiny("llama").save_pretrained(tmp_path)
+    mine = load(tmp_path, None, rules=[ktx.Rule(name=plain), *ktx.rules.load_rules("llama")])  # a module stays torch's
     right = mine(IDS).logits
     for move in (lambda: mine.to("meta"), lambda: mine.to(device="meta", dtype=torch.bfloat16)):
         with pytest.raises(UsageError, match=r"do not go to meta.*ktx\.load\(\.\.\., device"):

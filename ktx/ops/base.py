@@ -141,7 +141,7 @@ class Operator(nn.Module):
             raise UsageError(
                 f"{self.path} is on {self.home}, where modules can neither be copied nor pickled; load the model again"
             )
-        made_of = getattr(type(self), "made_of", None)
+        made_of = type(self).__dict__.get("made_of")
         return super().__reduce_ex__(protocol) if made_of is None else (bare, made_of, self.__getstate__())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,8 +161,17 @@ class Operator(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Of `to`, `half` and their like: packed weights stay as they are, `dtype` is what the module makes from then on. UsageError for another device or type."""
+        dtype = self.cast_by(fn)
+        done = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.is_ready:
+            self.dtype = dtype
+            self.remake()
+        return done
+
+    def cast_by(self, fn: Callable[..., Any]) -> torch.dtype:
+        """What `dtype` becomes by a function of tensors. UsageError for one that takes them where packed weights cannot follow, or to a type that no kernel takes."""
         if not self.is_ready:
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return self.dtype
         given = fn(torch.empty(0, dtype=self.dtype, device=self.home.torch))
         if given.device.type != self.home.torch.type and self.tensors() and not self.stays:
             raise UsageError(
@@ -173,10 +182,8 @@ class Operator(nn.Module):
             raise UsageError(
                 f"{self.path} does not compute in {given.dtype}; give one of {', '.join(map(str, COMPUTED))}"
             )
-        done = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.dtype = given.dtype
-        self.remake()
-        return done
+        dtype: torch.dtype = given.dtype
+        return dtype
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's. UsageError where a packed weight is to become a parameter, as torch.nn.utils.prune does."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -83,6 +84,9 @@ READ_ONLY = (
 )
 
 
+_held: WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = WeakValueDictionary()
+
+
 class Dequantized(torch.Tensor):
     """A parameter that is packed, as a tensor that nobody can write to: it takes no memory, every use of its values dequantises them."""
 
@@ -97,8 +101,8 @@ class Dequantized(torch.Tensor):
         return made
 
     def dequantized(self) -> torch.Tensor:
-        """The values as a plain tensor of its own."""
-        return self.floats.values(self.dtype)
+        """The values as a plain tensor."""
+        return self.floats.values(self.dtype) if self.held is None else self.held
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -120,9 +124,13 @@ class Dequantized(torch.Tensor):
         return _Place(self.floats.place, self.nbytes)
 
     def data_ptr(self) -> int:
-        """Of the values, which are in memory from now on as long as this tensor is."""
+        """Of the values, which are in memory from now on as long as this tensor is; a tied weight's are its twin's."""
         if self.held is None:
-            self.held = self.dequantized()
+            key = self.floats.place, self.dtype
+            held = _held.get(key)
+            if held is None:
+                held = _held[key] = self.floats.values(self.dtype)
+            self.held = held
         return self.held.data_ptr()
 
     def __setitem__(self, index: Any, values: Any) -> NoReturn:
