@@ -72,9 +72,10 @@ def test_graphs_of_aten(pair, family):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
-def test_inductor(pair):
-    original, mine = pair("qwen3_moe")
-    out = torch.compile(mine, backend="inductor")(IDS[:, :20])
+def test_inductor(tmp_path):
+    original = tiny("qwen3_moe", num_hidden_layers=1)
+    original.save_pretrained(tmp_path)
+    out = torch.compile(load(tmp_path, None), backend="inductor")(IDS[:, :20])
     assert near(out.logits, original(IDS[:, :20]).logits)
 
 
@@ -99,7 +100,7 @@ def test_our_cache(pair, dtype):
         assert float((compiled(ids, **cache_argument(mine, cache)).logits - logits).norm() / logits.norm()) < 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES[:4])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 def test_there_are_no_breaks(pair, family):
     _, mine = pair(family)
     found = torch._dynamo.explain(mine)(IDS[:, :20])

@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
 import ktx
+import ktx.demo
 from ktx import saving
 from ktx.errors import DoesNotFit, UsageError
 from ktx.ops import floats
@@ -142,6 +143,16 @@ def test_a_chat_model_is_written_with_all_that_it_needs(tmp_path):
     assert again.generation_config.temperature == 0.5
     assert "disable_compile" not in json.loads((tmp_path / "mine" / "generation_config.json").read_text())
     assert mine.generation_config.disable_compile
+
+
+def test_a_layer_that_guesses_tokens_is_written_behind_the_last(tmp_path):
+    mine, _ = ktx.load(ktx.demo.path(), ktx.demo.safetensors(), progress=False, mtp=True)
+    mine.save_pretrained(tmp_path, dtype=torch.bfloat16)  # as the file has them
+    again, _ = ktx.load(tmp_path, progress=False, mtp=True)
+    for model in (again, copy.deepcopy(mine)):
+        joined, right = model.mtp.layer.eh_proj, mine.mtp.layer.eh_proj
+        assert torch.allclose(joined(torch.ones(1, 512)), right(torch.ones(1, 512)), atol=1e-5)
+        assert torch.allclose(model(IDS).logits, mine(IDS).logits, atol=1e-4)
 
 
 def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
