@@ -149,6 +149,7 @@ def load(
     repair(built, made)
     for module in reversed(list(built.modules())):  # children before their parents
         if isinstance(module, Operator):
+            module.enliven()
             module.ready()
     homes = {built.get_submodule(path): place for path, place in made.devices.items()}
     if mtp:

@@ -31,13 +31,13 @@ from ktx.ops.fused import (
     Before,
     Made,
     Matrices,
-    Watch,
     attended,
     float_type,
     plain_linear,
     split_mask,
     window_of,
 )
+from ktx.ops.guard import Guard, below, current
 from ktx.ops.norm import RMSNorm
 
 NAME = "ktx"
@@ -190,6 +190,8 @@ class Attention(Operator):
     what the kernel does not know (`foreign_words`); `ours` says whether the kernel computes. Option: `backend` (triton, flashinfer, auto) says whose kernels attend on a GPU.
     """
 
+    derived = frozenset({"block"})
+    reads = frozenset({"scaling", "sinks"})
     kv_dtype: KVType
     block: Block | None
     ours: bool
@@ -221,8 +223,8 @@ class Attention(Operator):
 
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
         """The forward, its arguments by name and its cache apart."""
-        if self.block is not None and self.block.watch.holds():
-            done = self.block(cache=cache, **given)
+        if (block := current(self)) is not None:
+            done = block(cache=cache, **given)
             if done is not None:
                 return done, None
         if self.ours and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
@@ -236,12 +238,14 @@ PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_nor
 class Block:
     """The usual attention in one kernel call, on a cache that grows in place."""
 
-    def __init__(self, owner: Attention, watch: Watch, matrices: Matrices):
-        self.owner, self.watch, self.halved = owner, watch, owner.half_tables
+    def __init__(self, owner: Attention, matrices: Matrices):
+        self.owner, self.halved = owner, owner.half_tables
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
         self.heads, self.columns = children["k_proj"].out_features // owner.head_dim, (owner.head_dim, owner.head_dim)
         sinks = getattr(owner, "sinks", None)
+        copied = [norm.copied() for norm in norms if norm is not None]
+        self.guard = Guard([owner], below(owner), [*copied, sinks])
         self.made = Made(
             "gqa_step",
             matrices.packed,
@@ -273,7 +277,7 @@ class Block:
         matrices = Matrices()
         for name in PROJECTIONS:
             matrices.projection(children[name].parts)
-        return cls(owner, Watch((owner, name) for name in PROJECTIONS + NORMS), matrices)
+        return cls(owner, matrices)
 
     def __call__(
         self,

@@ -14,6 +14,7 @@ from ktx.devices import CPU, Device
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
 from ktx.ops.calls import Call
+from ktx.ops.changes import Changes, Live
 from ktx.qtypes import QTYPES, QType
 from ktx.weights.source import QuantizedTensor, WeightSource
 
@@ -41,6 +42,8 @@ class Operator(nn.Module):
     """
 
     consumes: ClassVar[tuple[str, ...]] = ()
+    derived: ClassVar[frozenset[str]] = frozenset()  # attributes that are made of others
+    reads: ClassVar[frozenset[str]] = frozenset()  # settings and tensors that a shortcut made anew heeds
     gpu_form: ClassVar[str] = (
         ""  # the dotted path of the class that stands in for this one on a GPU; its own: it serves both
     )
@@ -52,7 +55,26 @@ class Operator(nn.Module):
     if TYPE_CHECKING:  # an adopted module has whatever the module it replaces had
 
         def __getattr__(self, name: str) -> Any: ...
-        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        Changes.count += 1
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        Changes.count += 1
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        Changes.count += 1
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        Changes.count += 1
+        super().register_buffer(name, tensor, persistent)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        Changes.count += 1
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Operator:
@@ -67,7 +89,15 @@ class Operator(nn.Module):
         """Reads `tensors()` from the source and packs them."""
 
     def ready(self) -> None:
-        """Called after the whole model is loaded."""
+        """Called after the whole model is loaded, children before their parents."""
+
+    def enliven(self) -> None:
+        """Has its parameters count what is written to them; before `ready`, which copies values."""
+        for name, value in self._parameters.items():
+            if value is not None and type(value) is nn.Parameter:
+                live = Live(value.detach(), value.requires_grad)
+                live.__dict__.update(value.__dict__)
+                self._parameters[name] = live
 
     def weight_bytes(self) -> tuple[int, int]:
         """Packed bytes held, and bytes a single token makes the kernels read."""
@@ -135,6 +165,12 @@ def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
     new.__dict__["_buffers"] = dict(old._buffers)
     new.path = ctx.path
     return new
+
+
+def is_ours(module: Any, cls: type[Operator]) -> bool:
+    """Whether a module is an operator of this class as rules make it: not a subclass that somebody else made, as parametrizations do."""
+    kind = type(module)
+    return kind is cls or (isinstance(module, cls) and kind in _HEIRS.values())
 
 
 def is_plain(old: nn.Module, layer: type[Layer]) -> TypeGuard[Layer]:

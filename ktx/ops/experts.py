@@ -29,6 +29,8 @@ class Experts(Operator):
     first ones may be on that: `on_gpu` holds them, and the MoE block calls both. `chosen` counts choices there, int64 [total] on the device.
     """
 
+    derived = frozenset({"waited", "chosen", "on_gpu"})
+    reads = frozenset({"weights", "biases"})
     on_gpu: Experts | None
     chosen: torch.Tensor | None
 

@@ -1,7 +1,7 @@
 """What lets a module compute in one kernel call what its children would compute one by one.
 
-The children stay modules of their own. A block asks its `Watch` at every call whether they still are the ones it was made of and whether
-nobody listens to them; else the module goes the long way, child by child.
+The children stay modules of their own. A block's `Guard` says at every call whether they still are what it was made of and whether nobody listens to them; else the
+module goes the long way, child by child.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
-from torch.utils.hooks import RemovableHandle
 
 from ktx.cache.kv import GrowingLayer, KVType, growing
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.steps import Step, run
+from ktx.ops.base import is_ours
 from ktx.ops.linear import Linear
 
 Before = tuple[
@@ -29,57 +27,20 @@ NOTHING: Before = (None, 0.0, False)
 MOST = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
 
 
-class Watch:
-    """Children of modules, and the hooks that would have to be called. A pair (parent, name) is a child, None if it has none of that name.
-
-    It is asked at every call, when the weights have just driven everything else out of the caches, so it touches little memory: hooks are looked
-    for when one has been registered anywhere since none was found, which is what torch's counter of handles tells.
-    """
-
-    def __init__(self, children: Iterable[tuple[nn.Module, str]]):
-        names: dict[nn.Module, list[str]] = {}
-        for parent, name in children:
-            names.setdefault(parent, []).append(name)
-        self.parents = [
-            (parent._modules, tuple(own), tuple(map(parent._modules.get, own))) for parent, own in names.items()
-        ]
-        found = [child for _, _, kept in self.parents for child in kept if child is not None]
-        self.hooks = [hooks for child in found for hooks in (child._forward_hooks, child._forward_pre_hooks)]
-        self.registered = -1
-
-    @classmethod
-    def over(cls, watches: Iterable[Watch]) -> Watch:
-        """One that holds when all of them do."""
-        made = cls(())
-        for watch in watches:
-            made.parents += watch.parents
-            made.hooks += watch.hooks
-        return made
-
-    def holds(self) -> bool:
-        for modules, names, children in self.parents:
-            if tuple(map(modules.get, names)) != children:
-                return False
-        registered = RemovableHandle.next_id
-        if registered != self.registered:
-            if any(self.hooks) or _global_forward_hooks or _global_forward_pre_hooks:
-                return False
-            self.registered = registered
-        return True
-
-
 class Made:
     """The step of a block, made when it is first asked for; once more with the norm that a layer begins with."""
 
     def __init__(self, make: str, *args: Any):
         self.make, self.args = make, args
-        self.steps: dict[bool, Step] = {}
+        self.steps: dict[bool, tuple[Any, Step]] = {}
 
     def step(self, before: Before = NOTHING) -> Step:
-        made = self.steps.get(before[0] is None)
-        if made is None:
-            made = self.steps[before[0] is None] = Step(self.make, *self.args, *before)
-        return made
+        weight, *rest = before
+        norm = None if weight is None else (weight.data_ptr(), *rest)
+        known = self.steps.get(weight is None)
+        if known is None or known[0] != norm:  # the step holds the weight, whose address is nobody else's
+            known = self.steps[weight is None] = norm, Step(self.make, *self.args, *before)
+        return known[1]
 
     def __call__(self, x: torch.Tensor, before: Before = NOTHING) -> torch.Tensor:
         """x f32 [B, S, D] -> [B, S, D], with `before` plus x itself; for blocks that keep nothing."""
@@ -117,7 +78,7 @@ class Matrices:
 
 def plain_linear(child: Any) -> bool:
     """Whether a child is our Linear itself, not something that was put around it."""
-    return type(child) is Linear and bool(child.parts)
+    return is_ours(child, Linear) and bool(child.parts)
 
 
 class Attends(Protocol):

@@ -20,6 +20,8 @@ class Linear(Operator):
     `weight` is a read-only dequantised view for code that peeks (PEFT, checks); `requires_grad` is never set.
     """
 
+    reads = frozenset({"parts", "bias"})
+
     def __init__(self, path: str, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
         super().__init__()
         self.path, self.in_features, self.out_features, self.dtype = path, in_features, out_features, dtype

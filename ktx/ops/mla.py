@@ -25,13 +25,13 @@ from ktx.ops.fused import (
     Before,
     Made,
     Matrices,
-    Watch,
     attended,
     float_type,
     plain_linear,
     rotary_tables,
     split_mask,
 )
+from ktx.ops.guard import Guard, below, current
 from ktx.ops.norm import RMSNorm
 from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -56,6 +56,8 @@ class MLA(Operator):
     """
 
     consumes = ("kv_b_proj",)
+    derived = frozenset({"block"})
+    reads = frozenset({"scaling", "w_uk_t", "w_uv", "w_uk"})
     ours = True  # as ktx.ops.attention.Attention has it
     w_uk_t: Any
     w_uv: Any
@@ -135,8 +137,8 @@ class MLA(Operator):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """The forward, by whatever name the cache came."""
-        if self.block is not None and self.block.watch.holds():
-            done = self.block(hidden_states, position_embeddings, attention_mask, kv_cache)
+        if (block := current(self)) is not None:
+            done = block(hidden_states, position_embeddings, attention_mask, kv_cache)
             if done is not None:
                 return done, None
         batch, length, _ = hidden_states.shape
@@ -284,11 +286,12 @@ class MLA(Operator):
 class Block:
     """The absorbed form in one kernel call, on a cache that grows in place."""
 
-    def __init__(self, owner: MLA, watch: Watch, matrices: Matrices):
-        self.owner, self.watch = owner, watch
+    def __init__(self, owner: MLA, matrices: Matrices):
+        self.owner = owner
         low: Any = None if owner.q_lora_rank is None else owner.q_a_layernorm
         norm, rank, turned = owner.kv_a_layernorm, owner.kv_lora_rank, owner.qk_rope_head_dim
         self.heads, self.columns, self.halved = 1, (rank, turned), False
+        self.guard = Guard([owner], below(owner), [norm.copied(), None if low is None else low.copied()])
         self.made = Made(
             "mla_step",
             matrices.packed,
@@ -320,7 +323,7 @@ class Block:
             matrices.projection(children[name].parts if name else [])
         for weights in (owner.w_uk_t, owner.w_uv):
             matrices.experts(weights)
-        return cls(owner, Watch((owner, name) for name in projections + norms), matrices)
+        return cls(owner, matrices)
 
     def __call__(
         self,

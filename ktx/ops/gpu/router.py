@@ -17,9 +17,7 @@ class Router(router.Router):
     correction_f32: torch.Tensor | None
 
     def ready(self) -> None:
-        bias = getattr(self, "bias", None)
         self.weight_f32 = self.weight.detach().float().contiguous()
-        self.in_f32 = None if bias is None else bias.detach().float().contiguous()
         self.correction_f32 = self.correction(None)
 
     def forward(
