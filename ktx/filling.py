@@ -64,6 +64,7 @@ def fill(
             owner = model.get_submodule(module.tied_to.rpartition(".")[0])
             if isinstance(owner, Embedding) and owner.packed is not None:
                 module.parts = [owner.packed]
+                module.ties = owner.ties = [*owner.ties, module] if owner.ties else [owner, module]
             module.load(source)
 
 

@@ -122,6 +122,33 @@ def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType 
     return Packed(data, qtype, n, k, count, ends)
 
 
+def _shares_of(w: Packed) -> Iterator[tuple[int, int, int]]:
+    """Of a matrix among experts, each memory node's share: first byte in the matrix, bytes, and where those of the first matrix are in `data`."""
+    size = packed_nbytes(w.qtype, w.n, w.k)
+    groups = -(-w.n // GROUP_ROWS)
+    for node in range(ops.nodes()):
+        begin, end = (ops.share_of(groups, at) * (size // groups) for at in (node, node + 1))
+        if end > begin:
+            yield begin, end - begin, begin * w.matrices
+
+
+def expert(w: Packed, index: int) -> Packed:
+    """One matrix of those that `pack_experts` packed, in memory of its own."""
+    data = ops.empty_packed(packed_nbytes(w.qtype, w.n, w.k), ())
+    for begin, size, at in _shares_of(w):
+        data[begin : begin + size] = w.data[at + index * size : at + (index + 1) * size]
+    return Packed(data, w.qtype, w.n, w.k)
+
+
+def with_expert(w: Packed, index: int, one: Packed) -> Packed:
+    """The same matrices but one, in memory of their own."""
+    data = ops.empty_packed(w.nbytes, w.ends)
+    data.copy_(w.data)
+    for begin, size, at in _shares_of(w):
+        data[at + index * size : at + (index + 1) * size] = one.data[begin : begin + size]
+    return Packed(data, w.qtype, w.n, w.k, w.matrices, w.ends)
+
+
 def _whole(
     weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None
 ) -> tuple[list[QuantizedTensor], int, int, QType]:

@@ -11,7 +11,8 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, is_plain
-from ktx.weights.source import WeightSource
+from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
+from ktx.weights.source import QuantizedTensor, WeightSource
 
 
 class Embedding(Operator):
@@ -27,6 +28,7 @@ class Embedding(Operator):
             dtype,
         )
         self.packed: cpu.Packed | None = None
+        self.ties: list[Operator] = []  # all modules that share one matrix
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Embedding:
@@ -52,8 +54,51 @@ class Embedding(Operator):
 
     @property
     def weight(self) -> torch.Tensor:
+        """[num_embeddings, embedding_dim], read-only."""
         assert self.packed is not None, f"{self.path} is not loaded"
-        return self.packed.rows(torch.arange(self.num_embeddings, device="cpu")).to(self.dtype)
+        return shown(self, self.packed.qtype.name)  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of its weight."""
+        return self.num_embeddings, self.embedding_dim
+
+    def floats(self) -> torch.Tensor:
+        """Its weight f32 [num_embeddings, embedding_dim], in memory of its own."""
+        assert self.packed is not None, f"{self.path} is not loaded"
+        return self.packed.rows(torch.arange(self.num_embeddings, device="cpu"))
+
+    def packed_from(self, weight: QuantizedTensor) -> Any:
+        """What it holds, made of rows."""
+        return cpu.pack(weight)
+
+    def _replace(self, values: Any, dtype: str | None) -> None:
+        assert self.packed is not None, f"{self.path} is not loaded"
+        values = fitting(self.path, values, self.shape)
+        self.packed = self.packed_from(quantized(values, [self.packed.qtype], self.path, dtype))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._replace(value, None)
+            alone(self)  # a tied output layer and its embedding are no longer that, as in transformers
+        else:
+            super().__setattr__(name, value)
+
+    def take(self, name: str, expert: int | None) -> torch.Tensor:
+        """For ktx.edit."""
+        only_weight(self, name, expert)
+        return self.floats()
+
+    def put(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+        """For ktx.edit: a tied output layer has the same matrix afterwards."""
+        self._replace(values, dtype)
+        share(self, self.packed)
+
+    def plain(self, dtype: torch.dtype | None) -> nn.Embedding:
+        """For ktx.dequantize."""
+        weight = self.floats().to(dtype or self.dtype)
+        made = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)  # type: ignore[no-untyped-call]
+        return made  # type: ignore[no-any-return]
 
     def weight_bytes(self) -> tuple[int, int]:
         held = 0 if self.packed is None else self.packed.nbytes

@@ -13,6 +13,7 @@ from ktx.kernels.kept import kept
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, packed_as
 from ktx.ops.gates import KEEP, Gate, gate_of_experts, is_gated
+from ktx.ops.weights import fitting, quantized
 from ktx.weights.source import QuantizedTensor, WeightSource, joined
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -143,6 +144,35 @@ class Experts(Operator):
             self.counts,
         )
         return out.to(device)
+
+    def take(self, name: str, expert: int | None) -> torch.Tensor:
+        """For ktx.edit: f32 [n, k] of one expert's projection."""
+        w = self._packed(name, expert)
+        assert expert is not None
+        return cpu.expert(w, expert - self.first).rows(torch.arange(w.n, device="cpu"))
+
+    def put(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+        """For ktx.edit: all experts of a projection are of one type, so this one is packed as what they are."""
+        w = self._packed(name, expert)
+        assert expert is not None
+        if dtype not in (None, w.qtype.name):
+            raise UsageError(f"{self.path}.{name} is {w.qtype.name} for all experts, one of them cannot be {dtype}")
+        values = fitting(f"{self.path}.{name}", values, (w.n, w.k))
+        one = cpu.pack(quantized(values, [w.qtype], self.path, w.qtype.name))
+        twice = self.weights["gate_proj"] is self.weights["up_proj"]  # without a gate
+        changed = dict.fromkeys(("gate_proj", "up_proj") if twice and name != "down_proj" else (name,))
+        made = cpu.with_expert(w, expert - self.first, one)
+        self.weights = {each: made if each in changed else held for each, held in self.weights.items()}
+
+    def _packed(self, name: str, expert: int | None) -> cpu.Packed:
+        if name not in self.weights:
+            raise UsageError(
+                f"{self.path}: experts have {' '.join(PROJECTIONS)}, not {name!r}: ktx.edit(experts, name, expert=N)"
+            )
+        if expert is None or not self.first <= expert < self.first + self.num_experts:
+            last = self.first + self.num_experts - 1
+            raise UsageError(f"{self.path}: expert={expert}, here are {self.first} to {last}")
+        return self.weights[name]
 
     def weight_bytes(self) -> tuple[int, int]:
         held = sum(self.weights[name].nbytes for name in self.projections if name in self.weights)

@@ -11,15 +11,17 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, is_plain, packed_as
-from ktx.weights.source import WeightSource
+from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
+from ktx.weights.source import QuantizedTensor, WeightSource
 
 
 class Linear(Operator):
     """y = x W^T + b with W as the file has it; several row-wise parts when the file keeps the rows in tensors of different types.
 
-    `weight` is a read-only dequantised view for code that peeks (PEFT, checks); `requires_grad` is never set.
+    `weight` is dequantised where it is read (ktx.ops.weights); a tensor that is assigned to it is packed. `requires_grad` is never set.
     """
 
+    derived = frozenset({"ties"})
     reads = frozenset({"parts", "bias"})
 
     def __init__(self, path: str, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
@@ -30,6 +32,7 @@ class Linear(Operator):
         self.bias: torch.Tensor | None = None
         self.parts: list[cpu.Packed] = []
         self.target: str | None = None
+        self.ties: list[Operator] = []  # all modules that share one matrix
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Linear:
@@ -62,7 +65,50 @@ class Linear(Operator):
 
     @property
     def weight(self) -> torch.Tensor:
-        return torch.cat([part.rows(torch.arange(part.n, device="cpu")) for part in self.parts]).to(self.dtype)
+        """[out_features, in_features], read-only."""
+        return shown(self, "+".join(part.qtype.name for part in self.parts))  # type: ignore[no-any-return]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of its weight."""
+        return self.out_features, self.in_features
+
+    def floats(self) -> torch.Tensor:
+        """Its weight f32 [out_features, in_features], in memory of its own."""
+        return torch.cat([part.rows(torch.arange(part.n, device="cpu")) for part in self.parts])
+
+    def packed_from(self, weight: QuantizedTensor) -> Any:
+        """A part made of rows."""
+        return cpu.pack(weight)
+
+    def _replace(self, values: Any, dtype: str | None) -> None:
+        types = [part.qtype for part in self.parts]
+        self.parts = [self.packed_from(quantized(fitting(self.path, values, self.shape), types, self.path, dtype))]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._replace(value, None)
+            alone(self)  # a tied output layer and its embedding are no longer that, as in transformers
+        else:
+            super().__setattr__(name, value)
+
+    def take(self, name: str, expert: int | None) -> torch.Tensor:
+        """For ktx.edit."""
+        only_weight(self, name, expert)
+        return self.floats()
+
+    def put(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+        """For ktx.edit: the embedding whose matrix it shares has the same one afterwards."""
+        self._replace(values, dtype)
+        share(self, self.parts[0])
+
+    def plain(self, dtype: torch.dtype | None) -> nn.Linear:
+        """For ktx.dequantize."""
+        made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        made.weight = nn.Parameter(self.floats().to(dtype or self.dtype), requires_grad=False)
+        if self.bias is not None:
+            made.bias = nn.Parameter(self.bias.to(dtype or self.dtype, copy=True), requires_grad=False)
+        return made
 
     def weight_bytes(self) -> tuple[int, int]:
         held = sum(part.nbytes for part in self.parts)

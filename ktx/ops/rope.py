@@ -17,7 +17,9 @@ class RotaryEmbedding(Operator):
     """
 
     derived = frozenset({"table"})
-    table: tuple[int, Any, torch.Tensor, float] | None  # positions, tables, and the frequencies and scaling that they are of
+    table: (
+        tuple[int, Any, torch.Tensor, float] | None
+    )  # positions, tables, and the frequencies and scaling that they are of
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> RotaryEmbedding:

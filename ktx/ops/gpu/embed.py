@@ -8,7 +8,7 @@ import torch
 
 from ktx.kernels import gpu_linear
 from ktx.ops import embed
-from ktx.weights.source import WeightSource
+from ktx.weights.source import QuantizedTensor, WeightSource
 
 
 class Embedding(embed.Embedding):
@@ -24,7 +24,9 @@ class Embedding(embed.Embedding):
         rows = gpu_linear.rows(self.packed, ids.reshape(-1).to(torch.int64), self.dtype)
         return rows.view(*ids.shape, self.embedding_dim)
 
-    @property
-    def weight(self) -> torch.Tensor:
+    def floats(self) -> torch.Tensor:
         assert self.packed is not None, f"{self.path} is not loaded"
-        return gpu_linear.dequantize(self.packed, self.dtype)
+        return gpu_linear.dequantize(self.packed, torch.float32)
+
+    def packed_from(self, weight: QuantizedTensor) -> Any:
+        return gpu_linear.pack(weight, device=self.home.torch)
