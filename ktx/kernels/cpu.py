@@ -74,6 +74,16 @@ class Packed:
     def nbytes(self) -> int:
         return self.data.numel()
 
+    def matrix(self, index: int) -> Packed:
+        """One of several matrices that `pack` packed, in the same memory."""
+        size = self.nbytes // self.matrices
+        return Packed(self.data[index * size : (index + 1) * size], self.qtype, self.n, self.k)
+
+    def floats(self) -> torch.Tensor:
+        """f32 [matrices, n, k] of all that `pack` packed."""
+        index = torch.arange(self.n, device="cpu")
+        return torch.stack([self.matrix(i).rows(index) for i in range(self.matrices)])
+
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """f32 [len(index), k]: rows of a single matrix, dequantised exactly. index int64."""
         return ops.unpack_rows(self.data, self.qtype.code, self.n, self.k, index)

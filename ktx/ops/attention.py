@@ -256,7 +256,7 @@ class Block:
             norms[0] is not None and norms[0].in_f32.numel() != owner.head_dim,
             norms[0] is not None and bool(norms[0].plus_one),
             None if sinks is None else sinks.detach().float().contiguous(),
-            [*(1.0 if norm is None else norm.variance_epsilon for norm in norms), float(owner.scaling), 0.0],
+            [*(1.0 if norm is None else norm.epsilon for norm in norms), float(owner.scaling), 0.0],
         )
 
     def takes(self, hidden: torch.Tensor, cache: Any) -> bool:

@@ -86,7 +86,7 @@ class Block:
             [child for name in PARTS if (child := owner._modules[name]) is not None],
             [norm.copied() for norm in norms],
         )
-        self.before: list[Before] = [(norm.in_f32, norm.variance_epsilon, norm.plus_one) for norm in norms]
+        self.before: list[Before] = [(norm.in_f32, norm.epsilon, norm.plus_one) for norm in norms]
 
     @classmethod
     def of(cls, owner: Layer) -> Block | None:

@@ -33,6 +33,7 @@ from ktx.ops.fused import (
 )
 from ktx.ops.guard import Guard, below, current
 from ktx.ops.norm import RMSNorm
+from ktx.ops.weights import fitting
 from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor, WeightSource
 
@@ -107,14 +108,39 @@ class MLA(Operator):
     def _pack(self, source: WeightSource) -> list[cpu.Packed]:
         """W_UK transposed, W_UV, and unless one form serves any length W_UK once more, rows along the latent, for expanding."""
         k_b, v_b = (source.get(name) for name in self.tensors())
-        exact = self.is_exact(source)
+        spec = source.spec(self.tensors()[0])
+        coarse = spec is not None and not spec.qtype.is_float and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
+        return self._packed_from(k_b, v_b, self.is_exact(source), coarse)
+
+    def _packed_from(self, k_b: QuantizedTensor, v_b: QuantizedTensor, exact: bool, coarse: bool) -> list[cpu.Packed]:
         packed = [cpu.pack(as_half(k_b, exact)), cpu.pack(as_half(v_b, exact))]
         if not self.absorb_for_prefill:
-            spec = source.spec(self.tensors()[0])
             w_uk = QuantizedTensor.of(k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank))
-            coarse = spec is not None and not spec.qtype.is_float and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
             packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(as_half(w_uk, exact)))
         return packed
+
+    def take(self, name: str, expert: int | None) -> torch.Tensor:
+        """For ktx.edit: kv_b_proj's weight f32 [heads * (nope + v), rank], as transformers has it."""
+        if name != "kv_b_proj" or expert is not None:
+            raise UsageError(f"{self.path}: an MLA has one matrix of its own: ktx.edit(module, 'kv_b_proj')")
+        self._editable()
+        halves = self.w_uk_t.floats().transpose(1, 2), self.w_uv.floats()
+        return torch.cat(halves, 1).reshape(-1, self.kv_lora_rank)
+
+    def _editable(self) -> None:
+        """UsageError where the matrices cannot be made anew; here they can."""
+
+    def put(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+        """For ktx.edit: both halves become F32 where they were that or `dtype` says so, else F16."""
+        if dtype not in (None, "F16", "F32"):
+            raise UsageError(f"{self.path}: kv_b_proj is packed as F16 or F32, not as {dtype}")
+        heads, rank = self.num_heads, self.kv_lora_rank
+        values = fitting(f"{self.path}.kv_b_proj", values, (heads * (self.qk_nope_head_dim + self.v_head_dim), rank))
+        k, v = values.view(heads, -1, rank).split([self.qk_nope_head_dim, self.v_head_dim], 1)
+        exact = dtype == "F32" or (dtype is None and self.w_uk_t.qtype is QTYPES["F32"])
+        halves = [QuantizedTensor.of(half.contiguous()) for half in (k.transpose(1, 2), v)]
+        packed = self._packed_from(halves[0], halves[1], exact, False)
+        self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
     def is_exact(self, source: WeightSource) -> bool:
         """Whether the file itself holds W_UK in f32."""
@@ -300,7 +326,7 @@ class Block:
             None if low is None else low.in_f32,
             norm.in_f32,
             owner.interleaved,
-            [1.0 if low is None else low.variance_epsilon, norm.variance_epsilon, owner.scaling],
+            [1.0 if low is None else low.epsilon, norm.epsilon, owner.scaling],
         )
 
     def takes(self, hidden: torch.Tensor, cache: Any) -> bool:

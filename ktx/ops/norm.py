@@ -18,18 +18,24 @@ class RMSNorm(Operator):
     """x / rms(x) * weight (or 1 + weight for the families that store it so), in f32."""
 
     derived = frozenset({"converted"})
-    reads = frozenset({"weight", "variance_epsilon"})
+    reads = frozenset({"weight", "variance_epsilon", "eps"})
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> RMSNorm:
-        eps = getattr(old, "variance_epsilon", getattr(old, "eps", None))
+        name = next((name for name in ("variance_epsilon", "eps") if name in old.__dict__), "")
+        eps = getattr(old, name) if name else None
         if eps is None or not isinstance(getattr(old, "weight", None), torch.Tensor):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, RMSNorm needs a weight and an epsilon")
         contract.parameters(old, ctx.path, contract.ONE)
         new: RMSNorm = adopt(cls, old, ctx)
-        new.variance_epsilon = float(eps)
+        new.epsilon_name = name
         new.plus_one = _multiplies_by_one_more(old, float(eps), ctx.path)
         return new
+
+    @property
+    def epsilon(self) -> float:
+        """As the attribute of the replaced module says, which scripts change."""
+        return float(getattr(self, self.epsilon_name))
 
     @property
     def in_f32(self) -> torch.Tensor:
@@ -55,11 +61,11 @@ class RMSNorm(Operator):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
-            return reference.rms_norm(x, self.weight, self.variance_epsilon, self.plus_one)
-        return cpu.rms_norm(x.contiguous(), self.in_f32, self.variance_epsilon, self.plus_one)
+            return reference.rms_norm(x, self.weight, self.epsilon, self.plus_one)
+        return cpu.rms_norm(x.contiguous(), self.in_f32, self.epsilon, self.plus_one)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+        return f"{tuple(self.weight.shape)}, eps={self.epsilon}"
 
 
 def _multiplies_by_one_more(old: Any, eps: float, where: str) -> bool:

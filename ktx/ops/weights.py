@@ -42,7 +42,7 @@ class PackedWeight(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         schema = func._schema
         for i, argument in enumerate(schema.arguments):
@@ -67,7 +67,7 @@ class PackedWeight(torch.Tensor):
     def tolist(self) -> Any:
         return self.dense().tolist()  # type: ignore[no-untyped-call]
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"PackedWeight({self.dense()!r})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
@@ -154,14 +154,14 @@ def edit(
 ) -> Iterator[torch.Tensor]:
     """`with ktx.edit(module) as weight:` gives the matrix f32 [n, k]; at the end what was made of it in place is packed and counts from the next forward on.
 
-    Of experts `name` is gate_proj, up_proj or down_proj and `expert` a number. `dtype` is the type to pack as (F32, F16, BF16, Q8_0, Q4_K, ...); by default a matrix becomes
+    Of experts `name` is gate_proj, up_proj or down_proj and `expert` a number, of an MLA attention `name` is kv_b_proj. `dtype` is the type to pack as (F32, F16, BF16, Q8_0, Q4_K, ...); by default a matrix becomes
     F16 (F32 where it was that, or holds numbers that F16 does not), experts keep the type that all of a layer have in common. An embedding and the output
     layer that is tied to it change together. UsageError for a module that has no packed weights, or no such one. If the block raises, nothing changes.
     """
     take, put = getattr(module, "take", None), getattr(module, "put", None)
     if take is None or put is None:
         raise UsageError(
-            f"{type(module).__name__} has no packed weights: ktx.edit takes Linear, Embedding and Experts; other parameters are edited as torch's"
+            f"{type(module).__name__} has no packed weights: ktx.edit takes Linear, Embedding, Experts and MLA; other parameters are edited as torch's"
         )
     values: torch.Tensor = take(name, expert)
     yield values

@@ -12,4 +12,4 @@ class RMSNorm(norm.RMSNorm):
     """As on the CPU, in one launch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return gpu_norm.rms_norm(x, self.in_f32, self.variance_epsilon, self.plus_one)
+        return gpu_norm.rms_norm(x, self.in_f32, self.epsilon, self.plus_one)
