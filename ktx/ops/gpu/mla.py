@@ -10,6 +10,7 @@ import torch
 from ktx.cache.kv import stored_row
 from ktx.cache.paged import Tables
 from ktx.cache.pages import PAGE
+from ktx.errors import UsageError
 from ktx.kernels import gpu_linear, reference
 from ktx.kernels.gpu import Kernels, kernels_for
 from ktx.kernels.rope_store import store_latent
