@@ -88,6 +88,7 @@ class MLP(Operator):
         contract.parameters(old, ctx.path, contract.ONE)
         new: MLP = adopt(cls, old, ctx)
         new.act, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None
+        new.asked = [(name, child) for name, child in old._modules.items() if name not in PROJECTIONS]  # its activation
         if new.act not in PLAIN:
             raise UsageError(f"{ctx.path}: {type(old).__name__} clamps its gate, which only the experts kernel does")
         return new
@@ -98,4 +99,10 @@ class MLP(Operator):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (fused := current(self, "fused")) is not None:
             return fused(x)
-        return super().forward(x)  # type: ignore[no-any-return]
+        if any(self._modules.get(name) is not child for name, child in self.asked):
+            return super().forward(x)  # type: ignore[no-any-return]
+        if hasattr(self, "gate_up_proj"):
+            gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, -1))
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(cpu.gated(gate, up, self.act))
