@@ -15,11 +15,12 @@ from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
 from ktx.weights.source import QuantizedTensor, WeightSource
 
 
-class Embedding(Operator):
+class Embedding(Operator, nn.Embedding):
     """Token ids -> rows, dequantised as they are read. A tied output layer uses the same packed rows."""
 
     def __init__(self, path: str, rows: int, width: int, padding: int | None, dtype: torch.dtype):
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Embedding's, which makes a matrix
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.path, self.num_embeddings, self.embedding_dim, self.padding_idx, self.dtype = (
             path,
             rows,
@@ -53,7 +54,7 @@ class Embedding(Operator):
         return rows.to(self.dtype).reshape(*ids.shape, self.embedding_dim)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
         """[num_embeddings, embedding_dim], read-only."""
         assert self.packed is not None, f"{self.path} is not loaded"
         return shown(self, self.packed.qtype.name)  # type: ignore[no-any-return]

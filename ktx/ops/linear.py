@@ -15,7 +15,7 @@ from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
 from ktx.weights.source import QuantizedTensor, WeightSource
 
 
-class Linear(Operator):
+class Linear(Operator, nn.Linear):
     """y = x W^T + b with W as the file has it; several row-wise parts when the file keeps the rows in tensors of different types.
 
     `weight` is dequantised where it is read (ktx.ops.weights); a tensor that is assigned to it is packed. `requires_grad` is never set.
@@ -25,11 +25,11 @@ class Linear(Operator):
     reads = frozenset({"parts", "bias"})
 
     def __init__(self, path: str, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's, which makes a matrix
         self.path, self.in_features, self.out_features, self.dtype = path, in_features, out_features, dtype
         self.has_bias, self.tied_to = bias, ""
         self.copies = False  # a tied layer on another device than the embedding has its matrix twice
-        self.bias: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None  # type: ignore[assignment]
         self.parts: list[cpu.Packed] = []
         self.target: str | None = None
         self.ties: list[Operator] = []  # all modules that share one matrix
@@ -64,7 +64,7 @@ class Linear(Operator):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
         """[out_features, in_features], read-only."""
         return shown(self, "+".join(part.qtype.name for part in self.parts))  # type: ignore[no-any-return]
 

@@ -27,6 +27,7 @@ class PackedWeight(torch.Tensor):
 
     dense: Callable[[], torch.Tensor]
     says: str
+    replace: Callable[[torch.Tensor], None] | None = None  # packs other values; a view has none
 
     @staticmethod
     def __new__(
@@ -38,6 +39,17 @@ class PackedWeight(torch.Tensor):
 
     def __init__(self, *args: Any):
         super().__init__()
+
+    @property  # type: ignore[override]
+    def data(self) -> torch.Tensor:
+        """The same, read-only too; what is assigned to it is packed."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        if self.replace is None:
+            raise UsageError(self.says)
+        self.replace(values)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -102,7 +114,9 @@ def shown(module: Any, types: str) -> Any:
         f"{module.path}.weight is packed ({types}) and cannot be written to: edit it in `with ktx.edit(module) as weight:`, assign a tensor to module.weight, or"
         " put ktx.dequantize(module) in the module's place"
     )
-    return PackedWeight(lambda: module.floats().to(dtype), module.shape, dtype, module.home.torch, says)
+    made = PackedWeight(lambda: module.floats().to(dtype), module.shape, dtype, module.home.torch, says)
+    made.replace = lambda values: module.put(values, "weight", None, None)
+    return made
 
 
 def quantized(values: torch.Tensor, before: Sequence[QType], path: str, dtype: str | None) -> QuantizedTensor:

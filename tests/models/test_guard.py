@@ -199,6 +199,18 @@ def test_buffers_and_sinks(two):
     check(two, lambda model: model.model.rotary_emb.inv_freq.data.mul_(3.0))
 
 
+def test_data_that_is_assigned_is_packed(two):
+    """As adapters are merged."""
+    right, mine = two
+    for path in [*linears(mine), "model.embed_tokens"]:
+        values = right.get_submodule(path).weight.detach() * 1.5 - 0.01
+        for model in two:
+            model.get_submodule(path).weight.data = values.clone()
+        assert relative(decode(mine), decode(right)) < NEAR, path
+    with pytest.raises(UsageError, match="ktx.edit"):
+        mine.lm_head.weight[3].data = values[3]
+
+
 def linears(model):
     """Linear layers by path, one of each name."""
     found = {path.rpartition(".")[2]: path for path, module in model.named_modules() if isinstance(module, Linear)}
