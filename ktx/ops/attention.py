@@ -124,15 +124,14 @@ def interval_mask(
         if seen is None and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
             after = q_offset + 1 - int(kv_offset)
             ends = [[0, min(after + i, int(kv_length))] for i in range(q_length)]
-            return torch.tensor([[ends]] * batch_size, dtype=torch.int32, device="cpu")
+            return _of_keys(torch.tensor([[ends]] * batch_size, dtype=torch.int32, device="cpu"), kv_length)
         first = _left_padding(seen, batch_size, kv_offset, kv_length)
         if first is not None:
             last = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length, device="cpu").clamp(
                 max=kv_length
             )
-            return torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1).to(torch.int32)[
-                :, None
-            ]
+            ranges = torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1)
+            return _of_keys(ranges.to(torch.int32)[:, None], kv_length)
     kwargs |= {"allow_is_causal_skip": False}
     full = sdpa_mask(
         batch_size=batch_size,
@@ -146,7 +145,13 @@ def interval_mask(
         **kwargs,
     )
     assert full is not None  # skipping was not allowed
-    return intervals_of(full)
+    return _of_keys(intervals_of(full), kv_length)
+
+
+def _of_keys(mask: torch.Tensor, keys: Any) -> torch.Tensor:
+    """A mask that says how many keys it was made for."""
+    mask.ktx_keys = int(keys)  # type: ignore[attr-defined]
+    return mask
 
 
 def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: int) -> torch.Tensor | None:

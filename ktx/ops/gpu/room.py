@@ -123,7 +123,7 @@ def seen(mask: torch.Tensor | None, batch: int, new: int, keys: int) -> Seen | N
     """What transformers' mask for `new` tokens of each sequence says; None where that is no causal mask (padding, holes)."""
     if mask is None:
         return Seen((keys,) * batch) if new <= keys else None
-    if mask.dtype != torch.int32:
+    if mask.dtype != torch.int32 or getattr(mask, "ktx_keys", keys) != keys:
         return None
     if not hasattr(mask, "ktx_seen"):  # one mask serves many layers
         mask.ktx_seen = _read(mask[:, 0].cpu())  # type: ignore[attr-defined]
