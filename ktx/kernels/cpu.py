@@ -78,6 +78,15 @@ class Packed:
         """f32 [len(index), k]: rows of a single matrix, dequantised exactly. index int64."""
         return ops.unpack_rows(self.data, self.qtype.code, self.n, self.k, index)
 
+    def matrix(self, number: int) -> Packed:
+        """One of several that `pack_experts` made, a copy where memory nodes share them."""
+        begin, parts = 0, []
+        for end in self.ends or (self.nbytes,):
+            size = (end - begin) // self.matrices
+            parts.append(self.data[begin + number * size : begin + (number + 1) * size])
+            begin = end
+        return Packed(parts[0] if len(parts) == 1 else torch.cat(parts), self.qtype, self.n, self.k)
+
 
 def packed_nbytes(qtype: QType, n: int, k: int, matrices: int = 1) -> int:
     """Bytes of packed matrices; RuntimeError when k is not whole blocks."""

@@ -68,6 +68,11 @@ class Watch:
         return True
 
 
+def inside(*modules: nn.Module) -> list[tuple[nn.Module, str]]:
+    """All modules below some, as a Watch takes them."""
+    return [(parent, name) for module in modules for parent in module.modules() for name in parent._modules]
+
+
 class Made:
     """The step of a block, made when it is first asked for; once more with the norm that a layer begins with."""
 

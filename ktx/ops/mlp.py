@@ -11,7 +11,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import Made, Matrices, Watch
+from ktx.ops.fused import Made, Matrices, Watch, inside
 from ktx.ops.gates import PLAIN, gate_of_mlp
 from ktx.ops.linear import Linear
 
@@ -20,9 +20,8 @@ PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Fused:
-    """The three matrices of a layer, for the experts kernel with one expert, and the modules they belong to."""
+    """The three matrices of a layer, for the experts kernel with one expert."""
 
-    children: dict[str, Linear]
     matrices: tuple[cpu.Packed, cpu.Packed, cpu.Packed]
     biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
@@ -41,14 +40,7 @@ class Fused:
                 part = None if bias is None else bias[i * half : (i + 1) * half]
                 rows[name] = cpu.Packed(both.data[i * cut : (i + 1) * cut], both.qtype, half, both.k), part
         (gate, a), (up, b), (down, c) = (rows[name] for name in ("gate_proj", "up_proj", "down_proj"))
-        return cls(modules, (gate, up, down), (a, b, c))
-
-    def holds(self, modules: dict[str, Any]) -> bool:
-        """Whether the projections are still the same modules, and nobody listens to them."""
-        return all(
-            modules.get(name) is child and not child._forward_hooks and not child._forward_pre_hooks
-            for name, child in self.children.items()
-        )
+        return cls((gate, up, down), (a, b, c))
 
     def __call__(self, x: torch.Tensor, act: str) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -73,8 +65,12 @@ class Block:
 
 
 class MLP(Operator):
-    """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own."""
+    """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own.
 
+    Where somebody listens to one of its children, or has exchanged one, it is transformers' own forward that calls them, the activation too.
+    """
+
+    watch: Watch | None
     fused: Fused | None
     block: Block | None
 
@@ -86,18 +82,26 @@ class MLP(Operator):
             )
         contract.parameters(old, ctx.path, contract.ONE)
         new: MLP = adopt(cls, old, ctx)
-        new.act, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None
+        new.act, new.watch, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None, None
         if new.act not in PLAIN:
             raise UsageError(f"{ctx.path}: {type(old).__name__} clamps its gate, which only the experts kernel does")
         return new
 
     def ready(self) -> None:
+        self.watch = Watch(inside(self))
         self.fused = Fused.of({name: child for name, child in self._modules.items() if name in PROJECTIONS})
         if self.fused is not None and not any(bias is not None for bias in self.fused.biases):
-            self.block = Block(self.fused, self.act, Watch((self, name) for name in self.fused.children))
+            self.block = Block(self.fused, self.act, self.watch)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.fused is not None and self.fused.holds(self._modules):
+        if self.watch is not None and not self.watch.holds():
+            found: torch.Tensor = super().forward(x)
+            return found
+        return self.computed(x)
+
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
+        """The same, while nobody listens to a child."""
+        if self.fused is not None:
             return self.fused(x, self.act)
         if hasattr(self, "gate_up_proj"):
             gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, -1))

@@ -10,20 +10,23 @@ from ktx.errors import UsageError
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.experts import Experts
-from ktx.ops.fused import MOST, NOTHING, Before, Made, Matrices, Watch, plain_linear
+from ktx.ops.fused import MOST, NOTHING, Before, Made, Matrices, Watch, inside, plain_linear
 from ktx.ops.mlp import MLP
 from ktx.ops.router import Router
 
 if TYPE_CHECKING:
     from ktx.ops.deferral import Link
 
-PARTS = ("gate", "router", "experts", "shared_experts", "shared_expert", "shared_expert_gate")
 RETURNS_ROUTER = ("GptOssMLP",)  # blocks that return (hidden states, router scores)
 
 
 class MoE(Operator):
-    """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate."""
+    """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate.
 
+    Where somebody listens to a module inside, or has exchanged one, it is transformers' own forward that calls them, in its order and with its shapes.
+    """
+
+    watch: Watch | None
     block: Block | None
     link: Link | None = None  # where the layer puts experts off, see ktx.ops.deferral
 
@@ -33,15 +36,22 @@ class MoE(Operator):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, MoE needs experts and a gate or router")
         new: MoE = adopt(cls, old, ctx)
         new.returns_router = type(old).__name__ in RETURNS_ROUTER
-        new.block = None
+        new.watch = new.block = None
         if cls is MoE:
             contract.moe(old, ctx.path, new)
         return new
 
     def ready(self) -> None:
-        self.block = None if self.returns_router or self.link is not None else Block.of(self)
+        self.watch = Watch(inside(self))
+        self.block = None if self.returns_router or self.link is not None else Block.of(self, self.watch)
+
+    def listened(self) -> bool:
+        """Whether a module inside is listened to or exchanged, and transformers' own forward can compute with what is there; experts that are put off it cannot."""
+        return self.link is None and self.watch is not None and not self.watch.holds()
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.listened():
+            return super().forward(hidden_states, *args, **kwargs)
         shape = hidden_states.shape
         flat = hidden_states.reshape(-1, shape[-1])
         if self.block is not None and self.block.takes(flat):
@@ -98,7 +108,7 @@ class Block:
         )
 
     @classmethod
-    def of(cls, owner: MoE) -> Block | None:
+    def of(cls, owner: MoE, watch: Watch) -> Block | None:
         """None where a part is something else than ours, or the shared experts are not one plain layer."""
         children = owner._modules
         router, experts = children.get("gate") or children.get("router"), children["experts"]
@@ -114,7 +124,6 @@ class Block:
         matrices.projection([router.packed])
         for weights in experts.weights.values():
             matrices.experts(weights)
-        watched: list[tuple[torch.nn.Module, str]] = [(owner, name) for name in PARTS]
         shared, gate, width = (
             children.get("shared_experts") or children.get("shared_expert"),
             children.get("shared_expert_gate"),
@@ -130,12 +139,11 @@ class Block:
                 matrices.experts(weights)
             matrices.projection([] if gate is None else gate.parts)
             width = fused.matrices[0].n
-            watched += [(shared, name) for name in shared._modules]
         bias = getattr(owner, "e_score_correction_bias", None)
-        return cls(router, experts, width, Watch(watched), matrices, bias)
+        return cls(router, experts, width, watch, matrices, bias)
 
     def takes(self, flat: torch.Tensor) -> bool:
-        return len(flat) <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu" and self.watch.holds()
+        return len(flat) <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu"
 
     def __call__(self, flat: torch.Tensor, before: Before = NOTHING) -> torch.Tensor:
         """flat f32 [tokens, D] -> [tokens, D]; with `before` plus flat itself."""

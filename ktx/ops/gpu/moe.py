@@ -8,6 +8,7 @@ import torch
 
 from ktx.ops import experts, moe
 from ktx.ops.base import Context
+from ktx.ops.fused import Watch, inside
 from ktx.ops.gpu import padding
 from ktx.ops.gpu.experts import Experts
 from ktx.ops.gpu.handover import HandOver, UnderWay, install
@@ -37,7 +38,10 @@ class MoE(moe.MoE):
         return new
 
     def ready(self) -> None:
-        self.block = None
+        self.watch = Watch(inside(self))
+
+    def listened(self) -> bool:
+        return self.handover is None and super().listened()
 
     @property
     def apart(self) -> bool:
