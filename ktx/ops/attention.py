@@ -7,7 +7,6 @@ outside. A mask that is not (holes, custom functions) stays transformers' bool m
 
 from __future__ import annotations
 
-import copy
 import inspect
 from types import CodeType
 from typing import Any
@@ -24,6 +23,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.kernels.gpu import known_backend
 from ktx.ops import contract
+from ktx.ops.attention_weights import Choice, OwnConfig, attention_weights, by_function, missing
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
     MOST,
@@ -80,11 +80,16 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: query [B, H, S, D], key and value [B, Hkv, T, D] -> [B, S, H, D].
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention function: query [B, H, S, D], key and value [B, Hkv, T, D] -> [B, S, H, D], and weights [B, H, S, T] where somebody asks for them.
 
     Key and value may be the pools of a PagedCache: the mask is then what its batch says.
     """
+    choice = choice_of(module)
+    if choice.foreign:
+        options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux} | kwargs
+        given = {name: value for name, value in options.items() if value is not None}
+        return by_function(choice.name, module, query, key, value, attention_mask, **given)
     batch = getattr(key, "ktx_batch", None)
     if batch is not None:
         ranges, mask = batch.ranges(window_of(module)), None
@@ -98,7 +103,16 @@ def attend(
     sinks = None if s_aux is None else s_aux.detach().float().contiguous()
     about = {} if batch is None else {"sequences": batch.sequences, "pages": batch.pages}
     cap = float(softcap or 0.0)
-    return kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about), None
+    out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about)
+    if batch is not None or not choice.shows(kwargs):
+        return out, None
+    return out, attention_weights(query, key, ranges, mask, float(scale), sinks, cap)
+
+
+def choice_of(module: nn.Module) -> Choice:
+    """Of a module of ktx's, or of transformers' own that calls ktx's function by its name."""
+    found: Any = module.__dict__.get("choice")
+    return Choice(module.config) if found is None else found
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -198,6 +212,8 @@ class Attention(Operator):
     kv_dtype: KVType
     block: Block | None
     ours: bool
+    choice: Choice
+    implementation = NAME  # of the kernels' function
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> Attention:
@@ -210,9 +226,10 @@ class Attention(Operator):
         new.backend = known_backend(backend)
         new.half_tables = type(old).__name__ == "GptOssAttention"
         new.ours = hasattr(old, "config") and not foreign_words(old)
+        if hasattr(old, "config"):
+            new.choice = Choice(old.config)
         if new.ours:
-            new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself
-            new.config._attn_implementation = NAME
+            new.config = OwnConfig(old.config, cls.implementation)
             contract.masks(NAME)
         if new.usual and new.ours:
             contract.attention(old, ctx.path, new.half_tables, window_of(old))
@@ -230,9 +247,18 @@ class Attention(Operator):
             done = self.block(cache=cache, **given)
             if done is not None:
                 return done, None
+        stored = cache
         if self.ours and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
-            cache = StoredAs(cache, float_type(self.kv_dtype, torch.float16))
-        return super().forward(**self.call.joined(given, cache))
+            stored = StoredAs(cache, float_type(self.kv_dtype, torch.float16))
+        out = super().forward(**self.call.joined(given, stored))
+        if "choice" in self.__dict__ and self.choice.shows(given, cache) and not _has_weights(out):
+            raise missing(self.path, type(self).__name__)
+        return out
+
+
+def _has_weights(out: Any) -> bool:
+    """Whether an attention module's result is one with weights."""
+    return isinstance(out, tuple) and len(out) > 1 and out[1] is not None
 
 
 PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_norm"]
@@ -261,8 +287,8 @@ class Block:
         )
 
     def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
-        """Whether hidden [B, S, D] has few tokens."""
-        return hidden.shape[0] * hidden.shape[1] <= MOST
+        """Whether hidden [B, S, D] has few tokens, and nobody wants to see how they attend."""
+        return hidden.shape[0] * hidden.shape[1] <= MOST and self.owner.choice.plain(cache)
 
     @classmethod
     def of(cls, owner: Attention) -> Block | None:
