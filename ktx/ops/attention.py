@@ -1,8 +1,7 @@
 """Attention for every family: transformers' own module around our kernel.
 
-The kernel is registered as the attention implementation "ktx". Its mask is not a matrix but an interval of visible keys for each query,
-int32 [batch, 1, queries, 2]: causal, sliding, left-padded and static-cache masks all are intervals, and the kernel skips what lies
-outside. A mask that is not (holes, custom functions) stays transformers' bool matrix.
+The kernel is registered as the attention implementation "ktx". Its mask is not a matrix but an interval of visible keys for each query (ktx.ops.masks), and
+the kernel skips what is outside. A mask that is none (holes, custom functions) stays transformers' bool matrix.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from ktx.ops.fused import (
     split_mask,
     window_of,
 )
+from ktx.ops.masks import Intervals, intervals_of
 from ktx.ops.norm import RMSNorm
 
 NAME = "ktx"
@@ -131,21 +131,21 @@ def interval_mask(
     device: Any = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
-    """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. int32 [B, 1, S, 2] on the CPU where the mask is an interval for each query, else bool [B, 1, S, T]."""
-    q_offset = int(q_offset)
+    """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. Intervals where the mask is an interval for each query, else bool [B, 1, S, T]."""
+    q_offset, keys = int(q_offset), int(kv_length)
     if mask_function is causal_mask_function:
         seen = None if attention_mask is None else attention_mask.cpu()
         if seen is None and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
             after = q_offset + 1 - int(kv_offset)
-            ends = [[0, min(after + i, int(kv_length))] for i in range(q_length)]
-            return _of_keys(torch.tensor([[ends]] * batch_size, dtype=torch.int32, device="cpu"), kv_length)
+            ends = [[0, min(after + i, keys)] for i in range(q_length)]
+            return Intervals(torch.tensor([ends] * batch_size, dtype=torch.int32, device="cpu"), keys, device)
         first = _left_padding(seen, batch_size, kv_offset, kv_length)
         if first is not None:
             last = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length, device="cpu").clamp(
-                max=kv_length
+                max=keys
             )
             ranges = torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1)
-            return _of_keys(ranges.to(torch.int32)[:, None], kv_length)
+            return Intervals(ranges.to(torch.int32), keys, device)
     kwargs |= {"allow_is_causal_skip": False}
     full = sdpa_mask(
         batch_size=batch_size,
@@ -159,13 +159,7 @@ def interval_mask(
         **kwargs,
     )
     assert full is not None  # skipping was not allowed
-    return _of_keys(intervals_of(full), kv_length)
-
-
-def _of_keys(mask: torch.Tensor, keys: Any) -> torch.Tensor:
-    """A mask that says how many keys it was made for."""
-    mask.ktx_keys = int(keys)  # type: ignore[attr-defined]
-    return mask
+    return intervals_of(full)
 
 
 def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: int) -> torch.Tensor | None:
@@ -176,15 +170,6 @@ def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: in
     first = seen.int().argmax(1)
     left = seen.sum(1) + first == seen.shape[1]
     return first if bool(left.all()) else None
-
-
-def intervals_of(full: torch.Tensor) -> torch.Tensor:
-    """bool [B, 1, S, T] -> int32 [B, 1, S, 2] on the CPU if every row is one interval (or empty), else the mask itself."""
-    count, first = full.sum(-1), full.int().argmax(-1)
-    last = full.shape[-1] - full.flip(-1).int().argmax(-1)
-    if bool(((last - first == count) | (count == 0)).all()):
-        return torch.stack([first, torch.where(count == 0, first, last)], -1).to(torch.int32).cpu()
-    return full
 
 
 AttentionInterface.register(NAME, attend)

@@ -21,6 +21,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.steps import Step, run
 from ktx.ops.linear import Linear
+from ktx.ops.masks import Intervals, edits_of, ranges_of
 
 Before = tuple[
     torch.Tensor | None, float, bool
@@ -146,6 +147,7 @@ class Room:
     ragged: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
     layers: Sequence[GrowingLayer] = ()  # of a cache that grows: what is written counts when `keep` says so
     numbers: Sequence[int] = ()  # of these layers in the cache
+    edits: Any = 0  # of the mask that tokens see by
 
     def about(self, embeddings: Any, halved: bool) -> tuple[Any, ...]:
         """What `run` is told of it."""
@@ -158,8 +160,10 @@ class Room:
             *self.ragged,
         )
 
-    def fits(self, index: int, cache: Any) -> bool:
-        """Whether nobody else has written to a block's layer meanwhile, put another one in its place, or was shown what it holds."""
+    def fits(self, index: int, cache: Any, mask: torch.Tensor | None) -> bool:
+        """Whether nobody else has written to a block's layer or to the mask meanwhile, put another layer in its place, or was shown what it holds."""
+        if edits_of(mask) != self.edits:
+            return False
         if not self.layers:
             return True
         layer = self.layers[index]
@@ -187,7 +191,8 @@ def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: 
             buffers += pages.buffers
         assert batch is not None
         cache.look()
-        return Room(buffers, 0, batch.ranges(window_of(first)), None, (batch.sequences, batch.pages, batch.slots))
+        ragged = batch.sequences, batch.pages, batch.slots
+        return Room(buffers, 0, batch.ranges(window_of(first)), None, ragged, edits=edits_of(mask))
     layers, numbers = [], [block.owner.layer_idx for block in blocks]
     for block, number in zip(blocks, numbers, strict=True):
         layer = growing(cache, number, first.kv_dtype)
@@ -200,7 +205,8 @@ def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: 
     for layer in layers:
         layer.make_room(new)
         buffers += layer.buffers
-    return Room(buffers, past, *split_mask(mask, past + new), layers=layers, numbers=numbers)
+    seen = split_mask(mask, past + new)
+    return Room(buffers, past, *seen, layers=layers, numbers=numbers, edits=edits_of(mask))
 
 
 def attended(
@@ -221,24 +227,21 @@ def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | Non
     """What transformers hands over as a mask -> (ranges, mask) as the kernels take them. UsageError for a mask of other keys than there are."""
     if mask is None:
         return None, None
-    if mask.dtype == torch.int32:
-        meant = getattr(mask, "ktx_keys", keys)
-        if meant != keys:
-            _sees_all(mask, meant, keys)
-            return None, None
-        ranges = getattr(mask, "ktx_ranges", None)  # one mask serves all layers of a forward
-        if ranges is None:
-            ranges = mask.ktx_ranges = mask[:, 0].contiguous()  # type: ignore[attr-defined]
-        return ranges, None
+    ranges = ranges_of(mask)
+    if ranges is not None:
+        if not isinstance(mask, Intervals) or mask.shape[3] == keys:
+            return ranges, None
+        _sees_all(ranges, mask.shape[3], keys)
+        return None, None
     if mask.shape[-1] < keys:
         raise _other_length(mask.shape[-1], keys)
     mask = mask[..., :keys]
     return None, mask if mask.dtype == torch.bool else mask.float()
 
 
-def _sees_all(mask: torch.Tensor, meant: int, keys: int) -> None:
-    """UsageError unless a mask int32 [B, 1, 1, 2], made for `meant` keys, has a lone token see them all: then it sees all of a layer that has others."""
-    if mask.shape[2] != 1 or not bool((mask[..., 0] == 0).all()) or not bool((mask[..., 1] == meant).all()):
+def _sees_all(ranges: torch.Tensor, meant: int, keys: int) -> None:
+    """UsageError unless ranges [B, 1, 2], made for `meant` keys, have a lone token see them all: then it sees all of a layer that has others."""
+    if ranges.shape[1] != 1 or not bool((ranges[..., 0] == 0).all()) or not bool((ranges[..., 1] == meant).all()):
         raise _other_length(meant, keys)
 
 
