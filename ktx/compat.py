@@ -130,6 +130,16 @@ def collects(what: str) -> bool:
     return wanted is not None and what in wanted
 
 
+def records() -> bool:
+    """Whether the forward under way collects outputs of any kind from its modules."""
+    return bool(_collector().get())
+
+
+def is_recorder(hook: Any) -> bool:
+    """Whether a hook is one that transformers leaves on modules after the first forward that collected outputs: it does nothing in others."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
 def attention_function(name: str) -> Callable[..., Any]:
     """The attention function that transformers knows by a name. KeyError for one that it does not know."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

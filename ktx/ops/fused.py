@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ktx.cache.kv import GrowingLayer, KVType, growing
 from ktx.cache.paged import PagedCache
+from ktx.compat import is_recorder, records
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.steps import Step, run
@@ -34,7 +35,8 @@ class Watch:
     """Children of modules, and the hooks that would have to be called. A pair (parent, name) is a child, None if it has none of that name.
 
     It is asked at every call, when the weights have just driven everything else out of the caches, so it touches little memory: hooks are looked
-    for when one has been registered anywhere since none was found, which is what torch's counter of handles tells.
+    for when one has been registered anywhere since none was found, which is what torch's counter of handles tells. Hooks by which transformers collects outputs
+    stay on modules once a forward has wanted some; they count while a forward does.
     """
 
     def __init__(self, children: Iterable[tuple[nn.Module, str]]):
@@ -46,7 +48,7 @@ class Watch:
         ]
         found = [child for _, _, kept in self.parents for child in kept if child is not None]
         self.hooks = [hooks for child in found for hooks in (child._forward_hooks, child._forward_pre_hooks)]
-        self.registered = -1
+        self.registered, self.recorders = -1, False
 
     @classmethod
     def over(cls, watches: Iterable[Watch]) -> Watch:
@@ -63,10 +65,11 @@ class Watch:
                 return False
         registered = RemovableHandle.next_id
         if registered != self.registered:
-            if any(self.hooks) or _global_forward_hooks or _global_forward_pre_hooks:
+            heard = (hook for hooks in self.hooks for hook in hooks.values())
+            if _global_forward_hooks or _global_forward_pre_hooks or not all(map(is_recorder, heard)):
                 return False
-            self.registered = registered
-        return True
+            self.registered, self.recorders = registered, any(self.hooks)
+        return not (self.recorders and records())
 
 
 def inside(*modules: nn.Module) -> list[tuple[nn.Module, str]]:
