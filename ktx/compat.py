@@ -114,3 +114,35 @@ def config_dict(source: str) -> dict[str, Any]:
 def keeps_own_cache(model: Any) -> bool:
     """Whether a model takes no cache but of a kind that only itself makes (MiniMax-Text-01)."""
     return not model._supports_default_dynamic_cache()
+
+
+@functools.cache
+def _collector() -> Any:
+    """Where transformers keeps what the forward under way collects from its modules; each thread has its own."""
+    from transformers.utils.output_capturing import _active_collector
+
+    return _active_collector
+
+
+def collects(what: str) -> bool:
+    """Whether the forward under way collects outputs of a kind ("attentions") from its modules, by an argument or by its configuration."""
+    wanted = _collector().get()
+    return wanted is not None and what in wanted
+
+
+def records() -> bool:
+    """Whether the forward under way collects outputs of any kind from its modules."""
+    return bool(_collector().get())
+
+
+def is_recorder(hook: Any) -> bool:
+    """Whether a hook is one that transformers leaves on modules after the first forward that collected outputs: it does nothing in others."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+def attention_function(name: str) -> Callable[..., Any]:
+    """The attention function that transformers knows by a name. KeyError for one that it does not know."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, None)
+    return found

@@ -74,19 +74,23 @@ class Packed:
     def nbytes(self) -> int:
         return self.data.numel()
 
-    def matrix(self, index: int) -> Packed:
-        """One of several matrices that `pack` packed, in the same memory."""
-        size = self.nbytes // self.matrices
-        return Packed(self.data[index * size : (index + 1) * size], self.qtype, self.n, self.k)
-
     def floats(self) -> torch.Tensor:
         """f32 [matrices, n, k] of all that `pack` packed."""
-        index = torch.arange(self.n, device="cpu")
-        return torch.stack([self.matrix(i).rows(index) for i in range(self.matrices)])
+        index, parts = torch.arange(self.n, device="cpu"), self.data.chunk(self.matrices)
+        return torch.stack([Packed(part, self.qtype, self.n, self.k).rows(index) for part in parts])
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """f32 [len(index), k]: rows of a single matrix, dequantised exactly. index int64."""
         return ops.unpack_rows(self.data, self.qtype.code, self.n, self.k, index)
+
+    def matrix(self, number: int) -> Packed:
+        """One of several that `pack_experts` made, a copy where memory nodes share them."""
+        begin, parts = 0, []
+        for end in self.ends or (self.nbytes,):
+            size = (end - begin) // self.matrices
+            parts.append(self.data[begin + number * size : begin + (number + 1) * size])
+            begin = end
+        return Packed(parts[0] if len(parts) == 1 else torch.cat(parts), self.qtype, self.n, self.k)
 
 
 def packed_nbytes(qtype: QType, n: int, k: int, matrices: int = 1) -> int:
@@ -140,14 +144,6 @@ def _shares_of(w: Packed) -> Iterator[tuple[int, int, int]]:
         begin, end = (ops.share_of(groups, at) * (size // groups) for at in (node, node + 1))
         if end > begin:
             yield begin, end - begin, begin * w.matrices
-
-
-def expert(w: Packed, index: int) -> Packed:
-    """One matrix of those that `pack_experts` packed, in memory of its own."""
-    data = ops.empty_packed(packed_nbytes(w.qtype, w.n, w.k), ())
-    for begin, size, at in _shares_of(w):
-        data[begin : begin + size] = w.data[at + index * size : at + (index + 1) * size]
-    return Packed(data, w.qtype, w.n, w.k)
 
 
 def with_expert(w: Packed, index: int, one: Packed) -> Packed:

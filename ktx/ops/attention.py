@@ -1,13 +1,11 @@
 """Attention for every family: transformers' own module around our kernel.
 
-The kernel is registered as the attention implementation "ktx". Its mask is not a matrix but an interval of visible keys for each query,
-int32 [batch, 1, queries, 2]: causal, sliding, left-padded and static-cache masks all are intervals, and the kernel skips what lies
-outside. A mask that is not (holes, custom functions) stays transformers' bool matrix.
+The kernel is registered as the attention implementation "ktx". Its mask is not a matrix but an interval of visible keys for each query (ktx.ops.masks), and
+the kernel skips what is outside. A mask that is none (holes, custom functions) stays transformers' bool matrix.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from types import CodeType
 from typing import Any
@@ -24,6 +22,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.kernels.gpu import known_backend
 from ktx.ops import contract
+from ktx.ops.attention_weights import Choice, OwnConfig, attention_weights, by_function, missing
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
     MOST,
@@ -38,6 +37,7 @@ from ktx.ops.fused import (
     window_of,
 )
 from ktx.ops.guard import Guard, below, current
+from ktx.ops.masks import Intervals, intervals_of
 from ktx.ops.norm import RMSNorm
 
 NAME = "ktx"
@@ -80,11 +80,16 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: query [B, H, S, D], key and value [B, Hkv, T, D] -> [B, S, H, D].
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention function: query [B, H, S, D], key and value [B, Hkv, T, D] -> [B, S, H, D], and weights [B, H, S, T] where somebody asks for them.
 
     Key and value may be the pools of a PagedCache: the mask is then what its batch says.
     """
+    choice = choice_of(module)
+    if choice.foreign:
+        options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux} | kwargs
+        given = {name: value for name, value in options.items() if value is not None}
+        return by_function(choice.name, module, query, key, value, attention_mask, **given)
     batch = getattr(key, "ktx_batch", None)
     if batch is not None:
         ranges, mask = batch.ranges(window_of(module)), None
@@ -98,7 +103,16 @@ def attend(
     sinks = None if s_aux is None else s_aux.detach().float().contiguous()
     about = {} if batch is None else {"sequences": batch.sequences, "pages": batch.pages}
     cap = float(softcap or 0.0)
-    return kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about), None
+    out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about)
+    if batch is not None or not choice.shows(kwargs):
+        return out, None
+    return out, attention_weights(query, key, ranges, mask, float(scale), sinks, cap)
+
+
+def choice_of(module: nn.Module) -> Choice:
+    """Of a module of ktx's, or of transformers' own that calls ktx's function by its name."""
+    found: Any = module.__dict__.get("choice")
+    return Choice(module.config) if found is None else found
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -117,22 +131,21 @@ def interval_mask(
     device: Any = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
-    """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. int32 [B, 1, S, 2] on the CPU where the mask is an interval for each query, else bool [B, 1, S, T]."""
-    q_offset = int(q_offset)
+    """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. Intervals where the mask is an interval for each query, else bool [B, 1, S, T]."""
+    q_offset, keys = int(q_offset), int(kv_length)
     if mask_function is causal_mask_function:
         seen = None if attention_mask is None else attention_mask.cpu()
         if seen is None and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
             after = q_offset + 1 - int(kv_offset)
-            ends = [[0, min(after + i, int(kv_length))] for i in range(q_length)]
-            return torch.tensor([[ends]] * batch_size, dtype=torch.int32, device="cpu")
+            ends = [[0, min(after + i, keys)] for i in range(q_length)]
+            return Intervals(torch.tensor([ends] * batch_size, dtype=torch.int32, device="cpu"), keys, device)
         first = _left_padding(seen, batch_size, kv_offset, kv_length)
         if first is not None:
             last = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length, device="cpu").clamp(
-                max=kv_length
+                max=keys
             )
-            return torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1).to(torch.int32)[
-                :, None
-            ]
+            ranges = torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1)
+            return Intervals(ranges.to(torch.int32), keys, device)
     kwargs |= {"allow_is_causal_skip": False}
     full = sdpa_mask(
         batch_size=batch_size,
@@ -157,15 +170,6 @@ def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: in
     first = seen.int().argmax(1)
     left = seen.sum(1) + first == seen.shape[1]
     return first if bool(left.all()) else None
-
-
-def intervals_of(full: torch.Tensor) -> torch.Tensor:
-    """bool [B, 1, S, T] -> int32 [B, 1, S, 2] on the CPU if every row is one interval (or empty), else the mask itself."""
-    count, first = full.sum(-1), full.int().argmax(-1)
-    last = full.shape[-1] - full.flip(-1).int().argmax(-1)
-    if bool(((last - first == count) | (count == 0)).all()):
-        return torch.stack([first, torch.where(count == 0, first, last)], -1).to(torch.int32).cpu()
-    return full
 
 
 AttentionInterface.register(NAME, attend)
@@ -195,6 +199,8 @@ class Attention(Operator):
     kv_dtype: KVType
     block: Block | None
     ours: bool
+    choice: Choice
+    implementation = NAME  # of the kernels' function
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> Attention:
@@ -207,9 +213,10 @@ class Attention(Operator):
         new.backend = known_backend(backend)
         new.half_tables = type(old).__name__ == "GptOssAttention"
         new.ours = hasattr(old, "config") and not foreign_words(old)
+        if hasattr(old, "config"):
+            new.choice = Choice(old.config)
         if new.ours:
-            new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself
-            new.config._attn_implementation = NAME
+            new.config = OwnConfig(old.config, cls.implementation)
             contract.masks(NAME)
         if new.usual and new.ours:
             contract.attention(old, ctx.path, new.half_tables, window_of(old))
@@ -227,9 +234,18 @@ class Attention(Operator):
             done = block(cache=cache, **given)
             if done is not None:
                 return done, None
+        stored = cache
         if self.ours and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
-            cache = StoredAs(cache, float_type(self.kv_dtype, torch.float16))
-        return super().forward(**self.call.joined(given, cache))
+            stored = StoredAs(cache, float_type(self.kv_dtype, torch.float16))
+        out = super().forward(**self.call.joined(given, stored))
+        if "choice" in self.__dict__ and self.choice.shows(given, cache) and not _has_weights(out):
+            raise missing(self.path, type(self).__name__)
+        return out
+
+
+def _has_weights(out: Any) -> bool:
+    """Whether an attention module's result is one with weights."""
+    return isinstance(out, tuple) and len(out) > 1 and out[1] is not None
 
 
 PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_norm"]
@@ -260,8 +276,8 @@ class Block:
         )
 
     def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
-        """Whether hidden [B, S, D] has few tokens."""
-        return hidden.shape[0] * hidden.shape[1] <= MOST
+        """Whether hidden [B, S, D] has few tokens, and nobody wants to see how they attend."""
+        return hidden.shape[0] * hidden.shape[1] <= MOST and self.owner.choice.plain(cache)
 
     @classmethod
     def of(cls, owner: Attention) -> Block | None:

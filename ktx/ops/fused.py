@@ -19,6 +19,7 @@ from ktx.kernels import cpu
 from ktx.kernels.steps import Step, run
 from ktx.ops.base import is_ours
 from ktx.ops.linear import Linear
+from ktx.ops.masks import Intervals, edits_of, ranges_of
 
 Before = tuple[
     torch.Tensor | None, float, bool
@@ -101,6 +102,8 @@ class Room:
     mask: torch.Tensor | None
     ragged: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
     layers: Sequence[GrowingLayer] = ()  # of a cache that grows: what is written counts when `keep` says so
+    numbers: Sequence[int] = ()  # of these layers in the cache
+    edits: Any = 0  # of the mask that tokens see by
 
     def about(self, embeddings: Any, halved: bool) -> tuple[Any, ...]:
         """What `run` is told of it."""
@@ -113,9 +116,15 @@ class Room:
             *self.ragged,
         )
 
-    def fits(self, index: int) -> bool:
-        """Whether nobody else has written to a block's layer meanwhile."""
-        return not self.layers or self.layers[index].length == self.past
+    def fits(self, index: int, cache: Any, mask: torch.Tensor | None) -> bool:
+        """Whether nobody else has written to a block's layer or to the mask meanwhile, put another layer in its place, or was shown what it holds."""
+        if edits_of(mask) != self.edits:
+            return False
+        if not self.layers:
+            return True
+        layer = self.layers[index]
+        own = cache.layers[self.numbers[index]]
+        return own is layer and layer.length == self.past and not layer.given and not layer.lent
 
     def keep(self, index: int, new: int) -> None:
         if self.layers:
@@ -138,10 +147,11 @@ def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: 
             buffers += pages.buffers
         assert batch is not None
         cache.look()
-        return Room(buffers, 0, batch.ranges(window_of(first)), None, (batch.sequences, batch.pages, batch.slots))
-    layers = []
-    for block in blocks:
-        layer = growing(cache, block.owner.layer_idx, first.kv_dtype)
+        ragged = batch.sequences, batch.pages, batch.slots
+        return Room(buffers, 0, batch.ranges(window_of(first)), None, ragged, edits=edits_of(mask))
+    layers, numbers = [], [block.owner.layer_idx for block in blocks]
+    for block, number in zip(blocks, numbers, strict=True):
+        layer = growing(cache, number, first.kv_dtype)
         if layer is None or not layer.fits(hidden.shape[0], block.heads, block.columns, kept):
             return None
         layers.append(layer)
@@ -151,7 +161,8 @@ def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: 
     for layer in layers:
         layer.make_room(new)
         buffers += layer.buffers
-    return Room(buffers, past, *split_mask(mask, past + new), layers=layers)
+    seen = split_mask(mask, past + new)
+    return Room(buffers, past, *seen, layers=layers, numbers=numbers, edits=edits_of(mask))
 
 
 def attended(
@@ -169,16 +180,32 @@ def attended(
 
 
 def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What transformers hands over as a mask -> (ranges, mask) as the kernels take them."""
+    """What transformers hands over as a mask -> (ranges, mask) as the kernels take them. UsageError for a mask of other keys than there are."""
     if mask is None:
         return None, None
-    if mask.dtype == torch.int32:
-        ranges = getattr(mask, "ktx_ranges", None)  # one mask serves all layers of a forward
-        if ranges is None:
-            ranges = mask.ktx_ranges = mask[:, 0].contiguous()  # type: ignore[attr-defined]
-        return ranges, None
+    ranges = ranges_of(mask)
+    if ranges is not None:
+        if not isinstance(mask, Intervals) or mask.shape[3] == keys:
+            return ranges, None
+        _sees_all(ranges, mask.shape[3], keys)
+        return None, None
+    if mask.shape[-1] < keys:
+        raise _other_length(mask.shape[-1], keys)
     mask = mask[..., :keys]
     return None, mask if mask.dtype == torch.bool else mask.float()
+
+
+def _sees_all(ranges: torch.Tensor, meant: int, keys: int) -> None:
+    """UsageError unless ranges [B, 1, 2], made for `meant` keys, have a lone token see them all: then it sees all of a layer that has others."""
+    if ranges.shape[1] != 1 or not bool((ranges[..., 0] == 0).all()) or not bool((ranges[..., 1] == meant).all()):
+        raise _other_length(meant, keys)
+
+
+def _other_length(meant: int, keys: int) -> UsageError:
+    return UsageError(
+        f"the mask is for {meant} keys, this layer's cache has {keys} with the new ones: its keys were replaced by some of another length than in other"
+        " layers. transformers makes one mask for all layers of a kind; give all of them as many keys, feed tokens one by one, or pass a mask of your own"
+    )
 
 
 def window_of(module: Any) -> int:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils.hooks import RemovableHandle
 
+from ktx.compat import is_recorder, records
 from ktx.ops.base import Operator
 from ktx.ops.changes import Changes, edits
 
@@ -89,7 +90,7 @@ class Guard:
         self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
         self.hooks = [hooks for state in self.inside for hooks in _hooks(state.module)]
         self.copied = [(tensor, edits(tensor)) for tensor in copied if tensor is not None]
-        self.handles, self.changes = -1, -1
+        self.handles, self.changes, self.recorders = -1, -1, False
         self.tried: tuple[int, ...] = ()
 
     @classmethod
@@ -117,11 +118,13 @@ class Guard:
                 return False
             if any(state.patched() for state in self.inside):
                 return False
-            self.handles, self.changes = handles, changes
-        return True
+            self.handles, self.changes, self.recorders = handles, changes, any(self.hooks)
+        return not (self.recorders and records())
 
     def _listened(self) -> bool:
-        return bool(any(self.hooks) or _global_forward_hooks or _global_forward_pre_hooks)
+        """Hooks by which transformers collects outputs stay on modules once a forward has wanted some: they count while a forward does."""
+        heard = (hook for hooks in self.hooks for hook in hooks.values())
+        return bool(_global_forward_hooks or _global_forward_pre_hooks) or not all(map(is_recorder, heard))
 
     def worth_another(self) -> bool:
         """Whether a shortcut made anew might hold, once for each time that something was changed."""
@@ -158,6 +161,17 @@ def current(owner: nn.Module, name: str = "block") -> Any:
         return None
     owner.__dict__[name] = again  # not by setattr, which counts as a change
     return again
+
+
+class Inside:
+    """That nobody listens to a module inside another, or has patched or exchanged one: for an operator whose own way does not call them all."""
+
+    def __init__(self, owner: nn.Module):
+        self.guard = Guard([owner], below(owner))
+
+    @classmethod
+    def of(cls, owner: nn.Module) -> Inside:
+        return cls(owner)
 
 
 def below(owner: nn.Module) -> list[nn.Module]:

@@ -146,7 +146,7 @@ class Ahead:
             or asked.mask is not mask
             or asked.cache is not cache
             or not _same(asked.embeddings, embeddings)
-            or not self.room.fits(self.index)
+            or not self.room.fits(self.index, cache, mask)
         ):
             return False
         self.room.keep(self.index, hidden_states.shape[1])

@@ -19,6 +19,7 @@ from ktx.kernels import cpu
 from ktx.kernels.gpu import known_backend
 from ktx.kernels.kept import kept
 from ktx.ops import contract
+from ktx.ops.attention_weights import Choice, attention_weights, by_function, reads_no_pages
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
     NOTHING,
@@ -64,6 +65,7 @@ class MLA(Operator):
     w_uv: Any
     w_uk: Any
     block: Block | None
+    choice: Choice
 
     @classmethod
     def from_hf(
@@ -84,6 +86,7 @@ class MLA(Operator):
         del new._modules["kv_b_proj"]
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
         new.interleaved, new.backend = pairs == "interleaved", known_backend(backend)
+        new.choice = Choice(old.config)
         new.w_uk_t, new.w_uv, new.w_uk, new.block = None, None, None, None
         new.check(ctx)
         contract.latent_attention(old, ctx.path, new.interleaved)
@@ -150,7 +153,7 @@ class MLA(Operator):
     def ready(self) -> None:
         self.block = Block.of(self)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         given, cache = self.call.split(args, kwargs)
         return self.computed(cache, **given)
 
@@ -161,8 +164,8 @@ class MLA(Operator):
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """The forward, by whatever name the cache came."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The forward, by whatever name the cache came: the result, and weights [B, H, S, T] where somebody asks for them."""
         if (block := current(self)) is not None:
             done = block(hidden_states, position_embeddings, attention_mask, kv_cache)
             if done is not None:
@@ -185,6 +188,8 @@ class MLA(Operator):
         latent = self.kv_a_layernorm(latent)[:, None]
         pages = paged(kv_cache, self.layer_idx)
         if pages is not None:
+            if self.choice.foreign:
+                raise reads_no_pages(self.choice.name)
             pools = pages.update(latent, k_rope)
             assert pages.owner.batch is not None
             return self.o_proj(self.ragged(q_nope, q_rope, *pools, pages.owner.batch)), None
@@ -192,6 +197,8 @@ class MLA(Operator):
         if kv_cache is not None:
             stored = float_type(self.kv_dtype, latent.dtype)
             latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
+        if self.choice.foreign:
+            return self.elsewhere(q_nope, q_rope, latent, k_rope, attention_mask, kwargs)
         keys, parts = latent.shape[2], []
         ranges, mask = split_mask(attention_mask, keys)
         for mix, first, last in ((self.expanded, 0, whole), (self.absorbed, whole, length)):
@@ -202,7 +209,38 @@ class MLA(Operator):
                 matrix = None if mask is None else mask[:, :, own]
                 q = q_nope[:, :, own], q_rope[:, :, own]
                 parts.append(mix(*q, latent[:, 0, :end], k_rope[:, 0, :end], seen, matrix))
-        return self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+        out = self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        if not self.choice.shows(kwargs):
+            return out, None
+        states = torch.cat([values_of(latent).float(), values_of(k_rope).float()], -1)
+        queries = torch.cat([self._absorbed_queries(q_nope), q_rope], -1)
+        return out, attention_weights(queries, states, ranges, mask, self.scaling)
+
+    def elsewhere(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What an attention function of transformers' makes of queries [B, H, S, columns] and of keys and values [B, H, T, columns], expanded from latent [B, 1, T, rank] and k_rope [B, 1, T, rope]."""
+        name, heads = self.choice.name, range(self.num_heads)
+        if self.w_uk is None:
+            raise UsageError(
+                f"{self.path}: attn_implementation {name!r} needs keys, which absorb_for_prefill leaves compressed; load the model without that option"
+            )
+        (batch, _, keys, _), flat = latent.shape, values_of(latent)[:, 0].flatten(0, 1).to(q_nope.dtype)
+        k_nope, values = (
+            states.view(batch, keys, self.num_heads, -1).transpose(1, 2)
+            for states in (cpu.linear(flat, self.w_uk, wide=True), self._values(flat, heads))
+        )
+        turned = values_of(k_rope).to(q_nope.dtype).expand(-1, self.num_heads, -1, -1)
+        states = torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, turned], -1), values
+        options = {"scaling": self.scaling, "dropout": 0.0} | options
+        out, weights = by_function(name, self, *states, mask, **options)
+        return self.o_proj(out.reshape(*out.shape[:2], -1)), weights
 
     def ragged(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, ropes: torch.Tensor, batch: Batch
@@ -249,13 +287,17 @@ class MLA(Operator):
     ) -> torch.Tensor:
         """q_nope [B, H, S, nope], q_rope [B, H, S, rope], latent [B, T, rank], k_rope [B, T, rope] -> [B, S, H * v]. `pages`: as cpu.mla_attention takes them."""
         batch, heads, length, _ = q_nope.shape
-        by_head = cpu.linear_batched(q_nope.transpose(0, 1).reshape(heads, batch * length, -1), self.w_uk_t)
-        query = by_head.view(heads, batch, length, -1).transpose(0, 1)
         context = cpu.mla_attention(
-            query, q_rope, latent, k_rope, ranges, mask, self.scaling, **pages
+            self._absorbed_queries(q_nope), q_rope, latent, k_rope, ranges, mask, self.scaling, **pages
         )  # [B, S, H, rank]
         out = cpu.linear_batched(context.permute(2, 0, 1, 3).reshape(heads, batch * length, -1), self.w_uv)
         return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).reshape(batch, length, -1)
+
+    def _absorbed_queries(self, q_nope: torch.Tensor) -> torch.Tensor:
+        """[B, H, S, nope] times W_UK -> [B, H, S, rank]."""
+        batch, heads, length, _ = q_nope.shape
+        by_head = cpu.linear_batched(q_nope.transpose(0, 1).reshape(heads, batch * length, -1), self.w_uk_t)
+        return by_head.view(heads, batch, length, -1).transpose(0, 1)
 
     def expanded(
         self,
@@ -330,8 +372,8 @@ class Block:
         )
 
     def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
-        """Whether the tokens of hidden [B, S, D] take the absorbed form."""
-        return not self.owner._whole(cache, *hidden.shape[:2])
+        """Whether the tokens of hidden [B, S, D] take the absorbed form, and nobody wants to see how they attend."""
+        return not self.owner._whole(cache, *hidden.shape[:2]) and self.owner.choice.plain(cache)
 
     @classmethod
     def of(cls, owner: MLA) -> Block | None:

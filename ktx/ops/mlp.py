@@ -13,7 +13,7 @@ from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import Made, Matrices, plain_linear
 from ktx.ops.gates import PLAIN, gate_of_mlp
-from ktx.ops.guard import Guard, below, current
+from ktx.ops.guard import Guard, Inside, below, current
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -73,9 +73,13 @@ class Block:
 
 
 class MLP(Operator):
-    """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own."""
+    """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own.
 
-    derived = frozenset({"fused", "block"})
+    Where somebody listens to one of its children, or has exchanged one, it is transformers' own forward that calls them, the activation too.
+    """
+
+    derived = frozenset({"fused", "block", "inside"})
+    inside: Inside | None
     fused: Fused | None
     block: Block | None
 
@@ -87,20 +91,23 @@ class MLP(Operator):
             )
         contract.parameters(old, ctx.path, contract.ONE)
         new: MLP = adopt(cls, old, ctx)
-        new.act, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None
-        new.asked = [(name, child) for name, child in old._modules.items() if name not in PROJECTIONS]  # its activation
+        new.act, new.inside, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None, None
         if new.act not in PLAIN:
             raise UsageError(f"{ctx.path}: {type(old).__name__} clamps its gate, which only the experts kernel does")
         return new
 
     def ready(self) -> None:
-        self.fused, self.block = Fused.of(self), Block.of(self)
+        self.inside, self.fused, self.block = Inside.of(self), Fused.of(self), Block.of(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (fused := current(self, "fused")) is not None:
             return fused(x)
-        if any(self._modules.get(name) is not child for name, child in self.asked):
+        if self.inside is not None and current(self, "inside") is None:
             return super().forward(x)  # type: ignore[no-any-return]
+        return self.computed(x)
+
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
+        """The same child by child, while nobody listens to one."""
         if hasattr(self, "gate_up_proj"):
             gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, -1))
         else:

@@ -11,7 +11,7 @@ from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, is_ours
 from ktx.ops.experts import Experts
 from ktx.ops.fused import MOST, NOTHING, Before, Made, Matrices, plain_linear
-from ktx.ops.guard import Guard, below, current
+from ktx.ops.guard import Guard, Inside, below, current
 from ktx.ops.mlp import MLP, Fused
 from ktx.ops.router import Router
 
@@ -22,9 +22,13 @@ RETURNS_ROUTER = ("GptOssMLP",)  # blocks that return (hidden states, router sco
 
 
 class MoE(Operator):
-    """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate."""
+    """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate.
 
-    derived = frozenset({"block", "link"})
+    Where somebody listens to a module inside, or has exchanged one, it is transformers' own forward that calls them, in its order and with its shapes.
+    """
+
+    derived = frozenset({"block", "link", "inside"})
+    inside: Inside | None
     reads = frozenset({"e_score_correction_bias"})
     block: Block | None
     link: Link | None = None  # where the layer puts experts off, see ktx.ops.deferral
@@ -35,19 +39,26 @@ class MoE(Operator):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, MoE needs experts and a gate or router")
         new: MoE = adopt(cls, old, ctx)
         new.returns_router = type(old).__name__ in RETURNS_ROUTER
-        new.block = None
+        new.inside = new.block = None
         if cls is MoE:
             contract.moe(old, ctx.path, new)
         return new
 
     def ready(self) -> None:
+        self.inside = Inside.of(self)
         self.block = None if self.returns_router or self.link is not None else Block.of(self)
+
+    def listened(self) -> bool:
+        """Whether a module inside is listened to or exchanged, and transformers' own forward can compute with what is there; experts that are put off it cannot."""
+        return self.link is None and self.inside is not None and current(self, "inside") is None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         shape = hidden_states.shape
         flat = hidden_states.reshape(-1, shape[-1])
         if takes(flat) and (block := current(self)) is not None:
             return block(flat).view(shape)
+        if self.listened():
+            return super().forward(hidden_states, *args, **kwargs)
         router = self.gate if hasattr(self, "gate") else self.router
         bias = getattr(self, "e_score_correction_bias", None)
         _, weights, ids = router(flat) if bias is None else router(flat, bias)

@@ -32,12 +32,16 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As ktx.ops.attention.attend, on a GPU."""
+    batch = getattr(key, "ktx_batch", None)
+    choice = attention.choice_of(module)
+    if choice.foreign or (batch is None and not choice.plain()):
+        given = (query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
+        return attention.attend(module, *given, **kwargs)
     new = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.detach().float().contiguous()
-    batch = getattr(key, "ktx_batch", None)
     if batch is not None:
         room: Room | None = of_batch(batch, (key, value), window_of(module))
     else:
@@ -90,13 +94,12 @@ class Attention(attention.Attention):
     """As on the CPU. The usual attention rotates and stores in one launch; any other is transformers' own around `attend`."""
 
     sinks_f32: torch.Tensor | None
+    implementation = NAME
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> attention.Attention:
         new = super().from_hf(old, ctx, backend, **kwargs)
         new.sinks_f32 = None
-        if new.ours:
-            new.config._attn_implementation = NAME
         if new.usual:  # what cannot be had is said before anything is loaded
             heads = old.config.num_attention_heads
             shape = Shape(heads, heads // old.num_key_value_groups, old.head_dim, old.head_dim)
@@ -108,7 +111,7 @@ class Attention(attention.Attention):
         self.sinks_f32 = None if sinks is None else sinks.detach().float().contiguous()
 
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
-        if self.usual:
+        if self.usual and self.choice.plain(cache):
             done = self.stored(cache=cache, **given)
             if done is not None:
                 return done, None

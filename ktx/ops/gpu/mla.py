@@ -56,6 +56,10 @@ class MLA(mla.MLA):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        if not self.choice.plain(kv_cache):
+            raise UsageError(
+                f"{self.path}: attention weights, and other implementations than ktx's, are not computed where MLA is on a GPU; load the model with device='cpu'"
+            )
         columns = self.kv_lora_rank, self.qk_rope_head_dim
         room = room_for(self, kv_cache, hidden_states, 1, columns, attention_mask)
         q_nope, q_rope = self._queries(hidden_states)
