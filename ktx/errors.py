@@ -44,6 +44,10 @@ class BadFile(KtxError):
     exit_code = 4
 
 
+class NoGradient(UsageError):
+    """A gradient is asked for where none can be computed: forward raises it, or backward for what only backward can see."""
+
+
 class SelfTestFailed(KtxError):
     """A model that was loaded computes what cannot be right: its cache is not read, or numbers are none."""
 

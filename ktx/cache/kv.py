@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
+from ktx.kernels.gradients import WITHOUT_CACHE, recorded, refuse
 from ktx.qtypes import QTYPES
 
 CPU = torch.device("cpu")
@@ -169,6 +170,7 @@ class GrowingLayer(DynamicLayer):
 
 def put(states: torch.Tensor, stored: torch.Tensor) -> None:
     """Writes keys or values [batch, heads, new, columns] of any float type into a buffer's part."""
+    refuse("a cache that grows in place", WITHOUT_CACHE, states)
     if stored.dtype != torch.uint8:
         stored.copy_(within(states, stored.dtype))
     else:
@@ -205,7 +207,7 @@ def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None
     ):
         return None
     assert layer.keys is not None and layer.values is not None
-    if layer.keys.dim() != 4:
+    if layer.keys.dim() != 4 or recorded(layer.keys, layer.values):
         return None
     layers[index] = grown = GrowingLayer(store if isinstance(store, str) else None)
     grown.update(layer.keys, layer.values)

@@ -1,4 +1,4 @@
-"""The CPU kernels: `torch.ops.ktx.*` of ktx/_C.abi3.so, with fake versions for torch.compile, and packed matrices.
+"""The CPU kernels: `torch.ops.ktx.*` of ktx/_C.abi3.so, with gradients (gradients.py), fake versions for torch.compile, and packed matrices.
 
 Shapes, types and errors are checked in C++ (csrc/bindings*.cpp); each operator has a plain-torch twin in reference.py.
 """
@@ -17,6 +17,7 @@ import torch
 from ktx.config import environment
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import default_threads
+from ktx.kernels import gradients
 from ktx.qtypes import FP8_BLOCK, QType
 from ktx.weights.source import QuantizedTensor
 
@@ -212,7 +213,7 @@ def experts(
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [tokens, hidden], ids int64 and weights f32 [tokens, top] -> [tokens, hidden] in x's dtype; see reference.experts. Adds to `counts`, see `Counted`."""
-    return ops.experts(
+    return gradients.experts(
         x,
         ids,
         weights,
@@ -313,3 +314,6 @@ def _(logits, top_k, *rest, **more):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("ktx::gated")
 def _(gate, up, act):  # type: ignore[no-untyped-def]
     return torch.empty_like(gate)
+
+
+gradients.register()

@@ -95,7 +95,7 @@ def attend(
         raise ValueError(f"{query.shape[2]} queries on {key.shape[2]} keys need a mask")
     kernel = cpu.attention if query.device.type == "cpu" else reference.attention
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sinks = None if s_aux is None else s_aux.detach().float().contiguous()
+    sinks = None if s_aux is None else s_aux.float().contiguous()
     about = {} if batch is None else {"sequences": batch.sequences, "pages": batch.pages}
     cap = float(softcap or 0.0)
     return kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about), None

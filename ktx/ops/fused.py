@@ -1,7 +1,7 @@
 """What lets a module compute in one kernel call what its children would compute one by one.
 
 The children stay modules of their own. A block asks its `Watch` at every call whether they still are the ones it was made of and whether
-nobody listens to them; else the module goes the long way, child by child.
+nobody listens to them, or trains them, and at every call whether autograd records what it is given; else the module goes the long way, child by child.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ktx.cache.kv import GrowingLayer, KVType, growing
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.gradients import recorded
 from ktx.kernels.steps import Step, run
 from ktx.ops.linear import Linear
 
@@ -44,6 +45,7 @@ class Watch:
             (parent._modules, tuple(own), tuple(map(parent._modules.get, own))) for parent, own in names.items()
         ]
         found = [child for _, _, kept in self.parents for child in kept if child is not None]
+        self.parameters = [module._parameters for module in (*names, *found) if module._parameters]
         self.hooks = [hooks for child in found for hooks in (child._forward_hooks, child._forward_pre_hooks)]
         self.registered = -1
 
@@ -54,12 +56,15 @@ class Watch:
         for watch in watches:
             made.parents += watch.parents
             made.hooks += watch.hooks
+            made.parameters += watch.parameters
         return made
 
     def holds(self) -> bool:
         for modules, names, children in self.parents:
             if tuple(map(modules.get, names)) != children:
                 return False
+        if torch.is_grad_enabled() and any(recorded(*own.values()) for own in self.parameters):
+            return False  # a parameter is trained
         registered = RemovableHandle.next_id
         if registered != self.registered:
             if any(self.hooks) or _global_forward_hooks or _global_forward_pre_hooks:
@@ -163,7 +168,7 @@ class Room:
 
 def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: torch.Tensor | None) -> Room | None:
     """Room in the cache's layers for the tokens of `hidden` f32 [B, S, D], made for blocks that fill them; None when they cannot."""
-    if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or hidden.requires_grad:
+    if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or recorded(hidden, mask):
         return None
     first = blocks[0].owner
     kept = float_type(first.kv_dtype, hidden.dtype)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ktx.kernels.gradients import recorded
 from ktx.kernels.steps import run
 from ktx.ops import contract
 from ktx.ops.attention import Attention
@@ -70,7 +71,7 @@ class Layer(Operator):
         ahead = hidden_states.__dict__.get("ktx_ahead")
         if ahead is not None and ahead.layer is self and ahead.answers(hidden_states, asked):
             return ahead.out
-        if self.watch is not None and self.watch.holds():
+        if self.watch is not None and not recorded(hidden_states) and self.watch.holds():
             done = None if self.stretch is None else self.stretch(hidden_states, asked)
             done = self.together(hidden_states, asked) if done is None else done
             if done is not None:
@@ -119,6 +120,7 @@ class Ahead:
         mask, embeddings, cache = self.asked
         if (
             hidden_states._version != self.version
+            or recorded(hidden_states)
             or asked.mask is not mask
             or asked.cache is not cache
             or not _same(asked.embeddings, embeddings)

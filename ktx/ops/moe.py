@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktx.errors import UsageError
+from ktx.kernels.gradients import recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.experts import Experts
@@ -135,7 +136,8 @@ class Block:
         return cls(router, experts, width, Watch(watched), matrices, bias)
 
     def takes(self, flat: torch.Tensor) -> bool:
-        return len(flat) <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu" and self.watch.holds()
+        plain = flat.dtype is torch.float32 and flat.device.type == "cpu" and not recorded(flat)
+        return len(flat) <= MOST and plain and self.watch.holds()
 
     def __call__(self, flat: torch.Tensor, before: Before = NOTHING) -> torch.Tensor:
         """flat f32 [tokens, D] -> [tokens, D]; with `before` plus flat itself."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ktx.kernels import cpu
+from ktx.kernels.gradients import recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, known_class
 from ktx.weights.source import QuantizedTensor
@@ -91,7 +93,11 @@ class Router(Operator):
     ) -> tuple[torch.Tensor, ...]:
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         assert self.packed is not None  # made by `ready`
-        logits = cpu.linear(flat, self.packed, self.in_f32)
+        own = self.weight, getattr(self, "bias", None)
+        if recorded(*own):
+            logits = F.linear(flat, *(None if part is None else part.float() for part in own))
+        else:
+            logits = cpu.linear(flat, self.packed, self.in_f32)
         top, scoring, mode, groups, chosen, renorm, scale = self.manner()
         bias = self.correction(e_score_correction_bias)
         ids, weights = cpu.route(logits, top, scoring, bias, groups, chosen, mode, renorm, scale)
