@@ -38,7 +38,9 @@ def refuse(what: str, remedy: str, *tensors: Tensor | None) -> None:
 
 def none_on_gpu(what: str, *tensors: Tensor | None) -> None:
     """NoGradient for tensors that autograd would record, before a kernel of a GPU takes them."""
-    refuse(f"{what} on a GPU", "put the module on the CPU (device: cpu), or call the model under torch.no_grad()", *tensors)
+    refuse(
+        f"{what} on a GPU", "put the module on the CPU (device: cpu), or call the model under torch.no_grad()", *tensors
+    )
 
 
 def _only(ctx: Any, kernel: str, inputs: Sequence[Any], differentiable: Sequence[int]) -> None:
@@ -283,7 +285,11 @@ def _attention(
         capped = softcap * torch.tanh(scores / softcap) if softcap else scores
         logits = (capped if extra is None else capped + extra.float()).masked_fill(~seen, -torch.inf)
         none = torch.finfo(torch.float32).min  # of a query that sees nothing
-        top = logits.amax(-1, keepdim=True).clamp(min=none) if last > first else logits.new_full((*logits.shape[:3], 1), none)
+        top = (
+            logits.amax(-1, keepdim=True).clamp(min=none)
+            if last > first
+            else logits.new_full((*logits.shape[:3], 1), none)
+        )
         sink = None if sinks is None else sinks.float().view(1, heads, 1, 1)
         top = top if sink is None else torch.maximum(top, sink)
         share = torch.exp(logits - top)
@@ -371,7 +377,9 @@ def mla_attention_backward(
 def _on_pages(kernel: str, keys: Tensor, sequences: Tensor | None) -> None:
     if sequences is not None or keys.dtype == torch.uint8:
         where = "pages of an engine" if sequences is not None else "keys and values in eight bits"
-        raise NoGradient(f"ktx::{kernel} on {where} has no gradient, and one of its inputs requires grad: {WITHOUT_CACHE}")
+        raise NoGradient(
+            f"ktx::{kernel} on {where} has no gradient, and one of its inputs requires grad: {WITHOUT_CACHE}"
+        )
 
 
 WITHOUT_CACHE = "call the model with use_cache=False, or with a cache of transformers' own, or under torch.no_grad()"
@@ -474,7 +482,9 @@ def _route(ctx: Any, ids_grad: Any, grad: Tensor) -> tuple[Any, ...]:
     return _places(9, {0: _softmax(spread, scores) if ctx.scoring == "softmax" else spread})
 
 
-FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {  # kernel -> what backward computes, what is saved for it
+FORMULAS: dict[
+    str, tuple[Callable[..., Any], Callable[..., Any]]
+] = {  # kernel -> what backward computes, what is saved for it
     "linear": (_linear, _save_linear),
     "linear_batched": (_batched, _save_batched),
     "gated": (_gated, _save_gated),
