@@ -45,7 +45,7 @@ class BadFile(KtxError):
 
 
 class NoGradient(UsageError):
-    """A gradient is asked for where none can be computed: forward raises it, or backward for what only backward can see."""
+    """Autograd, or forward-mode differentiation, would record what has no gradient; forward raises it."""
 
 
 class SelfTestFailed(KtxError):

@@ -214,6 +214,20 @@ def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None
     return grown
 
 
+def as_stock(cache: Any, index: int) -> None:
+    """Takes `growing` back before autograd records what is appended: the layer of a stock DynamicCache is transformers' own again, with the same content."""
+    layers: Any = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    if (
+        type(cache) is DynamicCache
+        and type(layer) is GrowingLayer
+        and layer.is_initialized
+        and layer.dtype != torch.uint8
+    ):
+        layers[index] = stock = DynamicLayer()
+        stock.update(layer.keys, layer.values)
+
+
 class KVCache(Cache):
     """What chat, bench and engine pass as a model's cache; `dtype` is one of KV_TYPES or its name, None keeps the model's own."""
 

@@ -189,11 +189,13 @@ def wide_part(first: int, count: int) -> AbstractContextManager[None]:
 
 def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
     """x [..., k] (f32, f16, bf16) times w [n, k] transposed plus bias f32 [n] -> [..., n] in x's dtype. `wide`: all rows are, see `wide_rows`."""
+    gradients.backward_only(x)
     return ops.linear(x.contiguous(), w.data, w.qtype.code, w.n, w.k, bias, wide)
 
 
 def linear_batched(x: torch.Tensor, w: Packed) -> torch.Tensor:
     """x [matrices, tokens, k] times each matrix of w transposed -> [matrices, tokens, n]."""
+    gradients.backward_only(x)
     return ops.linear_batched(x.contiguous(), w.data, w.qtype.code, w.n, w.k)
 
 

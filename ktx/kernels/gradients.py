@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from ktx.errors import NoGradient
 from ktx.kernels import reference
@@ -34,6 +35,15 @@ def refuse(what: str, remedy: str, *tensors: Tensor | None) -> None:
     """NoGradient where autograd would record one of the tensors, which `what` does not pass on."""
     if recorded(*tensors):
         raise NoGradient(f"{what} has no gradient, and one of its inputs requires grad: {remedy}")
+
+
+def backward_only(x: Tensor) -> None:
+    """NoGradient for an input of forward-mode differentiation, whose tangent the kernels would drop."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        raise NoGradient(
+            "an input has a tangent (torch.func.jvp, jacfwd, torch.autograd.forward_ad), and the kernels are differentiated backwards only:"
+            " use torch.autograd.grad, or torch.autograd.functional.vjp"
+        )
 
 
 def none_on_gpu(what: str, *tensors: Tensor | None) -> None:
@@ -229,6 +239,7 @@ class Experts(torch.autograd.Function):
 
 def experts(*inputs: Any) -> Tensor:
     """ktx::experts with a gradient for x and the choices' weights."""
+    backward_only(inputs[0])
     if not torch.is_grad_enabled() or not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
         return ops.experts(*inputs)  # type: ignore[no-any-return]
     _only(None, "experts", inputs, (0, 2))
@@ -266,12 +277,14 @@ def _attention(
     q, k, v = q.float(), k.float(), v.float()
     (batches, heads, queries, _), (_, groups, keys, _) = q.shape, k.shape
     each = heads // groups
-    d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     d_sinks = q.new_zeros(heads)
     step = max(1, SCORES // max(1, batches * heads * keys))
     for at in range(0, queries, step):
         own = slice(at, min(at + step, queries))
         first, last, seen, extra = _seen(own, queries, keys, ranges, mask, batches)
+        if first == last:
+            continue
         near_k, near_v = k[:, :, first:last], v[:, :, first:last]
 
         def rows(of: Tensor, own: slice = own) -> Tensor:  # [B, H, S, D] -> [B, G, H / G * some, D]
@@ -284,12 +297,7 @@ def _attention(
         scores = by_head(some @ near_k.transpose(2, 3) * scale)
         capped = softcap * torch.tanh(scores / softcap) if softcap else scores
         logits = (capped if extra is None else capped + extra.float()).masked_fill(~seen, -torch.inf)
-        none = torch.finfo(torch.float32).min  # of a query that sees nothing
-        top = (
-            logits.amax(-1, keepdim=True).clamp(min=none)
-            if last > first
-            else logits.new_full((*logits.shape[:3], 1), none)
-        )
+        top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # -inf where a query sees nothing
         sink = None if sinks is None else sinks.float().view(1, heads, 1, 1)
         top = top if sink is None else torch.maximum(top, sink)
         share = torch.exp(logits - top)

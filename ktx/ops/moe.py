@@ -43,6 +43,10 @@ class MoE(Operator):
         self.block = None if self.returns_router or self.link is not None else Block.of(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.training and getattr(self, "jitter_noise", 0.0) > 0:
+            raise UsageError(
+                f"{self.path}: router_jitter_noise is {self.jitter_noise}, and training would add noise: call model.eval(), or set it to 0"
+            )
         shape = hidden_states.shape
         flat = hidden_states.reshape(-1, shape[-1])
         if self.block is not None and self.block.takes(flat):

@@ -8,7 +8,7 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
-from ktx.kernels.gradients import recorded
+from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.gates import refused, stand_in
@@ -40,6 +40,7 @@ class RMSNorm(Operator):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             return reference.rms_norm(x, self.weight, self.variance_epsilon, self.plus_one)
+        backward_only(x)
         weight = self.weight.float() if recorded(self.weight) else self.in_f32
         return cpu.rms_norm(x.contiguous(), weight, self.variance_epsilon, self.plus_one)
 

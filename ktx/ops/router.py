@@ -93,12 +93,12 @@ class Router(Operator):
     ) -> tuple[torch.Tensor, ...]:
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         assert self.packed is not None  # made by `ready`
-        own = self.weight, getattr(self, "bias", None)
-        if recorded(*own):
-            logits = F.linear(flat, *(None if part is None else part.float() for part in own))
+        bias = getattr(self, "bias", None)
+        if recorded(self.weight, bias):
+            logits = F.linear(flat, self.weight.float(), None if bias is None else bias.float())
         else:
             logits = cpu.linear(flat, self.packed, self.in_f32)
         top, scoring, mode, groups, chosen, renorm, scale = self.manner()
-        bias = self.correction(e_score_correction_bias)
-        ids, weights = cpu.route(logits, top, scoring, bias, groups, chosen, mode, renorm, scale)
+        correction = self.correction(e_score_correction_bias)
+        ids, weights = cpu.route(logits, top, scoring, correction, groups, chosen, mode, renorm, scale)
         return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, ids
