@@ -71,7 +71,7 @@ class Layer(Operator):
         ahead = hidden_states.__dict__.get("ktx_ahead")
         if ahead is not None and ahead.layer is self and ahead.answers(hidden_states, asked):
             return ahead.out
-        if self.watch is not None and not recorded(hidden_states) and self.watch.holds():
+        if self.watch is not None and self.watch.holds():
             done = None if self.stretch is None else self.stretch(hidden_states, asked)
             done = self.together(hidden_states, asked) if done is None else done
             if done is not None:

@@ -30,7 +30,9 @@ def differ(mine, exact, *inputs):
     right = torch.autograd.grad(expected, [b for _, b in pairs], grad.to(expected.dtype))
     assert [g.dtype for g in found] == [x.dtype for x in inputs]
     whole = torch.cat([part.flatten() for part in right]).norm()  # a gradient may be zero, but for rounding
-    return max(float((a.double() - b).norm() / max(b.norm(), whole / 1000, 1e-6)) for a, b in zip(found, right, strict=True))
+    return max(
+        float((a.double() - b).norm() / max(b.norm(), whole / 1000, 1e-6)) for a, b in zip(found, right, strict=True)
+    )
 
 
 def stack(name, count, n, k):

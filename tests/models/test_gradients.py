@@ -168,9 +168,22 @@ def test_gradients_of_hidden_states_that_a_hook_asks_for(pairs, family):
         assert relative(mine, right) < NEAR and relative(steered, expected) < NEAR
 
 
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
 def test_hidden_states_that_require_grad_after_layers_were_computed_ahead(pairs, family):
-    """Layers called by hand: the first one's result carries the second one's, which nobody recorded."""
+    """On a cache one call computes all layers; then a hook on the first one's result wants to know what the others make of it."""
+    pair, found = pairs(family), []
+    for model in (pair.model, pair.reference):
+        cache, seen = prefix(model, DynamicCache(config=model.config), 3), []
+        model(input_ids=IDS[:, 30:31], past_key_values=cache)
+        handle = listening(model, lambda m, i, output, seen=seen: seen.append(states_of(output).requires_grad_()))
+        model(input_ids=IDS[:, 31:32], past_key_values=cache).logits.pow(2).mean().backward()
+        handle.remove()
+        found.append(seen[0].grad)
+    assert relative(*found) < NEAR
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_layers_called_by_hand(pairs, family):
     pair, found = pairs(family), []
     for model in (pair.model, pair.reference):
         body = model.get_decoder()
@@ -240,7 +253,11 @@ def test_a_stock_cache_has_gradients(pairs, family, answered):
     pair = pairs(family)
 
     def what(model, x):
-        return model(inputs_embeds=x, past_key_values=prefix(model, DynamicCache(config=model.config), answered)).logits.pow(2).mean()
+        return (
+            model(inputs_embeds=x, past_key_values=prefix(model, DynamicCache(config=model.config), answered))
+            .logits.pow(2)
+            .mean()
+        )
 
     for tokens in (1, 5):
         assert pair.apart(what, pair.embeds(IDS[:, 40 : 40 + tokens])) < NEAR
@@ -269,7 +286,9 @@ def test_a_cache_that_grows_in_place_has_none_and_says_so(pairs, family, kind):
     with pytest.raises(NoGradient, match="a cache that grows in place.*use_cache=False"):
         loss(pair.model, pair.embeds().requires_grad_(), use_cache=True, past_key_values=cache)
     with torch.no_grad():
-        loss(pair.model, pair.embeds().requires_grad_(), use_cache=True, past_key_values=KVCache(pair.model.config, kind))
+        loss(
+            pair.model, pair.embeds().requires_grad_(), use_cache=True, past_key_values=KVCache(pair.model.config, kind)
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
@@ -289,19 +308,31 @@ def trained(model, kind):
 
 @pytest.mark.parametrize(
     "family,kind",
-    [("llama", "norms"), ("qwen3_moe", "norms"), ("deepseek_v3", "norms"), ("qwen3_moe", "routers"), ("gpt_oss", "routers"), ("gpt_oss", "sinks")],
+    [
+        ("llama", "norms"),
+        ("qwen3_moe", "norms"),
+        ("deepseek_v3", "norms"),
+        ("qwen3_moe", "routers"),
+        ("gpt_oss", "routers"),
+        ("gpt_oss", "sinks"),
+    ],
 )
 def test_parameters_of_their_own_can_be_trained(pairs, family, kind):
     """Token ids go in and nothing else requires grad: fused calls have to ask for the parameters too."""
     pair = pairs(family)
-    for tokens in (1, 12):
+    for tokens, past in ((1, False), (12, False), (1, True)):
         found = []
         for model in (pair.model, pair.reference):
+            cache = (
+                {"past_key_values": prefix(model, DynamicCache(config=model.config), 3)}
+                if past
+                else {"use_cache": False}
+            )
             chosen = trained(model, kind)
             assert chosen
             for p in chosen:
                 p.requires_grad_()
-            model(input_ids=IDS[:, :tokens], use_cache=False).logits.pow(2).mean().backward()
+            model(input_ids=IDS[:, :tokens], **cache).logits.pow(2).mean().backward()
             found.append(torch.cat([p.grad.flatten() for p in chosen]))
             for p in chosen:
                 p.requires_grad_(False).grad = None
@@ -359,9 +390,18 @@ def test_each_operator_by_itself(pairs):
         for tokens in (1, 6, 70):
             x = torch.randn(1, tokens, 256)
             if isinstance(module, MLA):
-                about = rotary(x, torch.arange(tokens)[None]), torch.full((1, 1, tokens, tokens), torch.finfo(torch.float32).min).triu(1)
+                about = (
+                    rotary(x, torch.arange(tokens)[None]),
+                    torch.full((1, 1, tokens, tokens), torch.finfo(torch.float32).min).triu(1),
+                )
                 found = [
-                    gradient(m, lambda m, x, about=about: m(hidden_states=x, position_embeddings=about[0], attention_mask=about[1])[0].pow(2).sum(), x)
+                    gradient(
+                        m,
+                        lambda m, x, about=about: (
+                            m(hidden_states=x, position_embeddings=about[0], attention_mask=about[1])[0].pow(2).sum()
+                        ),
+                        x,
+                    )
                     for m in (module, theirs[path])
                 ]
             elif isinstance(module, MoE) or (isinstance(module, RMSNorm) and module.weight.numel() == 256):
@@ -385,7 +425,9 @@ def test_a_whole_model_refuses_what_it_cannot_differentiate(pairs):
 
 
 def test_training_that_would_drop_or_add_noise_is_an_error(tmp_path):
-    pair = Frozen(tmp_path / "a", "llama", "F32", {"attention_dropout": 0.1}) if (tmp_path / "a").mkdir() is None else None
+    pair = (
+        Frozen(tmp_path / "a", "llama", "F32", {"attention_dropout": 0.1}) if (tmp_path / "a").mkdir() is None else None
+    )
     pair.model.train()
     with pytest.raises(UsageError, match="attention_dropout=0.1.*model.eval"):
         loss(pair.model, pair.embeds().requires_grad_())
