@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from ktx.errors import NoGradient
 from ktx.kernels import reference
 
-SPAN = 1 << 22  # numbers of a matrix that are dequantised at once, in f32
+SPAN = 1 << 20  # numbers of a matrix that are dequantised at once, in f32
 SCORES = 1 << 23  # scores of attention that are recomputed at once, in f32
 GROUP_ROWS = 16  # as in cpu.py
 
