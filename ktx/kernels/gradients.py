@@ -67,6 +67,17 @@ def _places(count: int, places: dict[int, Any]) -> tuple[Any, ...]:
     return tuple(places.get(i) for i in range(count))
 
 
+def _operator(name: str) -> Callable[[Any], Any]:
+    """Makes a function an operator of torch's, which computes in its own types also inside torch.autocast."""
+
+    def make(function: Any) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        computing = torch.autocast("cpu", enabled=False)(function)
+        return torch.library.custom_op(name, computing, mutates_args=(), schema=schema)
+
+    return make
+
+
 def _wanted(ctx: Any, i: int) -> bool:
     """Whether the gradient of input i is asked for; torch leaves out inputs that are as their defaults."""
     return i < len(ctx.needs_input_grad) and bool(ctx.needs_input_grad[i])
@@ -105,14 +116,14 @@ def _times(grad: Tensor, spans: Iterator[tuple[slice, Tensor]], k: int) -> Tenso
     return out
 
 
-@torch.library.custom_op("ktx::linear_backward", mutates_args=())
+@_operator("ktx::linear_backward")
 def linear_backward(grad: Tensor, packed: Tensor, code: int, n: int, k: int) -> Tensor:
     """grad [..., n] times the matrix [n, k] -> [..., k] in grad's dtype."""
     out = _times(grad.reshape(-1, n).float(), _spans(packed, code, n, k), k)
     return out.reshape(*grad.shape[:-1], k).to(grad.dtype)
 
 
-@torch.library.custom_op("ktx::linear_batched_backward", mutates_args=())
+@_operator("ktx::linear_batched_backward")
 def linear_batched_backward(grad: Tensor, packed: Tensor, code: int, n: int, k: int) -> Tensor:
     """grad [matrices, tokens, n] times each matrix [n, k] -> [matrices, tokens, k] in grad's dtype."""
     pairs = zip(grad.float(), packed.view(grad.shape[0], -1), strict=True)
@@ -169,7 +180,7 @@ def _activation(
     return SLOPES[act](grad * up, gate), grad * reference.activate(gate, torch.ones_like(gate), act)
 
 
-@torch.library.custom_op("ktx::experts_backward", mutates_args=())
+@_operator("ktx::experts_backward")
 def experts_backward(
     grad: Tensor,
     x: Tensor,
@@ -334,7 +345,7 @@ def _seen(
     return (first, last, *reference.visible(ranges.shape[1], last - first, ranges - first, None))
 
 
-@torch.library.custom_op("ktx::attention_backward", mutates_args=())
+@_operator("ktx::attention_backward")
 def attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -362,7 +373,7 @@ def attention_backward(
     return [part.to(like.dtype).contiguous() for part, like in parts]
 
 
-@torch.library.custom_op("ktx::mla_attention_backward", mutates_args=())
+@_operator("ktx::mla_attention_backward")
 def mla_attention_backward(
     grad: Tensor,
     q_nope: Tensor,

@@ -15,6 +15,7 @@ from ktx.ops.fused import Made, Matrices, Watch
 from ktx.ops.gates import PLAIN, gate_of_mlp
 from ktx.ops.linear import Linear
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -46,7 +47,7 @@ class Fused:
     def holds(self, modules: dict[str, Any]) -> bool:
         """Whether the projections are still the same modules, and nobody listens to them."""
         return all(
-            modules.get(name) is child and not child._forward_hooks and not child._forward_pre_hooks
+            modules.get(name) is child and not any(getattr(child, hooks) for hooks in HOOKS)
             for name, child in self.children.items()
         )
 

@@ -10,7 +10,11 @@ from tests.gpu.placed import Twins
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*matched no module")
 IDS = torch.tensor([[5, 9, 200, 31]])
-ALL = {"cuda:0": {}, "cpu layers first": {"rest": "cpu", "layers": {1: "cuda:0"}}, "experts on the cpu": {"Experts": "cpu"}}
+ALL = {
+    "cuda:0": {},
+    "cpu layers first": {"rest": "cpu", "layers": {1: "cuda:0"}},
+    "experts on the cpu": {"Experts": "cpu"},
+}
 
 
 @pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v3"])

@@ -232,9 +232,85 @@ def test_gradient_checkpointing(tmp_path, family):
     pair = Frozen(tmp_path, family, "F32")
     x = pair.embeds()
     right = gradient(pair.reference, loss, x)
-    pair.model.gradient_checkpointing_enable()
-    pair.model.train()
-    assert relative(gradient(pair.model, loss, x), right) < NEAR
+    for reentrant in (False, True):
+        pair.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        pair.model.train()
+        assert relative(gradient(pair.model, loss, x), right) < NEAR
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_autograd_saves_less_than_in_transformers(pairs, family):
+    """Inputs of kernels; of weights what there is, packed."""
+    pair, x, sizes = pairs(family), pairs(family).embeds(IDS), []
+    for model in (pair.model, pair.reference):
+        held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        seen: dict[int, int] = {}
+
+        def note(tensor, held=held, seen=seen):
+            memory = tensor.untyped_storage()
+            if tensor.dtype is not torch.uint8 and memory.data_ptr() not in held:
+                seen[memory.data_ptr()] = memory.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            kept = loss(model, x.clone().requires_grad_())
+        sizes.append(sum(seen.values()))
+        del kept
+    assert 0 < sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_under_autocast(pairs, family):
+    """Backward inside or outside: no worse than transformers' own halves are."""
+    pair, x = pairs(family), pairs(family).embeds()
+    right = gradient(pair.reference, loss, x)
+    for inside in (False, True):
+        found = []
+        for model in (pair.model, pair.reference):
+            given = x.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                lost = loss(model, given)
+                if inside:
+                    lost.backward()
+            if not inside:
+                lost.backward()
+            found.append(relative(given.grad, right))
+        assert found[0] < 1.2 * found[1] + 1e-3
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_backward_hooks_are_called(pairs, family):
+    """Of every module that computes with weights, the same as in transformers."""
+    pair, called = pairs(family), []
+    for model in (pair.model, pair.reference):
+        seen: set[str] = set()
+        named = [
+            (path, m)
+            for path, m in model.named_modules()
+            if path.endswith(("_proj", "layernorm", "mlp", "self_attn", "gate", "norm"))
+        ]
+        handles = [
+            m.register_full_backward_hook(lambda m, i, o, path=path, seen=seen: seen.add(path)) for path, m in named
+        ]
+        gradient(model, loss, pair.embeds())
+        for handle in handles:
+            handle.remove()
+        called.append({path for path in seen if "kv_b_proj" not in path})  # which MLA takes itself
+    assert called[0] == called[1] and len(called[0]) > 8
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_token_ids_whose_embeddings_are_made_to_require_grad(tmp_path, family):
+    """As training libraries do where only adapters are trained."""
+    pair, found = Frozen(tmp_path, family, "F32"), []
+    for model in (pair.model, pair.reference):
+        states: list[torch.Tensor] = []
+        model.enable_input_require_grads()
+        handle = model.get_input_embeddings().register_forward_hook(lambda m, i, out, s=states: s.append(out))
+        model(input_ids=IDS[:, :12], labels=IDS[:, :12], use_cache=False).loss.backward()
+        handle.remove()
+        found.append(states[0].grad)
+    assert relative(*found) < NEAR
 
 
 def prefix(model, cache, steps):
