@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from ktx.cache.kv import KVCache
 from ktx.cache.paged import Batch, PagedCache, Span
@@ -337,6 +337,25 @@ def test_a_stock_cache_has_gradients(pairs, family, answered):
 
     for tokens in (1, 5):
         assert pair.apart(what, pair.embeds(IDS[:, 40 : 40 + tokens])) < NEAR
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_caches_of_transformers_that_a_recorded_forward_fills(pairs, family, pieces):
+    """The stock one in one piece or two, and one of a fixed size."""
+    pair = pairs(family)
+    kinds = [lambda config: DynamicCache(config=config), lambda config: StaticCache(config=config, max_cache_len=64)]
+    for kind in kinds[
+        : 3 - pieces
+    ]:  # transformers' own static cache is written in place: autograd refuses a second piece
+
+        def what(model, x, kind=kind):
+            cache = kind(model.config)
+            return [
+                model(inputs_embeds=part, past_key_values=cache).logits.pow(2).mean() for part in x.chunk(pieces, 1)
+            ][-1]
+
+        assert pair.apart(what, pair.embeds()) < NEAR
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
