@@ -22,6 +22,7 @@ SPAN = 1 << 20  # numbers of a matrix that are dequantised at once, in f32
 SCORES = 1 << 23  # scores of attention that are recomputed at once, in f32
 GROUP_ROWS = 16  # as in cpu.py
 
+CPU = torch.device("cpu")  # whatever torch's default is
 Tensor = torch.Tensor
 ops: Any = torch.ops.ktx
 
@@ -53,7 +54,7 @@ def none_on_gpu(what: str, *tensors: Tensor | None) -> None:
     )
 
 
-def _only(ctx: Any, kernel: str, inputs: Sequence[Any], differentiable: Sequence[int]) -> None:
+def _only(kernel: str, inputs: Sequence[Any], differentiable: Sequence[int]) -> None:
     """NoGradient for an input that requires grad and is none of those that backward knows."""
     for i, value in enumerate(inputs):
         if i not in differentiable and isinstance(value, Tensor) and value.requires_grad:
@@ -91,7 +92,7 @@ def _spans(data: Tensor, code: int, n: int, k: int) -> Iterator[tuple[slice, Ten
     step = max(1, SPAN // k // GROUP_ROWS) * GROUP_ROWS
     for first in range(0, n, step):
         last = min(first + step, n)
-        yield slice(first, last), ops.unpack_rows(data, code, n, k, torch.arange(first, last, device="cpu"))
+        yield slice(first, last), ops.unpack_rows(data, code, n, k, torch.arange(first, last, device=CPU))
 
 
 def _expert_spans(data: Tensor, code: int, experts: int, index: int, n: int, k: int) -> Iterator[tuple[slice, Tensor]]:
@@ -131,7 +132,7 @@ def linear_batched_backward(grad: Tensor, packed: Tensor, code: int, n: int, k: 
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _only(ctx, "linear", inputs, (0, 5))
+    _only("linear", inputs, (0, 5))
     ctx.save_for_backward(inputs[1])
     ctx.about = inputs[2:5]
 
@@ -147,7 +148,7 @@ def _linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _save_batched(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _only(ctx, "linear_batched", inputs, (0,))
+    _only("linear_batched", inputs, (0,))
     ctx.save_for_backward(inputs[1])
     ctx.about = inputs[2:]
 
@@ -203,8 +204,8 @@ def experts_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x [tokens, hidden], in its dtype, and of weights f32 [tokens, top]; expert by expert, a span of its rows at a time."""
     hidden = x.shape[1]
-    out = torch.zeros(x.shape, dtype=torch.float32, device="cpu")
-    shares = torch.zeros(weights.shape, dtype=torch.float32, device="cpu")
+    out = torch.zeros(x.shape, dtype=torch.float32, device=CPU)
+    shares = torch.zeros(weights.shape, dtype=torch.float32, device=CPU)
     for e in ids.unique().tolist():
         if not 0 <= e < n_experts:
             continue
@@ -253,7 +254,7 @@ def experts(*inputs: Any) -> Tensor:
     backward_only(inputs[0])
     if not torch.is_grad_enabled() or not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
         return ops.experts(*inputs)  # type: ignore[no-any-return]
-    _only(None, "experts", inputs, (0, 2))
+    _only("experts", inputs, (0, 2))
     return Experts.apply(*inputs)  # type: ignore[no-untyped-call,no-any-return]
 
 
@@ -293,7 +294,7 @@ def _attention(
     step = max(1, SCORES // max(1, batches * heads * keys))
     for at in range(0, queries, step):
         own = slice(at, min(at + step, queries))
-        first, last, seen, extra = _seen(own, queries, keys, ranges, mask, batches)
+        first, last, seen, extra = _seen(own, queries, keys, ranges, mask)
         if first == last:
             continue
         near_k, near_v = k[:, :, first:last], v[:, :, first:last]
@@ -330,19 +331,19 @@ def _attention(
 
 
 def _seen(
-    own: slice, queries: int, keys: int, ranges: Tensor | None, mask: Tensor | None, batches: int
+    own: slice, queries: int, keys: int, ranges: Tensor | None, mask: Tensor | None
 ) -> tuple[int, int, Tensor, Tensor | None]:
     """Of some queries the keys that lie between the first and the last one seen, and of these, as reference.visible, what each query sees and what is added."""
     if mask is not None:
-        return (0, keys, *reference.visible(own.stop - own.start, keys, None, mask[:, :, own]))
+        return (0, keys, *reference.visible(own.stop - own.start, keys, None, mask[:, :, own], CPU))
     if ranges is None:
-        ends = torch.arange(own.start, own.stop, device="cpu") + keys - queries + 1
+        ends = torch.arange(own.start, own.stop, device=CPU) + keys - queries + 1
         ranges = torch.stack([torch.zeros_like(ends), ends.clamp(min=0)], -1)[None]
     else:
         ranges = ranges[:, own]
     some = ranges[ranges[..., 0] < ranges[..., 1]]
     first, last = (max(0, int(some[:, 0].min())), min(keys, int(some[:, 1].max()))) if len(some) else (0, 0)
-    return (first, last, *reference.visible(ranges.shape[1], last - first, ranges - first, None))
+    return (first, last, *reference.visible(ranges.shape[1], last - first, ranges - first, None, CPU))
 
 
 @_operator("ktx::attention_backward")
@@ -407,7 +408,7 @@ WITHOUT_CACHE = "call the model with use_cache=False, or with a cache of transfo
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, ranges, mask, scale, sinks, softcap, q_rope, k_rope, sequences, _ = inputs
     _on_pages("attention", k, sequences)
-    _only(ctx, "attention", inputs, (0, 1, 2, 6, 8, 9))
+    _only("attention", inputs, (0, 1, 2, 6, 8, 9))
     ctx.save_for_backward(q, k, v, ranges, mask, sinks, q_rope, k_rope)
     ctx.numbers = scale, softcap
 
@@ -421,7 +422,7 @@ def _attended(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _save_mla(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _on_pages("mla_attention", inputs[2], inputs[7])
-    _only(ctx, "mla_attention", inputs, (0, 1, 2, 3))
+    _only("mla_attention", inputs, (0, 1, 2, 3))
     ctx.save_for_backward(*inputs[:6])
     ctx.scale = inputs[6]
 
@@ -455,7 +456,7 @@ def _norm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _save_rope(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _only(ctx, "rope", inputs, (0,))
+    _only("rope", inputs, (0,))
     ctx.save_for_backward(*inputs[1:3])
     ctx.interleaved = inputs[3]
 
@@ -471,7 +472,7 @@ def _rope(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _only(ctx, "route", inputs, (0, 3))  # a bias counts for the choice alone, so its gradient is zero
+    _only("route", inputs, (0, 3))  # a bias counts for the choice alone, so its gradient is zero
     ctx.mark_non_differentiable(output[0])
     ctx.save_for_backward(inputs[0], output[0])
     ctx.scoring, ctx.renorm, ctx.scale = inputs[2], inputs[7], inputs[8]
