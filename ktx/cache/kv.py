@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
+from ktx.kernels.gradients import WITHOUT_CACHE, recorded, refuse
 from ktx.qtypes import QTYPES
 
 CPU = torch.device("cpu")
@@ -256,6 +257,7 @@ class GrowingLayer(DynamicLayer):
 
 def put(states: torch.Tensor, stored: torch.Tensor) -> None:
     """Writes keys or values [batch, heads, new, columns] of any float type into a buffer's part."""
+    refuse("a cache that grows in place", WITHOUT_CACHE, states)
     if stored.dtype != torch.uint8:
         stored.copy_(within(states, stored.dtype))
     else:
@@ -291,10 +293,28 @@ def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None
         or cache.offloading
     ):
         return None
-    if any(states is None or states.dim() != 4 for states in (layer.keys, layer.values)):
+    if any(states is None or states.dim() != 4 or recorded(states) for states in (layer.keys, layer.values)):
         return None
     GrowingLayer.replace(layer, store if isinstance(store, str) else None)
     return layer  # type: ignore[return-value]  # it has become one
+
+
+def as_stock(cache: Any, index: int) -> None:
+    """Takes `growing` back before autograd records what is appended: the layer of a stock DynamicCache is transformers' own again, with the same content."""
+    layers: Any = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    if (
+        type(cache) is DynamicCache
+        and type(layer) is GrowingLayer
+        and layer.is_initialized
+        and layer.dtype != torch.uint8
+    ):
+        layer.settle()
+        keys, values = layer._stored(0), layer._stored(1)
+        layer.__dict__.clear()
+        object.__setattr__(layer, "__class__", DynamicLayer)
+        DynamicLayer.__init__(layer)
+        layer.update(keys, values)
 
 
 class KVCache(Cache):

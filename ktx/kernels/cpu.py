@@ -1,4 +1,4 @@
-"""The CPU kernels: `torch.ops.ktx.*` of ktx/_C.abi3.so, with fake versions for torch.compile, and packed matrices.
+"""The CPU kernels: `torch.ops.ktx.*` of ktx/_C.abi3.so, with gradients (gradients.py), fake versions for torch.compile, and packed matrices.
 
 Shapes, types and errors are checked in C++ (csrc/bindings*.cpp); each operator has a plain-torch twin in reference.py.
 """
@@ -17,6 +17,7 @@ import torch
 from ktx.config import environment
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import default_threads
+from ktx.kernels import gradients
 from ktx.qtypes import FP8_BLOCK, QType
 from ktx.weights.source import QuantizedTensor
 
@@ -221,11 +222,13 @@ def wide_part(first: int, count: int) -> AbstractContextManager[None]:
 
 def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
     """x [..., k] (f32, f16, bf16) times w [n, k] transposed plus bias f32 [n] -> [..., n] in x's dtype. `wide`: all rows are, see `wide_rows`."""
+    gradients.backward_only(x)
     return ops.linear(x.contiguous(), w.data, w.qtype.code, w.n, w.k, bias, wide)
 
 
 def linear_batched(x: torch.Tensor, w: Packed) -> torch.Tensor:
     """x [matrices, tokens, k] times each matrix of w transposed -> [matrices, tokens, n]."""
+    gradients.backward_only(x)
     return ops.linear_batched(x.contiguous(), w.data, w.qtype.code, w.n, w.k)
 
 
@@ -245,7 +248,7 @@ def experts(
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [tokens, hidden], ids int64 and weights f32 [tokens, top] -> [tokens, hidden] in x's dtype; see reference.experts. Adds to `counts`, see `Counted`."""
-    return ops.experts(
+    return gradients.experts(
         x,
         ids,
         weights,
@@ -346,3 +349,6 @@ def _(logits, top_k, *rest, **more):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("ktx::gated")
 def _(gate, up, act):  # type: ignore[no-untyped-def]
     return torch.empty_like(gate)
+
+
+gradients.register()

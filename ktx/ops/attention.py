@@ -15,12 +15,13 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ktx.cache.kv import KVType
+from ktx.cache.kv import KVType, as_stock
 from ktx.cache.paged import PagedCache
 from ktx.compat import CACHE_NAMES
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.kernels.gpu import known_backend
+from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
 from ktx.ops.attention_weights import Choice, OwnConfig, attention_weights, by_function, missing
 from ktx.ops.base import Context, Operator, adopt
@@ -99,8 +100,13 @@ def attend(
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:
         raise ValueError(f"{query.shape[2]} queries on {key.shape[2]} keys need a mask")
     kernel = cpu.attention if query.device.type == "cpu" else reference.attention
+    if dropout:
+        raise UsageError(
+            f"attention_dropout={dropout}: the kernels drop nothing; call model.eval(), or set attention_dropout to 0 in the model's configuration"
+        )
+    backward_only(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sinks = None if s_aux is None else s_aux.detach().float().contiguous()
+    sinks = None if s_aux is None else s_aux.float().contiguous()
     about = {} if batch is None else {"sequences": batch.sequences, "pages": batch.pages}
     cap = float(softcap or 0.0)
     out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about)
@@ -234,6 +240,8 @@ class Attention(Operator):
             done = block(cache=cache, **given)
             if done is not None:
                 return done, None
+        if recorded(given.get("hidden_states")):
+            as_stock(cache, self.layer_idx)
         stored = cache
         if self.ours and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
             stored = StoredAs(cache, float_type(self.kv_dtype, torch.float16))

@@ -1,7 +1,7 @@
 """What lets a module compute in one kernel call what its children would compute one by one.
 
-The children stay modules of their own. A block's `Guard` says at every call whether they still are what it was made of and whether nobody listens to them; else the
-module goes the long way, child by child.
+The children stay modules of their own. A block's `Guard` says at every call whether they still are what it was made of, and whether nobody listens to them or trains them; else, and where autograd
+records what it is given, the module goes the long way, child by child.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ktx.cache.kv import GrowingLayer, KVType, growing
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.gradients import recorded
 from ktx.kernels.steps import Step, run
 from ktx.ops.base import is_ours
 from ktx.ops.linear import Linear
@@ -133,7 +134,7 @@ class Room:
 
 def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: torch.Tensor | None) -> Room | None:
     """Room in the cache's layers for the tokens of `hidden` f32 [B, S, D], made for blocks that fill them; None when they cannot."""
-    if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or hidden.requires_grad:
+    if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or recorded(hidden, mask):
         return None
     first = blocks[0].owner
     kept = float_type(first.kv_dtype, hidden.dtype)

@@ -14,13 +14,20 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from torch.utils.hooks import RemovableHandle
 
 from ktx.compat import is_recorder, records
+from ktx.kernels.gradients import recorded
 from ktx.ops.base import Operator
 from ktx.ops.changes import Changes, edits
 
+GLOBAL = _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
 SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype)
 IGNORED = frozenset(  # torch's own, of which parameters, buffers, children and hooks are looked at by themselves
     {*nn.Module().__dict__, "training", "path", "home"}
@@ -88,6 +95,7 @@ class Guard:
         self.states = [*map(State, owners), *self.inside]
         modules = [state.module for state in self.states]
         self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
+        self.parameters = [module._parameters for module in modules if module._parameters]
         self.hooks = [hooks for state in self.inside for hooks in _hooks(state.module)]
         self.copied = [(tensor, edits(tensor)) for tensor in copied if tensor is not None]
         self.handles, self.changes, self.recorders = -1, -1, False
@@ -101,6 +109,7 @@ class Guard:
             made.inside += guard.inside
             made.states += guard.states
             made.children += guard.children
+            made.parameters += guard.parameters
             made.hooks += guard.hooks
             made.copied += guard.copied
         return made
@@ -112,6 +121,8 @@ class Guard:
         for tensor, before in self.copied:
             if edits(tensor) != before:
                 return False
+        if torch.is_grad_enabled() and any(recorded(*own.values()) for own in self.parameters):
+            return False  # a parameter is trained
         handles, changes = RemovableHandle.next_id, Changes.count
         if handles != self.handles or changes != self.changes:
             if self._listened() or not all(state.same() for state in self.states):
@@ -124,7 +135,7 @@ class Guard:
     def _listened(self) -> bool:
         """Hooks by which transformers collects outputs stay on modules once a forward has wanted some: they count while a forward does."""
         heard = (hook for hooks in self.hooks for hook in hooks.values())
-        return bool(_global_forward_hooks or _global_forward_pre_hooks) or not all(map(is_recorder, heard))
+        return any(GLOBAL) or not all(map(is_recorder, heard))
 
     def worth_another(self) -> bool:
         """Whether a shortcut made anew might hold, once for each time that something was changed."""
@@ -136,7 +147,7 @@ class Guard:
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
-    return module._forward_hooks, module._forward_pre_hooks
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 class Shortcut(Protocol):

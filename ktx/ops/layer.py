@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ktx.kernels.gradients import recorded
 from ktx.kernels.steps import run
 from ktx.ops import contract
 from ktx.ops.attention import Attention
@@ -143,6 +144,7 @@ class Ahead:
         mask, embeddings, cache = self.asked
         if (
             hidden_states._version != self.version
+            or recorded(hidden_states)
             or asked.mask is not mask
             or asked.cache is not cache
             or not _same(asked.embeddings, embeddings)

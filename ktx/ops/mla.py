@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from ktx.cache.kv import values_of
+from ktx.cache.kv import as_stock, values_of
 from ktx.cache.paged import Batch, batch_of, gathered, paged
 from ktx.cache.pages import PAGE
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.gpu import known_backend
+from ktx.kernels.gradients import recorded
 from ktx.kernels.kept import kept
 from ktx.ops import contract
 from ktx.ops.attention_weights import Choice, attention_weights, by_function, reads_no_pages
@@ -170,6 +171,8 @@ class MLA(Operator):
             done = block(hidden_states, position_embeddings, attention_mask, kv_cache)
             if done is not None:
                 return done, None
+        if recorded(hidden_states):
+            as_stock(kv_cache, self.layer_idx)
         batch, length, _ = hidden_states.shape
         q = (
             self.q_proj(hidden_states)

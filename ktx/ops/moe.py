@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktx.errors import UsageError
+from ktx.kernels.gradients import recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, is_ours
 from ktx.ops.experts import Experts
@@ -53,6 +54,10 @@ class MoE(Operator):
         return self.link is None and self.inside is not None and current(self, "inside") is None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.training and getattr(self, "jitter_noise", 0.0) > 0:
+            raise UsageError(
+                f"{self.path}: router_jitter_noise is {self.jitter_noise}, and training would add noise: call model.eval(), or set it to 0"
+            )
         shape = hidden_states.shape
         flat = hidden_states.reshape(-1, shape[-1])
         if takes(flat) and (block := current(self)) is not None:
@@ -93,7 +98,7 @@ class MoE(Operator):
 
 def takes(flat: torch.Tensor) -> bool:
     """Whether one call computes tokens f32 [tokens, D] of the CPU's: so few that the way to it counts."""
-    return len(flat) <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu"
+    return len(flat) <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu" and not recorded(flat)
 
 
 class Block:

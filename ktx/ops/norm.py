@@ -8,6 +8,7 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
+from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, is_ours
 from ktx.ops.changes import edits
@@ -62,7 +63,9 @@ class RMSNorm(Operator):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             return reference.rms_norm(x, self.weight, self.epsilon, self.plus_one)
-        return cpu.rms_norm(x.contiguous(), self.in_f32, self.epsilon, self.plus_one)
+        backward_only(x)
+        weight = self.weight.float() if recorded(self.weight) else self.in_f32
+        return cpu.rms_norm(x.contiguous(), weight, self.epsilon, self.plus_one)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, eps={self.epsilon}"

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ktx.kernels import cpu
+from ktx.kernels.gradients import recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, known_class
 from ktx.ops.changes import edits
@@ -119,8 +121,12 @@ class Router(Operator):
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
-        logits = cpu.linear(flat, self.matrix(), self.in_f32)
+        bias = getattr(self, "bias", None)
+        if recorded(self.weight, bias):
+            logits = F.linear(flat, self.weight.float(), None if bias is None else bias.float())
+        else:
+            logits = cpu.linear(flat, self.matrix(), self.in_f32)
         top, scoring, mode, groups, chosen, renorm, scale = self.manner()
-        bias = self.correction(e_score_correction_bias)
-        ids, weights = cpu.route(logits, top, scoring, bias, groups, chosen, mode, renorm, scale)
+        correction = self.correction(e_score_correction_bias)
+        ids, weights = cpu.route(logits, top, scoring, correction, groups, chosen, mode, renorm, scale)
         return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, ids

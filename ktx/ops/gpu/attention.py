@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 
 from ktx.kernels import reference
 from ktx.kernels.gpu import kernels_for
+from ktx.kernels.gradients import none_on_gpu
 from ktx.kernels.rope_store import store_heads
 from ktx.kernels.work import Shape
 from ktx.ops import attention
@@ -41,7 +42,7 @@ def attend(
         return attention.attend(module, *given, **kwargs)
     new = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    sinks = None if s_aux is None else s_aux.detach().float().contiguous()
+    sinks = None if s_aux is None else s_aux.float().contiguous()
     if batch is not None:
         room: Room | None = of_batch(batch, (key, value), window_of(module))
     else:
@@ -134,6 +135,7 @@ class Attention(attention.Attention):
         room = room_for(self, cache, hidden_states, heads, (self.head_dim, self.head_dim), attention_mask)
         if room is None:
             return None
+        none_on_gpu("Attention", getattr(self, "sinks", None))
         q, k, v = (self._heads(name, hidden_states) for name in "qkv")
         cos, sin = turns(rotary_tables(position_embeddings, self.half_tables), hidden_states)
         q = store_heads(q, k, v, cos, sin, room.tables.slots, *room.pools)
