@@ -144,5 +144,22 @@ def attention_function(name: str) -> Callable[..., Any]:
     """The attention function that transformers knows by a name. KeyError for one that it does not know."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, None)
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, None)  # type: ignore[arg-type]
     return found
+
+
+def written_form(model: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A function from a model's own parameters to a checkpoint's, as `save_pretrained` writes them: other names, stacked experts apart. It takes some of them too."""
+    from types import SimpleNamespace
+
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import revert_weight_conversion
+
+    changes: Any = getattr(model, "_weight_conversions", None)
+    if changes is None:
+        changes = get_model_conversion_mapping(model, add_legacy=False)
+        changes = [change for change in changes if type(change).__name__ != "PrefixChange"]  # as transformers does
+    if not changes:
+        return dict
+    stand_in: Any = SimpleNamespace(_weight_conversions=changes, config=model.config)
+    return lambda state: revert_weight_conversion(stand_in, state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from ktx.compat import dtype_plan
 from ktx.errors import BadFile
 from ktx.inject import Plan
-from ktx.kernels.kept import Store
+from ktx.kernels.kept import Origin, Store, loading
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
@@ -29,6 +29,7 @@ def fill(
     threads: int,
     advance: Callable[[int], None],
     store: Store | None = None,
+    origin: Origin | None = None,
 ) -> None:
     """Every step in file order on `threads` threads; the first error stops the rest."""
     keep = _dtype_of(model, dtype)
@@ -40,7 +41,7 @@ def fill(
         step = steps[index]
         module = model.get_submodule(step.path) if step.path else model
         if isinstance(module, Operator) and not _shares(module):
-            with nullcontext() if store is None else store.of(step.path):
+            with loading(step.path, store, origin):
                 module.load(source)
         own = {name for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
         for full in step.tensors:
@@ -121,7 +122,7 @@ def repair(model: Any, made: Plan) -> None:
             owner, Operator
         ):  # the rules leave it: tied as transformers does
             of = model.get_submodule(model.all_tied_weights_keys[target].rpartition(".")[0])
-            source = of.floats().to(of.dtype) if isinstance(of, Embedding) else of.weight
+            source = of.rows().values(of.dtype) if isinstance(of, Embedding) else of.weight
             source = source.to(made.devices[module].torch)
             owner._parameters[name] = (
                 source if isinstance(source, nn.Parameter) else nn.Parameter(source, requires_grad=False)

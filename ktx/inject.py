@@ -24,7 +24,7 @@ from ktx.hardware import human
 from ktx.ops.base import Context, Operator, made_from, on_gpu, resolve
 from ktx.ops.experts import Experts
 from ktx.ops.moe import MoE
-from ktx.rules import Rule
+from ktx.rules import Rule, Rules
 from ktx.weights.accounting import Reads, Unread, line, unread
 from ktx.weights.source import TensorSpec, WeightSource
 
@@ -84,6 +84,7 @@ class Plan(list[Step]):
     def __init__(self, steps: Iterable[Step] = ()):
         super().__init__(steps)
         self.devices: dict[str, Device] = {}  # of every module
+        self.rules = Rules()  # that made it
         self.stream_experts: int | str | None = None  # what the rule file says of it (ktx.device_map.streaming)
         self.scheme = ""  # how the checkpoint says its weights are quantised (ktx.weights.quantization)
         self.ignored: Sequence[str] = ()  # patterns of tensors that the modeling code leaves out

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import os
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ktx.hardware import human, keep_freed_memory, memory
 from ktx.inject import Plan
 from ktx.kernels import cpu
 from ktx.kernels.kept import Store, open_store
+from ktx.model import become
 from ktx.ops import crossing, deferral, layer
 from ktx.ops import mtp as mtp_layer
 from ktx.ops.base import Operator
@@ -33,10 +35,15 @@ from ktx.ops.experts import of_layers
 from ktx.ops.sizes import sizes
 from ktx.placement import RESERVE, SLACK
 from ktx.preparing import placed_by, prepare, targets_of
+from ktx.reloading import Files, Recipe
 from ktx.rules import Rule
 from ktx.selftest import SelfTest
 from ktx.skeleton import generation, located, read_tokenizer
 from ktx.weights.source import WeightSource
+
+
+def _nobody() -> None:
+    """In place of a weak reference, which is neither copied nor pickled."""
 
 
 @dataclass
@@ -51,11 +58,19 @@ class Handle:
     isa: str
     threads: int
     kv_dtype: KVType = None  # what a cache for this model keeps keys and values in; None: as they come
-    model: Callable[[], Any] = field(default=lambda: None, repr=False)  # a weak reference: the model holds its handle
+    model: Callable[[], Any] = field(default=_nobody, repr=False)  # a weak reference: the model holds its handle
     tokenizer: Any = field(default=None, repr=False)
     identity: Any = field(default=None, repr=False)  # plain values that decide what the model computes
     self_test: SelfTest = True  # whether an engine is tested by a few tokens too; "engine": nothing else was
     notes: list[notes.Note] = field(default_factory=list)  # where it is slow, or does something else than was asked
+    files: Files | None = field(default=None, repr=False)  # that the packed weights came from
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"model": _nobody}  # ktx.model gives a copy its own
+
+    def of(self, model: nn.Module) -> Handle:
+        """The same for a copy of the model."""
+        return replace(self, model=weakref.ref(model))
 
     def engine(self, **options: Any) -> Any:
         """An engine that answers many requests at once; `options` are those of ktx.engine.engine.Options. Close it, or use it in a `with`."""
@@ -135,11 +150,26 @@ def load(
     _cached_as(built, kv_dtype)
     check_memory(made)
     tokenizer = read_tokenizer(model, source, trust_remote_code)
+    files = Files(
+        Recipe(
+            str(Path(source.path).absolute()),
+            copy.deepcopy(built.config),
+            made.rules,
+            dtype,
+            kv_dtype,
+            trust_remote_code,
+            targets,
+            mtp,
+            (device, moe_device, shared_device, devices, gpu_experts),
+            None if cache_dir is None else str(Path(cache_dir).expanduser().absolute()),
+        ),
+        {spec.file for step in made for spec in step.specs},
+    )
     start = time.perf_counter()
-    store = None if cache_dir is None else _store(cache_dir, made, source)
+    store = None if cache_dir is None else store_of(cache_dir, made, source)
     with progress_bar(sum(step.nbytes for step in made), progress) as advance:
         try:
-            fill(built, made, source, dtype, team, advance, store)
+            fill(built, made, source, dtype, team, advance, store, files)
         except BaseException:
             if store is not None:
                 store.drop()
@@ -151,6 +181,7 @@ def load(
         if isinstance(module, Operator):
             module.enliven()
             module.ready()
+            module.is_ready = True
     homes = {built.get_submodule(path): place for path, place in made.devices.items()}
     if mtp:
         beside = mtp_layer.detach(built)
@@ -159,6 +190,7 @@ def load(
     layer.join(built)
     _stream_experts(built, made, made.stream_experts if stream_experts is None else stream_experts)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
+    become(built)
     own = sizes(built)
     config: Any = built.config
     handle = built.ktx = Handle(
@@ -174,6 +206,7 @@ def load(
         tokenizer,
         [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
         self_test,
+        files=files,
     )  # type: ignore[assignment]
     notes.tell(handle.notes, [*made.said, *warned])
     generation(built, model, source)
@@ -188,7 +221,7 @@ def _stream_experts(built: nn.Module, made: Plan, wish: int | str | None) -> Non
         importlib.import_module("ktx.ops.gpu.streaming").install(built, wish)
 
 
-def _store(folder: str | Path, made: Plan, source: WeightSource) -> Store:
+def store_of(folder: str | Path, made: Plan, source: WeightSource) -> Store:
     """The packed weights of this plan on disk, or the place where they will be."""
     path = Path(source.path)
     name = path.stem if path.is_file() else path.name

@@ -129,11 +129,15 @@ def prepare(
     targets: Mapping[str, str | None],
     mtp: bool,
     placed: Placed = list,
+    known: Any = None,
 ) -> tuple[nn.Module, Plan, WeightSource, torch.dtype]:
-    """The skeleton with its operators, the plan, the weights, and the type that it computes in: `dtype`, or by its devices."""
+    """The skeleton with its operators, the plan, the weights, and the type that it computes in: `dtype`, or by its devices.
+
+    `known` is a configuration that counts instead of the model's own.
+    """
     check_environment()
     model = located(model, not weights)
-    config = copy.deepcopy(read_config(model, trust_remote_code))
+    config = copy.deepcopy(read_config(model, trust_remote_code) if known is None else known)
     where = Path(weights or model).expanduser()
     if not where.exists():
         raise BadFile(f"{where}: no such file or folder; `ktx download` fetches a model from a hub")
@@ -171,7 +175,7 @@ def prepare(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             built, made = planned(chosen, places, found, False)
-    made.stream_experts = chosen.stream_experts
+    made.rules, made.stream_experts = chosen, chosen.stream_experts
     made.said = notes.notes_of(built, made, chosen, targets, kv_dtype)
     return built, made, source, found
 

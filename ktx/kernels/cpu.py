@@ -5,9 +5,11 @@ Shapes, types and errors are checked in C++ (csrc/bindings*.cpp); each operator 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import local
 from typing import Any
@@ -18,13 +20,14 @@ from ktx.config import environment
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import default_threads
 from ktx.kernels import gradients
-from ktx.qtypes import FP8_BLOCK, QType
+from ktx.qtypes import FP8_BLOCK, QTYPES, QType
 from ktx.weights.source import QuantizedTensor
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 GROUP_ROWS = 16  # rows that are packed side by side (csrc/cpu/layout.h)
 _told = local()  # what this thread has said by `wide_rows`
 MOST_THREADS = 1024  # csrc/cpu/pool.h
+ROWS, COLUMNS = 17, 256  # of the sample that tells one order of packing from another
 PACK_ROWS = 1 << 10  # rows packed by one call, so that loading threads share the work evenly
 
 
@@ -70,15 +73,26 @@ class Packed:
     k: int
     matrices: int = 1
     ends: tuple[int, ...] = ()  # of `data`, where the memory nodes' shares end; none when there is one node
+    origin: Any = field(
+        default=None, init=False, compare=False, repr=False
+    )  # who can load it again, its name there and its number
+
+    def __copy__(self) -> Packed:
+        return self  # nobody writes to packed bytes: copies of a model share them
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return self
+
+    def __reduce__(self) -> Any:
+        """Pickled as a reference to the files it was loaded from; what comes from none is written as it is packed."""
+        if self.origin is not None:
+            return _again, self.origin
+        about = self.qtype.name, self.n, self.k, self.matrices, self.ends
+        return _written, (self.data.clone(), *about, packing())
 
     @property
     def nbytes(self) -> int:
         return self.data.numel()
-
-    def floats(self) -> torch.Tensor:
-        """f32 [matrices, n, k] of all that `pack` packed."""
-        index, parts = torch.arange(self.n, device="cpu"), self.data.chunk(self.matrices)
-        return torch.stack([Packed(part, self.qtype, self.n, self.k).rows(index) for part in parts])
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """f32 [len(index), k]: rows of a single matrix, dequantised exactly. index int64."""
@@ -92,6 +106,47 @@ class Packed:
             parts.append(self.data[begin + number * size : begin + (number + 1) * size])
             begin = end
         return Packed(parts[0] if len(parts) == 1 else torch.cat(parts), self.qtype, self.n, self.k)
+
+
+def _again(origin: Any, name: str, number: int) -> Packed:
+    """What a pickle refers to."""
+    packed: Packed = origin.taken(name, number)
+    return packed
+
+
+def _written(
+    data: torch.Tensor, qtype: str, n: int, k: int, matrices: int, ends: tuple[int, ...], made: tuple[Any, ...]
+) -> Packed:
+    """Packed bytes from a pickle. KtxError where kernels read them in another order than they were written in."""
+    if made != packing():
+        raise KtxError(
+            "a pickle holds weights that another version of ktx packed, or another processor (instruction set, memory nodes, order):"
+            f" {made}, here {packing()}; load the model anew with ktx.load and pickle it here"
+        )
+    placed = ops.empty_packed(data.numel(), ends)
+    placed.copy_(data)
+    return Packed(placed, QTYPES[qtype], n, k, matrices, ends)
+
+
+def packing() -> tuple[Any, ...]:
+    """What decides the order of packed bytes."""
+    return ops.isa(), ops.nodes(), fingerprint()
+
+
+@functools.cache
+def fingerprint() -> str:
+    """A digest of packed samples of every type: it changes when the order of anything in a packed matrix does."""
+    digest = hashlib.sha256()
+    for qtype in QTYPES.values():
+        k = max(COLUMNS, qtype.block)
+        bytes_of_row = k // qtype.block * qtype.nbytes
+        rows = (torch.arange(ROWS * bytes_of_row, dtype=torch.int64) * 2654435761 >> 13 & 255).to(torch.uint8)
+        scale = torch.arange(-(-ROWS // 128) * -(-k // 128), dtype=torch.float32).view(-(-ROWS // 128), -1)
+        weight = QuantizedTensor(
+            rows.view(ROWS, bytes_of_row), qtype, (ROWS, k), scale if qtype.name == "F8_E4M3" else None
+        )
+        digest.update(pack(weight).data.numpy().data)
+    return digest.hexdigest()
 
 
 def packed_nbytes(qtype: QType, n: int, k: int, matrices: int = 1) -> int:
@@ -344,6 +399,18 @@ def _(x, cos, sin, interleaved=False):  # type: ignore[no-untyped-def]
 def _(logits, top_k, *rest, **more):  # type: ignore[no-untyped-def]
     shape = (logits.shape[0], top_k)
     return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape)
+
+
+@torch.library.register_fake("ktx::store_q8_0")
+def _(x, to):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("ktx::load_q8_0")
+def _(x):  # type: ignore[no-untyped-def]
+    block = QTYPES["Q8_0"]
+    shape = (*x.shape[:-1], x.shape[-1] // block.nbytes * block.block)
+    return x.new_empty(shape, dtype=torch.float16)
 
 
 @torch.library.register_fake("ktx::gated")

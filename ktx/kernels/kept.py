@@ -16,14 +16,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ktx.errors import DoesNotFit, KtxError, UsageError
 from ktx.kernels import cpu
 from ktx.qtypes import QTYPES
-from ktx.weights.source import QuantizedTensor
 
 PAGE = 4096
 PIECE = 256 << 20  # bytes written at once
@@ -32,18 +31,34 @@ QUIET, PATIENCE = (
     0.1,
     0.25,
 )  # seconds without a kernel after which weights are moved, and after which one piece is moved all the same
-ROWS, COLUMNS = 17, 256  # of the sample that tells one order of packing from another
 _loading = threading.local()
 
 
 def kept(make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
     """What an operator's `load` packs: made, or found on disk when the model is loaded with a folder for it; then `make` is not called."""
-    store: Store | None = getattr(_loading, "store", None)
-    if store is None:
+    if not getattr(_loading, "name", ""):
         return make()
-    name = f"{_loading.name}#{_loading.count}"
+    name, store, origin = f"{_loading.name}#{_loading.count}", _loading.store, _loading.origin
     _loading.count += 1
-    return store.take(name, make)
+    made = make() if store is None else store.take(name, make)
+    return made if origin is None else origin.known(name, made)
+
+
+@contextmanager
+def loading(name: str, store: Store | None, origin: Origin | None) -> Iterator[None]:
+    """While an operator of this name loads: where its packed weights are stored, and who can load them again."""
+    _loading.name, _loading.store, _loading.origin, _loading.count = name, store, origin, 0
+    try:
+        yield
+    finally:
+        _loading.name = ""
+
+
+class Origin(Protocol):
+    """Who can load packed weights again, for pickles."""
+
+    def known(self, name: str, made: list[cpu.Packed]) -> list[cpu.Packed]:
+        """The weights, which refer to their origin from now on."""
 
 
 class Store:
@@ -79,15 +94,6 @@ class Store:
             raise DoesNotFit(
                 f"cache_dir {self.folder.parent}: the packed weights need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk"
             )
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        """While an operator of this name loads."""
-        _loading.store, _loading.name, _loading.count = self, name, 0
-        try:
-            yield
-        finally:
-            _loading.store = None
 
     def take(self, name: str, make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
         if self.found and name in self.entries:
@@ -185,24 +191,9 @@ def to_memory(data: torch.Tensor, stop: threading.Event) -> None:
 
 def open_store(folder: str | Path, name: str, key: Any, need: int) -> Store:
     """The store of a model below `folder`; `key` is whatever decides how it is packed, `need` the bytes it will take."""
-    parts = [key, cpu.ops.isa(), cpu.ops.nodes(), fingerprint()]
+    parts = [key, *cpu.packing()]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return Store(Path(folder).expanduser() / f"{name}-{digest}", need)
-
-
-def fingerprint() -> str:
-    """A digest of packed samples of every type: it changes when the order of anything in a packed matrix does."""
-    digest = hashlib.sha256()
-    for qtype in QTYPES.values():
-        k = max(COLUMNS, qtype.block)
-        bytes_of_row = k // qtype.block * qtype.nbytes
-        rows = (torch.arange(ROWS * bytes_of_row, dtype=torch.int64) * 2654435761 >> 13 & 255).to(torch.uint8)
-        scale = torch.arange(-(-ROWS // 128) * -(-k // 128), dtype=torch.float32).view(-(-ROWS // 128), -1)
-        weight = QuantizedTensor(
-            rows.view(ROWS, bytes_of_row), qtype, (ROWS, k), scale if qtype.name == "F8_E4M3" else None
-        )
-        digest.update(cpu.pack(weight).data.numpy().data)
-    return digest.hexdigest()
 
 
 def _index(folder: Path) -> dict[str, Any] | None:

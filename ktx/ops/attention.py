@@ -139,7 +139,8 @@ def interval_mask(
 ) -> torch.Tensor:
     """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. Intervals where the mask is an interval for each query, else bool [B, 1, S, T]."""
     q_offset, keys = int(q_offset), int(kv_length)
-    if mask_function is causal_mask_function:
+    compiling = torch.compiler.is_compiling()  # where a padding is a tensor without numbers: then the mask is a matrix
+    if mask_function is causal_mask_function and not (compiling and attention_mask is not None):
         seen = None if attention_mask is None else attention_mask.cpu()
         if seen is None and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
             after = q_offset + 1 - int(kv_offset)
@@ -165,7 +166,7 @@ def interval_mask(
         **kwargs,
     )
     assert full is not None  # skipping was not allowed
-    return intervals_of(full)
+    return full if compiling else intervals_of(full)
 
 
 def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: int) -> torch.Tensor | None:
@@ -200,7 +201,7 @@ class Attention(Operator):
     what the kernel does not know (`foreign_words`); `ours` says whether the kernel computes. Option: `backend` (triton, flashinfer, auto) says whose kernels attend on a GPU.
     """
 
-    derived = frozenset({"block"})
+    remade = ("block",)
     reads = frozenset({"scaling", "sinks"})
     kv_dtype: KVType
     block: Block | None

@@ -15,8 +15,11 @@ from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
 from ktx.ops.calls import Call
 from ktx.ops.changes import Changes, Live
+from ktx.ops.floats import Dequantized, Floats
 from ktx.qtypes import QTYPES, QType
 from ktx.weights.source import QuantizedTensor, WeightSource
+
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # types that kernels take
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,19 @@ class Operator(nn.Module):
     """
 
     consumes: ClassVar[tuple[str, ...]] = ()
-    derived: ClassVar[frozenset[str]] = frozenset()  # attributes that are made of others
+    derived: ClassVar[frozenset[str]] = frozenset()  # attributes that say nothing that a shortcut goes by
     reads: ClassVar[frozenset[str]] = frozenset()  # settings and tensors that a shortcut made anew heeds
+    stays: ClassVar[bool] = (
+        False  # whether it takes hidden states from another device, wherever those of its parent are
+    )
+    remade: ClassVar[tuple[str, ...]] = ()  # attributes that `ready` makes of others, and a copy makes anew
     gpu_form: ClassVar[str] = (
         ""  # the dotted path of the class that stands in for this one on a GPU; its own: it serves both
     )
     path: str = ""
     home: Device = CPU  # where it lies; whoever puts it into the model says so before it is loaded
+    dtype: torch.dtype = torch.float32  # of what it makes where nothing else says so, and of its weights as floats
+    is_ready = False  # whether `ready` has run
     call: Call  # how the replaced forward is called; adopted modules have it
     target: str | None = None  # for operators that have it in __init__: the entry of MADE that float weights become
 
@@ -64,17 +73,9 @@ class Operator(nn.Module):
         Changes.count += 1
         super().__delattr__(name)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        Changes.count += 1
-        super().register_parameter(name, param)
-
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
         Changes.count += 1
         super().register_buffer(name, tensor, persistent)
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        Changes.count += 1
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Operator:
@@ -89,7 +90,7 @@ class Operator(nn.Module):
         """Reads `tensors()` from the source and packs them."""
 
     def ready(self) -> None:
-        """Called after the whole model is loaded, children before their parents."""
+        """Called after the whole model is loaded, children before their parents; and in a copy, or one read from a pickle, again."""
 
     def enliven(self) -> None:
         """Has its parameters count what is written to them; before `ready`, which copies values."""
@@ -98,6 +99,119 @@ class Operator(nn.Module):
                 live = Live(value.detach(), value.requires_grad)
                 live.__dict__.update(value.__dict__)
                 self._parameters[name] = live
+
+    def floats(self) -> dict[str, Floats]:
+        """What it holds packed, by the names that the replaced module has for it. UsageError where that cannot be said."""
+        if self.tensors():
+            raise UsageError(
+                f"{self.path}: {type(self).__name__} does not say its packed weights in floats (floats); the model's state cannot be written"
+            )
+        return {}
+
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        """Other values for some of `floats`, which are packed as the floats they are."""
+        raise UsageError(f"{self.path}: {type(self).__name__} does not take weights after loading (take)")
+
+    def on_cpu(self) -> None:
+        """UsageError on a GPU, whose packed weights are not read back, or where there are none yet."""
+        if self.home.gpu:
+            raise UsageError(
+                f"{self.path} is on {self.home}, whose packed weights are not read back; load the model on the CPU for it (device='cpu')"
+            )
+        if not self.is_ready:
+            raise UsageError(f"{self.path} is not loaded, it has no weights")
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, floats in self.floats().items():
+            destination[prefix + name] = Dequantized(floats, self.dtype)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As torch's; packed weights that come back as they are change nothing."""
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        found: dict[str, torch.Tensor] = {}
+        for name, own in self.floats().items():
+            key = prefix + name
+            values = state_dict.get(key)
+            if key in unexpected_keys:
+                unexpected_keys.remove(key)
+            if values is None:
+                missing_keys += [key] * strict
+            elif tuple(values.shape) != own.shape:
+                error_msgs.append(
+                    f"size mismatch for {key}: copying a param with shape {tuple(values.shape)} from checkpoint, the shape in current model is {own.shape}."
+                )
+            elif not (isinstance(values, Dequantized) and values.floats.place == own.place):
+                found[name] = values.detach()
+        if found:
+            self.take(found)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """For copies and pickles: the class of an adopted module is made anew, and so is what `ready` made. UsageError on a GPU."""
+        if self.home.gpu:
+            raise UsageError(
+                f"{self.path} is on {self.home}, where modules can neither be copied nor pickled; load the model again"
+            )
+        made_of = getattr(type(self), "made_of", None)
+        return super().__reduce_ex__(protocol) if made_of is None else (bare, made_of, self.__getstate__())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {name: None for name in self.remade if name in self.__dict__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.remake()
+
+    def remake(self) -> None:
+        """Once more what `ready` made, of what there is now."""
+        for name in self.remade:
+            if name in self.__dict__:
+                self.__dict__[name] = None
+        Changes.count += 1
+        if self.is_ready:
+            self.enliven()
+            self.ready()
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        """Of `to`, `half` and their like: packed weights stay as they are, `dtype` is what the module makes from then on. UsageError for another device or type."""
+        Changes.count += 1
+        if not self.is_ready:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        given = fn(torch.empty(0, dtype=self.dtype, device=self.home.torch))
+        if given.device.type != self.home.torch.type and self.tensors() and not self.stays:
+            raise UsageError(
+                f"{self.path}: its packed weights are on {self.home} and do not go to {given.device}; say where modules are when the model is"
+                " loaded: ktx.load(..., device=...)"
+            )
+        if given.dtype not in COMPUTED:
+            raise UsageError(
+                f"{self.path} does not compute in {given.dtype}; give one of {', '.join(map(str, COMPUTED))}"
+            )
+        done = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = given.dtype
+        self.remake()
+        return done
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's. UsageError where a packed weight is to become a parameter, as torch.nn.utils.prune does."""
+        if isinstance(param, torch.Tensor) and not isinstance(param, nn.Parameter):
+            raise UsageError(
+                f"{self.path}: a packed weight is no parameter, {name} cannot be registered; change values and give them back with"
+                " model.load_state_dict({...}, strict=False), or keep the module plain by a rule before the others: replace: {class: default}"
+            )
+        Changes.count += 1
+        super().register_parameter(name, param)
 
     def weight_bytes(self) -> tuple[int, int]:
         """Packed bytes held, and bytes a single token makes the kernels read."""
@@ -142,13 +256,27 @@ def packed_as(parts: Any, wish: str | None, pack: Callable[..., Any] = cpu.pack)
     return pack(parts, made_from(parts if isinstance(parts, QuantizedTensor) else parts[0], wish))
 
 
+def as_weights(values: torch.Tensor) -> QuantizedTensor:
+    """A tensor's floats as weights: half precision as it is, everything else in f32."""
+    half = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(values.dtype)
+    if half is None:
+        return QuantizedTensor.of(values)
+    return QuantizedTensor(values.contiguous().view(torch.uint8), QTYPES[half], tuple(values.shape))
+
+
 Layer = TypeVar("Layer", bound=nn.Module)
 _HEIRS: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {}
 
 
 def _heir(cls: type[Operator], old: Any) -> type[Operator]:
-    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "call": Call.of_class(old)}
+    names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "call": Call.of_class(old), "made_of": (cls, old)}
     return _HEIRS.setdefault((cls, old), type(cls.__name__, (cls, old), names))
+
+
+def bare(cls: type[Operator], old: Any) -> Operator:
+    """An adopted module without anything in it, for one that is copied or read from a pickle."""
+    made = _heir(cls, old)
+    return made.__new__(made)
 
 
 def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -16,6 +18,11 @@ class Live(nn.Parameter):
     """A parameter that counts what is written to its `data` too, and says when it is given other data: copies were made of its values."""
 
     alias: torch.Tensor | None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(
+            protocol
+        )  # its module makes it one of these again
 
     @property  # type: ignore[override]
     def data(self) -> torch.Tensor:

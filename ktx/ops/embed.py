@@ -10,7 +10,8 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
-from ktx.ops.base import Context, Operator, is_plain
+from ktx.ops.base import Context, Operator, as_weights, is_plain
+from ktx.ops.floats import Floats, matrix
 from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
 from ktx.weights.source import QuantizedTensor, WeightSource
 
@@ -53,51 +54,52 @@ class Embedding(Operator, nn.Embedding):
         rows = self.packed.rows(ids.reshape(-1).to(torch.int64).contiguous())
         return rows.to(self.dtype).reshape(*ids.shape, self.embedding_dim)
 
+    def floats(self) -> dict[str, Floats]:
+        self.on_cpu()
+        return {"weight": self.rows()}
+
+    def rows(self) -> Floats:
+        """Its weight f32 [num_embeddings, embedding_dim]."""
+        assert self.packed is not None, f"{self.path} is not loaded"
+        return matrix([self.packed])
+
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        self.packed = cpu.pack(as_weights(values["weight"]))
+
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """[num_embeddings, embedding_dim], read-only."""
-        assert self.packed is not None, f"{self.path} is not loaded"
-        return shown(self, self.packed.qtype.name)  # type: ignore[no-any-return]
+        """[num_embeddings, embedding_dim], read-only: see ktx.ops.floats."""
+        return shown(self, self.rows())
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of its weight."""
-        return self.num_embeddings, self.embedding_dim
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._replace(value, "given")
+            alone(self)  # a tied output layer and its embedding are no longer that, as in transformers
+        else:
+            super().__setattr__(name, value)
 
-    def floats(self) -> torch.Tensor:
-        """Its weight f32 [num_embeddings, embedding_dim], in memory of its own."""
+    def _replace(self, values: Any, dtype: str | None) -> None:
         assert self.packed is not None, f"{self.path} is not loaded"
-        return self.packed.rows(torch.arange(self.num_embeddings, device="cpu"))
+        values = fitting(self.path, values, (self.num_embeddings, self.embedding_dim))
+        self.packed = self.packed_from(quantized(values, [self.packed.qtype], self.path, dtype))
 
     def packed_from(self, weight: QuantizedTensor) -> Any:
         """What it holds, made of rows."""
         return cpu.pack(weight)
 
-    def _replace(self, values: Any, dtype: str | None) -> None:
-        assert self.packed is not None, f"{self.path} is not loaded"
-        values = fitting(self.path, values, self.shape)
-        self.packed = self.packed_from(quantized(values, [self.packed.qtype], self.path, dtype))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            self._replace(value, None)
-            alone(self)  # a tied output layer and its embedding are no longer that, as in transformers
-        else:
-            super().__setattr__(name, value)
-
-    def take(self, name: str, expert: int | None) -> torch.Tensor:
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
         """For ktx.edit."""
         only_weight(self, name, expert)
-        return self.floats()
+        return self.rows().values(torch.float32)
 
-    def put(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
         """For ktx.edit: a tied output layer has the same matrix afterwards."""
         self._replace(values, dtype)
         share(self, self.packed)
 
     def plain(self, dtype: torch.dtype | None) -> nn.Embedding:
         """For ktx.dequantize."""
-        weight = self.floats().to(dtype or self.dtype)
+        weight = self.rows().values(dtype or self.dtype).to(self.home.torch)
         made = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)  # type: ignore[no-untyped-call]
         return made  # type: ignore[no-any-return]
 

@@ -12,9 +12,10 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops import contract
-from ktx.ops.base import Context, Operator, packed_as
-from ktx.ops.gates import KEEP, PLAIN, Gate, gate_of_experts, is_gated
-from ktx.ops.guard import Inside, current
+from ktx.ops.base import Context, Operator, as_weights, packed_as
+from ktx.ops.floats import Floats, experts, plain
+from ktx.ops.gates import KEEP, PLAIN, Gate, gate_of_experts, is_gated, is_interleaved
+from ktx.ops.guard import Inside, listened
 from ktx.ops.weights import fitting, quantized
 from ktx.weights.source import QuantizedTensor, WeightSource, joined
 
@@ -34,8 +35,10 @@ class Experts(Operator):
     first ones may be on that: `on_gpu` holds them, and the MoE block calls both. `chosen` counts choices there, int64 [total] on the device.
     """
 
-    derived = frozenset({"waited", "chosen", "on_gpu", "inside"})
+    remade = ("inside",)
+    derived = frozenset({"waited", "chosen", "on_gpu"})
     reads = frozenset({"weights", "biases"})
+    stays = True
     on_gpu: Experts | None
     chosen: torch.Tensor | None
     inside: Inside | None
@@ -47,6 +50,7 @@ class Experts(Operator):
         self.hidden, self.width, self.top = 0, 0, 1
         self.weights: dict[str, cpu.Packed] = {}
         self.target: str | None = None
+        self.transposed, self.interleaved = False, False  # how the replaced module keeps its matrices
         self.biases: dict[str, torch.Tensor | None] = dict.fromkeys(PROJECTIONS)
         self.waited, self.gpu_experts = 0.0, 0
         self.projections: tuple[str, ...] = (
@@ -72,6 +76,8 @@ class Experts(Operator):
         new = cls(ctx.path, count, gate, bias)
         rows, columns = old.down_proj.shape[1:]
         new.hidden, new.width = (columns, rows) if getattr(old, "is_transposed", False) else (rows, columns)
+        new.transposed, new.dtype = bool(getattr(old, "is_transposed", False)), ctx.dtype
+        new.interleaved = is_interleaved(old, gate)
         new.projections = PROJECTIONS if is_gated(old) else PROJECTIONS[1:]
         new.top = int(getattr(ctx.config, "num_experts_per_tok", 1) or 1)
         new.gpu_experts = new.sharable(gpu_experts or 0)
@@ -141,7 +147,7 @@ class Experts(Operator):
             self.waited += time.perf_counter() - start
         w, b = self.weights, self.biases
         ids = ids.to(torch.int64)
-        if self.inside is not None and current(self, "inside") is None:
+        if listened(self):
             return self._one_by_one(hidden, ids - self.first, weights).to(device)
         out = cpu.experts(
             hidden.contiguous(),
@@ -158,13 +164,13 @@ class Experts(Operator):
         )
         return out.to(device)
 
-    def take(self, name: str, expert: int | None) -> torch.Tensor:
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
         """For ktx.edit: f32 [n, k] of one expert's projection."""
         w = self._packed(name, expert)
         assert expert is not None
         return w.matrix(expert - self.first).rows(torch.arange(w.n, device="cpu"))
 
-    def put(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
         """For ktx.edit: all experts of a projection are of one type, so this one is packed as what they are."""
         w = self._packed(name, expert)
         assert expert is not None
@@ -211,6 +217,49 @@ class Experts(Operator):
         y = self.act_fn(product("gate_proj", rows)) * up if gated else self.act_fn(up)
         y = product("down_proj", y) * weights.flatten()[order, None].to(hidden.dtype)
         return torch.zeros_like(hidden).index_add_(0, tokens, y)
+
+    def floats(self) -> dict[str, Floats]:
+        self.on_cpu()
+        if self.num_experts < self.total:
+            raise UsageError(
+                f"{self.path} has some of its experts on a GPU, whose packed weights are not read back; load the model without gpu_experts for it"
+            )
+        found = {}
+        for name, halves in self.stacked().items():
+            found[name] = experts([self.weights[half] for half in halves], self.interleaved, self.transposed)
+            biases = [bias for half in halves if (bias := self.biases[half]) is not None]
+            if biases:
+                found[f"{name}_bias"] = plain(self._both(biases))
+        return found
+
+    def stacked(self) -> dict[str, tuple[str, ...]]:
+        """What the replaced module calls its parameters, and the projections that are in each."""
+        first, last = self.projections[:-1], self.projections[-1]
+        return {"gate_up_proj" if len(first) > 1 else first[0]: first, last: (last,)}
+
+    def _both(self, halves: list[torch.Tensor]) -> torch.Tensor:
+        """Biases of gate and up in one, as the replaced module has them."""
+        if len(halves) == 1:
+            return halves[0]
+        return torch.stack(halves, -1).flatten(-2) if self.interleaved else torch.cat(halves, -1)
+
+    def _halves(self, both: torch.Tensor, count: int, dim: int) -> list[torch.Tensor]:
+        if count == 1:
+            return [both]
+        if self.interleaved:
+            return [both.index_select(dim, torch.arange(i, both.shape[dim], 2)) for i in range(2)]
+        return list(both.chunk(2, dim))
+
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        for name, halves in self.stacked().items():
+            if name in values:
+                whole = values[name].transpose(1, 2) if self.transposed else values[name]
+                for half, own in zip(halves, self._halves(whole, len(halves), 1), strict=True):
+                    self.weights[half] = packed_as(as_weights(own), self.target, cpu.pack_experts)
+            if f"{name}_bias" in values:
+                bias = self._halves(values[f"{name}_bias"].float(), len(halves), -1)
+                self.biases |= {half: own.contiguous() for half, own in zip(halves, bias, strict=True)}
+        self._complete()
 
     def weight_bytes(self) -> tuple[int, int]:
         held = sum(self.weights[name].nbytes for name in self.projections if name in self.weights)

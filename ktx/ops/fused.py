@@ -184,6 +184,8 @@ def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | Non
     """What transformers hands over as a mask -> (ranges, mask) as the kernels take them. UsageError for a mask of other keys than there are."""
     if mask is None:
         return None, None
+    if torch.compiler.is_compiling() and isinstance(mask, Intervals):
+        return ranges_of(mask), None
     ranges = ranges_of(mask)
     if ranges is not None:
         if not isinstance(mask, Intervals) or mask.shape[3] == keys:
@@ -234,9 +236,11 @@ def rotary_tables(embeddings: Any, halved: bool = False) -> tuple[torch.Tensor, 
     """
     whole = isinstance(embeddings, torch.Tensor)
     owner, parts = (embeddings, (embeddings.real, embeddings.imag)) if whole else (embeddings[0], embeddings)
-    known = getattr(owner, "ktx_tables", None)  # one pair serves all layers of a forward
+    compiling = torch.compiler.is_compiling()
+    known = None if compiling else getattr(owner, "ktx_tables", None)  # one pair serves all layers of a forward
     if known is None:
         twice = whole or halved
         known = tuple((torch.cat([part, part], -1) if twice else part).float().contiguous() for part in parts)
-        owner.ktx_tables = known
+        if not compiling:
+            owner.ktx_tables = known
     return known

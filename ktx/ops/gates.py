@@ -50,6 +50,15 @@ def is_gated(experts: Any) -> bool:
     return bool(getattr(experts, "has_gate", True))
 
 
+def is_interleaved(experts: Any, gate: Gate) -> bool:
+    """Whether the module keeps gate and up in turns, row by row, and not one behind the other."""
+    if not is_gated(experts):
+        return False
+    with torch.no_grad(), torch.device("cpu"):
+        answer = experts._apply_gate(torch.stack([GATE, UP], -1).flatten()[None])[0].float()
+    return bool(torch.allclose(reference.activate(GATE, UP, *gate), answer, rtol=1e-5, atol=1e-5))
+
+
 def gate_of_mlp(mlp: Any, where: str) -> Gate:
     """The same of a module with gate_proj and up_proj, or gate_up_proj, and down_proj."""
     fed = {"gate_proj": _Answers(GATE), "up_proj": _Answers(UP), "gate_up_proj": _Answers(torch.cat([GATE, UP]))}

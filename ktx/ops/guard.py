@@ -30,7 +30,7 @@ from ktx.ops.changes import Changes, edits
 GLOBAL = _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
 SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype)
 IGNORED = frozenset(  # torch's own, of which parameters, buffers, children and hooks are looked at by themselves
-    {*nn.Module().__dict__, "training", "path", "home"}
+    {*nn.Module().__dict__, "training", "path", "home", "is_ready"}
 )
 
 
@@ -43,7 +43,7 @@ class State:
 
     def _said(self) -> dict[Any, Any]:
         module = self.module
-        derived = module.derived if isinstance(module, Operator) else frozenset()
+        derived = {*module.derived, *module.remade} if isinstance(module, Operator) else ()
         said: dict[Any, Any] = {type: type(module)}
         for name, value in module.__dict__.items():
             if name not in IGNORED and name not in derived:
@@ -163,7 +163,9 @@ class Shortcut(Protocol):
 def current(owner: nn.Module, name: str = "block") -> Any:
     """The shortcut in an attribute of its owner if it stands for what its modules are now, made anew where settings or weights have changed; else None."""
     made = owner.__dict__.get(name)
-    if made is None or made.guard.holds():
+    if made is None or torch.compiler.is_compiling():  # a graph holds the kernels that children call
+        return None
+    if made.guard.holds():
         return made
     if not made.guard.worth_another():
         return None
@@ -183,6 +185,13 @@ class Inside:
     @classmethod
     def of(cls, owner: nn.Module) -> Inside:
         return cls(owner)
+
+
+def listened(owner: nn.Module) -> bool:
+    """Whether that is not so (its attribute `inside`); in a graph nobody listens."""
+    if owner.__dict__.get("inside") is None or torch.compiler.is_compiling():
+        return False
+    return current(owner, "inside") is None
 
 
 def below(owner: nn.Module) -> list[nn.Module]:

@@ -48,7 +48,7 @@ MISSES, REST = 3, 100  # calls in a row whose results were not asked for, and ho
 class Layer(Operator):
     """Its children stay modules of their own and are called one by one whenever a block of theirs cannot do it, or somebody listens to one."""
 
-    derived = frozenset({"block", "stretch"})
+    remade = ("block", "stretch")
     block: Block | None
     stretch: Stretch | None  # of which it is the first layer
 
@@ -65,6 +65,10 @@ class Layer(Operator):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given, cache = self.call.split((hidden_states, *args), kwargs)
+        if (
+            torch.compiler.is_compiling()
+        ):  # a graph holds the kernels that children call; what a tensor carries is not in it
+            return super().forward(**self.call.joined(given, cache))
         asked = Asked(given.get("attention_mask"), given.get("position_embeddings"), cache)
         ahead = hidden_states.__dict__.get("ktx_ahead")
         if ahead is not None and ahead.layer is self and ahead.answers(hidden_states, asked):

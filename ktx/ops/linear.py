@@ -10,7 +10,8 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
-from ktx.ops.base import Context, Operator, is_plain, packed_as
+from ktx.ops.base import Context, Operator, as_weights, is_plain, packed_as
+from ktx.ops.floats import Floats, matrix, plain
 from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
 from ktx.weights.source import QuantizedTensor, WeightSource
 
@@ -63,41 +64,47 @@ class Linear(Operator, nn.Linear):
         y = torch.cat([cpu.linear(x, part) for part in self.parts], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def floats(self) -> dict[str, Floats]:
+        self.on_cpu()
+        bias = {} if self.bias is None else {"bias": plain(self.bias)}
+        return {"weight": self.rows()} | bias
+
+    def rows(self) -> Floats:
+        """Its weight f32 [out_features, in_features]."""
+        return matrix(self.parts)
+
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        if "weight" in values:
+            self.parts = [packed_as(as_weights(values["weight"]), self.target)]
+        if "bias" in values:
+            self.bias = values["bias"].float().clone()
+
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """[out_features, in_features], read-only."""
-        return shown(self, "+".join(part.qtype.name for part in self.parts))  # type: ignore[no-any-return]
+        """[out_features, in_features], read-only: see ktx.ops.floats."""
+        return shown(self, self.rows())
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of its weight."""
-        return self.out_features, self.in_features
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._replace(value, "given")
+            alone(self)  # a tied output layer and its embedding are no longer that, as in transformers
+        else:
+            super().__setattr__(name, value)
 
-    def floats(self) -> torch.Tensor:
-        """Its weight f32 [out_features, in_features], in memory of its own."""
-        return torch.cat([part.rows(torch.arange(part.n, device="cpu")) for part in self.parts])
+    def _replace(self, values: Any, dtype: str | None) -> None:
+        values = fitting(self.path, values, (self.out_features, self.in_features))
+        self.parts = [self.packed_from(quantized(values, [part.qtype for part in self.parts], self.path, dtype))]
 
     def packed_from(self, weight: QuantizedTensor) -> Any:
         """A part made of rows."""
         return cpu.pack(weight)
 
-    def _replace(self, values: Any, dtype: str | None) -> None:
-        types = [part.qtype for part in self.parts]
-        self.parts = [self.packed_from(quantized(fitting(self.path, values, self.shape), types, self.path, dtype))]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            self._replace(value, None)
-            alone(self)  # a tied output layer and its embedding are no longer that, as in transformers
-        else:
-            super().__setattr__(name, value)
-
-    def take(self, name: str, expert: int | None) -> torch.Tensor:
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
         """For ktx.edit."""
         only_weight(self, name, expert)
-        return self.floats()
+        return self.rows().values(torch.float32)
 
-    def put(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
         """For ktx.edit: the embedding whose matrix it shares has the same one afterwards."""
         self._replace(values, dtype)
         share(self, self.parts[0])
@@ -105,7 +112,7 @@ class Linear(Operator, nn.Linear):
     def plain(self, dtype: torch.dtype | None) -> nn.Linear:
         """For ktx.dequantize."""
         made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        made.weight = nn.Parameter(self.floats().to(dtype or self.dtype), requires_grad=False)
+        made.weight = nn.Parameter(self.rows().values(dtype or self.dtype).to(self.home.torch), requires_grad=False)
         if self.bias is not None:
             made.bias = nn.Parameter(self.bias.to(dtype or self.dtype, copy=True), requires_grad=False)
         return made

@@ -22,6 +22,7 @@ from ktx.kernels.kept import kept
 from ktx.ops import contract
 from ktx.ops.attention_weights import Choice, attention_weights, by_function, reads_no_pages
 from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.floats import Floats
 from ktx.ops.fused import (
     NOTHING,
     Before,
@@ -59,7 +60,7 @@ class MLA(Operator):
     """
 
     consumes = ("kv_b_proj",)
-    derived = frozenset({"block"})
+    remade = ("block",)
     reads = frozenset({"scaling", "w_uk_t", "w_uv", "w_uk"})
     ours = True  # as ktx.ops.attention.Attention has it
     w_uk_t: Any
@@ -85,6 +86,7 @@ class MLA(Operator):
         pairs = _pairs(rope or ROPE.get(type(old).__name__, ""), old, ctx)
         new: MLA = adopt(cls, old, ctx)
         del new._modules["kv_b_proj"]
+        new.dtype = ctx.dtype
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
         new.interleaved, new.backend = pairs == "interleaved", known_backend(backend)
         new.choice = Choice(old.config)
@@ -113,28 +115,23 @@ class MLA(Operator):
         """W_UK transposed, W_UV, and unless one form serves any length W_UK once more, rows along the latent, for expanding."""
         k_b, v_b = (source.get(name) for name in self.tensors())
         spec = source.spec(self.tensors()[0])
-        coarse = spec is not None and not spec.qtype.is_float and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
-        return self._packed_from(k_b, v_b, self.is_exact(source), coarse)
+        return self._packed(k_b, v_b, self.is_exact(source), spec is not None and not spec.qtype.is_float)
 
-    def _packed_from(self, k_b: QuantizedTensor, v_b: QuantizedTensor, exact: bool, coarse: bool) -> list[cpu.Packed]:
+    def _packed(self, k_b: QuantizedTensor, v_b: QuantizedTensor, exact: bool, quantised: bool) -> list[cpu.Packed]:
         packed = [cpu.pack(as_half(k_b, exact)), cpu.pack(as_half(v_b, exact))]
         if not self.absorb_for_prefill:
             w_uk = QuantizedTensor.of(k_b.dequantize().transpose(1, 2).reshape(-1, self.kv_lora_rank))
+            coarse = quantised and self.kv_lora_rank % QTYPES["Q8_0"].block == 0
             packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(as_half(w_uk, exact)))
         return packed
 
-    def take(self, name: str, expert: int | None) -> torch.Tensor:
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
         """For ktx.edit: kv_b_proj's weight f32 [heads * (nope + v), rank], as transformers has it."""
         if name != "kv_b_proj" or expert is not None:
             raise UsageError(f"{self.path}: an MLA has one matrix of its own: ktx.edit(module, 'kv_b_proj')")
-        self._editable()
-        halves = self.w_uk_t.floats().transpose(1, 2), self.w_uv.floats()
-        return torch.cat(halves, 1).reshape(-1, self.kv_lora_rank)
+        return self.floats()["kv_b_proj.weight"].values(torch.float32)
 
-    def _editable(self) -> None:
-        """UsageError where the matrices cannot be made anew; here they can."""
-
-    def put(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
         """For ktx.edit: both halves become F32 where they were that or `dtype` says so, else F16."""
         if dtype not in (None, "F16", "F32"):
             raise UsageError(f"{self.path}: kv_b_proj is packed as F16 or F32, not as {dtype}")
@@ -143,7 +140,7 @@ class MLA(Operator):
         k, v = values.view(heads, -1, rank).split([self.qk_nope_head_dim, self.v_head_dim], 1)
         exact = dtype == "F32" or (dtype is None and self.w_uk_t.qtype is QTYPES["F32"])
         halves = [QuantizedTensor.of(half.contiguous()) for half in (k.transpose(1, 2), v)]
-        packed = self._packed_from(halves[0], halves[1], exact, False)
+        packed = self._packed(halves[0], halves[1], exact, False)
         self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
     def is_exact(self, source: WeightSource) -> bool:
@@ -349,6 +346,24 @@ class MLA(Operator):
             return cpu.linear(flat, _rows(cpu.Packed(w.data, w.qtype, w.matrices * w.n, w.k), heads, w.n), wide=True)
         return cpu.linear_batched(flat.expand(w.matrices, -1, -1), w).transpose(0, 1).reshape(len(flat), -1)
 
+    def floats(self) -> dict[str, Floats]:
+        self.on_cpu()
+        k, v = self.w_uk_t, self.w_uv
+        each = k.k + v.n  # rows of a head
+
+        def read(first: int, last: int) -> torch.Tensor:
+            heads = range(first // each, -(-last // each))
+            rows = [torch.cat([_head(k, head).T, _head(v, head)]) for head in heads]
+            return torch.cat(rows)[first - heads.start * each : last - heads.start * each]
+
+        return {"kv_b_proj.weight": Floats((k.matrices * each, k.n), read, k.data.data_ptr())}
+
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        heads = values["kv_b_proj.weight"].float().reshape(self.num_heads, -1, self.kv_lora_rank)
+        k_b, v_b = heads.split([self.qk_nope_head_dim, self.v_head_dim], 1)
+        packed = self._packed(QuantizedTensor.of(k_b.transpose(1, 2)), QuantizedTensor.of(v_b), True, False)
+        self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
+
     def weight_bytes(self) -> tuple[int, int]:
         read = sum(w.nbytes for w in (self.w_uk_t, self.w_uv) if w is not None)
         return read + (0 if self.w_uk is None else self.w_uk.nbytes), read
@@ -418,6 +433,13 @@ def _pairs(rope: str, old: Any, ctx: Context) -> str:
             " differ, say so by the option rope: interleaved, halves or config"
         )
     return rope
+
+
+def _head(w: cpu.Packed, head: int) -> torch.Tensor:
+    """f32 [n, k]: a head's matrix."""
+    size = w.nbytes // w.matrices
+    one = cpu.Packed(w.data[head * size : (head + 1) * size], w.qtype, w.n, w.k)
+    return one.rows(torch.arange(w.n, device="cpu"))
 
 
 def _rows(w: cpu.Packed, heads: range, each: int) -> cpu.Packed:

@@ -13,7 +13,7 @@ from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import Made, Matrices, plain_linear
 from ktx.ops.gates import PLAIN, gate_of_mlp
-from ktx.ops.guard import Guard, Inside, below, current
+from ktx.ops.guard import Guard, Inside, below, current, listened
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -78,7 +78,7 @@ class MLP(Operator):
     Where somebody listens to one of its children, or has exchanged one, it is transformers' own forward that calls them, the activation too.
     """
 
-    derived = frozenset({"fused", "block", "inside"})
+    remade = ("inside", "fused", "block")
     inside: Inside | None
     fused: Fused | None
     block: Block | None
@@ -102,7 +102,7 @@ class MLP(Operator):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (fused := current(self, "fused")) is not None:
             return fused(x)
-        if self.inside is not None and current(self, "inside") is None:
+        if listened(self):
             return super().forward(x)  # type: ignore[no-any-return]
         return self.computed(x)
 

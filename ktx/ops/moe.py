@@ -12,7 +12,7 @@ from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, is_ours
 from ktx.ops.experts import Experts
 from ktx.ops.fused import MOST, NOTHING, Before, Made, Matrices, plain_linear
-from ktx.ops.guard import Guard, Inside, below, current
+from ktx.ops.guard import Guard, Inside, below, current, listened
 from ktx.ops.mlp import MLP, Fused
 from ktx.ops.router import Router
 
@@ -28,7 +28,8 @@ class MoE(Operator):
     Where somebody listens to a module inside, or has exchanged one, it is transformers' own forward that calls them, in its order and with its shapes.
     """
 
-    derived = frozenset({"block", "link", "inside"})
+    remade = ("inside", "block")
+    derived = frozenset({"link"})
     inside: Inside | None
     reads = frozenset({"e_score_correction_bias"})
     block: Block | None
@@ -51,7 +52,7 @@ class MoE(Operator):
 
     def listened(self) -> bool:
         """Whether a module inside is listened to or exchanged, and transformers' own forward can compute with what is there; experts that are put off it cannot."""
-        return self.link is None and self.inside is not None and current(self, "inside") is None
+        return self.link is None and listened(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.training and getattr(self, "jitter_noise", 0.0) > 0:

@@ -18,7 +18,7 @@ from ktx.ops.gates import refused, stand_in
 class RMSNorm(Operator):
     """x / rms(x) * weight (or 1 + weight for the families that store it so), in f32."""
 
-    derived = frozenset({"converted"})
+    remade = ("converted",)
     reads = frozenset({"weight", "variance_epsilon", "eps"})
 
     @classmethod

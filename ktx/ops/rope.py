@@ -16,7 +16,7 @@ class RotaryEmbedding(Operator):
     Tables whose frequencies depend on the length (dynamic NTK, long-rope) are left to transformers' own forward.
     """
 
-    derived = frozenset({"table"})
+    remade = ("table",)
     table: (
         tuple[int, Any, torch.Tensor, float] | None
     )  # positions, tables, and the frequencies and scaling that they are of
@@ -30,6 +30,8 @@ class RotaryEmbedding(Operator):
         return new
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a graph has no positions to look up
+            return super().forward(x, position_ids, *args, **kwargs)
         if not self.fixed or args or kwargs or position_ids.dim() != 2:
             counts = getattr(position_ids, "ktx_counts", None)
             if counts is None or self.fixed:

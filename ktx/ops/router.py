@@ -48,6 +48,8 @@ STYLES: dict[str, Style] = {
 class Router(Operator):
     """Stands in for the routers of STYLES; same weights, same return (logits, weights, ids)."""
 
+    remade = ("packed", "in_f32")
+
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Router:
         name = known_class(old, STYLES, ctx, "no routing style is known for {}")

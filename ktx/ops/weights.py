@@ -1,126 +1,31 @@
-"""Packed weights as tensors: to be read where they are asked for, and edited as a whole.
-
-A packed matrix has no floats that one could write to. What it shows as `weight` is computed when it is read and refuses to be written; `edit` gives
-a matrix in f32 and packs what was made of it.
-"""
+"""Packed weights that are edited: `ktx.edit` gives a matrix in f32 and packs what was made of it, `ktx.dequantize` gives torch's own module back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from ktx.errors import UsageError, nearest
+from ktx.ops.floats import Dequantized, Floats
 from ktx.qtypes import QTYPES, QType
 from ktx.quantize import quantize
 from ktx.weights.source import QuantizedTensor
 
-ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
-
-class PackedWeight(torch.Tensor):
-    """A matrix [n, k] of a dtype that is dequantised at each operation on it and takes no memory before. Read-only: UsageError for what would write to it."""
-
-    dense: Callable[[], torch.Tensor]
-    says: str
-    replace: Callable[[torch.Tensor], None] | None = None  # packs other values; a view has none
-
-    @staticmethod
-    def __new__(
-        cls, dense: Callable[[], torch.Tensor], shape: Sequence[int], dtype: torch.dtype, device: Any, says: str
-    ) -> Any:
-        made: Any = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # type: ignore[attr-defined]
-        made.dense, made.says = dense, says
-        return made
-
-    def __init__(self, *args: Any):
-        super().__init__()
-
-    @property  # type: ignore[override]
-    def data(self) -> torch.Tensor:
-        """The same, read-only too; what is assigned to it is packed."""
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
-
-    @data.setter
-    def data(self, values: torch.Tensor) -> None:
-        if self.replace is None:
-            raise UsageError(self.says)
-        self.replace(values)
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        kwargs = kwargs or {}
-        schema = func._schema
-        for i, argument in enumerate(schema.arguments):
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise UsageError(value.says)
-        if func in ALIASES:
-            (given,) = args
-            return cls(given.dense, given.shape, given.dtype, given.device, given.says)
-        given = next(value for value in _flat((args, kwargs)) if isinstance(value, cls))
-        out = func(*tree_map(_dense, args), **tree_map(_dense, kwargs))
-        if not any(result.alias_info is not None for result in schema.returns):
-            return out
-        return tree_map(lambda x: _view(cls, x, given.says), out)
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """A read-only array."""
-        found = self.dense().numpy(force=force)
-        found.flags.writeable = False
-        return found
-
-    def tolist(self) -> Any:
-        return self.dense().tolist()  # type: ignore[no-untyped-call]
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"PackedWeight({self.dense()!r})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
-        return self.dense().clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dense().__reduce_ex__(protocol)
-
-
-def _dense(value: Any) -> Any:
-    return value.dense() if isinstance(value, PackedWeight) else value
-
-
-def _view(cls: type[PackedWeight], value: Any, says: str) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return cls(lambda: value, value.shape, value.dtype, value.device, says)
-
-
-def _flat(values: Any) -> Iterator[Any]:
-    for value in values.values() if isinstance(values, dict) else values:
-        if isinstance(value, tuple | list | dict):
-            yield from _flat(value)
-        else:
-            yield value
-
-
-def shown(module: Any, types: str) -> Any:
-    """What a module with `floats` and a `shape` shows as its weight."""
-    dtype = module.dtype
-    says = (
-        f"{module.path}.weight is packed ({types}) and cannot be written to: edit it in `with ktx.edit(module) as weight:`, assign a tensor to module.weight, or"
-        " put ktx.dequantize(module) in the module's place"
-    )
-    made = PackedWeight(lambda: module.floats().to(dtype), module.shape, dtype, module.home.torch, says)
-    made.replace = lambda values: module.put(values, "weight", None, None)
-    return made
+def shown(module: Any, floats: Floats) -> torch.Tensor:
+    """What a module with one matrix shows as its weight."""
+    replace = lambda values: module.pack_again(values, "weight", None, "given")  # noqa: E731
+    return Dequantized(floats, module.dtype, f"{module.path}.weight", module.home.torch, replace)
 
 
 def quantized(values: torch.Tensor, before: Sequence[QType], path: str, dtype: str | None) -> QuantizedTensor:
     """Edited values [n, k] as they are packed: as `dtype` says, else as F32 where they were that, F16 where that holds them, F32 where it does not."""
+    if dtype == "given":  # as the floats they are
+        dtype = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(values.dtype, "F32")
     values = values.detach().to("cpu", torch.float32).contiguous()
     if dtype is None:
         half = all(qtype.name != "F32" for qtype in before) and bool(
@@ -172,7 +77,7 @@ def edit(
     F16 (F32 where it was that, or holds numbers that F16 does not), experts keep the type that all of a layer have in common. An embedding and the output
     layer that is tied to it change together. UsageError for a module that has no packed weights, or no such one. If the block raises, nothing changes.
     """
-    take, put = getattr(module, "take", None), getattr(module, "put", None)
+    take, put = getattr(module, "matrix_of", None), getattr(module, "pack_again", None)
     if take is None or put is None:
         raise UsageError(
             f"{type(module).__name__} has no packed weights: ktx.edit takes Linear, Embedding, Experts and MLA; other parameters are edited as torch's"

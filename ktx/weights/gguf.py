@@ -41,6 +41,15 @@ class GGUFSource:
         self._lock = Lock()
         self._recipes: dict[str, Recipe | None] = {}
 
+    def __copy__(self) -> GGUFSource:
+        return self  # an open file: copies of a plan read the same one
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GGUFSource:
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(self), (Path(self.path).absolute(), self.config)  # opened again
+
     def recipe(self, name: str) -> Recipe | None:
         if name not in self._recipes:
             self._recipes[name] = self.names.recipe(name)

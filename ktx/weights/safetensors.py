@@ -80,6 +80,15 @@ class SafetensorsSource:
         self._maps: dict[str, mmap.mmap] = {}
         self._lock = Lock()
 
+    def __copy__(self) -> SafetensorsSource:
+        return self  # an open file: copies of a plan read the same one
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SafetensorsSource:
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(self), (Path(self.path).absolute(), self.config)  # opened again
+
     # ---- what is there
 
     @cached_property

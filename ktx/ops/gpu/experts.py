@@ -39,7 +39,7 @@ class Experts(experts.Experts):
     def ready(self) -> None:
         self.chosen = torch.zeros(self.total, dtype=torch.int64, device=self.home.torch)
 
-    def take(self, name: str, expert: int | None) -> torch.Tensor:
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
         raise UsageError(f"{self.path}: experts on a GPU cannot be edited; load the model with moe_device='cpu'")
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

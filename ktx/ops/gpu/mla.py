@@ -42,9 +42,6 @@ class MLA(mla.MLA):
         halves = [mla.as_half(source.get(name), exact) for name in self.tensors()]
         self.w_uk_t, self.w_uv = (gpu_linear.pack(half, device=self.home.torch) for half in halves)
 
-    def _editable(self) -> None:
-        raise UsageError(f"{self.path}: kv_b_proj on a GPU cannot be edited; load the model with device='cpu'")
-
     def ready(self) -> None:
         self.block = None
 

@@ -1,0 +1,192 @@
+"""Packed weights as the floats that they stand for, under the names that the replaced module has for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from ktx.errors import UsageError
+from ktx.kernels import cpu
+
+CPU = torch.device("cpu")
+SPAN = 1 << 26  # numbers that are dequantised at once
+
+
+@dataclass(frozen=True)
+class Floats:
+    """A parameter: its shape, and its values f32 [last - first, ...] from one index of the first dimension to another. `place` is where its first packed bytes are."""
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], torch.Tensor]
+    place: int
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """All of it, a span at a time."""
+        if not self.shape:
+            return self.read(0, 1).to(dtype)
+        out = torch.empty(self.shape, dtype=dtype, device="cpu")
+        for first, last in self.spans():
+            out[first:last] = self.read(first, last)
+        return out
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Where to cut the first dimension, so that a piece has at most SPAN numbers."""
+        length, step = self.shape[0], max(1, SPAN // max(1, math.prod(self.shape[1:])))
+        return [(first, min(first + step, length)) for first in range(0, length, step)]
+
+
+def plain(values: torch.Tensor) -> Floats:
+    """What is not packed but no parameter either: biases."""
+    read = lambda first, last: values[first:last] if values.dim() else values  # noqa: E731
+    return Floats(tuple(values.shape), read, values.data_ptr())
+
+
+def rows_of(parts: Sequence[cpu.Packed], first: int, last: int) -> torch.Tensor:
+    """f32 rows of a matrix in parts."""
+    found, at = [], 0
+    for part in parts:
+        begin, end = max(first - at, 0), min(last - at, part.n)
+        if begin < end:
+            found.append(part.rows(torch.arange(begin, end, device="cpu")))
+        at += part.n
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def matrix(parts: Sequence[cpu.Packed]) -> Floats:
+    """[rows, columns], rows of one part after those of another."""
+    return Floats(
+        (sum(part.n for part in parts), parts[0].k),
+        lambda first, last: rows_of(parts, first, last),
+        parts[0].data.data_ptr(),
+    )
+
+
+def experts(halves: Sequence[cpu.Packed], interleaved: bool = False, transposed: bool = False) -> Floats:
+    """[experts, rows, columns] of one projection, or of two in one: rows behind each other, or in turns."""
+    count, n, k = halves[0].matrices, halves[0].n * len(halves), halves[0].k
+
+    def one(number: int) -> torch.Tensor:
+        own = [packed.matrix(number).rows(torch.arange(packed.n, device="cpu")) for packed in halves]
+        values = own[0] if len(own) == 1 else torch.stack(own, 1).flatten(0, 1) if interleaved else torch.cat(own)
+        return values.T if transposed else values
+
+    shape = (count, k, n) if transposed else (count, n, k)
+    read = lambda first, last: torch.stack([one(number) for number in range(first, last)])  # noqa: E731
+    return Floats(shape, read, halves[0].data.data_ptr())
+
+
+READ_ONLY = (
+    "{} is packed and cannot be written to: edit it in `with ktx.edit(module) as weight:`, assign a tensor to module.weight, give other values to"
+    " model.load_state_dict({{...}}, strict=False), or put ktx.dequantize(module) in the module's place"
+)
+ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+
+class Dequantized(torch.Tensor):
+    """A packed weight as a tensor that nobody can write to: it takes no memory, every operation on its values dequantises them. UsageError for what would write."""
+
+    floats: Floats
+    label: str  # for messages
+    replace: Callable[[torch.Tensor], None] | None = None  # packs other values; a view has none
+    held: torch.Tensor | None = None
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls,
+        floats: Floats,
+        dtype: torch.dtype,
+        label: str = "this weight",
+        device: torch.device = CPU,
+        replace: Callable[[torch.Tensor], None] | None = None,
+    ) -> Dequantized:
+        made: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=device)
+        made.floats, made.label, made.replace = floats, label, replace
+        return made
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
+
+    def dequantized(self) -> torch.Tensor:
+        """The values as a plain tensor of its own."""
+        return self.floats.values(self.dtype).to(self.device)
+
+    @property  # type: ignore[override]
+    def data(self) -> torch.Tensor:
+        """The same, read-only too; what is assigned to it is packed."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        if self.replace is None:
+            raise UsageError(READ_ONLY.format(self.label))
+        self.replace(values)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        if func in ALIASES:
+            given = args[0]
+            return cls(given.floats, given.dtype, given.label, given.device)
+        name = "this weight"
+        for i, argument in enumerate(func._schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if isinstance(value, cls):
+                name = value.label
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    raise UsageError(READ_ONLY.format(name))
+        args, kwargs = tree_map_only(Dequantized, Dequantized.dequantized, (args, kwargs))
+        out = func(*args, **kwargs)
+        if any(
+            result.alias_info is not None for result in func._schema.returns
+        ):  # what is written to a view would be lost
+            out = tree_map_only(
+                torch.Tensor, lambda view: cls(plain(view), view.dtype, f"a view of {name}", view.device), out
+            )
+        return out
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """A read-only array."""
+        found = self.dequantized().numpy(*args, **kwargs)
+        found.flags.writeable = False
+        return found
+
+    def tolist(self) -> Any:
+        return self.dequantized().tolist()  # type: ignore[no-untyped-call]
+
+    def untyped_storage(self) -> Any:
+        return _Place(self.floats.place, self.nbytes)
+
+    def data_ptr(self) -> int:
+        """Of the values, which are in memory from now on as long as this tensor is."""
+        if self.held is None:
+            self.held = self.dequantized()
+        return self.held.data_ptr()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dequantized().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Dequantized:
+        return self
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"Dequantized({list(self.shape)}, {self.dtype})"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What tells programs that look for shared memory which weights are the same."""
+
+    place: int
+    size: int
+
+    def data_ptr(self) -> int:
+        return self.place
+
+    def nbytes(self) -> int:
+        return self.size
