@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from ktx.ops.base import Context as Context
     from ktx.ops.base import Operator as Operator
     from ktx.ops.base import register as register
+    from ktx.ops.weights import dequantize as dequantize
+    from ktx.ops.weights import edit as edit
     from ktx.preparing import plan as plan
     from ktx.rules import Rule as Rule
 
 __version__ = "0.1.0"
-__all__ = ["Context", "Operator", "Plan", "Rule", "load", "plan", "register"]
+__all__ = ["Context", "Operator", "Plan", "Rule", "dequantize", "edit", "load", "plan", "register"]
 
 # torch's OpenMP threads spin for milliseconds after their work, on the cores where our kernels' threads want to run: prefill lost
 # 15 %. The runtime reads this when torch is imported, so it only helps where ktx comes first.
@@ -28,6 +30,8 @@ _HOMES = {
     "Operator": "ktx.ops.base",
     "register": "ktx.ops.base",
     "Rule": "ktx.rules",
+    "dequantize": "ktx.ops.weights",
+    "edit": "ktx.ops.weights",
     "load": "ktx.loading",
     "plan": "ktx.preparing",
 }

@@ -116,6 +116,38 @@ def keeps_own_cache(model: Any) -> bool:
     return not model._supports_default_dynamic_cache()
 
 
+@functools.cache
+def _collector() -> Any:
+    """Where transformers keeps what the forward under way collects from its modules; each thread has its own."""
+    from transformers.utils.output_capturing import _active_collector
+
+    return _active_collector
+
+
+def collects(what: str) -> bool:
+    """Whether the forward under way collects outputs of a kind ("attentions") from its modules, by an argument or by its configuration."""
+    wanted = _collector().get()
+    return wanted is not None and what in wanted
+
+
+def records() -> bool:
+    """Whether the forward under way collects outputs of any kind from its modules."""
+    return bool(_collector().get())
+
+
+def is_recorder(hook: Any) -> bool:
+    """Whether a hook is one that transformers leaves on modules after the first forward that collected outputs: it does nothing in others."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+def attention_function(name: str) -> Callable[..., Any]:
+    """The attention function that transformers knows by a name. KeyError for one that it does not know."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, None)  # type: ignore[arg-type]
+    return found
+
+
 def written_form(model: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """A function from a model's own parameters to a checkpoint's, as `save_pretrained` writes them: other names, stacked experts apart. It takes some of them too."""
     from types import SimpleNamespace

@@ -44,6 +44,10 @@ class BadFile(KtxError):
     exit_code = 4
 
 
+class NoGradient(UsageError):
+    """Autograd, or forward-mode differentiation, would record what has no gradient; forward raises it."""
+
+
 class SelfTestFailed(KtxError):
     """A model that was loaded computes what cannot be right: its cache is not read, or numbers are none."""
 

@@ -65,6 +65,7 @@ def fill(
             owner = model.get_submodule(module.tied_to.rpartition(".")[0])
             if isinstance(owner, Embedding) and owner.packed is not None:
                 module.parts = [owner.packed]
+                module.ties = owner.ties = [*owner.ties, module] if owner.ties else [owner, module]
             module.load(source)
 
 
@@ -117,8 +118,11 @@ def repair(model: Any, made: Plan) -> None:
     for target in dict(getattr(model, "all_tied_weights_keys", None) or {}):
         module, _, name = target.rpartition(".")
         owner = model.get_submodule(module)
-        if isinstance(owner, nn.Linear):  # kept by the rules: tied as transformers does
-            source = model.get_submodule(model.all_tied_weights_keys[target].rpartition(".")[0]).weight
+        if isinstance(owner, nn.Linear) and not isinstance(
+            owner, Operator
+        ):  # the rules leave it: tied as transformers does
+            of = model.get_submodule(model.all_tied_weights_keys[target].rpartition(".")[0])
+            source = of.rows().values(of.dtype) if isinstance(of, Embedding) else of.weight
             source = source.to(made.devices[module].torch)
             owner._parameters[name] = (
                 source if isinstance(source, nn.Parameter) else nn.Parameter(source, requires_grad=False)

@@ -179,6 +179,7 @@ def load(
     repair(built, made)
     for module in reversed(list(built.modules())):  # children before their parents
         if isinstance(module, Operator):
+            module.enliven()
             module.ready()
             module.is_ready = True
     homes = {built.get_submodule(path): place for path, place in made.devices.items()}

@@ -99,8 +99,10 @@ class Model(PreTrainedModel):
     def _remake(self) -> None:
         """After weights have changed: output layers are tied again, and what was made of weights is made anew."""
         for target, origin in dict(self.all_tied_weights_keys or {}).items():
-            head, embedding = (self.get_submodule(name.rpartition(".")[0]) for name in (target, origin))
-            if isinstance(head, Linear) and head.tied_to and isinstance(embedding, Embedding) and embedding.packed:
+            found: list[Any] = [self.get_submodule(name.rpartition(".")[0]) for name in (target, origin)]
+            head, embedding = found
+            tied = isinstance(head, Linear) and any(other is embedding for other in head.ties)
+            if tied and isinstance(embedding, Embedding):
                 head.parts = [embedding.packed]
         for module in reversed(list(self.modules())):  # children before their parents
             if isinstance(module, Operator):
@@ -144,14 +146,11 @@ class Model(PreTrainedModel):
     def _plain_embeddings(self) -> None:
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if isinstance(embedding, Embedding):
-            weight = embedding.floats()["weight"].values(embedding.dtype)
-            plain = nn.Embedding.from_pretrained(weight, freeze=True, padding_idx=embedding.padding_idx)
-            self.set_input_embeddings(plain)
+            embedding.on_cpu()
+            self.set_input_embeddings(embedding.plain(None))
         if isinstance(head, Linear):
-            values = {name: floats.values(head.dtype) for name, floats in head.floats().items()}
-            new = nn.Linear(head.in_features, head.out_features, "bias" in values, device="meta", dtype=head.dtype)
-            for name, value in values.items():
-                setattr(new, name, nn.Parameter(value, requires_grad=False))
+            head.on_cpu()
+            new = head.plain(None)
             if head.tied_to and isinstance(tied := self.get_input_embeddings(), nn.Embedding):
                 new.weight = tied.weight
             self.set_output_embeddings(new)

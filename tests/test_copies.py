@@ -291,5 +291,5 @@ def test_children_answer(chat, how):
 
 def test_a_layer_of_its_own_makes_its_shortcuts_anew(chat):
     layer = copy.deepcopy(chat.model.layers[0])
-    assert isinstance(layer, Layer) and layer.watch is not None and layer.watch.holds() and layer.stretch is None
+    assert isinstance(layer, Layer) and layer.block is not None and layer.block.holds() and layer.stretch is None
     assert all(module.is_ready for module in layer.modules() if isinstance(module, Operator))

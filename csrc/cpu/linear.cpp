@@ -207,13 +207,19 @@ void quantise_rows(const Layout& layout, const float* x, int64_t count, int64_t 
 
 void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const int64_t* rows, int64_t count, float* out) {
   const size_t stride = group_bytes(layout, k);
+  std::vector<int64_t> runs;  // where rows of one group begin that follow one another: a group is unpacked once for all of them
+  for (int64_t i = 0; i < count; ++i)
+    if (!i || rows[i] / 16 != rows[i - 1] / 16) runs.push_back(i);
+  runs.push_back(count);
   Queue queue;
   parallel([&](int) {
     member_scratch.reset(size_t(k) * 64 + 64);
     float* lanes = member_scratch.take<float>(k * 16);
-    for (int64_t i; (i = queue.take()) < count;) {
-      kernels().unpack(layout, packed + rows[i] / 16 * stride, k, lanes);
-      for (int64_t c = 0; c < k; ++c) out[i * k + c] = lanes[c * 16 + rows[i] % 16];
+    for (int64_t run; (run = queue.take()) + 1 < int64_t(runs.size());) {
+      kernels().unpack(layout, packed + rows[runs[run]] / 16 * stride, k, lanes);
+      for (int64_t from = 0; from < k; from += 128)  // columns whose lanes stay in the first-level cache
+        for (int64_t i = runs[run]; i < runs[run + 1]; ++i)
+          for (int64_t c = from; c < std::min(k, from + 128); ++c) out[i * k + c] = lanes[c * 16 + rows[i] % 16];
     }
   });
 }

@@ -8,6 +8,7 @@ recurrent layers (linear attention) stay transformers' own and cannot.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
+from ktx.kernels.gradients import WITHOUT_CACHE, recorded, refuse
 from ktx.qtypes import QTYPES
 
 CPU = torch.device("cpu")
@@ -34,6 +36,7 @@ KV_TYPES: dict[str, KVType] = {
 E4M3 = torch.float8_e4m3fn
 E4M3_MOST = torch.finfo(E4M3).max
 ON_GPU: dict[KVType, torch.dtype] = {Q8_0: torch.float16, FP8: E4M3}  # no kernel there knows blocks
+NAMES = ("keys", "values")
 PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses keep states of other kinds beside keys
 
 
@@ -58,6 +61,11 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return cpu.ops.empty_packed(nbytes).view(dtype).view(shape)
 
 
+def capacity(positions: int) -> int:
+    """Positions that a buffer for so many has."""
+    return max(FIRST, 1 << (positions - 1).bit_length())
+
+
 def stored_row(store: KVType, columns: int, own: torch.dtype, device: torch.device) -> tuple[int, torch.dtype]:
     """Elements and type of a stored row; columns that are no whole blocks of Q8_0 are kept in f16."""
     if not isinstance(store, str):
@@ -70,7 +78,12 @@ def stored_row(store: KVType, columns: int, own: torch.dtype, device: torch.devi
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values [batch, heads, length, columns] as views of larger buffers."""
+    """Keys and values [batch, heads, length, columns] as views of larger buffers.
+
+    A script may edit `keys` and `values` in place, or assign others, of another length or batch too, as it may in transformers' own layer. What is assigned waits
+    in `given` until the layer is used next. A buffer that was handed out (`lent`) is not written to again: the next token goes to a copy, as
+    transformers copies at each token.
+    """
 
     is_sliding = False
     is_croppable = True
@@ -78,7 +91,20 @@ class GrowingLayer(DynamicLayer):
     def __init__(self, dtype: KVType = torch.float16):
         self.store_dtype, self.length, self.columns = dtype, 0, (0, 0)
         self.buffers: list[torch.Tensor] = []
+        self.given: dict[int, torch.Tensor] = {}
+        self.lent = False
         super().__init__()
+
+    @classmethod
+    def replace(cls, layer: Any, dtype: KVType) -> None:
+        """Makes transformers' layer with keys and values one that grows in place; who holds the layer holds this one."""
+        given = {0: layer.keys, 1: layer.values}
+        for name in NAMES:
+            del layer.__dict__[name]
+        object.__setattr__(layer, "__class__", cls)
+        cls.__init__(layer, dtype)
+        layer.given = given
+        layer.settle()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         values = key_states if value_states is None else value_states
@@ -94,25 +120,57 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [batch, heads, new, columns] and returns everything stored so far."""
+        """Appends [batch, heads, new, columns] and returns everything stored so far. ValueError for another batch, or heads of another number or width."""
+        self.settle()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        for states, buffer, columns in zip((key_states, value_states), self.buffers, self.columns, strict=True):
+            if states.shape[:2] != buffer.shape[:2] or states.shape[3] != columns:
+                raise ValueError(
+                    f"a cache of [batch, heads, positions, columns] = {[*buffer.shape[:2], self.length, columns]} cannot be continued by {list(states.shape)}"
+                )
         before, end = self.length, self.length + key_states.shape[2]
         self.make_room(key_states.shape[2])
         self.length = end
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             put(states, buffer[:, :, before:end])
-        return self.keys, self.values  # type: ignore[return-value]
+        return self._stored(0), self._stored(1)
 
     def make_room(self, new: int) -> None:
         """For `new` positions more in `buffers`; who writes them makes `length` longer."""
-        if self.length + new > self.buffers[0].shape[2]:
+        if self.given:
+            self.settle()
+        if self.lent or self.length + new > self.buffers[0].shape[2]:
             self._grow(self.length + new)
+
+    def settle(self) -> None:
+        """Takes over what was assigned to `keys` and `values`. UsageError when only one of them has another shape than the other."""
+        if not self.given:
+            return
+        keys, values = (self.given[i] if i in self.given else self._stored(i) if self.buffers else None for i in (0, 1))
+        if keys is None or values is None or keys.shape[:3] != values.shape[:3]:
+            shapes = [None if states is None else list(states.shape) for states in (keys, values)]
+            raise UsageError(
+                f"a cache layer's keys are {shapes[0]}, its values {shapes[1]}; assign both, of the same batch, heads and positions"
+            )
+        if not self.buffers:
+            self._make(keys, (keys.shape[3], values.shape[3]), keys.dtype)
+        own, self.length, columns = self.buffers[0].dtype, keys.shape[2], list(self.columns)
+        for which, states in self.given.items():
+            columns[which] = states.shape[3]
+            width, kind = stored_row(self.store_dtype, states.shape[3], own, self.device)
+            buffer = empty((*states.shape[:2], capacity(self.length), width), kind, self.device)
+            put(states.to(self.device), buffer[:, :, : self.length])
+            self.buffers[which] = buffer
+        self.columns, self.lent = (columns[0], columns[1]), self.lent and len(self.given) < 2
+        self.given = {}
 
     def fits(
         self, batch: int, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU
     ) -> bool:
         """Whether keys and values of this shape can be appended; an empty layer is made for them on `device`."""
+        if self.given:
+            self.settle()
         if not self.is_initialized:
             self._make(torch.empty(batch, heads, device=device, dtype=torch.float32), columns, dtype)
         keys, values = self.buffers
@@ -124,51 +182,82 @@ class GrowingLayer(DynamicLayer):
             self.store_dtype = ON_GPU.get(self.store_dtype, self.store_dtype)
 
     def _grow(self, need: int) -> None:
-        size = max(FIRST, 1 << (need - 1).bit_length())
         for i, old in enumerate(self.buffers):
-            self.buffers[i] = empty((*old.shape[:2], size, old.shape[3]), old.dtype, old.device)
+            self.buffers[i] = empty((*old.shape[:2], capacity(need), old.shape[3]), old.dtype, old.device)
             self.buffers[i][:, :, : self.length] = old[:, :, : self.length]
+        self.lent = False
 
-    def _stored(self, which: int) -> torch.Tensor | None:
-        return self.buffers[which][:, :, : self.length] if self.is_initialized else None
+    def _stored(self, which: int) -> torch.Tensor:
+        return self.buffers[which][:, :, : self.length]
 
-    keys = property(lambda self: self._stored(0), lambda self, value: self._replace(0, value))  # type: ignore[assignment]
-    values = property(lambda self: self._stored(1), lambda self, value: self._replace(1, value))  # type: ignore[assignment]
+    def _shown(self, which: int) -> torch.Tensor | None:
+        """Keys or values as scripts see them, [batch, heads, length, columns]; None in a layer that has none yet. UsageError for blocks of eight bits."""
+        if which in self.given:
+            return self.given[which]
+        if not self.buffers:
+            return None
+        if self.buffers[which].dtype is torch.uint8:
+            raise UsageError(
+                f"the {NAMES[which]} of this cache are blocks of eight bits (q8_0), which nobody can edit in place: read them by layer.floats(),"
+                f" replace them by assigning floats to layer.{NAMES[which]}, or take a cache of another kv_dtype"
+            )
+        self.lent = True
+        return self._stored(which)
 
-    def _replace(self, which: int, value: torch.Tensor | None) -> None:
-        """What transformers' code does that moves a layer's tensors; it begins with None."""
-        if value is not None:
-            self.buffers[which] = value
+    keys = property(lambda self: self._shown(0), lambda self, value: self._assign(0, value))  # type: ignore[assignment]
+    values = property(lambda self: self._shown(1), lambda self, value: self._assign(1, value))  # type: ignore[assignment]
+
+    def _assign(self, which: int, value: torch.Tensor | None) -> None:
+        """Notes what takes the place of keys or values when the layer is used next; None, or no numbers at all, empties the layer."""
+        if value is None or (value.dim() == 1 and not value.numel()):
+            self.reset()
+        elif value.dim() != 4 or not value.is_floating_point():
+            raise UsageError(
+                f"a cache layer's {NAMES[which]} are floats [batch, heads, positions, columns], not {value.dtype} {list(value.shape)}"
+            )
+        else:
+            self.given[which] = value
+
+    def floats(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A copy of keys and values [batch, heads, length, columns] in a float type, whatever they are stored in. UsageError for an empty layer."""
+        self.settle()
+        if not self.buffers:
+            raise UsageError("a cache layer without keys and values has no numbers yet")
+        keys, values = (values_of(self._stored(i).contiguous()).clone() for i in (0, 1))
+        return keys, values
 
     def get_seq_length(self, *args: Any) -> int:
-        return self.length
+        return self.given[0].shape[2] if 0 in self.given else self.length
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last tokens back: a negative number says how many, as transformers 5 counts."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        self.settle()
         self.length = max(0, self.length - abs(tokens_to_remove))
 
     def reset(self) -> None:
-        self.length = 0
+        self.length, self.given = 0, {}
 
-    def _rearrange(self, index: torch.Tensor) -> None:
-        if self.is_initialized:
-            self.buffers = [buffer.index_select(0, index.to(buffer.device)) for buffer in self.buffers]
+    def _rearrange(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replaces both buffers by new ones."""
+        self.settle()
+        if self.buffers:
+            self.buffers, self.lent = [change(buffer) for buffer in self.buffers], False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self._rearrange(beam_idx)
+        self._rearrange(lambda buffer: buffer.index_select(0, beam_idx.to(buffer.device)))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._rearrange(indices)
+        self._rearrange(lambda buffer: buffer[indices].contiguous())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.buffers = [buffer.repeat_interleave(repeats, dim=0) for buffer in self.buffers]
+        self._rearrange(lambda buffer: buffer.repeat_interleave(repeats, dim=0))
 
 
 def put(states: torch.Tensor, stored: torch.Tensor) -> None:
     """Writes keys or values [batch, heads, new, columns] of any float type into a buffer's part."""
+    refuse("a cache that grows in place", WITHOUT_CACHE, states)
     if stored.dtype != torch.uint8:
         stored.copy_(within(states, stored.dtype))
     else:
@@ -188,7 +277,7 @@ def values_of(stored: torch.Tensor) -> torch.Tensor:
 def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None:
     """A cache's layer as one that grows in place; None for a cache that has none, or is no cache.
 
-    In a stock DynamicCache, which copies the whole past for every token, the layer is exchanged for one with the same content,
+    A layer of a stock DynamicCache, which copies the whole past for every token, becomes one with the same content,
     which is quantised when `store` says so.
     """
     layers: Any = getattr(cache, "layers", ())
@@ -204,12 +293,28 @@ def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None
         or cache.offloading
     ):
         return None
-    assert layer.keys is not None and layer.values is not None
-    if layer.keys.dim() != 4:
+    if any(states is None or states.dim() != 4 or recorded(states) for states in (layer.keys, layer.values)):
         return None
-    layers[index] = grown = GrowingLayer(store if isinstance(store, str) else None)
-    grown.update(layer.keys, layer.values)
-    return grown
+    GrowingLayer.replace(layer, store if isinstance(store, str) else None)
+    return layer  # type: ignore[return-value]  # it has become one
+
+
+def as_stock(cache: Any, index: int) -> None:
+    """Takes `growing` back before autograd records what is appended: the layer of a stock DynamicCache is transformers' own again, with the same content."""
+    layers: Any = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    if (
+        type(cache) is DynamicCache
+        and type(layer) is GrowingLayer
+        and layer.is_initialized
+        and layer.dtype != torch.uint8
+    ):
+        layer.settle()
+        keys, values = layer._stored(0), layer._stored(1)
+        layer.__dict__.clear()
+        object.__setattr__(layer, "__class__", DynamicLayer)
+        DynamicLayer.__init__(layer)
+        layer.update(keys, values)
 
 
 class KVCache(Cache):

@@ -19,6 +19,7 @@ from ktx.cache.kv import CPU, E4M3, ON_GPU, PLAIN, KVType, empty, kv_type, store
 from ktx.cache.pages import PAGE, SNAPSHOTS
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.gradients import WITHOUT_CACHE, refuse
 
 SAVED = 4 * PAGE  # tokens of a prompt between two states that are copied
 
@@ -213,6 +214,7 @@ class PagedLayer(CacheLayerMixin):
 
 def put_slots(states: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> None:
     """Writes [1, heads, tokens, columns] to its slots of a pool [pages, heads, PAGE, columns]."""
+    refuse("a cache of pages", WITHOUT_CACHE, states)
     if pool.device.type == "cpu" and pool.dtype is not E4M3:
         cpu.ops.store_slots(states if states.stride(3) == 1 else states.contiguous(), pool, slots)
     else:

@@ -26,9 +26,10 @@ from ktx.hardware import human
 from ktx.kernels import cpu
 from ktx.kernels.gpu import plans_on_host
 from ktx.ops.crossing import Entry, is_rotary
-from ktx.ops.fused import Watch
 from ktx.ops.gpu import handover, streams
 from ktx.ops.gpu.padding import Padding, padded
+from ktx.ops.guard import Guard
+from ktx.ops.norm import RMSNorm
 from ktx.ops.rope import RotaryEmbedding
 
 log = logging.getLogger("ktx.engine")
@@ -186,13 +187,13 @@ class Graphs:
             self.hidden = torch.empty(shape, dtype=model.dtype, device=device.torch)
         self.graphs: dict[int, Graph] = {}
         self.steps: dict[int, Step] = {}  # a graph knows addresses: what lies there must live as long as it
-        self.watch = watch(model)
+        self.guard = guard(model)
         self.replays = 0
 
     @torch.inference_mode()
     def capture(self) -> None:
         """The largest first: the memory that it takes serves the others too."""
-        if not self.watch.holds():
+        if not self.guard.holds():
             log.info("no CUDA graphs: somebody listens to a module, whom a replay would not call")
             return
         start, pool = time.perf_counter(), None if self.device.pretended else torch.cuda.graph_pool_handle()
@@ -213,7 +214,7 @@ class Graphs:
     def step(self, tokens: Sequence[Token]) -> torch.Tensor | None:
         """Logits [tokens, vocabulary] on the device, until the next step; None when this one has to be computed without a graph."""
         size = min((size for size in self.graphs if size >= len(tokens)), default=0)
-        if not size or any(len(token.pages) > self.width for token in tokens) or not self.watch.holds():
+        if not size or any(len(token.pages) > self.width for token in tokens) or not self.guard.holds():
             return None
         self._fill(tokens, size)
         self.graphs[size].replay()
@@ -280,10 +281,11 @@ def obstacle(model: Any) -> str:
     return ""
 
 
-def watch(model: Any) -> Watch:
-    """The modules that a replay does not call: it stands for them as long as they are the same and nobody listens to one."""
-    called = {*handed_over(model), model.get_input_embeddings(), getattr(model, "mtp", None)}
-    parents = [module for module in model.modules() if module not in called]
-    made = Watch((p, name) for p in parents for name, child in p._modules.items() if child not in called)
+def guard(model: Any) -> Guard:
+    """Of the modules that a replay does not call: it stands for them as long as they are the same and nobody listens to one."""
+    called = {*handed_over(model), model.get_input_embeddings(), getattr(model, "mtp", None), model}
+    inside = [module for module in model.modules() if module not in called]
+    made = Guard((), inside, (module.copied() for module in inside if isinstance(module, RMSNorm)))
+    made.children.append((model._modules, tuple(model._modules.values())))
     made.hooks = [hooks for hooks in made.hooks if not hooks or not all(isinstance(h, Entry) for h in hooks.values())]
     return made

@@ -1,4 +1,4 @@
-"""The CPU kernels: `torch.ops.ktx.*` of ktx/_C.abi3.so, with fake versions for torch.compile, and packed matrices.
+"""The CPU kernels: `torch.ops.ktx.*` of ktx/_C.abi3.so, with gradients (gradients.py), fake versions for torch.compile, and packed matrices.
 
 Shapes, types and errors are checked in C++ (csrc/bindings*.cpp); each operator has a plain-torch twin in reference.py.
 """
@@ -19,6 +19,7 @@ import torch
 from ktx.config import environment
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import default_threads
+from ktx.kernels import gradients
 from ktx.qtypes import FP8_BLOCK, QTYPES, QType
 from ktx.weights.source import QuantizedTensor
 
@@ -96,6 +97,15 @@ class Packed:
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """f32 [len(index), k]: rows of a single matrix, dequantised exactly. index int64."""
         return ops.unpack_rows(self.data, self.qtype.code, self.n, self.k, index)
+
+    def matrix(self, number: int) -> Packed:
+        """One of several that `pack_experts` made, a copy where memory nodes share them."""
+        begin, parts = 0, []
+        for end in self.ends or (self.nbytes,):
+            size = (end - begin) // self.matrices
+            parts.append(self.data[begin + number * size : begin + (number + 1) * size])
+            begin = end
+        return Packed(parts[0] if len(parts) == 1 else torch.cat(parts), self.qtype, self.n, self.k)
 
 
 def _again(origin: Any, name: str, number: int) -> Packed:
@@ -182,25 +192,23 @@ def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType 
     return Packed(data, qtype, n, k, count, ends)
 
 
-def unpack_expert(w: Packed, number: int) -> torch.Tensor:
-    """f32 [n, k]: one of the matrices that `pack_experts` packed, dequantised exactly."""
-    size, groups, nodes = packed_nbytes(w.qtype, w.n, w.k), -(-w.n // GROUP_ROWS), max(1, len(w.ends))
-    group, rows = size // groups, []
-    first = [ops.share_of(groups, node) for node in range(nodes)] + [groups] if w.ends else [0, groups]
-    for begin, end in zip(first, first[1:], strict=False):
-        share = (end - begin) * group
-        if share:
-            at, n = begin * group * w.matrices + number * share, min(w.n, end * GROUP_ROWS) - begin * GROUP_ROWS
-            part = Packed(w.data[at : at + share], w.qtype, n, w.k)
-            rows.append(part.rows(torch.arange(n, device="cpu")))
-    return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-
-def unpack_matrix(w: Packed, number: int) -> torch.Tensor:
-    """f32 [n, k]: one of the matrices that `pack` packed, dequantised exactly."""
+def _shares_of(w: Packed) -> Iterator[tuple[int, int, int]]:
+    """Of a matrix among experts, each memory node's share: first byte in the matrix, bytes, and where those of the first matrix are in `data`."""
     size = packed_nbytes(w.qtype, w.n, w.k)
-    one = Packed(w.data[number * size : (number + 1) * size], w.qtype, w.n, w.k)
-    return one.rows(torch.arange(w.n, device="cpu"))
+    groups = -(-w.n // GROUP_ROWS)
+    for node in range(ops.nodes()):
+        begin, end = (ops.share_of(groups, at) * (size // groups) for at in (node, node + 1))
+        if end > begin:
+            yield begin, end - begin, begin * w.matrices
+
+
+def with_expert(w: Packed, index: int, one: Packed) -> Packed:
+    """The same matrices but one, in memory of their own."""
+    data = ops.empty_packed(w.nbytes, w.ends)
+    data.copy_(w.data)
+    for begin, size, at in _shares_of(w):
+        data[at + index * size : at + (index + 1) * size] = one.data[begin : begin + size]
+    return Packed(data, w.qtype, w.n, w.k, w.matrices, w.ends)
 
 
 def _whole(
@@ -269,11 +277,13 @@ def wide_part(first: int, count: int) -> AbstractContextManager[None]:
 
 def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
     """x [..., k] (f32, f16, bf16) times w [n, k] transposed plus bias f32 [n] -> [..., n] in x's dtype. `wide`: all rows are, see `wide_rows`."""
+    gradients.backward_only(x)
     return ops.linear(x.contiguous(), w.data, w.qtype.code, w.n, w.k, bias, wide)
 
 
 def linear_batched(x: torch.Tensor, w: Packed) -> torch.Tensor:
     """x [matrices, tokens, k] times each matrix of w transposed -> [matrices, tokens, n]."""
+    gradients.backward_only(x)
     return ops.linear_batched(x.contiguous(), w.data, w.qtype.code, w.n, w.k)
 
 
@@ -293,7 +303,7 @@ def experts(
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x [tokens, hidden], ids int64 and weights f32 [tokens, top] -> [tokens, hidden] in x's dtype; see reference.experts. Adds to `counts`, see `Counted`."""
-    return ops.experts(
+    return gradients.experts(
         x,
         ids,
         weights,
@@ -406,3 +416,6 @@ def _(x):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("ktx::gated")
 def _(gate, up, act):  # type: ignore[no-untyped-def]
     return torch.empty_like(gate)
+
+
+gradients.register()

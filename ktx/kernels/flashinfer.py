@@ -12,6 +12,7 @@ from typing import Any
 import flashinfer
 import torch
 
+from ktx.kernels.gradients import none_on_gpu
 from ktx.kernels.work import Shape
 
 LATENT = (512, 64)  # columns of a latent and of its rotated part that FlashInfer has kernels for
@@ -79,6 +80,7 @@ def attention(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ktx.kernels.paged.attention, for what `refusal` has no objection to."""
+    none_on_gpu("attention", q, k, v, sinks, q_rope, k_rope)
     if reason := refusal(plan.work.shape, 0 if q_rope is None else q_rope.shape[3], sinks is not None, k.dtype):
         raise ValueError(f"FlashInfer: {reason}")
     key = (scale, softcap, q.dtype, k.dtype, k.shape[2])
@@ -100,6 +102,7 @@ def mla_attention(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As ktx.kernels.mla.mla_attention, for what `refusal` has no objection to."""
+    none_on_gpu("attention", q_nope, q_rope, ckv, kpe)
     if reason := refusal(plan.work.shape, kpe.shape[2], stored=ckv.dtype):
         raise ValueError(f"FlashInfer: {reason}")
     key = (scale, q_nope.dtype, ckv.dtype, ckv.shape[1])

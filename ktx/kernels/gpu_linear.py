@@ -17,6 +17,7 @@ import triton.language as tl
 from ktx.errors import KtxError
 from ktx.kernels import fp8, products
 from ktx.kernels.dequant import book, decoding, dequantize, rows
+from ktx.kernels.gradients import none_on_gpu
 from ktx.kernels.planes import PIECE, Packed, pack, pack_experts
 
 __all__ = ["Packed", "dequantize", "linear", "linear_batched", "pack", "pack_experts", "rows"]
@@ -153,6 +154,7 @@ def _dequantized(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> torch
 
 
 def _check(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> None:
+    none_on_gpu("Linear", x)
     if x.dtype not in DTYPES.values():
         raise KtxError(f"activations are {x.dtype}: f32, f16 and bf16 are multiplied")
     if x.shape[-1] != w.k:

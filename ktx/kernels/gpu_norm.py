@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ktx.errors import KtxError
+from ktx.kernels.gradients import none_on_gpu
 
 AT_ONCE = 4096  # numbers of a program, if a row has fewer
 
@@ -32,6 +33,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool =
     columns = x.shape[-1]
     if weight.shape != (columns,) or weight.dtype is not torch.float32:
         raise KtxError(f"the weight is {list(weight.shape)} {weight.dtype}, rows of {columns} need as many f32")
+    none_on_gpu("RMSNorm", x)
     x = x.contiguous()
     out = torch.empty_like(x)
     rows = x.numel() // columns

@@ -16,6 +16,7 @@ import triton.language as tl
 from ktx.errors import KtxError
 from ktx.kernels import products
 from ktx.kernels.dequant import book, decoding
+from ktx.kernels.gradients import none_on_gpu
 from ktx.kernels.planes import Packed
 
 FEW_PAIRS = 64  # most pairs that are multiplied one by one
@@ -222,6 +223,7 @@ def _check(
     x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: Packed, up: Packed, down: Packed,
     gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None, act: str,
 ) -> None:  # fmt: skip
+    none_on_gpu("Experts", x, weights)
     if act not in ACTIVATIONS:
         raise KtxError(f"{act} is no activation that experts are computed with; there are {', '.join(ACTIVATIONS)}")
     shapes = (gate.n, gate.k, gate.matrices), (up.n, up.k, up.matrices), (down.k, down.n, down.matrices)

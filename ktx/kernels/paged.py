@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ktx.kernels.gradients import none_on_gpu
 from ktx.kernels.merge import merge
 from ktx.kernels.work import Line, Plan
 
@@ -190,6 +191,7 @@ def attention(
     As reference.attention with the plan's sequences, pages and window. Pools are f16, bf16, f32, or e4m3 times `k_scale` (keys, `k_rope` too)
     and `v_scale`. Queries in f32 need a plan with the tiles for it. Rows may have any strides, columns must be dense. ValueError names what does not fit.
     """
+    none_on_gpu("attention", q, k, v, sinks, q_rope, k_rope)
     shape = plan.work.shape
     out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]) if out is None else out
     _check(q, k, v, q_rope, k_rope, out, plan)

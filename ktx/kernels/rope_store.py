@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ktx.kernels.gradients import none_on_gpu
+
 AT_ONCE = 16  # heads of a program
 
 
@@ -208,6 +210,7 @@ def store_heads(
     """q [1, H, T, Dk] rotated (into `out`, which may be q); k [1, Hkv, T, Dk] rotated and v [1, Hkv, T, Dv] to their `slots` int64 [T]
     of the pools [pages, Hkv, PAGE, columns]. As reference.store_heads.
     """
+    none_on_gpu("attention", q, k, v)
     (_, heads, tokens, wide), kv_heads, turned = q.shape, k.shape[1], cos.shape[2]
     _fits({"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "k_pool": k_pool, "v_pool": v_pool}, tokens, turned, wide)
     if interleaved and out is not None and out.data_ptr() == q.data_ptr():
@@ -255,6 +258,7 @@ def store_latent(
     """latent [1, T, R], by `norm` [R] normalised if given, and k_rope [1, T, P] rotated, to their `slots` of the pools ckv
     [pages, PAGE, R] and kpe [pages, PAGE, P]; q_rope [1, H, T, P] rotated is returned (or in `out`). As reference.store_latent.
     """
+    none_on_gpu("MLA", latent, k_rope, q_rope)
     heads, tokens, turned = q_rope.shape[1], q_rope.shape[2], q_rope.shape[3]
     named = {"latent": latent, "k_rope": k_rope, "q_rope": q_rope, "cos": cos, "sin": sin, "ckv": ckv, "kpe": kpe}
     _fits(named, tokens, cos.shape[2], turned)

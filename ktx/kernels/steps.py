@@ -9,6 +9,7 @@ from weakref import finalize
 import torch
 
 from ktx.kernels.cpu import ops
+from ktx.kernels.gradients import backward_only, refuse
 
 
 class Step:
@@ -30,4 +31,6 @@ def run(x: torch.Tensor, steps: Sequence[Step], outs: Sequence[torch.Tensor], *a
     What follows is what attention needs: of each step that attends the two tensors of its cache, positions in it, cos, sin, ranges, mask,
     sequences, pages, slots.
     """
+    backward_only(x)
+    refuse("a fused call", "call the modules one by one, or under torch.no_grad()", x)
     ops.run_steps(x, outs, [step.number for step in steps], *(args or ([],)))

@@ -1,13 +1,11 @@
 """Attention for every family: transformers' own module around our kernel.
 
-The kernel is registered as the attention implementation "ktx". Its mask is not a matrix but an interval of visible keys for each query,
-int32 [batch, 1, queries, 2]: causal, sliding, left-padded and static-cache masks all are intervals, and the kernel skips what lies
-outside. A mask that is not (holes, custom functions) stays transformers' bool matrix.
+The kernel is registered as the attention implementation "ktx". Its mask is not a matrix but an interval of visible keys for each query (ktx.ops.masks), and
+the kernel skips what is outside. A mask that is none (holes, custom functions) stays transformers' bool matrix.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from types import CodeType
 from typing import Any
@@ -17,13 +15,15 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ktx.cache.kv import KVType
+from ktx.cache.kv import KVType, as_stock
 from ktx.cache.paged import PagedCache
 from ktx.compat import CACHE_NAMES
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.kernels.gpu import known_backend
+from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
+from ktx.ops.attention_weights import Choice, OwnConfig, attention_weights, by_function, missing
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
     MOST,
@@ -31,13 +31,14 @@ from ktx.ops.fused import (
     Before,
     Made,
     Matrices,
-    Watch,
     attended,
     float_type,
     plain_linear,
     split_mask,
     window_of,
 )
+from ktx.ops.guard import Guard, below, current
+from ktx.ops.masks import Intervals, intervals_of
 from ktx.ops.norm import RMSNorm
 
 NAME = "ktx"
@@ -80,11 +81,16 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: query [B, H, S, D], key and value [B, Hkv, T, D] -> [B, S, H, D].
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' attention function: query [B, H, S, D], key and value [B, Hkv, T, D] -> [B, S, H, D], and weights [B, H, S, T] where somebody asks for them.
 
     Key and value may be the pools of a PagedCache: the mask is then what its batch says.
     """
+    choice = choice_of(module)
+    if choice.foreign:
+        options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "s_aux": s_aux} | kwargs
+        given = {name: value for name, value in options.items() if value is not None}
+        return by_function(choice.name, module, query, key, value, attention_mask, **given)
     batch = getattr(key, "ktx_batch", None)
     if batch is not None:
         ranges, mask = batch.ranges(window_of(module)), None
@@ -94,11 +100,25 @@ def attend(
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:
         raise ValueError(f"{query.shape[2]} queries on {key.shape[2]} keys need a mask")
     kernel = cpu.attention if query.device.type == "cpu" else reference.attention
+    if dropout:
+        raise UsageError(
+            f"attention_dropout={dropout}: the kernels drop nothing; call model.eval(), or set attention_dropout to 0 in the model's configuration"
+        )
+    backward_only(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    sinks = None if s_aux is None else s_aux.detach().float().contiguous()
+    sinks = None if s_aux is None else s_aux.float().contiguous()
     about = {} if batch is None else {"sequences": batch.sequences, "pages": batch.pages}
     cap = float(softcap or 0.0)
-    return kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about), None
+    out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about)
+    if batch is not None or not choice.shows(kwargs):
+        return out, None
+    return out, attention_weights(query, key, ranges, mask, float(scale), sinks, cap)
+
+
+def choice_of(module: nn.Module) -> Choice:
+    """Of a module of ktx's, or of transformers' own that calls ktx's function by its name."""
+    found: Any = module.__dict__.get("choice")
+    return Choice(module.config) if found is None else found
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -117,23 +137,22 @@ def interval_mask(
     device: Any = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
-    """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. int32 [B, 1, S, 2] on the CPU where the mask is an interval for each query, else bool [B, 1, S, T]."""
-    q_offset = int(q_offset)
+    """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. Intervals where the mask is an interval for each query, else bool [B, 1, S, T]."""
+    q_offset, keys = int(q_offset), int(kv_length)
     compiling = torch.compiler.is_compiling()  # where a padding is a tensor without numbers: then the mask is a matrix
     if mask_function is causal_mask_function and not (compiling and attention_mask is not None):
         seen = None if attention_mask is None else attention_mask.cpu()
         if seen is None and not compiling and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
             after = q_offset + 1 - int(kv_offset)
-            ends = [[0, min(after + i, int(kv_length))] for i in range(q_length)]
-            return torch.tensor([[ends]] * batch_size, dtype=torch.int32, device="cpu")
+            ends = [[0, min(after + i, keys)] for i in range(q_length)]
+            return Intervals(torch.tensor([ends] * batch_size, dtype=torch.int32, device="cpu"), keys, device)
         first = _left_padding(seen, batch_size, kv_offset, kv_length)
         if first is not None:
             last = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length, device="cpu").clamp(
-                max=kv_length
+                max=keys
             )
-            return torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1).to(torch.int32)[
-                :, None
-            ]
+            ranges = torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1)
+            return Intervals(ranges.to(torch.int32), keys, device)
     kwargs |= {"allow_is_causal_skip": False}
     full = sdpa_mask(
         batch_size=batch_size,
@@ -160,15 +179,6 @@ def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: in
     return first if bool(left.all()) else None
 
 
-def intervals_of(full: torch.Tensor) -> torch.Tensor:
-    """bool [B, 1, S, T] -> int32 [B, 1, S, 2] on the CPU if every row is one interval (or empty), else the mask itself."""
-    count, first = full.sum(-1), full.int().argmax(-1)
-    last = full.shape[-1] - full.flip(-1).int().argmax(-1)
-    if bool(((last - first == count) | (count == 0)).all()):
-        return torch.stack([first, torch.where(count == 0, first, last)], -1).to(torch.int32).cpu()
-    return full
-
-
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, interval_mask)
 
@@ -192,9 +202,12 @@ class Attention(Operator):
     """
 
     remade = ("block",)
+    reads = frozenset({"scaling", "sinks"})
     kv_dtype: KVType
     block: Block | None
     ours: bool
+    choice: Choice
+    implementation = NAME  # of the kernels' function
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> Attention:
@@ -207,9 +220,10 @@ class Attention(Operator):
         new.backend = known_backend(backend)
         new.half_tables = type(old).__name__ == "GptOssAttention"
         new.ours = hasattr(old, "config") and not foreign_words(old)
+        if hasattr(old, "config"):
+            new.choice = Choice(old.config)
         if new.ours:
-            new.config = copy.copy(old.config)  # the configuration is shared by all modules: this one speaks for itself
-            new.config._attn_implementation = NAME
+            new.config = OwnConfig(old.config, cls.implementation)
             contract.masks(NAME)
         if new.usual and new.ours:
             contract.attention(old, ctx.path, new.half_tables, window_of(old))
@@ -223,13 +237,24 @@ class Attention(Operator):
 
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
         """The forward, its arguments by name and its cache apart."""
-        if self.block is not None and not torch.compiler.is_compiling() and self.block.watch.holds():
-            done = self.block(cache=cache, **given)
+        if (block := current(self)) is not None:
+            done = block(cache=cache, **given)
             if done is not None:
                 return done, None
+        if recorded(given.get("hidden_states")):
+            as_stock(cache, self.layer_idx)
+        stored = cache
         if self.ours and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
-            cache = StoredAs(cache, float_type(self.kv_dtype, torch.float16))
-        return super().forward(**self.call.joined(given, cache))
+            stored = StoredAs(cache, float_type(self.kv_dtype, torch.float16))
+        out = super().forward(**self.call.joined(given, stored))
+        if "choice" in self.__dict__ and self.choice.shows(given, cache) and not _has_weights(out):
+            raise missing(self.path, type(self).__name__)
+        return out
+
+
+def _has_weights(out: Any) -> bool:
+    """Whether an attention module's result is one with weights."""
+    return isinstance(out, tuple) and len(out) > 1 and out[1] is not None
 
 
 PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_norm"]
@@ -238,12 +263,14 @@ PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_nor
 class Block:
     """The usual attention in one kernel call, on a cache that grows in place."""
 
-    def __init__(self, owner: Attention, watch: Watch, matrices: Matrices):
-        self.owner, self.watch, self.halved = owner, watch, owner.half_tables
+    def __init__(self, owner: Attention, matrices: Matrices):
+        self.owner, self.halved = owner, owner.half_tables
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
         self.heads, self.columns = children["k_proj"].out_features // owner.head_dim, (owner.head_dim, owner.head_dim)
         sinks = getattr(owner, "sinks", None)
+        copied = [norm.copied() for norm in norms if norm is not None]
+        self.guard = Guard([owner], below(owner), [*copied, sinks])
         self.made = Made(
             "gqa_step",
             matrices.packed,
@@ -254,12 +281,12 @@ class Block:
             norms[0] is not None and norms[0].in_f32.numel() != owner.head_dim,
             norms[0] is not None and bool(norms[0].plus_one),
             None if sinks is None else sinks.detach().float().contiguous(),
-            [*(1.0 if norm is None else norm.variance_epsilon for norm in norms), float(owner.scaling), 0.0],
+            [*(1.0 if norm is None else norm.epsilon for norm in norms), float(owner.scaling), 0.0],
         )
 
     def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
-        """Whether hidden [B, S, D] has few tokens."""
-        return hidden.shape[0] * hidden.shape[1] <= MOST
+        """Whether hidden [B, S, D] has few tokens, and nobody wants to see how they attend."""
+        return hidden.shape[0] * hidden.shape[1] <= MOST and self.owner.choice.plain(cache)
 
     @classmethod
     def of(cls, owner: Attention) -> Block | None:
@@ -275,7 +302,7 @@ class Block:
         matrices = Matrices()
         for name in PROJECTIONS:
             matrices.projection(children[name].parts)
-        return cls(owner, Watch((owner, name) for name in PROJECTIONS + NORMS), matrices)
+        return cls(owner, matrices)
 
     def __call__(
         self,

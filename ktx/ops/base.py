@@ -14,6 +14,7 @@ from ktx.devices import CPU, Device
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
 from ktx.ops.calls import Call
+from ktx.ops.changes import Changes, Live
 from ktx.ops.floats import Dequantized, Floats
 from ktx.qtypes import QTYPES, QType
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -44,6 +45,8 @@ class Operator(nn.Module):
     """
 
     consumes: ClassVar[tuple[str, ...]] = ()
+    derived: ClassVar[frozenset[str]] = frozenset()  # attributes that say nothing that a shortcut goes by
+    reads: ClassVar[frozenset[str]] = frozenset()  # settings and tensors that a shortcut made anew heeds
     stays: ClassVar[bool] = (
         False  # whether it takes hidden states from another device, wherever those of its parent are
     )
@@ -61,7 +64,18 @@ class Operator(nn.Module):
     if TYPE_CHECKING:  # an adopted module has whatever the module it replaces had
 
         def __getattr__(self, name: str) -> Any: ...
-        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        Changes.count += 1
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        Changes.count += 1
+        super().__delattr__(name)
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        Changes.count += 1
+        super().register_buffer(name, tensor, persistent)
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Operator:
@@ -77,6 +91,14 @@ class Operator(nn.Module):
 
     def ready(self) -> None:
         """Called after the whole model is loaded, children before their parents; and in a copy, or one read from a pickle, again."""
+
+    def enliven(self) -> None:
+        """Has its parameters count what is written to them; before `ready`, which copies values."""
+        for name, value in self._parameters.items():
+            if value is not None and type(value) is nn.Parameter:
+                live = Live(value.detach(), value.requires_grad)
+                live.__dict__.update(value.__dict__)
+                self._parameters[name] = live
 
     def floats(self) -> dict[str, Floats]:
         """What it holds packed, by the names that the replaced module has for it. UsageError where that cannot be said."""
@@ -156,11 +178,14 @@ class Operator(nn.Module):
         for name in self.remade:
             if name in self.__dict__:
                 self.__dict__[name] = None
+        Changes.count += 1
         if self.is_ready:
+            self.enliven()
             self.ready()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         """Of `to`, `half` and their like: packed weights stay as they are, `dtype` is what the module makes from then on. UsageError for another device or type."""
+        Changes.count += 1
         dtype = self.cast_by(fn)
         done = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.is_ready:
@@ -192,6 +217,7 @@ class Operator(nn.Module):
                 f"{self.path}: a packed weight is no parameter, {name} cannot be registered; change values and give them back with"
                 " model.load_state_dict({...}, strict=False), or keep the module plain by a rule before the others: replace: {class: default}"
             )
+        Changes.count += 1
         super().register_parameter(name, param)
 
     def weight_bytes(self) -> tuple[int, int]:
@@ -274,6 +300,12 @@ def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
     new.__dict__["_buffers"] = dict(old._buffers)
     new.path = ctx.path
     return new
+
+
+def is_ours(module: Any, cls: type[Operator]) -> bool:
+    """Whether a module is an operator of this class as rules make it: not a subclass that somebody else made, as parametrizations do."""
+    kind = type(module)
+    return kind is cls or (isinstance(module, cls) and kind in _HEIRS.values())
 
 
 def is_plain(old: nn.Module, layer: type[Layer]) -> TypeGuard[Layer]:

@@ -17,6 +17,7 @@ from torch import nn
 from ktx.devices import CPU, Device
 from ktx.ops.base import Operator
 from ktx.ops.experts import Experts
+from ktx.ops.masks import Intervals
 from ktx.ops.moe import MoE
 
 Devices = Mapping[nn.Module, Device]
@@ -159,7 +160,7 @@ class Region:
 
 def moved(tensor: torch.Tensor, home: Home) -> torch.Tensor:
     """The tensor on a device, floats in its type. Masks that are intervals stay on the CPU, where the operators read them."""
-    if tensor.dtype == torch.int32 and tensor.dim() == 4:
+    if isinstance(tensor, Intervals) or (tensor.dtype == torch.int32 and tensor.dim() == 4):
         return tensor
     there = tensor.to(home.device.torch, home.dtype if tensor.is_floating_point() else tensor.dtype)
     if there is not tensor and hasattr(tensor, "ktx_counts"):

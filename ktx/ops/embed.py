@@ -12,14 +12,16 @@ from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, as_weights, is_plain
 from ktx.ops.floats import Floats, matrix
-from ktx.weights.source import WeightSource
+from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
+from ktx.weights.source import QuantizedTensor, WeightSource
 
 
-class Embedding(Operator):
+class Embedding(Operator, nn.Embedding):
     """Token ids -> rows, dequantised as they are read. A tied output layer uses the same packed rows."""
 
     def __init__(self, path: str, rows: int, width: int, padding: int | None, dtype: torch.dtype):
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Embedding's, which makes a matrix
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.path, self.num_embeddings, self.embedding_dim, self.padding_idx, self.dtype = (
             path,
             rows,
@@ -28,6 +30,7 @@ class Embedding(Operator):
             dtype,
         )
         self.packed: cpu.Packed | None = None
+        self.ties: list[Operator] = []  # all modules that share one matrix
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Embedding:
@@ -53,16 +56,52 @@ class Embedding(Operator):
 
     def floats(self) -> dict[str, Floats]:
         self.on_cpu()
-        assert self.packed is not None
-        return {"weight": matrix([self.packed])}
+        return {"weight": self.rows()}
+
+    def rows(self) -> Floats:
+        """Its weight f32 [num_embeddings, embedding_dim]."""
+        assert self.packed is not None, f"{self.path} is not loaded"
+        return matrix([self.packed])
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
         self.packed = cpu.pack(as_weights(values["weight"]))
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """[num_embeddings, embedding_dim], read-only: see ktx.ops.floats."""
+        return shown(self, self.rows())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._replace(value, "given")
+            alone(self)  # a tied output layer and its embedding are no longer that, as in transformers
+        else:
+            super().__setattr__(name, value)
+
+    def _replace(self, values: Any, dtype: str | None) -> None:
         assert self.packed is not None, f"{self.path} is not loaded"
-        return self.packed.rows(torch.arange(self.num_embeddings, device="cpu")).to(self.dtype)
+        values = fitting(self.path, values, (self.num_embeddings, self.embedding_dim))
+        self.packed = self.packed_from(quantized(values, [self.packed.qtype], self.path, dtype))
+
+    def packed_from(self, weight: QuantizedTensor) -> Any:
+        """What it holds, made of rows."""
+        return cpu.pack(weight)
+
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
+        """For ktx.edit."""
+        only_weight(self, name, expert)
+        return self.rows().values(torch.float32)
+
+    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+        """For ktx.edit: a tied output layer has the same matrix afterwards."""
+        self._replace(values, dtype)
+        share(self, self.packed)
+
+    def plain(self, dtype: torch.dtype | None) -> nn.Embedding:
+        """For ktx.dequantize."""
+        weight = self.rows().values(dtype or self.dtype).to(self.home.torch)
+        made = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)  # type: ignore[no-untyped-call]
+        return made  # type: ignore[no-any-return]
 
     def weight_bytes(self) -> tuple[int, int]:
         held = 0 if self.packed is None else self.packed.nbytes

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
@@ -13,31 +14,39 @@ from ktx.kernels.kept import kept
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, as_weights, packed_as
 from ktx.ops.floats import Floats, experts, plain
-from ktx.ops.gates import KEEP, Gate, gate_of_experts, is_gated, is_interleaved
+from ktx.ops.gates import KEEP, PLAIN, Gate, gate_of_experts, is_gated, is_interleaved
+from ktx.ops.guard import Inside, listened
+from ktx.ops.weights import fitting, quantized
 from ktx.weights.source import QuantizedTensor, WeightSource, joined
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ACTIVATION = "act_fn"  # transformers' name for the module
 
 
 class Experts(Operator):
     """The contract of transformers' experts modules: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D].
 
     Weights stay on the CPU whatever `.to()` says: that is what they are here for. `counts` is what kernels count of them, see cpu.Counted;
-    `waited` are the seconds that they waited for hidden states from another device.
+    `waited` are the seconds that they waited for hidden states from another device. Where the replaced module had an activation as a child, `act_fn`, it is here too:
+    one who listens to it, or exchanges it, has the experts computed one by one around it.
 
     Of a layer's `total` experts it holds `num_experts`, from number `first` on, and skips the others. Where it lies in the CPU's memory beside a GPU, the
     first ones may be on that: `on_gpu` holds them, and the MoE block calls both. `chosen` counts choices there, int64 [total] on the device.
     """
 
+    remade = ("inside",)
+    derived = frozenset({"waited", "chosen", "on_gpu"})
+    reads = frozenset({"weights", "biases"})
     stays = True
     on_gpu: Experts | None
     chosen: torch.Tensor | None
+    inside: Inside | None
 
     def __init__(self, path: str, experts: int, gate: Gate, bias: bool):
         super().__init__()
         self.path, self.gate, self.has_bias = path, gate, bias
-        self.total, self.on_gpu, self.chosen = experts, None, None
+        self.total, self.on_gpu, self.chosen, self.inside = experts, None, None, None
         self.hidden, self.width, self.top = 0, 0, 1
         self.weights: dict[str, cpu.Packed] = {}
         self.target: str | None = None
@@ -72,7 +81,12 @@ class Experts(Operator):
         new.projections = PROJECTIONS if is_gated(old) else PROJECTIONS[1:]
         new.top = int(getattr(ctx.config, "num_experts_per_tok", 1) or 1)
         new.gpu_experts = new.sharable(gpu_experts or 0)
+        if cls is Experts and isinstance(getattr(old, ACTIVATION, None), nn.Module) and gate.act in PLAIN:
+            new.add_module(ACTIVATION, old.act_fn)
         return new
+
+    def ready(self) -> None:
+        self.inside = Inside.of(self) if ACTIVATION in self._modules and self.weights else None
 
     def sharable(self, count: int) -> int:
         """The number, if a GPU can have so many of the layer's experts; else UsageError."""
@@ -85,6 +99,7 @@ class Experts(Operator):
         beside.hold(0, self.sharable(count))
         self.hold(count, self.total - count)
         self.on_gpu = beside
+        self._modules.pop(ACTIVATION, None)  # those on a GPU would not call it
 
     def tensors(self) -> list[str]:
         names = [f"{self.path}.{name}" for name in self.projections] if self.num_experts else []
@@ -132,6 +147,8 @@ class Experts(Operator):
             self.waited += time.perf_counter() - start
         w, b = self.weights, self.biases
         ids = ids.to(torch.int64)
+        if listened(self):
+            return self._one_by_one(hidden, ids - self.first, weights).to(device)
         out = cpu.experts(
             hidden.contiguous(),
             (ids - self.first if self.first else ids).contiguous(),
@@ -146,6 +163,60 @@ class Experts(Operator):
             self.counts,
         )
         return out.to(device)
+
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
+        """For ktx.edit: f32 [n, k] of one expert's projection."""
+        w = self._packed(name, expert)
+        assert expert is not None
+        return w.matrix(expert - self.first).rows(torch.arange(w.n, device="cpu"))
+
+    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+        """For ktx.edit: all experts of a projection are of one type, so this one is packed as what they are."""
+        w = self._packed(name, expert)
+        assert expert is not None
+        if dtype not in (None, w.qtype.name):
+            raise UsageError(f"{self.path}.{name} is {w.qtype.name} for all experts, one of them cannot be {dtype}")
+        values = fitting(f"{self.path}.{name}", values, (w.n, w.k))
+        one = cpu.pack(quantized(values, [w.qtype], self.path, w.qtype.name))
+        twice = self.weights["gate_proj"] is self.weights["up_proj"]  # without a gate
+        changed = dict.fromkeys(("gate_proj", "up_proj") if twice and name != "down_proj" else (name,))
+        made = cpu.with_expert(w, expert - self.first, one)
+        self.weights = {each: made if each in changed else held for each, held in self.weights.items()}
+
+    def _packed(self, name: str, expert: int | None) -> cpu.Packed:
+        if name not in self.weights:
+            raise UsageError(
+                f"{self.path}: experts have {' '.join(PROJECTIONS)}, not {name!r}: ktx.edit(experts, name, expert=N)"
+            )
+        if expert is None or not self.first <= expert < self.first + self.num_experts:
+            last = self.first + self.num_experts - 1
+            raise UsageError(f"{self.path}: expert={expert}, here are {self.first} to {last}")
+        return self.weights[name]
+
+    def _one_by_one(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The same, with the activation called as a module: once, for all choices [choices, width] in the order of their experts, as transformers does."""
+        chosen, order = ids.flatten().sort(stable=True)
+        mine = (chosen >= 0) & (chosen < self.num_experts)
+        chosen, order = chosen[mine], order[mine]
+        tokens = order // ids.shape[1]
+        per_expert = torch.bincount(chosen, minlength=self.num_experts)
+        self.counts[: self.num_experts] += per_expert
+
+        def product(name: str, rows: torch.Tensor) -> torch.Tensor:
+            w, bias = self.weights[name], self.biases[name]
+            made = [
+                cpu.linear(some, w.matrix(i), None if bias is None else bias[i])
+                for i, some in enumerate(rows.split(per_expert.tolist()))
+                if len(some)
+            ]
+            return torch.cat(made) if made else rows.new_empty(0, w.n)
+
+        rows = hidden[tokens]
+        up = product("up_proj", rows)
+        gated = len(self.projections) == len(PROJECTIONS)
+        y = self.act_fn(product("gate_proj", rows)) * up if gated else self.act_fn(up)
+        y = product("down_proj", y) * weights.flatten()[order, None].to(hidden.dtype)
+        return torch.zeros_like(hidden).index_add_(0, tokens, y)
 
     def floats(self) -> dict[str, Floats]:
         self.on_cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -28,6 +28,8 @@ class Floats:
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
         """All of it, a span at a time."""
+        if not self.shape:
+            return self.read(0, 1).to(dtype)
         out = torch.empty(self.shape, dtype=dtype, device="cpu")
         for first, last in self.spans():
             out[first:last] = self.read(first, last)
@@ -41,7 +43,8 @@ class Floats:
 
 def plain(values: torch.Tensor) -> Floats:
     """What is not packed but no parameter either: biases."""
-    return Floats(tuple(values.shape), lambda first, last: values[first:last], values.data_ptr())
+    read = lambda first, last: values[first:last] if values.dim() else values  # noqa: E731
+    return Floats(tuple(values.shape), read, values.data_ptr())
 
 
 def rows_of(parts: Sequence[cpu.Packed], first: int, last: int) -> torch.Tensor:
@@ -69,7 +72,7 @@ def experts(halves: Sequence[cpu.Packed], interleaved: bool = False, transposed:
     count, n, k = halves[0].matrices, halves[0].n * len(halves), halves[0].k
 
     def one(number: int) -> torch.Tensor:
-        own = [cpu.unpack_expert(packed, number) for packed in halves]
+        own = [packed.matrix(number).rows(torch.arange(packed.n, device="cpu")) for packed in halves]
         values = own[0] if len(own) == 1 else torch.stack(own, 1).flatten(0, 1) if interleaved else torch.cat(own)
         return values.T if transposed else values
 
@@ -79,46 +82,90 @@ def experts(halves: Sequence[cpu.Packed], interleaved: bool = False, transposed:
 
 
 READ_ONLY = (
-    "a packed weight cannot be written to in place; change a copy (weight.clone()) and give it back with"
-    " model.load_state_dict({...}, strict=False)"
+    "{} is packed and cannot be written to: edit it in `with ktx.edit(module) as weight:`, assign a tensor to module.weight, give other values to"
+    " model.load_state_dict({{...}}, strict=False), or put ktx.dequantize(module) in the module's place"
 )
+ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 _held: WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = WeakValueDictionary()
 
 
 class Dequantized(torch.Tensor):
-    """A parameter that is packed, as a tensor that nobody can write to: it takes no memory, every use of its values dequantises them."""
+    """A packed weight as a tensor that nobody can write to: it takes no memory, every operation on its values dequantises them. UsageError for what would write."""
 
     floats: Floats
+    label: str  # for messages
+    replace: Callable[[torch.Tensor], None] | None = None  # packs other values; a view has none
     held: torch.Tensor | None = None
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, floats: Floats, dtype: torch.dtype) -> Dequantized:
-        made: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=CPU)
-        made.floats = floats
+    def __new__(
+        cls,
+        floats: Floats,
+        dtype: torch.dtype,
+        label: str = "this weight",
+        device: torch.device = CPU,
+        replace: Callable[[torch.Tensor], None] | None = None,
+    ) -> Dequantized:
+        made: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=device)
+        made.floats, made.label, made.replace = floats, label, replace
         return made
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__()
 
     def dequantized(self) -> torch.Tensor:
         """The values as a plain tensor."""
-        return self.floats.values(self.dtype) if self.held is None else self.held
+        return self.floats.values(self.dtype).to(self.device) if self.held is None else self.held
+
+    @property  # type: ignore[override]
+    def data(self) -> torch.Tensor:
+        """The same, read-only too; what is assigned to it is packed."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+    @data.setter
+    def data(self, values: torch.Tensor) -> None:
+        if self.replace is None:
+            raise UsageError(READ_ONLY.format(self.label))
+        self.replace(values)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func is torch.ops.aten.detach.default:
-            return Dequantized(args[0].floats, args[0].dtype)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Dequantized):
-                raise UsageError(READ_ONLY)
-        args, kwargs = tree_map_only(Dequantized, Dequantized.dequantized, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        kwargs = kwargs or {}
+        if func in ALIASES:
+            given = args[0]
+            return cls(given.floats, given.dtype, given.label, given.device)
+        name = "this weight"
+        for i, argument in enumerate(func._schema.arguments):
+            value = args[i] if i < len(args) else kwargs.get(argument.name)
+            if isinstance(value, cls):
+                name = value.label
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    raise UsageError(READ_ONLY.format(name))
+        args, kwargs = tree_map_only(Dequantized, Dequantized.dequantized, (args, kwargs))
+        out = func(*args, **kwargs)
+        if any(
+            result.alias_info is not None for result in func._schema.returns
+        ):  # what is written to a view would be lost
+            out = tree_map_only(torch.Tensor, lambda view: cls._of_view(view, name), out)
+        return out
+
+    @classmethod
+    def _of_view(cls, view: torch.Tensor, name: str) -> Dequantized:
+        made = cls(plain(view), view.dtype, f"a view of {name}", view.device)
+        made.held = view if view.is_contiguous() else None
+        return made
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        return self.dequantized().numpy(*args, **kwargs)
+        """A read-only array."""
+        found = self.dequantized().numpy(*args, **kwargs)
+        found.flags.writeable = False
+        return found
 
     def tolist(self) -> Any:
-        return self.dequantized().tolist()
+        return self.dequantized().tolist()  # type: ignore[no-untyped-call]
 
     def untyped_storage(self) -> Any:
         return _Place(self.floats.place, self.nbytes)
@@ -129,12 +176,9 @@ class Dequantized(torch.Tensor):
             key = self.floats.place, self.dtype
             held = _held.get(key)
             if held is None:
-                held = _held[key] = self.floats.values(self.dtype)
+                held = _held[key] = self.dequantized()
             self.held = held
         return self.held.data_ptr()
-
-    def __setitem__(self, index: Any, values: Any) -> NoReturn:
-        raise UsageError(READ_ONLY)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.dequantized().__reduce_ex__(protocol)

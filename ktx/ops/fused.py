@@ -1,7 +1,7 @@
 """What lets a module compute in one kernel call what its children would compute one by one.
 
-The children stay modules of their own. A block asks its `Watch` at every call whether they still are the ones it was made of and whether
-nobody listens to them; else the module goes the long way, child by child.
+The children stay modules of their own. A block's `Guard` says at every call whether they still are what it was made of, and whether nobody listens to them or trains them; else, and where autograd
+records what it is given, the module goes the long way, child by child.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
-from torch.utils.hooks import RemovableHandle
 
 from ktx.cache.kv import GrowingLayer, KVType, growing
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.gradients import recorded
 from ktx.kernels.steps import Step, run
+from ktx.ops.base import is_ours
 from ktx.ops.linear import Linear
+from ktx.ops.masks import Intervals, edits_of, ranges_of
 
 Before = tuple[
     torch.Tensor | None, float, bool
@@ -29,57 +29,20 @@ NOTHING: Before = (None, 0.0, False)
 MOST = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
 
 
-class Watch:
-    """Children of modules, and the hooks that would have to be called. A pair (parent, name) is a child, None if it has none of that name.
-
-    It is asked at every call, when the weights have just driven everything else out of the caches, so it touches little memory: hooks are looked
-    for when one has been registered anywhere since none was found, which is what torch's counter of handles tells.
-    """
-
-    def __init__(self, children: Iterable[tuple[nn.Module, str]]):
-        names: dict[nn.Module, list[str]] = {}
-        for parent, name in children:
-            names.setdefault(parent, []).append(name)
-        self.parents = [
-            (parent._modules, tuple(own), tuple(map(parent._modules.get, own))) for parent, own in names.items()
-        ]
-        found = [child for _, _, kept in self.parents for child in kept if child is not None]
-        self.hooks = [hooks for child in found for hooks in (child._forward_hooks, child._forward_pre_hooks)]
-        self.registered = -1
-
-    @classmethod
-    def over(cls, watches: Iterable[Watch]) -> Watch:
-        """One that holds when all of them do."""
-        made = cls(())
-        for watch in watches:
-            made.parents += watch.parents
-            made.hooks += watch.hooks
-        return made
-
-    def holds(self) -> bool:
-        for modules, names, children in self.parents:
-            if tuple(map(modules.get, names)) != children:
-                return False
-        registered = RemovableHandle.next_id
-        if registered != self.registered:
-            if any(self.hooks) or _global_forward_hooks or _global_forward_pre_hooks:
-                return False
-            self.registered = registered
-        return True
-
-
 class Made:
     """The step of a block, made when it is first asked for; once more with the norm that a layer begins with."""
 
     def __init__(self, make: str, *args: Any):
         self.make, self.args = make, args
-        self.steps: dict[bool, Step] = {}
+        self.steps: dict[bool, tuple[Any, Step]] = {}
 
     def step(self, before: Before = NOTHING) -> Step:
-        made = self.steps.get(before[0] is None)
-        if made is None:
-            made = self.steps[before[0] is None] = Step(self.make, *self.args, *before)
-        return made
+        weight, *rest = before
+        norm = None if weight is None else (weight.data_ptr(), *rest)
+        known = self.steps.get(weight is None)
+        if known is None or known[0] != norm:  # the step holds the weight, whose address is nobody else's
+            known = self.steps[weight is None] = norm, Step(self.make, *self.args, *before)
+        return known[1]
 
     def __call__(self, x: torch.Tensor, before: Before = NOTHING) -> torch.Tensor:
         """x f32 [B, S, D] -> [B, S, D], with `before` plus x itself; for blocks that keep nothing."""
@@ -117,7 +80,7 @@ class Matrices:
 
 def plain_linear(child: Any) -> bool:
     """Whether a child is our Linear itself, not something that was put around it."""
-    return type(child) is Linear and bool(child.parts)
+    return is_ours(child, Linear) and bool(child.parts)
 
 
 class Attends(Protocol):
@@ -140,6 +103,8 @@ class Room:
     mask: torch.Tensor | None
     ragged: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
     layers: Sequence[GrowingLayer] = ()  # of a cache that grows: what is written counts when `keep` says so
+    numbers: Sequence[int] = ()  # of these layers in the cache
+    edits: Any = 0  # of the mask that tokens see by
 
     def about(self, embeddings: Any, halved: bool) -> tuple[Any, ...]:
         """What `run` is told of it."""
@@ -152,9 +117,15 @@ class Room:
             *self.ragged,
         )
 
-    def fits(self, index: int) -> bool:
-        """Whether nobody else has written to a block's layer meanwhile."""
-        return not self.layers or self.layers[index].length == self.past
+    def fits(self, index: int, cache: Any, mask: torch.Tensor | None) -> bool:
+        """Whether nobody else has written to a block's layer or to the mask meanwhile, put another layer in its place, or was shown what it holds."""
+        if edits_of(mask) != self.edits:
+            return False
+        if not self.layers:
+            return True
+        layer = self.layers[index]
+        own = cache.layers[self.numbers[index]]
+        return own is layer and layer.length == self.past and not layer.given and not layer.lent
 
     def keep(self, index: int, new: int) -> None:
         if self.layers:
@@ -163,7 +134,7 @@ class Room:
 
 def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: torch.Tensor | None) -> Room | None:
     """Room in the cache's layers for the tokens of `hidden` f32 [B, S, D], made for blocks that fill them; None when they cannot."""
-    if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or hidden.requires_grad:
+    if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or recorded(hidden, mask):
         return None
     first = blocks[0].owner
     kept = float_type(first.kv_dtype, hidden.dtype)
@@ -177,10 +148,11 @@ def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: 
             buffers += pages.buffers
         assert batch is not None
         cache.look()
-        return Room(buffers, 0, batch.ranges(window_of(first)), None, (batch.sequences, batch.pages, batch.slots))
-    layers = []
-    for block in blocks:
-        layer = growing(cache, block.owner.layer_idx, first.kv_dtype)
+        ragged = batch.sequences, batch.pages, batch.slots
+        return Room(buffers, 0, batch.ranges(window_of(first)), None, ragged, edits=edits_of(mask))
+    layers, numbers = [], [block.owner.layer_idx for block in blocks]
+    for block, number in zip(blocks, numbers, strict=True):
+        layer = growing(cache, number, first.kv_dtype)
         if layer is None or not layer.fits(hidden.shape[0], block.heads, block.columns, kept):
             return None
         layers.append(layer)
@@ -190,7 +162,8 @@ def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: 
     for layer in layers:
         layer.make_room(new)
         buffers += layer.buffers
-    return Room(buffers, past, *split_mask(mask, past + new), layers=layers)
+    seen = split_mask(mask, past + new)
+    return Room(buffers, past, *seen, layers=layers, numbers=numbers, edits=edits_of(mask))
 
 
 def attended(
@@ -208,18 +181,34 @@ def attended(
 
 
 def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What transformers hands over as a mask -> (ranges, mask) as the kernels take them."""
+    """What transformers hands over as a mask -> (ranges, mask) as the kernels take them. UsageError for a mask of other keys than there are."""
     if mask is None:
         return None, None
-    if mask.dtype == torch.int32:
-        if torch.compiler.is_compiling():
-            return mask[:, 0].contiguous(), None
-        ranges = getattr(mask, "ktx_ranges", None)  # one mask serves all layers of a forward
-        if ranges is None:
-            ranges = mask.ktx_ranges = mask[:, 0].contiguous()  # type: ignore[attr-defined]
-        return ranges, None
+    if torch.compiler.is_compiling() and isinstance(mask, Intervals):
+        return ranges_of(mask), None
+    ranges = ranges_of(mask)
+    if ranges is not None:
+        if not isinstance(mask, Intervals) or mask.shape[3] == keys:
+            return ranges, None
+        _sees_all(ranges, mask.shape[3], keys)
+        return None, None
+    if mask.shape[-1] < keys:
+        raise _other_length(mask.shape[-1], keys)
     mask = mask[..., :keys]
     return None, mask if mask.dtype == torch.bool else mask.float()
+
+
+def _sees_all(ranges: torch.Tensor, meant: int, keys: int) -> None:
+    """UsageError unless ranges [B, 1, 2], made for `meant` keys, have a lone token see them all: then it sees all of a layer that has others."""
+    if ranges.shape[1] != 1 or not bool((ranges[..., 0] == 0).all()) or not bool((ranges[..., 1] == meant).all()):
+        raise _other_length(meant, keys)
+
+
+def _other_length(meant: int, keys: int) -> UsageError:
+    return UsageError(
+        f"the mask is for {meant} keys, this layer's cache has {keys} with the new ones: its keys were replaced by some of another length than in other"
+        " layers. transformers makes one mask for all layers of a kind; give all of them as many keys, feed tokens one by one, or pass a mask of your own"
+    )
 
 
 def window_of(module: Any) -> int:

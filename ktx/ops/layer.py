@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ktx.kernels.gradients import recorded
 from ktx.kernels.steps import run
 from ktx.ops import contract
 from ktx.ops.attention import Attention
 from ktx.ops.base import Context, Operator, adopt, known_class
-from ktx.ops.fused import MOST, Room, Watch, room_for
+from ktx.ops.fused import MOST, Before, Room, room_for
+from ktx.ops.guard import Changes, Guard, current
 from ktx.ops.mla import MLA
 from ktx.ops.mlp import MLP
 from ktx.ops.moe import MoE
@@ -46,8 +48,8 @@ MISSES, REST = 3, 100  # calls in a row whose results were not asked for, and ho
 class Layer(Operator):
     """Its children stay modules of their own and are called one by one whenever a block of theirs cannot do it, or somebody listens to one."""
 
-    remade = ("watch", "stretch", "before")
-    watch: Watch | None
+    remade = ("block", "stretch")
+    block: Block | None
     stretch: Stretch | None  # of which it is the first layer
 
     @classmethod
@@ -55,15 +57,11 @@ class Layer(Operator):
         known_class(old, USUAL, ctx, "it is not known whether {} adds up as others do")
         contract.layer(old, ctx.path)
         new: Layer = adopt(cls, old, ctx)
-        new.watch, new.stretch = None, None
+        new.block, new.stretch = None, None
         return new
 
     def ready(self) -> None:
-        children: dict[str, Any] = self._modules
-        norms: list[Any] = [children.get(PARTS[0]), children.get(PARTS[2])]
-        if all(RMSNorm.here(norm) for norm in norms) and isinstance(children.get("self_attn"), Attention | MLA):
-            self.watch = Watch((self, name) for name in PARTS)
-            self.before = [(norm.in_f32, norm.variance_epsilon, norm.plus_one) for norm in norms]
+        self.block = Block.of(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given, cache = self.call.split((hidden_states, *args), kwargs)
@@ -75,28 +73,54 @@ class Layer(Operator):
         ahead = hidden_states.__dict__.get("ktx_ahead")
         if ahead is not None and ahead.layer is self and ahead.answers(hidden_states, asked):
             return ahead.out
-        if self.watch is not None and self.watch.holds():
+        if (block := current(self)) is not None:
             done = None if self.stretch is None else self.stretch(hidden_states, asked)
-            done = self.together(hidden_states, asked) if done is None else done
+            done = block(hidden_states, asked) if done is None else done
             if done is not None:
                 return done
         return super().forward(**self.call.joined(given, cache))
 
-    def together(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor | None:
+
+class Block:
+    """A layer as two calls: its attention with the norm before it, and what follows with its norm."""
+
+    def __init__(self, owner: Layer, norms: list[RMSNorm]):
+        self.owner = owner
+        self.guard = Guard(
+            [owner],
+            [child for name in PARTS if (child := owner._modules[name]) is not None],
+            [norm.copied() for norm in norms],
+        )
+        self.before: list[Before] = [(norm.in_f32, norm.epsilon, norm.plus_one) for norm in norms]
+
+    @classmethod
+    def of(cls, owner: Layer) -> Block | None:
+        """None where a norm or the attention is none of ours."""
+        children: dict[str, Any] = owner._modules
+        norms: list[Any] = [children.get(PARTS[0]), children.get(PARTS[2])]
+        if not all(map(RMSNorm.here, norms)) or not isinstance(children.get("self_attn"), Attention | MLA):
+            return None
+        return None if children.get("mlp") is None else cls(owner, norms)
+
+    def parts(self) -> tuple[Any, Any]:
+        """The blocks of attention and feed-forward as they are now; None where there is none that holds."""
+        children: dict[str, Any] = self.owner._modules
+        mlp = children["mlp"]
+        return current(children["self_attn"]), current(mlp) if isinstance(mlp, MoE | MLP) else None
+
+    def __call__(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor | None:
         """hidden_states f32 [B, S, D] -> [B, S, D]; None when this call has to go the long way."""
-        children: dict[str, Any] = self._modules
-        block = children["self_attn"].block
-        if block is None or not block.watch.holds():
+        attention, feed = self.parts()
+        if attention is None:
             return None
         first, second = self.before
-        x = block(hidden_states, asked.embeddings, asked.mask, cache=asked.cache, before=first)
+        x: torch.Tensor | None = attention(hidden_states, asked.embeddings, asked.mask, cache=asked.cache, before=first)
         if x is None:
             return None
-        mlp = children["mlp"]
-        feed = mlp.block if isinstance(mlp, MoE | MLP) else None
-        if feed is not None and x.shape[0] * x.shape[1] <= MOST and feed.watch.holds():
-            return feed.made(x, second)
-        return x + mlp(children["post_attention_layernorm"](x))
+        if feed is not None and x.shape[0] * x.shape[1] <= MOST:
+            return feed.made(x, second)  # type: ignore[no-any-return]
+        children: dict[str, Any] = self.owner._modules
+        return x + children["mlp"](children["post_attention_layernorm"](x))  # type: ignore[no-any-return]
 
 
 class Asked(NamedTuple):
@@ -124,10 +148,11 @@ class Ahead:
         mask, embeddings, cache = self.asked
         if (
             hidden_states._version != self.version
+            or recorded(hidden_states)
             or asked.mask is not mask
             or asked.cache is not cache
             or not _same(asked.embeddings, embeddings)
-            or not self.room.fits(self.index)
+            or not self.room.fits(self.index, cache, mask)
         ):
             return False
         self.room.keep(self.index, hidden_states.shape[1])
@@ -147,24 +172,24 @@ class Parts(NamedTuple):
     """A layer's blocks, as they were when its stretch was made."""
 
     layer: Layer
+    block: Block
     attention: Any
     feed: Any
-    watch: Watch
+    guard: Guard
 
     @classmethod
     def of(cls, layer: Layer) -> Parts | None:
-        if layer.watch is None:
+        block = current(layer)
+        if block is None:
             return None
-        children: dict[str, Any] = layer._modules
-        attention, mlp = children["self_attn"].block, children["mlp"]
-        feed = mlp.block if isinstance(mlp, MoE | MLP) else None
+        attention, feed = block.parts()
         if attention is None or feed is None:
             return None
-        return cls(layer, attention, feed, Watch.over((layer.watch, attention.watch, feed.watch)))
+        return cls(layer, block, attention, feed, Guard.over((block.guard, attention.guard, feed.guard)))
 
     def hold(self) -> bool:
-        layer, attention, feed, watch = self
-        if layer.watch is None or not watch.holds():
+        layer, block, attention, feed, guard = self
+        if layer.block is not block or not guard.holds():
             return False
         children: dict[str, Any] = layer._modules
         return children["self_attn"].block is attention and children["mlp"].block is feed
@@ -179,13 +204,29 @@ class Stretch:
     """
 
     def __init__(self, layers: list[Parts]):
-        self.layers, self.left, self.missed, self.resting = layers, 0, 0, 0
+        self.left, self.missed, self.resting = 0, 0, 0
+        self._take(layers)
+
+    def _take(self, layers: list[Parts]) -> None:
+        self.layers, self.changes = layers, Changes.count
         self.blocks = [parts.attention for parts in layers]
         self.steps = [
             made.step(before)
-            for layer, attention, feed, _ in layers
-            for made, before in zip((attention.made, feed.made), layer.before, strict=True)
+            for _, block, attention, feed, _ in layers
+            for made, before in zip((attention.made, feed.made), block.before, strict=True)
         ]
+
+    def _renewed(self) -> bool:
+        """Takes the blocks that were made of layers whose settings or weights have changed, once for each change; False where there are none."""
+        if self.changes == Changes.count:
+            return False
+        self.changes = Changes.count
+        layers = [Parts.of(parts.layer) for parts in self.layers]
+        whole = [parts for parts in layers if parts is not None]
+        if len(whole) < len(layers):
+            return False
+        self._take(whole)
+        return True
 
     def __call__(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor | None:
         """hidden_states f32 [B, S, D] -> what the first layer makes of it; None when layers have to be computed one by one."""
@@ -193,8 +234,12 @@ class Stretch:
         if not 0 < tokens <= MOST or asked.embeddings is None or not self._pays():
             return None
         layers = self.layers[: max(1, TOKEN_LAYERS // AT_ONCE // tokens) * AT_ONCE]
-        if not first.takes(hidden_states, asked.cache) or not all(parts.hold() for parts in layers):
+        if not first.takes(hidden_states, asked.cache):
             return None
+        if not all(parts.hold() for parts in layers):
+            if not self._renewed():
+                return None
+            first, layers = self.blocks[0], self.layers[: len(layers)]
         room = room_for(hidden_states, asked.cache, self.blocks[: len(layers)], asked.mask)
         if room is None:
             return None

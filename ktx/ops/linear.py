@@ -12,23 +12,28 @@ from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, as_weights, is_plain, packed_as
 from ktx.ops.floats import Floats, matrix, plain
-from ktx.weights.source import WeightSource
+from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
+from ktx.weights.source import QuantizedTensor, WeightSource
 
 
-class Linear(Operator):
+class Linear(Operator, nn.Linear):
     """y = x W^T + b with W as the file has it; several row-wise parts when the file keeps the rows in tensors of different types.
 
-    `weight` is a read-only dequantised view for code that peeks (PEFT, checks); `requires_grad` is never set.
+    `weight` is dequantised where it is read (ktx.ops.weights); a tensor that is assigned to it is packed. `requires_grad` is never set.
     """
 
+    derived = frozenset({"ties"})
+    reads = frozenset({"parts", "bias"})
+
     def __init__(self, path: str, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
-        super().__init__()
+        nn.Module.__init__(self)  # not nn.Linear's, which makes a matrix
         self.path, self.in_features, self.out_features, self.dtype = path, in_features, out_features, dtype
         self.has_bias, self.tied_to = bias, ""
         self.copies = False  # a tied layer on another device than the embedding has its matrix twice
-        self.bias: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None  # type: ignore[assignment]
         self.parts: list[cpu.Packed] = []
         self.target: str | None = None
+        self.ties: list[Operator] = []  # all modules that share one matrix
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Linear:
@@ -62,7 +67,11 @@ class Linear(Operator):
     def floats(self) -> dict[str, Floats]:
         self.on_cpu()
         bias = {} if self.bias is None else {"bias": plain(self.bias)}
-        return {"weight": matrix(self.parts)} | bias
+        return {"weight": self.rows()} | bias
+
+    def rows(self) -> Floats:
+        """Its weight f32 [out_features, in_features]."""
+        return matrix(self.parts)
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
         if "weight" in values:
@@ -71,8 +80,42 @@ class Linear(Operator):
             self.bias = values["bias"].float().clone()
 
     @property
-    def weight(self) -> torch.Tensor:
-        return torch.cat([part.rows(torch.arange(part.n, device="cpu")) for part in self.parts]).to(self.dtype)
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """[out_features, in_features], read-only: see ktx.ops.floats."""
+        return shown(self, self.rows())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._replace(value, "given")
+            alone(self)  # a tied output layer and its embedding are no longer that, as in transformers
+        else:
+            super().__setattr__(name, value)
+
+    def _replace(self, values: Any, dtype: str | None) -> None:
+        values = fitting(self.path, values, (self.out_features, self.in_features))
+        self.parts = [self.packed_from(quantized(values, [part.qtype for part in self.parts], self.path, dtype))]
+
+    def packed_from(self, weight: QuantizedTensor) -> Any:
+        """A part made of rows."""
+        return cpu.pack(weight)
+
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
+        """For ktx.edit."""
+        only_weight(self, name, expert)
+        return self.rows().values(torch.float32)
+
+    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+        """For ktx.edit: the embedding whose matrix it shares has the same one afterwards."""
+        self._replace(values, dtype)
+        share(self, self.parts[0])
+
+    def plain(self, dtype: torch.dtype | None) -> nn.Linear:
+        """For ktx.dequantize."""
+        made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        made.weight = nn.Parameter(self.rows().values(dtype or self.dtype).to(self.home.torch), requires_grad=False)
+        if self.bias is not None:
+            made.bias = nn.Parameter(self.bias.to(dtype or self.dtype, copy=True), requires_grad=False)
+        return made
 
     def weight_bytes(self) -> tuple[int, int]:
         held = sum(part.nbytes for part in self.parts)

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from ktx.cache.kv import values_of
+from ktx.cache.kv import as_stock, values_of
 from ktx.cache.paged import Batch, batch_of, gathered, paged
 from ktx.cache.pages import PAGE
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.gpu import known_backend
+from ktx.kernels.gradients import recorded
 from ktx.kernels.kept import kept
 from ktx.ops import contract
+from ktx.ops.attention_weights import Choice, attention_weights, by_function, reads_no_pages
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.floats import Floats
 from ktx.ops.fused import (
@@ -26,14 +28,15 @@ from ktx.ops.fused import (
     Before,
     Made,
     Matrices,
-    Watch,
     attended,
     float_type,
     plain_linear,
     rotary_tables,
     split_mask,
 )
+from ktx.ops.guard import Guard, below, current
 from ktx.ops.norm import RMSNorm
+from ktx.ops.weights import fitting
 from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor, WeightSource
 
@@ -58,11 +61,13 @@ class MLA(Operator):
 
     consumes = ("kv_b_proj",)
     remade = ("block",)
+    reads = frozenset({"scaling", "w_uk_t", "w_uv", "w_uk"})
     ours = True  # as ktx.ops.attention.Attention has it
     w_uk_t: Any
     w_uv: Any
     w_uk: Any
     block: Block | None
+    choice: Choice
 
     @classmethod
     def from_hf(
@@ -84,6 +89,7 @@ class MLA(Operator):
         new.dtype = ctx.dtype
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
         new.interleaved, new.backend = pairs == "interleaved", known_backend(backend)
+        new.choice = Choice(old.config)
         new.w_uk_t, new.w_uv, new.w_uk, new.block = None, None, None, None
         new.check(ctx)
         contract.latent_attention(old, ctx.path, new.interleaved)
@@ -119,6 +125,24 @@ class MLA(Operator):
             packed.append(cpu.pack(w_uk, QTYPES["Q8_0"]) if coarse else cpu.pack(as_half(w_uk, exact)))
         return packed
 
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
+        """For ktx.edit: kv_b_proj's weight f32 [heads * (nope + v), rank], as transformers has it."""
+        if name != "kv_b_proj" or expert is not None:
+            raise UsageError(f"{self.path}: an MLA has one matrix of its own: ktx.edit(module, 'kv_b_proj')")
+        return self.floats()["kv_b_proj.weight"].values(torch.float32)
+
+    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+        """For ktx.edit: both halves become F32 where they were that or `dtype` says so, else F16."""
+        if dtype not in (None, "F16", "F32"):
+            raise UsageError(f"{self.path}: kv_b_proj is packed as F16 or F32, not as {dtype}")
+        heads, rank = self.num_heads, self.kv_lora_rank
+        values = fitting(f"{self.path}.kv_b_proj", values, (heads * (self.qk_nope_head_dim + self.v_head_dim), rank))
+        k, v = values.view(heads, -1, rank).split([self.qk_nope_head_dim, self.v_head_dim], 1)
+        exact = dtype == "F32" or (dtype is None and self.w_uk_t.qtype is QTYPES["F32"])
+        halves = [QuantizedTensor.of(half.contiguous()) for half in (k.transpose(1, 2), v)]
+        packed = self._packed(halves[0], halves[1], exact, False)
+        self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
+
     def is_exact(self, source: WeightSource) -> bool:
         """Whether the file itself holds W_UK in f32."""
         spec = source.spec(self.tensors()[0])
@@ -127,7 +151,7 @@ class MLA(Operator):
     def ready(self) -> None:
         self.block = Block.of(self)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         given, cache = self.call.split(args, kwargs)
         return self.computed(cache, **given)
 
@@ -138,12 +162,14 @@ class MLA(Operator):
         position_embeddings: Any = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """The forward, by whatever name the cache came."""
-        if self.block is not None and not torch.compiler.is_compiling() and self.block.watch.holds():
-            done = self.block(hidden_states, position_embeddings, attention_mask, kv_cache)
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The forward, by whatever name the cache came: the result, and weights [B, H, S, T] where somebody asks for them."""
+        if (block := current(self)) is not None:
+            done = block(hidden_states, position_embeddings, attention_mask, kv_cache)
             if done is not None:
                 return done, None
+        if recorded(hidden_states):
+            as_stock(kv_cache, self.layer_idx)
         batch, length, _ = hidden_states.shape
         q = (
             self.q_proj(hidden_states)
@@ -162,6 +188,8 @@ class MLA(Operator):
         latent = self.kv_a_layernorm(latent)[:, None]
         pages = paged(kv_cache, self.layer_idx)
         if pages is not None:
+            if self.choice.foreign:
+                raise reads_no_pages(self.choice.name)
             pools = pages.update(latent, k_rope)
             assert pages.owner.batch is not None
             return self.o_proj(self.ragged(q_nope, q_rope, *pools, pages.owner.batch)), None
@@ -169,6 +197,8 @@ class MLA(Operator):
         if kv_cache is not None:
             stored = float_type(self.kv_dtype, latent.dtype)
             latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
+        if self.choice.foreign:
+            return self.elsewhere(q_nope, q_rope, latent, k_rope, attention_mask, kwargs)
         keys, parts = latent.shape[2], []
         ranges, mask = split_mask(attention_mask, keys)
         for mix, first, last in ((self.expanded, 0, whole), (self.absorbed, whole, length)):
@@ -179,7 +209,38 @@ class MLA(Operator):
                 matrix = None if mask is None else mask[:, :, own]
                 q = q_nope[:, :, own], q_rope[:, :, own]
                 parts.append(mix(*q, latent[:, 0, :end], k_rope[:, 0, :end], seen, matrix))
-        return self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts, 1)), None
+        out = self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
+        if not self.choice.shows(kwargs):
+            return out, None
+        states = torch.cat([values_of(latent).float(), values_of(k_rope).float()], -1)
+        queries = torch.cat([self._absorbed_queries(q_nope), q_rope], -1)
+        return out, attention_weights(queries, states, ranges, mask, self.scaling)
+
+    def elsewhere(
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latent: torch.Tensor,
+        k_rope: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What an attention function of transformers' makes of queries [B, H, S, columns] and of keys and values [B, H, T, columns], expanded from latent [B, 1, T, rank] and k_rope [B, 1, T, rope]."""
+        name, heads = self.choice.name, range(self.num_heads)
+        if self.w_uk is None:
+            raise UsageError(
+                f"{self.path}: attn_implementation {name!r} needs keys, which absorb_for_prefill leaves compressed; load the model without that option"
+            )
+        (batch, _, keys, _), flat = latent.shape, values_of(latent)[:, 0].flatten(0, 1).to(q_nope.dtype)
+        k_nope, values = (
+            states.view(batch, keys, self.num_heads, -1).transpose(1, 2)
+            for states in (cpu.linear(flat, self.w_uk, wide=True), self._values(flat, heads))
+        )
+        turned = values_of(k_rope).to(q_nope.dtype).expand(-1, self.num_heads, -1, -1)
+        states = torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, turned], -1), values
+        options = {"scaling": self.scaling, "dropout": 0.0} | options
+        out, weights = by_function(name, self, *states, mask, **options)
+        return self.o_proj(out.reshape(*out.shape[:2], -1)), weights
 
     def ragged(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, ropes: torch.Tensor, batch: Batch
@@ -226,13 +287,17 @@ class MLA(Operator):
     ) -> torch.Tensor:
         """q_nope [B, H, S, nope], q_rope [B, H, S, rope], latent [B, T, rank], k_rope [B, T, rope] -> [B, S, H * v]. `pages`: as cpu.mla_attention takes them."""
         batch, heads, length, _ = q_nope.shape
-        by_head = cpu.linear_batched(q_nope.transpose(0, 1).reshape(heads, batch * length, -1), self.w_uk_t)
-        query = by_head.view(heads, batch, length, -1).transpose(0, 1)
         context = cpu.mla_attention(
-            query, q_rope, latent, k_rope, ranges, mask, self.scaling, **pages
+            self._absorbed_queries(q_nope), q_rope, latent, k_rope, ranges, mask, self.scaling, **pages
         )  # [B, S, H, rank]
         out = cpu.linear_batched(context.permute(2, 0, 1, 3).reshape(heads, batch * length, -1), self.w_uv)
         return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).reshape(batch, length, -1)
+
+    def _absorbed_queries(self, q_nope: torch.Tensor) -> torch.Tensor:
+        """[B, H, S, nope] times W_UK -> [B, H, S, rank]."""
+        batch, heads, length, _ = q_nope.shape
+        by_head = cpu.linear_batched(q_nope.transpose(0, 1).reshape(heads, batch * length, -1), self.w_uk_t)
+        return by_head.view(heads, batch, length, -1).transpose(0, 1)
 
     def expanded(
         self,
@@ -288,7 +353,7 @@ class MLA(Operator):
 
         def read(first: int, last: int) -> torch.Tensor:
             heads = range(first // each, -(-last // each))
-            rows = [torch.cat([cpu.unpack_matrix(k, head).T, cpu.unpack_matrix(v, head)]) for head in heads]
+            rows = [torch.cat([_head(k, head).T, _head(v, head)]) for head in heads]
             return torch.cat(rows)[first - heads.start * each : last - heads.start * each]
 
         return {"kv_b_proj.weight": Floats((k.matrices * each, k.n), read, k.data.data_ptr())}
@@ -307,11 +372,12 @@ class MLA(Operator):
 class Block:
     """The absorbed form in one kernel call, on a cache that grows in place."""
 
-    def __init__(self, owner: MLA, watch: Watch, matrices: Matrices):
-        self.owner, self.watch = owner, watch
+    def __init__(self, owner: MLA, matrices: Matrices):
+        self.owner = owner
         low: Any = None if owner.q_lora_rank is None else owner.q_a_layernorm
         norm, rank, turned = owner.kv_a_layernorm, owner.kv_lora_rank, owner.qk_rope_head_dim
         self.heads, self.columns, self.halved = 1, (rank, turned), False
+        self.guard = Guard([owner], below(owner), [norm.copied(), None if low is None else low.copied()])
         self.made = Made(
             "mla_step",
             matrices.packed,
@@ -320,12 +386,12 @@ class Block:
             None if low is None else low.in_f32,
             norm.in_f32,
             owner.interleaved,
-            [1.0 if low is None else low.variance_epsilon, norm.variance_epsilon, owner.scaling],
+            [1.0 if low is None else low.epsilon, norm.epsilon, owner.scaling],
         )
 
     def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
-        """Whether the tokens of hidden [B, S, D] take the absorbed form."""
-        return not self.owner._whole(cache, *hidden.shape[:2])
+        """Whether the tokens of hidden [B, S, D] take the absorbed form, and nobody wants to see how they attend."""
+        return not self.owner._whole(cache, *hidden.shape[:2]) and self.owner.choice.plain(cache)
 
     @classmethod
     def of(cls, owner: MLA) -> Block | None:
@@ -343,7 +409,7 @@ class Block:
             matrices.projection(children[name].parts if name else [])
         for weights in (owner.w_uk_t, owner.w_uv):
             matrices.experts(weights)
-        return cls(owner, Watch((owner, name) for name in projections + norms), matrices)
+        return cls(owner, matrices)
 
     def __call__(
         self,
@@ -367,6 +433,13 @@ def _pairs(rope: str, old: Any, ctx: Context) -> str:
             " differ, say so by the option rope: interleaved, halves or config"
         )
     return rope
+
+
+def _head(w: cpu.Packed, head: int) -> torch.Tensor:
+    """f32 [n, k]: a head's matrix."""
+    size = w.nbytes // w.matrices
+    one = cpu.Packed(w.data[head * size : (head + 1) * size], w.qtype, w.n, w.k)
+    return one.rows(torch.arange(w.n, device="cpu"))
 
 
 def _rows(w: cpu.Packed, heads: range, each: int) -> cpu.Packed:

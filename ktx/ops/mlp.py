@@ -11,25 +11,27 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import Made, Matrices, Watch
+from ktx.ops.fused import Made, Matrices, plain_linear
 from ktx.ops.gates import PLAIN, gate_of_mlp
-from ktx.ops.linear import Linear
+from ktx.ops.guard import Guard, Inside, below, current, listened
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Fused:
-    """The three matrices of a layer, for the experts kernel with one expert, and the modules they belong to."""
+    """The three matrices of a layer, for the experts kernel with one expert."""
 
-    children: dict[str, Linear]
+    act: str
+    guard: Guard
     matrices: tuple[cpu.Packed, cpu.Packed, cpu.Packed]
     biases: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
     @classmethod
-    def of(cls, modules: dict[str, Any]) -> Fused | None:
-        """None where a projection is no plain Linear, or its rows lie in several tensors."""
-        if any(type(child) is not Linear or len(child.parts) != 1 for child in modules.values()):
+    def of(cls, owner: MLP) -> Fused | None:
+        """None where a projection is no plain Linear, its rows lie in several tensors, or another activation was put there."""
+        modules: dict[str, Any] = {name: child for name, child in owner._modules.items() if name in PROJECTIONS}
+        if any(not plain_linear(child) or len(child.parts) != 1 for child in modules.values()):
             return None
         rows = {name: (child.parts[0], child.bias) for name, child in modules.items()}
         if "gate_up_proj" in rows:
@@ -41,41 +43,43 @@ class Fused:
                 part = None if bias is None else bias[i * half : (i + 1) * half]
                 rows[name] = cpu.Packed(both.data[i * cut : (i + 1) * cut], both.qtype, half, both.k), part
         (gate, a), (up, b), (down, c) = (rows[name] for name in ("gate_proj", "up_proj", "down_proj"))
-        return cls(modules, (gate, up, down), (a, b, c))
+        return cls(owner.act, Guard([owner], below(owner)), (gate, up, down), (a, b, c))
 
-    def holds(self, modules: dict[str, Any]) -> bool:
-        """Whether the projections are still the same modules, and nobody listens to them."""
-        return all(
-            modules.get(name) is child and not child._forward_hooks and not child._forward_pre_hooks
-            for name, child in self.children.items()
-        )
-
-    def __call__(self, x: torch.Tensor, act: str) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         only, one = (
             torch.zeros(flat.shape[0], 1, dtype=torch.int64, device="cpu"),
             torch.ones(flat.shape[0], 1, dtype=torch.float32, device="cpu"),
         )
-        return cpu.experts(flat, only, one, *self.matrices, *self.biases, act).view(x.shape)
+        return cpu.experts(flat, only, one, *self.matrices, *self.biases, self.act).view(x.shape)
 
 
 class Block:
     """A layer without biases as a step of several, see ktx.ops.layer."""
 
-    def __init__(self, fused: Fused, act: str, watch: Watch):
-        self.watch, matrices = watch, Matrices()
+    def __init__(self, fused: Fused):
+        self.guard, matrices = fused.guard, Matrices()
         for weights in fused.matrices:
             matrices.experts(weights)
         matrices.projection([])  # no gate of its own
         sizes = [matrices.hidden, 0, 0, fused.matrices[0].n]  # no experts
         router = None, None, 1, "softmax", "none", 1, 1, False, 1.0
-        self.made = Made("moe_step", matrices.packed, matrices.about, sizes, *router, act, 0.0, 0.0, None)
+        self.made = Made("moe_step", matrices.packed, matrices.about, sizes, *router, fused.act, 0.0, 0.0, None)
+
+    @classmethod
+    def of(cls, owner: MLP) -> Block | None:
+        fused = Fused.of(owner)
+        return None if fused is None or any(bias is not None for bias in fused.biases) else cls(fused)
 
 
 class MLP(Operator):
-    """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own."""
+    """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own.
 
-    remade = ("fused", "block")
+    Where somebody listens to one of its children, or has exchanged one, it is transformers' own forward that calls them, the activation too.
+    """
+
+    remade = ("inside", "fused", "block")
+    inside: Inside | None
     fused: Fused | None
     block: Block | None
 
@@ -87,19 +91,23 @@ class MLP(Operator):
             )
         contract.parameters(old, ctx.path, contract.ONE)
         new: MLP = adopt(cls, old, ctx)
-        new.act, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None
+        new.act, new.inside, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None, None
         if new.act not in PLAIN:
             raise UsageError(f"{ctx.path}: {type(old).__name__} clamps its gate, which only the experts kernel does")
         return new
 
     def ready(self) -> None:
-        self.fused = Fused.of({name: child for name, child in self._modules.items() if name in PROJECTIONS})
-        if self.fused is not None and not any(bias is not None for bias in self.fused.biases):
-            self.block = Block(self.fused, self.act, Watch((self, name) for name in self.fused.children))
+        self.inside, self.fused, self.block = Inside.of(self), Fused.of(self), Block.of(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.fused is not None and self.fused.holds(self._modules):
-            return self.fused(x, self.act)
+        if (fused := current(self, "fused")) is not None:
+            return fused(x)
+        if listened(self):
+            return super().forward(x)  # type: ignore[no-any-return]
+        return self.computed(x)
+
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
+        """The same child by child, while nobody listens to one."""
         if hasattr(self, "gate_up_proj"):
             gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, -1))
         else:

@@ -7,24 +7,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ktx.errors import UsageError
+from ktx.kernels.gradients import recorded
 from ktx.ops import contract
-from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.base import Context, Operator, adopt, is_ours
 from ktx.ops.experts import Experts
-from ktx.ops.fused import MOST, NOTHING, Before, Made, Matrices, Watch, plain_linear
-from ktx.ops.mlp import MLP
+from ktx.ops.fused import MOST, NOTHING, Before, Made, Matrices, plain_linear
+from ktx.ops.guard import Guard, Inside, below, current, listened
+from ktx.ops.mlp import MLP, Fused
 from ktx.ops.router import Router
 
 if TYPE_CHECKING:
     from ktx.ops.deferral import Link
 
-PARTS = ("gate", "router", "experts", "shared_experts", "shared_expert", "shared_expert_gate")
 RETURNS_ROUTER = ("GptOssMLP",)  # blocks that return (hidden states, router scores)
 
 
 class MoE(Operator):
-    """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate."""
+    """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate.
 
-    remade = ("block",)
+    Where somebody listens to a module inside, or has exchanged one, it is transformers' own forward that calls them, in its order and with its shapes.
+    """
+
+    remade = ("inside", "block")
+    derived = frozenset({"link"})
+    inside: Inside | None
+    reads = frozenset({"e_score_correction_bias"})
     block: Block | None
     link: Link | None = None  # where the layer puts experts off, see ktx.ops.deferral
 
@@ -34,19 +41,30 @@ class MoE(Operator):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, MoE needs experts and a gate or router")
         new: MoE = adopt(cls, old, ctx)
         new.returns_router = type(old).__name__ in RETURNS_ROUTER
-        new.block = None
+        new.inside = new.block = None
         if cls is MoE:
             contract.moe(old, ctx.path, new)
         return new
 
     def ready(self) -> None:
+        self.inside = Inside.of(self)
         self.block = None if self.returns_router or self.link is not None else Block.of(self)
 
+    def listened(self) -> bool:
+        """Whether a module inside is listened to or exchanged, and transformers' own forward can compute with what is there; experts that are put off it cannot."""
+        return self.link is None and listened(self)
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.training and getattr(self, "jitter_noise", 0.0) > 0:
+            raise UsageError(
+                f"{self.path}: router_jitter_noise is {self.jitter_noise}, and training would add noise: call model.eval(), or set it to 0"
+            )
         shape = hidden_states.shape
         flat = hidden_states.reshape(-1, shape[-1])
-        if self.block is not None and not torch.compiler.is_compiling() and self.block.takes(flat):
-            return self.block(flat).view(shape)
+        if takes(flat) and (block := current(self)) is not None:
+            return block(flat).view(shape)
+        if self.listened():
+            return super().forward(hidden_states, *args, **kwargs)
         router = self.gate if hasattr(self, "gate") else self.router
         bias = getattr(self, "e_score_correction_bias", None)
         _, weights, ids = router(flat) if bias is None else router(flat, bias)
@@ -79,13 +97,17 @@ class MoE(Operator):
         return extra if gate is None else torch.sigmoid(gate(flat).double()).to(extra.dtype) * extra  # as the block's
 
 
+def takes(flat: torch.Tensor) -> bool:
+    """Whether one call computes tokens f32 [tokens, D] of the CPU's: so few that the way to it counts."""
+    return len(flat) <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu" and not recorded(flat)
+
+
 class Block:
     """Router, experts and shared experts in one kernel call."""
 
-    def __init__(
-        self, router: Router, experts: Experts, width: int, watch: Watch, matrices: Matrices, bias: torch.Tensor | None
-    ):
-        self.watch = watch
+    def __init__(self, owner: MoE, router: Router, experts: Experts, width: int, matrices: Matrices):
+        bias = getattr(owner, "e_score_correction_bias", None)
+        self.guard = Guard([owner], below(owner), [*router.copied(), bias])
         self.made = Made(
             "moe_step",
             matrices.packed,
@@ -101,28 +123,27 @@ class Block:
     @classmethod
     def of(cls, owner: MoE) -> Block | None:
         """None where a part is something else than ours, or the shared experts are not one plain layer."""
-        children = owner._modules
-        router, experts = children.get("gate") or children.get("router"), children["experts"]
+        children: dict[str, Any] = owner._modules
+        router: Any = children.get("gate") or children.get("router")
+        experts = children["experts"]
         if (
-            not isinstance(router, Router)
+            not is_ours(router, Router)
             or router.home.gpu
-            or type(experts) is not Experts
+            or not is_ours(experts, Experts)
             or any(b is not None for b in experts.biases.values())
         ):
             return None
         matrices = Matrices()
-        assert router.packed is not None  # it was made ready before
-        matrices.projection([router.packed])
+        matrices.projection([router.matrix()])
         for weights in experts.weights.values():
             matrices.experts(weights)
-        watched: list[tuple[torch.nn.Module, str]] = [(owner, name) for name in PARTS]
         shared, gate, width = (
             children.get("shared_experts") or children.get("shared_expert"),
             children.get("shared_expert_gate"),
             0,
         )
         if shared is not None:
-            fused = shared.fused if isinstance(shared, MLP) else None
+            fused = Fused.of(shared) if is_ours(shared, MLP) else None
             if fused is None or shared.act != experts.gate.act or any(b is not None for b in fused.biases):
                 return None
             if gate is not None and not (plain_linear(gate) and gate.bias is None):
@@ -131,12 +152,7 @@ class Block:
                 matrices.experts(weights)
             matrices.projection([] if gate is None else gate.parts)
             width = fused.matrices[0].n
-            watched += [(shared, name) for name in shared._modules]
-        bias = getattr(owner, "e_score_correction_bias", None)
-        return cls(router, experts, width, Watch(watched), matrices, bias)
-
-    def takes(self, flat: torch.Tensor) -> bool:
-        return len(flat) <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu" and self.watch.holds()
+        return cls(owner, router, experts, width, matrices)
 
     def __call__(self, flat: torch.Tensor, before: Before = NOTHING) -> torch.Tensor:
         """flat f32 [tokens, D] -> [tokens, D]; with `before` plus flat itself."""

@@ -8,43 +8,67 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
+from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
-from ktx.ops.base import Context, Operator, adopt
+from ktx.ops.base import Context, Operator, adopt, is_ours
+from ktx.ops.changes import edits
 from ktx.ops.gates import refused, stand_in
 
 
 class RMSNorm(Operator):
     """x / rms(x) * weight (or 1 + weight for the families that store it so), in f32."""
 
-    remade = ("in_f32",)
+    remade = ("converted",)
+    reads = frozenset({"weight", "variance_epsilon", "eps"})
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> RMSNorm:
-        eps = getattr(old, "variance_epsilon", getattr(old, "eps", None))
+        name = next((name for name in ("variance_epsilon", "eps") if name in old.__dict__), "")
+        eps = getattr(old, name) if name else None
         if eps is None or not isinstance(getattr(old, "weight", None), torch.Tensor):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, RMSNorm needs a weight and an epsilon")
         contract.parameters(old, ctx.path, contract.ONE)
         new: RMSNorm = adopt(cls, old, ctx)
-        new.variance_epsilon = float(eps)
+        new.epsilon_name = name
         new.plus_one = _multiplies_by_one_more(old, float(eps), ctx.path)
-        new.in_f32 = None
         return new
 
-    def ready(self) -> None:
-        self.in_f32 = self.weight.detach().float().contiguous()
+    @property
+    def epsilon(self) -> float:
+        """As the attribute of the replaced module says, which scripts change."""
+        return float(getattr(self, self.epsilon_name))
+
+    @property
+    def in_f32(self) -> torch.Tensor:
+        """The weight f32 [D]; the parameter's own memory where that is f32, so that what is written to it counts at once."""
+        weight: torch.Tensor = self.weight.detach()
+        if self.copied() is None:
+            return weight
+        now = weight.data_ptr(), edits(self.weight)
+        known = self.__dict__.get("converted")
+        if known is None or known[0] != now:
+            known = self.__dict__["converted"] = now, weight.float().contiguous()
+        return known[1]  # type: ignore[no-any-return]
 
     @staticmethod
     def here(child: Any) -> TypeGuard[RMSNorm]:
         """Whether a child is one that the CPU's blocks can do the work of."""
-        return isinstance(child, RMSNorm) and not child.home.gpu
+        return is_ours(child, RMSNorm) and not child.home.gpu
+
+    def copied(self) -> torch.Tensor | None:
+        """The weight, if `in_f32` is a copy of it."""
+        weight: torch.Tensor = self.weight
+        return None if weight.dtype is torch.float32 and weight.is_contiguous() else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
-            return reference.rms_norm(x, self.weight, self.variance_epsilon, self.plus_one)
-        return cpu.rms_norm(x.contiguous(), self.in_f32, self.variance_epsilon, self.plus_one)
+            return reference.rms_norm(x, self.weight, self.epsilon, self.plus_one)
+        backward_only(x)
+        weight = self.weight.float() if recorded(self.weight) else self.in_f32
+        return cpu.rms_norm(x.contiguous(), weight, self.epsilon, self.plus_one)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+        return f"{tuple(self.weight.shape)}, eps={self.epsilon}"
 
 
 def _multiplies_by_one_more(old: Any, eps: float, where: str) -> bool:

@@ -17,7 +17,9 @@ class RotaryEmbedding(Operator):
     """
 
     remade = ("table",)
-    table: tuple[int, Any] | None
+    table: (
+        tuple[int, Any, torch.Tensor, float] | None
+    )  # positions, tables, and the frequencies and scaling that they are of
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> RotaryEmbedding:
@@ -38,10 +40,16 @@ class RotaryEmbedding(Operator):
             tables = [super(RotaryEmbedding, self).forward(x, part, *args, **kwargs) for part in parts]
             return tuple(torch.cat(values, 1) for values in zip(*tables, strict=True))
         need = int(position_ids.max()) + 1
-        if self.table is None or need > self.table[0]:
+        scaling = float(getattr(self, "attention_scaling", 1.0))
+        if (
+            self.table is None
+            or need > self.table[0]
+            or scaling != self.table[3]
+            or not torch.equal(self.inv_freq, self.table[2])
+        ):
             size = max(256, 1 << (need - 1).bit_length())
             positions = torch.arange(size, device=position_ids.device)[None]
-            self.table = size, super().forward(x.float(), positions)
+            self.table = size, super().forward(x.float(), positions), self.inv_freq.clone(), scaling
         values = self.table[1]
         if isinstance(values, torch.Tensor):  # deepseek_v2: one complex table
             return values[0][position_ids]

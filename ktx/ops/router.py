@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ktx.kernels import cpu
+from ktx.kernels.gradients import recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, known_class
+from ktx.ops.changes import edits
 from ktx.weights.source import QuantizedTensor
 
 
@@ -54,17 +57,40 @@ class Router(Operator):
         new.style = STYLES[name]
         if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
             new.style = Style("softmax", scaled=True)
-        new.packed = None
+        new.packed, new.version = None, ()
         if cls is Router:
             contract.router(old, ctx.path, new)
         return new
 
+    derived = frozenset({"packed", "version"})
+    reads = frozenset(
+        {"weight", "bias", "e_score_correction_bias", "top_k", "num_group", "topk_group", "routed_scaling_factor"}
+        | {style.renorm for style in STYLES.values() if isinstance(style.renorm, str)}
+    )
     packed: cpu.Packed | None
+    version: tuple[int, ...]  # of the weight that was packed
+
+    def matrix(self) -> cpu.Packed:
+        """The weight packed, once more when it has been written to or exchanged."""
+        now = id(self.weight), self.weight.data_ptr(), edits(self.weight)
+        if self.packed is None or now != self.version:
+            self.packed = cpu.pack(QuantizedTensor.of(self.weight.detach().float().contiguous()))
+            self.version = now
+        return self.packed
 
     def ready(self) -> None:
+        self.matrix()
+
+    @property
+    def in_f32(self) -> torch.Tensor | None:
+        """Its bias f32 [experts], if it has one."""
         bias = getattr(self, "bias", None)
-        self.packed = cpu.pack(QuantizedTensor.of(self.weight.detach().float()))
-        self.in_f32 = None if bias is None else bias.detach().float().contiguous()
+        return None if bias is None else bias.detach().float().contiguous()
+
+    def copied(self) -> list[torch.Tensor]:
+        """What a shortcut that takes it has copies of."""
+        bias, correction = getattr(self, "bias", None), self.correction_of(None)
+        return [self.weight, *(t for t in (bias, correction) if t is not None)]
 
     def manner(self) -> tuple[Any, ...]:
         """top_k, scoring, group mode, groups, chosen groups, renormalise, scale: what the route kernels take."""
@@ -82,19 +108,27 @@ class Router(Operator):
 
     def correction(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """The bias that counts for the choice only: an argument (MiniMax), a buffer of its own, or of a child (ERNIE)."""
+        given = self.correction_of(given)
+        return None if given is None else given.detach().float().reshape(-1).contiguous()
+
+    def correction_of(self, given: torch.Tensor | None) -> torch.Tensor | None:
+        """The same as the model holds it."""
         if given is None:
             given = getattr(self, "e_score_correction_bias", None)
         if given is None and hasattr(self, "moe_statics"):
             given = self.moe_statics.e_score_correction_bias
-        return None if given is None else given.detach().float().reshape(-1).contiguous()
+        return given
 
     def forward(
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
-        assert self.packed is not None  # made by `ready`
-        logits = cpu.linear(flat, self.packed, self.in_f32)
+        bias = getattr(self, "bias", None)
+        if recorded(self.weight, bias):
+            logits = F.linear(flat, self.weight.float(), None if bias is None else bias.float())
+        else:
+            logits = cpu.linear(flat, self.matrix(), self.in_f32)
         top, scoring, mode, groups, chosen, renorm, scale = self.manner()
-        bias = self.correction(e_score_correction_bias)
-        ids, weights = cpu.route(logits, top, scoring, bias, groups, chosen, mode, renorm, scale)
+        correction = self.correction(e_score_correction_bias)
+        ids, weights = cpu.route(logits, top, scoring, correction, groups, chosen, mode, renorm, scale)
         return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, ids

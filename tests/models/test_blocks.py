@@ -158,9 +158,9 @@ def test_a_layer_is_its_children(fused):
     model, _ = fused
     layers = modules(model, Layer)
     usual = model.config.model_type != "gpt_oss"  # whose experts return two things
-    assert len(layers) == model.config.num_hidden_layers * usual and all(layer.watch is not None for layer in layers)
+    assert len(layers) == model.config.num_hidden_layers * usual and all(layer.block is not None for layer in layers)
     together = decode(model)
-    with without(layers, "watch"):
+    with without(layers, "block"):
         apart = decode(model)
     assert relative(together, apart) < 2e-6
     called = []

@@ -61,7 +61,7 @@ def test_layers_in_two_calls_count(pair):
 
 
 def test_blocks_in_one_call_count(pair):
-    with without(modules(pair.model, Layer), "watch"):
+    with without(modules(pair.model, Layer), "block"):
         check(pair)
 
 

@@ -10,6 +10,7 @@ from transformers import AttentionInterface
 
 from ktx.kernels import reference
 from ktx.kernels.gpu import kernels_for
+from ktx.kernels.gradients import none_on_gpu
 from ktx.kernels.rope_store import store_heads
 from ktx.kernels.work import Shape
 from ktx.ops import attention
@@ -32,12 +33,16 @@ def attend(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As ktx.ops.attention.attend, on a GPU."""
+    batch = getattr(key, "ktx_batch", None)
+    choice = attention.choice_of(module)
+    if choice.foreign or (batch is None and not choice.plain()):
+        given = (query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
+        return attention.attend(module, *given, **kwargs)
     new = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    sinks = None if s_aux is None else s_aux.detach().float().contiguous()
-    batch = getattr(key, "ktx_batch", None)
+    sinks = None if s_aux is None else s_aux.float().contiguous()
     if batch is not None:
         room: Room | None = of_batch(batch, (key, value), window_of(module))
     else:
@@ -90,13 +95,12 @@ class Attention(attention.Attention):
     """As on the CPU. The usual attention rotates and stores in one launch; any other is transformers' own around `attend`."""
 
     sinks_f32: torch.Tensor | None
+    implementation = NAME
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> attention.Attention:
         new = super().from_hf(old, ctx, backend, **kwargs)
         new.sinks_f32 = None
-        if new.ours:
-            new.config._attn_implementation = NAME
         if new.usual:  # what cannot be had is said before anything is loaded
             heads = old.config.num_attention_heads
             shape = Shape(heads, heads // old.num_key_value_groups, old.head_dim, old.head_dim)
@@ -108,7 +112,7 @@ class Attention(attention.Attention):
         self.sinks_f32 = None if sinks is None else sinks.detach().float().contiguous()
 
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
-        if self.usual:
+        if self.usual and self.choice.plain(cache):
             done = self.stored(cache=cache, **given)
             if done is not None:
                 return done, None
@@ -131,6 +135,7 @@ class Attention(attention.Attention):
         room = room_for(self, cache, hidden_states, heads, (self.head_dim, self.head_dim), attention_mask)
         if room is None:
             return None
+        none_on_gpu("Attention", getattr(self, "sinks", None))
         q, k, v = (self._heads(name, hidden_states) for name in "qkv")
         cos, sin = turns(rotary_tables(position_embeddings, self.half_tables), hidden_states)
         q = store_heads(q, k, v, cos, sin, room.tables.slots, *room.pools)

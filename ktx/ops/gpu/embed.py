@@ -8,7 +8,8 @@ import torch
 
 from ktx.kernels import gpu_linear
 from ktx.ops import embed
-from ktx.weights.source import WeightSource
+from ktx.ops.floats import Floats
+from ktx.weights.source import QuantizedTensor, WeightSource
 
 
 class Embedding(embed.Embedding):
@@ -24,7 +25,9 @@ class Embedding(embed.Embedding):
         rows = gpu_linear.rows(self.packed, ids.reshape(-1).to(torch.int64), self.dtype)
         return rows.view(*ids.shape, self.embedding_dim)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        assert self.packed is not None, f"{self.path} is not loaded"
-        return gpu_linear.dequantize(self.packed, self.dtype)
+    def rows(self) -> Floats:
+        whole = lambda first, last: gpu_linear.dequantize(self.packed, torch.float32)[first:last].cpu()  # noqa: E731
+        return Floats((self.num_embeddings, self.embedding_dim), whole, id(self.packed))
+
+    def packed_from(self, weight: QuantizedTensor) -> Any:
+        return gpu_linear.pack(weight, device=self.home.torch)

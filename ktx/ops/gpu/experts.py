@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ktx.errors import UsageError
 from ktx.kernels import gpu_linear, moe
 from ktx.kernels.planes import Packed
 from ktx.ops import experts
@@ -37,6 +38,9 @@ class Experts(experts.Experts):
 
     def ready(self) -> None:
         self.chosen = torch.zeros(self.total, dtype=torch.int64, device=self.home.torch)
+
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
+        raise UsageError(f"{self.path}: experts on a GPU cannot be edited; load the model with moe_device='cpu'")
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         ids, weights = ids.to(torch.int64), weights.to(torch.float32)

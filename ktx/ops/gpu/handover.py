@@ -21,6 +21,7 @@ import torch
 from ktx.devices import Device
 from ktx.forks import Renewed, Threads
 from ktx.kernels import cpu
+from ktx.kernels.gradients import none_on_gpu
 from ktx.ops.gpu import padding
 from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions
 
@@ -133,6 +134,7 @@ class HandOver(Renewed):
 
     def submit(self, experts: Any, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> UnderWay:
         """flat [tokens, D], ids and weights [tokens, K] on the device set off; raises what went wrong since it was last asked."""
+        none_on_gpu("MoE", flat, weights)
         self.check()
         slot, stream = next(self.slots), self.stream
         stream.fork()

@@ -9,4 +9,4 @@ class Layer(layer.Layer):
     """transformers' own forward, child by child: what the CPU's joins saves nothing where launches run ahead of the device."""
 
     def ready(self) -> None:
-        self.watch = None
+        self.block = None

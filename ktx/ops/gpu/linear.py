@@ -10,7 +10,8 @@ import torch
 from ktx.kernels import gpu_linear
 from ktx.ops import linear
 from ktx.ops.base import packed_as
-from ktx.weights.source import WeightSource
+from ktx.ops.floats import Floats
+from ktx.weights.source import QuantizedTensor, WeightSource
 
 
 class Linear(linear.Linear):
@@ -32,6 +33,12 @@ class Linear(linear.Linear):
         y = torch.cat([gpu_linear.linear(x, part) for part in self.parts], -1)
         return y if self.bias is None else (y.float() + self.bias).to(y.dtype)
 
-    @property
-    def weight(self) -> torch.Tensor:
-        return torch.cat([gpu_linear.dequantize(part, self.dtype) for part in self.parts])
+    def rows(self) -> Floats:
+        whole = lambda first, last: self._floats()[first:last]  # noqa: E731
+        return Floats((self.out_features, self.in_features), whole, id(self.parts[0]))
+
+    def _floats(self) -> torch.Tensor:
+        return torch.cat([gpu_linear.dequantize(part, torch.float32) for part in self.parts]).cpu()
+
+    def packed_from(self, weight: QuantizedTensor) -> Any:
+        return gpu_linear.pack(weight, device=self.home.torch)

@@ -10,6 +10,7 @@ import torch
 from ktx.cache.kv import stored_row
 from ktx.cache.paged import Tables
 from ktx.cache.pages import PAGE
+from ktx.errors import UsageError
 from ktx.kernels import gpu_linear, reference
 from ktx.kernels.gpu import Kernels, kernels_for
 from ktx.kernels.rope_store import store_latent
@@ -52,6 +53,10 @@ class MLA(mla.MLA):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        if not self.choice.plain(kv_cache):
+            raise UsageError(
+                f"{self.path}: attention weights, and other implementations than ktx's, are not computed where MLA is on a GPU; load the model with device='cpu'"
+            )
         columns = self.kv_lora_rank, self.qk_rope_head_dim
         room = room_for(self, kv_cache, hidden_states, 1, columns, attention_mask)
         q_nope, q_rope = self._queries(hidden_states)
@@ -102,7 +107,7 @@ class MLA(mla.MLA):
             ckv,
             kpe,
             norm.in_f32 if inside else None,
-            norm.variance_epsilon if inside else 0.0,
+            norm.epsilon if inside else 0.0,
             self.interleaved,
         )
 

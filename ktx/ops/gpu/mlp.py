@@ -6,15 +6,16 @@ import torch
 
 from ktx.kernels import reference
 from ktx.ops import mlp
+from ktx.ops.guard import Inside
 
 
 class MLP(mlp.MLP):
     """As on the CPU, projection by projection."""
 
     def ready(self) -> None:
-        self.fused = None
+        self.inside = Inside.of(self)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def computed(self, x: torch.Tensor) -> torch.Tensor:
         if hasattr(self, "gate_up_proj"):
             gate, up = self.gate_up_proj(x).chunk(2, -1)
         else:

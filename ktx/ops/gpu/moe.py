@@ -11,6 +11,7 @@ from ktx.ops.base import Context
 from ktx.ops.gpu import padding
 from ktx.ops.gpu.experts import Experts
 from ktx.ops.gpu.handover import HandOver, UnderWay, install
+from ktx.ops.guard import Inside
 
 if TYPE_CHECKING:
     from ktx.ops.gpu.streaming import Streamer
@@ -37,7 +38,10 @@ class MoE(moe.MoE):
         return new
 
     def ready(self) -> None:
-        self.block = None
+        self.inside = Inside.of(self)
+
+    def listened(self) -> bool:
+        return self.handover is None and super().listened()
 
     @property
     def apart(self) -> bool:

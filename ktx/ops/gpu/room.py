@@ -19,6 +19,7 @@ from ktx.cache.pages import PAGE
 from ktx.kernels.gpu import Kernels
 from ktx.kernels.work import Shape, tiles_for
 from ktx.ops.fused import float_type, window_of
+from ktx.ops.masks import Intervals, ranges_of
 
 Row = tuple[int, int, int]  # a sequence's first token in the forward, its tokens, its keys with these
 
@@ -123,10 +124,11 @@ def seen(mask: torch.Tensor | None, batch: int, new: int, keys: int) -> Seen | N
     """What transformers' mask for `new` tokens of each sequence says; None where that is no causal mask (padding, holes)."""
     if mask is None:
         return Seen((keys,) * batch) if new <= keys else None
-    if mask.dtype != torch.int32:
+    ranges = ranges_of(mask)
+    if ranges is None or (isinstance(mask, Intervals) and mask.shape[3] != keys):
         return None
     if not hasattr(mask, "ktx_seen"):  # one mask serves many layers
-        mask.ktx_seen = _read(mask[:, 0].cpu())  # type: ignore[attr-defined]
+        mask.ktx_seen = _read(ranges.cpu())  # type: ignore[attr-defined]
     known: Seen | None = mask.ktx_seen  # type: ignore[attr-defined]
     return known if known is None or len(known.keys) == batch else Seen(known.keys * batch, known.window)
 

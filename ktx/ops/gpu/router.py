@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ktx.kernels import reference
+from ktx.kernels.gradients import none_on_gpu
 from ktx.ops import router
 from ktx.ops.gpu import padding
 
@@ -17,14 +18,13 @@ class Router(router.Router):
     correction_f32: torch.Tensor | None
 
     def ready(self) -> None:
-        bias = getattr(self, "bias", None)
         self.weight_f32 = self.weight.detach().float().contiguous()
-        self.in_f32 = None if bias is None else bias.detach().float().contiguous()
         self.correction_f32 = self.correction(None)
 
     def forward(
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
+        none_on_gpu("Router", self.weight, getattr(self, "bias", None))
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         logits = F.linear(flat, self.weight_f32, self.in_f32)
         given = self.correction(e_score_correction_bias) if e_score_correction_bias is not None else self.correction_f32

@@ -1,0 +1,127 @@
+"""Adapters of PEFT on a loaded model: what they compute on transformers' own, in a prompt, in generate and in an engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+
+from ktx.engine.sampling import Sampling
+from ktx.errors import UsageError
+from ktx.ops.guard import current
+from ktx.ops.linear import Linear
+from tests.models.families import tiny
+from tests.models.test_families import IDS, load, relative
+from tests.small_chat import tokenizer
+
+NEAR = 2e-5
+FAMILIES = ["llama", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "phi3"]
+PROMPT = IDS[:, :20]
+KINDS = {
+    "lora": lambda names: LoraConfig(r=4, lora_alpha=16, target_modules=names, init_lora_weights=False),
+    "dora": lambda names: LoraConfig(r=4, use_dora=True, target_modules=names, init_lora_weights=False),
+    "ia3": lambda names: IA3Config(target_modules=names, feedforward_modules=[], init_ia3_weights=False),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request, tmp_path_factory):
+    made = tmp_path_factory.mktemp(request.param)
+    tiny(request.param, tie_word_embeddings=False).save_pretrained(made)
+    return request.param, made
+
+
+@pytest.fixture
+def two(folder):
+    return tiny(folder[0], tie_word_embeddings=False), load(folder[1], None, kv_dtype="f32")
+
+
+def names(model):
+    """Linear layers of attention; an MLP's have the names of transformers' experts."""
+    found = [path.split(".") for path, module in model.named_modules() if isinstance(module, Linear)]
+    return sorted({path[-1] for path in found if path[-2:-1] in (["self_attn"], ["linear_attn"])})
+
+
+def adapted(two, kind, folder, **more):
+    """Both with the same adapter, ours from a file."""
+    right, mine = two
+    torch.manual_seed(5)
+    config = KINDS[kind](names(mine))
+    for key, value in more.items():
+        setattr(config, key, value)
+    theirs = get_peft_model(right, config).eval()
+    theirs.save_pretrained(folder)
+    return theirs, PeftModel.from_pretrained(mine, folder).eval()
+
+
+def computed(model):
+    with torch.no_grad():
+        return model(input_ids=PROMPT).logits
+
+
+def answer(model):
+    ids = model.generate(input_ids=PROMPT, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    return ids[0, PROMPT.shape[1] :].tolist()
+
+
+def likeliest(model):
+    """The answer of an engine, which goes on behind an end of text where it is asked to."""
+    ids = PROMPT
+    with torch.no_grad():
+        for _ in range(8):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, PROMPT.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_computes_what_it_does_in_transformers(two, kind, tmp_path):
+    before = computed(two[0])
+    theirs, ours = adapted(two, kind, tmp_path)
+    right = computed(theirs)
+    assert relative(right, before) > 1e-2 and relative(computed(ours), right) < NEAR
+    assert answer(ours) == answer(theirs)
+    expected = likeliest(theirs)
+    base = ours.get_base_model()
+    base.ktx.tokenizer = tokenizer()
+    with base.ktx.engine(max_batch_size=1, cache_lens=512) as engine:
+        events = engine.generate([PROMPT[0].tolist()], Sampling(max_new_tokens=8, ignore_eos=True))
+        assert [event.ids for _, event in events if hasattr(event, "reason")] == [expected]
+    with ours.disable_adapter():
+        assert relative(computed(ours), before) < NEAR
+
+
+def test_layers_without_an_adapter_stay_one_call(two, tmp_path):
+    theirs, ours = adapted(two, "lora", tmp_path, layers_to_transform=[1])
+    layers = ours.get_base_model().model.layers
+    assert relative(computed(ours), computed(theirs)) < NEAR
+    for name in ("self_attn", "mlp"):
+        blocks = [current(module) for layer in layers if getattr(module := layer._modules.get(name), "block", None)]
+        assert not blocks or (blocks[0] is not None and len([b for b in blocks if b is None]) <= 1)
+
+
+def test_merging(two, tmp_path):
+    theirs, ours = adapted(two, "lora", tmp_path)
+    right = computed(theirs)
+    with pytest.raises(UsageError, match="ktx.edit"):
+        ours.merge_and_unload()
+    merged = ours.merge_and_unload(safe_merge=True)
+    assert relative(computed(merged), right) < NEAR and type(merged.lm_head) is Linear
+
+
+def test_two_adapters(two, tmp_path):
+    wanted = names(two[1])
+    theirs, ours = adapted(two, "lora", tmp_path / "one")
+    torch.manual_seed(6)
+    theirs.add_adapter("second", KINDS["lora"](wanted))
+    theirs.save_pretrained(tmp_path / "two", selected_adapters=["second"])
+    ours.load_adapter(tmp_path / "two" / "second", "second")
+    for name in ("second", "default"):
+        theirs.set_adapter(name), ours.set_adapter(name)
+        assert relative(computed(ours), computed(theirs)) < NEAR
+
+
+def test_experts_that_an_adapter_wants_are_named(tmp_path):
+    tiny("qwen3_moe").save_pretrained(tmp_path)
+    config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    with pytest.warns(RuntimeWarning, match="no parameter was matched"):
+        get_peft_model(load(tmp_path, None), config)
