@@ -10,6 +10,7 @@ import torch
 from ktx.kernels import cpu
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, known_class
+from ktx.ops.fused import Watch, inside
 from ktx.weights.source import QuantizedTensor
 
 
@@ -52,14 +53,16 @@ class Router(Operator):
         new.style = STYLES[name]
         if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
             new.style = Style("softmax", scaled=True)
-        new.packed = None
+        new.packed = new.watch = None
         if cls is Router:
             contract.router(old, ctx.path, new)
         return new
 
     packed: cpu.Packed | None
+    watch: Watch | None  # of the router's children, where it has any (ERNIE)
 
     def ready(self) -> None:
+        self.watch = Watch(inside(self)) if self._modules else None
         bias = getattr(self, "bias", None)
         self.packed = cpu.pack(QuantizedTensor.of(self.weight.detach().float()))
         self.in_f32 = None if bias is None else bias.detach().float().contiguous()
@@ -89,6 +92,9 @@ class Router(Operator):
     def forward(
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
+        if self.watch is not None and not self.watch.holds():
+            found: tuple[torch.Tensor, ...] = super().forward(hidden)
+            return found
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         assert self.packed is not None  # made by `ready`
         logits = cpu.linear(flat, self.packed, self.in_f32)
