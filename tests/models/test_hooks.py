@@ -8,6 +8,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
+from ktx.cache.kv import KVCache
 from ktx.compat import cache_argument
 from tests.models.test_families import IDS, Pair, relative
 
@@ -48,7 +49,9 @@ def inner(pair):
     mine, theirs = (dict(model.named_modules()) for model in (pair.model, pair.reference))
     count = pair.model.config.num_hidden_layers
     inside = [f"model.layers.{i}." for i in sorted({0, 1, count - 1})]
-    return [path for path in theirs if path in mine and path.startswith(tuple(inside))]
+    missing = [path for path in theirs if path not in mine]
+    assert not missing, missing
+    return [path for path in theirs if path.startswith(tuple(inside))]
 
 
 def tensors_in(value):
@@ -239,3 +242,20 @@ def test_attention_is_rebuilt_from_its_parts(pair):
         assert relative(answered(pair.model), wanted) < 1e-4
     finally:
         layer._modules["self_attn"] = attention
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pair", ["deepseek_v2", "deepseek_v3"], indirect=True)
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_the_expansion_of_latents_is_listened_to_whatever_a_cache_stores(pair, kind):
+    def run(cache):
+        pieces = [IDS[:, :70], IDS[:, 70:71], IDS[:, 71:74]]
+        return torch.cat([pair.model(ids, **cache_argument(pair.model, cache)).logits for ids in pieces], 1)
+
+    expected, shapes = run(KVCache(pair.model.config, kind)), []
+    expansion = pair.model.model.layers[1].self_attn.kv_b_proj
+    handle = expansion.register_forward_hook(lambda module, args, out: shapes.append((*args[0].shape, out.shape[-1])))
+    found = run(KVCache(pair.model.config, kind))
+    handle.remove()
+    assert shapes == [(1, 1, keys, expansion.in_features, expansion.out_features) for keys in (70, 71, 74)]
+    assert relative(found, expected) < {"f32": 1e-5, "f16": 2e-3, "q8_0": 5e-2}[kind]
