@@ -18,12 +18,12 @@ class Intervals(torch.Tensor):
     ranges: torch.Tensor
     whole: torch.Tensor | None
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, ranges: torch.Tensor, keys: int, device: torch.device | str = "cpu") -> Intervals:
         shape = (ranges.shape[0], 1, ranges.shape[1], keys)
-        made: Intervals = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)  # type: ignore[attr-defined]
+        made: Intervals = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
         made.ranges, made.whole = ranges, None
         return made
 
@@ -43,7 +43,7 @@ class Intervals(torch.Tensor):
         return self.whole is not None and not torch.equal(self.whole, self._made())
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         args, kwargs = tree_map(lambda x: x.matrix() if isinstance(x, cls) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
