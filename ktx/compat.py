@@ -144,7 +144,8 @@ def attention_function(name: str) -> Callable[..., Any]:
     """The attention function that transformers knows by a name. KeyError for one that it does not know."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    found: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, None)  # type: ignore[arg-type]
+    functions: Any = ALL_ATTENTION_FUNCTIONS
+    found: Callable[..., Any] = functions.get_interface(name, None)
     return found
 
 

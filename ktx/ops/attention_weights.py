@@ -125,17 +125,12 @@ def by_function(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the attention function that transformers knows as `name` makes of queries, and of keys and values of any stored type. UsageError for pages of an engine."""
     if getattr(key, "ktx_batch", None) is not None:
-        raise reads_no_pages(name)
+        raise UsageError(
+            f"attn_implementation {name!r} reads no pages of an engine's cache; call model.set_attn_implementation('ktx') before an engine computes"
+        )
     states = (values_of(x).to(query.dtype) for x in (key, value))
     found: tuple[torch.Tensor, torch.Tensor | None] = attention_function(name)(module, query, *states, mask, **options)
     return found
-
-
-def reads_no_pages(name: str) -> UsageError:
-    """The error of a forward of an engine on a model whose attention is computed by a user's function."""
-    return UsageError(
-        f"attn_implementation {name!r} reads no pages of an engine's cache; call model.set_attn_implementation('ktx') before an engine computes"
-    )
 
 
 def missing(path: str, kind: str) -> UsageError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ktx.cache.kv import as_stock, values_of
 from ktx.cache.paged import Batch, batch_of, gathered, paged
@@ -20,7 +21,8 @@ from ktx.kernels.gpu import known_backend
 from ktx.kernels.gradients import recorded
 from ktx.kernels.kept import kept
 from ktx.ops import contract
-from ktx.ops.attention_weights import Choice, attention_weights, by_function, reads_no_pages
+from ktx.ops.attention import StoredAs
+from ktx.ops.attention_weights import Choice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.floats import Floats
 from ktx.ops.fused import (
@@ -60,7 +62,7 @@ class MLA(Operator):
     """
 
     consumes = ("kv_b_proj",)
-    remade = ("block",)
+    remade = ("block", "expansion")
     reads = frozenset({"scaling", "w_uk_t", "w_uv", "w_uk"})
     ours = True  # as ktx.ops.attention.Attention has it
     w_uk_t: Any
@@ -68,6 +70,7 @@ class MLA(Operator):
     w_uk: Any
     block: Block | None
     choice: Choice
+    expansion: Guard | None
 
     @classmethod
     def from_hf(
@@ -89,7 +92,7 @@ class MLA(Operator):
         new.dtype = ctx.dtype
         new.absorb_for_prefill, new.kv_dtype = absorb_for_prefill, ctx.kv_dtype
         new.interleaved, new.backend = pairs == "interleaved", known_backend(backend)
-        new.choice = Choice(old.config)
+        new.choice, new.expansion = Choice(old.config), None
         new.w_uk_t, new.w_uv, new.w_uk, new.block = None, None, None, None
         new.check(ctx)
         contract.latent_attention(old, ctx.path, new.interleaved)
@@ -149,11 +152,34 @@ class MLA(Operator):
         return spec is not None and spec.qtype is QTYPES["F32"]
 
     def ready(self) -> None:
+        expansion = self._modules.get("kv_b_proj") or Expansion(self)
+        self._modules["kv_b_proj"] = expansion
+        self.expansion = Guard((), [expansion])
         self.block = Block.of(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         given, cache = self.call.split(args, kwargs)
+        if self.choice.foreign or self._expands():
+            return self.by_transformers(given, cache)
         return self.computed(cache, **given)
+
+    def _expands(self) -> bool:
+        """Whether somebody listens to kv_b_proj, or has patched or exchanged it."""
+        if self.expansion is None or torch.compiler.is_compiling():
+            return False
+        return self._modules.get("kv_b_proj") is not self.expansion.states[0].module or not self.expansion.holds()
+
+    def by_transformers(self, given: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The forward of the replaced module, which expands all keys and values by its `kv_b_proj`, for who listens to that or has exchanged it, and for other functions than the kernel. UsageError on an engine's pages."""
+        if paged(cache, self.layer_idx) is not None:
+            raise UsageError(
+                f"{self.path}: an engine keeps keys compressed, so a hook on kv_b_proj and attn_implementation"
+                f" {self.choice.config._attn_implementation!r} would not count there; remove the one and choose 'ktx'"
+            )
+        if cache is not None:
+            cache = Expandable(cache, float_type(self.kv_dtype, given["hidden_states"].dtype))
+        found: tuple[torch.Tensor, torch.Tensor | None] = super().forward(**self.call.joined(given, cache))
+        return found
 
     def computed(
         self,
@@ -188,8 +214,6 @@ class MLA(Operator):
         latent = self.kv_a_layernorm(latent)[:, None]
         pages = paged(kv_cache, self.layer_idx)
         if pages is not None:
-            if self.choice.foreign:
-                raise reads_no_pages(self.choice.name)
             pools = pages.update(latent, k_rope)
             assert pages.owner.batch is not None
             return self.o_proj(self.ragged(q_nope, q_rope, *pools, pages.owner.batch)), None
@@ -197,8 +221,6 @@ class MLA(Operator):
         if kv_cache is not None:
             stored = float_type(self.kv_dtype, latent.dtype)
             latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
-        if self.choice.foreign:
-            return self.elsewhere(q_nope, q_rope, latent, k_rope, attention_mask, kwargs)
         keys, parts = latent.shape[2], []
         ranges, mask = split_mask(attention_mask, keys)
         for mix, first, last in ((self.expanded, 0, whole), (self.absorbed, whole, length)):
@@ -215,32 +237,6 @@ class MLA(Operator):
         states = torch.cat([values_of(latent).float(), values_of(k_rope).float()], -1)
         queries = torch.cat([self._absorbed_queries(q_nope), q_rope], -1)
         return out, attention_weights(queries, states, ranges, mask, self.scaling)
-
-    def elsewhere(
-        self,
-        q_nope: torch.Tensor,
-        q_rope: torch.Tensor,
-        latent: torch.Tensor,
-        k_rope: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What an attention function of transformers' makes of queries [B, H, S, columns] and of keys and values [B, H, T, columns], expanded from latent [B, 1, T, rank] and k_rope [B, 1, T, rope]."""
-        name, heads = self.choice.name, range(self.num_heads)
-        if self.w_uk is None:
-            raise UsageError(
-                f"{self.path}: attn_implementation {name!r} needs keys, which absorb_for_prefill leaves compressed; load the model without that option"
-            )
-        (batch, _, keys, _), flat = latent.shape, values_of(latent)[:, 0].flatten(0, 1).to(q_nope.dtype)
-        k_nope, values = (
-            states.view(batch, keys, self.num_heads, -1).transpose(1, 2)
-            for states in (cpu.linear(flat, self.w_uk, wide=True), self._values(flat, heads))
-        )
-        turned = values_of(k_rope).to(q_nope.dtype).expand(-1, self.num_heads, -1, -1)
-        states = torch.cat([q_nope, q_rope], -1), torch.cat([k_nope, turned], -1), values
-        options = {"scaling": self.scaling, "dropout": 0.0} | options
-        out, weights = by_function(name, self, *states, mask, **options)
-        return self.o_proj(out.reshape(*out.shape[:2], -1)), weights
 
     def ragged(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, ropes: torch.Tensor, batch: Batch
@@ -367,6 +363,38 @@ class MLA(Operator):
     def weight_bytes(self) -> tuple[int, int]:
         read = sum(w.nbytes for w in (self.w_uk_t, self.w_uv) if w is not None)
         return read + (0 if self.w_uk is None else self.w_uk.nbytes), read
+
+
+class Expansion(nn.Module):
+    """kv_b_proj as transformers has it: latents [..., rank] -> keys without their rotated columns and values, [..., heads * (nope + v)]. The matrices are its owner's."""
+
+    bias = None
+
+    def __init__(self, owner: MLA):
+        super().__init__()
+        self.__dict__["owner"] = owner  # not a child
+        self.in_features = owner.kv_lora_rank
+        self.out_features = owner.num_heads * (owner.qk_nope_head_dim + owner.v_head_dim)
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        owner: MLA = self.__dict__["owner"]
+        if owner.w_uk is None:
+            raise UsageError(
+                f"{owner.path}.kv_b_proj: absorb_for_prefill leaves keys compressed; load the model without that option"
+            )
+        flat, heads = latent.reshape(-1, self.in_features), owner.num_heads
+        parts = cpu.linear(flat, owner.w_uk, wide=True), owner._values(flat, range(heads))
+        return torch.cat([part.view(len(flat), heads, -1) for part in parts], -1).view(*latent.shape[:-1], -1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}"
+
+
+class Expandable(StoredAs):
+    """A cache that stores a type and gives back floats of the type that it was handed."""
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return tuple(values_of(states).to(keys.dtype) for states in super().update(keys, values, *args, **kwargs))
 
 
 class Block:

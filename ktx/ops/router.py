@@ -13,6 +13,7 @@ from ktx.kernels.gradients import recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, known_class
 from ktx.ops.changes import edits
+from ktx.ops.guard import Inside, listened
 from ktx.weights.source import QuantizedTensor
 
 
@@ -48,8 +49,6 @@ STYLES: dict[str, Style] = {
 class Router(Operator):
     """Stands in for the routers of STYLES; same weights, same return (logits, weights, ids)."""
 
-    remade = ("packed", "in_f32")
-
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Router:
         name = known_class(old, STYLES, ctx, "no routing style is known for {}")
@@ -57,17 +56,18 @@ class Router(Operator):
         new.style = STYLES[name]
         if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
             new.style = Style("softmax", scaled=True)
-        new.packed, new.version = None, ()
+        new.packed, new.version, new.inside = None, (), None
         if cls is Router:
             contract.router(old, ctx.path, new)
         return new
 
-    derived = frozenset({"packed", "version"})
+    remade = ("packed", "version", "inside")
     reads = frozenset(
         {"weight", "bias", "e_score_correction_bias", "top_k", "num_group", "topk_group", "routed_scaling_factor"}
         | {style.renorm for style in STYLES.values() if isinstance(style.renorm, str)}
     )
     packed: cpu.Packed | None
+    inside: Inside | None  # of the router's children, where it has any (ERNIE)
     version: tuple[int, ...]  # of the weight that was packed
 
     def matrix(self) -> cpu.Packed:
@@ -80,6 +80,7 @@ class Router(Operator):
 
     def ready(self) -> None:
         self.matrix()
+        self.inside = Inside.of(self) if self._modules else None
 
     @property
     def in_f32(self) -> torch.Tensor | None:
@@ -122,6 +123,9 @@ class Router(Operator):
     def forward(
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
+        if listened(self):
+            found: tuple[torch.Tensor, ...] = super().forward(hidden)
+            return found
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         bias = getattr(self, "bias", None)
         if recorded(self.weight, bias):

@@ -162,6 +162,9 @@ def test_a_cache_of_ours_too(pair, change):
 
 @torch.no_grad()
 def test_sequences_are_repeated_and_chosen(pair):
+    if pair.model.config.model_type == "qwen3_next":
+        pytest.skip("transformers repeats no states")
+
     def rearranged(model, cache):
         model(IDS[:, :20], **cache_argument(model, cache))
         model(IDS[:, 20:21], **cache_argument(model, cache))

@@ -8,24 +8,24 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
+from ktx.cache.kv import KVCache
 from ktx.compat import cache_argument
 from tests.models.test_families import IDS, Pair, relative
 
-FAMILIES = {
-    "llama": {},
-    "qwen3_moe": {},
-    "glm4_moe": {},
-    "deepseek_v2": {},
-    "deepseek_v3": {},
-    "gpt_oss": {},
-    "qwen3_next": {},
-    "qwen2_moe": {},
-    "phi3": {},  # gate and up in one matrix, and queries, keys and values in one
-    "ernie4_5_moe": {},
-    "mixtral": {},
-    "minimax_m2": {},
-}
-FEW = ("llama", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "phi3")
+FAMILIES = (
+    "llama",
+    "qwen3_moe",
+    "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "qwen3_next",
+    "qwen2_moe",
+    "phi3",  # gate and up in one matrix, and queries, keys and values in one
+    "ernie4_5_moe",
+    "mixtral",
+    "minimax_m2",
+)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -49,7 +49,9 @@ def inner(pair):
     mine, theirs = (dict(model.named_modules()) for model in (pair.model, pair.reference))
     count = pair.model.config.num_hidden_layers
     inside = [f"model.layers.{i}." for i in sorted({0, 1, count - 1})]
-    return [path for path in theirs if path in mine and path.startswith(tuple(inside))]
+    missing = [path for path in theirs if path not in mine]
+    assert not missing, missing
+    return [path for path in theirs if path.startswith(tuple(inside))]
 
 
 def tensors_in(value):
@@ -196,13 +198,9 @@ def test_a_mask_that_a_hook_edits_counts(pair):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pair", ["llama", "qwen3_moe", "mixtral"], indirect=True)
 def test_attention_is_rebuilt_from_its_parts(pair):
     """As tools do that show every step of it: projections called by themselves, heads of the sizes that transformers has, and the mask."""
-    theirs = next(m for m in pair.reference.modules() if type(m).__name__.endswith("Attention"))
-    if not all(hasattr(theirs, name) for name in ("q_proj", "k_proj", "v_proj")) or hasattr(theirs, "kv_lora_rank"):
-        pytest.skip("its projections are others")
-    if pair.model.config.model_type not in ("llama", "qwen3_moe", "mixtral"):
-        pytest.skip("it turns or gates heads in a way of its own")
 
     def rebuilt(attention):
         def forward(hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
@@ -244,3 +242,20 @@ def test_attention_is_rebuilt_from_its_parts(pair):
         assert relative(answered(pair.model), wanted) < 1e-4
     finally:
         layer._modules["self_attn"] = attention
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pair", ["deepseek_v2", "deepseek_v3"], indirect=True)
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
+def test_the_expansion_of_latents_is_listened_to_whatever_a_cache_stores(pair, kind):
+    def run(cache):
+        pieces = [IDS[:, :70], IDS[:, 70:71], IDS[:, 71:74]]
+        return torch.cat([pair.model(ids, **cache_argument(pair.model, cache)).logits for ids in pieces], 1)
+
+    expected, shapes = run(KVCache(pair.model.config, kind)), []
+    expansion = pair.model.model.layers[1].self_attn.kv_b_proj
+    handle = expansion.register_forward_hook(lambda module, args, out: shapes.append((*args[0].shape, out.shape[-1])))
+    found = run(KVCache(pair.model.config, kind))
+    handle.remove()
+    assert shapes == [(1, 1, keys, expansion.in_features, expansion.out_features) for keys in (70, 71, 74)]
+    assert relative(found, expected) < {"f32": 1e-5, "f16": 2e-3, "q8_0": 5e-2}[kind]

@@ -45,6 +45,14 @@ class MLA(mla.MLA):
     def ready(self) -> None:
         self.block = None
 
+    def by_transformers(self, given: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        raise self._refused()
+
+    def _refused(self) -> UsageError:
+        return UsageError(
+            f"{self.path}: attention weights, and other implementations than ktx's, are not computed where MLA is on a GPU; load the model with device='cpu'"
+        )
+
     def computed(
         self,
         kv_cache: Any,
@@ -54,9 +62,7 @@ class MLA(mla.MLA):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         if not self.choice.plain(kv_cache):
-            raise UsageError(
-                f"{self.path}: attention weights, and other implementations than ktx's, are not computed where MLA is on a GPU; load the model with device='cpu'"
-            )
+            raise self._refused()
         columns = self.kv_lora_rank, self.qk_rope_head_dim
         room = room_for(self, kv_cache, hidden_states, 1, columns, attention_mask)
         q_nope, q_rope = self._queries(hidden_states)
