@@ -126,7 +126,14 @@ def _collector() -> Any:
 
 def collects(what: str) -> bool:
     """Whether the forward under way collects outputs of a kind ("attentions") from its modules, by an argument or by its configuration."""
-    wanted = _collector().get()
+    import torch
+
+    if torch.compiler.is_compiling():
+        from transformers.utils.output_capturing import _active_collector as collector
+
+        wanted = collector.get() if collector.compiling else None  # torch.compile knows no context variables
+    else:
+        wanted = _collector().get()
     return wanted is not None and what in wanted
 
 

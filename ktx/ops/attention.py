@@ -139,10 +139,10 @@ def interval_mask(
 ) -> torch.Tensor:
     """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. Intervals where the mask is an interval for each query, else bool [B, 1, S, T]."""
     q_offset, keys = int(q_offset), int(kv_length)
-    compiling = torch.compiler.is_compiling()  # where a padding is a tensor without numbers: then the mask is a matrix
-    if mask_function is causal_mask_function and not (compiling and attention_mask is not None):
+    compiling = torch.compiler.is_compiling()  # a graph has no numbers to look at: there the mask is a matrix
+    if mask_function is causal_mask_function and not compiling:
         seen = None if attention_mask is None else attention_mask.cpu()
-        if seen is None and not compiling and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
+        if seen is None and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
             after = q_offset + 1 - int(kv_offset)
             ends = [[0, min(after + i, keys)] for i in range(q_length)]
             return Intervals(torch.tensor([ends] * batch_size, dtype=torch.int32, device="cpu"), keys, device)

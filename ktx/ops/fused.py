@@ -184,8 +184,6 @@ def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | Non
     """What transformers hands over as a mask -> (ranges, mask) as the kernels take them. UsageError for a mask of other keys than there are."""
     if mask is None:
         return None, None
-    if torch.compiler.is_compiling() and isinstance(mask, Intervals):
-        return ranges_of(mask), None
     ranges = ranges_of(mask)
     if ranges is not None:
         if not isinstance(mask, Intervals) or mask.shape[3] == keys:

@@ -128,7 +128,9 @@ class Router(Operator):
             return found
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         bias = getattr(self, "bias", None)
-        if recorded(self.weight, bias):
+        if torch.compiler.is_compiling() or recorded(
+            self.weight, bias
+        ):  # a graph holds the weight, not what was made of it
             logits = F.linear(flat, self.weight.float(), None if bias is None else bias.float())
         else:
             logits = cpu.linear(flat, self.matrix(), self.in_f32)
