@@ -15,7 +15,7 @@ from ktx.errors import UsageError
 from tests.models.test_families import IDS, Pair, relative
 
 FAMILIES = {
-    "llama": {"num_hidden_layers": 11},  # more layers than a call computes
+    "llama": {"num_hidden_layers": 9},  # more layers than a call computes
     "qwen3_moe": {},
     "deepseek_v3": {},
     "gpt_oss": {},  # a layer that slides: a stock cache drops what it does not see
