@@ -16,7 +16,7 @@ import torch
 
 from ktx.cache.kv import values_of
 from ktx.cache.paged import PagedCache
-from ktx.compat import attention_function, collects
+from ktx.compat import attention_function, attention_name, collects
 from ktx.errors import UsageError
 from ktx.kernels.reference import visible
 
@@ -30,12 +30,12 @@ class Choice:
     """Which implementation of attention a model's configuration names, now and when the model was made."""
 
     def __init__(self, config: Any):
-        self.config, self.first = config, config._attn_implementation
+        self.config, self.first = config, attention_name(config)
 
     @property
     def name(self) -> str:
         """What has been chosen since the model was made; "" for nothing."""
-        now: str = self.config._attn_implementation
+        now = attention_name(self.config)
         return "" if now == self.first else now
 
     @property

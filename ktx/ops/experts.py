@@ -14,7 +14,7 @@ from ktx.kernels.kept import kept
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, as_weights, packed_as
 from ktx.ops.floats import Floats, experts, plain
-from ktx.ops.gates import KEEP, PLAIN, Gate, gate_of_experts, is_gated, is_interleaved
+from ktx.ops.gates import KEEP, PLAIN, Gate, as_usual, gate_of_experts, is_gated, is_interleaved
 from ktx.ops.guard import Inside, listened
 from ktx.ops.weights import fitting, quantized
 from ktx.weights.source import QuantizedTensor, WeightSource, joined
@@ -148,7 +148,9 @@ class Experts(Operator):
         w, b = self.weights, self.biases
         ids = ids.to(torch.int64)
         if listened(self):
-            return self._one_by_one(hidden, ids - self.first, weights).to(device)
+            changed = self._one_by_one(hidden, ids - self.first, weights)
+            if changed is not None:
+                return changed.to(device)
         out = cpu.experts(
             hidden.contiguous(),
             (ids - self.first if self.first else ids).contiguous(),
@@ -193,14 +195,13 @@ class Experts(Operator):
             raise UsageError(f"{self.path}: expert={expert}, here are {self.first} to {last}")
         return self.weights[name]
 
-    def _one_by_one(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The same, with the activation called as a module: once, for all choices [choices, width] in the order of their experts, as transformers does."""
+    def _one_by_one(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
+        """The same, with the activation called as a module: once, for all choices [choices, width] in the order of their experts, as transformers does. None where it gave what it always gives."""
         chosen, order = ids.flatten().sort(stable=True)
         mine = (chosen >= 0) & (chosen < self.num_experts)
         chosen, order = chosen[mine], order[mine]
         tokens = order // ids.shape[1]
         per_expert = torch.bincount(chosen, minlength=self.num_experts)
-        self.counts[: self.num_experts] += per_expert
 
         def product(name: str, rows: torch.Tensor) -> torch.Tensor:
             w, bias = self.weights[name], self.biases[name]
@@ -211,12 +212,14 @@ class Experts(Operator):
             ]
             return torch.cat(made) if made else rows.new_empty(0, w.n)
 
-        rows = hidden[tokens]
-        up = product("up_proj", rows)
-        gated = len(self.projections) == len(PROJECTIONS)
-        y = self.act_fn(product("gate_proj", rows)) * up if gated else self.act_fn(up)
-        y = product("down_proj", y) * weights.flatten()[order, None].to(hidden.dtype)
-        return torch.zeros_like(hidden).index_add_(0, tokens, y)
+        rows, gated = hidden[tokens], len(self.projections) == len(PROJECTIONS)
+        gate = product("gate_proj" if gated else "up_proj", rows)
+        seen = self.act_fn(gate)
+        if as_usual(seen, gate, self.gate.act, None if gated else gate):
+            return None
+        self.counts[: self.num_experts] += per_expert
+        y = product("down_proj", seen * product("up_proj", rows) if gated else seen)
+        return torch.zeros_like(hidden).index_add_(0, tokens, y * weights.flatten()[order, None].to(hidden.dtype))
 
     def floats(self) -> dict[str, Floats]:
         self.on_cpu()

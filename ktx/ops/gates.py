@@ -67,6 +67,13 @@ def gate_of_mlp(mlp: Any, where: str) -> Gate:
     return _known(lambda: [probe(GATE[None, None])[0, 0]], mlp, where)
 
 
+def as_usual(seen: torch.Tensor, gate: torch.Tensor, act: str, up: torch.Tensor | None = None) -> bool:
+    """Whether an activation module has given, bit for bit, act(gate), or act(gate) * up where it multiplies too: nobody has changed it, by a hook for example, and a CPU kernel may compute with it."""
+    if gate.requires_grad or gate.device.type != "cpu":
+        return False
+    return torch.equal(seen, reference.activate(gate, torch.ones((), dtype=gate.dtype) if up is None else up, act))
+
+
 def stand_in(old: nn.Module, **changed: dict[str, Any]) -> Any:
     """The module's twin with other `modules` or `parameters`, to be asked in its place: it is on the meta device, without numbers."""
     twin = nn.Module.__new__(type(old))

@@ -12,7 +12,7 @@ from ktx.kernels import cpu
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import Made, Matrices, plain_linear
-from ktx.ops.gates import PLAIN, gate_of_mlp
+from ktx.ops.gates import PLAIN, as_usual, gate_of_mlp
 from ktx.ops.guard import Guard, Inside, below, current, listened
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -75,7 +75,7 @@ class Block:
 class MLP(Operator):
     """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own.
 
-    Where somebody listens to one of its children, or has exchanged one, it is transformers' own forward that calls them, the activation too.
+    Where somebody listens to one of its children, or has exchanged one, they are called one by one as transformers does, the activation too. A listener changes no bit of the result.
     """
 
     remade = ("inside", "fused", "block")
@@ -102,9 +102,22 @@ class MLP(Operator):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (fused := current(self, "fused")) is not None:
             return fused(x)
-        if listened(self):
-            return super().forward(x)  # type: ignore[no-any-return]
-        return self.computed(x)
+        return self.by_children(x) if listened(self) else self.computed(x)
+
+    def by_children(self, x: torch.Tensor) -> torch.Tensor:
+        """The same with every child called as a module."""
+        others = [child for name, child in self._modules.items() if name not in PROJECTIONS]
+        if len(others) != 1:
+            found: torch.Tensor = super().forward(x)
+            return found
+        (activation,) = others
+        if hasattr(self, "gate_up_proj"):
+            gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, -1))
+            seen = activation(gate)  # type: ignore[misc]
+        else:
+            gate = self.gate_proj(x)
+            seen, up = activation(gate), self.up_proj(x)  # type: ignore[misc]
+        return self.down_proj(cpu.gated(gate, up, self.act) if as_usual(seen, gate, self.act) else seen * up)
 
     def computed(self, x: torch.Tensor) -> torch.Tensor:
         """The same child by child, while nobody listens to one."""

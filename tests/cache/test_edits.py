@@ -61,6 +61,12 @@ def in_place(cache):
         layer.values[:, :, 5:9].mul_(-2)
 
 
+def sliding_too(cache):
+    for layer in cache.layers:
+        if hasattr(layer, "keys"):
+            layer.keys, layer.values = layer.keys * 0.5, layer.values.flip(2)
+
+
 def values_only(cache):
     for layer in attending(cache):
         layer.values = layer.values.flip(2)
@@ -96,6 +102,7 @@ CHANGES = {
     "others": on_all(lambda x: x * 0.5),
     "in place": in_place,
     "values only": values_only,
+    "layers that slide too": sliding_too,
     "in one layer": in_one_layer,
     "another layer": another_layer,
     "written after it was assigned": written_after_it_was_assigned,

@@ -172,6 +172,39 @@ def test_a_hook_on_all_modules_of_the_process(pair, register):
 
 
 @torch.no_grad()
+def test_an_activation_that_was_exchanged_or_patched_counts(pair):
+    """Of an MLP, shared experts or experts, wherever transformers has it as a module."""
+    names = ("act_fn", "activation_fn")
+    for path in [path for path in inner(pair) if path.endswith(names)]:
+        where, _, name = path.rpartition(".")
+        owners = [model.get_submodule(where) for model in (pair.model, pair.reference)]
+        before = [getattr(owner, name) for owner in owners]
+        for owner in owners:
+            setattr(owner, name, torch.nn.GELU())
+        exchanged = [answered(model) for model in (pair.model, pair.reference)]
+        for owner in owners:
+            getattr(owner, name).forward = lambda x: x * 0.3
+        patched = [answered(model) for model in (pair.model, pair.reference)]
+        for owner, activation in zip(owners, before, strict=True):
+            setattr(owner, name, activation)
+        assert relative(*exchanged) < 1e-4 and relative(*patched) < 1e-4, path
+        assert relative(exchanged[0], patched[0]) > 1e-5, path
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "glm4_moe", "phi3"])
+def test_who_only_listens_changes_no_bit(tmp_path, family):
+    """Of integer weights, whose activations are rounded: another way to the same numbers would show."""
+    model = Pair(tmp_path, family, "Q8_0").model
+    plain = answered(model)
+    for path, module in model.named_modules():
+        if path.startswith("model.layers.1.mlp."):
+            handle = module.register_forward_hook(lambda *_: None)
+            assert relative(answered(model), plain) < 1e-6, path
+            handle.remove()
+
+
+@torch.no_grad()
 def test_a_mask_that_a_hook_edits_counts(pair):
     """Attention knocked out by a hook that writes to the mask, in place or to a copy: any code finds the mask that transformers makes."""
     pair.reference.set_attn_implementation("eager")  # sdpa leaves masks out where it can
