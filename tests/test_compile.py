@@ -17,6 +17,7 @@ from tests.models.families import tiny
 from tests.models.test_families import load
 
 FAMILIES = ["llama", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"]
+SMALLER = {"qwen3_next": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}}
 IDS = torch.randint(3, 320, (1, 40), generator=torch.Generator().manual_seed(3))
 
 
@@ -36,7 +37,7 @@ def pair(tmp_path_factory):
     def of(family):
         if family not in made:
             folder = tmp_path_factory.mktemp(family)
-            original = tiny(family)
+            original = tiny(family, **SMALLER.get(family, {}))
             original.save_pretrained(folder)
             made[family] = original, load(folder, None)
         return made[family]

@@ -21,6 +21,7 @@ from ktx.errors import BadFile, KtxError, UsageError
 from ktx.kernels import cpu
 from ktx.notes import Note
 from ktx.ops.base import Operator
+from ktx.ops.guard import current
 from ktx.ops.layer import Layer
 from ktx.rules import load_rules
 from tests.models.families import FAMILIES, tiny
@@ -291,5 +292,41 @@ def test_children_answer(chat, how):
 
 def test_a_layer_of_its_own_makes_its_shortcuts_anew(chat):
     layer = copy.deepcopy(chat.model.layers[0])
-    assert isinstance(layer, Layer) and layer.block is not None and layer.block.holds() and layer.stretch is None
+    assert isinstance(layer, Layer) and current(layer) is not None and layer.stretch is None
     assert all(module.is_ready for module in layer.modules() if isinstance(module, Operator))
+
+
+EDITS = [
+    ("model.layers.1.self_attn.o_proj", "weight"),
+    ("model.layers.1.self_attn", "kv_b_proj"),
+    ("model.layers.1.mlp.experts", "down_proj"),
+    ("model.embed_tokens", "weight"),
+]
+
+
+@pytest.mark.parametrize("path,name", EDITS)
+def test_edited_weights_are_copied_and_pickled_as_they_are(tmp_path, path, name):
+    model = floats_of("deepseek_v3", tmp_path)
+    right, twin = answers(model), copy.deepcopy(model)
+    (counted,) = model.ktx.activity().values()
+    often = max(range(16), key=lambda number: counted.activations[number])
+    with ktx.edit(twin.get_submodule(path), name, expert=often if name == "down_proj" else None) as weight:
+        weight.mul_(-1)
+    assert torch.equal(answers(model), right)  # what they shared was not written to
+    changed = answers(twin)
+    assert not torch.allclose(changed, right, atol=1e-3)
+    for other in (copy.deepcopy(twin), pickled(twin)):
+        assert torch.allclose(answers(other), changed, atol=1e-6)
+    twin.save_pretrained(tmp_path / "edited")
+    assert torch.allclose(answers(load(tmp_path / "edited", None)), changed, atol=1e-3)
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, pickled])
+def test_what_is_tied_in_a_model_is_tied_in_its_copy(tmp_path, make):
+    model = floats_of("qwen2", tmp_path)
+    right, twin = answers(model), make(model)
+    with ktx.edit(twin.model.embed_tokens) as weight:
+        weight[5] += 1
+    assert twin.lm_head.parts[0] is twin.model.embed_tokens.packed
+    assert torch.equal(answers(model), right) and model.lm_head.parts[0] is model.model.embed_tokens.packed
+    assert not torch.allclose(answers(twin)[..., 5], right[..., 5], atol=1e-3)

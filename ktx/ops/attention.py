@@ -138,9 +138,10 @@ def interval_mask(
     **kwargs: Any,
 ) -> torch.Tensor:
     """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. Intervals where the mask is an interval for each query, else bool [B, 1, S, T]."""
-    q_offset, keys = int(q_offset), int(kv_length)
+    q_offset = int(q_offset)
     compiling = torch.compiler.is_compiling()  # a graph has no numbers to look at: there the mask is a matrix
     if mask_function is causal_mask_function and not compiling:
+        keys = int(kv_length)
         seen = None if attention_mask is None else attention_mask.cpu()
         if seen is None and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
             after = q_offset + 1 - int(kv_offset)

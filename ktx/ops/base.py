@@ -214,8 +214,8 @@ class Operator(nn.Module):
         """As torch's. UsageError where a packed weight is to become a parameter, as torch.nn.utils.prune does."""
         if isinstance(param, torch.Tensor) and not isinstance(param, nn.Parameter):
             raise UsageError(
-                f"{self.path}: a packed weight is no parameter, {name} cannot be registered; change values and give them back with"
-                " model.load_state_dict({...}, strict=False), or keep the module plain by a rule before the others: replace: {class: default}"
+                f"{self.path}: a packed weight is no parameter, {name} cannot be registered; change its values in"
+                " `with ktx.edit(module) as weight:` or by model.load_state_dict({...}, strict=False), or put ktx.dequantize(module) in the module's place"
             )
         Changes.count += 1
         super().register_parameter(name, param)

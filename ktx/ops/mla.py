@@ -384,7 +384,13 @@ class Expansion(nn.Module):
             )
         flat, heads = latent.reshape(-1, self.in_features), owner.num_heads
         parts = cpu.linear(flat, owner.w_uk, wide=True), owner._values(flat, range(heads))
-        return torch.cat([part.view(len(flat), heads, -1) for part in parts], -1).view(*latent.shape[:-1], -1)
+        return torch.cat([part.view(flat.shape[0], heads, -1) for part in parts], -1).view(*latent.shape[:-1], -1)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        prefix, unexpected = args[1], args[5]
+        if f"{prefix}weight" in unexpected:  # which the owner takes
+            unexpected.remove(f"{prefix}weight")
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"

@@ -61,7 +61,7 @@ class MoE(Operator):
             )
         shape = hidden_states.shape
         flat = hidden_states.reshape(-1, shape[-1])
-        if takes(flat) and (block := current(self)) is not None:
+        if not torch.compiler.is_compiling() and takes(flat) and (block := current(self)) is not None:
             return block(flat).view(shape)
         if self.listened():
             return super().forward(hidden_states, *args, **kwargs)
@@ -99,7 +99,7 @@ class MoE(Operator):
 
 def takes(flat: torch.Tensor) -> bool:
     """Whether one call computes tokens f32 [tokens, D] of the CPU's: so few that the way to it counts."""
-    return len(flat) <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu" and not recorded(flat)
+    return flat.shape[0] <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu" and not recorded(flat)
 
 
 class Block:
