@@ -137,20 +137,25 @@ class HuggingFace:
                 raise KtxError(f"{part}: another download writes it; wait for it, or end it") from error
             if raw.seek(0, os.SEEK_END) > file.size:
                 raw.truncate(0)
-            growing = Growing(raw, advance, stop)
-            http_get(
-                hf_hub_url(listing.repo, file.path, revision=listing.revision),
-                growing,  # type: ignore[arg-type]
-                resume_size=growing.tell(),
-                headers=build_hf_headers(),
-                expected_size=file.size,
-                displayed_filename=file.path,
-            )
-            if growing.digest.hexdigest() != file.sha256:
-                raw.truncate(0)
-                raise BadFile(
-                    f"{file.path}: what came is not what the hub promises (SHA-256); begin it anew with the same command"
+            while True:
+                growing = Growing(raw, advance, stop)
+                continued = growing.tell()
+                http_get(
+                    hf_hub_url(listing.repo, file.path, revision=listing.revision),
+                    growing,  # type: ignore[arg-type]
+                    resume_size=continued,
+                    headers=build_hf_headers(),
+                    expected_size=file.size,
+                    displayed_filename=file.path,
                 )
+                if growing.digest.hexdigest() == file.sha256:
+                    break
+                raw.truncate(0)
+                if not continued:
+                    raise BadFile(
+                        f"{file.path}: what came is not what the hub promises (SHA-256); begin it anew with the same command"
+                    )
+                advance(-file.size)  # what an earlier download left may be what is wrong
             os.replace(part, target)
         if to is not None:
             write_download_metadata(to, file.path, listing.revision, str(file.sha256))

@@ -205,6 +205,16 @@ def test_bytes_that_are_not_the_promised_ones_are_not_kept(there, tmp_path):
     assert (tmp_path / "m" / "model-00001-of-00002.safetensors").read_bytes() == BIG
 
 
+def test_a_beginning_that_is_wrong_is_fetched_again(there, tmp_path):
+    """As a download that another file's wrong bytes have ended leaves it."""
+    name = "model-00001-of-00002.safetensors"
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / f"{name}.{hashlib.sha256(BIG).hexdigest()[:8]}.incomplete").write_bytes(b"?" * 2_097_152)
+    status, _, err = download(there, tmp_path, "o/tensors", "--to", "m", "--include", "*00001*")
+    assert status == 0, err
+    assert there.ranges(f"o/tensors/{name}") == [2_097_152, 0] and (tmp_path / "m" / name).read_bytes() == BIG
+
+
 def test_a_disk_that_is_too_small_is_said_before(there, here):
     there.repos["o/huge"] = Repo({"config.json": b"{}"}, claimed={"model.safetensors": 10**16})
     for more in ([], ["--dry-run"]):
