@@ -146,10 +146,8 @@ class Model(PreTrainedModel):
     def _plain_embeddings(self) -> None:
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if isinstance(embedding, Embedding):
-            embedding.on_cpu()
             self.set_input_embeddings(embedding.plain(None))
         if isinstance(head, Linear):
-            head.on_cpu()
             new = head.plain(None)
             if head.tied_to and isinstance(tied := self.get_input_embeddings(), nn.Embedding):
                 new.weight = tied.weight

@@ -266,6 +266,18 @@ def test_other_weights_are_taken(tmp_path, family):
     assert torch.equal(copy.deepcopy(mine)(IDS).logits, mine(IDS).logits)
 
 
+@pytest.mark.parametrize("path", ["model.layers.1.mlp", "model.layers.1.self_attn", "model.layers.0"])
+def test_weights_of_a_part_are_taken(tmp_path, path):
+    original, mine = of_floats("qwen3_moe", tmp_path)
+    mine(IDS[:, :5])
+    with torch.no_grad():
+        for value in original.get_submodule(path).parameters():
+            value.mul_(1.2)
+    mine.get_submodule(path).load_state_dict(original.get_submodule(path).state_dict())
+    assert away(mine(IDS[:, :5]).logits, original(IDS[:, :5]).logits) < 1e-4
+    assert away(mine(IDS).logits, original(IDS).logits) < 1e-4
+
+
 def test_some_weights_and_wrong_ones(tmp_path):
     original, mine = of_floats("llama", tmp_path)
     name = "model.layers.0.mlp.down_proj.weight"

@@ -112,12 +112,8 @@ class Operator(nn.Module):
         """Other values for some of `floats`, which are packed as the floats they are."""
         raise UsageError(f"{self.path}: {type(self).__name__} does not take weights after loading (take)")
 
-    def on_cpu(self) -> None:
-        """UsageError on a GPU, whose packed weights are not read back, or where there are none yet."""
-        if self.home.gpu:
-            raise UsageError(
-                f"{self.path} is on {self.home}, whose packed weights are not read back; load the model on the CPU for it (device='cpu')"
-            )
+    def check_loaded(self) -> None:
+        """UsageError where there are no weights yet."""
         if not self.is_ready:
             raise UsageError(f"{self.path} is not loaded, it has no weights")
 

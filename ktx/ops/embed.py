@@ -55,7 +55,7 @@ class Embedding(Operator, nn.Embedding):
         return rows.to(self.dtype).reshape(*ids.shape, self.embedding_dim)
 
     def floats(self) -> dict[str, Floats]:
-        self.on_cpu()
+        self.check_loaded()
         return {"weight": self.rows()}
 
     def rows(self) -> Floats:
@@ -64,7 +64,7 @@ class Embedding(Operator, nn.Embedding):
         return matrix([self.packed])
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        self.packed = cpu.pack(as_weights(values["weight"]))
+        self.packed = self.packed_from(as_weights(values["weight"]))
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]

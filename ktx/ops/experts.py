@@ -13,7 +13,7 @@ from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, as_weights, packed_as
-from ktx.ops.floats import Floats, experts, plain
+from ktx.ops.floats import Floats, experts, out_of_reach, plain
 from ktx.ops.gates import KEEP, PLAIN, Gate, as_usual, gate_of_experts, is_gated, is_interleaved
 from ktx.ops.guard import Inside, listened
 from ktx.ops.weights import fitting, quantized
@@ -222,18 +222,27 @@ class Experts(Operator):
         return torch.zeros_like(hidden).index_add_(0, tokens, y * weights.flatten()[order, None].to(hidden.dtype))
 
     def floats(self) -> dict[str, Floats]:
-        self.on_cpu()
-        if self.num_experts < self.total:
-            raise UsageError(
-                f"{self.path} has some of its experts on a GPU, whose packed weights are not read back; load the model without gpu_experts for it"
-            )
-        found = {}
+        self.check_loaded()
+        if self.home.gpu and self.num_experts < self.total:  # a share, of which the others speak
+            return {}
+        found: dict[str, Floats] = {}
         for name, halves in self.stacked().items():
+            if self.home.gpu or self.on_gpu is not None:
+                found |= self._out_of_reach(name, len(halves))
+                continue
             found[name] = experts([self.weights[half] for half in halves], self.interleaved, self.transposed)
             biases = [bias for half in halves if (bias := self.biases[half]) is not None]
             if biases:
                 found[f"{name}_bias"] = plain(self._both(biases))
         return found
+
+    def _out_of_reach(self, name: str, halves: int) -> dict[str, Floats]:
+        """What `floats` says of a parameter, where experts are on a GPU."""
+        about = f"{self.path}.{name} is on a GPU, at least in part, from where packed experts are not read back; load the model on the CPU for it (device='cpu')"
+        rows, columns = (self.hidden, self.width) if name == "down_proj" else (halves * self.width, self.hidden)
+        shape = (self.total, *((columns, rows) if self.transposed else (rows, columns)))
+        bias = {f"{name}_bias": out_of_reach((self.total, rows), about)} if self.has_bias else {}
+        return {name: out_of_reach(shape, about)} | bias
 
     def stacked(self) -> dict[str, tuple[str, ...]]:
         """What the replaced module calls its parameters, and the projections that are in each."""
@@ -254,14 +263,18 @@ class Experts(Operator):
         return list(both.chunk(2, dim))
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
+        if self.home.gpu or self.on_gpu is not None:
+            raise UsageError(f"{self.path}: experts on a GPU take no other weights; load the model on the CPU for it")
+        weights, biases = dict(self.weights), dict(self.biases)
         for name, halves in self.stacked().items():
             if name in values:
                 whole = values[name].transpose(1, 2) if self.transposed else values[name]
                 for half, own in zip(halves, self._halves(whole, len(halves), 1), strict=True):
-                    self.weights[half] = packed_as(as_weights(own), self.target, cpu.pack_experts)
+                    weights[half] = packed_as(as_weights(own), self.target, cpu.pack_experts)
             if f"{name}_bias" in values:
                 bias = self._halves(values[f"{name}_bias"].float(), len(halves), -1)
-                self.biases |= {half: own.contiguous() for half, own in zip(halves, bias, strict=True)}
+                biases |= {half: own.contiguous() for half, own in zip(halves, bias, strict=True)}
+        self.weights, self.biases = weights, biases  # others, which shortcuts see
         self._complete()
 
     def weight_bytes(self) -> tuple[int, int]:

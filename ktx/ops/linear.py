@@ -13,6 +13,7 @@ from ktx.kernels.kept import kept
 from ktx.ops.base import Context, Operator, as_weights, is_plain, packed_as
 from ktx.ops.floats import Floats, matrix, plain
 from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
+from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
 
 
@@ -65,7 +66,7 @@ class Linear(Operator, nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def floats(self) -> dict[str, Floats]:
-        self.on_cpu()
+        self.check_loaded()
         bias = {} if self.bias is None else {"bias": plain(self.bias)}
         return {"weight": self.rows()} | bias
 
@@ -75,9 +76,9 @@ class Linear(Operator, nn.Linear):
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
         if "weight" in values:
-            self.parts = [packed_as(as_weights(values["weight"]), self.target)]
+            self.parts = [packed_as(as_weights(values["weight"]), self.target, self.packed_from)]
         if "bias" in values:
-            self.bias = values["bias"].float().clone()
+            self.bias = values["bias"].to(self.home.torch, torch.float32, copy=True)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -95,9 +96,9 @@ class Linear(Operator, nn.Linear):
         values = fitting(self.path, values, (self.out_features, self.in_features))
         self.parts = [self.packed_from(quantized(values, [part.qtype for part in self.parts], self.path, dtype))]
 
-    def packed_from(self, weight: QuantizedTensor) -> Any:
-        """A part made of rows."""
-        return cpu.pack(weight)
+    def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
+        """A part made of rows, as the type `to`."""
+        return cpu.pack(weight, to)
 
     def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
         """For ktx.edit."""

@@ -24,7 +24,7 @@ from ktx.ops import contract
 from ktx.ops.attention import StoredAs
 from ktx.ops.attention_weights import Choice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.floats import Floats
+from ktx.ops.floats import Floats, out_of_reach
 from ktx.ops.fused import (
     NOTHING,
     Before,
@@ -343,9 +343,12 @@ class MLA(Operator):
         return cpu.linear_batched(flat.expand(w.matrices, -1, -1), w).transpose(0, 1).reshape(flat.shape[0], -1)
 
     def floats(self) -> dict[str, Floats]:
-        self.on_cpu()
+        self.check_loaded()
         k, v = self.w_uk_t, self.w_uv
         each = k.k + v.n  # rows of a head
+        if self.home.gpu:
+            about = f"{self.path}.kv_b_proj is on {self.home}, from where it is not read back; load the model on the CPU for it (device='cpu')"
+            return {"kv_b_proj.weight": out_of_reach((k.matrices * each, k.n), about)}
 
         def read(first: int, last: int) -> torch.Tensor:
             heads = range(first // each, -(-last // each))
@@ -355,6 +358,10 @@ class MLA(Operator):
         return {"kv_b_proj.weight": Floats((k.matrices * each, k.n), read, k.data.data_ptr())}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
+        if self.home.gpu:
+            raise UsageError(
+                f"{self.path}: kv_b_proj on a GPU takes no other weights; load the model on the CPU for it"
+            )
         heads = values["kv_b_proj.weight"].float().reshape(self.num_heads, -1, self.kv_lora_rank)
         k_b, v_b = heads.split([self.qk_nope_head_dim, self.v_head_dim], 1)
         packed = self._packed(QuantizedTensor.of(k_b.transpose(1, 2)), QuantizedTensor.of(v_b), True, False)

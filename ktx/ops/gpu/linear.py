@@ -11,6 +11,7 @@ from ktx.kernels import gpu_linear
 from ktx.ops import linear
 from ktx.ops.base import packed_as
 from ktx.ops.floats import Floats
+from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
 
 
@@ -40,5 +41,5 @@ class Linear(linear.Linear):
     def _floats(self) -> torch.Tensor:
         return torch.cat([gpu_linear.dequantize(part, torch.float32) for part in self.parts]).cpu()
 
-    def packed_from(self, weight: QuantizedTensor) -> Any:
-        return gpu_linear.pack(weight, device=self.home.torch)
+    def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
+        return gpu_linear.pack(weight, to, device=self.home.torch)
