@@ -241,8 +241,12 @@ class Experts(Operator):
         about = f"{self.path}.{name} is on a GPU, at least in part, from where packed experts are not read back; load the model on the CPU for it (device='cpu')"
         rows, columns = (self.hidden, self.width) if name == "down_proj" else (halves * self.width, self.hidden)
         shape = (self.total, *((columns, rows) if self.transposed else (rows, columns)))
-        bias = {f"{name}_bias": out_of_reach((self.total, rows), about)} if self.has_bias else {}
-        return {name: out_of_reach(shape, about)} | bias
+        bias = (
+            {f"{name}_bias": out_of_reach((self.total, rows), about, hash((id(self), name, "bias")))}
+            if self.has_bias
+            else {}
+        )
+        return {name: out_of_reach(shape, about, hash((id(self), name)))} | bias
 
     def stacked(self) -> dict[str, tuple[str, ...]]:
         """What the replaced module calls its parameters, and the projections that are in each."""

@@ -47,13 +47,13 @@ def plain(values: torch.Tensor) -> Floats:
     return Floats(tuple(values.shape), read, values.data_ptr())
 
 
-def out_of_reach(shape: tuple[int, ...], about: str) -> Floats:
+def out_of_reach(shape: tuple[int, ...], about: str, place: int) -> Floats:
     """A parameter whose values cannot be had: its shape, and a UsageError for who reads it."""
 
     def refuse(first: int, last: int) -> torch.Tensor:
         raise UsageError(about)
 
-    return Floats(shape, refuse, id(refuse))
+    return Floats(shape, refuse, place)
 
 
 def rows_of(parts: Sequence[cpu.Packed], first: int, last: int) -> torch.Tensor:

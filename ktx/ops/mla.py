@@ -348,7 +348,7 @@ class MLA(Operator):
         each = k.k + v.n  # rows of a head
         if self.home.gpu:
             about = f"{self.path}.kv_b_proj is on {self.home}, from where it is not read back; load the model on the CPU for it (device='cpu')"
-            return {"kv_b_proj.weight": out_of_reach((k.matrices * each, k.n), about)}
+            return {"kv_b_proj.weight": out_of_reach((k.matrices * each, k.n), about, id(k))}
 
         def read(first: int, last: int) -> torch.Tensor:
             heads = range(first // each, -(-last // each))
