@@ -35,7 +35,7 @@ class Choice:
     @property
     def name(self) -> str:
         """What has been chosen since the model was made; "" for nothing."""
-        now = attention_name(self.config)
+        now: str = self.config._attn_implementation if torch.compiler.is_compiling() else attention_name(self.config)
         return "" if now == self.first else now
 
     @property
