@@ -113,7 +113,7 @@ def gradient(two):
             if past and two.family == "qwen3_next":  # whose states are written in place, in transformers too
                 with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                     loss.backward()
-                embeds.grad = torch.ones(1)
+                embeds.grad = torch.ones_like(embeds)
             else:
                 loss.backward()
             out.append(embeds.grad)
