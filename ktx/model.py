@@ -46,7 +46,6 @@ class Model(PreTrainedModel):
             self.__dict__["ktx"] = handle.of(self)
             if handle.files is not None:
                 handle.files.close()
-        layer.join(self)
 
     def save_pretrained(  # type: ignore[override]
         self,

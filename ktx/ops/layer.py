@@ -265,11 +265,24 @@ class Stretch:
         return not self.resting
 
 
+class Row(nn.ModuleList):
+    """Layers whose copies, and those read from a pickle, are joined again."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        join(self)
+
+    def _get_name(self) -> str:
+        return nn.ModuleList.__name__
+
+
 def join(model: nn.Module) -> None:
     """Makes stretches of a loaded model's layers that follow one another."""
     for module in model.modules():
         if not isinstance(module, nn.ModuleList):
             continue
+        if type(module) is nn.ModuleList and any(isinstance(child, Layer) for child in module):
+            module.__class__ = Row
         row: list[Parts] = []
         for child in [*module, None]:
             parts = Parts.of(child) if isinstance(child, Layer) else None
