@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
 
+import ktx
+import ktx.demo
 from ktx.engine.sampling import Sampling
 from ktx.errors import UsageError
 from ktx.ops.guard import current
@@ -14,6 +24,7 @@ from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative
 from tests.small_chat import tokenizer
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 NEAR = 2e-5
 FAMILIES = ["llama", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "phi3"]
 PROMPT = IDS[:, :20]
@@ -125,3 +136,36 @@ def test_experts_that_an_adapter_wants_are_named(tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
     with pytest.warns(RuntimeWarning, match="no parameter was matched"):
         get_peft_model(load(tmp_path, None), config)
+
+
+def example():
+    spec = importlib.util.spec_from_file_location("train_lora", ROOT / "examples" / "train_lora.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_training_goes_as_in_transformers(tmp_path):
+    """Fifty steps on the demo model's weights in f32, which transformers and ktx both have as they are."""
+    lora = example()
+    model, tok = ktx.load(ktx.demo.path(), ktx.demo.gguf(), progress=False)
+    model.save_pretrained(tmp_path, dtype=torch.float32)
+    batches = [tok(text, return_tensors="pt").input_ids for text in lora.TEXTS]
+    mine = lora.train(lora.adapted(ktx.load(tmp_path, progress=False)[0]), batches, 50)
+    right = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = lora.train(lora.adapted(right), batches, 50)
+    assert expected[-1] < 0.2 * expected[0]
+    assert all(abs(a - b) <= 0.02 * b for a, b in zip(mine, expected, strict=True))
+
+
+def test_the_example_of_training(tmp_path):
+    out = str(tmp_path / "adapter")
+    words = [sys.executable, str(ROOT / "examples" / "train_lora.py"), "--steps", "20", "--out", out]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=200, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
+    assert after < 0.5 * before
+    adapted = PeftModel.from_pretrained(ktx.load(ktx.demo.path(), ktx.demo.gguf(), progress=False)[0], out)
+    assert adapted.active_adapter == "default"
