@@ -109,8 +109,6 @@ CHANGES = {
 }
 
 
-
-
 def answered(model, cache, change, first=20, steps=3):
     """Lengths after a change and logits of what follows: single tokens, then three at once."""
     out, lengths, at = [], [], first

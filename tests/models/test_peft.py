@@ -161,9 +161,7 @@ def test_training_goes_as_in_transformers(tmp_path):
 def test_the_example_of_training(tmp_path):
     out = str(tmp_path / "adapter")
     words = [sys.executable, str(ROOT / "examples" / "train_lora.py"), "--steps", "20", "--out", out]
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=200, env=os.environ
-    )
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, env=os.environ)
     assert done.returncode == 0, done.stderr
     before, after = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
     assert after < 0.5 * before
