@@ -26,10 +26,11 @@ FAMILIES = (
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
-    made = Pair(tmp_path_factory.mktemp(request.param), request.param, "F32", FAMILIES[request.param])
-    made.reference.set_experts_implementation(
-        "grouped_mm"
-    )  # the default; the activation is called once for all experts
+    made = Pair(tmp_path_factory.mktemp(request.param), request.param, "F32")
+    if any(path.endswith(".experts") for path, _ in made.reference.named_modules()):
+        made.reference.set_experts_implementation(
+            "grouped_mm"
+        )  # the default: one call of the activation for all experts
     return made
 
 
