@@ -26,6 +26,7 @@ from ktx.errors import KtxError, SelfTestFailed, UsageError
 from ktx.ops.base import Operator
 from ktx.ops.experts import Experts
 from ktx.ops.gpu import handover
+from ktx.ops.mla import Expansion
 from ktx.ops.rope import RotaryEmbedding
 from ktx.rules import FILES
 
@@ -261,7 +262,7 @@ def _place(model: Any, forward: Forward, ids: list[int], bound: float) -> str:
 def _rows(model: nn.Module, forward: Callable[[], Any], tokens: int) -> dict[str, torch.Tensor]:
     """What every module makes of each of the last `tokens` tokens, in the order of their ends."""
     made: dict[str, torch.Tensor] = {}
-    modules = {path: module for path, module in model.named_modules() if path}
+    modules = {path: m for path, m in model.named_modules() if path and not isinstance(m, Expansion)}  # pages have none
     with _looking(modules, tokens, lambda path, rows: made.update({path: rows.cpu().float()})):
         forward()
     return made

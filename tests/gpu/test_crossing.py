@@ -11,6 +11,7 @@ from ktx.ops import crossing
 from ktx.ops import layer as layer_module
 from ktx.ops.embed import Embedding
 from ktx.ops.layer import Layer
+from ktx.ops.masks import Intervals
 from ktx.ops.mlp import MLP
 from ktx.ops.norm import RMSNorm
 from ktx.ops.rope import RotaryEmbedding
@@ -34,7 +35,7 @@ class Journeys(list):
 
     def moved(self, tensor, home):
         there, device = self.really(tensor, home), home.device
-        if there.dtype == torch.int32 or not tensor.numel() or self.place(tensor) == device.name:
+        if isinstance(there, Intervals) or not tensor.numel() or self.place(tensor) == device.name:
             return there
         self.append((tuple(tensor.shape), device.name))
         return self.put(there.clone(), device.name)
