@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,15 @@ SMALLER: list[tuple[str, str]] = [
         r"setsid \1 > serve.log 2>&1 & echo $! > serve.pid; for i in $(seq 300); do curl -sf http://127.0.0.1:10002/health > /dev/null && exit; sleep 0.2; done; cat serve.log; exit 1",
     ),
 ]
+
+
+CURL = """import sys, urllib.request
+data = sys.argv[sys.argv.index("-d") + 1].encode() if "-d" in sys.argv else None
+try:
+    print(urllib.request.urlopen(next(word for word in sys.argv if word.startswith("http")), data).read().decode())
+except OSError as error:
+    sys.exit(f"curl: {error}")
+"""
 
 
 def blocks(page: Path) -> list[tuple[int, str, str]]:
@@ -116,6 +126,10 @@ def sandbox(tmp_path: Path) -> Iterator[Path]:
     python = tmp_path / "bin" / "python"  # a script: a link would lose the virtual environment
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
+    if not shutil.which("curl"):  # as on a bare Debian
+        curl = tmp_path / "bin" / "curl"
+        curl.write_text(f"#!{sys.executable}\n{CURL}")
+        curl.chmod(0o755)
     yield tmp_path
     if (tmp_path / "serve.pid").exists():
         with contextlib.suppress(ProcessLookupError):
