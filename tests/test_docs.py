@@ -9,13 +9,17 @@ commands that need gigabytes, minutes, a network or another program run as the s
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,8 +121,17 @@ def run_command(command: str, sandbox: Path, where: str) -> None:
     assert done.returncode == 0, f"{where}: {command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
+def wait_for_the_port() -> None:
+    """Until the server that was asked to end has gone."""
+    for _ in range(100):
+        with socket.socket() as asked:
+            if asked.connect_ex(("127.0.0.1", 10002)):
+                return
+        time.sleep(0.1)
+
+
 @pytest.fixture
-def sandbox(tmp_path: Path) -> Iterator[Path]:
+def sandbox(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     shim = tmp_path / "bin" / "ktx"
     shim.parent.mkdir()
     shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m ktx "$@"\n')
@@ -130,10 +143,14 @@ def sandbox(tmp_path: Path) -> Iterator[Path]:
         curl = tmp_path / "bin" / "curl"
         curl.write_text(f"#!{sys.executable}\n{CURL}")
         curl.chmod(0o755)
-    yield tmp_path
-    if (tmp_path / "serve.pid").exists():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(int((tmp_path / "serve.pid").read_text()), signal.SIGTERM)
+    with open(Path(tempfile.gettempdir()) / "ktx-docs-port.lock", "w") as port:
+        if re.search("^ktx serve ", request.node.callspec.params["page"].read_text(), re.M):
+            fcntl.flock(port, fcntl.LOCK_EX)  # servers of two pages would have one port
+        yield tmp_path
+        if (tmp_path / "serve.pid").exists():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(int((tmp_path / "serve.pid").read_text()), signal.SIGTERM)
+            wait_for_the_port()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
