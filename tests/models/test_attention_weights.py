@@ -133,19 +133,26 @@ def test_left_padding(pair):
     same([found], [wanted])
 
 
+class Halved(DynamicCache):
+    """transformers' own, which stores what f16 holds."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states.half().float(), value_states.half().float(), *args, **kwargs)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
 def test_caches_of_ours(pair, kind):
     if pair.model.config.model_type in ("gpt_oss", "mixtral"):
         pytest.skip("it keeps all keys of layers that slide")
     found, _ = collected(pair.model, KVCache(pair.model.config, kind), output_attentions=True)
-    wanted, _ = collected(pair.reference, output_attentions=True)
-    bound = {"f32": 1e-4, "f16": 3e-3, "q8_0": 3e-2}[kind]
+    stock = (Halved if kind == "f16" else DynamicCache)(config=pair.reference.config)
+    wanted, _ = collected(pair.reference, stock, output_attentions=True)
+    bound = {"f32": 1e-4, "f16": 2e-3, "q8_0": 3e-2}[kind]
+    if kind == "f16" and pair.model.config.model_type == "qwen3_moe":
+        bound = 4e-3  # norms of queries and keys make scores large, which are products of bf16 where the CPU has those
     for mine, theirs in zip(found, wanted, strict=True):
-        far = [(x - y).abs().amax(-1).flatten() for x, y in zip(mine, theirs, strict=True)]
-        assert all(each.quantile(0.9) < bound for each in far), [
-            each.max() for each in far
-        ]  # a rounding may turn a router
+        assert all((x - y).abs().max() < bound for x, y in zip(mine, theirs, strict=True))
 
 
 @torch.no_grad()
@@ -165,7 +172,12 @@ def test_what_was_seen_does_not_slow_what_follows(pair, monkeypatch):
     steps = []
     for place in (layer, fused):
         really = place.run
-        monkeypatch.setattr(place, "run", lambda *args, really=really: (steps.append(len(args[1])), really(*args)))
+
+        def counted(x, made, outs, *attends, really=really):
+            steps.append((len(made), bool(attends)))
+            return really(x, made, outs, *attends)
+
+        monkeypatch.setattr(place, "run", counted)
     plain = collected(pair.model)[1]
     before, _ = list(steps), steps.clear()
     collected(pair.model, output_attentions=True)
@@ -178,9 +190,7 @@ def test_what_was_seen_does_not_slow_what_follows(pair, monkeypatch):
         again = collected(pair.model)[1]
     assert steps[-len(before) :] == before and torch.equal(again, plain)
     if any(module.block for module in modules(pair.model, Attention)):
-        assert (
-            before and sum(while_seen) < sum(before) and max(while_seen, default=0) <= 1
-        )  # a feed-forward may be one step
+        assert before and not any(attends for _, attends in while_seen)
 
 
 @torch.no_grad()
