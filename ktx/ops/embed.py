@@ -10,13 +10,14 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
-from ktx.ops.base import Context, Operator, as_weights, is_plain
+from ktx.ops.base import Context, as_weights, is_plain
 from ktx.ops.floats import Floats, matrix
-from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
+from ktx.ops.weights import OneMatrix
+from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
 
 
-class Embedding(Operator, nn.Embedding):
+class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
     """Token ids -> rows, dequantised as they are read. A tied output layer uses the same packed rows."""
 
     def __init__(self, path: str, rows: int, width: int, padding: int | None, dtype: torch.dtype):
@@ -30,7 +31,7 @@ class Embedding(Operator, nn.Embedding):
             dtype,
         )
         self.packed: cpu.Packed | None = None
-        self.ties: list[Operator] = []  # all modules that share one matrix
+        self.ties = []  # all modules that share one matrix
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Embedding:
@@ -66,36 +67,16 @@ class Embedding(Operator, nn.Embedding):
     def take(self, values: dict[str, torch.Tensor]) -> None:
         self.packed = self.packed_from(as_weights(values["weight"]))
 
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """[num_embeddings, embedding_dim], read-only: see ktx.ops.floats."""
-        return shown(self, self.rows())
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            self._replace(value, "given")
-            alone(self)  # a tied output layer and its embedding are no longer that, as in transformers
-        else:
-            super().__setattr__(name, value)
-
-    def _replace(self, values: Any, dtype: str | None) -> None:
-        assert self.packed is not None, f"{self.path} is not loaded"
-        values = fitting(self.path, values, (self.num_embeddings, self.embedding_dim))
-        self.packed = self.packed_from(quantized(values, [self.packed.qtype], self.path, dtype))
-
     def packed_from(self, weight: QuantizedTensor) -> Any:
         """What it holds, made of rows."""
         return cpu.pack(weight)
 
-    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
-        """For ktx.edit."""
-        only_weight(self, name, expert)
-        return self.rows().values(torch.float32)
+    def types(self) -> list[QType]:
+        assert self.packed is not None, f"{self.path} is not loaded"
+        return [self.packed.qtype]
 
-    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
-        """For ktx.edit: a tied output layer has the same matrix afterwards."""
-        self._replace(values, dtype)
-        share(self, self.packed)
+    def hold(self, packed: Any) -> None:
+        self.packed = packed
 
     def plain(self, dtype: torch.dtype | None) -> nn.Embedding:
         """For ktx.dequantize."""

@@ -10,20 +10,19 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
-from ktx.ops.base import Context, Operator, as_weights, is_plain, packed_as
+from ktx.ops.base import Context, as_weights, is_plain, packed_as
 from ktx.ops.floats import Floats, matrix, plain
-from ktx.ops.weights import alone, fitting, only_weight, quantized, share, shown
+from ktx.ops.weights import OneMatrix
 from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
 
 
-class Linear(Operator, nn.Linear):
+class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
     """y = x W^T + b with W as the file has it; several row-wise parts when the file keeps the rows in tensors of different types.
 
     `weight` is dequantised where it is read (ktx.ops.weights); a tensor that is assigned to it is packed. `requires_grad` is never set.
     """
 
-    derived = frozenset({"ties"})
     reads = frozenset({"parts", "bias"})
 
     def __init__(self, path: str, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
@@ -34,7 +33,7 @@ class Linear(Operator, nn.Linear):
         self.bias: torch.Tensor | None = None  # type: ignore[assignment]
         self.parts: list[cpu.Packed] = []
         self.target: str | None = None
-        self.ties: list[Operator] = []  # all modules that share one matrix
+        self.ties = []  # all modules that share one matrix
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Linear:
@@ -80,35 +79,15 @@ class Linear(Operator, nn.Linear):
         if "bias" in values:
             self.bias = values["bias"].to(self.home.torch, torch.float32, copy=True)
 
-    @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """[out_features, in_features], read-only: see ktx.ops.floats."""
-        return shown(self, self.rows())
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            self._replace(value, "given")
-            alone(self)  # a tied output layer and its embedding are no longer that, as in transformers
-        else:
-            super().__setattr__(name, value)
-
-    def _replace(self, values: Any, dtype: str | None) -> None:
-        values = fitting(self.path, values, (self.out_features, self.in_features))
-        self.parts = [self.packed_from(quantized(values, [part.qtype for part in self.parts], self.path, dtype))]
-
     def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
         """A part made of rows, as the type `to`."""
         return cpu.pack(weight, to)
 
-    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
-        """For ktx.edit."""
-        only_weight(self, name, expert)
-        return self.rows().values(torch.float32)
+    def types(self) -> list[QType]:
+        return [part.qtype for part in self.parts]
 
-    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
-        """For ktx.edit: the embedding whose matrix it shares has the same one afterwards."""
-        self._replace(values, dtype)
-        share(self, self.parts[0])
+    def hold(self, packed: Any) -> None:
+        self.parts = [packed]
 
     def plain(self, dtype: torch.dtype | None) -> nn.Linear:
         """For ktx.dequantize."""

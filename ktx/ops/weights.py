@@ -10,23 +10,16 @@ import torch
 from torch import nn
 
 from ktx.errors import UsageError, nearest
+from ktx.ops.base import Operator, as_weights
 from ktx.ops.floats import Dequantized, Floats
 from ktx.qtypes import QTYPES, QType
 from ktx.quantize import quantize
 from ktx.weights.source import QuantizedTensor
 
 
-def shown(module: Any, floats: Floats) -> torch.Tensor:
-    """What a module with one matrix shows as its weight."""
-    replace = lambda values: module.pack_again(values, "weight", None, "given")  # noqa: E731
-    return Dequantized(floats, module.dtype, f"{module.path}.weight", module.home.torch, replace)
-
-
 def quantized(values: torch.Tensor, before: Sequence[QType], path: str, dtype: str | None) -> QuantizedTensor:
     """Edited values [n, k] as they are packed: as `dtype` says, else as F32 where they were that, F16 where that holds them, F32 where it does not."""
-    if dtype == "given":  # as the floats they are
-        dtype = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(values.dtype, "F32")
-    values = values.detach().to("cpu", torch.float32).contiguous()
+    values = values.float().contiguous()
     if dtype is None:
         half = all(qtype.name != "F32" for qtype in before) and bool(
             values.abs().max() < torch.finfo(torch.float16).max
@@ -38,33 +31,68 @@ def quantized(values: torch.Tensor, before: Sequence[QType], path: str, dtype: s
 
 
 def fitting(path: str, values: Any, shape: Sequence[int]) -> torch.Tensor:
-    """Values that take a weight's place; UsageError for others than a tensor of floats of its shape."""
+    """Values on the CPU that take a weight's place; UsageError for others than a tensor of floats of its shape."""
     if not isinstance(values, torch.Tensor):
         raise UsageError(f"{path}.weight takes a tensor, not {type(values).__name__}")
     if tuple(values.shape) != tuple(shape) or not values.is_floating_point():
         raise UsageError(f"{path}.weight is {list(shape)}, it cannot be {list(values.shape)} of {values.dtype}")
-    return values
+    return values.detach().to("cpu")
 
 
-def only_weight(module: Any, name: str, expert: int | None) -> None:
-    """UsageError unless a module's one matrix is meant."""
-    if name != "weight" or expert is not None:
-        raise UsageError(f"{module.path}: a {type(module).__name__} has one matrix, `weight`, and no experts")
+class OneMatrix(Operator):
+    """An operator with one packed matrix. It shows it as `weight` and packs what is assigned to that; modules in `ties` share one."""
 
+    derived = frozenset({"ties"})
+    ties: list[OneMatrix]
 
-def alone(module: Any) -> None:
-    """Has a module share its matrix with none."""
-    module.ties[:] = [other for other in module.ties if other is not module]
-    module.ties = []
+    def rows(self) -> Floats:
+        """The matrix, in f32."""
+        raise NotImplementedError
 
+    def types(self) -> list[QType]:
+        """Of its parts."""
+        raise NotImplementedError
 
-def share(module: Any, packed: Any) -> None:
-    """Gives a matrix to all modules that a module shares one with."""
-    for other in module.ties:
-        if hasattr(other, "parts"):
-            other.parts = [packed]
+    def packed_from(self, weight: QuantizedTensor) -> Any:
+        """What it holds, made of rows."""
+        raise NotImplementedError
+
+    def hold(self, packed: Any) -> None:
+        """Has it compute with another matrix."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[rows, columns], read-only: see ktx.ops.floats."""
+        return Dequantized(self.rows(), self.dtype, f"{self.path}.weight", self.home.torch, self._share)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self.hold(self.packed_from(as_weights(fitting(self.path, value, self.rows().shape))))
+            self.ties[:] = [other for other in self.ties if other is not self]
+            self.ties = []  # a tied output layer and its embedding are no longer that, as in transformers
         else:
-            other.packed = packed
+            super().__setattr__(name, value)
+
+    def _share(self, values: torch.Tensor) -> None:
+        """Floats for this module and all that share its matrix."""
+        self._give(as_weights(fitting(self.path, values, self.rows().shape)))
+
+    def _give(self, weight: QuantizedTensor) -> None:
+        packed = self.packed_from(weight)
+        for module in self.ties or [self]:
+            module.hold(packed)
+
+    def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
+        """For ktx.edit."""
+        if name != "weight" or expert is not None:
+            raise UsageError(f"{self.path}: a {type(self).__name__} has one matrix, `weight`, and no experts")
+        return self.rows().values(torch.float32)
+
+    def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
+        """For ktx.edit: modules that share the matrix have the same one afterwards."""
+        values = fitting(self.path, values, self.rows().shape)
+        self._give(quantized(values, self.types(), self.path, dtype))
 
 
 @contextmanager
