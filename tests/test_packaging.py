@@ -317,6 +317,7 @@ PEERS = {"_ctypes_api", "_lib"}  # of ik_llama_cpp, which only `ktx bench --peer
 PYTHONS = {
     "_actions",
     "_asdict",
+    "_replace",
     "_option_string_actions",
     "_SubParsersAction",
     "_ArgumentGroup",
