@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ktx import notes, selftest
+from ktx.adapters import Adapted, Adapters, fitted, wishes
 from ktx.cache.kv import FP8, KVType, kv_type
 from ktx.defaults import torch_defaults
 from ktx.device_map import streaming
@@ -39,6 +40,7 @@ from ktx.reloading import Files, Recipe
 from ktx.rules import Rule
 from ktx.selftest import SelfTest
 from ktx.skeleton import generation, located, read_tokenizer
+from ktx.weights.lora import Adapter, Wish, read
 from ktx.weights.source import WeightSource
 
 
@@ -64,6 +66,7 @@ class Handle:
     self_test: SelfTest = True  # whether an engine is tested by a few tokens too; "engine": nothing else was
     notes: list[notes.Note] = field(default_factory=list)  # where it is slow, or does something else than was asked
     files: Files | None = field(default=None, repr=False)  # that the packed weights came from
+    adapters: Adapters = field(default_factory=Adapters, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"model": _nobody}  # ktx.model gives a copy its own
@@ -76,6 +79,25 @@ class Handle:
         """An engine that answers many requests at once; `options` are those of ktx.engine.engine.Options. Close it, or use it in a `with`."""
         made = importlib.import_module("ktx.engine.engine")  # it stands above this module
         return made.Engine(self.model(), self.tokenizer, made.Options(**options))
+
+    @property
+    def loras(self) -> dict[str, Adapter]:
+        """The LoRA adapters that are loaded, by name."""
+        return dict(self.adapters.known)
+
+    def load_lora(self, path: str | Path, name: str | None = None, scale: float = 1.0) -> str:
+        """Loads a LoRA adapter, PEFT's folder or the safetensors file in it, and returns its name (default: the folder's). It counts where it is named: in `use_lora`, or in an engine's request. BadFile or UsageError for one that does not fit."""
+        wish = Wish.of(path)
+        self.adapters.add(self.model(), read(replace(wish, name=name or wish.name, scale=wish.scale * scale)))
+        return name or wish.name
+
+    def unload_lora(self, name: str) -> None:
+        """Forgets an adapter. UsageError for a name that there is not."""
+        self.adapters.drop(name)
+
+    def use_lora(self, *names: str) -> None:
+        """The adapters whose sum counts from now on, in `generate`, in forwards, and in an engine's requests that name none; without names: none of them."""
+        self.adapters.use(names)
 
     def activity(self) -> dict[str, cpu.Counted]:
         """By module path, what the experts have done since the model was loaded."""
@@ -111,6 +133,7 @@ def load(
     gpu_experts: int | None = None,
     stream_experts: int | str | None = None,
     self_test: SelfTest = True,
+    lora: Adapted | Sequence[Adapted] | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -126,8 +149,10 @@ def load(
     `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work. `self_test` computes two tokens at the end, in one forward and through
     the cache (ktx.selftest); SelfTestFailed when the two differ, or logits are not finite or all alike. "engine" leaves that to the engine that will be made of
-    the model, which computes them in its own way.
+    the model, which computes them in its own way. `lora` is a LoRA adapter or several, [NAME=]FOLDER[=SCALE] as PEFT writes them, whose sum counts
+    from the beginning (`model.ktx.use_lora` chooses others).
     """
+    adapters = [read(wish) for wish in wishes(lora)]
     streaming(stream_experts)
     selftest.asked(self_test)
     team = cpu.team_of(threads)
@@ -141,6 +166,8 @@ def load(
             model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
         )
     made.check(source)
+    for adapter in adapters:
+        fitted(built, adapter)
     made.tell()
     _check_pretence(made)
     if kv_dtype == FP8:
@@ -208,6 +235,9 @@ def load(
         self_test,
         files=files,
     )  # type: ignore[assignment]
+    for adapter in adapters:
+        handle.adapters.add(built, adapter)
+    handle.adapters.use([adapter.name for adapter in adapters])
     notes.tell(handle.notes, [*made.said, *warned])
     generation(built, model, source)
     if self_test is True:

@@ -43,6 +43,7 @@ SMALLER: list[tuple[str, str]] = [
         r'\1 --tokens 300 --model "$MODEL" --weights "$WEIGHTS"',
     ),  # every format: tests/test_cli.py
     (r" --peer llama\.cpp", ""),
+    (r"^python examples/", f"python {ROOT}/examples/"),
     (r'"\$\(python -c .import ktx\.demo; print\(ktx\.demo\.heldout\(\)\).\)"', '"$HELDOUT"'),
     (r"^git clone .*|^cd ktx$|^pip install .*|^apt-get .*", "true"),
     (r"^((?:KTX_ISA=\w+ )?)make ([a-z-]+).*", r"\1make -n \2"),

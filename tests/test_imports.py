@@ -42,6 +42,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.preparing",),
     ("ktx.filling", "ktx.reloading", "ktx.saving", "ktx.selftest"),
     ("ktx.model",),
+    ("ktx.adapters",),
     ("ktx.loading",),
     ("ktx.engine",),
     ("ktx.server",),

@@ -272,6 +272,19 @@ def graphs_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def lora_option(parser: argparse.ArgumentParser, meant: str) -> None:
+    """--lora and vLLM's name for it; `meant`: what several of them do."""
+    group = parser.add_argument_group("adapters")
+    group.add_argument(
+        "--lora",
+        "--lora-modules",
+        dest="lora",
+        action="append",
+        metavar="[NAME=]DIR[=SCALE]",
+        help=f"LoRA adapter as PEFT writes it: the folder with adapter_config.json; several times: {meant}",
+    )
+
+
 def model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --weights, --rules and their KTransformers names; `named_model` settles which one is meant."""
     group = parser.add_argument_group("model")
@@ -407,6 +420,7 @@ def load_options(args: argparse.Namespace, engine: bool = False) -> dict[str, An
         "trust_remote_code": args.trust_remote_code,
         "stream_experts": args.stream_experts,
         "self_test": False if args.no_self_test else "engine" if engine else True,
+        "lora": getattr(args, "lora", None),
         **placed(args),
     }
 

@@ -10,6 +10,7 @@ from ktx.commands.arguments import (
     flag,
     graphs_option,
     load_options,
+    lora_option,
     model_options,
     named_model,
     positive,
@@ -29,6 +30,7 @@ CONTEXT = 1 << 15  # tokens of a conversation, where nobody says how many
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     model_options(parser)
+    lora_option(parser, "their sum counts")
     run = parser.add_argument_group("running")
     threads_option(run)
     step_options(run)

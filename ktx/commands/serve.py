@@ -17,6 +17,7 @@ from ktx.commands.arguments import (
     flag,
     graphs_option,
     load_options,
+    lora_option,
     model_options,
     named_model,
     positive,
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML file with these options by their names; those given here count more",
     )
     model_options(parser)
+    lora_option(parser, "each answers requests whose model is its name (default: the folder's)")
     running_options(parser)
     say = parser.add_argument_group("answers")
     say.add_argument(
@@ -187,11 +189,12 @@ def run(args: argparse.Namespace) -> int:
 
         args.model = str(ktx.demo.path())
         args.weights = str(ktx.demo.safetensors() if args.speculative == "mtp" else ktx.demo.gguf())
+    adapters = adapter_names(args, names)
     hosts = (*(args.allowed_hosts or ()), args.host)
     access = Access(keys, tuple(hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ()))
     if args.ray:
-        return serve_ray.serve_replicas(args, names, access, _settings(args), make_engine)
-    served = Served(names, _settings(args))
+        return serve_ray.serve_replicas(args, names, adapters, access, _settings(args), make_engine)
+    served = Served(names, _settings(args), adapters)
     where = listen(args.host, args.port)
     app = make_app(served, access)
     trouble: list[BaseException] = []
@@ -216,6 +219,20 @@ def run(args: argparse.Namespace) -> int:
     if trouble:
         raise trouble[0]
     return 0
+
+
+def adapter_names(args: argparse.Namespace, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the LoRA adapters that are served. UsageError for one that has the model's name, and where no model is computed."""
+    if not args.lora:
+        return ()
+    if args.backend_type == "scripted":
+        raise UsageError("--lora: --backend-type scripted computes no model")
+    from ktx.adapters import wishes
+
+    found = tuple(wish.name for wish in wishes(args.lora))
+    if taken := next((name for name in found if name in names), None):
+        raise UsageError(f"--lora: {taken!r} is the model's name; give another one: NAME=DIR")
+    return found
 
 
 def _name(path: str) -> str:
@@ -295,6 +312,7 @@ def _engine(args: argparse.Namespace, served: Any) -> Any:
     logging.getLogger("ktx.server").info(
         "loaded in %.1f s, %s kernels, %d threads", model.ktx.seconds, model.ktx.isa, model.ktx.threads
     )
+    model.ktx.use_lora()  # requests name theirs
     return model.ktx.engine(**_options(args))
 
 

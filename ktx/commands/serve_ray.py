@@ -57,6 +57,7 @@ def check_address(address: str) -> None:
 def serve_replicas(
     args: argparse.Namespace,
     names: tuple[str, ...],
+    adapters: tuple[str, ...],
     access: Any,
     settings: Any,
     make: Callable[[argparse.Namespace, Any], Any],
@@ -80,7 +81,7 @@ def serve_replicas(
 
     where = listen(args.host, args.port)
     kept = {name: value for name, value in vars(args).items() if not name.startswith("api_key")}
-    making = Making(Engines(make, kept), names, settings, (args.log_level, args.log_format), 1, 1)
+    making = Making(Engines(make, kept), names, adapters, settings, (args.log_level, args.log_format), 1, 1)
     cluster = Cluster(
         Wanted(
             f"ktx-{names[0].replace('/', '-')}",

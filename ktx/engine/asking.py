@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from ktx.engine.engine import Engine
 
 
-def generate(engine: Engine, prompts: Sequence[str | Sequence[int]], sampling: Sampling) -> Iterator[tuple[int, Event]]:
+Lora = str | Sequence[str] | None  # names of adapters; None: those that are in use
+
+
+def generate(
+    engine: Engine, prompts: Sequence[str | Sequence[int]], sampling: Sampling, lora: Lora = None
+) -> Iterator[tuple[int, Event]]:
     """Pairs of a prompt's index and an event, as they come. Leaving early cancels what is left."""
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
     requests: list[Request] = []
     try:
         for i, prompt in enumerate(prompts):
-            requests.append(engine.submit(engine.ids(prompt), sampling, _numbered(events, i)))
+            requests.append(engine.submit(engine.ids(prompt), sampling, _numbered(events, i), lora=lora))
         left = len(requests)
         while left:
             index, event = events.get()
@@ -44,10 +49,17 @@ class Chorus:
         self.requests: list[Request] = []
         self.left = 0
 
-    def ask(self, prompt: Sequence[int], sampling: Sampling, constraint: Any = None, salt: bytes = b"") -> Request:
+    def ask(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        constraint: Any = None,
+        salt: bytes = b"",
+        lora: Lora = None,
+    ) -> Request:
         """Queues one more request; its number is how many there were before."""
         number = len(self.requests)
-        request = self.engine.submit(prompt, sampling, lambda event: self._hear(number, event), constraint, salt)
+        request = self.engine.submit(prompt, sampling, lambda event: self._hear(number, event), constraint, salt, lora)
         self.requests.append(request)
         self.left += 1
         return request
@@ -83,10 +95,16 @@ class Listener:
     """The events of one request on the running event loop. The request is queued when the listener is made; `close` cancels it."""
 
     def __init__(
-        self, engine: Engine, prompt: Sequence[int], sampling: Sampling, constraint: Any = None, salt: bytes = b""
+        self,
+        engine: Engine,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        constraint: Any = None,
+        salt: bytes = b"",
+        lora: Lora = None,
     ):
         self.chorus = Chorus(engine)
-        self.request = self.chorus.ask(prompt, sampling, constraint, salt)
+        self.request = self.chorus.ask(prompt, sampling, constraint, salt, lora)
 
     def __aiter__(self) -> Listener:
         return self

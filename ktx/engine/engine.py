@@ -17,7 +17,7 @@ import torch
 from ktx.cache.pages import PAGE, Pages
 from ktx.engine.activity import Activity
 from ktx.engine.answer import Answer
-from ktx.engine.asking import Listener, generate
+from ktx.engine.asking import Listener, Lora, generate
 from ktx.engine.budget import ITL, LONGEST, SHARE, STEP, StepBudget
 from ktx.engine.notes import ENGINES, notes_of
 from ktx.engine.request import Event, Finished, Request
@@ -196,11 +196,18 @@ class Engine:
         sink: Callable[[Event], None],
         constraint: Any = None,
         salt: bytes = b"",
+        lora: Lora = None,
     ) -> Request:
-        """Queues a request, whose events go to `sink`. UsageError when it can never be answered, QueueFull when too many wait, Overloaded when the engine has stopped."""
+        """Queues a request, whose events go to `sink`. UsageError when it can never be answered, QueueFull when too many wait, Overloaded when the engine has stopped.
+
+        `lora` names the adapters of the model that it is computed with, () none; by default those that are in use (`model.ktx.use_lora`).
+        """
         self._check_process()
         sampling = self.checked(prompt, sampling)
-        request = Request(list(prompt), sampling, sink, salt, constraint)
+        adapters = self._adapters(lora)
+        request = Request(
+            list(prompt), sampling, sink, self.runner.adapters.digest(adapters) + salt, constraint, adapters
+        )
         with self.lock:
             if self.closed or self.failure:
                 raise Overloaded(self.failure or "the engine is closed")
@@ -211,6 +218,10 @@ class Engine:
             self.answers[request] = Answer(request, self.tokenizer, self.stop_ids, self.context)
         self.inbox.put(lambda: self.scheduler.add(request))
         return request
+
+    def _adapters(self, lora: Lora) -> tuple[str, ...]:
+        known = self.runner.adapters
+        return known.in_use if lora is None else known.checked([lora] if isinstance(lora, str) else lora)
 
     def checked(self, prompt: Sequence[int], sampling: Sampling) -> Sampling:
         """The settings with what the context leaves of max_new_tokens. UsageError with the numbers when nothing is left."""
@@ -233,16 +244,21 @@ class Engine:
         self.inbox.put(lambda: None)
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None
+        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None, lora: Lora = None
     ) -> Iterator[tuple[int, Event]]:
-        """Answers prompts side by side: pairs of a prompt's index and an event, as they come. Leaving early cancels what is left."""
-        return generate(self, prompts, sampling or Sampling())
+        """Answers prompts side by side: pairs of a prompt's index and an event, as they come. Leaving early cancels what is left. `lora`: see `submit`."""
+        return generate(self, prompts, sampling or Sampling(), lora)
 
     def listen(
-        self, prompt: str | Sequence[int], sampling: Sampling | None = None, constraint: Any = None, salt: bytes = b""
+        self,
+        prompt: str | Sequence[int],
+        sampling: Sampling | None = None,
+        constraint: Any = None,
+        salt: bytes = b"",
+        lora: Lora = None,
     ) -> Listener:
-        """Queues one prompt, whose events the running event loop hears: `async with engine.listen(prompt) as events: async for event in events`."""
-        return Listener(self, self.ids(prompt), sampling or Sampling(), constraint, salt)
+        """Queues one prompt, whose events the running event loop hears: `async with engine.listen(prompt) as events: async for event in events`. `lora`: see `submit`."""
+        return Listener(self, self.ids(prompt), sampling or Sampling(), constraint, salt, lora)
 
     def ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
         return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
@@ -286,6 +302,7 @@ class Engine:
             self.speculation.drafter.close()
         if self.store is not None:
             self.store.close()
+        self.runner.adapters.rest()
 
     def _check_process(self) -> None:
         """UsageError in a forked child: the thread that computes is its parent's."""

@@ -85,6 +85,7 @@ class Request:
     sink: Callable[[Event], None]
     salt: bytes = b""
     constraint: Any = None  # a grammar's state, see ktx.engine.grammar
+    lora: tuple[str, ...] = ()  # names of the LoRA adapters that it is computed with
     number: int = 0  # by arrival
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ktx.adapters import Adapters, Step
 from ktx.cache.kv import KVCache
 from ktx.cache.paged import Batch, PagedCache, Span
 from ktx.cache.pages import PAGE
@@ -55,7 +56,7 @@ class Runner:
     graphs: Graphs | None = None
 
     def __init__(self, model: Any, pages: int, captured: int = 0):
-        self.model, self.pages = model, pages
+        self.model, self.pages, self.adapters = model, pages, adapters_of(model)
         self.two_forms = cpu.ops.has_wide() or any(isinstance(module, MLA) for module in model.modules())
         if captured and gpu_of(model) is not None:
             self.obstacle = obstacle(model)
@@ -70,8 +71,9 @@ class Runner:
         if not self.captured:
             return
         try:
-            self.graphs = Graphs(self.model, self.cache, self.captured, context, self.pages)
-            self.graphs.capture()
+            with self.adapters.step([], []):  # of steps without adapters, the others are computed kernel by kernel
+                self.graphs = Graphs(self.model, self.cache, self.captured, context, self.pages)
+                self.graphs.capture()
         except Exception as error:
             self.graphs = None
             handover.give_up(self.model)
@@ -100,7 +102,7 @@ class Runner:
 
     def _replayed(self, parts: Sequence[Part]) -> Logits | None:
         """By a graph, if all parts are single tokens that logits are wanted of, and there is one."""
-        if self.graphs is None or any(part.count != 1 or wanted(part) != 1 for part in parts):
+        if self.graphs is None or any(part.count != 1 or wanted(part) != 1 or part.request.lora for part in parts):
             return None
         self.alive = time.monotonic()
         logits = self.graphs.step([Token(part.ids[0], part.start, part.request.pages) for part in parts])
@@ -132,7 +134,7 @@ class Runner:
         ]  # logits of all rows: as many as there are tokens
         try:
             self.cache.begin(batch)
-            with cpu.wide_rows(batch.tokens, batch.wide(echoes)):
+            with cpu.wide_rows(batch.tokens, batch.wide(echoes)), self.adapters.step(*adapted(parts)):
                 out = self.model(
                     input_ids=ids,
                     position_ids=batch.position_ids,
@@ -192,11 +194,8 @@ class PlainRunner(Runner):
     in_chunks = True
 
     def __init__(self, model: Any, pages: int):
-        self.model, self.pages, self.recurrent = (
-            model,
-            pages,
-            True,
-        )  # what a forward began to write cannot be taken back
+        self.model, self.pages, self.adapters = model, pages, adapters_of(model)
+        self.recurrent = True  # what a forward began to write cannot be taken back
         self.caches: dict[int, Any] = {}
         self.own_cache = keeps_own_cache(model)
         self.alive = time.monotonic()
@@ -241,7 +240,8 @@ class PlainRunner(Runner):
         ranges = (span.lead, span.whole) if span.whole and not request.sampling.echo else ()
         if not self.own_cache and request.number not in self.caches:
             self.caches[request.number] = KVCache(self.model.config, self.model.ktx.kv_dtype)
-        with cpu.wide_rows(count, ranges):
+        whose = [(count, request.lora)], [(max(1, rows), request.lora)]
+        with cpu.wide_rows(count, ranges), self.adapters.step(*whose):
             out = self.model(
                 input_ids=torch.tensor([request.ids[start : start + count]]),
                 position_ids=torch.arange(start, start + count)[None],
@@ -265,6 +265,18 @@ class PlainRunner(Runner):
 
     def nbytes(self) -> int:
         return 0
+
+
+def adapters_of(model: Any) -> Adapters:
+    """The LoRA adapters of a model; of one that ktx has not loaded: none."""
+    found: Adapters = getattr(getattr(model, "ktx", None), "adapters", None) or Adapters()
+    return found
+
+
+def adapted(parts: Sequence[Part]) -> tuple[Step, Step]:
+    """The adapters of a step's tokens, and of those whose logits are wanted."""
+    tokens = [(part.count, part.request.lora) for part in parts]
+    return tokens, [(wanted(part), part.request.lora) for part in parts]
 
 
 def here(model: Any, logits: torch.Tensor, copy: bool = False) -> torch.Tensor:

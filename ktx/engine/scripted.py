@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ktx.adapters import Adapters
 from ktx.engine.engine import Engine, Options
 from ktx.engine.request import Request
 from ktx.engine.runner import Logits, Runner, wanted
@@ -27,6 +28,7 @@ class ScriptedRunner(Runner):
     def __init__(self, script: Script, vocabulary: int, end: int, pages: int, seconds: float = 0.0):
         self.script, self.vocabulary, self.end, self.pages, self.seconds = script, vocabulary, end, pages, seconds
         self.answers: dict[int, list[int]] = {}
+        self.adapters = Adapters()
         self.alive = time.monotonic()
 
     def run(self, parts: Sequence[Part]) -> Logits:

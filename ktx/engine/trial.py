@@ -77,7 +77,8 @@ def _wrong(runner: Runner) -> str:
 
 def _tried(runner: Runner, number: int) -> Fault | None:
     size = runner.model.config.vocab_size
-    requests = [Request([], Sampling(), lambda event: None, number=-1 - i, pages=[i]) for i in range(2)]
+    lora = runner.adapters.in_use
+    requests = [Request([], Sampling(), lambda event: None, number=-1 - i, pages=[i], lora=lora) for i in range(2)]
     for i, request in enumerate(requests):
         request.prompt = [
             (7 * i + 5 * j + 3 + 11 * number) % size for j in range(sum(chunk[i] for chunk in CHUNKS[:2]))
@@ -118,7 +119,8 @@ class OnPages:
         self.runner = runner
 
     def __call__(self, ids: list[int], past: int) -> torch.Tensor:
-        asked = Request(ids, Sampling(echo=True), lambda event: None, number=-1, pages=[0])  # logits of all its tokens
+        lora, logits_of_all = self.runner.adapters.in_use, Sampling(echo=True)
+        asked = Request(ids, logits_of_all, lambda event: None, number=-1, pages=[0], lora=lora)
         if past and self.runner.recurrent:  # its state has seen what comes now
             self.runner.run([Part(asked, 0, past)])
         try:

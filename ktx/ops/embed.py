@@ -50,7 +50,7 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
     def load(self, source: WeightSource) -> None:
         (self.packed,) = kept(lambda: [cpu.pack(source.get(f"{self.path}.weight"))])
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def product(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, f"{self.path} is not loaded"
         rows = self.packed.rows(ids.reshape(-1).to(torch.int64).contiguous())
         return rows.to(self.dtype).reshape(*ids.shape, self.embedding_dim)

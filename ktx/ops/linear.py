@@ -58,7 +58,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         if self.has_bias:
             self.bias = source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.parts) == 1:
             return cpu.linear(x, self.parts[0], self.bias)
         y = torch.cat([cpu.linear(x, part) for part in self.parts], -1)

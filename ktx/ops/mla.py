@@ -7,7 +7,7 @@ instead of 576. A call decides by what it sees, so mixed use is right.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -42,6 +42,9 @@ from ktx.ops.weights import fitting
 from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor, WeightSource
 
+if TYPE_CHECKING:
+    from ktx.ops.latent_lora import LatentLora, Latents
+
 EXPAND_FROM = 128  # tokens of a call from which expanding pays: 2 * 768 * S > 2 * 512 * 256 operations a key and head
 EXPAND_BYTES = 1 << 28  # memory for the keys and values of the heads that are expanded at once
 ROPE = {  # attention classes that do what DeepSeek's does, and where they pair the rotated columns
@@ -71,6 +74,7 @@ class MLA(Operator):
     block: Block | None
     choice: Choice
     expansion: Guard | None
+    lora: LatentLora | None = None  # of kv_b_proj, while adapters of the forward are meant for it
 
     @classmethod
     def from_hf(
@@ -223,6 +227,7 @@ class MLA(Operator):
             latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
         keys, parts = latent.shape[2], []
         ranges, mask = split_mask(attention_mask, keys)
+        more = None if self.lora is None else self.lora.whole(0)
         for mix, first, last in ((self.expanded, 0, whole), (self.absorbed, whole, length)):
             if first < last:
                 end = keys - length + last if ranges is None and mask is None else keys
@@ -230,12 +235,12 @@ class MLA(Operator):
                 seen = None if ranges is None else ranges[:, own].contiguous()
                 matrix = None if mask is None else mask[:, :, own]
                 q = q_nope[:, :, own], q_rope[:, :, own]
-                parts.append(mix(*q, latent[:, 0, :end], k_rope[:, 0, :end], seen, matrix))
+                parts.append(mix(*q, latent[:, 0, :end], k_rope[:, 0, :end], seen, matrix, more))
         out = self.o_proj(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
         if not self.choice.shows(kwargs):
             return out, None
         states = torch.cat([values_of(latent).float(), values_of(k_rope).float()], -1)
-        queries = torch.cat([self._absorbed_queries(q_nope), q_rope], -1)
+        queries = torch.cat([self._absorbed_queries(q_nope, more), q_rope], -1)
         return out, attention_weights(queries, states, ranges, mask, self.scaling)
 
     def ragged(
@@ -251,12 +256,14 @@ class MLA(Operator):
                 own = slice(first + span.lead, first + span.lead + span.whole)
                 end = span.past + span.lead + span.whole
                 latent, rope = (gathered(pool, pages, end) for pool in (latents, ropes))
-                out[:, own] = self.expanded(q_nope[:, :, own], q_rope[:, :, own], latent, rope, None, None)
+                more = None if self.lora is None else self.lora.whole(own.start)
+                out[:, own] = self.expanded(q_nope[:, :, own], q_rope[:, :, own], latent, rope, None, None, more)
         if batch.rest is not None:
             places, sequences, pages = batch.rest
             few = q_nope.index_select(2, places), q_rope.index_select(2, places)
             about = {"sequences": sequences, "pages": pages}
-            out[:, places] = self.absorbed(*few, latents[:, 0], ropes[:, 0], None, None, **about)
+            some = None if self.lora is None else self.lora.among(places)
+            out[:, places] = self.absorbed(*few, latents[:, 0], ropes[:, 0], None, None, some, **about)
         return out
 
     def _whole(self, cache: Any, sequences: int, length: int) -> int:
@@ -279,20 +286,27 @@ class MLA(Operator):
         k_rope: torch.Tensor,
         ranges: Any,
         mask: Any,
+        more: Latents | None = None,
         **pages: torch.Tensor,
     ) -> torch.Tensor:
-        """q_nope [B, H, S, nope], q_rope [B, H, S, rope], latent [B, T, rank], k_rope [B, T, rope] -> [B, S, H * v]. `pages`: as cpu.mla_attention takes them."""
+        """q_nope [B, H, S, nope], q_rope [B, H, S, rope], latent [B, T, rank], k_rope [B, T, rope] -> [B, S, H * v]. `more`: adapters of kv_b_proj, by rows; `pages`: as cpu.mla_attention takes them."""
         batch, heads, length, _ = q_nope.shape
         context = cpu.mla_attention(
-            self._absorbed_queries(q_nope), q_rope, latent, k_rope, ranges, mask, self.scaling, **pages
+            self._absorbed_queries(q_nope, more), q_rope, latent, k_rope, ranges, mask, self.scaling, **pages
         )  # [B, S, H, rank]
-        out = cpu.linear_batched(context.permute(2, 0, 1, 3).reshape(heads, batch * length, -1), self.w_uv)
+        by_head = context.permute(2, 0, 1, 3).reshape(heads, batch * length, -1)
+        out = cpu.linear_batched(by_head, self.w_uv)
+        if more is not None:
+            out = more.values(by_head, out)
         return out.view(heads, batch, length, -1).permute(1, 2, 0, 3).reshape(batch, length, -1)
 
-    def _absorbed_queries(self, q_nope: torch.Tensor) -> torch.Tensor:
+    def _absorbed_queries(self, q_nope: torch.Tensor, more: Latents | None = None) -> torch.Tensor:
         """[B, H, S, nope] times W_UK -> [B, H, S, rank]."""
         batch, heads, length, _ = q_nope.shape
-        by_head = cpu.linear_batched(q_nope.transpose(0, 1).reshape(heads, batch * length, -1), self.w_uk_t)
+        flat = q_nope.transpose(0, 1).reshape(heads, batch * length, -1)
+        by_head = cpu.linear_batched(flat, self.w_uk_t)
+        if more is not None:
+            by_head = more.queries(flat, by_head)
         return by_head.view(heads, batch, length, -1).transpose(0, 1)
 
     def expanded(
@@ -303,8 +317,9 @@ class MLA(Operator):
         k_rope: torch.Tensor,
         ranges: Any,
         mask: Any,
+        more: Latents | None = None,
     ) -> torch.Tensor:
-        """The same with keys and values made from the latent, in its type: k = [W_UK c | k_rope], v = W_UV c."""
+        """The same with keys and values made from the latent, in its type: k = [W_UK c | k_rope], v = W_UV c. `more`: adapters of kv_b_proj, the same for all rows."""
         batch, heads, length, nope = q_nope.shape
         keys, width = latent.shape[1], self.v_head_dim
         flat = values_of(latent[:, None])[:, 0].reshape(batch * keys, -1)
@@ -315,12 +330,10 @@ class MLA(Operator):
         out = q_nope.new_empty(batch, length, heads, width)
         for head in range(0, heads, step):
             some = range(head, min(head + step, heads))
-            k_nope = (
-                cpu.linear(flat, _rows(self.w_uk, some, nope), wide=True)
-                .view(batch, keys, len(some), -1)
-                .transpose(1, 2)
-            )
-            values = self._values(flat, some).view(batch, keys, len(some), -1).transpose(1, 2)
+            both = cpu.linear(flat, _rows(self.w_uk, some, nope), wide=True), self._values(flat, some)
+            if more is not None:
+                both = more.expanded(flat, *both, some)
+            k_nope, values = (part.view(batch, keys, len(some), -1).transpose(1, 2) for part in both)
             chosen = slice(some.start, some.stop)
             out[:, :, chosen] = cpu.attention(
                 q_nope[:, chosen],
@@ -391,6 +404,8 @@ class Expansion(nn.Module):
             )
         flat, heads = latent.reshape(-1, self.in_features), owner.num_heads
         parts = cpu.linear(flat, owner.w_uk, wide=True), owner._values(flat, range(heads))
+        if owner.lora is not None and (more := owner.lora.whole(0)) is not None:
+            parts = more.expanded(flat, *parts, range(heads))
         return torch.cat([part.view(flat.shape[0], heads, -1) for part in parts], -1).view(*latent.shape[:-1], -1)
 
     def _load_from_state_dict(self, *args: Any) -> None:

@@ -9,7 +9,7 @@ import torch
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.ops import contract
+from ktx.ops import contract, lora
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.calls import Call
 
@@ -39,7 +39,7 @@ class Recurrent(Operator):
         for span in cache.batch.spans:
             first, marks = at - span.past, span.marks
             for size in span.pieces:
-                with cpu.wide_part(at, size):
+                with cpu.wide_part(at, size), lora.part(at, size):
                     piece = {"hidden_states": hidden_states[:, at : at + size], "attention_mask": None}
                     done.append(super().forward(**self.call.joined(given | piece, cache.state(span.owner))))
                 at += size

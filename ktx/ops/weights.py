@@ -12,6 +12,7 @@ from torch import nn
 from ktx.errors import UsageError, nearest
 from ktx.ops.base import Operator, as_weights
 from ktx.ops.floats import Dequantized, Floats
+from ktx.ops.lora import Lora
 from ktx.qtypes import QTYPES, QType
 from ktx.quantize import quantize
 from ktx.weights.source import QuantizedTensor
@@ -44,6 +45,15 @@ class OneMatrix(Operator):
 
     derived = frozenset({"ties"})
     ties: list[OneMatrix]
+    lora: Lora | None = None  # while adapters of the forward are meant for it, see ktx.ops.lora
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.product(x)
+        return y if self.lora is None else self.lora(x, y)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """What its matrix makes of rows, or of token ids."""
+        raise NotImplementedError
 
     def rows(self) -> Floats:
         """The matrix, in f32."""

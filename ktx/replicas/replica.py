@@ -33,6 +33,7 @@ class Making:
 
     make: Callable[[int, Any], Any]
     names: tuple[str, ...]
+    adapters: tuple[str, ...]  # names of LoRA adapters
     settings: Any  # ktx.server.served.Settings
     log: tuple[str, str]  # level and format
     threads: int
@@ -52,7 +53,7 @@ class Replica:
 
         set_up(*making.log)
         self.board, self.name, self.app_name = board, context.replica_tag, context.app_name
-        self.served = Served(making.names, making.settings)
+        self.served = Served(making.names, making.settings, making.adapters)
         self.routes, self.metrics = make_routes(self.served)
         threading.Thread(target=self._speak, name="ktx-board", daemon=True).start()
         threading.Thread(target=self._hear, name="ktx-end", daemon=True).start()

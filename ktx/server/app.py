@@ -140,6 +140,8 @@ def _openai(routes: APIRouter, served: Served) -> None:
             "object": "model",
             "created": served.created,
             "owned_by": "ktx",
+            "root": name,
+            "parent": served.names[0] if served.adapter_of(name) else None,
             "max_model_len": engine.context,
             "type": "model",
             "display_name": name,

@@ -246,8 +246,9 @@ def check_room(served: Served, prompt: Sequence[int], limit: int | None) -> None
         )
 
 
-async def begin(served: Served, asks: Sequence[Asked]) -> Chorus:
-    """Queues all of them, each as often as it says; the numbers run through. None of them runs when one cannot."""
+async def begin(served: Served, asks: Sequence[Asked], model: str) -> Chorus:
+    """Queues all of them for the served name `model`, each as often as it says; the numbers run through. None of them runs when one cannot."""
+    adapter = served.adapter_of(model)
     engine, _, grammars = served.ready()
     constraints = []
     for ask in asks:
@@ -267,7 +268,7 @@ async def begin(served: Served, asks: Sequence[Asked]) -> Chorus:
                 sampling = ask.sampling
                 if i and sampling.seed is not None:
                     sampling = replace(sampling, seed=sampling.seed + i)
-                chorus.ask(ask.rendered.ids, sampling, constraints[number], ask.salt)
+                chorus.ask(ask.rendered.ids, sampling, constraints[number], ask.salt, adapter)
                 number += 1
     except BaseException as error:
         chorus.close()

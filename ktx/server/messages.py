@@ -32,7 +32,7 @@ async def answer(served: Served, fields: Anthropic, request: Request) -> Respons
     check_room(
         served, ask.rendered.ids, 1
     )  # clients name the largest number they know: what the context leaves is enough
-    chorus = await begin(served, [ask])
+    chorus = await begin(served, [ask], model)
     head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
     turn = Turn(ask.parser(served))
     stops = frozenset(fields.stop_sequences or ())

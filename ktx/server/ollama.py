@@ -144,7 +144,7 @@ async def _answer(
     served: Served, ask: Asked, fields: OllamaShared, name: str, piece: Piece, request: Request, thinks: bool
 ) -> Response:
     check_room(served, ask.rendered.ids, 1)
-    chorus = await begin(served, [ask])
+    chorus = await begin(served, [ask], name)
     turn = Turn(ask.parser(served))
     tokens = Tokens(chorus.engine.tokenizer) if fields.logprobs else None
     if fields.stream is False:

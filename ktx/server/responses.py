@@ -56,7 +56,7 @@ async def answer(served: Served, fields: Respond, request: Request) -> Response:
     talk, spaces = _talk(fields, before, came)
     ask = await asked_of(served, talk, sampling)
     check_room(served, ask.rendered.ids, fields.max_output_tokens)
-    chorus = await begin(served, [ask])
+    chorus = await begin(served, [ask], model)
     writer = Writer(
         _base(fields, model, sampling, bool(served.kept.most) and fields.store is not False),
         Turn(ask.parser(served)),

@@ -56,8 +56,9 @@ class Progress:
 class Served:
     """`engine` is None until the model is loaded, `trouble` says why it never will be."""
 
-    def __init__(self, names: tuple[str, ...], settings: Settings | None = None):
-        self.names, self.settings = names, settings or Settings()
+    def __init__(self, names: tuple[str, ...], settings: Settings | None = None, adapters: tuple[str, ...] = ()):
+        self.names, self.settings = (*names, *adapters), settings or Settings()
+        self.adapters = adapters  # of the names: LoRA adapters, each beside the model
         self.created = int(time.time())
         self.since = datetime.datetime.fromtimestamp(self.created, datetime.UTC).isoformat().replace("+00:00", "Z")
         self.fingerprint = f"ktx_{uuid.uuid4().hex[:10]}"
@@ -127,6 +128,10 @@ class Served:
                 "model_not_found",
             )
         return name
+
+    def adapter_of(self, name: str) -> tuple[str, ...]:
+        """The LoRA adapter that a served name means; none for the model itself."""
+        return tuple(one for one in self.adapters if one in (name, name.removesuffix(":latest")))[:1]
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of /health: the engine's heartbeat."""

@@ -167,3 +167,7 @@ def test_the_example_of_training(tmp_path):
     assert after < 0.5 * before
     adapted = PeftModel.from_pretrained(ktx.load(ktx.demo.path(), ktx.demo.gguf(), progress=False)[0], out)
     assert adapted.active_adapter == "default"
+    served, tok = ktx.load(ktx.demo.path(), ktx.demo.gguf(), progress=False, lora=out)
+    ids = tok("Where does the lighthouse keeper sleep?", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert relative(served(ids).logits, adapted(ids).logits) < 1e-3

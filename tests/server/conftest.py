@@ -22,9 +22,9 @@ NAME = "test-model"
 
 
 @contextlib.contextmanager
-def serving(engine=None, access=None, settings=None, names=(NAME, "alias")):
+def serving(engine=None, access=None, settings=None, names=(NAME, "alias"), adapters=()):
     """The base address of a running server, and its Served."""
-    served = Served(names, settings or Settings(ping=0.2))
+    served = Served(names, settings or Settings(ping=0.2), adapters)
     app = make_app(served, access or Access())
     if engine is not None:
         served.attach(engine)

@@ -20,7 +20,7 @@ class Embedding(embed.Embedding):
     def load(self, source: WeightSource) -> None:
         self.packed = gpu_linear.pack(source.get(f"{self.path}.weight"), device=self.home.torch)
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def product(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, f"{self.path} is not loaded"
         rows = gpu_linear.rows(self.packed, ids.reshape(-1).to(torch.int64), self.dtype)
         return rows.view(*ids.shape, self.embedding_dim)

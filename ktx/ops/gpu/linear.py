@@ -28,7 +28,7 @@ class Linear(linear.Linear):
             bias = source.get(f"{self.path}.bias").dequantize().reshape(-1)
             self.bias = bias.contiguous().to(self.home.torch)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.parts) == 1:
             return gpu_linear.linear(x, self.parts[0], self.bias)
         y = torch.cat([gpu_linear.linear(x, part) for part in self.parts], -1)

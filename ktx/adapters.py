@@ -1,0 +1,186 @@
+"""The LoRA adapters of a loaded model: which there are, and which of them count now."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ktx.compat import checkpoint_renaming
+from ktx.errors import BadFile, UsageError, nearest
+from ktx.ops.base import Operator
+from ktx.ops.latent_lora import LatentLora
+from ktx.ops.lora import Lora, Mapping, Names
+from ktx.ops.mla import MLA
+from ktx.weights.lora import MERGED, Adapter, LowRank, Wish
+
+Adapted = str | Path | Wish
+Step = list[tuple[int, Names]]  # counts of tokens, and the adapters that they are computed with
+
+
+@dataclass
+class Adapters:
+    """By name. Those `in_use` count in every forward that no engine makes, and for an engine's requests that name none."""
+
+    known: dict[str, Adapter] = field(default_factory=dict)
+    mapping: Mapping = field(default_factory=Mapping)
+    loras: dict[nn.Module, Lora] = field(default_factory=dict)  # by the module that has the attribute
+    hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # on modules that are torch's own
+
+    @property
+    def in_use(self) -> Names:
+        return self.mapping.everywhere
+
+    def add(self, model: nn.Module, adapter: Adapter) -> None:
+        """Hangs an adapter on the model's modules. UsageError or BadFile, and nothing has changed, where it fits none, or not in shape."""
+        if adapter.name in self.known:
+            raise UsageError(f"adapter {adapter.path}: there is one called {adapter.name!r} already; give another name")
+        for module, matrices in fitted(model, adapter):
+            lora = self.loras.get(module)
+            if lora is None:
+                lora = self.loras[module] = kind_of(module)(self.mapping, module)
+            lora.add(adapter.name, matrices)
+        self.known[adapter.name] = adapter
+
+    def drop(self, name: str) -> None:
+        """UsageError for a name that there is not."""
+        self.checked([name])
+        self.use([other for other in self.in_use if other != name])
+        for module, lora in list(self.loras.items()):
+            lora.factors.pop(name, None)
+            if not lora.factors:
+                self._hide(module)
+                del self.loras[module]
+        del self.known[name]
+
+    def checked(self, names: Sequence[str]) -> Names:
+        """The same names. UsageError for one that there is not."""
+        for name in names:
+            if name not in self.known:
+                there = f"; there are {', '.join(self.known)}" if self.known else "; none is loaded"
+                raise UsageError(f"no LoRA adapter is called {name!r}{nearest(name, self.known)}{there}")
+        return tuple(dict.fromkeys(names))
+
+    def digest(self, names: Names) -> bytes:
+        """Different for adapters that compute different things; empty for none."""
+        return hashlib.sha256(b"".join(self.known[name].digest for name in names)).digest()[:16] if names else b""
+
+    def use(self, names: Sequence[str]) -> None:
+        self.mapping.everywhere = self.checked(names)
+        self._show(self.in_use)
+
+    @contextmanager
+    def step(self, tokens: Step, kept: Step) -> Iterator[None]:
+        """While an engine computes a step: whose its tokens are, and those whose logits are wanted. Shortcuts that stand aside for adapters do so until another step has others, because changing that costs a look at all modules."""
+        if not self.known:
+            yield
+            return
+        self._show({name for _, names in tokens for name in names})
+        try:
+            with self.mapping.step(tokens, kept):
+                yield
+        finally:
+            if self.in_use:
+                self.rest()
+
+    def rest(self) -> None:
+        """After an engine's last step."""
+        self._show(self.in_use)
+
+    def _show(self, names: Sequence[str] | set[str]) -> None:
+        for module, lora in self.loras.items():
+            if any(name in lora.factors for name in names):
+                self._unhide(module, lora)
+            else:
+                self._hide(module)
+
+    def _unhide(self, module: nn.Module, lora: Lora) -> None:
+        if not isinstance(module, Operator):
+            if module not in self.hooks:
+                self.hooks[module] = module.register_forward_hook(lora.heard)
+        elif "lora" not in module.__dict__:
+            module.lora = lora  # type: ignore[assignment]
+
+    def _hide(self, module: nn.Module) -> None:
+        if module in self.hooks:
+            self.hooks.pop(module).remove()
+        elif "lora" in module.__dict__:
+            del module.lora
+
+
+def kind_of(module: nn.Module) -> type[Lora]:
+    return LatentLora if isinstance(module, MLA) else Lora
+
+
+def wishes(lora: Adapted | Sequence[Adapted] | None) -> list[Wish]:
+    """What was asked for, with different names."""
+    several = [] if lora is None else [lora] if isinstance(lora, str | Path | Wish) else list(lora)
+    found = [Wish.of(one) for one in several]
+    names = [wish.name for wish in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two LoRA adapters are called {twice!r}; name them: NAME=PATH")
+    return found
+
+
+def fitted(model: Any, adapter: Adapter) -> list[tuple[Any, list[LowRank]]]:
+    """The modules that get an adapter's matrices. UsageError or BadFile for one that there is not, that is of another kind, or whose weight has another shape."""
+    rename, _ = checkpoint_renaming(model.config)
+    found = []
+    for path, matrices in adapter.matrices.items():
+        module = _at(model, path)
+        if module is None:
+            module = _at(model, rename(f"{path}.weight").removesuffix(".weight"))
+        if module is None:
+            raise BadFile(f"adapter {adapter.path}: the model has no module {path}; it was trained on another one")
+        shapes, lookup = _shapes(module)
+        if not shapes:
+            where = " on a GPU" if isinstance(module, Operator) and module.home.gpu else ""
+            raise UsageError(
+                f"adapter {adapter.path}: {path} is a {type(module).__name__}{where}, which takes no LoRA adapter; {MERGED}"
+            )
+        if len(matrices) > len(shapes) or any(
+            one.shape not in shapes or one.embedding is not lookup for one in matrices
+        ):
+            there = " and ".join(f"{'a lookup of ' * one.embedding}{list(one.shape)}" for one in matrices)
+            own = " and ".join(f"{'a lookup of ' * lookup}{list(shape)}" for shape in shapes)
+            raise BadFile(f"adapter {adapter.path}: {path} is {there} there, the model's is {own}")
+        found.append((module, matrices))
+    for path, shape in adapter.copies.items():
+        module = _at(model, path)
+        own = _shapes(module)[0] if module in (model.get_input_embeddings(), model.get_output_embeddings()) else []
+        if not own:
+            raise UsageError(
+                f"adapter {adapter.path}: it holds the whole weight of {path}, which is none of the model's embeddings; {MERGED}"
+            )
+        own = [own[0][::-1]] if module is model.get_input_embeddings() else own
+        if own[0] != shape:
+            raise BadFile(
+                f"adapter {adapter.path}: it was trained with {path} of {list(shape)}, the model's is {list(own[0])}: other tokens; {MERGED}"
+            )
+    return found
+
+
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module of a path, of an MLA's kv_b_proj the MLA; None where there is none."""
+    above, _, name = path.rpartition(".")
+    try:
+        owner = model.get_submodule(above)
+        return owner if name == "kv_b_proj" and isinstance(owner, MLA) else owner.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _shapes(module: Any) -> tuple[list[tuple[int, ...]], bool]:
+    """Of the weights that adapters can be added to here, and whether that is a lookup of tokens; none where they cannot."""
+    if isinstance(module, MLA):
+        rows = module.num_heads * (module.qk_nope_head_dim + module.v_head_dim)
+        return ([] if module.home.gpu else [(rows, module.kv_lora_rank)]), False
+    if isinstance(module, nn.Embedding):
+        return [(module.embedding_dim, module.num_embeddings)], True
+    return ([(module.out_features, module.in_features)] if isinstance(module, nn.Linear) else []), False

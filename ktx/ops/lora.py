@@ -1,0 +1,160 @@
+"""LoRA adapters on packed weights: y = W x + s B A x, of each row of a forward with the adapters of its own request.
+
+A module has an attribute `lora` while an adapter of the forward is meant for it, else None. Setting it counts as a change, so shortcuts (ktx.ops.guard) that do not call the
+module stand aside meanwhile, and only those.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from ktx.devices import CPU, Device
+from ktx.errors import UsageError
+from ktx.kernels import cpu
+from ktx.weights.lora import LowRank
+from ktx.weights.source import QuantizedTensor
+
+Names = tuple[str, ...]  # of adapters, whose sums are added
+
+
+@dataclass
+class Mapping:
+    """Which rows of the forward under way are computed with which adapters; all modules of a model have the same one. `everywhere` counts outside of an engine's steps."""
+
+    everywhere: Names = ()
+    spans: list[tuple[int, Names]] | None = None  # counts of the step's tokens, in their order
+    kept: list[tuple[int, Names]] | None = None  # the same of those whose logits are computed
+
+    def of(self, rows: int) -> Iterator[tuple[slice, Names]]:
+        """Rows that have adapters. UsageError for another number of rows than the step, or the part of it that is under way, has."""
+        first, count = getattr(_under_way, "part", None) or (0, -1)
+        if self.spans is not None and count == rows:
+            yield from _slices([(count, self.at(first))])
+            return
+        for spans in (self.spans, self.kept):
+            if spans is None:
+                continue
+            if sum(count for count, _ in spans) == rows:
+                yield from _slices(spans)
+                return
+        if self.spans is not None:
+            raise UsageError(
+                f"a module with a LoRA adapter is called with {rows} rows, the step has {sum(count for count, _ in self.spans)} tokens: whose they are is not known"
+            )
+        if self.everywhere:
+            yield slice(0, rows), self.everywhere
+
+    def at(self, row: int) -> Names:
+        """The adapters of one row of the step."""
+        if self.spans is None:
+            return self.everywhere
+        return next((names for rows, names in _slices(self.spans) if rows.start <= row < rows.stop), ())
+
+    def among(self, places: torch.Tensor) -> list[tuple[slice, Names]]:
+        """As `of`, for some of the step's rows, in rising order: slices of `places`."""
+        each = [self.at(row) for row in places.tolist()]
+        return list(_slices([(len(list(same)), names) for names, same in groupby(each)]))
+
+    @contextmanager
+    def step(self, spans: Sequence[tuple[int, Names]], kept: Sequence[tuple[int, Names]]) -> Iterator[None]:
+        """While an engine computes a step of tokens."""
+        self.spans, self.kept = list(spans), list(kept)
+        try:
+            yield
+        finally:
+            self.spans = self.kept = None
+
+
+_under_way = threading.local()
+
+
+@contextmanager
+def part(first: int, count: int) -> Iterator[None]:
+    """While modules are called with `count` of the step's rows, all of one sequence, from `first` on: on this thread."""
+    _under_way.part = first, count
+    try:
+        yield
+    finally:
+        _under_way.part = None
+
+
+def _slices(spans: Sequence[tuple[int, Names]]) -> Iterator[tuple[slice, Names]]:
+    """Neighbours with the same adapters together."""
+    at = 0
+    for names, several in groupby(spans, key=lambda span: span[1]):
+        count = sum(count for count, _ in several)
+        if names and count:
+            yield slice(at, at + count), names
+        at += count
+
+
+class Factors:
+    """s B A of one matrix, where its module is. On the CPU both are packed: of our kernels a row's result depends on no other row."""
+
+    def __init__(self, one: LowRank, home: Device):
+        self.embedding, self.gpu = one.embedding, home.gpu
+        self.a: Any = one.a.t().contiguous().to(home.torch) if one.embedding or home.gpu else packed(one.a)
+        self.b: Any = one.b.t().contiguous().to(home.torch) if home.gpu else packed(one.b)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """f32 [rows, out] of rows x [rows, in], of an embedding of token ids [rows]."""
+        if self.embedding:
+            low = self.a[x]
+        else:
+            low = x.float() @ self.a if self.gpu else cpu.linear(x.float(), self.a)
+        return low @ self.b if self.gpu else cpu.linear(low, self.b)
+
+
+def packed(values: torch.Tensor) -> cpu.Packed:
+    return cpu.pack(QuantizedTensor.of(values))
+
+
+class Lora:
+    """The adapters of one module's matrix, by name."""
+
+    def __init__(self, mapping: Mapping, owner: Any):
+        self.mapping, self.home = mapping, home_of(owner)
+        self.factors: dict[str, Any] = {}
+
+    def add(self, name: str, several: Sequence[LowRank]) -> None:
+        (one,) = several
+        self.factors[name] = Factors(one, self.home)
+
+    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """`y` [..., out], what the matrix itself made of x [..., in] (an embedding: of token ids [...]), and what adapters add to it."""
+        rows = y.numel() // y.shape[-1]
+        flat = x.reshape(rows, *x.shape[y.ndim - 1 :])
+        more: torch.Tensor | None = None
+        for own, names in self.mapping.of(rows):
+            for name in names:
+                if name in self.factors:
+                    added = self.factors[name](flat)
+                    more = plus(added.new_zeros(()) if more is None else more, added, own)
+        return y if more is None else y + more.view(y.shape).to(y.dtype)
+
+    def heard(self, module: Any, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+        """As a hook on a module of torch's own."""
+        return self(args[0], y)
+
+
+def home_of(module: Any) -> Device:
+    """Where a module's weight is, an operator's or torch's own."""
+    home: Device | None = getattr(module, "home", None)
+    there = module.weight.device if home is None else home.torch
+    return home or (CPU if there.type == "cpu" else Device(str(there), there, True))
+
+
+def plus(known: torch.Tensor, added: torch.Tensor, own: slice) -> torch.Tensor:
+    """known + added [..., rows, columns], of the latter the rows `own` alone; in the type of what is known."""
+    if len(range(*own.indices(added.shape[-2]))) < added.shape[-2]:
+        only = torch.zeros_like(added)
+        only[..., own, :] = added[..., own, :]
+        added = only
+    return known + added.to(known.dtype)

@@ -1,0 +1,388 @@
+"""LoRA adapters from files: what PEFT computes with them on transformers' own model, in forwards, and in an engine each request with its own."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from ktx.engine.request import Finished
+from ktx.engine.sampling import Sampling
+from ktx.errors import BadFile, UsageError
+from ktx.ops.guard import current
+from ktx.ops.linear import Linear
+from ktx.weights.lora import CONFIG, WEIGHTS, Wish
+from tests.models.families import tiny
+from tests.models.test_families import IDS, load, relative
+from tests.small_chat import tokenizer
+
+NEAR = 2e-5
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"],
+    "qwen3_moe": ["q_proj", "v_proj", "lm_head"],
+    "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    "gpt_oss": ["q_proj", "k_proj", "o_proj"],
+    "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "o_proj"],
+}
+MORE = [
+    {"r": 4, "lora_alpha": 16},
+    {
+        "r": 3,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "layers_to_transform": [1],
+        "alpha_pattern": {"q_proj": 5, r"o_pro.": 3},
+    },
+]
+PROMPTS = [IDS[0, :20].tolist(), IDS[0, 5:90].tolist(), IDS[0, 40:43].tolist(), IDS[0, :130].tolist()]
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, tmp_path_factory):
+    """A model, and adapters one, two beside it."""
+    made = tmp_path_factory.mktemp(family)
+    tiny(family, tie_word_embeddings=False).save_pretrained(made)
+    for number, (name, more) in enumerate(zip(("one", "two"), MORE, strict=True)):
+        write(family, made / name, seed=number, **more)
+    return made
+
+
+def write(family, folder, seed=0, **more):
+    """An adapter of random numbers, by PEFT."""
+    torch.manual_seed(70 + seed)
+    config = LoraConfig(**{"target_modules": TARGETS[family], "init_lora_weights": False, **more})
+    get_peft_model(tiny(family, tie_word_embeddings=False), config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def right(family, folder):
+    """Logits of transformers' own model for ids, with an adapter."""
+    base = tiny(family, tie_word_embeddings=False).eval()
+    adapted = PeftModel.from_pretrained(base, folder / "one", adapter_name="one").eval()
+    adapted.load_adapter(folder / "two", "two")
+
+    @torch.no_grad()
+    def computed(ids, *names):
+        if not names:
+            with adapted.disable_adapter():
+                return adapted(input_ids=ids).logits
+        adapted.base_model.set_adapter(list(names))
+        return adapted(input_ids=ids).logits
+
+    return computed
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    loaded = load(folder, None, kv_dtype="f32", lora=[str(folder / "one"), folder / "two"])
+    loaded.ktx.tokenizer = tokenizer()
+    return loaded
+
+
+@torch.no_grad()
+def stepwise(model, ids):
+    """Logits of a prompt in three pieces and two tokens."""
+    cache, found = None, []
+    for piece in ids.split([70, 30, ids.shape[1] - 102, 1, 1], 1):
+        out = model(input_ids=piece, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        found.append(out.logits)
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("names", [(), ("one",), ("two",), ("one", "two")], ids=lambda names: "+".join(names) or "none")
+def test_forwards_are_those_of_peft(model, right, names):
+    expected = right(IDS, *names)
+    assert not names or relative(expected, right(IDS)) > 1e-2
+    model.ktx.use_lora(*names)
+    with torch.no_grad():
+        assert relative(model(input_ids=IDS).logits, expected) < NEAR
+        assert relative(model(input_ids=IDS.expand(3, -1)).logits[2:], expected) < NEAR
+    model.ktx.use_lora()
+
+
+def answer(logits, prompt, count=6):
+    ids = torch.tensor([prompt])
+    for _ in range(count):
+        ids = torch.cat([ids, logits(ids)[:, -1:].argmax(-1)], 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+def ask(engine, asked, new=6, **more):
+    """Answers of (prompt, adapters) side by side, and of each how much of its prompt was cached."""
+    events = queue.SimpleQueue()
+    sampling = Sampling(max_new_tokens=new, ignore_eos=True, **more)
+    for i, (prompt, lora) in enumerate(asked):
+        engine.submit(prompt, sampling, lambda event, i=i: events.put((i, event)), lora=lora)
+    done = {}
+    while len(done) < len(asked):
+        i, event = events.get(timeout=120)
+        if isinstance(event, Finished):
+            assert event.reason == "length", event.error
+            done[i] = event
+    return [done[i].ids for i in range(len(asked))], [done[i].usage.cached for i in range(len(asked))]
+
+
+def test_requests_of_one_step_have_their_own_adapters(model, right):
+    choices = [(), ("one",), "two", ("two", "one")]
+    asked = [(prompt, choices[(i + j) % 4]) for j, prompt in enumerate(PROMPTS) for i in range(4)]
+    with model.ktx.engine(max_batch_size=6, cache_lens=4096) as engine:
+        found, cached = ask(engine, asked)
+        again, cached_again = ask(engine, asked)
+        engine.check_integrity()
+    for (prompt, lora), ids in zip(asked, found, strict=True):
+        names = (lora,) if isinstance(lora, str) else lora
+        assert ids == answer(lambda ids, names=names: right(ids, *names), prompt), (len(prompt), lora)
+    assert again == found
+    assert cached == [0] * len(asked), "a prompt has pages of one with another adapter"
+    assert max(cached_again) >= 128 or engine.runner.recurrent  # of which few states are kept
+
+
+def test_requests_that_name_none_have_those_in_use(model, right):
+    model.ktx.use_lora("two")
+    try:
+        with model.ktx.engine(max_batch_size=2, cache_lens=1024) as engine:
+            (ids, base), _ = ask(engine, [(PROMPTS[0], None), (PROMPTS[0], ())])
+        with torch.no_grad():
+            assert relative(model(input_ids=IDS).logits, right(IDS, "two")) < NEAR
+    finally:
+        model.ktx.use_lora()
+    assert ids == answer(lambda ids: right(ids, "two"), PROMPTS[0])
+    assert base == answer(right, PROMPTS[0])
+    with torch.no_grad():
+        assert relative(model(input_ids=IDS).logits, right(IDS)) < NEAR
+
+
+def test_generate(model, right):
+    model.ktx.use_lora("one")
+    ids = torch.tensor([PROMPTS[0]])
+    found = model.generate(input_ids=ids, max_new_tokens=6, min_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
+    model.ktx.use_lora()
+    expected = answer(lambda ids: right(ids, "one"), PROMPTS[0])
+    assert found.tolist() == expected or 2 in expected  # an end of text is not chosen there
+
+
+def blocks(model):
+    found = [getattr(layer, name, None) for layer in model.model.layers for name in ("self_attn", "mlp")]
+    return [current(module) is not None for module in found if getattr(module, "block", None) is not None]
+
+
+def test_blocks_without_an_adapter_stay_one_call(family, folder):
+    mine = load(folder, None, kv_dtype="f32")
+    whole = blocks(mine)
+    mine.ktx.load_lora(folder / "two")
+    assert blocks(mine) == whole
+    mine.ktx.use_lora("two")
+    some = blocks(mine)
+    fewer = hasattr(mine.model.layers[1], "self_attn")  # where a layer's attention is a block
+    assert not whole or (some[0] == whole[0] and sum(some) <= sum(whole) - fewer)
+    mine.ktx.use_lora()
+    assert blocks(mine) == whole
+    mine.ktx.unload_lora("two")
+    assert not mine.ktx.loras and not any("lora" in module.__dict__ for module in mine.modules())
+
+
+def test_a_scale_and_a_name(folder, right):
+    mine = load(folder, None, kv_dtype="f32", lora=f"style={folder / 'one'}=0.5")
+    half = load(folder, None, kv_dtype="f32")
+    path = folder / "half"
+    shutil.copytree(folder / "one", path)
+    config = json.loads((path / CONFIG).read_text())
+    (path / CONFIG).write_text(json.dumps(config | {"lora_alpha": 8}))
+    half.ktx.load_lora(path, "half"), half.ktx.use_lora("half")
+    shutil.rmtree(path)
+    assert list(mine.ktx.loras) == ["style"] and list(half.ktx.loras) == ["half"]
+    with torch.no_grad():
+        first, second = mine(input_ids=IDS).logits, half(input_ids=IDS).logits
+    assert torch.equal(first, second) and relative(first, right(IDS, "one")) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "text, name, scale",
+    [
+        ("a/b", "b", 1.0),
+        ("a/b/", "b", 1.0),
+        ("a/b=0.5", "b", 0.5),
+        ("n=a/b", "n", 1.0),
+        ("n=a/b=-2e-1", "n", -0.2),
+        ("a/b/adapter_model.safetensors", "b", 1.0),
+    ],
+)
+def test_what_an_adapter_is_called(text, name, scale):
+    wish = Wish.of(text)
+    assert (wish.name, wish.scale) == (name, scale) and str(wish.path) == text.removeprefix("n=").split("=")[0].rstrip(
+        "/"
+    )
+
+
+@pytest.mark.parametrize("text", ["a=nan", "=a", "n="])
+def test_what_is_no_adapter_is_refused(text):
+    with pytest.raises(UsageError, match="scale|NAME="):
+        Wish.of(text)
+
+
+# ---- one family suffices for what follows
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    made = tmp_path_factory.mktemp("plain")
+    tiny("llama", tie_word_embeddings=False).save_pretrained(made)
+    write("llama", made / "one", r=4, target_modules=["q_proj", "v_proj"])
+    return made
+
+
+@pytest.fixture
+def changed(plain, tmp_path):
+    """An adapter with another configuration, or other tensors."""
+
+    def make(config=None, tensors=None):
+        folder = tmp_path / "adapter"
+        shutil.copytree(plain / "one", folder)
+        if config:
+            known = json.loads((folder / CONFIG).read_text())
+            (folder / CONFIG).write_text(json.dumps(known | config))
+        if tensors:
+            save_file(tensors(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+        return folder
+
+    return make
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "config, kind, words",
+    [
+        ({"peft_type": "IA3"}, UsageError, "peft_type IA3"),
+        ({"use_dora": True}, UsageError, "use_dora"),
+        ({"bias": "all"}, UsageError, "bias 'all'"),
+        ({"modules_to_save": ["lm_head"]}, UsageError, "modules_to_save"),
+        ({"init_lora_weights": "pissa_niter_4"}, UsageError, "pissa"),
+        ({"alora_invocation_tokens": [1, 2]}, UsageError, "alora_invocation_tokens"),
+        ({"a_new_kind_of_adapter": 3}, UsageError, "a_new_kind_of_adapter"),
+        ({"r": 0}, BadFile, "r is 0"),
+        ({"r": 8}, BadFile, "r is 8"),
+        ({"lora_alpha": "much"}, BadFile, "lora_alpha"),
+    ],
+)
+def test_a_configuration_that_is_not_computed_is_refused(plain, changed, config, kind, words):
+    with pytest.raises(kind, match=words):
+        load(plain, None, lora=changed(config))
+
+
+@pytest.mark.parametrize(
+    "change, kind, words",
+    [
+        (lambda t: {k: v for k, v in t.items() if k != FIRST}, BadFile, "has lora_B and no lora_A"),
+        (lambda t: t | {FIRST: t[FIRST][:2].contiguous()}, BadFile, "ranks"),
+        (
+            lambda t: t | {FIRST: t[FIRST][:, :-1].contiguous()},
+            BadFile,
+            r"q_proj is \[256, 255\] there, the model's is \[256, 256\]",
+        ),
+        (lambda t: t | {FIRST: t[FIRST].to(torch.int8)}, BadFile, "int8"),
+        (lambda t: t | {"something.else": torch.ones(2, 2)}, UsageError, "something.else"),
+        (lambda t: t | {"model.norm.weight": torch.ones(256)}, UsageError, "whole weight of model.norm"),
+        (lambda t: t | {"lm_head.weight": torch.ones(322, 256)}, BadFile, r"lm_head of \[322, 256\]"),
+        (lambda t: {k.replace("layers.1", "layers.7"): v for k, v in t.items()}, BadFile, "no module model.layers.7"),
+        (lambda t: {k.replace("q_proj", "rotary"): v for k, v in t.items()}, BadFile, "no module"),
+        (lambda t: {k.replace("self_attn.q_proj", "input_layernorm"): v for k, v in t.items()}, UsageError, "RMSNorm"),
+        (lambda t: {k.replace("lora_", "lora_embedding_"): v for k, v in t.items()}, BadFile, "a lookup of"),
+        (lambda t: {}, BadFile, "no tensor"),
+    ],
+)
+def test_tensors_that_mean_nothing_here_are_refused(plain, changed, change, kind, words):
+    mine = load(plain, None)
+    with torch.no_grad():
+        before = mine(input_ids=IDS).logits
+    path = changed(tensors=change)
+    with pytest.raises(kind, match=words):
+        mine.ktx.load_lora(path)
+    assert not mine.ktx.loras
+    with torch.no_grad():
+        assert torch.equal(mine(input_ids=IDS).logits, before)
+    with pytest.raises(kind, match=words):
+        load(plain, None, lora=path)
+
+
+def test_files_that_are_not_there_or_broken(plain, changed, tmp_path):
+    with pytest.raises(BadFile, match="no such file or folder"):
+        load(plain, None, lora=tmp_path / "nothing")
+    folder = changed()
+    (folder / WEIGHTS).write_bytes(b"no tensors")
+    with pytest.raises(BadFile, match="no safetensors file"):
+        load(plain, None, lora=folder)
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(BadFile, match="pickle"):
+        load(plain, None, lora=folder)
+    shutil.copy(plain / "one" / WEIGHTS, folder)
+    (folder / CONFIG).unlink()
+    with pytest.raises(BadFile, match="no adapter_config.json"):
+        load(plain, None, lora=folder / WEIGHTS)
+
+
+def test_names(plain):
+    mine = load(plain, None)
+    assert mine.ktx.load_lora(plain / "one") == "one"
+    with pytest.raises(UsageError, match="already"):
+        mine.ktx.load_lora(plain / "one")
+    for wrong in (lambda: mine.ktx.use_lora("ones"), lambda: mine.ktx.unload_lora("ones")):
+        with pytest.raises(UsageError, match=re.escape("no LoRA adapter is called 'ones' (did you mean 'one'?)")):
+            wrong()
+    with pytest.raises(UsageError, match="two LoRA adapters"):
+        load(plain, None, lora=[plain / "one", plain / "one"])
+    mine.ktx.tokenizer = tokenizer()
+    with mine.ktx.engine(cache_lens=512) as engine, pytest.raises(UsageError, match="no LoRA adapter is called 'x'"):
+        engine.submit([1], Sampling(), print, lora="x")
+
+
+def test_a_copy_has_the_adapters(plain, tmp_path):
+    import copy
+    import pickle
+
+    mine = load(plain, None, lora=plain / "one")
+    with torch.no_grad():
+        expected = mine(input_ids=IDS).logits
+        for other in (copy.deepcopy(mine), pickle.loads(pickle.dumps(mine))):
+            assert torch.equal(other(input_ids=IDS).logits, expected) and other.ktx.loras.keys() == {"one"}
+            other.ktx.use_lora()
+            assert not torch.equal(other(input_ids=IDS).logits, expected)
+            assert torch.equal(mine(input_ids=IDS).logits, expected)
+
+
+def test_modules_that_rules_leave_to_torch_take_adapters(plain):
+    rules = plain / "rules.yaml"
+    rules.write_text(
+        "- match: {name: '\\.o_proj$', class: torch.nn.Linear}\n  replace: {class: ktx.ops.linear.Linear}\n"
+    )
+    mine = load(plain, None, rules=rules, lora=plain / "one", kv_dtype="f32")
+    assert type(mine.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert isinstance(mine.model.layers[0].self_attn.o_proj, Linear)
+    adapted = PeftModel.from_pretrained(tiny("llama", tie_word_embeddings=False).eval(), plain / "one").eval()
+    with torch.no_grad():
+        assert relative(mine(input_ids=IDS).logits, adapted(input_ids=IDS).logits) < NEAR
+
+
+def test_gradients_of_inputs_go_through_adapters(plain):
+    mine = load(plain, None, lora=plain / "one")
+    adapted = PeftModel.from_pretrained(tiny("llama", tie_word_embeddings=False).eval(), plain / "one").eval()
+    found = []
+    for each in (mine, adapted):
+        inputs = adapted.get_input_embeddings()(IDS).detach().requires_grad_()
+        each(inputs_embeds=inputs).logits.square().sum().backward()
+        found.append(inputs.grad)
+    assert relative(*found) < 1e-3
