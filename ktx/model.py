@@ -11,12 +11,14 @@ import torch
 from torch import nn
 
 from ktx.errors import UsageError
+from ktx.filling import Tally
 from ktx.ops import layer
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
 from ktx.ops.sizes import sizes
 from ktx.saving import save
+from ktx.saving_packed import save_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,13 +60,23 @@ class Model(PreTrainedModel):
         save_original_format: bool = True,
         *,
         dtype: torch.dtype | None = None,
+        packed: bool = False,
+        progress: bool | Tally = True,
         **kwargs: Any,
     ) -> None:
-        """As transformers', in floats of `dtype`: see ktx.saving.save. Adapters, and a state that is given, are transformers' own to write."""
+        """As transformers', in floats of `dtype` (see ktx.saving.save), or `packed`: each weight in the type that it has in memory, for ktx.load (ktx.saving_packed.save_packed).
+
+        Adapters, and a state that is given, are transformers' own to write. `progress` is as ktx.load has it.
+        """
+        if packed and dtype is not None:
+            raise UsageError(
+                "save_pretrained: packed=True writes each weight in the type that it has; leave dtype out, or packed"
+            )
         if state_dict is not None or getattr(self, "_hf_peft_config_loaded", False):
-            if dtype is not None:
+            given = "dtype" if dtype is not None else "packed" if packed else ""
+            if given:
                 raise UsageError(
-                    "save_pretrained: dtype is of the model's own weights, not of a state_dict or an adapter"
+                    f"save_pretrained: {given} is of the model's own weights, not of a state_dict or an adapter"
                 )
             options: dict[str, Any] = {
                 "variant": variant,
@@ -82,8 +94,10 @@ class Model(PreTrainedModel):
             raise UsageError(
                 f"save_pretrained: {odd} is not known for a model on packed weights; write it to a folder and upload that with huggingface_hub"
             )
-        if is_main_process:
-            save(self, save_directory, dtype, max_shard_size, variant, save_original_format)
+        if is_main_process and packed:
+            save_packed(self, save_directory, max_shard_size, variant, progress)
+        elif is_main_process:
+            save(self, save_directory, dtype, max_shard_size, variant, save_original_format, progress)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's: packed weights that are given are packed anew, as the floats they come in."""

@@ -11,11 +11,12 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
-from ktx.ops import contract
+from ktx.ops import contract, stored
 from ktx.ops.base import Context, Operator, as_weights, packed_as
 from ktx.ops.floats import Floats, experts, out_of_reach, plain
 from ktx.ops.gates import KEEP, PLAIN, Gate, as_usual, gate_of_experts, is_gated, is_interleaved
 from ktx.ops.guard import Inside, listened
+from ktx.ops.stored import Stored
 from ktx.ops.weights import fitting, quantized
 from ktx.weights.source import QuantizedTensor, WeightSource, joined
 
@@ -234,6 +235,19 @@ class Experts(Operator):
             biases = [bias for half in halves if (bias := self.biases[half]) is not None]
             if biases:
                 found[f"{name}_bias"] = plain(self._both(biases))
+        return found
+
+    def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
+        self.check_loaded()
+        if self.home.gpu and self.num_experts < self.total:  # a share, of which the others speak
+            return {}
+        shares = [share for share in (self.on_gpu, self) if share is not None and share.num_experts]
+        found: dict[str, list[Stored] | torch.Tensor] = {}
+        for name in self.projections:
+            found[name] = [stored.stack([share.weights[name] for share in shares])]
+            biases = [bias.cpu() for share in shares if (bias := share.biases[name]) is not None]
+            if biases:
+                found[f"{name}_bias"] = torch.cat(biases)
         return found
 
     def _out_of_reach(self, name: str, halves: int) -> dict[str, Floats]:
