@@ -30,6 +30,7 @@ from ktx.kernels.kept import Store, open_store
 from ktx.model import become
 from ktx.ops import crossing, deferral, layer
 from ktx.ops import mtp as mtp_layer
+from ktx.ops.attention_weights import known_implementation
 from ktx.ops.base import Operator
 from ktx.ops.experts import of_layers
 from ktx.ops.sizes import sizes
@@ -111,6 +112,7 @@ def load(
     gpu_experts: int | None = None,
     stream_experts: int | str | None = None,
     self_test: SelfTest = True,
+    attn_implementation: str | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -126,8 +128,10 @@ def load(
     `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work. `self_test` computes two tokens at the end, in one forward and through
     the cache (ktx.selftest); SelfTestFailed when the two differ, or logits are not finite or all alike. "engine" leaves that to the engine that will be made of
-    the model, which computes them in its own way.
+    the model, which computes them in its own way. `attn_implementation` (ktx, sdpa, eager, or a name that transformers knows a function by) is what
+    `model.set_attn_implementation` takes; it stays "ktx" unless one is named.
     """
+    known_implementation(attn_implementation)
     streaming(stream_experts)
     selftest.asked(self_test)
     team = cpu.team_of(threads)
@@ -140,6 +144,7 @@ def load(
         built, made, source, dtype = prepare(
             model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
         )
+    _implement(built, attn_implementation)
     made.check(source)
     made.tell()
     _check_pretence(made)
@@ -213,6 +218,15 @@ def load(
     if self_test is True:
         selftest.check(built)
     return built, tokenizer
+
+
+def _implement(built: Any, attn_implementation: str | None) -> None:
+    """Has transformers choose a function of attention. UsageError for one that cannot be had."""
+    if attn_implementation is not None:
+        try:
+            built.set_attn_implementation(attn_implementation)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"attn_implementation {attn_implementation!r}: {str(error).splitlines()[0]}") from error
 
 
 def _stream_experts(built: nn.Module, made: Plan, wish: int | str | None) -> None:
