@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Mapping
 from math import prod
@@ -12,7 +14,7 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.filling import Tally
-from ktx.ops import layer
+from ktx.ops import classes, layer
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
@@ -43,6 +45,7 @@ class Model(PreTrainedModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        _watch(self)
         handle = self.__dict__.get("ktx")
         if handle is not None:
             self.__dict__["ktx"] = handle.of(self)
@@ -169,9 +172,28 @@ class Model(PreTrainedModel):
 
 def _heir(old: type[nn.Module]) -> type[nn.Module]:
     if old not in _HEIRS:
-        names = {name: getattr(old, name) for name in ("__module__", "__qualname__", "__doc__")} | {"made_of": old}
+        names = {name: getattr(old, name) for name in ("__module__", "__qualname__", "__doc__")}
+        names |= {"made_of": old, "forward": _forward_of(old)}
         _HEIRS[old] = type(old.__name__, (Model, old), names)
     return _HEIRS[old]
+
+
+def _forward_of(old: Any) -> Any:
+    """That of the replaced class, after a look at what scripts have put on classes."""
+
+    @functools.wraps(old.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            classes.follow()
+        return old.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(old.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _watch(model: nn.Module) -> None:
+    for module in model.modules():
+        classes.watch(module)
 
 
 def _bare(old: type[nn.Module], files: Files | None) -> Any:
@@ -184,4 +206,5 @@ def _bare(old: type[nn.Module], files: Files | None) -> Any:
 
 def become(model: nn.Module) -> None:
     """Makes a loaded model one of these."""
+    _watch(model)
     model.__class__ = _heir(type(model))

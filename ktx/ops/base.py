@@ -109,6 +109,12 @@ class Operator(nn.Module):
             )
         return {}
 
+    def by_class(self, *args: Any, **kwargs: Any) -> Any:
+        """Its forward while the class that it replaces is patched (ktx.ops.classes): the patched one."""
+        kind = type(self)
+        old: Any = next(base for base in kind.__mro__ if not issubclass(base, Operator))
+        return old.forward(self, *args, **kwargs)
+
     def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
         """What `load` has packed, by the names that `load` asks a file for, without `path`: matrices, row-wise parts of one in a list, and biases. UsageError where that cannot be said."""
         if self.tensors():

@@ -13,6 +13,7 @@ from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops import contract, stored
 from ktx.ops.base import Context, Operator, as_weights, packed_as
+from ktx.ops.classes import patched
 from ktx.ops.floats import Floats, experts, out_of_reach, plain
 from ktx.ops.gates import KEEP, PLAIN, Gate, as_usual, gate_of_experts, is_gated, is_interleaved
 from ktx.ops.guard import Inside, listened
@@ -43,6 +44,7 @@ class Experts(Operator):
     on_gpu: Experts | None
     chosen: torch.Tensor | None
     inside: Inside | None
+    replaces: type | None = None  # the class in whose place it is
 
     def __init__(self, path: str, experts: int, gate: Gate, bias: bool):
         super().__init__()
@@ -77,6 +79,7 @@ class Experts(Operator):
         new = cls(ctx.path, count, gate, bias)
         rows, columns = old.down_proj.shape[1:]
         new.hidden, new.width = (columns, rows) if getattr(old, "is_transposed", False) else (rows, columns)
+        new.replaces = type(old)
         new.transposed, new.dtype = bool(getattr(old, "is_transposed", False)), ctx.dtype
         new.interleaved = is_interleaved(old, gate)
         new.projections = PROJECTIONS if is_gated(old) else PROJECTIONS[1:]
@@ -140,7 +143,15 @@ class Experts(Operator):
     def _bias(self, source: WeightSource, full: str) -> torch.Tensor:
         return source.get(f"{full}_bias").dequantize()[self.first : self.first + self.num_experts].contiguous()
 
+    def check_class(self) -> None:
+        """UsageError where the class that it replaces was patched: its methods know other weights."""
+        if self.replaces in patched:
+            raise UsageError(
+                f"{self.path}: a method was put on {self.replaces.__name__}, which packed experts do not call; put a forward on the module itself"  # type: ignore[union-attr]
+            )
+
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        self.check_class()
         device = hidden.device
         if device.type != "cpu":
             start = time.perf_counter()

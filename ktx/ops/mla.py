@@ -24,7 +24,8 @@ from ktx.ops import contract, stored
 from ktx.ops.attention import StoredAs
 from ktx.ops.attention_weights import Choice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.floats import Floats, out_of_reach
+from ktx.ops.classes import patched
+from ktx.ops.floats import Dequantized, Floats, out_of_reach
 from ktx.ops.fused import (
     NOTHING,
     Before,
@@ -167,6 +168,9 @@ class MLA(Operator):
         if self.choice.foreign or self._expands():
             return self.by_transformers(given, cache)
         return self.computed(cache, **given)
+
+    def by_class(self, *args: Any, **kwargs: Any) -> Any:
+        return self.by_transformers(*self.call.split(args, kwargs))
 
     def _expands(self) -> bool:
         """Whether somebody listens to kv_b_proj, or has patched or exchanged it."""
@@ -394,11 +398,21 @@ class Expansion(nn.Module):
     def __init__(self, owner: MLA):
         super().__init__()
         self.__dict__["owner"] = owner  # not a child
+        self.replaces = nn.Linear
         self.in_features = owner.kv_lora_rank
         self.out_features = owner.num_heads * (owner.qk_nope_head_dim + owner.v_head_dim)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out_features, in_features], read-only: see ktx.ops.floats."""
+        owner: MLA = self.__dict__["owner"]
+        return Dequantized(owner.floats()["kv_b_proj.weight"], owner.dtype, f"{owner.path}.kv_b_proj.weight")
+
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         owner: MLA = self.__dict__["owner"]
+        if nn.Linear in patched:  # a method was put on torch's own class
+            linear: Any = nn.Linear
+            return linear.forward(self, latent)  # type: ignore[no-any-return]
         if owner.w_uk is None:
             raise UsageError(
                 f"{owner.path}.kv_b_proj: absorb_for_prefill leaves keys compressed; load the model without that option"
