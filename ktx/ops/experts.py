@@ -44,11 +44,12 @@ class Experts(Operator):
     on_gpu: Experts | None
     chosen: torch.Tensor | None
     inside: Inside | None
-    replaces: type | None = None  # the class in whose place it is
+    replaces: type | None  # the class in whose place it is
 
     def __init__(self, path: str, experts: int, gate: Gate, bias: bool):
         super().__init__()
         self.path, self.gate, self.has_bias = path, gate, bias
+        self.replaces = None
         self.total, self.on_gpu, self.chosen, self.inside = experts, None, None, None
         self.hidden, self.width, self.top = 0, 0, 1
         self.weights: dict[str, cpu.Packed] = {}

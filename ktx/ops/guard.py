@@ -93,6 +93,7 @@ class Guard:
         inside: Iterable[nn.Module] = (),
         copied: Iterable[torch.Tensor | None] = (),
     ):
+        classes.follow()  # what states say is of now
         self.inside = [State(module) for module in inside]
         self.states = [*map(State, owners), *self.inside]
         modules = [state.module for state in self.states]
