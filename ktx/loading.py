@@ -213,7 +213,7 @@ def load(
         self_test,
         files=files,
     )  # type: ignore[assignment]
-    notes.tell(handle.notes, [*made.said, *warned])
+    notes.tell(handle.notes, [*made.said, *warned, *notes.spinning()])
     generation(built, model, source)
     if self_test is True:
         selftest.check(built)
