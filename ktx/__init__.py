@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ __version__ = "0.1.0"
 __all__ = ["Context", "Operator", "Plan", "Rule", "dequantize", "edit", "load", "plan", "register"]
 
 # torch's OpenMP threads spin for milliseconds after their work, on the cores where our kernels' threads want to run: prefill lost
-# 15 %. The runtime reads this when torch is imported, so it only helps where ktx comes first.
+# 15 %. The runtime reads this when torch is imported, so it only helps where ktx comes first; ktx.notes says where it did not.
+_torch_came_first = "torch" in sys.modules and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {

@@ -153,15 +153,16 @@ def fitted(model: Any, adapter: Adapter) -> list[tuple[Any, list[LowRank]]]:
         found.append((module, matrices))
     for path, shape in adapter.copies.items():
         module = _at(model, path)
-        own = _shapes(module)[0] if module in (model.get_input_embeddings(), model.get_output_embeddings()) else []
-        if not own:
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        right = _shapes(module)[0] if module is embeddings or module is head else []
+        if not right:
             raise UsageError(
                 f"adapter {adapter.path}: it holds the whole weight of {path}, which is none of the model's embeddings; {MERGED}"
             )
-        own = [own[0][::-1]] if module is model.get_input_embeddings() else own
-        if own[0] != shape:
+        expected = right[0][::-1] if module is embeddings else right[0]
+        if expected != shape:
             raise BadFile(
-                f"adapter {adapter.path}: it was trained with {path} of {list(shape)}, the model's is {list(own[0])}: other tokens; {MERGED}"
+                f"adapter {adapter.path}: it was trained with {path} of {list(shape)}, the model's is {list(expected)}: other tokens; {MERGED}"
             )
     return found
 

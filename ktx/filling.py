@@ -152,11 +152,11 @@ class Tally(Protocol):
 
 
 @contextmanager
-def progress_bar(total: int, show: bool | Tally) -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, show: bool | Tally, word: str = "loading") -> Iterator[Callable[[int], None]]:
     """One bar in bytes with GB/s and the time left on a terminal; nothing elsewhere. A Tally is told beside it."""
     if not isinstance(show, bool):
         show.total = total
-        with progress_bar(total, True) as advance:
+        with progress_bar(total, True, word) as advance:
 
             def both(nbytes: int) -> None:
                 show.advance(nbytes)
@@ -170,7 +170,7 @@ def progress_bar(total: int, show: bool | Tally) -> Iterator[Callable[[int], Non
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(word), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("loading", total=total)
+        task = bar.add_task(word, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)

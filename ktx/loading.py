@@ -31,6 +31,7 @@ from ktx.kernels.kept import Store, open_store
 from ktx.model import become
 from ktx.ops import crossing, deferral, layer
 from ktx.ops import mtp as mtp_layer
+from ktx.ops.attention_weights import known_implementation
 from ktx.ops.base import Operator
 from ktx.ops.experts import of_layers
 from ktx.ops.sizes import sizes
@@ -134,6 +135,7 @@ def load(
     stream_experts: int | str | None = None,
     self_test: SelfTest = True,
     lora: Adapted | Sequence[Adapted] | None = None,
+    attn_implementation: str | None = None,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -150,8 +152,10 @@ def load(
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work. `self_test` computes two tokens at the end, in one forward and through
     the cache (ktx.selftest); SelfTestFailed when the two differ, or logits are not finite or all alike. "engine" leaves that to the engine that will be made of
     the model, which computes them in its own way. `lora` is a LoRA adapter or several, [NAME=]FOLDER[=SCALE] as PEFT writes them, whose sum counts
-    from the beginning (`model.ktx.use_lora` chooses others).
+    from the beginning (`model.ktx.use_lora` chooses others). `attn_implementation` (ktx, sdpa, eager, or a name that transformers knows a function by) is what
+    `model.set_attn_implementation` takes; it stays "ktx" unless one is named.
     """
+    known_implementation(attn_implementation)
     adapters = [read(wish) for wish in wishes(lora)]
     streaming(stream_experts)
     selftest.asked(self_test)
@@ -165,6 +169,7 @@ def load(
         built, made, source, dtype = prepare(
             model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
         )
+    _implement(built, attn_implementation)
     made.check(source)
     for adapter in adapters:
         fitted(built, adapter)
@@ -238,11 +243,20 @@ def load(
     for adapter in adapters:
         handle.adapters.add(built, adapter)
     handle.adapters.use([adapter.name for adapter in adapters])
-    notes.tell(handle.notes, [*made.said, *warned])
+    notes.tell(handle.notes, [*made.said, *warned, *notes.spinning()])
     generation(built, model, source)
     if self_test is True:
         selftest.check(built)
     return built, tokenizer
+
+
+def _implement(built: Any, attn_implementation: str | None) -> None:
+    """Has transformers choose a function of attention. UsageError for one that cannot be had."""
+    if attn_implementation is not None:
+        try:
+            built.set_attn_implementation(attn_implementation)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"attn_implementation {attn_implementation!r}: {str(error).splitlines()[0]}") from error
 
 
 def _stream_experts(built: nn.Module, made: Plan, wish: int | str | None) -> None:

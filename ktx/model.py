@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 from collections.abc import Mapping
 from math import prod
@@ -11,12 +13,14 @@ import torch
 from torch import nn
 
 from ktx.errors import UsageError
-from ktx.ops import layer
+from ktx.filling import Tally
+from ktx.ops import classes, layer
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
 from ktx.ops.sizes import sizes
 from ktx.saving import save
+from ktx.saving_packed import save_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,6 +45,7 @@ class Model(PreTrainedModel):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        _watch(self)
         handle = self.__dict__.get("ktx")
         if handle is not None:
             self.__dict__["ktx"] = handle.of(self)
@@ -58,13 +63,23 @@ class Model(PreTrainedModel):
         save_original_format: bool = True,
         *,
         dtype: torch.dtype | None = None,
+        packed: bool = False,
+        progress: bool | Tally = True,
         **kwargs: Any,
     ) -> None:
-        """As transformers', in floats of `dtype`: see ktx.saving.save. Adapters, and a state that is given, are transformers' own to write."""
+        """As transformers', in floats of `dtype` (see ktx.saving.save), or `packed`: each weight in the type that it has in memory, for ktx.load (ktx.saving_packed.save_packed).
+
+        Adapters, and a state that is given, are transformers' own to write. `progress` is as ktx.load has it.
+        """
+        if packed and dtype is not None:
+            raise UsageError(
+                "save_pretrained: packed=True writes each weight in the type that it has; leave dtype out, or packed"
+            )
         if state_dict is not None or getattr(self, "_hf_peft_config_loaded", False):
-            if dtype is not None:
+            given = "dtype" if dtype is not None else "packed" if packed else ""
+            if given:
                 raise UsageError(
-                    "save_pretrained: dtype is of the model's own weights, not of a state_dict or an adapter"
+                    f"save_pretrained: {given} is of the model's own weights, not of a state_dict or an adapter"
                 )
             options: dict[str, Any] = {
                 "variant": variant,
@@ -82,8 +97,10 @@ class Model(PreTrainedModel):
             raise UsageError(
                 f"save_pretrained: {odd} is not known for a model on packed weights; write it to a folder and upload that with huggingface_hub"
             )
-        if is_main_process:
-            save(self, save_directory, dtype, max_shard_size, variant, save_original_format)
+        if is_main_process and packed:
+            save_packed(self, save_directory, max_shard_size, variant, progress)
+        elif is_main_process:
+            save(self, save_directory, dtype, max_shard_size, variant, save_original_format, progress)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's: packed weights that are given are packed anew, as the floats they come in."""
@@ -155,9 +172,28 @@ class Model(PreTrainedModel):
 
 def _heir(old: type[nn.Module]) -> type[nn.Module]:
     if old not in _HEIRS:
-        names = {name: getattr(old, name) for name in ("__module__", "__qualname__", "__doc__")} | {"made_of": old}
+        names = {name: getattr(old, name) for name in ("__module__", "__qualname__", "__doc__")}
+        names |= {"made_of": old, "forward": _forward_of(old)}
         _HEIRS[old] = type(old.__name__, (Model, old), names)
     return _HEIRS[old]
+
+
+def _forward_of(old: Any) -> Any:
+    """That of the replaced class, after a look at what scripts have put on classes."""
+
+    @functools.wraps(old.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            classes.follow()
+        return old.forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(old.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _watch(model: nn.Module) -> None:
+    for module in model.modules():
+        classes.watch(module)
 
 
 def _bare(old: type[nn.Module], files: Files | None) -> Any:
@@ -170,4 +206,5 @@ def _bare(old: type[nn.Module], files: Files | None) -> Any:
 
 def become(model: nn.Module) -> None:
     """Makes a loaded model one of these."""
+    _watch(model)
     model.__class__ = _heir(type(model))

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
+import ktx
 from ktx.devices import Device
 from ktx.hardware import human
 from ktx.inject import Plan
@@ -73,6 +75,19 @@ def foreign_attention(model: nn.Module) -> list[str]:
         if type(module).__name__.endswith("Attention")
         and hasattr(module, "layer_idx")
         and not getattr(module, "ours", False)
+    ]
+
+
+def spinning() -> list[Note]:
+    """On torch's threads, where ktx came too late to have them wait without spinning."""
+    if not ktx._torch_came_first or torch.get_num_threads() < 2:
+        return []
+    return [
+        Note(
+            "flag",
+            "torch was imported before ktx: its OpenMP threads spin after their work, on the cores where kernels run, and prompts take longer; import ktx first, or set"
+            " OMP_WAIT_POLICY=PASSIVE before Python starts",
+        )
     ]
 
 

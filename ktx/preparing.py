@@ -29,6 +29,7 @@ from ktx.ops.linear import Linear
 from ktx.placement import shares
 from ktx.rules import Rule, Rules, load_rules
 from ktx.skeleton import fewer_experts, located, read_config, skeleton
+from ktx.weights.packed import PackedSource, says_packed
 from ktx.weights.quantization import scheme_of
 from ktx.weights.safetensors import SafetensorsSource
 from ktx.weights.source import WeightSource, open_weights
@@ -144,6 +145,11 @@ def prepare(
     chosen = load_rules(rules, config.model_type)
     source = open_weights(where, config)
     scheme = _scheme(model, where) if isinstance(source, SafetensorsSource) else ""
+    if not weights and says_packed(config) and not isinstance(source, PackedSource):
+        raise BadFile(
+            f"{source.path}: its config.json speaks of packed weights (quant_method ktx), and its files hold none; name the weights, or write the model again"
+            " with save_pretrained"
+        )
     wrong = source.differences(config)
     if wrong:
         raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")

@@ -11,6 +11,7 @@ if (
     share = max(1, len(os.sched_getaffinity(0)) // workers)
     os.environ.setdefault("KTX_THREADS", str(share))
     os.environ.setdefault("OMP_NUM_THREADS", str(share))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as `import ktx` has it where it comes before torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("USE_HUB_KERNELS", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 import ktx
 from ktx import demo, notes
@@ -191,3 +195,32 @@ def test_a_librarys_deprecation_is_no_note_and_is_passed_on():
         warnings.warn("old", DeprecationWarning, stacklevel=1)
         warnings.warn("yours", stacklevel=1)
     assert found == [Note("warning", "yours")]
+
+
+LATE = "torch was imported before ktx: its OpenMP threads spin"
+
+
+@pytest.mark.parametrize(
+    ("imports", "more", "said"),
+    [
+        ("torch, ktx", {}, True),
+        ("transformers, torch, ktx", {}, True),
+        ("ktx, torch", {}, False),
+        ("torch, ktx", {"OMP_WAIT_POLICY": "ACTIVE"}, False),  # somebody wants it so
+        ("torch, ktx", {"GOMP_SPINCOUNT": "0"}, False),
+        ("torch, ktx", {"OMP_NUM_THREADS": "1"}, False),  # no threads that could
+    ],
+)
+def test_torch_before_ktx(imports, more, said):
+    env = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    program = f"import {imports}; import ktx.notes; print([note.text for note in ktx.notes.spinning()])"
+    env |= {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.getcwd()} | more
+    out = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
+    assert (LATE in out) == said and ("import ktx first" in out) == said
+
+
+def test_loading_says_it(monkeypatch, caplog):
+    monkeypatch.setattr(ktx, "_torch_came_first", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model, _ = ktx.load(demo.path(), demo.gguf(), progress=False)
+    assert [note.code for note in model.ktx.notes if LATE in note.text] == ["flag"] and LATE in caplog.text

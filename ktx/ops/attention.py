@@ -236,6 +236,9 @@ class Attention(Operator):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.computed(*self.call.split(args, kwargs))
 
+    def by_class(self, *args: Any, **kwargs: Any) -> Any:
+        return self.computed(*self.call.split(args, kwargs))  # ends there
+
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
         """The forward, its arguments by name and its cache apart."""
         if (block := current(self)) is not None:

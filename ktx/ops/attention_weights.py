@@ -17,7 +17,7 @@ import torch
 from ktx.cache.kv import values_of
 from ktx.cache.paged import PagedCache
 from ktx.compat import attention_function, attention_name, collects
-from ktx.errors import UsageError
+from ktx.errors import UsageError, nearest
 from ktx.kernels.reference import visible
 
 log = logging.getLogger("ktx.notes")
@@ -131,6 +131,20 @@ def by_function(
     states = (values_of(x).to(query.dtype) for x in (key, value))
     found: tuple[torch.Tensor, torch.Tensor | None] = attention_function(name)(module, query, *states, mask, **options)
     return found
+
+
+def known_implementation(name: Any) -> None:
+    """UsageError for what names no function of attention that is there; None names none."""
+    if name is None or name in (EAGER, *KERNELS[1:]):
+        return
+    try:
+        attention_function(str(name))
+    except KeyError as error:
+        known = [EAGER, "sdpa", "ktx"]
+        raise UsageError(
+            f"attn_implementation {name!r} is no function of attention that transformers knows{nearest(str(name), known)}; give one of {', '.join(known)}, or"
+            " register it before (transformers.AttentionInterface.register)"
+        ) from error
 
 
 def missing(path: str, kind: str) -> UsageError:

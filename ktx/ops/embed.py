@@ -10,8 +10,10 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
+from ktx.ops import stored
 from ktx.ops.base import Context, as_weights, is_plain
 from ktx.ops.floats import Floats, matrix
+from ktx.ops.stored import Stored
 from ktx.ops.weights import OneMatrix
 from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -63,6 +65,10 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
         """Its weight f32 [num_embeddings, embedding_dim]."""
         assert self.packed is not None, f"{self.path} is not loaded"
         return matrix([self.packed])
+
+    def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
+        self.check_loaded()
+        return {"weight": [stored.matrix(self.packed)]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
         self.packed = self.packed_from(as_weights(values["weight"]))

@@ -11,11 +11,13 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
-from ktx.ops import contract
+from ktx.ops import contract, stored
 from ktx.ops.base import Context, Operator, as_weights, packed_as
+from ktx.ops.classes import patched
 from ktx.ops.floats import Floats, experts, out_of_reach, plain
 from ktx.ops.gates import KEEP, PLAIN, Gate, as_usual, gate_of_experts, is_gated, is_interleaved
 from ktx.ops.guard import Inside, listened
+from ktx.ops.stored import Stored
 from ktx.ops.weights import fitting, quantized
 from ktx.weights.source import QuantizedTensor, WeightSource, joined
 
@@ -42,10 +44,12 @@ class Experts(Operator):
     on_gpu: Experts | None
     chosen: torch.Tensor | None
     inside: Inside | None
+    replaces: type | None  # the class in whose place it is
 
     def __init__(self, path: str, experts: int, gate: Gate, bias: bool):
         super().__init__()
         self.path, self.gate, self.has_bias = path, gate, bias
+        self.replaces = None
         self.total, self.on_gpu, self.chosen, self.inside = experts, None, None, None
         self.hidden, self.width, self.top = 0, 0, 1
         self.weights: dict[str, cpu.Packed] = {}
@@ -76,6 +80,7 @@ class Experts(Operator):
         new = cls(ctx.path, count, gate, bias)
         rows, columns = old.down_proj.shape[1:]
         new.hidden, new.width = (columns, rows) if getattr(old, "is_transposed", False) else (rows, columns)
+        new.replaces = type(old)
         new.transposed, new.dtype = bool(getattr(old, "is_transposed", False)), ctx.dtype
         new.interleaved = is_interleaved(old, gate)
         new.projections = PROJECTIONS if is_gated(old) else PROJECTIONS[1:]
@@ -139,7 +144,15 @@ class Experts(Operator):
     def _bias(self, source: WeightSource, full: str) -> torch.Tensor:
         return source.get(f"{full}_bias").dequantize()[self.first : self.first + self.num_experts].contiguous()
 
+    def check_class(self) -> None:
+        """UsageError where the class that it replaces was patched: its methods know other weights."""
+        if self.replaces in patched:
+            raise UsageError(
+                f"{self.path}: a method was put on {self.replaces.__name__}, which packed experts do not call; put a forward on the module itself"  # type: ignore[union-attr]
+            )
+
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        self.check_class()
         device = hidden.device
         if device.type != "cpu":
             start = time.perf_counter()
@@ -234,6 +247,19 @@ class Experts(Operator):
             biases = [bias for half in halves if (bias := self.biases[half]) is not None]
             if biases:
                 found[f"{name}_bias"] = plain(self._both(biases))
+        return found
+
+    def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
+        self.check_loaded()
+        if self.home.gpu and self.num_experts < self.total:  # a share, of which the others speak
+            return {}
+        shares = [share for share in (self.on_gpu, self) if share is not None and share.num_experts]
+        found: dict[str, list[Stored] | torch.Tensor] = {}
+        for name in self.projections:
+            found[name] = [stored.stack([share.weights[name] for share in shares])]
+            biases = [bias.cpu() for share in shares if (bias := share.biases[name]) is not None]
+            if biases:
+                found[f"{name}_bias"] = torch.cat(biases)
         return found
 
     def _out_of_reach(self, name: str, halves: int) -> dict[str, Floats]:

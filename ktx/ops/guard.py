@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ktx.compat import is_recorder, records
 from ktx.kernels.gradients import recorded
+from ktx.ops import classes
 from ktx.ops.base import Operator
 from ktx.ops.changes import Changes, edits
 
@@ -39,12 +40,13 @@ class State:
 
     def __init__(self, module: nn.Module):
         self.module = module
+        classes.watch(module)
         self.said = self._said()
 
     def _said(self) -> dict[Any, Any]:
         module = self.module
         derived = {*module.derived, *module.remade} if isinstance(module, Operator) else ()
-        said: dict[Any, Any] = {type: type(module)}
+        said: dict[Any, Any] = {type: type(module), classes: classes.about(module)}
         for name, value in module.__dict__.items():
             if name not in IGNORED and name not in derived:
                 said[name] = value
@@ -91,6 +93,7 @@ class Guard:
         inside: Iterable[nn.Module] = (),
         copied: Iterable[torch.Tensor | None] = (),
     ):
+        classes.follow()  # what states say is of now
         self.inside = [State(module) for module in inside]
         self.states = [*map(State, owners), *self.inside]
         modules = [state.module for state in self.states]
@@ -127,7 +130,7 @@ class Guard:
         if handles != self.handles or changes != self.changes:
             if self._listened() or not all(state.same() for state in self.states):
                 return False
-            if any(state.patched() for state in self.inside):
+            if any(state.patched() for state in self.inside) or any(classes.is_patched(s.module) for s in self.states):
                 return False
             self.handles, self.changes, self.recorders = handles, changes, any(self.hooks)
         return not (self.recorders and records())

@@ -11,7 +11,7 @@ from torch import nn
 
 from ktx.kernels.gradients import recorded
 from ktx.kernels.steps import run
-from ktx.ops import contract
+from ktx.ops import classes, contract
 from ktx.ops.attention import Attention
 from ktx.ops.base import Context, Operator, adopt, known_class
 from ktx.ops.fused import MOST, Before, Room, room_for
@@ -278,6 +278,7 @@ class Row(nn.ModuleList):
 
 def join(model: nn.Module) -> None:
     """Makes stretches of a loaded model's layers that follow one another."""
+    classes.follow()
     for module in model.modules():
         if not isinstance(module, nn.ModuleList):
             continue

@@ -10,8 +10,10 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.kept import kept
+from ktx.ops import stored
 from ktx.ops.base import Context, as_weights, is_plain, packed_as
 from ktx.ops.floats import Floats, matrix, plain
+from ktx.ops.stored import Stored
 from ktx.ops.weights import OneMatrix
 from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -72,6 +74,11 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
     def rows(self) -> Floats:
         """Its weight f32 [out_features, in_features]."""
         return matrix(self.parts)
+
+    def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
+        self.check_loaded()
+        found: dict[str, list[Stored] | torch.Tensor] = {"weight": [stored.matrix(part) for part in self.parts]}
+        return found if self.bias is None else found | {"bias": self.bias}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
         if "weight" in values:

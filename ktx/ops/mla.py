@@ -20,11 +20,12 @@ from ktx.kernels import cpu
 from ktx.kernels.gpu import known_backend
 from ktx.kernels.gradients import recorded
 from ktx.kernels.kept import kept
-from ktx.ops import contract
+from ktx.ops import contract, stored
 from ktx.ops.attention import StoredAs
 from ktx.ops.attention_weights import Choice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.floats import Floats, out_of_reach
+from ktx.ops.classes import patched
+from ktx.ops.floats import Dequantized, Floats, out_of_reach
 from ktx.ops.fused import (
     NOTHING,
     Before,
@@ -38,9 +39,10 @@ from ktx.ops.fused import (
 )
 from ktx.ops.guard import Guard, below, current
 from ktx.ops.norm import RMSNorm
+from ktx.ops.stored import Stored
 from ktx.ops.weights import fitting
 from ktx.qtypes import QTYPES
-from ktx.weights.source import QuantizedTensor, WeightSource
+from ktx.weights.source import EXPANDED, QuantizedTensor, WeightSource
 
 if TYPE_CHECKING:
     from ktx.ops.latent_lora import LatentLora, Latents
@@ -121,7 +123,11 @@ class MLA(Operator):
     def _pack(self, source: WeightSource) -> list[cpu.Packed]:
         """W_UK transposed, W_UV, and unless one form serves any length W_UK once more, rows along the latent, for expanding."""
         k_b, v_b = (source.get(name) for name in self.tensors())
-        spec = source.spec(self.tensors()[0])
+        spec, expanded = source.spec(self.tensors()[0]), f"{self.tensors()[0]}{EXPANDED}"
+        if (
+            not self.absorb_for_prefill and source.spec(expanded) is not None
+        ):  # as it was in the memory of another model
+            return [cpu.pack(weight) for weight in (k_b, v_b, source.get(expanded))]
         return self._packed(k_b, v_b, self.is_exact(source), spec is not None and not spec.qtype.is_float)
 
     def _packed(self, k_b: QuantizedTensor, v_b: QuantizedTensor, exact: bool, quantised: bool) -> list[cpu.Packed]:
@@ -166,6 +172,9 @@ class MLA(Operator):
         if self.choice.foreign or self._expands():
             return self.by_transformers(given, cache)
         return self.computed(cache, **given)
+
+    def by_class(self, *args: Any, **kwargs: Any) -> Any:
+        return self.by_transformers(*self.call.split(args, kwargs))
 
     def _expands(self) -> bool:
         """Whether somebody listens to kv_b_proj, or has patched or exchanged it."""
@@ -370,6 +379,15 @@ class MLA(Operator):
 
         return {"kv_b_proj.weight": Floats((k.matrices * each, k.n), read, k.data.data_ptr())}
 
+    def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
+        self.check_loaded()
+        k_b, v_b = (name.removeprefix(f"{self.path}.") for name in self.tensors())
+        found: dict[str, list[Stored] | torch.Tensor] = {
+            k_b: [stored.stack(_heads(self.w_uk_t))],
+            v_b: [stored.stack(_heads(self.w_uv))],
+        }
+        return found if self.w_uk is None else found | {f"{k_b}{EXPANDED}": [stored.matrix(self.w_uk)]}
+
     def take(self, values: dict[str, torch.Tensor]) -> None:
         if self.home.gpu:
             raise UsageError(
@@ -393,11 +411,21 @@ class Expansion(nn.Module):
     def __init__(self, owner: MLA):
         super().__init__()
         self.__dict__["owner"] = owner  # not a child
+        self.replaces = nn.Linear
         self.in_features = owner.kv_lora_rank
         self.out_features = owner.num_heads * (owner.qk_nope_head_dim + owner.v_head_dim)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out_features, in_features], read-only: see ktx.ops.floats."""
+        owner: MLA = self.__dict__["owner"]
+        return Dequantized(owner.floats()["kv_b_proj.weight"], owner.dtype, f"{owner.path}.kv_b_proj.weight")
+
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         owner: MLA = self.__dict__["owner"]
+        if nn.Linear in patched:  # a method was put on torch's own class
+            linear: Any = nn.Linear
+            return linear.forward(self, latent)  # type: ignore[no-any-return]
         if owner.w_uk is None:
             raise UsageError(
                 f"{owner.path}.kv_b_proj: absorb_for_prefill leaves keys compressed; load the model without that option"
@@ -493,9 +521,17 @@ def _pairs(rope: str, old: Any, ctx: Context) -> str:
 
 def _head(w: cpu.Packed, head: int) -> torch.Tensor:
     """f32 [n, k]: a head's matrix."""
+    return _of_head(w, head).rows(torch.arange(w.n, device="cpu"))
+
+
+def _of_head(w: cpu.Packed, head: int) -> cpu.Packed:
     size = w.nbytes // w.matrices
-    one = cpu.Packed(w.data[head * size : (head + 1) * size], w.qtype, w.n, w.k)
-    return one.rows(torch.arange(w.n, device="cpu"))
+    return cpu.Packed(w.data[head * size : (head + 1) * size], w.qtype, w.n, w.k)
+
+
+def _heads(w: Any) -> list[Any]:
+    """The matrix of each head; of a GPU's all in one."""
+    return [_of_head(w, head) for head in range(w.matrices)] if isinstance(w, cpu.Packed) else [w]
 
 
 def _rows(w: cpu.Packed, heads: range, each: int) -> cpu.Packed:

@@ -71,6 +71,14 @@ class MoE(Operator):
         out = self.mixed(flat, ids, weights).reshape(shape)
         return (out, weights) if self.returns_router else out
 
+    def by_class(self, *args: Any, **kwargs: Any) -> Any:
+        if self.link is not None or self.experts.home.gpu or getattr(self.experts, "on_gpu", None) is not None:
+            raise UsageError(
+                f"{self.path}: a method was put on a class of MoE blocks, which is not called where experts are put off or on a GPU; put it on modules, or load the"
+                " model with device='cpu' and without defer_experts"
+            )
+        return super().by_class(*args, **kwargs)
+
     def mixed(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the chosen experts and the shared ones make of flat [tokens, D]."""
         if self.link is not None:

@@ -46,3 +46,5 @@ class Recurrent(Operator):
                 if at - first in marks:
                     cache.mark(span.owner, at - first, self.layer_idx)
         return torch.cat(done, 1)
+
+    by_class = forward  # calls it, sequence by sequence

@@ -50,6 +50,10 @@ SCHEMES: Mapping[str, Scheme] = {
             "dequantize": (True, False, None, ABSENT),
         },
     ),
+    "ktx": Scheme(  # ktx.weights.packed
+        "each weight in its type, as save_pretrained(folder, packed=True) writes it",
+        {"quant_method": ("ktx",), "version": (1,)},
+    ),
 }
 
 REFUSED: Mapping[str, str] = {  # methods that are known and not computed

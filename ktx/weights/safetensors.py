@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
@@ -26,7 +26,7 @@ from ktx.weights.conversion import Made, made_of
 from ktx.weights.gguf import PAGE
 from ktx.weights.source import QuantizedTensor, TensorSpec, joined
 
-DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # that modules can read
+DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # that modules read of a file of numbers
 OTHERS = {  # that a file may hold: elements and bytes of a block
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), (1, 1)),
     **dict.fromkeys(("I16", "U16"), (1, 2)),
@@ -65,13 +65,15 @@ COMPUTED = tuple(
 class SafetensorsSource:
     """Headers when made; views of the mapping afterwards."""
 
+    types: Collection[str] = DTYPES  # that modules can read
+
     def __init__(self, path: Path, config: Any):
         self.path, self.config = str(path), config
         self.metadata: dict[str, Any] = {"general.architecture": config.model_type}
-        rename, self._converters = checkpoint_renaming(config)
+        rename, self._converters = self._renaming()
         self.tensors: dict[str, TensorSpec] = {}
         for file in shards(path):
-            for spec in read_safetensors_header(file):
+            for spec in self._specs_of(file):
                 name = rename(spec.name)
                 if name in self.tensors:
                     raise BadFile(f"{spec.file}: tensor {spec.name} is in {self.tensors[name].file} too")
@@ -88,6 +90,12 @@ class SafetensorsSource:
 
     def __reduce__(self) -> Any:
         return type(self), (Path(self.path).absolute(), self.config)  # opened again
+
+    def _renaming(self) -> tuple[Callable[[str], str], list[Any]]:
+        return checkpoint_renaming(self.config)
+
+    def _specs_of(self, file: Path) -> list[TensorSpec]:
+        return read_safetensors_header(file)
 
     # ---- what is there
 
@@ -220,11 +228,11 @@ class SafetensorsSource:
             return None
         if wrong := self._scale_flaw(name, spec):
             raise BadFile(f"{spec.file}: {name} {wrong}")
-        return self.read(_scale_of(name)).dequantize()
+        return self.read(scale_of(name)).dequantize()
 
     def _scale_flaw(self, name: str, spec: TensorSpec) -> str:
         """What is wrong with the scales of an FP8 tensor."""
-        key, reads = _scale_of(name), f"ktx reads F8_E4M3 with a scale for {FP8_BLOCK} x {FP8_BLOCK} weights"
+        key, reads = scale_of(name), f"ktx reads F8_E4M3 with a scale for {FP8_BLOCK} x {FP8_BLOCK} weights"
         if key not in self.tensors:
             return f"is F8_E4M3 but {key} is missing; {reads}"
         found, blocks = self.tensors[key], (*spec.shape[:-2], *(-(-size // FP8_BLOCK) for size in spec.shape[-2:]))
@@ -248,13 +256,13 @@ class SafetensorsSource:
 
     def behind(self, name: str) -> list[str]:
         sources = self._sources(name)
-        return sources + [scale for source in sources if (scale := _scale_of(source)) in self.tensors]
+        return sources + [scale for source in sources if (scale := scale_of(source)) in self.tensors]
 
     def flaw(self, name: str) -> str:
         for source in self._sources(name):
             spec = self.tensors[source]
-            if spec.qtype.name not in DTYPES:
-                return f"is of {spec.qtype}; ktx reads {' '.join(DTYPES)}"
+            if spec.qtype.name not in self.types:
+                return f"is of {spec.qtype}; ktx reads {' '.join(self.types)}"
             if wrong := self._scale_flaw(source, spec) if spec.qtype.name == "F8_E4M3" else "":
                 return wrong
         return ""
@@ -289,7 +297,7 @@ class SafetensorsSource:
             return self._maps[file]
 
 
-def _scale_of(name: str) -> str:
+def scale_of(name: str) -> str:
     """DeepSeek's name for the scales of a tensor's blocks."""
     return f"{name}_scale_inv"
 
@@ -331,6 +339,12 @@ def shards(path: Path) -> list[Path]:
 
 def read_safetensors_header(path: Path) -> list[TensorSpec]:
     """Tensors of one file; BadFile for anything that cannot be."""
+    raw, size = header_of(path)
+    return parse_safetensors_header(raw, str(path), size)
+
+
+def header_of(path: Path) -> tuple[bytes, int]:
+    """A file's header, and the file's size. BadFile for one that is cut, or none."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -343,7 +357,7 @@ def read_safetensors_header(path: Path) -> list[TensorSpec]:
             raw = file.read(length)
     except OSError as error:
         raise BadFile(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_safetensors_header(raw, str(path), size)
+    return raw, size
 
 
 def parse_safetensors_header(raw: bytes, path: str, size: int) -> list[TensorSpec]:

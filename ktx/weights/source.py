@@ -3,7 +3,7 @@
 Names are always the parameter paths of the transformers model. Some exist in no model but in every file, and every source answers
 them: `<mlp>.experts.{gate,up,down}_proj` [experts, rows, columns] (with `_bias` where the family has biases), and for
 MLA `<attention>.k_b_proj.weight` [heads, kv_lora_rank, qk_nope_head_dim] (W_UK transposed) and `.v_b_proj.weight`
-[heads, v_head_dim, kv_lora_rank].
+[heads, v_head_dim, kv_lora_rank]. A file may hold W_UK once more, rows along the latent, under the first name with `EXPANDED` behind it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from ktx.errors import BadFile
 from ktx.qtypes import QTYPES, QType
 from ktx.weights.accounting import Reads, Verdict
 from ktx.weights.gguf_files import ggufs_in, is_gguf
+
+EXPANDED = ".expanded"
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def open_weights(path: str | Path, config: Any) -> WeightSource:
     Reads headers only. BadFile for anything missing, damaged or of an unknown kind.
     """
     from ktx.weights.gguf import GGUFSource
+    from ktx.weights.packed import PackedSource, is_packed
     from ktx.weights.safetensors import SafetensorsSource
 
     where = Path(path).expanduser()
@@ -142,7 +145,7 @@ def open_weights(path: str | Path, config: Any) -> WeightSource:
             f"{path}: holds both GGUF ({ggufs[0].name}) and safetensors ({tensors[0].name}); name the one to load"
         )
     if tensors:
-        return SafetensorsSource(where, config)
+        return PackedSource(where, config) if is_packed(where) else SafetensorsSource(where, config)
     if ggufs or where.is_file():
         return GGUFSource(where, config)
     raise BadFile(f"{path}: no .gguf and no .safetensors file in this folder")

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from ktx.errors import UsageError
-from tests.gpu.placed import Twins
+from ktx.weights.source import open_weights
+from tests.gpu.placed import F32, Twins
+from tests.models.test_families import load
 
 
 @pytest.mark.parametrize("family,others", [("deepseek_v3", {}), ("qwen3_moe", {}), ("qwen3_moe", {"Experts": "cpu"})])
@@ -33,3 +35,32 @@ def test_names_counts_and_values(tmp_path, family, others):
     assert not mine.load_state_dict(state).missing_keys  # the same weights: nothing is read
     with pytest.raises(UsageError, match="is on cuda:0, where modules can neither be copied nor pickled"):
         copy.deepcopy(mine)
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "F16"])
+@pytest.mark.parametrize(
+    ("family", "others"), [("deepseek_v3", {}), ("deepseek_v3", {"Experts": "cpu"}), ("qwen3_moe", {}), ("gpt_oss", {})]
+)
+def test_packed_weights_are_written_from_where_they_are(tmp_path, family, others, quant):
+    twins = Twins(tmp_path, family, quant)
+    for name, model in (("gpu", twins.on(**others)), ("cpu", twins.cpu)):
+        model.save_pretrained(tmp_path / name, packed=True)
+    ours, theirs = (open_weights(tmp_path / name, twins.cpu.config) for name in ("gpu", "cpu"))
+    only = {key for key in theirs.tensors if key.endswith(".expanded")}  # a GPU has one matrix for both forms
+    assert ours.tensors.keys() == theirs.tensors.keys() - only
+    for key in ours.tensors:
+        assert ours.read(key).qtype is theirs.read(key).qtype and torch.equal(
+            ours.read(key).data, theirs.read(key).data
+        )
+    again = load(tmp_path / "gpu", None, rules=twins.rules(**others), self_test=False, **F32)
+    assert torch.equal(again(torch.tensor([[3, 4, 5]])).logits, twins.on(**others)(torch.tensor([[3, 4, 5]])).logits)
+
+
+def test_experts_of_a_layer_on_two_devices_are_one_tensor(tmp_path):
+    twins = Twins(tmp_path, "qwen3_moe", "Q8_0")
+    shared = twins.load(twins.rules(Experts="cpu"), gpu_experts=1)
+    shared.save_pretrained(tmp_path / "shared", packed=True)
+    twins.cpu.save_pretrained(tmp_path / "cpu", packed=True)
+    name = "model.layers.1.mlp.experts.up_proj"
+    found, right = (open_weights(tmp_path / folder, twins.cpu.config).get(name) for folder in ("shared", "cpu"))
+    assert found.shape == right.shape and torch.equal(found.data, right.data)

@@ -13,6 +13,7 @@ import torch
 PROGRAM = """
 import json, sys, time, torch
 from ktx.kernels import cpu
+from ktx.kernels.blocks import rows_of
 from ktx.kernels.check import sample
 from ktx.kernels.speed import matrices, stacked
 from ktx.qtypes import QTYPES
@@ -32,6 +33,8 @@ for name, n, k in [("Q4_K", 1408, 512), ("F8_E4M3", 1000, 256), ("Q6_K", 7, 256)
         results.append(cpu.linear(torch.randn(tokens, k), packed))
     results.append(packed.rows(torch.tensor([0, n - 1, n // 2])))
 batched = cpu.pack(stack("Q8_0", 5, 48, 64))
+for packed in (cpu.pack(sample("F8_E4M3", 1000, 256)), cpu.pack_experts(stack("Q4_K", 3, 200, 512))):
+    results += [torch.cat([rows.data for rows in rows_of(packed)])]  # taken back
 results += [cpu.linear_batched(torch.randn(5, tokens, 64), batched) for tokens in (1, 4, 530)]
 for name, experts, hidden, ff in [("Q4_K", 6, 512, 768), ("Q8_0", 3, 1000 // 32 * 32, 1408), ("F8_E4M3", 4, 384, 320)]:
     gate, up, down = (cpu.pack_experts(stack(name, experts, *shape)) for shape in ((ff, hidden), (ff, hidden), (hidden, ff)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ktx.kernels import cpu, planes
+from ktx.kernels.blocks import rows_of
 from ktx.kernels.check import sample
 from ktx.kernels.unpack import unpack
 from ktx.qtypes import QTYPES
@@ -46,3 +47,24 @@ def test_bits_are_put_back_some_matrices_at_a_time(name, monkeypatch):
     monkeypatch.setattr("ktx.kernels.unpack.AT_ONCE", 2 * data[0].numel())
     unpack(data, found)
     assert torch.equal(found.data, wanted.data)
+
+
+@pytest.mark.parametrize("name", QTYPES)
+@pytest.mark.parametrize("rows", [272, 50])
+def test_rows_are_those_of_the_file(name, rows, monkeypatch):
+    """Of one matrix, of experts, and of planes; in one piece or several."""
+    k = max(320, QTYPES[name].block * 3) // QTYPES[name].block * QTYPES[name].block
+    parts = [sample(name, rows, k, seed) for seed in range(3)]
+    for span in (1 << 26, 128 * k):
+        monkeypatch.setattr("ktx.kernels.blocks.SPAN", span)
+        for found, wanted in (
+            (cpu.pack(parts[0]), parts[:1]),
+            (cpu.pack_experts(parts), parts),
+            (planes.pack(parts, device="cpu"), parts),
+        ):
+            taken = list(rows_of(found))
+            assert torch.equal(torch.cat([some.data for some in taken]), torch.cat([part.data for part in wanted]))
+            scales = [some.scale for some in taken if some.scale is not None]
+            assert len(scales) == (len(taken) if name == "F8_E4M3" else 0)
+            if scales:
+                assert torch.equal(torch.cat(scales), torch.cat([part.scale for part in wanted]))

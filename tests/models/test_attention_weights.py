@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ktx.cache.kv import KVCache
 from ktx.compat import cache_argument
@@ -15,6 +16,7 @@ from ktx.engine.sampling import Sampling
 from ktx.errors import UsageError
 from ktx.ops import attention_weights, fused, layer
 from ktx.ops.attention import Attention
+from tests.models.families import tiny
 from tests.models.test_blocks import modules
 from tests.models.test_families import IDS, Pair, load, relative
 from tests.small_chat import write_model
@@ -299,3 +301,49 @@ def test_an_engine_answers_whatever_was_chosen_and_refuses_a_function_that_reads
     model.set_attn_implementation("of_a_user")
     with pytest.raises(Exception, match="reads no pages"):
         answer()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_chosen_when_loading(tmp_path, family):
+    """The same as `set_attn_implementation` after it, in what is read from a pickle too."""
+    tiny(family).save_pretrained(tmp_path)
+    calls = []
+
+    def mine(module, query, key, value, mask, scaling=None, **kwargs):
+        calls.append(query.shape)
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+
+    AttentionInterface.register("mine_when_loading", mine)
+    usual = load(tmp_path, None)
+    if family == "gpt_oss":
+        with pytest.raises(UsageError, match="'sdpa': GptOssForCausalLM does not support"):  # as in transformers
+            load(tmp_path, None, attn_implementation="sdpa")
+    for name in ("eager", *(["sdpa"] if family != "gpt_oss" else []), "ktx", "mine_when_loading"):
+        found = load(tmp_path, None, attn_implementation=name, self_test=name != "mine_when_loading")
+        usual.set_attn_implementation(name)
+        again = pickle.loads(pickle.dumps(found))
+        assert found.config._attn_implementation == again.config._attn_implementation == name
+        calls.clear()
+        ours = collected(found, output_attentions=True) if name == "eager" else (None, found(IDS[:, :9]).logits)
+        assert bool(calls) == (name == "mine_when_loading")
+        theirs = collected(usual, output_attentions=True) if name == "eager" else (None, usual(IDS[:, :9]).logits)
+        assert torch.equal(ours[1], theirs[1])
+        assert torch.equal(again(IDS[:, :9]).logits, usual(IDS[:, :9]).logits)
+        if name == "eager":
+            same(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("eagre", "'eagre' is no function of attention that transformers knows.*did you mean 'eager'"),
+        ("", "'' is no function"),
+        (3, "3 is no function"),
+        ("flash_attention_2", "flash_attention_2"),
+    ],
+)
+def test_an_implementation_that_is_not_there(tmp_path, name, words):
+    tiny("llama").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=words):
+        load(tmp_path, None, attn_implementation=name)

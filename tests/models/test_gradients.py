@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -297,6 +299,34 @@ def test_backward_hooks_are_called(pairs, family):
             handle.remove()
         called.append({path for path in seen if "kv_b_proj" not in path})  # which MLA takes itself
     assert called[0] == called[1] and len(called[0]) > 8
+
+
+@pytest.mark.parametrize("family", [*SOME, "qwen2_moe", "phi3"])
+@pytest.mark.parametrize("how", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("tokens", [12, 1])
+def test_backward_hooks_of_activations_change_gradients(pairs, family, how, tokens):
+    """Of an MLP's, of shared experts' and of experts' act_fn: each is called, and what it returns counts."""
+    pair, found = pairs(family), []
+
+    def squares(model, x):
+        return model(inputs_embeds=x, use_cache=False).logits.square().mean()
+
+    for model in (pair.model, pair.reference):
+        called = {}
+
+        def hook(module, *given, path="", called=called):
+            called[path] = given[-1][0].shape[-1]
+            return tuple(None if g is None else 3 * g for g in given[0])
+
+        named = [(path, m) for path, m in model.named_modules() if path.endswith(("act_fn", "activation_fn"))]
+        handles = [getattr(m, how)(partial(hook, path=path)) for path, m in named]
+        embeds = pair.embeds()[:, :tokens]
+        found.append((gradient(model, squares, embeds), called))
+        for handle in handles:
+            handle.remove()
+        assert relative(gradient(model, squares, embeds), found[-1][0]) > 0.01 or not called
+    assert found[0][1] == found[1][1] and relative(found[0][0], found[1][0]) < 1e-3
+    assert found[0][1] or family == "gpt_oss"  # which has no such module
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])

@@ -17,7 +17,7 @@ from ktx.ops.guard import current
 from ktx.ops.layer import Layer
 from ktx.ops.linear import Linear
 from tests.models.families import tiny
-from tests.models.test_families import IDS, load, logits, relative
+from tests.models.test_families import IDS, Pair, load, logits, relative
 
 FAMILIES = ["llama", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next", "glm4_moe", "phi3"]
 NEAR = 2e-5
@@ -427,3 +427,17 @@ def test_a_hook_that_comes_and_goes_leaves_the_same(shared):
             del module.note
     assert torch.equal(decode(shared), before)
     assert logits(shared, IDS[:, :3]).shape[1] == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_numpy_writes_to_a_router_count_with_a_word(tmp_path, family):
+    """As docs/research.md says: nothing counts what numpy writes, so somebody has to."""
+    pair = Pair(tmp_path, family, "F32", {})
+    for model in (pair.model, pair.reference):
+        mlp = model.model.layers[1].mlp
+        router = mlp.gate if hasattr(mlp, "gate") else mlp.router
+        router.weight.data.numpy()[:] *= -1
+        router.weight.data.add_(0)
+    for tokens in (20, 1):
+        assert relative(pair.model(IDS[:, :tokens]).logits, pair.reference(IDS[:, :tokens]).logits) < 1e-4

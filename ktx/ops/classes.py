@@ -1,0 +1,102 @@
+"""Methods that scripts put on classes after a model was loaded: `LlamaMLP.forward = patched`, `type(layer.mlp).forward = patched`, `torch.nn.SiLU.forward = patched`.
+
+Python calls no one when a class changes. So each forward of a model begins with a look at all classes of modules that shortcuts stand for (about a microsecond): when a method is
+another one, that counts as a change of all modules. An operator whose replaced class has been patched calls that class's forward from then on.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from ktx.ops.base import Operator
+from ktx.ops.changes import Changes
+
+patched: set[type] = set()  # classes of transformers' and torch's, by whose methods operators go
+_watched: dict[tuple[type, str], Any] = {}  # methods as they were when their class was first seen
+_places: list[tuple[type, str]] = []
+_seen: list[Any] = []
+_kinds: set[type] = set()
+_own: dict[type, Any] = {}  # of operators that call another forward: what was in its place
+
+
+def replaced_by(kind: type) -> type | None:
+    """The class that an operator's class replaces, as far as it inherits from it; None for others."""
+    if not issubclass(kind, Operator):
+        return None
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    return next((base for base in bases if not issubclass(base, Operator)), None)
+
+
+def watch(module: nn.Module) -> None:
+    """From now on its class is looked at, and the one that it replaces."""
+    kind = type(module)
+    other = module.__dict__.get("replaces")
+    if kind in _kinds and (other is None or other in _kinds):
+        return
+    _kinds.update({kind, *([] if other is None else [other])})
+    _put(kind, "forward")
+    for old in (replaced_by(kind), other):
+        if old is not None:
+            for name in _methods(old):
+                _put(old, name)
+
+
+def _put(kind: type, name: str) -> None:
+    if (kind, name) not in _watched:
+        method = _watched[kind, name] = getattr(kind, name)
+        _places.append((kind, name))
+        _seen.append(method)
+
+
+def _methods(kind: type) -> set[str]:
+    """Names of what a class and its bases define beside torch's module."""
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    names = {name for base in bases for name, value in vars(base).items() if isinstance(value, FunctionType)}
+    return {name for name in names if not name.startswith("__")} | {"forward"}
+
+
+def about(module: nn.Module) -> tuple[Any, ...]:
+    """What a shortcut goes by: the method that is called, and whether the replaced class was patched."""
+    kind = type(module)
+    replaced = (replaced_by(kind), module.__dict__.get("replaces"))
+    return kind.forward, *(old is not None and old in patched for old in replaced)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether somebody has put other methods on a module's class, or on the one that it replaces."""
+    forward, *of_replaced = about(module)
+    return any(of_replaced) or forward is not _watched[type(module), "forward"]
+
+
+def follow() -> None:
+    """Has operators go by what classes are now."""
+    now = [getattr(kind, name, None) for kind, name in _places]
+    if now == _seen:
+        return
+    Changes.count += 1
+    patched.clear()
+    patched.update(
+        kind for (kind, name), method in zip(_places, now, strict=True) if method is not _watched[kind, name]
+    )
+    for kind in _kinds:
+        if (old := replaced_by(kind)) is not None:
+            _choose(kind, old in patched)
+    _seen[:] = [getattr(kind, name, None) for kind, name in _places]
+
+
+def _choose(kind: Any, by_class: bool) -> None:
+    """Which forward an operator's class has, unless somebody has put one on the class itself."""
+    if by_class and kind not in _own and kind.forward is _watched[kind, "forward"]:
+        _own[kind] = kind.__dict__.get("forward")
+        kind.forward = kind.by_class
+    elif not by_class and kind in _own:
+        before = _own.pop(kind)
+        if kind.__dict__.get("forward") is not kind.by_class:
+            return  # somebody else has put one there
+        if before is None:
+            del kind.forward
+        else:
+            kind.forward = before
