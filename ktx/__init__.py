@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from ktx.ops.weights import dequantize as dequantize
     from ktx.ops.weights import edit as edit
     from ktx.preparing import plan as plan
+    from ktx.pretrained import KtxConfig as KtxConfig
     from ktx.rules import Rule as Rule
 
 __version__ = "0.1.0"
-__all__ = ["Context", "Operator", "Plan", "Rule", "dequantize", "edit", "load", "plan", "register"]
+__all__ = ["Context", "KtxConfig", "Operator", "Plan", "Rule", "dequantize", "edit", "load", "plan", "register"]
 
 # torch's OpenMP threads spin for milliseconds after their work, on the cores where our kernels' threads want to run: prefill lost
 # 15 %. The runtime reads this when torch is imported, so it only helps where ktx comes first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOMES = {
+    "KtxConfig": "ktx.pretrained",
     "Plan": "ktx.inject",
     "Context": "ktx.ops.base",
     "Operator": "ktx.ops.base",

@@ -111,6 +111,8 @@ def load(
     gpu_experts: int | None = None,
     stream_experts: int | str | None = None,
     self_test: SelfTest = True,
+    config: Any = None,
+    tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -126,7 +128,8 @@ def load(
     `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work. `self_test` computes two tokens at the end, in one forward and through
     the cache (ktx.selftest); SelfTestFailed when the two differ, or logits are not finite or all alike. "engine" leaves that to the engine that will be made of
-    the model, which computes them in its own way.
+    the model, which computes them in its own way. `config` is a transformers configuration that counts instead of the model's own.
+    Without `tokenizer` none is read, and None is returned in its place.
     """
     streaming(stream_experts)
     selftest.asked(self_test)
@@ -138,7 +141,7 @@ def load(
     model = located(model, not weights)
     with notes.heard() as warned:
         built, made, source, dtype = prepare(
-            model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
+            model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed, config
         )
     made.check(source)
     made.tell()
@@ -149,7 +152,7 @@ def load(
         deferral.install(built, defer_experts)
     _cached_as(built, kv_dtype)
     check_memory(made)
-    tokenizer = read_tokenizer(model, source, trust_remote_code)
+    words = read_tokenizer(model, source, trust_remote_code) if tokenizer else None
     files = Files(
         Recipe(
             str(Path(source.path).absolute()),
@@ -192,7 +195,7 @@ def load(
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     become(built)
     own = sizes(built)
-    config: Any = built.config
+    counts: Any = built.config
     handle = built.ktx = Handle(
         made,
         source.path,
@@ -203,8 +206,8 @@ def load(
         team,
         _cached_as(built, kv_dtype),
         weakref.ref(built),
-        tokenizer,
-        [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
+        words,
+        [_identity(made), counts.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
         self_test,
         files=files,
     )  # type: ignore[assignment]
@@ -212,7 +215,7 @@ def load(
     generation(built, model, source)
     if self_test is True:
         selftest.check(built)
-    return built, tokenizer
+    return built, words
 
 
 def _stream_experts(built: nn.Module, made: Plan, wish: int | str | None) -> None:

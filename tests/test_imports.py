@@ -43,6 +43,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
     ("ktx.filling", "ktx.reloading", "ktx.saving", "ktx.selftest"),
     ("ktx.model",),
     ("ktx.loading",),
+    ("ktx.pretrained",),
     ("ktx.engine",),
     ("ktx.server",),
     ("ktx.replicas",),
