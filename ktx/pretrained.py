@@ -199,13 +199,9 @@ class KtxQuantizer(HfQuantizer):
         """The model becomes what ktx.load makes."""
         self.place.cleanup()
         options = self.asked.options() | ({"device": self.device} if self.device else {})
-        dtype = self.call.get("dtype")
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-        if not isinstance(dtype, (torch.dtype, str)):
-            raise UsageError(f"from_pretrained: dtype={dtype!r} is no torch type; KtxConfig's models compute in one")
         made, _ = loading.load(
             self.folder,
-            dtype=None if dtype == "auto" else dtype,
+            dtype=self._dtype(),
             trust_remote_code=bool(self.call.get("trust_remote_code")),
             config=self.config,
             tokenizer=False,
@@ -224,6 +220,16 @@ class KtxQuantizer(HfQuantizer):
             model.set_attn_implementation(self.attention)
         if self.experts is not None and not of_layers(model):
             model.set_experts_implementation(self.experts)
+
+    def _dtype(self) -> torch.dtype | None:
+        """What the model computes in; "auto", which is transformers' default, is ktx's choice."""
+        wish = self.call.get("dtype")
+        if wish == "auto":
+            return None
+        dtype = getattr(torch, wish, None) if isinstance(wish, str) else wish
+        if not isinstance(dtype, torch.dtype):
+            raise UsageError(f"from_pretrained: dtype={wish!r} is no torch type; KtxConfig's models compute in one")
+        return dtype
 
     def _tokenizer(self, made: Any) -> Any:
         """For the model's engine; None where there is none, which from_pretrained does not need."""

@@ -23,6 +23,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
         "ktx.quantize",
         "ktx.compat",
         "ktx.defaults",
+        "ktx.plugin",
         "ktx.versions",
         "ktx.demo",
         "ktx.dialects",
