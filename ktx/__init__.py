@@ -7,26 +7,44 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ktx import plugin
+
 if TYPE_CHECKING:
     from ktx.inject import Plan as Plan
     from ktx.loading import load as load
     from ktx.ops.base import Context as Context
     from ktx.ops.base import Operator as Operator
     from ktx.ops.base import register as register
+    from ktx.ops.interface import experts as experts
     from ktx.ops.weights import dequantize as dequantize
     from ktx.ops.weights import edit as edit
     from ktx.preparing import plan as plan
+    from ktx.pretrained import KtxConfig as KtxConfig
     from ktx.rules import Rule as Rule
 
 __version__ = "0.1.0"
-__all__ = ["Context", "Operator", "Plan", "Rule", "dequantize", "edit", "load", "plan", "register"]
+__all__ = [
+    "Context",
+    "KtxConfig",
+    "Operator",
+    "Plan",
+    "Rule",
+    "dequantize",
+    "edit",
+    "experts",
+    "load",
+    "plan",
+    "register",
+]
 
 # torch's OpenMP threads spin for milliseconds after their work, on the cores where our kernels' threads want to run: prefill lost
 # 15 %. The runtime reads this when torch is imported, so it only helps where ktx comes first; ktx.notes says where it did not.
 _torch_came_first = "torch" in sys.modules and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+plugin.install()
 
 _HOMES = {
+    "KtxConfig": "ktx.pretrained",
     "Plan": "ktx.inject",
     "Context": "ktx.ops.base",
     "Operator": "ktx.ops.base",
@@ -34,6 +52,7 @@ _HOMES = {
     "Rule": "ktx.rules",
     "dequantize": "ktx.ops.weights",
     "edit": "ktx.ops.weights",
+    "experts": "ktx.ops.interface",
     "load": "ktx.loading",
     "plan": "ktx.preparing",
 }

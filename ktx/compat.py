@@ -47,7 +47,7 @@ def cache_of(output: Any) -> Any:
     return getattr(output, usual_cache_name(), None)
 
 
-def _causal_class(config: Any) -> Any:
+def writer_of_text(config: Any) -> Any:
     """The class that writes text by such a configuration; None where transformers has none."""
     from transformers import AutoModelForCausalLM
 
@@ -56,7 +56,7 @@ def _causal_class(config: Any) -> Any:
 
 def writes_text(config: Any) -> bool:
     """Whether transformers has a causal language model of such a configuration."""
-    return _causal_class(config) is not None
+    return writer_of_text(config) is not None
 
 
 def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
@@ -64,7 +64,7 @@ def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
-    names = [getattr(_causal_class(config), "__name__", ""), config.model_type]
+    names = [getattr(writer_of_text(config), "__name__", ""), config.model_type]
     entries: list[Any] = next((found for name in names if (found := get_checkpoint_conversion_mapping(name))), [])
     renamings = [entry for entry in entries if isinstance(entry, WeightRenaming)]
 
@@ -92,7 +92,7 @@ def text_part(config: Any) -> Any:
     The output layer is tied where either says so: the whole model goes by its top, which is where `save_pretrained` writes it. A matrix of its own in the file counts all the same.
     """
     part = getattr(config, "sub_configs", {}).get("text_config")
-    if part is None or getattr(_causal_class(config), "config_class", None) != part:
+    if part is None or getattr(writer_of_text(config), "config_class", None) != part:
         return config
     text = config.get_text_config()
     text.tie_word_embeddings = any(getattr(of, "tie_word_embeddings", None) for of in (config, text))

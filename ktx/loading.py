@@ -136,6 +136,8 @@ def load(
     self_test: SelfTest = True,
     lora: Adapted | Sequence[Adapted] | None = None,
     attn_implementation: str | None = None,
+    config: Any = None,
+    tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     """A transformers model on packed weights, and its tokenizer.
 
@@ -153,7 +155,8 @@ def load(
     the cache (ktx.selftest); SelfTestFailed when the two differ, or logits are not finite or all alike. "engine" leaves that to the engine that will be made of
     the model, which computes them in its own way. `lora` is a LoRA adapter or several, [NAME=]FOLDER[=SCALE] as PEFT writes them, whose sum counts
     from the beginning (`model.ktx.use_lora` chooses others). `attn_implementation` (ktx, sdpa, eager, or a name that transformers knows a function by) is what
-    `model.set_attn_implementation` takes; it stays "ktx" unless one is named.
+    `model.set_attn_implementation` takes; it stays "ktx" unless one is named. `config` is a transformers configuration that counts instead of the model's own.
+    Without `tokenizer` none is read, and None is returned in its place.
     """
     known_implementation(attn_implementation)
     adapters = [read(wish) for wish in wishes(lora)]
@@ -167,7 +170,7 @@ def load(
     model = located(model, not weights)
     with notes.heard() as warned:
         built, made, source, dtype = prepare(
-            model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed
+            model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed, config
         )
     _implement(built, attn_implementation)
     made.check(source)
@@ -181,7 +184,7 @@ def load(
         deferral.install(built, defer_experts)
     _cached_as(built, kv_dtype)
     check_memory(made)
-    tokenizer = read_tokenizer(model, source, trust_remote_code)
+    words = read_tokenizer(model, source, trust_remote_code) if tokenizer else None
     files = Files(
         Recipe(
             str(Path(source.path).absolute()),
@@ -224,7 +227,7 @@ def load(
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     become(built)
     own = sizes(built)
-    config: Any = built.config
+    counts: Any = built.config
     handle = built.ktx = Handle(
         made,
         source.path,
@@ -235,8 +238,8 @@ def load(
         team,
         _cached_as(built, kv_dtype),
         weakref.ref(built),
-        tokenizer,
-        [_identity(made), config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
+        words,
+        [_identity(made), counts.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
         self_test,
         files=files,
     )  # type: ignore[assignment]
@@ -247,7 +250,7 @@ def load(
     generation(built, model, source)
     if self_test is True:
         selftest.check(built)
-    return built, tokenizer
+    return built, words
 
 
 def _implement(built: Any, attn_implementation: str | None) -> None:

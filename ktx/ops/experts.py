@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -295,12 +296,16 @@ class Experts(Operator):
     def take(self, values: dict[str, torch.Tensor]) -> None:
         if self.home.gpu or self.on_gpu is not None:
             raise UsageError(f"{self.path}: experts on a GPU take no other weights; load the model on the CPU for it")
+        self.pack(values, lambda own: packed_as(as_weights(own), self.target, cpu.pack_experts))
+
+    def pack(self, values: dict[str, torch.Tensor], packed: Callable[[torch.Tensor], cpu.Packed]) -> None:
+        """Packs parameters as the replaced module has them; `packed` makes it of matrices [experts, n, k]."""
         weights, biases = dict(self.weights), dict(self.biases)
         for name, halves in self.stacked().items():
             if name in values:
                 whole = values[name].transpose(1, 2) if self.transposed else values[name]
                 for half, own in zip(halves, self._halves(whole, len(halves), 1), strict=True):
-                    weights[half] = packed_as(as_weights(own), self.target, cpu.pack_experts)
+                    weights[half] = packed(own)
             if f"{name}_bias" in values:
                 bias = self._halves(values[f"{name}_bias"].float(), len(halves), -1)
                 biases |= {half: own.contiguous() for half, own in zip(halves, bias, strict=True)}

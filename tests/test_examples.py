@@ -1,0 +1,135 @@
+"""Other libraries on a loaded model: each example runs on the demo model, and gives what it gives on transformers' own with the same weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import ktx
+import ktx.demo
+from tests.models.test_families import relative
+
+FOLDER = Path(__file__).resolve().parent.parent / "examples"
+NEEDS = {
+    "pipeline": "transformers",
+    "attribution": "captum",
+    "evaluate": "lm_eval",
+    "tracing": "nnsight",
+    "bridge": "transformer_lens",
+}
+TEXT = "A rule file is a list of"
+
+
+def example(name):
+    pytest.importorskip(NEEDS[name], reason=f"examples/{name}.py needs {NEEDS[name]}, which is not installed")
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The demo model's weights in f32, which transformers and ktx both have as they are, and its tokenizer."""
+    made = tmp_path_factory.mktemp("floats")
+    ktx.load(ktx.demo.path(), ktx.demo.gguf(), progress=False)[0].save_pretrained(made, dtype=torch.float32)
+    return made
+
+
+@pytest.fixture
+def two(folder):
+    """transformers' model, ours, and the tokenizer."""
+    mine, tokenizer = ktx.load(folder, progress=False, kv_dtype="f32")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), mine, tokenizer
+
+
+def test_every_example_is_here():
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*NEEDS, "train_lora"}
+    assert all(len(path.read_text().splitlines()) < 60 for path in FOLDER.glob("*.py") if path.stem in NEEDS)
+
+
+@pytest.mark.parametrize(
+    "name, seen",
+    [
+        ("pipeline", r"rule"),
+        ("attribution", r"next: .*\n( *[+-]\d+\.\d+ .*\n){3,}"),
+        ("evaluate", r"(?s)rule file.*-\d+\.\d+ .*-\d+\.\d+ "),
+        ("tracing", r"adds \d+\.\d+\nwith it: .*\nwithout: "),
+        ("bridge", r"looks at .*\nwith the head: .*\nwithout: "),
+    ],
+)
+def test_an_example_runs(name, seen):
+    example(name)
+    words = [sys.executable, str(FOLDER / f"{name}.py")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=250, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert re.search(seen, done.stdout), done.stdout
+
+
+def test_a_pipeline_answers_as_on_transformers_model(two):
+    right, mine, tokenizer = two
+    answer = example("pipeline").answer
+    assert answer(mine, tokenizer, "What is a rule file?", 12) == answer(right, tokenizer, "What is a rule file?", 12)
+
+
+def test_integrated_gradients_are_transformers(two):
+    right, mine, tokenizer = two
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    theirs, ours = (example("attribution").attributed(model, ids, 4) for model in (right, mine))
+    assert ours[1] == theirs[1] and relative(ours[0], theirs[0]) < 1e-3
+    assert ours[2] == pytest.approx(theirs[2], rel=1e-2, abs=1e-3)
+
+
+def test_saliency_by_embeddings_is_transformers(two):
+    pytest.importorskip("captum", reason="captum is not installed")
+    from captum.attr import InputXGradient, Saliency
+
+    right, mine, tokenizer = two
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    for method in (Saliency, InputXGradient):
+        made = []
+        for model in (right, mine):
+            embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+            made.append(
+                method(lambda x, of=model: of(inputs_embeds=x, use_cache=False).logits[:, -1, 7]).attribute(embeds)
+            )
+        assert relative(made[1], made[0]) < 1e-3
+
+
+def test_scores_of_an_evaluation_are_transformers(two):
+    right, mine, tokenizer = two
+    theirs, ours = (example("evaluate").scores(model, tokenizer) for model in (right, mine))
+    assert ours == [pytest.approx(of, rel=1e-4) for of in theirs]
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    asked = [Instance("generate_until", {}, (TEXT, {"until": ["."], "max_gen_toks": 8}), 0)]
+    answers = [
+        HFLM(pretrained=model, tokenizer=tokenizer).generate_until(asked, disable_tqdm=True) for model in (right, mine)
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_traces_are_transformers(two, number):
+    right, mine, tokenizer = two
+    theirs, ours = (example("tracing").without(model, tokenizer, TEXT, number) for model in (right, mine))
+    assert all(relative(a, b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
+    assert relative(ours[1], ours[2]) > 1e-3
+
+
+def test_a_bridge_shows_and_changes_what_transformers_does(two):
+    right, mine, tokenizer = two
+    module = example("bridge")
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids
+    theirs, ours = (module.looked_at(module.bridged(model, tokenizer), ids, 1, 0) for model in (right, mine))
+    assert all(relative(a, b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
+    assert relative(ours[1], ours[2]) > 1e-5
