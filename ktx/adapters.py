@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Mapping as Matrices
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ktx.compat import checkpoint_renaming
 from ktx.errors import BadFile, UsageError, nearest
 from ktx.ops.base import Operator
+from ktx.ops.expert_lora import ExpertsLora
+from ktx.ops.experts import PROJECTIONS, Experts
 from ktx.ops.latent_lora import LatentLora
 from ktx.ops.lora import Lora, Mapping, Names
 from ktx.ops.mla import MLA
@@ -115,7 +119,8 @@ class Adapters:
 
 
 def kind_of(module: nn.Module) -> type[Lora]:
-    return LatentLora if isinstance(module, MLA) else Lora
+    kinds: tuple[tuple[type[nn.Module], type[Lora]], ...] = ((MLA, LatentLora), (Experts, ExpertsLora))
+    return next((lora for of, lora in kinds if isinstance(module, of)), Lora)
 
 
 def wishes(lora: Adapted | Sequence[Adapted] | None) -> list[Wish]:
@@ -132,10 +137,14 @@ def fitted(model: Any, adapter: Adapter) -> list[tuple[Any, list[LowRank]]]:
     """The modules that get an adapter's matrices. UsageError or BadFile for one that there is not, that is of another kind, or whose weight has another shape."""
     rename, _ = checkpoint_renaming(model.config)
     found = []
-    for path, matrices in adapter.matrices.items():
+    here = {
+        path if _at(model, path) else rename(f"{path}.weight").removesuffix(".weight"): several
+        for path, several in adapter.matrices.items()
+    }
+    if len(here) < len(adapter.matrices):
+        raise BadFile(f"adapter {adapter.path}: it names a module twice, by an old and by a new name")
+    for path, matrices in stacked(here, model).items():
         module = _at(model, path)
-        if module is None:
-            module = _at(model, rename(f"{path}.weight").removesuffix(".weight"))
         if module is None:
             raise BadFile(f"adapter {adapter.path}: the model has no module {path}; it was trained on another one")
         shapes, lookup = _shapes(module)
@@ -144,11 +153,12 @@ def fitted(model: Any, adapter: Adapter) -> list[tuple[Any, list[LowRank]]]:
             raise UsageError(
                 f"adapter {adapter.path}: {path} is a {type(module).__name__}{where}, which takes no LoRA adapter; {MERGED}"
             )
-        if len(matrices) > len(shapes) or any(
-            one.shape not in shapes or one.embedding is not lookup for one in matrices
+        known = [one.shape if not one.projection else (one.projection, one.shape) for one in matrices]
+        if len(set(known)) < len(known) or any(
+            key not in shapes or one.embedding is not lookup for key, one in zip(known, matrices, strict=True)
         ):
             there = " and ".join(f"{'a lookup of ' * one.embedding}{list(one.shape)}" for one in matrices)
-            own = " and ".join(f"{'a lookup of ' * lookup}{list(shape)}" for shape in shapes)
+            own = " and ".join(f"{'a lookup of ' * lookup}{list(key)}" for key in shapes if not isinstance(key[0], str))
             raise BadFile(f"adapter {adapter.path}: {path} is {there} there, the model's is {own}")
         found.append((module, matrices))
     for path, shape in adapter.copies.items():
@@ -159,12 +169,46 @@ def fitted(model: Any, adapter: Adapter) -> list[tuple[Any, list[LowRank]]]:
             raise UsageError(
                 f"adapter {adapter.path}: it holds the whole weight of {path}, which is none of the model's embeddings; {MERGED}"
             )
-        expected = right[0][::-1] if module is embeddings else right[0]
+        expected = next(iter(right))[::-1] if module is embeddings else next(iter(right))
         if expected != shape:
             raise BadFile(
                 f"adapter {adapter.path}: it was trained with {path} of {list(shape)}, the model's is {list(expected)}: other tokens; {MERGED}"
             )
     return found
+
+
+ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)")
+MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def stacked(matrices: Matrices[str, list[LowRank]], model: nn.Module) -> dict[str, list[LowRank]]:
+    """The same with experts that were adapted one by one together, as their layer has them: those that were not are zeros."""
+    found: dict[str, list[LowRank]] = {}
+    apart: dict[tuple[str, str], dict[int, LowRank]] = {}
+    for path, several in matrices.items():
+        hit = ONE_EXPERT.fullmatch(path)
+        if hit is None or not isinstance(_at(model, hit["experts"]), Experts):
+            found[path] = several
+        else:
+            name = MIXTRAL.get(hit["projection"], hit["projection"])
+            apart.setdefault((hit["experts"], name), {})[int(hit["number"])] = several[0]
+    for (path, name), ones in apart.items():
+        owner = _at(model, path)
+        assert isinstance(owner, Experts)
+        found.setdefault(path, []).append(_together(ones, name, owner.total, path))
+    return found
+
+
+def _together(ones: dict[int, LowRank], projection: str, total: int, path: str) -> LowRank:
+    first, rank = next(iter(ones.values())), max(one.a.shape[0] for one in ones.values())
+    if projection not in PROJECTIONS or max(ones) >= total or len({one.shape for one in ones.values()}) > 1:
+        raise BadFile(
+            f"{path}: an adapter of {projection} of experts {min(ones)} to {max(ones)}; there are {total}, with {' '.join(PROJECTIONS)}"
+        )
+    a, b = first.a.new_zeros(total, rank, first.a.shape[-1]), first.b.new_zeros(total, first.b.shape[0], rank)
+    for number, one in ones.items():
+        a[number, : one.a.shape[0]], b[number, :, : one.b.shape[1]] = one.a, one.b
+    return LowRank(a, b, projection=projection)
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:
@@ -177,11 +221,13 @@ def _at(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _shapes(module: Any) -> tuple[list[tuple[int, ...]], bool]:
+def _shapes(module: Any) -> tuple[Collection[Any], bool]:
     """Of the weights that adapters can be added to here, and whether that is a lookup of tokens; none where they cannot."""
     if isinstance(module, MLA):
         rows = module.num_heads * (module.qk_nope_head_dim + module.v_head_dim)
         return ([] if module.home.gpu else [(rows, module.kv_lora_rank)]), False
+    if isinstance(module, Experts):
+        return module.adapted_shapes(), False
     if isinstance(module, nn.Embedding):
         return [(module.embedding_dim, module.num_embeddings)], True
     return ([(module.out_features, module.in_features)] if isinstance(module, nn.Linear) else []), False

@@ -65,6 +65,7 @@ class LowRank:
     a: torch.Tensor
     b: torch.Tensor
     embedding: bool = False  # a lookup: A's columns are tokens
+    projection: str = ""  # of stacked experts, where each was adapted by itself
 
     @property
     def nbytes(self) -> int:
