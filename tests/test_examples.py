@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ktx
 import ktx.demo
-from tests.models.test_families import relative
+from tests.models.families import tiny
+from tests.models.test_families import IDS, load, relative
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 NEEDS = {
@@ -124,6 +125,18 @@ def test_traces_are_transformers(two, number):
     theirs, ours = (example("tracing").without(model, tokenizer, TEXT, number) for model in (right, mine))
     assert all(relative(a, b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
     assert relative(ours[1], ours[2]) > 1e-3
+
+
+def test_weights_that_a_bridge_folds_count(tmp_path):
+    """It exchanges what is an nn.Parameter by isinstance, and leaves other tensors alone."""
+    right = tiny("llama")
+    right.save_pretrained(tmp_path)
+    mine, tokenizer = load(tmp_path, None, kv_dtype="f32"), AutoTokenizer.from_pretrained(ktx.demo.path())
+    bridges = [example("bridge").bridged(model, tokenizer) for model in (right, mine)]
+    before = bridges[0](IDS[:, :12])
+    for bridge in bridges:
+        bridge.enable_compatibility_mode()
+    assert relative(bridges[1](IDS[:, :12]), bridges[0](IDS[:, :12])) < 1e-5 < relative(bridges[0](IDS[:, :12]), before)
 
 
 def test_a_bridge_shows_and_changes_what_transformers_does(two):

@@ -223,7 +223,7 @@ class Operator(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's. UsageError where a packed weight is to become a parameter, as torch.nn.utils.prune does."""
-        if isinstance(param, torch.Tensor) and not isinstance(param, nn.Parameter):
+        if isinstance(param, Dequantized):
             raise UsageError(
                 f"{self.path}: a packed weight is no parameter, {name} cannot be registered; change its values in"
                 " `with ktx.edit(module) as weight:` or by model.load_state_dict({...}, strict=False), or put ktx.dequantize(module) in the module's place"

@@ -101,12 +101,16 @@ _held: WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = WeakValueDic
 
 
 class Dequantized(torch.Tensor):
-    """A packed weight as a tensor that nobody can write to: it takes no memory, every operation on its values dequantises them. UsageError for what would write."""
+    """A packed weight as a tensor that nobody can write to: it takes no memory, every operation on its values dequantises them. UsageError for what would write.
+
+    A module's own one is a parameter to who asks isinstance(weight, nn.Parameter): programs that exchange weights do, and leave alone what is none.
+    """
 
     floats: Floats
     label: str  # for messages
     replace: Callable[[torch.Tensor], None] | None = None  # packs other values; a view has none
     held: torch.Tensor | None = None
+    _is_param: bool
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -120,6 +124,7 @@ class Dequantized(torch.Tensor):
     ) -> Dequantized:
         made: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=device)
         made.floats, made.label, made.replace = floats, label, replace
+        made._is_param = replace is not None  # what torch says of parameters that are no nn.Parameter by class
         return made
 
     def __init__(self, *args: Any, **kwargs: Any):
