@@ -23,7 +23,6 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
         "ktx.quantize",
         "ktx.compat",
         "ktx.defaults",
-        "ktx.plugin",
         "ktx.versions",
         "ktx.demo",
         "ktx.dialects",
@@ -56,6 +55,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
 )
 BY_HAND = {
     "ktx": None,
+    "ktx.plugin": None,
     "ktx.demo.train": None,
     "ktx.demo.export": None,
     "ktx.demo.evaluate": None,

@@ -60,8 +60,6 @@ class Held:
     def make(self, module: Any, dtype: str | None) -> None:
         """Packs the module's parameters. UsageError for a module that no kernel computes."""
         self.operator, where = None, type(module).__name__
-        if getattr(module, "_is_expert_parallel", False):
-            raise UsageError(f"{where}: experts in parallel processes are not computed by ktx; {OTHERS}")
         made = Experts.from_hf(module, Context(where, module.config, torch.device("cpu"), torch.float32))
         given = _parameters(module, made)
         made.pack(
