@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ktx.errors import UsageError
@@ -12,6 +13,7 @@ from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops.base import Context, as_weights, is_plain
 from ktx.ops.floats import Floats, matrix
+from ktx.ops.parameters import PARAMETRIZATIONS, whole
 from ktx.ops.weights import OneMatrix
 from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -50,7 +52,12 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
     def load(self, source: WeightSource) -> None:
         (self.packed,) = kept(lambda: [cpu.pack(source.get(f"{self.path}.weight"))])
 
+    def parametrized_ones(self) -> frozenset[str]:
+        return frozenset() if self.home.gpu else frozenset({"weight"})
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if PARAMETRIZATIONS in self._modules:
+            return F.embedding(ids, whole(self, "weight"), self.padding_idx)
         assert self.packed is not None, f"{self.path} is not loaded"
         rows = self.packed.rows(ids.reshape(-1).to(torch.int64).contiguous())
         return rows.to(self.dtype).reshape(*ids.shape, self.embedding_dim)

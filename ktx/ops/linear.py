@@ -12,6 +12,7 @@ from ktx.kernels import cpu
 from ktx.kernels.kept import kept
 from ktx.ops.base import Context, as_weights, is_plain, packed_as
 from ktx.ops.floats import Floats, matrix, plain
+from ktx.ops.parameters import PARAMETRIZATIONS, Changed
 from ktx.ops.weights import OneMatrix
 from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -58,7 +59,19 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         if self.has_bias:
             self.bias = source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous()
 
+    def parametrized_ones(self) -> frozenset[str]:
+        return frozenset() if self.home.gpu else frozenset({"weight"})
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if PARAMETRIZATIONS in self._modules:
+            changed = Changed.of(self, "weight")
+            y = changed.product(x, 0)
+            if changed.added:
+                return y + self._product(x)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.parts) == 1:
             return cpu.linear(x, self.parts[0], self.bias)
         y = torch.cat([cpu.linear(x, part) for part in self.parts], -1)
