@@ -200,7 +200,9 @@ class Dequantized(torch.Tensor):
             if isinstance(value, cls):
                 name = value.label
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    if func is torch.ops.aten.set_.source_Tensor and args[1] is value:  # torch's parametrize
+                    if func is torch.ops.aten.set_.source_Tensor and value.replace is not None:  # torch's parametrize
+                        if args[1] is not value:
+                            value._pack(args[1])
                         return value
                     if value.whole is None or torch.Tag.inplace_view in func.tags:
                         raise UsageError(READ_ONLY.format(name))
