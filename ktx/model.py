@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 else:
     PreTrainedModel = object
 
+BERT_EMBEDDING = "embeddings.word_embeddings"
 _HEIRS: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -101,6 +102,12 @@ class Model(PreTrainedModel):
             save_packed(self, save_directory, max_shard_size, variant, progress)
         elif is_main_process:
             save(self, save_directory, dtype, max_shard_size, variant, save_original_format, progress)
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As torch's. PEFT looks for the embedding by the name that BERT has for it, else among parameters, of which packed weights are none: it is found by that name."""
+        if target == BERT_EMBEDDING and not hasattr(self, target.partition(".")[0]):
+            return self.get_input_embeddings()
+        return super().get_submodule(target)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's: packed weights that are given are packed anew, as the floats they come in."""

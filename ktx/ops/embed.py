@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ktx.errors import UsageError
@@ -13,6 +14,7 @@ from ktx.kernels.kept import kept
 from ktx.ops import stored
 from ktx.ops.base import Context, as_weights, is_plain
 from ktx.ops.floats import Floats, matrix
+from ktx.ops.parameters import whole
 from ktx.ops.stored import Stored
 from ktx.ops.weights import OneMatrix
 from ktx.qtypes import QType
@@ -51,6 +53,12 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
 
     def load(self, source: WeightSource) -> None:
         (self.packed,) = kept(lambda: [cpu.pack(source.get(f"{self.path}.weight"))])
+
+    def parametrized_ones(self) -> frozenset[str]:
+        return frozenset() if self.home.gpu else frozenset({"weight"})
+
+    def changed(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, whole(self, "weight"), self.padding_idx)
 
     def product(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, f"{self.path} is not loaded"

@@ -50,10 +50,10 @@ class ExpertsLora(Lora):
         for own, names in self.mapping.of(count):
             whose[own] = [names] * len(range(*own.indices(count)))
         found: list[list[Some]] = []
-        for own in tokens.split(list(per_expert)):
-            rows = [whose[token] for token in own.tolist()]
-            names = dict.fromkeys(name for several in rows for name in several if name in self.factors)
-            found.append([(name, _where(name, rows)) for name in names])
+        for mine in tokens.split(list(per_expert)):
+            rows = [whose[token] for token in mine.tolist()]
+            known = dict.fromkeys(name for several in rows for name in several if name in self.factors)
+            found.append([(name, _where(name, rows)) for name in known])
         return found
 
     def added(

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ktx.errors import UsageError
-from ktx.kernels import cpu
+from ktx.kernels import cpu, reference
 from ktx.kernels.kept import kept
 from ktx.ops import contract, stored
-from ktx.ops.base import Context, Operator, as_weights, packed_as
+from ktx.ops.base import Context, as_weights, packed_as
 from ktx.ops.classes import patched
 from ktx.ops.floats import Floats, experts, out_of_reach, plain
 from ktx.ops.gates import KEEP, PLAIN, Gate, as_usual, gate_of_experts, is_gated, is_interleaved
 from ktx.ops.guard import Inside, listened
+from ktx.ops.parameters import PARAMETRIZATIONS, Changed, Offered, Parametrizable
 from ktx.ops.stored import Stored
 from ktx.ops.weights import fitting, quantized
 from ktx.weights.source import QuantizedTensor, WeightSource, joined
+
+if TYPE_CHECKING:
+    from ktx.ops.expert_lora import ExpertsLora, Some
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ACTIVATION = "act_fn"  # transformers' name for the module
 
 
-class Experts(Operator):
+class Experts(Parametrizable):
     """The contract of transformers' experts modules: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D].
 
     Weights stay on the CPU whatever `.to()` says: that is what they are here for. `counts` is what kernels count of them, see cpu.Counted;
@@ -45,6 +49,7 @@ class Experts(Operator):
     on_gpu: Experts | None
     chosen: torch.Tensor | None
     inside: Inside | None
+    lora: ExpertsLora | None = None  # while adapters of the forward are meant for it, see ktx.ops.lora
     replaces: type | None  # the class in whose place it is
 
     def __init__(self, path: str, experts: int, gate: Gate, bias: bool):
@@ -161,7 +166,7 @@ class Experts(Operator):
             self.waited += time.perf_counter() - start
         w, b = self.weights, self.biases
         ids = ids.to(torch.int64)
-        if listened(self):
+        if self.lora is not None or PARAMETRIZATIONS in self._modules or listened(self):
             changed = self._one_by_one(hidden, ids - self.first, weights)
             if changed is not None:
                 return changed.to(device)
@@ -210,30 +215,95 @@ class Experts(Operator):
         return self.weights[name]
 
     def _one_by_one(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
-        """The same, with the activation called as a module: once, for all choices [choices, width] in the order of their experts, as transformers does. None where it gave what it always gives."""
+        """The same, with the activation called as a module, if it is one: once, for all choices [choices, width] in the order of their experts, as transformers does. Heeds parametrizations.
+
+        None where there are none and the activation gave what it always gives.
+        """
         chosen, order = ids.flatten().sort(stable=True)
         mine = (chosen >= 0) & (chosen < self.num_experts)
         chosen, order = chosen[mine], order[mine]
         tokens = order // ids.shape[1]
         per_expert = torch.bincount(chosen, minlength=self.num_experts)
-
-        def product(name: str, rows: torch.Tensor) -> torch.Tensor:
-            w, bias = self.weights[name], self.biases[name]
-            made = [
-                cpu.linear(some, w.matrix(i), None if bias is None else bias[i])
-                for i, some in enumerate(rows.split(per_expert.tolist()))
-                if len(some)
-            ]
-            return torch.cat(made) if made else rows.new_empty(0, w.n)
-
-        rows, gated = hidden[tokens], len(self.projections) == len(PROJECTIONS)
-        gate = product("gate_proj" if gated else "up_proj", rows)
-        seen = self.act_fn(gate)
-        if as_usual(seen, gate, self.gate.act, None if gated else gate):
-            return None
+        into, back = self.stacked().items()
+        counts = per_expert.tolist()
+        adapters = None if self.lora is None else self.lora.chosen(tokens, len(hidden), counts)
+        made, gated = self._products(*into, hidden[tokens], counts, adapters), len(into[1]) > 1
+        if ACTIVATION in self._modules:
+            seen = self.act_fn(made[0])
+            usual = as_usual(seen, made[0], self.gate.act, None if gated else made[0])
+            if usual and PARAMETRIZATIONS not in self._modules and adapters is None:
+                return None
+            middle = seen * made[1] if gated else seen
+        else:
+            middle = reference.activate(made[0], made[-1], *self.gate)
         self.counts[: self.num_experts] += per_expert
-        y = product("down_proj", seen * product("up_proj", rows) if gated else seen)
+        (y,) = self._products(*back, middle, counts, adapters)
         return torch.zeros_like(hidden).index_add_(0, tokens, y * weights.flatten()[order, None].to(hidden.dtype))
+
+    def _products(
+        self,
+        name: str,
+        halves: tuple[str, ...],
+        rows: torch.Tensor,
+        per_expert: list[int],
+        adapters: Sequence[Sequence[Some]] | None,
+    ) -> list[torch.Tensor]:
+        """Of rows [choices, k] in the order of their experts with a stacked parameter: [choices, n] of each of its halves. `adapters`: of LoRA, by expert."""
+        biases = {half: self.biases[half] for half in halves}
+        if self.parametrized(f"{name}_bias"):
+            whole = self._halves(getattr(self, f"{name}_bias"), len(halves), -1)
+            biases = dict(zip(halves, whole, strict=True))
+        changed = Changed.of(self, name, self.transposed) if self.parametrized(name) else None
+        found: list[list[torch.Tensor]] = [[] for _ in halves]
+        for i, some in enumerate(rows.split(per_expert)):
+            if not len(some):
+                continue
+            more = None if changed is None else self._halves(changed.product(some, i), len(halves), -1)
+            for j, half in enumerate(halves):
+                bias = None if (own := biases[half]) is None else own[i]
+                if changed is None or changed.added:
+                    y = cpu.linear(some, self.weights[half].matrix(i), None if bias is None else bias.float())
+                    found[j].append(y if more is None else y + more[j])
+                elif more is not None:
+                    found[j].append(more[j] if bias is None else more[j] + bias.to(some.dtype))
+                if self.lora is not None and adapters is not None and adapters[i]:
+                    found[j][-1] = self.lora.added(half, some, i, adapters[i], found[j][-1])
+        return [
+            torch.cat(made) if made else rows.new_empty(0, self.weights[half].n)
+            for half, made in zip(halves, found, strict=True)
+        ]
+
+    def adapted_shapes(self) -> dict[Any, tuple[str, ...]]:
+        """What LoRA adapters can be added to, by shape [experts, out, in] of a parameter, and by name and shape of a projection: the projections there. Nothing on a GPU."""
+        if self.home.gpu or self.on_gpu is not None:
+            return {}
+        found: dict[Any, tuple[str, ...]] = {}
+        for halves in self.stacked().values():
+            rows, columns = (self.hidden, self.width) if halves == ("down_proj",) else (self.width, self.hidden)
+            found[(self.total, rows * len(halves), columns)] = halves
+            found |= {(half, (self.total, rows, columns)): (half,) for half in halves}
+        return found
+
+    def halved(self, both: torch.Tensor, count: int) -> list[torch.Tensor]:
+        """The rows [experts, out, ...] of each of a parameter's projections."""
+        return self._halves(both, count, 1)
+
+    @property
+    def is_transposed(self) -> bool:
+        """As transformers' modules say it, which PEFT asks."""
+        return self.transposed
+
+    def parametrized_ones(self) -> frozenset[str]:
+        if self.home.gpu or self.on_gpu is not None:
+            return frozenset()
+        return frozenset(f"{name}{end}" for name in self.stacked() for end in ("", "_bias")[: 1 + self.has_bias])
+
+    def __getattr__(self, name: str) -> Any:
+        """A packed weight, by the name that the replaced module has for it."""
+        buffers = self.__dict__.get("_buffers")
+        if isinstance(buffers, Offered) and name in buffers.names:
+            return self.shown(name, self.floats()[name])
+        return super().__getattr__(name)
 
     def floats(self) -> dict[str, Floats]:
         self.check_loaded()

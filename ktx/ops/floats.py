@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,24 +92,30 @@ def experts(halves: Sequence[cpu.Packed], interleaved: bool = False, transposed:
 
 
 READ_ONLY = (
-    "{} is packed and cannot be written to: edit it in `with ktx.edit(module) as weight:`, assign a tensor to module.weight, give other values to"
-    " model.load_state_dict({{...}}, strict=False), or put ktx.dequantize(module) in the module's place"
+    "{} is packed and cannot be written to: edit it in `with ktx.edit(module) as weight:`, write to module.weight.data as a whole, assign a tensor to"
+    " module.weight, give other values to model.load_state_dict({{...}}, strict=False), or put ktx.dequantize(module) in the module's place"
 )
+FROZEN = "{} is packed and is not trained: let its module's weight be (module.requires_grad_(True)), or train an adapter of it"
 ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
+SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.baddbmm.default)
+_places = itertools.count(-1, -1)  # of what is packed nowhere
 _held: WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = WeakValueDictionary()
 
 
 class Dequantized(torch.Tensor):
-    """A packed weight as a tensor that nobody can write to: it takes no memory, every operation on its values dequantises them. UsageError for what would write.
+    """A packed weight as a tensor that takes no memory: every operation on its values dequantises them.
 
+    UsageError for what would write to it. Its `data` can be written to as a whole (`weight.data += delta`, as adapters are merged), which packs the new values at once; not a part of it.
     A module's own one is a parameter to who asks isinstance(weight, nn.Parameter): programs that exchange weights do, and leave alone what is none.
     """
 
     floats: Floats
     label: str  # for messages
-    replace: Callable[[torch.Tensor], None] | None = None  # packs other values; a view has none
+    replace: Callable[[torch.Tensor], Floats] | None = None  # packs other values, and says them; a view has none
+    train: Callable[[], None] | None = None  # has its module compute with a parameter in its place
+    whole: Dequantized | None = None  # of which it is the `data`
     held: torch.Tensor | None = None
     _is_param: bool
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -120,10 +127,11 @@ class Dequantized(torch.Tensor):
         dtype: torch.dtype,
         label: str = "this weight",
         device: torch.device = CPU,
-        replace: Callable[[torch.Tensor], None] | None = None,
+        replace: Callable[[torch.Tensor], Floats] | None = None,
+        train: Callable[[], None] | None = None,
     ) -> Dequantized:
         made: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=device)
-        made.floats, made.label, made.replace = floats, label, replace
+        made.floats, made.label, made.replace, made.train = floats, label, replace, train
         made._is_param = replace is not None  # what torch says of parameters that are no nn.Parameter by class
         return made
 
@@ -136,14 +144,50 @@ class Dequantized(torch.Tensor):
 
     @property  # type: ignore[override]
     def data(self) -> torch.Tensor:
-        """The same, read-only too; what is assigned to it is packed."""
-        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+        """The same; what is assigned to it, or written to it as a whole, is packed."""
+        given: Dequantized = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        given.replace, given.whole = self.replace, None if self.replace is None else self
+        return given
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
+        if not (isinstance(values, Dequantized) and values.floats is self.floats):
+            self._pack(values)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Dequantized:
+        """As torch's. One that is to be trained becomes a parameter of its module, in floats; UsageError where it cannot."""
+        if requires_grad:
+            if self.train is None:
+                raise UsageError(FROZEN.format(self.label))
+            self.train()
+        return self
+
+    @property  # type: ignore[override]
+    def requires_grad(self) -> bool:
+        """As torch's."""
+        return torch.Tensor.requires_grad.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def _pack(self, values: torch.Tensor) -> None:
         if self.replace is None:
             raise UsageError(READ_ONLY.format(self.label))
-        self.replace(values)
+        floats = self.replace(values)
+        for one in (self, self.whole):
+            if one is not None:
+                one.floats, one.held = floats, None
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Dequantized:
+        """Packs what an operation makes that writes to all of this one's values."""
+        values = self.dequantized().clone()
+        args, kwargs = tree_map_only(
+            Dequantized, lambda one: values if one is self else one.dequantized(), (args, kwargs)
+        )
+        func(*args, **kwargs)
+        self._pack(values)
+        return self
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -151,13 +195,21 @@ class Dequantized(torch.Tensor):
         if func in ALIASES:
             given = args[0]
             return cls(given.floats, given.dtype, given.label, given.device)
+        if func in SUMS and (made := cls._sum(func, args, kwargs)) is not None:
+            return made
         name = "this weight"
         for i, argument in enumerate(func._schema.arguments):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             if isinstance(value, cls):
                 name = value.label
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    raise UsageError(READ_ONLY.format(name))
+                    if func is torch.ops.aten.set_.source_Tensor and value.replace is not None:  # torch's parametrize
+                        if args[1] is not value:
+                            value._pack(args[1])
+                        return value
+                    if value.whole is None or torch.Tag.inplace_view in func.tags:
+                        raise UsageError(READ_ONLY.format(name))
+                    return value._written(func, args, kwargs)
         args, kwargs = tree_map_only(Dequantized, Dequantized.dequantized, (args, kwargs))
         out = func(*args, **kwargs)
         if any(
@@ -165,6 +217,34 @@ class Dequantized(torch.Tensor):
         ):  # what is written to a view would be lost
             out = tree_map_only(torch.Tensor, lambda view: cls._of_view(view, name), out)
         return out
+
+    @classmethod
+    def _sum(cls, func: Any, args: Any, kwargs: Any) -> Dequantized | None:
+        """Stacked matrices plus others of their number, as PEFT's parametrizations add them: torch's parametrize has them computed to look at their shape. None for any other sum."""
+        base, *others = args
+        if not isinstance(base, Dequantized) or base.dim() != 3 or base.held is not None:
+            return None
+        if not all(type(other) in (torch.Tensor, torch.nn.Parameter) and other.dim() == 3 for other in others):
+            return None
+        shapes = [other.shape for other in others]
+        fits = (
+            len(shapes) == 1
+            and shapes[0] == base.shape
+            or len(shapes) == 2
+            and {len(base), *map(len, others)} == {len(base)}
+        )
+        if not fits or any(other.is_inference() or other.dtype != base.dtype for other in others):
+            return None
+        given = [(other.detach(), other._version) for other in others]
+
+        def read(first: int, last: int) -> torch.Tensor:
+            if any(other._version != before for other, before in given):
+                raise UsageError(f"what was added to {base.label} has changed since: add it again")
+            own = base.floats.read(first, last).to(base.dtype)
+            made: torch.Tensor = func(own, *(other[first:last] for other, _ in given), **kwargs)
+            return made.float()
+
+        return cls(Floats(base.floats.shape, read, next(_places)), base.dtype, f"a sum with {base.label}", base.device)
 
     @classmethod
     def _of_view(cls, view: torch.Tensor, name: str) -> Dequantized:

@@ -13,6 +13,7 @@ from ktx.kernels.kept import kept
 from ktx.ops import stored
 from ktx.ops.base import Context, as_weights, is_plain, packed_as
 from ktx.ops.floats import Floats, matrix, plain
+from ktx.ops.parameters import Changed
 from ktx.ops.stored import Stored
 from ktx.ops.weights import OneMatrix
 from ktx.qtypes import QType
@@ -59,6 +60,16 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
             self.parts = kept(lambda: [packed_as(part, self.target) for part in source.parts(name)])
         if self.has_bias:
             self.bias = source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous()
+
+    def parametrized_ones(self) -> frozenset[str]:
+        return frozenset() if self.home.gpu else frozenset({"weight"})
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        changed = Changed.of(self, "weight")
+        y = changed.product(x, 0)
+        if changed.added:
+            return y + self.product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.parts) == 1:

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from ktx.errors import UsageError, nearest
-from ktx.ops.base import Operator, as_weights
-from ktx.ops.floats import Dequantized, Floats
+from ktx.ops.base import as_weights
+from ktx.ops.changes import Changes
+from ktx.ops.floats import Floats
 from ktx.ops.lora import Lora
+from ktx.ops.parameters import PARAMETRIZATIONS, Parametrizable
 from ktx.qtypes import QTYPES, QType
 from ktx.quantize import quantize
 from ktx.weights.source import QuantizedTensor
@@ -40,7 +42,10 @@ def fitting(path: str, values: Any, shape: Sequence[int]) -> torch.Tensor:
     return values.detach().to("cpu")
 
 
-class OneMatrix(Operator):
+STATE = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers"}  # torch's own: hooks, children, mode
+
+
+class OneMatrix(Parametrizable):
     """An operator with one packed matrix. It shows it as `weight` and packs what is assigned to that; modules in `ties` share one."""
 
     derived = frozenset({"ties"})
@@ -48,11 +53,15 @@ class OneMatrix(Operator):
     lora: Lora | None = None  # while adapters of the forward are meant for it, see ktx.ops.lora
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.product(x)
+        y = self.changed(x) if PARAMETRIZATIONS in self._modules else self.product(x)
         return y if self.lora is None else self.lora(x, y)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """What its matrix makes of rows, or of token ids."""
+        raise NotImplementedError
+
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
+        """The same with the parametrizations that others put on it."""
         raise NotImplementedError
 
     def rows(self) -> Floats:
@@ -74,19 +83,42 @@ class OneMatrix(Operator):
     @property
     def weight(self) -> torch.Tensor:
         """[rows, columns], read-only: see ktx.ops.floats."""
-        return Dequantized(self.rows(), self.dtype, f"{self.path}.weight", self.home.torch, self._share)
+        if self.parametrized_ones() and "weight" not in self._buffers:  # torch's parametrize has taken it away
+            raise AttributeError("weight")
+        return self.shown("weight", self.rows())
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
+        if name == "weight" and not self.parametrized(name):
             self.hold(self.packed_from(as_weights(fitting(self.path, value, self.rows().shape))))
             self.ties[:] = [other for other in self.ties if other is not self]
             self.ties = []  # a tied output layer and its embedding are no longer that, as in transformers
         else:
             super().__setattr__(name, value)
 
-    def _share(self, values: torch.Tensor) -> None:
+    def replaced(self, name: str, values: torch.Tensor) -> Floats:
         """Floats for this module and all that share its matrix."""
+        if name != "weight":
+            return super().replaced(name, values)
         self._give(as_weights(fitting(self.path, values, self.rows().shape)))
+        return self.rows()
+
+    def plain(self, dtype: torch.dtype | None) -> nn.Module:
+        """For ktx.dequantize: torch's own module."""
+        raise NotImplementedError
+
+    def trained(self, name: str) -> None:
+        """This module becomes torch's own, in floats, and so do all that share its matrix."""
+        matrix: Any = None
+        for module in self.ties or [self]:
+            made = module.plain(None)
+            matrix = made.weight if matrix is None else matrix
+            made.weight = matrix
+            own = {name: value for name, value in module.__dict__.items() if name in STATE}
+            module.__dict__.clear()
+            module.__dict__.update(made.__dict__ | own)
+            object.__setattr__(module, "__class__", type(made))
+        Changes.count += 1
+        getattr(self, name).requires_grad_(True)
 
     def _give(self, weight: QuantizedTensor) -> None:
         packed = self.packed_from(weight)

@@ -312,7 +312,9 @@ def test_the_expansion_of_a_latent_is_edited(tmp_path):
 
 WRITES = {
     "mul_": lambda w: w.mul_(2),
-    "data": lambda w: w.data.mul_(2),
+    "part of data": lambda w: w.data[1:3].mul_(2),
+    "row of data": lambda w: w.data.__setitem__(3, 0.0),
+    "view of data": lambda w: w.data.t_(),
     "detach": lambda w: w.detach().zero_(),
     "item": lambda w: w.__setitem__(3, 0.0),
     "row": lambda w: w[3].zero_(),
@@ -337,6 +339,27 @@ def test_a_packed_weight_refuses_to_be_written(shared, write):
         with torch.no_grad(), pytest.raises((UsageError, ValueError), match="ktx.edit|read-only"):
             write(module.weight)
     assert torch.equal(decode(shared, 1), before)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.mul_(0.5),
+        lambda w: w.data.add_(torch.full_like(w, 0.01)),
+        lambda w: torch.mul(w.data, 0.5, out=w.data),
+        lambda w: w.data.index_fill_(0, torch.tensor([2]), 0.1),
+        lambda w: setattr(w, "data", w.data + 0.01),
+    ],
+    ids=["mul_", "add_", "out", "index_fill_", "assigned"],
+)
+def test_the_data_of_a_packed_weight_can_be_written_as_a_whole(folder, write):
+    right, mine = tiny(folder[0]), load(folder[1], None)
+    for path in ("lm_head", "model.embed_tokens"):
+        with torch.no_grad():
+            for model in (right, mine):
+                write(model.get_submodule(path).weight)
+        assert torch.equal(mine.get_submodule(path).weight + 0, right.get_submodule(path).weight)
+    assert relative(decode(mine, 1), decode(right, 1)) < NEAR
 
 
 def test_a_packed_weight_can_be_read(folder, shared):

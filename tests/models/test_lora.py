@@ -30,6 +30,12 @@ TARGETS = {
     "gpt_oss": ["q_proj", "k_proj", "o_proj"],
     "qwen3_next": ["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj", "o_proj"],
 }
+EXPERTS = {  # LoraConfig's target_parameters
+    "qwen3_moe": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "deepseek_v3": ["mlp.experts.down_proj"],
+    "gpt_oss": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    "qwen3_next": ["mlp.experts.gate_up_proj"],
+}
 MORE = [
     {"r": 4, "lora_alpha": 16},
     {
@@ -61,7 +67,8 @@ def folder(family, tmp_path_factory):
 def write(family, folder, seed=0, **more):
     """An adapter of random numbers, by PEFT."""
     torch.manual_seed(70 + seed)
-    config = LoraConfig(**{"target_modules": TARGETS[family], "init_lora_weights": False, **more})
+    known = {"target_modules": TARGETS[family], "target_parameters": EXPERTS.get(family)}
+    config = LoraConfig(**{**known, "init_lora_weights": False, **more})
     get_peft_model(tiny(family, tie_word_embeddings=False), config).save_pretrained(folder)
 
 
@@ -230,6 +237,45 @@ def test_what_an_adapter_is_called(text, name, scale):
 def test_what_is_no_adapter_is_refused(text):
     with pytest.raises(UsageError, match="scale|NAME="):
         Wish.of(text)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_experts_that_were_adapted_one_by_one(name, tmp_path):
+    """As PEFT wrote them where experts were modules of their own: some of the experts, some of their projections."""
+    base = tiny(name, tie_word_embeddings=False).eval()
+    base.save_pretrained(tmp_path)
+    experts = base.model.layers[1].mlp.experts
+    width, hidden = experts.down_proj.shape[2], experts.down_proj.shape[1]
+    where, (gate, up, down) = {
+        "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
+        "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
+    }[name]
+    generator = torch.Generator().manual_seed(4)
+    tensors = {}
+    with torch.no_grad():
+        for number, projection in ((0, gate), (0, up), (0, down), (2, up), (3, down)):
+            rows, columns = (hidden, width) if projection == down else (width, hidden)
+            a, b = (torch.randn(*shape, generator=generator) * 0.1 for shape in ((4, columns), (rows, 4)))
+            path = f"base_model.model.model.layers.1.{where}.experts.{number}.{projection}"
+            tensors |= {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+            if projection == down:
+                experts.down_proj[number] += 2 * b @ a
+            else:
+                half = slice(0, width) if projection == gate else slice(width, 2 * width)
+                experts.gate_up_proj[number, half] += 2 * b @ a
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(tensors, adapter / WEIGHTS)
+    (adapter / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    mine = load(tmp_path, None, kv_dtype="f32", lora=adapter)
+    with torch.no_grad():
+        expected = base(input_ids=IDS).logits
+        assert relative(mine(input_ids=IDS).logits, expected) < NEAR
+        mine.ktx.use_lora()
+        assert relative(mine(input_ids=IDS).logits, expected) > 1e-3
+    save_file({key.replace("experts.3", "experts.33"): value for key, value in tensors.items()}, adapter / WEIGHTS)
+    with pytest.raises(BadFile, match="experts 0 to 33"):
+        mine.ktx.load_lora(adapter, "other")
 
 
 # ---- one family suffices for what follows

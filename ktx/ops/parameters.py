@@ -1,0 +1,171 @@
+"""Packed weights where torch and PEFT look for parameters of a module, and parametrizations that others put on them.
+
+A module that is asked for its own parameters names its packed weights among them, as read-only tensors (ktx.ops.floats), though `model.parameters()` does not: so PEFT finds what
+`target_parameters` and `modules_to_save` name. `torch.nn.utils.parametrize` takes them like buffers, for as long as PEFT's forward lasts, and the operator computes with what is added.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ktx.errors import UsageError
+from ktx.hardware import human
+from ktx.ops.base import Operator
+from ktx.ops.changes import Changes
+from ktx.ops.floats import READ_ONLY, Dequantized, Floats
+
+log = logging.getLogger("ktx.ops.parameters")
+PARAMETRIZATIONS = "parametrizations"  # torch's name for the child
+_said: set[tuple[str, str]] = set()
+
+
+class Offered(dict[str, Any]):
+    """The buffers of an operator, among which `names` of packed weights are found too. No copy, cast or list of buffers sees these."""
+
+    names: frozenset[str] = frozenset()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names or super().__contains__(name)
+
+    def __delitem__(self, name: str) -> None:
+        if name in self.names:
+            self.names -= {name}
+        else:
+            super().__delitem__(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self.names:
+            super().__setitem__(name, value)
+        elif not isinstance(value, Dequantized):
+            raise UsageError(READ_ONLY.format(name))
+
+
+class Parametrizable(Operator):
+    """An operator that names its packed weights among its own parameters. Those in `parametrized_ones` may be parametrized, on the CPU."""
+
+    def parametrized_ones(self) -> frozenset[str]:
+        """The names of weights whose parametrizations its forward heeds."""
+        return frozenset()
+
+    def shown(self, name: str, floats: Floats) -> Dequantized:
+        """A packed weight as a parameter."""
+        return Dequantized(
+            floats,
+            self.dtype,
+            f"{self.path}.{name}",
+            self.home.torch,
+            lambda values: self.replaced(name, values),
+            lambda: self.trained(name),
+        )
+
+    def replaced(self, name: str, values: torch.Tensor) -> Floats:
+        """Packs other values for a weight, and says them."""
+        self.take({name: values})
+        return self.floats()[name]
+
+    def trained(self, name: str) -> None:
+        """Makes a packed weight a parameter that is trained."""
+        raise UsageError(
+            f"{self.path}.{name} is packed and is not trained itself: train an adapter of it (LoraConfig(target_parameters=[...])), or keep the module in floats by a rule"
+        )
+
+    def enliven(self) -> None:
+        super().enliven()
+        offered = Offered(self._buffers)
+        offered.names = self.parametrized_ones()
+        self.__dict__["_buffers"] = offered
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As torch's, and its packed weights."""
+        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        if self.is_ready:
+            for name, floats in self.floats().items():
+                if not self.parametrized(name):
+                    yield f"{prefix}.{name}" if prefix else name, self.shown(name, floats)  # type: ignore[misc]
+
+    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        """As torch's; a weight whose parametrizations are taken away comes back so."""
+        if isinstance(tensor, Dequantized) and isinstance(self._buffers, Offered):
+            Changes.count += 1
+            self._buffers.names |= {name}
+        else:
+            super().register_buffer(name, tensor, persistent)
+
+    def parametrized(self, name: str) -> bool:
+        """Whether others have put something on one of its weights."""
+        own: Any = self._modules.get(PARAMETRIZATIONS, ())
+        return name in own
+
+
+Product = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class Changed(NamedTuple):
+    """What parametrizations make of a weight [n, k], or of stacked ones: products of rows [tokens, k] with it, [tokens, n], by number. `added`: to the products of the weight as it is packed."""
+
+    product: Product
+    added: bool
+
+    @classmethod
+    def of(cls, owner: Parametrizable, name: str, transposed: bool = False) -> Changed:
+        """PEFT's low ranks and sums of them are added; of anything else the whole weight is computed."""
+        parts = [_added(each, transposed) for each in owner.parametrizations[name]]
+        known = [part for part in parts if part is not None]
+        large = [each.delta_weight for each in owner.parametrizations[name] if hasattr(each, "delta_weight")]
+        if len(known) == len(parts):
+            if large:
+                _say(
+                    owner, name, "several adapters at once, or one that is not of low rank, are added as a whole", large
+                )
+            return cls(lambda rows, i: torch.stack([part(rows, i) for part in known]).sum(0), True)
+        return cls(_dense(whole(owner, name), transposed), False)
+
+
+def whole(owner: Parametrizable, name: str) -> torch.Tensor:
+    """A parametrized weight, all of it."""
+    values: torch.Tensor = getattr(owner, name)
+    _say(owner, name, "a parametrization of it is computed as a whole", [values])
+    return values
+
+
+def _added(each: Any, transposed: bool) -> Product | None:
+    """What one of PEFT's parametrizations adds to the products; None for any other."""
+    if not type(each).__module__.startswith("peft."):
+        return None
+    if type(each).__name__ == "_LoraParameterProxy":
+        return _dense(each.delta_weight, transposed)
+    if type(each).__name__ != "_LoraFactorsProxy":
+        return None
+    left, right, scaling = _matrices(each.lhs), _matrices(each.rhs), each.scaling
+
+    def product(rows: torch.Tensor, i: int) -> torch.Tensor:
+        first, second = (left[i], right[i]) if transposed else (right[i].T, left[i].T)
+        return (rows @ first.to(rows.dtype)) @ second.to(rows.dtype) * scaling
+
+    return product
+
+
+def _matrices(values: Any) -> tuple[torch.Tensor, ...]:
+    """One by one, of stacked ones or of a single matrix."""
+    return values.unbind(0) if values.dim() == 3 else (values,)  # type: ignore[no-any-return]
+
+
+def _dense(values: Any, transposed: bool) -> Product:
+    matrices = _matrices(values)
+    return lambda rows, i: rows @ (matrices[i] if transposed else matrices[i].T).to(rows.dtype)
+
+
+def _say(owner: Operator, name: str, what: str, tensors: list[torch.Tensor]) -> None:
+    """One line, once for a kind of weight."""
+    kind = type(owner).__name__.removeprefix("Parametrized"), name
+    if kind not in _said:
+        _said.add(kind)
+        held = human(sum(values.nbytes for values in tensors))
+        log.warning("%s.%s: %s, which is slow and takes %s in each forward", owner.path, name, what, held)
