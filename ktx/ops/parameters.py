@@ -98,6 +98,14 @@ class Parametrizable(Operator):
         else:
             super().register_buffer(name, tensor, persistent)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's; a weight whose parametrizations are taken away comes back so, because it is a parameter to who asks isinstance."""
+        if isinstance(param, Dequantized) and isinstance(self._buffers, Offered) and name in self.parametrized_ones():
+            Changes.count += 1
+            self._buffers.names |= {name}
+        else:
+            super().register_parameter(name, param)
+
     def parametrized(self, name: str) -> bool:
         """Whether others have put something on one of its weights."""
         own: Any = self._modules.get(PARAMETRIZATIONS, ())

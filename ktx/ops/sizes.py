@@ -10,6 +10,7 @@ from torch import nn
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.experts import Experts
+from ktx.ops.floats import Dequantized
 from ktx.ops.linear import Linear
 
 
@@ -27,7 +28,7 @@ def sizes(model: nn.Module) -> list[Size]:
     """Operators, and other modules with parameters of their own; plain parameters count as they are."""
     found, known = [], set[int]()
     for path, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
+        own = [parameter for parameter in module.parameters(recurse=False) if not isinstance(parameter, Dequantized)]
         held, token = module.weight_bytes() if isinstance(module, Operator) else (0, 0)
         held = 0 if isinstance(module, Linear) and module.tied_to and not module.copies else held
         for parameter in own:
