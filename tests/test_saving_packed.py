@@ -459,7 +459,7 @@ def with_wrapper(model):
     ("change", "words"),
     [
         (with_adapter, "has no .*q_proj.lora_A.*merge adapters first"),
-        (with_parametrization, "has no .*down_proj.parametrizations"),
+        (with_parametrization, r"model\.layers\.0\.mlp\.down_proj is parametrized"),
         (with_wrapper, r"has no model\.layers\.1\.mlp\.0\."),
     ],
 )
