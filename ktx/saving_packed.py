@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrize import is_parametrized
 
 from ktx.checkpoint import Folder, Pieces, Place, config_of, in_checkpoint, left_out, state_of
 from ktx.errors import UsageError
@@ -87,6 +88,10 @@ def _state(model: Any) -> State:
     floats = state_of(model)
     found: State = {name: value for name, value in floats.items() if not isinstance(value, Dequantized)}
     for path, module in model.named_modules():
+        if is_parametrized(module):
+            raise UsageError(
+                f"save_pretrained: {path} is parametrized, a file has nothing for that; torch.nn.utils.parametrize.remove_parametrizations puts values in its place"
+            )
         if isinstance(module, Operator):
             prefix = f"{path}." if path else ""
             found |= {in_checkpoint(f"{prefix}{name}"): value for name, value in module.packed_state().items()}

@@ -237,6 +237,8 @@ class Attention(Operator):
         return self.computed(*self.call.split(args, kwargs))
 
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
+        if self.home.gpu:
+            return super().by_class(*args, **kwargs)
         return self.computed(*self.call.split(args, kwargs))  # ends there
 
     def computed(self, given: dict[str, Any], cache: Any) -> Any:

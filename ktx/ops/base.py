@@ -110,8 +110,12 @@ class Operator(nn.Module):
         return {}
 
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
-        """Its forward while the class that it replaces is patched (ktx.ops.classes): the patched one."""
+        """Its forward while the class that it replaces is patched (ktx.ops.classes): the patched one. UsageError on a GPU, where other modules do without it."""
         kind = type(self)
+        if self.home.gpu:
+            raise UsageError(
+                f"{self.path}: a method was put on a class whose work is done otherwise on a GPU; put it on modules, or load the model with device='cpu'"
+            )
         old: Any = next(base for base in kind.__mro__ if not issubclass(base, Operator))
         return old.forward(self, *args, **kwargs)
 

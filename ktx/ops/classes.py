@@ -1,11 +1,16 @@
-"""Methods that scripts put on classes after a model was loaded: `LlamaMLP.forward = patched`, `type(layer.mlp).forward = patched`, `torch.nn.SiLU.forward = patched`.
+"""Methods that scripts put on classes: `LlamaMLP.forward = patched`, `type(layer.mlp).forward = patched`, `torch.nn.SiLU.forward = patched`.
 
 Python calls no one when a class changes. So each forward of a model begins with a look at all classes of modules that shortcuts stand for (about a microsecond): when a method is
-another one, that counts as a change of all modules. An operator whose replaced class has been patched calls that class's forward from then on.
+another one, that counts as a change of all modules. An operator whose replaced class has been patched calls that class's forward from then on. What was put there before a model
+was loaded is known by the file that it was written in.
 """
 
 from __future__ import annotations
 
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -14,6 +19,11 @@ from torch import nn
 from ktx.ops.base import Operator
 from ktx.ops.changes import Changes
 
+LIBRARIES = tuple(
+    f"{Path(spec.origin).parent}{os.sep}"
+    for name in ("torch", "transformers")
+    if (spec := find_spec(name)) and spec.origin
+)
 patched: set[type] = set()  # classes of transformers' and torch's, by whose methods operators go
 _watched: dict[tuple[type, str], Any] = {}  # methods as they were when their class was first seen
 _places: list[tuple[type, str]] = []
@@ -41,14 +51,27 @@ def watch(module: nn.Module) -> None:
     for old in (replaced_by(kind), other):
         if old is not None:
             for name in _methods(old):
-                _put(old, name)
+                _put(old, name, _is_its_own(old, name))
 
 
-def _put(kind: type, name: str) -> None:
+def _put(kind: type, name: str, usual: bool = True) -> None:
     if (kind, name) not in _watched:
-        method = _watched[kind, name] = getattr(kind, name)
+        method = _watched[kind, name] = getattr(kind, name) if usual else None
         _places.append((kind, name))
-        _seen.append(method)
+        _seen.append(method)  # of one that is not usual None, so that the next look finds it
+
+
+def _is_its_own(kind: Any, name: str) -> bool:
+    """Whether a method was written where its class was, with decorators of transformers' or torch's: not put there before the model was loaded."""
+    owner = next(base for base in kind.__mro__ if name in vars(base))
+    homes = (getattr(sys.modules.get(owner.__module__), "__file__", None) or "", *LIBRARIES)
+    method: Any = getattr(kind, name)
+    while method is not None:
+        code = getattr(method, "__code__", None)
+        if code is None or not code.co_filename.startswith(homes):
+            return False
+        method = getattr(method, "__wrapped__", None)
+    return True
 
 
 def _methods(kind: type) -> set[str]:
@@ -58,17 +81,10 @@ def _methods(kind: type) -> set[str]:
     return {name for name in names if not name.startswith("__")} | {"forward"}
 
 
-def about(module: nn.Module) -> tuple[Any, ...]:
-    """What a shortcut goes by: the method that is called, and whether the replaced class was patched."""
-    kind = type(module)
-    replaced = (replaced_by(kind), module.__dict__.get("replaces"))
-    return kind.forward, *(old is not None and old in patched for old in replaced)
-
-
 def is_patched(module: nn.Module) -> bool:
     """Whether somebody has put other methods on a module's class, or on the one that it replaces."""
-    forward, *of_replaced = about(module)
-    return any(of_replaced) or forward is not _watched[type(module), "forward"]
+    kind, replaced = type(module), (replaced_by(type(module)), module.__dict__.get("replaces"))
+    return kind.forward is not _watched[kind, "forward"] or any(old in patched for old in replaced if old is not None)
 
 
 def follow() -> None:
@@ -77,6 +93,9 @@ def follow() -> None:
     if now == _seen:
         return
     Changes.count += 1
+    for place in [place for place, usual in _watched.items() if usual is None]:
+        if _is_its_own(*place):  # what was there before has been taken back
+            _watched[place] = getattr(*place)
     patched.clear()
     patched.update(
         kind for (kind, name), method in zip(_places, now, strict=True) if method is not _watched[kind, name]

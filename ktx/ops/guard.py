@@ -46,7 +46,7 @@ class State:
     def _said(self) -> dict[Any, Any]:
         module = self.module
         derived = {*module.derived, *module.remade} if isinstance(module, Operator) else ()
-        said: dict[Any, Any] = {type: type(module), classes: classes.about(module)}
+        said: dict[Any, Any] = {type: type(module)}
         for name, value in module.__dict__.items():
             if name not in IGNORED and name not in derived:
                 said[name] = value

@@ -174,6 +174,8 @@ class MLA(Operator):
         return self.computed(cache, **given)
 
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
+        if self.home.gpu:
+            return super().by_class(*args, **kwargs)
         return self.by_transformers(*self.call.split(args, kwargs))
 
     def _expands(self) -> bool:

@@ -72,10 +72,9 @@ class MoE(Operator):
         return (out, weights) if self.returns_router else out
 
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
-        if self.link is not None or self.experts.home.gpu or getattr(self.experts, "on_gpu", None) is not None:
+        if self.link is not None:
             raise UsageError(
-                f"{self.path}: a method was put on a class of MoE blocks, which is not called where experts are put off or on a GPU; put it on modules, or load the"
-                " model with device='cpu' and without defer_experts"
+                f"{self.path}: a method was put on a class of MoE blocks, which are not called where experts are put off; load the model without defer_experts"
             )
         return super().by_class(*args, **kwargs)
 

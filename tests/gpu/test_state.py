@@ -64,3 +64,18 @@ def test_experts_of_a_layer_on_two_devices_are_one_tensor(tmp_path):
     name = "model.layers.1.mlp.experts.up_proj"
     found, right = (open_weights(tmp_path / folder, twins.cpu.config).get(name) for folder in ("shared", "cpu"))
     assert found.shape == right.shape and torch.equal(found.data, right.data)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3MoeRMSNorm", "Qwen3MoeAttention", "Qwen3MoeSparseMoeBlock", "Qwen3MoeExperts"])
+@pytest.mark.parametrize("others", [{}, {"Experts": "cpu"}])
+def test_methods_put_on_classes_are_refused(tmp_path, kind, others, monkeypatch):
+    twins, ids = Twins(tmp_path, "qwen3_moe"), torch.tensor([[3, 4, 5]])
+    mine = twins.on(**others)
+    usual = mine(ids).logits
+    old = next(type(module) for module in twins.reference.modules() if type(module).__name__ == kind)
+    whole = old.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(old, "forward", lambda self, *args, **kwargs: whole(self, *args, **kwargs))
+        with pytest.raises(UsageError, match="a method was put on"):
+            mine(ids)
+    assert torch.equal(mine(ids).logits, usual)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from ktx.engine.sampling import Sampling
 from ktx.errors import UsageError
 from ktx.ops import classes
 from ktx.ops.changes import Changes
+from tests.models.families import tiny
 from tests.models.test_families import IDS, Pair, load, relative
 from tests.small_chat import write_model
 
@@ -162,6 +167,63 @@ def test_loaded_after_a_patch_was_taken_back(tmp_path, monkeypatch, how):
     }[how]()
     assert made.model.layers[0].stretch is not None and made.model.layers[0].block.guard.holds()
     assert relative(computed(made), computed(pair.reference)) < 1e-4
+
+
+BEFORE = """
+import functools, sys
+from pathlib import Path
+import torch
+from ktx.errors import UsageError
+from tests.models.families import tiny
+from tests.models.test_classes import computed, kinds_of, load, relative, scaled
+from tests.models.test_families import Pair
+
+torch.set_grad_enabled(False)
+family, name, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+kind = next(kind for kind in kinds_of(tiny(family)) if kind.__name__ == name)
+usual = kind.forward
+kind.forward = functools.wraps(usual)(scaled(usual))
+try:
+    pair = Pair(folder, family, "F32", {})
+except UsageError as error:
+    assert name in str(error)
+    print("refused")
+    sys.exit()
+assert relative(computed(pair.model), computed(pair.reference)) < 1e-4
+patched = computed(pair.model)
+kind.forward = usual
+assert relative(computed(pair.model), computed(pair.reference)) < 1e-4 < relative(computed(pair.model), patched)
+attention = pair.model.model.layers[0].self_attn
+assert attention.block.guard.holds()
+print("counted")
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "outcome"),
+    [
+        ("llama", "Linear", "counted"),
+        ("llama", "LlamaRotaryEmbedding", "counted"),
+        ("qwen3_moe", "Qwen3MoeTopKRouter", "refused"),
+    ],
+)
+def test_put_there_before_loading(tmp_path, family, name, outcome):
+    """It counts, and taken back later it does not; or it is refused where an operator cannot tell what it means."""
+    asked = [sys.executable, "-c", BEFORE, family, name, str(tmp_path)]
+    done = subprocess.run(asked, env=os.environ | {"PYTHONPATH": os.getcwd()}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == outcome
+
+
+@pytest.mark.parametrize("name", ["LlamaRMSNorm", "LlamaMLP", "SiLUActivation"])
+def test_norms_and_activations_put_there_before_loading_are_refused(tmp_path, name, monkeypatch):
+    """Those that are no kernel's any more."""
+    original = tiny("llama")
+    original.save_pretrained(tmp_path)
+    kind = next(type(module) for module in original.modules() if type(module).__name__ == name)
+    monkeypatch.setattr(kind, "forward", functools.wraps(kind.forward)(scaled(kind.forward)))
+    with pytest.raises(UsageError, match="in no kernel|computes is no RMSNorm"):
+        load(tmp_path, None)
 
 
 def test_a_module_of_its_own_goes_before_its_class(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from ktx.errors import UsageError
 from ktx.kernels import reference
 from ktx.kernels.gpu import kernels_for
 from ktx.kernels.gradients import none_on_gpu
@@ -111,11 +110,6 @@ class Attention(attention.Attention):
     def ready(self) -> None:
         sinks = getattr(self, "sinks", None)
         self.sinks_f32 = None if sinks is None else sinks.detach().float().contiguous()
-
-    def by_class(self, *args: Any, **kwargs: Any) -> Any:
-        raise UsageError(
-            f"{self.path}: a method was put on a class of attention, which is not called where it is on a GPU; put it on modules, or load the model with device='cpu'"
-        )
 
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
         if self.usual and self.choice.plain(cache):
