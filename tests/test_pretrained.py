@@ -21,7 +21,7 @@ from ktx.errors import BadFile, UsageError
 from ktx.pretrained import REFUSED
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
-from tests.models.test_families import IDS, load
+from tests.models.test_families import IDS, load, relative
 
 PROMPT = IDS[:, :20]
 HEEDED = {  # by ktx, or by transformers before it shows the quantiser anything
@@ -194,6 +194,31 @@ def test_errors_name_what_is_wrong(floats, tmp_path):
     AutoConfig.from_pretrained(floats).save_pretrained(tmp_path)
     with pytest.raises(BadFile):
         loaded(tmp_path)
+
+
+def test_a_configuration_that_names_another_quantisation(gguf, tmp_path):
+    """transformers refuses that by itself; without it the GGUF file counts."""
+    config = json.loads((gguf / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = {"weights": gguf / "model.gguf"}
+    with pytest.raises(ValueError, match="KtxConfig"):
+        loaded(tmp_path, words=words)
+    config = AutoConfig.from_pretrained(tmp_path)
+    del config.quantization_config
+    assert torch.equal(answer(loaded(tmp_path, words=words, config=config)), answer(loaded(gguf)))
+
+
+def test_an_adapter_in_the_folder(floats, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    own = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    right = get_peft_model(AutoModelForCausalLM.from_pretrained(floats), own).eval()
+    right.save_pretrained(tmp_path)
+    model = loaded(tmp_path)
+    assert list(model.peft_config) == ["default"]
+    assert relative(answer(model), answer(right)) < 1e-4 < relative(answer(loaded(floats)), answer(right))
 
 
 def test_every_argument_of_from_pretrained_is_known():

@@ -271,7 +271,7 @@ def test_in_a_compiled_model(two):
 
 def test_the_rules_of_a_loaded_model_may_leave_experts_to_it(tmp_path):
     tiny("qwen3_moe").save_pretrained(tmp_path)
-    rules = [ktx.Rule(name=r"\.experts$", replace="default", recursive=False)]
+    rules = [ktx.Rule(name=r"\.experts$", recursive=False)]
     made = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=ktx.KtxConfig(rules=rules, progress=False), experts_implementation="ktx"
     )
