@@ -59,9 +59,6 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         if self.has_bias:
             self.bias = source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous()
 
-    def parametrized_ones(self) -> frozenset[str]:
-        return frozenset() if self.home.gpu else frozenset({"weight"})
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if PARAMETRIZATIONS in self._modules:
             changed = Changed.of(self, "weight")
