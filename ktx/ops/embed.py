@@ -54,9 +54,6 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
     def load(self, source: WeightSource) -> None:
         (self.packed,) = kept(lambda: [cpu.pack(source.get(f"{self.path}.weight"))])
 
-    def parametrized_ones(self) -> frozenset[str]:
-        return frozenset() if self.home.gpu else frozenset({"weight"})
-
     def changed(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, whole(self, "weight"), self.padding_idx)
 

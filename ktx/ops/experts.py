@@ -132,7 +132,8 @@ class Experts(Parametrizable):
     def _complete(self) -> None:
         """After loading: without a gate, the other projection stands for it too, in the same memory."""
         if self.weights and len(self.projections) < len(PROJECTIONS):
-            self.weights = {"gate_proj": self.weights["up_proj"]} | self.weights
+            twice = {"gate_proj": self.weights["up_proj"]}
+            self.weights = twice | self.weights | twice
 
     def _pack(self, source: WeightSource, full: str) -> Any:
         return packed_as(self._held(source.parts(full)), self.target, cpu.pack_experts)
@@ -293,8 +294,8 @@ class Experts(Parametrizable):
         """As transformers' modules say it, which PEFT asks."""
         return self.transposed
 
-    def parametrized_ones(self) -> frozenset[str]:
-        if self.home.gpu or self.on_gpu is not None:
+    def offered(self) -> frozenset[str]:
+        if self.num_experts < self.total:  # a share
             return frozenset()
         return frozenset(f"{name}{end}" for name in self.stacked() for end in ("", "_bias")[: 1 + self.has_bias])
 

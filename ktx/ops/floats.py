@@ -235,13 +235,14 @@ class Dequantized(torch.Tensor):
         )
         if not fits or any(other.is_inference() or other.dtype != base.dtype for other in others):
             return None
-        given = [(other.detach(), other._version) for other in others]
+        given = [(other, other._version) for other in others]
 
         def read(first: int, last: int) -> torch.Tensor:
             if any(other._version != before for other, before in given):
                 raise UsageError(f"what was added to {base.label} has changed since: add it again")
             own = base.floats.read(first, last).to(base.dtype)
-            made: torch.Tensor = func(own, *(other[first:last] for other, _ in given), **kwargs)
+            with torch.no_grad():
+                made: torch.Tensor = func(own, *(other[first:last] for other, _ in given), **kwargs)
             return made.float()
 
         return cls(Floats(base.floats.shape, read, next(_places)), base.dtype, f"a sum with {base.label}", base.device)

@@ -61,9 +61,6 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         if self.has_bias:
             self.bias = source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous()
 
-    def parametrized_ones(self) -> frozenset[str]:
-        return frozenset() if self.home.gpu else frozenset({"weight"})
-
     def changed(self, x: torch.Tensor) -> torch.Tensor:
         changed = Changed.of(self, "weight")
         y = changed.product(x, 0)

@@ -46,10 +46,10 @@ class Offered(dict[str, Any]):
 
 
 class Parametrizable(Operator):
-    """An operator that names its packed weights among its own parameters. Those in `parametrized_ones` may be parametrized, on the CPU."""
+    """An operator that names its packed weights among its own parameters, and on the CPU heeds what others put on them."""
 
-    def parametrized_ones(self) -> frozenset[str]:
-        """The names of weights whose parametrizations its forward heeds."""
+    def offered(self) -> frozenset[str]:
+        """The names of such weights."""
         return frozenset()
 
     def shown(self, name: str, floats: Floats) -> Dequantized:
@@ -77,7 +77,7 @@ class Parametrizable(Operator):
     def enliven(self) -> None:
         super().enliven()
         offered = Offered(self._buffers)
-        offered.names = self.parametrized_ones()
+        offered.names = self.offered()
         self.__dict__["_buffers"] = offered
 
     def named_parameters(
@@ -85,10 +85,19 @@ class Parametrizable(Operator):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """As torch's, and its packed weights."""
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
-        if self.is_ready:
+        if isinstance(self._buffers, Offered):
             for name, floats in self.floats().items():
-                if not self.parametrized(name):
+                if name in self._buffers.names:
                     yield f"{prefix}.{name}" if prefix else name, self.shown(name, floats)  # type: ignore[misc]
+
+    def __delattr__(self, name: str) -> None:
+        """As torch's parametrize takes a weight away. UsageError on a GPU, where kernels do not heed what is put on it."""
+        if self.home.gpu and isinstance(self._buffers, Offered) and name in self._buffers.names:
+            raise UsageError(
+                f"{self.path}.{name} is on {self.home}, where it cannot have an adapter of its own (target_parameters) or another parametrization;"
+                " put the module on the CPU (device: cpu)"
+            )
+        super().__delattr__(name)
 
     def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
         """As torch's; a weight whose parametrizations are taken away comes back so."""
@@ -100,7 +109,7 @@ class Parametrizable(Operator):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's; a weight whose parametrizations are taken away comes back so, because it is a parameter to who asks isinstance."""
-        if isinstance(param, Dequantized) and isinstance(self._buffers, Offered) and name in self.parametrized_ones():
+        if isinstance(param, Dequantized) and isinstance(self._buffers, Offered) and name in self.offered():
             Changes.count += 1
             self._buffers.names |= {name}
         else:

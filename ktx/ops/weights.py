@@ -14,7 +14,7 @@ from ktx.ops.base import as_weights
 from ktx.ops.changes import Changes
 from ktx.ops.floats import Floats
 from ktx.ops.lora import Lora
-from ktx.ops.parameters import PARAMETRIZATIONS, Parametrizable
+from ktx.ops.parameters import PARAMETRIZATIONS, Offered, Parametrizable
 from ktx.qtypes import QTYPES, QType
 from ktx.quantize import quantize
 from ktx.weights.source import QuantizedTensor
@@ -83,7 +83,9 @@ class OneMatrix(Parametrizable):
     @property
     def weight(self) -> torch.Tensor:
         """[rows, columns], read-only: see ktx.ops.floats."""
-        if self.parametrized_ones() and "weight" not in self._buffers:  # torch's parametrize has taken it away
+        if (
+            isinstance(self._buffers, Offered) and "weight" not in self._buffers
+        ):  # torch's parametrize has taken it away
             raise AttributeError("weight")
         return self.shown("weight", self.rows())
 
@@ -94,6 +96,9 @@ class OneMatrix(Parametrizable):
             self.ties = []  # a tied output layer and its embedding are no longer that, as in transformers
         else:
             super().__setattr__(name, value)
+
+    def offered(self) -> frozenset[str]:
+        return frozenset({"weight"})
 
     def replaced(self, name: str, values: torch.Tensor) -> Floats:
         """Floats for this module and all that share its matrix."""

@@ -208,12 +208,17 @@ def test_quantised_experts(tmp_path, family):
     oracle = write_gguf(tmp_path / "model.gguf", model, "Q8_0")
     model.load_state_dict(oracle, strict=False)
     mine = load(tmp_path, tmp_path / "model.gguf")
-    rounding = relative(computed(mine), computed(model))
     theirs, ours = adapted((model, mine), family)
-    right = computed(theirs)
-    assert rounding < 0.05 and relative(computed(ours), right) < 2 * rounding + 1e-3
-    merged = ours.merge_and_unload()
-    assert relative(computed(merged), right) < 2 * rounding + 1e-3
+    numbers = torch.Generator().manual_seed(1)
+    x = torch.randn(12, 256, generator=numbers)
+    ids, weights = torch.rand(12, 4, generator=numbers).argsort(-1)[:, :2], torch.rand(12, 2, generator=numbers)
+    with torch.no_grad(), theirs.disable_adapter():
+        before = experts_of(theirs)(x, ids, weights)
+    with torch.no_grad():
+        right = experts_of(theirs)(x, ids, weights)
+        assert relative(before, right) > 0.1 and relative(experts_of(ours)(x, ids, weights), right) < 0.02
+        merged = ours.merge_and_unload()
+        assert relative(experts_of(merged)(x, ids, weights), right) < 1e-5
     assert {w.qtype.name for _, own in of_layers(merged) for w in own.weights.values()} == {"F32"}
 
 
@@ -230,7 +235,8 @@ def test_activations_are_called_beside_an_adapter(tmp_path, family):
         found.append((computed(model), seen))
     (right, theirs), (mine, ours) = found
     assert relative(mine, right) < NEAR and len(ours) == len(theirs) > 0
-    assert all(relative(a, b) < NEAR for a, b in zip(ours, theirs, strict=True))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape and relative(a.sort(0).values, b.sort(0).values) < NEAR
 
 
 class Doubled(nn.Module):
