@@ -104,8 +104,8 @@ class KtxConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From the dictionary that a `quantization_config` may be, too."""
-        made = cls(**{name: value for name, value in config_dict.items() if name != "quant_method"})
+        """From the dictionary that a `quantization_config` may be, too; also from that of a packed checkpoint, whose version is looked at where its files are read."""
+        made = cls(**{name: value for name, value in config_dict.items() if name not in ("quant_method", "version")})
         unused: dict[str, Any] = made.update(**kwargs)  # type: ignore[attr-defined]
         return (made, unused) if return_unused_kwargs else made
 

@@ -237,3 +237,8 @@ def test_every_argument_of_from_pretrained_is_known():
 def test_the_name_is_imported_when_it_is_asked_for():
     code = "import ktx, sys; assert 'torch' not in sys.modules; ktx.KtxConfig; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_packed_folder_says_by_itself_what_reads_it(floats, tmp_path):
+    load(floats, None, weight_dtype="int8").save_pretrained(tmp_path, packed=True, progress=False)
+    assert torch.equal(answer(AutoModelForCausalLM.from_pretrained(tmp_path)), answer(load(tmp_path, None)))

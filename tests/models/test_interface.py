@@ -241,10 +241,6 @@ def test_what_is_not_computed_is_named(monkeypatch):
     model = tiny("qwen3_moe")
     model.set_experts_implementation("ktx")
     module = experts_of(model)[0]
-    monkeypatch.setattr(module, "_is_expert_parallel", True, raising=False)
-    with pytest.raises(UsageError, match="parallel"):
-        computed(model)
-    monkeypatch.setattr(module, "_is_expert_parallel", False, raising=False)
     monkeypatch.setattr(module, "has_post_expert_norm", True, raising=False)
     with pytest.raises(UsageError, match="norms the output"):
         computed(model)

@@ -114,14 +114,15 @@ def test_merging_in_place_and_back(two, kind, tmp_path):
     before = computed(two[0])
     theirs, ours = adapted(two, kind, tmp_path)
     right = computed(theirs)
+    near = 3 * NEAR  # PEFT itself multiplies (IA3) or adds, and takes that back, in floats
     for _ in range(2):
         ours.merge_adapter()
-        assert relative(computed(ours), right) < NEAR
+        assert relative(computed(ours), right) < near
         ours.unmerge_adapter()
-        assert relative(computed(ours), right) < NEAR
+        assert relative(computed(ours), right) < near
     ours.merge_adapter()
     with ours.disable_adapter():
-        assert relative(computed(ours), before) < NEAR
+        assert relative(computed(ours), before) < near
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
