@@ -151,7 +151,7 @@ def fitted(model: Any, adapter: Adapter) -> list[tuple[Any, list[LowRank]]]:
         if not shapes:
             where = " on a GPU" if isinstance(module, Operator) and module.home.gpu else ""
             raise UsageError(
-                f"adapter {adapter.path}: {path} is a {type(module).__name__}{where}, which takes no LoRA adapter; {MERGED}"
+                f"adapter {adapter.path}: {path} ({type(module).__name__}{where}) takes no LoRA adapter; {MERGED}"
             )
         known = [one.shape if not one.projection else (one.projection, one.shape) for one in matrices]
         if len(set(known)) < len(known) or any(
