@@ -127,16 +127,46 @@ def test_traces_are_transformers(two, number):
     assert relative(ours[1], ours[2]) > 1e-3
 
 
-def test_weights_that_a_bridge_folds_count(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_weights_that_a_bridge_folds_count(tmp_path, family):
     """It exchanges what is an nn.Parameter by isinstance, and leaves other tensors alone."""
-    right = tiny("llama")
+    right = tiny(family, tie_word_embeddings=False)
     right.save_pretrained(tmp_path)
     mine, tokenizer = load(tmp_path, None, kv_dtype="f32"), AutoTokenizer.from_pretrained(ktx.demo.path())
     bridges = [example("bridge").bridged(model, tokenizer) for model in (right, mine)]
     before = bridges[0](IDS[:, :12])
     for bridge in bridges:
         bridge.enable_compatibility_mode()
-    assert relative(bridges[1](IDS[:, :12]), bridges[0](IDS[:, :12])) < 1e-5 < relative(bridges[0](IDS[:, :12]), before)
+    after, mine = (bridge(IDS[:, :12]) for bridge in bridges)
+    assert relative(mine, after) < 1e-5 < relative(after, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss"])
+def test_traces_of_modules_inside_gradients_and_answers(tmp_path, family):
+    nnsight = pytest.importorskip("nnsight", reason="nnsight is not installed")
+    right, tokenizer = tiny(family, tie_word_embeddings=False), AutoTokenizer.from_pretrained(ktx.demo.path())
+    right.save_pretrained(tmp_path)
+    found = []
+    for model in (right, load(tmp_path, None, kv_dtype="f32")):
+        model.enable_input_require_grads()
+        traced = nnsight.LanguageModel(model, tokenizer=tokenizer)
+        with torch.no_grad(), traced.trace(IDS[:, :12]):
+            norm = traced.model.layers[1].input_layernorm.output.save()
+            query = traced.model.layers[1].self_attn.q_proj.output.save()
+        with torch.no_grad(), traced.trace(IDS[:, :12]):
+            traced.model.layers[1].self_attn.q_proj.output[:, :, :64] = 0
+            changed = traced.output.logits.save()
+        with traced.trace(IDS[:, :12]):
+            hidden = traced.model.layers[0].output
+            hidden = (hidden[0] if isinstance(hidden, tuple) else hidden).save()
+            hidden.retain_grad()
+            traced.output.logits[0, -1].sum().backward()
+        with torch.no_grad(), traced.generate(IDS[:, :12], max_new_tokens=4, do_sample=False):
+            answer = traced.generator.output.save()
+        found.append((norm, query, changed, hidden.grad, answer))
+    theirs, ours = found
+    assert all(relative(a, b) < 1e-4 for a, b in zip(ours[:-1], theirs[:-1], strict=True))
+    assert torch.equal(ours[-1], theirs[-1])
 
 
 def test_a_bridge_shows_and_changes_what_transformers_does(two):

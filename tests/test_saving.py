@@ -235,6 +235,23 @@ def test_a_packed_weight_is_a_tensor_for_programs_that_read_it(tmp_path):
             write()
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "gpt_oss"])
+def test_weights_and_biases_are_parameters_to_who_asks(tmp_path, family):
+    """As programs do that exchange parameters; what they assign counts, in the state too."""
+    original, mine = of_floats(family, tmp_path)
+    for path in ("q_proj", "v_proj"):
+        for model in (original, mine):
+            module = model.model.layers[0].self_attn.get_submodule(path)
+            for name in ("weight", "bias"):
+                value = getattr(module, name)
+                assert isinstance(value, nn.Parameter)
+                setattr(module, name, nn.Parameter(0.5 * value.detach(), requires_grad=False))
+    assert away(mine(IDS).logits, original(IDS).logits) < 1e-4
+    state = mine.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in original.state_dict().items())
+    assert mine.num_parameters() == original.num_parameters() and state.keys() == original.state_dict().keys()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "deepseek_v3"])
 def test_a_state_that_is_given_is_written_by_transformers(tmp_path, family):
     original, mine = of_floats(family, tmp_path / "loaded")

@@ -69,8 +69,7 @@ class Held:
         made.ready()
         made.is_ready = True
         for tensor in given.values():  # what is written to their data counts too
-            if type(tensor) is nn.Parameter:
-                tensor.__class__ = Live
+            tensor.__class__ = Live
         self.dtype, self.names = dtype, list(given)
         self.state, self.counted = State(module), [(tensor, edits(tensor)) for tensor in given.values()]
         self.operator = made
@@ -87,6 +86,8 @@ def _parameters(module: nn.Module, made: Experts) -> dict[str, torch.Tensor]:
                 raise UsageError(
                     f"{at} is no parameter of its module (an adapter or a parametrization computes it?); {OTHERS}"
                 )
+            if type(tensor) not in (nn.Parameter, Live):
+                raise UsageError(f"{at} is a {type(tensor).__name__}, ktx packs plain parameters; {OTHERS}")
             if tensor.device.type != "cpu":
                 raise UsageError(f"{at} is on {tensor.device}, ktx computes experts on the CPU; {OTHERS}")
             if tensor.dtype not in COMPUTED:
@@ -116,7 +117,7 @@ def forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """By transformers' contract for experts: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D]."""
+    """By transformers' contract for experts: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D]. A choice of no expert, as experts in parallel processes have, adds nothing."""
     held = module.__dict__.get(HELD)
     if held is None:
         held = module.__dict__[HELD] = Held()

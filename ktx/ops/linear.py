@@ -59,7 +59,12 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
             name = self.tensors()[0]
             self.parts = kept(lambda: [packed_as(part, self.target) for part in source.parts(name)])
         if self.has_bias:
-            self.bias = source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous()
+            self._hold_bias(source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous())
+
+    def _hold_bias(self, bias: torch.Tensor) -> None:
+        """In f32 whatever the model computes in, so it is not registered; to who asks isinstance(bias, nn.Parameter) it is one, as the weight is."""
+        self.bias = bias
+        bias._is_param = True  # type: ignore[attr-defined]
 
     def changed(self, x: torch.Tensor) -> torch.Tensor:
         changed = Changed.of(self, "weight")
@@ -76,7 +81,8 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
 
     def floats(self) -> dict[str, Floats]:
         self.check_loaded()
-        bias = {} if self.bias is None else {"bias": plain(self.bias)}
+        registered = "bias" in self._parameters  # once somebody has assigned one, which torch writes and counts itself
+        bias = {} if self.bias is None or registered else {"bias": plain(self.bias)}
         return {"weight": self.rows()} | bias
 
     def rows(self) -> Floats:
@@ -92,7 +98,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         if "weight" in values:
             self.parts = [packed_as(as_weights(values["weight"]), self.target, self.packed_from)]
         if "bias" in values:
-            self.bias = values["bias"].to(self.home.torch, torch.float32, copy=True)
+            self._hold_bias(values["bias"].to(self.home.torch, torch.float32, copy=True))
 
     def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
         """A part made of rows, as the type `to`."""

@@ -250,6 +250,24 @@ def test_what_is_not_computed_is_named(monkeypatch):
         computed(model)
     with pytest.raises(UsageError, match="float64"):
         computed(tiny_in_f64())
+    other = tiny("mixtral")
+    other.set_experts_implementation("ktx")
+    held = experts_of(other)[0]
+    held.down_proj = type("Sharded", (nn.Parameter,), {})(held.down_proj.detach())
+    with pytest.raises(UsageError, match="is a Sharded"):
+        computed(other)
+
+
+def test_choices_of_no_expert_add_nothing(two):
+    """As transformers marks those that another process computes."""
+    module = experts_of(two[1])[0]
+    hidden, ids = torch.randn(5, 256), torch.randint(0, 4, (5, 2))
+    weights = torch.rand(5, 2)
+    less = torch.where(torch.arange(2) == 0, 0.0, weights)
+    with torch.no_grad():
+        right = module(hidden, ids, less)
+        ids[:, 0] = module.num_experts
+        assert torch.allclose(module(hidden, ids, weights), right, atol=1e-6)
 
 
 def tiny_in_f64():
