@@ -60,5 +60,6 @@ def test_an_adapter_on_a_gpu(tmp_path):
 def test_what_a_gpu_does_not_compute_is_refused(tmp_path, family, config, words):
     twins = Twins(tmp_path, family)
     path = adapter(twins, tmp_path / "one", **config)
+    mine = twins.on()
     with pytest.raises(UsageError, match=words):
-        twins.on().ktx.load_lora(path)
+        mine.ktx.load_lora(path)
