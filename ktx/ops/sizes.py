@@ -28,7 +28,7 @@ def sizes(model: nn.Module) -> list[Size]:
     """Operators, and other modules with parameters of their own; plain parameters count as they are."""
     found, known = [], set[int]()
     for path, module in model.named_modules():
-        own = [parameter for parameter in module.parameters(recurse=False) if not isinstance(parameter, Dequantized)]
+        own = plain_parameters(module)
         held, token = module.weight_bytes() if isinstance(module, Operator) else (0, 0)
         held = 0 if isinstance(module, Linear) and module.tied_to and not module.copies else held
         for parameter in own:
@@ -38,6 +38,11 @@ def sizes(model: nn.Module) -> list[Size]:
         if own or isinstance(module, Operator):
             found.append(Size(path, module, held, token))
     return found
+
+
+def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters that torch holds: packed weights, which it shows among them, are not."""
+    return [parameter for parameter in module.parameters(recurse=False) if not isinstance(parameter, Dequantized)]
 
 
 @dataclass(frozen=True)

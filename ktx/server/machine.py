@@ -16,7 +16,7 @@ from ktx.engine.engine import Engine
 from ktx.hardware import machine, memory
 from ktx.inject import layer_of
 from ktx.kernels import cpu
-from ktx.ops.sizes import sizes
+from ktx.ops.sizes import plain_parameters, sizes
 from ktx.server.served import Served
 
 FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
@@ -81,7 +81,7 @@ def modules(model: Any) -> list[dict[str, Any]]:
 
 def _device(module: nn.Module) -> str:
     """Where a module's own parameters are; packed weights are the CPU's."""
-    return next((str(parameter.device) for parameter in module.parameters(recurse=False)), "cpu")
+    return next((str(parameter.device) for parameter in plain_parameters(module)), "cpu")
 
 
 def _types(module: nn.Module) -> str:
@@ -89,7 +89,7 @@ def _types(module: nn.Module) -> str:
     groups = [value.values() if isinstance(value, dict) else value for value in vars(module).values()]
     held = [one for group in groups for one in (group if isinstance(group, Iterable) else [group])]
     packed = [one.qtype.name for one in held if isinstance(one, cpu.Packed)]
-    plain = [str(parameter.dtype) for parameter in module.parameters(recurse=False)]
+    plain = [str(parameter.dtype) for parameter in plain_parameters(module)]
     return "/".join(dict.fromkeys([*packed, *(FLOATS.get(name, name) for name in plain)]))
 
 
