@@ -56,6 +56,10 @@ def _child(words: list[str], files: list[str], env: dict[str, str], cwd: str) ->
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    if (
+        "ktx.kernels.cpu" in sys.modules
+    ):  # loaded by the parent's main module, which multiprocessing imports here: kernels read KTX_ISA once
+        os.execve(sys.executable, [sys.executable, *([] if words[0].endswith(".py") else ["-m"]), *words], env)
     sys.path[:0] = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     if threads := env.get("OMP_NUM_THREADS"):  # read when torch was imported
         import torch
