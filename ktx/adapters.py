@@ -22,9 +22,10 @@ from ktx.ops.experts import PROJECTIONS, Experts
 from ktx.ops.latent_lora import LatentLora
 from ktx.ops.lora import Lora, Mapping, Names
 from ktx.ops.mla import MLA
-from ktx.weights.lora import MERGED, Adapter, LowRank, Wish
+from ktx.weights.lora import MERGED, Adapter, AdapterFile, LowRank, Wish
 
 Adapted = str | Path | Wish
+Fitted = list[tuple[Any, list[LowRank]]]  # modules, and what is added to their weights
 Step = list[tuple[int, Names]]  # counts of tokens, and the adapters that they are computed with
 
 
@@ -41,11 +42,11 @@ class Adapters:
     def in_use(self) -> Names:
         return self.mapping.everywhere
 
-    def add(self, model: nn.Module, adapter: Adapter) -> None:
-        """Hangs an adapter on the model's modules. UsageError or BadFile, and nothing has changed, where it fits none, or not in shape."""
+    def add(self, adapter: Adapter, modules: Fitted) -> None:
+        """Hangs an adapter on modules of the model, as `fitted` names them. UsageError for a name that another one has."""
         if adapter.name in self.known:
             raise UsageError(f"adapter {adapter.path}: there is one called {adapter.name!r} already; give another name")
-        for module, matrices in fitted(model, adapter):
+        for module, matrices in modules:
             lora = self.loras.get(module)
             if lora is None:
                 lora = self.loras[module] = kind_of(module)(self.mapping, module)
@@ -133,46 +134,44 @@ def wishes(lora: Adapted | Sequence[Adapted] | None) -> list[Wish]:
     return found
 
 
-def fitted(model: Any, adapter: Adapter) -> list[tuple[Any, list[LowRank]]]:
+def fitted(model: Any, file: AdapterFile) -> Fitted:
     """The modules that get an adapter's matrices. UsageError or BadFile for one that there is not, that is of another kind, or whose weight has another shape."""
+    where, found = file.adapter.path, []
     rename, _ = checkpoint_renaming(model.config)
-    found = []
     here = {
         path if _at(model, path) else rename(f"{path}.weight").removesuffix(".weight"): several
-        for path, several in adapter.matrices.items()
+        for path, several in file.matrices.items()
     }
-    if len(here) < len(adapter.matrices):
-        raise BadFile(f"adapter {adapter.path}: it names a module twice, by an old and by a new name")
+    if len(here) < len(file.matrices):
+        raise BadFile(f"adapter {where}: it names a module twice, by an old and by a new name")
     for path, matrices in stacked(here, model).items():
         module = _at(model, path)
         if module is None:
-            raise BadFile(f"adapter {adapter.path}: the model has no module {path}; it was trained on another one")
+            raise BadFile(f"adapter {where}: the model has no module {path}; it was trained on another one")
         shapes, lookup = _shapes(module)
         if not shapes:
-            where = " on a GPU" if isinstance(module, Operator) and module.home.gpu else ""
-            raise UsageError(
-                f"adapter {adapter.path}: {path} ({type(module).__name__}{where}) takes no LoRA adapter; {MERGED}"
-            )
+            home = " on a GPU" if isinstance(module, Operator) and module.home.gpu else ""
+            raise UsageError(f"adapter {where}: {path} ({type(module).__name__}{home}) takes no LoRA adapter; {MERGED}")
         known = [one.shape if not one.projection else (one.projection, one.shape) for one in matrices]
         if len(set(known)) < len(known) or any(
             key not in shapes or one.embedding is not lookup for key, one in zip(known, matrices, strict=True)
         ):
             there = " and ".join(f"{'a lookup of ' * one.embedding}{list(one.shape)}" for one in matrices)
             own = " and ".join(f"{'a lookup of ' * lookup}{list(key)}" for key in shapes if not isinstance(key[0], str))
-            raise BadFile(f"adapter {adapter.path}: {path} is {there} there, the model's is {own}")
+            raise BadFile(f"adapter {where}: {path} is {there} there, the model's is {own}")
         found.append((module, matrices))
-    for path, shape in adapter.copies.items():
+    for path, shape in file.copies.items():
         module = _at(model, path)
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
         right = _shapes(module)[0] if module is embeddings or module is head else []
         if not right:
             raise UsageError(
-                f"adapter {adapter.path}: it holds the whole weight of {path}, which is none of the model's embeddings; {MERGED}"
+                f"adapter {where}: it holds the whole weight of {path}, which is none of the model's embeddings; {MERGED}"
             )
         expected = next(iter(right))[::-1] if module is embeddings else next(iter(right))
         if expected != shape:
             raise BadFile(
-                f"adapter {adapter.path}: it was trained with {path} of {list(shape)}, the model's is {list(expected)}: other tokens; {MERGED}"
+                f"adapter {where}: it was trained with {path} of {list(shape)}, the model's is {list(expected)}: other tokens; {MERGED}"
             )
     return found
 

@@ -89,8 +89,9 @@ class Handle:
     def load_lora(self, path: str | Path, name: str | None = None, scale: float = 1.0) -> str:
         """Loads a LoRA adapter, PEFT's folder or the safetensors file in it, and returns its name (default: the folder's). It counts where it is named: in `use_lora`, or in an engine's request. BadFile or UsageError for one that does not fit."""
         wish = Wish.of(path)
-        self.adapters.add(self.model(), read(replace(wish, name=name or wish.name, scale=wish.scale * scale)))
-        return name or wish.name
+        file = read(replace(wish, name=name or wish.name, scale=wish.scale * scale))
+        self.adapters.add(file.adapter, fitted(self.model(), file))
+        return file.adapter.name
 
     def unload_lora(self, name: str) -> None:
         """Forgets an adapter. UsageError for a name that there is not."""
@@ -159,7 +160,7 @@ def load(
     Without `tokenizer` none is read, and None is returned in its place.
     """
     known_implementation(attn_implementation)
-    adapters = [read(wish) for wish in wishes(lora)]
+    files_of_adapters = [read(wish) for wish in wishes(lora)]
     streaming(stream_experts)
     selftest.asked(self_test)
     team = cpu.team_of(threads)
@@ -174,8 +175,7 @@ def load(
         )
     _implement(built, attn_implementation)
     made.check(source)
-    for adapter in adapters:
-        fitted(built, adapter)
+    adapters = [(file.adapter, fitted(built, file)) for file in files_of_adapters]
     made.tell()
     _check_pretence(made)
     if kv_dtype == FP8:
@@ -243,9 +243,9 @@ def load(
         self_test,
         files=files,
     )  # type: ignore[assignment]
-    for adapter in adapters:
-        handle.adapters.add(built, adapter)
-    handle.adapters.use([adapter.name for adapter in adapters])
+    for adapter, modules in adapters:
+        handle.adapters.add(adapter, modules)
+    handle.adapters.use([adapter.name for adapter, _ in adapters])
     notes.tell(handle.notes, [*made.said, *warned, *notes.spinning()])
     generation(built, model, source)
     if self_test is True:

@@ -14,13 +14,13 @@ from ktx.weights.lora import LowRank
 
 
 class HeadFactors:
-    """s B A of kv_b_proj: `a` of the latent, `k` and `v` of each head, and those that queries take in the absorbed form."""
+    """s B A of kv_b_proj: packed as queries and contexts take it in the absorbed form, and B's rows [heads, rows, r] as they are, of which expanding takes some heads."""
 
     def __init__(self, one: LowRank, owner: MLA):
         heads, nope = owner.num_heads, owner.qk_nope_head_dim
         k, v = one.b.view(heads, -1, one.b.shape[-1]).split([nope, owner.v_head_dim], 1)
         self.a, self.a_t = packed(one.a), packed(one.a.t())
-        self.k, self.k_t, self.v = packed(k), packed(k.transpose(1, 2)), packed(v)
+        self.k_t, self.v = packed(k.transpose(1, 2)), packed(v)
         self.k_rows, self.v_rows = k.contiguous(), v.contiguous()
 
 

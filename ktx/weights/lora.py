@@ -68,10 +68,6 @@ class LowRank:
     projection: str = ""  # of stacked experts, where each was adapted by itself
 
     @property
-    def nbytes(self) -> int:
-        return self.a.nbytes + self.b.nbytes
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Of the matrix that it is added to."""
         return (*self.b.shape[:-1], self.a.shape[-1])
@@ -79,21 +75,24 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a file holds: by module path, and there by the order of what it is added to (several parameters of stacked experts), its matrices."""
+    """What is known of an adapter that a model has."""
 
     name: str
     path: str
     scale: float
     digest: bytes  # of the file's content and of the scale: equal ones compute the same
-    rank: int  # the largest
-    matrices: Mapping[str, list[LowRank]]
-    copies: Mapping[
-        str, tuple[int, ...]
-    ]  # shapes of weights of the base model that the file holds too, by module path: they are the model's own
 
-    @property
-    def nbytes(self) -> int:
-        return sum(one.nbytes for several in self.matrices.values() for one in several)
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What a file holds: by module path the matrices, in the order of what they are added to (several parameters of stacked experts).
+
+    `copies` are shapes of weights of the base model that it holds too, by module path: they are the model's own.
+    """
+
+    adapter: Adapter
+    matrices: Mapping[str, list[LowRank]]
+    copies: Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def read(wish: Wish) -> Adapter:
+def read(wish: Wish) -> AdapterFile:
     """Reads an adapter. BadFile for a file that is missing or broken, UsageError for an adapter that is none of LoRA's plain form."""
     folder = wish.path if wish.path.is_dir() else wish.path.parent
     file = folder / WEIGHTS if wish.path.is_dir() else wish.path
@@ -170,8 +169,7 @@ def read(wish: Wish) -> Adapter:
         if "lora_" not in key and (hit := BASE.fullmatch(key))
     }
     matrices = _matrices(tensors, config, wish.scale, where)
-    rank = max((one.a.shape[-2] for several in matrices.values() for one in several), default=0)
-    return Adapter(wish.name, where, wish.scale, digest.digest()[:16], rank, matrices, copies)
+    return AdapterFile(Adapter(wish.name, where, wish.scale, digest.digest()[:16]), matrices, copies)
 
 
 def _check(config: Mapping[str, Any], where: str) -> None:
