@@ -1,7 +1,7 @@
 """Packed weights where torch and PEFT look for parameters of a module, and parametrizations that others put on them.
 
 A module that is asked for its own parameters names its packed weights among them, as read-only tensors (ktx.ops.floats), though `model.parameters()` does not: so PEFT finds what
-`target_parameters` and `modules_to_save` name. `torch.nn.utils.parametrize` takes them like buffers, for as long as PEFT's forward lasts, and the operator computes with what is added.
+`target_parameters` and `modules_to_save` name. `torch.nn.utils.parametrize` takes them away, for as long as PEFT's forward lasts, and the operator computes with what is added.
 """
 
 from __future__ import annotations
@@ -98,14 +98,6 @@ class Parametrizable(Operator):
                 " put the module on the CPU (device: cpu)"
             )
         super().__delattr__(name)
-
-    def register_buffer(self, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
-        """As torch's; a weight whose parametrizations are taken away comes back so."""
-        if isinstance(tensor, Dequantized) and isinstance(self._buffers, Offered):
-            Changes.count += 1
-            self._buffers.names |= {name}
-        else:
-            super().register_buffer(name, tensor, persistent)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's; a weight whose parametrizations are taken away comes back so, because it is a parameter to who asks isinstance."""
