@@ -29,6 +29,7 @@ from ktx.weights.source import QuantizedTensor, open_weights
 from tests.gguf_writer import write_gguf
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_families import load
+from tests.test_saving import Opaque
 
 IDS = torch.randint(3, 300, (1, 24), generator=torch.Generator().manual_seed(5))
 
@@ -481,26 +482,13 @@ def test_an_operator_that_does_not_say_its_packed_weights(tmp_path):
     assert not (tmp_path / "packed").exists() and (tmp_path / "floats" / "config.json").exists()
 
 
-class Floating(ktx.Operator):
+class Floating(Opaque):
     """An operator that says its weights in floats alone."""
-
-    @classmethod
-    def from_hf(cls, old, ctx, **kwargs):
-        return cls()
-
-    def tensors(self):
-        return [f"{self.path}.weight"]
-
-    def load(self, source):
-        self.values = source.get(f"{self.path}.weight").dequantize()
 
     def floats(self):
         from ktx.ops.floats import plain
 
         return {"weight": plain(self.values)}
-
-    def forward(self, x):
-        return x @ self.values.T
 
 
 def test_a_type_that_is_not_taken_back(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from ktx.engine.sampling import Sampling
 from ktx.ops.guard import current
 from ktx.ops.linear import Linear
 from tests.models.families import tiny
-from tests.models.test_families import IDS, load, relative
+from tests.models.test_families import IDS, relative
 from tests.small_chat import tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -39,11 +39,6 @@ def folder(request, tmp_path_factory):
     made = tmp_path_factory.mktemp(request.param)
     tiny(request.param, tie_word_embeddings=False).save_pretrained(made)
     return request.param, made
-
-
-@pytest.fixture
-def two(folder):
-    return tiny(folder[0], tie_word_embeddings=False), load(folder[1], None, kv_dtype="f32")
 
 
 def names(model):

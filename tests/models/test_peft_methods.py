@@ -66,11 +66,6 @@ def folder(request, tmp_path_factory):
     return request.param, made
 
 
-@pytest.fixture
-def two(folder):
-    return tiny(folder[0], tie_word_embeddings=False), load(folder[1], None, kv_dtype="f32")
-
-
 def adapted(two, made, stir=True):
     """Both with the same adapter, whose numbers are none that do nothing."""
     found = []
