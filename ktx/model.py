@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ktx import training
 from ktx.errors import UsageError
 from ktx.filling import Tally
 from ktx.ops import classes, layer
-from ktx.ops.base import Operator
+from ktx.ops.base import Operator, unpack
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
 from ktx.ops.sizes import sizes
@@ -52,6 +53,17 @@ class Model(PreTrainedModel):
             self.__dict__["ktx"] = handle.of(self)
             if handle.files is not None:
                 handle.files.close()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "peft_config":  # PEFT has put adapters on it
+            training.counted(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As torch's. Packed weights that are to be trained become parameters in floats; UsageError, before anything has changed, where some of them cannot."""
+        if requires_grad:
+            unpack(self)
+        return super().requires_grad_(requires_grad)
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -186,13 +198,17 @@ def _heir(old: type[nn.Module]) -> type[nn.Module]:
 
 
 def _forward_of(old: Any) -> Any:
-    """That of the replaced class, after a look at what scripts have put on classes."""
+    """That of the replaced class, after a look at what scripts have put on classes, and in training before one at what is trained."""
 
     @functools.wraps(old.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            classes.follow()
-        return old.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return old.forward(self, *args, **kwargs)
+        classes.follow()
+        out = old.forward(self, *args, **kwargs)
+        if self.training and torch.is_grad_enabled():
+            training.look(self, out)
+        return out
 
     forward.__signature__ = inspect.signature(old.forward)  # type: ignore[attr-defined]
     return forward

@@ -30,6 +30,7 @@ CODES = {  # what a note is about
     "flag": "an option or a variable without effect, or with another one",
     "weights": "how the checkpoint is quantised, and its tensors that no module reads",
     "warning": "what was warned of while the model was planned",
+    "training": "packed weights that are not trained, or not counted",
 }
 WARNED = ("weights", "warning")  # of these users are warned when they are found
 SMALL = 0.01  # of all weights: kept modules with less are not worth a line

@@ -100,10 +100,7 @@ def attend(
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:
         raise ValueError(f"{query.shape[2]} queries on {key.shape[2]} keys need a mask")
     kernel = cpu.attention if query.device.type == "cpu" else reference.attention
-    if dropout:
-        raise UsageError(
-            f"attention_dropout={dropout}: the kernels drop nothing; call model.eval(), or set attention_dropout to 0 in the model's configuration"
-        )
+    none_dropped(dropout)
     backward_only(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else s_aux.float().contiguous()
@@ -113,6 +110,15 @@ def attend(
     if batch is not None or not choice.shows(kwargs):
         return out, None
     return out, attention_weights(query, key, ranges, mask, float(scale), sinks, cap)
+
+
+def none_dropped(dropout: float) -> None:
+    """UsageError for attention weights that are to be dropped, in training."""
+    if dropout > 0:
+        raise UsageError(
+            f"attention_dropout={dropout}: the kernels drop nothing; call model.eval(), set attention_dropout of the attention modules and of the"
+            " model's configuration to 0, or have transformers' function drop: model.set_attn_implementation('eager')"
+        )
 
 
 def choice_of(module: nn.Module) -> Choice:
@@ -274,15 +280,17 @@ class Block:
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
         self.heads, self.columns = children["k_proj"].out_features // owner.head_dim, (owner.head_dim, owner.head_dim)
+        self.drops = getattr(owner, "attention_dropout", 0.0) > 0
         sinks = getattr(owner, "sinks", None)
         copied = [norm.copied() for norm in norms if norm is not None]
+        copied += [children[name].copied_bias() for name in PROJECTIONS]
         self.guard = Guard([owner], below(owner), [*copied, sinks])
         self.made = Made(
             "gqa_step",
             matrices.packed,
             matrices.about,
             [matrices.hidden, self.heads, owner.head_dim],
-            *(children[name].bias for name in PROJECTIONS),
+            *(children[name].bias_in_f32 for name in PROJECTIONS),
             *(None if norm is None else norm.in_f32 for norm in norms),
             norms[0] is not None and norms[0].in_f32.numel() != owner.head_dim,
             norms[0] is not None and bool(norms[0].plus_one),
@@ -291,7 +299,9 @@ class Block:
         )
 
     def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
-        """Whether hidden [B, S, D] has few tokens, and nobody wants to see how they attend."""
+        """Whether hidden [B, S, D] has few tokens, nobody wants to see how they attend, and nothing is to be dropped."""
+        if self.drops and self.owner.training:
+            return False
         return hidden.shape[0] * hidden.shape[1] <= MOST and self.owner.choice.plain(cache)
 
     @classmethod

@@ -46,6 +46,7 @@ class Operator(nn.Module):
     """
 
     consumes: ClassVar[tuple[str, ...]] = ()
+    trains: ClassVar[bool] = False  # whether `trained` makes its packed weights parameters
     derived: ClassVar[frozenset[str]] = frozenset()  # attributes that say nothing that a shortcut goes by
     reads: ClassVar[frozenset[str]] = frozenset()  # settings and tensors that a shortcut made anew heeds
     stays: ClassVar[bool] = (
@@ -136,10 +137,20 @@ class Operator(nn.Module):
         if not self.is_ready:
             raise UsageError(f"{self.path} is not loaded, it has no weights")
 
+    def trained(self, name: str) -> None:
+        """Makes a packed weight a parameter that is trained. UsageError where it cannot be one."""
+        raise UsageError(f"{self.path}.{name} is packed and is not trained itself: keep the module in floats by a rule")
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As torch's, of its packed weights and those of modules inside too, see `unpack`."""
+        if requires_grad:
+            unpack(self)
+        return nn.Module.requires_grad_(self, requires_grad)  # its class may be torch's own now
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, floats in self.floats().items():
+        for name, floats in self.floats().items():  # first, as a weight comes before its bias
             destination[prefix + name] = Dequantized(floats, self.dtype)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
         self,
@@ -238,6 +249,14 @@ class Operator(nn.Module):
     def weight_bytes(self) -> tuple[int, int]:
         """Packed bytes held, and bytes a single token makes the kernels read."""
         return 0, 0
+
+
+def unpack(owner: nn.Module) -> None:
+    """Makes the packed weights in a module parameters in floats, which are trained. UsageError, before anything has changed, where one of them cannot be."""
+    holders = [(m, next(iter(m.floats()), "")) for m in owner.modules() if isinstance(m, Operator) and m.is_ready]
+    for module, name in sorted(((m, name) for m, name in holders if name), key=lambda held: held[0].trains):
+        if isinstance(module, Operator):  # tied ones change together
+            module.trained(name)
 
 
 def known_class(old: nn.Module, names: Collection[str], ctx: Context, unknown: str) -> str:

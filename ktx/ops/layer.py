@@ -13,7 +13,7 @@ from ktx.kernels.gradients import recorded
 from ktx.kernels.steps import run
 from ktx.ops import classes, contract
 from ktx.ops.attention import Attention
-from ktx.ops.base import Context, Operator, adopt, known_class
+from ktx.ops.base import Context, Operator, adopt, known_class, unpack
 from ktx.ops.fused import MOST, Before, Room, room_for
 from ktx.ops.guard import Changes, Guard, current
 from ktx.ops.mla import MLA
@@ -117,7 +117,7 @@ class Block:
         x: torch.Tensor | None = attention(hidden_states, asked.embeddings, asked.mask, cache=asked.cache, before=first)
         if x is None:
             return None
-        if feed is not None and x.shape[0] * x.shape[1] <= MOST:
+        if feed is not None and x.shape[0] * x.shape[1] <= MOST and not (feed.drops and self.owner.training):
             return feed.made(x, second)  # type: ignore[no-any-return]
         children: dict[str, Any] = self.owner._modules
         return x + children["mlp"](children["post_attention_layernorm"](x))  # type: ignore[no-any-return]
@@ -159,6 +159,11 @@ class Ahead:
         self.stretch.left -= 1
         del hidden_states.ktx_ahead  # type: ignore[attr-defined]  # who keeps hidden states keeps no more than these
         return True
+
+
+def _trained(layers: list[Parts]) -> bool:
+    """Whether modules that drop or add noise in training are in it."""
+    return any(module.training for parts in layers for module in parts.layer.modules())
 
 
 def _same(mine: Any, theirs: Any) -> bool:
@@ -210,6 +215,7 @@ class Stretch:
     def _take(self, layers: list[Parts]) -> None:
         self.layers, self.changes = layers, Changes.count
         self.blocks = [parts.attention for parts in layers]
+        self.drops = any(parts.attention.drops or parts.feed.drops for parts in layers)
         self.steps = [
             made.step(before)
             for _, block, attention, feed, _ in layers
@@ -234,7 +240,7 @@ class Stretch:
         if not 0 < tokens <= MOST or asked.embeddings is None or not self._pays():
             return None
         layers = self.layers[: max(1, TOKEN_LAYERS // AT_ONCE // tokens) * AT_ONCE]
-        if not first.takes(hidden_states, asked.cache):
+        if not first.takes(hidden_states, asked.cache) or self.drops and _trained(layers):
             return None
         if not all(parts.hold() for parts in layers):
             if not self._renewed():
@@ -271,6 +277,12 @@ class Row(nn.ModuleList):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         join(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As torch's, of packed weights too."""
+        if requires_grad:
+            unpack(self)
+        return super().requires_grad_(requires_grad)
 
     def _get_name(self) -> str:
         return nn.ModuleList.__name__

@@ -9,10 +9,12 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.kernels.gradients import recorded
 from ktx.kernels.kept import kept
 from ktx.ops import stored
 from ktx.ops.base import Context, as_weights, is_plain, packed_as
-from ktx.ops.floats import Floats, matrix, plain
+from ktx.ops.changes import copied, in_f32
+from ktx.ops.floats import Floats, matrix
 from ktx.ops.parameters import Changed
 from ktx.ops.stored import Stored
 from ktx.ops.weights import OneMatrix
@@ -23,9 +25,10 @@ from ktx.weights.source import QuantizedTensor, WeightSource
 class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
     """y = x W^T + b with W as the file has it; several row-wise parts when the file keeps the rows in tensors of different types.
 
-    `weight` is dequantised where it is read (ktx.ops.weights); a tensor that is assigned to it is packed. `requires_grad` is never set.
+    `weight` is dequantised where it is read (ktx.ops.weights); a tensor that is assigned to it is packed. The bias is torch's own parameter.
     """
 
+    remade = ("converted",)
     reads = frozenset({"parts", "bias"})
 
     def __init__(self, path: str, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
@@ -33,7 +36,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         self.path, self.in_features, self.out_features, self.dtype = path, in_features, out_features, dtype
         self.has_bias, self.tied_to = bias, ""
         self.copies = False  # a tied layer on another device than the embedding has its matrix twice
-        self.bias: torch.Tensor | None = None  # type: ignore[assignment]
+        self.register_parameter("bias", None)
         self.parts: list[cpu.Packed] = []
         self.target: str | None = None
         self.ties = []  # all modules that share one matrix
@@ -58,13 +61,27 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         if not self.parts:  # a tied output layer is given the embedding's
             name = self.tensors()[0]
             self.parts = kept(lambda: [packed_as(part, self.target) for part in source.parts(name)])
-        if self.has_bias:
-            self._hold_bias(source.get(f"{self.path}.bias").dequantize().reshape(-1).contiguous())
+        self.load_bias(source)
 
-    def _hold_bias(self, bias: torch.Tensor) -> None:
-        """In f32 whatever the model computes in, so it is not registered; to who asks isinstance(bias, nn.Parameter) it is one, as the weight is."""
-        self.bias = bias
-        bias._is_param = True  # type: ignore[attr-defined]
+    def load_bias(self, source: WeightSource) -> None:
+        """The bias is torch's own parameter, in the type that the model computes in."""
+        if self.has_bias:
+            values = source.get(f"{self.path}.bias").dequantize().reshape(-1).to(self.home.torch, self.dtype)
+            self.bias = nn.Parameter(values.contiguous(), requires_grad=False)
+            self.bias._is_hf_initialized = True  # type: ignore[attr-defined] # transformers' initialiser leaves it alone
+
+    @property
+    def bias_in_f32(self) -> torch.Tensor | None:
+        """The bias as kernels that copy it take it: f32 [out_features], without gradient."""
+        return None if self.bias is None else in_f32(self, self.bias)
+
+    def copied_bias(self) -> torch.Tensor | None:
+        """The bias, if that is a copy of it."""
+        return None if self.bias is None else copied(self.bias)
+
+    def _added(self) -> torch.Tensor | None:
+        """The bias f32, with its gradient where it is trained."""
+        return self.bias.float() if recorded(self.bias) else self.bias_in_f32
 
     def changed(self, x: torch.Tensor) -> torch.Tensor:
         changed = Changed.of(self, "weight")
@@ -75,15 +92,13 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if len(self.parts) == 1:
-            return cpu.linear(x, self.parts[0], self.bias)
+            return cpu.linear(x, self.parts[0], self._added())
         y = torch.cat([cpu.linear(x, part) for part in self.parts], -1)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def floats(self) -> dict[str, Floats]:
         self.check_loaded()
-        registered = "bias" in self._parameters  # once somebody has assigned one, which torch writes and counts itself
-        bias = {} if self.bias is None or registered else {"bias": plain(self.bias)}
-        return {"weight": self.rows()} | bias
+        return {"weight": self.rows()}
 
     def rows(self) -> Floats:
         """Its weight f32 [out_features, in_features]."""
@@ -91,14 +106,10 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
 
     def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
         self.check_loaded()
-        found: dict[str, list[Stored] | torch.Tensor] = {"weight": [stored.matrix(part) for part in self.parts]}
-        return found if self.bias is None else found | {"bias": self.bias}
+        return {"weight": [stored.matrix(part) for part in self.parts]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        if "weight" in values:
-            self.parts = [packed_as(as_weights(values["weight"]), self.target, self.packed_from)]
-        if "bias" in values:
-            self._hold_bias(values["bias"].to(self.home.torch, torch.float32, copy=True))
+        self.parts = [packed_as(as_weights(values["weight"]), self.target, self.packed_from)]
 
     def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
         """A part made of rows, as the type `to`."""
@@ -115,7 +126,8 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         made.weight = nn.Parameter(self.rows().values(dtype or self.dtype).to(self.home.torch), requires_grad=False)
         if self.bias is not None:
-            made.bias = nn.Parameter(self.bias.to(dtype or self.dtype, copy=True), requires_grad=False)
+            bias = self.bias.detach().to(dtype or self.dtype, copy=True)
+            made.bias = nn.Parameter(bias, requires_grad=False)
         return made
 
     def weight_bytes(self) -> tuple[int, int]:

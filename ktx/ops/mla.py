@@ -21,7 +21,7 @@ from ktx.kernels.gpu import known_backend
 from ktx.kernels.gradients import recorded
 from ktx.kernels.kept import kept
 from ktx.ops import contract, stored
-from ktx.ops.attention import StoredAs
+from ktx.ops.attention import StoredAs, none_dropped
 from ktx.ops.attention_weights import Choice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.classes import patched
@@ -171,7 +171,14 @@ class MLA(Operator):
         given, cache = self.call.split(args, kwargs)
         if self.choice.foreign or self._expands():
             return self.by_transformers(given, cache)
+        if self.training:
+            none_dropped(self.dropout)
         return self.computed(cache, **given)
+
+    @property
+    def dropout(self) -> float:
+        """Of attention weights, in training."""
+        return float(getattr(self, "attention_dropout", 0.0))
 
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
         if self.home.gpu:
@@ -444,6 +451,12 @@ class Expansion(nn.Module):
         if f"{prefix}weight" in unexpected:  # which the owner takes
             unexpected.remove(f"{prefix}weight")
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As torch's. UsageError where its weight is to be trained."""
+        if requires_grad:
+            self.__dict__["owner"].trained("kv_b_proj.weight")
+        return super().requires_grad_(requires_grad)
+
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"
 
@@ -462,7 +475,7 @@ class Block:
         self.owner = owner
         low: Any = None if owner.q_lora_rank is None else owner.q_a_layernorm
         norm, rank, turned = owner.kv_a_layernorm, owner.kv_lora_rank, owner.qk_rope_head_dim
-        self.heads, self.columns, self.halved = 1, (rank, turned), False
+        self.heads, self.columns, self.halved, self.drops = 1, (rank, turned), False, owner.dropout > 0
         self.guard = Guard([owner], below(owner), [norm.copied(), None if low is None else low.copied()])
         self.made = Made(
             "mla_step",
@@ -476,7 +489,9 @@ class Block:
         )
 
     def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
-        """Whether the tokens of hidden [B, S, D] take the absorbed form, and nobody wants to see how they attend."""
+        """Whether the tokens of hidden [B, S, D] take the absorbed form, nobody wants to see how they attend, and nothing is to be dropped."""
+        if self.drops and self.owner.training:
+            return False
         return not self.owner._whole(cache, *hidden.shape[:2]) and self.owner.choice.plain(cache)
 
     @classmethod

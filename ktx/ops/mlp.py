@@ -33,7 +33,8 @@ class Fused:
         modules: dict[str, Any] = {name: child for name, child in owner._modules.items() if name in PROJECTIONS}
         if any(not plain_linear(child) or len(child.parts) != 1 for child in modules.values()):
             return None
-        rows = {name: (child.parts[0], child.bias) for name, child in modules.items()}
+        rows = {name: (child.parts[0], child.bias_in_f32) for name, child in modules.items()}
+        copied = [child.copied_bias() for child in modules.values()]
         if "gate_up_proj" in rows:
             (both, bias), half = rows["gate_up_proj"], rows["gate_up_proj"][0].n // 2
             if half % cpu.GROUP_ROWS:
@@ -43,7 +44,7 @@ class Fused:
                 part = None if bias is None else bias[i * half : (i + 1) * half]
                 rows[name] = cpu.Packed(both.data[i * cut : (i + 1) * cut], both.qtype, half, both.k), part
         (gate, a), (up, b), (down, c) = (rows[name] for name in ("gate_proj", "up_proj", "down_proj"))
-        return cls(owner.act, Guard([owner], below(owner)), (gate, up, down), (a, b, c))
+        return cls(owner.act, Guard([owner], below(owner), copied), (gate, up, down), (a, b, c))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
@@ -56,6 +57,8 @@ class Fused:
 
 class Block:
     """A layer without biases as a step of several, see ktx.ops.layer."""
+
+    drops = False
 
     def __init__(self, fused: Fused):
         self.guard, matrices = fused.guard, Matrices()

@@ -115,6 +115,7 @@ class Block:
     def __init__(self, owner: MoE, router: Router, experts: Experts, width: int, matrices: Matrices):
         bias = getattr(owner, "e_score_correction_bias", None)
         self.guard = Guard([owner], below(owner), [*router.copied(), bias])
+        self.drops = getattr(owner, "jitter_noise", 0.0) > 0
         self.made = Made(
             "moe_step",
             matrices.packed,

@@ -11,7 +11,7 @@ from ktx.kernels import cpu, reference
 from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, is_ours
-from ktx.ops.changes import edits
+from ktx.ops.changes import copied, in_f32
 from ktx.ops.gates import refused, stand_in
 
 
@@ -40,15 +40,8 @@ class RMSNorm(Operator):
 
     @property
     def in_f32(self) -> torch.Tensor:
-        """The weight f32 [D]; the parameter's own memory where that is f32, so that what is written to it counts at once."""
-        weight: torch.Tensor = self.weight.detach()
-        if self.copied() is None:
-            return weight
-        now = weight.data_ptr(), edits(self.weight)
-        known = self.__dict__.get("converted")
-        if known is None or known[0] != now:
-            known = self.__dict__["converted"] = now, weight.float().contiguous()
-        return known[1]  # type: ignore[no-any-return]
+        """The weight f32 [D]."""
+        return in_f32(self, self.weight)
 
     @staticmethod
     def here(child: Any) -> TypeGuard[RMSNorm]:
@@ -57,8 +50,7 @@ class RMSNorm(Operator):
 
     def copied(self) -> torch.Tensor | None:
         """The weight, if `in_f32` is a copy of it."""
-        weight: torch.Tensor = self.weight
-        return None if weight.dtype is torch.float32 and weight.is_contiguous() else weight
+        return copied(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":

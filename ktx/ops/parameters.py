@@ -17,17 +17,27 @@ from ktx.errors import UsageError
 from ktx.hardware import human
 from ktx.ops.base import Operator
 from ktx.ops.changes import Changes
-from ktx.ops.floats import READ_ONLY, Dequantized, Floats
+from ktx.ops.floats import Dequantized, Floats
 
 log = logging.getLogger("ktx.ops.parameters")
 PARAMETRIZATIONS = "parametrizations"  # torch's name for the child
 _said: set[tuple[str, str]] = set()
 
 
+OFFLOADED = (
+    "{}.{} is packed and stays where it was loaded: accelerate can neither offload nor move it (cpu_offload, disk_offload, dispatch_model, AlignDevicesHook(offload=True));"
+    " leave that out and say where modules are when the model is loaded: ktx.load(..., device=...)"
+)
+
+
 class Offered(dict[str, Any]):
-    """The buffers of an operator, among which `names` of packed weights are found too. No copy, cast or list of buffers sees these."""
+    """The buffers of an operator, `owner`, among which `names` of packed weights are found too. No copy, cast or list of buffers sees these.
+
+    Values that are put there, as accelerate loads a checkpoint, are packed. UsageError for a weight that is to be elsewhere.
+    """
 
     names: frozenset[str] = frozenset()
+    owner: Parametrizable
 
     def __contains__(self, name: object) -> bool:
         return name in self.names or super().__contains__(name)
@@ -41,8 +51,10 @@ class Offered(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         if name not in self.names:
             super().__setitem__(name, value)
+        elif value is None or value.device != self.owner.home.torch:
+            raise UsageError(OFFLOADED.format(self.owner.path, name))
         elif not isinstance(value, Dequantized):
-            raise UsageError(READ_ONLY.format(name))
+            self.owner.replaced(name, value)
 
 
 class Parametrizable(Operator):
@@ -77,7 +89,7 @@ class Parametrizable(Operator):
     def enliven(self) -> None:
         super().enliven()
         offered = Offered(self._buffers)
-        offered.names = self.offered()
+        offered.names, offered.owner = self.offered(), self
         self.__dict__["_buffers"] = offered
 
     def named_parameters(

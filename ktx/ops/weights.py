@@ -49,6 +49,7 @@ class OneMatrix(Parametrizable):
     """An operator with one packed matrix. It shows it as `weight` and packs what is assigned to that; modules in `ties` share one."""
 
     derived = frozenset({"ties"})
+    trains = True
     ties: list[OneMatrix]
     lora: Lora | None = None  # while adapters of the forward are meant for it, see ktx.ops.lora
 
@@ -118,6 +119,7 @@ class OneMatrix(Parametrizable):
             made = module.plain(None)
             matrix = made.weight if matrix is None else matrix
             made.weight = matrix
+            made._parameters |= module._parameters  # a bias is torch's own already
             own = {name: value for name, value in module.__dict__.items() if name in STATE}
             module.__dict__.clear()
             module.__dict__.update(made.__dict__ | own)

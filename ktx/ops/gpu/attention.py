@@ -40,6 +40,7 @@ def attend(
     if choice.foreign or (batch is None and not choice.plain()):
         given = (query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
         return attention.attend(module, *given, **kwargs)
+    attention.none_dropped(dropout)
     new = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.float().contiguous()
@@ -112,7 +113,8 @@ class Attention(attention.Attention):
         self.sinks_f32 = None if sinks is None else sinks.detach().float().contiguous()
 
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
-        if self.usual and self.choice.plain(cache):
+        drops = self.training and getattr(self, "attention_dropout", 0.0) > 0  # which `attend` refuses
+        if self.usual and not drops and self.choice.plain(cache):
             done = self.stored(cache=cache, **given)
             if done is not None:
                 return done, None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ktx.kernels import gpu_linear
+from ktx.kernels.gradients import none_on_gpu
 from ktx.ops import linear
 from ktx.ops.base import packed_as
 from ktx.ops.floats import Floats
@@ -24,15 +25,15 @@ class Linear(linear.Linear):
         if not self.parts:  # a tied output layer is given the embedding's
             pack = partial(gpu_linear.pack, device=self.home.torch)
             self.parts = [packed_as(part, self.target, pack) for part in source.parts(self.tensors()[0])]
-        if self.has_bias:
-            bias = source.get(f"{self.path}.bias").dequantize().reshape(-1)
-            self.bias = bias.contiguous().to(self.home.torch)
+        self.load_bias(source)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        none_on_gpu("Linear", self.bias)
+        bias = self.bias_in_f32
         if len(self.parts) == 1:
-            return gpu_linear.linear(x, self.parts[0], self.bias)
+            return gpu_linear.linear(x, self.parts[0], bias)
         y = torch.cat([gpu_linear.linear(x, part) for part in self.parts], -1)
-        return y if self.bias is None else (y.float() + self.bias).to(y.dtype)
+        return y if bias is None else (y.float() + bias).to(y.dtype)
 
     def rows(self) -> Floats:
         whole = lambda first, last: self._floats()[first:last]  # noqa: E731
