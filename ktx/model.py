@@ -205,10 +205,9 @@ def _forward_of(old: Any) -> Any:
         if torch.compiler.is_compiling():
             return old.forward(self, *args, **kwargs)
         classes.follow()
-        out = old.forward(self, *args, **kwargs)
         if self.training and torch.is_grad_enabled():
-            training.look(self, out)
-        return out
+            training.look(self, kwargs | dict(enumerate(args)))
+        return old.forward(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(old.forward)  # type: ignore[attr-defined]
     return forward

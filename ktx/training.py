@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
+from ktx.errors import UsageError
 from ktx.notes import Note, tell
 from ktx.ops.base import Operator
 
@@ -17,29 +20,29 @@ REMEDY = (
 )
 
 
-def packed_in(model: nn.Module) -> int:
-    """How many numbers are packed."""
-    return int(model.num_parameters()) - sum(parameter.numel() for parameter in model.parameters())  # type: ignore[operator]
-
-
 def counted(model: Any) -> None:
     """When PEFT has put adapters on a model, whose parameters it counts by torch's list."""
-    if (packed := packed_in(model)) and model.__dict__.get("ktx") is not None:
-        text = (
-            f"{packed:,} packed numbers are not among torch's parameters: PEFT's print_trainable_parameters() leaves them out of all params,"
-            " model.num_parameters() counts them"
-        )
-        tell(model.ktx.notes, [Note(TRAINING, text)], (TRAINING,))
+    if model.__dict__.get("ktx") is None or not any(map(_holds, model.modules())):
+        return
+    try:
+        packed = f"{model.num_parameters() - sum(parameter.numel() for parameter in model.parameters()):,}"
+    except UsageError:  # an operator of somebody's own that does not say its weights in floats
+        packed = "all"
+    text = (
+        f"{packed} packed numbers are not among torch's parameters: PEFT's print_trainable_parameters() leaves them out of all params,"
+        " model.num_parameters() counts them"
+    )
+    tell(model.ktx.notes, [Note(TRAINING, text)], (TRAINING,))
 
 
-def look(model: Any, out: Any) -> None:
-    """After a forward in training, whose result is `out`. What adapters leave frozen is meant so."""
+def look(model: Any, given: Mapping[Any, Any]) -> None:
+    """Before a forward in training, of what is `given`. What adapters leave frozen is meant so, and so is a prompt that is trained."""
     if model.__dict__.get("ktx") is None or getattr(model, "peft_config", None):
         return
-    made = next((value for value in _values(out) if isinstance(value, torch.Tensor)), None)
     text = ""
-    if made is not None and not made.requires_grad:
-        text = f"nothing that this model computed has a gradient: its weights are packed and frozen; {REMEDY}"
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        if not any(_is_trained(value) for value in given.values()):
+            text = f"nothing of this model is trained: its weights are packed and frozen; {REMEDY}"
     elif parts := left_out(model):
         names = ", ".join(parts[:3]) + " ..." * (len(parts) > 3)
         text = f"all parameters that torch lists of {names} are trained, the packed weights there are not: {REMEDY}"
@@ -59,8 +62,9 @@ def left_out(model: nn.Module) -> list[str]:
 
 
 def _holds(module: nn.Module) -> bool:
-    return isinstance(module, Operator) and module.is_ready and bool(module.floats())
+    return isinstance(module, Operator) and bool(module.tensors())
 
 
-def _values(out: Any) -> Any:
-    return out.values() if isinstance(out, dict) else out if isinstance(out, tuple | list) else (out,)
+def _is_trained(value: Any) -> bool:
+    """Whether an argument of a forward has a gradient, or may hold what has one, as caches of a learned prefix do."""
+    return value.requires_grad if isinstance(value, torch.Tensor) else isinstance(value, Cache)
