@@ -11,11 +11,12 @@ from types import CodeType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ktx.cache.kv import KVType, as_stock
+from ktx.cache.kv import KVType, as_stock, values_of
 from ktx.cache.paged import PagedCache
 from ktx.compat import CACHE_NAMES
 from ktx.errors import UsageError
@@ -100,25 +101,35 @@ def attend(
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:
         raise ValueError(f"{query.shape[2]} queries on {key.shape[2]} keys need a mask")
     kernel = cpu.attention if query.device.type == "cpu" else reference.attention
-    none_dropped(dropout)
     backward_only(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else s_aux.float().contiguous()
     about = {} if batch is None else {"sequences": batch.sequences, "pages": batch.pages}
     cap = float(softcap or 0.0)
+    if dropout > 0:
+        if batch is not None:
+            raise not_dropped(dropout, "an engine's forward")
+        out, weights = dropped(attention_weights(query, key, ranges, mask, float(scale), sinks, cap), value, dropout)
+        return out, weights if choice.shows(kwargs) else None
     out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about)
     if batch is not None or not choice.shows(kwargs):
         return out, None
     return out, attention_weights(query, key, ranges, mask, float(scale), sinks, cap)
 
 
-def none_dropped(dropout: float) -> None:
-    """UsageError for attention weights that are to be dropped, in training."""
-    if dropout > 0:
-        raise UsageError(
-            f"attention_dropout={dropout}: the kernels drop nothing; call model.eval(), set attention_dropout of the attention modules and of the"
-            " model's configuration to 0, or have transformers' function drop: model.set_attn_implementation('eager')"
-        )
+def dropped(weights: torch.Tensor, value: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result [B, S, H, D] of attention weights [B, H, S, T] of which a share is dropped, and the others, as transformers' eager attention has them."""
+    weights = F.dropout(weights, dropout)
+    values = values_of(value).to(weights.dtype)
+    out = weights @ values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
+    return out.transpose(1, 2).contiguous(), weights
+
+
+def not_dropped(dropout: float, where: str) -> UsageError:
+    """The error of what cannot drop attention weights, in training."""
+    return UsageError(
+        f"attention_dropout={dropout}: {where} drops nothing; call model.eval(), or set attention_dropout of the attention modules and of the model's configuration to 0"
+    )
 
 
 def choice_of(module: nn.Module) -> Choice:

@@ -21,7 +21,7 @@ from ktx.kernels.gpu import known_backend
 from ktx.kernels.gradients import recorded
 from ktx.kernels.kept import kept
 from ktx.ops import contract, stored
-from ktx.ops.attention import StoredAs, none_dropped
+from ktx.ops.attention import StoredAs, not_dropped
 from ktx.ops.attention_weights import Choice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.classes import patched
@@ -169,10 +169,11 @@ class MLA(Operator):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         given, cache = self.call.split(args, kwargs)
-        if self.choice.foreign or self._expands():
+        drops = self.training and self.dropout > 0
+        if drops and self.home.gpu:
+            raise not_dropped(self.dropout, f"{self.path} on a GPU")
+        if drops or self.choice.foreign or self._expands():
             return self.by_transformers(given, cache)
-        if self.training:
-            none_dropped(self.dropout)
         return self.computed(cache, **given)
 
     @property
@@ -192,7 +193,9 @@ class MLA(Operator):
         return self._modules.get("kv_b_proj") is not self.expansion.states[0].module or not self.expansion.holds()
 
     def by_transformers(self, given: dict[str, Any], cache: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The forward of the replaced module, which expands all keys and values by its `kv_b_proj`, for who listens to that or has exchanged it, and for other functions than the kernel. UsageError on an engine's pages."""
+        """The forward of the replaced module, which expands all keys and values by its `kv_b_proj`, for who listens to that or has exchanged it, for other functions than the kernel, and to drop attention weights. UsageError on an engine's pages."""
+        if paged(cache, self.layer_idx) is not None and self.training and self.dropout > 0:
+            raise not_dropped(self.dropout, "an engine's forward")
         if paged(cache, self.layer_idx) is not None:
             raise UsageError(
                 f"{self.path}: an engine keeps keys compressed, so a hook on kv_b_proj and attn_implementation"

@@ -56,9 +56,11 @@ class MoE(Operator):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.training and getattr(self, "jitter_noise", 0.0) > 0:
-            raise UsageError(
-                f"{self.path}: router_jitter_noise is {self.jitter_noise}, and training would add noise: call model.eval(), or set it to 0"
-            )
+            if self.link is not None:
+                raise UsageError(
+                    f"{self.path}: router_jitter_noise is {self.jitter_noise}, and experts that are put off get none of it: call model.eval(), or load the model without defer_experts"
+                )
+            return super().forward(hidden_states, *args, **kwargs)  # which adds it
         shape = hidden_states.shape
         flat = hidden_states.reshape(-1, shape[-1])
         if not torch.compiler.is_compiling() and takes(flat) and (block := current(self)) is not None:

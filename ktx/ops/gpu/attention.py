@@ -37,10 +37,9 @@ def attend(
     """As ktx.ops.attention.attend, on a GPU."""
     batch = getattr(key, "ktx_batch", None)
     choice = attention.choice_of(module)
-    if choice.foreign or (batch is None and not choice.plain()):
+    if choice.foreign or dropout > 0 or (batch is None and not choice.plain()):
         given = (query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
         return attention.attend(module, *given, **kwargs)
-    attention.none_dropped(dropout)
     new = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.float().contiguous()
@@ -113,7 +112,7 @@ class Attention(attention.Attention):
         self.sinks_f32 = None if sinks is None else sinks.detach().float().contiguous()
 
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
-        drops = self.training and getattr(self, "attention_dropout", 0.0) > 0  # which `attend` refuses
+        drops = self.training and getattr(self, "attention_dropout", 0.0) > 0
         if self.usual and not drops and self.choice.plain(cache):
             done = self.stored(cache=cache, **given)
             if done is not None:
