@@ -32,7 +32,7 @@ from ktx.model import become
 from ktx.ops import crossing, deferral, layer
 from ktx.ops import mtp as mtp_layer
 from ktx.ops.attention_weights import known_implementation
-from ktx.ops.base import Operator
+from ktx.ops.base import COMPUTED, Operator
 from ktx.ops.experts import of_layers
 from ktx.ops.sizes import sizes
 from ktx.placement import RESERVE, SLACK
@@ -160,6 +160,8 @@ def load(
     Without `tokenizer` none is read, and None is returned in its place.
     """
     known_implementation(attn_implementation)
+    if dtype not in (None, *COMPUTED):
+        raise UsageError(f"dtype {dtype}: ktx computes in {', '.join(map(str, COMPUTED))}")
     files_of_adapters = [read(wish) for wish in wishes(lora)]
     streaming(stream_experts)
     selftest.asked(self_test)

@@ -2,7 +2,9 @@
 
 transformers builds a model on the meta device, shows it to the quantiser, reads a checkpoint into it and shows it again. Here its modules are taken
 away before the checkpoint is read, which is an empty file by then, and what ktx.load makes takes the model's place afterwards. A quantiser is shown four of the
-call's arguments; the others stand in the frame of the call, so that each is heeded or refused.
+call's arguments; the others are local variables of the call, so that each is heeded or refused. Where a version of transformers has no such variable any more, that is an error.
+
+Of a hub id ktx fetches the files, by the arguments that transformers takes for that, and transformers looks for its checkpoint in a cache that holds the empty one alone.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -17,17 +20,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 
 from ktx import loading
 from ktx.adapters import Adapted
 from ktx.cache.kv import KVType
-from ktx.compat import text_part, writer_of_text
+from ktx.compat import config_dict, text_part, writer_of_text
 from ktx.devices import gpus
-from ktx.errors import BadFile, UsageError
+from ktx.errors import BadFile, KtxError, UsageError
 from ktx.ops.experts import of_layers
+from ktx.plugin import NAME
 from ktx.rules import Rule
 from ktx.selftest import SelfTest
-from ktx.skeleton import read_tokenizer
+from ktx.skeleton import hub_folder, read_config, read_tokenizer
+from ktx.versions import admitted
 from ktx.weights.source import open_weights
 
 if TYPE_CHECKING:
@@ -41,8 +47,20 @@ else:
     from transformers.quantizers import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-NAME = "ktx"
 EMPTY = "ktx.safetensors"  # what transformers reads in place of a checkpoint
+HUB = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "token",
+    "tqdm_class",
+)  # how a hub id's files come
+DOWNLOADS = ("download_kwargs_with_commit", "download_kwargs")  # that a checkpoint is looked for by: to 5.22, from 5.23
+NEEDED = (  # local variables of from_pretrained in every version that ktx was tested with
+    *("cls", "pretrained_model_name_or_path", "subfolder", "dtype", "trust_remote_code", "generation_config"),
+    *HUB,
+)
 PLACES = "KtxConfig(device=..., moe_device=..., devices=...) says where modules are"
 SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave the choice to accelerate
 REFUSED: dict[
@@ -53,6 +71,8 @@ REFUSED: dict[
     "variant": ((None,), "name the file by KtxConfig(weights=FILE)"),
     "use_safetensors": ((None, True), "ktx reads safetensors and GGUF"),
     "disable_mmap": ((None, False), "ktx maps its files"),
+    "proxies": ((None,), "set HTTPS_PROXY"),
+    "code_revision": ((None,), "code is of the revision of the weights"),
     "ignore_mismatched_sizes": ((False,), "ktx loads weights of the right sizes only"),
     "key_mapping": ((None,), "ktx knows the names of tensors by family (docs/models.md)"),
     "max_memory": ((None,), PLACES),
@@ -128,6 +148,7 @@ class KtxQuantizer(HfQuantizer):
     is_trainable = True
     config: Any = None  # the configuration that counts
     device: str | None = None  # by device_map
+    downloads: Any = None  # how transformers looks for files of a hub id
 
     def __init__(self, quantization_config: KtxConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -137,12 +158,9 @@ class KtxQuantizer(HfQuantizer):
             given = self.call.get(name)
             if name in self.call and not any(given is value for value in usual):
                 raise UsageError(f"from_pretrained: {name} does nothing with KtxConfig; {instead}")
-        self.folder = Path(str(self.call["pretrained_model_name_or_path"]), self.call.get("subfolder") or "")
-        if not self.folder.is_dir():
-            raise UsageError(
-                f"from_pretrained: {self.folder} is no folder, which KtxConfig needs: give"
-                " huggingface_hub.snapshot_download(ID), or take ktx.load, which knows hub ids and GGUF files alone"
-            )
+        if self.call["pretrained_model_name_or_path"] is None:
+            raise UsageError("from_pretrained: KtxConfig needs a folder or a hub id in the place of None")
+        self.name = str(self.call["pretrained_model_name_or_path"])
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
@@ -174,25 +192,80 @@ class KtxQuantizer(HfQuantizer):
         del own.quantization_config
         self.attention, self.experts = own._attn_implementation, own._experts_implementation
         own._attn_implementation = own._experts_implementation = None
+        own.name_or_path = self.name
         self.config = text_part(own)
+        if getattr(self.config, "quantization_config", None) is not None:  # of the part
+            del self.config.quantization_config
+        self._check_class()
+        self.place = tempfile.TemporaryDirectory(prefix="ktx-")
+        self.empty = Path(self.place.name, EMPTY)
+        self.folder = self._located()
+        self._tie()
+        save_file({}, self.empty)
         config.transformers_weights = EMPTY
         if getattr(config, "dtype", None) is None:
             config.dtype = torch.float32  # else it would be looked up in the checkpoint
         return config
 
+    def _tie(self) -> None:
+        """Of a model of text and pictures an AutoModel hands over the text's configuration, without what the whole says of the output layer."""
+        if not (self.folder / "config.json").exists() or "text_config" not in config_dict(str(self.folder)):
+            return
+        whole = read_config(self.folder, bool(self.call["trust_remote_code"]))
+        if type(whole) is type(self.config) and whole.tie_word_embeddings:
+            self.config.tie_word_embeddings = True
+
+    def _check_class(self) -> None:
+        """UsageError for a class that is not the one that writes text by this configuration, before anything is fetched."""
+        asked, wanted = self.call["cls"], writer_of_text(self.config)
+        if self._by_its_code() or asked is wanted:
+            return
+        if wanted is None:
+            raise UsageError(
+                f"from_pretrained: transformers has no language model by itself for a {self.config.model_type}; KtxConfig loads language models"
+            )
+        raise UsageError(
+            f"from_pretrained: KtxConfig loads a {wanted.__name__} of this configuration, no {asked.__name__};"
+            " call AutoModelForCausalLM.from_pretrained"
+        )
+
+    def _by_its_code(self) -> bool:
+        """Whether the class comes with the model."""
+        known = getattr(self.config, "auto_map", None) or {}
+        return bool(self.call["trust_remote_code"]) and "AutoModelForCausalLM" in known
+
+    def _located(self) -> Path:
+        """The folder of the model's files. Those of a hub id are fetched, or come from its cache; transformers then looks for a checkpoint in an own cache."""
+        below = self.call["subfolder"] or ""
+        if os.path.isdir(self.name):
+            return Path(self.name, below)
+        root = hub_folder(self.name, self.asked.weights is None, below, **{name: self.call[name] for name in HUB})
+        from huggingface_hub.file_download import repo_folder_name
+
+        downloads = next((self.call[name] for name in DOWNLOADS if name in self.call), None)
+        if not isinstance(downloads, dict):
+            raise _changed(DOWNLOADS)
+        cache = Path(self.place.name, repo_folder_name(repo_id=self.name, repo_type="model"))
+        self.empty = cache / "snapshots" / root.name / below / EMPTY
+        revision = cache / "refs" / str(downloads["revision"] or "main")
+        for path in (self.empty, revision):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        revision.write_text(root.name)
+        self.downloads, self.usual_downloads = downloads, dict(downloads)
+        downloads |= {"cache_dir": self.place.name, "local_files_only": True, "force_download": False}
+        if "commit_hash" in downloads:
+            downloads["commit_hash"] = root.name
+        if self._by_its_code():  # from the same revision
+            self.config.name_or_path = str(root)
+            known = self.config.auto_map
+            self.config.auto_map = {name: _below(of, self.name) for name, of in known.items()}
+        return root / below
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str], **kwargs: Any) -> None:
         """Leaves nothing that a checkpoint could be read for."""
-        wanted = writer_of_text(self.config)
-        if wanted is not None and type(model) is not wanted:
-            raise UsageError(
-                f"from_pretrained: KtxConfig loads a {wanted.__name__} of this configuration, no {type(model).__name__};"
-                " call AutoModelForCausalLM.from_pretrained"
-            )
-        from safetensors.torch import save_file
-
-        self.place = tempfile.TemporaryDirectory(prefix="ktx-")
-        checkpoint_files[:] = [str(Path(self.place.name, EMPTY))]
-        save_file({}, checkpoint_files[0])
+        if self.downloads is not None:
+            self.downloads |= self.usual_downloads
+        checkpoint_files[:] = [str(self.empty)]
         for held in (model._modules, model._parameters, model._buffers):
             held.clear()
         model.all_tied_weights_keys = {}
@@ -209,6 +282,11 @@ class KtxQuantizer(HfQuantizer):
             tokenizer=False,
             **options,
         )
+        made.config.name_or_path = self.name
+        if type(made).__name__ != type(model).__name__:
+            raise UsageError(
+                f"from_pretrained: ktx loaded a {type(made).__name__}, not the {type(model).__name__} that was asked for; take ktx.load"
+            )
         made.ktx.tokenizer = self._tokenizer(made)
         self._check_experts(made)
         given = {"generation_config": model.generation_config} if self.call.get("generation_config") else {}
@@ -250,24 +328,36 @@ class KtxQuantizer(HfQuantizer):
 
 
 def _call() -> dict[str, Any]:
-    """What the from_pretrained under way was given: its local variables. UsageError outside of one."""
-    frame = inspect.currentframe()
+    """What the from_pretrained under way was given: its local variables. UsageError outside of one, KtxError where it has others than ktx knows."""
+    frame, found = inspect.currentframe(), {}
     while frame is not None:
-        known = frame.f_locals
-        if frame.f_code.co_name == "from_pretrained" and "state_dict" in known and "quantization_config" in known:
-            return dict(known)
+        if frame.f_code.co_name == "from_pretrained":
+            known = frame.f_locals
+            if not found and frame.f_globals.get("__name__") == "transformers.modeling_utils":
+                found = dict(known)
+            elif found and "code_revision" in known:  # of an AutoModel
+                found["code_revision"] = known["code_revision"]
         frame = frame.f_back
-    raise UsageError(
-        "KtxConfig is an argument of from_pretrained: AutoModelForCausalLM.from_pretrained(DIR, quantization_config=...)"
+    if not found:
+        raise UsageError(
+            "KtxConfig is an argument of from_pretrained: AutoModelForCausalLM.from_pretrained(DIR, quantization_config=...)"
+        )
+    if missing := [name for name in NEEDED if name not in found]:
+        raise _changed(missing)
+    return found
+
+
+def _changed(missing: Sequence[str]) -> KtxError:
+    import transformers
+
+    return KtxError(
+        f"from_pretrained of transformers {transformers.__version__} has no {', '.join(missing)}, which KtxConfig reads; take ktx.load,"
+        f" or pip install '{admitted('transformers')}'"
     )
 
 
-def register() -> None:
-    """Makes both known to transformers."""
-    from transformers.quantizers import register_quantization_config, register_quantizer
-
-    register_quantization_config(NAME)(KtxConfig)
-    register_quantizer(NAME)(KtxQuantizer)
-
-
-register()
+def _below(reference: Any, name: str) -> Any:
+    """A reference to code in a model's own repository without its name; several of them too."""
+    if isinstance(reference, (list, tuple)):
+        return [_below(each, name) for each in reference]
+    return reference.removeprefix(f"{name}--") if isinstance(reference, str) else reference

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import warnings
 from pathlib import Path
 from typing import Any
@@ -64,20 +65,27 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def hub_folder(model: str, weights: bool) -> Path:
-    """Configuration, tokenizer, template and settings of a hub id, from one revision, and its safetensors where they are wanted."""
+def hub_folder(model: str, weights: bool, below: str = "", **asked: Any) -> Path:
+    """Where the files of a hub id are: configuration, tokenizer, template and settings, from one revision, and its safetensors where they are wanted; of a folder `below` its root those in that folder.
+
+    `asked` are further arguments of the hub's client.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     repo, _, revision = model.partition("@")
     wanted = [*BESIDE, *(("*.safetensors",) if weights else ())]
+    begin = f"{glob.escape(below.strip('/'))}/" if below else ""
+    usual: dict[str, Any] = {
+        "revision": revision or None,
+        "local_files_only": HF_HUB_OFFLINE,  # older clients ask the hub for the files of a revision even then
+    }
     try:
         found = snapshot_download(
             repo,
-            revision=revision or None,
-            allow_patterns=wanted,
-            ignore_patterns=["*/*.safetensors", "consolidated*"],
-            local_files_only=HF_HUB_OFFLINE,  # older clients ask the hub for the files of a revision even then
+            allow_patterns=[f"{begin}{name}" for name in wanted],
+            ignore_patterns=[f"{begin}*/*.safetensors", f"{begin}consolidated*"],
+            **usual | asked,
         )
     except Exception as error:  # the hub client's errors have no common base but Exception
         raise BadFile(

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
+from ktx.defaults import torch_defaults
 from ktx.errors import UsageError, nearest
 from ktx.kernels import cpu
 from ktx.ops.base import COMPUTED, Context, as_weights
@@ -47,18 +50,41 @@ class Held:
     """A module's packed copy, and what the module was when it was made. Copies and pickles of the module have an empty one."""
 
     operator: Experts | None = None
+    dtype: str | None = None
+
+    def __init__(self, module: Any = None):
+        self.module, self.lock = module, threading.Lock()
 
     def __reduce__(self) -> Any:
-        return Held, ()
+        return _empty, (self.dtype,)
 
-    def stands(self, dtype: str | None) -> bool:
-        """Whether it is of this type and the module is what it was."""
-        if self.operator is None or self.dtype != dtype or not self.state.same():
-            return False
-        return all(edits(tensor) == count for tensor, count in self.counted)
+    @classmethod
+    def of(cls, module: Any) -> Held:
+        """The one that a module has; a shallow copy of the module has another."""
+        held: Held | None = module.__dict__.get(HELD)
+        if held is None or held.module is not module:
+            held = module.__dict__[HELD] = cls(module)
+        return held
 
-    def make(self, module: Any, dtype: str | None) -> None:
-        """Packs the module's parameters. UsageError for a module that no kernel computes."""
+    def current(self, dtype: str | None) -> Experts:
+        """The module's parameters as a type, packed where they are not. UsageError for a module that no kernel computes."""
+        made = self.operator
+        if made is not None and self._stands(dtype):
+            return made
+        with self.lock:
+            if self.operator is None or not self._stands(dtype):
+                self._make(self.module, dtype)
+            assert self.operator is not None
+            return self.operator
+
+    def _stands(self, dtype: str | None) -> bool:
+        """Whether the copy is of this type and the module is what it was."""
+        return (
+            self.dtype == dtype and self.state.same() and all(edits(tensor) == count for tensor, count in self.counted)
+        )
+
+    @torch_defaults()
+    def _make(self, module: Any, dtype: str | None) -> None:
         self.operator, where = None, type(module).__name__
         made = Experts.from_hf(module, Context(where, module.config, torch.device("cpu"), torch.float32))
         given = _parameters(module, made)
@@ -73,6 +99,12 @@ class Held:
         self.dtype, self.names = dtype, list(given)
         self.state, self.counted = State(module), [(tensor, edits(tensor)) for tensor in given.values()]
         self.operator = made
+
+
+def _empty(dtype: str | None) -> Held:
+    """Of a pickle, whose reader may not have asked for the name that the model's configuration has."""
+    experts(dtype)
+    return Held()
 
 
 def _parameters(module: nn.Module, made: Experts) -> dict[str, torch.Tensor]:
@@ -118,11 +150,10 @@ def forward(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """By transformers' contract for experts: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D]. A choice of no expert, as experts in parallel processes have, adds nothing."""
-    held = module.__dict__.get(HELD)
-    if held is None:
-        held = module.__dict__[HELD] = Held()
-    if not held.stands(dtype):
-        held.make(module, dtype)
+    if torch.compiler.is_exporting():
+        raise UsageError(f"{type(module).__name__}: torch.export has no form of what ktx packs; {OTHERS}")
+    held = Held.of(module)
+    operator = held.current(dtype)
     if hidden_states.dtype not in COMPUTED or hidden_states.device.type != "cpu":
         raise UsageError(
             f"{type(module).__name__}: hidden states are {hidden_states.dtype} on {hidden_states.device}, ktx computes"
@@ -131,10 +162,10 @@ def forward(
     parameters = [module._parameters[name] for name in held.names]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
         made: torch.Tensor = Trained.apply(  # type: ignore[no-untyped-call]
-            held.operator, module, hidden_states, top_k_index, top_k_weights, *parameters
+            operator, module, hidden_states, top_k_index, top_k_weights, *parameters
         )
         return made
-    out: torch.Tensor = held.operator(hidden_states, top_k_index, top_k_weights)
+    out: torch.Tensor = operator(hidden_states, top_k_index, top_k_weights)
     return out
 
 
@@ -142,6 +173,7 @@ class Trained(torch.autograd.Function):
     """The packed copy forward, and backward transformers' own computation, for hidden states, choices' weights and parameters."""
 
     @staticmethod
+    @custom_fwd(device_type="cpu")
     def forward(ctx: Any, operator: Experts, module: Any, *inputs: torch.Tensor) -> torch.Tensor:
         ctx.module = module
         ctx.save_for_backward(*inputs)
@@ -149,6 +181,7 @@ class Trained(torch.autograd.Function):
         return out
 
     @staticmethod
+    @custom_bwd(device_type="cpu")  # as autocast was in forward
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         hidden, ids, weights, *parameters = ctx.saved_tensors

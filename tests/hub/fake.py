@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
         repo, given = self.hub.repos.get(name), self.headers.get("authorization", "")
         if given and given != f"Bearer {self.hub.token}" and not self.path.startswith("/far"):
             self.say(401, {"error": "bad token"}, {"X-Error-Message": "Invalid credentials in Authorization header"})
-        elif repo is None or (repo.private and not given):
+        elif repo is None or (repo.private and not given and not self.path.startswith("/far")):
             hides = not given and not self.path.startswith("/api/v1")  # Hugging Face tells strangers nothing
             self.say(401 if hides else 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         else:
@@ -147,6 +147,8 @@ class Handler(BaseHTTPRequestHandler):
         self.say(200, found)
 
     def resolve(self, name: str, repo: Repo, revision: str, path: str) -> None:
+        if revision not in ("main", COMMIT):
+            return self.say(404, {"error": "Invalid rev"}, {"X-Error-Code": "RevisionNotFound"})
         if repo.gated and not self.headers.get("authorization"):
             return self.say(401, {"error": "gated"}, {"X-Error-Code": "GatedRepo", "X-Repo-Commit": COMMIT})
         if repo.gated and repo.private:

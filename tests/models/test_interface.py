@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import inspect
 import pickle
+import re
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ktx
-from ktx.errors import UsageError
+from ktx.errors import NoGradient, UsageError
 from ktx.ops.interface import HELD
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_families import IDS, relative
@@ -59,6 +65,52 @@ def test_every_family_computes_the_same_or_says_why_not(family):
     mine.set_experts_implementation("ktx")
     near((right, mine))
     assert all(isinstance(operator, nn.Module) for operator in packed(mine))
+
+
+class Any:
+    """A configuration that has a number for whatever an experts module reads."""
+
+    _experts_implementation = "eager"
+    NUMBERS = {"act": "silu", "limit": 7.0, "intermediate": 96, "hidden": 64, "per_tok": 2, "top": 2, "expert": 4}
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return next((value for word, value in self.NUMBERS.items() if word in name), 64)
+
+
+DECORATED = r"@use_experts_implementation(?:\([^)]*\))?\s*\nclass (\w+)"
+CLASSES = {  # every class of experts that goes by transformers' interface, and its module
+    found[1]: f"transformers.models.{file.parent.name}.{file.stem}"
+    for file in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"))
+    for found in re.finditer(DECORATED, file.read_text(encoding="utf-8"))
+}
+CLAMPED = ["DeepseekV4", "Glm5Next", "HYV4", "Inkling2"]  # in a way that no kernel has
+NORMED = ["MuseSpark"]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_class_computes_the_same_or_says_why_not(name):
+    kind = getattr(importlib.import_module(CLASSES[name]), name)
+    module = kind(Any(), **{word: 96 for word in inspect.signature(kind).parameters if word == "intermediate_size"})
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        hidden, ids = torch.randn(9, 64), torch.stack([torch.randperm(4)[:2] for _ in range(9)])
+        weights = torch.rand(9, 2)
+        right = module(hidden, ids, weights)
+        module.config._experts_implementation = "ktx"
+        if name.startswith((*CLAMPED, *NORMED)):
+            with pytest.raises(
+                UsageError, match="norms the output" if name.startswith(tuple(NORMED)) else "in no kernel"
+            ):
+                module(hidden, ids, weights)
+        else:
+            assert relative(module(hidden, ids, weights), right) < 1e-5
+
+
+def test_classes_are_found():
+    assert len(CLASSES) > 40 and {"Qwen3MoeExperts", "GptOssExperts", "NemotronHExperts"} <= CLASSES.keys()
 
 
 def test_answers_token_by_token(two):
@@ -290,3 +342,172 @@ def test_the_rules_of_a_loaded_model_may_leave_experts_to_it(tmp_path):
         tmp_path, quantization_config=ktx.KtxConfig(rules=rules, progress=False), experts_implementation="ktx"
     )
     assert relative(computed(made), computed(tiny("qwen3_moe"))) < 1e-4 and packed(made)[0] is not None
+
+
+def called(module, tokens=5, dtype=torch.float32, seed=3):
+    """A layer's experts on random hidden states, as their block calls them."""
+    torch.manual_seed(seed)
+    hidden = torch.randn(tokens, 256).to(dtype)
+    ids = torch.stack([torch.randperm(module.num_experts)[:2] for _ in range(tokens)]) if tokens else torch.zeros(0, 2)
+    return module(hidden, ids.long(), torch.rand(tokens, 2))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 33])
+def test_some_tokens_and_none(two, tokens):
+    with torch.no_grad():
+        right, mine = (called(experts_of(model)[0], tokens) for model in two)
+    assert right.shape == mine.shape and torch.allclose(right, mine, atol=1e-5)
+
+
+@pytest.mark.parametrize("ids", [0, 3])
+def test_one_expert_has_all_tokens_and_others_none(two, ids):
+    hidden, chosen = torch.randn(9, 256), torch.full((9, 2), ids)
+    with torch.no_grad():
+        right, mine = (experts_of(model)[0](hidden, chosen, torch.ones(9, 2)) for model in two)
+    assert torch.allclose(right, mine, atol=1e-4)
+
+
+def test_batches_with_padding(two):
+    mask = torch.ones(3, 20, dtype=torch.long)
+    mask[0, :7] = mask[2, :15] = 0
+    right, mine = (computed(model, PROMPT.repeat(3, 1), attention_mask=mask)[mask.bool()] for model in two)
+    assert relative(mine, right) < 1e-5
+
+
+def test_a_shallow_copy_with_parameters_of_its_own(two):
+    near(two)
+    for change in (2.0, 0.5, 1.0):
+        made = []
+        for model in two:
+            twin = copy.copy(experts_of(model)[0])
+            twin._parameters = {n: nn.Parameter(p.detach() * change) for n, p in twin._parameters.items()}
+            made.append(called(twin).detach())
+        assert torch.allclose(*made, atol=1e-4)
+    near(two)
+
+
+def test_packed_in_inference_mode_and_used_outside(two):
+    for model in two:
+        model.requires_grad_(False)
+    with torch.inference_mode():
+        right, mine = (model(PROMPT).logits for model in two)
+    assert relative(mine, right) < 1e-5
+    grads = []
+    for model in two:
+        embeds = model.get_input_embeddings()(PROMPT).detach().requires_grad_()
+        model(inputs_embeds=embeds).logits.square().mean().backward()
+        grads.append(embeds.grad)
+    assert relative(grads[1], grads[0]) < 1e-3
+    with torch.inference_mode():  # a model that was made there
+        right, mine = (tiny(two[0].config.model_type) for _ in range(2))
+        mine.set_experts_implementation("ktx")
+        near((right, mine))
+
+
+def test_other_defaults_of_torch(two):
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        right, mine = (called(experts_of(model)[0]) for model in two)
+    finally:
+        torch.set_default_dtype(before)
+    assert right.dtype is mine.dtype and relative(mine, right) < 1e-5
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(two, inside):
+    """Hidden states of either type; the kernels compute in what they are given, transformers in bf16."""
+    grads, results = [], []
+    for model in two:
+        module = experts_of(model)[0]
+        for dtype in (torch.float32, torch.bfloat16):
+            module.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                out = called(module, 9, dtype)
+                if inside:
+                    out.sum().backward()
+            if not inside:
+                out.sum().backward()
+            results.append(out.detach().float())
+            grads.append(module.down_proj.grad.clone())
+    for mine, right in ((results[2], results[0]), (results[3], results[1]), (grads[2], grads[0]), (grads[3], grads[1])):
+        assert relative(mine, right) < 0.03
+
+
+def test_function_transforms_are_equal_or_an_error(two):
+    right, mine = two
+    before = computed(mine)
+    other = {name: value.detach() * 1.1 for name, value in mine.named_parameters()}
+    with pytest.raises(UsageError, match="is a Tensor, ktx packs plain parameters"):
+        torch.func.functional_call(mine, other, (PROMPT,))
+    assert torch.equal(computed(mine), before)
+    module = experts_of(mine)[0]
+    ids, weights, hidden = torch.zeros(3, 2, dtype=torch.long), torch.ones(3, 2), torch.randn(3, 256)
+    for trained in (True, False):
+        module.requires_grad_(trained)
+        with pytest.raises(RuntimeError, match="functorch"):
+            torch.func.grad(lambda x: module(x, ids, weights).sum())(hidden)
+        with pytest.raises(RuntimeError, match="functorch|Batching rule not implemented for ktx::experts"):
+            torch.func.vmap(lambda x: module(x, ids, weights))(hidden[None])
+    with pytest.raises(NoGradient, match="tangent"):
+        torch.func.jvp(lambda x: module(x, ids, weights), (hidden,), (hidden,))
+
+
+def test_threads_share_a_model(two):
+    right, mine = two
+    truth, wrong = computed(right), []
+
+    def work():
+        for _ in range(3):
+            try:
+                if relative(computed(mine), truth) > 1e-4:
+                    wrong.append("numbers")
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_back_and_forth(two):
+    right, mine = two
+    for name in ("ktx", "eager", ktx.experts("F32"), "grouped_mm", "ktx", "batched_mm", ktx.experts("BF16"), "ktx"):
+        mine.set_experts_implementation(name)
+        near(two, 1e-2 if name == "ktx:BF16" else 1e-5)
+
+
+def test_export_is_refused_by_name(two):
+    with pytest.raises(UsageError, match="torch.export has no form of what ktx packs; take another"):
+        torch.export.export(two[1], (PROMPT,), strict=False)
+
+
+def test_a_pickle_brings_its_name_along(tmp_path):
+    model = tiny("qwen3_moe")
+    model.set_experts_implementation(ktx.experts("Q8_0"))
+    right = computed(model)
+    (tmp_path / "model").write_bytes(pickle.dumps(model))
+    torch.save(right, tmp_path / "right")
+    torch.save(model.state_dict(), tmp_path / "state")
+    code = (
+        "import pickle, torch\n"
+        f"state = torch.load({str(tmp_path / 'state')!r})\n"
+        f"model = pickle.load(open({str(tmp_path / 'model')!r}, 'rb'))\n"
+        f"right = torch.load({str(tmp_path / 'right')!r})\n"
+        f"assert torch.equal(model(torch.tensor({PROMPT.tolist()})).logits, right)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gradient_checkpointing(two):
+    grads = []
+    for model in two:
+        model.train()
+        model.gradient_checkpointing_enable()
+        model(PROMPT, labels=PROMPT, use_cache=False).loss.backward()
+        grads.append(experts_of(model)[0].down_proj.grad)
+    assert relative(grads[1], grads[0]) < 1e-3
