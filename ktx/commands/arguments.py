@@ -280,8 +280,8 @@ def lora_option(parser: argparse.ArgumentParser, meant: str) -> None:
         "--lora-modules",
         dest="lora",
         action="append",
-        metavar="[NAME=]DIR[=SCALE]",
-        help=f"LoRA adapter as PEFT writes it: the folder with adapter_config.json; several times: {meant}",
+        metavar="[NAME=]PATH[=SCALE]",
+        help=f"LoRA adapter: PEFT's folder with adapter_config.json, or llama.cpp's GGUF file; several times: {meant}",
     )
 
 

@@ -18,6 +18,7 @@ from ktx.engine.sampling import Sampling
 from ktx.errors import BadFile, UsageError
 from ktx.ops.guard import current
 from ktx.ops.linear import Linear
+from ktx.ops.lora import Use
 from ktx.weights.lora import CONFIG, WEIGHTS, Wish
 from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative
@@ -170,6 +171,21 @@ def test_requests_that_name_none_have_those_in_use(model, right):
     assert base == answer(right, PROMPTS[0])
     with torch.no_grad():
         assert relative(model(input_ids=IDS).logits, right(IDS)) < NEAR
+
+
+def test_a_factor_on_a_requests_adapter(model, folder):
+    """What an adapter that was loaded with this scale computes, beside requests with other factors."""
+    model.ktx.load_lora(folder / "one", "half", 0.5)
+    pairs = [(Use("one", 0.5), "half"), ((Use("one", 0.5), "two"), ("half", "two")), (Use("half", 2.0), "one")]
+    try:
+        with model.ktx.engine(max_batch_size=6, cache_lens=4096) as engine:
+            asked = [(prompt, lora) for prompt in PROMPTS[:3] for pair in pairs for lora in pair]
+            found, cached = ask(engine, asked)
+            base, none = ask(engine, [(PROMPTS[1], ()), (PROMPTS[1], Use("one", 0.0))])[0]
+    finally:
+        model.ktx.unload_lora("half")
+    assert found[::2] == found[1::2] and base == none
+    assert len({tuple(ids) for ids in found[:6]}) == 3 and cached == [0] * len(asked)
 
 
 def test_generate(model, right):
