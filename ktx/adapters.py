@@ -30,6 +30,7 @@ from ktx.weights.gguf_files import is_gguf
 from ktx.weights.gguf_lora import GGUFAdapter
 from ktx.weights.lora import MERGED, WEIGHTS, Adapter, AdapterFile, LowRank, Wish
 
+RETIRED = "\0"  # in no name that is given to an adapter
 Adapted = str | Path | Wish
 Fitted = list[tuple[Any, list[LowRank]]]  # modules, and what is added to their weights
 Packed = list[tuple[Any, Lora, Any]]  # the same, packed
@@ -44,6 +45,7 @@ class Adapters:
     mapping: Mapping = field(default_factory=Mapping)
     loras: dict[nn.Module, Lora] = field(default_factory=dict)  # by the module that has the attribute
     hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # on modules that are torch's own
+    retired: int = 0  # how many adapters have lost their name
 
     @property
     def in_use(self) -> Uses:
@@ -80,22 +82,30 @@ class Adapters:
                 del self.loras[module]
         del self.known[name]
 
-    def rename(self, name: str, other: str) -> None:
-        """An adapter that counts nowhere but where it is named, by another name. UsageError for a name that there is not."""
+    def retire(self, name: str) -> str:
+        """Leaves an adapter to those who have it: the name by which they find it from now on, and nobody else. UsageError for a name that there is not."""
         self.checked([name])
         self.use([used for used in self.in_use if used.name != name])
+        self.retired += 1
+        other = f"{name}{RETIRED}{self.retired}"
         for lora in self.loras.values():
             if name in lora.factors:
                 lora.factors[other] = lora.factors.pop(name)
         self.known[other] = self.known.pop(name)
+        return other
+
+    @property
+    def named(self) -> dict[str, Adapter]:
+        """Those that can be asked for."""
+        return {name: adapter for name, adapter in self.known.items() if RETIRED not in name}
 
     def checked(self, names: Sequence[str | Use]) -> Uses:
         """Adapters by name, or with a factor. UsageError for a name that there is not."""
         uses = tuple(dict.fromkeys(Use(one) if isinstance(one, str) else one for one in names))
         for name, _ in uses:
             if name not in self.known:
-                there = f"; there are {', '.join(self.known)}" if self.known else "; none is loaded"
-                raise UsageError(f"no LoRA adapter is called {name!r}{nearest(name, self.known)}{there}")
+                there = f"; there are {', '.join(self.named)}" if self.named else "; none is loaded"
+                raise UsageError(f"no LoRA adapter is called {name!r}{nearest(name, self.named)}{there}")
         return uses
 
     def digest(self, uses: Uses) -> bytes:

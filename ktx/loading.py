@@ -84,7 +84,7 @@ class Handle:
     @property
     def loras(self) -> dict[str, Adapter]:
         """The LoRA adapters that are loaded, by name."""
-        return dict(self.adapters.known)
+        return self.adapters.named
 
     def load_lora(self, path: str | Path, name: str | None = None, scale: float = 1.0) -> str:
         """Loads a LoRA adapter, PEFT's folder or the safetensors file in it or a GGUF file of llama.cpp's, and returns its name (default: the folder's or the file's). It counts where it is named: in `use_lora`, or in an engine's request. BadFile or UsageError for one that does not fit."""

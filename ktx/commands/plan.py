@@ -46,7 +46,7 @@ GPU_GB_S = 1000.0  # where no GPU can be measured: about an RTX 4090's
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     model_options(parser)
-    lora_option(parser, "the memory of each is told")
+    lora_option(parser, "the table shows the memory of each")
     flag(parser, "--all", help="one row a module instead of one for layers that are alike")
     flag(parser, "--json", help="one JSON object instead of tables")
     group = parser.add_argument_group("budget")

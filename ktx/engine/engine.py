@@ -101,8 +101,7 @@ class Engine:
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
         self.submitted = 0
-        self.unloaded = 0  # adapters, while requests had them
-        self.leaving: set[str] = set()  # of these, those that requests still have
+        self.leaving: set[str] = set()  # adapters that were unloaded while requests had them, and still do
         self.steps = 0
         self.failure = ""  # why the engine has stopped for good
         self.restarts = 0
@@ -229,7 +228,7 @@ class Engine:
         return known.in_use if lora is None else known.checked([lora] if isinstance(lora, str | Use) else lora)
 
     def load_lora(self, path: str | Path, name: str | None = None, scale: float = 1.0, replace: bool = False) -> str:
-        """As `model.ktx.load_lora`, while requests are answered: the adapter is read and packed beside the steps, and hangs from one of them on.
+        """As `model.ktx.load_lora`, while requests are answered: the adapter is read and packed on the caller's thread, and hangs from the next step on.
 
         `replace`: one that has the name is unloaded. DoesNotFit where memory is short.
         """
@@ -261,9 +260,7 @@ class Engine:
         adapters = self.runner.adapters
         if not self._asked_for(name):
             return adapters.drop(name)
-        self.unloaded += 1
-        other = f"{name}\0{self.unloaded}"  # which no request can name
-        adapters.rename(name, other)
+        other = adapters.retire(name)
         for request in self.answers:
             request.lora = tuple(use._replace(name=other) if use.name == name else use for use in request.lora)
         self.leaving.add(other)

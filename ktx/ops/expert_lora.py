@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ktx.kernels import cpu
-from ktx.ops.lora import Lora, Mapping, Use, Uses, packed, times
+from ktx.ops.lora import Lora, Mapping, Use, Uses, packed, packed_bytes, times
 from ktx.weights.lora import LowRank
 
 if TYPE_CHECKING:
@@ -37,8 +37,12 @@ class ExpertsLora(Lora):
 
     @staticmethod
     def nbytes(owner: Experts, several: Sequence[LowRank]) -> int:
-        halves = [1 if one.projection else len(owner.adapted_shapes()[one.shape]) for one in several]  # each with an A
-        return sum(one.nbytes + 4 * (count - 1) * one.a.numel() for one, count in zip(several, halves, strict=True))
+        found, shapes = 0, owner.adapted_shapes()
+        for one in several:
+            count = 1 if one.projection else len(shapes[one.shape])  # of projections, each with an A
+            experts, rows, rank = one.b.shape
+            found += count * (packed_bytes(one.a.shape) + packed_bytes((experts, rows // count, rank)))
+        return found
 
     def made(self, several: Sequence[LowRank]) -> dict[str, ExpertFactors]:
         found: dict[str, ExpertFactors] = {}

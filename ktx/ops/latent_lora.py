@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ktx.kernels import cpu
-from ktx.ops.lora import Lora, Mapping, Uses, packed, plus, times
+from ktx.ops.lora import Lora, Mapping, Uses, packed, packed_bytes, plus, times
 from ktx.ops.mla import MLA
 from ktx.weights.lora import LowRank
 
@@ -33,7 +33,15 @@ class LatentLora(Lora):
 
     @staticmethod
     def nbytes(owner: MLA, several: Sequence[LowRank]) -> int:
-        return 2 * Lora.nbytes(owner, several)  # in the order of two products
+        (one,) = several
+        rank, heads = one.b.shape[-1], owner.num_heads
+        halves = [
+            one.a.shape,
+            one.a.shape[::-1],
+            (heads, rank, owner.qk_nope_head_dim),
+            (heads, owner.v_head_dim, rank),
+        ]
+        return sum(map(packed_bytes, halves)) + 4 * one.b.numel()
 
     def made(self, several: Sequence[LowRank]) -> HeadFactors:
         (one,) = several

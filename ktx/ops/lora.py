@@ -6,6 +6,7 @@ module stand aside meanwhile, and only those.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import torch
 from ktx.devices import CPU, Device
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.qtypes import QTYPES
 from ktx.weights.lora import LowRank
 from ktx.weights.source import QuantizedTensor
 
@@ -124,6 +126,11 @@ def packed(values: torch.Tensor) -> cpu.Packed:
     return cpu.pack(QuantizedTensor.of(values))
 
 
+def packed_bytes(shape: Sequence[int]) -> int:
+    """Memory of what `packed` makes of such a tensor."""
+    return int(cpu.ops.packed_nbytes(QTYPES["F32"].code, *shape[-2:])) * math.prod(shape[:-2])
+
+
 class Lora:
     """The adapters of one module's matrix, by name."""
 
@@ -134,7 +141,10 @@ class Lora:
     @staticmethod
     def nbytes(owner: Any, several: Sequence[LowRank]) -> int:
         """Memory of what `made` makes for a module."""
-        return sum(one.nbytes for one in several)
+        (one,) = several
+        if home_of(owner).gpu:
+            return 4 * (one.a.numel() + one.b.numel())
+        return (4 * one.a.numel() if one.embedding else packed_bytes(one.a.shape)) + packed_bytes(one.b.shape)
 
     def made(self, several: Sequence[LowRank]) -> Any:
         """What `factors` hold of an adapter's matrices, packed."""

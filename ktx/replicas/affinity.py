@@ -21,7 +21,7 @@ FIELDS = ("cache_salt", "system", "instructions", "tools", "messages", "input", 
 def keys_of(body: bytes, adapters: Collection[str] = ()) -> list[bytes]:
     """A key for every beginning of the request's prompt, the shorter first; none for a short prompt or no JSON.
 
-    `adapters`: names that a request's model may be beside the model's own, whose pages they do not share.
+    `adapters`: names of LoRA adapters that a request's model may be; they share no pages with the model or each other.
     """
     try:
         asked = json.loads(body)

@@ -63,7 +63,7 @@ class Served:
 
     def __init__(self, names: tuple[str, ...], settings: Settings | None = None, adapters: tuple[str, ...] = ()):
         self.models, self.settings = names, settings or Settings()
-        self.adapters: dict[str, int] = {}  # names of LoRA adapters, each beside the model, and their numbers
+        self.adapters: dict[str, int] = {}  # names of LoRA adapters, and their numbers
         self.numbers = itertools.count()
         for name in adapters:
             self.add_adapter(name)

@@ -68,10 +68,6 @@ class LowRank:
     projection: str = ""  # of stacked experts, where each was adapted by itself
 
     @property
-    def nbytes(self) -> int:
-        return 4 * (self.a.numel() + self.b.numel())
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Of the matrix that it is added to."""
         return (*self.b.shape[:-1], self.a.shape[-1])

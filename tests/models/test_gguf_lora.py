@@ -28,7 +28,7 @@ FAMILIES = {  # what is adapted: modules, and parameters of experts
         ["mlp.experts.down_proj"],
     ),
     "gpt_oss": (["q_proj", "o_proj"], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
-    "qwen3_next": (["in_proj_qkvz", "out_proj", "q_proj"], ["mlp.experts.gate_up_proj"]),
+    "qwen3_next": (["in_proj_qkvz", "in_proj_ba", "out_proj", "q_proj"], ["mlp.experts.gate_up_proj"]),
     "qwen3_5_text": (["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "k_proj"], []),
     "phi3": (["qkv_proj", "gate_up_proj"], []),
 }  # fmt: skip
@@ -40,7 +40,7 @@ def made(family):
 
 
 def adapter(family, folder, **more):
-    """An adapter of random numbers by PEFT, and the same as a GGUF file beside it."""
+    """An adapter of random numbers by PEFT, and the same as a GGUF file."""
     modules, parameters = FAMILIES[family]
     known = {"target_modules": modules, "target_parameters": parameters, "r": 4, "lora_alpha": 12}
     config = LoraConfig(**{**known, "init_lora_weights": False, **more})

@@ -399,6 +399,6 @@ def test_llama_cpps_list(client, root, expected):
     assert scaled([{"id": 1, "scale": 1}], model="style").status_code == 400
     messages = {"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": "x"}]}
     elsewhere = client.post("/v1/messages", json=messages | {"lora": [{"id": 1, "scale": 1}]})
-    assert elsewhere.status_code == 400 and "request's model" in elsewhere.json()["error"]["message"]
+    assert elsewhere.status_code == 400 and "lora" in elsewhere.json()["error"]["message"]
     answer = client.post("/lora-adapters", json=[{"id": 0, "scale": 1.0}])
     assert answer.status_code == 501 and "request's model" in answer.json()["error"]["message"]

@@ -84,7 +84,6 @@ REFUSED: dict[str, Refused] = {
     **_all("reasoning_budget thinking_budget_tokens", Refused("reasoning is not cut", (-1,))),
     **_all("prompt_embeds input_embeds session_params", Refused("send the text, or its tokens")),
     **_all("grammar ebnf", Refused("llama.cpp's and SGLang's grammars are not read; use structured_outputs")),
-    **_all("lora", Refused("name the adapter as the request's model")),
     **_all(
         "lora_path lora_request", Refused("name the adapter as the request's model; /v1/load_lora_adapter loads one")
     ),
