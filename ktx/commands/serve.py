@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML file with these options by their names; those given here count more",
     )
     model_options(parser)
-    lora_option(parser, "each answers requests whose model is its name (default: the folder's)")
-    parser.add_argument(
+    adapters = lora_option(parser, "each answers requests whose model is its name (default: the folder's or file's)")
+    adapters.add_argument(
         "--lora-dir",
         metavar="DIR",
         help="let requests load adapters below DIR, and unload any, by vLLM's /v1/load_lora_adapter and /v1/unload_lora_adapter (default: they may not)",
