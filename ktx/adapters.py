@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Mapping as Matrices
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,26 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ktx.compat import checkpoint_renaming
-from ktx.errors import BadFile, UsageError, nearest
+from ktx.devices import Device
+from ktx.errors import BadFile, DoesNotFit, UsageError, nearest
+from ktx.hardware import human, memory
 from ktx.ops.base import Operator
 from ktx.ops.expert_lora import ExpertsLora
 from ktx.ops.experts import PROJECTIONS, Experts
 from ktx.ops.latent_lora import LatentLora
-from ktx.ops.lora import Lora, Mapping, Names
+from ktx.ops.lora import Lora, Mapping, Use, Uses, home_of
 from ktx.ops.mla import MLA
-from ktx.weights.lora import MERGED, Adapter, AdapterFile, LowRank, Wish
+from ktx.weights import gguf_lora
+from ktx.weights import lora as peft_lora
+from ktx.weights.gguf_files import is_gguf
+from ktx.weights.gguf_lora import GGUFAdapter
+from ktx.weights.lora import MERGED, WEIGHTS, Adapter, AdapterFile, LowRank, Wish
 
+RETIRED = "\0"  # in no name that is given to an adapter
 Adapted = str | Path | Wish
 Fitted = list[tuple[Any, list[LowRank]]]  # modules, and what is added to their weights
-Step = list[tuple[int, Names]]  # counts of tokens, and the adapters that they are computed with
+Packed = list[tuple[Any, Lora, Any]]  # the same, packed
+Step = list[tuple[int, Uses]]  # counts of tokens, and the adapters that they are computed with
 
 
 @dataclass
@@ -37,26 +45,36 @@ class Adapters:
     mapping: Mapping = field(default_factory=Mapping)
     loras: dict[nn.Module, Lora] = field(default_factory=dict)  # by the module that has the attribute
     hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # on modules that are torch's own
+    retired: int = 0  # how many adapters have lost their name
 
     @property
-    def in_use(self) -> Names:
+    def in_use(self) -> Uses:
         return self.mapping.everywhere
 
     def add(self, adapter: Adapter, modules: Fitted) -> None:
         """Hangs an adapter on modules of the model, as `fitted` names them. UsageError for a name that another one has."""
+        self.hang(adapter, self.packed(modules))
+
+    def packed(self, modules: Fitted) -> Packed:
+        """What `hang` takes; on any thread, also while an engine computes."""
+        found: Packed = []
+        for module, matrices in modules:
+            lora = kind_of(module)(self.mapping, module)
+            found.append((module, lora, lora.made(matrices)))
+        return found
+
+    def hang(self, adapter: Adapter, modules: Packed) -> None:
+        """Hangs an adapter on modules of the model. UsageError for a name that another one has."""
         if adapter.name in self.known:
             raise UsageError(f"adapter {adapter.path}: there is one called {adapter.name!r} already; give another name")
-        for module, matrices in modules:
-            lora = self.loras.get(module)
-            if lora is None:
-                lora = self.loras[module] = kind_of(module)(self.mapping, module)
-            lora.add(adapter.name, matrices)
+        for module, lora, factors in modules:
+            self.loras.setdefault(module, lora).factors[adapter.name] = factors
         self.known[adapter.name] = adapter
 
     def drop(self, name: str) -> None:
         """UsageError for a name that there is not."""
         self.checked([name])
-        self.use([other for other in self.in_use if other != name])
+        self.use([used for used in self.in_use if used.name != name])
         for module, lora in list(self.loras.items()):
             lora.factors.pop(name, None)
             if not lora.factors:
@@ -64,19 +82,40 @@ class Adapters:
                 del self.loras[module]
         del self.known[name]
 
-    def checked(self, names: Sequence[str]) -> Names:
-        """The same names. UsageError for one that there is not."""
-        for name in names:
+    def retire(self, name: str) -> str:
+        """Leaves an adapter to those who have it: the name by which they find it from now on, and nobody else. UsageError for a name that there is not."""
+        self.checked([name])
+        self.use([used for used in self.in_use if used.name != name])
+        self.retired += 1
+        other = f"{name}{RETIRED}{self.retired}"
+        for lora in self.loras.values():
+            if name in lora.factors:
+                lora.factors[other] = lora.factors.pop(name)
+        self.known[other] = self.known.pop(name)
+        return other
+
+    @property
+    def named(self) -> dict[str, Adapter]:
+        """Those that can be asked for."""
+        return {name: adapter for name, adapter in self.known.items() if RETIRED not in name}
+
+    def checked(self, names: Sequence[str | Use]) -> Uses:
+        """Adapters by name, or with a factor. UsageError for a name that there is not."""
+        uses = tuple(dict.fromkeys(Use(one) if isinstance(one, str) else one for one in names))
+        for name, _ in uses:
             if name not in self.known:
-                there = f"; there are {', '.join(self.known)}" if self.known else "; none is loaded"
-                raise UsageError(f"no LoRA adapter is called {name!r}{nearest(name, self.known)}{there}")
-        return tuple(dict.fromkeys(names))
+                there = f"; there are {', '.join(self.named)}" if self.named else "; none is loaded"
+                raise UsageError(f"no LoRA adapter is called {name!r}{nearest(name, self.named)}{there}")
+        return uses
 
-    def digest(self, names: Names) -> bytes:
+    def digest(self, uses: Uses) -> bytes:
         """Different for adapters that compute different things; empty for none."""
-        return hashlib.sha256(b"".join(self.known[name].digest for name in names)).digest()[:16] if names else b""
+        each = [
+            self.known[name].digest + (b"" if factor == 1 else repr(float(factor)).encode()) for name, factor in uses
+        ]
+        return hashlib.sha256(b"".join(each)).digest()[:16] if uses else b""
 
-    def use(self, names: Sequence[str]) -> None:
+    def use(self, names: Sequence[str | Use]) -> None:
         self.mapping.everywhere = self.checked(names)
         self._show(self.in_use)
 
@@ -86,7 +125,7 @@ class Adapters:
         if not self.known:
             yield
             return
-        self._show({name for _, names in tokens for name in names})
+        self._show({use for _, uses in tokens for use in uses})
         try:
             with self.mapping.step(tokens, kept):
                 yield
@@ -98,9 +137,9 @@ class Adapters:
         """After an engine's last step."""
         self._show(self.in_use)
 
-    def _show(self, names: Sequence[str] | set[str]) -> None:
+    def _show(self, uses: Collection[Use]) -> None:
         for module, lora in self.loras.items():
-            if any(name in lora.factors for name in names):
+            if any(use.name in lora.factors for use in uses):
                 self._unhide(module, lora)
             else:
                 self._hide(module)
@@ -124,6 +163,23 @@ def kind_of(module: nn.Module) -> type[Lora]:
     return next((lora for of, lora in kinds if isinstance(module, of)), Lora)
 
 
+def sizes(modules: Fitted) -> dict[Device, int]:
+    """Bytes of memory that an adapter takes, by device."""
+    found: dict[Device, int] = {}
+    for module, several in modules:
+        home = home_of(module)
+        found[home] = found.get(home, 0) + kind_of(module).nbytes(module, several)
+    return found
+
+
+def check_memory(modules: Fitted) -> None:
+    """DoesNotFit, with the numbers, for an adapter that needs more memory than is free."""
+    for device, need in sizes(modules).items():
+        free = (device.memory if device.gpu else memory())[1]
+        if need > free:
+            raise DoesNotFit(f"the adapter needs {human(need)} of memory on {device}, {human(free)} are free")
+
+
 def wishes(lora: Adapted | Sequence[Adapted] | None) -> list[Wish]:
     """What was asked for, with different names."""
     several = [] if lora is None else [lora] if isinstance(lora, str | Path | Wish) else list(lora)
@@ -134,8 +190,20 @@ def wishes(lora: Adapted | Sequence[Adapted] | None) -> list[Wish]:
     return found
 
 
-def fitted(model: Any, file: AdapterFile) -> Fitted:
+def read(wish: Wish) -> AdapterFile | GGUFAdapter:
+    """Reads an adapter of PEFT's or llama.cpp's. BadFile for a file that is missing or broken, UsageError for an adapter that is no plain LoRA."""
+    path = wish.path
+    if not path.exists():
+        raise BadFile(f"adapter {path}: no such file or folder")
+    if path.is_dir() and not (path / WEIGHTS).exists():
+        path = gguf_lora.found_in(path) or path
+    return gguf_lora.read(replace(wish, path=path)) if is_gguf(path) else peft_lora.read(wish)
+
+
+def fitted(model: Any, file: AdapterFile | GGUFAdapter) -> Fitted:
     """The modules that get an adapter's matrices. UsageError or BadFile for one that there is not, that is of another kind, or whose weight has another shape."""
+    if isinstance(file, GGUFAdapter):
+        file = file.named(model.config, _weights(model))
     where, found = file.adapter.path, []
     rename, _ = checkpoint_renaming(model.config)
     here = {
@@ -173,6 +241,19 @@ def fitted(model: Any, file: AdapterFile) -> Fitted:
             raise BadFile(
                 f"adapter {where}: it was trained with {path} of {list(shape)}, the model's is {list(expected)}: other tokens; {MERGED}"
             )
+    return found
+
+
+def _weights(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Of each matrix of the model, as files are asked for it: its module's path, of stacked experts the projection too."""
+    found: dict[str, tuple[str, str]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            found |= {f"{path}.{name}": (path, name) for name in module.projections}
+        else:
+            found[f"{path}.weight"] = path, ""
+        if isinstance(module, MLA):
+            found[f"{path}.kv_b_proj.weight"] = f"{path}.kv_b_proj", ""
     return found
 
 

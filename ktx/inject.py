@@ -89,6 +89,7 @@ class Plan(list[Step]):
         self.scheme = ""  # how the checkpoint says its weights are quantised (ktx.weights.quantization)
         self.ignored: Sequence[str] = ()  # patterns of tensors that the modeling code leaves out
         self.said: list[Any] = []  # ktx.notes on it
+        self.adapters: dict[str, dict[Device, int]] = {}  # LoRA adapters by name: bytes of memory by device
 
     def fill(self, source: WeightSource) -> None:
         """Looks every tensor up in the headers."""
@@ -160,6 +161,11 @@ class Plan(list[Step]):
             for row in [head, *rows]
         ]
         totals = [f"total {device}: {human(nbytes)}" for device, nbytes in sorted(self.totals().items())]
+        totals += [
+            f"adapter {name} on {device}: {human(nbytes)}"
+            for name, sizes in self.adapters.items()
+            for device, nbytes in sizes.items()
+        ]
         return "\n".join([*lines, *totals, *self.notes])
 
     def __str__(self) -> str:

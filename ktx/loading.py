@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ktx import notes, selftest
-from ktx.adapters import Adapted, Adapters, fitted, wishes
+from ktx.adapters import Adapted, Adapters, fitted, read, sizes, wishes
 from ktx.cache.kv import FP8, KVType, kv_type
 from ktx.defaults import torch_defaults
 from ktx.device_map import streaming
@@ -34,14 +34,14 @@ from ktx.ops import mtp as mtp_layer
 from ktx.ops.attention_weights import known_implementation
 from ktx.ops.base import COMPUTED, Operator
 from ktx.ops.experts import of_layers
-from ktx.ops.sizes import sizes
+from ktx.ops.sizes import sizes as own_sizes
 from ktx.placement import RESERVE, SLACK
 from ktx.preparing import placed_by, prepare, targets_of
 from ktx.reloading import Files, Recipe
 from ktx.rules import Rule
 from ktx.selftest import SelfTest
 from ktx.skeleton import generation, located, read_tokenizer
-from ktx.weights.lora import Adapter, Wish, read
+from ktx.weights.lora import Adapter, Wish
 from ktx.weights.source import WeightSource
 
 
@@ -84,12 +84,11 @@ class Handle:
     @property
     def loras(self) -> dict[str, Adapter]:
         """The LoRA adapters that are loaded, by name."""
-        return dict(self.adapters.known)
+        return self.adapters.named
 
     def load_lora(self, path: str | Path, name: str | None = None, scale: float = 1.0) -> str:
-        """Loads a LoRA adapter, PEFT's folder or the safetensors file in it, and returns its name (default: the folder's). It counts where it is named: in `use_lora`, or in an engine's request. BadFile or UsageError for one that does not fit."""
-        wish = Wish.of(path)
-        file = read(replace(wish, name=name or wish.name, scale=wish.scale * scale))
+        """Loads a LoRA adapter, PEFT's folder or the safetensors file in it or a GGUF file of llama.cpp's, and returns its name (default: the folder's or the file's). It counts where it is named: in `use_lora`, or in an engine's request. BadFile or UsageError for one that does not fit."""
+        file = read(Wish.of(path).named(name, scale))
         self.adapters.add(file.adapter, fitted(self.model(), file))
         return file.adapter.name
 
@@ -154,7 +153,7 @@ def load(
     `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.deferral). Raises
     BadFile, DoesNotFit or UsageError before anything is read when it cannot work. `self_test` computes two tokens at the end, in one forward and through
     the cache (ktx.selftest); SelfTestFailed when the two differ, or logits are not finite or all alike. "engine" leaves that to the engine that will be made of
-    the model, which computes them in its own way. `lora` is a LoRA adapter or several, [NAME=]FOLDER[=SCALE] as PEFT writes them, whose sum counts
+    the model, which computes them in its own way. `lora` is a LoRA adapter or several, [NAME=]PATH[=SCALE] of PEFT's folders or llama.cpp's GGUF files, whose sum counts
     from the beginning (`model.ktx.use_lora` chooses others). `attn_implementation` (ktx, sdpa, eager, or a name that transformers knows a function by) is what
     `model.set_attn_implementation` takes; it stays "ktx" unless one is named. `config` is a transformers configuration that counts instead of the model's own.
     Without `tokenizer` none is read, and None is returned in its place.
@@ -178,6 +177,7 @@ def load(
     _implement(built, attn_implementation)
     made.check(source)
     adapters = [(file.adapter, fitted(built, file)) for file in files_of_adapters]
+    made.adapters = {adapter.name: sizes(modules) for adapter, modules in adapters}
     made.tell()
     _check_pretence(made)
     if kv_dtype == FP8:
@@ -228,7 +228,7 @@ def load(
     _stream_experts(built, made, made.stream_experts if stream_experts is None else stream_experts)
     keep_freed_memory()  # from here on: what loading borrowed has gone back
     become(built)
-    own = sizes(built)
+    own = own_sizes(built)
     counts: Any = built.config
     handle = built.ktx = Handle(
         made,
@@ -341,5 +341,7 @@ def check_memory(made: Plan) -> None:
 
 
 def memory_needed(made: Plan, device: Device = CPU) -> int:
-    """Bytes of packed weights on a device and a reserve."""
-    return int(sum(step.memory for step in made if step.device == device.name) * (1 + SLACK)) + RESERVE
+    """Bytes of packed weights and of adapters on a device, and a reserve."""
+    held = sum(step.memory for step in made if step.device == device.name)
+    held += sum(adapter.get(device, 0) for adapter in made.adapters.values())
+    return int(held * (1 + SLACK)) + RESERVE

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ktx import notes
+from ktx.adapters import Adapted, fitted, read, sizes, wishes
 from ktx.cache.kv import KVType, kv_type
 from ktx.compat import config_dict
 from ktx.config import check_environment
@@ -53,8 +54,10 @@ def plan(
     moe_experts: int | None = None,
     defer_experts: int = 0,
     stream_experts: int | str | None = None,
+    lora: Adapted | Sequence[Adapted] | None = None,
 ) -> Plan:
-    """What `load` would do, from headers alone. The same UsageError as there for options that cannot be meant."""
+    """What `load` would do, from headers alone (adapters are read). The same UsageError as there for options that cannot be meant."""
+    files = [read(wish) for wish in wishes(lora)]
     streaming(stream_experts)
     targets = targets_of(weight_dtype, moe_dtype)
     placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
@@ -62,6 +65,7 @@ def plan(
     built, made, *_ = prepare(
         model, weights, rules, torch.float32, kept, moe_experts, trust_remote_code, targets, False, placed
     )
+    made.adapters = {file.adapter.name: sizes(fitted(built, file)) for file in files}
     if defer_experts:
         deferral.install(built, defer_experts)
     return made

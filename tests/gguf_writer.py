@@ -1,7 +1,8 @@
-"""Writes a tiny transformers model as GGUF the way llama.cpp's converter lays it out, and returns the weights as they can be read back."""
+"""Writes a tiny transformers model as GGUF the way llama.cpp's converter lays it out, and returns the weights as they can be read back. LoRA adapters of PEFT's too."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import gguf
 import torch
+from safetensors.torch import load_file
 
 from ktx.qtypes import QTYPES, QType
 from ktx.quantize import random_rows
@@ -367,3 +369,66 @@ def write_gguf(
     writer.w.write_tensors_to_file()
     writer.w.close()
     return writer.oracle
+
+
+class LoraWriter(Writer):
+    """An adapter as convert_lora_to_gguf.py writes it: what a model's converter does to rows of W it does to B's, what it does to columns to A's."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    def head(self, keys: dict[str, Any]) -> None:
+        self.w.add_type(gguf.GGUFType.ADAPTER)
+        for key, value in ({gguf.Keys.Adapter.TYPE: "lora"} | keys).items():
+            if value is not None:
+                add = {str: self.w.add_string, float: self.w.add_float32, list: self.w.add_array}[type(value)]
+                add(key, value)
+
+    def add(self, path: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        """The adapter of a parameter: a [..., r, in], b [..., out, r]."""
+        self.a, self.b = a.float(), b.float()
+        if path == "model.embed_tokens.weight":
+            return self.halves("token_embd.weight", self.a.t(), self.b)
+        by_columns = path.endswith("linear_attn.out_proj.weight")
+        self.write(
+            path, self.a if by_columns else self.b.transpose(1, 2) if self.arch == "gpt-oss" and b.ndim == 3 else self.b
+        )
+
+    def put(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        self.halves(name, *((x, self.b) if name.endswith("ssm_out.weight") else (self.a, x)))
+        return x
+
+    def halves(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+        for half, values in (("a", a), ("b", b)):
+            values = values.contiguous()
+            qtype = QTYPES[self.quant if values.shape[-1] % QTYPES[self.quant].block == 0 else "F16"]
+            raw = {} if qtype.name in ("F32", "F16") else {"raw_dtype": gguf.GGMLQuantizationType(qtype.code)}
+            plain = values.half() if qtype.name == "F16" else values
+            self.w.add_tensor(f"{name}.lora_{half}", (qtype.quantize(values) if raw else plain).numpy(), **raw)
+
+
+def write_gguf_lora(path: Path, folder: Path, model: Any, quant: str = "F32", **keys: Any) -> None:
+    """A folder of PEFT's as one GGUF file, for the transformers model that it was made for. `keys`: of the header, None for one that is left out."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    header = {gguf.Keys.Adapter.LORA_ALPHA: float(config["lora_alpha"])} | keys
+    writer = LoraWriter(path, model.config, quant, False, False, False, header)
+    halves: dict[str, list[torch.Tensor]] = {}
+    for key, values in sorted(load_file(folder / "adapter_model.safetensors").items()):
+        if "lora_" not in key:  # the base model's embeddings
+            continue
+        module = re.sub(r"\.lora_(embedding_)?[AB](\.weight)?$", "", key.removeprefix("base_model.model."))
+        halves.setdefault(module, []).append(values)
+    for module, (a, b) in halves.items():
+        stacked = a.shape[0] // config["r"] if ".experts" in module else 1
+        if stacked == 1:
+            writer.add(f"{module}.weight", a, b)
+            continue
+        module = module.removesuffix(".base_layer")
+        name = "down_proj" if b.shape[0] == model.config.hidden_size else "gate_up_proj"
+        writer.add(
+            f"{module}.{name}", a.view(stacked, config["r"], -1), b.view(-1, config["r"], stacked).permute(2, 0, 1)
+        )
+    writer.w.write_header_to_file()
+    writer.w.write_kv_data_to_file()
+    writer.w.write_tensors_to_file()
+    writer.w.close()

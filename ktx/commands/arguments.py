@@ -272,17 +272,18 @@ def graphs_option(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def lora_option(parser: argparse.ArgumentParser, meant: str) -> None:
-    """--lora and vLLM's name for it; `meant`: what several of them do."""
+def lora_option(parser: argparse.ArgumentParser, meant: str) -> argparse._ArgumentGroup:
+    """--lora and vLLM's name for it, in a group of their own; `meant`: what several of them do."""
     group = parser.add_argument_group("adapters")
     group.add_argument(
         "--lora",
         "--lora-modules",
         dest="lora",
         action="append",
-        metavar="[NAME=]DIR[=SCALE]",
-        help=f"LoRA adapter as PEFT writes it: the folder with adapter_config.json; several times: {meant}",
+        metavar="[NAME=]PATH[=SCALE]",
+        help=f"LoRA adapter: PEFT's folder with adapter_config.json, or llama.cpp's GGUF file; several times: {meant}",
     )
+    return group
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from ktx.commands.arguments import (
     flag,
     gguf_in,
     load_options,
+    lora_option,
     model_options,
     natural,
     options_of,
@@ -49,6 +50,7 @@ Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # test -> engine -> one mea
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
+    lora_option(parser, "their sum is computed")
     for names, default, what in (
         (("-p", "--prompt"), 512, "prompt lengths"),
         (("-n", "--tokens"), 32, "tokens to generate"),
@@ -153,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
     if args.peer == "kt-kernel":
         raise UsageError("--peer kt-kernel runs no whole models on a CPU: give --layer, e.g. --layer 64,8,2048,1536")
     require_model(args)
+    if args.lora and args.peer:
+        raise UsageError(f"--lora: {args.peer} would compute the model without it; leave --peer out")
     args.threads = args.threads or default_threads()
     kinds = [f"pp{n}" for n in args.prompt if n] + [f"tg{n}" for n in args.tokens if n]
     if not kinds:

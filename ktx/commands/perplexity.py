@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ktx.commands.arguments import load_options, model_options, named_model, options_of, refuse
+from ktx.commands.arguments import load_options, lora_option, model_options, named_model, options_of, refuse
 from ktx.errors import BadFile, UsageError
 
 MOST_REFERENCE = 1 << 33  # bytes of log-probabilities that are kept of the model compared against
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
             )
         refuse(
             args,
-            options_of(model_options),
+            options_of(model_options, adapters_option),
             "needs --model or --weights; the demo model is measured in every format as it is",
         )
         _demo(args, text)
@@ -45,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load(args.weights)
     _show(args, [score(str(args.weights or args.model), model, tokenizer, text, args, reference)])
     return 0
+
+
+def adapters_option(parser: argparse.ArgumentParser) -> None:
+    lora_option(parser, "their sum counts with --perplexity")
 
 
 def read_text(path: str) -> str:

@@ -12,6 +12,7 @@ from ktx.commands.arguments import (
     batched_option,
     flag,
     load_options,
+    lora_option,
     model_options,
     options_of,
     placed,
@@ -38,13 +39,14 @@ OF_BUDGETS = (
     "gpu_bandwidth",
     "write",
 )  # options that only a placement by budget reads
-OF_PLANS = ("all", "defer_experts", "stream_experts", "cache_dir")  # and that it does not
+OF_PLANS = ("all", "defer_experts", "stream_experts", "cache_dir", "lora")  # and that it does not
 GPU_GB_S = 1000.0  # where no GPU can be measured: about an RTX 4090's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     model_options(parser)
+    lora_option(parser, "the table shows the memory of each")
     flag(parser, "--all", help="one row a module instead of one for layers that are alike")
     flag(parser, "--json", help="one JSON object instead of tables")
     group = parser.add_argument_group("budget")
@@ -94,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
             {"module": s.path, "operator": s.new, "device": s.device, "type": s.types, "bytes": s.nbytes} for s in plan
         ]
         notes = [note._asdict() for note in plan.said]
-        print(json.dumps({"modules": rows, "sum": plan.totals(), "notes": notes}, indent=1))
+        adapters = {name: {str(device): n for device, n in sizes.items()} for name, sizes in plan.adapters.items()}
+        told_of = {"modules": rows, "sum": plan.totals(), "adapters": adapters, "notes": notes}
+        print(json.dumps(told_of, indent=1))
     else:
         print(plan.table(fold=not args.all), *(f"note: {note.text}" for note in told), sep="\n")
     plan.check()

@@ -44,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="YAML file with these options by their names; those given here count more",
     )
     model_options(parser)
-    lora_option(parser, "each answers requests whose model is its name (default: the folder's)")
+    adapters = lora_option(parser, "each answers requests whose model is its name (default: the folder's or file's)")
+    adapters.add_argument(
+        "--lora-dir",
+        metavar="DIR",
+        help="let requests load adapters below DIR, and unload any, by vLLM's /v1/load_lora_adapter and /v1/unload_lora_adapter (default: they may not)",
+    )
     running_options(parser)
     say = parser.add_argument_group("answers")
     say.add_argument(
@@ -250,7 +255,8 @@ def _settings(args: argparse.Namespace) -> Any:
 
     Sampling(**sampling)  # refuses what is out of range
     keep = (0 if args.ray else Answers.keep_responses) if args.keep_responses is None else args.keep_responses
-    return Answers(args.max_new_tokens, args.force_think, template, args.hide_input, sampling, keep)
+    folder = Path(args.lora_dir).expanduser().resolve() if args.lora_dir else None
+    return Answers(args.max_new_tokens, args.force_think, template, args.hide_input, sampling, keep, lora_dir=folder)
 
 
 def read_template(file: str) -> str:
@@ -369,6 +375,15 @@ def check_settings(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--keep-responses {args.keep_responses}: replicas (--ray) share no answers; leave it out, or give 0"
         )
+    if args.lora_dir:
+        if args.ray:
+            raise UsageError(
+                "--lora-dir: replicas (--ray) share no adapters that requests load; give --lora at the start"
+            )
+        if args.backend_type == "scripted":
+            raise UsageError("--lora-dir: --backend-type scripted computes no model")
+        if not Path(args.lora_dir).expanduser().is_dir():
+            raise BadFile(f"--lora-dir {args.lora_dir}: no such folder")
     if args.cache_lens < LEAST_TOKENS:
         raise UsageError(f"--cache-lens {args.cache_lens}: must be at least {LEAST_TOKENS}")
     if args.script and args.backend_type != "scripted":

@@ -136,7 +136,14 @@ def need_of(args: argparse.Namespace) -> int:
     from ktx.loading import memory_needed
 
     plan = ktx.plan(
-        args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, **placed(args)
+        args.model,
+        args.weights,
+        args.rules,
+        args.trust_remote_code,
+        args.dtype,
+        args.moe_dtype,
+        lora=args.lora,
+        **placed(args),
     )
     plan.check()
     return memory_needed(plan)

@@ -8,7 +8,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ktx.commands.arguments import flag, load_options, model_options, options_of, positive, refuse, require_model
+from ktx.commands.arguments import (
+    flag,
+    load_options,
+    lora_option,
+    model_options,
+    options_of,
+    positive,
+    refuse,
+    require_model,
+)
 
 SUMMARY = "compare layer by layer with transformers on the dequantised weights, or measure perplexity"
 BOUND_FLOAT, BOUND_BF16, BOUND_QUANTISED = 1e-3, 1e-2, 0.03
@@ -21,6 +30,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. A rule file names modules a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
+    lora_option(parser, "their sum counts with --perplexity")
     parser.add_argument("--prompt", metavar="TEXT", default=TEXT, help="text that is run through the model")
     parser.add_argument(
         "--tokens",
@@ -54,6 +64,11 @@ def run(args: argparse.Namespace) -> int:
         refuse(args, {"prompt": options["prompt"]}, "is not read with --perplexity, which predicts its FILE")
         return perplexity.run(args)
     refuse(args, {name: options[name] for name in ("against", "window")}, "goes with --perplexity FILE")
+    refuse(
+        args,
+        {"lora": options["lora"]},
+        "goes with --perplexity FILE: layers are compared with transformers' without any",
+    )
     require_model(args)
     import torch
 

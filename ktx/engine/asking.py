@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from ktx.engine.request import Event, Finished, Request
 from ktx.engine.sampling import Sampling
+from ktx.ops.lora import Use
 
 if TYPE_CHECKING:
     from ktx.engine.engine import Engine
 
 
-Lora = str | Sequence[str] | None  # names of adapters; None: those that are in use
+Lora = str | Use | Sequence[str | Use] | None  # adapters by name, or with a factor; None: those that are in use
 
 
 def generate(

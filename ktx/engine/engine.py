@@ -8,12 +8,14 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ktx.adapters import check_memory, fitted, read
 from ktx.cache.pages import PAGE, Pages
 from ktx.engine.activity import Activity
 from ktx.engine.answer import Answer
@@ -29,6 +31,8 @@ from ktx.engine.trial import runner_for
 from ktx.errors import ContextExceeded, DoesNotFit, Overloaded, QueueFull, UsageError, nearest
 from ktx.hardware import memory
 from ktx.notes import tell
+from ktx.ops.lora import Use, Uses
+from ktx.weights.lora import Wish
 
 log = logging.getLogger("ktx.engine")
 FALLBACK_CONTEXT = 1 << 15
@@ -97,6 +101,7 @@ class Engine:
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
         self.submitted = 0
+        self.leaving: set[str] = set()  # adapters that were unloaded while requests had them, and still do
         self.steps = 0
         self.failure = ""  # why the engine has stopped for good
         self.restarts = 0
@@ -204,24 +209,85 @@ class Engine:
         """
         self._check_process()
         sampling = self.checked(prompt, sampling)
-        adapters = self._adapters(lora)
-        request = Request(
-            list(prompt), sampling, sink, self.runner.adapters.digest(adapters) + salt, constraint, adapters
-        )
         with self.lock:
             if self.closed or self.failure:
                 raise Overloaded(self.failure or "the engine is closed")
             if len(self.answers) >= self.options.max_queue + self.options.max_batch_size:
                 raise QueueFull(f"{len(self.answers)} requests are waiting or running; try again later")
+            adapters = self._adapters(lora)  # here, where none is unloaded before the request is known
+            digest = self.runner.adapters.digest(adapters)
+            request = Request(list(prompt), sampling, sink, digest + salt, constraint, adapters)
             self.submitted += 1
             request.number = self.submitted
             self.answers[request] = Answer(request, self.tokenizer, self.stop_ids, self.context)
         self.inbox.put(lambda: self.scheduler.add(request))
         return request
 
-    def _adapters(self, lora: Lora) -> tuple[str, ...]:
+    def _adapters(self, lora: Lora) -> Uses:
         known = self.runner.adapters
-        return known.in_use if lora is None else known.checked([lora] if isinstance(lora, str) else lora)
+        return known.in_use if lora is None else known.checked([lora] if isinstance(lora, str | Use) else lora)
+
+    def load_lora(self, path: str | Path, name: str | None = None, scale: float = 1.0, replace: bool = False) -> str:
+        """As `model.ktx.load_lora`, while requests are answered: the adapter is read and packed on the caller's thread, and hangs from the next step on.
+
+        `replace`: one that has the name is unloaded. DoesNotFit where memory is short.
+        """
+        file = read(Wish.of(path).named(name, scale))
+        modules = fitted(self.model, file)
+        check_memory(modules)
+        adapters, adapter = self.runner.adapters, file.adapter
+        packed = adapters.packed(modules)
+
+        def hang() -> None:
+            with self.lock:
+                if replace and adapter.name in adapters.known:
+                    self._unload(adapter.name)
+                adapters.hang(adapter, packed)
+
+        self.between_steps(hang)
+        return adapter.name
+
+    def unload_lora(self, name: str) -> None:
+        """Forgets an adapter: no request finds it any more, those that have come go on with it. UsageError for a name that there is not."""
+
+        def unload() -> None:
+            with self.lock:
+                self._unload(name)
+
+        self.between_steps(unload)
+
+    def _unload(self, name: str) -> None:
+        adapters = self.runner.adapters
+        if not self._asked_for(name):
+            return adapters.drop(name)
+        other = adapters.retire(name)
+        for request in self.answers:
+            request.lora = tuple(use._replace(name=other) if use.name == name else use for use in request.lora)
+        self.leaving.add(other)
+
+    def _asked_for(self, name: str) -> bool:
+        """Whether a request that has not ended is computed with an adapter."""
+        return any(use.name == name for request in self.answers for use in request.lora)
+
+    def between_steps(self, do: Callable[[], None]) -> None:
+        """Has the engine's thread do it when the present step is done, and waits for that. Overloaded when that thread has ended."""
+        self._check_process()
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                do()
+                done.put(None)
+            except Exception as error:
+                done.put(error)
+
+        self.inbox.put(run)
+        while self.thread.is_alive() or not done.empty():
+            with suppress(queue.Empty):
+                if (error := done.get(timeout=1)) is not None:
+                    raise error
+                return
+        raise Overloaded(self.failure or "the engine is closed")
 
     def checked(self, prompt: Sequence[int], sampling: Sampling) -> Sampling:
         """The settings with what the context leaves of max_new_tokens. UsageError with the numbers when nothing is left."""
@@ -274,19 +340,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """AssertionError unless pages, requests and answers agree; call it when nothing runs, it waits for the present step."""
-        self._check_process()
-        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-        def check() -> None:
-            try:
-                self.scheduler.check_integrity()
-                done.put(None)
-            except AssertionError as error:
-                done.put(error)
-
-        self.inbox.put(check)
-        if (error := done.get(timeout=60)) is not None:
-            raise error
+        self.between_steps(lambda: self.scheduler.check_integrity())
 
     def close(self) -> None:
         """Cancels what is left and ends the thread. Nothing in a forked child, which has no such thread."""
@@ -449,6 +503,9 @@ class Engine:
     def _end(self, answer: Answer, reason: Any, error: str = "", refused: bool = False) -> None:
         with self.lock:
             self.answers.pop(answer.request, None)
+            for name in [one for one in self.leaving if not self._asked_for(one)]:
+                self.runner.adapters.drop(name)
+                self.leaving.discard(name)
         finished = answer.finish(reason, error, refused)
         if self.on_finished is not None:
             answer.request.context.run(self.on_finished, finished)

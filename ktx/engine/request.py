@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ktx.engine.sampling import Choice, Sampling
+from ktx.ops.lora import Uses
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -85,7 +86,7 @@ class Request:
     sink: Callable[[Event], None]
     salt: bytes = b""
     constraint: Any = None  # a grammar's state, see ktx.engine.grammar
-    lora: tuple[str, ...] = ()  # names of the LoRA adapters that it is computed with
+    lora: Uses = ()  # the LoRA adapters that it is computed with
     number: int = 0  # by arrival
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)

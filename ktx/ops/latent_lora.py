@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ktx.kernels import cpu
-from ktx.ops.lora import Lora, Mapping, Names, packed, plus
+from ktx.ops.lora import Lora, Mapping, Uses, packed, packed_bytes, plus, times
 from ktx.ops.mla import MLA
 from ktx.weights.lora import LowRank
 
@@ -31,9 +31,21 @@ class LatentLora(Lora):
         super().__init__(mapping, owner)
         self.owner = owner
 
-    def add(self, name: str, several: Sequence[LowRank]) -> None:
+    @staticmethod
+    def nbytes(owner: MLA, several: Sequence[LowRank]) -> int:
         (one,) = several
-        self.factors[name] = HeadFactors(one, self.owner)
+        rank, heads = one.b.shape[-1], owner.num_heads
+        halves = [
+            one.a.shape,
+            one.a.shape[::-1],
+            (heads, rank, owner.qk_nope_head_dim),
+            (heads, owner.v_head_dim, rank),
+        ]
+        return sum(map(packed_bytes, halves)) + 4 * one.b.numel()
+
+    def made(self, several: Sequence[LowRank]) -> HeadFactors:
+        (one,) = several
+        return HeadFactors(one, self.owner)
 
     def whole(self, row: int) -> Latents | None:
         """For tokens of one sequence, of which the step's row `row` is one."""
@@ -43,27 +55,31 @@ class LatentLora(Lora):
         """For those of the step's rows."""
         return self._of(self.mapping.among(places))
 
-    def _of(self, rows: Sequence[tuple[slice, Names]]) -> Latents | None:
-        found = [(own, self.factors[name]) for own, names in rows for name in names if name in self.factors]
+    def _of(self, rows: Sequence[tuple[slice, Uses]]) -> Latents | None:
+        found = [
+            (own, self.factors[use.name], use.factor) for own, uses in rows for use in uses if use.name in self.factors
+        ]
         return Latents(found) if found else None
 
 
 @dataclass(frozen=True)
 class Latents:
-    """Adapters of a call's rows."""
+    """Adapters of a call's rows, each with a factor."""
 
-    rows: Sequence[tuple[slice, HeadFactors]]
+    rows: Sequence[tuple[slice, HeadFactors, float]]
 
     def queries(self, q: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         """q [H, rows, nope] -> what is added to `known` [H, rows, rank], with it."""
-        for own, factors in self.rows:
-            known = plus(known, cpu.linear(cpu.linear_batched(q.float(), factors.k_t), factors.a_t), own)
+        for own, factors, factor in self.rows:
+            added = cpu.linear(cpu.linear_batched(q.float(), factors.k_t), factors.a_t)
+            known = plus(known, times(factor, added), own)
         return known
 
     def values(self, context: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         """context [H, rows, rank] -> the same with `known` [H, rows, v]."""
-        for own, factors in self.rows:
-            known = plus(known, cpu.linear_batched(cpu.linear(context.float(), factors.a), factors.v), own)
+        for own, factors, factor in self.rows:
+            added = cpu.linear_batched(cpu.linear(context.float(), factors.a), factors.v)
+            known = plus(known, times(factor, added), own)
         return known
 
     def expanded(
@@ -71,8 +87,8 @@ class Latents:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """latent [keys, rank] -> k [keys, heads * nope] and v [keys, heads * v] of some heads, with what is added."""
         some = slice(heads.start, heads.stop)
-        for _, factors in self.rows:
-            low = cpu.linear(latent.float(), factors.a)
+        for _, factors, factor in self.rows:
+            low = times(factor, cpu.linear(latent.float(), factors.a))
             k = k + (low @ factors.k_rows[some].flatten(0, 1).t()).to(k.dtype)
             v = v + (low @ factors.v_rows[some].flatten(0, 1).t()).to(v.dtype)
         return k, v

@@ -6,33 +6,43 @@ module stand aside meanwhile, and only those.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ktx.devices import CPU, Device
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.qtypes import QTYPES
 from ktx.weights.lora import LowRank
 from ktx.weights.source import QuantizedTensor
 
-Names = tuple[str, ...]  # of adapters, whose sums are added
+
+class Use(NamedTuple):
+    """An adapter, and a factor on what it adds."""
+
+    name: str
+    factor: float = 1.0
+
+
+Uses = tuple[Use, ...]  # of adapters, whose sums are added
 
 
 @dataclass
 class Mapping:
     """Which rows of the forward under way are computed with which adapters; all modules of a model have the same one. `everywhere` counts outside of an engine's steps."""
 
-    everywhere: Names = ()
-    spans: list[tuple[int, Names]] | None = None  # counts of the step's tokens, in their order
-    kept: list[tuple[int, Names]] | None = None  # the same of those whose logits are computed
+    everywhere: Uses = ()
+    spans: list[tuple[int, Uses]] | None = None  # counts of the step's tokens, in their order
+    kept: list[tuple[int, Uses]] | None = None  # the same of those whose logits are computed
 
-    def of(self, rows: int) -> Iterator[tuple[slice, Names]]:
+    def of(self, rows: int) -> Iterator[tuple[slice, Uses]]:
         """Rows that have adapters. UsageError for another number of rows than the step, or the part of it that is under way, has."""
         first, count = getattr(_under_way, "part", None) or (0, -1)
         if self.spans is not None and count == rows:
@@ -51,19 +61,19 @@ class Mapping:
         if self.everywhere:
             yield slice(0, rows), self.everywhere
 
-    def at(self, row: int) -> Names:
+    def at(self, row: int) -> Uses:
         """The adapters of one row of the step."""
         if self.spans is None:
             return self.everywhere
-        return next((names for rows, names in _slices(self.spans) if rows.start <= row < rows.stop), ())
+        return next((uses for rows, uses in _slices(self.spans) if rows.start <= row < rows.stop), ())
 
-    def among(self, places: torch.Tensor) -> list[tuple[slice, Names]]:
+    def among(self, places: torch.Tensor) -> list[tuple[slice, Uses]]:
         """As `of`, for some of the step's rows, in rising order: slices of `places`."""
         each = [self.at(row) for row in places.tolist()]
-        return list(_slices([(len(list(same)), names) for names, same in groupby(each)]))
+        return list(_slices([(len(list(same)), uses) for uses, same in groupby(each)]))
 
     @contextmanager
-    def step(self, spans: Sequence[tuple[int, Names]], kept: Sequence[tuple[int, Names]]) -> Iterator[None]:
+    def step(self, spans: Sequence[tuple[int, Uses]], kept: Sequence[tuple[int, Uses]]) -> Iterator[None]:
         """While an engine computes a step of tokens."""
         self.spans, self.kept = list(spans), list(kept)
         try:
@@ -85,13 +95,13 @@ def part(first: int, count: int) -> Iterator[None]:
         _under_way.part = None
 
 
-def _slices(spans: Sequence[tuple[int, Names]]) -> Iterator[tuple[slice, Names]]:
+def _slices(spans: Sequence[tuple[int, Uses]]) -> Iterator[tuple[slice, Uses]]:
     """Neighbours with the same adapters together."""
     at = 0
-    for names, several in groupby(spans, key=lambda span: span[1]):
+    for uses, several in groupby(spans, key=lambda span: span[1]):
         count = sum(count for count, _ in several)
-        if names and count:
-            yield slice(at, at + count), names
+        if uses and count:
+            yield slice(at, at + count), uses
         at += count
 
 
@@ -116,6 +126,11 @@ def packed(values: torch.Tensor) -> cpu.Packed:
     return cpu.pack(QuantizedTensor.of(values))
 
 
+def packed_bytes(shape: Sequence[int]) -> int:
+    """Memory of what `packed` makes of such a tensor."""
+    return int(cpu.ops.packed_nbytes(QTYPES["F32"].code, *shape[-2:])) * math.prod(shape[:-2])
+
+
 class Lora:
     """The adapters of one module's matrix, by name."""
 
@@ -123,19 +138,28 @@ class Lora:
         self.mapping, self.home = mapping, home_of(owner)
         self.factors: dict[str, Any] = {}
 
-    def add(self, name: str, several: Sequence[LowRank]) -> None:
+    @staticmethod
+    def nbytes(owner: Any, several: Sequence[LowRank]) -> int:
+        """Memory of what `made` makes for a module."""
         (one,) = several
-        self.factors[name] = Factors(one, self.home)
+        if home_of(owner).gpu:
+            return 4 * (one.a.numel() + one.b.numel())
+        return (4 * one.a.numel() if one.embedding else packed_bytes(one.a.shape)) + packed_bytes(one.b.shape)
+
+    def made(self, several: Sequence[LowRank]) -> Any:
+        """What `factors` hold of an adapter's matrices, packed."""
+        (one,) = several
+        return Factors(one, self.home)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """`y` [..., out], what the matrix itself made of x [..., in] (an embedding: of token ids [...]), and what adapters add to it."""
         rows = y.numel() // y.shape[-1]
         flat = x.reshape(rows, *x.shape[y.ndim - 1 :])
         more: torch.Tensor | None = None
-        for own, names in self.mapping.of(rows):
-            for name in names:
-                if name in self.factors:
-                    added = self.factors[name](flat)
+        for own, uses in self.mapping.of(rows):
+            for use in uses:
+                if use.name in self.factors:
+                    added = times(use.factor, self.factors[use.name](flat))
                     more = plus(added.new_zeros(()) if more is None else more, added, own)
         return y if more is None else y + more.view(y.shape).to(y.dtype)
 
@@ -148,7 +172,11 @@ def home_of(module: Any) -> Device:
     """Where a module's weight is, an operator's or torch's own."""
     home: Device | None = getattr(module, "home", None)
     there = module.weight.device if home is None else home.torch
-    return home or (CPU if there.type == "cpu" else Device(str(there), there, True))
+    return home or (CPU if there.type in ("cpu", "meta") else Device(str(there), there, True))
+
+
+def times(factor: float, added: torch.Tensor) -> torch.Tensor:
+    return added if factor == 1 else factor * added
 
 
 def plus(known: torch.Tensor, added: torch.Tensor, own: slice) -> torch.Tensor:

@@ -6,9 +6,11 @@ import hashlib
 import json
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ktx.server.names import meant
 
 PIECE = 256  # characters that one key stands for, about a page of 64 tokens
 MOST = 512  # keys of a prompt; what lies behind them cannot change the choice
@@ -16,8 +18,11 @@ UNSENT = 10.0  # seconds after which a request that reached no replica is not co
 FIELDS = ("cache_salt", "system", "instructions", "tools", "messages", "input", "prompt")  # where prompts stand
 
 
-def keys_of(body: bytes) -> list[bytes]:
-    """A key for every beginning of the request's prompt, the shorter first; none for a short prompt or no JSON."""
+def keys_of(body: bytes, adapters: Collection[str] = ()) -> list[bytes]:
+    """A key for every beginning of the request's prompt, the shorter first; none for a short prompt or no JSON.
+
+    `adapters`: names of LoRA adapters that a request's model may be; they share no pages with the model or each other.
+    """
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError):
@@ -25,11 +30,17 @@ def keys_of(body: bytes) -> list[bytes]:
     if not isinstance(asked, dict):
         return []
     text = "".join(_texts(asked))[: PIECE * MOST]
-    keys, digest = [], hashlib.blake2b(digest_size=16)
+    keys, digest = [], hashlib.blake2b(_adapter(asked, adapters).encode(), digest_size=16)
     for start in range(0, len(text) - PIECE + 1, PIECE):
         digest.update(text[start : start + PIECE].encode("utf-8", "surrogatepass"))
         keys.append(digest.digest())
     return keys
+
+
+def _adapter(asked: dict[str, Any], adapters: Collection[str]) -> str:
+    """The adapter that a request is answered by; empty where that is the model alone, by whatever name."""
+    name = asked.get("model")
+    return meant(name, adapters) if isinstance(name, str) else ""
 
 
 def _texts(asked: dict[str, Any]) -> Iterable[str]:

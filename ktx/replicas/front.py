@@ -75,7 +75,7 @@ class Front:
     async def pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Asks a replica, and another one when that dies before it has said anything."""
         body = (await receive()).get("body", b"")
-        keys = await asyncio.to_thread(keys_of, body) if body else []
+        keys = await asyncio.to_thread(keys_of, body, self.cluster.asked.making.adapters) if body else []
         words = plain(scope)
         sending = Sending(scope, send)
         for attempt in range(TRIES):

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import ktx
-from ktx.server import chat, completions, messages, ollama, recalled, responses, static, tokens
+from ktx.server import adapters, chat, completions, messages, ollama, recalled, responses, static, tokens
 from ktx.server.errors import Problem, body_for, problem_of
 from ktx.server.fields import (
     Anthropic,
@@ -25,12 +25,14 @@ from ktx.server.fields import (
     Completion,
     Count,
     Detokenize,
+    LoadAdapter,
     OllamaChat,
     OllamaGenerate,
     OllamaShow,
     Respond,
     RespondCount,
     Tokenize,
+    UnloadAdapter,
     parameters,
 )
 from ktx.server.guard import Access, Guard, owner_of
@@ -121,6 +123,7 @@ def make_routes(served: Served) -> tuple[FastAPI, Metrics]:
     served.on_finished = metrics.finished
     routes = APIRouter(route_class=JsonRoute)
     _openai(routes, served)
+    _adapters(routes, served)
     _responses(routes, served)
     _others(routes, served)
     _state(routes, served, metrics)
@@ -140,8 +143,8 @@ def _openai(routes: APIRouter, served: Served) -> None:
             "object": "model",
             "created": served.created,
             "owned_by": "ktx",
-            "root": name,
-            "parent": served.names[0] if served.adapter_of(name) else None,
+            "root": served.path_of(name),
+            "parent": served.models[0] if served.adapter_of(name) else None,
             "max_model_len": engine.context,
             "type": "model",
             "display_name": name,
@@ -183,6 +186,27 @@ def _openai(routes: APIRouter, served: Served) -> None:
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         return tokens.info(served)
+
+
+def _adapters(routes: APIRouter, served: Served) -> None:
+    @routes.post("/v1/load_lora_adapter")
+    async def load_adapter(fields: LoadAdapter) -> Response:
+        return await adapters.load(served, fields)
+
+    @routes.post("/v1/unload_lora_adapter")
+    async def unload_adapter(fields: UnloadAdapter) -> Response:
+        return await adapters.unload(served, fields)
+
+    @routes.get("/lora-adapters")
+    async def listed_adapters() -> list[dict[str, Any]]:
+        return adapters.listed(served)
+
+    @routes.post("/lora-adapters")
+    async def scale_adapters() -> Any:
+        raise Problem(
+            501,
+            "adapters are not scaled for all requests at once: name one as the request's model, or give the request lora [{id, scale}]",
+        )
 
 
 def _responses(routes: APIRouter, served: Served) -> None:

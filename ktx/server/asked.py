@@ -15,8 +15,9 @@ from ktx.engine.grammar import check_schema, rules_of_choice, rules_of_regex, ru
 from ktx.engine.prompt import Rendered
 from ktx.engine.sampling import Sampling
 from ktx.errors import ContextExceeded
+from ktx.server.adapters import chosen
 from ktx.server.errors import Problem, problem_of
-from ktx.server.fields.openai import Choosing, Format, Guided, Structured
+from ktx.server.fields.openai import Choosing, Format, Guided, LoraUse, Structured
 from ktx.server.fields.parameters import ignore
 from ktx.server.pools import COMPILE, GRAMMARS, PROMPTS, RENDER, within
 from ktx.server.served import Served
@@ -246,10 +247,10 @@ def check_room(served: Served, prompt: Sequence[int], limit: int | None) -> None
         )
 
 
-async def begin(served: Served, asks: Sequence[Asked], model: str) -> Chorus:
-    """Queues all of them for the served name `model`, each as often as it says; the numbers run through. None of them runs when one cannot."""
-    adapter = served.adapter_of(model)
+async def begin(served: Served, asks: Sequence[Asked], model: str, lora: Sequence[LoraUse] | None = None) -> Chorus:
+    """Queues all of them for the served name `model`, or with adapters by number, each as often as it says; the numbers run through. None of them runs when one cannot."""
     engine, _, grammars = served.ready()
+    uses = chosen(served, model, lora)
     constraints = []
     for ask in asks:
         for _ in range(ask.count):
@@ -268,7 +269,7 @@ async def begin(served: Served, asks: Sequence[Asked], model: str) -> Chorus:
                 sampling = ask.sampling
                 if i and sampling.seed is not None:
                     sampling = replace(sampling, seed=sampling.seed + i)
-                chorus.ask(ask.rendered.ids, sampling, constraints[number], ask.salt, adapter)
+                chorus.ask(ask.rendered.ids, sampling, constraints[number], ask.salt, uses)
                 number += 1
     except BaseException as error:
         chorus.close()

@@ -39,7 +39,7 @@ async def answer(served: Served, fields: Chat, request: Request) -> Response:
     )
     ask = await asked_of(served, talk, sampling, fields.n or 1, salt_of(fields))
     check_room(served, ask.rendered.ids, limit)
-    chorus = await begin(served, [ask], model)
+    chorus = await begin(served, [ask], model, fields.lora)
     base = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),

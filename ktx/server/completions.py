@@ -49,7 +49,7 @@ async def answer(served: Served, fields: Completion, request: Request) -> Respon
     asks = [
         Asked(Rendered("", ids, False), sampling, grammar, salt=salt_of(fields), count=fields.n or 1) for ids in prompts
     ]
-    chorus = await begin(served, asks, model)
+    chorus = await begin(served, asks, model, fields.lora)
     base = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",

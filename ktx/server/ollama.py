@@ -28,6 +28,7 @@ from ktx.server.asked import (
 from ktx.server.errors import Problem
 from ktx.server.fields.ollama import OllamaChat, OllamaGenerate, OllamaShared, OllamaShow
 from ktx.server.fields.openai import Format
+from ktx.server.names import TAG
 from ktx.server.pools import PROMPTS, RENDER, within
 from ktx.server.served import Served
 from ktx.server.turn import Called, Ended, Said, Tokens, Turn
@@ -201,15 +202,16 @@ async def _stream(
                 yield {**head, **piece("answer", "", []), **more, **_done(told, len(chorus.requests[0].prompt))}
 
 
-def details(served: Served) -> dict[str, Any]:
+def details(served: Served, name: str) -> dict[str, Any]:
     engine, _, _ = served.ready()
+    adapter = served.adapter_of(name)
     config = engine.model.config
     held = getattr(getattr(engine.model, "ktx", None), "nbytes", 0)
     return {
         "size": held,
-        "digest": hashlib.sha256(served.names[0].encode()).hexdigest(),
+        "digest": hashlib.sha256("\0".join((served.models[0], *adapter)).encode()).hexdigest(),
         "details": {
-            "parent_model": "",
+            "parent_model": served.models[0] if adapter else "",
             "format": "gguf",
             "family": config.model_type,
             "families": [config.model_type],
@@ -220,10 +222,15 @@ def details(served: Served) -> dict[str, Any]:
 
 
 def tags(served: Served) -> dict[str, Any]:
-    about = details(served)
+    served.ready()
     return {
         "models": [
-            {"name": f"{name}:latest", "model": f"{name}:latest", "modified_at": served.since, **about}
+            {
+                "name": f"{name}{TAG}",
+                "model": f"{name}{TAG}",
+                "modified_at": served.since,
+                **details(served, name),
+            }
             for name in served.names
         ]
     }
@@ -231,9 +238,12 @@ def tags(served: Served) -> dict[str, Any]:
 
 def ps(served: Served) -> dict[str, Any]:
     engine, _, _ = served.ready()
-    about = details(served)
     more = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": engine.context}
-    return {"models": [{"name": f"{name}:latest", "model": f"{name}:latest", **about, **more} for name in served.names]}
+    return {
+        "models": [
+            {"name": f"{name}{TAG}", "model": f"{name}{TAG}", **details(served, name), **more} for name in served.names
+        ]
+    }
 
 
 def show(served: Served, fields: OllamaShow) -> dict[str, Any]:
@@ -249,10 +259,10 @@ def show(served: Served, fields: OllamaShow) -> dict[str, Any]:
         "modelfile": "",
         "parameters": "",
         "template": prompts.template or "",
-        "details": details(served)["details"],
+        "details": details(served, name)["details"],
         "model_info": {
             "general.architecture": kind,
-            "general.basename": name.removesuffix(":latest"),
+            "general.basename": name.removesuffix(TAG),
             f"{kind}.context_length": engine.context,
         },
         "capabilities": can,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import itertools
 import logging
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ktx.engine.engine import Engine
@@ -18,6 +21,7 @@ from ktx.engine.request import Finished
 from ktx.errors import KtxError
 from ktx.server.errors import Problem
 from ktx.server.kept import Kept
+from ktx.server.names import meant
 
 log = logging.getLogger("ktx.server")
 
@@ -33,6 +37,7 @@ class Settings:
     sampling: Mapping[str, Any] = field(default_factory=dict)  # over the model's own defaults
     keep_responses: int = 1000  # answers of /v1/responses that later requests may go on from
     ping: float = 15.0  # seconds between comments of a stream that has nothing to say
+    lora_dir: Path | None = None  # below which requests may have adapters loaded; None: they may not
 
 
 @dataclass
@@ -57,8 +62,12 @@ class Served:
     """`engine` is None until the model is loaded, `trouble` says why it never will be."""
 
     def __init__(self, names: tuple[str, ...], settings: Settings | None = None, adapters: tuple[str, ...] = ()):
-        self.names, self.settings = (*names, *adapters), settings or Settings()
-        self.adapters = adapters  # of the names: LoRA adapters, each beside the model
+        self.models, self.settings = names, settings or Settings()
+        self.adapters: dict[str, int] = {}  # names of LoRA adapters, and their numbers
+        self.numbers = itertools.count()
+        for name in adapters:
+            self.add_adapter(name)
+        self.changing = asyncio.Lock()  # of the adapters
         self.created = int(time.time())
         self.since = datetime.datetime.fromtimestamp(self.created, datetime.UTC).isoformat().replace("+00:00", "Z")
         self.fingerprint = f"ktx_{uuid.uuid4().hex[:10]}"
@@ -73,6 +82,14 @@ class Served:
         self.stopping = False
         self.warned: set[str] = set()
         self.on_finished: Callable[[Finished], None] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """That requests may have as their model."""
+        return (*self.models, *self.adapters)
+
+    def add_adapter(self, name: str) -> None:
+        self.adapters = {**self.adapters, name: next(self.numbers)}
 
     def attach(self, engine: Engine) -> None:
         """From now on requests are answered."""
@@ -119,8 +136,8 @@ class Served:
         return self.engine, self.prompts, self.grammars
 
     def named(self, name: str) -> str:
-        """The name as the answer repeats it. Problem 404 for one that is not served. Ollama's clients add a tag to a name, on all routes."""
-        if name not in self.names and name.removesuffix(":latest") not in self.names:
+        """The name as the answer repeats it. Problem 404 for one that is not served."""
+        if not meant(name, self.names):
             raise Problem(
                 404,
                 f"the model {name!r} does not exist; this server has {', '.join(self.names)}",
@@ -131,7 +148,14 @@ class Served:
 
     def adapter_of(self, name: str) -> tuple[str, ...]:
         """The LoRA adapter that a served name means; none for the model itself."""
-        return tuple(one for one in self.adapters if one in (name, name.removesuffix(":latest")))[:1]
+        found = meant(name, self.adapters)
+        return (found,) if found else ()
+
+    def path_of(self, name: str) -> str:
+        """Where an adapter was loaded from; of a model its name."""
+        engine, _, _ = self.ready()
+        found = engine.runner.adapters.known.get(meant(name, self.adapters))
+        return found.path if found else name
 
     def health(self) -> tuple[int, dict[str, Any]]:
         """Status and body of /health: the engine's heartbeat."""

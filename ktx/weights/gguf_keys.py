@@ -82,7 +82,8 @@ def refuse_kind(metadata: Mapping[str, Any], file: str) -> None:
     """BadFile for a file that is no model but something that goes with one."""
     kind = metadata.get("general.type", "model")
     if kind != "model":
-        raise BadFile(f"{file}: general.type is {kind!r}; it goes with a model but is none")
+        remedy = ": give it to --lora" if kind == "adapter" else ""
+        raise BadFile(f"{file}: general.type is {kind!r}; it goes with a model but is none{remedy}")
 
 
 def scalar(value: Any) -> Any:

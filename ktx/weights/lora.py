@@ -20,7 +20,7 @@ from ktx.errors import BadFile, UsageError
 from ktx.json_file import read_object
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MERGED = "merge it into its model with PEFT (merge_and_unload), and load that"
+MERGED = "merge it into its model (merge_and_unload of PEFT, llama-export-lora of llama.cpp), and load that"
 KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)(?P<inner>(?:\.base_layer)*)\.(?P<kind>lora_(?:embedding_)?)(?P<half>[AB])(?:\.weight)?"
 )
@@ -97,7 +97,7 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user names: a folder of PEFT's or the safetensors file in it, a name for it, and a factor."""
+    """What a user names: a folder of PEFT's or the safetensors file in it, or a GGUF file; a name for it, and a factor."""
 
     path: Path
     name: str
@@ -105,7 +105,7 @@ class Wish:
 
     @classmethod
     def of(cls, text: str | Path | Wish) -> Wish:
-        """[NAME=]PATH[=SCALE]; the name is the folder's by default. UsageError for a scale that is no number, or an empty name."""
+        """[NAME=]PATH[=SCALE]; the name is the folder's or the GGUF file's by default. UsageError for a scale that is no number, or an empty name."""
         if isinstance(text, Wish):
             return text
         parts, scale = str(text).split("="), 1.0
@@ -119,10 +119,14 @@ class Wish:
         else:
             path = whole
             folder = path.parent if path.name == WEIGHTS else path
-            name = folder.resolve().name.removesuffix(".safetensors")
+            name = re.sub(r"\.(safetensors|gguf)$", "", folder.resolve().name, flags=re.IGNORECASE)
         if not name or not (parts[-1] if len(parts) > 1 else str(text)):
-            raise UsageError(f"adapter {text}: give [NAME=]PATH[=SCALE], of a folder with {CONFIG}")
+            raise UsageError(f"adapter {text}: give [NAME=]PATH[=SCALE], of a folder with {CONFIG} or of a GGUF file")
         return cls(path, name, scale)
+
+    def named(self, name: str | None, scale: float) -> Wish:
+        """The same by another name, where there is one, times another factor."""
+        return Wish(self.path, name or self.name, self.scale * scale)
 
 
 def _number(text: str) -> float | None:
@@ -133,15 +137,9 @@ def _number(text: str) -> float | None:
 
 
 def read(wish: Wish) -> AdapterFile:
-    """Reads an adapter. BadFile for a file that is missing or broken, UsageError for an adapter that is none of LoRA's plain form."""
+    """Reads an adapter of PEFT's. BadFile for a file that is missing or broken, UsageError for an adapter that is none of LoRA's plain form."""
     folder = wish.path if wish.path.is_dir() else wish.path.parent
     file = folder / WEIGHTS if wish.path.is_dir() else wish.path
-    if wish.path.suffix == ".gguf":
-        raise UsageError(
-            f"adapter {wish.path}: a GGUF adapter is not read; give the folder of PEFT's that it was made from"
-        )
-    if not wish.path.exists():
-        raise BadFile(f"adapter {wish.path}: no such file or folder")
     if not file.exists():
         pickled = (
             f"; {PICKLED} is a pickle, which can run code: write it anew as safetensors" * (folder / PICKLED).exists()

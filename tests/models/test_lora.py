@@ -15,9 +15,10 @@ from transformers import GenerationConfig
 
 from ktx.engine.request import Finished
 from ktx.engine.sampling import Sampling
-from ktx.errors import BadFile, UsageError
+from ktx.errors import BadFile, Overloaded, UsageError
 from ktx.ops.guard import current
 from ktx.ops.linear import Linear
+from ktx.ops.lora import Use
 from ktx.weights.lora import CONFIG, WEIGHTS, Wish
 from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative
@@ -170,6 +171,59 @@ def test_requests_that_name_none_have_those_in_use(model, right):
     assert base == answer(right, PROMPTS[0])
     with torch.no_grad():
         assert relative(model(input_ids=IDS).logits, right(IDS)) < NEAR
+
+
+def test_adapters_come_and_go_in_a_running_engine(folder, right):
+    mine = load(folder, None, kv_dtype="f32")
+    mine.ktx.tokenizer = tokenizer()
+    prompt, long = PROMPTS[0], Sampling(max_new_tokens=100, ignore_eos=True)
+    events = queue.SimpleQueue()
+
+    def beside(name):
+        """A request that runs while others are asked: what is still to come of it."""
+        engine.submit(prompt, long, events.put, lora=name)
+        events.get(timeout=120)
+
+    def ended():
+        return next(event for event in iter(events.get, None) if isinstance(event, Finished))
+
+    with mine.ktx.engine(max_batch_size=4, cache_lens=4096) as engine:
+        plain = ask(engine, [(prompt, ())])[0]
+        assert engine.load_lora(folder / "one", "style") == "style"
+        with pytest.raises(UsageError, match="already"):
+            engine.load_lora(folder / "two", "style")
+        one = ask(engine, [(prompt, "style"), (prompt, ())])[0]
+        beside("style")
+        engine.load_lora(folder / "two", "style", replace=True)
+        two, cached = ask(engine, [(prompt, "style"), (prompt, ())])
+        engine.unload_lora("style")
+        for missing in (lambda: engine.unload_lora("style"), lambda: ask(engine, [(prompt, "style")])):
+            with pytest.raises(UsageError, match="none is loaded|no LoRA adapter is called"):
+                missing()
+        assert ended().ids[:6] == one[0]
+        assert ask(engine, [(prompt, ())])[0] == plain
+        engine.check_integrity()
+        assert not mine.ktx.loras and not engine.leaving and not mine.ktx.adapters.loras
+    assert plain[0] == one[1] == two[1] == answer(right, prompt)
+    assert one[0] == answer(lambda ids: right(ids, "one"), prompt)
+    assert two[0] == answer(lambda ids: right(ids, "two"), prompt) and cached[0] == 0
+    with pytest.raises(Overloaded, match="closed"):
+        engine.load_lora(folder / "one")
+
+
+def test_a_factor_on_a_requests_adapter(model, folder):
+    """What an adapter that was loaded with this scale computes, in steps with requests of other factors."""
+    model.ktx.load_lora(folder / "one", "half", 0.5)
+    pairs = [(Use("one", 0.5), "half"), ((Use("one", 0.5), "two"), ("half", "two")), (Use("half", 2.0), "one")]
+    try:
+        with model.ktx.engine(max_batch_size=6, cache_lens=4096) as engine:
+            asked = [(prompt, lora) for prompt in PROMPTS[:3] for pair in pairs for lora in pair]
+            found, cached = ask(engine, asked)
+            base, none = ask(engine, [(PROMPTS[1], ()), (PROMPTS[1], Use("one", 0.0))])[0]
+    finally:
+        model.ktx.unload_lora("half")
+    assert found[::2] == found[1::2] and base == none
+    assert len({tuple(ids) for ids in found[:6]}) == 3 and cached == [0] * len(asked)
 
 
 def test_generate(model, right):

@@ -30,6 +30,27 @@ def test_a_conversation_begins_as_its_earlier_turns_did():
     assert keys_of(body("a" * 1000, cache_salt="x"))[0] != first[0]
 
 
+def test_an_adapter_has_pages_of_its_own():
+    """The model's names, and an adapter's, mean one each."""
+
+    def keys(name):
+        return keys_of(body("a" * 1000) if name is None else body("a" * 1000, model=name), ("style", "other"))
+
+    plain, style, other = keys("m"), keys("style"), keys("other")
+    assert len(plain) == 4 == len({plain[0], style[0], other[0], keys_of(body("b" * 1000))[0]})
+    assert (
+        keys("alias") == keys(None) == keys("style-2") == keys(3) == plain == keys_of(body("a" * 1000, model="style"))
+    )
+    assert keys("style:latest") == style
+    affinity = Affinity(pages=100, crowd=3)
+    affinity.begun("1", "x", plain)
+    affinity.ended("1")
+    assert affinity.known(style, "x") == 0
+    affinity.begun("2", "y", style)
+    affinity.ended("2")
+    assert affinity.order(style, ["x", "y"])[0] == "y" and affinity.order(plain, ["x", "y"])[0] == "x"
+
+
 @pytest.mark.parametrize(
     "path_body", [b"", b"no json", b"[1]", b'"x"', b"[" * 100_000, b'{"prompt": null}', body("short")]
 )

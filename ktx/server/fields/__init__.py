@@ -3,7 +3,7 @@
 from ktx.server.fields import parameters
 from ktx.server.fields.anthropic import Anthropic, Count
 from ktx.server.fields.ollama import OllamaChat, OllamaGenerate, OllamaShow
-from ktx.server.fields.openai import Chat, Completion, Detokenize, Tokenize
+from ktx.server.fields.openai import Chat, Completion, Detokenize, LoadAdapter, Tokenize, UnloadAdapter
 from ktx.server.fields.responses import Respond, RespondCount
 
 __all__ = [
@@ -12,11 +12,13 @@ __all__ = [
     "Completion",
     "Count",
     "Detokenize",
+    "LoadAdapter",
     "OllamaChat",
     "OllamaGenerate",
     "OllamaShow",
     "Respond",
     "RespondCount",
     "Tokenize",
+    "UnloadAdapter",
     "parameters",
 ]

@@ -82,6 +82,13 @@ class Choosing(Request):
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
+class LoraUse(Fields):
+    """An entry of llama.cpp's list of adapters."""
+
+    id: int = Field(ge=0, lt=1 << 31)
+    scale: float = Field(ge=-100, le=100)
+
+
 class Schema(Fields):
     name: Name | None = None
     description: Text | None = None
@@ -182,6 +189,7 @@ class Structured(Fields):
 class Guided(Choosing):
     response_format: Format | None = None
     structured_outputs: Structured | None = None
+    lora: Annotated[list[LoraUse], Field(max_length=64)] | None = None
     guided_json: Object | Text | None = None
     guided_regex: Text | None = None
     guided_choice: Choices | None = None
@@ -409,6 +417,17 @@ class Tokenize(Ending):
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self
+
+
+class LoadAdapter(Fields):
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool | None = None  # in the place of one that has the name
+
+
+class UnloadAdapter(Fields):
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_int_id: None = None  # vLLM's own number, of which this server has none
 
 
 class Detokenize(Request):

@@ -84,7 +84,9 @@ REFUSED: dict[str, Refused] = {
     **_all("reasoning_budget thinking_budget_tokens", Refused("reasoning is not cut", (-1,))),
     **_all("prompt_embeds input_embeds session_params", Refused("send the text, or its tokens")),
     **_all("grammar ebnf", Refused("llama.cpp's and SGLang's grammars are not read; use structured_outputs")),
-    **_all("lora lora_path lora_request", Refused("no adapters are loaded")),
+    **_all(
+        "lora_path lora_request", Refused("name the adapter as the request's model; /v1/load_lora_adapter loads one")
+    ),
     **_all("mirostat", Refused("use temperature, top_p or min_p", (0,))),
     **_all("dynatemp_range xtc_probability dry_multiplier", Refused("use temperature, top_p or min_p", (0,))),
     **_all("top_n_sigma", Refused("use temperature, top_p or min_p", (-1, 0))),
