@@ -21,7 +21,30 @@ from ktx.ops.floats import READ_ONLY, Dequantized, Floats
 
 log = logging.getLogger("ktx.ops.parameters")
 PARAMETRIZATIONS = "parametrizations"  # torch's name for the child
+EXCHANGED = (
+    "{}.{} is packed, and no parameter that could be taken out of its module (as torch.func.functional_call and torch.nn.utils.weight_norm do): write to it in"
+    " `with ktx.edit(module) as weight:`, or put ktx.dequantize(module) in a linear layer's place; torch.nn.utils.parametrizations need neither"
+)
 _said: set[tuple[str, str]] = set()
+
+
+class Frozen(dict[str, Any]):
+    """The parameters of an operator. UsageError for who wants to take packed weights, `names`, out of them."""
+
+    names: frozenset[str] = frozenset()
+    path: str = ""
+
+    def __missing__(self, name: str) -> Any:
+        raise _not_there(name, self.names, self.path)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise _not_there(name, self.names, self.path)
+        super().__delitem__(name)
+
+
+def _not_there(name: str, packed: frozenset[str], path: str) -> Exception:
+    return UsageError(EXCHANGED.format(path, name)) if name in packed else KeyError(name)
 
 
 class Offered(dict[str, Any]):
@@ -31,6 +54,11 @@ class Offered(dict[str, Any]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.names or super().__contains__(name)
+
+    path: str = ""
+
+    def __missing__(self, name: str) -> Any:
+        raise _not_there(name, self.names, self.path)
 
     def __delitem__(self, name: str) -> None:
         if name in self.names:
@@ -75,10 +103,13 @@ class Parametrizable(Operator):
         )
 
     def enliven(self) -> None:
+        frozen = self.__dict__["_parameters"] = Frozen(self._parameters)
+        frozen.names, frozen.path = self.offered(), self.path
         super().enliven()
         offered = Offered(self._buffers)
         offered.names = self.offered()
         self.__dict__["_buffers"] = offered
+        offered.path = self.path
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
