@@ -227,6 +227,7 @@ def _bare(old: type[nn.Module], files: Files | None) -> Any:
 
 
 def become(model: nn.Module) -> None:
-    """Makes a loaded model one of these."""
+    """Makes a loaded model one of these. Its operators are evaluated as it is, which parametrizations that are put on them go by."""
+    model.train(model.training)
     _watch(model)
     model.__class__ = _heir(type(model))

@@ -19,7 +19,7 @@ import torch
 from ktx.config import environment
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import default_threads
-from ktx.kernels import gradients
+from ktx.kernels import flops, gradients
 from ktx.qtypes import FP8_BLOCK, QTYPES, QType
 from ktx.weights.source import QuantizedTensor
 
@@ -419,3 +419,4 @@ def _(gate, up, act):  # type: ignore[no-untyped-def]
 
 
 gradients.register()
+flops.register()

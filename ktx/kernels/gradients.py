@@ -39,11 +39,16 @@ def refuse(what: str, remedy: str, *tensors: Tensor | None) -> None:
 
 
 def backward_only(x: Tensor) -> None:
-    """NoGradient for an input of forward-mode differentiation, whose tangent the kernels would drop."""
+    """NoGradient for an input of forward-mode differentiation, whose tangent the kernels would drop, and for one that torch.func has wrapped."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise NoGradient(
             "an input has a tangent (torch.func.jvp, jacfwd, torch.autograd.forward_ad), and the kernels are differentiated backwards only:"
             " use torch.autograd.grad, or torch.autograd.functional.vjp"
+        )
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):  # type: ignore[attr-defined]
+        raise NoGradient(
+            "an input is inside a transform of torch.func (grad, vjp, jacrev, hessian, vmap), which kernels are not made for: use torch.autograd.grad,"
+            " torch.autograd.functional.vjp or jacobian, and a batch or a loop in place of vmap"
         )
 
 

@@ -7,6 +7,7 @@ the kernel skips what is outside. A mask that is none (holes, custom functions) 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from types import CodeType
 from typing import Any
 
@@ -24,7 +25,7 @@ from ktx.kernels import cpu, reference
 from ktx.kernels.gpu import known_backend
 from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
-from ktx.ops.attention_weights import Choice, OwnConfig, attention_weights, by_function, missing
+from ktx.ops.attention_weights import EAGER, Choice, OwnConfig, attention_weights, by_function, missing
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
     MOST,
@@ -39,7 +40,7 @@ from ktx.ops.fused import (
     window_of,
 )
 from ktx.ops.guard import Guard, below, current
-from ktx.ops.masks import Intervals, intervals_of
+from ktx.ops.masks import Intervals, intervals_of, uncausal
 from ktx.ops.norm import RMSNorm
 
 NAME = "ktx"
@@ -94,9 +95,13 @@ def attend(
         return by_function(choice.name, module, query, key, value, attention_mask, **given)
     batch = getattr(key, "ktx_batch", None)
     if batch is not None:
+        if not is_causal(module, choice, kwargs):
+            raise causal_pages(module)
         ranges, mask = batch.ranges(window_of(module)), None
     else:
         ranges, mask = split_mask(attention_mask, key.shape[2])
+        if not is_causal(module, choice, kwargs):
+            ranges = uncausal(ranges, mask, (query.shape[0], query.shape[2], key.shape[2]))
         ranges = None if ranges is None else ranges.to(query.device)
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:
         raise ValueError(f"{query.shape[2]} queries on {key.shape[2]} keys need a mask")
@@ -138,6 +143,20 @@ def choice_of(module: nn.Module) -> Choice:
     return Choice(module.config) if found is None else found
 
 
+def is_causal(module: nn.Module, choice: Choice, options: Mapping[str, Any]) -> bool:
+    """Whether a prompt's tokens do not see those behind them, as transformers' usual kernel finds it: eager attention goes by the mask alone."""
+    given = options.get("is_causal")
+    return choice.name == EAGER or bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def causal_pages(module: Any) -> UsageError:
+    """The error of a module that is not causal on an engine's pages."""
+    at = getattr(module, "path", type(module).__name__)
+    return UsageError(
+        f"{at}.is_causal is False: an engine computes prompts in parts, each token after those before it; call the model itself"
+    )
+
+
 def _dense(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -171,7 +190,7 @@ def interval_mask(
             )
             ranges = torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1)
             return Intervals(ranges.to(torch.int32), keys, device)
-    kwargs |= {"allow_is_causal_skip": False}
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     full = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

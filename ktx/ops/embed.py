@@ -20,6 +20,8 @@ from ktx.ops.weights import OneMatrix
 from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
 
+INTEGERS = (torch.int64, torch.int32)  # that torch's embedding takes
+
 
 class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
     """Token ids -> rows, dequantised as they are read. A tied output layer uses the same packed rows."""
@@ -59,8 +61,22 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
 
     def product(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, f"{self.path} is not loaded"
-        rows = self.packed.rows(ids.reshape(-1).to(torch.int64).contiguous())
-        return rows.to(self.dtype).reshape(*ids.shape, self.embedding_dim)
+        if self.max_norm is not None:
+            raise UsageError(
+                f"{self.path}.max_norm is {self.max_norm}: a lookup would write to packed rows; set it to None and edit the rows in"
+                " `with ktx.edit(module) as weight:`, or put ktx.dequantize(module) in the module's place"
+            )
+        if ids.dtype not in INTEGERS:
+            raise UsageError(f"{self.path} takes token ids of int64 or int32, not of {ids.dtype}: ids.long()")
+        try:
+            rows = self.packed.rows(ids.reshape(-1).to(torch.int64).contiguous())
+        except RuntimeError as error:
+            if bool(((ids >= 0) & (ids < self.packed.n)).all()):
+                raise
+            raise IndexError(
+                f"{self.path} has the token ids 0 to {self.packed.n - 1}, it was given {int(ids.min())} to {int(ids.max())}"
+            ) from error
+        return rows.to(self.dtype).reshape(*ids.shape, self.packed.k)
 
     def floats(self) -> dict[str, Floats]:
         self.check_loaded()

@@ -17,7 +17,7 @@ from ktx.ops.base import Context, as_weights, packed_as
 from ktx.ops.classes import patched
 from ktx.ops.floats import Floats, experts, out_of_reach, plain
 from ktx.ops.gates import KEEP, PLAIN, Gate, as_usual, gate_of_experts, is_gated, is_interleaved
-from ktx.ops.guard import Inside, listened
+from ktx.ops.guard import Inside, listened, watched
 from ktx.ops.parameters import PARAMETRIZATIONS, Changed, Offered, Parametrizable
 from ktx.ops.stored import Stored
 from ktx.ops.weights import fitting, quantized
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+CLAMPED = {"alpha": "alpha", "swiglu_alpha": "alpha", "limit": "limit", "swiglu_limit": "limit"}  # transformers' names
+OWN = ("training", "num_experts")  # attributes that are set on loading
 ACTIVATION = "act_fn"  # transformers' name for the module
 
 
@@ -44,7 +46,8 @@ class Experts(Parametrizable):
 
     remade = ("inside",)
     derived = frozenset({"waited", "chosen", "on_gpu"})
-    reads = frozenset({"weights", "biases"})
+    reads = frozenset({"weights", "biases", "gate", "settings"})
+    settings: dict[str, Any] = {}  # scalars of the replaced module, see __setattr__
     stays = True
     on_gpu: Experts | None
     chosen: torch.Tensor | None
@@ -94,6 +97,8 @@ class Experts(Parametrizable):
         new.gpu_experts = new.sharable(gpu_experts or 0)
         if cls is Experts and isinstance(getattr(old, ACTIVATION, None), nn.Module) and gate.act in PLAIN:
             new.add_module(ACTIVATION, old.act_fn)
+        scalars = (bool, int, float, str)
+        new.settings = {n: v for n, v in vars(old).items() if isinstance(v, scalars) and n[0] != "_" and n not in OWN}
         return new
 
     def ready(self) -> None:
@@ -232,7 +237,7 @@ class Experts(Parametrizable):
         if ACTIVATION in self._modules:
             seen = self.act_fn(made[0])
             usual = as_usual(seen, made[0], self.gate.act, None if gated else made[0])
-            if usual and PARAMETRIZATIONS not in self._modules and adapters is None:
+            if usual and PARAMETRIZATIONS not in self._modules and adapters is None and not watched():
                 return None
             middle = seen * made[1] if gated else seen
         else:
@@ -304,7 +309,23 @@ class Experts(Parametrizable):
         buffers = self.__dict__.get("_buffers")
         if isinstance(buffers, Offered) and name in buffers.names:
             return self.shown(name, self.floats()[name])
+        if name in self.settings:
+            return self.settings[name]
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's. A scalar that the replaced module has counts where the kernel takes it, else UsageError for another value."""
+        if name not in self.settings:
+            super().__setattr__(name, value)
+        elif value != self.settings[name]:
+            if name not in CLAMPED or self.gate.act in PLAIN:
+                raise UsageError(
+                    f"{self.path}.{name} is {self.settings[name]!r}: packed experts go by that and cannot have {value!r}; load the model with another"
+                    " configuration (ktx.load(..., config=...)), or put a module of your own in their place"
+                )
+            changed: Any = {CLAMPED[name]: float(value)}
+            self.gate = self.gate._replace(**changed)
+            self.settings = self.settings | {name: value}
 
     def floats(self) -> dict[str, Floats]:
         self.check_loaded()

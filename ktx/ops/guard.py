@@ -4,7 +4,8 @@ A shortcut is one kernel call in place of several modules: a block, a group of l
 made, and does not call them. So it may run only while nobody has patched, exchanged or edited one, and nobody listens to one.
 
 Asking costs little, for it is asked at every call, when the weights have just driven everything else out of the caches. Operators count what is set on them
-(`Changes`), torch counts handles of hooks, tensors count what is written to them in place; modules are looked at again when a count has moved.
+(`Changes`), torch counts handles of hooks, tensors count what is written to them in place; modules are looked at again when a count has moved. Modules that
+are no operators (activations, mostly) count nothing, so each call looks at these, but no closer than at which objects they have (`Uncounted`).
 """
 
 from __future__ import annotations
@@ -84,6 +85,20 @@ def _same(mine: Any, theirs: Any) -> bool:
     return isinstance(mine, SCALARS) and type(mine) is type(theirs) and mine == theirs
 
 
+class Uncounted:
+    """A module that does not count what is set on it: its class, and the objects that it has, as they were."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.kind, self.own, self.size = module, type(module), module.__dict__, len(module.__dict__)
+        places = (module._parameters, module._buffers, module.__dict__)
+        self.had = [(place, name, value) for place in places for name, value in place.items() if name not in IGNORED]
+
+    def moved(self) -> bool:
+        if type(self.module) is not self.kind or len(self.own) != self.size:
+            return True
+        return any(place.get(name) is not value for place, name, value in self.had) if self.had else False
+
+
 class Guard:
     """Of a shortcut in `owners`, which call it, for the modules `inside`, which it does not call. It has copied the values of `copied`."""
 
@@ -99,6 +114,7 @@ class Guard:
         modules = [state.module for state in self.states]
         self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
         self.parameters = [module._parameters for module in modules if module._parameters]
+        self.uncounted = [Uncounted(module) for module in modules if not isinstance(module, Operator)]
         self.hooks = [hooks for state in self.inside for hooks in _hooks(state.module)]
         self.copied = [(tensor, edits(tensor)) for tensor in copied if tensor is not None]
         self.handles, self.changes, self.recorders = -1, -1, False
@@ -113,6 +129,7 @@ class Guard:
             made.states += guard.states
             made.children += guard.children
             made.parameters += guard.parameters
+            made.uncounted += guard.uncounted
             made.hooks += guard.hooks
             made.copied += guard.copied
         return made
@@ -127,7 +144,7 @@ class Guard:
         if torch.is_grad_enabled() and any(recorded(*own.values()) for own in self.parameters):
             return False  # a parameter is trained
         handles, changes = RemovableHandle.next_id, Changes.count
-        if handles != self.handles or changes != self.changes:
+        if handles != self.handles or changes != self.changes or any(map(Uncounted.moved, self.uncounted)):
             if self._listened() or not all(state.same() for state in self.states):
                 return False
             if any(state.patched() for state in self.inside) or any(classes.is_patched(s.module) for s in self.states):
@@ -163,10 +180,17 @@ class Shortcut(Protocol):
         """Made of what the owner and its children are now; None where no kernel does that."""
 
 
+def watched() -> bool:
+    """Whether a mode of torch's sees all operations (FlopCounterMode, FakeTensorMode): then each module does its own."""
+    return bool(torch._C._len_torch_dispatch_stack())  # type: ignore[attr-defined]
+
+
 def current(owner: nn.Module, name: str = "block") -> Any:
     """The shortcut in an attribute of its owner if it stands for what its modules are now, made anew where settings or weights have changed; else None."""
     made = owner.__dict__.get(name)
     if made is None or torch.compiler.is_compiling():  # a graph holds the kernels that children call
+        return None
+    if name != "inside" and watched():
         return None
     if made.guard.holds():
         return made

@@ -76,6 +76,20 @@ def ranges_of(mask: torch.Tensor | None) -> torch.Tensor | None:
     return known
 
 
+def uncausal(
+    ranges: torch.Tensor | None, mask: torch.Tensor | None, sizes: tuple[int, int, int]
+) -> torch.Tensor | None:
+    """The ranges of a module whose `is_causal` was set to False, for a batch, queries and keys in `sizes`: all keys, where transformers gives its kernel no mask."""
+    batch, queries, keys = sizes
+    if mask is not None or queries == 1:
+        return ranges
+    if ranges is not None:
+        causal = torch.tensor([[0, i + 1] for i in range(queries)], device=ranges.device)
+        if queries != keys or not bool((ranges == causal).all()):
+            return ranges
+    return torch.tensor([0, keys], dtype=torch.int32, device="cpu").expand(batch, queries, 2).contiguous()
+
+
 def edits_of(mask: torch.Tensor | None) -> Any:
     """Something that is the same as long as nobody can have written to a mask, as far as tensors count that."""
     if isinstance(mask, Intervals):

@@ -21,7 +21,7 @@ from ktx.kernels.gpu import known_backend
 from ktx.kernels.gradients import recorded
 from ktx.kernels.kept import kept
 from ktx.ops import contract, stored
-from ktx.ops.attention import StoredAs, not_dropped
+from ktx.ops.attention import StoredAs, causal_pages, is_causal, not_dropped
 from ktx.ops.attention_weights import Choice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.classes import patched
@@ -38,6 +38,7 @@ from ktx.ops.fused import (
     split_mask,
 )
 from ktx.ops.guard import Guard, below, current
+from ktx.ops.masks import uncausal
 from ktx.ops.norm import RMSNorm
 from ktx.ops.stored import Stored
 from ktx.ops.weights import fitting
@@ -228,7 +229,7 @@ class MLA(Operator):
             else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
         )
         q_nope, q_rope = (
-            q.view(batch, length, self.num_heads, -1)
+            q.view(batch, length, -1, self.qk_nope_head_dim + self.qk_rope_head_dim)
             .transpose(1, 2)
             .split([self.qk_nope_head_dim, self.qk_rope_head_dim], -1)
         )
@@ -239,6 +240,8 @@ class MLA(Operator):
         latent = self.kv_a_layernorm(latent)[:, None]
         pages = paged(kv_cache, self.layer_idx)
         if pages is not None:
+            if not is_causal(self, self.choice, kwargs):
+                raise causal_pages(self)
             pools = pages.update(latent, k_rope)
             assert pages.owner.batch is not None
             return self.o_proj(self.ragged(q_nope, q_rope, *pools, pages.owner.batch)), None
@@ -248,6 +251,8 @@ class MLA(Operator):
             latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
         keys, parts = latent.shape[2], []
         ranges, mask = split_mask(attention_mask, keys)
+        if not is_causal(self, self.choice, kwargs):
+            ranges = uncausal(ranges, mask, (batch, length, keys))
         more = None if self.lora is None else self.lora.whole(0)
         for mix, first, last in ((self.expanded, 0, whole), (self.absorbed, whole, length)):
             if first < last:
@@ -271,7 +276,7 @@ class MLA(Operator):
 
         Whole pages of a prompt are expanded, sequence by sequence, everything else is absorbed.
         """
-        out = q_nope.new_empty(1, batch.tokens, self.num_heads * self.v_head_dim)
+        out = q_nope.new_empty(1, batch.tokens, q_nope.shape[1] * self.v_head_dim)
         for span, (first, _, _), pages in zip(batch.spans, batch.rows, batch.pages, strict=True):
             if span.whole:
                 own = slice(first + span.lead, first + span.lead + span.whole)
@@ -431,7 +436,20 @@ class Expansion(nn.Module):
     def weight(self) -> torch.Tensor:
         """[out_features, in_features], read-only: see ktx.ops.floats."""
         owner: MLA = self.__dict__["owner"]
-        return Dequantized(owner.floats()["kv_b_proj.weight"], owner.dtype, f"{owner.path}.kv_b_proj.weight")
+        floats, label = owner.floats()["kv_b_proj.weight"], f"{owner.path}.kv_b_proj.weight"
+        return Dequantized(floats, owner.dtype, label, replace=self._replaced)
+
+    def _replaced(self, values: torch.Tensor) -> Floats:
+        """Packs other values."""
+        owner: MLA = self.__dict__["owner"]
+        owner.take({"kv_b_proj.weight": fitting(f"{owner.path}.kv_b_proj", values, self.weight.shape)})
+        return owner.floats()["kv_b_proj.weight"]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            self._replaced(value)
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         owner: MLA = self.__dict__["owner"]
@@ -448,9 +466,16 @@ class Expansion(nn.Module):
             parts = more.expanded(flat, *parts, range(heads))
         return torch.cat([part.view(flat.shape[0], heads, -1) for part in parts], -1).view(*latent.shape[:-1], -1)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not prefix:  # asked by itself: otherwise its owner answers
+            destination["weight"] = self.weight
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        prefix, unexpected = args[1], args[5]
+        state, prefix, unexpected = args[0], args[1], args[5]
+        if not prefix and "weight" in state:
+            self._replaced(state["weight"])
         if f"{prefix}weight" in unexpected:  # which the owner takes
             unexpected.remove(f"{prefix}weight")
 

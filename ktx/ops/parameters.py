@@ -21,13 +21,34 @@ from ktx.ops.floats import Dequantized, Floats
 
 log = logging.getLogger("ktx.ops.parameters")
 PARAMETRIZATIONS = "parametrizations"  # torch's name for the child
-_said: set[tuple[str, str]] = set()
-
-
+EXCHANGED = (
+    "{}.{} is packed, and no parameter that could be taken out of its module (as torch.func.functional_call and torch.nn.utils.weight_norm do): write to it in"
+    " `with ktx.edit(module) as weight:`, or put ktx.dequantize(module) in a linear layer's place; torch.nn.utils.parametrizations need neither"
+)
 OFFLOADED = (
     "{}.{} is packed and stays where it was loaded: accelerate can neither offload nor move it (cpu_offload, disk_offload, dispatch_model, AlignDevicesHook(offload=True));"
     " leave that out and say where modules are when the model is loaded: ktx.load(..., device=...)"
 )
+_said: set[tuple[str, str]] = set()
+
+
+class Frozen(dict[str, Any]):
+    """The parameters of an operator. UsageError for who wants to take packed weights, `names`, out of them."""
+
+    names: frozenset[str] = frozenset()
+    path: str = ""
+
+    def __missing__(self, name: str) -> Any:
+        raise _not_there(name, self.names, self.path)
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise _not_there(name, self.names, self.path)
+        super().__delitem__(name)
+
+
+def _not_there(name: str, packed: frozenset[str], path: str) -> Exception:
+    return UsageError(EXCHANGED.format(path, name)) if name in packed else KeyError(name)
 
 
 class Offered(dict[str, Any]):
@@ -41,6 +62,9 @@ class Offered(dict[str, Any]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.names or super().__contains__(name)
+
+    def __missing__(self, name: str) -> Any:
+        raise _not_there(name, self.names, self.owner.path)
 
     def __delitem__(self, name: str) -> None:
         if name in self.names:
@@ -87,6 +111,8 @@ class Parametrizable(Operator):
         )
 
     def enliven(self) -> None:
+        frozen = self.__dict__["_parameters"] = Frozen(self._parameters)
+        frozen.names, frozen.path = self.offered(), self.path
         super().enliven()
         offered = Offered(self._buffers)
         offered.names, offered.owner = self.offered(), self

@@ -9,11 +9,14 @@ import torch
 from ktx.errors import UsageError
 from ktx.ops.base import Context, Operator, adopt
 
+SHORTEST = 256  # positions of a table
+
 
 class RotaryEmbedding(Operator):
     """The transformers module with a memory: positions seen before are not computed again.
 
-    Tables whose frequencies depend on the length (dynamic NTK, long-rope) are left to transformers' own forward.
+    Tables whose frequencies depend on the length (dynamic NTK, long-rope), and positions that no table has (fractions, negative ones, beyond what the
+    model was made for), are left to transformers' own forward.
     """
 
     remade = ("table",)
@@ -39,7 +42,8 @@ class RotaryEmbedding(Operator):
             parts = position_ids.split(counts, 1)
             tables = [super(RotaryEmbedding, self).forward(x, part, *args, **kwargs) for part in parts]
             return tuple(torch.cat(values, 1) for values in zip(*tables, strict=True))
-        need = int(position_ids.max()) + 1
+        if (need := self._most(position_ids)) is None:
+            return super().forward(x, position_ids)
         scaling = float(getattr(self, "attention_scaling", 1.0))
         if (
             self.table is None
@@ -47,10 +51,18 @@ class RotaryEmbedding(Operator):
             or scaling != self.table[3]
             or not torch.equal(self.inv_freq, self.table[2])
         ):
-            size = max(256, 1 << (need - 1).bit_length())
+            size = max(SHORTEST, 1 << (need - 1).bit_length())
             positions = torch.arange(size, device=position_ids.device)[None]
             self.table = size, super().forward(x.float(), positions), self.inv_freq.clone(), scaling
         values = self.table[1]
         if isinstance(values, torch.Tensor):  # deepseek_v2: one complex table
             return values[0][position_ids]
         return tuple(v[0][position_ids].to(x.dtype) for v in values)
+
+    def _most(self, position_ids: torch.Tensor) -> int | None:
+        """The length of a table that has all these positions; None where none has them, or one would be too long."""
+        if position_ids.dtype not in (torch.int64, torch.int32) or not position_ids.numel():
+            return None
+        low, high = (int(end) for end in position_ids.aminmax())
+        fits = low >= 0 and high < max(SHORTEST, int(getattr(self, "max_seq_len_cached", 0) or 0))
+        return high + 1 if fits else None

@@ -169,4 +169,4 @@ def dequantize(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     plain = getattr(module, "plain", None)
     if plain is None:
         raise UsageError(f"{type(module).__name__} is no packed Linear or Embedding: there is nothing to dequantise")
-    return plain(dtype)  # type: ignore[no-any-return]
+    return plain(dtype).train(module.training)  # type: ignore[no-any-return]
