@@ -40,6 +40,7 @@ from ktx.ops.fused import (
 from ktx.ops.guard import Guard, below, current
 from ktx.ops.masks import uncausal
 from ktx.ops.norm import RMSNorm
+from ktx.ops.parameters import Offered
 from ktx.ops.stored import Stored
 from ktx.ops.weights import fitting
 from ktx.qtypes import QTYPES
@@ -428,6 +429,10 @@ class Expansion(nn.Module):
     def __init__(self, owner: MLA):
         super().__init__()
         self.__dict__["owner"] = owner  # not a child
+        self.path, self.home = f"{owner.path}.kv_b_proj", owner.home
+        offered = Offered()
+        offered.names, offered.owner = frozenset({"weight"}), self
+        self.__dict__["_buffers"] = offered
         self.replaces = nn.Linear
         self.in_features = owner.kv_lora_rank
         self.out_features = owner.num_heads * (owner.qk_nope_head_dim + owner.v_head_dim)
@@ -450,6 +455,10 @@ class Expansion(nn.Module):
             self._replaced(value)
         else:
             super().__setattr__(name, value)
+
+    def replaced(self, name: str, values: torch.Tensor) -> None:
+        """Has its owner pack other values."""
+        self.__dict__["owner"].take({f"kv_b_proj.{name}": values})
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
         owner: MLA = self.__dict__["owner"]

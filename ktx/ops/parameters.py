@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from ktx.devices import Device
 from ktx.errors import UsageError
 from ktx.hardware import human
 from ktx.ops.base import Operator
@@ -51,6 +52,15 @@ def _not_there(name: str, packed: frozenset[str], path: str) -> Exception:
     return UsageError(EXCHANGED.format(path, name)) if name in packed else KeyError(name)
 
 
+class Owner(Protocol):
+    """A module that has packed weights. `replaced` packs others."""
+
+    path: str
+    home: Device
+
+    def replaced(self, name: str, values: torch.Tensor) -> Any: ...
+
+
 class Offered(dict[str, Any]):
     """The buffers of an operator, `owner`, among which `names` of packed weights are found too. No copy, cast or list of buffers sees these.
 
@@ -58,7 +68,7 @@ class Offered(dict[str, Any]):
     """
 
     names: frozenset[str] = frozenset()
-    owner: Parametrizable
+    owner: Owner
 
     def __contains__(self, name: object) -> bool:
         return name in self.names or super().__contains__(name)
@@ -121,12 +131,13 @@ class Parametrizable(Operator):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As torch's, and its packed weights."""
-        yield from super().named_parameters(prefix, recurse, remove_duplicate)
+        """As torch's, behind its packed weights."""
         if isinstance(self._buffers, Offered):
+            own = self._buffers
             for name, floats in self.floats().items():
-                if name in self._buffers.names:
+                if name in own.names:
                     yield f"{prefix}.{name}" if prefix else name, self.shown(name, floats)  # type: ignore[misc]
+        yield from nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)  # it may be torch's own now
 
     def __delattr__(self, name: str) -> None:
         """As torch's parametrize takes a weight away. UsageError on a GPU, where kernels do not heed what is put on it."""

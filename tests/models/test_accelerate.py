@@ -53,6 +53,13 @@ def listed(model, folder):
     return model
 
 
+def with_all_inside(model, folder):
+    """What torch lists of an attention: biases, norms and sinks; its packed weights stay."""
+    hook = AlignDevicesHook(execution_device="cpu", offload=True, place_submodules=True, offload_buffers=True)
+    add_hook_to_module(model.model.layers[1].self_attn, hook)
+    return model
+
+
 def from_checkpoint(model, folder):
     """The checkpoint's floats count, whatever was packed before."""
     for name, parameter in model.named_parameters():
@@ -76,6 +83,7 @@ RIGHT = {
     "a hook on a linear layer": lambda model, folder: aligned(model, "model.layers.1.self_attn.o_proj"),
     "a hook on an MLP": lambda model, folder: aligned(model, "model.layers.1.mlp"),
     "offload what torch lists": listed,
+    "offload what torch lists in a module": with_all_inside,
     "prepare": lambda model, folder: Accelerator(cpu=True).prepare(model),
     "cpu_offload_with_hook": lambda model, folder: cpu_offload_with_hook(model, "cpu")[0],
     "load_checkpoint_in_model": from_checkpoint,
@@ -121,10 +129,6 @@ MOVING = {
     ),
     "a linear layer": lambda model, folder: add_hook_to_module(
         model.model.layers[1].self_attn.o_proj, AlignDevicesHook(execution_device="cpu", offload=True)
-    ),
-    "all that a layer holds": lambda model, folder: add_hook_to_module(
-        model.model.layers[1].self_attn,
-        AlignDevicesHook(execution_device="cpu", offload=True, place_submodules=True, offload_buffers=True),
     ),
     "to meta": lambda model, folder: add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="meta")),
 }
