@@ -43,6 +43,7 @@ from tests.small_chat import tokenizer
 from tests.weights.test_located import TIES, composite
 
 PROMPT = IDS[:, :20]
+SOURCE = textwrap.dedent(inspect.getsource(inspect.unwrap(PreTrainedModel.from_pretrained.__func__)))
 HEEDED = {  # by ktx, or by transformers before it shows the quantiser anything
     *(
         "pretrained_model_name_or_path",
@@ -274,7 +275,7 @@ def test_an_adapter_in_the_folder(floats, tmp_path):
 
 def test_every_argument_of_from_pretrained_is_known():
     """A version with another one fails here before it drops that without a word."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(PreTrainedModel.from_pretrained.__func__))))
+    tree = ast.parse(SOURCE)
     popped = {
         node.args[0].value
         for node in ast.walk(tree)
@@ -287,7 +288,7 @@ def test_every_argument_of_from_pretrained_is_known():
 
 def without(name):
     """A from_pretrained as another version of transformers might have it, without one of its variables."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(PreTrainedModel.from_pretrained.__func__))))
+    tree = ast.parse(SOURCE)
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id == name:
             node.id = "renamed"
@@ -326,12 +327,16 @@ def test_other_classes_are_refused_by_name(floats, kind):
 def test_explicit_classes_and_pipelines(floats, gguf):
     right = answer(load(floats, None, kv_dtype="f32"))
     assert torch.equal(answer(Qwen3MoeForCausalLM.from_pretrained(floats, quantization_config=quiet())), right)
-    words = {"tokenizer": tokenizer(), "model_kwargs": {"quantization_config": quiet()}}
-    assert torch.equal(answer(pipeline("text-generation", str(floats), **words).model), right)
-    made = pipeline("text-generation", str(gguf), device_map="auto", dtype=torch.bfloat16, **words).model
+
+    def piped(task, folder, **more):
+        options = {"quantization_config": quiet()}
+        return pipeline(task, str(folder), tokenizer=tokenizer(), model_kwargs=options, **more).model
+
+    assert torch.equal(answer(piped("text-generation", floats)), right)
+    made = piped("text-generation", gguf, device_map="auto", dtype=torch.bfloat16)
     assert torch.equal(answer(made), answer(load(gguf, gguf / "model.gguf", kv_dtype="f32", dtype=torch.bfloat16)))
     with pytest.raises(UsageError, match="no Qwen3MoeModel"):
-        pipeline("feature-extraction", str(floats), **words)
+        piped("feature-extraction", floats)
 
 
 @pytest.mark.parametrize("top, part, tied", TIES)

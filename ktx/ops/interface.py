@@ -23,6 +23,7 @@ from ktx.kernels import cpu
 from ktx.ops.base import COMPUTED, Context, as_weights
 from ktx.ops.changes import Live, edits
 from ktx.ops.experts import Experts
+from ktx.ops.gates import KEEP
 from ktx.ops.guard import State
 from ktx.plugin import NAME
 from ktx.qtypes import QTYPES
@@ -86,7 +87,10 @@ class Held:
     @torch_defaults()
     def _make(self, module: Any, dtype: str | None) -> None:
         self.operator, where = None, type(module).__name__
-        made = Experts.from_hf(module, Context(where, module.config, torch.device("cpu"), torch.float32))
+        try:
+            made = Experts.from_hf(module, Context(where, module.config, torch.device("cpu"), torch.float32))
+        except UsageError as error:  # which has the remedy of rules
+            raise UsageError(str(error).replace(KEEP, OTHERS)) from error
         given = _parameters(module, made)
         made.pack(
             {name: tensor.detach() for name, tensor in given.items()},

@@ -71,7 +71,16 @@ class Any:
     """A configuration that has a number for whatever an experts module reads."""
 
     _experts_implementation = "eager"
-    NUMBERS = {"act": "silu", "limit": 7.0, "intermediate": 96, "hidden": 64, "per_tok": 2, "top": 2, "expert": 4}
+    NUMBERS = {
+        "mlp_hidden_act": "relu2",
+        "act": "silu",
+        "limit": 7.0,
+        "intermediate": 96,
+        "hidden": 64,
+        "per_tok": 2,
+        "top": 2,
+        "expert": 4,
+    }
 
     def __getattr__(self, name):
         if name.startswith("__"):
