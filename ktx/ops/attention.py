@@ -95,7 +95,7 @@ def attend(
     if batch is not None:
         ranges, mask = batch.ranges(window_of(module)), None
     else:
-        ranges, mask = split_mask(attention_mask, key.shape[2])
+        ranges, mask = split_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
         ranges = None if ranges is None else ranges.to(query.device)
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:
         raise ValueError(f"{query.shape[2]} queries on {key.shape[2]} keys need a mask")
