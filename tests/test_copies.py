@@ -290,6 +290,32 @@ def test_children_answer(chat, how):
     assert process.exitcode == 0
 
 
+def child_of_an_edited_model(model, state, ids, right, found):
+    with torch.no_grad():
+        same = all(torch.equal(values, state[name]) for name, values in model.state_dict().items())
+        found.put((same, float((answers(model, ids) - right).abs().max())))
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_children_get_weights_that_come_from_no_file(tmp_path, how):
+    model = floats_of("deepseek_v3", tmp_path)
+    for module in (model.lm_head, model.model.embed_tokens, model.model.layers[0].self_attn.o_proj):
+        with ktx.edit(module) as weight:
+            weight.mul_(0.9)
+    with ktx.edit(model.model.layers[1].mlp.experts, "down_proj", expert=0) as weight:
+        weight.mul_(0.9)
+    context, right = multiprocessing.get_context(how), answers(model)
+    found = context.Queue()
+    given = (model, model.state_dict(), IDS, right, found)
+    process = context.Process(target=child_of_an_edited_model, args=given)
+    process.start()
+    try:
+        assert found.get(timeout=90) == (True, 0)
+    finally:
+        process.join(30)
+    assert process.exitcode == 0 and torch.equal(answers(model), right)
+
+
 def test_a_layer_of_its_own_makes_its_shortcuts_anew(chat):
     layer = copy.deepcopy(chat.model.layers[0])
     assert isinstance(layer, Layer) and current(layer) is not None and layer.stretch is None

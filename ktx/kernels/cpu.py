@@ -21,6 +21,7 @@ from ktx.errors import KtxError, UsageError
 from ktx.hardware import default_threads
 from ktx.kernels import flops, gradients
 from ktx.qtypes import FP8_BLOCK, QTYPES, QType
+from ktx.spawning import for_pickle
 from ktx.weights.source import QuantizedTensor
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
@@ -88,7 +89,7 @@ class Packed:
         if self.origin is not None:
             return _again, self.origin
         about = self.qtype.name, self.n, self.k, self.matrices, self.ends
-        return _written, (self.data.clone(), *about, packing())
+        return _written, (for_pickle(self.data.clone()), *about, packing())
 
     @property
     def nbytes(self) -> int:

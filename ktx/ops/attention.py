@@ -99,7 +99,7 @@ def attend(
             raise causal_pages(module)
         ranges, mask = batch.ranges(window_of(module)), None
     else:
-        ranges, mask = split_mask(attention_mask, key.shape[2])
+        ranges, mask = split_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
         if not is_causal(module, choice, kwargs):
             ranges = uncausal(ranges, mask, (query.shape[0], query.shape[2], key.shape[2]))
         ranges = None if ranges is None else ranges.to(query.device)

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.spawning import for_pickle
 
 CPU = torch.device("cpu")
 SPAN = 1 << 26  # numbers that are dequantised at once
@@ -276,7 +277,7 @@ class Dequantized(torch.Tensor):
         return self.held.data_ptr()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.dequantized().__reduce_ex__(protocol)
+        return for_pickle(self.dequantized()).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Dequantized:
         return self

@@ -162,7 +162,7 @@ def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: 
     for layer in layers:
         layer.make_room(new)
         buffers += layer.buffers
-    seen = split_mask(mask, past + new)
+    seen = split_mask(mask, hidden.shape[0], new, past + new)
     return Room(buffers, past, *seen, layers=layers, numbers=numbers, edits=edits_of(mask))
 
 
@@ -180,20 +180,30 @@ def attended(
     return out
 
 
-def split_mask(mask: torch.Tensor | None, keys: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What transformers hands over as a mask -> (ranges, mask) as the kernels take them. UsageError for a mask of other keys than there are."""
+def split_mask(
+    mask: torch.Tensor | None, batch: int, queries: int, keys: int
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What transformers hands over as a mask -> (ranges, mask) as the kernels take them. UsageError for a mask of other keys than there are.
+
+    Without one, several queries are those of the first keys, as transformers' SDPA has it: it leaves out the mask of a prompt in a static cache, whose other keys are not written yet.
+    """
     if mask is None:
-        return None, None
+        return (first_keys(batch, queries) if 1 < queries < keys else None), None
     ranges = ranges_of(mask)
     if ranges is not None:
         if not isinstance(mask, Intervals) or mask.shape[3] == keys:
             return ranges, None
         _sees_all(ranges, mask.shape[3], keys)
         return None, None
-    if mask.shape[-1] < keys:
+    if mask.shape[-1] != keys:
         raise _other_length(mask.shape[-1], keys)
-    mask = mask[..., :keys]
     return None, mask if mask.dtype == torch.bool else mask.float()
+
+
+def first_keys(batch: int, queries: int) -> torch.Tensor:
+    """Ranges int32 [B, S, 2] of queries that each see the keys up to their own, from the first one on."""
+    ends = torch.arange(1, queries + 1, dtype=torch.int32, device="cpu")
+    return torch.stack([torch.zeros_like(ends), ends], -1).expand(batch, -1, -1).contiguous()
 
 
 def _sees_all(ranges: torch.Tensor, meant: int, keys: int) -> None:

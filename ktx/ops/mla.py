@@ -251,7 +251,7 @@ class MLA(Operator):
             stored = float_type(self.kv_dtype, latent.dtype)
             latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
         keys, parts = latent.shape[2], []
-        ranges, mask = split_mask(attention_mask, keys)
+        ranges, mask = split_mask(attention_mask, batch, length, keys)
         if not is_causal(self, self.choice, kwargs):
             ranges = uncausal(ranges, mask, (batch, length, keys))
         more = None if self.lora is None else self.lora.whole(0)

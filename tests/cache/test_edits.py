@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from ktx.cache.kv import GrowingLayer, KVCache
@@ -273,6 +273,39 @@ def test_a_layer_with_other_lengths_than_the_first(llama):
     assert relative(found, run(llama.reference)[0]) < 1e-4
     with pytest.raises(UsageError, match="other layers"):
         llama.model(IDS[:, 23:26], **cache_argument(llama.model, cache))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("new", [1, 2, 40])
+def test_a_mask_for_more_keys_than_a_layer_has(llama, new, dtype):
+    """transformers stops too; the first columns are not those of the keys that are there."""
+    cache = DynamicCache(config=llama.model.config)
+    llama.model(IDS[:, :20], **cache_argument(llama.model, cache))
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, 5:], layer.values[:, :, 5:]
+    mask = torch.ones(1, 1, new, 20 + new).to(dtype)
+    with pytest.raises(UsageError, match=rf"the mask is for {20 + new} keys, this layer's cache has {15 + new}"):
+        llama.model(IDS[:, 20 : 20 + new], attention_mask=mask, **cache_argument(llama.model, cache))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "ktx"])
+@pytest.mark.parametrize("length", [12, 40])
+def test_a_prompt_in_a_static_cache(pair, implementation, length):
+    if implementation == "sdpa" and pair.reference.config.model_type == "gpt_oss":
+        pytest.skip("transformers' model has no SDPA")
+    model, found = copy.copy(pair.model), []
+    model.set_attn_implementation(implementation)
+    try:
+        for of in (model, pair.reference):
+            cache = StaticCache(config=of.config, max_cache_len=64)
+            parts = [(0, length), (length, length + 3), (length + 3, length + 4)]
+            found.append([of(IDS[:, i:j], **cache_argument(of, cache)).logits for i, j in parts])
+    finally:
+        model.set_attn_implementation("ktx")
+    for mine, right in zip(*found, strict=True):
+        assert relative(mine, right) < 1e-4
 
 
 @torch.no_grad()

@@ -78,7 +78,7 @@ def by_torch(
 ) -> torch.Tensor:
     """[B, S, H, Dv] by the definition, some queries at a time, for masks that no kernel knows."""
     batch, heads, new, _ = query.shape
-    ranges, matrix = split_mask(mask, key.shape[2])
+    ranges, matrix = split_mask(mask, batch, new, key.shape[2])
     ranges, matrix = (None if x is None else x.to(query.device) for x in (ranges, matrix))
     step = max(1, SCORES // (batch * heads * key.shape[2]))
     parts = []

@@ -220,7 +220,7 @@ class MLA(mla.MLA):
         batch = len(latent)
         query = gpu_linear.linear_batched(q_nope[0], self.w_uk_t)
         query, turned = (x.unflatten(1, (batch, -1)).transpose(0, 1) for x in (query, q_rope[0]))  # [B, H, S, columns]
-        ranges, matrix = split_mask(mask, latent.shape[2])
+        ranges, matrix = split_mask(mask, batch, query.shape[2], latent.shape[2])
         ranges, matrix = (None if x is None else x.to(query.device) for x in (ranges, matrix))
         states = latent[:, 0].to(query.dtype), k_rope[:, 0].to(query.dtype)
         context = reference.mla_attention(query, turned, *states, ranges, matrix, self.scaling)  # [B, S, H, rank]

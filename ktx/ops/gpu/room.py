@@ -123,7 +123,7 @@ class Seen:
 def seen(mask: torch.Tensor | None, batch: int, new: int, keys: int) -> Seen | None:
     """What transformers' mask for `new` tokens of each sequence says; None where that is no causal mask (padding, holes)."""
     if mask is None:
-        return Seen((keys,) * batch) if new <= keys else None
+        return Seen((keys,) * batch) if new in (1, keys) else None
     ranges = ranges_of(mask)
     if ranges is None or (isinstance(mask, Intervals) and mask.shape[3] != keys):
         return None
