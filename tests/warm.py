@@ -40,9 +40,14 @@ def run(
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(command, timeout)
-        out, err = (file.read_text() for file in files[1:])
+        out, err = (file.read_text(encoding=_encoding(given)) for file in files[1:])
         assert process.exitcode is not None
         return subprocess.CompletedProcess(command, process.exitcode, out, err)
+
+
+def _encoding(env: Mapping[str, str]) -> str:
+    """Of the standard streams of a process with this environment."""
+    return env.get("PYTHONIOENCODING", "utf-8")
 
 
 def _child(words: list[str], files: list[str], env: dict[str, str], cwd: str) -> None:
@@ -51,7 +56,9 @@ def _child(words: list[str], files: list[str], env: dict[str, str], cwd: str) ->
         opened = os.open(file, mode, 0o600)
         os.dup2(opened, number)
         os.close(opened)
-    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)  # noqa: SIM115
+    encoding = _encoding(env)
+    sys.stdin, sys.stdout = open(0, encoding=encoding), open(1, "w", encoding=encoding)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding=encoding, errors="backslashreplace")  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the forkserver ignores it
     os.environ.clear()
     os.environ.update(env)
