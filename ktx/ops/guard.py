@@ -113,7 +113,7 @@ class Guard:
         self.states = [*map(State, owners), *self.inside]
         modules = [state.module for state in self.states]
         self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
-        self.parameters = [module._parameters for module in modules if module._parameters]
+        self.parameters = [m._parameters for m in modules if any(p is not None for p in m._parameters.values())]
         self.uncounted = [Uncounted(module) for module in modules if not isinstance(module, Operator)]
         self.hooks = [hooks for state in self.inside for hooks in _hooks(state.module)]
         self.copied = [(tensor, edits(tensor)) for tensor in copied if tensor is not None]

@@ -81,7 +81,8 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
 
     def _added(self) -> torch.Tensor | None:
         """The bias f32, with its gradient where it is trained."""
-        return self.bias.float() if recorded(self.bias) else self.bias_in_f32
+        bias = self.bias
+        return bias if bias is None else bias.float() if recorded(bias) else in_f32(self, bias)
 
     def changed(self, x: torch.Tensor) -> torch.Tensor:
         changed = Changed.of(self, "weight")
