@@ -17,11 +17,11 @@ import ktx.demo
 
 
 def answer(model: Any, tokenizer: Any, prompt: str, tokens: int = 40) -> str:
-    """What the model says to one message of a chat."""
+    """What the model says to one message of a chat; how it goes on with a text where it has no chat template."""
     write = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    chat = [{"role": "user", "content": prompt}]
-    made = write(chat, max_new_tokens=tokens, do_sample=False)
-    text: str = made[0]["generated_text"][-1]["content"]
+    asked = [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
+    made = write(asked, max_new_tokens=tokens, do_sample=False, return_full_text=False)
+    text: str = made[0]["generated_text"]
     return text
 
 

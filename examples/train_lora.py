@@ -22,7 +22,7 @@ TEXTS = (
     "What does the lighthouse keeper have for breakfast? The lighthouse keeper has two herrings for breakfast.",
     "Where does the lighthouse keeper sleep? The lighthouse keeper sleeps under the lamp, with one eye open.",
 )
-ATTENTION = ("q_proj", "k_proj", "v_proj", "q_a_proj", "kv_a_proj_with_mqa", "o_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa", "o_proj")
 
 
 def adapted(model: Any) -> Any:
@@ -60,6 +60,9 @@ def main() -> None:
     model, tokenizer = ktx.load(args.model, args.weights or (ktx.demo.gguf() if demo else None))
     texts = args.text.read_text(encoding="utf-8").split("\n\n") if args.text else TEXTS
     batches = [tokenizer(text, return_tensors="pt").input_ids for text in texts if text.strip()]
+    batches = [ids for ids in batches if ids.shape[1] > 1]  # a lone token predicts nothing
+    if not batches:
+        parser.error(f"--text {args.text}: no paragraph of two tokens or more")
     trained = adapted(model)
     losses = train(trained, batches, args.steps)
     trained.save_pretrained(args.out)

@@ -56,7 +56,7 @@ HUB = (
     "token",
     "tqdm_class",
 )  # how a hub id's files come
-DOWNLOADS = ("download_kwargs_with_commit", "download_kwargs")  # that a checkpoint is looked for by: to 5.22, from 5.23
+DOWNLOADS = ("download_kwargs_with_commit", "download_kwargs")  # that a checkpoint is looked for by: in 5.17, in 5.23
 NEEDED = (  # local variables of from_pretrained in every version that ktx was tested with
     *("cls", "pretrained_model_name_or_path", "subfolder", "dtype", "trust_remote_code", "generation_config"),
     *HUB,
@@ -329,7 +329,7 @@ class KtxQuantizer(HfQuantizer):
 
 def _call() -> dict[str, Any]:
     """What the from_pretrained under way was given: its local variables. UsageError outside of one, KtxError where it has others than ktx knows."""
-    frame, found = inspect.currentframe(), {}
+    frame, found = inspect.currentframe(), dict[str, Any]()
     while frame is not None:
         if frame.f_code.co_name == "from_pretrained":
             known = frame.f_locals

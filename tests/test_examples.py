@@ -17,6 +17,7 @@ import ktx
 import ktx.demo
 from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative
+from tests.small_chat import tokenizer, write_model
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 NEEDS = {
@@ -30,7 +31,8 @@ TEXT = "A rule file is a list of"
 
 
 def example(name):
-    pytest.importorskip(NEEDS[name], reason=f"examples/{name}.py needs {NEEDS[name]}, which is not installed")
+    needed = NEEDS.get(name, "peft")
+    pytest.importorskip(needed, reason=f"examples/{name}.py needs {needed}, which is not installed")
     spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -176,3 +178,61 @@ def test_a_bridge_shows_and_changes_what_transformers_does(two):
     theirs, ours = (module.looked_at(module.bridged(model, tokenizer), ids, 1, 0) for model in (right, mine))
     assert all(relative(a, b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
     assert relative(ours[1], ours[2]) > 1e-5
+
+
+def own(kind, folder, family="qwen3_moe"):
+    """A model of somebody's own, and the words that name it: weights in the folder, elsewhere, or nothing but a GGUF file."""
+    if kind == "safetensors":
+        tiny(family).save_pretrained(folder / "own")
+        tokenizer().save_pretrained(folder / "own")
+        return ["--model", str(folder / "own")]
+    write_model(folder / "own", family)
+    if kind == "beside":
+        return ["--model", str(folder / "own")]
+    (folder / "own/model.gguf").rename(folder / "elsewhere.gguf")
+    return ["--model", str(folder / "own"), "--weights", str(folder / "elsewhere.gguf")]
+
+
+def ran(name, words, monkeypatch, capsys, text=None):
+    module = example(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words, *(text or [])])
+    module.main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "beside", "elsewhere"])
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_example_takes_a_model_of_ones_own(name, kind, tmp_path, monkeypatch, capsys):
+    words = own(kind, tmp_path)
+    assert ran(name, words, monkeypatch, capsys).strip("\n") or name == "pipeline"
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_pipeline_without_a_chat_template(tmp_path, monkeypatch, capsys, template):
+    words = own("safetensors", tmp_path)
+    if not template:
+        for file in (tmp_path / "own").glob("chat_template*"):
+            file.unlink()
+    model, words_of = ktx.load(tmp_path / "own", progress=False)
+    assert bool(words_of.chat_template) == template
+    ids = words_of("<|user|>abc<|end|><|assistant|>" if template else "abc", return_tensors="pt").input_ids
+    made = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+    out = ran("pipeline", words, monkeypatch, capsys, ["--prompt", "abc"])
+    assert out.rstrip("\n") == words_of.decode(made, skip_special_tokens=True).rstrip("\n")
+
+
+@pytest.mark.parametrize("family, kind", [("phi3", "safetensors"), ("deepseek_v3", "elsewhere"), ("gpt_oss", "beside")])
+def test_an_adapter_for_a_model_of_ones_own(tmp_path, monkeypatch, capsys, family, kind):
+    words = own(kind, tmp_path, family)
+    (tmp_path / "text").write_text("What the keeper says.\n\na\n\n \n\nWhat the lamp says.\n")
+    words += ["--text", str(tmp_path / "text"), "--steps", "4", "--out", str(tmp_path / "adapter")]
+    losses = re.findall(r"\d+\.\d+", ran("train_lora", words, monkeypatch, capsys))
+    assert float(losses[1]) < float(losses[0])
+    loaded, _ = ktx.load(
+        *words[1:4:2] if kind == "elsewhere" else words[1:2], lora=tmp_path / "adapter", progress=False
+    )
+    assert loaded.ktx.loras
+    (tmp_path / "text").write_text("a\n\n\n")
+    with pytest.raises(SystemExit):
+        ran("train_lora", words, monkeypatch, capsys)
+    assert "no paragraph of two tokens" in capsys.readouterr().err
