@@ -117,12 +117,14 @@ def below(root: Path, text: str) -> Path:
     try:
         path = root / text
         whole = path.resolve()
-        if not whole.is_relative_to(root):
+        path = (
+            whole if whole.is_dir() else path.parent.resolve() / path.name
+        )  # a link's own name, in a cache of the hub
+        if not all(place.is_relative_to(root) for place in (whole, path)):
             raise outside
         if not whole.exists():
             raise Problem(404, f"No adapter found for {text!r}", "lora_path")
-        path = whole if whole.is_dir() else path.parent.resolve() / path.name
-        for file in _read(path):
+        for file in _files(path):
             if not file.resolve().is_relative_to(root):
                 raise outside
             if not file.is_file():
@@ -132,7 +134,7 @@ def below(root: Path, text: str) -> Path:
     return path
 
 
-def _read(path: Path) -> list[Path]:
+def _files(path: Path) -> list[Path]:
     """The files that an adapter is read from."""
     folder = path if path.is_dir() else path.parent
     known = [folder / name for name in (CONFIG, WEIGHTS)]

@@ -218,6 +218,7 @@ def test_what_is_not_there(client):
         ("/etc/passwd", 400),
         ("/nothing/at/all", 400),
         ("one/../../outside", 400),
+        ("../link_in.gguf", 400),
         ("~/one", 404),
         ("nothing", 404),
         ("one/nothing.safetensors", 404),
@@ -241,6 +242,7 @@ def test_what_is_not_there(client):
 )
 def test_paths_of_requests_are_not_trusted(client, root, path, status):
     odd = {
+        "../link_in.gguf": lambda p: p.symlink_to(root / "two.gguf"),
         "link_out": lambda p: p.symlink_to(root.parent / "outside"),
         "weights_out": lambda p: linked(p, root.parent / "outside", "adapter_model.safetensors"),
         "config_out": lambda p: linked(p, root.parent / "outside", "adapter_config.json"),
