@@ -117,8 +117,9 @@ class Parametrizable(Operator):
         """As torch's, and its packed weights."""
         yield from super().named_parameters(prefix, recurse, remove_duplicate)
         if isinstance(self._buffers, Offered):
+            names = self._buffers.names  # who trains one of them makes other buffers
             for name, floats in self.floats().items():
-                if name in self._buffers.names:
+                if name in names:
                     yield f"{prefix}.{name}" if prefix else name, self.shown(name, floats)  # type: ignore[misc]
 
     def __delattr__(self, name: str) -> None:
