@@ -2,7 +2,7 @@
 
 Autograd saves what a kernel was given, nothing that is dequantised: backward takes a matrix SPAN numbers at a time, and recomputes what lies between the
 projections of experts and the scores of attention. Where a kernel rounds activations to eight bits, backward passes straight through. What has no gradient
-says so in forward (`refuse`), and a second derivative through a product or through attention is torch's own error. Each backward is an operator
+says so in forward (`refuse`); so does a second derivative through experts, feed-forward layers or attention, in backward. Each backward is an operator
 (`ktx::linear_backward`, ...) with a fake version, so that torch.compile sees one node.
 """
 
@@ -521,10 +521,47 @@ FORMULAS: dict[
 }
 
 
+# Second derivatives
+
+
+def _save_transposed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.about = inputs[2:]
+
+
+def _transposed(kernel: str) -> Callable[..., tuple[Any, ...]]:
+    """Of a product with a matrix transposed, which is the product itself."""
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (packed,) = ctx.saved_tensors
+        return _places(5, {0: getattr(ops, kernel)(grad.contiguous(), packed, *ctx.about)})
+
+    return backward
+
+
+def _no_second(remedy: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NoGradient(f"a second derivative (create_graph=True, then backward) does not go through {remedy}")
+
+    return backward
+
+
+ATTENTION = "attention's kernel: call model.set_attn_implementation('eager'), whose attention is torch's own"
+ONCE: dict[Any, str] = {
+    experts_backward: "experts and feed-forward layers on packed weights: use first derivatives, or keep these modules in torch by a rule",
+    attention_backward: ATTENTION,
+    mla_attention_backward: ATTENTION,
+}
+
+
 def register() -> None:
     """Makes the formulas known to torch; once, after the kernels are loaded."""
     for kernel, (backward, setup) in FORMULAS.items():
         torch.library.register_autograd(f"ktx::{kernel}", backward, setup_context=setup)
+    for product, kernel in ((linear_backward, "linear"), (linear_batched_backward, "linear_batched")):
+        product.register_autograd(_transposed(kernel), setup_context=_save_transposed)
+    for once, remedy in ONCE.items():
+        once.register_autograd(_no_second(remedy))
 
 
 @linear_backward.register_fake

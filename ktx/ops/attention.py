@@ -25,7 +25,7 @@ from ktx.kernels import cpu, reference
 from ktx.kernels.gpu import known_backend
 from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
-from ktx.ops.attention_weights import EAGER, Choice, OwnConfig, attention_weights, by_function, missing
+from ktx.ops.attention_weights import EAGER, Choice, OwnConfig, attention_weights, by_function, missing, weighed
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
     MOST,
@@ -95,12 +95,14 @@ def attend(
         return by_function(choice.name, module, query, key, value, attention_mask, **given)
     batch = getattr(key, "ktx_batch", None)
     if batch is not None:
-        if not is_causal(module, choice, kwargs):
+        if not is_causal(module, kwargs):
             raise causal_pages(module)
         ranges, mask = batch.ranges(window_of(module)), None
     else:
         ranges, mask = split_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
-        if not is_causal(module, choice, kwargs):
+        if s_aux is None and not hides(
+            module, choice, attention_mask, kwargs
+        ):  # sinks are for eager attention alone there
             ranges = uncausal(ranges, mask, (query.shape[0], query.shape[2], key.shape[2]))
         ranges = None if ranges is None else ranges.to(query.device)
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:
@@ -111,23 +113,17 @@ def attend(
     sinks = None if s_aux is None else s_aux.float().contiguous()
     about = {} if batch is None else {"sequences": batch.sequences, "pages": batch.pages}
     cap = float(softcap or 0.0)
-    if dropout > 0:
-        if batch is not None:
-            raise not_dropped(dropout, "an engine's forward")
-        out, weights = dropped(attention_weights(query, key, ranges, mask, float(scale), sinks, cap), value, dropout)
-        return out, weights if choice.shows(kwargs) else None
+    if dropout > 0 and batch is not None:
+        raise not_dropped(dropout, "an engine's forward")
+    if (
+        dropout > 0 or batch is None and recorded(query, key, value) and choice.shows(kwargs)
+    ):  # weights have a gradient too
+        weights = F.dropout(attention_weights(query, key, ranges, mask, float(scale), sinks, cap), dropout)
+        return weighed(weights, value), weights if choice.shows(kwargs) else None
     out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about)
     if batch is not None or not choice.shows(kwargs):
         return out, None
     return out, attention_weights(query, key, ranges, mask, float(scale), sinks, cap)
-
-
-def dropped(weights: torch.Tensor, value: torch.Tensor, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The result [B, S, H, D] of attention weights [B, H, S, T] of which a share is dropped, and the others, as transformers' eager attention has them."""
-    weights = F.dropout(weights, dropout)
-    values = values_of(value).to(weights.dtype)
-    out = weights @ values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
-    return out.transpose(1, 2).contiguous(), weights
 
 
 def not_dropped(dropout: float, where: str) -> UsageError:
@@ -143,10 +139,15 @@ def choice_of(module: nn.Module) -> Choice:
     return Choice(module.config) if found is None else found
 
 
-def is_causal(module: nn.Module, choice: Choice, options: Mapping[str, Any]) -> bool:
-    """Whether a prompt's tokens do not see those behind them, as transformers' usual kernel finds it: eager attention goes by the mask alone."""
+def is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
+    """Whether a prompt's tokens do not see those behind them, as transformers' usual kernel finds it where it is given no mask."""
     given = options.get("is_causal")
-    return choice.name == EAGER or bool(getattr(module, "is_causal", True) if given is None else given)
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def hides(module: nn.Module, choice: Choice, mask: torch.Tensor | None, options: Mapping[str, Any]) -> bool:
+    """Whether they do not see those in one forward: eager attention goes by the mask alone."""
+    return mask is not None if choice.name == EAGER else is_causal(module, options)
 
 
 def causal_pages(module: Any) -> UsageError:

@@ -107,6 +107,13 @@ def attention_weights(
     return scores.softmax(-1)[..., : keys.shape[2]].to(query.dtype)
 
 
+def weighed(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What weights [B, H, S, T] make of value [B, Hkv, T, D] of any stored type -> [B, S, H, D] in the weights' dtype."""
+    values = values_of(value).float()
+    values = values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
+    return (weights.float() @ values).transpose(1, 2).contiguous().to(weights.dtype)
+
+
 @functools.cache
 def _say_once() -> None:
     log.warning(

@@ -181,8 +181,8 @@ class Shortcut(Protocol):
 
 
 def watched() -> bool:
-    """Whether a mode of torch's sees all operations (FlopCounterMode, FakeTensorMode): then each module does its own."""
-    return bool(torch._C._len_torch_dispatch_stack())  # type: ignore[attr-defined]
+    """Whether a mode of torch's sees all operations (FlopCounterMode, FakeTensorMode, torch.jit.trace): then each module does its own."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())  # type: ignore[attr-defined]
 
 
 def current(owner: nn.Module, name: str = "block") -> Any:

@@ -21,7 +21,7 @@ from ktx.kernels.gpu import known_backend
 from ktx.kernels.gradients import recorded
 from ktx.kernels.kept import kept
 from ktx.ops import contract, stored
-from ktx.ops.attention import StoredAs, causal_pages, is_causal, not_dropped
+from ktx.ops.attention import StoredAs, causal_pages, hides, is_causal, not_dropped
 from ktx.ops.attention_weights import Choice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.classes import patched
@@ -174,7 +174,10 @@ class MLA(Operator):
         drops = self.training and self.dropout > 0
         if drops and self.home.gpu:
             raise not_dropped(self.dropout, f"{self.path} on a GPU")
-        if drops or self.choice.foreign or self._expands():
+        shown = recorded(given["hidden_states"]) and self.choice.shows(
+            given, cache
+        )  # whose weights have a gradient too
+        if drops or shown or self.choice.foreign or self._expands():
             return self.by_transformers(given, cache)
         return self.computed(cache, **given)
 
@@ -241,7 +244,7 @@ class MLA(Operator):
         latent = self.kv_a_layernorm(latent)[:, None]
         pages = paged(kv_cache, self.layer_idx)
         if pages is not None:
-            if not is_causal(self, self.choice, kwargs):
+            if not is_causal(self, kwargs):
                 raise causal_pages(self)
             pools = pages.update(latent, k_rope)
             assert pages.owner.batch is not None
@@ -252,7 +255,7 @@ class MLA(Operator):
             latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
         keys, parts = latent.shape[2], []
         ranges, mask = split_mask(attention_mask, batch, length, keys)
-        if not is_causal(self, self.choice, kwargs):
+        if not hides(self, self.choice, attention_mask, kwargs):
             ranges = uncausal(ranges, mask, (batch, length, keys))
         more = None if self.lora is None else self.lora.whole(0)
         for mix, first, last in ((self.expanded, 0, whole), (self.absorbed, whole, length)):

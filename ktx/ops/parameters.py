@@ -133,9 +133,9 @@ class Parametrizable(Operator):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """As torch's, behind its packed weights."""
         if isinstance(self._buffers, Offered):
-            own = self._buffers
+            names = self._buffers.names  # who trains one of them makes other buffers
             for name, floats in self.floats().items():
-                if name in own.names:
+                if name in names:
                     yield f"{prefix}.{name}" if prefix else name, self.shown(name, floats)  # type: ignore[misc]
         yield from nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)  # it may be torch's own now
 

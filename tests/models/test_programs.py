@@ -163,7 +163,7 @@ def test_token_ids_that_there_are_not(two, tokens):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gemma2", "ernie4_5_moe"])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gemma2", "gpt_oss"])
 def test_attention_that_is_not_causal(two, family):
     """As scripts make encoders of decoders: where transformers gives its kernel no mask, the module's `is_causal` counts."""
     right, mine = two(family)
@@ -175,7 +175,7 @@ def test_attention_that_is_not_causal(two, family):
             if hasattr(module, "is_causal"):
                 module.is_causal = False
     assert relative(answered(mine), answered(right)) < NEAR
-    if family != "gemma2":  # whose masks are made anyway
+    if family not in ("gemma2", "gpt_oss"):  # whose masks are made anyway
         assert relative(answered(mine), usual) > 1e-2
     batch = [model(input_ids=IDS[:, :18].view(2, 9), attention_mask=padded).logits for model in (mine, right)]
     assert relative(batch[0][:, 4:], batch[1][:, 4:]) < NEAR
@@ -212,6 +212,62 @@ def test_transforms_of_functions_are_refused_by_name(two, family, transform):
     x = mine.get_input_embeddings()(IDS[:, :4]).detach()
     with pytest.raises(NoGradient, match="torch.autograd"):
         transform(lambda x: mine(inputs_embeds=x, use_cache=False).logits, x)
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gpt_oss", "gemma2"])
+def test_attention_weights_have_gradients(two, family):
+    """Relevance by gradients of attention, in eager attention as there."""
+    right, mine = two(family)
+    x, found = right.get_input_embeddings()(IDS[:, :12]).detach(), []
+    for model in (mine, right):
+        model.set_attn_implementation("eager")
+        given = x.clone().requires_grad_()
+        out = model(inputs_embeds=given, output_attentions=True, use_cache=False)
+        for weights in out.attentions:
+            weights.retain_grad()
+        (out.logits.logsumexp(-1).sum() + out.attentions[0].square().sum()).backward()
+        found.append((*(weights.grad for weights in out.attentions), given.grad, out.logits))
+    assert all(relative(own, there) < 1e-4 for own, there in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
+def test_second_derivatives(two, family):
+    """Through a norm, projections and eager attention; elsewhere they are refused."""
+    right, mine = two(family)
+    x, found = right.get_input_embeddings()(IDS[:, :6]).detach(), []
+    for model in (mine, right):
+        model.set_attn_implementation("eager")
+        layer, given = model.model.layers[1], x.clone().requires_grad_()
+        tables = model.model.rotary_emb(given, torch.arange(6)[None])
+        out = layer.self_attn(layer.input_layernorm(given), position_embeddings=tables, attention_mask=None)[0]
+        (first,) = torch.autograd.grad(out.pow(3).sum(), given, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), given)[0])
+    assert relative(*found) < 1e-3
+    for name, said in (("eager", "feed-forward layers"), ("ktx", "set_attn_implementation")):
+        mine.set_attn_implementation(name)
+        given = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(
+            mine(inputs_embeds=given, use_cache=False).logits.square().sum(), given, create_graph=True
+        )
+        with pytest.raises(NoGradient, match=said):
+            first.square().sum().backward()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v2"])
+def test_a_trace(two, family):
+    right, mine = two(family)
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = mine
+
+        def forward(self, ids):
+            return self.model(input_ids=ids, use_cache=False).logits
+
+    traced = torch.jit.trace(Logits(), (IDS[:, :9],), check_trace=False)
+    assert relative(traced(IDS[:, 9:18]), right(input_ids=IDS[:, 9:18]).logits) < NEAR
 
 
 @pytest.mark.parametrize(
