@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ktx.compat import checkpoint_renaming
 from ktx.errors import BadFile, UsageError, nearest
+from ktx.forks import Lock
 from ktx.ops.base import Operator
 from ktx.ops.expert_lora import ExpertsLora
 from ktx.ops.experts import PROJECTIONS, Experts
@@ -27,6 +28,7 @@ from ktx.weights.lora import MERGED, Adapter, AdapterFile, LowRank, Wish
 Adapted = str | Path | Wish
 Fitted = list[tuple[Any, list[LowRank]]]  # modules, and what is added to their weights
 Step = list[tuple[int, Names]]  # counts of tokens, and the adapters that they are computed with
+_showing = Lock()
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Adapters:
     mapping: Mapping = field(default_factory=Mapping)
     loras: dict[nn.Module, Lora] = field(default_factory=dict)  # by the module that has the attribute
     hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # on modules that are torch's own
+    stepping: frozenset[str] = frozenset()  # names that an engine's latest step was computed with
 
     @property
     def in_use(self) -> Names:
@@ -78,7 +81,7 @@ class Adapters:
 
     def use(self, names: Sequence[str]) -> None:
         self.mapping.everywhere = self.checked(names)
-        self._show(self.in_use)
+        self._show(self.stepping)
 
     @contextmanager
     def step(self, tokens: Step, kept: Step) -> Iterator[None]:
@@ -86,24 +89,24 @@ class Adapters:
         if not self.known:
             yield
             return
-        self._show({name for _, names in tokens for name in names})
-        try:
-            with self.mapping.step(tokens, kept):
-                yield
-        finally:
-            if self.in_use:
-                self.rest()
+        self._show(frozenset(name for _, names in tokens for name in names))
+        with self.mapping.step(tokens, kept):
+            yield
 
     def rest(self) -> None:
         """After an engine's last step."""
-        self._show(self.in_use)
+        self._show(frozenset())
 
-    def _show(self, names: Sequence[str] | set[str]) -> None:
-        for module, lora in self.loras.items():
-            if any(name in lora.factors for name in names):
-                self._unhide(module, lora)
-            else:
-                self._hide(module)
+    def _show(self, stepping: frozenset[str]) -> None:
+        """Has the modules that adapters of an engine's steps, or those in use, hang in heed them: forwards of other threads may be under way beside a step."""
+        with _showing:
+            self.stepping = stepping
+            names = {*stepping, *self.in_use}
+            for module, lora in list(self.loras.items()):
+                if any(name in lora.factors for name in names):
+                    self._unhide(module, lora)
+                else:
+                    self._hide(module)
 
     def _unhide(self, module: nn.Module, lora: Lora) -> None:
         if not isinstance(module, Operator):
@@ -159,6 +162,8 @@ def fitted(model: Any, file: AdapterFile) -> Fitted:
             there = " and ".join(f"{'a lookup of ' * one.embedding}{list(one.shape)}" for one in matrices)
             own = " and ".join(f"{'a lookup of ' * lookup}{list(key)}" for key in shapes if not isinstance(key[0], str))
             raise BadFile(f"adapter {where}: {path} is {there} there, the model's is {own}")
+        if not all(bool(half.isfinite().all()) for one in matrices for half in (one.a, one.b)):
+            raise BadFile(f"adapter {where}: its matrices of {path} hold NaN or infinity, or do at this scale")
         found.append((module, matrices))
     for path, shape in file.copies.items():
         module = _at(model, path)
