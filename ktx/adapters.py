@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ktx.compat import checkpoint_renaming
 from ktx.devices import Device
 from ktx.errors import BadFile, DoesNotFit, UsageError, nearest
+from ktx.forks import Lock
 from ktx.hardware import human, memory
 from ktx.ops.base import Operator
 from ktx.ops.expert_lora import ExpertsLora
@@ -35,6 +36,7 @@ Adapted = str | Path | Wish
 Fitted = list[tuple[Any, list[LowRank]]]  # modules, and what is added to their weights
 Packed = list[tuple[Any, Lora, Any]]  # the same, packed
 Step = list[tuple[int, Uses]]  # counts of tokens, and the adapters that they are computed with
+_showing = Lock()
 
 
 @dataclass
@@ -46,6 +48,7 @@ class Adapters:
     loras: dict[nn.Module, Lora] = field(default_factory=dict)  # by the module that has the attribute
     hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # on modules that are torch's own
     retired: int = 0  # how many adapters have lost their name
+    stepping: frozenset[Use] = frozenset()  # what an engine's latest step was computed with
 
     @property
     def in_use(self) -> Uses:
@@ -117,7 +120,7 @@ class Adapters:
 
     def use(self, names: Sequence[str | Use]) -> None:
         self.mapping.everywhere = self.checked(names)
-        self._show(self.in_use)
+        self._show(self.stepping)
 
     @contextmanager
     def step(self, tokens: Step, kept: Step) -> Iterator[None]:
@@ -125,24 +128,24 @@ class Adapters:
         if not self.known:
             yield
             return
-        self._show({use for _, uses in tokens for use in uses})
-        try:
-            with self.mapping.step(tokens, kept):
-                yield
-        finally:
-            if self.in_use:
-                self.rest()
+        self._show(frozenset(use for _, uses in tokens for use in uses))
+        with self.mapping.step(tokens, kept):
+            yield
 
     def rest(self) -> None:
         """After an engine's last step."""
-        self._show(self.in_use)
+        self._show(frozenset())
 
-    def _show(self, uses: Collection[Use]) -> None:
-        for module, lora in self.loras.items():
-            if any(use.name in lora.factors for use in uses):
-                self._unhide(module, lora)
-            else:
-                self._hide(module)
+    def _show(self, stepping: frozenset[Use]) -> None:
+        """Has the modules that adapters of an engine's steps, or those in use, hang in heed them: forwards of other threads may be under way beside a step."""
+        with _showing:
+            self.stepping = stepping
+            names = {use.name for use in (*stepping, *self.in_use)}
+            for module, lora in list(self.loras.items()):
+                if any(name in lora.factors for name in names):
+                    self._unhide(module, lora)
+                else:
+                    self._hide(module)
 
     def _unhide(self, module: nn.Module, lora: Lora) -> None:
         if not isinstance(module, Operator):
@@ -227,6 +230,8 @@ def fitted(model: Any, file: AdapterFile | GGUFAdapter) -> Fitted:
             there = " and ".join(f"{'a lookup of ' * one.embedding}{list(one.shape)}" for one in matrices)
             own = " and ".join(f"{'a lookup of ' * lookup}{list(key)}" for key in shapes if not isinstance(key[0], str))
             raise BadFile(f"adapter {where}: {path} is {there} there, the model's is {own}")
+        if not all(bool(half.isfinite().all()) for one in matrices for half in (one.a, one.b)):
+            raise BadFile(f"adapter {where}: its matrices of {path} hold NaN or infinity, or do at this scale")
         found.append((module, matrices))
     for path, shape in file.copies.items():
         module = _at(model, path)

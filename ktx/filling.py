@@ -18,6 +18,7 @@ from ktx.kernels.kept import Origin, Store, loading
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
+from ktx.ops.tied import Tied
 from ktx.weights.source import WeightSource
 
 
@@ -67,6 +68,8 @@ def fill(
                 module.parts = [owner.packed]
                 module.ties = owner.ties = [*owner.ties, module] if owner.ties else [owner, module]
             module.load(source)
+            if type(module) is Linear and not module.ties and isinstance(getattr(owner, "weight", None), nn.Parameter):
+                Tied.become(module, owner)
 
 
 def _shares(module: nn.Module) -> bool:

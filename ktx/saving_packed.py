@@ -16,6 +16,7 @@ from ktx.filling import Tally
 from ktx.ops.base import Operator
 from ktx.ops.floats import Dequantized
 from ktx.ops.stored import Stored
+from ktx.ops.tied import Tied
 from ktx.qtypes import FP8_BLOCK
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.packed import about, part_of, quantization_config
@@ -96,7 +97,9 @@ def _state(model: Any) -> State:
             prefix = f"{path}." if path else ""
             found |= {in_checkpoint(f"{prefix}{name}"): value for name, value in module.packed_state().items()}
     for name in left_out(model, floats):
-        found.pop(name, None)
+        head = model.get_submodule(name.rpartition(".")[0]) if name in found else None
+        if not isinstance(head, Tied) or all(part.qtype.is_float for part in head.parts):
+            found.pop(name, None)  # of one that is quantised the embedding, in floats, says too little
     return found
 
 

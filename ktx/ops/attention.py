@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ktx.cache.kv import KVType, as_stock, values_of
+from ktx.cache.kv import KVType, as_stock
 from ktx.cache.paged import PagedCache
 from ktx.compat import CACHE_NAMES
 from ktx.errors import UsageError

@@ -232,8 +232,9 @@ class Experts(Parametrizable):
         per_expert = torch.bincount(chosen, minlength=self.num_experts)
         into, back = self.stacked().items()
         counts = per_expert.tolist()
-        adapters = None if self.lora is None else self.lora.chosen(tokens, len(hidden), counts)
-        made, gated = self._products(*into, hidden[tokens], counts, adapters), len(into[1]) > 1
+        lora = self.lora  # another thread's step may take it away
+        adapters = None if lora is None else lora.chosen(tokens, len(hidden), counts)
+        made, gated = self._products(*into, hidden[tokens], counts, lora, adapters), len(into[1]) > 1
         if ACTIVATION in self._modules:
             seen = self.act_fn(made[0])
             usual = as_usual(seen, made[0], self.gate.act, None if gated else made[0])
@@ -243,7 +244,7 @@ class Experts(Parametrizable):
         else:
             middle = reference.activate(made[0], made[-1], *self.gate)
         self.counts[: self.num_experts] += per_expert
-        (y,) = self._products(*back, middle, counts, adapters)
+        (y,) = self._products(*back, middle, counts, lora, adapters)
         return torch.zeros_like(hidden).index_add_(0, tokens, y * weights.flatten()[order, None].to(hidden.dtype))
 
     def _products(
@@ -252,6 +253,7 @@ class Experts(Parametrizable):
         halves: tuple[str, ...],
         rows: torch.Tensor,
         per_expert: list[int],
+        lora: ExpertsLora | None,
         adapters: Sequence[Sequence[Some]] | None,
     ) -> list[torch.Tensor]:
         """Of rows [choices, k] in the order of their experts with a stacked parameter: [choices, n] of each of its halves. `adapters`: of LoRA, by expert."""
@@ -272,8 +274,8 @@ class Experts(Parametrizable):
                     found[j].append(y if more is None else y + more[j])
                 elif more is not None:
                     found[j].append(more[j] if bias is None else more[j] + bias.to(some.dtype))
-                if self.lora is not None and adapters is not None and adapters[i]:
-                    found[j][-1] = self.lora.added(half, some, i, adapters[i], found[j][-1])
+                if lora is not None and adapters is not None and adapters[i]:
+                    found[j][-1] = lora.added(half, some, i, adapters[i], found[j][-1])
         return [
             torch.cat(made) if made else rows.new_empty(0, self.weights[half].n)
             for half, made in zip(halves, found, strict=True)

@@ -32,21 +32,36 @@ class Use(NamedTuple):
 
 
 Uses = tuple[Use, ...]  # of adapters, whose sums are added
+Spans = list[tuple[int, Uses]]
 
 
 @dataclass
 class Mapping:
-    """Which rows of the forward under way are computed with which adapters; all modules of a model have the same one. `everywhere` counts outside of an engine's steps."""
+    """Which rows of the forward under way are computed with which adapters; all modules of a model have the same one. `everywhere` counts outside of an engine's steps, also while one is under way on another thread."""
 
     everywhere: Uses = ()
-    spans: list[tuple[int, Uses]] | None = None  # counts of the step's tokens, in their order
-    kept: list[tuple[int, Uses]] | None = None  # the same of those whose logits are computed
+
+    @property
+    def spans(self) -> Spans | None:
+        """Counts of the tokens of this thread's step, in their order; None outside of one."""
+        return self._step()[0]
+
+    @property
+    def kept(self) -> Spans | None:
+        """The same of those whose logits are computed."""
+        return self._step()[1]
+
+    def _step(self) -> tuple[Spans | None, Spans | None]:
+        whose, *spans = getattr(_under_way, "step", None) or (None, None, None)
+        return (spans[0], spans[1]) if whose is self else (None, None)
 
     def of(self, rows: int) -> Iterator[tuple[slice, Uses]]:
         """Rows that have adapters. UsageError for another number of rows than the step, or the part of it that is under way, has."""
         first, count = getattr(_under_way, "part", None) or (0, -1)
         if self.spans is not None and count == rows:
             yield from _slices([(count, self.at(first))])
+            return
+        if self.spans is not None and not any(uses for _, uses in self.spans):
             return
         for spans in (self.spans, self.kept):
             if spans is None:
@@ -74,12 +89,12 @@ class Mapping:
 
     @contextmanager
     def step(self, spans: Sequence[tuple[int, Uses]], kept: Sequence[tuple[int, Uses]]) -> Iterator[None]:
-        """While an engine computes a step of tokens."""
-        self.spans, self.kept = list(spans), list(kept)
+        """While an engine computes a step of tokens, on this thread."""
+        _under_way.step = self, list(spans), list(kept)
         try:
             yield
         finally:
-            self.spans = self.kept = None
+            _under_way.step = None
 
 
 _under_way = threading.local()

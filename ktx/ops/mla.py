@@ -257,7 +257,7 @@ class MLA(Operator):
         ranges, mask = split_mask(attention_mask, batch, length, keys)
         if not hides(self, self.choice, attention_mask, kwargs):
             ranges = uncausal(ranges, mask, (batch, length, keys))
-        more = None if self.lora is None else self.lora.whole(0)
+        more = None if (lora := self.lora) is None else lora.whole(0)
         for mix, first, last in ((self.expanded, 0, whole), (self.absorbed, whole, length)):
             if first < last:
                 end = keys - length + last if ranges is None and mask is None else keys
@@ -286,13 +286,13 @@ class MLA(Operator):
                 own = slice(first + span.lead, first + span.lead + span.whole)
                 end = span.past + span.lead + span.whole
                 latent, rope = (gathered(pool, pages, end) for pool in (latents, ropes))
-                more = None if self.lora is None else self.lora.whole(own.start)
+                more = None if (lora := self.lora) is None else lora.whole(own.start)
                 out[:, own] = self.expanded(q_nope[:, :, own], q_rope[:, :, own], latent, rope, None, None, more)
         if batch.rest is not None:
             places, sequences, pages = batch.rest
             few = q_nope.index_select(2, places), q_rope.index_select(2, places)
             about = {"sequences": sequences, "pages": pages}
-            some = None if self.lora is None else self.lora.among(places)
+            some = None if (lora := self.lora) is None else lora.among(places)
             out[:, places] = self.absorbed(*few, latents[:, 0], ropes[:, 0], None, None, some, **about)
         return out
 
@@ -474,7 +474,7 @@ class Expansion(nn.Module):
             )
         flat, heads = latent.reshape(-1, self.in_features), owner.num_heads
         parts = cpu.linear(flat, owner.w_uk, wide=True), owner._values(flat, range(heads))
-        if owner.lora is not None and (more := owner.lora.whole(0)) is not None:
+        if (lora := owner.lora) is not None and (more := lora.whole(0)) is not None:
             parts = more.expanded(flat, *parts, range(heads))
         return torch.cat([part.view(flat.shape[0], heads, -1) for part in parts], -1).view(*latent.shape[:-1], -1)
 

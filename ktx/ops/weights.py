@@ -55,7 +55,8 @@ class OneMatrix(Parametrizable):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.changed(x) if PARAMETRIZATIONS in self._modules else self.product(x)
-        return y if self.lora is None else self.lora(x, y)
+        lora = self.lora  # another thread's step may take it away
+        return y if lora is None else lora(x, y)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """What its matrix makes of rows, or of token ids."""

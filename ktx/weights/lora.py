@@ -171,7 +171,7 @@ def read(wish: Wish) -> AdapterFile:
 
 
 def _check(config: Mapping[str, Any], where: str) -> None:
-    """UsageError for what is no plain LoRA."""
+    """UsageError for what is no plain LoRA, BadFile for patterns that are none."""
     kind = str(config.get("peft_type", "")).upper()
     if kind != "LORA":
         raise UsageError(f"adapter {where}: peft_type {kind or 'is missing'}, LORA is computed; {MERGED}")
@@ -186,6 +186,7 @@ def _check(config: Mapping[str, Any], where: str) -> None:
     for key, value in config.items():
         if key not in READ | HARMLESS and value:
             raise UsageError(f"adapter {where}: {key} = {value!r} is not computed; {MERGED}")
+    _check_patterns(config, where)
 
 
 def _matrices(
@@ -203,6 +204,9 @@ def _matrices(
             )
         about = hit["module"], -hit["inner"].count(".base_layer"), hit["kind"] == "lora_embedding_"
         halves.setdefault(about, {})[hit["half"]] = values.float()
+    depths: dict[str, int] = {}
+    for module, *_ in halves:
+        depths[module] = depths.get(module, 0) + 1
     found: dict[str, list[LowRank]] = {}
     for (module, _depth, embedding), both in sorted(halves.items()):
         if len(both) < 2:
@@ -212,10 +216,11 @@ def _matrices(
             raise BadFile(
                 f"adapter {where}: {module} has lora_A {list(both['A'].shape)} and lora_B {list(both['B'].shape)}, of different ranks"
             )
-        rank = _pattern(config.get("rank_pattern"), module, config.get("r"))
-        alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+        name = _names(config, module, depths[module], where)[len(found.get(module, ()))]
+        rank = _pattern(config.get("rank_pattern"), name, config.get("r"))
+        alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or both["A"].shape[0] % rank:
-            raise BadFile(f"adapter {where}: r is {rank!r}, and lora_A of {module} is {list(both['A'].shape)}")
+            raise BadFile(f"adapter {where}: r is {rank!r}, and lora_A of {name} is {list(both['A'].shape)}")
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise BadFile(f"adapter {where}: lora_alpha is {alpha!r}, it must be a number")
         factor = scale * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -228,9 +233,47 @@ def _matrices(
     return found
 
 
-def _pattern(patterns: Any, module: str, otherwise: Any) -> Any:
-    """The entry of rank_pattern or alpha_pattern for a module, as PEFT matches: a regular expression for the path or its end."""
+def _names(config: Mapping[str, Any], module: str, count: int, where: str) -> list[str]:
+    """What PEFT looks for in rank_pattern and alpha_pattern, of a module's `count` matrices from inside out: the module's path, of parameters (`target_parameters`) with the parameter's name."""
+    targets = {str(target) for target in config.get("target_parameters") or ()}
+    names = {target.rpartition(".")[2] for target in targets}
+    own = [name for name in names if any(f".{module}.{name}".endswith(f".{target}") for target in targets)]
+    paths = [f"{module}.{name}" for name in sorted(own, key=lambda name: (name.startswith("down"), name))] or [module]
+    if len(paths) == count:
+        return paths
+    if (
+        len(
+            {
+                (_pattern(config.get("rank_pattern"), path, None), _pattern(config.get("alpha_pattern"), path, None))
+                for path in paths
+            }
+        )
+        > 1
+    ):
+        raise BadFile(
+            f"adapter {where}: {module} has {count} matrices for {len(paths)} of its target_parameters, and rank_pattern or alpha_pattern tells these apart"
+        )
+    return paths[:1] * count
+
+
+def _pattern(patterns: Any, path: str, otherwise: Any) -> Any:
+    """The entry of rank_pattern or alpha_pattern for a path, as PEFT matches: a regular expression for the path or its end."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return otherwise
+
+
+def _check_patterns(config: Mapping[str, Any], where: str) -> None:
+    """BadFile for rank_pattern and alpha_pattern that are no regular expressions with numbers."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise BadFile(f"adapter {where}: {key} is {patterns!r}, it must be an object from patterns to numbers")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise BadFile(
+                    f"adapter {where}: {key} has {pattern!r}, which is no regular expression: {error}"
+                ) from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import queue
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -332,6 +335,28 @@ def test_experts_that_were_adapted_one_by_one(name, tmp_path):
         mine.ktx.load_lora(adapter, "other")
 
 
+PATTERNS = [
+    {"alpha_pattern": {"experts.down_proj": 40, "o_proj": 3}},
+    {"rank_pattern": {"experts.down_proj": 2, "mlp.experts.gate_up_proj": 6}, "use_rslora": True},
+    {"rank_pattern": {r".*\.1\..*gate_up_proj": 2}, "alpha_pattern": {"experts": 40}},  # the latter matches nothing
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of PEFT, which looks for patterns among modules alone
+@pytest.mark.parametrize("patterns", PATTERNS, ids=["alpha", "rank", "layer"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_patterns_are_of_the_parameters_that_they_name(name, patterns, tmp_path):
+    base = tiny(name, tie_word_embeddings=False)
+    base.save_pretrained(tmp_path)
+    write(name, tmp_path / "one", r=4, lora_alpha=8, **patterns)
+    mine = load(tmp_path, None, kv_dtype="f32", lora=tmp_path / "one")
+    with torch.no_grad():
+        plain = base(input_ids=IDS).logits
+        right = PeftModel.from_pretrained(base, tmp_path / "one").eval()(input_ids=IDS).logits
+        assert relative(right, plain) > 1e-2
+        assert relative(mine(input_ids=IDS).logits, right) < NEAR
+
+
 # ---- one family suffices for what follows
 
 
@@ -376,6 +401,11 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({"r": 0}, BadFile, "r is 0"),
         ({"r": 8}, BadFile, "r is 8"),
         ({"lora_alpha": "much"}, BadFile, "lora_alpha"),
+        ({"lora_alpha": 1e300}, BadFile, "q_proj hold NaN or infinity, or do at this scale"),
+        ({"rank_pattern": ["q_proj"]}, BadFile, r"rank_pattern is \['q_proj'\], it must be an object"),
+        ({"rank_pattern": {"q_proj": "four"}}, BadFile, "r is 'four'"),
+        ({"alpha_pattern": {"(q_proj": 4}}, BadFile, r"alpha_pattern has '\(q_proj', which is no regular expression"),
+        ({"alpha_pattern": 4}, BadFile, "alpha_pattern is 4"),
     ],
 )
 def test_a_configuration_that_is_not_computed_is_refused(plain, changed, config, kind, words):
@@ -433,6 +463,41 @@ def test_files_that_are_not_there_or_broken(plain, changed, tmp_path):
     (folder / CONFIG).unlink()
     with pytest.raises(BadFile, match="no adapter_config.json"):
         load(plain, None, lora=folder / WEIGHTS)
+
+
+def test_forwards_beside_an_engine_are_computed_with_the_adapters_in_use(plain, tmp_path):
+    """On another thread than the engine's, whose steps have others."""
+    write("llama", tmp_path / "two", seed=1, r=3)
+    mine = load(plain, None, kv_dtype="f32", lora=[plain / "one", tmp_path / "two"])
+    mine.ktx.tokenizer = tokenizer()
+    ids = IDS[:, : len(PROMPTS[2])]
+    expected = {}
+    for name in ("one", "two", ""):
+        mine.ktx.use_lora(*filter(None, [name]))
+        with torch.no_grad():
+            expected[name] = mine(input_ids=IDS[:, :20]).logits, mine(input_ids=ids).logits
+    wrong, done = [], threading.Event()
+
+    def forwards():
+        with torch.no_grad():
+            for name in itertools.cycle(("one", "", "two")):
+                mine.ktx.use_lora(*filter(None, [name]))
+                for right, given in zip(expected[name], (IDS[:, :20], ids), strict=True):
+                    if relative(mine(input_ids=given).logits, right) > NEAR:
+                        wrong.append(name)
+                if done.is_set():
+                    return
+
+    with mine.ktx.engine(max_batch_size=2, cache_lens=1024, prefix_cache=False) as engine:
+        alone = [ask(engine, [(PROMPTS[2], name)], new=24)[0] for name in ("one", (), "two")]
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(forwards)
+            for _ in range(3):
+                beside = [ask(engine, [(PROMPTS[2], name)], new=24)[0] for name in ("one", (), "two")]
+                assert beside == alone
+            done.set()
+            asked.result(timeout=60)
+    assert not wrong
 
 
 def test_names(plain):
