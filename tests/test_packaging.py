@@ -274,6 +274,8 @@ PRIVATE = {
         "torch.nn:Module()._backward_pre_hooks",
         "torch.autograd.forward_ad:_current_level",
         "torch._C:_disabled_torch_function_impl",
+        "torch._C:_len_torch_dispatch_stack",
+        "torch._C._functorch:is_functorch_wrapped_tensor",
         "torch:Tensor._make_wrapper_subclass",
         "torch:ops.aten.detach.default._schema",
         "torch.utils._pytree:tree_map_only",

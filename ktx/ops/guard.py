@@ -182,7 +182,7 @@ class Shortcut(Protocol):
 
 def watched() -> bool:
     """Whether a mode of torch's sees all operations (FlopCounterMode, FakeTensorMode, torch.jit.trace): then each module does its own."""
-    return bool(torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())  # type: ignore[attr-defined]
+    return bool(torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def current(owner: nn.Module, name: str = "block") -> Any:
