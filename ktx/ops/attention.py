@@ -100,9 +100,10 @@ def attend(
         ranges, mask = batch.ranges(window_of(module)), None
     else:
         ranges, mask = split_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
-        if s_aux is None and not hides(
+        hidden = s_aux is not None or hides(
             module, choice, attention_mask, kwargs
-        ):  # sinks are for eager attention alone there
+        )  # sinks are for eager attention alone there
+        if not hidden:
             ranges = uncausal(ranges, mask, (query.shape[0], query.shape[2], key.shape[2]))
         ranges = None if ranges is None else ranges.to(query.device)
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:

@@ -15,7 +15,7 @@ from ktx.kernels.kept import kept
 from ktx.ops import contract, stored
 from ktx.ops.base import Context, as_weights, packed_as
 from ktx.ops.classes import patched
-from ktx.ops.floats import Floats, experts, out_of_reach, plain
+from ktx.ops.floats import Dequantized, Floats, experts, out_of_reach, plain
 from ktx.ops.gates import KEEP, PLAIN, Gate, as_usual, gate_of_experts, is_gated, is_interleaved
 from ktx.ops.guard import Inside, listened, watched
 from ktx.ops.parameters import PARAMETRIZATIONS, Changed, Offered, Parametrizable
@@ -316,8 +316,10 @@ class Experts(Parametrizable):
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As torch's. A scalar that the replaced module has counts where the kernel takes it, else UsageError for another value."""
-        if name not in self.settings:
+        """As torch's; a tensor that takes a packed parameter's place is packed. A scalar that the replaced module has counts where the kernel takes it, else UsageError for another value."""
+        if self.is_ready and not isinstance(value, Dequantized) and name.removesuffix("_bias") in self.stacked():
+            self._assigned(name, value)
+        elif name not in self.settings:
             super().__setattr__(name, value)
         elif value != self.settings[name]:
             if name not in CLAMPED or self.gate.act in PLAIN:
@@ -328,6 +330,14 @@ class Experts(Parametrizable):
             changed: Any = {CLAMPED[name]: float(value)}
             self.gate = self.gate._replace(**changed)
             self.settings = self.settings | {name: value}
+
+    def _assigned(self, name: str, value: Any) -> None:
+        known = self.floats().get(name)
+        if known is None or self.parametrized(name):
+            raise UsageError(
+                f"{self.path}.{name} cannot be assigned: it is not there, on a GPU in part, or parametrized"
+            )
+        self.take({name: fitting(f"{self.path}.{name}", value, known.shape)})
 
     def floats(self) -> dict[str, Floats]:
         self.check_loaded()

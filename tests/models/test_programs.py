@@ -330,6 +330,26 @@ def test_scalars_of_experts(two):
             ours.has_bias = not theirs.has_bias
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "ernie4_5_moe", "qwen3_moe"])
+def test_parameters_of_experts_are_assigned(two, family):
+    right, mine = two(family)
+    names = [name for name, _ in right.model.layers[1].mlp.experts.named_parameters()]
+    assert {"gate_up_proj", "down_proj"} <= set(names)
+    for name in names:
+        for change in (
+            lambda module, name=name: setattr(module, name, nn.Parameter(getattr(module, name) * -0.5, False)),
+            lambda module, name=name: setattr(getattr(module, name), "data", getattr(module, name) * 1.5),
+            lambda module, name=name: getattr(module, name).data.mul_(-1.1),
+        ):
+            before = answered(mine)
+            for model in (right, mine):
+                change(model.model.layers[1].mlp.experts)
+            assert relative(answered(mine), answered(right)) < NEAR and relative(answered(mine), before) > 1e-4, name
+        with pytest.raises(UsageError, match="cannot be"):
+            setattr(mine.model.layers[1].mlp.experts, name, torch.zeros(2, 2))
+
+
 def test_the_clamp_of_experts_is_changed(two):
     right, mine = two("gpt_oss")
     for name, value in (("limit", 0.05), ("alpha", 0.3), ("limit", 7.0)):
