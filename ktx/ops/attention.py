@@ -100,10 +100,8 @@ def attend(
         ranges, mask = batch.ranges(window_of(module)), None
     else:
         ranges, mask = split_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
-        hidden = s_aux is not None or hides(
-            module, choice, attention_mask, kwargs
-        )  # sinks are for eager attention alone there
-        if not hidden:
+        # Sinks are for eager attention alone in transformers, which goes by the mask.
+        if s_aux is None and not hides(module, choice, attention_mask, kwargs):
             ranges = uncausal(ranges, mask, (query.shape[0], query.shape[2], key.shape[2]))
         ranges = None if ranges is None else ranges.to(query.device)
     if batch is None and ranges is None and mask is None and query.shape[2] > key.shape[2]:
@@ -116,9 +114,8 @@ def attend(
     cap = float(softcap or 0.0)
     if dropout > 0 and batch is not None:
         raise not_dropped(dropout, "an engine's forward")
-    if (
-        dropout > 0 or batch is None and recorded(query, key, value) and choice.shows(kwargs)
-    ):  # weights have a gradient too
+    trained = batch is None and recorded(query, key, value) and choice.shows(kwargs)  # weights have a gradient too
+    if dropout > 0 or trained:
         weights = F.dropout(attention_weights(query, key, ranges, mask, float(scale), sinks, cap), dropout)
         return weighed(weights, value), weights if choice.shows(kwargs) else None
     out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about)
