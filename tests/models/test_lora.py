@@ -179,7 +179,7 @@ def test_requests_that_name_none_have_those_in_use(model, right):
 def test_adapters_come_and_go_in_a_running_engine(folder, right):
     mine = load(folder, None, kv_dtype="f32")
     mine.ktx.tokenizer = tokenizer()
-    prompt, long = PROMPTS[0], Sampling(max_new_tokens=100, ignore_eos=True)
+    prompt, long = PROMPTS[0], Sampling(max_new_tokens=40, ignore_eos=True)
     events = queue.SimpleQueue()
 
     def beside(name):
