@@ -46,3 +46,31 @@ def test_parameters_that_are_trained(twins):
             model(input_ids=IDS, use_cache=False)
         for p in chosen:
             p.requires_grad_(False)
+
+
+def test_biases_and_dropped_weights(tmp_path):
+    """Biases are parameters on the device too; attention weights are dropped where attention is computed by torch."""
+    twins = Twins(tmp_path, "llama", attention_bias=True, mlp_bias=True, attention_dropout=0.4)
+    model = twins.on()
+    assert model.num_parameters() == twins.reference.num_parameters()
+    assert all(p.device == model.model.norm.weight.device for p in model.parameters())
+    with torch.no_grad():
+        for one in (model, twins.reference):
+            one.model.layers[0].self_attn.v_proj.bias.mul_(5)
+            one.model.layers[1].mlp.down_proj.bias.data += 1
+        usual = twins.reference(IDS).logits
+        assert (model(IDS).logits.cpu() - usual).norm() < 1e-4 * usual.norm()
+        twins.reference.set_attn_implementation("eager")
+        found = []
+        for one in (model, twins.reference):
+            one.train()
+            torch.manual_seed(3)
+            found.append(one(IDS, use_cache=False).logits.cpu())
+            one.eval()
+        assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm() < 0.1 * (usual - found[1]).norm()
+    for part in ("self_attn.q_proj", "mlp.down_proj"):
+        bias = model.model.layers[1].get_submodule(part).bias
+        bias.requires_grad_()
+        with pytest.raises(NoGradient, match="Linear on a GPU has no gradient"):
+            model(input_ids=IDS, use_cache=False)
+        bias.requires_grad_(False)
