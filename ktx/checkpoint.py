@@ -58,8 +58,12 @@ class Folder:
 
     @classmethod
     def of(cls, path: str | os.PathLike[str], max_shard_size: int | str, variant: str | None) -> Folder:
-        """UsageError for a file, or a size that is none."""
+        """UsageError for a file, or a size or a name that is none."""
         limit, folder = _bytes(max_shard_size), Path(path)
+        if not os.fspath(path):
+            raise UsageError("save_pretrained: the folder's name is empty")
+        if variant and os.sep in variant:
+            raise UsageError(f"save_pretrained: variant {variant!r} is no part of a file's name")
         if folder.is_file():
             raise UsageError(f"save_pretrained: {folder} is a file; give a folder")
         return cls(folder, limit, variant)

@@ -128,6 +128,8 @@ class Model(PreTrainedModel):
             if target in given and origin not in given:
                 given[origin] = given[target]
         done = super().load_state_dict(given, strict, assign)
+        if not strict:  # whose keys the caller reads
+            done.missing_keys.extend(name for name in given if name not in state_dict)
         self._remake()
         return done
 

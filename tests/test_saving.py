@@ -10,7 +10,7 @@ from collections import namedtuple
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
@@ -163,11 +163,15 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
         ({"max_shard_size": "5 apples"}, "max_shard_size '5 apples' is no size"),
         ({"dtype": torch.int8}, "dtype torch.int8 is not written"),
         ({"safe_serialization": False}, "safetensors"),
+        ({"variant": "../other"}, "variant '../other' is no part"),
+        ({"variant": "../other", "packed": True}, "variant '../other' is no part"),
         ({"dtype": torch.bfloat16, "state_dict": {}}, "dtype is of the model's own weights"),
     ]
     for options, words in cases:
         with pytest.raises(UsageError, match=words):
             mine.save_pretrained(tmp_path / "refused", **options)
+    with pytest.raises(UsageError, match="name is empty"):
+        mine.save_pretrained("")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         mine.save_pretrained(tmp_path / "file")
@@ -266,6 +270,22 @@ def test_safetensors_of_a_state(tmp_path):
     with safe_open(tmp_path / "all.safetensors", "pt") as opened:
         for name, value in original.state_dict().items():
             assert torch.equal(opened.get_tensor(name), value)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_safetensors_of_a_model(tmp_path, family):
+    """save_model and load_model look for tensors that share memory: of tied ones one is written."""
+    original, mine = of_floats(family, tmp_path)
+    save_model(mine, str(tmp_path / "mine.safetensors"))
+    save_model(original, str(tmp_path / "right.safetensors"))
+    written, right = (load_file(tmp_path / f"{name}.safetensors") for name in ("mine", "right"))
+    assert written.keys() == right.keys() and all(torch.equal(written[name], right[name]) for name in right)
+    twin = tiny(family)
+    for model in (twin, mine):
+        model.load_state_dict({name: torch.zeros_like(value) for name, value in twin.state_dict().items()})
+    for model in (twin, mine):
+        load_model(model, str(tmp_path / "mine.safetensors"))
+        assert away(model(IDS).logits, original(IDS).logits) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"])

@@ -264,7 +264,9 @@ class Dequantized(torch.Tensor):
         return self.dequantized().tolist()  # type: ignore[no-untyped-call]
 
     def untyped_storage(self) -> Any:
-        return _Place(self.floats.place, self.nbytes)
+        """That of the values once they are in memory, which safetensors' save_model compares with `data_ptr`; before, what tells which weights are the same."""
+        held = _held.get((self.floats.place, self.dtype)) if self.held is None else self.held
+        return _Place(self.floats.place, self.nbytes) if held is None else held.untyped_storage()
 
     def data_ptr(self) -> int:
         """Of the values, which are in memory from now on as long as this tensor is; a tied weight's are its twin's."""
