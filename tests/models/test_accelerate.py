@@ -15,6 +15,7 @@ from accelerate import (
     load_checkpoint_in_model,
 )
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState
 from peft import get_peft_model
 
 from ktx.errors import UsageError
@@ -31,6 +32,12 @@ def folder(request, tmp_path_factory):
     made = tmp_path_factory.mktemp(request.param)
     tiny(request.param, tie_word_embeddings=False).save_pretrained(made)
     return request.param, made
+
+
+@pytest.fixture(autouse=True)
+def afresh():
+    """accelerate has one precision for a process, which a Trainer may have chosen before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 PLACES = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "cpu", "model.norm": "cpu"} | {

@@ -450,7 +450,7 @@ def test_an_answer_between_steps_with_checkpointing(tmp_path, family):
         found.append((losses, in_training, answer(model), trained(model, 1)))
     right, mine = found
     assert relative(mine[0], right[0]) < 1e-5 and relative(mine[3], right[3]) < 1e-5
-    assert mine[1:3] == right[1:3] and mine[1] == mine[2]
+    assert mine[1:3] == right[1:3]  # some transformers answer otherwise in training
 
 
 def test_an_optimiser_of_frozen_parameters(tmp_path):
