@@ -545,5 +545,5 @@ def test_a_whole_model_refuses_what_it_cannot_differentiate(pairs):
             torch.func.jvp(lambda x: pair.model(inputs_embeds=x, use_cache=False).logits, (given,), (given,))
     y = x.clone().requires_grad_()
     (first,) = torch.autograd.grad(loss(pair.model, y), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(NoGradient, match="a second derivative"):
         first.pow(2).sum().backward()
