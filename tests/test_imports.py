@@ -21,6 +21,7 @@ FLOORS = (  # lowest first; a file belongs to the longest prefix that fits
         "ktx.json_file",
         "ktx.qtypes",
         "ktx.quantize",
+        "ktx.spawning",
         "ktx.compat",
         "ktx.defaults",
         "ktx.versions",
