@@ -47,6 +47,10 @@ class Adapters:
     mapping: Mapping = field(default_factory=Mapping)
     loras: dict[nn.Module, Lora] = field(default_factory=dict)  # by the module that has the attribute
     hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # on modules that are torch's own
+    packed_ones: set[nn.Module] = field(default_factory=set)  # of them, operators
+    places: list[tuple[nn.Module, str, nn.Module]] | None = (
+        None  # parents, names and modules of them, once they were looked for
+    )
     retired: int = 0  # how many adapters have lost their name
     stepping: frozenset[Use] = frozenset()  # what an engine's latest step was computed with
 
@@ -72,6 +76,9 @@ class Adapters:
             raise UsageError(f"adapter {adapter.path}: there is one called {adapter.name!r} already; give another name")
         for module, lora, factors in modules:
             self.loras.setdefault(module, lora).factors[adapter.name] = factors
+            if isinstance(module, Operator):
+                self.packed_ones.add(module)
+        self.places = None
         self.known[adapter.name] = adapter
 
     def drop(self, name: str) -> None:
@@ -83,6 +90,8 @@ class Adapters:
             if not lora.factors:
                 self._hide(module)
                 del self.loras[module]
+                self.packed_ones.discard(module)
+        self.places = None
         del self.known[name]
 
     def retire(self, name: str) -> str:
@@ -131,6 +140,27 @@ class Adapters:
         self._show(frozenset(use for _, uses in tokens for use in uses))
         with self.mapping.step(tokens, kept):
             yield
+
+    def check(self, model: nn.Module) -> None:
+        """UsageError, before a forward, where a module that an adapter of it hangs in was exchanged or has become torch's own: nothing would be added to its products."""
+        names = {use.name for use in (*self.stepping, *self.in_use)}
+        if not names:
+            return
+        if self.places is None:
+            parents = [(parent, name, own) for parent in model.modules() for name, own in parent._modules.items()]
+            self.places = [place for place in parents if place[2] in self.loras]
+        there = {own for parent, name, own in self.places if parent._modules.get(name) is own}
+        for module, lora in self.loras.items():
+            packed = isinstance(module, Operator) == (module in self.packed_ones)
+            if module in there and packed or not names.intersection(lora.factors):
+                continue
+            at = getattr(module, "path", None) or next(
+                (name for _, name, own in self.places if own is module), "a module"
+            )
+            raise UsageError(
+                f"{at} was exchanged, or put in floats, since adapter {min(names.intersection(lora.factors))!r} was loaded, which would not count there:"
+                " call model.ktx.unload_lora(name), and model.ktx.load_lora(path) to have it on what is there now"
+            )
 
     def rest(self) -> None:
         """After an engine's last step."""

@@ -207,6 +207,9 @@ def _forward_of(old: Any) -> Any:
         if torch.compiler.is_compiling():
             return old.forward(self, *args, **kwargs)
         classes.follow()
+        handle = self.__dict__.get("ktx")
+        if handle is not None and handle.adapters.known:
+            handle.adapters.check(self)
         if self.training and torch.is_grad_enabled():
             training.look(self, kwargs | dict(enumerate(args)))
         return old.forward(self, *args, **kwargs)

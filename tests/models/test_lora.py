@@ -14,8 +14,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import GenerationConfig
 
+import ktx
 from ktx.engine.request import Finished
 from ktx.engine.sampling import Sampling
 from ktx.errors import BadFile, Overloaded, UsageError
@@ -527,6 +529,43 @@ def test_a_copy_has_the_adapters(plain, tmp_path):
             other.ktx.use_lora()
             assert not torch.equal(other(input_ids=IDS).logits, expected)
             assert torch.equal(mine(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("change", ["dequantize", "requires_grad_", "exchange"])
+@torch.no_grad()
+def test_an_adapter_of_a_module_that_is_gone_is_refused(plain, change, before):
+    """What is there now may have it when it is loaded once more."""
+    model = load(plain, None, kv_dtype="f32", lora=plain / "one")
+    model.ktx.tokenizer = tokenizer()
+    attention, first = model.model.layers[0].self_attn, IDS[:1, :9]
+    right = model(input_ids=first).logits
+    if not before:
+        model.ktx.use_lora()
+    if change == "requires_grad_":
+        attention.v_proj.requires_grad_(True)
+    else:
+        attention.v_proj = (
+            ktx.dequantize(attention.v_proj)
+            if change == "dequantize"
+            else nn.Linear(*attention.v_proj.weight.shape[::-1])
+        )
+    model.ktx.use_lora()
+    model(input_ids=first)
+    model.ktx.use_lora("one")
+    with pytest.raises(UsageError, match=r"v_proj was exchanged, or put in floats.*'one'.*unload_lora"):
+        model(input_ids=first)
+    with pytest.raises(UsageError, match="v_proj was exchanged"):
+        model.ktx.engine()
+    model.ktx.use_lora()
+    with model.ktx.engine() as engine:
+        finished = [event for _, event in engine.generate([[1, 2, 3]], Sampling(max_new_tokens=2), lora=("one",))][-1]
+        assert finished.reason == "error" and "v_proj was exchanged" in finished.error
+    model.ktx.unload_lora("one")
+    if change != "exchange":
+        model.ktx.load_lora(plain / "one", "one")
+        model.ktx.use_lora("one")
+        assert relative(model(input_ids=first).logits, right) < NEAR
 
 
 def test_modules_that_rules_leave_to_torch_take_adapters(plain):
