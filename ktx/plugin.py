@@ -1,6 +1,6 @@
-"""What transformers knows of ktx from `import ktx` on, whichever of the two is imported first: `experts_implementation="ktx"`, and the quantisation method "ktx".
+"""What transformers knows of ktx from `import ktx` on, whichever of the two is imported first: `experts_implementation="ktx"`, and the quantisation method "ktx"; and torch's counter of operations.
 
-`import ktx` may cost neither torch nor transformers, so names are registered when the modules with transformers' tables are imported, and what stands behind
+`import ktx` may cost neither torch nor transformers, so names are registered when the modules with these tables are imported, and what stands behind
 them is imported when it is asked for.
 """
 
@@ -54,9 +54,15 @@ def _quantisation(table: Any) -> None:
     table.AutoHfQuantizer.merge_quantization_configs = staticmethod(merged)
 
 
-TABLES: dict[str, tuple[str, Callable[[Any], None]]] = {  # modules of transformers: what they define, what is done then
+def _operations(table: Any) -> None:
+    if "ktx.kernels.cpu" in sys.modules:  # else these do it when they are loaded
+        importlib.import_module("ktx.kernels.flops").register()
+
+
+TABLES: dict[str, tuple[str, Callable[[Any], None]]] = {  # modules of others: what they define, what is done then
     "transformers.integrations.moe": ("use_experts_implementation", _experts),
     "transformers.quantizers.auto": ("get_hf_quantizer", _quantisation),
+    "torch.utils.flop_counter": ("register_flop_formula", _operations),
 }
 _waiting: dict[str, Callable[[Any], None]] = {}
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -420,4 +421,5 @@ def _(gate, up, act):  # type: ignore[no-untyped-def]
 
 
 gradients.register()
-flops.register()
+if "torch.utils.flop_counter" in sys.modules:  # else ktx.plugin sees to it when that is imported, which imports triton
+    flops.register()

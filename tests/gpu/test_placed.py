@@ -128,7 +128,8 @@ def interval(*rows):
 
 
 def test_masks_in_numbers():
-    assert seen(None, 2, 3, 5).keys == (5, 5) and seen(None, 1, 3, 2) is None
+    assert seen(None, 2, 1, 5).keys == (5, 5) and seen(None, 2, 5, 5).keys == (5, 5) and seen(None, 1, 3, 2) is None
+    assert seen(None, 2, 3, 5) is None  # transformers' SDPA leaves the mask of a prompt in a static cache out
     plain = interval([(0, 4), (0, 5)], [(0, 4), (0, 5)])
     assert seen(plain, 2, 2, 5).keys == (5, 5) and seen(plain, 2, 2, 5).window == 0
     sliding = interval([(0, 3), (1, 4), (2, 5)])
@@ -141,7 +142,8 @@ def test_masks_in_numbers():
 
 def test_a_buffer_of_whole_pages_is_read_in_place_and_any_other_is_copied():
     buffer = torch.randn(2, 3, 128, 8)
-    grown = of_states(buffer[:, :, :70], buffer[:, :, :70], 2, None)
+    both = interval(*[[(0, 69), (0, 70)]] * 2)
+    grown = of_states(buffer[:, :, :70], buffer[:, :, :70], 2, both)
     assert grown.pools[0].data_ptr() == buffer.data_ptr()
     for sequence, head, position in ((0, 0, 5), (0, 2, 69), (1, 0, 64), (1, 2, 1)):
         page = grown.tables.pages[sequence, position // 64]
