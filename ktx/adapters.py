@@ -147,8 +147,12 @@ class Adapters:
         if not names:
             return
         if self.places is None:
-            parents = [(parent, name, own) for parent in model.modules() for name, own in parent._modules.items()]
-            self.places = [place for place in parents if place[2] in self.loras]
+            self.places = [
+                (parent, name, own)
+                for parent in model.modules()
+                for name, own in parent._modules.items()
+                if own is not None and own in self.loras
+            ]
         there = {own for parent, name, own in self.places if parent._modules.get(name) is own}
         for module, lora in self.loras.items():
             packed = isinstance(module, Operator) == (module in self.packed_ones)

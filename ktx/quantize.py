@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from ktx.errors import UsageError
 from ktx.qtypes import QTYPES, QType
 
-Array = NDArray[np.float32]
-Bytes = NDArray[Any]  # of uint8; numpy's stubs widen every shift
+Array = NDArray[Any]  # of f32; numpy's newer stubs widen a division by an int
+Bytes = NDArray[Any]  # of uint8; they widen every shift
 STEPS = np.linspace(-0.12, 0.12, 9, dtype=np.float32)  # relative changes of the scale that are tried
 
 
