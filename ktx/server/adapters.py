@@ -129,7 +129,9 @@ def below(root: Path, text: str) -> Path:
                 raise outside
             if not file.is_file():
                 raise Problem(400, f"{text!r}: {file.name} is no file", "lora_path")
-    except (OSError, RuntimeError, ValueError) as error:  # names that are too long or none, links in a ring, no access
+    except RuntimeError as error:  # links in a ring, before Python 3.13
+        raise Problem(404, f"No adapter found for {text!r}", "lora_path") from error
+    except (OSError, ValueError) as error:  # names that are too long or none, no access
         raise Problem(400, f"{text!r} cannot be read: {type(error).__name__}", "lora_path") from error
     return path
 

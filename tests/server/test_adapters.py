@@ -228,7 +228,7 @@ def test_what_is_not_there(client):
         ("weights_out/adapter_model.safetensors", 400),
         ("file_out.gguf", 400),
         ("gguf_out", 400),
-        ("ring", 400),
+        ("ring", 404),
         ("a\0b", 400),
         ("x" * 4000, 400),
         ("pickled", 400),
