@@ -47,10 +47,8 @@ class Adapters:
     mapping: Mapping = field(default_factory=Mapping)
     loras: dict[nn.Module, Lora] = field(default_factory=dict)  # by the module that has the attribute
     hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # on modules that are torch's own
-    packed_ones: set[nn.Module] = field(default_factory=set)  # of them, operators
-    places: list[tuple[nn.Module, str, nn.Module]] | None = (
-        None  # parents, names and modules of them, once they were looked for
-    )
+    # Parents, names and modules of them, once they were looked for.
+    places: list[tuple[nn.Module, str, nn.Module]] | None = None
     retired: int = 0  # how many adapters have lost their name
     stepping: frozenset[Use] = frozenset()  # what an engine's latest step was computed with
 
@@ -76,8 +74,6 @@ class Adapters:
             raise UsageError(f"adapter {adapter.path}: there is one called {adapter.name!r} already; give another name")
         for module, lora, factors in modules:
             self.loras.setdefault(module, lora).factors[adapter.name] = factors
-            if isinstance(module, Operator):
-                self.packed_ones.add(module)
         self.places = None
         self.known[adapter.name] = adapter
 
@@ -90,7 +86,6 @@ class Adapters:
             if not lora.factors:
                 self._hide(module)
                 del self.loras[module]
-                self.packed_ones.discard(module)
         self.places = None
         del self.known[name]
 
@@ -154,9 +149,9 @@ class Adapters:
                 if own is not None and own in self.loras
             ]
         there = {own for parent, name, own in self.places if parent._modules.get(name) is own}
-        for module, lora in self.loras.items():
-            packed = isinstance(module, Operator) == (module in self.packed_ones)
-            if module in there and packed or not names.intersection(lora.factors):
+        for module, lora in list(self.loras.items()):  # an engine may hang another one meanwhile
+            is_same = module in there and isinstance(module, Operator) == lora.of_operator
+            if is_same or not names.intersection(lora.factors):
                 continue
             at = getattr(module, "path", None) or next(
                 (name for _, name, own in self.places if own is module), "a module"

@@ -19,6 +19,7 @@ import torch
 from ktx.devices import CPU, Device
 from ktx.errors import UsageError
 from ktx.kernels import cpu
+from ktx.ops.base import Operator
 from ktx.qtypes import QTYPES
 from ktx.weights.lora import LowRank
 from ktx.weights.source import QuantizedTensor
@@ -151,6 +152,7 @@ class Lora:
 
     def __init__(self, mapping: Mapping, owner: Any):
         self.mapping, self.home = mapping, home_of(owner)
+        self.of_operator = isinstance(owner, Operator)  # else of a module that is torch's own
         self.factors: dict[str, Any] = {}
 
     @staticmethod

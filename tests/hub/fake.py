@@ -18,7 +18,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 from ktx import demo
 
@@ -53,6 +56,19 @@ class FakeHub:
         """First bytes of the requests for a large file."""
         asked = [headers.get("range", "bytes=0-") for _, path, headers in self.seen if path == f"/far/{name}"]
         return [int(re.findall(r"\d+", one)[0]) for one in asked]
+
+
+def asked_in_process(there: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has huggingface_hub in this process ask the hub `there`, with its cache and its token in `folder`."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", there.base)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", there.base + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
 
 
 @contextlib.contextmanager

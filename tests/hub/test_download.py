@@ -15,7 +15,7 @@ import pytest
 
 from ktx import demo
 from ktx.__main__ import main
-from tests.hub.fake import Repo, hub
+from tests.hub.fake import Repo, asked_in_process, hub
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BIG = random.Random(0).randbytes(6_000_000)
@@ -72,16 +72,8 @@ def download(*words, **more):
 @pytest.fixture
 def here(there, tmp_path, monkeypatch, capsys):
     """`download` inside this process, which saves the second that a new one takes."""
-    import huggingface_hub.constants as constants
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", there.base)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", there.base + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    asked_in_process(there, tmp_path, monkeypatch)
 
     def run(*words, token=None):
         monkeypatch.setenv("HF_TOKEN", token or "")

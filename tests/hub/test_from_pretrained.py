@@ -13,7 +13,7 @@ import ktx
 from ktx import KtxConfig
 from ktx.errors import BadFile, KtxError, UsageError
 from tests.gguf_writer import write_gguf
-from tests.hub.fake import COMMIT, Repo, hub
+from tests.hub.fake import COMMIT, Repo, asked_in_process, hub
 from tests.models.families import tiny
 from tests.models.test_families import logits, relative
 from tests.small_chat import tokenizer
@@ -44,19 +44,11 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def there(folder, tmp_path, monkeypatch):
     """A hub without a network beyond this machine, whose cache is `tmp_path / "hub"`."""
-    import huggingface_hub.constants as constants
-
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     with hub() as found:
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # which keeps the address of a hub
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", found.base)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.base + "/{repo_id}/resolve/{revision}/{filename}"
-        )
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        asked_in_process(found, tmp_path, monkeypatch)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         pickle = {"pytorch_model.bin": b"pickle" * 1000}
         found.repos = {
