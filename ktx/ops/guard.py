@@ -96,7 +96,7 @@ class Uncounted:
     def moved(self) -> bool:
         if type(self.module) is not self.kind or len(self.own) != self.size:
             return True
-        return any(place.get(name) is not value for place, name, value in self.had) if self.had else False
+        return any(place.get(name) is not value for place, name, value in self.had)
 
 
 class Guard:
