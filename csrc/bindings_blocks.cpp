@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -95,25 +96,32 @@ struct Call {
   int64_t past, batches, length;
 };
 
-// What is known before any token comes. It holds the tensors whose memory it reads.
+// What is known before any token comes. It holds the tensors whose memory it reads, and their addresses, which torch changes in place when it shares a tensor with another process.
 class Step {
  public:
   Step(int64_t hidden, const Optional& before, double eps, bool plus_one) : hidden(hidden), before_{optional_floats(before, hidden, "before"), float(eps), plus_one} { hold({&before}); }
   virtual ~Step() = default;
+  bool moved() const {
+    for (const auto& [tensor, address] : held_)
+      if (tensor.const_data_ptr() != address) return true;
+    return false;
+  }
   virtual size_t keeps() const { return 0; }  // tensors of a cache that it writes
   virtual void run(const Call& call, Tensor* kept, const float* x, float* out) const = 0;
   const int64_t hidden;
 
  protected:
-  void hold(const Tensors& tensors) { held_.insert(held_.end(), tensors.begin(), tensors.end()); }
+  void hold(const Tensors& tensors) {
+    for (const Tensor& t : tensors) held_.emplace_back(t, t.const_data_ptr());
+  }
   void hold(std::initializer_list<const Optional*> tensors) {
     for (const Optional* t : tensors)
-      if (*t) held_.push_back(**t);
+      if (*t) held_.emplace_back(**t, (*t)->const_data_ptr());
   }
   Norm before_;
 
  private:
-  Tensors held_;
+  std::vector<std::pair<Tensor, const void*>> held_;
 };
 
 // What a call says to a block that attends and keeps its tokens in a cache like `kept`; to be held while the block runs.
@@ -242,16 +250,18 @@ class MoeStep : public Step {
   MoeBlock block_{};
 };
 
-// Steps by number. A call holds those that it runs, so they may be forgotten meanwhile.
+// Steps by number, each made anew when memory that it reads has moved. A call holds those that it runs, so they may be forgotten meanwhile.
 class Steps {
  public:
-  int64_t add(std::shared_ptr<const Step> step) {
+  using Make = std::function<std::shared_ptr<const Step>()>;
+  int64_t add(Make make) {
+    auto step = make();
     std::lock_guard<std::mutex> lock(mutex_);
-    known_.emplace(++last_, std::move(step));
+    known_.emplace(++last_, Known{std::move(make), std::move(step)});
     return last_;
   }
   void forget(int64_t number) {
-    std::shared_ptr<const Step> gone;  // its tensors are freed behind the lock
+    Known gone;  // its tensors are freed behind the lock
     std::lock_guard<std::mutex> lock(mutex_);
     if (const auto at = known_.find(number); at != known_.end()) gone = std::move(at->second), known_.erase(at);
   }
@@ -261,7 +271,8 @@ class Steps {
     for (int64_t number : numbers) {
       const auto at = known_.find(number);
       STD_TORCH_CHECK(at != known_.end(), "there is no step ", number);
-      found.push_back(at->second);
+      if (at->second.step->moved()) at->second.step = at->second.make();
+      found.push_back(at->second.step);
     }
     return found;
   }
@@ -269,8 +280,12 @@ class Steps {
   void unlock() { mutex_.unlock(); }
 
  private:
+  struct Known {
+    Make make;
+    std::shared_ptr<const Step> step;
+  };
   std::mutex mutex_;
-  std::unordered_map<int64_t, std::shared_ptr<const Step>> known_;
+  std::unordered_map<int64_t, Known> known_;
   int64_t last_ = 0;
 };
 Steps& known() {
@@ -288,14 +303,14 @@ void check_sizes(const Ints& sizes, size_t count, size_t positive) {
 int64_t mla_step(Tensors packed, Ints about, Ints sizes, const Optional& q_norm, const Optional& kv_norm, bool interleaved, Doubles numbers, const Optional& before, double eps, bool plus_one) {
   check_sizes(sizes, 6, 6);
   STD_TORCH_CHECK(numbers.size() == 3, "numbers are two epsilons and a scale");
-  return known().add(std::make_shared<MlaStep>(packed, about, sizes, q_norm, kv_norm, interleaved, numbers, before, eps, plus_one));
+  return known().add([=] { return std::make_shared<MlaStep>(packed, about, sizes, q_norm, kv_norm, interleaved, numbers, before, eps, plus_one); });
 }
 
 int64_t gqa_step(Tensors packed, Ints about, Ints sizes, const Optional& q_bias, const Optional& k_bias, const Optional& v_bias, const Optional& o_bias, const Optional& q_norm,
                  const Optional& k_norm, bool norm_all, bool norm_plus_one, const Optional& sinks, Doubles numbers, const Optional& before, double eps, bool plus_one) {
   check_sizes(sizes, 3, 3);
   STD_TORCH_CHECK(numbers.size() == 4, "numbers are two epsilons, a scale and a cap");
-  return known().add(std::make_shared<GqaStep>(packed, about, sizes, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, norm_all, norm_plus_one, sinks, numbers, before, eps, plus_one));
+  return known().add([=] { return std::make_shared<GqaStep>(packed, about, sizes, q_bias, k_bias, v_bias, o_bias, q_norm, k_norm, norm_all, norm_plus_one, sinks, numbers, before, eps, plus_one); });
 }
 
 int64_t moe_step(Tensors packed, Ints about, Ints sizes, const Optional& router_bias, const Optional& correction, int64_t top, StringHandle scoring_word, StringHandle group_word,
@@ -305,7 +320,7 @@ int64_t moe_step(Tensors packed, Ints about, Ints sizes, const Optional& router_
   check_sizes(sizes, 4, 1);
   STD_TORCH_CHECK((sizes[1] > 0) == (sizes[2] > 0) && sizes[1] + sizes[3] > 0, "experts have a width, or there is a layer that all tokens pass");
   const RouteCall route = sizes[1] ? route_style(scoring, group_mode, nullptr, sizes[1], top, n_group, topk_group, renorm, scale) : RouteCall{};
-  return known().add(std::make_shared<MoeStep>(packed, about, sizes, router_bias, correction, route, activation(act), alpha, limit, counts, before, eps, plus_one));
+  return known().add([=] { return std::make_shared<MoeStep>(packed, about, sizes, router_bias, correction, route, activation(act), alpha, limit, counts, before, eps, plus_one); });
 }
 
 void forget_step(int64_t number) { known().forget(number); }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -56,4 +57,12 @@ def _renew_all() -> None:
         each.renew()
 
 
+def _no_threads_for_torch() -> None:
+    """torch's own operators run on one thread in a forked child, because libgomp waits there for its parent's threads for ever; our kernels make a team of their own."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
 os.register_at_fork(after_in_child=_renew_all)
+os.register_at_fork(after_in_child=_no_threads_for_torch)

@@ -316,6 +316,20 @@ def test_children_get_weights_that_come_from_no_file(tmp_path, how):
     assert process.exitcode == 0 and torch.equal(answers(model), right)
 
 
+def test_shortcuts_read_memory_that_torch_has_moved(tmp_path):
+    """torch moves a tensor in place when it shares it with another process, and says it to nobody."""
+    model = floats_of("deepseek_v3", tmp_path)
+    right = answers(model)
+    block = model.model.layers[1].mlp
+    shared, experts = (block.experts.counts, block.gate.e_score_correction_bias.detach()), block.experts.num_experts
+    before, where = block.experts.counts.clone(), [tensor.data_ptr() for tensor in shared]
+    for tensor in shared:
+        tensor.share_memory_()
+    assert all(tensor.data_ptr() != address for tensor, address in zip(shared, where, strict=True))
+    assert torch.equal(answers(model), right)
+    assert (block.experts.counts - before)[:experts].sum() == IDS.numel() * model.config.num_experts_per_tok
+
+
 def test_a_layer_of_its_own_makes_its_shortcuts_anew(chat):
     layer = copy.deepcopy(chat.model.layers[0])
     assert isinstance(layer, Layer) and current(layer) is not None and layer.stretch is None

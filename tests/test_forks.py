@@ -145,7 +145,7 @@ FORKS = ("idle", "one thread", "three threads", "teams that change", "of a fork"
 
 @pytest.mark.parametrize("numa, cases", [("off", (*FORKS, "exec", "spawn")), ("fake:2", FORKS)])
 def test_a_forked_child_computes(numa, cases):
-    env = os.environ | {"PYTHONPATH": os.getcwd(), "KTX_THREADS": "2", "OMP_NUM_THREADS": "1", "KTX_NUMA": numa}
+    env = os.environ | {"PYTHONPATH": os.getcwd(), "KTX_THREADS": "2", "OMP_NUM_THREADS": "2", "KTX_NUMA": numa}
     got = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, timeout=600)
     assert got.returncode == 0, got.stderr
     assert json.loads(got.stdout.splitlines()[-1]) == dict.fromkeys(cases, "ok")
