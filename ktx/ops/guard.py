@@ -11,6 +11,7 @@ are no operators (activations, mostly) count nothing, so each call looks at thes
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import is_
 from typing import Any, Protocol
 
 import torch
@@ -86,17 +87,39 @@ def _same(mine: Any, theirs: Any) -> bool:
 
 
 class Uncounted:
-    """A module that does not count what is set on it: its class, and the objects that it has, as they were."""
+    """Modules that do not count what is set on them: their classes, and the objects that they have, as they were.
 
-    def __init__(self, module: nn.Module):
-        self.module, self.kind, self.own, self.size = module, type(module), module.__dict__, len(module.__dict__)
-        places = (module._parameters, module._buffers, module.__dict__)
-        self.had = [(place, name, value) for place in places for name, value in place.items() if name not in IGNORED]
+    One pass of C functions over flat tuples: the check runs at each token, and layers have several such modules each.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = ()):
+        self.modules = tuple(modules)
+        self.kinds, self.own = tuple(map(type, self.modules)), tuple(m.__dict__ for m in self.modules)
+        self.sizes = tuple(map(len, self.own))
+        had = [
+            (place, name, value)
+            for m in self.modules
+            for place in (m._parameters, m._buffers, m.__dict__)
+            for name, value in place.items()
+            if name not in IGNORED
+        ]
+        self.places = tuple(place for place, _, _ in had)
+        self.names = tuple(name for _, name, _ in had)
+        self.values = tuple(value for _, _, value in had)
+
+    def __add__(self, other: Uncounted) -> Uncounted:
+        """Both, as they were."""
+        both = Uncounted()
+        for name, mine in self.__dict__.items():
+            both.__dict__[name] = mine + other.__dict__[name]
+        return both
 
     def moved(self) -> bool:
-        if type(self.module) is not self.kind or len(self.own) != self.size:
-            return True
-        return any(place.get(name) is not value for place, name, value in self.had)
+        return not (
+            tuple(map(type, self.modules)) == self.kinds
+            and tuple(map(len, self.own)) == self.sizes
+            and all(map(is_, map(dict.get, self.places, self.names), self.values))
+        )
 
 
 class Guard:
@@ -114,7 +137,7 @@ class Guard:
         modules = [state.module for state in self.states]
         self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
         self.parameters = [m._parameters for m in modules if any(p is not None for p in m._parameters.values())]
-        self.uncounted = [Uncounted(module) for module in modules if not isinstance(module, Operator)]
+        self.uncounted = Uncounted(module for module in modules if not isinstance(module, Operator))
         self.hooks = [hooks for state in self.inside for hooks in _hooks(state.module)]
         self.copied = [(tensor, edits(tensor)) for tensor in copied if tensor is not None]
         self.handles, self.changes, self.recorders = -1, -1, False
@@ -144,7 +167,7 @@ class Guard:
         if torch.is_grad_enabled() and any(recorded(*own.values()) for own in self.parameters):
             return False  # a parameter is trained
         handles, changes = RemovableHandle.next_id, Changes.count
-        if handles != self.handles or changes != self.changes or any(map(Uncounted.moved, self.uncounted)):
+        if handles != self.handles or changes != self.changes or self.uncounted.moved():
             if self._listened() or not all(state.same() for state in self.states):
                 return False
             if any(state.patched() for state in self.inside) or any(classes.is_patched(s.module) for s in self.states):
