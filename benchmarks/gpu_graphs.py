@@ -44,17 +44,17 @@ class Bench:
 
     def _request(self, number: int) -> Any:
         from ktx.engine.request import Request
-        from ktx.engine.sampling import Sampling
+        from ktx.engine.sampling import SamplingParams
 
         ids = [(7 + 31 * number + 13 * j) % (self.model.config.vocab_size - 3) + 3 for j in range(self.args.prompt)]
         pages = list(range(number * self.each, (number + 1) * self.each))
-        return Request(ids, Sampling(), lambda event: None, number=number, pages=pages)
+        return Request(ids, SamplingParams(), lambda event: None, id=number, pages=pages)
 
     def _compute(self, requests: list[Any], count: int) -> tuple[list[Any], float]:
-        from ktx.engine.scheduler import Part
+        from ktx.engine.scheduler import ScheduledChunk
 
         start = time.perf_counter()
-        found = self.runner.run([Part(request, len(request.ids) - count, count) for request in requests])
+        found = self.runner.run([ScheduledChunk(request, len(request.ids) - count, count) for request in requests])
         return [found[request][-1] for request in requests], time.perf_counter() - start
 
     def steps(self, requests: list[Any], tokens: list[list[int]] | None) -> tuple[list[Any], list[float]]:

@@ -80,7 +80,7 @@ def linear_lines(qtype: QType, tokens: tuple[int, ...], repeat: int, copied: flo
     weight = matrix(qtype, ROWS, COLUMNS)
     packed = gpu_linear.pack(weight)
     copies = [packed] + [
-        gpu_linear.Packed(packed.data.clone(), qtype, ROWS, COLUMNS, 1, packed.scale)
+        gpu_linear.SoAWeight(packed.data.clone(), qtype, ROWS, COLUMNS, 1, packed.scale)
         for _ in range(STREAM // packed.nbytes)
     ]
     exact = weight.dequantize().cuda().double()

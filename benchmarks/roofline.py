@@ -28,13 +28,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-r", "--repeat", type=int, default=3, help="measurements a point, of which the median counts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the points as JSON lines too")
     args = parser.parse_args(argv)
-    from ktx.errors import nearest
+    from ktx.errors import did_you_mean
     from ktx.hardware import default_threads
     from ktx.qtypes import QTYPES
 
     unknown = [name for name in args.types if name not in QTYPES]
     if unknown:
-        parser.error(f"{unknown[0]!r} is no weight type{nearest(unknown[0], QTYPES)}")
+        parser.error(f"{unknown[0]!r} is no weight type{did_you_mean(unknown[0], QTYPES)}")
     threads = args.threads or default_threads()
     print(f"{'type':10}{'tokens':>7}{'ops/byte':>10}{'GOPS':>9}{'of the roof':>13}")
     points = [point for name in args.types for point in measure(QTYPES[name], args.tokens, threads, args.repeat)]

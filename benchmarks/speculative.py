@@ -12,7 +12,7 @@ import time
 import ktx
 import ktx.demo
 from ktx.engine.request import Finished
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 
 WAYS = (None, "prompt_lookup", "mtp")
 
@@ -37,7 +37,7 @@ def main() -> None:
             with model.ktx.engine(speculative=way, max_batch_size=1, prefix_cache=False) as engine:
                 start, done = time.perf_counter(), []
                 for prompt in prompts:  # one at a time, as one person asks
-                    events = engine.generate([prompt], Sampling(max_new_tokens=args.new))
+                    events = engine.generate([prompt], SamplingParams(max_new_tokens=args.new))
                     done += [event for _, event in events if isinstance(event, Finished)]
                 tokens = sum(event.usage.answer for event in done)
                 speeds[way].append(tokens / (time.perf_counter() - start))

@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ktx.compat import checkpoint_renaming
 from ktx.devices import Device
-from ktx.errors import BadFile, DoesNotFit, UsageError, nearest
+from ktx.errors import BadFile, DoesNotFit, UsageError, did_you_mean
 from ktx.forks import Lock
-from ktx.hardware import human, memory
+from ktx.hardware import format_bytes, memory
 from ktx.ops.base import Operator
 from ktx.ops.expert_lora import ExpertsLora
 from ktx.ops.experts import PROJECTIONS, Experts
@@ -112,7 +112,7 @@ class Adapters:
         for name, _ in uses:
             if name not in self.known:
                 there = f"; there are {', '.join(self.named)}" if self.named else "; none is loaded"
-                raise UsageError(f"no LoRA adapter is called {name!r}{nearest(name, self.named)}{there}")
+                raise UsageError(f"no LoRA adapter is called {name!r}{did_you_mean(name, self.named)}{there}")
         return uses
 
     def digest(self, uses: Uses) -> bytes:
@@ -179,7 +179,7 @@ class Adapters:
     def _unhide(self, module: nn.Module, lora: Lora) -> None:
         if not isinstance(module, Operator):
             if module not in self.hooks:
-                self.hooks[module] = module.register_forward_hook(lora.heard)
+                self.hooks[module] = module.register_forward_hook(lora.listened)
         elif "lora" not in module.__dict__:
             module.lora = lora  # type: ignore[assignment]
 
@@ -209,7 +209,9 @@ def check_memory(modules: Fitted) -> None:
     for device, need in sizes(modules).items():
         free = (device.memory if device.gpu else memory())[1]
         if need > free:
-            raise DoesNotFit(f"the adapter needs {human(need)} of memory on {device}, {human(free)} are free")
+            raise DoesNotFit(
+                f"the adapter needs {format_bytes(need)} of memory on {device}, {format_bytes(free)} are free"
+            )
 
 
 def wishes(lora: Adapted | Sequence[Adapted] | None) -> list[Wish]:
@@ -250,7 +252,7 @@ def fitted(model: Any, file: AdapterFile | GGUFAdapter) -> Fitted:
             raise BadFile(f"adapter {where}: the model has no module {path}; it was trained on another one")
         shapes, lookup = _shapes(module)
         if not shapes:
-            home = " on a GPU" if isinstance(module, Operator) and module.home.gpu else ""
+            home = " on a GPU" if isinstance(module, Operator) and module.placement.gpu else ""
             raise UsageError(f"adapter {where}: {path} ({type(module).__name__}{home}) takes no LoRA adapter; {MERGED}")
         known = [one.shape if not one.projection else (one.projection, one.shape) for one in matrices]
         if len(set(known)) < len(known) or any(
@@ -339,7 +341,7 @@ def _shapes(module: Any) -> tuple[Collection[Any], bool]:
     """Of the weights that adapters can be added to here, and whether that is a lookup of tokens; none where they cannot."""
     if isinstance(module, MLA):
         rows = module.num_heads * (module.qk_nope_head_dim + module.v_head_dim)
-        return ([] if module.home.gpu else [(rows, module.kv_lora_rank)]), False
+        return ([] if module.placement.gpu else [(rows, module.kv_lora_rank)]), False
     if isinstance(module, Experts):
         return module.adapted_shapes(), False
     if isinstance(module, nn.Embedding):

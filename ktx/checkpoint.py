@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ktx.errors import DoesNotFit, UsageError
-from ktx.filling import Tally, progress_bar
+from ktx.filling import ProgressSink, progress_bar
 
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"} | {
     torch.int64: "I64",
@@ -76,7 +76,7 @@ class Folder:
         pieces: Pieces,
         metadata: Callable[[Iterable[str]], dict[str, str]],
         remedy: str,
-        progress: bool | Tally,
+        progress: bool | ProgressSink,
     ) -> None:
         """All tensors of `places`, then what else a model has. `metadata` is of a file with these tensors. DoesNotFit, with the remedy, where the disk has too little space; the folder is then as it was."""
         stem = f"model.{self.variant}" if self.variant else "model"

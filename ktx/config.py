@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ktx.errors import UsageError, nearest
+from ktx.errors import UsageError, did_you_mean
 from ktx.hardware import ISAS
 
 
@@ -75,7 +75,7 @@ def environment(name: str, environ: Mapping[str, str] = os.environ) -> object:
         return variable.default
     if name in ALLOWED and not re.fullmatch(ALLOWED[name][0], text):
         raise UsageError(
-            f"{name}={text} is not known: use {ALLOWED[name][1]}{nearest(text, ISAS) if name == 'KTX_ISA' else ''}"
+            f"{name}={text} is not known: use {ALLOWED[name][1]}{did_you_mean(text, ISAS) if name == 'KTX_ISA' else ''}"
         )
     return variable.kind(text)
 
@@ -86,4 +86,4 @@ def check_environment(environ: Mapping[str, str] = os.environ) -> None:
         if name in VARIABLES:
             environment(name, environ)
         elif name.startswith("KTX_"):
-            warnings.warn(f"the environment variable {name} is not known{nearest(name, VARIABLES)}", stacklevel=2)
+            warnings.warn(f"the environment variable {name} is not known{did_you_mean(name, VARIABLES)}", stacklevel=2)

@@ -26,7 +26,7 @@ DEVICE = re.compile(r"cpu|cuda(?::\d{1,3})?")
 
 
 @dataclass(frozen=True)
-class Place:
+class PlacementEntry:
     """Modules whose path `pattern` finds are on `device`: cpu, cuda (the GPU of the module around it, or the first) or cuda:N.
 
     For the key `all` there may be several GPUs with commas between them: layers are split among them. `where` begins messages.
@@ -49,7 +49,7 @@ class Place:
 
 def place(
     key: str, device: str | Sequence[str], where: str = "devices", asked: bool = False, implied: bool = False
-) -> Place:
+) -> PlacementEntry:
     """An entry of a map. UsageError, beginning with `where`, for a key or a device that cannot be meant."""
     text = device if isinstance(device, str) else ",".join(device)
     names = [name.strip() for name in text.split(",")]
@@ -61,16 +61,16 @@ def place(
             raise UsageError(f"{where}: {key!r} is on one device; only `all` is split among several")
         if "cpu" in names or "cuda" in names or len(set(names)) < len(names):
             raise UsageError(f"{where}: layers are split among different GPUs, as in cuda:0,cuda:1; found {text!r}")
-    return Place(key, _pattern(key, where), ",".join(names), where, asked, implied)
+    return PlacementEntry(key, _pattern(key, where), ",".join(names), where, asked, implied)
 
 
-def share(key: str, count: object, where: str = "gpu_experts") -> Place:
+def share(key: str, count: object, where: str = "gpu_experts") -> PlacementEntry:
     """An entry for the experts of all layers (`all`), of a range (`layers 3-9`), or of modules that a regular expression finds. UsageError as `place`."""
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise UsageError(f"{where}: must be a number of a layer's experts, 0 or more; found {count!r}")
     word, _, numbers = key.partition(" ")
     key = "experts" if key == "all" else f"experts {numbers}" if word == "layers" and numbers else key
-    return Place(key, _pattern(key, where), "", where, experts=count)
+    return PlacementEntry(key, _pattern(key, where), "", where, experts=count)
 
 
 def streaming(wish: object, where: str = "stream_experts") -> int | None:
@@ -124,13 +124,13 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def arranged(
-    file: Sequence[Place],
+    file: Sequence[PlacementEntry],
     device: str | Sequence[str] | None = None,
     moe_device: str | None = None,
     shared_device: str | None = None,
     devices: Mapping[str, str | Sequence[str]] | None = None,
     gpu_experts: int | None = None,
-) -> list[Place]:
+) -> list[PlacementEntry]:
     """A file's map with what options say before it. `device` takes the whole map's place, and leaves the routed experts on the CPU unless something else is said of them."""
     found = [place(key, value, f"devices, {key}", asked=True) for key, value in (devices or {}).items()]
     if gpu_experts is not None:
@@ -150,9 +150,9 @@ def arranged(
     return [*found, everything]
 
 
-def split(places: Sequence[Place], layers: Sequence[int]) -> list[Place]:
+def split(places: Sequence[PlacementEntry], layers: Sequence[int]) -> list[PlacementEntry]:
     """The map with one GPU in every entry: `layers[i]` is which of the several GPUs layer i is on, in rising order."""
-    found: list[Place] = []
+    found: list[PlacementEntry] = []
     for entry in places:
         several = entry.several
         if several:

@@ -69,7 +69,7 @@ class QueueFull(Overloaded):
     code = "queue_full"
 
 
-def nearest(word: str, known: object) -> str:
+def did_you_mean(word: str, known: object) -> str:
     """ " (did you mean 'x'?)" for the known name closest to `word`, or the empty string."""
     from difflib import get_close_matches
 

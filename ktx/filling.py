@@ -14,7 +14,7 @@ from torch import nn
 from ktx.compat import dtype_plan
 from ktx.errors import BadFile
 from ktx.inject import Plan
-from ktx.kernels.kept import Origin, Store, loading
+from ktx.kernels.kept import Origin, PackedCache, loading
 from ktx.ops.base import Operator
 from ktx.ops.embed import Embedding
 from ktx.ops.linear import Linear
@@ -22,14 +22,14 @@ from ktx.ops.tied import Tied
 from ktx.weights.source import WeightSource
 
 
-def fill(
+def load_weights(
     model: nn.Module,
     made: Plan,
     source: WeightSource,
     dtype: torch.dtype,
     threads: int,
     advance: Callable[[int], None],
-    store: Store | None = None,
+    store: PackedCache | None = None,
     origin: Origin | None = None,
 ) -> None:
     """Every step in file order on `threads` threads; the first error stops the rest."""
@@ -99,7 +99,7 @@ def _dtype_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dty
     return dtype_for
 
 
-def repair(model: Any, made: Plan) -> None:
+def init_missing_buffers(model: Any, made: Plan) -> None:
     """What no file holds: rotary tables and other computed buffers, by transformers' own initialiser, then to their module's device; after that nothing may be left on meta."""
     for path, module in model.named_modules():
         meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -145,7 +145,7 @@ def _is_unknown(buffer: Any) -> bool:
     return bool(buffer.is_floating_point() and buffer.isnan().any())
 
 
-class Tally(Protocol):
+class ProgressSink(Protocol):
     """Whoever else wants to know how many bytes have been read."""
 
     total: int
@@ -155,7 +155,7 @@ class Tally(Protocol):
 
 
 @contextmanager
-def progress_bar(total: int, show: bool | Tally, word: str = "loading") -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, show: bool | ProgressSink, word: str = "loading") -> Iterator[Callable[[int], None]]:
     """One bar in bytes with GB/s and the time left on a terminal; nothing elsewhere. A Tally is told beside it."""
     if not isinstance(show, bool):
         show.total = total

@@ -13,11 +13,11 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from ktx.cache.kv import PLAIN, KVType, stored_row
-from ktx.cache.pages import PAGE, SNAPSHOTS
+from ktx.cache.pages import PAGE_TOKENS, SNAPSHOTS
 from ktx.inject import Plan, Step, layer_of
 from ktx.kernels import cpu
 from ktx.kernels.rearrange import UNDO
-from ktx.ops.base import made_from
+from ktx.ops.base import target_qtype
 from ktx.ops.experts import Experts
 from ktx.ops.linear import Linear
 from ktx.ops.mla import MLA
@@ -51,7 +51,7 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class Part:
+class ModuleMemory:
     """A module with weights: its bytes on the CPU and on a GPU. Of experts, `top` of `experts` are chosen for a token."""
 
     path: str
@@ -71,7 +71,7 @@ class Part:
     def on(self, gpu: bool) -> Bytes:
         return self.gpu if gpu else self.cpu
 
-    def of(self, count: int) -> Part:
+    def of(self, count: int) -> ModuleMemory:
         """So many of the experts, of which a token chooses as many as their share is."""
         here, there = (
             (size.held * count // self.experts, size.read * count // self.experts) for size in (self.cpu, self.gpu)
@@ -87,7 +87,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KVMemory:
     """What a layer's attention keeps of sequences: pools of so many columns for a position and head, or a state of `state` bytes each.
 
     `queries` heads attend, of a latent to itself; MLA expands a position to `expanded` columns for a prompt.
@@ -111,16 +111,16 @@ class Kept:
 
     def nbytes(self, context: int, batch: int, store: KVType, gpu: bool) -> int:
         """For `batch` sequences of `context` positions in whole pages; of states those kept for shared beginnings too."""
-        pages = batch * -(-context // PAGE)
-        return pages * PAGE * self.row(store, gpu) + (self.state * (batch + SNAPSHOTS) if self.state else 0)
+        pages = batch * -(-context // PAGE_TOKENS)
+        return pages * PAGE_TOKENS * self.row(store, gpu) + (self.state * (batch + SNAPSHOTS) if self.state else 0)
 
 
 @dataclass(frozen=True)
 class Footprint:
     """A model as its headers and its configuration tell it."""
 
-    parts: list[Part]
-    kept: list[Kept]
+    parts: list[ModuleMemory]
+    kept: list[KVMemory]
     hidden: int
     vocabulary: int
 
@@ -173,7 +173,7 @@ def group_of(path: str) -> str:
 # ---- weights
 
 
-def _part(step: Step, module: nn.Module, plan: Plan, source: WeightSource) -> Part | None:
+def _part(step: Step, module: nn.Module, plan: Plan, source: WeightSource) -> ModuleMemory | None:
     """None for a module without weights."""
     own = {f"{step.path}.{name}" for name, _ in _tensors(module)}
     floats = sum(prod(spec.shape) for spec in step.specs if _plain(spec, own, step))
@@ -199,7 +199,7 @@ def _part(step: Step, module: nn.Module, plan: Plan, source: WeightSource) -> Pa
         rows = step.specs[0].shape[0]
         cpu_size, gpu_size = Bytes(here, here // rows), Bytes(there, there // rows)
     experts, top = (module.num_experts, min(module.top, module.num_experts)) if isinstance(module, Experts) else (0, 0)
-    return Part(
+    return ModuleMemory(
         step.path,
         group_of(step.path),
         layer_of(step.path),
@@ -229,9 +229,9 @@ def _matrices(step: Step, spec: TensorSpec, source: WeightSource) -> Iterator[Ma
     files = source.specs(spec.name)
     types = {file.qtype.name for file in files}
     if len(types) == 1:
-        yield made_from(spec, step.target) or spec.qtype, spec.shape
+        yield target_qtype(spec, step.target) or spec.qtype, spec.shape
     elif step.new == "Linear" and sum(file.shape[0] for file in files) == spec.shape[0]:
-        yield from ((made_from(file, step.target) or file.qtype, file.shape) for file in files)
+        yield from ((target_qtype(file, step.target) or file.qtype, file.shape) for file in files)
     else:
         yield QTYPES["F32"], spec.shape
 
@@ -274,21 +274,21 @@ def columns_of(module: nn.Module) -> int:
 # ---- keys, values and states
 
 
-def _pools(path: str, module: Any, config: Any) -> Kept:
+def _pools(path: str, module: Any, config: Any) -> KVMemory:
     if isinstance(module, MLA):
         columns, expanded = (module.kv_lora_rank, module.qk_rope_head_dim), module.qk_nope_head_dim + module.v_head_dim
-        return Kept(path, module.layer_idx, 1, columns, 0, module.num_heads, True, module.num_heads * expanded)
+        return KVMemory(path, module.layer_idx, 1, columns, 0, module.num_heads, True, module.num_heads * expanded)
     queries = int(config.num_attention_heads)
     if hasattr(module, "kv_lora_rank"):  # transformers' own, which keeps every head
-        return Kept(path, module.layer_idx, queries, (module.qk_head_dim, module.v_head_dim), 0, queries)
+        return KVMemory(path, module.layer_idx, queries, (module.qk_head_dim, module.v_head_dim), 0, queries)
     width = int(getattr(module, "head_dim", None) or config.hidden_size // queries)
     heads = int(getattr(config, "num_key_value_heads", None) or queries)
-    return Kept(path, module.layer_idx, heads, (width, width), 0, queries)
+    return KVMemory(path, module.layer_idx, heads, (width, width), 0, queries)
 
 
-def _state(path: str, module: Any) -> Kept:
+def _state(path: str, module: Any) -> KVMemory:
     """A gated delta net's: the last inputs of its convolution, and a matrix a head, in f32."""
     last = getattr(module, "conv_dim", 0) * getattr(module, "conv_kernel_size", 0)
     heads = getattr(module, "num_v_heads", 0)
     matrix = heads * getattr(module, "head_k_dim", 0) * getattr(module, "head_v_dim", 0)
-    return Kept(path, module.layer_idx, state=FLOAT * (last + matrix))
+    return KVMemory(path, module.layer_idx, state=FLOAT * (last + matrix))

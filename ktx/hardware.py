@@ -138,7 +138,7 @@ def amx_permitted() -> bool:
     return ctypes.CDLL(None).syscall(158, 0x1023, 18) == 0
 
 
-def second_opinion() -> str:
+def cpufeature_flags() -> str:
     """What the cpufeature package says of the CPU, or how to get it."""
     import importlib.util
 
@@ -221,7 +221,7 @@ def _first_line(path: Path, default: str) -> str:
         return default
 
 
-def human(nbytes: float) -> str:
+def format_bytes(nbytes: float) -> str:
     """Bytes for people: 1.5 GB, by powers of 1000 as disks and downloads count."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 999.5 or unit == "GB":
@@ -233,7 +233,7 @@ def human(nbytes: float) -> str:
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
-def keep_freed_memory() -> bool:
+def tune_malloc() -> bool:
     """Tells glibc's malloc to keep what is freed, up to a gigabyte, for the next request. False when the environment has settled that.
 
     Activations of a few megabytes come and go thousands of times in a prompt. By default each is mapped anew, and the system clears every page

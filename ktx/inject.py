@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktx.device_map import Place, spans
+from ktx.device_map import PlacementEntry, spans
 from ktx.devices import CPU, Device, device_of, gpus
-from ktx.errors import BadFile, UsageError, nearest
-from ktx.hardware import human
-from ktx.ops.base import Context, Operator, made_from, on_gpu, resolve
+from ktx.errors import BadFile, UsageError, did_you_mean
+from ktx.hardware import format_bytes
+from ktx.ops.base import Context, Operator, on_gpu, resolve, target_qtype
 from ktx.ops.experts import Experts
 from ktx.ops.moe import MoE
 from ktx.rules import Rule, Rules
@@ -62,7 +62,7 @@ class Step:
 
     def packed(self, spec: TensorSpec) -> int:
         """Bytes of a tensor once an operator has packed it."""
-        made = made_from(spec, self.target) if len(spec.shape) > 1 else None
+        made = target_qtype(spec, self.target) if len(spec.shape) > 1 else None
         return spec.nbytes if made is None else prod(spec.shape) // made.block * made.nbytes
 
     @property
@@ -70,7 +70,7 @@ class Step:
         """Names of the types, the one with the most bytes first."""
         nbytes: Counter[str] = Counter()
         for spec in self.specs:
-            made = made_from(spec, self.target) if len(spec.shape) > 1 else None
+            made = target_qtype(spec, self.target) if len(spec.shape) > 1 else None
             nbytes[spec.qtype.name + (f">{made.name}" if made else "")] += spec.nbytes
         return "+".join(name for name, _ in nbytes.most_common())
 
@@ -121,7 +121,7 @@ class Plan(list[Step]):
         modules = {step.path for step in self if step.tensors} | {key.rpartition(".")[0] for key in read}
         return unread(self.source, Reads(read, modules), self.ignored)
 
-    def tell(self) -> None:
+    def log(self) -> None:
         """Warns of tensors that are left out."""
         if left := line(self.unread):
             warnings.warn(f"{self.source.path}: {left}", stacklevel=3)
@@ -148,7 +148,7 @@ class Plan(list[Step]):
                 step.new or "(kept)",
                 step.device,
                 step.types,
-                human(step.nbytes) if step.nbytes else "",
+                format_bytes(step.nbytes) if step.nbytes else "",
                 _short(step.rule),
             )
             for path, step in (_folded(self) if fold else ((step.path, step) for step in self))
@@ -160,9 +160,9 @@ class Plan(list[Step]):
             ).rstrip()
             for row in [head, *rows]
         ]
-        totals = [f"total {device}: {human(nbytes)}" for device, nbytes in sorted(self.totals().items())]
+        totals = [f"total {device}: {format_bytes(nbytes)}" for device, nbytes in sorted(self.totals().items())]
         totals += [
-            f"adapter {name} on {device}: {human(nbytes)}"
+            f"adapter {name} on {device}: {format_bytes(nbytes)}"
             for name, sizes in self.adapters.items()
             for device, nbytes in sizes.items()
         ]
@@ -232,14 +232,14 @@ def inject(
     kv_dtype: torch.dtype | str | None = None,
     tell_unmatched: bool = True,
     targets: Mapping[str, str | None] = MappingProxyType({}),
-    places: Sequence[Place] = (),
+    places: Sequence[PlacementEntry] = (),
 ) -> Plan:
     """Replaces modules of a model on the meta device, top down on the new tree, and returns the plan.
 
     A rule that matches nothing is told by a warning, unless nobody asked for these rules. `targets`: by operator, what float weights become.
     `places`: where modules are whose rule says nothing of it, one GPU in each.
     """
-    walk = _Walk(model, rules, config, dtype, kv_dtype)
+    walk = _Injector(model, rules, config, dtype, kv_dtype)
     walk.targets, walk.places = targets, [entry for entry in places if entry.experts is None]
     walk.shares = [entry for entry in places if entry.experts is not None]
     walk.visit("", model, CPU)
@@ -252,12 +252,12 @@ def inject(
     for rule in walk.plan.unmatched if tell_unmatched else ():
         pattern = rule.name.pattern if rule.name else rule.cls
         unknown = rule.cls.rpartition(".")[2] if rule.cls else ""
-        hint = nearest(unknown, sorted(walk.classes)) if unknown and unknown not in walk.classes else ""
+        hint = did_you_mean(unknown, sorted(walk.classes)) if unknown and unknown not in walk.classes else ""
         warnings.warn(f"{rule.where}: the rule for {pattern!r} matched no module{hint}", stacklevel=2)
     return walk.plan
 
 
-class _Walk:
+class _Injector:
     def __init__(
         self,
         model: nn.Module,
@@ -269,8 +269,8 @@ class _Walk:
         self.model, self.rules, self.config, self.dtype, self.kv_dtype = model, rules, config, dtype, kv_dtype
         self.plan, self.hits = Plan(), set[int]()
         self.targets: Mapping[str, str | None] = {}
-        self.places: Sequence[Place] = ()
-        self.shares: Sequence[Place] = ()
+        self.places: Sequence[PlacementEntry] = ()
+        self.shares: Sequence[PlacementEntry] = ()
         self.unshared: dict[str, int] = {}  # who asked for experts on a GPU: how many, 0 when there are some
         self.found, self.told = set[int](), set[str]()
         self.classes = {type(module).__name__ for module in model.modules()}
@@ -306,14 +306,18 @@ class _Walk:
         if not count:
             return
         self.unshared.setdefault(where, count)
-        if new.home.gpu or not around.gpu or not isinstance(self.model.get_submodule(path.rpartition(".")[0]), MoE):
+        if (
+            new.placement.gpu
+            or not around.gpu
+            or not isinstance(self.model.get_submodule(path.rpartition(".")[0]), MoE)
+        ):
             return
         self.unshared[where] = 0
         kwargs = {key: value for key, value in rule.kwargs.items() if key != "gpu_experts"}
         beside = self.replaced(path, old, replace(rule, kwargs=kwargs), around)
         assert isinstance(beside, Experts)
         try:
-            new.share(beside, count)
+            new.split_to_gpu(beside, count)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
 
@@ -365,9 +369,9 @@ class _Walk:
             )
         except (UsageError, NotImplementedError) as error:
             raise UsageError(f"{rule.where}: {error}") from error
-        new.path, new.home = path, device  # an operator written in ten lines need not remember it
+        new.path, new.placement = path, device  # an operator written in ten lines need not remember it
         if cls.__name__ in self.targets:
-            new.target = self.targets[cls.__name__]
+            new.quant_target = self.targets[cls.__name__]
         return new
 
     def step(self, path: str, old: str, module: nn.Module, rule: Rule | None, device: Device) -> None:
@@ -388,7 +392,7 @@ class _Walk:
             shapes |= getattr(module, "shapes", dict)()
         if tensors or isinstance(module, Operator):
             new = type(module).__name__ if rule is not None and rule.replace else ""
-            target = module.target if isinstance(module, Operator) else None
+            target = module.quant_target if isinstance(module, Operator) else None
             share = Fraction(module.num_experts, module.total) if isinstance(module, Experts) else Fraction(1)
             self.plan.append(Step(path, old, new, rule, str(device), tensors, shapes, target=target, share=share))
 
@@ -408,7 +412,7 @@ def check_kwargs(cls: type[Operator], rule: Rule) -> None:
         if key not in options:
             known = " ".join(options) or "none"
             raise UsageError(
-                f"{rule.where}: {cls.__name__} has no option {key!r}{nearest(key, options)}; its options: {known}"
+                f"{rule.where}: {cls.__name__} has no option {key!r}{did_you_mean(key, options)}; its options: {known}"
             )
         default = options[key].default
         if isinstance(default, (bool, int, float, str)) and not _same_kind(value, default):

@@ -83,11 +83,11 @@ def translate(rule: Rule) -> Rule:
 
 
 def _translated(rule: Rule, cls: str | None) -> Rule:
-    from ktx.errors import UsageError, nearest
+    from ktx.errors import UsageError, did_you_mean
 
     name = (rule.replace or "").rpartition(".")[2]
     if name and name not in OPERATORS:
-        raise UsageError(f"{rule.where}: KTransformers' {name} is not known here{nearest(name, OPERATORS)}")
+        raise UsageError(f"{rule.where}: KTransformers' {name} is not known here{did_you_mean(name, OPERATORS)}")
     operator = OPERATORS.get(name)
     kwargs: dict[str, Any] = {}
     for key, value in rule.kwargs.items():

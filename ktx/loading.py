@@ -23,11 +23,11 @@ from ktx.defaults import torch_defaults
 from ktx.device_map import streaming
 from ktx.devices import CPU, PRETEND, Device
 from ktx.errors import DoesNotFit, UsageError
-from ktx.filling import Tally, fill, progress_bar, repair
-from ktx.hardware import human, keep_freed_memory, memory
+from ktx.filling import ProgressSink, init_missing_buffers, load_weights, progress_bar
+from ktx.hardware import format_bytes, memory, tune_malloc
 from ktx.inject import Plan
 from ktx.kernels import cpu
-from ktx.kernels.kept import Store, open_store
+from ktx.kernels.kept import PackedCache, open_store
 from ktx.model import become
 from ktx.ops import crossing, deferral, layer
 from ktx.ops import mtp as mtp_layer
@@ -36,7 +36,7 @@ from ktx.ops.base import COMPUTED, Operator
 from ktx.ops.experts import of_layers
 from ktx.ops.sizes import sizes as own_sizes
 from ktx.placement import RESERVE, SLACK
-from ktx.preparing import placed_by, prepare, targets_of
+from ktx.preparing import placement_options, prepare, targets_of
 from ktx.reloading import Files, Recipe
 from ktx.rules import Rule
 from ktx.selftest import SelfTest
@@ -50,7 +50,7 @@ def _nobody() -> None:
 
 
 @dataclass
-class Handle:
+class LoadInfo:
     """What `model.ktx` holds: how the model was made."""
 
     plan: Plan
@@ -72,7 +72,7 @@ class Handle:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"model": _nobody}  # ktx.model gives a copy its own
 
-    def of(self, model: nn.Module) -> Handle:
+    def of(self, model: nn.Module) -> LoadInfo:
         """The same for a copy of the model."""
         return replace(self, model=weakref.ref(model))
 
@@ -100,9 +100,9 @@ class Handle:
         """The adapters whose sum counts from now on, in `generate`, in forwards, and in an engine's requests that name none; without names: none of them."""
         self.adapters.use(names)
 
-    def activity(self) -> dict[str, cpu.Counted]:
+    def activity(self) -> dict[str, cpu.ExpertStats]:
         """By module path, what the experts have done since the model was loaded."""
-        return {path: cpu.Counted.read(module.counted()) for path, module in of_layers(self.model())}
+        return {path: cpu.ExpertStats.read(module.counted()) for path, module in of_layers(self.model())}
 
     @property
     def load_speed(self) -> float:
@@ -123,7 +123,7 @@ def load(
     moe_dtype: str | None = None,
     moe_experts: int | None = None,
     trust_remote_code: bool = False,
-    progress: bool | Tally = True,
+    progress: bool | ProgressSink = True,
     cache_dir: str | Path | None = None,
     mtp: bool = False,
     defer_experts: int = 0,
@@ -164,11 +164,11 @@ def load(
     files_of_adapters = [read(wish) for wish in wishes(lora)]
     streaming(stream_experts)
     selftest.asked(self_test)
-    team = cpu.team_of(threads)
+    team = cpu.pool_size(threads)
     cpu.ops.set_threads(team)
     kv_dtype = kv_type(kv_dtype)
     targets = targets_of(weight_dtype, moe_dtype)
-    placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
+    placed = placement_options(device, moe_device, shared_device, devices, gpu_experts)
     model = located(model, not weights)
     with notes.heard() as warned:
         built, made, source, dtype = prepare(
@@ -178,7 +178,7 @@ def load(
     made.check(source)
     adapters = [(file.adapter, fitted(built, file)) for file in files_of_adapters]
     made.adapters = {adapter.name: sizes(modules) for adapter, modules in adapters}
-    made.tell()
+    made.log()
     _check_pretence(made)
     if kv_dtype == FP8:
         _check_fp8(made)
@@ -206,14 +206,14 @@ def load(
     store = None if cache_dir is None else store_of(cache_dir, made, source)
     with progress_bar(sum(step.nbytes for step in made), progress) as advance:
         try:
-            fill(built, made, source, dtype, team, advance, store, files)
+            load_weights(built, made, source, dtype, team, advance, store, files)
         except BaseException:
             if store is not None:
-                store.drop()
+                store.abort()
             raise
-    if store is not None and (trouble := store.finish()):
+    if store is not None and (trouble := store.commit()):
         warnings.warn(trouble, stacklevel=2)
-    repair(built, made)
+    init_missing_buffers(built, made)
     for module in reversed(list(built.modules())):  # children before their parents
         if isinstance(module, Operator):
             module.enliven()
@@ -224,13 +224,13 @@ def load(
         beside = mtp_layer.detach(built)
         homes |= dict.fromkeys((beside, beside.layers), homes[beside.layer])
     crossing.install(built, homes, dtype)
-    layer.join(built)
+    layer.group_layers(built)
     _stream_experts(built, made, made.stream_experts if stream_experts is None else stream_experts)
-    keep_freed_memory()  # from here on: what loading borrowed has gone back
+    tune_malloc()  # from here on: what loading borrowed has gone back
     become(built)
     own = own_sizes(built)
     counts: Any = built.config
-    handle = built.ktx = Handle(
+    handle = built.ktx = LoadInfo(
         made,
         source.path,
         time.perf_counter() - start,
@@ -270,7 +270,7 @@ def _stream_experts(built: nn.Module, made: Plan, wish: int | str | None) -> Non
         importlib.import_module("ktx.ops.gpu.streaming").install(built, wish)
 
 
-def store_of(folder: str | Path, made: Plan, source: WeightSource) -> Store:
+def store_of(folder: str | Path, made: Plan, source: WeightSource) -> PackedCache:
     """The packed weights of this plan on disk, or the place where they will be."""
     path = Path(source.path)
     name = path.stem if path.is_file() else path.name
@@ -330,13 +330,13 @@ def check_memory(made: Plan) -> None:
     need, (total, available) = memory_needed(made), memory()
     if need > available:
         raise DoesNotFit(
-            f"the weights need {human(need)} of memory, {human(available)} of {human(total)} are free; close programs or take a smaller quant"
+            f"the weights need {format_bytes(need)} of memory, {format_bytes(available)} of {format_bytes(total)} are free; close programs or take a smaller quant"
         )
     for device in sorted({device for device in made.devices.values() if device.gpu}, key=str):
         need, (total, available) = memory_needed(made, device), device.memory
         if need > available:
             raise DoesNotFit(
-                f"{device}: the weights need {human(need)} of memory, {human(available)} of {human(total)} are free; put less on it or take a smaller quant"
+                f"{device}: the weights need {format_bytes(need)} of memory, {format_bytes(available)} of {format_bytes(total)} are free; put less on it or take a smaller quant"
             )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ktx import training
 from ktx.errors import UsageError
-from ktx.filling import Tally
+from ktx.filling import ProgressSink
 from ktx.ops import classes, layer
 from ktx.ops.base import Operator, unpack
 from ktx.ops.embed import Embedding
@@ -77,7 +77,7 @@ class Model(PreTrainedModel):
         *,
         dtype: torch.dtype | None = None,
         packed: bool = False,
-        progress: bool | Tally = True,
+        progress: bool | ProgressSink = True,
         **kwargs: Any,
     ) -> None:
         """As transformers', in floats of `dtype` (see ktx.saving.save), or `packed`: each weight in the type that it has in memory, for ktx.load (ktx.saving_packed.save_packed).
@@ -144,14 +144,14 @@ class Model(PreTrainedModel):
         for module in reversed(list(self.modules())):  # children before their parents
             if isinstance(module, Operator):
                 module.remake()
-        layer.join(self)
+        layer.group_layers(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for module in self.modules():  # before one of them is changed
             if isinstance(module, Operator):
                 module.cast_by(fn)
         done = super()._apply(fn, recurse)
-        layer.join(self)
+        layer.group_layers(self)
         return done
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

@@ -14,10 +14,10 @@ from torch import nn
 
 import ktx
 from ktx.devices import Device
-from ktx.hardware import human
+from ktx.hardware import format_bytes
 from ktx.inject import Plan
 from ktx.kernels import cpu
-from ktx.ops.base import made_from
+from ktx.ops.base import target_qtype
 from ktx.rules import FILES, Rules
 
 log = logging.getLogger("ktx.notes")
@@ -98,7 +98,7 @@ def notes_of(
     """Notes on a model as its rules have made it; what its options ask for stands beside what they do."""
     kind = str(model.config.model_type)  # type: ignore[union-attr]
     found = []
-    if not rules.asked and kind not in FILES:
+    if not rules.explicit and kind not in FILES:
         found.append(
             Note(
                 "generic",
@@ -130,7 +130,7 @@ def _kept(plan: Plan) -> Iterator[Note]:
         if nbytes > SMALL * total:
             yield Note(
                 "kept",
-                f"{len(steps)} {name} ({steps[0].path}) stay plain torch: {human(nbytes)} in f32, which no kernel of ours computes",
+                f"{len(steps)} {name} ({steps[0].path}) stay plain torch: {format_bytes(nbytes)} in f32, which no kernel of ours computes",
             )
 
 
@@ -138,7 +138,7 @@ def _dropped(plan: Plan, targets: Mapping[str, str | None], kv_dtype: object) ->
     """Options and variables that do nothing here, or not what they say."""
     for operator, target in targets.items():
         specs = [spec for step in plan if step.target == target for spec in step.specs if len(spec.shape) > 1]
-        if target and not any(made_from(spec, target) for spec in specs):
+        if target and not any(target_qtype(spec, target) for spec in specs):
             yield Note(
                 "flag",
                 f"{operator} weights should become {target}, but none is a float that could: they stay as the file has them",

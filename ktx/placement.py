@@ -16,10 +16,10 @@ import torch
 
 from ktx import scratch
 from ktx.cache.kv import KVType
-from ktx.device_map import Place, spans
+from ktx.device_map import PlacementEntry, spans
 from ktx.errors import UsageError
-from ktx.footprint import EMBEDDING, EXPERTS, GROUPS, OUTPUT, Footprint, Kept, Part
-from ktx.kernels.speed import LINK, copying_pays_from
+from ktx.footprint import EMBEDDING, EXPERTS, GROUPS, OUTPUT, Footprint, KVMemory, ModuleMemory
+from ktx.kernels.speed import DEFAULT_PCIE_GB_S, min_tokens_to_stream
 from ktx.ops.gpu.handover import SLOTS
 from ktx.rules import Rule
 
@@ -63,7 +63,7 @@ class Speeds:
     gpu: float
     cpu_from: str = "given"
     gpu_from: str = "given"
-    link: float = LINK
+    link: float = DEFAULT_PCIE_GB_S
     link_from: str = "assumed"
     rate: float = 0.0
 
@@ -88,7 +88,7 @@ class Placement:
         """The devices: the CPU first."""
         return [CPU, *self.budget.gpus]
 
-    def device(self, part: Part | Kept) -> str:
+    def device(self, part: ModuleMemory | KVMemory) -> str:
         group = getattr(part, "group", "")
         if part.pinned:
             return CPU
@@ -98,7 +98,7 @@ class Placement:
             return CPU
         return self.home(part)
 
-    def home(self, part: Part | Kept) -> str:
+    def home(self, part: ModuleMemory | KVMemory) -> str:
         """Where a part's layer is."""
         if part.layer is not None:
             return self.layers[part.layer] if part.layer < len(self.layers) else self.last
@@ -112,10 +112,10 @@ class Placement:
     @cached_property
     def devices(self) -> dict[str, str]:
         """By module path."""
-        return {part.path: device for part, device in self.lying}
+        return {part.path: device for part, device in self.placed_bytes}
 
     @cached_property
-    def lying(self) -> list[tuple[Part, str]]:
+    def placed_bytes(self) -> list[tuple[ModuleMemory, str]]:
         """What lies where; experts of which a share is on their layer's GPU are two parts."""
         found = []
         for part in self.model.parts:
@@ -133,7 +133,7 @@ class Placement:
         found: dict[str, Counter[str]] = {
             name: Counter() for name in [*(group for group, _ in GROUPS), KV, SCRATCH, SYSTEM]
         }
-        for part, device in self.lying:
+        for part, device in self.placed_bytes:
             found[part.group][device] += part.on(device != CPU).held
         for layer in self.model.kept:
             found[KV][self.device(layer)] += self.kv(layer)
@@ -143,13 +143,13 @@ class Placement:
             found[SYSTEM][device] = int(SLACK * weights) + RESERVE if device == CPU else CONTEXT
         return {group: dict(bytes_of) for group, bytes_of in found.items()}
 
-    def kv(self, layer: Kept) -> int:
+    def kv(self, layer: KVMemory) -> int:
         budget = self.budget
         return layer.nbytes(budget.context, budget.batch, budget.kv, self.device(layer) != CPU)
 
     def scratch(self, device: str) -> int:
         """Of a chunk of a prompt, or of a token of each sequence."""
-        parts = [part for part, where in self.lying if where == device]
+        parts = [part for part, where in self.placed_bytes if where == device]
         kept = [layer for layer in self.model.kept if self.device(layer) == device]
         budget, tokens, gpu = self.budget, max(self.budget.chunk, self.budget.batch), device != CPU
         need = scratch.activations(self.model, parts, tokens, gpu) if parts else 0
@@ -163,20 +163,22 @@ class Placement:
             need += scratch.streamed(self.streamed(device)) if self.stream else 0
         return need
 
-    def streamed(self, device: str) -> list[Part]:
+    def streamed(self, device: str) -> list[ModuleMemory]:
         """The experts on the CPU of layers on a GPU."""
-        return [part for part, where in self.lying if part.experts and where == CPU and self.home(part) == device]
+        return [
+            part for part, where in self.placed_bytes if part.experts and where == CPU and self.home(part) == device
+        ]
 
     def total(self, device: str) -> int:
         return sum(of.get(device, 0) for of in self.bytes.values())
 
-    def over(self) -> dict[str, int]:
+    def exceeded(self) -> dict[str, int]:
         """Bytes that devices lack."""
         lacks = {device: self.total(device) - self.budget.of(device) for device in self.names}
         return {device: lack for device, lack in lacks.items() if lack > 0}
 
     @property
-    def away(self) -> set[tuple[int, str]]:
+    def off_device_bytes(self) -> set[tuple[int, str]]:
         """Layers, and which groups of theirs are on the CPU."""
         parts = [(part.layer, part.group) for part in self.model.parts if self.device(part) == CPU]
         return {(layer, group) for layer, group in parts if layer is not None}
@@ -186,14 +188,14 @@ class Placement:
     def reads(self, device: str) -> int:
         """Bytes that a token of each sequence makes a device read, at the end of its context."""
         budget, gpu = self.budget, device != CPU
-        weights = sum(part.read(budget.batch, gpu) for part, where in self.lying if where == device)
+        weights = sum(part.read(budget.batch, gpu) for part, where in self.placed_bytes if where == device)
         kept = [layer for layer in self.model.kept if self.device(layer) == device]
         past = sum(layer.row(budget.kv, gpu) * budget.context + 2 * layer.state for layer in kept)
         return weights + past * budget.batch
 
     def crossings(self) -> int:
         """How often hidden states change their device for a token."""
-        path, away = [self.embedding], Counter(layer for layer, _ in self.away)
+        path, away = [self.embedding], Counter(layer for layer, _ in self.off_device_bytes)
         for layer, device in enumerate(self.layers):
             path += [device, *[CPU, device] * away[layer]]
         return sum(a != b for a, b in zip(path, path[1:], strict=False))
@@ -201,7 +203,7 @@ class Placement:
     def seconds(self, speeds: Speeds) -> dict[str, float]:
         """Of one token for each sequence: reading on each device, and the ways between them."""
         found = {name: self.reads(name) / 1e9 / (speeds.cpu if name == CPU else speeds.gpu) for name in self.names}
-        each = CROSSING + scratch.crossing(self.model, self.budget.batch) / 2 / 1e9 / LINK
+        each = CROSSING + scratch.crossing(self.model, self.budget.batch) / 2 / 1e9 / DEFAULT_PCIE_GB_S
         return found | {"crossings": self.crossings() * each}
 
     def streamed_from(self, speeds: Speeds) -> int:
@@ -211,7 +213,7 @@ class Placement:
             return 0
         numbers = [part.weights * part.top // part.experts for part in parts]
         found = [
-            copying_pays_from(p.cpu.held, n, speeds.link, speeds.rate) for p, n in zip(parts, numbers, strict=True)
+            min_tokens_to_stream(p.cpu.held, n, speeds.link, speeds.rate) for p, n in zip(parts, numbers, strict=True)
         ]
         return max(found)
 
@@ -241,10 +243,10 @@ class Placement:
         return found
 
 
-def choose(model: Footprint, budget: Budget) -> Placement:
+def solve(model: Footprint, budget: Budget) -> Placement:
     """The best placement; where none fits, the one that lacks least. Room to bring experts for prompts comes before experts that stay, and after all else."""
     made = _chosen(model, budget, stream=True)
-    return made if not made.over() else _chosen(model, budget, stream=False)
+    return made if not made.exceeded() else _chosen(model, budget, stream=False)
 
 
 def _chosen(model: Footprint, budget: Budget, stream: bool) -> Placement:
@@ -253,7 +255,7 @@ def _chosen(model: Footprint, budget: Budget, stream: bool) -> Placement:
     everywhere = frozenset(part.layer for part in model.parts if part.group == EXPERTS and part.layer is not None)
     for embedding in (budget.gpus[0], CPU):
         made = replace(_spread(model, budget, lambda part: True), experts=everywhere, embedding=embedding)
-        if not made.over():
+        if not made.exceeded():
             return made
     made = replace(_spread(model, budget, lambda part: part.group != EXPERTS), stream=stream)
     sizes = {part.layer: part.gpu.held for part in model.parts if part.group == EXPERTS}
@@ -278,7 +280,7 @@ def _filled(made: Placement, device: str) -> Placement:
     part = min(parts, key=lambda part: (part.gpu.held, part.layer))
     for count in range(min(part.experts - 1, part.experts * room // max(1, part.gpu.held)), 0, -1):
         found = replace(made, share={**made.share, part.layer or 0: count})
-        if device not in found.over():
+        if device not in found.exceeded():
             return found
     return made
 
@@ -287,7 +289,7 @@ def _with(made: Placement, layer: int) -> Placement:
     return replace(made, experts=made.experts | {layer})
 
 
-def _spread(model: Footprint, budget: Budget, counts: Callable[[Part], bool]) -> Placement:
+def _spread(model: Footprint, budget: Budget, counts: Callable[[ModuleMemory], bool]) -> Placement:
     """Layers over the GPUs by what they weigh in each one's room."""
     weights = [0] * model.layers
     for part in model.parts:
@@ -323,7 +325,7 @@ def balanced(weights: Sequence[int], rooms: Sequence[int]) -> list[int]:
     return filled(high) or [0] * len(weights)
 
 
-def shares(model: Footprint, gpus: int, places: Sequence[Place], rules: Sequence[Rule]) -> list[int]:
+def shares(model: Footprint, gpus: int, places: Sequence[PlacementEntry], rules: Sequence[Rule]) -> list[int]:
     """Which of several GPUs each layer is on when they share its bytes evenly; what the map or a rule puts elsewhere is not counted."""
     elsewhere = [entry.pattern for entry in places if entry.device and not entry.several]
     fixed = [rule.name for rule in rules if rule.device and rule.name is not None]

@@ -18,7 +18,7 @@ from ktx.cache.kv import KVType, kv_type
 from ktx.compat import config_dict
 from ktx.config import check_environment
 from ktx.defaults import torch_defaults
-from ktx.device_map import Place, arranged, split, streaming
+from ktx.device_map import PlacementEntry, arranged, split, streaming
 from ktx.devices import CPU, gpus
 from ktx.errors import BadFile, UsageError
 from ktx.footprint import Footprint, footprint
@@ -60,7 +60,7 @@ def plan(
     files = [read(wish) for wish in wishes(lora)]
     streaming(stream_experts)
     targets = targets_of(weight_dtype, moe_dtype)
-    placed = placed_by(device, moe_device, shared_device, devices, gpu_experts)
+    placed = placement_options(device, moe_device, shared_device, devices, gpu_experts)
     kept = kv_type(kv_dtype)
     built, made, *_ = prepare(
         model, weights, rules, torch.float32, kept, moe_experts, trust_remote_code, targets, False, placed
@@ -92,26 +92,28 @@ def measure(
         raise UsageError(
             f"{fixed.where}: this rule chooses a GPU itself; a placement by budget needs rules that do not"
         )
-    unplaced = Rules(chosen, base=chosen.base, asked=chosen.asked)
+    unplaced = Rules(chosen, base=chosen.base, explicit=chosen.explicit)
     targets = targets_of(weight_dtype, moe_dtype)
     built, made, source, _ = prepare(
         model, weights, unplaced, torch.float32, None, moe_experts, trust_remote_code, targets, False
     )
     made.check(source)
-    made.tell()
+    made.log()
     return footprint(built, made, source), unplaced
 
 
-Placed = Callable[[Sequence[Place]], list[Place]]  # a file's map of devices -> the one that counts
+PlacementOptions = Callable[
+    [Sequence[PlacementEntry]], list[PlacementEntry]
+]  # a file's map of devices -> the one that counts
 
 
-def placed_by(
+def placement_options(
     device: str | Sequence[str] | None,
     moe_device: str | None,
     shared_device: str | None,
     devices: Mapping[str, str | Sequence[str]] | None,
     gpu_experts: int | None,
-) -> Placed:
+) -> PlacementOptions:
     """A file's map with what options say before it."""
     return lambda file: arranged(file, device, moe_device, shared_device, devices, gpu_experts)
 
@@ -133,7 +135,7 @@ def prepare(
     trust_remote_code: bool,
     targets: Mapping[str, str | None],
     mtp: bool,
-    placed: Placed = list,
+    placed: PlacementOptions = list,
     known: Any = None,
 ) -> tuple[nn.Module, Plan, WeightSource, torch.dtype]:
     """The skeleton with its operators, the plan, the weights, and the type that it computes in: `dtype`, or by its devices.
@@ -162,7 +164,7 @@ def prepare(
         fewer_experts(config, moe_experts)
 
     def planned(
-        rules: Sequence[Rule], places: Sequence[Place], kind: torch.dtype, tell: bool
+        rules: Sequence[Rule], places: Sequence[PlacementEntry], kind: torch.dtype, tell: bool
     ) -> tuple[nn.Module, Plan]:
         built = skeleton(config, kind, trust_remote_code)
         if mtp:
@@ -179,7 +181,7 @@ def prepare(
     if several:  # split by bytes, which a plan on the CPU tells
         alike = footprint(*planned([replace(rule, device=None) for rule in chosen], (), kind, False), source)
         places = split(places, shares(alike, several, places, chosen))
-    built, made = planned(chosen, places, kind, chosen.asked)
+    built, made = planned(chosen, places, kind, chosen.explicit)
     found = dtype or _type_beside(any(device.gpu for device in made.devices.values()))
     if found != kind:  # what names a GPU found no module, and that has been told
         with warnings.catch_warnings():
@@ -207,7 +209,7 @@ def _type_beside(gpu: bool) -> torch.dtype:
     return torch.bfloat16 if gpu else torch.float32
 
 
-def _names_gpu(rules: Sequence[Rule], places: Sequence[Place]) -> bool:
+def _names_gpu(rules: Sequence[Rule], places: Sequence[PlacementEntry]) -> bool:
     """Whether a module may be put on a GPU of this machine."""
     named = [*(rule.device for rule in rules), *(place.device for place in places)]
     return bool(gpus()) and any(name and name.strip() != CPU.name for name in named)
@@ -226,6 +228,6 @@ def _tie(model: nn.Module, made: Plan, source: WeightSource) -> None:
             step.tensors.insert(0, target)
             continue
         module.tied_to = origin
-        if module.home != made.devices[origin.rpartition(".")[0]]:  # a copy of its own
+        if module.placement != made.devices[origin.rpartition(".")[0]]:  # a copy of its own
             module.copies = True
             step.tensors.insert(0, origin)

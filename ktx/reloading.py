@@ -19,8 +19,8 @@ from ktx.defaults import torch_defaults
 from ktx.errors import BadFile
 from ktx.inject import Plan, Step
 from ktx.kernels import cpu
-from ktx.kernels.kept import Store, loading
-from ktx.preparing import placed_by, prepare
+from ktx.kernels.kept import PackedCache, loading
+from ktx.preparing import placement_options, prepare
 from ktx.rules import Rules
 from ktx.weights.source import WeightSource
 
@@ -93,7 +93,7 @@ class Recipe:
                 self.trust_remote_code,
                 self.targets,
                 self.mtp,
-                placed_by(*self.placed),
+                placement_options(*self.placed),
                 self.config,
             )
             made.check(source)
@@ -191,18 +191,18 @@ class Files:
                 operator.load(source)
             source.release(step.tensors)
 
-        with ThreadPoolExecutor(cpu.usual_threads()) as pool:
+        with ThreadPoolExecutor(cpu.num_threads()) as pool:
             list(pool.map(one, steps))
         if store is not None:
-            store.finish()
+            store.commit()
 
-    def _store(self, made: Plan, source: WeightSource) -> Store | None:
+    def _store(self, made: Plan, source: WeightSource) -> PackedCache | None:
         """The packed weights on disk where they are there, else the memory for all of them is looked for."""
         above = importlib.import_module("ktx.loading")  # it stands above this module
         above.check_memory(made)
         if self.recipe.cache_dir is None:
             return None
-        store: Store = above.store_of(self.recipe.cache_dir, made, source)
+        store: PackedCache = above.store_of(self.recipe.cache_dir, made, source)
         if not store.found:
-            store.drop()
+            store.abort()
         return store if store.found else None

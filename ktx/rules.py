@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from ktx.device_map import Place, place, share, streaming
-from ktx.errors import BadFile, UsageError, nearest
+from ktx.device_map import PlacementEntry, place, share, streaming
+from ktx.errors import BadFile, UsageError, did_you_mean
 
 FILE_KEYS = ("devices", "gpu_experts", "stream_experts", "rules")  # of a file that is a mapping
 KEYS: dict[str, dict[str, type]] = {
@@ -93,19 +93,21 @@ def _computes_as(cls: type, base: type) -> bool:
 
 
 class Rules(list[Rule]):
-    """The rules of a file, and the places that it gives to modules. `base` names the file whose rules they are; `asked`: somebody chose them.
+    """The rules of a file, and the places that it gives to modules. `base` names the file whose rules they are; `explicit`: the user chose them.
 
     `stream_experts` is the file's word for ktx.device_map.streaming, None where it has none.
     """
 
     stream_experts: int | str | None = None
 
-    def __init__(self, rules: Iterable[Rule] = (), places: Sequence[Place] = (), base: str = "", asked: bool = True):
+    def __init__(
+        self, rules: Iterable[Rule] = (), places: Sequence[PlacementEntry] = (), base: str = "", explicit: bool = True
+    ):
         super().__init__(rules)
-        self.places, self.base, self.asked = list(places), base, asked
+        self.places, self.base, self.explicit = list(places), base, explicit
 
 
-class _Marked:
+class _YamlReader:
     """YAML values that remember their line."""
 
     def __init__(self, file: str):
@@ -134,7 +136,7 @@ class _Marked:
             if name not in known:
                 where = f" in {section}" if section else ""
                 raise UsageError(
-                    f"{self.at(lines[name])}: unknown key {name!r}{where}{nearest(name, known)}; known: {' '.join(known)}"
+                    f"{self.at(lines[name])}: unknown key {name!r}{where}{did_you_mean(name, known)}; known: {' '.join(known)}"
                 )
         return found
 
@@ -170,7 +172,7 @@ def _first_line(error: object) -> str:
 
 def parse(text: str, file: str = "<rules>", model_type: str = "") -> Rules:
     """Rules of a YAML text, and its map of devices; a mapping may leave its rules to another file. UsageError with file and line for whatever cannot be meant."""
-    root, at = _composed(text, file), _Marked(file)
+    root, at = _composed(text, file), _YamlReader(file)
     return _mapping(root, at, model_type) if isinstance(root, yaml.MappingNode) else Rules(_list(root, at), base=file)
 
 
@@ -189,7 +191,7 @@ def _composed(text: str, file: str) -> yaml.Node:
     return root
 
 
-def _list(node: yaml.Node, at: _Marked) -> list[Rule]:
+def _list(node: yaml.Node, at: _YamlReader) -> list[Rule]:
     if not isinstance(node, yaml.SequenceNode):
         raise UsageError(f"{at.at(node)}: rules are a list; begin each with '- match:'")
     from ktx.ktransformers import translate
@@ -197,7 +199,7 @@ def _list(node: yaml.Node, at: _Marked) -> list[Rule]:
     return [translate(_rule(item, at)) for item in node.value]
 
 
-def _mapping(root: yaml.Node, at: _Marked, model_type: str) -> Rules:
+def _mapping(root: yaml.Node, at: _YamlReader, model_type: str) -> Rules:
     """A file with a map of devices, and rules, a name of some, or none."""
     if any(getattr(key, "value", "") in ("match", "replace") for key, _ in root.value):
         raise UsageError(
@@ -212,9 +214,9 @@ def _mapping(root: yaml.Node, at: _Marked, model_type: str) -> Rules:
     return found
 
 
-def _rules_of(keys: Mapping[str, yaml.Node], places: list[Place], at: _Marked, model_type: str) -> Rules:
+def _rules_of(keys: Mapping[str, yaml.Node], places: list[PlacementEntry], at: _YamlReader, model_type: str) -> Rules:
     if "rules" not in keys:
-        return Rules(rules := load_rules(None, model_type), places, rules.base, asked=False)
+        return Rules(rules := load_rules(None, model_type), places, rules.base, explicit=False)
     if isinstance(keys["rules"], yaml.SequenceNode):
         return Rules(_list(keys["rules"], at), places, at.file)
     name = at.value(keys["rules"], str, "rules, a list or the name of a file,") or ""
@@ -224,10 +226,10 @@ def _rules_of(keys: Mapping[str, yaml.Node], places: list[Place], at: _Marked, m
         node = _composed(_text(path), str(path))
     except BadFile as error:
         raise BadFile(f"{at.at(keys['rules'])}: {error}") from None
-    return Rules(_list(node, _Marked(str(path))), places, str(path))
+    return Rules(_list(node, _YamlReader(str(path))), places, str(path))
 
 
-def _places(node: yaml.Node, at: _Marked) -> list[Place]:
+def _places(node: yaml.Node, at: _YamlReader) -> list[PlacementEntry]:
     found, lines = at.mapping(node, "devices"), {str(key.value): key for key, _ in node.value}
     places = []
     for key, value in found.items():
@@ -236,7 +238,7 @@ def _places(node: yaml.Node, at: _Marked) -> list[Place]:
     return places
 
 
-def _shares(node: yaml.Node, at: _Marked) -> list[Place]:
+def _shares(node: yaml.Node, at: _YamlReader) -> list[PlacementEntry]:
     """Experts on a GPU beside others on the CPU: of all layers, or by layers as in a map of devices."""
     if isinstance(node, yaml.SequenceNode):
         raise UsageError(f"{at.at(node)}: gpu_experts must be a number, or a mapping of layers to numbers")
@@ -247,16 +249,16 @@ def _shares(node: yaml.Node, at: _Marked) -> list[Place]:
     ]
 
 
-def _streaming(node: yaml.Node, at: _Marked) -> int | str:
+def _streaming(node: yaml.Node, at: _YamlReader) -> int | str:
     least = streaming(at.value(node, object, "stream_experts"), f"{at.at(node)}: stream_experts")
     return "auto" if least is None else least or "off"
 
 
-def _device(node: yaml.Node, at: _Marked) -> str:
+def _device(node: yaml.Node, at: _YamlReader) -> str:
     return str(at.value(node, str, "a device") or "")
 
 
-def _rule(node: yaml.Node, at: _Marked) -> Rule:
+def _rule(node: yaml.Node, at: _YamlReader) -> Rule:
     top = at.known(node, "")
     if "match" not in top:
         raise UsageError(f"{at.at(node)}: a rule needs 'match'")
@@ -282,7 +284,7 @@ def _rule(node: yaml.Node, at: _Marked) -> Rule:
     )
 
 
-def _pattern(name: str | None, match: Mapping[str, yaml.Node], at: _Marked) -> re.Pattern[str] | None:
+def _pattern(name: str | None, match: Mapping[str, yaml.Node], at: _YamlReader) -> re.Pattern[str] | None:
     if not name:
         return None
     try:
@@ -318,10 +320,10 @@ def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") 
                 f"rules: a list must hold ktx.Rule, found {type(strange).__name__}; a file is given by its path"
             )
         return Rules(rules)
-    asked = rules is not None
-    path = _file(rules if asked else FILES.get(model_type, "generic"))
+    explicit = rules is not None
+    path = _file(rules if explicit else FILES.get(model_type, "generic"))
     found = parse(_text(path), str(path), model_type)
-    found.asked = found.asked and asked
+    found.explicit = found.explicit and explicit
     return found
 
 
@@ -333,7 +335,7 @@ def _file(rules: object) -> Path:
     named = rule_folder() / f"{path.name.removesuffix('.yaml').lower()}.yaml"
     if path.parent != Path(".") or not named.is_file():
         raise BadFile(
-            f"{rules}: no such rule file, and no shipped one is called so{nearest(path.stem, shipped())}; shipped: {' '.join(shipped())}"
+            f"{rules}: no such rule file, and no shipped one is called so{did_you_mean(path.stem, shipped())}; shipped: {' '.join(shipped())}"
         )
     return named
 

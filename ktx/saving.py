@@ -13,7 +13,7 @@ import torch
 from ktx.checkpoint import Folder, Place, config_of, left_out, state_of
 from ktx.compat import dtype_plan, written_form
 from ktx.errors import UsageError
-from ktx.filling import Tally
+from ktx.filling import ProgressSink
 from ktx.ops.floats import Dequantized, Floats
 
 WRITABLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -28,7 +28,7 @@ def save(
     max_shard_size: int | str = "50GB",
     variant: str | None = None,
     save_original_format: bool = True,
-    progress: bool | Tally = True,
+    progress: bool | ProgressSink = True,
 ) -> None:
     """Weights, configuration, generation settings, and the tokenizer unless the folder has one.
 

@@ -12,10 +12,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ktx.checkpoint import Folder, Pieces, Place, config_of, in_checkpoint, left_out, state_of
 from ktx.errors import UsageError
-from ktx.filling import Tally
+from ktx.filling import ProgressSink
 from ktx.ops.base import Operator
 from ktx.ops.floats import Dequantized
-from ktx.ops.stored import Stored
+from ktx.ops.stored import PackedState
 from ktx.ops.tied import Tied
 from ktx.qtypes import FP8_BLOCK
 from ktx.weights.gguf_files import ggufs_in
@@ -23,7 +23,7 @@ from ktx.weights.packed import about, part_of, quantization_config
 from ktx.weights.safetensors import scale_of
 from ktx.weights.source import EXPANDED
 
-State = dict[str, list[Stored] | torch.Tensor]
+State = dict[str, list[PackedState] | torch.Tensor]
 
 
 def save_packed(
@@ -31,7 +31,7 @@ def save_packed(
     folder: str | os.PathLike[str],
     max_shard_size: int | str = "50GB",
     variant: str | None = None,
-    progress: bool | Tally = True,
+    progress: bool | ProgressSink = True,
 ) -> None:
     """Weights, configuration, generation settings, and the tokenizer unless the folder has one; ktx.load of the folder computes the same bits.
 
@@ -45,7 +45,7 @@ def save_packed(
         )
     state = _state(model)
     _check(model, state)
-    stored: dict[str, Stored] = {}
+    stored: dict[str, PackedState] = {}
     plain: dict[str, torch.Tensor] = {}
     for name, value in state.items():
         if isinstance(value, torch.Tensor):
@@ -67,14 +67,14 @@ def save_packed(
     target.write(model, config, places, _pieces(plain, stored), metadata, "give another disk", progress)
 
 
-def _pieces(plain: dict[str, torch.Tensor], stored: dict[str, Stored]) -> Pieces:
+def _pieces(plain: dict[str, torch.Tensor], stored: dict[str, PackedState]) -> Pieces:
     for name, value in plain.items():
         yield name, 0, value
     for name, matrix in stored.items():
         yield from _rows(name, matrix)
 
 
-def _rows(name: str, matrix: Stored) -> Iterator[tuple[str, int, torch.Tensor]]:
+def _rows(name: str, matrix: PackedState) -> Iterator[tuple[str, int, torch.Tensor]]:
     at, scales = 0, 0
     for some in matrix.rows():
         yield name, at, some.data

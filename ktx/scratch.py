@@ -9,19 +9,19 @@ from typing import Any
 import torch
 
 from ktx.devices import CPU, Device
-from ktx.footprint import FLOAT, HALF, Footprint, Kept, Part, columns_of, group_of
+from ktx.footprint import FLOAT, HALF, Footprint, KVMemory, ModuleMemory, columns_of, group_of
 from ktx.inject import layer_of
 from ktx.kernels.planes import PIECE
 from ktx.kernels.rearrange import UNDOING
 from ktx.kernels.unpack import STREAMED
-from ktx.kernels.work import Shape, Work
+from ktx.kernels.work import AttentionSchedule, Shape
 from ktx.ops.mla import EXPAND_BYTES
 
 MULTIPROCESSORS = 132  # of an H100: attention's scratch grows with them
 RESIDUALS = 4  # hidden states in flight: residual, normed, a module's result, their sum
 
 
-def activations(of: Footprint, parts: Collection[Part], tokens: int, gpu: bool) -> int:
+def activations(of: Footprint, parts: Collection[ModuleMemory], tokens: int, gpu: bool) -> int:
     """Hidden states, and all that the widest block of a layer makes of them: f32 on the CPU, bf16 on a GPU."""
     blocks: Counter[tuple[int | None, str]] = Counter()
     for part in parts:
@@ -57,7 +57,7 @@ def crossing(of: Footprint, tokens: int) -> int:
     return tokens * (2 * of.hidden * HALF + of.top * (8 + FLOAT))
 
 
-def streamed(parts: Collection[Part]) -> int:
+def streamed(parts: Collection[ModuleMemory]) -> int:
     """A piece of the experts in the CPU's memory as they come to a GPU for prompts, and the same in planes; an expert is a piece at least.
 
     What puts bits back where packing found them has some room of its own.
@@ -71,7 +71,7 @@ def streamed(parts: Collection[Part]) -> int:
     return max(found, default=0)
 
 
-def expanding(kept: Collection[Kept], context: int) -> int:
+def expanding(kept: Collection[KVMemory], context: int) -> int:
     """A latent gathered from its pages, as it is stored and as it is computed with, and the keys and values of the heads that MLA makes of it at once."""
     found = [
         min(EXPAND_BYTES, context * layer.expanded * HALF) + 2 * context * sum(layer.columns) * HALF
@@ -81,7 +81,7 @@ def expanding(kept: Collection[Kept], context: int) -> int:
     return max(found, default=0)
 
 
-def attention(kept: Collection[Kept], tokens: int, batch: int) -> int:
+def attention(kept: Collection[KVMemory], tokens: int, batch: int) -> int:
     """Parts of sums that several programs of a GPU make of one tile, of a chunk or of `batch` single tokens."""
     shapes = {
         Shape(layer.queries, layer.heads, layer.columns[0], layer.columns[0 if layer.latent else 1], layer.latent)
@@ -92,7 +92,7 @@ def attention(kept: Collection[Kept], tokens: int, batch: int) -> int:
     return max(found, default=0)
 
 
-def captured(of: Footprint, parts: Collection[Part], kept: Collection[Kept], batch: int) -> int:
+def captured(of: Footprint, parts: Collection[ModuleMemory], kept: Collection[KVMemory], batch: int) -> int:
     """What CUDA graphs of steps with up to `batch` tokens keep for themselves: activations, those on their way to the CPU in each layer, parts of attention's sums, logits.
 
     Sizes share it. Their buffers of numbers and page tables are some hundred kilobytes and not counted.
@@ -105,9 +105,9 @@ def captured(of: Footprint, parts: Collection[Part], kept: Collection[Kept], bat
 def _floats(counts: Sequence[int], shape: Shape) -> int:
     """Of scratch; the memory itself is not made."""
     endless = torch.empty(1 << 40, dtype=torch.float32, device="meta")
-    return Work(counts, shape, "cpu", MULTIPROCESSORS, scratch=endless).floats
+    return AttentionSchedule(counts, shape, "cpu", MULTIPROCESSORS, scratch=endless).floats
 
 
-def dequantised(parts: Collection[Part]) -> int:
+def dequantised(parts: Collection[ModuleMemory]) -> int:
     """The piece of the largest matrix that becomes bf16 for many tokens on a GPU."""
     return HALF * min(PIECE, max((part.largest for part in parts), default=0))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ktx.demo
-from ktx.ops.gpu.handover import HandOver, Job
+from ktx.ops.gpu.handover import ExpertOffload, Job
 from ktx.ops.gpu.streams import ThreadStream
 from tests import warm
 from tests.random_model import script
@@ -85,7 +85,7 @@ def test_a_step_is_drawn_with_what_is_busy_in_it(tmp_path, monkeypatch):
 
 @pytest.mark.wall_clock
 def test_experts_are_timed_where_they_run_beside_the_profilers_clock():
-    trace, way = script("gpu_trace"), HandOver(ThreadStream(torch.device("cpu")))
+    trace, way = script("gpu_trace"), ExpertOffload(ThreadStream(torch.device("cpu")))
 
     def step():
         given = torch.randn(2, 4), torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)

@@ -265,7 +265,7 @@ def test_modules_on_a_gpu_are_not_copied(chat):
         def __str__(self):
             return "cuda:0"
 
-    chat.model.layers[0].mlp.home = Elsewhere()
+    chat.model.layers[0].mlp.placement = Elsewhere()
     for make in (copy.deepcopy, pickled):
         with pytest.raises(UsageError, match=r"layers\.0\.mlp is on cuda:0.*load the model again"):
             make(chat)

@@ -134,9 +134,9 @@ def test_isas_follow_the_flags():
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise(monkeypatch):
     for name in hardware.MALLOC:
         monkeypatch.delenv(name, raising=False)
-    assert hardware.keep_freed_memory()
+    assert hardware.tune_malloc()
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    assert not hardware.keep_freed_memory()
+    assert not hardware.tune_malloc()
 
 
 def test_our_detection_agrees_with_the_kernels():
@@ -148,7 +148,7 @@ def test_our_detection_agrees_with_the_kernels():
 
 def test_the_second_opinion_agrees():
     pytest.importorskip("cpufeature")
-    said, flags = hardware.second_opinion().split(), hardware.machine().flags
+    said, flags = hardware.cpufeature_flags().split(), hardware.machine().flags
     assert ("AVX2" in said) == ("avx2" in flags)
     assert ("AVX512vl" in said) == ("avx512vl" in flags)
 

@@ -561,7 +561,7 @@ def check_packed_weights_on_disk(parent, folder, tmp_path, maps):
 def test_mapped_weights_move_to_memory(tmp_path):
     """The same bytes at the same addresses, no longer the file's pages."""
     from ktx.kernels import cpu
-    from ktx.kernels.kept import MOVED, to_memory
+    from ktx.kernels.kept import MOVED, promote_to_huge_pages
 
     huge = 2 << 20
     content = torch.randint(0, 256, (MOVED + 3 * huge + 777,), dtype=torch.uint8)
@@ -574,7 +574,7 @@ def test_mapped_weights_move_to_memory(tmp_path):
         return [tuple(int(end, 16) - start for end in line[0].split("-")) for line in lines]
 
     assert of_the_file() == [(0, (len(content) + 4095) // 4096 * 4096)]
-    to_memory(mapped, threading.Event())
+    promote_to_huge_pages(mapped, threading.Event())
     assert mapped.data_ptr() == start and torch.equal(mapped, content)
     assert of_the_file() == [(MOVED + 3 * huge, MOVED + 3 * huge + 4096)]  # less than a huge page stays
     with pytest.raises(RuntimeError, match="multiple of a huge page"):

@@ -12,16 +12,16 @@ import ktx
 import ktx.demo
 from ktx import scratch
 from ktx.__main__ import main
-from ktx.cache.paged import Batch, PagedCache, Span
+from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.commands.arguments import size, tokens
 from ktx.commands.plan import write as write_file
 from ktx.errors import DoesNotFit, UsageError
 from ktx.fitting import changes, fit
-from ktx.footprint import Bytes, Footprint, Part, on_cpu, on_gpu
+from ktx.footprint import Bytes, Footprint, ModuleMemory, on_cpu, on_gpu
 from ktx.kernels import planes
 from ktx.kernels.rearrange import UNDOING
 from ktx.kernels.unpack import STREAMED
-from ktx.placement import CPU, KV, Budget, Placement, Speeds, balanced, choose
+from ktx.placement import CPU, KV, Budget, Placement, Speeds, balanced, solve
 from ktx.preparing import measure
 from ktx.qtypes import QTYPES
 from ktx.quantize import random_rows
@@ -90,7 +90,7 @@ def test_the_cpu_holds_what_is_planned_and_caches_too(tmp_path, family):
     found, model = measure(tmp_path)[0], load(tmp_path, None)
     assert sum(part.cpu.held for part in found.parts) == pytest.approx(held(model), rel=0.001)
     cache = PagedCache(model.config, 10, torch.float16)
-    cache.batch = Batch([Span(0, 0, 3, [0], 3)])
+    cache.batch = BatchMetadata([SequenceSpan(0, 0, 3, [0], 3)])
     with torch.inference_mode():
         model(input_ids=torch.tensor([[3, 4, 5]]), past_key_values=cache, position_ids=cache.batch.position_ids)
     pools = [layer for layer in found.kept if not layer.state]
@@ -126,7 +126,7 @@ def test_caches_of_every_kind_count_whole_pages(tmp_path, family, kind):
     tiny(family).save_pretrained(tmp_path)
     found, model = measure(tmp_path)[0], load(tmp_path, None, kv_dtype=kind)
     cache = PagedCache(model.config, 2 * 3, kind)
-    cache.batch = Batch([Span(0, 0, 2, [0], 2)])
+    cache.batch = BatchMetadata([SequenceSpan(0, 0, 2, [0], 2)])
     with torch.inference_mode():
         model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache, position_ids=cache.batch.position_ids)
     assert sum(layer.nbytes(130, 2, cache.dtype, False) for layer in found.kept) == cache.nbytes()
@@ -159,7 +159,7 @@ def test_what_is_left_takes_a_share_of_one_more_layer(v3):
     made = fit(v3, Budget((48 * GB,), 420 * GB, 32 << 10))
     ((layer, count),) = made.share.items()
     assert layer not in made.experts and 0 < count < 256
-    assert made.over() == {} and "cuda:0" in replace(made, share={layer: count + 1}).over()
+    assert made.exceeded() == {} and "cuda:0" in replace(made, share={layer: count + 1}).exceeded()
     path = f"model.layers.{layer}.mlp.experts"
     assert (made.devices[path], made.devices[f"{path}.on_gpu"]) == (CPU, "cuda:0")
     without = replace(made, share={})
@@ -221,33 +221,33 @@ def test_what_does_not_fit_says_what_would(v3):
     ) as error:
         fit(v3, budget)
     said = str(error.value)
-    found = list(changes(choose(v3, budget)))
+    found = list(changes(solve(v3, budget)))
     assert all(change in said for change in found) and [change.split()[0] for change in found[:2]] == [
         "--vram",
         "--ctx",
     ]
     vram, context = size(found[0].split()[1]), tokens(found[1].split()[1])
     assert (
-        not choose(v3, replace(budget, vram=(vram,))).over()
-        and choose(v3, replace(budget, vram=(vram - GB // 5,))).over()
+        not solve(v3, replace(budget, vram=(vram,))).exceeded()
+        and solve(v3, replace(budget, vram=(vram - GB // 5,))).exceeded()
     )
-    assert not choose(v3, replace(budget, context=context)).over()
-    assert choose(v3, replace(budget, context=context + 64)).over()
+    assert not solve(v3, replace(budget, context=context)).exceeded()
+    assert solve(v3, replace(budget, context=context + 64)).exceeded()
 
 
 def test_too_little_memory_names_memory_a_gpu_or_a_quant(v3):
     budget = Budget((24 * GB,), 300 * GB, 8 << 10)
-    ram, vram, quant = changes(choose(v3, budget))
-    assert not choose(v3, replace(budget, ram=size(ram.split()[1]))).over()
-    assert not choose(v3, replace(budget, vram=(size(vram.split()[1]),))).over()
+    ram, vram, quant = changes(solve(v3, budget))
+    assert not solve(v3, replace(budget, ram=size(ram.split()[1]))).exceeded()
+    assert not solve(v3, replace(budget, vram=(size(vram.split()[1]),))).exceeded()
     assert "bits a weight on cpu (these have 4.8)" in quant
-    both = list(changes(choose(v3, Budget((10 * GB,), 300 * GB, 8 << 10))))
+    both = list(changes(solve(v3, Budget((10 * GB,), 300 * GB, 8 << 10))))
     assert both[0].startswith("--vram 1") and "--ram 4" in both[0]
 
 
 def test_q8_0_and_one_sequence_are_offered_where_they_help(demo):
-    need = choose(demo, Budget((), 1 << 40, 1 << 20, 4)).total(CPU)
-    found = list(changes(choose(demo, Budget((), need - (1 << 28), 1 << 20, 4))))
+    need = solve(demo, Budget((), 1 << 40, 1 << 20, 4)).total(CPU)
+    found = list(changes(solve(demo, Budget((), need - (1 << 28), 1 << 20, 4))))
     assert "--batch 1" in found and "--kv-dtype q8_0" in found
 
 
@@ -259,7 +259,7 @@ def test_weights_are_balanced_by_room():
 
 
 def part(path, group, layer, held, **more):
-    return Part(path, group, layer, Bytes(held, held), Bytes(held, held), held, held, 1, **more)
+    return ModuleMemory(path, group, layer, Bytes(held, held), Bytes(held, held), held, held, 1, **more)
 
 
 def test_a_token_is_as_slow_as_its_bytes():
@@ -304,7 +304,7 @@ def test_a_part_of_the_experts_is_written_and_read(two, tmp_path, v3, capsys):
 def test_a_placement_without_room_for_prompts_experts_says_so_in_its_file(tmp_path, v3):
     file = tmp_path / "v3.yaml"
     for stream, word in ((True, None), (False, "off")):
-        made = replace(choose(v3, Budget((48 * GB,), 420 * GB)), stream=stream)
+        made = replace(solve(v3, Budget((48 * GB,), 420 * GB)), stream=stream)
         write_file(file, made, str(rule_folder() / "deepseek-v3.yaml"))
         assert load_rules(file).stream_experts == word
 

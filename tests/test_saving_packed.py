@@ -147,7 +147,7 @@ def test_fp8_keeps_its_scales(tmp_path, rows, monkeypatch):
         mine = of_gguf(family, tmp_path / family, config=config)
         layer = mine.model.layers[0]
         if family == "llama":
-            layer.mlp.up_proj.hold(cpu.pack(eights(rows, 256)))
+            layer.mlp.up_proj.assign(cpu.pack(eights(rows, 256)))
         else:
             packed = cpu.pack_experts(eights(layer.mlp.experts.num_experts, rows, 256))
             layer.mlp.experts.weights = layer.mlp.experts.weights | {"up_proj": packed}

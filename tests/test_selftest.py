@@ -13,8 +13,8 @@ from ktx import selftest
 from ktx.cache.kv import KVCache
 from ktx.compat import usual_cache_name
 from ktx.engine import runner, trial
-from ktx.engine.runner import PlainRunner, Runner
-from ktx.engine.sampling import Sampling
+from ktx.engine.runner import ModelRunner, SequentialRunner
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import SelfTestFailed, UsageError
 from ktx.ops.base import Operator
 from ktx.ops.experts import of_layers
@@ -187,7 +187,7 @@ def test_a_right_model_is_not_refused(family, tmp_path, monkeypatch):
         seeded(tmp_path, family, quant, seed, monkeypatch)
         for kv_dtype in ("f16", "q8_0"):
             model = load(tmp_path, tmp_path / "model.gguf", kv_dtype=kv_dtype)  # with its self-test
-            assert type(trial.runner_for(model, 2)) is Runner  # and that of pages
+            assert type(trial.runner_for(model, 2)) is ModelRunner  # and that of pages
 
 
 def test_nothing_is_left_behind(folder):
@@ -279,9 +279,9 @@ def test_an_error_of_a_known_family_is_a_fault_and_of_another_its_own_affair(tmp
 
 def test_an_engine_proves_its_pages(folder, monkeypatch):
     model = load(folder, folder / "model.gguf")
-    if not isinstance(trial.runner_for(model, 2), Runner):
+    if not isinstance(trial.runner_for(model, 2), ModelRunner):
         pytest.fail("pages are not read at all")
-    span = runner.Span
+    span = runner.SequenceSpan
     monkeypatch.setattr(runner, "Span", lambda owner, past, *rest: span(owner, 0, *rest))  # where nothing was before
     if model.config.model_type != "qwen3_next":  # its states go by the owner, its one attending layer by the past
         with pytest.raises(SelfTestFailed, match="through the cache"):
@@ -291,7 +291,7 @@ def test_an_engine_proves_its_pages(folder, monkeypatch):
         with pytest.raises(SelfTestFailed, match="goes on after 1 tokens"):
             trial.runner_for(model, 2)
     model.ktx.self_test = False
-    assert type(trial.runner_for(model, 2)) is Runner
+    assert type(trial.runner_for(model, 2)) is ModelRunner
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "smollm3"])
@@ -333,8 +333,10 @@ def test_exaone_moe_is_served(tmp_path, kv_dtype):
     model = load(tmp_path, None, kv_dtype=kv_dtype, weight_dtype="int8")
     model.ktx.tokenizer = tokenizer()
     with model.ktx.engine(cache_lens=1024) as engine:
-        assert type(engine.runner) is not PlainRunner
-        events = [event for _, event in engine.generate([[5, 9, 200]], Sampling(max_new_tokens=3, ignore_eos=True))]
+        assert type(engine.runner) is not SequentialRunner
+        events = [
+            event for _, event in engine.generate([[5, 9, 200]], SamplingParams(max_new_tokens=3, ignore_eos=True))
+        ]
     assert len(events[-1].ids) == 3
 
 
@@ -393,4 +395,4 @@ def test_a_wrong_file_loads_when_it_is_asked_for(silent):
     model, _ = ktx.load(silent, silent / "model.gguf", progress=False, self_test=False)
     assert model.ktx.self_test is False
     with model.ktx.engine() as engine:
-        assert type(engine.runner) is Runner
+        assert type(engine.runner) is ModelRunner

@@ -30,7 +30,7 @@ END, PART = ".safetensors", ".part"
 OURS = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
-class DiskPages:
+class DiskPageStore:
     """`keep` and `fetch` are for the thread that computes; a thread of its own writes. `limit`: bytes, beyond which what was unused longest goes."""
 
     def __init__(self, folder: str | Path, name: str, identity: Any, cache: PagedCache, limit: int):
@@ -77,7 +77,7 @@ class DiskPages:
     def has(self, key: bytes) -> bool:
         return key in self.sizes
 
-    def keep(self, key: bytes, page: int) -> None:
+    def put(self, key: bytes, page: int) -> None:
         """The page is full. It is copied by `flush`, when all that belongs to it has been written. One that was there already was of no use, or could not be reached."""
         self.named.append((key, page))
 

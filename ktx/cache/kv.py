@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ktx.errors import UsageError, nearest
+from ktx.errors import UsageError, did_you_mean
 from ktx.kernels import cpu
 from ktx.kernels.gradients import WITHOUT_CACHE, recorded, refuse
 from ktx.qtypes import QTYPES
@@ -48,7 +48,7 @@ def kv_type(wish: KVType) -> KVType:
         return wish
     if not isinstance(wish, str) or wish not in KV_TYPES:
         raise UsageError(
-            f"kv_dtype {str(wish)!r} is no type that keys and values are kept in{nearest(str(wish), KV_TYPES)}; give auto or one of {' '.join(KV_TYPES)}"
+            f"kv_dtype {str(wish)!r} is no type that keys and values are kept in{did_you_mean(str(wish), KV_TYPES)}; give auto or one of {' '.join(KV_TYPES)}"
         )
     return KV_TYPES[wish]
 
@@ -130,13 +130,13 @@ class GrowingLayer(DynamicLayer):
                     f"a cache of [batch, heads, positions, columns] = {[*buffer.shape[:2], self.length, columns]} cannot be continued by {list(states.shape)}"
                 )
         before, end = self.length, self.length + key_states.shape[2]
-        self.make_room(key_states.shape[2])
+        self.reserve(key_states.shape[2])
         self.length = end
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             put(states, buffer[:, :, before:end])
         return self._stored(0), self._stored(1)
 
-    def make_room(self, new: int) -> None:
+    def reserve(self, new: int) -> None:
         """For `new` positions more in `buffers`; who writes them makes `length` longer."""
         if self.given:
             self.settle()

@@ -16,16 +16,16 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ktx.cache.kv import CPU, E4M3, ON_GPU, PLAIN, KVType, empty, kv_type, stored_row, within
-from ktx.cache.pages import PAGE, SNAPSHOTS
+from ktx.cache.pages import PAGE_TOKENS, SNAPSHOTS
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.gradients import WITHOUT_CACHE, refuse
 
-SAVED = 4 * PAGE  # tokens of a prompt between two states that are copied
+SAVED = 4 * PAGE_TOKENS  # tokens of a prompt between two states that are copied
 
 
 @dataclass(frozen=True)
-class Tables:
+class PageTables:
     """A batch as the kernels of a device read it: `sequences` int64 [n, 3] (first token, tokens, keys with these), `pages` int32 [n, most],
     `slots` int64 [tokens]. Tables of different sizes may have one `scratch`, if only one is in use at a time.
     """
@@ -37,12 +37,12 @@ class Tables:
     works: dict[Any, Any] = field(default_factory=dict)  # the same of the counts of tokens alone
     scratch: dict[Any, torch.Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Tables:
-        return Tables(self.sequences.to(device), self.pages.to(device), self.slots.to(device))
+    def to(self, device: torch.device) -> PageTables:
+        return PageTables(self.sequences.to(device), self.pages.to(device), self.slots.to(device))
 
 
 @dataclass(frozen=True)
-class Span:
+class SequenceSpan:
     """The tokens of one sequence in a forward: `count` of them after `past` others, on `pages`; `owner` names the sequence.
 
     The first `prompt` of them are the prompt's. An operator with one form for prompts and one for answers (MLA), or whose sums depend
@@ -63,36 +63,36 @@ class Span:
         if not self.shared:
             return []
         end = self.past + self.prompt
-        found = {*range(self.past // SAVED * SAVED + SAVED, end, SAVED), end // PAGE * PAGE}
+        found = {*range(self.past // SAVED * SAVED + SAVED, end, SAVED), end // PAGE_TOKENS * PAGE_TOKENS}
         return sorted(at for at in found if self.past < at < self.past + self.count)[-SNAPSHOTS:]
 
     @property
-    def lead(self) -> int:
+    def lead_tokens(self) -> int:
         """How many of the tokens fill up a page that was begun before."""
-        return min(self.count, -self.past % PAGE)
+        return min(self.count, -self.past % PAGE_TOKENS)
 
     @property
-    def whole(self) -> int:
+    def full_page_tokens(self) -> int:
         """How many of the tokens, behind the lead, are whole pages of the prompt."""
-        return max(0, (self.past + self.prompt) // PAGE * PAGE - self.past - self.lead)
+        return max(0, (self.past + self.prompt) // PAGE_TOKENS * PAGE_TOKENS - self.past - self.lead_tokens)
 
     @property
     def pieces(self) -> list[int]:
         """Counts of tokens: a prompt's lead, its pages, its last ones, then answers one by one."""
-        lead = min(self.lead, self.prompt)
-        rest = self.prompt - lead - self.whole
-        ends = [lead] * (lead > 0) + [PAGE] * (self.whole // PAGE) + [rest] * (rest > 0)
+        lead = min(self.lead_tokens, self.prompt)
+        rest = self.prompt - lead - self.full_page_tokens
+        ends = [lead] * (lead > 0) + [PAGE_TOKENS] * (self.full_page_tokens // PAGE_TOKENS) + [rest] * (rest > 0)
         return ends + [1] * (self.count - self.prompt)
 
 
-class Batch:
+class BatchMetadata:
     """What attention has to know about a forward's tokens. `tables` are those of devices that have them already."""
 
     def __init__(
         self,
-        spans: Sequence[Span],
+        spans: Sequence[SequenceSpan],
         check: Callable[[], None] | None = None,
-        tables: Mapping[torch.device, Tables] | None = None,
+        tables: Mapping[torch.device, PageTables] | None = None,
     ):
         self.spans, self.check = spans, check
         rows, at = [], 0
@@ -111,21 +111,21 @@ class Batch:
         of = torch.repeat_interleave(
             torch.arange(len(spans), device="cpu"), torch.tensor([span.count for span in spans], device="cpu")
         )
-        self.slots = self.pages[of, self.positions // PAGE].long() * PAGE + self.positions % PAGE
+        self.slots = self.pages[of, self.positions // PAGE_TOKENS].long() * PAGE_TOKENS + self.positions % PAGE_TOKENS
         self._ranges: dict[int, torch.Tensor] = {}
         self._tables = dict(tables or {})
-        self.whole = any(span.whole for span in spans)
+        self.whole = any(span.full_page_tokens for span in spans)
 
-    def on(self, device: torch.device) -> Tables:
+    def on(self, device: torch.device) -> PageTables:
         """The tables on a device; they are moved once."""
         if device not in self._tables:
-            self._tables[device] = Tables(self.sequences, self.pages, self.slots).to(device)
+            self._tables[device] = PageTables(self.sequences, self.pages, self.slots).to(device)
         return self._tables[device]
 
     def wide(self, narrow: Sequence[int] = ()) -> list[int]:
         """First and count of the rows that are whole pages of a prompt, see cpu.wide_rows; without those of the spans `narrow`."""
         whole = [
-            (first + span.lead, span.whole)
+            (first + span.lead_tokens, span.full_page_tokens)
             for i, (span, (first, _, _)) in enumerate(zip(self.spans, self.rows, strict=True))
             if i not in narrow
         ]
@@ -136,7 +136,7 @@ class Batch:
         """The tokens that are in no whole page: their places int64 [n], and `sequences` and `pages` of them alone; None if there are none."""
         places, rows, own, at = [], [], [], 0
         for i, (span, (first, _, _)) in enumerate(zip(self.spans, self.rows, strict=True)):
-            for begin, end in ((0, span.lead), (span.lead + span.whole, span.count)):
+            for begin, end in ((0, span.lead_tokens), (span.lead_tokens + span.full_page_tokens, span.count)):
                 if begin < end:
                     places.append(torch.arange(first + begin, first + end, device="cpu"))
                     rows.append((at, end - begin, span.past + end))
@@ -176,7 +176,7 @@ class PagedLayer(CacheLayerMixin):
             self.columns = columns
             for width in columns:
                 row, kind = stored_row(self.store_dtype, width, dtype, device)
-                self.buffers.append(empty((self.owner.pages, heads, PAGE, row), kind, device))
+                self.buffers.append(empty((self.owner.pages, heads, PAGE_TOKENS, row), kind, device))
         return self.columns == columns and self.buffers[0].shape[1] == heads
 
     def update(
@@ -190,8 +190,8 @@ class PagedLayer(CacheLayerMixin):
         if not self.fits(key_states.shape[1], columns, key_states.dtype, key_states.device):
             raise ValueError(f"keys of the shape {tuple(key_states.shape)} do not fit pools for {self.columns}")
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            put_slots(states, buffer, batch.on(buffer.device).slots)
-        self.owner.look()
+            scatter_kv(states, buffer, batch.on(buffer.device).slots)
+        self.owner.check_cancelled()
         keys, values = self.buffers
         keys.ktx_batch = batch  # type: ignore[attr-defined]
         return keys, values
@@ -212,13 +212,15 @@ class PagedLayer(CacheLayerMixin):
         return -1
 
 
-def put_slots(states: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> None:
+def scatter_kv(states: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor) -> None:
     """Writes [1, heads, tokens, columns] to its slots of a pool [pages, heads, PAGE, columns]."""
     refuse("a cache of pages", WITHOUT_CACHE, states)
     if pool.device.type == "cpu" and pool.dtype is not E4M3:
         cpu.ops.store_slots(states if states.stride(3) == 1 else states.contiguous(), pool, slots)
     else:
-        pool[slots // PAGE, :, slots % PAGE] = within(states[0].transpose(0, 1), pool.dtype).to(pool.dtype)
+        pool[slots // PAGE_TOKENS, :, slots % PAGE_TOKENS] = within(states[0].transpose(0, 1), pool.dtype).to(
+            pool.dtype
+        )
 
 
 class PagedCache(Cache):
@@ -226,7 +228,7 @@ class PagedCache(Cache):
 
     def __init__(self, config: Any, pages: int, dtype: KVType = torch.float16, more: int = 0):
         self.dtype, self.pages, self.config = kv_type(dtype), pages, config
-        self.batch: Batch | None = None
+        self.batch: BatchMetadata | None = None
         self.states: dict[int, DynamicCache] = {}  # of sequences, where the model has recurrent layers
         # Tokens that a sequence's states have seen, no entry while layers differ in that; and states on the way of the latest forward.
         self.known: dict[int, int] = {}
@@ -241,12 +243,12 @@ class PagedCache(Cache):
             )
         self.recurrent = bool(kinds)
 
-    def look(self) -> None:
+    def check_cancelled(self) -> None:
         """Lets whoever runs the forward end it between two layers, by raising."""
         if self.batch is not None and self.batch.check is not None:
             self.batch.check()
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: BatchMetadata) -> None:
         """Before a forward, which overwrites states layer by layer. RuntimeError if a sequence's states are not those before its tokens."""
         self.batch = batch
         if not self.recurrent:
@@ -260,7 +262,7 @@ class PagedCache(Cache):
         for span in batch.spans:
             self.known.pop(span.owner, None)
 
-    def end(self, batch: Batch) -> None:
+    def end(self, batch: BatchMetadata) -> None:
         """After a forward that went through all layers; of any other the states stay unknown."""
         if self.recurrent:
             self.known |= {span.owner: span.past + span.count for span in batch.spans}
@@ -302,12 +304,12 @@ def paged(cache: Any, index: int) -> PagedLayer | None:
     return cache.layers[index] if type(cache) is PagedCache else None  # type: ignore[return-value]
 
 
-def batch_of(cache: Any) -> Batch | None:
+def batch_of(cache: Any) -> BatchMetadata | None:
     """The batch of a forward on pages; None for any other cache."""
     return cache.batch if type(cache) is PagedCache else None
 
 
-def gathered(pool: torch.Tensor, pages: torch.Tensor, count: int) -> torch.Tensor:
+def gather_pages(pool: torch.Tensor, pages: torch.Tensor, count: int) -> torch.Tensor:
     """A sequence's first `count` rows, dense, of a pool with one head: [1, count, columns]."""
-    need = -(-count // PAGE)
+    need = -(-count // PAGE_TOKENS)
     return pool[:, 0].index_select(0, pages[:need]).flatten(0, 1)[None, :count]

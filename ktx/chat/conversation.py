@@ -11,9 +11,9 @@ from typing import Any
 from ktx.chat.reading import clean
 from ktx.dialects import Text
 from ktx.engine.request import Finished
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.engine.text import Session
-from ktx.errors import BadFile, UsageError, nearest
+from ktx.errors import BadFile, UsageError, did_you_mean
 
 ROLES = ("system", "user", "assistant")
 SETTABLE = [
@@ -35,7 +35,7 @@ class Conversation:
     """Messages of one chat; `send` asks the model and keeps its answer, also one that was cut short."""
 
     session: Session
-    sampling: Sampling
+    sampling: SamplingParams
     system: str = ""
     force_think: bool = False
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -80,7 +80,9 @@ class Conversation:
         """Changes one sampling setting; UsageError for an unknown name or a value out of range."""
         name = name.replace("-", "_")
         if name not in SETTABLE:
-            raise UsageError(f"no setting is called {name!r}{nearest(name, SETTABLE)}; settings: {' '.join(SETTABLE)}")
+            raise UsageError(
+                f"no setting is called {name!r}{did_you_mean(name, SETTABLE)}; settings: {' '.join(SETTABLE)}"
+            )
         kind = int if name in ("top_k", "seed", "max_new_tokens") else float
         try:
             new: Any = None if name == "seed" and value.lower() in ("none", "off") else kind(value)

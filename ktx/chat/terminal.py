@@ -14,7 +14,7 @@ from typing import Any
 from ktx.chat.conversation import SETTABLE, Conversation
 from ktx.chat.reading import lines_of, read_text
 from ktx.chat.render import Printer, note, stats_line
-from ktx.errors import BadFile, KtxError, UsageError, nearest
+from ktx.errors import BadFile, KtxError, UsageError, did_you_mean
 
 BLOCK = '"""'
 HELP = {
@@ -92,7 +92,7 @@ class Chat:
         word, _, rest = line.strip().partition(" ")
         if word not in HELP:
             raise UsageError(
-                f"{word} is no command{nearest(word, HELP)}; /help lists them; begin with a space to send such a text"
+                f"{word} is no command{did_you_mean(word, HELP)}; /help lists them; begin with a space to send such a text"
             )
         action: Callable[[str], bool | None] = getattr(self, f"do_{word[1:]}")
         return action(rest.strip()) is not False

@@ -81,7 +81,7 @@ def active_params(model: Any) -> int:
         if isinstance(module, Linear) and name != "lm_head":
             total += module.in_features * module.out_features
         elif isinstance(module, Experts):
-            total += module.numbers()
+            total += module.weights_per_token()
         elif isinstance(module, MLA):
             total += sum(w.n * w.k * w.matrices for w in (module.w_uk_t, module.w_uv))
     return total

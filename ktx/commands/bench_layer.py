@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktx.commands.bench import Engine, stamp
-from ktx.errors import UsageError, nearest
+from ktx.errors import UsageError, did_you_mean
 from ktx.kernels.check import relative
 
 PAIRS = {  # a peer's formats and the ones of ktx that have as many bits
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         for name in wanted:
             if name not in known:
                 raise UsageError(
-                    f"--formats {name} is not measured here{nearest(name, known)}; there are {' '.join(known)}"
+                    f"--formats {name} is not measured here{did_you_mean(name, known)}; there are {' '.join(known)}"
                 )
         rows = [row for row in rows if row[1] in wanted]
     mine = Engine("ktx", __name__, words)

@@ -128,10 +128,10 @@ def _demo(args: argparse.Namespace, note: Any) -> None:
 
 def first_line(model: Any, name: str) -> str:
     """What was picked: model, bytes, types, kernels, threads."""
-    from ktx.hardware import human
+    from ktx.hardware import format_bytes
 
     h = model.ktx
-    return f"{name}: {human(h.nbytes)} of weights, {h.isa} kernels, {h.threads} threads, loaded in {h.seconds:.1f} s ({h.load_speed:.2f} GB/s)"
+    return f"{name}: {format_bytes(h.nbytes)} of weights, {h.isa} kernels, {h.threads} threads, loaded in {h.seconds:.1f} s ({h.load_speed:.2f} GB/s)"
 
 
 def _bandwidth() -> float:
@@ -143,9 +143,9 @@ def _bandwidth() -> float:
 
 def sampling_check(args: argparse.Namespace) -> None:
     """Refuses a setting out of range before minutes are spent on loading."""
-    from ktx.engine.sampling import Sampling
+    from ktx.engine.sampling import SamplingParams
 
-    Sampling(**_given(args))
+    SamplingParams(**_given(args))
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 def sampling_of(args: argparse.Namespace, model: Any) -> Any:
     """The command line's settings over the model's own (generation_config.json, when it says to sample)."""
-    from ktx.engine.sampling import Sampling
+    from ktx.engine.sampling import SamplingParams
 
     own = model.generation_config
     defaults = (
@@ -163,4 +163,4 @@ def sampling_of(args: argparse.Namespace, model: Any) -> Any:
         if own.do_sample
         else {}
     )
-    return Sampling(**(defaults | _given(args)))
+    return SamplingParams(**(defaults | _given(args)))

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def report(quick: bool) -> dict[str, Any]:
     """Everything doctor knows, as plain data."""
-    from ktx.hardware import amx_permitted, machine, second_opinion
+    from ktx.hardware import amx_permitted, cpufeature_flags, machine
 
     m = machine()
     found: dict[str, Any] = {
@@ -53,7 +53,7 @@ def report(quick: bool) -> dict[str, Any]:
             "cgroup cpu limit": m.quota or "none",
             "instruction sets": _isas(m.flags),
             "AMX permitted": amx_permitted(),
-            "second opinion (cpufeature)": second_opinion(),
+            "second opinion (cpufeature)": cpufeature_flags(),
             "memory": f"{m.available / 1e9:.1f} GB free of {m.memory / 1e9:.1f} GB",
             "NUMA": [f"node {n.number}: {len(n.cpus)} cpus, {n.memory / 1e9:.1f} GB" for n in m.nodes],
             "transparent huge pages": m.huge_pages,

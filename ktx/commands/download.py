@@ -13,8 +13,8 @@ from typing import Any
 
 from ktx.commands.arguments import flag
 from ktx.errors import DoesNotFit, UsageError
-from ktx.hardware import human
-from ktx.hub.choice import SPLIT, Choice, File, Quantisation, Several, choose
+from ktx.hardware import format_bytes
+from ktx.hub.choice import SPLIT, AmbiguousQuant, File, FileSelection, Quantization, choose
 from ktx.hub.listing import Hub, Plan
 
 SUMMARY = "fetch a model from a hub"
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     listing = hub.look(repo, args.revision)
     try:
         choice = choose(repo, listing.files, tag, args.include, args.exclude)
-    except Several as error:
+    except AmbiguousQuant as error:
         print_quantisations(error.found)
         name = error.found[0].name
         raise UsageError(f'{error}, such as {repo}:{name} or --include "*{name}*"') from error
@@ -97,11 +97,11 @@ def check_disk(plan: Plan) -> None:
     need, free = plan.total - plan.began, shutil.disk_usage(place).free
     if need > free:
         raise DoesNotFit(
-            f"{human(need)} are still to come, {human(free)} are free on the disk of {place}; make room, or name another place with --to"
+            f"{format_bytes(need)} are still to come, {format_bytes(free)} are free on the disk of {place}; make room, or name another place with --to"
         )
 
 
-def following(folder: Path, choice: Choice) -> list[str]:
+def following(folder: Path, choice: FileSelection) -> list[str]:
     """The command that talks to what was fetched; no words when that is no model."""
     ggufs = sorted(file.path for file in choice.weights if file.kind == ".gguf")
     config = any(file.path == "config.json" for file in choice.files)
@@ -115,14 +115,14 @@ def following(folder: Path, choice: Choice) -> list[str]:
 # ---- what is shown
 
 
-def print_quantisations(found: Sequence[Quantisation]) -> None:
+def print_quantisations(found: Sequence[Quantization]) -> None:
     table = _table("quantisation", "size", "files")
     for one in found:
-        table.add_row(one.name, human(one.size), str(len(one.files)))
+        table.add_row(one.name, format_bytes(one.size), str(len(one.files)))
     _console(sys.stderr).print(table)
 
 
-def print_files(choice: Choice, plan: Plan) -> None:
+def print_files(choice: FileSelection, plan: Plan) -> None:
     """Files and sizes, parts of one model in a row, then the sums."""
     missing = set(plan.files)
     table = _table("file", "size", "")
@@ -130,11 +130,13 @@ def print_files(choice: Choice, plan: Plan) -> None:
         there = sum(file not in missing for file in group)
         told = "is there" if there == len(group) else f"{there} of {len(group)} are there" if there else ""
         name = group[0].path if len(group) == 1 else f"{group[0].path} ... ({len(group)} files)"
-        table.add_row(name, human(sum(file.size for file in group)), told)
+        table.add_row(name, format_bytes(sum(file.size for file in group)), told)
     console = _console(sys.stdout)
     console.print(table)
-    began = f", of which {human(plan.began)} came before" if plan.began else ""
-    console.print(f"{human(sum(file.size for file in choice.files))} in all, {human(plan.total)} to fetch{began}")
+    began = f", of which {format_bytes(plan.began)} came before" if plan.began else ""
+    console.print(
+        f"{format_bytes(sum(file.size for file in choice.files))} in all, {format_bytes(plan.total)} to fetch{began}"
+    )
     if choice.pickles:
         names = ", ".join(file.path for file in choice.pickles[:3]) + (" ..." if len(choice.pickles) > 3 else "")
         console.print(
@@ -205,7 +207,7 @@ def _lines(plan: Plan) -> Iterator[Callable[[int], None]]:
                 speed = (done - plan.began) / max(1e-9, time.monotonic() - start)
                 left = (plan.total - done) / max(1.0, speed)
                 print(
-                    f"fetched {human(done)} of {human(plan.total)}, {speed / 1e9:.3f} GB/s, {left:.0f} s left",
+                    f"fetched {format_bytes(done)} of {format_bytes(plan.total)}, {speed / 1e9:.3f} GB/s, {left:.0f} s left",
                     file=sys.stderr,
                     flush=True,
                 )

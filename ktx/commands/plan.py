@@ -134,12 +134,18 @@ def by_budget(args: argparse.Namespace) -> int:
 
 
 def _speeds(args: argparse.Namespace) -> Any:
-    from ktx.kernels.cpu import usual_threads
-    from ktx.kernels.speed import LINK, free_read_bandwidth, gpu_read_bandwidth, link_bandwidth, prompt_rate
+    from ktx.kernels.cpu import num_threads
+    from ktx.kernels.speed import (
+        DEFAULT_PCIE_GB_S,
+        free_read_bandwidth,
+        gpu_read_bandwidth,
+        link_bandwidth,
+        prompt_rate,
+    )
     from ktx.placement import Speeds
     from ktx.qtypes import QTYPES
 
-    reading = None if args.cpu_bandwidth else free_read_bandwidth(usual_threads())
+    reading = None if args.cpu_bandwidth else free_read_bandwidth(num_threads())
     if reading is None and not args.cpu_bandwidth:
         raise UsageError("too little memory is free to measure this machine's: give --cpu-bandwidth")
     measured = None if args.gpu_bandwidth else gpu_read_bandwidth()
@@ -150,7 +156,7 @@ def _speeds(args: argparse.Namespace) -> Any:
         args.gpu_bandwidth or measured or GPU_GB_S,
         f"measured: {reading.size}" if reading else "given",
         how,
-        link or LINK,
+        link or DEFAULT_PCIE_GB_S,
         "measured" if link else "assumed",
         prompt_rate(QTYPES["Q4_K"]) if args.vram else 0.0,
     )
@@ -158,16 +164,16 @@ def _speeds(args: argparse.Namespace) -> Any:
 
 def table(made: Any) -> list[str]:
     """Groups of modules by device, against the budget."""
-    from ktx.hardware import human
+    from ktx.hardware import format_bytes
 
     columns = made.names
     rows = [("", *columns)]
     for group, of in made.bytes.items():
         if any(of.values()):
-            rows.append((group, *(human(of[name]) if of.get(name) else "" for name in columns)))
-    rows.append(("sum", *(human(made.total(name)) for name in columns)))
-    rows.append(("budget", *(human(made.budget.of(name)) for name in columns)))
-    rows.append(("a token reads", *(human(made.reads(name)) for name in columns)))
+            rows.append((group, *(format_bytes(of[name]) if of.get(name) else "" for name in columns)))
+    rows.append(("sum", *(format_bytes(made.total(name)) for name in columns)))
+    rows.append(("budget", *(format_bytes(made.budget.of(name)) for name in columns)))
+    rows.append(("a token reads", *(format_bytes(made.reads(name)) for name in columns)))
     first, widths = max(len(row[0]) for row in rows), [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(first), *(cell.rjust(wide) for cell, wide in zip(row[1:], widths[1:], strict=True))])
@@ -202,12 +208,14 @@ def write(path: Path, made: Any, base: str) -> None:
     """A rule file with this placement, and the model's rules by name or by path."""
     import yaml
 
-    from ktx.hardware import human
+    from ktx.hardware import format_bytes
     from ktx.rules import rule_folder
 
     shipped = Path(base).resolve().parent == rule_folder().resolve()
     budget = made.budget
-    needs = ", ".join(f"{name} {human(made.total(name))} of {human(budget.of(name))}" for name in made.names)
+    needs = ", ".join(
+        f"{name} {format_bytes(made.total(name))} of {format_bytes(budget.of(name))}" for name in made.names
+    )
     lines = [
         f"# Placed by ktx plan for {budget.batch} x {budget.context} tokens: {needs}",
         yaml.safe_dump({"rules": Path(base).stem if shipped else str(Path(base).resolve())}, width=1000).rstrip(),

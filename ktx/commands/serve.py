@@ -174,9 +174,9 @@ def run(args: argparse.Namespace) -> int:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"ktx serve needs {', '.join(missing)}: {install('serve')}")
-    from ktx.server.guard import Access
+    from ktx.server.guard import AccessPolicy
     from ktx.server.log import set_up
-    from ktx.server.memory import settle
+    from ktx.server.memory import freeze_gc
 
     keys = keys_of(args)
     check_exposure(args, keys)
@@ -185,7 +185,7 @@ def run(args: argparse.Namespace) -> int:
     set_up(args.log_level, args.log_format)
     from ktx.server.app import make_app
     from ktx.server.run import listen, serve
-    from ktx.server.served import Served
+    from ktx.server.served import ServerState
 
     known = named_model(args)
     names = tuple(args.model_name or [_name(args.model) if known else "ktx-demo"])
@@ -196,10 +196,10 @@ def run(args: argparse.Namespace) -> int:
         args.weights = str(ktx.demo.safetensors() if args.speculative == "mtp" else ktx.demo.gguf())
     adapters = adapter_names(args, names)
     hosts = (*(args.allowed_hosts or ()), args.host)
-    access = Access(keys, tuple(hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ()))
+    access = AccessPolicy(keys, tuple(hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ()))
     if args.ray:
         return serve_ray.serve_replicas(args, names, adapters, access, _settings(args), make_engine)
-    served = Served(names, _settings(args), adapters)
+    served = ServerState(names, _settings(args), adapters)
     where = listen(args.host, args.port)
     app = make_app(served, access)
     trouble: list[BaseException] = []
@@ -215,9 +215,9 @@ def run(args: argparse.Namespace) -> int:
         )
         served.load(make, failed)
 
-    def make(served: Served) -> Any:
+    def make(served: ServerState) -> Any:
         engine = make_engine(args, served)
-        settle()
+        freeze_gc()
         return engine
 
     serve(app, served, where, started)
@@ -247,14 +247,14 @@ def _name(path: str) -> str:
 
 
 def _settings(args: argparse.Namespace) -> Any:
-    from ktx.server.served import Settings as Answers
+    from ktx.server.served import ServerSettings as Answers
 
     template = read_template(args.chat_template) if args.chat_template else None
     sampling = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
-    from ktx.engine.sampling import Sampling
+    from ktx.engine.sampling import SamplingParams
 
-    Sampling(**sampling)  # refuses what is out of range
-    keep = (0 if args.ray else Answers.keep_responses) if args.keep_responses is None else args.keep_responses
+    SamplingParams(**sampling)  # refuses what is out of range
+    keep = (0 if args.ray else Answers.max_stored_responses) if args.keep_responses is None else args.keep_responses
     folder = Path(args.lora_dir).expanduser().resolve() if args.lora_dir else None
     return Answers(args.max_new_tokens, args.force_think, template, args.hide_input, sampling, keep, lora_dir=folder)
 
@@ -301,10 +301,10 @@ def make_engine(args: argparse.Namespace, served: Any) -> Any:
 
 def _engine(args: argparse.Namespace, served: Any) -> Any:
     import ktx
-    from ktx.kernels.cpu import team_of
+    from ktx.kernels.cpu import pool_size
     from ktx.kernels.speed import free_read_bandwidth
 
-    reading = free_read_bandwidth(team_of(args.threads))
+    reading = free_read_bandwidth(pool_size(args.threads))
     served.bandwidth = reading and reading.gb_s
     model, _ = ktx.load(
         args.model,

@@ -68,22 +68,22 @@ def serve_replicas(
     prepare(own=args.ray_address is None)
     for name in ("ray", "ray.serve"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    from ktx.cache.pages import PAGE
+    from ktx.cache.pages import PAGE_TOKENS
 
     try:
-        from ktx.replicas.cluster import Cluster, Wanted
-        from ktx.replicas.front import Front
+        from ktx.replicas.cluster import Cluster, ClusterConfig
+        from ktx.replicas.front import ReplicaProxy
     except ImportError as error:
         raise UsageError(f"{_missing()} ({error})") from error
-    from ktx.replicas.replica import Making
-    from ktx.server.guard import Guard
+    from ktx.replicas.replica import ReplicaConfig
+    from ktx.server.guard import AuthMiddleware
     from ktx.server.run import listen, serve
 
     where = listen(args.host, args.port)
     kept = {name: value for name, value in vars(args).items() if not name.startswith("api_key")}
-    making = Making(Engines(make, kept), names, adapters, settings, (args.log_level, args.log_format), 1, 1)
+    making = ReplicaConfig(Engines(make, kept), names, adapters, settings, (args.log_level, args.log_format), 1, 1)
     cluster = Cluster(
-        Wanted(
+        ClusterConfig(
             f"ktx-{names[0].replace('/', '-')}",
             args.ray_address,
             args.replicas,
@@ -92,7 +92,7 @@ def serve_replicas(
             making,
             args.max_batch_size,
             args.max_queue,
-            0 if args.no_prefix_cache else args.cache_lens // PAGE,
+            0 if args.no_prefix_cache else args.cache_lens // PAGE_TOKENS,
         )
     )
     trouble: list[BaseException] = []
@@ -110,7 +110,7 @@ def serve_replicas(
 
     cluster.connect()
     try:
-        serve(Guard(Front(cluster), access), cluster, where, started)
+        serve(AuthMiddleware(ReplicaProxy(cluster), access), cluster, where, started)
     finally:
         cluster.close()
     if trouble:

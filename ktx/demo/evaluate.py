@@ -105,12 +105,12 @@ def wrong_answers(model: Any, tokenizer: Any, asked: list[demo.Question]) -> lis
 
 def answers_side_by_side(model: Any, tokenizer: Any, turns: list[list[dict[str, str]]]) -> list[str]:
     """Greedy answers to several conversations, by the engine."""
-    from ktx.engine.sampling import Sampling
+    from ktx.engine.sampling import SamplingParams
 
     prompts = [tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False) for one in turns]
     texts = [""] * len(prompts)
     with model.ktx.engine(max_batch_size=8) as engine:
-        for i, event in engine.generate(prompts, Sampling(max_new_tokens=LONGEST, temperature=0.0)):
+        for i, event in engine.generate(prompts, SamplingParams(max_new_tokens=LONGEST, temperature=0.0)):
             texts[i] += getattr(event, "text", "")
     return texts
 

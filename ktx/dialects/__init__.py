@@ -5,16 +5,16 @@ from ktx.dialects.events import CallArguments, CallEnd, CallStart, Event, Text, 
 from ktx.dialects.grammar import forced_call_grammar
 from ktx.dialects.messages import for_template
 from ktx.dialects.parser import Parser
-from ktx.dialects.table import DIALECTS, Dialect, Format, dialect_for, opened
+from ktx.dialects.table import DIALECTS, CallFormat, ChatFormat, dialect_for, opened
 
 __all__ = [
     "DIALECTS",
     "CallArguments",
     "CallEnd",
     "CallStart",
-    "Dialect",
+    "ChatFormat",
     "Event",
-    "Format",
+    "CallFormat",
     "Parser",
     "Text",
     "dialect_for",

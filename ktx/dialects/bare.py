@@ -10,14 +10,14 @@ from ktx.dialects.calls import Calls
 from ktx.dialects.events import Event, Text
 from ktx.dialects.lenient import Value
 from ktx.dialects.objects import ObjectCall, read_list
-from ktx.dialects.source import Broken, Source, marks_of
-from ktx.dialects.table import Format
+from ktx.dialects.source import Broken, TextReader, marks_of
+from ktx.dialects.table import CallFormat
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.-]{0,255}")
 _KEY = re.compile(r"[A-Za-z_]\w{0,255}")
 
 
-def read_bare(source: Source, calls: Calls, format: Format, mark: str) -> Iterator[Event | None]:
+def read_bare(source: TextReader, calls: Calls, format: CallFormat, mark: str) -> Iterator[Event | None]:
     """From behind `mark`: `{` of an object, or `[` of a list of objects or of Python calls."""
     ends = marks_of(*format.ends, *format.sections, "```")
     if mark[-1] == "{":
@@ -33,7 +33,7 @@ def read_bare(source: Source, calls: Calls, format: Format, mark: str) -> Iterat
         yield from _python_calls(source, calls)
 
 
-def _between(source: Source) -> Iterator[Event | None]:
+def _between(source: TextReader) -> Iterator[Event | None]:
     """What separates objects that are not in a list."""
     space = yield from source.space()
     if (char := (yield from source.char())) and char in ",;":
@@ -42,7 +42,7 @@ def _between(source: Source) -> Iterator[Event | None]:
         yield Text(space)
 
 
-def _python_calls(source: Source, calls: Calls) -> Iterator[Event | None]:
+def _python_calls(source: TextReader, calls: Calls) -> Iterator[Event | None]:
     """[f(a=1), g()], from behind the bracket."""
     while True:
         yield from _python_call(source, calls)
@@ -54,7 +54,7 @@ def _python_calls(source: Source, calls: Calls) -> Iterator[Event | None]:
     yield from source.accept(marks_of("]"))
 
 
-def _python_call(source: Source, calls: Calls) -> Iterator[Event | None]:
+def _python_call(source: TextReader, calls: Calls) -> Iterator[Event | None]:
     name, mark = yield from source.upto(marks_of("("), 256)
     if not mark or not _FUNCTION.fullmatch(name):
         raise Broken

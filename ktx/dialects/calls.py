@@ -10,7 +10,7 @@ from typing import Any
 
 from ktx.dialects.events import CallArguments, CallEnd, CallStart, Event
 from ktx.dialects.lenient import Value, collect, strict
-from ktx.dialects.source import Broken, Marks, Source
+from ktx.dialects.source import Broken, Marks, TextReader
 
 _LETTERS = string.ascii_letters + string.digits
 _PREFIX = "functions."
@@ -74,7 +74,7 @@ def object_text(text: str) -> str:
     return text
 
 
-def stream_object(source: Source, ends: Marks) -> Iterator[str | None]:
+def stream_object(source: TextReader, ends: Marks) -> Iterator[str | None]:
     """The object that comes, in pieces; brackets left open before `ends` or the stream's end are closed. Broken else."""
     value = Value(source)
     yield from value.pieces()
@@ -86,7 +86,7 @@ def stream_object(source: Source, ends: Marks) -> Iterator[str | None]:
     yield value.closing()
 
 
-def read_arguments(source: Source, ends: Marks) -> Iterator[str | None]:
+def read_arguments(source: TextReader, ends: Marks) -> Iterator[str | None]:
     """What stands where arguments belong, as the text of one object: streamed when it is one."""
     char = yield from source.char()
     if char == "{":
@@ -100,7 +100,7 @@ def read_arguments(source: Source, ends: Marks) -> Iterator[str | None]:
         yield object_text(text)
 
 
-def stream_call(source: Source, calls: Calls, ends: Marks, name: str, id: str = "") -> Iterator[Event | None]:
+def stream_call(source: TextReader, calls: Calls, ends: Marks, name: str, id: str = "") -> Iterator[Event | None]:
     """A call whose name is known, from its arguments on."""
     started = False
     for piece in read_arguments(source, ends):

@@ -12,7 +12,7 @@ from typing import Any
 
 from ktx.dialects.calls import schemas
 from ktx.dialects.schema import kinds, property_schema
-from ktx.dialects.table import Dialect, Format
+from ktx.dialects.table import CallFormat, ChatFormat
 
 _JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # no model gets lost in spaces
 
@@ -61,7 +61,7 @@ class Lark:
 
 
 def forced_call_grammar(
-    dialect: Dialect,
+    dialect: ChatFormat,
     tools: Iterable[Mapping[str, Any]],
     names: Iterable[str] | None = None,
     parallel: bool = True,
@@ -87,7 +87,7 @@ def forced_call_grammar(
     return lark.text(f"{thought} {lark.words(before)} {one}{more} {lark.words(after)}".strip())
 
 
-def _thought(lark: Lark, dialect: Dialect) -> str:
+def _thought(lark: Lark, dialect: ChatFormat) -> str:
     format = dialect.format
     assert format is not None
     closing = dialect.think[1] or "<|end|>"
@@ -117,19 +117,19 @@ def _object(key: str) -> str:
     return '{"name": "{}", "' + key + '": '
 
 
-def _hermes(lark: Lark, format: Format) -> Style:
+def _hermes(lark: Lark, format: CallFormat) -> Style:
     return "", _around(lark, "<tool_call>\n" + _object("arguments"), "}\n</tool_call>"), "\n", ""
 
 
-def _list(lark: Lark, format: Format) -> Style:
+def _list(lark: Lark, format: CallFormat) -> Style:
     return format.starts[0] + "[", _around(lark, _object("arguments"), "}"), ", ", "]"
 
 
-def _bare(lark: Lark, format: Format) -> Style:
+def _bare(lark: Lark, format: CallFormat) -> Style:
     return "", _around(lark, _object("parameters"), "}"), "; ", ""
 
 
-def _named(lark: Lark, format: Format) -> Style:
+def _named(lark: Lark, format: CallFormat) -> Style:
     start, separator = format.starts[0], format.separators[0]
     end = format.ends[0] if format.ends else ""
     section_end = format.ends[1] if format.sections else ""
@@ -145,20 +145,20 @@ def _named(lark: Lark, format: Format) -> Style:
     return "".join(format.sections), call, "", section_end
 
 
-def _fenced(lark: Lark, format: Format) -> Style:
+def _fenced(lark: Lark, format: CallFormat) -> Style:
     call = _around(
         lark, format.starts[0] + "function" + format.separators[0] + "{}\n```json\n", "\n```" + format.ends[0]
     )
     return format.sections[0], call, "\n", format.ends[1]
 
 
-def _harmony(lark: Lark, format: Format) -> Style:
+def _harmony(lark: Lark, format: CallFormat) -> Style:
     """The arguments end the turn, so there is one call."""
     head = "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>"
     return "", _around(lark, head, ""), None, ""
 
 
-def _tags(lark: Lark, format: Format) -> Style:
+def _tags(lark: Lark, format: CallFormat) -> Style:
     line, quote = ("\n", "") if format.lines else ("", '"')
     name_is = "=" if format.lines else ' name="'
     quote_string = quote + (' string="{}"' if format.typed else "")
@@ -172,13 +172,13 @@ def _tags(lark: Lark, format: Format) -> Style:
     return format.sections[0] + "\n", call, "", format.ends[0]
 
 
-def _pairs(lark: Lark, format: Format) -> Style:
+def _pairs(lark: Lark, format: CallFormat) -> Style:
     key, value = format.pair_key, format.pair_value
     parameter = key[0], key[1] + "\n" + value[0], value[1] + "\n"
     return "", _worded(lark, format, (format.starts[0], "\n", format.ends[0]), parameter), "\n", ""
 
 
-def _worded(lark: Lark, format: Format, head: tuple[str, str, str], parameter: tuple[str, str, str]) -> Call:
+def _worded(lark: Lark, format: CallFormat, head: tuple[str, str, str], parameter: tuple[str, str, str]) -> Call:
     """A call in tags: every argument the schema names, in its order, those not required left out or not."""
     marks = (*format.starts, *format.ends, *format.sections, *format.tag_call, *format.tag_parameter)
     free = (*marks, *format.pair_key, *format.pair_value)
@@ -207,7 +207,7 @@ def _value(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, marks: 
     return lark.free(close, marks)
 
 
-def _pythonic(lark: Lark, format: Format) -> Style:
+def _pythonic(lark: Lark, format: CallFormat) -> Style:
     def call(name: str, schema: Mapping[str, Any]) -> str:
         """Arguments that are required first: a comma stands between two, so their order is fixed."""
         required = [key for key in schema.get("properties") or {} if key in (schema.get("required") or ())]
@@ -240,7 +240,7 @@ def _regex(text: str) -> str:
     return re.escape(text).replace("/", r"\/").replace('"', r"\"").replace(r"\ ", " ").replace("\\\n", r"\n")
 
 
-_STYLES: dict[str, Callable[[Lark, Format], Style]] = {
+_STYLES: dict[str, Callable[[Lark, CallFormat], Style]] = {
     "object": _hermes,
     "list": _list,
     "bare": _bare,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from ktx.dialects.calls import Calls, stream_call
 from ktx.dialects.events import Event
-from ktx.dialects.source import SPACE, Broken, Source, marks_of
-from ktx.dialects.table import Format
+from ktx.dialects.source import SPACE, Broken, TextReader, marks_of
+from ktx.dialects.table import CallFormat
 
 if TYPE_CHECKING:
     from ktx.dialects.parser import Parser
@@ -58,7 +58,7 @@ class Harmony:
                 yield None
         yield from output.rest()
 
-    def message(self, source: Source, calls: Calls, format: Format | None, mark: str) -> Iterator[Event | None]:
+    def message(self, source: TextReader, calls: Calls, format: CallFormat | None, mark: str) -> Iterator[Event | None]:
         """A header; the call's arguments behind it where it has a recipient, else the text is left to `read`."""
         text, end = yield from source.upto(_HEADER_ENDS, HEADER)
         text = mark + text

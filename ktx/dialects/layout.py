@@ -11,7 +11,7 @@ from ktx.dialects.events import Text
 from ktx.dialects.source import SPACE
 
 
-class Output:
+class WhitespaceFilter:
     """Text on its way out. White space waits for what follows: before a mark it is layout and not shown."""
 
     def __init__(self, kind: str, said: str = ""):

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from ktx.dialects.source import Source, Wait
+from ktx.dialects.source import TextReader, Wait
 
 DEPTH = 128  # brackets inside brackets: no arguments are deeper, and a client's own JSON reader must survive them
 WORD = 1000  # characters of a number or bare word
@@ -51,7 +51,7 @@ ITEM, ITEM_OR_END, KEY, KEY_OR_END, COLON, NEXT = "item", "item or ]", "key", "k
 class Value:
     """One value, read from `source` piece by piece; `done` when it is whole."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: TextReader):
         self.source = source
         self.closers: list[str] = []  # what would close the open brackets, the outermost first
         self.want, self.quote, self.word = ITEM, "", ""
@@ -258,7 +258,7 @@ def _scalar(word: str) -> str | None:
 
 def strict(text: str) -> str | None:
     """The one JSON value that `text` is, mended; None when it is none."""
-    source = Source()
+    source = TextReader()
     source.feed(text.strip())
     source.ended = True
     value = Value(source)
@@ -268,7 +268,7 @@ def strict(text: str) -> str | None:
     return out + value.closing() if value.closable and value.closers and source.at == len(source.text) else None
 
 
-def collect(source: Source) -> Wait[str | None]:
+def collect(source: TextReader) -> Wait[str | None]:
     """One value in one piece; None when it is none."""
     value, out = Value(source), list[str]()
     for piece in value.pieces():

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from ktx.dialects.calls import Calls, stream_call
 from ktx.dialects.events import Event, Text
 from ktx.dialects.objects import ObjectCall, read_list
-from ktx.dialects.source import Broken, Marks, Source, Wait, marks_of
-from ktx.dialects.table import Format
+from ktx.dialects.source import Broken, Marks, TextReader, Wait, marks_of
+from ktx.dialects.table import CallFormat
 from ktx.dialects.tags import TagCall
 
 HEADER = 300  # characters between a call's mark and its arguments
@@ -21,7 +21,7 @@ _KIND = ("function", "tool")  # deepseek writes a call's type before its name
 _MODEL_ID = re.compile(r"(?:functions\.)?(.+?):\d+")
 
 
-def read_marked(source: Source, calls: Calls, format: Format, mark: str) -> Iterator[Event | None]:
+def read_marked(source: TextReader, calls: Calls, format: CallFormat, mark: str) -> Iterator[Event | None]:
     """One call or a list of calls, from behind `mark`."""
     if format.tag_call[0] and mark.startswith(format.tag_call[0]):
         source.at -= len(mark)
@@ -31,7 +31,7 @@ def read_marked(source: Source, calls: Calls, format: Format, mark: str) -> Iter
         yield from _fence(source)
 
 
-def _read(source: Source, calls: Calls, format: Format) -> Iterator[Event | None]:
+def _read(source: TextReader, calls: Calls, format: CallFormat) -> Iterator[Event | None]:
     ends = marks_of(*format.ends, *format.starts, *format.sections, *format.tag_call[1:], "```")
     char = yield from source.char()
     if char == "{":
@@ -50,7 +50,7 @@ def _read(source: Source, calls: Calls, format: Format) -> Iterator[Event | None
         yield from _named(source, calls, format)
 
 
-def _objects(source: Source, calls: Calls, ends: Marks) -> Iterator[Event | None]:
+def _objects(source: TextReader, calls: Calls, ends: Marks) -> Iterator[Event | None]:
     """{...}, and those that follow it before the end mark: each is a call. What follows and is none is left, as text."""
     while True:
         yield from ObjectCall(source, calls, ends, True).read()
@@ -66,7 +66,7 @@ def _objects(source: Source, calls: Calls, ends: Marks) -> Iterator[Event | None
             break
 
 
-def _named(source: Source, calls: Calls, format: Format) -> Iterator[Event | None]:
+def _named(source: TextReader, calls: Calls, format: CallFormat) -> Iterator[Event | None]:
     """name<separator>{...}, with marks or only line breaks between."""
     ends = marks_of(*format.ends, *format.starts, *format.sections, "```")
     stops = marks_of(
@@ -104,7 +104,7 @@ def _named(source: Source, calls: Calls, format: Format) -> Iterator[Event | Non
         yield from _fence(source)
 
 
-def _tag_name(source: Source) -> Wait[str]:
+def _tag_name(source: TextReader) -> Wait[str]:
     """The name in <function=name> or <invoke name="name">, the tag taken."""
     text, mark = yield from source.upto(marks_of(">"), HEADER)
     source.at += len(mark)
@@ -114,7 +114,7 @@ def _tag_name(source: Source) -> Wait[str]:
     return name
 
 
-def _fence(source: Source) -> Wait[bool]:
+def _fence(source: TextReader) -> Wait[bool]:
     """White space, and the border of a Markdown code block if there is one."""
     yield from source.space()
     if not (yield from source.accept(marks_of("```json", "```"))):
@@ -123,7 +123,7 @@ def _fence(source: Source) -> Wait[bool]:
     return True
 
 
-def _spare_brackets(source: Source) -> Wait[None]:
+def _spare_brackets(source: TextReader) -> Wait[None]:
     """Closing brackets that no bracket opened."""
     while (yield from source.char()) in ("}", "]"):
         source.at += 1

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ktx.dialects.lenient import strict
-from ktx.dialects.table import Dialect
+from ktx.dialects.table import ChatFormat
 
 _NAMED_ID = re.compile(r"functions\..+:\d+")
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
@@ -17,7 +17,7 @@ _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 Message = dict[str, Any]
 
 
-def for_template(messages: Iterable[Mapping[str, Any]], dialect: Dialect) -> list[Message]:
+def for_template(messages: Iterable[Mapping[str, Any]], dialect: ChatFormat) -> list[Message]:
     """New messages; ValueError where one holds what is not text."""
     history = _History(dialect)
     told = [history.message(message) for message in messages]
@@ -27,7 +27,7 @@ def for_template(messages: Iterable[Mapping[str, Any]], dialect: Dialect) -> lis
 class _History:
     """What later messages need of earlier ones: the ids of calls as the template has them, and whose results are whose."""
 
-    def __init__(self, dialect: Dialect):
+    def __init__(self, dialect: ChatFormat):
         self.dialect = dialect
         self.ids: dict[str, str] = {}
         self.names: dict[str, str] = {}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ktx.dialects.calls import Calls, read_arguments, stream_call
 from ktx.dialects.events import Event
 from ktx.dialects.lenient import collect
-from ktx.dialects.source import Broken, Marks, Source, Wait
+from ktx.dialects.source import Broken, Marks, TextReader, Wait
 
 # a family's own words first: without marks around the object, only the first two of each make it a call
 NAMES = ("name", "function", "tool", "tool_name", "function_name")
@@ -20,7 +20,7 @@ OTHERS = ("type", "index")  # said beside a call, and not needed
 class ObjectCall:
     """One call object, taken from `{` on. `sure` is whether its marks already say that it is a call."""
 
-    def __init__(self, source: Source, calls: Calls, ends: Marks, sure: bool):
+    def __init__(self, source: TextReader, calls: Calls, ends: Marks, sure: bool):
         self.source, self.calls, self.ends, self.sure = source, calls, ends, sure
         self.name = self.id = ""
         self.early: list[str] | None = None  # arguments that came before the name
@@ -114,7 +114,7 @@ class ObjectCall:
             pass
 
 
-def read_list(source: Source, calls: Calls, ends: Marks, sure: bool = True) -> Iterator[Event | None]:
+def read_list(source: TextReader, calls: Calls, ends: Marks, sure: bool = True) -> Iterator[Event | None]:
     """[{...}, {...}], from `[` on."""
     before = calls.index
     while True:
@@ -134,7 +134,7 @@ def read_list(source: Source, calls: Calls, ends: Marks, sure: bool = True) -> I
     source.at += len(char)
 
 
-def _key(source: Source) -> Wait[str]:
+def _key(source: TextReader) -> Wait[str]:
     """A key and its colon, in short: what is longer than any key of a call is about something else."""
     char = yield from source.char()
     if char in "\"'":
@@ -151,7 +151,7 @@ def _key(source: Source) -> Wait[str]:
     return key.strip()
 
 
-def _string(source: Source) -> Wait[str]:
+def _string(source: TextReader) -> Wait[str]:
     if (yield from source.char()) not in ('"', "'"):
         raise Broken
     text = yield from collect(source)

@@ -13,13 +13,13 @@ from ktx.dialects.bare import read_bare
 from ktx.dialects.calls import MOST, Calls, new_id
 from ktx.dialects.events import CallEnd, CallStart, Event, Text
 from ktx.dialects.harmony import Harmony
-from ktx.dialects.layout import Output
+from ktx.dialects.layout import WhitespaceFilter
 from ktx.dialects.marked import read_marked
-from ktx.dialects.source import Broken, Source, marks_of
-from ktx.dialects.table import Dialect, Format
+from ktx.dialects.source import Broken, TextReader, marks_of
+from ktx.dialects.table import CallFormat, ChatFormat
 
-AGAIN = 1 << 16  # characters of broken calls that are searched for calls within them
-PATIENCE = 1000  # broken calls after which the rest is text
+MAX_REREAD_CHARS = 1 << 16  # characters of broken calls that are searched for calls within them
+MAX_BROKEN_CALLS = 1000  # broken calls after which the rest is text
 BARE = "{", "["  # what calls without a mark begin with, at the start of a line
 
 
@@ -36,7 +36,7 @@ class Parser:
 
     def __init__(
         self,
-        dialect: Dialect,
+        dialect: ChatFormat,
         tools: Iterable[Mapping[str, Any]] = (),
         thinking: bool = False,
         parse_calls: bool | None = None,
@@ -45,12 +45,12 @@ class Parser:
     ):
         self.dialect, tools = dialect, list(tools)
         self.parse_calls: bool = bool(tools) if parse_calls is None else parse_calls
-        self.format: Format | None = dialect.format if self.parse_calls else None
-        self.source, self.calls = Source(), Calls(tools, ids)
-        self.output = Output("think" if thinking else "answer", said)
+        self.format: CallFormat | None = dialect.format if self.parse_calls else None
+        self.source, self.calls = TextReader(), Calls(tools, ids)
+        self.output = WhitespaceFilter("think" if thinking else "answer", said)
         self.seen = thinking or bool(said)  # whether there was any reasoning, or none will come any more
         self.begins = said.endswith("\n")  # what comes first begins a line
-        self.again, self.broken = AGAIN, 0
+        self.again, self.broken = MAX_REREAD_CHARS, 0
         self.open_call = False  # after finish(cut=True): the stream ended inside a call
         self._look()
         harmony = dialect.format is not None and dialect.format.style == "harmony"
@@ -172,7 +172,7 @@ class Parser:
         raw, lead = self.source.raw(), self.source.lead
         self.calls.open = False
         self.broken += 1
-        if self.broken >= PATIENCE or self.calls.index + 1 >= MOST:
+        if self.broken >= MAX_BROKEN_CALLS or self.calls.index + 1 >= MOST:
             self.format = None
             self._look()
         if raw and len(raw) - lead <= self.again:

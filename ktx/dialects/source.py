@@ -47,7 +47,7 @@ def marks_of(*marks: str) -> Marks:
     return Marks(mark for mark in marks if mark)
 
 
-class Source:
+class TextReader:
     """Text that has come but is not used up; what a call took is kept until the call is sure."""
 
     def __init__(self) -> None:

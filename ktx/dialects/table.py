@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class Format:
+class CallFormat:
     """The marks around a call; what a family does not use is empty."""
 
     style: str  # how the model writes a call: object, list, named, fenced, tags, pairs, bare, pythonic or harmony
@@ -25,11 +25,11 @@ class Format:
 
 
 @dataclass(frozen=True)
-class Dialect:
+class ChatFormat:
     """How one family writes."""
 
     name: str
-    format: Format | None = None
+    format: CallFormat | None = None
     think: tuple[str, str] = ("<think>", "</think>")
     calls_in_thought: bool = False  # calls without closing the reasoning block first, by marks that are control tokens
     prompt_opens: bool = False  # the generation prompt ends inside the reasoning block, unless it is told otherwise
@@ -59,8 +59,8 @@ _KEY, _VALUE = ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>")
 _TURN = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 
 # Models that share <tool_call> now and then write it the other's way, so all three read JSON, and the first two tags.
-HERMES = Format("object", _TOOL_CALL[:1], _TOOL_CALL[1:], tag_call=_FUNCTION, tag_parameter=_PARAMETER)
-TAGS = Format(
+HERMES = CallFormat("object", _TOOL_CALL[:1], _TOOL_CALL[1:], tag_call=_FUNCTION, tag_parameter=_PARAMETER)
+TAGS = CallFormat(
     "tags",
     ("<tool_call>", "<function="),
     ("</tool_call>", "</function>"),
@@ -68,8 +68,8 @@ TAGS = Format(
     tag_call=_FUNCTION,
     tag_parameter=_PARAMETER,
 )
-PAIRS = Format("pairs", _TOOL_CALL[:1], _TOOL_CALL[1:], pair_key=_KEY, pair_value=_VALUE)
-MINIMAX = Format(
+PAIRS = CallFormat("pairs", _TOOL_CALL[:1], _TOOL_CALL[1:], pair_key=_KEY, pair_value=_VALUE)
+MINIMAX = CallFormat(
     "tags",
     ("<invoke name=",),
     ("</minimax:tool_call>", "</invoke>"),
@@ -77,7 +77,7 @@ MINIMAX = Format(
     tag_call=("<invoke", "</invoke>"),
     tag_parameter=_PARAMETER,
 )
-DSML = Format(
+DSML = CallFormat(
     "tags",
     ("<｜DSML｜invoke name=",),
     ("</｜DSML｜function_calls>", "</｜DSML｜invoke>"),
@@ -86,13 +86,13 @@ DSML = Format(
     tag_parameter=("<｜DSML｜parameter", "</｜DSML｜parameter>"),
     typed=True,
 )
-DEEPSEEK_V3 = Format(
+DEEPSEEK_V3 = CallFormat(
     "fenced", _TURN[:1], (_TURN[2], "<｜tool▁calls▁end｜>"), ("<｜tool▁calls▁begin｜>",), separators=(_TURN[1],)
 )
-DEEPSEEK_V31 = Format(
+DEEPSEEK_V31 = CallFormat(
     "named", _TURN[:1], (_TURN[2], "<｜tool▁calls▁end｜>"), ("<｜tool▁calls▁begin｜>",), separators=(_TURN[1],)
 )
-KIMI = Format(
+KIMI = CallFormat(
     "named",
     ("<|tool_call_begin|>",),
     ("<|tool_call_end|>", "<|tool_calls_section_end|>"),
@@ -100,20 +100,20 @@ KIMI = Format(
     separators=("<|tool_call_argument_begin|>",),
     named_ids=True,
 )
-MISTRAL_LIST = Format("list", ("[TOOL_CALLS]",), separators=("[ARGS]",), id_mark="[CALL_ID]")
-MISTRAL_NAMED = Format("named", ("[TOOL_CALLS]",), separators=("[ARGS]",), id_mark="[CALL_ID]")
-LLAMA_3 = Format(
+MISTRAL_LIST = CallFormat("list", ("[TOOL_CALLS]",), separators=("[ARGS]",), id_mark="[CALL_ID]")
+MISTRAL_NAMED = CallFormat("named", ("[TOOL_CALLS]",), separators=("[ARGS]",), id_mark="[CALL_ID]")
+LLAMA_3 = CallFormat(
     "bare",
     ("<function=",),
     ("<|python_end|>", "</function>"),
     ("<|python_tag|>", "<|python_start|>"),
     tag_call=_FUNCTION,
 )
-LLAMA_4 = Format("pythonic", (), ("<|python_end|>",), ("<|python_start|>", "<|python_tag|>"))
-HARMONY = Format("harmony", ("<|channel|>", "<|start|>"), ("<|call|>", "<|end|>", "<|return|>"))
+LLAMA_4 = CallFormat("pythonic", (), ("<|python_end|>",), ("<|python_start|>", "<|python_tag|>"))
+HARMONY = CallFormat("harmony", ("<|channel|>", "<|start|>"), ("<|call|>", "<|end|>", "<|return|>"))
 
 _ROWS = (
-    Dialect(
+    ChatFormat(
         "gpt-oss",
         HARMONY,
         ("", ""),
@@ -123,7 +123,7 @@ _ROWS = (
         thinking_key="thinking",
         one_call=True,
     ),
-    Dialect(
+    ChatFormat(
         "kimi-k2",
         KIMI,
         calls_in_thought=True,
@@ -131,34 +131,34 @@ _ROWS = (
         model_types=("kimi_k2", "kimi_k25", "kimi_linear"),
         ids="named",
     ),
-    Dialect(
+    ChatFormat(
         "minimax-m2", MINIMAX, prompt_opens=True, marks=("minimax:tool_call",), model_types=("minimax_m2", "minimax")
     ),
-    Dialect("glm-4.5", PAIRS, marks=("<arg_key>",), model_types=("glm4_moe", "glm4v_moe", "glm_moe_dsa")),
-    Dialect("qwen3-coder", TAGS, marks=("<function=", "<parameter="), model_types=("qwen3_5", "qwen3_5_moe")),
-    Dialect("deepseek-v3.2", DSML, marks=("｜DSML｜",), model_types=("deepseek_v32",)),
-    Dialect(
+    ChatFormat("glm-4.5", PAIRS, marks=("<arg_key>",), model_types=("glm4_moe", "glm4v_moe", "glm_moe_dsa")),
+    ChatFormat("qwen3-coder", TAGS, marks=("<function=", "<parameter="), model_types=("qwen3_5", "qwen3_5_moe")),
+    ChatFormat("deepseek-v3.2", DSML, marks=("｜DSML｜",), model_types=("deepseek_v32",)),
+    ChatFormat(
         "deepseek-r1",
         DEEPSEEK_V3,
         prompt_opens=True,
         marks=("<｜tool▁calls▁begin｜>", "```json", "<｜Assistant｜><think>"),
         argument_text=True,
     ),
-    Dialect(
+    ChatFormat(
         "deepseek-v3",
         DEEPSEEK_V3,
         marks=("<｜tool▁calls▁begin｜>", "```json"),
         model_types=("deepseek_v3", "deepseek_v2"),
         argument_text=True,
     ),
-    Dialect(
+    ChatFormat(
         "deepseek-v3.1",
         DEEPSEEK_V31,
         marks=("<｜tool▁call▁begin｜>",),
         argument_text=True,
     ),
-    Dialect("mistral-named", MISTRAL_NAMED, ("[THINK]", "[/THINK]"), marks=("[TOOL_CALLS]", "[ARGS]"), ids="short"),
-    Dialect(
+    ChatFormat("mistral-named", MISTRAL_NAMED, ("[THINK]", "[/THINK]"), marks=("[TOOL_CALLS]", "[ARGS]"), ids="short"),
+    ChatFormat(
         "mistral",
         MISTRAL_LIST,
         ("[THINK]", "[/THINK]"),
@@ -166,18 +166,18 @@ _ROWS = (
         model_types=("mistral", "mixtral", "mistral3", "ministral3"),
         ids="short",
     ),
-    Dialect("llama-4", LLAMA_4, marks=("<|python_start|>",), model_types=("llama4", "llama4_text")),
-    Dialect("llama-3", LLAMA_3, marks=("<|python_tag|>",), one_call=True),
-    Dialect("llama-3", LLAMA_3, marks=("<|start_header_id|>", '"parameters"'), one_call=True),
-    Dialect(
+    ChatFormat("llama-4", LLAMA_4, marks=("<|python_start|>",), model_types=("llama4", "llama4_text")),
+    ChatFormat("llama-3", LLAMA_3, marks=("<|python_tag|>",), one_call=True),
+    ChatFormat("llama-3", LLAMA_3, marks=("<|start_header_id|>", '"parameters"'), one_call=True),
+    ChatFormat(
         "qwen3", HERMES, marks=_TOOL_CALL[:1], model_types=("qwen3", "qwen3_moe", "qwen3_next", "qwen2", "qwen2_moe")
     ),
-    Dialect("plain"),
+    ChatFormat("plain"),
 )
-DIALECTS: dict[str, Dialect] = {row.name: row for row in reversed(_ROWS)}
+DIALECTS: dict[str, ChatFormat] = {row.name: row for row in reversed(_ROWS)}
 
 
-def dialect_for(chat_template: str | None, model_type: str | None = None) -> Dialect:
+def dialect_for(chat_template: str | None, model_type: str | None = None) -> ChatFormat:
     """The dialect whose marks the template writes, else the model type's, else plain reasoning."""
     if chat_template:
         for row in _ROWS:
@@ -186,7 +186,7 @@ def dialect_for(chat_template: str | None, model_type: str | None = None) -> Dia
     return next((row for row in _ROWS if model_type and model_type in row.model_types), DIALECTS["plain"])
 
 
-def opened(prompt: str, dialect: Dialect) -> bool:
+def opened(prompt: str, dialect: ChatFormat) -> bool:
     """Whether a rendered prompt ends inside the reasoning block."""
     mark = dialect.think[0]
     return bool(mark) and prompt.rstrip().endswith(mark)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from ktx.dialects.calls import Calls
 from ktx.dialects.events import Event
 from ktx.dialects.schema import convert, only_string, property_schema
-from ktx.dialects.source import Broken, Source, Wait, marks_of
-from ktx.dialects.table import Format
+from ktx.dialects.source import Broken, TextReader, Wait, marks_of
+from ktx.dialects.table import CallFormat
 
 TAG = 200  # characters of an opening tag
 _STRING = re.compile(r"""\bstring\s*=\s*["']?true\b""")
@@ -20,7 +20,7 @@ _ATTRIBUTE = re.compile(r"""\s*(?:(?:name)?\s*=)?\s*["']?([^"'<>]*)["']?""")
 class TagCall:
     """The arguments of one call in tags. A string flows while it comes, anything else waits for its end."""
 
-    def __init__(self, source: Source, calls: Calls, format: Format, name: str):
+    def __init__(self, source: TextReader, calls: Calls, format: CallFormat, name: str):
         self.source, self.calls, self.format, self.name = source, calls, format, name
         self.schema = calls.schemas.get(calls.known(name))
         self.opens = format.pair_key[0] or format.tag_parameter[0]

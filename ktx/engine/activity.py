@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from ktx.inject import layer_of
-from ktx.kernels.cpu import Counted
+from ktx.kernels.cpu import ExpertStats
 from ktx.ops.experts import of_layers
-from ktx.ops.sizes import Reads
+from ktx.ops.sizes import WeightTraffic
 
 
 @dataclass(frozen=True)
-class Done:
+class StatsSnapshot:
     """Since the engine began: bytes of weights read and seconds of forwards, and what of both was experts'.
 
     `layers` holds by layer how often each expert was chosen; `node_seconds` what each memory node's threads worked for experts, on average.
@@ -34,12 +34,12 @@ class Done:
     answer_tokens: int
 
 
-class Activity:
+class EngineStats:
     """Counts from now on. A model that is none, as a script's, has no experts and reads nothing."""
 
     def __init__(self, model: Any):
         real = isinstance(model, nn.Module)
-        self.reads = Reads.of(model) if real else Reads()
+        self.reads = WeightTraffic.of(model) if real else WeightTraffic()
         modules = of_layers(model) if real else []
         layers = [layer_of(path) for path, _ in modules]
         self.experts = [
@@ -60,12 +60,12 @@ class Activity:
             self.seconds += time.perf_counter() - start
         self.nbytes += self.reads.bytes(forwards, tokens, heads)
 
-    def done(self) -> Done:
+    def snapshot(self) -> StatsSnapshot:
         pairs = list(zip(self.experts, self.before, strict=True))
-        experts = [Counted.read(module.counted() - before) for (_, module), (before, _) in pairs]
+        experts = [ExpertStats.read(module.counted() - before) for (_, module), (before, _) in pairs]
         waited = sum(module.waited - before for (_, module), (_, before) in pairs)
         read = sum(one.nbytes for one in experts)
-        return Done(
+        return StatsSnapshot(
             nbytes=self.nbytes + read,
             seconds=self.seconds,
             expert_bytes=read,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktx.engine.request import Event, Finished, Request
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.ops.lora import Use
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ Lora = str | Use | Sequence[str | Use] | None  # adapters by name, or with a fac
 
 
 def generate(
-    engine: Engine, prompts: Sequence[str | Sequence[int]], sampling: Sampling, lora: Lora = None
+    engine: Engine, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams, lora: Lora = None
 ) -> Iterator[tuple[int, Event]]:
     """Pairs of a prompt's index and an event, as they come. Leaving early cancels what is left."""
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
@@ -41,31 +41,33 @@ def _numbered(events: queue.SimpleQueue[tuple[int, Event]], number: int) -> Call
     return lambda event: events.put((number, event))
 
 
-class Chorus:
+class RequestGroup:
     """Several requests heard on the running event loop, as pairs of a number and an event. Requests are queued by `ask`; `close` cancels what is left."""
 
     def __init__(self, engine: Engine):
         self.engine, self.loop = engine, asyncio.get_running_loop()
         self.events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.requests: list[Request] = []
-        self.left = 0
+        self.num_running = 0
 
-    def ask(
+    def submit(
         self,
         prompt: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         constraint: Any = None,
         salt: bytes = b"",
         lora: Lora = None,
     ) -> Request:
         """Queues one more request; its number is how many there were before."""
         number = len(self.requests)
-        request = self.engine.submit(prompt, sampling, lambda event: self._hear(number, event), constraint, salt, lora)
+        request = self.engine.submit(
+            prompt, sampling, lambda event: self._on_event(number, event), constraint, salt, lora
+        )
         self.requests.append(request)
-        self.left += 1
+        self.num_running += 1
         return request
 
-    def _hear(self, number: int, event: Event) -> None:
+    def _on_event(self, number: int, event: Event) -> None:
         """On the engine's thread."""
         try:
             self.loop.call_soon_threadsafe(self.events.put_nowait, (number, event))
@@ -73,20 +75,20 @@ class Chorus:
             for request in self.requests:
                 request.cancelled = True
 
-    def __aiter__(self) -> Chorus:
+    def __aiter__(self) -> RequestGroup:
         return self
 
     async def __anext__(self) -> tuple[int, Event]:
-        if not self.left:
+        if not self.num_running:
             raise StopAsyncIteration
         number, event = await self.events.get()
-        self.left -= isinstance(event, Finished)
+        self.num_running -= isinstance(event, Finished)
         return number, event
 
     def close(self) -> None:
         """Cancels what is not answered yet."""
-        if self.left:
-            self.left = 0
+        if self.num_running:
+            self.num_running = 0
             for request in self.requests:
                 self.engine.cancel(request)
         self.requests.clear()  # they know this by their sinks: a ring would hold their prompts until a collection of garbage
@@ -99,13 +101,13 @@ class Listener:
         self,
         engine: Engine,
         prompt: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         constraint: Any = None,
         salt: bytes = b"",
         lora: Lora = None,
     ):
-        self.chorus = Chorus(engine)
-        self.request = self.chorus.ask(prompt, sampling, constraint, salt, lora)
+        self.chorus = RequestGroup(engine)
+        self.request = self.chorus.submit(prompt, sampling, constraint, salt, lora)
 
     def __aiter__(self) -> Listener:
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from ktx.cache.pages import PAGE
+from ktx.cache.pages import PAGE_TOKENS
 
 log = logging.getLogger("ktx.engine")
 # More than 2048 tokens bring little, as experts take no more at once, and whoever comes meanwhile waits for them all. After a long past
@@ -23,7 +23,7 @@ def longest_step(context: int) -> int:
 
 
 @dataclass(frozen=True)
-class Took:
+class StepTiming:
     """The latest step of a kind: its tokens of prompts, and seconds of its forward."""
 
     tokens: int
@@ -41,22 +41,22 @@ class StepBudget:
     the latest step's rate makes of `seconds` are never too many; what they bring nearer to `seconds` is found by a few steps.
     """
 
-    def __init__(self, step: int = STEP, longest: int = LONGEST, seconds: float = ITL / 1000, least: int = PAGE):
+    def __init__(self, step: int = STEP, longest: int = LONGEST, seconds: float = ITL / 1000, least: int = PAGE_TOKENS):
         self.step, self.longest, self.seconds, self.least = step, longest, seconds, least
         self.fitting = float(least)
-        self.latest: dict[bool, Took] = {}  # by whether answers went on beside
+        self.latest: dict[bool, StepTiming] = {}  # by whether answers went on beside
         self.warned = False
 
     def tokens(self, past: int = 0, answers: bool = False) -> int:
         """Of a step whose oldest prompt has `past` tokens behind it, with answers in it or not."""
         whole = max(self.step, min(self.longest, past // DEEP))
-        return min(whole, max(self.least, int(self.fitting) // PAGE * PAGE)) if answers else whole
+        return min(whole, max(self.least, int(self.fitting) // PAGE_TOKENS * PAGE_TOKENS)) if answers else whole
 
     def took(self, tokens: int, answers: bool, seconds: float) -> None:
         """A step with `tokens` of prompts took so long."""
         if not tokens or seconds <= 0:
             return
-        self.latest[answers] = Took(tokens, seconds)
+        self.latest[answers] = StepTiming(tokens, seconds)
         if not answers:
             return
         fitting = tokens * self.seconds / seconds

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 
 from ktx.adapters import check_memory, fitted, read
-from ktx.cache.pages import PAGE, Pages
-from ktx.engine.activity import Activity
-from ktx.engine.answer import Answer
+from ktx.cache.pages import PAGE_TOKENS, PagePool
+from ktx.engine.activity import EngineStats
+from ktx.engine.answer import OutputState
 from ktx.engine.asking import Listener, Lora, generate
 from ktx.engine.budget import ITL, LONGEST, SHARE, STEP, StepBudget
 from ktx.engine.notes import ENGINES, notes_of
 from ktx.engine.request import Event, Finished, Request
-from ktx.engine.runner import Abandoned, Runner
-from ktx.engine.sampling import Sampling
-from ktx.engine.scheduler import Part, Scheduler, pages_for
-from ktx.engine.speculation import KINDS, MOST, PromptLookup, Speculation
+from ktx.engine.runner import ForwardCancelled, ModelRunner
+from ktx.engine.sampling import SamplingParams
+from ktx.engine.scheduler import ScheduledChunk, Scheduler, pages_for
+from ktx.engine.speculation import KINDS, MAX_DRAFT_TOKENS, PromptLookup, SpeculativeDecoder
 from ktx.engine.trial import runner_for
-from ktx.errors import ContextExceeded, DoesNotFit, Overloaded, QueueFull, UsageError, nearest
+from ktx.errors import ContextExceeded, DoesNotFit, Overloaded, QueueFull, UsageError, did_you_mean
 from ktx.hardware import memory
 from ktx.notes import tell
 from ktx.ops.lora import Use, Uses
@@ -36,8 +36,8 @@ from ktx.weights.lora import Wish
 
 log = logging.getLogger("ktx.engine")
 FALLBACK_CONTEXT = 1 << 15
-STUCK = 30.0  # seconds without a layer's end after which a busy engine counts as stuck
-RESTARTS = 3  # of the thread, before the engine gives up
+STALL_TIMEOUT_S = 30.0  # seconds without a layer's end after which a busy engine counts as stuck
+MAX_RESTARTS = 3  # of the thread, before the engine gives up
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Options:
     max_queue: int = 256
     prefix_cache: bool = True
     speculative: str | None = None
-    draft_tokens: int = MOST
+    draft_tokens: int = MAX_DRAFT_TOKENS
     prefix_cache_dir: str | Path | None = None
     prefix_cache_gb: float = 16.0
     cuda_graphs: bool = True
@@ -75,18 +75,18 @@ class Options:
             raise UsageError("prefix_cache_dir keeps what the prefix cache holds, and that is off")
         if self.speculative is not None and self.speculative not in KINDS:
             raise UsageError(
-                f"speculative {self.speculative!r} is no way to guess tokens{nearest(self.speculative, KINDS)}; give one of {' '.join(KINDS)}"
+                f"speculative {self.speculative!r} is no way to guess tokens{did_you_mean(self.speculative, KINDS)}; give one of {' '.join(KINDS)}"
             )
 
 
 class Engine:
     """Serves requests from any thread. Use it as a context manager, or call `close`."""
 
-    def __init__(self, model: Any, tokenizer: Any, options: Options | None = None, runner: Runner | None = None):
+    def __init__(self, model: Any, tokenizer: Any, options: Options | None = None, runner: ModelRunner | None = None):
         self.model, self.tokenizer, self.options = model, tokenizer, options or Options()
         pages = runner.pages if runner else pages_for(self.options.cache_lens)
         limit = getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT
-        self.context = min(self.options.max_context or limit, limit, pages * PAGE)
+        self.context = min(self.options.max_context or limit, limit, pages * PAGE_TOKENS)
         self.stop_ids = stop_ids(model, tokenizer)
         self.runner = runner or runner_for(model, pages, self.options.max_batch_size * self.options.cuda_graphs)
         self.runner.shared = self.options.prefix_cache
@@ -95,9 +95,9 @@ class Engine:
         self.runner.capture(self.context)
         self.budget = self._budget()
         self.store = self._store()
-        self.activity = Activity(model)
+        self.activity = EngineStats(model)
         self.scheduler = self._scheduler(pages)
-        self.answers: dict[Request, Answer] = {}
+        self.answers: dict[Request, OutputState] = {}
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
         self.submitted = 0
@@ -116,10 +116,10 @@ class Engine:
 
     def _scheduler(self, pages: int) -> Scheduler:
         return Scheduler(
-            Pages(pages),
+            PagePool(pages),
             self.options.max_batch_size,
             self.budget,
-            self.options.prefix_cache and self.runner.shares,
+            self.options.prefix_cache and self.runner.supports_prefix_cache,
             self.runner.recurrent,
             self.runner.forget,
             self.runner.resume,
@@ -138,13 +138,13 @@ class Engine:
                 raise DoesNotFit(
                     f"a step of {given} tokens of prompts needs more memory than is free beside weights and caches, {most} would do; lower --max-num-batched-tokens"
                 )
-            step = max(given, grain) if given >= PAGE else given
+            step = max(given, grain) if given >= PAGE_TOKENS else given
             return StepBudget(step, step, seconds, grain)
         if most < LONGEST:
             log.info("a step computes at most %d tokens of prompts: more of them need more memory than is free", most)
         return StepBudget(min(STEP, most), most, seconds, grain)
 
-    def _speculation(self) -> Speculation | None:
+    def _speculation(self) -> SpeculativeDecoder | None:
         if self.options.speculative is None:
             return None
         if self.runner.recurrent:
@@ -152,43 +152,43 @@ class Engine:
                 f"speculative {self.options.speculative}: some layers of this {self.model.config.model_type} cannot take back what they have seen; leave it out"
             )
         if self.options.speculative == "prompt_lookup":
-            return Speculation(PromptLookup(), self.options.draft_tokens)
+            return SpeculativeDecoder(PromptLookup(), self.options.draft_tokens)
         if not hasattr(self.model, "mtp"):
             raise UsageError("speculative mtp: the model was loaded without its MTP layer; give mtp=True to ktx.load")
         from ktx.engine.mtp import MTPDrafter
 
-        return Speculation(MTPDrafter(self.runner), self.options.draft_tokens)
+        return SpeculativeDecoder(MTPDrafter(self.runner), self.options.draft_tokens)
 
     def _store(self) -> Any:
         folder = self.options.prefix_cache_dir
         if folder is None:
             return None
-        if not self.runner.shares or self.runner.recurrent:
+        if not self.runner.supports_prefix_cache or self.runner.recurrent:
             raise UsageError(
                 f"prefix_cache_dir: some layers of this {self.model.config.model_type} keep a state that is no page; leave it out"
             )
-        from ktx.cache.disk import DiskPages
+        from ktx.cache.disk import DiskPageStore
 
         handle = self.model.ktx
         name = Path(handle.weights).stem
-        return DiskPages(folder, name, handle.identity, self.runner.cache, int(self.options.prefix_cache_gb * 1e9))
+        return DiskPageStore(folder, name, handle.identity, self.runner.cache, int(self.options.prefix_cache_gb * 1e9))
 
     def _measure(self) -> None:
         """One token through the model makes the pools; DoesNotFit when there is no memory to fill them."""
-        probe = Request([0], Sampling(), lambda event: None, pages=[0])
+        probe = Request([0], SamplingParams(), lambda event: None, pages=[0])
         free = memory()[1]
         try:
-            self.runner.run([Part(probe, 0, 1)])
+            self.runner.run([ScheduledChunk(probe, 0, 1)])
         except torch.OutOfMemoryError as error:  # a GPU's memory is taken at once
             raise DoesNotFit(
-                f"keys and values of {self.runner.pages * PAGE} tokens do not fit on a GPU beside the weights; lower --cache_lens (of a chat: --max-context)"
+                f"keys and values of {self.runner.pages * PAGE_TOKENS} tokens do not fit on a GPU beside the weights; lower --cache_lens (of a chat: --max-context)"
             ) from error
         finally:
             self.runner.forget(probe)
         need = self.runner.nbytes()
         if need > free:
             raise DoesNotFit(
-                f"keys and values of {self.runner.pages * PAGE} tokens need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free;"
+                f"keys and values of {self.runner.pages * PAGE_TOKENS} tokens need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free;"
                 " lower --cache_lens (of a chat: --max-context), or keep them in --kv_dtype q8_0"
             )
 
@@ -197,7 +197,7 @@ class Engine:
     def submit(
         self,
         prompt: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         sink: Callable[[Event], None],
         constraint: Any = None,
         salt: bytes = b"",
@@ -218,8 +218,8 @@ class Engine:
             digest = self.runner.adapters.digest(adapters)
             request = Request(list(prompt), sampling, sink, digest + salt, constraint, adapters)
             self.submitted += 1
-            request.number = self.submitted
-            self.answers[request] = Answer(request, self.tokenizer, self.stop_ids, self.context)
+            request.id = self.submitted
+            self.answers[request] = OutputState(request, self.tokenizer, self.stop_ids, self.context)
         self.inbox.put(lambda: self.scheduler.add(request))
         return request
 
@@ -289,7 +289,7 @@ class Engine:
                 return
         raise Overloaded(self.failure or "the engine is closed")
 
-    def checked(self, prompt: Sequence[int], sampling: Sampling) -> Sampling:
+    def checked(self, prompt: Sequence[int], sampling: SamplingParams) -> SamplingParams:
         """The settings with what the context leaves of max_new_tokens. UsageError with the numbers when nothing is left."""
         vocabulary = self.model.config.vocab_size
         self.runner.check(sampling)
@@ -310,21 +310,21 @@ class Engine:
         self.inbox.put(lambda: None)
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], sampling: Sampling | None = None, lora: Lora = None
+        self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None = None, lora: Lora = None
     ) -> Iterator[tuple[int, Event]]:
         """Answers prompts side by side: pairs of a prompt's index and an event, as they come. Leaving early cancels what is left. `lora`: see `submit`."""
-        return generate(self, prompts, sampling or Sampling(), lora)
+        return generate(self, prompts, sampling or SamplingParams(), lora)
 
     def listen(
         self,
         prompt: str | Sequence[int],
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         constraint: Any = None,
         salt: bytes = b"",
         lora: Lora = None,
     ) -> Listener:
         """Queues one prompt, whose events the running event loop hears: `async with engine.listen(prompt) as events: async for event in events`. `lora`: see `submit`."""
-        return Listener(self, self.ids(prompt), sampling or Sampling(), constraint, salt, lora)
+        return Listener(self, self.ids(prompt), sampling or SamplingParams(), constraint, salt, lora)
 
     def ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
         return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
@@ -332,11 +332,11 @@ class Engine:
     @property
     def stuck(self) -> bool:
         """Whether there is work and no layer has ended for long."""
-        return bool(self.answers) and time.monotonic() - self.runner.alive > STUCK
+        return bool(self.answers) and time.monotonic() - self.runner.last_progress > STALL_TIMEOUT_S
 
     def clear(self) -> None:
         """Forgets what was kept of requests that have ended."""
-        self.inbox.put(lambda: self.scheduler.pages.clear())
+        self.inbox.put(lambda: self.scheduler.pages.reset_prefix_cache())
 
     def check_integrity(self) -> None:
         """AssertionError unless pages, requests and answers agree; call it when nothing runs, it waits for the present step."""
@@ -390,7 +390,7 @@ class Engine:
         """Fails all open requests and begins with empty pages; False when that has happened too often."""
         self.restarts += 1
         with self.lock:
-            if self.restarts > RESTARTS:
+            if self.restarts > MAX_RESTARTS:
                 self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
             failed = list(self.answers.values())
         self.scheduler = self._scheduler(self.scheduler.pages.count)
@@ -406,7 +406,7 @@ class Engine:
             self.scheduler.check_integrity()  # an error here begins anew with empty pages, before it can mix answers up
         while idle or not self.inbox.empty():
             command = self.inbox.get()
-            self.runner.alive = time.monotonic()
+            self.runner.last_progress = time.monotonic()
             if command is None:
                 return False
             command()
@@ -418,7 +418,7 @@ class Engine:
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.cancelled:
                 self._finish(self.answers[request], "cancelled")
-        parts = self.scheduler.plan()
+        parts = self.scheduler.schedule()
         if not parts:
             return
         self.steps += 1
@@ -430,7 +430,7 @@ class Engine:
             with self.activity.forward(*self.runner.reads(parts)):
                 start = time.perf_counter()
                 logits = self.runner.run(parts)
-        except Abandoned:
+        except ForwardCancelled:
             self.scheduler.undo(parts)
         except Exception as error:
             self._failed(parts, error)
@@ -444,7 +444,11 @@ class Engine:
                 self.store.flush()
 
     def _guess(
-        self, speculation: Speculation, done: Sequence[tuple[Part, int]], tried: dict[Request, int], start: float
+        self,
+        speculation: SpeculativeDecoder,
+        done: Sequence[tuple[ScheduledChunk, int]],
+        tried: dict[Request, int],
+        start: float,
     ) -> None:
         """Drafts for the next forward. Whatever goes wrong there costs only speed."""
         for part, kept in done:
@@ -452,11 +456,11 @@ class Engine:
                 speculation.checked(part.request, tried[part.request], kept - 1)
         room = {
             part.request: min(
-                part.request.sampling.max_new_tokens - part.request.answered, self.context - len(part.request.ids)
+                part.request.sampling.max_new_tokens - part.request.num_output, self.context - len(part.request.ids)
             )
             - 1
             for part, _ in done
-            if part.request in self.answers and part.request.left == 1 and not part.request.alone
+            if part.request in self.answers and part.request.num_uncomputed == 1 and not part.request.isolated
         }
         try:
             staying = [(part, kept if part.request in self.answers else 0) for part, kept in done]
@@ -465,42 +469,42 @@ class Engine:
             log.exception("guessing tokens failed; it is off from now on")
             self.speculation = None
 
-    def _computed(self, part: Part, logits: torch.Tensor) -> int:
+    def _computed(self, part: ScheduledChunk, logits: torch.Tensor) -> int:
         """What follows from a part's logits; how many of its tokens stay."""
         request, answer = part.request, self.answers[part.request]
-        answered = request.answered
+        answered = request.num_output
         self.activity.prompt_tokens += part.prompt
         try:
-            kept, done = answer.take(part, logits)
+            kept, done = answer.process_logits(part, logits)
         except UsageError as error:  # its grammar goes beyond what can be followed
             self._finish(answer, "error", str(error), refused=True)
             return 0
         except Exception as error:  # a request's own settings must not stop the others
-            request.context.run(log.exception, "request %d failed", request.number)
+            request.context.run(log.exception, "request %d failed", request.id)
             self._finish(answer, "error", error=f"{type(error).__name__}: {error}")
             return 0
-        request.alone = False
-        self.activity.answer_tokens += request.answered - answered
-        self.scheduler.advance(request, kept)
+        request.isolated = False
+        self.activity.answer_tokens += request.num_output - answered
+        self.scheduler.commit(request, kept)
         if done:
             self._finish(answer, done)
         return kept
 
-    def _failed(self, parts: Sequence[Part], error: Exception) -> None:
+    def _failed(self, parts: Sequence[ScheduledChunk], error: Exception) -> None:
         """Finds out whose fault it was: each request is tried alone, and one that fails alone has failed."""
         log.exception("a forward of %d requests failed", len(parts))
         self.scheduler.undo(parts)
         if len(parts) > 1:
             for part in parts:
-                part.request.alone = True
+                part.request.isolated = True
         else:
             self._finish(self.answers[parts[0].request], "error", error=f"{type(error).__name__}: {error}")
 
-    def _finish(self, answer: Answer, reason: Any, error: str = "", refused: bool = False) -> None:
+    def _finish(self, answer: OutputState, reason: Any, error: str = "", refused: bool = False) -> None:
         self.scheduler.drop(answer.request)
         self._end(answer, reason, error, refused)
 
-    def _end(self, answer: Answer, reason: Any, error: str = "", refused: bool = False) -> None:
+    def _end(self, answer: OutputState, reason: Any, error: str = "", refused: bool = False) -> None:
         with self.lock:
             self.answers.pop(answer.request, None)
             for name in [one for one in self.leaving if not self._asked_for(one)]:

@@ -73,7 +73,7 @@ def _walk(value: Any, depth: int = 1) -> Iterator[tuple[int, Any, Any]]:
             yield from _walk(inner, depth + 1)
 
 
-class Grammars:
+class GrammarCompiler:
     """Makes constraints for one tokenizer. Building it takes a second, so it is built for the first one."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, stop_ids: Sequence[int]):
@@ -94,7 +94,7 @@ class Grammars:
                     raise UsageError(f"this model's tokenizer cannot follow a grammar: {error}") from error
             return self.made
 
-    def constraint(self, rules: str, after: str = "") -> Constraint:
+    def constraint(self, rules: str, after: str = "") -> GrammarMatcher:
         """The state of one answer that follows Lark rules, from behind the text `after` on. UsageError when they cannot be followed."""
         from llguidance import LLMatcher, LLParserLimits
 
@@ -107,10 +107,10 @@ class Grammars:
             matcher.compute_bitmask()  # some trouble shows only with the first token
         if matcher.is_error():
             raise beyond(matcher, "")
-        return Constraint(matcher, tokens, self.vocabulary, after)
+        return GrammarMatcher(matcher, tokens, self.vocabulary, after)
 
 
-class Constraint:
+class GrammarMatcher:
     """Where an answer is in its grammar."""
 
     def __init__(self, matcher: Any, tokens: Any, vocabulary: int, after: str = ""):
@@ -130,7 +130,7 @@ class Constraint:
         mask[:count] = bits[:count]
         return mask
 
-    def took(self, token: int) -> None:
+    def accept(self, token: int) -> None:
         """The answer has gone on by a token."""
         if self.after:
             self.tail = (self.tail + self.tokens.decode_str([token]))[-len(self.after) - 64 :]

@@ -18,14 +18,14 @@ from typing import Any, Protocol
 
 import torch
 
-from ktx.cache.paged import Batch, PagedCache, Span, Tables
-from ktx.cache.pages import PAGE
+from ktx.cache.paged import BatchMetadata, PagedCache, PageTables, SequenceSpan
+from ktx.cache.pages import PAGE_TOKENS
 from ktx.compat import cache_argument
 from ktx.devices import CPU, Device
-from ktx.hardware import human
+from ktx.hardware import format_bytes
 from ktx.kernels import cpu
 from ktx.kernels.gpu import plans_on_host
-from ktx.ops.crossing import Entry, is_rotary
+from ktx.ops.crossing import ToDevice, is_rotary
 from ktx.ops.gpu import handover, streams
 from ktx.ops.gpu.padding import Padding, padded
 from ktx.ops.guard import Guard
@@ -33,7 +33,7 @@ from ktx.ops.norm import RMSNorm
 from ktx.ops.rope import RotaryEmbedding
 
 log = logging.getLogger("ktx.engine")
-LANES = ("ids", "positions", "slots", "first", "count", "keys", "real")  # numbers of a row
+ROW_FIELDS = ("ids", "positions", "slots", "first", "count", "keys", "real")  # numbers of a row
 
 
 class Graph(Protocol):
@@ -72,7 +72,7 @@ class CudaGraph:
             self.graph.replay()
 
 
-class Rerun:
+class EagerReplay:
     """On a pretended GPU: calls the function again. It takes no arguments, so what it computes with is what the buffers hold."""
 
     def capture(self, function: Callable[[], None]) -> None:
@@ -93,7 +93,7 @@ class Token:
 
     @property
     def slot(self) -> int:
-        return self.pages[self.position // PAGE] * PAGE + self.position % PAGE
+        return self.pages[self.position // PAGE_TOKENS] * PAGE_TOKENS + self.position % PAGE_TOKENS
 
 
 class Inputs:
@@ -105,7 +105,7 @@ class Inputs:
     def __init__(self, device: Device, most: int, width: int, spare: int):
         pinned = device.gpu and not device.pretended
         self.spare, self.count = spare, torch.zeros(1, dtype=torch.int64)
-        self.own = torch.zeros(len(LANES), most, dtype=torch.int64, pin_memory=pinned)
+        self.own = torch.zeros(len(ROW_FIELDS), most, dtype=torch.int64, pin_memory=pinned)
         self.own_pages = torch.full((most, width), spare, dtype=torch.int32, pin_memory=pinned)
         self.numbers = self.own.to(device.torch, copy=True)
         self.pages = self.own_pages.to(device.torch, copy=True)
@@ -113,7 +113,7 @@ class Inputs:
     def fill(self, tokens: Sequence[Token], size: int) -> None:
         """For `size` requests, of which there are as many as tokens."""
         rows = [(t.id, t.position, t.slot, i, 1, t.position + 1, 1) for i, t in enumerate(tokens)]
-        rows += [(0, 0, self.spare * PAGE, i, 1, 1, 0) for i in range(len(tokens), size)]
+        rows += [(0, 0, self.spare * PAGE_TOKENS, i, 1, 1, 0) for i in range(len(tokens), size)]
         self.own[:, :size] = torch.tensor(rows).T
         for row, token in zip(self.own_pages, tokens, strict=False):
             row[: len(token.pages)] = torch.tensor(token.pages, dtype=torch.int32)
@@ -124,22 +124,22 @@ class Inputs:
 
     def lane(self, name: str, size: int) -> torch.Tensor:
         """int64 [size]"""
-        return self.numbers[LANES.index(name), :size]
+        return self.numbers[ROW_FIELDS.index(name), :size]
 
-    def tables(self, size: int, scratch: dict[Any, torch.Tensor]) -> Tables:
-        first = LANES.index("first")
+    def tables(self, size: int, scratch: dict[Any, torch.Tensor]) -> PageTables:
+        first = ROW_FIELDS.index("first")
         sequences = self.numbers[first : first + 3, :size].T
-        return Tables(sequences, self.pages[:size], self.lane("slots", size), scratch=scratch)
+        return PageTables(sequences, self.pages[:size], self.lane("slots", size), scratch=scratch)
 
 
-class Step:
+class DecodeStep:
     """A forward of one token for each of `size` requests, from buffers to a buffer: `logits` [size, vocabulary]."""
 
     def __init__(self, graphs: Graphs, size: int):
         inputs, self.size, self.model, self.cache = graphs.inputs, size, graphs.model, graphs.cache
         self.tables = inputs.tables(size, graphs.scratch)
-        spans = [Span(-1, 0, 1, [inputs.spare])] * size
-        self.batch = Batch(spans, tables={graphs.device.torch: self.tables})
+        spans = [SequenceSpan(-1, 0, 1, [inputs.spare])] * size
+        self.batch = BatchMetadata(spans, tables={graphs.device.torch: self.tables})
         self.padding = Padding(inputs.count, inputs.lane("real", size))
         self.logits = graphs.logits[:size]
         # A mask that is prepared is passed on as it is; what tokens see is in the tables.
@@ -156,7 +156,7 @@ class Step:
         self.tables.plans.clear()  # a plan is for the lengths of one step
         self.cache.batch = self.batch
         try:
-            with cpu.wide_rows(self.size), padded(self.padding):
+            with cpu.bf16_rows(self.size), padded(self.padding):
                 out = self.model(
                     **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=0, **self.given
                 )
@@ -176,7 +176,7 @@ class Graphs:
         device = gpu_of(model)
         assert device is not None  # asked before
         self.model, self.cache, self.device, self.most = model, cache, device, most
-        self.width = min(-(-context // PAGE), spare)
+        self.width = min(-(-context // PAGE_TOKENS), spare)
         self.inputs = Inputs(device, most, self.width, spare)
         self.scratch: dict[Any, torch.Tensor] = {}
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -186,7 +186,7 @@ class Graphs:
             shape = 1, most, embedding.embedding_dim
             self.hidden = torch.empty(shape, dtype=model.dtype, device=device.torch)
         self.graphs: dict[int, Graph] = {}
-        self.steps: dict[int, Step] = {}  # a graph knows addresses: what lies there must live as long as it
+        self.steps: dict[int, DecodeStep] = {}  # a graph knows addresses: what lies there must live as long as it
         self.guard = guard(model)
         self.replays = 0
 
@@ -200,13 +200,15 @@ class Graphs:
         before = self._taken()
         for size in shown(sizes_up_to(self.most)):
             self._fill([], size)
-            self.steps[size] = Step(self, size)
-            graph: Graph = Rerun() if self.device.pretended else CudaGraph(self.model, self.device.torch, pool)
+            self.steps[size] = DecodeStep(self, size)
+            graph: Graph = EagerReplay() if self.device.pretended else CudaGraph(self.model, self.device.torch, pool)
             graph.capture(self.steps[size])
             self.graphs[size] = graph
         named = ", ".join(map(str, sorted(self.graphs)))
         seconds, nbytes = time.perf_counter() - start, self._taken() - before
-        log.info("CUDA graphs of steps with %s requests: %.1f s, %s on %s", named, seconds, human(nbytes), self.device)
+        log.info(
+            "CUDA graphs of steps with %s requests: %.1f s, %s on %s", named, seconds, format_bytes(nbytes), self.device
+        )
 
     def _taken(self) -> int:
         return 0 if self.device.pretended else torch.cuda.memory_reserved(self.device.torch)
@@ -224,7 +226,7 @@ class Graphs:
     def _fill(self, tokens: Sequence[Token], size: int) -> None:
         self.inputs.fill(tokens, size)
         if self.hidden is not None:
-            ids = self.inputs.own[LANES.index("ids"), :size]
+            ids = self.inputs.own[ROW_FIELDS.index("ids"), :size]
             self.hidden[:, :size].copy_(self.model.get_input_embeddings()(ids[None]))
 
 
@@ -261,7 +263,7 @@ def handed_over(model: Any) -> dict[torch.nn.Module, Any]:
     return {block.experts: block.handover for block in blocks}
 
 
-def obstacle(model: Any) -> str:
+def unsupported_reason(model: Any) -> str:
     """Why steps of a model with modules on a GPU cannot be captured; empty if they can."""
     gpu, devices, names = gpu_of(model), placed(model), {module: path for path, module in model.named_modules()}
     modules, ways, embedding = dict(model.named_modules()), handed_over(model), model.get_input_embeddings()
@@ -287,5 +289,7 @@ def guard(model: Any) -> Guard:
     inside = [module for module in model.modules() if module not in called]
     made = Guard((), inside, (module.copied() for module in inside if isinstance(module, RMSNorm)))
     made.children.append((model._modules, tuple(model._modules.values())))
-    made.hooks = [hooks for hooks in made.hooks if not hooks or not all(isinstance(h, Entry) for h in hooks.values())]
+    made.hooks = [
+        hooks for hooks in made.hooks if not hooks or not all(isinstance(h, ToDevice) for h in hooks.values())
+    ]
     return made

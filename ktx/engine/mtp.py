@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ktx.cache.paged import Batch, Span
-from ktx.cache.pages import PAGE
+from ktx.cache.paged import BatchMetadata, SequenceSpan
+from ktx.cache.pages import PAGE_TOKENS
 from ktx.compat import cache_argument
 from ktx.engine.request import Request
-from ktx.engine.runner import Runner
-from ktx.engine.scheduler import Part
+from ktx.engine.runner import ModelRunner
+from ktx.engine.scheduler import ScheduledChunk
 from ktx.kernels import cpu
 
 
@@ -23,7 +23,7 @@ class MTPDrafter:
     be worse for it, answers are not.
     """
 
-    def __init__(self, runner: Runner):
+    def __init__(self, runner: ModelRunner):
         self.model, self.cache = runner.model, runner.cache
         self.body = self.model.get_decoder()
         self.hidden = torch.empty(0, dtype=torch.float32)
@@ -36,7 +36,9 @@ class MTPDrafter:
         self.hook.remove()
 
     @torch.inference_mode()
-    def draft(self, done: Sequence[tuple[Part, int]], most: Mapping[Request, int]) -> dict[Request, list[int]]:
+    def draft(
+        self, done: Sequence[tuple[ScheduledChunk, int]], most: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
         rows, ids, spans, at = [], list[int](), [], 0
         for part, kept in done:
             request, end = part.request, part.start + kept
@@ -44,7 +46,7 @@ class MTPDrafter:
                 rows.append(self.hidden[0, at : at + kept])
                 ids += request.ids[part.start + 1 : end + 1]
                 prompt = max(0, min(kept, len(request.prompt) - part.start))
-                spans.append((request, Span(request.number, part.start, kept, request.pages, prompt)))
+                spans.append((request, SequenceSpan(request.id, part.start, kept, request.pages, prompt)))
             at += part.count
         if not spans:
             return {}
@@ -65,11 +67,11 @@ class MTPDrafter:
             for (request, state), token in zip(list(last.items()), chosen, strict=True):
                 draft = drafts[request]
                 draft.append(token)
-                at = request.computed + len(draft) - 1
-                if len(draft) >= most[request] or at >= len(request.pages) * PAGE:
+                at = request.num_computed + len(draft) - 1
+                if len(draft) >= most[request] or at >= len(request.pages) * PAGE_TOKENS:
                     del last[request]
                     continue
-                spans.append((request, Span(request.number, at, 1, request.pages)))
+                spans.append((request, SequenceSpan(request.id, at, 1, request.pages)))
                 rows.append(state)
             if not spans:
                 break
@@ -78,12 +80,12 @@ class MTPDrafter:
             last = {request: state for (request, _), state in zip(spans, states, strict=True)}
         return drafts
 
-    def _step(self, hidden: torch.Tensor, following: Sequence[int], spans: Sequence[Span]) -> torch.Tensor:
+    def _step(self, hidden: torch.Tensor, following: Sequence[int], spans: Sequence[SequenceSpan]) -> torch.Tensor:
         """States [tokens, D] and the ids that follow them -> the layer's states [tokens, D]."""
-        batch = self.cache.batch = Batch(spans)
+        batch = self.cache.batch = BatchMetadata(spans)
         embeds = self.body.embed_tokens(torch.tensor([following]))
         try:
-            with cpu.wide_rows(batch.tokens, batch.wide()):
+            with cpu.bf16_rows(batch.tokens, batch.wide()):
                 states = self.model.mtp(
                     embeds,
                     hidden[None].to(embeds.dtype),

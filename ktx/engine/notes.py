@@ -19,8 +19,8 @@ def notes_of(engine: Engine, limit: int) -> list[Note]:
     if runner.reason:
         off = ", and none begins with what another has computed" if engine.options.prefix_cache else ""
         found.append(Note("serial", f"requests are computed one after another{off}: {runner.reason}"))
-    if runner.obstacle:
-        found.append(Note("flag", f"no CUDA graphs, steps are launched kernel by kernel: {runner.obstacle}"))
+    if runner.unsupported_reason:
+        found.append(Note("flag", f"no CUDA graphs, steps are launched kernel by kernel: {runner.unsupported_reason}"))
     if engine.context < limit:
         found.append(
             Note(

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ktx.dialects import Dialect, opened
+from ktx.dialects import ChatFormat, opened
 from ktx.errors import UsageError
 
 Message = Mapping[str, Any]
@@ -17,8 +17,8 @@ Message = Mapping[str, Any]
 Write = Callable[[Sequence[Message], bool], str]
 
 
-def proceeding(
-    write: Write, messages: Sequence[Message], dialect: Dialect, template: str, end: str
+def render_continuation(
+    write: Write, messages: Sequence[Message], dialect: ChatFormat, template: str, end: str
 ) -> tuple[str, str, bool]:
     """The prompt, the text at its end that goes on, and whether that is reasoning. `end`: a character that no message holds.
 
@@ -43,7 +43,7 @@ def proceeding(
     return text, said if said.strip() else "", thinking
 
 
-def _parts(message: Message, dialect: Dialect) -> tuple[str, str | None]:
+def _parts(message: Message, dialect: ChatFormat) -> tuple[str, str | None]:
     """Reasoning, also where it stands in the content, and the answer; None for one that has not begun."""
     reasoning, content = message.get("reasoning_content") or "", message["content"] or ""
     opening, closing = dialect.think
@@ -57,7 +57,7 @@ def _parts(message: Message, dialect: Dialect) -> tuple[str, str | None]:
     return reasoning if reasoning.strip() else "", content
 
 
-def _marked(message: Message, said: str, over: str, thinking: bool, dialect: Dialect, end: str) -> Message:
+def _marked(message: Message, said: str, over: str, thinking: bool, dialect: ChatFormat, end: str) -> Message:
     """The message with `end` behind what goes on, where nothing strips it, and inside reasoning that is over, which a template may leave out."""
     at = len(over) - len(over.lstrip()) + 1
     reasoning = said + end if thinking else over and over[:at] + end + over[at:]
@@ -82,7 +82,7 @@ def _behind(write: Write, before: Sequence[Message], text: str, said: str) -> st
     return begun + text[turns.rindex(common) + shared :]
 
 
-def _block(write: Write, before: Sequence[Message], dialect: Dialect, template: str, over: str) -> str:
+def _block(write: Write, before: Sequence[Message], dialect: ChatFormat, template: str, over: str) -> str:
     """A prompt that ends inside the reasoning block, or behind it where the reasoning is `over`: for templates that write none of messages."""
     text, (opening, closing) = write(before, True), dialect.think
     if not opened(text, dialect):

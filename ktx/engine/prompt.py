@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ktx.dialects import Dialect, dialect_for, for_template, opened
-from ktx.engine.proceed import proceeding
+from ktx.dialects import ChatFormat, dialect_for, for_template, opened
+from ktx.engine.proceed import render_continuation
 from ktx.engine.template import DEFAULT, check_templates, chosen, named_templates
 from ktx.errors import UsageError
 
-LONGEST = 64 << 20  # characters of a rendered prompt
+MAX_TEXT_CHARS = 64 << 20  # characters of a rendered prompt
 _MARK = re.compile(r"[<\[].+[>\]]")
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode will never give them a meaning
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedPrompt:
     """A prompt as text and as ids; `thinking`: it ends inside the reasoning block; `said`: text at its end that the answer goes on with.
 
     `untold`: tools were given, and the template wrote nothing of them.
@@ -30,11 +30,11 @@ class Rendered:
     text: str
     ids: list[int]
     thinking: bool
-    said: str = ""
-    untold: bool = False
+    prefill_text: str = ""
+    tools_not_rendered: bool = False
 
 
-class Prompts:
+class PromptRenderer:
     """Makes prompts for one tokenizer. `template` takes the place of the tokenizer's own. BadFile where no prompt could be made."""
 
     def __init__(self, tokenizer: Any, model_type: str | None = None, template: str | None = None):
@@ -44,7 +44,7 @@ class Prompts:
         own = f"{folder}: the tokenizer's chat template" if folder else "the tokenizer's chat template"
         where = "--chat-template" if template else own
         check_templates(self.templates, where, getattr(tokenizer, "special_tokens_map", {}))
-        self.dialect: Dialect = dialect_for("\n".join(self.templates.values()), model_type)
+        self.dialect: ChatFormat = dialect_for("\n".join(self.templates.values()), model_type)
         self.writes_tools: set[str | None] = set()  # templates that have written tools
         added = getattr(tokenizer, "added_tokens_decoder", None) or {}
         names = [
@@ -83,7 +83,7 @@ class Prompts:
         answer: bool = True,
         proceed: bool = False,
         name: str | None = None,
-    ) -> Rendered:
+    ) -> RenderedPrompt:
         """A conversation that ends where the assistant speaks (`answer`), or inside its last message (`proceed`). `name`: of the template.
 
         UsageError for messages that the template refuses, or with which no answer can go on.
@@ -93,29 +93,29 @@ class Prompts:
         border, end = self._unwritten(told, tools)
         told = [
             {
-                key: self._shielded(value, border, self._spared(message)) if key != "role" else value
+                key: self._escape_special_tokens(value, border, self._spared(message)) if key != "role" else value
                 for key, value in message.items()
             }
             for message in told
         ]
-        shielded = [self._shielded(tool, border, ()) for tool in tools]
+        shielded = [self._escape_special_tokens(tool, border, ()) for tool in tools]
 
         def write(messages: Sequence[Mapping[str, Any]], answer: bool, tools: list[Any] = shielded) -> str:
             text = self._text(template, messages, tools, dict(words or {}), answer)
-            if len(text) > LONGEST:
-                raise UsageError(f"the prompt has {len(text)} characters, at most {LONGEST} are read")
+            if len(text) > MAX_TEXT_CHARS:
+                raise UsageError(f"the prompt has {len(text)} characters, at most {MAX_TEXT_CHARS} are read")
             return text
 
         untold = bool(tools) and not self._tells_tools(write, told, answer, template)
         if proceed:
-            text, said, thinking = proceeding(write, told, self.dialect, str(template), end)
+            text, said, thinking = render_continuation(write, told, self.dialect, str(template), end)
             said = said.replace(border, "")
-            return Rendered(text.replace(border, ""), self._ids(text, border), thinking, said, untold)
+            return RenderedPrompt(text.replace(border, ""), self._ids(text, border), thinking, said, untold)
         text, mark = write(told, answer), self.dialect.think[0]
         if answer and force_think and mark and not opened(text, self.dialect):
             text += f"{mark}\n"
         thinking = bool(answer and opened(text, self.dialect))
-        return Rendered(text.replace(border, ""), self._ids(text, border), thinking, untold=untold)
+        return RenderedPrompt(text.replace(border, ""), self._ids(text, border), thinking, tools_not_rendered=untold)
 
     def _tells_tools(
         self, write: Any, messages: Sequence[Mapping[str, Any]], answer: bool, template: str | None
@@ -175,7 +175,7 @@ class Prompts:
         """Marks that are the model's own words in its own messages."""
         return self.dialect.think if message.get("role") == "assistant" else ()
 
-    def _shielded(self, value: Any, border: str, spared: Sequence[str]) -> Any:
+    def _escape_special_tokens(self, value: Any, border: str, spared: Sequence[str]) -> Any:
         """A border inside each control token, so that it is read as the letters it is."""
         if isinstance(value, str):
 
@@ -184,5 +184,9 @@ class Prompts:
 
             return self.controls.sub(broken, value.replace(border, ""))
         if isinstance(value, Mapping):
-            return {key: self._shielded(inner, border, spared) for key, inner in value.items()}
-        return [self._shielded(inner, border, spared) for inner in value] if isinstance(value, list | tuple) else value
+            return {key: self._escape_special_tokens(inner, border, spared) for key, inner in value.items()}
+        return (
+            [self._escape_special_tokens(inner, border, spared) for inner in value]
+            if isinstance(value, list | tuple)
+            else value
+        )

@@ -8,25 +8,25 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ktx.engine.sampling import Choice, Sampling
+from ktx.engine.sampling import SampledToken, SamplingParams
 from ktx.ops.lora import Uses
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenEvent:
     """A token of the answer and the text it completes: empty while a character or a possible stop string is unfinished."""
 
     text: str
-    choice: Choice
+    choice: SampledToken
 
 
 @dataclass(frozen=True)
-class Prompt:
+class PromptLogprobs:
     """With `Sampling.echo`, before the answer: the prompt's tokens, of which the first has no log-probability."""
 
-    choices: list[Choice]
+    choices: list[SampledToken]
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Finished:
     usage: Usage
     stop: str | int | None = None
     error: str = ""
-    choice: Choice | None = None
-    refused: bool = False
+    choice: SampledToken | None = None
+    client_error: bool = False
 
 
-Event = Prompt | Piece | Finished
+Event = PromptLogprobs | TokenEvent | Finished
 
 
 @dataclass(eq=False)
@@ -82,20 +82,20 @@ class Request:
     """
 
     prompt: list[int]
-    sampling: Sampling
-    sink: Callable[[Event], None]
+    sampling: SamplingParams
+    on_event: Callable[[Event], None]
     salt: bytes = b""
     constraint: Any = None  # a grammar's state, see ktx.engine.grammar
     lora: Uses = ()  # the LoRA adapters that it is computed with
-    number: int = 0  # by arrival
+    id: int = 0  # by arrival
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
-    computed: int = 0
+    num_computed: int = 0
     pages: list[int] = field(default_factory=list)
-    keys: list[bytes] = field(default_factory=list)
+    page_hashes: list[bytes] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
     cached: int | None = None  # None until it was first computed
-    alone: bool = False  # a forward with it failed: it is tried without others
+    isolated: bool = False  # a forward with it failed: it is tried without others
     preempted: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -110,12 +110,12 @@ class Request:
         self.ids = list(self.prompt)
 
     @property
-    def left(self) -> int:
+    def num_uncomputed(self) -> int:
         """Tokens that have to be computed before the next one can be chosen."""
-        return len(self.ids) - self.computed
+        return len(self.ids) - self.num_computed
 
     @property
-    def answered(self) -> int:
+    def num_output(self) -> int:
         return len(self.ids) - len(self.prompt)
 
     def usage(self) -> Usage:
@@ -123,7 +123,7 @@ class Request:
         started, first = self.started or now, self.first_token or now
         return Usage(
             len(self.prompt),
-            self.answered,
+            self.num_output,
             self.cached or 0,
             started - self.arrived,
             first - self.arrived,

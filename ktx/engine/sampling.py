@@ -31,7 +31,7 @@ FIRST, MORE = (
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to choose; temperature 0 (the default) takes the likeliest token. `top_k` 0, `top_p` and `typical_p` 1 are off.
 
     Cuts follow one another as in transformers: top_k, top_p, min_p, typical_p, each on what the one before left.
@@ -79,7 +79,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Choice:
+class SampledToken:
     """A token, and if they were asked for its log-probability and the likeliest tokens' (id, log-probability), best first."""
 
     token: int
@@ -87,10 +87,10 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Chooser:
+class Sampler:
     """One answer's choices. The same seed gives the same answer whatever else is computed beside it: a token takes one random number."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int] = ()):
+    def __init__(self, sampling: SamplingParams, prompt: Sequence[int] = ()):
         self.sampling, self.prompt = sampling, prompt
         self.source = torch.Generator()
         if sampling.seed is None:
@@ -101,7 +101,7 @@ class Chooser:
         self.count: torch.Tensor | None = None  # f32 [vocabulary]: how often in the answer
         self.said: list[int] = []  # the answer, where penalties look back over a part of it
 
-    def choose(self, logits: torch.Tensor, mask: torch.Tensor | None = None) -> Choice:
+    def sample(self, logits: torch.Tensor, mask: torch.Tensor | None = None) -> SampledToken:
         """The next token from logits [vocabulary]; `mask` bool says which ones a grammar allows."""
         logits = logits.float()
         token = self._pick(self._changed(logits, mask))
@@ -109,15 +109,15 @@ class Chooser:
             self.count[token] += 1
             self.read[token] = True
             self.said.append(token)
-        return self.told(logits, token)
+        return self.with_logprobs(logits, token)
 
-    def told(self, logits: torch.Tensor, token: int) -> Choice:
+    def with_logprobs(self, logits: torch.Tensor, token: int) -> SampledToken:
         """A token with what the settings want to know of the model's own distribution."""
         if self.sampling.logprobs is None:
-            return Choice(token)
+            return SampledToken(token)
         share = logits.float().log_softmax(-1)
         values, ids = share.topk(min(self.sampling.logprobs, len(share)))
-        return Choice(token, float(share[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+        return SampledToken(token, float(share[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
     def _changed(self, logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Logits with penalties, biases and a grammar's mask."""

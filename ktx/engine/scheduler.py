@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ktx.cache.pages import PAGE, Pages, Tail, chain
+from ktx.cache.pages import PAGE_TOKENS, PagePool, PartialPage, hash_page
 from ktx.engine.budget import StepBudget
 from ktx.engine.request import Request
 
-OTHERS = 4  # a quarter of the budget, a page at least, is for prompts behind the oldest one, shortest first: a short question need not wait for a long one
+SHORT_PROMPT_DIVISOR = 4  # a quarter of the budget, a page at least, is for prompts behind the oldest one, shortest first: a short question need not wait for a long one
 ECHO = 256  # tokens of a prompt computed at once where all of their logits are wanted: each takes as much memory as the vocabulary
 
 
 @dataclass(frozen=True)
-class Part:
+class ScheduledChunk:
     """Tokens of a request in a forward: `count` from `start` on; those past the end of its ids are its draft."""
 
     request: Request
@@ -42,22 +42,22 @@ class Part:
         return self.start + 1 == len(self.request.ids)
 
 
-def alike(one: Sequence[int], other: Sequence[int]) -> int:
+def common_prefix_len(one: Sequence[int], other: Sequence[int]) -> int:
     """How many ids two sequences begin with in common."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def pages_for(tokens: int) -> int:
-    return -(-tokens // PAGE)
+    return -(-tokens // PAGE_TOKENS)
 
 
-class Store(Protocol):
+class PageStore(Protocol):
     """Where pages are kept beside the pool, see ktx.cache.disk."""
 
     def has(self, key: bytes) -> bool:
         """Whether there is such a page."""
 
-    def keep(self, key: bytes, page: int) -> None:
+    def put(self, key: bytes, page: int) -> None:
         """The page is full."""
 
     def fetch(self, key: bytes, page: int) -> bool:
@@ -75,7 +75,7 @@ class Scheduler:
 
     def __init__(
         self,
-        pages: Pages,
+        pages: PagePool,
         max_batch: int,
         budget: StepBudget,
         share: bool = True,
@@ -84,17 +84,17 @@ class Scheduler:
         resumed: Callable[[Request, Any], None] = lambda request, snapshot: None,
         state: Callable[[Request, int], Any] = lambda request, tokens: None,
         two_forms: bool = False,
-        store: Store | None = None,
-        grain: int = PAGE,
+        store: PageStore | None = None,
+        grain: int = PAGE_TOKENS,
     ):
         self.pages, self.max_batch, self.budget, self.grain = pages, max_batch, budget, grain
-        self.share, self.recurrent, self.released, self.resumed = share, recurrent, released, resumed
-        self.state, self.two_forms, self.store = state, two_forms, store
+        self.share, self.recurrent, self.on_free, self.on_restore = share, recurrent, released, resumed
+        self.on_snapshot, self.page_aligned_numerics, self.store = state, two_forms, store
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.making: dict[bytes, Request] = {}  # pages that a running request is about to compute
+        self.pages_in_flight: dict[bytes, Request] = {}  # pages that a running request is about to compute
         self.preemptions = 0
-        self.asked = self.found = 0  # prompt tokens, and how many of them were in the cache
+        self.prefix_queries = self.prefix_hits = 0  # prompt tokens, and how many of them were in the cache
 
     # ---- requests come and go
 
@@ -107,33 +107,37 @@ class Scheduler:
         for queue in (self.waiting, self.running):
             if request in queue:
                 queue.remove(request)
-        self._give_up(request)
+        self._free(request)
 
-    def _give_up(self, request: Request) -> None:
-        at, beyond = divmod(request.computed, PAGE)
+    def _free(self, request: Request) -> None:
+        at, beyond = divmod(request.num_computed, PAGE_TOKENS)
         share = bool(beyond) and self._may_share(request)
-        state = self.state(request, request.computed) if share and self.recurrent else None
+        state = self.on_snapshot(request, request.num_computed) if share and self.recurrent else None
         if share and (state is not None or not self.recurrent):
-            tail = Tail(request.pages[at], self._before(request, at), tuple(request.ids[at * PAGE : request.computed]))
-            self.pages.release(request.pages[at + 1 :])
-            self.pages.leave(tail)
+            tail = PartialPage(
+                request.pages[at],
+                self._before(request, at),
+                tuple(request.ids[at * PAGE_TOKENS : request.num_computed]),
+            )
+            self.pages.free(request.pages[at + 1 :])
+            self.pages.cache_partial(tail)
             if self.recurrent:
-                self.pages.keep(tail.key, state)
+                self.pages.save_snapshot(tail.key, state)
             del request.pages[at:]
-        self.pages.release(request.pages)
-        request.pages, request.computed, request.draft = [], 0, []
-        self.making = {key: maker for key, maker in self.making.items() if maker is not request}
-        self.released(request)
+        self.pages.free(request.pages)
+        request.pages, request.num_computed, request.draft = [], 0, []
+        self.pages_in_flight = {key: maker for key, maker in self.pages_in_flight.items() if maker is not request}
+        self.on_free(request)
 
     def preempt(self, request: Request) -> None:
         """Back into the queue, at its place; what it had is computed again."""
         self.running.remove(request)
-        self._give_up(request)
+        self._free(request)
         request.preempted += 1
         self.preemptions += 1
-        self.waiting.insert(sum(other.number < request.number for other in self.waiting), request)
+        self.waiting.insert(sum(other.id < request.id for other in self.waiting), request)
 
-    def undo(self, parts: Sequence[Part]) -> None:
+    def undo(self, parts: Sequence[ScheduledChunk]) -> None:
         """A forward of the parts came to no end. Keys and values are written again; a running state is not what it was, so its request begins anew."""
         if self.recurrent:
             for part in parts:
@@ -142,45 +146,45 @@ class Scheduler:
 
     # ---- a forward
 
-    def plan(self) -> list[Part]:
+    def schedule(self) -> list[ScheduledChunk]:
         """What the next forward computes; empty when there is nothing to do."""
         self._admit()
-        suspect = next((request for request in self.running if request.alone), None)
-        parts: list[Part] = []
+        suspect = next((request for request in self.running if request.isolated), None)
+        parts: list[ScheduledChunk] = []
         for request in [suspect] if suspect else list(self.running):
-            if request.left == 1 and request in self.running:
-                self._put(parts, request, 1 + len(request.draft))
-        prompts = [request for request in ([suspect] if suspect else self.running) if request.left > 1]
+            if request.num_uncomputed == 1 and request in self.running:
+                self._add_chunk(parts, request, 1 + len(request.draft))
+        prompts = [request for request in ([suspect] if suspect else self.running) if request.num_uncomputed > 1]
         for request in prompts:
-            self._adopt(request)
-        ready = [request for request in prompts if not self._waits(request)]
+            self._match_prefix(request)
+        ready = [request for request in prompts if not self._waits_for_prefix(request)]
         self._prefill(parts, ready if ready or parts else prompts)
         return parts
 
-    def _prefill(self, parts: list[Part], prompts: list[Request]) -> None:
+    def _prefill(self, parts: list[ScheduledChunk], prompts: list[Request]) -> None:
         """Prompts share the budget: the oldest takes most of it, the shortest of the others the rest, and what is left goes back to it.
 
         It is never left with less than what it can go on by, however small the budget and however many short ones come.
         """
         if not prompts:
             return
-        head, others = prompts[0], sorted(prompts[1:], key=lambda request: request.left)
-        left = self.budget.tokens(head.computed, bool(parts))
+        head, others = prompts[0], sorted(prompts[1:], key=lambda request: request.num_uncomputed)
+        left = self.budget.tokens(head.num_computed, bool(parts))
         least = min(left, self.grain)
-        rest = left - head.left if head.left < left else max(left // OTHERS, least)
+        rest = left - head.num_uncomputed if head.num_uncomputed < left else max(left // SHORT_PROMPT_DIVISOR, least)
         for request in others:
             if request in self.running:
-                count = self._put(parts, request, min(request.left, rest))
+                count = self._add_chunk(parts, request, min(request.num_uncomputed, rest))
                 left, rest = left - count, rest - count
         if head in self.running:
-            self._put(parts, head, min(head.left, max(left, least)))
+            self._add_chunk(parts, head, min(head.num_uncomputed, max(left, least)))
 
-    def _put(self, parts: list[Part], request: Request, count: int) -> int:
+    def _add_chunk(self, parts: list[ScheduledChunk], request: Request, count: int) -> int:
         """Adds a part and returns its tokens, 0 when there are no pages for it, or too little budget."""
         count = self._in_pages(request, min(count, ECHO) if request.sampling.echo else count)
         if not count:
             return 0
-        while not self._grow(request, request.computed + count):
+        while not self._grow(request, request.num_computed + count):
             if request.draft:
                 request.draft, count = [], 1
                 continue
@@ -189,33 +193,35 @@ class Scheduler:
             self.preempt(victim)
             if victim is request:
                 return 0
-        parts.append(Part(request, request.computed, count))
+        parts.append(ScheduledChunk(request, request.num_computed, count))
         return count
 
     def _in_pages(self, request: Request, count: int) -> int:
         """A prompt's full pages are computed whole, by whatever budget: so their content does not depend on it. Recurrent layers want its end whole too."""
-        end, prompt = request.computed + count, len(request.prompt)
-        if self.budget.step >= PAGE and (end < prompt // PAGE * PAGE or (self.recurrent and end < prompt)):
+        end, prompt = request.num_computed + count, len(request.prompt)
+        if self.budget.step >= PAGE_TOKENS and (
+            end < prompt // PAGE_TOKENS * PAGE_TOKENS or (self.recurrent and end < prompt)
+        ):
             end = end // self.grain * self.grain
-        return max(0, end - request.computed)
+        return max(0, end - request.num_computed)
 
     def _grow(self, request: Request, tokens: int) -> bool:
-        taken = self.pages.take(max(0, pages_for(tokens) - len(request.pages)))
+        taken = self.pages.allocate(max(0, pages_for(tokens) - len(request.pages)))
         request.pages += taken or []
         return taken is not None
 
-    def advance(self, request: Request, count: int) -> None:
+    def commit(self, request: Request, count: int) -> None:
         """`count` more tokens are computed and stay."""
-        before, request.computed = request.computed // PAGE, request.computed + count
+        before, request.num_computed = request.num_computed // PAGE_TOKENS, request.num_computed + count
         self._extend_keys(request)
-        for i in range(before, request.computed // PAGE):
-            self.making.pop(request.keys[i], None)
+        for i in range(before, request.num_computed // PAGE_TOKENS):
+            self.pages_in_flight.pop(request.page_hashes[i], None)
             if self._may_share(request):
-                self.pages.name(request.pages[i], request.keys[i])
-                if self.recurrent and (state := self.state(request, (i + 1) * PAGE)) is not None:
-                    self.pages.keep(request.keys[i], state)
+                self.pages.register_hash(request.pages[i], request.page_hashes[i])
+                if self.recurrent and (state := self.on_snapshot(request, (i + 1) * PAGE_TOKENS)) is not None:
+                    self.pages.save_snapshot(request.page_hashes[i], state)
                 if self.store is not None:
-                    self.store.keep(request.keys[i], request.pages[i])
+                    self.store.put(request.page_hashes[i], request.pages[i])
 
     # ---- admission and what is shared
 
@@ -223,25 +229,28 @@ class Scheduler:
         for request in list(self.waiting):
             if len(self.running) >= self.max_batch:
                 return
-            if self._waits(request):
+            if self._waits_for_prefix(request):
                 continue
             if self.running and self._wanted(request) + sum(map(self._wanted, self.running)) > self.pages.available:
                 return
             self.waiting.remove(request)
-            self.running.insert(sum(other.number < request.number for other in self.running), request)
-            self._adopt(request)
+            self.running.insert(sum(other.id < request.id for other in self.running), request)
+            self._match_prefix(request)
             if request.cached is None:
-                request.cached = request.computed
-                self.asked, self.found = self.asked + len(request.prompt), self.found + request.computed
-            for key in request.keys[request.computed // PAGE :]:
-                self.making.setdefault(key, request)
+                request.cached = request.num_computed
+                self.prefix_queries, self.prefix_hits = (
+                    self.prefix_queries + len(request.prompt),
+                    self.prefix_hits + request.num_computed,
+                )
+            for key in request.page_hashes[request.num_computed // PAGE_TOKENS :]:
+                self.pages_in_flight.setdefault(key, request)
 
     def _wanted(self, request: Request) -> int:
         """Pages that it takes to finish what the request has now, and one token more."""
         known = len(request.pages)
-        while self._may_share(request) and known < len(request.keys):
-            page = self.pages.find(request.keys[known])
-            if page is None or not self.pages.users[page]:
+        while self._may_share(request) and known < len(request.page_hashes):
+            page = self.pages.find(request.page_hashes[known])
+            if page is None or not self.pages.ref_counts[page]:
                 break
             known += 1
         return pages_for(len(request.ids) + 1) - known
@@ -251,48 +260,53 @@ class Scheduler:
 
     def _extend_keys(self, request: Request) -> None:
         """Keys of all full pages of the request's ids."""
-        while (len(request.keys) + 1) * PAGE <= len(request.ids):
-            at, before = len(request.keys) * PAGE, request.keys[-1] if request.keys else request.salt
-            request.keys.append(chain(before, request.ids[at : at + PAGE]))
+        while (len(request.page_hashes) + 1) * PAGE_TOKENS <= len(request.ids):
+            at, before = (
+                len(request.page_hashes) * PAGE_TOKENS,
+                request.page_hashes[-1] if request.page_hashes else request.salt,
+            )
+            request.page_hashes.append(hash_page(before, request.ids[at : at + PAGE_TOKENS]))
 
     def _before(self, request: Request, page: int) -> bytes:
-        return request.keys[page - 1] if page else request.salt
+        return request.page_hashes[page - 1] if page else request.salt
 
     def _next_key(self, request: Request) -> bytes | None:
         """The key of the page that comes next and need not be computed if it is there: of full pages before the last token."""
-        at = request.computed // PAGE
-        usable = self._may_share(request) and request.computed == at * PAGE == len(request.pages) * PAGE
-        return request.keys[at] if usable and (at + 1) * PAGE < len(request.ids) else None
+        at = request.num_computed // PAGE_TOKENS
+        usable = (
+            self._may_share(request) and request.num_computed == at * PAGE_TOKENS == len(request.pages) * PAGE_TOKENS
+        )
+        return request.page_hashes[at] if usable and (at + 1) * PAGE_TOKENS < len(request.ids) else None
 
-    def _adopt(self, request: Request) -> None:
+    def _match_prefix(self, request: Request) -> None:
         """Takes over what is there already. Where layers have a running state, only up to where one was kept."""
-        start = request.computed
+        start = request.num_computed
         if self.recurrent and start:
             return
         while (key := self._next_key(request)) is not None and (page := self._found(key)) is not None:
             request.pages.append(page)
-            request.computed += PAGE
+            request.num_computed += PAGE_TOKENS
         if not self._adopt_tail(request) and self.recurrent:
             self._back_to_snapshot(request)
-        if start and request.computed > start:
-            self.found += request.computed - start
-            request.cached = (request.cached or 0) + request.computed - start
+        if start and request.num_computed > start:
+            self.prefix_hits += request.num_computed - start
+            request.cached = (request.cached or 0) + request.num_computed - start
 
     def _found(self, key: bytes) -> int | None:
         """A page with this content, held for one more user."""
         page = self.pages.find(key)
         if page is not None:
-            self.pages.hold(page)
+            self.pages.touch(page)
             return page
         if self.store is None or not self.store.has(key):
             return None
-        room = self.pages.take(1)
+        room = self.pages.allocate(1)
         if room is not None and not self.store.fetch(key, room[0]):
-            self.pages.release(room)
+            self.pages.free(room)
             room = None
         if room is None:
             return None
-        self.pages.name(room[0], key)
+        self.pages.register_hash(room[0], key)
         return room[0]
 
     def _adopt_tail(self, request: Request) -> bool:
@@ -300,46 +314,48 @@ class Scheduler:
         that ended just there, as a conversation's last turn does.
         """
         at = len(request.pages)
-        if not self._may_share(request) or request.computed != at * PAGE:
+        if not self._may_share(request) or request.num_computed != at * PAGE_TOKENS:
             return False
         tail = self.pages.tails.get(self._before(request, at))
         if tail is None:
             return False
-        same = alike(tail.ids, request.ids[request.computed : -1])
-        inside = self.recurrent or (self.two_forms and (at + 1) * PAGE <= len(request.prompt))
+        same = common_prefix_len(tail.ids, request.ids[request.num_computed : -1])
+        inside = self.recurrent or (self.page_aligned_numerics and (at + 1) * PAGE_TOKENS <= len(request.prompt))
         if not same or (inside and same < len(tail.ids)) or (self.recurrent and tail.key not in self.pages.snapshots):
             return False
-        self.pages.claim(tail)
+        self.pages.reuse_partial(tail)
         request.pages.append(tail.page)
-        request.computed += same
+        request.num_computed += same
         if self.recurrent:
-            self.resumed(request, self.pages.snapshots.pop(tail.key))
+            self.on_restore(request, self.pages.snapshots.pop(tail.key))
         return True
 
     def _back_to_snapshot(self, request: Request) -> None:
-        while request.pages and request.keys[len(request.pages) - 1] not in self.pages.snapshots:
-            self.pages.release([request.pages.pop()])
-            request.computed -= PAGE
+        while request.pages and request.page_hashes[len(request.pages) - 1] not in self.pages.snapshots:
+            self.pages.free([request.pages.pop()])
+            request.num_computed -= PAGE_TOKENS
         if request.pages:
-            self.resumed(request, self.pages.snapshots[request.keys[len(request.pages) - 1]])
+            self.on_restore(request, self.pages.snapshots[request.page_hashes[len(request.pages) - 1]])
 
-    def _waits(self, request: Request) -> bool:
+    def _waits_for_prefix(self, request: Request) -> bool:
         """Whether another one is just computing the page that this one would need next."""
         at = len(request.pages)
-        if request.computed != at * PAGE or not self._may_share(request) or (self.recurrent and at):
+        if request.num_computed != at * PAGE_TOKENS or not self._may_share(request) or (self.recurrent and at):
             return False
-        while at < len(request.keys) and self.pages.find(request.keys[at]) is not None:
+        while at < len(request.page_hashes) and self.pages.find(request.page_hashes[at]) is not None:
             at += 1
-        if (at + 1) * PAGE >= len(request.ids):
+        if (at + 1) * PAGE_TOKENS >= len(request.ids):
             return False
-        return self.making.get(request.keys[at], request) is not request
+        return self.pages_in_flight.get(request.page_hashes[at], request) is not request
 
     def check_integrity(self) -> None:
         """AssertionError unless pages and requests agree."""
         self.pages.check_integrity(request.pages for request in self.running)
-        assert not any(request.pages or request.computed for request in self.waiting), "a waiting request holds pages"
+        assert not any(request.pages or request.num_computed for request in self.waiting), (
+            "a waiting request holds pages"
+        )
         for request in self.running:
-            assert request.computed <= len(request.pages) * PAGE, "a request has more tokens than room"
-        assert set(map(id, self.making.values())) <= set(map(id, self.running)), "a page is made by nobody"
+            assert request.num_computed <= len(request.pages) * PAGE_TOKENS, "a request has more tokens than room"
+        assert set(map(id, self.pages_in_flight.values())) <= set(map(id, self.running)), "a page is made by nobody"
         for queue in (self.waiting, self.running):
-            assert [r.number for r in queue] == sorted(r.number for r in queue), "requests are out of order"
+            assert [r.id for r in queue] == sorted(r.id for r in queue), "requests are out of order"

@@ -14,24 +14,24 @@ import torch
 from ktx.adapters import Adapters
 from ktx.engine.engine import Engine, Options
 from ktx.engine.request import Request
-from ktx.engine.runner import Logits, Runner, wanted
-from ktx.engine.scheduler import Part, pages_for
+from ktx.engine.runner import Logits, ModelRunner, num_logits
+from ktx.engine.scheduler import ScheduledChunk, pages_for
 from ktx.errors import BadFile
 
 ECHO = 64  # tokens of its prompt that a request hears when the script has nothing for it
 Script = Callable[[Sequence[int]], Sequence[int]]  # a prompt's ids -> the answer's
 
 
-class ScriptedRunner(Runner):
+class ScriptedRunner(ModelRunner):
     """A forward takes `seconds` for each token it computes; the likeliest token is the next one of the script, then the end."""
 
     def __init__(self, script: Script, vocabulary: int, end: int, pages: int, seconds: float = 0.0):
         self.script, self.vocabulary, self.end, self.pages, self.seconds = script, vocabulary, end, pages, seconds
         self.answers: dict[int, list[int]] = {}
         self.adapters = Adapters()
-        self.alive = time.monotonic()
+        self.last_progress = time.monotonic()
 
-    def run(self, parts: Sequence[Part]) -> Logits:
+    def run(self, parts: Sequence[ScheduledChunk]) -> Logits:
         for _ in range(sum(part.count for part in parts)):
             self._look(parts)
             time.sleep(self.seconds)
@@ -40,8 +40,8 @@ class ScriptedRunner(Runner):
     def largest_step(self, most: int, share: float = 1.0) -> int:
         return most
 
-    def _logits(self, part: Part) -> torch.Tensor:
-        rows, request = wanted(part), part.request
+    def _logits(self, part: ScheduledChunk) -> torch.Tensor:
+        rows, request = num_logits(part), part.request
         logits = torch.zeros(rows, self.vocabulary, dtype=torch.float32)
         for row, at in zip(logits, range(part.start + part.count - rows, part.start + part.count), strict=True):
             row[self._next(request, at + 1)] = 30.0
@@ -50,14 +50,14 @@ class ScriptedRunner(Runner):
     def _next(self, request: Request, position: int) -> int:
         if position < len(request.prompt):
             return request.prompt[position]
-        if request.number not in self.answers:
-            self.answers[request.number] = list(self.script(request.prompt))
-        said = self.answers[request.number]
+        if request.id not in self.answers:
+            self.answers[request.id] = list(self.script(request.prompt))
+        said = self.answers[request.id]
         place = position - len(request.prompt)
         return said[place] if place < len(said) else self.end
 
     def forget(self, request: Request) -> None:
-        self.answers.pop(request.number, None)
+        self.answers.pop(request.id, None)
 
     def clear(self) -> None:
         self.answers.clear()

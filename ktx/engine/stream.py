@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 
-class Detokeniser:
+class Detokenizer:
     """Decodes with a few tokens of context, and holds back what is not yet a whole character.
 
     Decoding a token alone would lose the spaces that some tokenizers keep between tokens, so the text is the difference
@@ -31,14 +31,14 @@ class Detokeniser:
         self.start, self.shown = self.shown, len(self.ids)
         return now[len(before) :]
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back, when no more tokens come."""
         before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
         self.start = self.shown = len(self.ids)
         return now[len(before) :]
 
 
-class StopFinder:
+class StopChecker:
     """Looks for stop strings in a stream and holds back what might become one. `include`: the one that was found is shown."""
 
     def __init__(self, stop: Iterable[str] = (), include: bool = False):
@@ -59,7 +59,7 @@ class StopFinder:
         shown, self.held = self.held[:at], self.held[at:]
         return shown
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back, when nothing follows."""
         rest, self.held = self.held, ""
         return "" if self.found is not None else rest

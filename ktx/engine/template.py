@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ktx.errors import BadFile, UsageError, nearest
+from ktx.errors import BadFile, UsageError, did_you_mean
 
 DEFAULT, TOOLS = "default", "tool_use"
 PROBE = "What is a rule file?"  # the plainest conversation, which every chat template must be able to write
@@ -45,7 +45,7 @@ def chosen(templates: Mapping[str, str], tools: bool, name: str | None = None) -
     if name is not None:
         if name not in templates:
             raise UsageError(
-                f"chat_template {name[:64]!r} is no template of this model (it has: {known}){nearest(name, templates)}"
+                f"chat_template {name[:64]!r} is no template of this model (it has: {known}){did_you_mean(name, templates)}"
             )
         return templates[name]
     if tools and TOOLS in templates:

@@ -9,9 +9,9 @@ from typing import Any
 
 from ktx.dialects import Parser, Text
 from ktx.engine.engine import Engine
-from ktx.engine.prompt import Prompts, Rendered
-from ktx.engine.request import Event, Finished, Piece, Request
-from ktx.engine.sampling import Sampling
+from ktx.engine.prompt import PromptRenderer, RenderedPrompt
+from ktx.engine.request import Event, Finished, Request, TokenEvent
+from ktx.engine.sampling import SamplingParams
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Session:
     cancelled: bool = False
 
     def __post_init__(self) -> None:
-        self.prompts = Prompts(self.engine.tokenizer, self.engine.model.config.model_type)
+        self.prompts = PromptRenderer(self.engine.tokenizer, self.engine.model.config.model_type)
 
     def cancel(self) -> None:
         """Ends the running answer; what was said stays."""
@@ -31,11 +31,11 @@ class Session:
         if self.request is not None:
             self.engine.cancel(self.request)
 
-    def prompt(self, messages: Sequence[dict[str, str]], force_think: bool = False) -> Rendered:
+    def prompt(self, messages: Sequence[dict[str, str]], force_think: bool = False) -> RenderedPrompt:
         """A conversation that ends where the assistant speaks."""
         return self.prompts.render(messages, force_think=force_think)
 
-    def answer(self, prompt: Rendered, sampling: Sampling) -> Iterator[Text | Finished]:
+    def answer(self, prompt: RenderedPrompt, sampling: SamplingParams) -> Iterator[Text | Finished]:
         """Text as it comes, reasoning apart, then Finished."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.cancelled, parser = False, Parser(self.prompts.dialect, thinking=prompt.thinking)
@@ -43,7 +43,7 @@ class Session:
         try:
             while True:
                 event = events.get()
-                if isinstance(event, Piece | Finished):
+                if isinstance(event, TokenEvent | Finished):
                     yield from _texts(parser.feed(event.text))
                 if isinstance(event, Finished):
                     yield from _texts(parser.finish(event.reason != "stop"))

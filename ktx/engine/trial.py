@@ -15,9 +15,9 @@ import torch
 from ktx.cache.kv import GrowingLayer, KVCache
 from ktx.defaults import torch_defaults
 from ktx.engine.request import Request
-from ktx.engine.runner import PlainRunner, Runner
-from ktx.engine.sampling import Sampling
-from ktx.engine.scheduler import Part
+from ktx.engine.runner import ModelRunner, SequentialRunner
+from ktx.engine.sampling import SamplingParams
+from ktx.engine.scheduler import ScheduledChunk
 from ktx.errors import UsageError
 from ktx.ops.recurrent import Recurrent
 from ktx.rules import FILES
@@ -28,26 +28,26 @@ CHUNKS = ((4, 1), (3, 8), (1, 1))  # tokens of two sequences in three forwards
 
 
 @torch_defaults()
-def runner_for(model: Any, pages: int, captured: int = 0) -> Runner:
+def runner_for(model: Any, pages: int, captured: int = 0) -> ModelRunner:
     """The one that the model's modules allow; for `captured` see Runner. UsageError for a model that goes on from no past, SelfTestFailed where pages are misread."""
     known = model.config.model_type in FILES
-    reason = _reads_no_pages(model) or ("" if known else _wrong(Runner(model, 2)))
+    reason = _reads_no_pages(model) or ("" if known else _mismatch(ModelRunner(model, 2)))
     if known and not reason and model.ktx.self_test:
-        check(model, OnPages(Runner(model, 1)))
+        check(model, OnPages(ModelRunner(model, 1)))
     elif model.ktx.self_test == "engine":
         check(model)
     if not reason:
-        return Runner(model, pages, captured)
-    runner = PlainRunner(model, pages) if known else _plain(model, pages)
+        return ModelRunner(model, pages, captured)
+    runner = SequentialRunner(model, pages) if known else _plain(model, pages)
     runner.reason = reason
     return runner
 
 
-def _plain(model: Any, pages: int) -> PlainRunner:
-    runner = PlainRunner(model, pages)
+def _plain(model: Any, pages: int) -> SequentialRunner:
+    runner = SequentialRunner(model, pages)
     for in_chunks in (True, False):
         runner.in_chunks = in_chunks
-        reason = _wrong(runner)
+        reason = _mismatch(runner)
         if not reason:
             return runner
         log.info("prompts in several forwards: %s" if in_chunks else "answers: %s", reason)
@@ -69,16 +69,16 @@ def _reads_no_pages(model: Any) -> str:
 
 
 @torch.inference_mode()
-def _wrong(runner: Runner) -> str:
+def _mismatch(runner: ModelRunner) -> str:
     """What is wrong with the logits of two sequences whose tokens come in CHUNKS; empty if they are as those of whole sequences."""
     with undisturbed(runner.model):
         return judged(lambda number: _tried(runner, number))
 
 
-def _tried(runner: Runner, number: int) -> Fault | None:
+def _tried(runner: ModelRunner, number: int) -> Fault | None:
     size = runner.model.config.vocab_size
     lora = runner.adapters.in_use
-    requests = [Request([], Sampling(), lambda event: None, number=-1 - i, pages=[i], lora=lora) for i in range(2)]
+    requests = [Request([], SamplingParams(), lambda event: None, id=-1 - i, pages=[i], lora=lora) for i in range(2)]
     for i, request in enumerate(requests):
         request.prompt = [
             (7 * i + 5 * j + 3 + 11 * number) % size for j in range(sum(chunk[i] for chunk in CHUNKS[:2]))
@@ -93,15 +93,18 @@ def _tried(runner: Runner, number: int) -> Fault | None:
             runner.forget(request)
 
 
-def _compared(runner: Runner, requests: Sequence[Request]) -> Fault | None:
+def _compared(runner: ModelRunner, requests: Sequence[Request]) -> Fault | None:
     for step, counts in enumerate(CHUNKS):
         if step == len(CHUNKS) - 1:
             for request in requests:
                 request.ids.append(request.prompt[0])
-        parts = [Part(request, request.computed, count) for request, count in zip(requests, counts, strict=True)]
+        parts = [
+            ScheduledChunk(request, request.num_computed, count)
+            for request, count in zip(requests, counts, strict=True)
+        ]
         found = runner.run(parts)
         for part in parts:
-            part.request.computed += part.count
+            part.request.num_computed += part.count
     for request in requests:
         whole = Cached(runner.model)(request.ids, 0)[-1]  # from a cache of the same type: what that rounds is no fault
         far = away(found[request][-1], whole)
@@ -115,15 +118,15 @@ def _compared(runner: Runner, requests: Sequence[Request]) -> Fault | None:
 class OnPages:
     """Forwards of one sequence on a runner's pages, as ktx.selftest asks for them."""
 
-    def __init__(self, runner: Runner):
+    def __init__(self, runner: ModelRunner):
         self.runner = runner
 
     def __call__(self, ids: list[int], past: int) -> torch.Tensor:
-        lora, logits_of_all = self.runner.adapters.in_use, Sampling(echo=True)
-        asked = Request(ids, logits_of_all, lambda event: None, number=-1, pages=[0], lora=lora)
+        lora, logits_of_all = self.runner.adapters.in_use, SamplingParams(echo=True)
+        asked = Request(ids, logits_of_all, lambda event: None, id=-1, pages=[0], lora=lora)
         if past and self.runner.recurrent:  # its state has seen what comes now
-            self.runner.run([Part(asked, 0, past)])
+            self.runner.run([ScheduledChunk(asked, 0, past)])
         try:
-            return self.runner.run([Part(asked, past, len(ids) - past)])[asked]
+            return self.runner.run([ScheduledChunk(asked, past, len(ids) - past)])[asked]
         finally:
             self.runner.forget(asked)

@@ -35,7 +35,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class Quantization:
     """One GGUF model of a repository: a file, or the parts of a split one in their order."""
 
     name: str
@@ -48,7 +48,7 @@ class Quantisation:
 
 
 @dataclass
-class Choice:
+class FileSelection:
     """What is fetched, and the pickle files that are left where they are."""
 
     weights: list[File] = field(default_factory=list)
@@ -60,17 +60,17 @@ class Choice:
         return self.weights + self.beside
 
 
-class Several(UsageError):
+class AmbiguousQuant(UsageError):
     """A repository of several quantisations, of which none is named."""
 
-    def __init__(self, message: str, found: Sequence[Quantisation]):
+    def __init__(self, message: str, found: Sequence[Quantization]):
         super().__init__(message)
         self.found = found
 
 
 def choose(
     repo: str, files: Sequence[File], tag: str = "", include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> Choice:
+) -> FileSelection:
     """The wanted files: of quantisation `tag`, of the globs `include`, or of the one form of weights there is, never of `exclude`.
 
     Raises Several when there are many quantisations and none is named, UsageError when nothing fits, BadFile when a file's
@@ -95,7 +95,7 @@ def choose(
     weights = [file for file in wanted if file.kind in WEIGHTS]
     beside = {file for file in safe if weights and "/" not in file.path and fits(file, BESIDE)}
     others = {file for file in wanted if file not in weights}
-    return Choice(weights, sorted(others | beside, key=lambda file: file.path), pickles)
+    return FileSelection(weights, sorted(others | beside, key=lambda file: file.path), pickles)
 
 
 def fits(file: File, globs: Sequence[str]) -> bool:
@@ -112,7 +112,7 @@ def _weights(repo: str, files: Sequence[File], pickles: Sequence[File], tag: str
     if tensors:
         return tensors
     if len(found) > 1:
-        raise Several(f"{repo} holds {len(found)} quantisations: name one of the table", found)
+        raise AmbiguousQuant(f"{repo} holds {len(found)} quantisations: name one of the table", found)
     if found:
         return list(found[0].files)
     if pickles:
@@ -132,7 +132,7 @@ def _safetensors(files: Sequence[File]) -> list[File]:
     return [file for file in top if file.path.startswith("model")] or top or tensors
 
 
-def quantisations(files: Sequence[File]) -> list[Quantisation]:
+def quantisations(files: Sequence[File]) -> list[Quantization]:
     """The GGUF models of a repository, the smaller first."""
     groups: dict[str, list[File]] = {}
     for file in files:
@@ -142,7 +142,7 @@ def quantisations(files: Sequence[File]) -> list[Quantisation]:
             groups.setdefault(str(path.parent / (split[1] if split else path.stem)), []).append(file)
     names = [_name(stem) for stem in groups]
     made = [
-        Quantisation(
+        Quantization(
             name if names.count(name) == 1 else PurePosixPath(stem).name,
             stem,
             tuple(sorted(group, key=lambda file: file.path)),
@@ -161,7 +161,7 @@ def _name(stem: str) -> str:
     return path.name
 
 
-def _tagged(repo: str, found: Sequence[Quantisation], tag: str) -> Quantisation:
+def _tagged(repo: str, found: Sequence[Quantization], tag: str) -> Quantization:
     """The quantisation called `tag`, in capitals or not, with or without the UD- that Unsloth puts before some."""
     if not found:
         raise UsageError(f"{repo}: holds no GGUF, so no quantisation {tag!r}; leave :{tag} out")
@@ -172,7 +172,7 @@ def _tagged(repo: str, found: Sequence[Quantisation], tag: str) -> Quantisation:
             break
     if len(fitting) != 1:
         holds = f"holds {len(fitting)} models that are" if fitting else "holds nothing that is"
-        raise Several(f"{repo}: {holds} {tag}: name one of the table", fitting or found)
+        raise AmbiguousQuant(f"{repo}: {holds} {tag}: name one of the table", fitting or found)
     first = PurePosixPath(fitting[0].files[0].path)
     split = SPLIT.match(first.stem)
     if split and len(fitting[0].files) != int(split[3]):

@@ -15,11 +15,11 @@ from ktx.weights.source import QuantizedTensor
 SPAN = 1 << 26  # weights that are taken back at once, from the CPU's memory
 
 
-def rows_of(packed: cpu.Packed | planes.Packed) -> Iterator[QuantizedTensor]:
+def rows_of(packed: cpu.Packed | planes.SoAWeight) -> Iterator[QuantizedTensor]:
     """[rows, k] of one matrix, or of several of `pack_experts`, in order. UsageError for a type that is not taken back."""
     if packed.qtype.name not in planes.FIELDS:
         raise UsageError(f"weights of {packed.qtype} are not taken back from the order that kernels read them in")
-    if isinstance(packed, planes.Packed):
+    if isinstance(packed, planes.SoAWeight):
         yield from _from_planes(packed.to("cpu"))
     elif packed.matrices == 1:
         yield from _from_groups(packed)
@@ -41,7 +41,7 @@ def _from_groups(packed: cpu.Packed) -> Iterator[QuantizedTensor]:
         yield from _from_planes(into)
 
 
-def _from_planes(packed: planes.Packed) -> Iterator[QuantizedTensor]:
+def _from_planes(packed: planes.SoAWeight) -> Iterator[QuantizedTensor]:
     blocks = packed.blocks()
     for number in range(packed.matrices):
         scale = None if packed.scale is None else packed.scale[number]

@@ -33,16 +33,16 @@ ROWS, COLUMNS = 17, 256  # of the sample that tells one order of packing from an
 PACK_ROWS = 1 << 10  # rows packed by one call, so that loading threads share the work evenly
 
 
-def usual_threads() -> int:
+def num_threads() -> int:
     """KTX_THREADS, or the usable physical cores within a cgroup's quota."""
     return int(str(environment("KTX_THREADS"))) or default_threads()
 
 
-def team_of(threads: int | None) -> int:
+def pool_size(threads: int | None) -> int:
     """The size of the kernels' team: `threads`, by default the usual one. UsageError for one that cannot be."""
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise UsageError(f"threads is {threads}, it must be from 1 to {MOST_THREADS}")
-    return threads or usual_threads()
+    return threads or num_threads()
 
 
 def _load() -> Any:
@@ -58,7 +58,7 @@ def _load() -> Any:
         torch.ops.ktx.isa(), torch.ops.ktx.nodes(), torch.ops.ktx.fast_gemm()
     except RuntimeError as error:  # KTX_ISA, KTX_NUMA or KTX_GEMM holds a word that means nothing
         raise UsageError(str(error).splitlines()[0]) from error
-    torch.ops.ktx.set_threads(usual_threads())
+    torch.ops.ktx.set_threads(num_threads())
     return torch.ops.ktx
 
 
@@ -248,7 +248,7 @@ def _values(matrix: QuantizedTensor, rows: torch.Tensor, row: int) -> torch.Tens
 
 
 @contextmanager
-def wide_rows(tokens: int, ranges: Sequence[int] = ()) -> Iterator[None]:
+def bf16_rows(tokens: int, ranges: Sequence[int] = ()) -> Iterator[None]:
     """Inside, of this thread's calls with `tokens` rows the `ranges` (first, count, first, count, ...) are multiplied in bf16 over tile registers where
     there are some, and no other rows are. Outside it is the pages of 64 that a call's rows fill: see csrc/cpu/wide.h.
     """
@@ -274,7 +274,7 @@ def wide_part(first: int, count: int) -> AbstractContextManager[None]:
     inside = any(
         at <= first and first + count <= at + length for at, length in zip(ranges[::2], ranges[1::2], strict=True)
     )
-    return wide_rows(count, (0, count) if inside else ())
+    return bf16_rows(count, (0, count) if inside else ())
 
 
 def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
@@ -328,7 +328,7 @@ def experts(
 
 
 @dataclass(frozen=True)
-class Counted:
+class ExpertStats:
     """What experts have done: choices of each, bytes of packed weights read, seconds from the calls' beginning to their end, and seconds
     that each memory node's members multiplied in, on average over these members.
 
@@ -341,14 +341,14 @@ class Counted:
     node_seconds: tuple[float, ...]
 
     @classmethod
-    def read(cls, counts: torch.Tensor) -> Counted:
+    def read(cls, counts: torch.Tensor) -> ExpertStats:
         """From a tensor of `new_counts`, also while kernels add to it."""
         numbers, others = counts.tolist(), 2 + ops.nodes()
         nbytes, nanoseconds, *of_nodes = numbers[-others:]
         return cls(tuple(numbers[:-others]), nbytes, nanoseconds / 1e9, tuple(n / 1e9 for n in of_nodes))
 
 
-def new_counts(experts: int) -> torch.Tensor:
+def new_stats(experts: int) -> torch.Tensor:
     """int64 zeros, what `experts` and the MoE block add to: activations, bytes, nanoseconds, and those of each node."""
     return torch.zeros(experts + 2 + ops.nodes(), dtype=torch.int64, device="cpu")
 

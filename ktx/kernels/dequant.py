@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ktx.kernels import books, code_books, decode
-from ktx.kernels.planes import Packed
+from ktx.kernels.planes import SoAWeight
 
 ROWS, SPAN = 16, 256  # of a program
 
@@ -51,14 +51,14 @@ DECODERS: dict[str, Decoder] = {
 }
 
 
-def decoding(packed: Packed, prefix: str = "") -> dict[str, Any]:
+def decoding(packed: SoAWeight, prefix: str = "") -> dict[str, Any]:
     """What kernels need to know to decode these weights, as keyword arguments."""
     decoder = DECODERS[packed.qtype.name]
     found = {"BLOCK": packed.qtype.block, "DECODE": decoder.function, "MINIMUM": decoder.minimum, "RUN": decoder.run}
     return {prefix + name: value for name, value in found.items()}
 
 
-def book(packed: Packed) -> torch.Tensor:
+def book(packed: SoAWeight) -> torch.Tensor:
     """The code book of these weights; types that have none get what is never read."""
     name = DECODERS[packed.qtype.name].book
     return books.book(name, packed.data.device) if name else packed.data
@@ -110,19 +110,19 @@ def _dequantize(
     tl.store(out + place[:, None] * k + column[None, :], values, mask=known[:, None] & (column < k)[None, :])
 
 
-def dequantize(packed: Packed, dtype: torch.dtype, first: int = 0, count: int | None = None) -> torch.Tensor:
+def dequantize(packed: SoAWeight, dtype: torch.dtype, first: int = 0, count: int | None = None) -> torch.Tensor:
     """Rows of all matrices from `first` on, `count` of them (default: to the end) -> `dtype` [count, k]."""
     count = packed.matrices * packed.n - first if count is None else count
     return _rows(packed, packed.data, first, count, dtype, False)
 
 
-def rows(packed: Packed, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def rows(packed: SoAWeight, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Rows by number, index int64 [count] on the weights' device -> `dtype` [count, k]. A number past the end is not noticed."""
     return _rows(packed, index.contiguous(), 0, index.numel(), dtype, True)
 
 
 def _rows(
-    packed: Packed, index: torch.Tensor, first: int, count: int, dtype: torch.dtype, indexed: bool
+    packed: SoAWeight, index: torch.Tensor, first: int, count: int, dtype: torch.dtype, indexed: bool
 ) -> torch.Tensor:
     out = torch.empty(count, packed.k, dtype=dtype, device=packed.data.device)
     if count:

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ktx.kernels.planes import Packed
+from ktx.kernels.planes import SoAWeight
 from ktx.qtypes import FP8_BLOCK
 
 LARGEST = 448.0  # of e4m3
 CAPABILITY, CUDA = (9, 0), (12, 9)  # that multiply 1 x 128 blocks by 128 x 128 ones
 
 
-def takes(x: torch.Tensor, w: Packed) -> bool:
+def takes(x: torch.Tensor, w: SoAWeight) -> bool:
     """Whether `linear` does: by the card, the types and the shape."""
     whole = w.n % FP8_BLOCK == 0 and w.k % FP8_BLOCK == 0 and w.matrices == 1
     return w.qtype.name == "F8_E4M3" and x.dtype is torch.bfloat16 and whole and _multiplies(x.device)
@@ -31,7 +31,7 @@ def _multiplies(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == CAPABILITY and version >= CUDA
 
 
-def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x bf16 [tokens, k] times w [n, k] transposed -> bf16 [tokens, n]."""
     from torch.nn.functional import ScalingType
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ktx.errors import UsageError
-from ktx.kernels.work import Shape, Work
+from ktx.kernels.work import AttentionSchedule, Shape
 
 BACKENDS = ("triton", "flashinfer", "auto")
 
@@ -61,7 +61,7 @@ def kernels_for(
     if importlib.util.find_spec("triton") is None:
         raise UsageError("attention on a GPU needs Triton, which is not installed: pip install triton")
     paged, mla = (importlib.import_module(f"ktx.kernels.{name}") for name in ("paged", "mla"))
-    return Kernels("triton", Work, paged.attention, mla.mla_attention)
+    return Kernels("triton", AttentionSchedule, paged.attention, mla.mla_attention)
 
 
 def _flashinfer_refuses(shape: Shape, rope_columns: int, sinks: bool, stored: torch.dtype) -> str:

@@ -18,9 +18,9 @@ from ktx.errors import KtxError
 from ktx.kernels import fp8, products
 from ktx.kernels.dequant import book, decoding, dequantize, rows
 from ktx.kernels.gradients import none_on_gpu
-from ktx.kernels.planes import PIECE, Packed, pack, pack_experts
+from ktx.kernels.planes import PIECE, SoAWeight, pack, pack_experts
 
-__all__ = ["Packed", "dequantize", "linear", "linear_batched", "pack", "pack_experts", "rows"]
+__all__ = ["SoAWeight", "dequantize", "linear", "linear_batched", "pack", "pack_experts", "rows"]
 
 FEW, MANY = 4, 64  # most tokens of the one kernel and of the other
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -82,7 +82,7 @@ def _linear(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=known[:, None] & (row < n)[None, :])
 
 
-def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., k] (f32, f16, bf16) times w [n, k] transposed plus bias f32 [n] -> [..., n] in x's dtype."""
     _check(x, w, bias)
     flat = x.reshape(1, -1, w.k)
@@ -98,7 +98,7 @@ def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None) -> torc
     return y.view(*x.shape[:-1], w.n)
 
 
-def linear_batched(x: torch.Tensor, w: Packed) -> torch.Tensor:
+def linear_batched(x: torch.Tensor, w: SoAWeight) -> torch.Tensor:
     """x [matrices, tokens, k] times each matrix of w transposed -> [matrices, tokens, n]."""
     _check(x, w, None)
     if x.dim() != 3 or x.shape[0] != w.matrices:
@@ -116,7 +116,7 @@ def shape_of(tokens: int, n: int, k: int, matrices: int = 1) -> dict[str, Any]:
     return {"TOKENS": size, **products.few_tile(n, k, matrices)}
 
 
-def _multiply(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+def _multiply(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """Either kernel; what several programs made of different columns is added up by torch, in their order."""
     matrices, tokens, _ = x.shape
     if not x.numel():
@@ -138,12 +138,12 @@ def _multiply(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> torch.Te
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def _in_floats(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+def _in_floats(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> torch.Tensor:
     y = F.linear(x, w.planes[0].view(w.n, w.k))
     return y if bias is None else (y.float() + bias).to(x.dtype)
 
 
-def _dequantized(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> torch.Tensor:
+def _dequantized(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> torch.Tensor:
     """By cuBLAS, on as many rows at a time as PIECE weights are."""
     step = max(1, PIECE // w.k)
     y = torch.empty(len(x), w.n, dtype=x.dtype, device=x.device)
@@ -153,7 +153,7 @@ def _dequantized(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> torch
     return y if bias is None else (y.float() + bias).to(x.dtype)
 
 
-def _check(x: torch.Tensor, w: Packed, bias: torch.Tensor | None) -> None:
+def _check(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> None:
     none_on_gpu("Linear", x)
     if x.dtype not in DTYPES.values():
         raise KtxError(f"activations are {x.dtype}: f32, f16 and bf16 are multiplied")

@@ -34,18 +34,18 @@ QUIET, PATIENCE = (
 _loading = threading.local()
 
 
-def kept(make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
+def cached_pack(make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
     """What an operator's `load` packs: made, or found on disk when the model is loaded with a folder for it; then `make` is not called."""
     if not getattr(_loading, "name", ""):
         return make()
     name, store, origin = f"{_loading.name}#{_loading.count}", _loading.store, _loading.origin
     _loading.count += 1
-    made = make() if store is None else store.take(name, make)
+    made = make() if store is None else store.get_or_pack(name, make)
     return made if origin is None else origin.known(name, made)
 
 
 @contextmanager
-def loading(name: str, store: Store | None, origin: Origin | None) -> Iterator[None]:
+def loading(name: str, store: PackedCache | None, origin: Origin | None) -> Iterator[None]:
     """While an operator of this name loads: where its packed weights are stored, and who can load them again."""
     _loading.name, _loading.store, _loading.origin, _loading.count = name, store, origin, 0
     try:
@@ -61,7 +61,7 @@ class Origin(Protocol):
         """The weights, which refer to their origin from now on."""
 
 
-class Store:
+class PackedCache:
     """One model's folder: read when it is whole, else written while the model is loaded."""
 
     def __init__(self, folder: Path, need: int):
@@ -95,7 +95,7 @@ class Store:
                 f"cache_dir {self.folder.parent}: the packed weights need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk"
             )
 
-    def take(self, name: str, make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
+    def get_or_pack(self, name: str, make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
         if self.found and name in self.entries:
             return [self._map(entry) for entry in self.entries[name]]
         made = make()
@@ -135,7 +135,7 @@ class Store:
             "ends": list(packed.ends),
         }
 
-    def finish(self) -> str:
+    def commit(self) -> str:
         """After loading: what a person should be told, "" when there is nothing. A folder is complete from here on, or not there."""
         if self.found:
             if cpu.ops.nodes() == 1:
@@ -152,13 +152,13 @@ class Store:
             except OSError as error:
                 self.trouble = error.strerror or str(error)
         if self.trouble:
-            self.drop()
+            self.abort()
             return f"cache_dir {self.folder.parent}: packed weights were not kept: {self.trouble}"
         return ""
 
     def _start_moving(self) -> None:
         stop = threading.Event()
-        mover = threading.Thread(target=to_memory, args=(self.data, stop), name="ktx-weights", daemon=True)
+        mover = threading.Thread(target=promote_to_huge_pages, args=(self.data, stop), name="ktx-weights", daemon=True)
         mover.start()
 
         def end() -> None:  # a thread inside a kernel may not be ended by Python's own end
@@ -167,14 +167,14 @@ class Store:
 
         atexit.register(end)
 
-    def drop(self) -> None:
+    def abort(self) -> None:
         """Leaves nothing of a folder that was not finished."""
         if not self.found:
             self.file.close()
             shutil.rmtree(self.draft, ignore_errors=True)
 
 
-def to_memory(data: torch.Tensor, stop: threading.Event) -> None:
+def promote_to_huge_pages(data: torch.Tensor, stop: threading.Event) -> None:
     """Moves mapped weights to memory of their own: a file's pages are small, and a token's way through them is slow.
 
     Piece by piece, mostly while no kernel runs, because new memory costs the system more time than reading it.
@@ -189,11 +189,11 @@ def to_memory(data: torch.Tensor, stop: threading.Event) -> None:
             return
 
 
-def open_store(folder: str | Path, name: str, key: Any, need: int) -> Store:
+def open_store(folder: str | Path, name: str, key: Any, need: int) -> PackedCache:
     """The store of a model below `folder`; `key` is whatever decides how it is packed, `need` the bytes it will take."""
     parts = [key, *cpu.packing()]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return Store(Path(folder).expanduser() / f"{name}-{digest}", need)
+    return PackedCache(Path(folder).expanduser() / f"{name}-{digest}", need)
 
 
 def _index(folder: Path) -> dict[str, Any] | None:

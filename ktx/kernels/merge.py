@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ktx.kernels.work import Line, Plan
+from ktx.kernels.work import Plan, WorkRange
 
 FEW, MANY = (64, 32), (512, 8)  # columns and parts that a program takes at once: 8 and 16 KB
 
@@ -71,7 +71,7 @@ def _merge(
 
 
 def merge(
-    line: Line,
+    line: WorkRange,
     plan: Plan,
     out: torch.Tensor,
     sinks: torch.Tensor | None,
@@ -84,7 +84,7 @@ def merge(
     if not part.merges:
         return
     beside = shape.kv_heads * part.blocks
-    columns, parts = MANY if part.merges * part.tile.rows * beside > 8 * plan.work.slots else FEW
+    columns, parts = MANY if part.merges * part.tile.rows * beside > 8 * plan.work.num_sms else FEW
     columns = min(columns, triton.next_power_of_2(shape.value_columns))
     _merge[part.merges, part.tile.rows, beside * triton.cdiv(shape.value_columns, columns)](
         out,

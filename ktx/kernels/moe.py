@@ -17,7 +17,7 @@ from ktx.errors import KtxError
 from ktx.kernels import products
 from ktx.kernels.dequant import book, decoding
 from ktx.kernels.gradients import none_on_gpu
-from ktx.kernels.planes import Packed
+from ktx.kernels.planes import SoAWeight
 
 FEW_PAIRS = 64  # most pairs that are multiplied one by one
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
@@ -141,9 +141,9 @@ def experts(
     x: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,
-    gate: Packed,
-    up: Packed,
-    down: Packed,
+    gate: SoAWeight,
+    up: SoAWeight,
+    down: SoAWeight,
     gate_bias: torch.Tensor | None = None,
     up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
@@ -220,7 +220,7 @@ def grouped(ids: torch.Tensor, first: int, experts: int, size: int) -> tuple[tup
 
 
 def _check(
-    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: Packed, up: Packed, down: Packed,
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, gate: SoAWeight, up: SoAWeight, down: SoAWeight,
     gate_bias: torch.Tensor | None, up_bias: torch.Tensor | None, act: str,
 ) -> None:  # fmt: skip
     none_on_gpu("Experts", x, weights)

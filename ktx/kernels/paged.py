@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ktx.kernels.gradients import none_on_gpu
 from ktx.kernels.merge import merge
-from ktx.kernels.work import Line, Plan
+from ktx.kernels.work import Plan, WorkRange
 
 LOG2E = 1.4426950408889634
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -203,7 +203,7 @@ def attention(
 
 
 def _run(
-    line: Line,
+    line: WorkRange,
     plan: Plan,
     q: torch.Tensor,
     k: torch.Tensor,

@@ -63,7 +63,7 @@ FIELDS: dict[str, tuple[Field, ...]] = {  # planes in their order; what a field 
 
 
 @dataclass
-class Packed:
+class SoAWeight:
     """One matrix, or several of one shape: `data` uint8, `matrices` x [n, k] of `qtype`, in planes. May lie on any device."""
 
     data: torch.Tensor
@@ -81,9 +81,9 @@ class Packed:
     def nbytes(self) -> int:
         return self.data.numel() + (0 if self.scale is None else self.scale.numel() * 4)
 
-    def to(self, device: torch.device | str) -> Packed:
+    def to(self, device: torch.device | str) -> SoAWeight:
         scale = None if self.scale is None else self.scale.to(device)
-        return Packed(self.data.to(device), self.qtype, self.n, self.k, self.matrices, scale)
+        return SoAWeight(self.data.to(device), self.qtype, self.n, self.k, self.matrices, scale)
 
     def blocks(self) -> torch.Tensor:
         """The rows as the file has them, uint8 [matrices, n, row_bytes]."""
@@ -93,15 +93,15 @@ class Packed:
         return out.view(self.matrices, self.n, -1)
 
 
-def empty(qtype: QType, n: int, k: int, matrices: int, memory: torch.Tensor) -> Packed:
+def empty(qtype: QType, n: int, k: int, matrices: int, memory: torch.Tensor) -> SoAWeight:
     """Planes in the first bytes of some memory, uint8, whatever these hold."""
     scale = None
     if qtype.name == "F8_E4M3":
         scale = memory.new_empty((matrices, -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)), dtype=torch.float32)
-    return Packed(memory[: matrices * n * qtype.row_bytes(k)], qtype, n, k, matrices, scale)
+    return SoAWeight(memory[: matrices * n * qtype.row_bytes(k)], qtype, n, k, matrices, scale)
 
 
-def _planes(packed: Packed) -> tuple[torch.Tensor, ...]:
+def _planes(packed: SoAWeight) -> tuple[torch.Tensor, ...]:
     """Views of the fields; for F8_E4M3 its scales are the second one."""
     count = packed.matrices * packed.n * packed.row_blocks
     if packed.data.numel() != count * packed.qtype.nbytes:
@@ -119,7 +119,7 @@ def pack(
     weight: QuantizedTensor | Sequence[QuantizedTensor],
     to: QType | None = None,
     device: torch.device | str = "cuda",
-) -> Packed:
+) -> SoAWeight:
     """Weights [n, k] or [matrices, n, k] (or one part a matrix, all of one type) -> planes on `device`.
 
     `to` quantises on the way, as ktx.quantize does. KtxError where the parts differ.
@@ -136,7 +136,7 @@ def pack(
     qtype, each = first.qtype, 1 if len(first.shape) == 2 else first.shape[0]
     row_bytes, count = qtype.row_bytes(k), each * len(parts)
     data = torch.empty(count * n * row_bytes, dtype=torch.uint8, device=device)
-    packed = Packed(data, qtype, n, k, count, _scales(parts, n, k, device))
+    packed = SoAWeight(data, qtype, n, k, count, _scales(parts, n, k, device))
     blocks = each * n * packed.row_blocks
     for i, part in enumerate(parts):
         raw = part.data.to(device).reshape(blocks, qtype.nbytes)

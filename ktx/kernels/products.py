@@ -36,11 +36,11 @@ def few_tile(n: int, k: int, products: int = 1) -> dict[str, Any]:
     rows = FEW_WEIGHTS // span
     if triton.cdiv(n, rows) * products < PROGRAMS:
         rows //= 2
-    return {"PRODUCT": few, "ROWS": rows, "SPAN": span}
+    return {"PRODUCT": gemv, "ROWS": rows, "SPAN": span}
 
 
 def many_tile() -> dict[str, Any]:
-    return {"PRODUCT": many, "ROWS": MANY_ROWS, "SPAN": MANY_SPAN, "num_stages": 1}
+    return {"PRODUCT": gemm, "ROWS": MANY_ROWS, "SPAN": MANY_SPAN, "num_stages": 1}
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def lift_of(SPAN: tl.constexpr, RUN: tl.constexpr):
 
 
 @triton.jit
-def few(
+def gemv(
     x,
     token,
     known,
@@ -91,7 +91,7 @@ def few(
 
 
 @triton.jit
-def many(
+def gemm(
     x,
     token,
     known,

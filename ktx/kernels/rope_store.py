@@ -193,7 +193,7 @@ def _store_latent(
         tl.store(ckv_to + column, _as_stored(x, inverse, ckv), mask=mask)
 
 
-def store_heads(
+def rope_and_cache_kv(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -240,7 +240,7 @@ def store_heads(
     return out
 
 
-def store_latent(
+def rope_and_cache_mla(
     latent: torch.Tensor,
     k_rope: torch.Tensor,
     q_rope: torch.Tensor,

@@ -22,7 +22,7 @@ from ktx.quantize import random_rows
 from ktx.weights.source import QuantizedTensor
 
 COLUMNS, ROWS = 2048, 8192
-LINK = 20.0  # GB/s between two devices where none can be measured
+DEFAULT_PCIE_GB_S = 20.0  # GB/s between two devices where none can be measured
 LEAST, EACH = 64, 32  # tokens from which on experts may be copied to a GPU, and that an expert gets of a prompt
 STREAM = 1 << 28  # bytes that a pass reads at least
 CACHES = 4  # and times the last-level caches: of so much they can hold a part only
@@ -115,7 +115,7 @@ def prompt_rate(qtype: QType) -> float:
     return 2 * EACH * 512 * COLUMNS * len(packed) / taken / 1e9
 
 
-def copying_pays_from(nbytes: int, numbers: int, link: float, rate: float) -> int:
+def min_tokens_to_stream(nbytes: int, numbers: int, link: float, rate: float) -> int:
     """Tokens from which on copying nbytes at `link` GB/s takes less time than multiplying each token by so many numbers at `rate` GOPS.
 
     At least LEAST: the device needs time too, and so do its launches.

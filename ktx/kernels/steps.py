@@ -12,7 +12,7 @@ from ktx.kernels.cpu import ops
 from ktx.kernels.gradients import backward_only, refuse
 
 
-class Step:
+class FusedStepHandle:
     """What `mla_step`, `gqa_step` or `moe_step` made of a module's weights and style; it is forgotten with the object."""
 
     def __init__(self, make: str, *args: Any):
@@ -22,10 +22,10 @@ class Step:
 
     def __reduce__(self) -> Any:  # a copy has a number of its own
         make, args = self.made
-        return Step, (make, *args)
+        return FusedStepHandle, (make, *args)
 
 
-def run(x: torch.Tensor, steps: Sequence[Step], outs: Sequence[torch.Tensor], *args: Any) -> None:
+def run(x: torch.Tensor, steps: Sequence[FusedStepHandle], outs: Sequence[torch.Tensor], *args: Any) -> None:
     """Steps one after another on x f32 [B, S, D]; each of `outs`, shaped as x, gets the result of as many of them, one or two.
 
     What follows is what attention needs: of each step that attends the two tensors of its cache, positions in it, cos, sin, ranges, mask,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ktx.kernels.planes import FIELDS, HALF, Packed
+from ktx.kernels.planes import FIELDS, HALF, SoAWeight
 from ktx.kernels.rearrange import AT_ONCE, MORE, UNDO
 from ktx.qtypes import FP8_BLOCK
 
@@ -20,7 +20,7 @@ STREAMED = 512 << 20  # packed bytes of experts that come to a GPU at once (ktx.
 WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # of what is copied at once
 
 
-def unpack(data: torch.Tensor, into: Packed, first: int = 0) -> None:
+def unpack(data: torch.Tensor, into: SoAWeight, first: int = 0) -> None:
     """Groups of rows of every matrix of `into`, from group `first` on: uint8 [matrices, groups, bytes of a group], on the device of `into`."""
     begin = first * LANES
     rows = min(into.n - begin, data.shape[1] * LANES)
@@ -35,7 +35,7 @@ def unpack(data: torch.Tensor, into: Packed, first: int = 0) -> None:
         _scales(data, into, first)
 
 
-def _fields(data: torch.Tensor, into: Packed) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _fields(data: torch.Tensor, into: SoAWeight) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each field as the CPU keeps it, turned to rows of blocks, and its plane in the same words."""
     blocks, fields = into.row_blocks, FIELDS[into.qtype.name]
     planes = [plane.view(torch.uint8).view(into.matrices, into.n, blocks, -1) for plane in into.planes[: len(fields)]]
@@ -69,7 +69,7 @@ def _fields(data: torch.Tensor, into: Packed) -> Iterator[tuple[torch.Tensor, to
             begin += plane.shape[-1]
 
 
-def _scales(data: torch.Tensor, into: Packed, first: int) -> None:
+def _scales(data: torch.Tensor, into: SoAWeight, first: int) -> None:
     """Of F8_E4M3: the CPU repeats a scale for every row, planes have one for 128 rows and columns."""
     assert into.scale is not None
     columns, each = into.scale.shape[-1], FP8_BLOCK // LANES

@@ -29,8 +29,8 @@ class Tile:
     keys: int
     warps: int
     stages: int
-    resident: int = 1
-    least: int = 2
+    ctas_per_sm: int = 1
+    min_blocks: int = 2
 
 
 # A multiprocessor of an H100 has 227 KB of shared memory, 64 K registers, and matrix units that take 64 rows at a time (wgmma). Fewer rows
@@ -48,21 +48,24 @@ LATENT = (
 # Keys and values of at most 128 columns: a block of 64 of both is 32 KB. Programs of 16 rows take 70 KB, of 64 rows 80 KB; 128 rows
 # have 128 registers a thread for sums alone.
 HEADS = (
-    Tile(rows=16, keys=64, warps=4, stages=3, resident=3, least=4),
-    Tile(rows=64, keys=64, warps=4, stages=2, resident=2, least=4),
-    Tile(rows=128, keys=64, warps=8, stages=3, resident=1, least=8),
+    Tile(rows=16, keys=64, warps=4, stages=3, ctas_per_sm=3, min_blocks=4),
+    Tile(rows=64, keys=64, warps=4, stages=2, ctas_per_sm=2, min_blocks=4),
+    Tile(rows=128, keys=64, warps=8, stages=3, ctas_per_sm=1, min_blocks=8),
 )
 # Of more columns: twice that.
 WIDE_HEADS = (
-    Tile(rows=16, keys=32, warps=4, stages=3, resident=2, least=8),
-    Tile(rows=64, keys=32, warps=8, stages=2, resident=1, least=8),
-    Tile(rows=128, keys=32, warps=8, stages=2, resident=1, least=8),
+    Tile(rows=16, keys=32, warps=4, stages=3, ctas_per_sm=2, min_blocks=8),
+    Tile(rows=64, keys=32, warps=8, stages=2, ctas_per_sm=1, min_blocks=8),
+    Tile(rows=128, keys=32, warps=8, stages=2, ctas_per_sm=1, min_blocks=8),
 )
 
 # In f32 a number takes twice the room and no tensor core multiplies it. 16 rows and two blocks of 32 keys of a latent are 184 KB, 64 rows and two
 # blocks of 64 keys and values of 128 columns 160 KB.
-EXACT = (Tile(rows=16, keys=32, warps=4, stages=2, least=16),)
-EXACT_HEADS = (Tile(rows=16, keys=64, warps=4, stages=2, least=8), Tile(rows=64, keys=64, warps=8, stages=2, least=8))
+EXACT = (Tile(rows=16, keys=32, warps=4, stages=2, min_blocks=16),)
+EXACT_HEADS = (
+    Tile(rows=16, keys=64, warps=4, stages=2, min_blocks=8),
+    Tile(rows=64, keys=64, warps=8, stages=2, min_blocks=8),
+)
 
 
 def tiles_for(columns: int, latent: bool, exact: bool = False) -> tuple[Tile, ...]:
@@ -113,7 +116,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Line:
+class WorkRange:
     """A part's units shared out. `starts` int32 [tiles + 1]: where each tile's units begin; `programs` int32 [programs, 4]: first unit, the
     one behind the last, first tile, last tile; `merges` int32 [merges, 3]: a tile or -1, and the first and last program that share it.
     """
@@ -128,14 +131,14 @@ class Line:
 class Plan:
     """What a kernel call needs to know about its sequences; all layers with the same `shape` and `window` share it."""
 
-    work: Work
+    work: AttentionSchedule
     sequences: torch.Tensor
     pages: torch.Tensor
     window: int
-    lines: list[Line]
+    lines: list[WorkRange]
 
 
-class Work:
+class AttentionSchedule:
     """The tiles of sequences with `counts` new tokens each. `slots` is how many multiprocessors there are (default: those of the device);
     `tiles` replaces the table's. `scratch` is f32 memory of at least `floats` numbers, made if not given; one call at a time uses it.
     """
@@ -152,7 +155,7 @@ class Work:
         if not counts or min(counts) < 0:
             raise ValueError(f"counts of new tokens are {list(counts)}: there must be some, and none negative")
         self.shape, self.device, self.tokens, self.sequences = shape, torch.device(device), sum(counts), len(counts)
-        self.slots = slots or multiprocessors(self.device)
+        self.num_sms = slots or multiprocessors(self.device)
         self.parts = self._parts(counts, tiles or tiles_for(shape.key_columns, shape.latent))
         if scratch is None:
             scratch = torch.empty(self.floats, dtype=torch.float32, device=self.device)
@@ -173,7 +176,7 @@ class Work:
         blocks = math.ceil(self.shape.group / tile.rows)
         width = math.ceil(self.shape.group / blocks)
         items = [(s, row) for s in sequences for row in range(0, counts[s] * width, tile.rows)]
-        programs = programs_in_line(blocks * self.shape.kv_heads, self.slots * tile.resident)
+        programs = programs_in_line(blocks * self.shape.kv_heads, self.num_sms * tile.ctas_per_sm)
         return Part(tile, torch.tensor(items, dtype=torch.int32).to(self.device), blocks, width, programs)
 
     @cached_property
@@ -194,11 +197,11 @@ class Work:
         lines = [self._line(part, sequences.long(), window) for part in self.parts]
         return Plan(self, sequences.int().contiguous(), pages, window, lines)
 
-    def _line(self, part: Part, sequences: torch.Tensor, window: int) -> Line:
+    def _line(self, part: Part, sequences: torch.Tensor, window: int) -> WorkRange:
         units = self._units(part, sequences, window)
         starts = torch.cat([units.new_zeros(1), units.cumsum(0)])
         total = starts[-1]
-        each = torch.clamp((total + part.programs - 1) // part.programs, min=part.tile.least)
+        each = torch.clamp((total + part.programs - 1) // part.programs, min=part.tile.min_blocks)
         begin = torch.minimum(torch.arange(part.programs, device=self.device) * each, total)
         end = torch.minimum(begin + each, total)
         first = torch.searchsorted(starts, begin, right=True) - 1
@@ -212,7 +215,7 @@ class Work:
             wanted = (begin[:-1] <= starts[merged]) & (starts[merged] < begin[1:]) & (begin[1:] < total)
         shared = torch.stack([starts[merged] // each, (starts[merged + 1] - 1) // each], 1)
         merges = torch.cat([torch.where(wanted, merged, -1)[:, None], shared], 1)
-        return Line(part, starts.int(), programs.int(), merges.int())
+        return WorkRange(part, starts.int(), programs.int(), merges.int())
 
     def _units(self, part: Part, sequences: torch.Tensor, window: int) -> torch.Tensor:
         """Blocks of keys that each tile looks at, at least one; int64 [tiles]."""

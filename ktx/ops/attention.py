@@ -28,14 +28,14 @@ from ktx.ops import contract
 from ktx.ops.attention_weights import EAGER, Choice, OwnConfig, attention_weights, by_function, missing, weighed
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.fused import (
-    MOST,
-    NOTHING,
-    Before,
-    Made,
-    Matrices,
-    attended,
+    MAX_FUSED_TOKENS,
+    NO_NORM,
+    FusedStep,
+    PreNorm,
+    WeightDescriptor,
     float_type,
     plain_linear,
+    run_attention,
     split_mask,
     window_of,
 )
@@ -44,7 +44,7 @@ from ktx.ops.masks import Intervals, intervals_of, uncausal
 from ktx.ops.norm import RMSNorm
 
 NAME = "ktx"
-USUAL = (  # attention that is: project, normalise q and k if it has norms, turn halves, store, attend, project
+FUSABLE = (  # attention that is: project, normalise q and k if it has norms, turn halves, store, attend, project
     "LlamaAttention",
     "MistralAttention",
     "MixtralAttention",
@@ -58,7 +58,7 @@ USUAL = (  # attention that is: project, normalise q and k if it has norms, turn
     "GptOssAttention",
 )
 
-HANDED = (  # what a module may hand to its attention function beside tensors and mask: `attend` knows it, or it changes nothing here
+KNOWN_KWARGS = (  # what a module may hand to its attention function beside tensors and mask: `attend` knows it, or it changes nothing here
     *("scaling", "dropout", "softcap", "s_aux", "sliding_window", "is_causal", "position_ids", "output_attentions"),
     *(
         "cu_seq_lens_q",
@@ -178,7 +178,7 @@ def interval_mask(
     if mask_function is causal_mask_function and not compiling:
         keys = int(kv_length)
         seen = None if attention_mask is None else attention_mask.cpu()
-        if seen is None and 0 < q_length <= MOST:  # a step of an answer: one operation instead of ten
+        if seen is None and 0 < q_length <= MAX_FUSED_TOKENS:  # a step of an answer: one operation instead of ten
             after = q_offset + 1 - int(kv_offset)
             ends = [[0, min(after + i, keys)] for i in range(q_length)]
             return Intervals(torch.tensor([ends] * batch_size, dtype=torch.int32, device="cpu"), keys, device)
@@ -219,7 +219,7 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, interval_mask)
 
 
-def foreign_words(module: nn.Module) -> list[str]:
+def unsupported_kwargs(module: nn.Module) -> list[str]:
     """What a module's forward tells its attention function, or asks of the function's name, that our kernel would not heed: sparse indices, position biases."""
     code: CodeType = inspect.unwrap(type(module).forward).__code__
     tuples = [const for const in code.co_consts if isinstance(const, tuple)]
@@ -227,7 +227,7 @@ def foreign_words(module: nn.Module) -> list[str]:
     asked = {
         const for const in [*code.co_consts, *(c for const in tuples for c in const)] if const in ("eager", "sdpa")
     }
-    return sorted((words - set(HANDED)) | asked)
+    return sorted((words - set(KNOWN_KWARGS)) | asked)
 
 
 class Attention(Operator):
@@ -240,8 +240,8 @@ class Attention(Operator):
     remade = ("block",)
     reads = frozenset({"scaling", "sinks"})
     kv_dtype: KVType
-    block: Block | None
-    ours: bool
+    block: AttentionBlock | None
+    uses_ktx_kernel: bool
     choice: Choice
     implementation = NAME  # of the kernels' function
 
@@ -252,27 +252,27 @@ class Attention(Operator):
                 f"{ctx.path} is a {type(old).__name__}, which is no attention: it has no place in a cache (layer_idx)"
             )
         new: Attention = adopt(cls, old, ctx)
-        new.kv_dtype, new.block, new.usual = ctx.kv_dtype, None, type(old).__name__ in USUAL
+        new.kv_dtype, new.block, new.usual = ctx.kv_dtype, None, type(old).__name__ in FUSABLE
         new.backend = known_backend(backend)
         new.half_tables = type(old).__name__ == "GptOssAttention"
-        new.ours = hasattr(old, "config") and not foreign_words(old)
+        new.uses_ktx_kernel = hasattr(old, "config") and not unsupported_kwargs(old)
         if hasattr(old, "config"):
             new.choice = Choice(old.config)
-        if new.ours:
+        if new.uses_ktx_kernel:
             new.config = OwnConfig(old.config, cls.implementation)
             contract.masks(NAME)
-        if new.usual and new.ours:
+        if new.usual and new.uses_ktx_kernel:
             contract.attention(old, ctx.path, new.half_tables, window_of(old))
         return new
 
     def ready(self) -> None:
-        self.block = Block.of(self) if self.usual and self.ours else None
+        self.block = AttentionBlock.of(self) if self.usual and self.uses_ktx_kernel else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.computed(*self.call.split(args, kwargs))
 
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
-        if self.home.gpu:
+        if self.placement.gpu:
             return super().by_class(*args, **kwargs)
         return self.computed(*self.call.split(args, kwargs))  # ends there
 
@@ -285,8 +285,8 @@ class Attention(Operator):
         if recorded(given.get("hidden_states")):
             as_stock(cache, self.layer_idx)
         stored = cache
-        if self.ours and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
-            stored = StoredAs(cache, float_type(self.kv_dtype, torch.float16))
+        if self.uses_ktx_kernel and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
+            stored = CastingCache(cache, float_type(self.kv_dtype, torch.float16))
         out = super().forward(**self.call.joined(given, stored))
         if "choice" in self.__dict__ and self.choice.shows(given, cache) and not _has_weights(out):
             raise missing(self.path, type(self).__name__)
@@ -301,10 +301,10 @@ def _has_weights(out: Any) -> bool:
 PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_norm"]
 
 
-class Block:
+class AttentionBlock:
     """The usual attention in one kernel call, on a cache that grows in place."""
 
-    def __init__(self, owner: Attention, matrices: Matrices):
+    def __init__(self, owner: Attention, matrices: WeightDescriptor):
         self.owner, self.halved = owner, owner.half_tables
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
@@ -314,10 +314,10 @@ class Block:
         copied = [norm.copied() for norm in norms if norm is not None]
         copied += [children[name].copied_bias() for name in PROJECTIONS]
         self.guard = Guard([owner], below(owner), [*copied, sinks])
-        self.made = Made(
+        self.made = FusedStep(
             "gqa_step",
             matrices.packed,
-            matrices.about,
+            matrices.descriptor,
             [matrices.hidden, self.heads, owner.head_dim],
             *(children[name].bias_in_f32 for name in PROJECTIONS),
             *(None if norm is None else norm.in_f32 for norm in norms),
@@ -331,20 +331,20 @@ class Block:
         """Whether hidden [B, S, D] has few tokens, nobody wants to see how they attend, and nothing is to be dropped."""
         if self.drops and self.owner.training:
             return False
-        return hidden.shape[0] * hidden.shape[1] <= MOST and self.owner.choice.plain(cache)
+        return hidden.shape[0] * hidden.shape[1] <= MAX_FUSED_TOKENS and self.owner.choice.plain(cache)
 
     @classmethod
-    def of(cls, owner: Attention) -> Block | None:
+    def of(cls, owner: Attention) -> AttentionBlock | None:
         """None where a projection or a norm is something else than ours."""
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
         if any(not plain_linear(children.get(name)) for name in PROJECTIONS):
             return None
-        if any(norm is not None and not RMSNorm.here(norm) for norm in norms) or (norms[0] is None) != (
+        if any(norm is not None and not RMSNorm.is_cpu_norm(norm) for norm in norms) or (norms[0] is None) != (
             norms[1] is None
         ):
             return None
-        matrices = Matrices()
+        matrices = WeightDescriptor()
         for name in PROJECTIONS:
             matrices.projection(children[name].parts)
         return cls(owner, matrices)
@@ -356,16 +356,16 @@ class Block:
         attention_mask: torch.Tensor | None = None,
         *,
         cache: Any = None,
-        before: Before = NOTHING,
+        before: PreNorm = NO_NORM,
         **kwargs: Any,
     ) -> torch.Tensor | None:
         """hidden_states f32 [B, S, D] -> [B, S, D], with `before` plus hidden_states; None when this call has to go the long way."""
         if position_embeddings is None or not self.takes(hidden_states, cache):
             return None
-        return attended(self, hidden_states, position_embeddings, attention_mask, cache, before)
+        return run_attention(self, hidden_states, position_embeddings, attention_mask, cache, before)
 
 
-class StoredAs:
+class CastingCache:
     """A transformers cache that is handed keys and values in another type than the model computes in."""
 
     def __init__(self, cache: Any, dtype: torch.dtype):

@@ -17,7 +17,7 @@ import torch
 from ktx.cache.kv import values_of
 from ktx.cache.paged import PagedCache
 from ktx.compat import attention_function, attention_name, collects
-from ktx.errors import UsageError, nearest
+from ktx.errors import UsageError, did_you_mean
 from ktx.kernels.reference import visible
 
 log = logging.getLogger("ktx.notes")
@@ -149,7 +149,7 @@ def known_implementation(name: Any) -> None:
     except KeyError as error:
         known = [EAGER, "sdpa", "ktx"]
         raise UsageError(
-            f"attn_implementation {name!r} is no function of attention that transformers knows{nearest(str(name), known)}; give one of {', '.join(known)}, or"
+            f"attn_implementation {name!r} is no function of attention that transformers knows{did_you_mean(str(name), known)}; give one of {', '.join(known)}, or"
             " register it before (transformers.AttentionInterface.register)"
         ) from error
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ktx.devices import CPU, Device
-from ktx.errors import UsageError, nearest
+from ktx.errors import UsageError, did_you_mean
 from ktx.kernels import cpu
 from ktx.ops.calls import Call
 from ktx.ops.changes import Changes, Live
 from ktx.ops.floats import Dequantized, Floats
-from ktx.ops.stored import Stored
+from ktx.ops.stored import PackedState
 from ktx.qtypes import QTYPES, QType
 from ktx.weights.source import QuantizedTensor, WeightSource
 
@@ -57,11 +57,13 @@ class Operator(nn.Module):
         ""  # the dotted path of the class that stands in for this one on a GPU; its own: it serves both
     )
     path: str = ""
-    home: Device = CPU  # where it lies; whoever puts it into the model says so before it is loaded
+    placement: Device = CPU  # where it lies; whoever puts it into the model says so before it is loaded
     dtype: torch.dtype = torch.float32  # of what it makes where nothing else says so, and of its weights as floats
     is_ready = False  # whether `ready` has run
     call: Call  # how the replaced forward is called; adopted modules have it
-    target: str | None = None  # for operators that have it in __init__: the entry of MADE that float weights become
+    quant_target: str | None = (
+        None  # for operators that have it in __init__: the entry of MADE that float weights become
+    )
 
     if TYPE_CHECKING:  # an adopted module has whatever the module it replaces had
 
@@ -113,14 +115,14 @@ class Operator(nn.Module):
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
         """Its forward while the class that it replaces is patched (ktx.ops.classes): the patched one. UsageError on a GPU, where other modules do without it."""
         kind = type(self)
-        if self.home.gpu:
+        if self.placement.gpu:
             raise UsageError(
                 f"{self.path}: a method was put on a class whose work is done otherwise on a GPU; put it on modules, or load the model with device='cpu'"
             )
         old: Any = next(base for base in kind.__mro__ if not issubclass(base, Operator))
         return old.forward(self, *args, **kwargs)
 
-    def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
+    def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         """What `load` has packed, by the names that `load` asks a file for, without `path`: matrices, row-wise parts of one in a list, and biases. UsageError where that cannot be said."""
         if self.tensors():
             raise UsageError(
@@ -185,9 +187,9 @@ class Operator(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """For copies and pickles: the class of an adopted module is made anew, and so is what `ready` made. UsageError on a GPU."""
-        if self.home.gpu:
+        if self.placement.gpu:
             raise UsageError(
-                f"{self.path} is on {self.home}, where modules can neither be copied nor pickled; load the model again"
+                f"{self.path} is on {self.placement}, where modules can neither be copied nor pickled; load the model again"
             )
         made_of = type(self).__dict__.get("made_of")
         return super().__reduce_ex__(protocol) if made_of is None else (bare, made_of, self.__getstate__())
@@ -223,10 +225,10 @@ class Operator(nn.Module):
         """What `dtype` becomes by a function of tensors. UsageError for one that takes them where packed weights cannot follow, or to a type that no kernel takes."""
         if not self.is_ready:
             return self.dtype
-        given = fn(torch.empty(0, dtype=self.dtype, device=self.home.torch))
-        if given.device.type != self.home.torch.type and self.tensors() and not self.stays:
+        given = fn(torch.empty(0, dtype=self.dtype, device=self.placement.torch))
+        if given.device.type != self.placement.torch.type and self.tensors() and not self.stays:
             raise UsageError(
-                f"{self.path}: its packed weights are on {self.home} and do not go to {given.device}; say where modules are when the model is"
+                f"{self.path}: its packed weights are on {self.placement} and do not go to {given.device}; say where modules are when the model is"
                 " loaded: ktx.load(..., device=...)"
             )
         if given.dtype not in COMPUTED:
@@ -263,11 +265,11 @@ def known_class(old: nn.Module, names: Collection[str], ctx: Context, unknown: s
     """The name of a module's class, which an operator must know; `unknown` says with {} what is not known of another. UsageError then."""
     name = type(old).__name__
     if name not in names:
-        raise UsageError(f"{ctx.path}: {unknown.format(name)}{nearest(name, names)}; leave the module as it is")
+        raise UsageError(f"{ctx.path}: {unknown.format(name)}{did_you_mean(name, names)}; leave the module as it is")
     return name
 
 
-MADE = {  # weight types made on loading: what users call them, and the types to try, the first whose blocks fit a row
+LOAD_TIME_QUANT = {  # weight types made on loading: what users call them, and the types to try, the first whose blocks fit a row
     "int8": ("INT8_128", "Q8_0"),
     "int4": ("INT4_128", "INT4_64", "Q4_0"),
     "int4g128": ("INT4_128", "INT4_64", "Q4_0"),
@@ -278,23 +280,23 @@ MADE = {  # weight types made on loading: what users call them, and the types to
 
 def made_type(name: str, option: str) -> str:
     """The entry of MADE that a user's word names; UsageError otherwise."""
-    if name not in MADE:
+    if name not in LOAD_TIME_QUANT:
         raise UsageError(
-            f"{option} {name!r} is no type that can be made on loading{nearest(name, MADE)}; give auto or one of {' '.join(MADE)}"
+            f"{option} {name!r} is no type that can be made on loading{did_you_mean(name, LOAD_TIME_QUANT)}; give auto or one of {' '.join(LOAD_TIME_QUANT)}"
         )
     return name
 
 
-def made_from(spec: Any, wish: str | None) -> QType | None:
+def target_qtype(spec: Any, wish: str | None) -> QType | None:
     """The type that a tensor (spec or weights) becomes on loading: only floats of whole blocks change, what is quantised stays as it is."""
     if not wish or not spec.qtype.is_float:
         return None
-    return next((QTYPES[name] for name in MADE[wish] if spec.shape[-1] % QTYPES[name].block == 0), None)
+    return next((QTYPES[name] for name in LOAD_TIME_QUANT[wish] if spec.shape[-1] % QTYPES[name].block == 0), None)
 
 
 def packed_as(parts: Any, wish: str | None, pack: Callable[..., Any] = cpu.pack) -> Any:
     """Weights (or one part a matrix) packed, floats as the type that was wished for."""
-    return pack(parts, made_from(parts if isinstance(parts, QuantizedTensor) else parts[0], wish))
+    return pack(parts, target_qtype(parts if isinstance(parts, QuantizedTensor) else parts[0], wish))
 
 
 def as_weights(values: torch.Tensor) -> QuantizedTensor:
@@ -309,14 +311,14 @@ Layer = TypeVar("Layer", bound=nn.Module)
 _HEIRS: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {}
 
 
-def _heir(cls: type[Operator], old: Any) -> type[Operator]:
+def _mixed_class(cls: type[Operator], old: Any) -> type[Operator]:
     names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "call": Call.of_class(old), "made_of": (cls, old)}
     return _HEIRS.setdefault((cls, old), type(cls.__name__, (cls, old), names))
 
 
 def bare(cls: type[Operator], old: Any) -> Operator:
     """An adopted module without anything in it, for one that is copied or read from a pickle."""
-    made = _heir(cls, old)
+    made = _mixed_class(cls, old)
     return made.__new__(made)
 
 
@@ -326,7 +328,7 @@ def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
     Its class inherits from both. So `super().forward` is transformers' own, its helpers are there, and code that asks for
     the class (transformers' initialiser, its recorders of router logits) still knows the module.
     """
-    new = nn.Module.__new__(_heir(cls, type(old)))
+    new = nn.Module.__new__(_mixed_class(cls, type(old)))
     nn.Module.__init__(new)
     new.__dict__.update(old.__dict__)
     new.__dict__["_modules"] = dict(old._modules)
@@ -387,7 +389,7 @@ def resolve(name: str, where: str = "") -> type[Operator]:
     module, _, attribute = (f"{SHIPPED[name]}.{name}" if name in SHIPPED else name).rpartition(".")
     if not module:
         raise UsageError(
-            f"{at}no operator is called {name!r}{nearest(name, [*SHIPPED, *_REGISTERED])}; give one of {' '.join(SHIPPED)} or a dotted path"
+            f"{at}no operator is called {name!r}{did_you_mean(name, [*SHIPPED, *_REGISTERED])}; give one of {' '.join(SHIPPED)} or a dotted path"
         )
     try:
         home = importlib.import_module(module)
@@ -396,7 +398,7 @@ def resolve(name: str, where: str = "") -> type[Operator]:
         raise UsageError(f"{at}cannot import {name}: {kind}{str(error).partition(chr(10))[0]}") from error
     cls = getattr(home, attribute, None)
     if cls is None:
-        raise UsageError(f"{at}module {module} has no class {attribute}{nearest(attribute, dir(home))}")
+        raise UsageError(f"{at}module {module} has no class {attribute}{did_you_mean(attribute, dir(home))}")
     if not (isinstance(cls, type) and issubclass(cls, Operator)):
         raise UsageError(f"{at}{name} is no ktx.Operator")
     return cls

@@ -22,7 +22,7 @@ from ktx.compat import CACHE_NAMES
 from ktx.errors import UsageError
 from ktx.kernels import reference
 from ktx.ops.calls import Call
-from ktx.ops.gates import KEEP, stand_in
+from ktx.ops.gates import KEEP, probe_copy
 from ktx.ops.masks import ranges_of
 from ktx.versions import admitted, installed, tested
 
@@ -127,7 +127,7 @@ def twin_of(old: nn.Module, children: dict[str, nn.Module]) -> Any:
         }
         for what in ("parameters", "buffers")
     }
-    twin = stand_in(old, modules=dict(old._modules) | children, **own)
+    twin = probe_copy(old, modules=dict(old._modules) | children, **own)
     twin.__dict__["training"] = False
     return twin
 

@@ -24,14 +24,14 @@ Devices = Mapping[nn.Module, Device]
 
 
 @dataclass(frozen=True)
-class Home:
+class DevicePlacement:
     """Where a module computes, and in which type."""
 
     device: Device
     dtype: torch.dtype
 
 
-Homes = Mapping[nn.Module, Home]
+Homes = Mapping[nn.Module, DevicePlacement]
 
 
 def install(model: Any, devices: Devices, dtype: torch.dtype) -> None:
@@ -39,14 +39,14 @@ def install(model: Any, devices: Devices, dtype: torch.dtype) -> None:
     if not any(device.gpu for device in devices.values()):
         return
     homes = _homes(model, devices, dtype)
-    region: Region | None = None
-    stations = list(_stations(model, homes))
+    region: TransferScope | None = None
+    stations = list(_device_boundaries(model, homes))
     for module, before in stations:
         own = homes[module]
         begins = region is None or region.home != own
-        region = Region(own) if region is None or begins else region
+        region = TransferScope(own) if region is None or begins else region
         if any(home != own for home in before):
-            module.register_forward_pre_hook(Entry(region, begins, is_rotary(module)), with_kwargs=True)
+            module.register_forward_pre_hook(ToDevice(region, begins, is_rotary(module)), with_kwargs=True)
     called = {module for module, _ in stations}
     for module in called:
         for parent in module.modules():
@@ -55,36 +55,36 @@ def install(model: Any, devices: Devices, dtype: torch.dtype) -> None:
                     _install_inside(child, homes[child], parent, homes[parent])
 
 
-def _install_inside(child: nn.Module, own: Home, parent: nn.Module, around: Home) -> None:
+def _install_inside(child: nn.Module, own: DevicePlacement, parent: nn.Module, around: DevicePlacement) -> None:
     handed_over = isinstance(child, Experts) and isinstance(parent, MoE) and around.device.gpu and not own.device.gpu
     shared = isinstance(child, Experts) and isinstance(parent, Experts)  # called by the block
     if own.device == around.device or handed_over or shared:
         return
-    child.register_forward_pre_hook(Entry(Region(own)), with_kwargs=True)
-    child.register_forward_hook(Back(around))
+    child.register_forward_pre_hook(ToDevice(TransferScope(own)), with_kwargs=True)
+    child.register_forward_hook(FromDevice(around))
 
 
-def _homes(model: Any, devices: Devices, dtype: torch.dtype) -> dict[nn.Module, Home]:
+def _homes(model: Any, devices: Devices, dtype: torch.dtype) -> dict[nn.Module, DevicePlacement]:
     """Of every module. One that takes hidden states is in f32 on the CPU if all in it can be, and so is all in it."""
     body = model.get_decoder()
-    found: dict[nn.Module, Home] = {}
+    found: dict[nn.Module, DevicePlacement] = {}
 
-    def visit(module: nn.Module, around: Home | None) -> None:
+    def visit(module: nn.Module, around: DevicePlacement | None) -> None:
         if module in found:
             return
         device = devices.get(module, CPU)
         if device.gpu:
-            found[module] = Home(device, dtype)
+            found[module] = DevicePlacement(device, dtype)
         elif around is not None and not around.device.gpu:
             found[module] = around
         else:
-            found[module] = Home(device, torch.float32 if _takes_f32(module, devices) else dtype)
+            found[module] = DevicePlacement(device, torch.float32 if _takes_f32(module, devices) else dtype)
         for child in module.children():
             visit(child, found[module])
 
     for module in model.modules():
         if module in (model, body, body.layers, model.get_input_embeddings()) or is_rotary(module):
-            found[module] = Home(devices.get(module, CPU), dtype)
+            found[module] = DevicePlacement(devices.get(module, CPU), dtype)
         else:
             visit(module, None)
     return found
@@ -97,14 +97,14 @@ def _takes_f32(module: nn.Module, devices: Devices) -> bool:
     return all(p.dtype is torch.float32 for p in own if p.is_floating_point())
 
 
-def _stations(model: Any, homes: Homes) -> Iterator[tuple[nn.Module, list[Home]]]:
+def _device_boundaries(model: Any, homes: Homes) -> Iterator[tuple[nn.Module, list[DevicePlacement]]]:
     """What the body calls in turn, and the output layer, each with the homes that its tensors may come from."""
     body, embedding, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
     others = [child for child in body.children() if child is not embedding and child is not body.layers]
     tables = [child for child in others if is_rotary(child)]
     first = homes[embedding]
     turned = [homes[table] for table in tables]
-    indices = Home(CPU, first.dtype)  # tokens and positions
+    indices = DevicePlacement(CPU, first.dtype)  # tokens and positions
     foreign = _has_foreign_attention(model)
     yield embedding, [indices]
     for table in tables:
@@ -137,17 +137,17 @@ def _has_foreign_attention(model: Any) -> bool:
     )
 
 
-class Region:
+class TransferScope:
     """Modules that are called one after another on a device, and what of their common arguments has been moved there in this forward."""
 
-    def __init__(self, home: Home):
+    def __init__(self, home: DevicePlacement):
         self.home = home
         self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def taken(self, value: Any, keep: bool = False) -> Any:
+    def to_device(self, value: Any, keep: bool = False) -> Any:
         """A value with its tensors at home; `keep`: others will be given the same."""
         if isinstance(value, tuple | list):
-            return type(value)(self.taken(part, keep) for part in value)
+            return type(value)(self.to_device(part, keep) for part in value)
         if not isinstance(value, torch.Tensor) or not keep:
             return moved(value, self.home) if isinstance(value, torch.Tensor) else value
         source, copy = self.known.get(id(value), (None, None))
@@ -158,7 +158,7 @@ class Region:
         return copy
 
 
-def moved(tensor: torch.Tensor, home: Home) -> torch.Tensor:
+def moved(tensor: torch.Tensor, home: DevicePlacement) -> torch.Tensor:
     """The tensor on a device, floats in its type. Masks that are intervals stay on the CPU, where the operators read them."""
     if isinstance(tensor, Intervals) or (tensor.dtype == torch.int32 and tensor.dim() == 4):
         return tensor
@@ -168,10 +168,10 @@ def moved(tensor: torch.Tensor, home: Home) -> torch.Tensor:
     return there
 
 
-class Entry:
+class ToDevice:
     """A pre-hook: what the module is given comes to its region's device. `begins`: the region's first module."""
 
-    def __init__(self, region: Region, begins: bool = True, rotary: bool = False):
+    def __init__(self, region: TransferScope, begins: bool = True, rotary: bool = False):
         self.region, self.begins, self.rotary = region, begins, rotary
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -180,18 +180,20 @@ class Entry:
             self.region.known.clear()
         if self.rotary and args and isinstance(args[0], torch.Tensor):  # the states are not worth the way
             args = (args[0].new_empty(0, device=self.region.home.device.torch), *args[1:])
-        return self.region.taken(args), {name: self.region.taken(value, keep=True) for name, value in kwargs.items()}
+        return self.region.to_device(args), {
+            name: self.region.to_device(value, keep=True) for name, value in kwargs.items()
+        }
 
 
-class Back:
+class FromDevice:
     """A hook: what the module gives goes to the home around it."""
 
-    def __init__(self, home: Home):
-        self.region = Region(home)
+    def __init__(self, home: DevicePlacement):
+        self.region = TransferScope(home)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         _make_current(self.region.home.device)
-        return self.region.taken(output)
+        return self.region.to_device(output)
 
 
 def _make_current(device: Device) -> None:

@@ -18,12 +18,12 @@ from ktx.ops.moe import MoE
 
 
 @dataclass
-class Link:
+class DeferredExperts:
     """A layer's place in the chain: it puts off `count` experts of each token, and adds what the layer `before` put off."""
 
     count: int
-    before: Link | None
-    chain: list[Link] = field(repr=False)
+    before: DeferredExperts | None
+    chain: list[DeferredExperts] = field(repr=False)
     left: Callable[[], torch.Tensor] | None = (
         None  # gives what is under way for the next layer, which may lie elsewhere
     )
@@ -60,8 +60,8 @@ def install(model: Any, count: int) -> None:
         )
     if not 0 < count < top:
         raise UsageError(f"defer_experts={count}: must be 0 to {top - 1}, one less than the experts of a token")
-    chain: list[Link] = []
+    chain: list[DeferredExperts] = []
     for block in blocks:
         last = block is blocks[-1]
-        chain.append(Link(0 if last else count, chain[-1] if chain else None, chain))
+        chain.append(DeferredExperts(0 if last else count, chain[-1] if chain else None, chain))
         block.link = chain[-1]

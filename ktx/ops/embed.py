@@ -10,12 +10,12 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.kernels.kept import kept
+from ktx.kernels.kept import cached_pack
 from ktx.ops import stored
 from ktx.ops.base import Context, as_weights, is_plain
 from ktx.ops.floats import Floats, matrix
 from ktx.ops.parameters import whole
-from ktx.ops.stored import Stored
+from ktx.ops.stored import PackedState
 from ktx.ops.weights import OneMatrix
 from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -54,7 +54,7 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
         return {f"{self.path}.weight": (self.num_embeddings, self.embedding_dim)}
 
     def load(self, source: WeightSource) -> None:
-        (self.packed,) = kept(lambda: [cpu.pack(source.get(f"{self.path}.weight"))])
+        (self.packed,) = cached_pack(lambda: [cpu.pack(source.get(f"{self.path}.weight"))])
 
     def changed(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, whole(self, "weight"), self.padding_idx)
@@ -87,7 +87,7 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
         assert self.packed is not None, f"{self.path} is not loaded"
         return matrix([self.packed])
 
-    def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
+    def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         self.check_loaded()
         return {"weight": [stored.matrix(self.packed)]}
 
@@ -102,12 +102,12 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
         assert self.packed is not None, f"{self.path} is not loaded"
         return [self.packed.qtype]
 
-    def hold(self, packed: Any) -> None:
+    def assign(self, packed: Any) -> None:
         self.packed = packed
 
     def plain(self, dtype: torch.dtype | None) -> nn.Embedding:
         """For ktx.dequantize."""
-        weight = self.rows().values(dtype or self.dtype).to(self.home.torch)
+        weight = self.rows().values(dtype or self.dtype).to(self.placement.torch)
         made = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)  # type: ignore[no-untyped-call]
         return made  # type: ignore[no-any-return]
 

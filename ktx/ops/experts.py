@@ -11,17 +11,17 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
-from ktx.kernels.kept import kept
+from ktx.kernels.kept import cached_pack
 from ktx.ops import contract, stored
 from ktx.ops.base import Context, as_weights, packed_as
 from ktx.ops.classes import patched
 from ktx.ops.floats import Dequantized, Floats, experts, out_of_reach, plain
-from ktx.ops.gates import KEEP, PLAIN, Gate, as_usual, gate_of_experts, is_gated, is_interleaved
+from ktx.ops.gates import KEEP, PLAIN, Activation, as_usual, gate_of_experts, is_gated, is_interleaved
 from ktx.ops.guard import Inside, listened, watched
-from ktx.ops.parameters import PARAMETRIZATIONS, Changed, Offered, Parametrizable
-from ktx.ops.stored import Stored
+from ktx.ops.parameters import PARAMETRIZATIONS, OfferedParameters, Parametrizable, ParametrizedProduct
+from ktx.ops.stored import PackedState
 from ktx.ops.weights import fitting, quantized
-from ktx.weights.source import QuantizedTensor, WeightSource, joined
+from ktx.weights.source import QuantizedTensor, WeightSource, concat_rows
 
 if TYPE_CHECKING:
     from ktx.ops.expert_lora import ExpertsLora, Some
@@ -55,26 +55,26 @@ class Experts(Parametrizable):
     lora: ExpertsLora | None = None  # while adapters of the forward are meant for it, see ktx.ops.lora
     replaces: type | None  # the class in whose place it is
 
-    def __init__(self, path: str, experts: int, gate: Gate, bias: bool):
+    def __init__(self, path: str, experts: int, gate: Activation, bias: bool):
         super().__init__()
         self.path, self.gate, self.has_bias = path, gate, bias
         self.replaces = None
         self.total, self.on_gpu, self.chosen, self.inside = experts, None, None, None
         self.hidden, self.width, self.top = 0, 0, 1
         self.weights: dict[str, cpu.Packed] = {}
-        self.target: str | None = None
+        self.quant_target: str | None = None
         self.transposed, self.interleaved = False, False  # how the replaced module keeps its matrices
         self.biases: dict[str, torch.Tensor | None] = dict.fromkeys(PROJECTIONS)
         self.waited, self.gpu_experts = 0.0, 0
         self.projections: tuple[str, ...] = (
             PROJECTIONS  # that the file has: without a gate, the other one is taken twice
         )
-        self.hold(0, experts)
+        self.assign(0, experts)
 
-    def hold(self, first: int, count: int) -> None:
+    def assign(self, first: int, count: int) -> None:
         """Before weights are loaded: which of the layer's experts are here."""
         self.first, self.num_experts = first, count
-        self.counts = cpu.new_counts(count)
+        self.counts = cpu.new_stats(count)
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, gpu_experts: int = 0, **kwargs: Any) -> Experts:
@@ -94,7 +94,7 @@ class Experts(Parametrizable):
         new.interleaved = is_interleaved(old, gate)
         new.projections = PROJECTIONS if is_gated(old) else PROJECTIONS[1:]
         new.top = int(getattr(ctx.config, "num_experts_per_tok", 1) or 1)
-        new.gpu_experts = new.sharable(gpu_experts or 0)
+        new.gpu_experts = new.splittable(gpu_experts or 0)
         if cls is Experts and isinstance(getattr(old, ACTIVATION, None), nn.Module) and gate.act in PLAIN:
             new.add_module(ACTIVATION, old.act_fn)
         scalars = (bool, int, float, str)
@@ -104,16 +104,16 @@ class Experts(Parametrizable):
     def ready(self) -> None:
         self.inside = Inside.of(self) if ACTIVATION in self._modules and self.weights else None
 
-    def sharable(self, count: int) -> int:
+    def splittable(self, count: int) -> int:
         """The number, if a GPU can have so many of the layer's experts; else UsageError."""
         if not 0 <= count <= self.total:
             raise UsageError(f"gpu_experts={count}: {self.path} has {self.total} experts, it must be 0 to {self.total}")
         return count
 
-    def share(self, beside: Experts, count: int) -> None:
+    def split_to_gpu(self, beside: Experts, count: int) -> None:
         """Leaves the first `count` experts to `beside`, a twin on a GPU. UsageError for a number that there are not."""
-        beside.hold(0, self.sharable(count))
-        self.hold(count, self.total - count)
+        beside.assign(0, self.splittable(count))
+        self.assign(count, self.total - count)
         self.on_gpu = beside
         self._modules.pop(ACTIVATION, None)  # those on a GPU would not call it
 
@@ -128,7 +128,7 @@ class Experts(Parametrizable):
     def load(self, source: WeightSource) -> None:
         for name in self.projections if self.num_experts else ():
             full = f"{self.path}.{name}"
-            (self.weights[name],) = kept(lambda full=full: [self._pack(source, full)])  # type: ignore[misc]
+            (self.weights[name],) = cached_pack(lambda full=full: [self._pack(source, full)])  # type: ignore[misc]
             source.release([full])
             if self.has_bias:
                 self.biases[name] = self._bias(source, full)
@@ -141,7 +141,7 @@ class Experts(Parametrizable):
             self.weights = twice | self.weights | twice
 
     def _pack(self, source: WeightSource, full: str) -> Any:
-        return packed_as(self._held(source.parts(full)), self.target, cpu.pack_experts)
+        return packed_as(self._held(source.parts(full)), self.quant_target, cpu.pack_experts)
 
     def _held(self, parts: list[QuantizedTensor]) -> list[QuantizedTensor]:
         """Of a layer's stacked experts, or of a part for each, those that are held here; floats where types differ."""
@@ -149,7 +149,7 @@ class Experts(Parametrizable):
         if len(parts) == self.total and len(parts[0].shape) == 2:
             held = parts[self.first : last]
         else:
-            whole = parts[0] if len(parts) == 1 else joined(parts, (self.total, *parts[0].shape[-2:]))
+            whole = parts[0] if len(parts) == 1 else concat_rows(parts, (self.total, *parts[0].shape[-2:]))
             held = [whole if self.num_experts == self.total else whole.matrices(self.first, last)]
         return [QuantizedTensor.of(part.dequantize()) for part in held] if mixed else held
 
@@ -261,7 +261,7 @@ class Experts(Parametrizable):
         if self.parametrized(f"{name}_bias"):
             whole = self._halves(getattr(self, f"{name}_bias"), len(halves), -1)
             biases = dict(zip(halves, whole, strict=True))
-        changed = Changed.of(self, name, self.transposed) if self.parametrized(name) else None
+        changed = ParametrizedProduct.of(self, name, self.transposed) if self.parametrized(name) else None
         found: list[list[torch.Tensor]] = [[] for _ in halves]
         for i, some in enumerate(rows.split(per_expert)):
             if not len(some):
@@ -283,7 +283,7 @@ class Experts(Parametrizable):
 
     def adapted_shapes(self) -> dict[Any, tuple[str, ...]]:
         """What LoRA adapters can be added to, by shape [experts, out, in] of a parameter, and by name and shape of a projection: the projections there. Nothing on a GPU."""
-        if self.home.gpu or self.on_gpu is not None:
+        if self.placement.gpu or self.on_gpu is not None:
             return {}
         found: dict[Any, tuple[str, ...]] = {}
         for halves in self.stacked().values():
@@ -309,8 +309,8 @@ class Experts(Parametrizable):
     def __getattr__(self, name: str) -> Any:
         """A packed weight, by the name that the replaced module has for it."""
         buffers = self.__dict__.get("_buffers")
-        if isinstance(buffers, Offered) and name in buffers.names:
-            return self.shown(name, self.floats()[name])
+        if isinstance(buffers, OfferedParameters) and name in buffers.names:
+            return self.visible_parameters(name, self.floats()[name])
         if name in self.settings:
             return self.settings[name]
         return super().__getattr__(name)
@@ -341,11 +341,11 @@ class Experts(Parametrizable):
 
     def floats(self) -> dict[str, Floats]:
         self.check_loaded()
-        if self.home.gpu and self.num_experts < self.total:  # a share, of which the others speak
+        if self.placement.gpu and self.num_experts < self.total:  # a share, of which the others speak
             return {}
         found: dict[str, Floats] = {}
         for name, halves in self.stacked().items():
-            if self.home.gpu or self.on_gpu is not None:
+            if self.placement.gpu or self.on_gpu is not None:
                 found |= self._out_of_reach(name, len(halves))
                 continue
             found[name] = experts([self.weights[half] for half in halves], self.interleaved, self.transposed)
@@ -354,12 +354,12 @@ class Experts(Parametrizable):
                 found[f"{name}_bias"] = plain(self._both(biases))
         return found
 
-    def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
+    def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         self.check_loaded()
-        if self.home.gpu and self.num_experts < self.total:  # a share, of which the others speak
+        if self.placement.gpu and self.num_experts < self.total:  # a share, of which the others speak
             return {}
         shares = [share for share in (self.on_gpu, self) if share is not None and share.num_experts]
-        found: dict[str, list[Stored] | torch.Tensor] = {}
+        found: dict[str, list[PackedState] | torch.Tensor] = {}
         for name in self.projections:
             found[name] = [stored.stack([share.weights[name] for share in shares])]
             biases = [bias.cpu() for share in shares if (bias := share.biases[name]) is not None]
@@ -398,9 +398,9 @@ class Experts(Parametrizable):
         return list(both.chunk(2, dim))
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        if self.home.gpu or self.on_gpu is not None:
+        if self.placement.gpu or self.on_gpu is not None:
             raise UsageError(f"{self.path}: experts on a GPU take no other weights; load the model on the CPU for it")
-        self.pack(values, lambda own: packed_as(as_weights(own), self.target, cpu.pack_experts))
+        self.pack(values, lambda own: packed_as(as_weights(own), self.quant_target, cpu.pack_experts))
 
     def pack(self, values: dict[str, torch.Tensor], packed: Callable[[torch.Tensor], cpu.Packed]) -> None:
         """Packs parameters as the replaced module has them; `packed` makes it of matrices [experts, n, k]."""
@@ -420,7 +420,7 @@ class Experts(Parametrizable):
         held = sum(self.weights[name].nbytes for name in self.projections if name in self.weights)
         return held, held * min(self.top, self.total) // self.total
 
-    def numbers(self) -> int:
+    def weights_per_token(self) -> int:
         """Weights that a token is multiplied with here, of experts as many as its choices' share is."""
         one = sum(w.n * w.k for w in self.weights.values())
         return one * min(self.top, self.total) * self.num_experts // self.total

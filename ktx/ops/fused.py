@@ -17,34 +17,34 @@ from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.gradients import recorded
-from ktx.kernels.steps import Step, run
+from ktx.kernels.steps import FusedStepHandle, run
 from ktx.ops.base import is_ours
 from ktx.ops.linear import Linear
 from ktx.ops.masks import Intervals, edits_of, ranges_of
 
-Before = tuple[
+PreNorm = tuple[
     torch.Tensor | None, float, bool
 ]  # a norm that a block begins with: weight f32, epsilon, whether one is added to the weight
-NOTHING: Before = (None, 0.0, False)
-MOST = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
+NO_NORM: PreNorm = (None, 0.0, False)
+MAX_FUSED_TOKENS = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
 
 
-class Made:
+class FusedStep:
     """The step of a block, made when it is first asked for; once more with the norm that a layer begins with."""
 
     def __init__(self, make: str, *args: Any):
         self.make, self.args = make, args
-        self.steps: dict[bool, tuple[Any, Step]] = {}
+        self.steps: dict[bool, tuple[Any, FusedStepHandle]] = {}
 
-    def step(self, before: Before = NOTHING) -> Step:
+    def step(self, before: PreNorm = NO_NORM) -> FusedStepHandle:
         weight, *rest = before
         norm = None if weight is None else (weight.data_ptr(), *rest)
         known = self.steps.get(weight is None)
         if known is None or known[0] != norm:  # the step holds the weight, whose address is nobody else's
-            known = self.steps[weight is None] = norm, Step(self.make, *self.args, *before)
+            known = self.steps[weight is None] = norm, FusedStepHandle(self.make, *self.args, *before)
         return known[1]
 
-    def __call__(self, x: torch.Tensor, before: Before = NOTHING) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, before: PreNorm = NO_NORM) -> torch.Tensor:
         """x f32 [B, S, D] -> [B, S, D], with `before` plus x itself; for blocks that keep nothing."""
         x = x.contiguous()
         out = torch.empty_like(x)
@@ -52,25 +52,25 @@ class Made:
         return out
 
 
-class Matrices:
+class WeightDescriptor:
     """Packed matrices as the block kernels take them: a list of tensors, and a list of counts, type codes and rows."""
 
     def __init__(self) -> None:
         self.packed: list[torch.Tensor] = []
-        self.about: list[int] = []
+        self.descriptor: list[int] = []
         self.hidden = 0  # columns of the first one
 
     def projection(self, parts: Iterable[cpu.Packed]) -> None:
         """Rows of one or several matrices; none for a projection that the module does not have."""
         known = list(parts)
-        self.about.append(len(known))
+        self.descriptor.append(len(known))
         for part in known:
-            self.about.append(part.qtype.code)
-            self.about.append(part.n)
+            self.descriptor.append(part.qtype.code)
+            self.descriptor.append(part.n)
             self._add(part)
 
     def experts(self, weights: cpu.Packed) -> None:
-        self.about.append(weights.qtype.code)
+        self.descriptor.append(weights.qtype.code)
         self._add(weights)
 
     def _add(self, weights: cpu.Packed) -> None:
@@ -83,18 +83,18 @@ def plain_linear(child: Any) -> bool:
     return is_ours(child, Linear) and bool(child.parts)
 
 
-class Attends(Protocol):
+class FusedAttention(Protocol):
     """A block that attends: its module, the heads that it keeps, and the columns of what it keeps of each."""
 
     owner: Any
     heads: int
     columns: tuple[int, int]
     halved: bool  # whether its tables of cosines come without their second half
-    made: Made
+    made: FusedStep
 
 
 @dataclass(frozen=True)
-class Room:
+class KVTarget:
     """Where blocks write keys and values, two buffers each, after how many others, and what their tokens see of them."""
 
     buffers: list[torch.Tensor]
@@ -127,12 +127,14 @@ class Room:
         own = cache.layers[self.numbers[index]]
         return own is layer and layer.length == self.past and not layer.given and not layer.lent
 
-    def keep(self, index: int, new: int) -> None:
+    def store_converted(self, index: int, new: int) -> None:
         if self.layers:
             self.layers[index].length += new
 
 
-def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: torch.Tensor | None) -> Room | None:
+def kv_target(
+    hidden: torch.Tensor, cache: Any, blocks: Sequence[FusedAttention], mask: torch.Tensor | None
+) -> KVTarget | None:
     """Room in the cache's layers for the tokens of `hidden` f32 [B, S, D], made for blocks that fill them; None when they cannot."""
     if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or recorded(hidden, mask):
         return None
@@ -147,9 +149,9 @@ def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: 
                 return None
             buffers += pages.buffers
         assert batch is not None
-        cache.look()
+        cache.check_cancelled()
         ragged = batch.sequences, batch.pages, batch.slots
-        return Room(buffers, 0, batch.ranges(window_of(first)), None, ragged, edits=edits_of(mask))
+        return KVTarget(buffers, 0, batch.ranges(window_of(first)), None, ragged, edits=edits_of(mask))
     layers, numbers = [], [block.owner.layer_idx for block in blocks]
     for block, number in zip(blocks, numbers, strict=True):
         layer = growing(cache, number, first.kv_dtype)
@@ -160,23 +162,23 @@ def room_for(hidden: torch.Tensor, cache: Any, blocks: Sequence[Attends], mask: 
     if any(layer.length != past for layer in layers):
         return None
     for layer in layers:
-        layer.make_room(new)
+        layer.reserve(new)
         buffers += layer.buffers
     seen = split_mask(mask, hidden.shape[0], new, past + new)
-    return Room(buffers, past, *seen, layers=layers, numbers=numbers, edits=edits_of(mask))
+    return KVTarget(buffers, past, *seen, layers=layers, numbers=numbers, edits=edits_of(mask))
 
 
-def attended(
-    block: Attends, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any, before: Before
+def run_attention(
+    block: FusedAttention, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any, before: PreNorm
 ) -> torch.Tensor | None:
     """A block's result for hidden f32 [B, S, D] -> [B, S, D], with `before` plus hidden itself; None where the cache is none it can write to."""
-    room = room_for(hidden, cache, [block], mask)
+    room = kv_target(hidden, cache, [block], mask)
     if room is None:
         return None
     hidden = hidden.contiguous()
     out = torch.empty_like(hidden)
     run(hidden, [block.made.step(before)], [out], *room.about(embeddings, block.halved))
-    room.keep(0, hidden.shape[1])
+    room.store_converted(0, hidden.shape[1])
     return out
 
 

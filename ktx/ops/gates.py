@@ -18,14 +18,14 @@ from ktx.kernels import reference
 PLAIN = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 GATE = torch.linspace(-40.0, 40.0, 257, dtype=torch.float32, device="cpu")  # beyond every limit in use
 UP = GATE.flip(0) + 0.5
-ODD = (  # attributes of experts modules: name, the value that the kernel has, what another value means
+UNSUPPORTED = (  # attributes of experts modules: name, the value that the kernel has, what another value means
     ("has_post_expert_norm", False, "norms the output of each expert, which the experts kernel does not"),
 )
 
 KEEP = "a rule before this one keeps it, in plain torch and f32: match its name, replace: {class: default}, recursive: false"
 
 
-class Gate(NamedTuple):
+class Activation(NamedTuple):
     """A kernel's activation: act(gate) * up, or with `swiglu_oai` gpt-oss's, which is clamped at `limit`."""
 
     act: str
@@ -33,9 +33,9 @@ class Gate(NamedTuple):
     limit: float = 0.0
 
 
-def gate_of_experts(experts: Any, where: str) -> Gate:
+def gate_of_experts(experts: Any, where: str) -> Activation:
     """What a transformers experts module does between its projections; UsageError when no kernel does that."""
-    odd = [what for name, usual, what in ODD if getattr(experts, name, usual) is not usual]
+    odd = [what for name, usual, what in UNSUPPORTED if getattr(experts, name, usual) is not usual]
     if odd or not hasattr(experts, "_apply_gate"):
         wrong = odd[0] if odd else "does not keep the experts contract of transformers 5"
         raise UsageError(f"{where}: {type(experts).__name__} {wrong}; {KEEP}")
@@ -50,7 +50,7 @@ def is_gated(experts: Any) -> bool:
     return bool(getattr(experts, "has_gate", True))
 
 
-def is_interleaved(experts: Any, gate: Gate) -> bool:
+def is_interleaved(experts: Any, gate: Activation) -> bool:
     """Whether the module keeps gate and up in turns, row by row, and not one behind the other."""
     if not is_gated(experts):
         return False
@@ -59,11 +59,11 @@ def is_interleaved(experts: Any, gate: Gate) -> bool:
     return bool(torch.allclose(reference.activate(GATE, UP, *gate), answer, rtol=1e-5, atol=1e-5))
 
 
-def gate_of_mlp(mlp: Any, where: str) -> Gate:
+def gate_of_mlp(mlp: Any, where: str) -> Activation:
     """The same of a module with gate_proj and up_proj, or gate_up_proj, and down_proj."""
     fed = {"gate_proj": _Answers(GATE), "up_proj": _Answers(UP), "gate_up_proj": _Answers(torch.cat([GATE, UP]))}
     fed["down_proj"] = nn.Identity()  # type: ignore[assignment]
-    probe = stand_in(mlp, modules={name: fed.get(name, child) for name, child in mlp._modules.items()})
+    probe = probe_copy(mlp, modules={name: fed.get(name, child) for name, child in mlp._modules.items()})
     return _known(lambda: [probe(GATE[None, None])[0, 0]], mlp, where)
 
 
@@ -74,7 +74,7 @@ def as_usual(seen: torch.Tensor, gate: torch.Tensor, act: str, up: torch.Tensor 
     return torch.equal(seen, reference.activate(gate, torch.ones((), dtype=gate.dtype) if up is None else up, act))
 
 
-def stand_in(old: nn.Module, **changed: dict[str, Any]) -> Any:
+def probe_copy(old: nn.Module, **changed: dict[str, Any]) -> Any:
     """The module's twin with other `modules` or `parameters`, to be asked in its place: it is on the meta device, without numbers."""
     twin = nn.Module.__new__(type(old))
     nn.Module.__init__(twin)
@@ -100,7 +100,7 @@ class _Answers(nn.Module):
         return self.values[None, None]
 
 
-def _known(ask: Callable[[], list[torch.Tensor]], module: nn.Module, where: str, up: torch.Tensor = UP) -> Gate:
+def _known(ask: Callable[[], list[torch.Tensor]], module: nn.Module, where: str, up: torch.Tensor = UP) -> Activation:
     try:
         with torch.no_grad(), torch.device("cpu"):
             answers = [answer.float() for answer in ask()]
@@ -116,8 +116,8 @@ def _known(ask: Callable[[], list[torch.Tensor]], module: nn.Module, where: str,
     raise UsageError(f"{where}: what {type(module).__name__} does with {what} is in no kernel; ktx has {names}; {KEEP}")
 
 
-def _candidates(module: Any) -> list[Gate]:
+def _candidates(module: Any) -> list[Activation]:
     alpha = getattr(module, "alpha", getattr(module, "swiglu_alpha", None))
     limit = getattr(module, "limit", getattr(module, "swiglu_limit", None))
-    clamped = [Gate("swiglu_oai", float(alpha), float(limit))] if alpha is not None and limit is not None else []
-    return [*map(Gate, PLAIN), *clamped]
+    clamped = [Activation("swiglu_oai", float(alpha), float(limit))] if alpha is not None and limit is not None else []
+    return [*map(Activation, PLAIN), *clamped]

@@ -18,7 +18,7 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from ktx.defaults import torch_defaults
-from ktx.errors import UsageError, nearest
+from ktx.errors import UsageError, did_you_mean
 from ktx.kernels import cpu
 from ktx.ops.base import COMPUTED, Context, as_weights
 from ktx.ops.changes import Live, edits
@@ -41,13 +41,13 @@ def experts(dtype: str | None = None) -> str:
     if dtype is None:
         return NAME
     if dtype not in QTYPES:
-        raise UsageError(f"experts: {dtype!r} is no type of weights{nearest(dtype, QTYPES)}")
+        raise UsageError(f"experts: {dtype!r} is no type of weights{did_you_mean(dtype, QTYPES)}")
     functions: Any = ALL_EXPERTS_FUNCTIONS
     functions.register(f"{NAME}:{dtype}", functools.partial(forward, dtype))
     return f"{NAME}:{dtype}"
 
 
-class Held:
+class PackedExperts:
     """A module's packed copy, and what the module was when it was made. Copies and pickles of the module have an empty one."""
 
     operator: Experts | None = None
@@ -60,9 +60,9 @@ class Held:
         return _empty, (self.dtype,)
 
     @classmethod
-    def of(cls, module: Any) -> Held:
+    def of(cls, module: Any) -> PackedExperts:
         """The one that a module has; a shallow copy of the module has another."""
-        held: Held | None = module.__dict__.get(HELD)
+        held: PackedExperts | None = module.__dict__.get(HELD)
         if held is None or held.module is not module:
             held = module.__dict__[HELD] = cls(module)
         return held
@@ -105,10 +105,10 @@ class Held:
         self.operator = made
 
 
-def _empty(dtype: str | None) -> Held:
+def _empty(dtype: str | None) -> PackedExperts:
     """Of a pickle, whose reader may not have asked for the name that the model's configuration has."""
     experts(dtype)
-    return Held()
+    return PackedExperts()
 
 
 def _parameters(module: nn.Module, made: Experts) -> dict[str, torch.Tensor]:
@@ -156,7 +156,7 @@ def forward(
     """By transformers' contract for experts: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D]. A choice of no expert, as experts in parallel processes have, adds nothing."""
     if torch.compiler.is_exporting():
         raise UsageError(f"{type(module).__name__}: torch.export has no form of what ktx packs; {OTHERS}")
-    held = Held.of(module)
+    held = PackedExperts.of(module)
     operator = held.current(dtype)
     if hidden_states.dtype not in COMPUTED or hidden_states.device.type != "cpu":
         raise UsageError(

@@ -14,7 +14,7 @@ from ktx.kernels.steps import run
 from ktx.ops import classes, contract
 from ktx.ops.attention import Attention
 from ktx.ops.base import Context, Operator, adopt, known_class, unpack
-from ktx.ops.fused import MOST, Before, Room, room_for
+from ktx.ops.fused import MAX_FUSED_TOKENS, KVTarget, PreNorm, kv_target
 from ktx.ops.guard import Changes, Guard, current
 from ktx.ops.mla import MLA
 from ktx.ops.mlp import MLP
@@ -22,7 +22,7 @@ from ktx.ops.moe import MoE
 from ktx.ops.norm import RMSNorm
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-USUAL = (  # layers that are: x = x + attention(norm(x)), then x = x + mlp(norm(x))
+PRE_NORM_LAYERS = (  # layers that are: x = x + attention(norm(x)), then x = x + mlp(norm(x))
     "DeepseekV2DecoderLayer",
     "DeepseekV3DecoderLayer",
     "Dots1DecoderLayer",
@@ -50,11 +50,11 @@ class Layer(Operator):
 
     remade = ("block", "stretch")
     block: Block | None
-    stretch: Stretch | None  # of which it is the first layer
+    stretch: FusedLayerGroup | None  # of which it is the first layer
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Layer:
-        known_class(old, USUAL, ctx, "it is not known whether {} adds up as others do")
+        known_class(old, PRE_NORM_LAYERS, ctx, "it is not known whether {} adds up as others do")
         contract.layer(old, ctx.path)
         new: Layer = adopt(cls, old, ctx)
         new.block, new.stretch = None, None
@@ -69,9 +69,9 @@ class Layer(Operator):
             torch.compiler.is_compiling()
         ):  # a graph holds the kernels that children call; what a tensor carries is not in it
             return super().forward(**self.call.joined(given, cache))
-        asked = Asked(given.get("attention_mask"), given.get("position_embeddings"), cache)
+        asked = LayerInputs(given.get("attention_mask"), given.get("position_embeddings"), cache)
         ahead = hidden_states.__dict__.get("ktx_ahead")
-        if ahead is not None and ahead.layer is self and ahead.answers(hidden_states, asked):
+        if ahead is not None and ahead.layer is self and ahead.take_if_valid(hidden_states, asked):
             return ahead.out
         if (block := current(self)) is not None:
             done = None if self.stretch is None else self.stretch(hidden_states, asked)
@@ -91,14 +91,14 @@ class Block:
             [child for name in PARTS if (child := owner._modules[name]) is not None],
             [norm.copied() for norm in norms],
         )
-        self.before: list[Before] = [(norm.in_f32, norm.epsilon, norm.plus_one) for norm in norms]
+        self.before: list[PreNorm] = [(norm.in_f32, norm.epsilon, norm.plus_one) for norm in norms]
 
     @classmethod
     def of(cls, owner: Layer) -> Block | None:
         """None where a norm or the attention is none of ours."""
         children: dict[str, Any] = owner._modules
         norms: list[Any] = [children.get(PARTS[0]), children.get(PARTS[2])]
-        if not all(map(RMSNorm.here, norms)) or not isinstance(children.get("self_attn"), Attention | MLA):
+        if not all(map(RMSNorm.is_cpu_norm, norms)) or not isinstance(children.get("self_attn"), Attention | MLA):
             return None
         return None if children.get("mlp") is None else cls(owner, norms)
 
@@ -108,7 +108,7 @@ class Block:
         mlp = children["mlp"]
         return current(children["self_attn"]), current(mlp) if isinstance(mlp, MoE | MLP) else None
 
-    def __call__(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor | None:
+    def __call__(self, hidden_states: torch.Tensor, asked: LayerInputs) -> torch.Tensor | None:
         """hidden_states f32 [B, S, D] -> [B, S, D]; None when this call has to go the long way."""
         attention, feed = self.parts()
         if attention is None:
@@ -117,13 +117,17 @@ class Block:
         x: torch.Tensor | None = attention(hidden_states, asked.embeddings, asked.mask, cache=asked.cache, before=first)
         if x is None:
             return None
-        if feed is not None and x.shape[0] * x.shape[1] <= MOST and not (feed.drops and self.owner.training):
+        if (
+            feed is not None
+            and x.shape[0] * x.shape[1] <= MAX_FUSED_TOKENS
+            and not (feed.drops and self.owner.training)
+        ):
             return feed.made(x, second)  # type: ignore[no-any-return]
         children: dict[str, Any] = self.owner._modules
         return x + children["mlp"](children["post_attention_layernorm"](x))  # type: ignore[no-any-return]
 
 
-class Asked(NamedTuple):
+class LayerInputs(NamedTuple):
     """What a layer is told beside hidden states, as far as its attention goes by it."""
 
     mask: torch.Tensor | None
@@ -132,18 +136,18 @@ class Asked(NamedTuple):
 
 
 @dataclass(slots=True)
-class Ahead:
+class PrecomputedOutput:
     """What the layer behind a result makes of it, computed before it was asked; the result's tensor carries it."""
 
     layer: Layer
     out: torch.Tensor
     version: int  # of the result, which nobody may have written to
-    asked: Asked
-    room: Room
+    asked: LayerInputs
+    room: KVTarget
     index: int
-    stretch: Stretch
+    stretch: FusedLayerGroup
 
-    def answers(self, hidden_states: torch.Tensor, asked: Asked) -> bool:
+    def take_if_valid(self, hidden_states: torch.Tensor, asked: LayerInputs) -> bool:
         """Whether this is what the layer is asked for. If so its keys and values count, and the result lets go of what was made of it."""
         mask, embeddings, cache = self.asked
         if (
@@ -155,13 +159,13 @@ class Ahead:
             or not self.room.fits(self.index, cache, mask)
         ):
             return False
-        self.room.keep(self.index, hidden_states.shape[1])
+        self.room.store_converted(self.index, hidden_states.shape[1])
         self.stretch.left -= 1
         del hidden_states.ktx_ahead  # type: ignore[attr-defined]  # who keeps hidden states keeps no more than these
         return True
 
 
-def _trained(layers: list[Parts]) -> bool:
+def _trained(layers: list[LayerBlocks]) -> bool:
     """Whether modules that drop or add noise in training are in it."""
     return any(module.training for parts in layers for module in parts.layer.modules())
 
@@ -173,7 +177,7 @@ def _same(mine: Any, theirs: Any) -> bool:
     return isinstance(mine, tuple) and isinstance(theirs, tuple) and all(map(operator.is_, mine, theirs))
 
 
-class Parts(NamedTuple):
+class LayerBlocks(NamedTuple):
     """A layer's blocks, as they were when its stretch was made."""
 
     layer: Layer
@@ -183,7 +187,7 @@ class Parts(NamedTuple):
     guard: Guard
 
     @classmethod
-    def of(cls, layer: Layer) -> Parts | None:
+    def of(cls, layer: Layer) -> LayerBlocks | None:
         block = current(layer)
         if block is None:
             return None
@@ -200,7 +204,7 @@ class Parts(NamedTuple):
         return children["self_attn"].block is attention and children["mlp"].block is feed
 
 
-class Stretch:
+class FusedLayerGroup:
     """Layers in a row. When the first is asked one call computes all; the others, asked for just that, hand out what is there.
 
     Nobody can tell but by the time: a layer that is given other hidden states than the one before it returned (a hook or a script has
@@ -208,11 +212,11 @@ class Stretch:
     again and again the stretch rests.
     """
 
-    def __init__(self, layers: list[Parts]):
+    def __init__(self, layers: list[LayerBlocks]):
         self.left, self.missed, self.resting = 0, 0, 0
         self._take(layers)
 
-    def _take(self, layers: list[Parts]) -> None:
+    def _take(self, layers: list[LayerBlocks]) -> None:
         self.layers, self.changes = layers, Changes.count
         self.blocks = [parts.attention for parts in layers]
         self.drops = any(parts.attention.drops or parts.feed.drops for parts in layers)
@@ -227,17 +231,17 @@ class Stretch:
         if self.changes == Changes.count:
             return False
         self.changes = Changes.count
-        layers = [Parts.of(parts.layer) for parts in self.layers]
+        layers = [LayerBlocks.of(parts.layer) for parts in self.layers]
         whole = [parts for parts in layers if parts is not None]
         if len(whole) < len(layers):
             return False
         self._take(whole)
         return True
 
-    def __call__(self, hidden_states: torch.Tensor, asked: Asked) -> torch.Tensor | None:
+    def __call__(self, hidden_states: torch.Tensor, asked: LayerInputs) -> torch.Tensor | None:
         """hidden_states f32 [B, S, D] -> what the first layer makes of it; None when layers have to be computed one by one."""
         first, tokens = self.blocks[0], hidden_states.shape[0] * hidden_states.shape[1]
-        if not 0 < tokens <= MOST or asked.embeddings is None or not self._pays():
+        if not 0 < tokens <= MAX_FUSED_TOKENS or asked.embeddings is None or not self._pays():
             return None
         layers = self.layers[: max(1, TOKEN_LAYERS // AT_ONCE // tokens) * AT_ONCE]
         if not first.takes(hidden_states, asked.cache) or self.drops and _trained(layers):
@@ -246,7 +250,7 @@ class Stretch:
             if not self._renewed():
                 return None
             first, layers = self.blocks[0], self.layers[: len(layers)]
-        room = room_for(hidden_states, asked.cache, self.blocks[: len(layers)], asked.mask)
+        room = kv_target(hidden_states, asked.cache, self.blocks[: len(layers)], asked.mask)
         if room is None:
             return None
         with torch.inference_mode(False):  # tensors that count who writes to them
@@ -255,9 +259,9 @@ class Stretch:
             hidden_states.contiguous(), self.steps[: 2 * len(layers)], outs, *room.about(asked.embeddings, first.halved)
         )
         for i in range(1, len(outs)):
-            ahead = Ahead(layers[i].layer, outs[i], outs[i - 1]._version, asked, room, i, self)
+            ahead = PrecomputedOutput(layers[i].layer, outs[i], outs[i - 1]._version, asked, room, i, self)
             outs[i - 1].ktx_ahead = ahead  # type: ignore[attr-defined]
-        room.keep(0, hidden_states.shape[1])
+        room.store_converted(0, hidden_states.shape[1])
         self.left = len(outs) - 1
         return outs[0]
 
@@ -276,7 +280,7 @@ class Row(nn.ModuleList):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        join(self)
+        group_layers(self)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """As torch's, of packed weights too."""
@@ -288,7 +292,7 @@ class Row(nn.ModuleList):
         return nn.ModuleList.__name__
 
 
-def join(model: nn.Module) -> None:
+def group_layers(model: nn.Module) -> None:
     """Makes stretches of a loaded model's layers that follow one another."""
     classes.follow()
     for module in model.modules():
@@ -296,18 +300,20 @@ def join(model: nn.Module) -> None:
             continue
         if type(module) is nn.ModuleList and any(isinstance(child, Layer) for child in module):
             module.__class__ = Row
-        row: list[Parts] = []
+        row: list[LayerBlocks] = []
         for child in [*module, None]:
-            parts = Parts.of(child) if isinstance(child, Layer) else None
+            parts = LayerBlocks.of(child) if isinstance(child, Layer) else None
             if row and (parts is None or _manner(parts) != _manner(row[0])):
                 for i in range(0, len(row) - 1, AT_ONCE):
-                    row[i].layer.stretch = Stretch(row[i:])  # to the row's end; calls of many tokens go to the next
+                    row[i].layer.stretch = FusedLayerGroup(
+                        row[i:]
+                    )  # to the row's end; calls of many tokens go to the next
                 row = []
             if parts is not None:
                 row.append(parts)
 
 
-def _manner(parts: Parts) -> tuple[Any, ...]:
+def _manner(parts: LayerBlocks) -> tuple[Any, ...]:
     """What layers of a stretch have in common: they attend in one way, to the same keys."""
     attention = parts.attention.owner
     kinds = getattr(getattr(attention, "config", None), "layer_types", None)

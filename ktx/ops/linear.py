@@ -10,13 +10,13 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.gradients import recorded
-from ktx.kernels.kept import kept
+from ktx.kernels.kept import cached_pack
 from ktx.ops import stored
 from ktx.ops.base import Context, as_weights, is_plain, packed_as
 from ktx.ops.changes import copied, in_f32
 from ktx.ops.floats import Floats, matrix
-from ktx.ops.parameters import Changed
-from ktx.ops.stored import Stored
+from ktx.ops.parameters import ParametrizedProduct
+from ktx.ops.stored import PackedState
 from ktx.ops.weights import OneMatrix
 from ktx.qtypes import QType
 from ktx.weights.source import QuantizedTensor, WeightSource
@@ -38,7 +38,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         self.copies = False  # a tied layer on another device than the embedding has its matrix twice
         self.register_parameter("bias", None)
         self.parts: list[cpu.Packed] = []
-        self.target: str | None = None
+        self.quant_target: str | None = None
         self.ties = []  # all modules that share one matrix
 
     @classmethod
@@ -60,13 +60,13 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
     def load(self, source: WeightSource) -> None:
         if not self.parts:  # a tied output layer is given the embedding's
             name = self.tensors()[0]
-            self.parts = kept(lambda: [packed_as(part, self.target) for part in source.parts(name)])
+            self.parts = cached_pack(lambda: [packed_as(part, self.quant_target) for part in source.parts(name)])
         self.load_bias(source)
 
     def load_bias(self, source: WeightSource) -> None:
         """The bias is torch's own parameter, in the type that the model computes in."""
         if self.has_bias:
-            values = source.get(f"{self.path}.bias").dequantize().reshape(-1).to(self.home.torch, self.dtype)
+            values = source.get(f"{self.path}.bias").dequantize().reshape(-1).to(self.placement.torch, self.dtype)
             self.bias = nn.Parameter(values.contiguous(), requires_grad=False)
             self.bias._is_hf_initialized = True  # type: ignore[attr-defined] # transformers' initialiser leaves it alone
 
@@ -85,7 +85,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         return bias if bias is None else bias.float() if recorded(bias) else in_f32(self, bias)
 
     def changed(self, x: torch.Tensor) -> torch.Tensor:
-        changed = Changed.of(self, "weight")
+        changed = ParametrizedProduct.of(self, "weight")
         y = changed.product(x, 0)
         if changed.added:
             return y + self.product(x)
@@ -105,12 +105,12 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         """Its weight f32 [out_features, in_features]."""
         return matrix(self.parts)
 
-    def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
+    def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         self.check_loaded()
         return {"weight": [stored.matrix(part) for part in self.parts]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        self.parts = [packed_as(as_weights(values["weight"]), self.target, self.packed_from)]
+        self.parts = [packed_as(as_weights(values["weight"]), self.quant_target, self.packed_from)]
 
     def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
         """A part made of rows, as the type `to`."""
@@ -119,13 +119,15 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
     def types(self) -> list[QType]:
         return [part.qtype for part in self.parts]
 
-    def hold(self, packed: Any) -> None:
+    def assign(self, packed: Any) -> None:
         self.parts = [packed]
 
     def plain(self, dtype: torch.dtype | None) -> nn.Linear:
         """For ktx.dequantize."""
         made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        made.weight = nn.Parameter(self.rows().values(dtype or self.dtype).to(self.home.torch), requires_grad=False)
+        made.weight = nn.Parameter(
+            self.rows().values(dtype or self.dtype).to(self.placement.torch), requires_grad=False
+        )
         if self.bias is not None:
             bias = self.bias.detach().to(dtype or self.dtype, copy=True)
             made.bias = nn.Parameter(bias, requires_grad=False)

@@ -180,7 +180,7 @@ class Lora:
                     more = plus(added.new_zeros(()) if more is None else more, added, own)
         return y if more is None else y + more.view(y.shape).to(y.dtype)
 
-    def heard(self, module: Any, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
+    def listened(self, module: Any, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
         """As a hook on a module of torch's own."""
         return self(args[0], y)
 

@@ -13,35 +13,35 @@ import torch
 from torch import nn
 
 from ktx.cache.kv import as_stock, values_of
-from ktx.cache.paged import Batch, batch_of, gathered, paged
-from ktx.cache.pages import PAGE
+from ktx.cache.paged import BatchMetadata, batch_of, gather_pages, paged
+from ktx.cache.pages import PAGE_TOKENS
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.gpu import known_backend
 from ktx.kernels.gradients import recorded
-from ktx.kernels.kept import kept
+from ktx.kernels.kept import cached_pack
 from ktx.ops import contract, stored
-from ktx.ops.attention import StoredAs, causal_pages, hides, is_causal, not_dropped
+from ktx.ops.attention import CastingCache, causal_pages, hides, is_causal, not_dropped
 from ktx.ops.attention_weights import Choice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
 from ktx.ops.classes import patched
 from ktx.ops.floats import Dequantized, Floats, out_of_reach
 from ktx.ops.fused import (
-    NOTHING,
-    Before,
-    Made,
-    Matrices,
-    attended,
+    NO_NORM,
+    FusedStep,
+    PreNorm,
+    WeightDescriptor,
     float_type,
     plain_linear,
     rotary_tables,
+    run_attention,
     split_mask,
 )
 from ktx.ops.guard import Guard, below, current
 from ktx.ops.masks import uncausal
 from ktx.ops.norm import RMSNorm
-from ktx.ops.parameters import Offered
-from ktx.ops.stored import Stored
+from ktx.ops.parameters import OfferedParameters
+from ktx.ops.stored import PackedState
 from ktx.ops.weights import fitting
 from ktx.qtypes import QTYPES
 from ktx.weights.source import EXPANDED, QuantizedTensor, WeightSource
@@ -75,7 +75,7 @@ class MLA(Operator):
     w_uk_t: Any
     w_uv: Any
     w_uk: Any
-    block: Block | None
+    block: MLABlock | None
     choice: Choice
     expansion: Guard | None
     lora: LatentLora | None = None  # of kv_b_proj, while adapters of the forward are meant for it
@@ -119,7 +119,7 @@ class MLA(Operator):
         )
 
     def load(self, source: WeightSource) -> None:
-        packed = kept(lambda: self._pack(source))
+        packed = cached_pack(lambda: self._pack(source))
         self.w_uk_t, self.w_uv, self.w_uk = (*packed, None) if len(packed) == 2 else packed
 
     def _pack(self, source: WeightSource) -> list[cpu.Packed]:
@@ -167,12 +167,12 @@ class MLA(Operator):
         expansion = self._modules.get("kv_b_proj") or Expansion(self)
         self._modules["kv_b_proj"] = expansion
         self.expansion = Guard((), [expansion])
-        self.block = Block.of(self)
+        self.block = MLABlock.of(self)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         given, cache = self.call.split(args, kwargs)
         drops = self.training and self.dropout > 0
-        if drops and self.home.gpu:
+        if drops and self.placement.gpu:
             raise not_dropped(self.dropout, f"{self.path} on a GPU")
         shown = recorded(given["hidden_states"]) and self.choice.shows(
             given, cache
@@ -187,7 +187,7 @@ class MLA(Operator):
         return float(getattr(self, "attention_dropout", 0.0))
 
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
-        if self.home.gpu:
+        if self.placement.gpu:
             return super().by_class(*args, **kwargs)
         return self.by_transformers(*self.call.split(args, kwargs))
 
@@ -249,7 +249,7 @@ class MLA(Operator):
             pools = pages.update(latent, k_rope)
             assert pages.owner.batch is not None
             return self.o_proj(self.ragged(q_nope, q_rope, *pools, pages.owner.batch)), None
-        whole = self._whole(kv_cache, batch, length)
+        whole = self._num_expanded_rows(kv_cache, batch, length)
         if kv_cache is not None:
             stored = float_type(self.kv_dtype, latent.dtype)
             latent, k_rope = kv_cache.update(latent.to(stored), k_rope.to(stored), self.layer_idx)
@@ -274,7 +274,12 @@ class MLA(Operator):
         return out, attention_weights(queries, states, ranges, mask, self.scaling)
 
     def ragged(
-        self, q_nope: torch.Tensor, q_rope: torch.Tensor, latents: torch.Tensor, ropes: torch.Tensor, batch: Batch
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        latents: torch.Tensor,
+        ropes: torch.Tensor,
+        batch: BatchMetadata,
     ) -> torch.Tensor:
         """The same for a batch of sequences: q_nope [1, H, T, nope], q_rope [1, H, T, rope] on pools -> [1, T, H * v].
 
@@ -282,10 +287,10 @@ class MLA(Operator):
         """
         out = q_nope.new_empty(1, batch.tokens, q_nope.shape[1] * self.v_head_dim)
         for span, (first, _, _), pages in zip(batch.spans, batch.rows, batch.pages, strict=True):
-            if span.whole:
-                own = slice(first + span.lead, first + span.lead + span.whole)
-                end = span.past + span.lead + span.whole
-                latent, rope = (gathered(pool, pages, end) for pool in (latents, ropes))
+            if span.full_page_tokens:
+                own = slice(first + span.lead_tokens, first + span.lead_tokens + span.full_page_tokens)
+                end = span.past + span.lead_tokens + span.full_page_tokens
+                latent, rope = (gather_pages(pool, pages, end) for pool in (latents, ropes))
                 more = None if (lora := self.lora) is None else lora.whole(own.start)
                 out[:, own] = self.expanded(q_nope[:, :, own], q_rope[:, :, own], latent, rope, None, None, more)
         if batch.rest is not None:
@@ -296,17 +301,17 @@ class MLA(Operator):
             out[:, places] = self.absorbed(*few, latents[:, 0], ropes[:, 0], None, None, some, **about)
         return out
 
-    def _whole(self, cache: Any, sequences: int, length: int) -> int:
+    def _num_expanded_rows(self, cache: Any, sequences: int, length: int) -> int:
         """How many of a call's tokens, the first ones, take the expanded form: whole pages, whatever the piece of the prompt they come in."""
         if self.w_uk is None or torch.compiler.is_exporting():  # one graph for any length has one form
             return 0
         batch = batch_of(cache)
         if batch is not None:
-            return max(span.whole for span in batch.spans)
+            return max(span.full_page_tokens for span in batch.spans)
         past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
-        if sequences > 1 or past % PAGE:
+        if sequences > 1 or past % PAGE_TOKENS:
             return length if length >= EXPAND_FROM else 0
-        return length // PAGE * PAGE
+        return length // PAGE_TOKENS * PAGE_TOKENS
 
     def absorbed(
         self,
@@ -389,8 +394,8 @@ class MLA(Operator):
         self.check_loaded()
         k, v = self.w_uk_t, self.w_uv
         each = k.k + v.n  # rows of a head
-        if self.home.gpu:
-            about = f"{self.path}.kv_b_proj is on {self.home}, from where it is not read back; load the model on the CPU for it (device='cpu')"
+        if self.placement.gpu:
+            about = f"{self.path}.kv_b_proj is on {self.placement}, from where it is not read back; load the model on the CPU for it (device='cpu')"
             return {"kv_b_proj.weight": out_of_reach((k.matrices * each, k.n), about, id(k))}
 
         def read(first: int, last: int) -> torch.Tensor:
@@ -400,17 +405,17 @@ class MLA(Operator):
 
         return {"kv_b_proj.weight": Floats((k.matrices * each, k.n), read, k.data.data_ptr())}
 
-    def packed_state(self) -> dict[str, list[Stored] | torch.Tensor]:
+    def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         self.check_loaded()
         k_b, v_b = (name.removeprefix(f"{self.path}.") for name in self.tensors())
-        found: dict[str, list[Stored] | torch.Tensor] = {
+        found: dict[str, list[PackedState] | torch.Tensor] = {
             k_b: [stored.stack(_heads(self.w_uk_t))],
             v_b: [stored.stack(_heads(self.w_uv))],
         }
         return found if self.w_uk is None else found | {f"{k_b}{EXPANDED}": [stored.matrix(self.w_uk)]}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        if self.home.gpu:
+        if self.placement.gpu:
             raise UsageError(
                 f"{self.path}: kv_b_proj on a GPU takes no other weights; load the model on the CPU for it"
             )
@@ -432,8 +437,8 @@ class Expansion(nn.Module):
     def __init__(self, owner: MLA):
         super().__init__()
         self.__dict__["owner"] = owner  # not a child
-        self.path, self.home = f"{owner.path}.kv_b_proj", owner.home
-        offered = Offered()
+        self.path, self.home = f"{owner.path}.kv_b_proj", owner.placement
+        offered = OfferedParameters()
         offered.names, offered.owner = frozenset({"weight"}), self
         self.__dict__["_buffers"] = offered
         self.replaces = nn.Linear
@@ -501,26 +506,26 @@ class Expansion(nn.Module):
         return f"{self.in_features} -> {self.out_features}"
 
 
-class Expandable(StoredAs):
+class Expandable(CastingCache):
     """A cache that stores a type and gives back floats of the type that it was handed."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         return tuple(values_of(states).to(keys.dtype) for states in super().update(keys, values, *args, **kwargs))
 
 
-class Block:
+class MLABlock:
     """The absorbed form in one kernel call, on a cache that grows in place."""
 
-    def __init__(self, owner: MLA, matrices: Matrices):
+    def __init__(self, owner: MLA, matrices: WeightDescriptor):
         self.owner = owner
         low: Any = None if owner.q_lora_rank is None else owner.q_a_layernorm
         norm, rank, turned = owner.kv_a_layernorm, owner.kv_lora_rank, owner.qk_rope_head_dim
         self.heads, self.columns, self.halved, self.drops = 1, (rank, turned), False, owner.dropout > 0
         self.guard = Guard([owner], below(owner), [norm.copied(), None if low is None else low.copied()])
-        self.made = Made(
+        self.made = FusedStep(
             "mla_step",
             matrices.packed,
-            matrices.about,
+            matrices.descriptor,
             [matrices.hidden, owner.num_heads, owner.qk_nope_head_dim, owner.v_head_dim, rank, turned],
             None if low is None else low.in_f32,
             norm.in_f32,
@@ -532,10 +537,10 @@ class Block:
         """Whether the tokens of hidden [B, S, D] take the absorbed form, nobody wants to see how they attend, and nothing is to be dropped."""
         if self.drops and self.owner.training:
             return False
-        return not self.owner._whole(cache, *hidden.shape[:2]) and self.owner.choice.plain(cache)
+        return not self.owner._num_expanded_rows(cache, *hidden.shape[:2]) and self.owner.choice.plain(cache)
 
     @classmethod
-    def of(cls, owner: MLA) -> Block | None:
+    def of(cls, owner: MLA) -> MLABlock | None:
         """None where a projection or a norm is something else than ours, or has a bias."""
         low = owner.q_lora_rank is not None
         projections = ["q_a_proj"] * low + ["q_b_proj" if low else "q_proj", "kv_a_proj_with_mqa", "o_proj"]
@@ -543,9 +548,9 @@ class Block:
         children: dict[str, Any] = owner._modules
         if any(not plain_linear(children[name]) or children[name].bias is not None for name in projections):
             return None
-        if any(not RMSNorm.here(children[name]) or children[name].plus_one for name in norms):
+        if any(not RMSNorm.is_cpu_norm(children[name]) or children[name].plus_one for name in norms):
             return None
-        matrices = Matrices()
+        matrices = WeightDescriptor()
         for name in ([] if low else [""]) + projections:
             matrices.projection(children[name].parts if name else [])
         for weights in (owner.w_uk_t, owner.w_uv):
@@ -558,10 +563,10 @@ class Block:
         embeddings: Any,
         mask: torch.Tensor | None,
         cache: Any,
-        before: Before = NOTHING,
+        before: PreNorm = NO_NORM,
     ) -> torch.Tensor | None:
         """hidden f32 [B, S, D] -> [B, S, D], with `before` plus hidden itself; None when this call has to go the long way."""
-        return attended(self, hidden, embeddings, mask, cache, before) if self.takes(hidden, cache) else None
+        return run_attention(self, hidden, embeddings, mask, cache, before) if self.takes(hidden, cache) else None
 
 
 def _pairs(rope: str, old: Any, ctx: Context) -> str:

@@ -11,7 +11,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import Made, Matrices, plain_linear
+from ktx.ops.fused import FusedStep, WeightDescriptor, plain_linear
 from ktx.ops.gates import PLAIN, as_usual, gate_of_mlp
 from ktx.ops.guard import Guard, Inside, below, current, listened
 
@@ -55,22 +55,24 @@ class Fused:
         return cpu.experts(flat, only, one, *self.matrices, *self.biases, self.act).view(x.shape)
 
 
-class Block:
+class MLPBlock:
     """A layer without biases as a step of several, see ktx.ops.layer."""
 
     drops = False
 
     def __init__(self, fused: Fused):
-        self.guard, matrices = fused.guard, Matrices()
+        self.guard, matrices = fused.guard, WeightDescriptor()
         for weights in fused.matrices:
             matrices.experts(weights)
         matrices.projection([])  # no gate of its own
         sizes = [matrices.hidden, 0, 0, fused.matrices[0].n]  # no experts
         router = None, None, 1, "softmax", "none", 1, 1, False, 1.0
-        self.made = Made("moe_step", matrices.packed, matrices.about, sizes, *router, fused.act, 0.0, 0.0, None)
+        self.made = FusedStep(
+            "moe_step", matrices.packed, matrices.descriptor, sizes, *router, fused.act, 0.0, 0.0, None
+        )
 
     @classmethod
-    def of(cls, owner: MLP) -> Block | None:
+    def of(cls, owner: MLP) -> MLPBlock | None:
         fused = Fused.of(owner)
         return None if fused is None or any(bias is not None for bias in fused.biases) else cls(fused)
 
@@ -84,7 +86,7 @@ class MLP(Operator):
     remade = ("inside", "fused", "block")
     inside: Inside | None
     fused: Fused | None
-    block: Block | None
+    block: MLPBlock | None
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MLP:
@@ -100,7 +102,7 @@ class MLP(Operator):
         return new
 
     def ready(self) -> None:
-        self.inside, self.fused, self.block = Inside.of(self), Fused.of(self), Block.of(self)
+        self.inside, self.fused, self.block = Inside.of(self), Fused.of(self), MLPBlock.of(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if (fused := current(self, "fused")) is not None:

@@ -11,13 +11,13 @@ from ktx.kernels.gradients import recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, is_ours
 from ktx.ops.experts import Experts
-from ktx.ops.fused import MOST, NOTHING, Before, Made, Matrices, plain_linear
+from ktx.ops.fused import MAX_FUSED_TOKENS, NO_NORM, FusedStep, PreNorm, WeightDescriptor, plain_linear
 from ktx.ops.guard import Guard, Inside, below, current, listened
 from ktx.ops.mlp import MLP, Fused
 from ktx.ops.router import Router
 
 if TYPE_CHECKING:
-    from ktx.ops.deferral import Link
+    from ktx.ops.deferral import DeferredExperts
 
 RETURNS_ROUTER = ("GptOssMLP",)  # blocks that return (hidden states, router scores)
 
@@ -32,8 +32,8 @@ class MoE(Operator):
     derived = frozenset({"link"})
     inside: Inside | None
     reads = frozenset({"e_score_correction_bias"})
-    block: Block | None
-    link: Link | None = None  # where the layer puts experts off, see ktx.ops.deferral
+    block: MoEBlock | None
+    link: DeferredExperts | None = None  # where the layer puts experts off, see ktx.ops.deferral
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MoE:
@@ -48,7 +48,7 @@ class MoE(Operator):
 
     def ready(self) -> None:
         self.inside = Inside.of(self)
-        self.block = None if self.returns_router or self.link is not None else Block.of(self)
+        self.block = None if self.returns_router or self.link is not None else MoEBlock.of(self)
 
     def listened(self) -> bool:
         """Whether a module inside is listened to or exchanged, and transformers' own forward can compute with what is there; experts that are put off it cannot."""
@@ -108,42 +108,47 @@ class MoE(Operator):
 
 def takes(flat: torch.Tensor) -> bool:
     """Whether one call computes tokens f32 [tokens, D] of the CPU's: so few that the way to it counts."""
-    return flat.shape[0] <= MOST and flat.dtype is torch.float32 and flat.device.type == "cpu" and not recorded(flat)
+    return (
+        flat.shape[0] <= MAX_FUSED_TOKENS
+        and flat.dtype is torch.float32
+        and flat.device.type == "cpu"
+        and not recorded(flat)
+    )
 
 
-class Block:
+class MoEBlock:
     """Router, experts and shared experts in one kernel call."""
 
-    def __init__(self, owner: MoE, router: Router, experts: Experts, width: int, matrices: Matrices):
+    def __init__(self, owner: MoE, router: Router, experts: Experts, width: int, matrices: WeightDescriptor):
         bias = getattr(owner, "e_score_correction_bias", None)
         self.guard = Guard([owner], below(owner), [*router.copied(), bias])
         self.drops = getattr(owner, "jitter_noise", 0.0) > 0
-        self.made = Made(
+        self.made = FusedStep(
             "moe_step",
             matrices.packed,
-            matrices.about,
+            matrices.descriptor,
             [matrices.hidden, experts.num_experts, experts.width, width],
             router.in_f32,
             router.correction(bias),
-            *router.manner(),
+            *router.route_args(),
             *experts.gate,
             experts.counts,
         )
 
     @classmethod
-    def of(cls, owner: MoE) -> Block | None:
+    def of(cls, owner: MoE) -> MoEBlock | None:
         """None where a part is something else than ours, or the shared experts are not one plain layer."""
         children: dict[str, Any] = owner._modules
         router: Any = children.get("gate") or children.get("router")
         experts = children["experts"]
         if (
             not is_ours(router, Router)
-            or router.home.gpu
+            or router.placement.gpu
             or not is_ours(experts, Experts)
             or any(b is not None for b in experts.biases.values())
         ):
             return None
-        matrices = Matrices()
+        matrices = WeightDescriptor()
         matrices.projection([router.matrix()])
         for weights in experts.weights.values():
             matrices.experts(weights)
@@ -164,6 +169,6 @@ class Block:
             width = fused.matrices[0].n
         return cls(owner, router, experts, width, matrices)
 
-    def __call__(self, flat: torch.Tensor, before: Before = NOTHING) -> torch.Tensor:
+    def __call__(self, flat: torch.Tensor, before: PreNorm = NO_NORM) -> torch.Tensor:
         """flat f32 [tokens, D] -> [tokens, D]; with `before` plus flat itself."""
         return self.made(flat[None], before)[0]

@@ -12,7 +12,7 @@ from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, is_ours
 from ktx.ops.changes import copied, in_f32
-from ktx.ops.gates import refused, stand_in
+from ktx.ops.gates import probe_copy, refused
 
 
 class RMSNorm(Operator):
@@ -44,9 +44,9 @@ class RMSNorm(Operator):
         return in_f32(self, self.weight)
 
     @staticmethod
-    def here(child: Any) -> TypeGuard[RMSNorm]:
+    def is_cpu_norm(child: Any) -> TypeGuard[RMSNorm]:
         """Whether a child is one that the CPU's blocks can do the work of."""
-        return is_ours(child, RMSNorm) and not child.home.gpu
+        return is_ours(child, RMSNorm) and not child.placement.gpu
 
     def copied(self) -> torch.Tensor | None:
         """The weight, if `in_f32` is a copy of it."""
@@ -69,7 +69,7 @@ def _multiplies_by_one_more(old: Any, eps: float, where: str) -> bool:
     x, weight = (
         torch.randn(*shape, old.weight.shape[-1], generator=source, dtype=torch.float32) for shape in ((3,), ())
     )
-    probe = stand_in(old, parameters={"weight": weight})
+    probe = probe_copy(old, parameters={"weight": weight})
     try:
         with torch.no_grad(), torch.device("cpu"):
             answer = probe(x)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ktx.devices import Device
 from ktx.errors import UsageError
-from ktx.hardware import human
+from ktx.hardware import format_bytes
 from ktx.ops.base import Operator
 from ktx.ops.changes import Changes
 from ktx.ops.floats import Dequantized, Floats
@@ -61,7 +61,7 @@ class Owner(Protocol):
     def replaced(self, name: str, values: torch.Tensor) -> Any: ...
 
 
-class Offered(dict[str, Any]):
+class OfferedParameters(dict[str, Any]):
     """The buffers of an operator, `owner`, among which `names` of packed weights are found too. No copy, cast or list of buffers sees these.
 
     Values that are put there, as accelerate loads a checkpoint, are packed. UsageError for a weight that is to be elsewhere.
@@ -98,13 +98,13 @@ class Parametrizable(Operator):
         """The names of such weights."""
         return frozenset()
 
-    def shown(self, name: str, floats: Floats) -> Dequantized:
+    def visible_parameters(self, name: str, floats: Floats) -> Dequantized:
         """A packed weight as a parameter."""
         return Dequantized(
             floats,
             self.dtype,
             f"{self.path}.{name}",
-            self.home.torch,
+            self.placement.torch,
             lambda values: self.replaced(name, values),
             lambda: self.trained(name),
         )
@@ -124,7 +124,7 @@ class Parametrizable(Operator):
         frozen = self.__dict__["_parameters"] = Frozen(self._parameters)
         frozen.names, frozen.path = self.offered(), self.path
         super().enliven()
-        offered = Offered(self._buffers)
+        offered = OfferedParameters(self._buffers)
         offered.names, offered.owner = self.offered(), self
         self.__dict__["_buffers"] = offered
 
@@ -132,25 +132,25 @@ class Parametrizable(Operator):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """As torch's, behind its packed weights."""
-        if isinstance(self._buffers, Offered):
+        if isinstance(self._buffers, OfferedParameters):
             names = self._buffers.names  # who trains one of them makes other buffers
             for name, floats in self.floats().items():
                 if name in names:
-                    yield f"{prefix}.{name}" if prefix else name, self.shown(name, floats)  # type: ignore[misc]
+                    yield f"{prefix}.{name}" if prefix else name, self.visible_parameters(name, floats)  # type: ignore[misc]
         yield from nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)  # it may be torch's own now
 
     def __delattr__(self, name: str) -> None:
         """As torch's parametrize takes a weight away. UsageError on a GPU, where kernels do not heed what is put on it."""
-        if self.home.gpu and isinstance(self._buffers, Offered) and name in self._buffers.names:
+        if self.placement.gpu and isinstance(self._buffers, OfferedParameters) and name in self._buffers.names:
             raise UsageError(
-                f"{self.path}.{name} is on {self.home}, where it cannot have an adapter of its own (target_parameters) or another parametrization;"
+                f"{self.path}.{name} is on {self.placement}, where it cannot have an adapter of its own (target_parameters) or another parametrization;"
                 " put the module on the CPU (device: cpu)"
             )
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As torch's; a weight whose parametrizations are taken away comes back so, because it is a parameter to who asks isinstance."""
-        if isinstance(param, Dequantized) and isinstance(self._buffers, Offered) and name in self.offered():
+        if isinstance(param, Dequantized) and isinstance(self._buffers, OfferedParameters) and name in self.offered():
             Changes.count += 1
             self._buffers.names |= {name}
         else:
@@ -165,14 +165,14 @@ class Parametrizable(Operator):
 Product = Callable[[torch.Tensor, int], torch.Tensor]
 
 
-class Changed(NamedTuple):
+class ParametrizedProduct(NamedTuple):
     """What parametrizations make of a weight [n, k], or of stacked ones: products of rows [tokens, k] with it, [tokens, n], by number. `added`: to the products of the weight as it is packed."""
 
     product: Product
     added: bool
 
     @classmethod
-    def of(cls, owner: Parametrizable, name: str, transposed: bool = False) -> Changed:
+    def of(cls, owner: Parametrizable, name: str, transposed: bool = False) -> ParametrizedProduct:
         """PEFT's low ranks and sums of them are added; of anything else the whole weight is computed."""
         parts = [_added(each, transposed) for each in owner.parametrizations[name]]
         known = [part for part in parts if part is not None]
@@ -225,5 +225,5 @@ def _say(owner: Operator, name: str, what: str, tensors: list[torch.Tensor]) -> 
     kind = type(owner).__name__.removeprefix("Parametrized"), name
     if kind not in _said:
         _said.add(kind)
-        held = human(sum(values.nbytes for values in tensors))
+        held = format_bytes(sum(values.nbytes for values in tensors))
         log.warning("%s.%s: %s, which is slow and takes %s in each forward", owner.path, name, what, held)

@@ -32,7 +32,7 @@ class Recurrent(Operator):
         given, cache = self.call.split(args, kwargs)
         if type(cache) is not PagedCache:
             return super().forward(**self.call.joined(given, cache))
-        cache.look()
+        cache.check_cancelled()
         assert cache.batch is not None
         hidden_states = given["hidden_states"]
         done, at = [], 0

@@ -18,7 +18,7 @@ from ktx.weights.source import QuantizedTensor
 
 
 @dataclass(frozen=True)
-class Style:
+class RoutingSpec:
     """How a family routes; True means: as the module's own attribute says."""
 
     scoring: str
@@ -28,21 +28,21 @@ class Style:
     own_dtype: bool = False  # weights come back in the hidden states' dtype
 
 
-STYLES: dict[str, Style] = {
-    "DeepseekV2TopkRouter": Style("softmax", "max", scaled=True),
-    "DeepseekV3TopkRouter": Style("sigmoid", "top2", "norm_topk_prob", scaled=True),
-    "Dots1TopkRouter": Style("sigmoid", "top2", "norm_topk_prob", scaled=True),
-    "Glm4MoeTopkRouter": Style("sigmoid", "top2", "norm_topk_prob", scaled=True),
-    "Glm4MoeLiteTopkRouter": Style("sigmoid", "top2", "norm_topk_prob", scaled=True),
-    "OlmoeTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
-    "Qwen2MoeTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
-    "Qwen3MoeTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
-    "Qwen3_5MoeTopKRouter": Style("softmax", renorm=True, own_dtype=True),
-    "Qwen3NextTopKRouter": Style("softmax", renorm="norm_topk_prob", own_dtype=True),
-    "MixtralTopKRouter": Style("softmax", renorm=True),
-    "MiniMaxM2TopKRouter": Style("sigmoid", renorm=True),
-    "Ernie4_5_MoeTopKRouter": Style("softmax", renorm=True, own_dtype=True),
-    "GptOssTopKRouter": Style("softmax_topk", own_dtype=True),
+STYLES: dict[str, RoutingSpec] = {
+    "DeepseekV2TopkRouter": RoutingSpec("softmax", "max", scaled=True),
+    "DeepseekV3TopkRouter": RoutingSpec("sigmoid", "top2", "norm_topk_prob", scaled=True),
+    "Dots1TopkRouter": RoutingSpec("sigmoid", "top2", "norm_topk_prob", scaled=True),
+    "Glm4MoeTopkRouter": RoutingSpec("sigmoid", "top2", "norm_topk_prob", scaled=True),
+    "Glm4MoeLiteTopkRouter": RoutingSpec("sigmoid", "top2", "norm_topk_prob", scaled=True),
+    "OlmoeTopKRouter": RoutingSpec("softmax", renorm="norm_topk_prob", own_dtype=True),
+    "Qwen2MoeTopKRouter": RoutingSpec("softmax", renorm="norm_topk_prob", own_dtype=True),
+    "Qwen3MoeTopKRouter": RoutingSpec("softmax", renorm="norm_topk_prob", own_dtype=True),
+    "Qwen3_5MoeTopKRouter": RoutingSpec("softmax", renorm=True, own_dtype=True),
+    "Qwen3NextTopKRouter": RoutingSpec("softmax", renorm="norm_topk_prob", own_dtype=True),
+    "MixtralTopKRouter": RoutingSpec("softmax", renorm=True),
+    "MiniMaxM2TopKRouter": RoutingSpec("sigmoid", renorm=True),
+    "Ernie4_5_MoeTopKRouter": RoutingSpec("softmax", renorm=True, own_dtype=True),
+    "GptOssTopKRouter": RoutingSpec("softmax_topk", own_dtype=True),
 }
 
 
@@ -55,7 +55,7 @@ class Router(Operator):
         new: Router = adopt(cls, old, ctx)
         new.style = STYLES[name]
         if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
-            new.style = Style("softmax", scaled=True)
+            new.style = RoutingSpec("softmax", scaled=True)
         new.packed, new.version, new.inside = None, (), None
         if cls is Router:
             contract.router(old, ctx.path, new)
@@ -93,7 +93,7 @@ class Router(Operator):
         bias, correction = getattr(self, "bias", None), self.correction_of(None)
         return [self.weight, *(t for t in (bias, correction) if t is not None)]
 
-    def manner(self) -> tuple[Any, ...]:
+    def route_args(self) -> tuple[Any, ...]:
         """top_k, scoring, group mode, groups, chosen groups, renormalise, scale: what the route kernels take."""
         style, grouped = self.style, self.style.groups != "none"
         renorm = getattr(self, style.renorm) if isinstance(style.renorm, str) else style.renorm
@@ -134,7 +134,7 @@ class Router(Operator):
             logits = F.linear(flat, self.weight.float(), None if bias is None else bias.float())
         else:
             logits = cpu.linear(flat, self.matrix(), self.in_f32)
-        top, scoring, mode, groups, chosen, renorm, scale = self.manner()
+        top, scoring, mode, groups, chosen, renorm, scale = self.route_args()
         correction = self.correction(e_score_correction_bias)
         ids, weights = cpu.route(logits, top, scoring, correction, groups, chosen, mode, renorm, scale)
         return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, ids

@@ -15,7 +15,7 @@ from ktx.ops.linear import Linear
 
 
 @dataclass(frozen=True)
-class Size:
+class ModuleBytes:
     """A module's own bytes, without its children's: `held`, none where another module holds the same, and `token`, what a single token makes kernels read."""
 
     path: str
@@ -24,7 +24,7 @@ class Size:
     token: int
 
 
-def sizes(model: nn.Module) -> list[Size]:
+def sizes(model: nn.Module) -> list[ModuleBytes]:
     """Operators, and other modules with parameters of their own; plain parameters count as they are."""
     found, known = [], set[int]()
     for path, module in model.named_modules():
@@ -36,7 +36,7 @@ def sizes(model: nn.Module) -> list[Size]:
             token += parameter.nbytes // (len(parameter) if isinstance(module, nn.Embedding) else 1)
             known.add(id(parameter))
         if own or isinstance(module, Operator):
-            found.append(Size(path, module, held, token))
+            found.append(ModuleBytes(path, module, held, token))
     return found
 
 
@@ -46,7 +46,7 @@ def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 @dataclass(frozen=True)
-class Reads:
+class WeightTraffic:
     """Bytes that forwards read besides those of experts: each `always`, a `row` for each token, and the `head` where logits are made."""
 
     always: int = 0
@@ -54,7 +54,7 @@ class Reads:
     head: int = 0
 
     @classmethod
-    def of(cls, model: Any) -> Reads:
+    def of(cls, model: Any) -> WeightTraffic:
         """A matrix counts once a forward, however many tokens share it."""
         head = model.get_output_embeddings()
         always = row = last = 0

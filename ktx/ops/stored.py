@@ -13,7 +13,7 @@ from ktx.weights.source import QuantizedTensor
 
 
 @dataclass(frozen=True)
-class Stored:
+class PackedState:
     """A matrix [rows, columns], or several [matrices, rows, columns], in the type that it has in memory. `rows` gives all rows in order, some at a time."""
 
     shape: tuple[int, ...]
@@ -21,12 +21,12 @@ class Stored:
     rows: Callable[[], Iterator[QuantizedTensor]]
 
 
-def matrix(packed: Any) -> Stored:
+def matrix(packed: Any) -> PackedState:
     """One matrix."""
-    return Stored((packed.n, packed.k), packed.qtype, lambda: rows_of(packed))
+    return PackedState((packed.n, packed.k), packed.qtype, lambda: rows_of(packed))
 
 
-def stack(packed: Sequence[Any]) -> Stored:
+def stack(packed: Sequence[Any]) -> PackedState:
     """Matrices of one shape and type, or several such stacks, one after another."""
     first, count = packed[0], sum(each.matrices for each in packed)
-    return Stored((count, first.n, first.k), first.qtype, lambda: chain.from_iterable(map(rows_of, packed)))
+    return PackedState((count, first.n, first.k), first.qtype, lambda: chain.from_iterable(map(rows_of, packed)))

@@ -53,7 +53,7 @@ class Tied(Linear):
         weight = self.shared()
         if weight is not None and edits(weight) != self.count:
             self.count = edits(weight)
-            self.packed_parts = [packed_as(as_weights(weight.detach()), self.target, self.packed_from)]
+            self.packed_parts = [packed_as(as_weights(weight.detach()), self.quant_target, self.packed_from)]
         return self.packed_parts
 
     @parts.setter

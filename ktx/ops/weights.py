@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ktx.errors import UsageError, nearest
+from ktx.errors import UsageError, did_you_mean
 from ktx.ops.base import as_weights
 from ktx.ops.changes import Changes
 from ktx.ops.floats import Floats
 from ktx.ops.lora import Lora
-from ktx.ops.parameters import PARAMETRIZATIONS, Offered, Parametrizable
+from ktx.ops.parameters import PARAMETRIZATIONS, OfferedParameters, Parametrizable
 from ktx.qtypes import QTYPES, QType
 from ktx.quantize import quantize
 from ktx.weights.source import QuantizedTensor
@@ -29,7 +29,7 @@ def quantized(values: torch.Tensor, before: Sequence[QType], path: str, dtype: s
         )
         dtype = "F16" if half else "F32"
     if dtype not in QTYPES:
-        raise UsageError(f"{path}: {dtype!r} is no type of weights{nearest(dtype, QTYPES)}")
+        raise UsageError(f"{path}: {dtype!r} is no type of weights{did_you_mean(dtype, QTYPES)}")
     return QuantizedTensor(quantize(values, QTYPES[dtype]), QTYPES[dtype], tuple(values.shape))
 
 
@@ -78,7 +78,7 @@ class OneMatrix(Parametrizable):
         """What it holds, made of rows."""
         raise NotImplementedError
 
-    def hold(self, packed: Any) -> None:
+    def assign(self, packed: Any) -> None:
         """Has it compute with another matrix."""
         raise NotImplementedError
 
@@ -86,14 +86,14 @@ class OneMatrix(Parametrizable):
     def weight(self) -> torch.Tensor:
         """[rows, columns], read-only: see ktx.ops.floats."""
         if (
-            isinstance(self._buffers, Offered) and "weight" not in self._buffers
+            isinstance(self._buffers, OfferedParameters) and "weight" not in self._buffers
         ):  # torch's parametrize has taken it away
             raise AttributeError("weight")
-        return self.shown("weight", self.rows())
+        return self.visible_parameters("weight", self.rows())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and not self.parametrized(name):
-            self.hold(self.packed_from(as_weights(fitting(self.path, value, self.rows().shape))))
+            self.assign(self.packed_from(as_weights(fitting(self.path, value, self.rows().shape))))
             self.ties[:] = [other for other in self.ties if other is not self]
             self.ties = []  # a tied output layer and its embedding are no longer that, as in transformers
         else:
@@ -131,7 +131,7 @@ class OneMatrix(Parametrizable):
     def _give(self, weight: QuantizedTensor) -> None:
         packed = self.packed_from(weight)
         for module in self.ties or [self]:
-            module.hold(packed)
+            module.assign(packed)
 
     def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
         """For ktx.edit."""

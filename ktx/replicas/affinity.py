@@ -69,7 +69,7 @@ class Affinity:
     """
 
     def __init__(self, pages: int, crowd: int):
-        self.pages, self.crowd = pages, crowd
+        self.pages, self.max_imbalance = pages, crowd
         self.kept: dict[Hashable, OrderedDict[bytes, None]] = {}
         self.asked: dict[str, Asked] = {}
 
@@ -80,7 +80,7 @@ class Affinity:
         idlest = min((busy[one] for one in replicas), default=0)
 
         def rank(one: Hashable) -> tuple[int, int, int]:
-            known = self.known(keys, one) if busy[one] - idlest < self.crowd else 0
+            known = self.known(keys, one) if busy[one] - idlest < self.max_imbalance else 0
             return -known, busy[one], len(self.kept.get(one, ()))
 
         return sorted(replicas, key=rank)
@@ -90,7 +90,7 @@ class Affinity:
         kept: Mapping[bytes, None] = self.kept.get(replica, {})
         return next((at for at, key in enumerate(keys) if key not in kept), len(keys))
 
-    def begun(self, request: str, replica: Hashable, keys: Sequence[bytes], sent: bool = True) -> None:
+    def on_start(self, request: str, replica: Hashable, keys: Sequence[bytes], sent: bool = True) -> None:
         """A request goes to a replica; told again when it is there (`sent`), or goes to another one after all."""
         self.asked[request] = Asked(replica, time.monotonic(), sent)
         kept = self.kept.setdefault(replica, OrderedDict())
@@ -100,7 +100,7 @@ class Affinity:
         while len(kept) > self.pages:
             kept.popitem(last=False)
 
-    def ended(self, request: str) -> None:
+    def on_finish(self, request: str) -> None:
         self.asked.pop(request, None)
 
     def _forget(self, replicas: Sequence[Hashable]) -> None:

@@ -9,37 +9,37 @@ from typing import Any
 
 import ray
 
-SILENT = 10.0  # seconds after which a replica that says nothing counts as gone
+STALE_AFTER_S = 10.0  # seconds after which a replica that says nothing counts as gone
 
 
 @dataclass(frozen=True)
-class Word:
+class ReplicaStatus:
     """What one replica says of itself."""
 
     name: str
     node: str
     ready: bool = False
-    trouble: str = ""
+    error: str = ""
     total: int = 0  # bytes of weights, and how many are read
     done: int = 0
     metrics: bytes = b""
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
-class Board:
+class StatusActor:
     """One for a server, beside it."""
 
     def __init__(self) -> None:
-        self.words: dict[str, tuple[float, Word]] = {}
+        self.words: dict[str, tuple[float, ReplicaStatus]] = {}
         self.over = asyncio.Event()
 
-    async def say(self, word: Word) -> None:
+    async def report(self, word: ReplicaStatus) -> None:
         self.words[word.name] = time.monotonic(), word
 
-    async def read(self) -> list[Word]:
+    async def read(self) -> list[ReplicaStatus]:
         """Of the replicas that still speak."""
         now = time.monotonic()
-        self.words = {name: said for name, said in self.words.items() if now - said[0] < SILENT}
+        self.words = {name: said for name, said in self.words.items() if now - said[0] < STALE_AFTER_S}
         return [word for _, word in self.words.values()]
 
     async def end(self) -> None:
@@ -50,6 +50,6 @@ class Board:
         await self.over.wait()
 
 
-def say(board: Any, word: Word) -> None:
+def say(board: Any, word: ReplicaStatus) -> None:
     """Waits until it is heard."""
-    ray.get(board.say.remote(word), timeout=SILENT)
+    ray.get(board.report.remote(word), timeout=STALE_AFTER_S)

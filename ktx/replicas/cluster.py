@@ -20,10 +20,10 @@ from ray.serve.schema import ApplicationStatus
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktx.errors import KtxError, UsageError
-from ktx.hardware import human
-from ktx.replicas.board import Board, Word
+from ktx.hardware import format_bytes
+from ktx.replicas.board import ReplicaStatus, StatusActor
 from ktx.replicas.layout import Layout, Node, lay_out
-from ktx.replicas.replica import Making, Replica
+from ktx.replicas.replica import Replica, ReplicaConfig
 
 BUSY = (BackPressureError,)
 GONE = (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError, ray.exceptions.WorkerCrashedError)
@@ -34,7 +34,7 @@ log = logging.getLogger("ktx.server")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ClusterConfig:
     """What is to run. `need`: bytes of memory that a copy of the model takes; `threads` None: a machine's cores divided among its replicas."""
 
     app: str
@@ -42,7 +42,7 @@ class Wanted:
     replicas: int | None  # None: one a machine
     threads: int | None
     need: int
-    making: Making
+    making: ReplicaConfig
     batch: int
     queue: int
     pages: int
@@ -51,13 +51,13 @@ class Wanted:
 class Cluster:
     """`handle` is None until a replica can answer, `trouble` says why none ever will."""
 
-    def __init__(self, wanted: Wanted):
+    def __init__(self, wanted: ClusterConfig):
         self.asked, self.wanted = wanted, wanted.replicas or 0
         self.handle: Any = None
         self.board: Any = None
         self.trouble = ""
         self.stopping = self.closed = self.serve_was_there = False
-        self.seen: list[Word] = []
+        self.seen: list[ReplicaStatus] = []
         self.seen_at = 0.0
         self.told = ""
 
@@ -100,17 +100,17 @@ class Cluster:
 
     def _start(self) -> None:
         asked = self.asked
-        layout = lay_out(survey(), asked.replicas, asked.threads, asked.need)
+        layout = lay_out(list_nodes(), asked.replicas, asked.threads, asked.need)
         self.wanted = layout.replicas
         log.info(
             "%d replicas, %d on a machine, %d threads each, %s of weights each",
             layout.replicas,
             layout.beside,
             layout.threads,
-            human(asked.need),
+            format_bytes(asked.need),
         )
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.board = Board.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self.board = StatusActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
         making = replace(asked.making, threads=layout.threads, beside=layout.beside)
         app = deployment(asked, layout).bind(making, self.board)
         target = serve.RunTarget(app, asked.app, None, {"log_level": "WARNING", "enable_access_log": False})
@@ -124,7 +124,7 @@ class Cluster:
             self.seen = ray.get(self.board.read.remote())
             if any(word.ready for word in self.seen):
                 return
-            if trouble := next((word.trouble for word in self.seen if word.trouble), ""):
+            if trouble := next((word.error for word in self.seen if word.error), ""):
                 raise KtxError(trouble)
             self._hear_serve()
             time.sleep(0.2)
@@ -141,7 +141,7 @@ class Cluster:
             self.told = told
             log.warning("Ray Serve: %s", told)
 
-    async def words(self) -> list[Word]:
+    async def words(self) -> list[ReplicaStatus]:
         """What the replicas say now; while the board is slow to answer, what they said last."""
         if self.board is not None and not self.closed and time.monotonic() - self.seen_at > FRESH:
             with suppress(TimeoutError, ray.exceptions.RayError):
@@ -187,13 +187,13 @@ def last_line(text: str) -> str:
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")[:300]
 
 
-def survey() -> list[Node]:
+def list_nodes() -> list[Node]:
     """The machines that Ray counts CPUs of, asked for what they have."""
     found = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
     if not found:
         raise UsageError("the Ray cluster has no machine with CPUs")
     asked = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
+        probe_node.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
         for node in found
     ]
     nodes = []
@@ -209,14 +209,14 @@ def survey() -> list[Node]:
 
 
 @ray.remote(num_cpus=0)
-def look() -> tuple[int, int]:
+def probe_node() -> tuple[int, int]:
     """Cores and bytes of free memory of the machine that this runs on."""
     from ktx.hardware import default_threads, memory
 
     return default_threads(), memory()[1]
 
 
-def deployment(asked: Wanted, layout: Layout) -> Any:
+def deployment(asked: ClusterConfig, layout: Layout) -> Any:
     """The replicas as Serve is told of them."""
     words = {name: value for name, value in os.environ.items() if name.startswith("KTX_") and name != "KTX_API_KEY"}
     options: dict[str, Any] = {"num_cpus": layout.cpus}

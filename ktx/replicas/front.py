@@ -17,10 +17,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ktx.errors import Overloaded, QueueFull
 from ktx.replicas.affinity import keys_of
-from ktx.replicas.board import Word
+from ktx.replicas.board import ReplicaStatus
 from ktx.replicas.cluster import BUSY, GONE, Cluster
-from ktx.server.errors import body_for
-from ktx.server.sending import SEND, Gone, dumps, unless_gone
+from ktx.server.errors import error_body
+from ktx.server.sending import SEND_TIMEOUT_S, ClientDisconnected, cancel_on_disconnect, dumps
 
 PLAIN = (
     "http_version",
@@ -38,7 +38,7 @@ TRIES = 3  # replicas that are asked before a client hears that they end under i
 log = logging.getLogger("ktx.server")
 
 
-class Front:
+class ReplicaProxy:
     """The routes of a replica, and /health and /metrics of all."""
 
     def __init__(self, cluster: Cluster):
@@ -77,13 +77,13 @@ class Front:
         body = (await receive()).get("body", b"")
         keys = await asyncio.to_thread(keys_of, body, self.cluster.asked.making.adapters) if body else []
         words = plain(scope)
-        sending = Sending(scope, send)
+        sending = ProxiedResponse(scope, send)
         for attempt in range(TRIES):
             assert self.cluster.handle is not None
             answer = self.cluster.handle.remote(keys, words, body)
             try:
-                return await unless_gone(Request(scope, receive), sending.all_of(answer))
-            except Gone:
+                return await cancel_on_disconnect(Request(scope, receive), sending.all_of(answer))
+            except ClientDisconnected:
                 return
             except BUSY:
                 busy = refused(scope, QueueFull("too many requests are waiting; try again later"))
@@ -105,7 +105,7 @@ def plain(scope: Scope) -> dict[str, Any]:
     return {name: scope[name] for name in PLAIN if name in scope} | {"headers": headers}
 
 
-class Sending:
+class ProxiedResponse:
     """An answer on its way to the client."""
 
     def __init__(self, scope: Scope, send: Send):
@@ -119,12 +119,12 @@ class Sending:
     async def pass_on(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.begun, self.kind = True, dict(message["headers"]).get(b"content-type", b"")
-        await asyncio.wait_for(self.send(message), SEND)
+        await asyncio.wait_for(self.send(message), SEND_TIMEOUT_S)
 
     async def last_words(self, text: str) -> None:
         """A stream's end in its own form. The connection of another answer is cut, so that nobody takes a part for the whole."""
         path = self.scope["path"]
-        told = dumps(body_for(path, 503, text))
+        told = dumps(error_body(path, 503, text))
         if self.kind.startswith(b"text/event-stream"):
             name, end = ("event: error\n", "") if path.startswith("/v1/messages") else ("", "data: [DONE]\n\n")
             data = f"{name}data: {told}\n\n{end}"
@@ -137,17 +137,17 @@ class Sending:
 
 def refused(scope: Scope, error: Overloaded, retry: int | None = None) -> Response:
     return Response(
-        json.dumps(body_for(scope["path"], error.status, str(error), error.code)),
+        json.dumps(error_body(scope["path"], error.status, str(error), error.code)),
         error.status,
         {"retry-after": str(retry or error.retry)},
         media_type="application/json",
     )
 
 
-class Several:
+class MergedMetrics:
     """The metrics of all replicas, each with a label of its own."""
 
-    def __init__(self, words: Iterable[Word]):
+    def __init__(self, words: Iterable[ReplicaStatus]):
         self.words = words
 
     def collect(self) -> Iterable[Metric]:
@@ -160,7 +160,7 @@ class Several:
         return families.values()
 
 
-def together(words: Iterable[Word]) -> bytes:
+def together(words: Iterable[ReplicaStatus]) -> bytes:
     registry = CollectorRegistry()
-    registry.register(Several(list(words)))  # type: ignore[arg-type]
+    registry.register(MergedMetrics(list(words)))  # type: ignore[arg-type]
     return generate_latest(registry)

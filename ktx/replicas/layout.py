@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ktx.errors import DoesNotFit
-from ktx.hardware import human
+from ktx.hardware import format_bytes
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def lay_out(nodes: Sequence[Node], replicas: int | None, threads: int | None, ne
         if beside * need > node.free:
             raise DoesNotFit(
                 f"{replicas} replicas on {len(nodes)} machine{'s' if len(nodes) > 1 else ''}: {beside} cop{'ies' if beside > 1 else 'y'} of the"
-                f" weights need {human(beside * need)} on {node.address}, {human(node.free)} are free; take fewer replicas, a smaller"
+                f" weights need {format_bytes(beside * need)} on {node.address}, {format_bytes(node.free)} are free; take fewer replicas, a smaller"
                 " quant, or add machines (one that Ray counts no CPUs of gets no replica)"
             )
     cpus = min(node.cpus for node in nodes) / beside

@@ -19,7 +19,7 @@ from ray import serve
 
 from ktx.errors import KtxError
 from ktx.hardware import share_of_cpus
-from ktx.replicas.board import Word, say
+from ktx.replicas.board import ReplicaStatus, say
 from ktx.server import ids
 
 PAUSE = 1.0  # seconds between two words to the board
@@ -28,7 +28,7 @@ log = logging.getLogger("ktx.server")
 
 
 @dataclass(frozen=True)
-class Making:
+class ReplicaConfig:
     """How a replica is made; `make` gets the number of threads and the tally of bytes read."""
 
     make: Callable[[int, Any], Any]
@@ -43,37 +43,37 @@ class Making:
 class Replica:
     """The deployment."""
 
-    def __init__(self, making: Making, board: Any):
+    def __init__(self, making: ReplicaConfig, board: Any):
         context = serve.get_replica_context()
         os.sched_setaffinity(0, share_of_cpus(context.rank.local_rank, making.beside))
         from ktx.server.app import make_routes
         from ktx.server.log import set_up
-        from ktx.server.memory import settle
-        from ktx.server.served import Served
+        from ktx.server.memory import freeze_gc
+        from ktx.server.served import ServerState
 
         set_up(*making.log)
         self.board, self.name, self.app_name = board, context.replica_tag, context.app_name
-        self.served = Served(making.names, making.settings, making.adapters)
+        self.served = ServerState(making.names, making.settings, making.adapters)
         self.routes, self.metrics = make_routes(self.served)
         threading.Thread(target=self._speak, name="ktx-board", daemon=True).start()
         threading.Thread(target=self._hear, name="ktx-end", daemon=True).start()
         try:
-            self.served.attach(making.make(making.threads, self.served))
-            settle()
+            self.served.set_engine(making.make(making.threads, self.served))
+            freeze_gc()
         except BaseException as error:
             told = str(error) if isinstance(error, KtxError) else f"{type(error).__name__}: {error}"
-            self.served.trouble = told
+            self.served.load_error = told
             say(board, self._word())
             raise
         say(board, self._word())  # before Serve sends requests
 
-    def _word(self) -> Word:
+    def _word(self) -> ReplicaStatus:
         served, ready = self.served, self.served.engine is not None and not self.served.stopping
-        return Word(
+        return ReplicaStatus(
             self.name,
             ray.util.get_node_ip_address(),
             ready,
-            served.trouble,
+            served.load_error,
             served.progress.total,
             served.progress.done,
             self.metrics.text() if ready else b"",

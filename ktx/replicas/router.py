@@ -23,11 +23,11 @@ class PrefixRouter(RequestRouter):
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
         order = self.affinity.order(keys, list(by_id))
         if request and order:  # at once: others are routed before a replica has said that it takes this one
-            self.affinity.begun(request, order[0], keys, sent=False)
+            self.affinity.on_start(request, order[0], keys, sent=False)
         return [[by_id[one]] for one in order]  # type: ignore[index]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
-        self.affinity.begun(pending_request.metadata.internal_request_id, replica_id, pending_request.args[0])
+        self.affinity.on_start(pending_request.metadata.internal_request_id, replica_id, pending_request.args[0])
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self.affinity.ended(internal_request_id)
+        self.affinity.on_finish(internal_request_id)

@@ -12,10 +12,10 @@ from starlette.responses import Response
 
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.ops.lora import Use
-from ktx.server.errors import Problem
+from ktx.server.errors import APIError
 from ktx.server.fields.openai import LoadAdapter, LoraUse, UnloadAdapter
 from ktx.server.names import TAG
-from ktx.server.served import Served
+from ktx.server.served import ServerState
 from ktx.weights.gguf_files import is_gguf
 from ktx.weights.lora import CONFIG, WEIGHTS
 
@@ -23,23 +23,23 @@ log = logging.getLogger("ktx.server")
 T = TypeVar("T")
 
 
-async def load(served: Served, fields: LoadAdapter) -> Response:
+async def load(served: ServerState, fields: LoadAdapter) -> Response:
     """An adapter below --lora-dir, under a name of its own. Problem 404 for a path where nothing is, 400 for one that is no adapter of this model."""
     root = allowed(served)
-    engine, _, _ = served.ready()
+    engine, _, _ = served.require_ready()
     name = _name(served, fields.lora_name)
     path = below(root, fields.lora_path)
 
     async def loaded() -> None:
         async with served.changing:
             if name in served.adapters and not fields.load_inplace:
-                raise Problem(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
+                raise APIError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
             try:
                 await asyncio.to_thread(engine.load_lora, path, name, replace=bool(fields.load_inplace))
             except (BadFile, UsageError) as error:
-                raise Problem(400, str(error), "lora_path") from error
+                raise APIError(400, str(error), "lora_path") from error
             except DoesNotFit as error:
-                raise Problem(503, str(error)) from error
+                raise APIError(503, str(error)) from error
             if name not in served.adapters:
                 served.add_adapter(name)
 
@@ -48,16 +48,16 @@ async def load(served: Served, fields: LoadAdapter) -> Response:
     return Response(f"Success: LoRA adapter '{name}' added successfully.", media_type="text/plain")
 
 
-async def unload(served: Served, fields: UnloadAdapter) -> Response:
+async def unload(served: ServerState, fields: UnloadAdapter) -> Response:
     """From now on no request finds the adapter; those that run or wait are answered by it to their end. Problem 404 for a name that is none's."""
     allowed(served)
-    engine, _, _ = served.ready()
+    engine, _, _ = served.require_ready()
     name = fields.lora_name
 
     async def unloaded() -> None:
         async with served.changing:
             if name not in served.adapters:
-                raise Problem(404, f"The lora adapter {name!r} cannot be found.", "lora_name")
+                raise APIError(404, f"The lora adapter {name!r} cannot be found.", "lora_name")
             served.adapters = {one: number for one, number in served.adapters.items() if one != name}
             await asyncio.to_thread(engine.unload_lora, name)
 
@@ -66,23 +66,23 @@ async def unload(served: Served, fields: UnloadAdapter) -> Response:
     return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type="text/plain")
 
 
-def chosen(served: Served, model: str, lora: Sequence[LoraUse] | None) -> tuple[Use, ...]:
+def chosen(served: ServerState, model: str, lora: Sequence[LoraUse] | None) -> tuple[Use, ...]:
     """The adapters that a request is answered by: llama.cpp's list, which goes with the model itself, or the one that is its model. Problem 400 for a number that is none's."""
     named = served.adapter_of(model)
     if lora is None:
         return tuple(map(Use, named))
     if named:
-        raise Problem(400, f"lora: the model {model!r} is an adapter itself; name {served.models[0]!r}", "lora")
+        raise APIError(400, f"lora: the model {model!r} is an adapter itself; name {served.models[0]!r}", "lora")
     by_number = {number: name for name, number in served.adapters.items()}
     scales = {one.id: one.scale for one in lora}  # of an adapter that stands there twice, the last
     if unknown := [number for number in scales if number not in by_number]:
-        raise Problem(400, f"lora: no adapter has the id {unknown[0]}; /lora-adapters lists them", "lora")
+        raise APIError(400, f"lora: no adapter has the id {unknown[0]}; /lora-adapters lists them", "lora")
     return tuple(Use(by_number[number], scale) for number, scale in sorted(scales.items()) if scale)
 
 
-def listed(served: Served) -> list[dict[str, Any]]:
+def listed(served: ServerState) -> list[dict[str, Any]]:
     """As llama.cpp lists them. The scale is that of requests which name none: those are answered by the model alone."""
-    served.ready()
+    served.require_ready()
     return [
         {"id": number, "path": served.path_of(name), "scale": 0.0, "task_name": "", "prompt_prefix": ""}
         for name, number in served.adapters.items()
@@ -94,25 +94,25 @@ async def to_its_end(work: Awaitable[T]) -> T:
     return await asyncio.shield(asyncio.ensure_future(work))
 
 
-def allowed(served: Served) -> Path:
+def allowed(served: ServerState) -> Path:
     """The folder below which adapters may be. Problem 404 where the operator names none."""
     if served.settings.lora_dir is None:
-        raise Problem(404, "requests load and unload adapters only where ktx serve is given --lora-dir DIR")
+        raise APIError(404, "requests load and unload adapters only where ktx serve is given --lora-dir DIR")
     return served.settings.lora_dir
 
 
-def _name(served: Served, name: str) -> str:
+def _name(served: ServerState, name: str) -> str:
     """Problem 400 for one that could be taken for another model's."""
     if not name.isprintable() or not name.strip() or name.endswith(TAG):
-        raise Problem(400, f"{name!r} is no name for an adapter", "lora_name")
+        raise APIError(400, f"{name!r} is no name for an adapter", "lora_name")
     if name in served.models:
-        raise Problem(400, f"{name!r} is the model's name; give another one", "lora_name")
+        raise APIError(400, f"{name!r} is the model's name; give another one", "lora_name")
     return name
 
 
 def below(root: Path, text: str) -> Path:
     """The place that a request names, absolute or from `root` on. Problem 400 for one outside of it, by symbolic links too, 404 where nothing is."""
-    outside = Problem(400, f"{text!r} is not below the folder of adapters (--lora-dir)", "lora_path")
+    outside = APIError(400, f"{text!r} is not below the folder of adapters (--lora-dir)", "lora_path")
     root = root.resolve()
     try:
         path = root / text
@@ -123,16 +123,16 @@ def below(root: Path, text: str) -> Path:
         if not all(place.is_relative_to(root) for place in (whole, path)):
             raise outside
         if not whole.exists():
-            raise Problem(404, f"No adapter found for {text!r}", "lora_path")
+            raise APIError(404, f"No adapter found for {text!r}", "lora_path")
         for file in _files(path):
             if not file.resolve().is_relative_to(root):
                 raise outside
             if not file.is_file():
-                raise Problem(400, f"{text!r}: {file.name} is no file", "lora_path")
+                raise APIError(400, f"{text!r}: {file.name} is no file", "lora_path")
     except RuntimeError as error:  # links in a ring, before Python 3.13
-        raise Problem(404, f"No adapter found for {text!r}", "lora_path") from error
+        raise APIError(404, f"No adapter found for {text!r}", "lora_path") from error
     except (OSError, ValueError) as error:  # names that are too long or none, no access
-        raise Problem(400, f"{text!r} cannot be read: {type(error).__name__}", "lora_path") from error
+        raise APIError(400, f"{text!r} cannot be read: {type(error).__name__}", "lora_path") from error
     return path
 
 

@@ -18,28 +18,28 @@ from starlette.responses import JSONResponse, Response
 
 import ktx
 from ktx.server import adapters, chat, completions, messages, ollama, recalled, responses, static, tokens
-from ktx.server.errors import Problem, body_for, problem_of
+from ktx.server.errors import APIError, error_body, to_api_error
 from ktx.server.fields import (
-    Anthropic,
-    Chat,
-    Completion,
-    Count,
-    Detokenize,
+    ChatCompletionRequest,
+    CompletionRequest,
+    CountTokensRequest,
+    DetokenizeRequest,
     LoadAdapter,
+    MessagesRequest,
     OllamaChat,
     OllamaGenerate,
     OllamaShow,
-    Respond,
-    RespondCount,
-    Tokenize,
+    ResponsesRequest,
+    ResponseTokensRequest,
+    TokenizeRequest,
     UnloadAdapter,
     parameters,
 )
-from ktx.server.guard import Access, Guard, owner_of
-from ktx.server.machine import Machine
+from ktx.server.guard import AccessPolicy, AuthMiddleware, owner_of
+from ktx.server.machine import MachineStats
 from ktx.server.metrics import Metrics
-from ktx.server.sending import Gone, unless_gone
-from ktx.server.served import Served
+from ktx.server.sending import ClientDisconnected, cancel_on_disconnect
+from ktx.server.served import ServerState
 
 log = logging.getLogger("ktx.server")
 DEPTH = 128  # of brackets in a body
@@ -59,11 +59,11 @@ class JsonRoute(APIRoute):
                     return await handler(request)
                 if body := await request.body():
                     request._json = parsed(body)
-                answer = await unless_gone(request, handler(request))
+                answer = await cancel_on_disconnect(request, handler(request))
                 if ignored:
                     answer.headers[parameters.HEADER] = ", ".join(ignored)
                 return answer
-            except Gone:
+            except ClientDisconnected:
                 return Response(status_code=499)
             except (RequestValidationError, HTTPException):
                 raise
@@ -80,11 +80,11 @@ def parsed(body: bytes) -> Any:
     try:
         value = json.loads(body, parse_constant=_number, parse_float=_number)
     except UnicodeDecodeError as error:
-        raise Problem(400, f"the body is no UTF-8: {error.reason} at byte {error.start}") from error
+        raise APIError(400, f"the body is no UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
-        raise Problem(400, f"the body is nested deeper than {DEPTH} levels") from error
+        raise APIError(400, f"the body is nested deeper than {DEPTH} levels") from error
     except ValueError as error:
-        raise Problem(400, f"the body is no JSON: {error}") from error
+        raise APIError(400, f"the body is no JSON: {error}") from error
     level, depth = [value], 0
     while level := [
         inner
@@ -94,12 +94,12 @@ def parsed(body: bytes) -> Any:
     ]:
         depth += 1
         if depth > DEPTH:
-            raise Problem(400, f"the body is nested deeper than {DEPTH} levels")
+            raise APIError(400, f"the body is nested deeper than {DEPTH} levels")
     if b"\\ud" in body or b"\\uD" in body:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise Problem(400, "the body holds half of a surrogate pair, which is no character") from error
+            raise APIError(400, "the body holds half of a surrogate pair, which is no character") from error
     return value
 
 
@@ -111,12 +111,12 @@ def _number(text: str) -> float:
     return value
 
 
-def make_app(served: Served, access: Access | None = None) -> Guard:
+def make_app(served: ServerState, access: AccessPolicy | None = None) -> AuthMiddleware:
     """The whole server as one ASGI application."""
-    return Guard(make_routes(served)[0], access or Access())
+    return AuthMiddleware(make_routes(served)[0], access or AccessPolicy())
 
 
-def make_routes(served: Served) -> tuple[FastAPI, Metrics]:
+def make_routes(served: ServerState) -> tuple[FastAPI, Metrics]:
     """What stands behind the guard."""
     app = FastAPI(title="ktx", version=ktx.__version__, docs_url=None, redoc_url=None)
     metrics = Metrics(served)
@@ -134,10 +134,10 @@ def make_routes(served: Served) -> tuple[FastAPI, Metrics]:
     return app, metrics
 
 
-def _openai(routes: APIRouter, served: Served) -> None:
+def _openai(routes: APIRouter, served: ServerState) -> None:
     def model(name: str) -> dict[str, Any]:
         """As OpenAI tells of it, with vLLM's length, and as Anthropic does: both have this path."""
-        engine, _, _ = served.ready()
+        engine, _, _ = served.require_ready()
         return {
             "id": name,
             "object": "model",
@@ -148,7 +148,7 @@ def _openai(routes: APIRouter, served: Served) -> None:
             "max_model_len": engine.context,
             "type": "model",
             "display_name": name,
-            "created_at": served.since,
+            "created_at": served.created_iso,
             "max_input_tokens": engine.context,
             "max_tokens": engine.context,
         }
@@ -161,26 +161,26 @@ def _openai(routes: APIRouter, served: Served) -> None:
 
     @routes.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        return model(served.named(name))
+        return model(served.resolve_model(name))
 
     @routes.post("/v1/chat/completions")
-    async def chat_completions(fields: Chat, request: Request) -> Any:
+    async def chat_completions(fields: ChatCompletionRequest, request: Request) -> Any:
         return await chat.answer(served, fields, request)
 
     @routes.post("/v1/completions")
-    async def plain_completions(fields: Completion, request: Request) -> Any:
+    async def plain_completions(fields: CompletionRequest, request: Request) -> Any:
         return await completions.answer(served, fields, request)
 
     @routes.post("/v1/embeddings")
     async def embeddings() -> Any:
-        raise Problem(501, "this is a chat model, it makes no embeddings")
+        raise APIError(501, "this is a chat model, it makes no embeddings")
 
     @routes.post("/tokenize")
-    async def tokenize(fields: Tokenize) -> dict[str, Any]:
+    async def tokenize(fields: TokenizeRequest) -> dict[str, Any]:
         return await tokens.tokenize(served, fields)
 
     @routes.post("/detokenize")
-    async def detokenize(fields: Detokenize) -> dict[str, Any]:
+    async def detokenize(fields: DetokenizeRequest) -> dict[str, Any]:
         return await tokens.detokenize(served, fields)
 
     @routes.get("/tokenizer_info")
@@ -188,7 +188,7 @@ def _openai(routes: APIRouter, served: Served) -> None:
         return tokens.info(served)
 
 
-def _adapters(routes: APIRouter, served: Served) -> None:
+def _adapters(routes: APIRouter, served: ServerState) -> None:
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(fields: LoadAdapter) -> Response:
         return await adapters.load(served, fields)
@@ -203,28 +203,28 @@ def _adapters(routes: APIRouter, served: Served) -> None:
 
     @routes.post("/lora-adapters")
     async def scale_adapters() -> Any:
-        raise Problem(
+        raise APIError(
             501,
             "adapters are not scaled for all requests at once: name one as the request's model, or give the request lora [{id, scale}]",
         )
 
 
-def _responses(routes: APIRouter, served: Served) -> None:
+def _responses(routes: APIRouter, served: ServerState) -> None:
     @routes.post("/v1/responses")
-    async def respond(fields: Respond, request: Request) -> Any:
+    async def respond(fields: ResponsesRequest, request: Request) -> Any:
         return await responses.answer(served, fields, request)
 
     @routes.post("/v1/responses/input_tokens")
-    async def input_tokens(fields: RespondCount, request: Request) -> Any:
+    async def input_tokens(fields: ResponseTokensRequest, request: Request) -> Any:
         return await responses.count(served, fields, request)
 
     @routes.get("/v1/responses/{name}")
     async def retrieve(name: str, request: Request, stream: bool = False) -> Any:
-        return recalled.retrieve(served.kept, owner_of(request), name, stream)
+        return recalled.retrieve(served.response_store, owner_of(request), name, stream)
 
     @routes.delete("/v1/responses/{name}")
     async def delete(name: str, request: Request) -> Any:
-        return recalled.delete(served.kept, owner_of(request), name)
+        return recalled.delete(served.response_store, owner_of(request), name)
 
     @routes.get("/v1/responses/{name}/input_items")
     async def input_items(
@@ -234,20 +234,20 @@ def _responses(routes: APIRouter, served: Served) -> None:
         order: Literal["asc", "desc"] = "desc",
         after: Annotated[str | None, Query(max_length=256)] = None,
     ) -> Any:
-        return recalled.input_items(served.kept, owner_of(request), name, limit, order == "desc", after)
+        return recalled.input_items(served.response_store, owner_of(request), name, limit, order == "desc", after)
 
     @routes.post("/v1/responses/{name}/cancel")
     async def cancel(name: str, request: Request) -> Any:
-        return recalled.cancel(served.kept, owner_of(request), name)
+        return recalled.cancel(served.response_store, owner_of(request), name)
 
 
-def _others(routes: APIRouter, served: Served) -> None:
+def _others(routes: APIRouter, served: ServerState) -> None:
     @routes.post("/v1/messages")
-    async def anthropic(fields: Anthropic, request: Request) -> Any:
+    async def anthropic(fields: MessagesRequest, request: Request) -> Any:
         return await messages.answer(served, fields, request)
 
     @routes.post("/v1/messages/count_tokens")
-    async def count_tokens(fields: Count) -> Any:
+    async def count_tokens(fields: CountTokensRequest) -> Any:
         return await messages.count(served, fields)
 
     @routes.post("/api/chat")
@@ -265,7 +265,7 @@ def _others(routes: APIRouter, served: Served) -> None:
     @routes.post("/api/embed")
     @routes.post("/api/embeddings")
     async def ollama_embeddings() -> Any:
-        raise Problem(501, "this is a chat model, it makes no embeddings")
+        raise APIError(501, "this is a chat model, it makes no embeddings")
 
     @routes.head("/api/tags", include_in_schema=False)
     @routes.get("/api/tags")
@@ -282,8 +282,8 @@ def _others(routes: APIRouter, served: Served) -> None:
         return {"version": ollama.VERSION}
 
 
-def _state(routes: APIRouter, served: Served, metrics: Metrics) -> None:
-    machine = Machine(served)
+def _state(routes: APIRouter, served: ServerState, metrics: Metrics) -> None:
+    machine = MachineStats(served)
 
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
@@ -297,18 +297,18 @@ def _state(routes: APIRouter, served: Served, metrics: Metrics) -> None:
 
     @routes.get("/machine")
     async def machine_told() -> Response:
-        return Response(to_json(machine.told()), media_type="application/json")
+        return Response(to_json(machine.snapshot()), media_type="application/json")
 
 
-def _respond(request: Request, problem: Problem) -> JSONResponse:
+def _respond(request: Request, problem: APIError) -> JSONResponse:
     message = problem.message.encode("utf-8", "replace").decode()[:4096]
     headers = {"retry-after": str(problem.retry)} if problem.retry else None
-    body = body_for(request.url.path, problem.status, message, problem.code, problem.param, problem.details)
+    body = error_body(request.url.path, problem.status, message, problem.code, problem.param, problem.details)
     return JSONResponse(body, problem.status, headers)
 
 
 def _problem(request: Request, error: Exception) -> JSONResponse:
-    problem = problem_of(error)
+    problem = to_api_error(error)
     if problem.status == 500:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return _respond(request, problem)
@@ -331,11 +331,11 @@ async def _invalid(request: Request, error: RequestValidationError) -> JSONRespo
     else:
         words = str(first["msg"]).removeprefix("Value error, ")
         message = f"{place}: {words}" if place else words
-    return _respond(request, Problem(400, message, place or None))
+    return _respond(request, APIError(400, message, place or None))
 
 
 async def _http(request: Request, error: HTTPException) -> JSONResponse:
     message = str(error.detail)
     if error.status_code == 404:
         message = f"there is nothing at {request.url.path}"
-    return _respond(request, Problem(error.status_code, message))
+    return _respond(request, APIError(error.status_code, message))

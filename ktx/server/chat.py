@@ -10,67 +10,77 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ktx.engine.asking import Chorus
-from ktx.engine.request import Piece
+from ktx.engine.asking import RequestGroup
+from ktx.engine.request import TokenEvent
 from ktx.server import sending
-from ktx.server.asked import Talk, allowed, asked_of, begin, check_room, effort_words, guided, salt_of, sampling_of
-from ktx.server.errors import Problem
-from ktx.server.fields.openai import AllowedChoice, Chat, Message, NamedTool, StreamOptions
-from ktx.server.served import Served
-from ktx.server.turn import Called, Ended, Said, Tokens, Turn
+from ktx.server.asked import (
+    ChatInput,
+    build_engine_input,
+    cache_salt,
+    check_context_length,
+    reasoning_kwargs,
+    restrict_tools,
+    sampling_of,
+    structured_output,
+    submit,
+)
+from ktx.server.errors import APIError
+from ktx.server.fields.openai import AllowedChoice, ChatCompletionRequest, Message, NamedTool, StreamOptions
+from ktx.server.served import ServerState
+from ktx.server.turn import Finish, LogprobFormatter, OutputParser, TextDelta, ToolCallDelta
 
 
-async def answer(served: Served, fields: Chat, request: Request) -> Response:
-    model = served.named(fields.model)
-    served.ready()
+async def answer(served: ServerState, fields: ChatCompletionRequest, request: Request) -> Response:
+    model = served.resolve_model(fields.model)
+    served.require_ready()
     limit = fields.max_completion_tokens or fields.max_tokens
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
     sampling = sampling_of(served, fields, limit, logprobs=logprobs)
-    talk = Talk(
+    talk = ChatInput(
         [message_of(message) for message in fields.messages],
         *_tools(fields),
         fields.parallel_tool_calls is not False,
         _words(fields),
-        guided(fields),
-        answer=fields.add_generation_prompt is not False,
-        proceed=fields.proceeds,
+        structured_output(fields),
+        answers_in_text=fields.add_generation_prompt is not False,
+        continue_final_message=fields.continues,
         template=fields.chat_template,
         truncate=fields.truncate_prompt_tokens,
     )
-    ask = await asked_of(served, talk, sampling, fields.n or 1, salt_of(fields))
-    check_room(served, ask.rendered.ids, limit)
-    chorus = await begin(served, [ask], model, fields.lora)
+    ask = await build_engine_input(served, talk, sampling, fields.n or 1, cache_salt(fields))
+    check_context_length(served, ask.rendered.ids, limit)
+    chorus = await submit(served, [ask], model, fields.lora)
     base = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": model,
         "system_fingerprint": served.fingerprint,
     }
-    turns = [Turn(ask.parser(served)) for _ in range(ask.count)]
-    tokens = Tokens(chorus.engine.tokenizer, bool(fields.return_tokens_as_token_ids))
+    turns = [OutputParser(ask.parser(served)) for _ in range(ask.count)]
+    tokens = LogprobFormatter(chorus.engine.tokenizer, bool(fields.return_tokens_as_token_ids))
     wants = bool(fields.logprobs)
     hide = fields.include_reasoning is False or bool(fields.reasoning and fields.reasoning.exclude)
     if not fields.stream:
-        return await sending.whole(chorus, _whole(chorus, turns, base, tokens, wants, hide))
+        return await sending.json_response(chorus, _whole(chorus, turns, base, tokens, wants, hide))
     pieces = _stream(chorus, turns, base, tokens, wants, hide, fields.stream_options or StreamOptions())
-    return sending.events(pieces, chorus, request.url.path, served.settings.ping, "[DONE]")
+    return sending.sse_response(pieces, chorus, request.url.path, served.settings.keepalive_s, "[DONE]")
 
 
-def _words(fields: Chat) -> dict[str, Any]:
+def _words(fields: ChatCompletionRequest) -> dict[str, Any]:
     """What the template is told of thinking and whatever else."""
     said = fields.reasoning
-    told = effort_words(fields.reasoning_effort or (said.effort if said else None))
+    told = reasoning_kwargs(fields.reasoning_effort or (said.effort if said else None))
     if said and said.enabled is not None:
         told |= {"enable_thinking": said.enabled, "thinking": said.enabled}
-    return told | fields.words
+    return told | fields.template_kwargs
 
 
-def _tools(fields: Chat) -> tuple[list[dict[str, Any]], str | list[str]]:
+def _tools(fields: ChatCompletionRequest) -> tuple[list[dict[str, Any]], str | list[str]]:
     """What the model is told of, and what it may or must call of it."""
     tools, choice = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()], fields.tool_choice
     if isinstance(choice, AllowedChoice):
         names = [tool.function.name for tool in choice.allowed_tools.tools]
-        return allowed(tools, names, choice.allowed_tools.mode)
+        return restrict_tools(tools, names, choice.allowed_tools.mode)
     return tools, choice.function.name if isinstance(choice, NamedTool) else choice or "auto"
 
 
@@ -89,11 +99,11 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part.get("type") != "refusal":
         return part
     if not isinstance(part.get("refusal"), str):
-        raise Problem(400, "messages: a part of type 'refusal' without its text", "messages")
+        raise APIError(400, "messages: a part of type 'refusal' without its text", "messages")
     return {"type": "text", "text": part["refusal"]}
 
 
-def usage_of(ask_tokens: int, turns: list[Turn]) -> dict[str, Any]:
+def usage_of(ask_tokens: int, turns: list[OutputParser]) -> dict[str, Any]:
     ends = [turn.end for turn in turns if turn.end is not None]
     said = sum(end.finished.usage.answer for end in ends)
     return {
@@ -105,17 +115,22 @@ def usage_of(ask_tokens: int, turns: list[Turn]) -> dict[str, Any]:
     }
 
 
-def _prompt_tokens(chorus: Chorus) -> int:
+def _prompt_tokens(chorus: RequestGroup) -> int:
     return len(chorus.requests[0].prompt)
 
 
 async def _whole(
-    chorus: Chorus, turns: list[Turn], base: dict[str, Any], tokens: Tokens, logprobs: bool, hide: bool
+    chorus: RequestGroup,
+    turns: list[OutputParser],
+    base: dict[str, Any],
+    tokens: LogprobFormatter,
+    logprobs: bool,
+    hide: bool,
 ) -> dict[str, Any]:
     async for number, event in chorus:
-        for told in turns[number].hear(event):
-            if isinstance(told, Ended):
-                sending.check_end(told.finished)
+        for told in turns[number].feed(event):
+            if isinstance(told, Finish):
+                sending.raise_for_finish(told.finished)
     choices = []
     for i, turn in enumerate(turns):
         assert turn.end is not None
@@ -135,7 +150,7 @@ async def _whole(
             {
                 "index": i,
                 "message": message,
-                "logprobs": tokens.content(turn.told) if logprobs else None,
+                "logprobs": tokens.content(turn.token_log) if logprobs else None,
                 "finish_reason": turn.end.reason,
             }
         )
@@ -149,10 +164,10 @@ async def _whole(
 
 
 async def _stream(
-    chorus: Chorus,
-    turns: list[Turn],
+    chorus: RequestGroup,
+    turns: list[OutputParser],
     base: dict[str, Any],
-    tokens: Tokens,
+    tokens: LogprobFormatter,
     logprobs: bool,
     hide: bool,
     options: StreamOptions,
@@ -172,14 +187,14 @@ async def _stream(
     for number in range(len(turns)):
         yield chunk(number, {"role": "assistant", "content": ""})
     async for number, event in chorus:
-        said[number] += isinstance(event, Piece)
-        for told in turns[number].hear(event):
-            if isinstance(told, Said):
+        said[number] += isinstance(event, TokenEvent)
+        for told in turns[number].feed(event):
+            if isinstance(told, TextDelta):
                 if told.kind == "answer":
                     yield chunk(number, {"content": told.text}, told.choices)
                 elif not hide:
                     yield chunk(number, {"reasoning_content": told.text, "reasoning": told.text}, told.choices)
-            elif isinstance(told, Called):
+            elif isinstance(told, ToolCallDelta):
                 head = {
                     "index": told.number,
                     "id": told.id,
@@ -189,7 +204,7 @@ async def _stream(
                 yield chunk(number, {"tool_calls": [head]}, told.choices)
                 yield chunk(number, {"tool_calls": [{"index": told.number, "function": {"arguments": told.arguments}}]})
             else:
-                sending.check_end(told.finished)
+                sending.raise_for_finish(told.finished)
                 yield chunk(number, {}, told.choices, told.reason)
     if usage:
         yield (

@@ -10,46 +10,47 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ktx.engine.asking import Chorus
-from ktx.engine.prompt import Rendered
-from ktx.engine.request import Finished, Piece, Prompt
-from ktx.engine.sampling import Choice
+from ktx.engine.asking import RequestGroup
+from ktx.engine.prompt import RenderedPrompt
+from ktx.engine.request import Finished, PromptLogprobs, TokenEvent
+from ktx.engine.sampling import SampledToken
 from ktx.server import sending
 from ktx.server.asked import (
-    Asked,
-    begin,
-    check_room,
+    EngineInput,
+    cache_salt,
+    check_context_length,
     grammar_of,
-    guided,
     last_tokens,
-    salt_of,
     sampling_of,
+    structured_output,
+    submit,
 )
-from ktx.server.fields.openai import Completion
-from ktx.server.pools import PROMPTS, RENDER, within
-from ktx.server.served import Served
-from ktx.server.turn import Tokens, bounded
+from ktx.server.fields.openai import CompletionRequest
+from ktx.server.pools import RENDER, RENDER_TIMEOUT_S, run_with_timeout
+from ktx.server.served import ServerState
+from ktx.server.turn import LogprobFormatter, bounded
 
-USUAL = 16  # OpenAI's number of new tokens where none is named
+DEFAULT_MAX_TOKENS = 16  # OpenAI's number of new tokens where none is named
 
 
-async def answer(served: Served, fields: Completion, request: Request) -> Response:
-    model = served.named(fields.model)
-    engine, _, _ = served.ready()
-    limit = fields.max_tokens if fields.max_tokens is not None else USUAL
+async def answer(served: ServerState, fields: CompletionRequest, request: Request) -> Response:
+    model = served.resolve_model(fields.model)
+    engine, _, _ = served.require_ready()
+    limit = fields.max_tokens if fields.max_tokens is not None else DEFAULT_MAX_TOKENS
     sampling = sampling_of(
         served, fields, limit, logprobs=fields.logprobs, echo=bool(fields.echo and fields.logprobs is not None)
     )
-    prompts = await within(RENDER, PROMPTS, "the prompt", _ids, engine.tokenizer, fields)
+    prompts = await run_with_timeout(RENDER, RENDER_TIMEOUT_S, "the prompt", _ids, engine.tokenizer, fields)
     if fields.truncate_prompt_tokens is not None:
         prompts = [last_tokens(served, ids, fields.truncate_prompt_tokens, sampling) for ids in prompts]
-    grammar = await grammar_of(guided(fields))
+    grammar = await grammar_of(structured_output(fields))
     for ids in prompts:
-        check_room(served, ids, limit)
+        check_context_length(served, ids, limit)
     asks = [
-        Asked(Rendered("", ids, False), sampling, grammar, salt=salt_of(fields), count=fields.n or 1) for ids in prompts
+        EngineInput(RenderedPrompt("", ids, False), sampling, grammar, salt=cache_salt(fields), count=fields.n or 1)
+        for ids in prompts
     ]
-    chorus = await begin(served, asks, model, fields.lora)
+    chorus = await submit(served, asks, model, fields.lora)
     base = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -57,15 +58,15 @@ async def answer(served: Served, fields: Completion, request: Request) -> Respon
         "model": model,
         "system_fingerprint": served.fingerprint,
     }
-    tokens = Tokens(engine.tokenizer, bool(fields.return_tokens_as_token_ids))
+    tokens = LogprobFormatter(engine.tokenizer, bool(fields.return_tokens_as_token_ids))
     if not fields.stream:
-        return await sending.whole(chorus, _whole(chorus, base, tokens, fields, prompts))
-    return sending.events(
-        _stream(chorus, base, tokens, fields, prompts), chorus, request.url.path, served.settings.ping, "[DONE]"
+        return await sending.json_response(chorus, _whole(chorus, base, tokens, fields, prompts))
+    return sending.sse_response(
+        _stream(chorus, base, tokens, fields, prompts), chorus, request.url.path, served.settings.keepalive_s, "[DONE]"
     )
 
 
-def _ids(tokenizer: Any, fields: Completion) -> list[list[int]]:
+def _ids(tokenizer: Any, fields: CompletionRequest) -> list[list[int]]:
     """The prompts as ids: a text, several, ids, or several lists of them."""
     prompt: Any = fields.prompt
     many = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt else prompt
@@ -76,13 +77,13 @@ def _ids(tokenizer: Any, fields: Completion) -> list[list[int]]:
     ]
 
 
-class Told:
+class LegacyLogprobs:
     """`logprobs` of a completion: four lists side by side. `at` is where the next token's text begins."""
 
-    def __init__(self, tokens: Tokens, wanted: bool):
+    def __init__(self, tokens: LogprobFormatter, wanted: bool):
         self.tokens, self.wanted, self.at = tokens, wanted, 0
 
-    def of(self, choices: list[Choice]) -> dict[str, Any] | None:
+    def of(self, choices: list[SampledToken]) -> dict[str, Any] | None:
         if not self.wanted:
             return None
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
@@ -107,12 +108,12 @@ class Told:
         return lists
 
 
-def ending(event: Finished) -> list[Choice]:
+def ending(event: Finished) -> list[SampledToken]:
     """The token that ended an answer is told with the others' log-probabilities: who asked for one token, as lm-eval does, counts on one."""
     return [event.choice] if event.choice is not None else []
 
 
-def _usage(chorus: Chorus, prompts: list[list[int]], ends: dict[int, Finished]) -> dict[str, Any]:
+def _usage(chorus: RequestGroup, prompts: list[list[int]], ends: dict[int, Finished]) -> dict[str, Any]:
     asked, said = sum(map(len, prompts)), sum(end.usage.answer for end in ends.values())
     cached = sum(end.usage.cached for end in ends.values())
     return {
@@ -124,18 +125,22 @@ def _usage(chorus: Chorus, prompts: list[list[int]], ends: dict[int, Finished]) 
 
 
 async def _whole(
-    chorus: Chorus, base: dict[str, Any], tokens: Tokens, fields: Completion, prompts: list[list[int]]
+    chorus: RequestGroup,
+    base: dict[str, Any],
+    tokens: LogprobFormatter,
+    fields: CompletionRequest,
+    prompts: list[list[int]],
 ) -> dict[str, Any]:
     count = len(chorus.requests)
-    texts, choices, ends = [""] * count, [list[Choice]() for _ in range(count)], dict[int, Finished]()
+    texts, choices, ends = [""] * count, [list[SampledToken]() for _ in range(count)], dict[int, Finished]()
     async for number, event in chorus:
-        if isinstance(event, Prompt):
+        if isinstance(event, PromptLogprobs):
             choices[number] = list(event.choices)
-        elif isinstance(event, Piece):
+        elif isinstance(event, TokenEvent):
             texts[number] += event.text
             choices[number].append(event.choice)
         else:
-            sending.check_end(event)
+            sending.raise_for_finish(event)
             texts[number] += event.text
             choices[number] += ending(event)
             ends[number] = event
@@ -146,20 +151,29 @@ async def _whole(
         texts = [begun[i // each] + text for i, text in enumerate(texts)]
     wanted = fields.logprobs is not None
     told = [
-        {"index": i, "text": texts[i], "logprobs": Told(tokens, wanted).of(choices[i]), "finish_reason": ends[i].reason}
+        {
+            "index": i,
+            "text": texts[i],
+            "logprobs": LegacyLogprobs(tokens, wanted).of(choices[i]),
+            "finish_reason": ends[i].reason,
+        }
         for i in range(count)
     ]
     return {**base, "choices": told, "usage": _usage(chorus, prompts, ends)}
 
 
 async def _stream(
-    chorus: Chorus, base: dict[str, Any], tokens: Tokens, fields: Completion, prompts: list[list[int]]
+    chorus: RequestGroup,
+    base: dict[str, Any],
+    tokens: LogprobFormatter,
+    fields: CompletionRequest,
+    prompts: list[list[int]],
 ) -> AsyncIterator[tuple[None, Any]]:
     usage = bool(fields.stream_options and fields.stream_options.include_usage)
     running = usage and bool(fields.stream_options and fields.stream_options.continuous_usage_stats)
     said = [0 for _ in chorus.requests]
-    told = [Told(tokens, fields.logprobs is not None) for _ in chorus.requests]
-    held: list[list[Choice]] = [[] for _ in chorus.requests]
+    told = [LegacyLogprobs(tokens, fields.logprobs is not None) for _ in chorus.requests]
+    held: list[list[SampledToken]] = [[] for _ in chorus.requests]
     ends: dict[int, Finished] = {}
 
     def chunk(number: int, text: str, finish: str | None = None) -> tuple[None, Any]:
@@ -169,13 +183,13 @@ async def _stream(
         return None, {**base, "choices": [one], **({"usage": so_far} if usage else {})}
 
     async for number, event in chorus:
-        if isinstance(event, Piece):
+        if isinstance(event, TokenEvent):
             said[number] += 1
             held[number].append(event.choice)
             if event.text:
                 yield chunk(number, event.text)
         elif isinstance(event, Finished):
-            sending.check_end(event)
+            sending.raise_for_finish(event)
             held[number] += ending(event)
             ends[number] = event
             yield chunk(number, event.text, event.reason)

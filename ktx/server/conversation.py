@@ -7,21 +7,23 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from ktx.server.errors import Problem
-from ktx.server.fields.responses import ITEMS, RespondCount
-from ktx.server.guard import BODY
-from ktx.server.kept import Item, Kept, Link
+from ktx.server.errors import APIError
+from ktx.server.fields.responses import ITEMS, ResponseTokensRequest
+from ktx.server.guard import MAX_BODY_BYTES
+from ktx.server.kept import Item, ResponseStore, StoredTurn
 
 KINDS = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
 
 
-def input_of(kept: Kept, owner: bytes, fields: RespondCount) -> tuple[list[Item], list[Item], Link | None]:
+def resolve_input(
+    kept: ResponseStore, owner: bytes, fields: ResponseTokensRequest
+) -> tuple[list[Item], list[Item], StoredTurn | None]:
     """The items of the turns before, those that came with the request, and the turn that it goes on from. Problem 400 for what is not kept."""
     link = None
     if fields.previous_response_id is not None:
         answer = kept.find(owner, fields.previous_response_id)
         if answer is None:
-            raise Problem(
+            raise APIError(
                 400,
                 f"Previous response with id {fields.previous_response_id!r} not found: {_why(kept)}",
                 "previous_response_id",
@@ -31,27 +33,29 @@ def input_of(kept: Kept, owner: bytes, fields: RespondCount) -> tuple[list[Item]
     came = fields.input if fields.input is not None else []
     if isinstance(came, str):
         came = [{"type": "message", "role": "user", "content": came}]
-    came = _resolved(kept, owner, came)
+    came = _resolve_references(kept, owner, came)
     before: list[Item] = []
     if link is not None:
         size = sum(one.nbytes for one in link.chain())
-        if size > BODY:
-            raise Problem(
-                400, f"the conversation has {size >> 20} MB, at most {BODY >> 20} MB are read", "previous_response_id"
+        if size > MAX_BODY_BYTES:
+            raise APIError(
+                400,
+                f"the conversation has {size >> 20} MB, at most {MAX_BODY_BYTES >> 20} MB are read",
+                "previous_response_id",
             )
         before = link.items()
     if len(before) + len(came) > ITEMS:
-        raise Problem(400, f"the conversation has {len(before) + len(came)} items, at most {ITEMS} are read", "input")
+        raise APIError(400, f"the conversation has {len(before) + len(came)} items, at most {ITEMS} are read", "input")
     return before, came, link
 
 
-def _why(kept: Kept) -> str:
-    if not kept.most:
+def _why(kept: ResponseStore) -> str:
+    if not kept.max_bytes:
         return "this server keeps no answers (--keep_responses 0), send the whole conversation"
-    return f"the newest {kept.most} answers are kept, until the server ends, for the key that asked"
+    return f"the newest {kept.max_bytes} answers are kept, until the server ends, for the key that asked"
 
 
-def _resolved(kept: Kept, owner: bytes, came: Sequence[Item]) -> list[Item]:
+def _resolve_references(kept: ResponseStore, owner: bytes, came: Sequence[Item]) -> list[Item]:
     """The items with those in the place of references that they refer to."""
     names = [str(item.get("id")) for item in came if item.get("type") == "item_reference"]
     if not names:
@@ -64,15 +68,15 @@ def _resolved(kept: Kept, owner: bytes, came: Sequence[Item]) -> list[Item]:
         if item.get("type") == "item_reference":
             name = str(item.get("id"))
             if name not in found:
-                raise Problem(400, f"input[{at}]: Item with id {name!r} not found: {_why(kept)}", "input")
+                raise APIError(400, f"input[{at}]: Item with id {name!r} not found: {_why(kept)}", "input")
             item, size = found[name], size + sizes[name]
-            if size > BODY:
-                raise Problem(400, f"the items that input refers to have more than {BODY >> 20} MB", "input")
+            if size > MAX_BODY_BYTES:
+                raise APIError(400, f"the items that input refers to have more than {MAX_BODY_BYTES >> 20} MB", "input")
         told.append(item)
     return told
 
 
-def listed(item: Item) -> Item:
+def normalize_item(item: Item) -> Item:
     """An item as it is kept and shown: with an id, and with texts as lists of parts."""
     kind, name = item.get("type", "message"), item.get("id")
     if not (isinstance(name, str) and 0 < len(name) <= 256):
@@ -85,7 +89,7 @@ def listed(item: Item) -> Item:
     return told
 
 
-def spaced(space: str | None, name: str) -> str:
+def qualified_name(space: str | None, name: str) -> str:
     return f"{space}__{name}" if space else name
 
 
@@ -98,7 +102,7 @@ def messages_of(instructions: str | None, before: list[Item], came: list[Item]) 
         if kind == "reasoning":
             lists = [item.get(place) or () for place in ("content", "summary")]
             if not all(isinstance(parts, list | tuple) for parts in lists):
-                raise Problem(400, f"input[{at}]: content and summary of reasoning are lists", "input")
+                raise APIError(400, f"input[{at}]: content and summary of reasoning are lists", "input")
             thought = "".join(str(part.get("text", "")) for parts in lists for part in parts if isinstance(part, dict))
             continue
         if kind == "function_call_output":
@@ -114,7 +118,7 @@ def messages_of(instructions: str | None, before: list[Item], came: list[Item]) 
                 "id": str(item.get("call_id", "")),
                 "type": "function",
                 "function": {
-                    "name": spaced(item.get("namespace"), str(item.get("name", ""))),
+                    "name": qualified_name(item.get("namespace"), str(item.get("name", ""))),
                     "arguments": str(item.get("arguments") or "{}"),
                 },
             }
@@ -128,11 +132,11 @@ def messages_of(instructions: str | None, before: list[Item], came: list[Item]) 
             if thought and item["role"] == "assistant":
                 told[-1]["reasoning_content"], thought = thought, ""
         else:
-            raise Problem(
+            raise APIError(
                 400, f"input[{at}] is a {kind!r} of role {item.get('role')!r}, which is not understood", "input"
             )
     if not any(message["role"] != "system" for message in told):
-        raise Problem(400, "input holds no message", "input")
+        raise APIError(400, "input holds no message", "input")
     return told
 
 
@@ -143,7 +147,7 @@ def _content(content: Any, at: int) -> str:
     for part in content if isinstance(content, list) else [content]:
         text = part.get("text", part.get("refusal")) if isinstance(part, dict) else None
         if not isinstance(text, str):
-            raise Problem(
+            raise APIError(
                 400,
                 f"input[{at}] holds a {part.get('type') if isinstance(part, dict) else type(part).__name__!r}; only text is understood",
                 "input",

@@ -21,7 +21,7 @@ KINDS = {  # status: OpenAI's type, Anthropic's type
 }
 
 
-class Problem(Exception):
+class APIError(Exception):
     """An answer that is an error. `param`: the field at fault; `code`: a word for programs; `details`: more for Anthropic's."""
 
     def __init__(
@@ -38,18 +38,18 @@ class Problem(Exception):
         self.details = details
 
 
-def problem_of(error: Exception) -> Problem:
+def to_api_error(error: Exception) -> APIError:
     """What a client is told of an error of the engine's or a check's: its class says the status, not its words."""
-    if isinstance(error, Problem):
+    if isinstance(error, APIError):
         return error
     if isinstance(error, KtxError) and error.status != 500:
-        return Problem(error.status, str(error), code=error.code, retry=error.retry)
+        return APIError(error.status, str(error), code=error.code, retry=error.retry)
     if isinstance(error, (ValueError, KeyError)):
-        return Problem(400, str(error))
-    return Problem(500, f"the server failed: {type(error).__name__}")
+        return APIError(400, str(error))
+    return APIError(500, f"the server failed: {type(error).__name__}")
 
 
-def body_for(
+def error_body(
     path: str,
     status: int,
     message: str,

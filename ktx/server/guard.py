@@ -18,20 +18,20 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ktx.server import ids
-from ktx.server.errors import body_for
+from ktx.server.errors import error_body
 from ktx.server.fields.parameters import HEADER
 from ktx.server.static import FILES
 
-OPEN = {(method, path) for method in ("GET", "HEAD") for path in ("/health", *FILES)}
+PUBLIC_PATHS = {(method, path) for method in ("GET", "HEAD") for path in ("/health", *FILES)}
 OWNER = "ktx.owner"  # in a request's scope
-BODY = 16 << 20
+MAX_BODY_BYTES = 16 << 20
 DRAINED, DRAINING = 64 << 20, 5.0  # bytes and seconds of a body that is too large and is read all the same
-SLOW_BODY = 60.0  # seconds without a byte of a body that was announced
-STRUCTURE = 500_000  # brackets and commas of a body outside its strings: each costs Python a hundred bytes
+BODY_TIMEOUT_S = 60.0  # seconds without a byte of a body that was announced
+MAX_JSON_VALUES = 500_000  # brackets and commas of a body outside its strings: each costs Python a hundred bytes
 
 
 @dataclass(frozen=True)
-class Access:
+class AccessPolicy:
     """Who may ask. Without keys everybody who reaches the port may, as long as the Host header says that they meant this server."""
 
     keys: tuple[str, ...] = ()
@@ -39,7 +39,7 @@ class Access:
     origins: tuple[str, ...] = ()  # of web pages that may ask; "*" is all
     local: frozenset[str] = field(default=frozenset({"localhost", "127.0.0.1", "::1"}))
 
-    def knows(self, headers: Mapping[bytes, bytes]) -> bool:
+    def authenticate(self, headers: Mapping[bytes, bytes]) -> bool:
         """Whether a key of ours is in Authorization or X-Api-Key. Takes as long for a wrong key as for a right one."""
         given = _key(headers)
         right = [hmac.compare_digest(given, key.encode()) for key in self.keys]
@@ -79,17 +79,17 @@ def _is_address(name: str) -> bool:
     return True
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """A request that no route shall see."""
 
     def __init__(self, status: int, message: str, code: str = ""):
         self.status, self.message, self.code = status, message, code
 
 
-class Guard:
+class AuthMiddleware:
     """The outermost layer."""
 
-    def __init__(self, app: ASGIApp, access: Access):
+    def __init__(self, app: ASGIApp, access: AccessPolicy):
         self.app, self.access = app, access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,16 +99,16 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
         headers: dict[bytes, bytes] = dict(scope["headers"])
         origin, name = headers.get(b"origin"), ids.begin(headers).encode()
-        send = _with(send, [(header, name) for header in ids.TOLD])
+        send = _with(send, [(header, name) for header in ids.RESPONSE_HEADERS])
         try:
-            self._let_in(scope, headers)
+            self._authorize(scope, headers)
             if scope["method"] == "OPTIONS" and origin:
                 return await _preflight(send, origin, headers)
             body = await _body(receive, headers) if scope["method"] in ("POST", "PUT", "PATCH", "DELETE") else b""
-        except Refused as refused:
+        except Rejected as refused:
             more = [(b"www-authenticate", b"Bearer")] if refused.status == 401 else []
             return await _answer(send, scope, refused, more)
-        known = [(ids.GIVEN, name)]
+        known = [(ids.CLIENT_HEADER, name)]
         if body:  # many clients send JSON under another name, curl -d among them
             known.append((b"content-type", b"application/json"))
         scope = {
@@ -118,27 +118,27 @@ class Guard:
         }
         await self.app(scope, _replay(body, receive), _with(send, _allowing(origin)) if origin else send)
 
-    def _let_in(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+    def _authorize(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         access, path, method = self.access, scope["path"], scope["method"]
         origin, host = headers.get(b"origin"), headers.get(b"host", b"")
         if not access.keys and not access.host(host):
-            raise Refused(
+            raise Rejected(
                 403,
                 f"the Host header says {host.decode('latin-1')!r}; --allowed_hosts lists the names this server goes by",
             )
         if origin and origin != b"null" and not access.origin(origin, host):
-            raise Refused(
+            raise Rejected(
                 403, f"pages of {origin.decode('latin-1')} may not ask this server; --cors_origins lists those that may"
             )
         if origin == b"null" and "*" not in access.origins:
-            raise Refused(403, "pages without an origin may not ask this server")
+            raise Rejected(403, "pages without an origin may not ask this server")
         if (
             access.keys
-            and (method, path) not in OPEN
+            and (method, path) not in PUBLIC_PATHS
             and not (method == "OPTIONS" and origin)
-            and not access.knows(headers)
+            and not access.authenticate(headers)
         ):
-            raise Refused(401, "a key is needed: send Authorization: Bearer KEY", "invalid_api_key")
+            raise Rejected(401, "a key is needed: send Authorization: Bearer KEY", "invalid_api_key")
 
 
 def _without(headers: Iterable[tuple[bytes, bytes]], names: Container[bytes]) -> list[tuple[bytes, bytes]]:
@@ -148,27 +148,27 @@ def _without(headers: Iterable[tuple[bytes, bytes]], names: Container[bytes]) ->
 async def _body(receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
     """The whole body. Refused when it is too large, comes too slowly or not at all, or would take too much to read."""
     announced = headers.get(b"content-length", b"0")
-    if not announced.isdigit() or int(announced) > BODY:
+    if not announced.isdigit() or int(announced) > MAX_BODY_BYTES:
         await _drain(receive)
-        raise Refused(413, f"the body has more than {BODY >> 20} MB")
+        raise Rejected(413, f"the body has more than {MAX_BODY_BYTES >> 20} MB")
     parts, size = [], 0
     while True:
         try:
-            message = await asyncio.wait_for(receive(), SLOW_BODY)
+            message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
         except TimeoutError:
-            raise Refused(408, f"nothing of the body came for {SLOW_BODY:.0f} seconds") from None
+            raise Rejected(408, f"nothing of the body came for {BODY_TIMEOUT_S:.0f} seconds") from None
         if message["type"] == "http.disconnect":
-            raise Refused(400, "the connection ended inside the body")
+            raise Rejected(400, "the connection ended inside the body")
         parts.append(message.get("body", b""))
         size += len(parts[-1])
-        if size > BODY:
+        if size > MAX_BODY_BYTES:
             await _drain(receive)
-            raise Refused(413, f"the body has more than {BODY >> 20} MB")
+            raise Rejected(413, f"the body has more than {MAX_BODY_BYTES >> 20} MB")
         if not message.get("more_body"):
             break
     body = b"".join(parts)
-    if structure(body) > STRUCTURE:
-        raise Refused(413, f"the body has more than {STRUCTURE} values")
+    if count_json_values(body) > MAX_JSON_VALUES:
+        raise Rejected(413, f"the body has more than {MAX_JSON_VALUES} values")
     return body
 
 
@@ -181,10 +181,10 @@ async def _drain(receive: Receive) -> None:
                 left -= len(message.get("body", b""))
 
 
-def structure(body: bytes) -> int:
+def count_json_values(body: bytes) -> int:
     """Commas and opening brackets of JSON outside its strings, at least as many as it has; exact where it matters."""
     upper = body.count(b",") + body.count(b"[") + body.count(b"{")
-    if upper <= STRUCTURE:
+    if upper <= MAX_JSON_VALUES:
         return upper
     outside = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     return sum(part.count(b",") + part.count(b"[") + part.count(b"{") for part in outside)
@@ -216,7 +216,7 @@ def _with(send: Send, more: list[tuple[bytes, bytes]]) -> Send:
 def _allowing(origin: bytes) -> list[tuple[bytes, bytes]]:
     return [
         (b"access-control-allow-origin", origin),
-        (b"access-control-expose-headers", b", ".join((*ids.TOLD, HEADER.encode()))),
+        (b"access-control-expose-headers", b", ".join((*ids.RESPONSE_HEADERS, HEADER.encode()))),
         (b"vary", b"Origin"),
     ]
 
@@ -237,8 +237,8 @@ async def _preflight(send: Send, origin: bytes, headers: Mapping[bytes, bytes]) 
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _answer(send: Send, scope: Scope, refused: Refused, more: list[tuple[bytes, bytes]]) -> None:
-    data = json.dumps(body_for(scope["path"], refused.status, refused.message, refused.code)).encode()
+async def _answer(send: Send, scope: Scope, refused: Rejected, more: list[tuple[bytes, bytes]]) -> None:
+    data = json.dumps(error_body(scope["path"], refused.status, refused.message, refused.code)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(data)).encode()),

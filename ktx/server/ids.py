@@ -10,15 +10,15 @@ import uuid
 from collections.abc import Mapping
 from contextvars import ContextVar
 
-GIVEN = b"x-request-id"  # what a client may say itself, and what a replica is told
-TOLD = (GIVEN, b"request-id")
-OWN = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+CLIENT_HEADER = b"x-request-id"  # what a client may say itself, and what a replica is told
+RESPONSE_HEADERS = (CLIENT_HEADER, b"request-id")
+VALID_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 CURRENT: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 def begin(headers: Mapping[bytes, bytes]) -> str:
     """The client's own id, or a new one if that is none. It is the current one of this task and of all that it starts."""
-    given = headers.get(GIVEN, b"")
-    name = given.decode() if OWN.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+    given = headers.get(CLIENT_HEADER, b"")
+    name = given.decode() if VALID_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
     CURRENT.set(name)
     return name

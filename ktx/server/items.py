@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktx.server import sending
-from ktx.server.turn import Called, Ended, Said, Tokens, Turn
+from ktx.server.turn import Finish, LogprobFormatter, OutputParser, TextDelta, ToolCallDelta
 
 
 @dataclass(frozen=True)
-class Form:
+class ItemShape:
     """Where a text stands in its item, and what its events are called."""
 
     place: str  # the list in the item
@@ -22,10 +22,12 @@ class Form:
     text: str
 
 
-FORMS = {
-    "answer": Form("content", "content_index", "output_text", "response.content_part", "response.output_text"),
-    "think": Form("content", "content_index", "reasoning_text", "response.content_part", "response.reasoning_text"),
-    "summary": Form(
+ITEM_SHAPES = {
+    "answer": ItemShape("content", "content_index", "output_text", "response.content_part", "response.output_text"),
+    "think": ItemShape(
+        "content", "content_index", "reasoning_text", "response.content_part", "response.reasoning_text"
+    ),
+    "summary": ItemShape(
         "summary",
         "summary_index",
         "summary_text",
@@ -35,7 +37,7 @@ FORMS = {
 }
 
 
-class Writer:
+class ResponseEvents:
     """The events of one answer, numbered; the items they build are what the whole answer holds.
 
     `summary`: the client shows summaries of reasoning. There are none, so the reasoning itself stands in their place.
@@ -44,14 +46,14 @@ class Writer:
     def __init__(
         self,
         base: dict[str, Any],
-        turn: Turn,
-        tokens: Tokens | None,
+        turn: OutputParser,
+        tokens: LogprobFormatter | None,
         asked: int,
         summary: bool,
         spaces: dict[str, tuple[str, str]],
     ):
         self.base, self.turn, self.tokens, self.asked, self.spaces = base, turn, tokens, asked, spaces
-        self.forms = FORMS | ({"think": FORMS["summary"]} if summary else {})
+        self.forms = ITEM_SHAPES | ({"think": ITEM_SHAPES["summary"]} if summary else {})
         self.number = -1
         self.items: list[dict[str, Any]] = []
         self.open = ""  # kind of the item that is being written: answer or think
@@ -62,7 +64,7 @@ class Writer:
         self.number += 1
         return kind, {"type": kind, "sequence_number": self.number, **more}
 
-    def told(self) -> dict[str, Any]:
+    def to_response(self) -> dict[str, Any]:
         """The answer as it is now."""
         return {**self.base, "output": list(self.items)}
 
@@ -71,12 +73,12 @@ class Writer:
         return self.base["status"] in ("completed", "incomplete")
 
     def state(self, kind: str) -> tuple[str, dict[str, Any]]:
-        return self.event(kind, response=self.told())
+        return self.event(kind, response=self.to_response())
 
-    def place(self, form: Form) -> dict[str, Any]:
+    def place(self, form: ItemShape) -> dict[str, Any]:
         return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, form.index: 0}
 
-    def part(self, form: Form) -> dict[str, Any]:
+    def part(self, form: ItemShape) -> dict[str, Any]:
         more = {"annotations": [], "logprobs": list(self.logprobs)} if self.open == "answer" else {}
         return {"type": form.type, "text": self.text, **more}
 
@@ -120,7 +122,7 @@ class Writer:
             self.event("response.output_item.done", output_index=len(self.items) - 1, item=dict(item)),
         ]
 
-    def say(self, told: Said) -> list[tuple[str, dict[str, Any]]]:
+    def say(self, told: TextDelta) -> list[tuple[str, dict[str, Any]]]:
         out = []
         if self.open != told.kind:
             out = self.close() + self._begin(told.kind)
@@ -131,7 +133,7 @@ class Writer:
             self.logprobs += more["logprobs"]
         return [*out, self.event(f"{form.text}.delta", **self.place(form), delta=told.text, **more)]
 
-    def call(self, told: Called) -> list[tuple[str, dict[str, Any]]]:
+    def call(self, told: ToolCallDelta) -> list[tuple[str, dict[str, Any]]]:
         out = self.close()
         space, name = self.spaces.get(told.name, (None, told.name))
         item = {
@@ -155,8 +157,8 @@ class Writer:
             self.event("response.output_item.done", output_index=at, item=whole),
         ]
 
-    def end(self, told: Ended) -> list[tuple[str, dict[str, Any]]]:
-        sending.check_end(told.finished)
+    def end(self, told: Finish) -> list[tuple[str, dict[str, Any]]]:
+        sending.raise_for_finish(told.finished)
         cut = told.reason == "length"
         out = self.close("incomplete" if cut else "completed")
         if not self.items:  # an answer without a word is one all the same
@@ -176,14 +178,14 @@ class Writer:
         }
         return [*out, self.state("response.incomplete" if cut else "response.completed")]
 
-    def hear(self, event: Any) -> list[tuple[str, dict[str, Any]]]:
+    def feed(self, event: Any) -> list[tuple[str, dict[str, Any]]]:
         out: list[tuple[str, dict[str, Any]]] = []
-        for told in self.turn.hear(event):
+        for told in self.turn.feed(event):
             out += (
                 self.say(told)
-                if isinstance(told, Said)
+                if isinstance(told, TextDelta)
                 else self.call(told)
-                if isinstance(told, Called)
+                if isinstance(told, ToolCallDelta)
                 else self.end(told)
             )
         return out

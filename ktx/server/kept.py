@@ -8,37 +8,37 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-BYTES = 64 << 20  # of all that is kept
+MAX_STORE_BYTES = 64 << 20  # of all that is kept
 NAME = 256  # of them for an id, which lies in several tables
 Item = dict[str, Any]
 
 
 @dataclass(eq=False)
-class Link:
+class StoredTurn:
     """A turn of a conversation, JSON lists of items: what came and what was answered, behind the turn before it.
 
     `users`: the kept answer that it belongs to, and the turns behind it. It stays as long as it has any.
     """
 
-    asked: bytes
+    input_items: bytes
     output: bytes
     ids: int
-    previous: Link | None
+    previous: StoredTurn | None
     users: int = 0
 
     @property
     def nbytes(self) -> int:
-        return len(self.asked) + len(self.output) + NAME * self.ids
+        return len(self.input_items) + len(self.output) + NAME * self.ids
 
-    def chain(self) -> Iterator[Link]:
+    def chain(self) -> Iterator[StoredTurn]:
         """This turn and those before it, the newest first."""
-        link: Link | None = self
+        link: StoredTurn | None = self
         while link is not None:
             yield link
             link = link.previous
 
     def own(self) -> list[Item]:
-        return [*json.loads(self.asked), *json.loads(self.output)]
+        return [*json.loads(self.input_items), *json.loads(self.output)]
 
     def items(self) -> list[Item]:
         """The conversation up to the end of this turn."""
@@ -46,49 +46,49 @@ class Link:
 
 
 @dataclass(eq=False)
-class Answer:
+class StoredResponse:
     """A kept answer: its object without the items, which are the link's output."""
 
     owner: bytes
     rest: bytes
-    link: Link
+    link: StoredTurn
     ids: tuple[str, ...]
 
-    def told(self) -> Item:
+    def to_dict(self) -> Item:
         return json.loads(self.rest) | {"output": json.loads(self.link.output)}
 
     def before(self) -> list[Item]:
         """What was answered: the turns before it, and what came with the request."""
         earlier = self.link.previous.items() if self.link.previous else []
-        return [*earlier, *json.loads(self.link.asked)]
+        return [*earlier, *json.loads(self.link.input_items)]
 
 
-class Kept:
+class ResponseStore:
     """At most so many answers and bytes; the oldest go first. `owner` is whose key asked: nobody else finds what it has. For one thread."""
 
-    def __init__(self, most: int, nbytes: int = BYTES):
-        self.most, self.limit, self.nbytes = most, nbytes, 0
-        self.answers: OrderedDict[str, Answer] = OrderedDict()
-        self.places: dict[tuple[bytes, str], Answer] = {}  # of items by their id: the newest that has it
+    def __init__(self, most: int, nbytes: int = MAX_STORE_BYTES):
+        self.max_bytes, self.max_responses, self.nbytes = most, nbytes, 0
+        self.answers: OrderedDict[str, StoredResponse] = OrderedDict()
+        self.places: dict[tuple[bytes, str], StoredResponse] = {}  # of items by their id: the newest that has it
 
-    def keep(self, owner: bytes, answer: Item, asked: list[Item], previous: Link | None) -> None:
+    def put(self, owner: bytes, answer: Item, asked: list[Item], previous: StoredTurn | None) -> None:
         """`asked`: the items that came with the request. Every item has an id."""
         output = answer["output"]
         ids = tuple(dict.fromkeys(item["id"] for item in (*asked, *output)))
-        link = Link(_bytes(asked), _bytes(output), len(ids), previous)
-        kept = Answer(owner, _bytes(answer | {"output": []}), link, ids)
+        link = StoredTurn(_bytes(asked), _bytes(output), len(ids), previous)
+        kept = StoredResponse(owner, _bytes(answer | {"output": []}), link, ids)
         self._hold(link)
         self.answers[answer["id"]] = kept
         self.nbytes += len(kept.rest)
         self.places |= dict.fromkeys(((owner, name) for name in ids), kept)
-        while len(self.answers) > self.most or self.nbytes > self.limit:
+        while len(self.answers) > self.max_bytes or self.nbytes > self.max_responses:
             self._drop(next(iter(self.answers)))
 
-    def find(self, owner: bytes, name: str) -> Answer | None:
+    def find(self, owner: bytes, name: str) -> StoredResponse | None:
         found = self.answers.get(name)
         return found if found is not None and found.owner == owner else None
 
-    def forget(self, owner: bytes, name: str) -> bool:
+    def delete(self, owner: bytes, name: str) -> bool:
         """Whether there was such an answer. Turns behind it keep what they go on from."""
         if self.find(owner, name) is None:
             return False
@@ -111,7 +111,7 @@ class Kept:
                 del self.places[gone.owner, item]
         self._release(gone.link)
 
-    def _hold(self, link: Link | None) -> None:
+    def _hold(self, link: StoredTurn | None) -> None:
         """One user more. Who goes on from an answer may end when that is no longer kept: its turns are kept again."""
         while link is not None:
             link.users += 1
@@ -120,7 +120,7 @@ class Kept:
             self.nbytes += link.nbytes
             link = link.previous
 
-    def _release(self, link: Link | None) -> None:
+    def _release(self, link: StoredTurn | None) -> None:
         while link is not None:
             link.users -= 1
             if link.users:

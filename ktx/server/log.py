@@ -12,7 +12,7 @@ from ktx.server import ids
 OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
-class Lines(logging.Formatter):
+class LogFormatter(logging.Formatter):
     """Time, level, who, what; JSON with whatever else was said by `extra`, and the request's id where the line is of one."""
 
     def __init__(self, as_json: bool):
@@ -41,7 +41,7 @@ class Lines(logging.Formatter):
 def set_up(level: str, form: str) -> None:
     """Sends our lines and uvicorn's to standard error."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines(form == "json"))
+    handler.setFormatter(LogFormatter(form == "json"))
     for name in ("ktx", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

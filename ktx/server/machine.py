@@ -10,31 +10,31 @@ from typing import Any
 
 from torch import nn
 
-from ktx.cache.pages import PAGE
-from ktx.engine.activity import Done
+from ktx.cache.pages import PAGE_TOKENS
+from ktx.engine.activity import StatsSnapshot
 from ktx.engine.engine import Engine
 from ktx.hardware import machine, memory
 from ktx.inject import layer_of
 from ktx.kernels import cpu
 from ktx.ops.sizes import plain_parameters, sizes
-from ktx.server.served import Served
+from ktx.server.served import ServerState
 
 FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
-class Machine:
+class MachineStats:
     """Answers for the engine that is served. What does not change is looked up once."""
 
-    def __init__(self, served: Served):
+    def __init__(self, served: ServerState):
         self.served, self.cpu = served, machine().cpu
         self.known: tuple[Engine, list[dict[str, Any]]] | None = None
 
-    def told(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """Plain data; Problem 503 unless the model is loaded. None stands for what is not known."""
-        engine, _, _ = self.served.ready()
+        engine, _, _ = self.served.require_ready()
         if self.known is None or self.known[0] is not engine:
             self.known = engine, modules(engine.model)
-        done = engine.activity.done()
+        done = engine.activity.snapshot()
         return {
             "model": self.served.names[0],
             "cpu": self.cpu,
@@ -116,13 +116,13 @@ def _cache(engine: Engine) -> dict[str, Any]:
         "pages": pages.count,
         "used": pages.used,
         "idle": len(pages.idle),
-        "page_tokens": PAGE,
-        "queries": scheduler.asked,
-        "hits": scheduler.found,
+        "page_tokens": PAGE_TOKENS,
+        "queries": scheduler.prefix_queries,
+        "hits": scheduler.prefix_hits,
     }
 
 
-def _experts(engine: Engine, done: Done) -> dict[str, Any]:
+def _experts(engine: Engine, done: StatsSnapshot) -> dict[str, Any]:
     return {
         "layers": list(done.layers),
         "count": max(map(len, done.layers.values())),

@@ -7,10 +7,12 @@ import gc
 import threading
 import time
 
-EVERY = 60.0  # seconds between returns: what is taken anew then is cleared once a minute and not at each request
+GC_INTERVAL_S = (
+    60.0  # seconds between returns: what is taken anew then is cleared once a minute and not at each request
+)
 
 
-def settle() -> None:
+def freeze_gc() -> None:
     """Called once the model is loaded. What exists now lives as long as the process: the garbage collector leaves it out.
 
     Otherwise it waits for garbage to be a quarter of all objects, of which torch and transformers make half a million.
@@ -24,6 +26,6 @@ def _tidy() -> None:
     """Cancelled streams leave rings of frames, and glibc keeps what is freed (see keep_freed_memory): hole after hole would become resident."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: 0)  # malloc_trim(3), glibc's alone
     while True:
-        time.sleep(EVERY)
+        time.sleep(GC_INTERVAL_S)
         gc.collect()  # of what came after `settle`: milliseconds
         trim(0)

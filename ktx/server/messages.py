@@ -10,46 +10,48 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ktx.engine.asking import Chorus
+from ktx.engine.asking import RequestGroup
 from ktx.server import sending
-from ktx.server.asked import Talk, asked_of, begin, check_room, effort_words, sampling_of
-from ktx.server.errors import Problem
-from ktx.server.fields.anthropic import Anthropic, AnthropicTurn, Block, Count
+from ktx.server.asked import ChatInput, build_engine_input, check_context_length, reasoning_kwargs, sampling_of, submit
+from ktx.server.errors import APIError
+from ktx.server.fields.anthropic import AnthropicMessage, ContentBlock, CountTokensRequest, MessagesRequest
 from ktx.server.fields.openai import Format
-from ktx.server.served import Served
-from ktx.server.turn import Called, Ended, Said, Turn
+from ktx.server.served import ServerState
+from ktx.server.turn import Finish, OutputParser, TextDelta, ToolCallDelta
 
 ENDS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 
 
-async def answer(served: Served, fields: Anthropic, request: Request) -> Response:
-    model = served.named(fields.model)
-    engine, _, _ = served.ready()
+async def answer(served: ServerState, fields: MessagesRequest, request: Request) -> Response:
+    model = served.resolve_model(fields.model)
+    engine, _, _ = served.require_ready()
     given = fields.model_dump(exclude_none=True, include={"temperature", "top_p", "top_k"}) | {
         "stop": fields.stop_sequences
     }
-    ask = await asked_of(served, talk_of(fields), sampling_of(served, given, fields.max_tokens))
-    check_room(
+    ask = await build_engine_input(served, talk_of(fields), sampling_of(served, given, fields.max_tokens))
+    check_context_length(
         served, ask.rendered.ids, 1
     )  # clients name the largest number they know: what the context leaves is enough
-    chorus = await begin(served, [ask], model)
+    chorus = await submit(served, [ask], model)
     head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
-    turn = Turn(ask.parser(served))
+    turn = OutputParser(ask.parser(served))
     stops = frozenset(fields.stop_sequences or ())
     if not fields.stream:
-        return await sending.whole(chorus, _whole(chorus, turn, head, stops))
-    return sending.events(_stream(chorus, turn, head, stops), chorus, request.url.path, served.settings.ping)
+        return await sending.json_response(chorus, _whole(chorus, turn, head, stops))
+    return sending.sse_response(
+        _stream(chorus, turn, head, stops), chorus, request.url.path, served.settings.keepalive_s
+    )
 
 
-async def count(served: Served, fields: Count) -> Response:
-    served.named(fields.model)
-    ask = await asked_of(served, talk_of(fields), sampling_of(served, {}, 1))
+async def count(served: ServerState, fields: CountTokensRequest) -> Response:
+    served.resolve_model(fields.model)
+    ask = await build_engine_input(served, talk_of(fields), sampling_of(served, {}, 1))
     return JSONResponse({"input_tokens": len(ask.rendered.ids)})
 
 
-def talk_of(fields: Count) -> Talk:
+def talk_of(fields: CountTokensRequest) -> ChatInput:
     if fields.thread is not None:
-        raise Problem(
+        raise APIError(
             400,
             "thread: this server keeps no conversations, send the whole one each time",
             details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
@@ -77,18 +79,27 @@ def talk_of(fields: Count) -> Talk:
     choice = "auto"
     if said is not None:
         if said.type == "tool" and said.name not in [tool["function"]["name"] for tool in tools]:
-            raise Problem(400, f"tool_choice names {said.name!r}, which no tool is called")
+            raise APIError(400, f"tool_choice names {said.name!r}, which no tool is called")
         if said.type == "any" and not tools:
-            raise Problem(400, "tool_choice any needs tools")
+            raise APIError(400, "tool_choice any needs tools")
         choice = {"any": "required", "tool": str(said.name)}.get(said.type, said.type)
     think = None if fields.thinking is None else fields.thinking.type != "disabled"
     parallel = not (said and said.disable_parallel_tool_use)
-    effort = effort_words(fields.output_config.effort if fields.output_config else None)
+    effort = reasoning_kwargs(fields.output_config.effort if fields.output_config else None)
     words = {"reasoning_effort": effort["reasoning_effort"]} if effort else {}  # whether it thinks is said by thinking
-    return Talk(told, tools, choice, parallel, words, _format(fields), think, proceed=_proceeds(fields.messages[-1]))
+    return ChatInput(
+        told,
+        tools,
+        choice,
+        parallel,
+        words,
+        _format(fields),
+        think,
+        continue_final_message=_proceeds(fields.messages[-1]),
+    )
 
 
-def _proceeds(message: AnthropicTurn) -> bool:
+def _proceeds(message: AnthropicMessage) -> bool:
     """Whether the answer goes on with the last message. Problem 400 for an end that Anthropic's API refuses."""
     if message.role != "assistant":
         return False
@@ -96,32 +107,32 @@ def _proceeds(message: AnthropicTurn) -> bool:
     if message.content and not isinstance(message.content, str):
         last = message.content[-1]
         if last.type != "text":
-            raise Problem(400, f"messages: final assistant content cannot end with a block of type {last.type!r}")
+            raise APIError(400, f"messages: final assistant content cannot end with a block of type {last.type!r}")
         text = _text(last)
     if text != text.rstrip():
-        raise Problem(400, "messages: final assistant content cannot end with trailing whitespace")
+        raise APIError(400, "messages: final assistant content cannot end with trailing whitespace")
     return True
 
 
-def _format(fields: Count) -> Format | None:
+def _format(fields: CountTokensRequest) -> Format | None:
     said = (fields.output_config.format if fields.output_config else None) or fields.output_format
     return Format.model_validate({"type": "json_schema", "json_schema": {"schema": said.schema_}}) if said else None
 
 
-def _text(block: Block) -> str:
+def _text(block: ContentBlock) -> str:
     return _plain(block.type, (block.model_extra or {}).get("text"))
 
 
 def _plain(kind: Any, text: Any) -> str:
     """The text of a block of that type."""
     if kind != "text" or not isinstance(text, str):
-        raise Problem(
+        raise APIError(
             400, f"a content block of type {kind!r}: only text, thinking, tool_use and tool_result are understood"
         )
     return text
 
 
-def _message(message: AnthropicTurn) -> list[dict[str, Any]]:
+def _message(message: AnthropicMessage) -> list[dict[str, Any]]:
     """Results of tools are messages of their own."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
@@ -157,11 +168,11 @@ def _result(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise Problem(400, "the content of a tool_result must be text or a list of blocks")
+        raise APIError(400, "the content of a tool_result must be text or a list of blocks")
     return "".join(_plain(part.get("type"), part.get("text")) for part in content)
 
 
-def _usage(told: Ended | None, prompt: int) -> dict[str, Any]:
+def _usage(told: Finish | None, prompt: int) -> dict[str, Any]:
     cached = told.finished.usage.cached if told else 0
     said = told.finished.usage.answer if told else 0
     return {
@@ -172,26 +183,28 @@ def _usage(told: Ended | None, prompt: int) -> dict[str, Any]:
     }
 
 
-def _end(told: Ended, stops: frozenset[str]) -> dict[str, Any]:
+def _end(told: Finish, stops: frozenset[str]) -> dict[str, Any]:
     stop = told.finished.stop
     if told.reason == "stop" and stop in stops:
         return {"stop_reason": "stop_sequence", "stop_sequence": stop}
     return {"stop_reason": ENDS[told.reason], "stop_sequence": None}
 
 
-async def _whole(chorus: Chorus, turn: Turn, head: dict[str, Any], stops: frozenset[str]) -> dict[str, Any]:
+async def _whole(
+    chorus: RequestGroup, turn: OutputParser, head: dict[str, Any], stops: frozenset[str]
+) -> dict[str, Any]:
     blocks: list[dict[str, Any]] = []
     async for _, event in chorus:
-        for told in turn.hear(event):
-            if isinstance(told, Said):
+        for told in turn.feed(event):
+            if isinstance(told, TextDelta):
                 key = {"answer": "text", "think": "thinking"}[told.kind]
                 if not blocks or blocks[-1]["type"] != key:
                     blocks.append({"type": key, key: "", **({"signature": ""} if key == "thinking" else {})})
                 blocks[-1][key] += told.text
-            elif isinstance(told, Called):
+            elif isinstance(told, ToolCallDelta):
                 blocks.append({"type": "tool_use", "id": told.id, "name": told.name, "input": told.object()})
             else:
-                sending.check_end(told.finished)
+                sending.raise_for_finish(told.finished)
     assert turn.end is not None
     return {
         **head,
@@ -202,7 +215,7 @@ async def _whole(chorus: Chorus, turn: Turn, head: dict[str, Any], stops: frozen
 
 
 async def _stream(
-    chorus: Chorus, turn: Turn, head: dict[str, Any], stops: frozenset[str]
+    chorus: RequestGroup, turn: OutputParser, head: dict[str, Any], stops: frozenset[str]
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
     prompt = len(chorus.requests[0].prompt)
     start = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(None, prompt)}
@@ -225,8 +238,8 @@ async def _stream(
         return [*out, ("content_block_stop", {"type": "content_block_stop", "index": number})] if open else []
 
     async for _, event in chorus:
-        for told in turn.hear(event):
-            if isinstance(told, Said):
+        for told in turn.feed(event):
+            if isinstance(told, TextDelta):
                 key = {"answer": "text", "think": "thinking"}[told.kind]
                 if open != key:
                     for piece in closed():
@@ -241,7 +254,7 @@ async def _stream(
                     "content_block_delta",
                     {"type": "content_block_delta", "index": number, "delta": {"type": f"{key}_delta", key: told.text}},
                 )
-            elif isinstance(told, Called):
+            elif isinstance(told, ToolCallDelta):
                 for piece in closed():
                     yield piece
                 number, open = number + 1, ""
@@ -257,7 +270,7 @@ async def _stream(
                 )
                 yield "content_block_stop", {"type": "content_block_stop", "index": number}
             else:
-                sending.check_end(told.finished)
+                sending.raise_for_finish(told.finished)
                 for piece in closed():
                     yield piece
                 open = ""

@@ -9,10 +9,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from ktx.engine.activity import Done
+from ktx.engine.activity import StatsSnapshot
 from ktx.engine.engine import Engine
 from ktx.engine.request import Finished
-from ktx.server.served import Served
+from ktx.server.served import ServerState
 
 log = logging.getLogger("ktx.server")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
@@ -23,7 +23,7 @@ TOKENS = tuple(2**n for n in range(18))
 class Metrics:
     """What is counted when an answer ends, and what the engine is asked for when somebody looks."""
 
-    def __init__(self, served: Served):
+    def __init__(self, served: ServerState):
         self.served, self.registry = served, CollectorRegistry()
         model = served.names[0]
 
@@ -56,7 +56,7 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self.registry,
         )
-        self.last: Done | None = None  # at the last look
+        self.last: StatsSnapshot | None = None  # at the last look
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
 
@@ -101,8 +101,10 @@ class Metrics:
         yield self._counter(
             "num_preemptions", "Requests that gave their cache up for older ones.", scheduler.preemptions
         )
-        yield self._counter("prefix_cache_queries", "Prompt tokens that were looked for in the cache.", scheduler.asked)
-        yield self._counter("prefix_cache_hits", "Prompt tokens that were found there.", scheduler.found)
+        yield self._counter(
+            "prefix_cache_queries", "Prompt tokens that were looked for in the cache.", scheduler.prefix_queries
+        )
+        yield self._counter("prefix_cache_hits", "Prompt tokens that were found there.", scheduler.prefix_hits)
         yield from self._steps(engine)
         yield self._counter("engine_steps", "Forwards of the model.", engine.steps)
         yield self._counter("engine_restarts", "Times the engine's thread was replaced.", engine.restarts)
@@ -134,7 +136,7 @@ class Metrics:
 
     def _activity(self, engine: Engine) -> Iterator[Any]:
         """What the machine did for it."""
-        done, measured = engine.activity.done(), self.served.bandwidth
+        done, measured = engine.activity.snapshot(), self.served.bandwidth
         nodes = {str(node): seconds for node, seconds in enumerate(done.node_seconds)}
         yield self._gauge("kv_cache_bytes", "Memory of all keys and values.", engine.runner.nbytes())
         yield self._counter("forward_seconds", "Seconds of forwards.", done.seconds)
@@ -159,7 +161,7 @@ class Metrics:
             )
         self.last = done
 
-    def _speed(self, done: Done) -> float:
+    def _speed(self, done: StatsSnapshot) -> float:
         """Bytes a second of the forwards since the last look; 0 without any."""
         nbytes, seconds = (self.last.nbytes, self.last.seconds) if self.last else (0, 0.0)
         return (done.nbytes - nbytes) / (done.seconds - seconds) if done.seconds > seconds else 0.0

@@ -12,26 +12,26 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ktx.engine.asking import Chorus
-from ktx.engine.prompt import Rendered
-from ktx.engine.sampling import Choice
+from ktx.engine.asking import RequestGroup
+from ktx.engine.prompt import RenderedPrompt
+from ktx.engine.sampling import SampledToken
 from ktx.server import sending
 from ktx.server.asked import (
-    Asked,
-    Talk,
-    asked_of,
-    begin,
-    check_room,
+    ChatInput,
+    EngineInput,
+    build_engine_input,
+    check_context_length,
     grammar_of,
     sampling_of,
+    submit,
 )
-from ktx.server.errors import Problem
+from ktx.server.errors import APIError
 from ktx.server.fields.ollama import OllamaChat, OllamaGenerate, OllamaShared, OllamaShow
 from ktx.server.fields.openai import Format
 from ktx.server.names import TAG
-from ktx.server.pools import PROMPTS, RENDER, within
-from ktx.server.served import Served
-from ktx.server.turn import Called, Ended, Said, Tokens, Turn
+from ktx.server.pools import RENDER, RENDER_TIMEOUT_S, run_with_timeout
+from ktx.server.served import ServerState
+from ktx.server.turn import Finish, LogprobFormatter, OutputParser, TextDelta, ToolCallDelta
 
 VERSION = "0.13.0"  # of Ollama's API that these routes follow
 
@@ -59,7 +59,7 @@ def _logprobs(fields: OllamaShared) -> int | None:
 def _loaded(fields: OllamaShared, piece: dict[str, Any]) -> Response:
     """The answer to an empty request, which is how its clients load a model, and unload one with keep_alive 0. Problem 400 for that."""
     if re.fullmatch(r"0+(\.0+)?[a-z]*", str(fields.keep_alive)):
-        raise Problem(400, "keep_alive: this server keeps its model as long as it runs")
+        raise APIError(400, "keep_alive: this server keeps its model as long as it runs")
     return JSONResponse({"model": fields.model, "created_at": _now(), **piece, "done": True, "done_reason": "load"})
 
 
@@ -67,9 +67,9 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
 
 
-async def chat(served: Served, fields: OllamaChat, request: Request) -> Response:
-    name = served.named(fields.model)
-    served.ready()
+async def chat(served: ServerState, fields: OllamaChat, request: Request) -> Response:
+    name = served.resolve_model(fields.model)
+    served.require_ready()
     if not fields.messages:
         return _loaded(fields, {"message": {"role": "assistant", "content": ""}})
     messages = []
@@ -86,17 +86,17 @@ async def chat(served: Served, fields: OllamaChat, request: Request) -> Response
     given, limit = _settings(fields)
     tools = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()]
     words = {"reasoning_effort": fields.think} if isinstance(fields.think, str) else {}
-    talk = Talk(
+    talk = ChatInput(
         messages,
         tools,
-        words=words,
-        format=_format(fields),
-        think=None if fields.think is None else bool(fields.think),
-        proceed=fields.messages[-1].role == "assistant",
+        template_kwargs=words,
+        response_format=_format(fields),
+        thinking=None if fields.think is None else bool(fields.think),
+        continue_final_message=fields.messages[-1].role == "assistant",
     )
-    ask = await asked_of(served, talk, sampling_of(served, given, limit, logprobs=_logprobs(fields)))
+    ask = await build_engine_input(served, talk, sampling_of(served, given, limit, logprobs=_logprobs(fields)))
 
-    def piece(kind: str, text: str, calls: list[Called]) -> dict[str, Any]:
+    def piece(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
         told: dict[str, Any] = {"role": "assistant", "content": text if kind == "answer" else ""}
         if kind == "think":
             told["thinking"] = text
@@ -113,51 +113,55 @@ async def chat(served: Served, fields: OllamaChat, request: Request) -> Response
     return await _answer(served, ask, fields, name, piece, request, fields.think is not False)
 
 
-async def generate(served: Served, fields: OllamaGenerate, request: Request) -> Response:
-    name = served.named(fields.model)
-    engine, _, _ = served.ready()
+async def generate(served: ServerState, fields: OllamaGenerate, request: Request) -> Response:
+    name = served.resolve_model(fields.model)
+    engine, _, _ = served.require_ready()
     if not fields.prompt:
         return _loaded(fields, {"response": ""})
     given, limit = _settings(fields)
     sampling = sampling_of(served, given, limit, logprobs=_logprobs(fields))
     if fields.raw:
-        ids = await within(RENDER, PROMPTS, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"]))
-        ask = Asked(Rendered(fields.prompt, ids, False), sampling, await grammar_of(_format(fields)))
+        ids = await run_with_timeout(
+            RENDER, RENDER_TIMEOUT_S, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"])
+        )
+        ask = EngineInput(RenderedPrompt(fields.prompt, ids, False), sampling, await grammar_of(_format(fields)))
     else:
         messages = [{"role": "system", "content": fields.system}] if fields.system else []
         think = None if fields.think is None else bool(fields.think)
-        ask = await asked_of(
+        ask = await build_engine_input(
             served,
-            Talk([*messages, {"role": "user", "content": fields.prompt}], format=_format(fields), think=think),
+            ChatInput(
+                [*messages, {"role": "user", "content": fields.prompt}], response_format=_format(fields), thinking=think
+            ),
             sampling,
         )
 
-    def piece(kind: str, text: str, calls: list[Called]) -> dict[str, Any]:
+    def piece(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
         return {"response": text if kind == "answer" else "", **({"thinking": text} if kind == "think" else {})}
 
     return await _answer(served, ask, fields, name, piece, request, fields.think is not False)
 
 
-Piece = Callable[[str, str, list[Called]], dict[str, Any]]
+Piece = Callable[[str, str, list[ToolCallDelta]], dict[str, Any]]
 
 
 async def _answer(
-    served: Served, ask: Asked, fields: OllamaShared, name: str, piece: Piece, request: Request, thinks: bool
+    served: ServerState, ask: EngineInput, fields: OllamaShared, name: str, piece: Piece, request: Request, thinks: bool
 ) -> Response:
-    check_room(served, ask.rendered.ids, 1)
-    chorus = await begin(served, [ask], name)
-    turn = Turn(ask.parser(served))
-    tokens = Tokens(chorus.engine.tokenizer) if fields.logprobs else None
+    check_context_length(served, ask.rendered.ids, 1)
+    chorus = await submit(served, [ask], name)
+    turn = OutputParser(ask.parser(served))
+    tokens = LogprobFormatter(chorus.engine.tokenizer) if fields.logprobs else None
     if fields.stream is False:
-        return await sending.whole(chorus, _whole(chorus, turn, name, piece, thinks, tokens))
-    return sending.lines(_stream(chorus, turn, name, piece, thinks, tokens), chorus)
+        return await sending.json_response(chorus, _whole(chorus, turn, name, piece, thinks, tokens))
+    return sending.ndjson_response(_stream(chorus, turn, name, piece, thinks, tokens), chorus)
 
 
-def _told(tokens: Tokens | None, choices: list[Choice]) -> dict[str, Any]:
+def _told(tokens: LogprobFormatter | None, choices: list[SampledToken]) -> dict[str, Any]:
     return {"logprobs": tokens.content(choices)["content"]} if tokens and choices else {}
 
 
-def _done(told: Ended, prompt: int) -> dict[str, Any]:
+def _done(told: Finish, prompt: int) -> dict[str, Any]:
     usage = told.finished.usage
     return {
         "done": True,
@@ -172,38 +176,38 @@ def _done(told: Ended, prompt: int) -> dict[str, Any]:
 
 
 async def _whole(
-    chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: bool, tokens: Tokens | None
+    chorus: RequestGroup, turn: OutputParser, name: str, piece: Piece, thinks: bool, tokens: LogprobFormatter | None
 ) -> dict[str, Any]:
     async for _, event in chorus:
-        for told in turn.hear(event):
-            if isinstance(told, Ended):
-                sending.check_end(told.finished)
+        for told in turn.feed(event):
+            if isinstance(told, Finish):
+                sending.raise_for_finish(told.finished)
     assert turn.end is not None
     body = piece("answer", turn.texts["answer"], turn.calls)
     if turn.texts["think"] and thinks:
         body.get("message", body)["thinking"] = turn.texts["think"]
     done = _done(turn.end, len(chorus.requests[0].prompt))
-    return {"model": name, "created_at": _now(), **body, **_told(tokens, turn.told), **done}
+    return {"model": name, "created_at": _now(), **body, **_told(tokens, turn.token_log), **done}
 
 
 async def _stream(
-    chorus: Chorus, turn: Turn, name: str, piece: Piece, thinks: bool, tokens: Tokens | None
+    chorus: RequestGroup, turn: OutputParser, name: str, piece: Piece, thinks: bool, tokens: LogprobFormatter | None
 ) -> AsyncIterator[dict[str, Any]]:
     async for _, event in chorus:
-        for told in turn.hear(event):
+        for told in turn.feed(event):
             head, more = {"model": name, "created_at": _now()}, _told(tokens, told.choices)
-            if isinstance(told, Said):
+            if isinstance(told, TextDelta):
                 if told.kind == "answer" or thinks:
                     yield {**head, **piece(told.kind, told.text, []), **more, "done": False}
-            elif isinstance(told, Called):
+            elif isinstance(told, ToolCallDelta):
                 yield {**head, **piece("answer", "", [told]), **more, "done": False}
             else:
-                sending.check_end(told.finished)
+                sending.raise_for_finish(told.finished)
                 yield {**head, **piece("answer", "", []), **more, **_done(told, len(chorus.requests[0].prompt))}
 
 
-def details(served: Served, name: str) -> dict[str, Any]:
-    engine, _, _ = served.ready()
+def details(served: ServerState, name: str) -> dict[str, Any]:
+    engine, _, _ = served.require_ready()
     adapter = served.adapter_of(name)
     config = engine.model.config
     held = getattr(getattr(engine.model, "ktx", None), "nbytes", 0)
@@ -221,14 +225,14 @@ def details(served: Served, name: str) -> dict[str, Any]:
     }
 
 
-def tags(served: Served) -> dict[str, Any]:
-    served.ready()
+def tags(served: ServerState) -> dict[str, Any]:
+    served.require_ready()
     return {
         "models": [
             {
                 "name": f"{name}{TAG}",
                 "model": f"{name}{TAG}",
-                "modified_at": served.since,
+                "modified_at": served.created_iso,
                 **details(served, name),
             }
             for name in served.names
@@ -236,8 +240,8 @@ def tags(served: Served) -> dict[str, Any]:
     }
 
 
-def ps(served: Served) -> dict[str, Any]:
-    engine, _, _ = served.ready()
+def ps(served: ServerState) -> dict[str, Any]:
+    engine, _, _ = served.require_ready()
     more = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": engine.context}
     return {
         "models": [
@@ -246,9 +250,9 @@ def ps(served: Served) -> dict[str, Any]:
     }
 
 
-def show(served: Served, fields: OllamaShow) -> dict[str, Any]:
-    name = served.named(fields.model or fields.name or "")
-    engine, prompts, _ = served.ready()
+def show(served: ServerState, fields: OllamaShow) -> dict[str, Any]:
+    name = served.resolve_model(fields.model or fields.name or "")
+    engine, prompts, _ = served.require_ready()
     kind = engine.model.config.model_type
     can = (
         ["completion"]
@@ -266,5 +270,5 @@ def show(served: Served, fields: OllamaShow) -> dict[str, Any]:
             f"{kind}.context_length": engine.context,
         },
         "capabilities": can,
-        "modified_at": served.since,
+        "modified_at": served.created_iso,
     }

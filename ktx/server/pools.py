@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 
 from ktx.errors import QueueFull, UsageError
 from ktx.forks import Threads
-from ktx.server.errors import Problem, problem_of
+from ktx.server.errors import APIError, to_api_error
 
 RENDER, COMPILE = 20.0, 2.0  # seconds for a prompt, and for a grammar
-WAIT = 8.0  # seconds until a thread is free
-PROMPTS = Threads(2, "ktx-prompts")
-GRAMMARS = Threads(4, "ktx-grammars")
+QUEUE_TIMEOUT_S = 8.0  # seconds until a thread is free
+RENDER_TIMEOUT_S = Threads(2, "ktx-prompts")
+COMPILE_TIMEOUT_S = Threads(4, "ktx-grammars")
 T = TypeVar("T")
 
 
-async def within(seconds: float, pool: Executor, what: str, work: Callable[..., T], *args: Any) -> T:
+async def run_with_timeout(seconds: float, pool: Executor, what: str, work: Callable[..., T], *args: Any) -> T:
     """What `work` returns. Problem 400 when it takes too long from its beginning on, and 429 when no thread was free to begin it:
     what others take is not its fault. What nobody waits for any more is ended where it runs Python, such as a template.
     """
@@ -29,15 +29,15 @@ async def within(seconds: float, pool: Executor, what: str, work: Callable[..., 
     run = _Run(work, args, lambda: loop.call_soon_threadsafe(begun.set_result, None))
     done = loop.run_in_executor(pool, run)
     try:
-        await asyncio.wait({begun}, timeout=WAIT)
+        await asyncio.wait({begun}, timeout=QUEUE_TIMEOUT_S)
         if not begun.done():
-            raise problem_of(QueueFull(f"the server is busy: {what} found no thread in {WAIT:.0f} s"))
+            raise to_api_error(QueueFull(f"the server is busy: {what} found no thread in {QUEUE_TIMEOUT_S:.0f} s"))
         await asyncio.wait({done}, timeout=seconds)
         if not done.done():
-            raise Problem(400, f"{what} takes longer than {seconds:.0f} s")
+            raise APIError(400, f"{what} takes longer than {seconds:.0f} s")
         return done.result()
     except (UsageError, ValueError, KeyError, RecursionError) as error:
-        raise problem_of(error) from error
+        raise to_api_error(error) from error
     finally:
         done.cancel()
         run.end()

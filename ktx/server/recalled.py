@@ -4,42 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktx.server.errors import Problem
-from ktx.server.kept import Answer, Kept
+from ktx.server.errors import APIError
+from ktx.server.kept import ResponseStore, StoredResponse
 
 
-def _found(kept: Kept, owner: bytes, name: str) -> Answer:
+def _found(kept: ResponseStore, owner: bytes, name: str) -> StoredResponse:
     answer = kept.find(owner, name)
     if answer is None:
         raise _missing(name)
     return answer
 
 
-def _missing(name: str) -> Problem:
-    return Problem(404, f"Response with id {name[:256]!r} not found.", "response_id")
+def _missing(name: str) -> APIError:
+    return APIError(404, f"Response with id {name[:256]!r} not found.", "response_id")
 
 
-def retrieve(kept: Kept, owner: bytes, name: str, stream: bool) -> dict[str, Any]:
+def retrieve(kept: ResponseStore, owner: bytes, name: str, stream: bool) -> dict[str, Any]:
     if stream:
-        raise Problem(
+        raise APIError(
             400, "stream: only answers in the background can be followed, and this server makes none", "stream"
         )
-    return _found(kept, owner, name).told()
+    return _found(kept, owner, name).to_dict()
 
 
-def delete(kept: Kept, owner: bytes, name: str) -> dict[str, Any]:
-    if not kept.forget(owner, name):
+def delete(kept: ResponseStore, owner: bytes, name: str) -> dict[str, Any]:
+    if not kept.delete(owner, name):
         raise _missing(name)
     return {"id": name, "object": "response", "deleted": True}
 
 
-def cancel(kept: Kept, owner: bytes, name: str) -> dict[str, Any]:
+def cancel(kept: ResponseStore, owner: bytes, name: str) -> dict[str, Any]:
     _found(kept, owner, name)
-    raise Problem(400, "only answers in the background can be cancelled, and this server makes none", "response_id")
+    raise APIError(400, "only answers in the background can be cancelled, and this server makes none", "response_id")
 
 
 def input_items(
-    kept: Kept, owner: bytes, name: str, limit: int, newest_first: bool, after: str | None
+    kept: ResponseStore, owner: bytes, name: str, limit: int, newest_first: bool, after: str | None
 ) -> dict[str, Any]:
     """A page of what was answered, the turns before it included."""
     items = _found(kept, owner, name).before()
@@ -48,7 +48,7 @@ def input_items(
     if after is not None:
         place = next((at for at, item in enumerate(items) if item["id"] == after), None)
         if place is None:
-            raise Problem(400, f"after: this response has no item {after!r}", "after")
+            raise APIError(400, f"after: this response has no item {after!r}", "after")
         items = items[place + 1 :]
     page = items[:limit]
     ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}

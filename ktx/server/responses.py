@@ -11,26 +11,34 @@ from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ktx.engine.asking import Chorus
-from ktx.engine.sampling import Sampling
+from ktx.engine.asking import RequestGroup
+from ktx.engine.sampling import SamplingParams
 from ktx.server import sending
-from ktx.server.asked import Talk, allowed, asked_of, begin, check_room, effort_words, sampling_of
-from ktx.server.conversation import input_of, listed, messages_of, spaced
-from ktx.server.errors import Problem
+from ktx.server.asked import (
+    ChatInput,
+    build_engine_input,
+    check_context_length,
+    reasoning_kwargs,
+    restrict_tools,
+    sampling_of,
+    submit,
+)
+from ktx.server.conversation import messages_of, normalize_item, qualified_name, resolve_input
+from ktx.server.errors import APIError
 from ktx.server.fields.openai import Format
 from ktx.server.fields.responses import (
-    Respond,
-    RespondCount,
     ResponseAllowed,
     ResponseChoice,
     ResponseNamespace,
+    ResponsesRequest,
+    ResponseTokensRequest,
     ResponseTool,
 )
 from ktx.server.guard import owner_of
-from ktx.server.items import Writer
+from ktx.server.items import ResponseEvents
 from ktx.server.kept import Item
-from ktx.server.served import Served
-from ktx.server.turn import Tokens, Turn
+from ktx.server.served import ServerState
+from ktx.server.turn import LogprobFormatter, OutputParser
 
 INCLUDED = (
     "message.output_text.logprobs",
@@ -38,12 +46,12 @@ INCLUDED = (
 )  # the second is never there, and may be asked for
 
 
-async def answer(served: Served, fields: Respond, request: Request) -> Response:
-    model = served.named(fields.model)
-    served.ready()
+async def answer(served: ServerState, fields: ResponsesRequest, request: Request) -> Response:
+    model = served.resolve_model(fields.model)
+    served.require_ready()
     for word in fields.include or ():
         if word not in INCLUDED:
-            raise Problem(400, f"include knows {', '.join(INCLUDED)}, not {word!r}", "include")
+            raise APIError(400, f"include knows {', '.join(INCLUDED)}, not {word!r}", "include")
     wanted = INCLUDED[0] in (fields.include or ()) or bool(fields.top_logprobs)
     sampling = sampling_of(
         served,
@@ -52,15 +60,15 @@ async def answer(served: Served, fields: Respond, request: Request) -> Response:
         logprobs=(fields.top_logprobs or 0) if wanted else None,
     )
     owner = owner_of(request)
-    before, came, previous = input_of(served.kept, owner, fields)
+    before, came, previous = resolve_input(served.response_store, owner, fields)
     talk, spaces = _talk(fields, before, came)
-    ask = await asked_of(served, talk, sampling)
-    check_room(served, ask.rendered.ids, fields.max_output_tokens)
-    chorus = await begin(served, [ask], model)
-    writer = Writer(
-        _base(fields, model, sampling, bool(served.kept.most) and fields.store is not False),
-        Turn(ask.parser(served)),
-        Tokens(chorus.engine.tokenizer) if wanted else None,
+    ask = await build_engine_input(served, talk, sampling)
+    check_context_length(served, ask.rendered.ids, fields.max_output_tokens)
+    chorus = await submit(served, [ask], model)
+    writer = ResponseEvents(
+        _base(fields, model, sampling, bool(served.response_store.max_bytes) and fields.store is not False),
+        OutputParser(ask.parser(served)),
+        LogprobFormatter(chorus.engine.tokenizer) if wanted else None,
         len(ask.rendered.ids),
         bool(fields.reasoning and (fields.reasoning.summary or fields.reasoning.generate_summary)),
         spaces,
@@ -69,33 +77,35 @@ async def answer(served: Served, fields: Respond, request: Request) -> Response:
     def keep() -> None:
         """Once the answer has ended, and before its client may ask for it."""
         if writer.ended and writer.base["store"]:
-            served.kept.keep(owner, writer.told(), [listed(item) for item in came], previous)
+            served.response_store.put(owner, writer.to_response(), [normalize_item(item) for item in came], previous)
 
     if not fields.stream:
-        return await sending.whole(chorus, _whole(chorus, writer, keep))
-    return sending.events(_stream(chorus, writer, keep), chorus, request.url.path, served.settings.ping)
+        return await sending.json_response(chorus, _whole(chorus, writer, keep))
+    return sending.sse_response(_stream(chorus, writer, keep), chorus, request.url.path, served.settings.keepalive_s)
 
 
-async def count(served: Served, fields: RespondCount, request: Request) -> dict[str, Any]:
+async def count(served: ServerState, fields: ResponseTokensRequest, request: Request) -> dict[str, Any]:
     """How many tokens the prompt of such a request has."""
     if fields.model is not None:
-        served.named(fields.model)
-    before, came, _ = input_of(served.kept, owner_of(request), fields)
+        served.resolve_model(fields.model)
+    before, came, _ = resolve_input(served.response_store, owner_of(request), fields)
     talk, _ = _talk(fields, before, came)
-    ask = await asked_of(served, talk, Sampling())
+    ask = await build_engine_input(served, talk, SamplingParams())
     return {"object": "response.input_tokens", "input_tokens": len(ask.rendered.ids)}
 
 
-def _talk(fields: RespondCount, before: list[Item], came: list[Item]) -> tuple[Talk, dict[str, tuple[str, str]]]:
+def _talk(
+    fields: ResponseTokensRequest, before: list[Item], came: list[Item]
+) -> tuple[ChatInput, dict[str, tuple[str, str]]]:
     """What the engine is asked, and the namespace and own name of each function that has one."""
     tools, spaces = _tools(fields)
     tools, choice = _chosen(fields, tools)
-    words = effort_words(fields.reasoning.effort if fields.reasoning else None)
+    words = reasoning_kwargs(fields.reasoning.effort if fields.reasoning else None)
     messages = messages_of(fields.instructions, before, came)
-    return Talk(messages, tools, choice, fields.parallel_tool_calls is not False, words, _format(fields)), spaces
+    return ChatInput(messages, tools, choice, fields.parallel_tool_calls is not False, words, _format(fields)), spaces
 
 
-def _tools(fields: RespondCount) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
+def _tools(fields: ResponseTokensRequest) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
     """What the model is told of, and the namespace and own name of each function that has one."""
     tools: list[dict[str, Any]] = []
     spaces: dict[str, tuple[str, str]] = {}
@@ -103,7 +113,7 @@ def _tools(fields: RespondCount) -> tuple[list[dict[str, Any]], dict[str, tuple[
         space = tool.name if isinstance(tool, ResponseNamespace) else None
         for one in tool.tools if isinstance(tool, ResponseNamespace) else [tool]:
             if isinstance(one, ResponseTool):
-                name = spaced(space, one.name)
+                name = qualified_name(space, one.name)
                 if space:
                     spaces[name] = (space, one.name)
                 told = one.model_dump(exclude_none=True, exclude={"type"}) | {"name": name}
@@ -111,19 +121,19 @@ def _tools(fields: RespondCount) -> tuple[list[dict[str, Any]], dict[str, tuple[
     return tools, spaces
 
 
-def _chosen(fields: RespondCount, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | list[str]]:
+def _chosen(fields: ResponseTokensRequest, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | list[str]]:
     """What the model is told of, and what it may or must call of it. Problem 400 for names that no tool has."""
     said = fields.tool_choice
     if isinstance(said, ResponseAllowed):
-        return allowed(tools, [tool.name for tool in said.tools], said.mode)
+        return restrict_tools(tools, [tool.name for tool in said.tools], said.mode)
     choice = said.name if isinstance(said, ResponseChoice) else said or "auto"
     names = [tool["function"]["name"] for tool in tools]
     if choice == "required" and not names or choice not in ("auto", "none", "required", *names):
-        raise Problem(400, f"tool_choice is {choice!r}, tools are {names}", "tool_choice")
+        raise APIError(400, f"tool_choice is {choice!r}, tools are {names}", "tool_choice")
     return tools, choice
 
 
-def _format(fields: RespondCount) -> Format | None:
+def _format(fields: ResponseTokensRequest) -> Format | None:
     said = dict((fields.text.format if fields.text else None) or {})
     if not said or said.get("type") == "text":
         return None
@@ -132,10 +142,10 @@ def _format(fields: RespondCount) -> Format | None:
     try:
         return Format.model_validate(said)
     except ValidationError as error:
-        raise Problem(400, f"text.format: {error.errors()[0]['msg']}", "text.format") from error
+        raise APIError(400, f"text.format: {error.errors()[0]['msg']}", "text.format") from error
 
 
-def _base(fields: Respond, model: str, sampling: Any, store: bool) -> dict[str, Any]:
+def _base(fields: ResponsesRequest, model: str, sampling: Any, store: bool) -> dict[str, Any]:
     told = fields.model_dump(exclude_none=True)
     tools = [tool for tool in told.get("tools", ()) if tool["type"] != "web_search"]
     return {
@@ -174,24 +184,24 @@ def _base(fields: Respond, model: str, sampling: Any, store: bool) -> dict[str, 
     }
 
 
-async def _whole(chorus: Chorus, writer: Writer, keep: Callable[[], None]) -> dict[str, Any]:
+async def _whole(chorus: RequestGroup, writer: ResponseEvents, keep: Callable[[], None]) -> dict[str, Any]:
     async for _, event in chorus:
-        writer.hear(event)
+        writer.feed(event)
     keep()
-    return writer.told()
+    return writer.to_response()
 
 
 async def _stream(
-    chorus: Chorus, writer: Writer, keep: Callable[[], None]
+    chorus: RequestGroup, writer: ResponseEvents, keep: Callable[[], None]
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
     yield writer.state("response.created")
     yield writer.state("response.in_progress")
     try:
         async for _, event in chorus:
-            said = writer.hear(event)
+            said = writer.feed(event)
             keep()
             for told in said:
                 yield told
-    except Problem as problem:
+    except APIError as problem:
         writer.base |= {"status": "failed", "error": {"code": "server_error", "message": problem.message}}
         yield writer.state("response.failed")

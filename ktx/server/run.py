@@ -15,8 +15,8 @@ from sse_starlette.sse import AppStatus
 from ktx.errors import UsageError
 
 HEADERS = 64 << 10  # bytes; only h11 keeps to it
-GRACE = 8  # seconds for open answers
-CONNECTIONS = 2048
+SHUTDOWN_TIMEOUT_S = 8  # seconds for open answers
+MAX_CONNECTIONS = 2048
 log = logging.getLogger("ktx.server")
 
 
@@ -54,7 +54,7 @@ def listen(host: str, port: int) -> socket.socket:
         made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
-        made.listen(CONNECTIONS)
+        made.listen(MAX_CONNECTIONS)
     except OSError as error:
         raise UsageError(
             f"--host {host} --port {port}: {error.strerror}; another server may be there, or take --port 0 for any"
@@ -68,9 +68,9 @@ def make_server(app: Any, served: Stoppable) -> Server:
         http="h11",
         ws="none",
         h11_max_incomplete_event_size=HEADERS,
-        timeout_graceful_shutdown=GRACE,
+        timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
         timeout_keep_alive=30,
-        limit_concurrency=CONNECTIONS,
+        limit_concurrency=MAX_CONNECTIONS,
         log_config=None,
         access_log=False,
         server_header=False,

@@ -12,16 +12,16 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from ktx.engine.asking import Chorus
+from ktx.engine.asking import RequestGroup
 from ktx.engine.request import Finished
-from ktx.server.errors import Problem, body_for, problem_of
+from ktx.server.errors import APIError, error_body, to_api_error
 
 log = logging.getLogger("ktx.server")
-SEND = 30.0  # seconds a client may take to read a piece
+SEND_TIMEOUT_S = 30.0  # seconds a client may take to read a piece
 T = TypeVar("T")
 
 
-class Gone(Exception):
+class ClientDisconnected(Exception):
     """The client has left."""
 
 
@@ -29,13 +29,13 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """What `work` returns; it is cancelled, and Gone raised, when the client leaves before."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Gone
+            raise ClientDisconnected
         return task.result()
     finally:
         for one in (task, gone):
@@ -49,7 +49,7 @@ async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
         pass
 
 
-async def whole(chorus: Chorus, work: Awaitable[Any]) -> Response:
+async def json_response(chorus: RequestGroup, work: Awaitable[Any]) -> Response:
     """The one body that `work` makes. The routes cancel it when its client leaves."""
     try:
         return JSONResponse(await work)
@@ -57,8 +57,8 @@ async def whole(chorus: Chorus, work: Awaitable[Any]) -> Response:
         chorus.close()
 
 
-def events(
-    pieces: AsyncIterator[tuple[str | None, Any]], chorus: Chorus, path: str, ping: float, done: str | None = None
+def sse_response(
+    pieces: AsyncIterator[tuple[str | None, Any]], chorus: RequestGroup, path: str, ping: float, done: str | None = None
 ) -> EventSourceResponse:
     """Server-sent events, each a name (or None) and a value. A failure on the way is an event of its own, then `done`."""
 
@@ -67,9 +67,9 @@ def events(
             async for name, value in pieces:
                 yield ServerSentEvent(data=dumps(value), event=name, sep="\n")
         except Exception as error:
-            told = _told(error)
+            told = _error_event(error)
             yield ServerSentEvent(
-                data=dumps(body_for(path, told.status, told.message, told.code)),
+                data=dumps(error_body(path, told.status, told.message, told.code)),
                 event="error" if path.startswith("/v1/messages") else None,
                 sep="\n",
             )
@@ -83,12 +83,12 @@ def events(
         ping=ping,
         sep="\n",
         ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
-        send_timeout=SEND,
+        send_timeout=SEND_TIMEOUT_S,
         shutdown_grace_period=8,
     )
 
 
-def lines(pieces: AsyncIterator[Any], chorus: Chorus) -> StreamingResponse:
+def ndjson_response(pieces: AsyncIterator[Any], chorus: RequestGroup) -> StreamingResponse:
     """A JSON object a line."""
 
     async def stream() -> AsyncIterator[str]:
@@ -96,29 +96,29 @@ def lines(pieces: AsyncIterator[Any], chorus: Chorus) -> StreamingResponse:
             async for value in pieces:
                 yield dumps(value) + "\n"
         except Exception as error:
-            yield dumps({"error": _told(error).message}) + "\n"
+            yield dumps({"error": _error_event(error).message}) + "\n"
         finally:
             chorus.close()
 
     return StreamingResponse(stream(), media_type="application/x-ndjson")
 
 
-def _told(error: Exception) -> Problem:
-    problem = problem_of(error)
-    if problem.status >= 500 and not isinstance(error, Problem):
+def _error_event(error: Exception) -> APIError:
+    problem = to_api_error(error)
+    if problem.status >= 500 and not isinstance(error, APIError):
         log.error("a stream failed", exc_info=error)
     return problem
 
 
-def usage_so_far(chorus: Chorus, number: int, said: int) -> dict[str, int]:
+def usage_so_far(chorus: RequestGroup, number: int, said: int) -> dict[str, int]:
     """Of one choice of a stream, of which `said` tokens have come."""
     asked = len(chorus.requests[number].prompt)
     return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
 
-def check_end(finished: Finished) -> None:
+def raise_for_finish(finished: Finished) -> None:
     """Problem for an answer that did not end by itself."""
     if finished.reason == "error":
-        raise Problem(400 if finished.refused else 500, finished.error or "the answer failed")
+        raise APIError(400 if finished.client_error else 500, finished.error or "the answer failed")
     if finished.reason == "cancelled":
-        raise Problem(503, "the server is shutting down, the answer ends here", retry=5)
+        raise APIError(503, "the server is shutting down, the answer ends here", retry=5)

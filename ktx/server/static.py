@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-FOLDER = Path(__file__).parent / "page"
+PAGE_DIR = Path(__file__).parent / "page"
 FILES = {"/": "index.html", "/favicon.ico": "icon.svg"} | {
     f"/page/{name}": name
     for name in (
@@ -67,7 +67,7 @@ HEADERS = {
 
 def routes() -> list[Route]:
     """One for each file, for GET and HEAD."""
-    return [Route(path, _sender(FOLDER / name), methods=["GET"]) for path, name in FILES.items()]
+    return [Route(path, _sender(PAGE_DIR / name), methods=["GET"]) for path, name in FILES.items()]
 
 
 def _sender(path: Path) -> Callable[[Request], Awaitable[Response]]:

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktx.server.asked import Talk, asked_of, sampling_of
+from ktx.server.asked import ChatInput, build_engine_input, sampling_of
 from ktx.server.chat import message_of
-from ktx.server.errors import Problem
-from ktx.server.fields.openai import Detokenize, Tokenize
-from ktx.server.pools import PROMPTS, RENDER, within
-from ktx.server.served import Served
+from ktx.server.errors import APIError
+from ktx.server.fields.openai import DetokenizeRequest, TokenizeRequest
+from ktx.server.pools import RENDER, RENDER_TIMEOUT_S, run_with_timeout
+from ktx.server.served import ServerState
 
 
-async def tokenize(served: Served, fields: Tokenize) -> dict[str, Any]:
-    engine, _, _ = served.ready()
+async def tokenize(served: ServerState, fields: TokenizeRequest) -> dict[str, Any]:
+    engine, _, _ = served.require_ready()
     if fields.model is not None:
-        served.named(fields.model)
+        served.resolve_model(fields.model)
     if fields.messages is not None:
-        talk = Talk(
+        talk = ChatInput(
             [message_of(message) for message in fields.messages],
             [tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
-            words=fields.words,
-            answer=fields.add_generation_prompt is not False,
-            proceed=fields.proceeds,
+            template_kwargs=fields.template_kwargs,
+            answers_in_text=fields.add_generation_prompt is not False,
+            continue_final_message=fields.continues,
             template=fields.chat_template,
         )
-        ids = (await asked_of(served, talk, sampling_of(served, {}, 1))).rendered.ids
+        ids = (await build_engine_input(served, talk, sampling_of(served, {}, 1))).rendered.ids
     else:
         special = fields.add_special_tokens is not False
-        ids = await within(
+        ids = await run_with_timeout(
             RENDER,
-            PROMPTS,
+            RENDER_TIMEOUT_S,
             "the text",
             lambda: list(engine.tokenizer(fields.prompt, add_special_tokens=special)["input_ids"]),
         )
@@ -42,24 +42,24 @@ async def tokenize(served: Served, fields: Tokenize) -> dict[str, Any]:
     return {"count": len(ids), "max_model_len": engine.context, "tokens": ids, **words}
 
 
-async def detokenize(served: Served, fields: Detokenize) -> dict[str, Any]:
-    engine, _, _ = served.ready()
+async def detokenize(served: ServerState, fields: DetokenizeRequest) -> dict[str, Any]:
+    engine, _, _ = served.require_ready()
     if fields.model is not None:
-        served.named(fields.model)
+        served.resolve_model(fields.model)
     vocabulary = engine.model.config.vocab_size
     if bad := [token for token in fields.tokens if token >= vocabulary]:
-        raise Problem(400, f"the model has {vocabulary} tokens, tokens holds {bad[0]}", "tokens")
-    text = await within(
+        raise APIError(400, f"the model has {vocabulary} tokens, tokens holds {bad[0]}", "tokens")
+    text = await run_with_timeout(
         RENDER,
-        PROMPTS,
+        RENDER_TIMEOUT_S,
         "the text",
         lambda: engine.tokenizer.decode(fields.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False),
     )
     return {"prompt": text}
 
 
-def info(served: Served) -> dict[str, Any]:
-    engine, prompts, _ = served.ready()
+def info(served: ServerState) -> dict[str, Any]:
+    engine, prompts, _ = served.require_ready()
     tokenizer = engine.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     return {

@@ -12,95 +12,97 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ktx.dialects import CallArguments, CallEnd, CallStart, Parser, Text, merged
-from ktx.engine.request import Event, Finished, Piece
-from ktx.engine.sampling import Choice
+from ktx.engine.request import Event, Finished, TokenEvent
+from ktx.engine.sampling import SampledToken
 
-LEAST = -9999.0  # JSON has no infinity
-LARGEST = sys.float_info.max
+MIN_LOGPROB = -9999.0  # JSON has no infinity
+MAX_FLOAT = sys.float_info.max
 
 
 @dataclass(frozen=True)
-class Said:
+class TextDelta:
     """More of the answer ("answer") or of the reasoning ("think"); `choices` are the tokens since the last event."""
 
     text: str
     kind: str
-    choices: list[Choice]
+    choices: list[SampledToken]
 
 
 @dataclass(frozen=True)
-class Called:
+class ToolCallDelta:
     """A whole call; `arguments` are the JSON text of an object."""
 
     number: int
     id: str
     name: str
     arguments: str
-    choices: list[Choice]
+    choices: list[SampledToken]
 
     def object(self) -> dict[str, Any]:
         """The arguments read. JSON has no infinity, so a number beyond all floats becomes the largest of them."""
-        return json.loads(self.arguments, parse_float=lambda text: min(max(float(text), -LARGEST), LARGEST))
+        return json.loads(self.arguments, parse_float=lambda text: min(max(float(text), -MAX_FLOAT), MAX_FLOAT))
 
 
 @dataclass(frozen=True)
-class Ended:
+class Finish:
     """`reason`: stop, tool_calls, length, cancelled or error."""
 
     reason: str
     finished: Finished
     thought: int  # tokens of reasoning
-    choices: list[Choice]
+    choices: list[SampledToken]
 
 
 @dataclass
-class Turn:
+class OutputParser:
     """Hears one request's events. The pieces it has told are kept for those who want the whole."""
 
     parser: Parser
-    choices: list[Choice] = field(default_factory=list)
-    calls: list[Called] = field(default_factory=list)
+    choices: list[SampledToken] = field(default_factory=list)
+    calls: list[ToolCallDelta] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=lambda: {"answer": "", "think": ""})
-    told: list[Choice] = field(default_factory=list)
-    thought: int = 0
-    end: Ended | None = None
+    token_log: list[SampledToken] = field(default_factory=list)
+    reasoning_tokens: int = 0
+    end: Finish | None = None
     _open: list[str] | None = None  # id, name and arguments of a call that is not whole
 
-    def hear(self, event: Event) -> Iterator[Said | Called | Ended]:
+    def feed(self, event: Event) -> Iterator[TextDelta | ToolCallDelta | Finish]:
         """What an event makes sure."""
-        if isinstance(event, Piece):
+        if isinstance(event, TokenEvent):
             self.choices.append(event.choice)
             yield from self._read(self.parser.feed(event.text))
-            self.thought += self.parser.output.kind == "think"
+            self.reasoning_tokens += self.parser.output.kind == "think"
         elif isinstance(event, Finished):
             yield from self._read(self.parser.feed(event.text) + self.parser.finish(event.reason != "stop"))
             reason = "tool_calls" if event.reason == "stop" and self.calls else event.reason
-            self.end = Ended(reason, event, self.thought, self._taken())
+            self.end = Finish(reason, event, self.reasoning_tokens, self._taken())
             yield self.end
 
-    def _read(self, events: list[Any]) -> Iterator[Said | Called]:
+    def _read(self, events: list[Any]) -> Iterator[TextDelta | ToolCallDelta]:
         for event in merged(events):
             if isinstance(event, CallStart):
                 self._open = [event.id, event.name, ""]
             elif isinstance(event, CallArguments) and self._open:
                 self._open[2] += event.text
             elif isinstance(event, CallEnd) and self._open:
-                call = Called(len(self.calls), self._open[0], self._open[1], self._open[2] or "{}", self._taken())
+                call = ToolCallDelta(
+                    len(self.calls), self._open[0], self._open[1], self._open[2] or "{}", self._taken()
+                )
                 self._open = None
                 self.calls.append(call)
                 yield call
             elif isinstance(event, Text):
                 self._open = None  # it was no call, and this is its text
                 self.texts[event.kind] += event.text
-                yield Said(event.text, event.kind, self._taken())
+                yield TextDelta(event.text, event.kind, self._taken())
 
-    def _taken(self) -> list[Choice]:
+    def _taken(self) -> list[SampledToken]:
         taken, self.choices = self.choices, []
-        self.told += taken
+        self.token_log += taken
         return taken
 
 
-class Tokens:
+class LogprobFormatter:
     """Single tokens as text and bytes. `as_ids`: vLLM's token_id:N in place of the text, which need not tell tokens apart."""
 
     def __init__(self, tokenizer: Any, as_ids: bool = False):
@@ -129,7 +131,7 @@ class Tokens:
         """As OpenAI's chat answers tell of a token."""
         return {"token": self.name(token), "logprob": bounded(logprob), "bytes": self.bytes(token)}
 
-    def content(self, choices: list[Choice]) -> dict[str, Any]:
+    def content(self, choices: list[SampledToken]) -> dict[str, Any]:
         """`logprobs` of a chat answer or a piece of it."""
         return {
             "content": [
@@ -141,7 +143,7 @@ class Tokens:
 
 
 def bounded(logprob: float | None) -> float:
-    return LEAST if logprob is None or logprob < LEAST else logprob
+    return MIN_LOGPROB if logprob is None or logprob < MIN_LOGPROB else logprob
 
 
 def _letters() -> dict[str, int]:

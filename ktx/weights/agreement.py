@@ -18,7 +18,7 @@ KEYS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 )
 
 
-def gguf_differences(
+def gguf_mismatches(
     metadata: Mapping[str, Any], arch: str, tensors: Mapping[str, TensorSpec], config: Any
 ) -> list[str]:
     """One line for each thing in which file and configuration differ; an empty list when they agree."""

@@ -15,7 +15,7 @@ from ktx.compat import converted
 
 
 @dataclass(frozen=True)
-class Made:
+class ConvertedTensor:
     """A parameter and the checkpoint's tensors that it is made of: `groups` by the pattern that names them, in the converter's order."""
 
     name: str
@@ -32,7 +32,7 @@ class Made:
         return converted(self.converter, self.name, tensors, config)
 
 
-def made_of(names: Iterable[str], converters: list[Any]) -> dict[str, Made]:
+def made_of(names: Iterable[str], converters: list[Any]) -> dict[str, ConvertedTensor]:
     """Parameters that converters of one target make of tensors with these names; one that finds only some of its patterns makes none."""
     converters = [converter for converter in converters if len(converter.target_patterns) == 1]
     found: dict[tuple[str, int], dict[str, list[str]]] = {}
@@ -43,7 +43,7 @@ def made_of(names: Iterable[str], converters: list[Any]) -> dict[str, Made]:
                 found.setdefault((target, i), {p: [] for p in converter.source_patterns})[pattern].append(name)
                 break
     whole = {key: groups for key, groups in found.items() if all(groups.values())}
-    return {target: Made(target, converters[i], groups) for (target, i), groups in whole.items()}
+    return {target: ConvertedTensor(target, converters[i], groups) for (target, i), groups in whole.items()}
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:

@@ -17,8 +17,8 @@ from ktx.weights.accounting import Reads, Verdict, companion
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header
 from ktx.weights.gguf_keys import ROPE_TABLES, key_differences, refuse_architecture, refuse_kind, rope_differences
-from ktx.weights.names import GGUFNames, Recipe, cook, means_something
-from ktx.weights.source import QuantizedTensor, TensorSpec, joined
+from ktx.weights.names import GGUFNames, Recipe, build, means_something
+from ktx.weights.source import QuantizedTensor, TensorSpec, concat_rows
 
 SPLIT = re.compile(r"^(.+)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 PAGE = mmap.PAGESIZE
@@ -82,14 +82,14 @@ class GGUFSource:
         recipe = self.recipe(name)
         if recipe is None:
             raise BadFile(f"{self.path}: no tensor for {name}")
-        return cook(recipe, self.read)
+        return build(recipe, self.read)
 
     def get(self, name: str) -> QuantizedTensor:
         """A parameter as one tensor: packed where that is possible, else dequantised to F32."""
         parts = self.parts(name)
         recipe = self.recipe(name)
         assert recipe is not None
-        return joined(parts, recipe.shape)
+        return concat_rows(parts, recipe.shape)
 
     def read(self, tensor: str) -> QuantizedTensor:
         """A file tensor as it lies in the file."""
@@ -127,11 +127,11 @@ class GGUFSource:
         return Verdict()
 
     def differences(self, config: Any) -> list[str]:
-        from ktx.weights.agreement import gguf_differences
+        from ktx.weights.agreement import gguf_mismatches
 
         tables = {name: partial(self._table, name) for name in ROPE_TABLES if name in self.tensors}
         return [
-            *gguf_differences(self.metadata, self.arch, self.tensors, config),
+            *gguf_mismatches(self.metadata, self.arch, self.tensors, config),
             *key_differences(self.metadata, self.arch, config),
             *rope_differences(self.metadata, self.arch, config, tables),
         ]

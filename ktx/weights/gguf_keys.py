@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ktx.errors import BadFile, nearest
+from ktx.errors import BadFile, did_you_mean
 
 # GGUF architecture -> model types that it is read for; each has a test that loads it as llama.cpp's converter writes it
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
@@ -68,7 +68,7 @@ def refuse_architecture(arch: str, file: str, model_type: str) -> None:
     """BadFile for an architecture that is not read from GGUF, or not for this model."""
     if arch not in ARCHITECTURES:
         raise BadFile(
-            f"{file}: general.architecture is {arch!r}{nearest(arch, ARCHITECTURES)}, which ktx does not read from GGUF; "
+            f"{file}: general.architecture is {arch!r}{did_you_mean(arch, ARCHITECTURES)}, which ktx does not read from GGUF; "
             f"it reads {', '.join(ARCHITECTURES)}; take the model's safetensors"
         )
     if model_type not in ARCHITECTURES[arch]:

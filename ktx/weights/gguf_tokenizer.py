@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ktx.errors import BadFile, nearest
+from ktx.errors import BadFile, did_you_mean
 from ktx.weights.pretokenizers import NOT_BYTE_LEVEL, PRE, Pre
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -135,7 +135,7 @@ class Vocabulary:
             raise BadFile(f"{self.file}: tokenizer.ggml.pre is {name!r}, BPE on characters, not built here; {REMEDY}")
         if name not in PRE:
             raise BadFile(
-                f"{self.file}: tokenizer.ggml.pre is {name!r}, a way to cut text that ktx does not know{nearest(str(name), PRE)}; {REMEDY}"
+                f"{self.file}: tokenizer.ggml.pre is {name!r}, a way to cut text that ktx does not know{did_you_mean(str(name), PRE)}; {REMEDY}"
             )
         return PRE[name]
 

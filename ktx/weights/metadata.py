@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ktx.errors import BadFile, nearest
+from ktx.errors import BadFile, did_you_mean
 from ktx.weights.gguf_header import Header, architecture
 from ktx.weights.gguf_keys import refuse_kind, scalar, scaling_of
 from ktx.weights.gguf_tokenizer import end_tokens
@@ -68,7 +68,7 @@ def config_from_gguf(path: Path) -> Any:
         why = (
             "its metadata leaves out part of the configuration"
             if arch in NEEDS_FOLDER
-            else f"no family is called so here{nearest(arch, FAMILIES)}"
+            else f"no family is called so here{did_you_mean(arch, FAMILIES)}"
         )
         raise BadFile(f"{path}: a {arch} file cannot be used alone ({why}); {REMEDY}")
     model_type, keys = FAMILIES[arch]

@@ -91,10 +91,10 @@ def _name_map(arch: str, layers: int) -> Any:
 
     by_name = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     if arch not in by_name:
-        from ktx.errors import BadFile, nearest
+        from ktx.errors import BadFile, did_you_mean
 
         raise BadFile(
-            f"general.architecture is {arch!r}, which gguf-py does not know{nearest(arch, by_name)}; a newer gguf may"
+            f"general.architecture is {arch!r}, which gguf-py does not know{did_you_mean(arch, by_name)}; a newer gguf may"
         )
     return gguf.get_tensor_name_map(by_name[arch], layers)
 
@@ -381,7 +381,7 @@ SPECIAL: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[str]], R
 ]
 
 
-def cook(recipe: Recipe, read: Callable[[str], QuantizedTensor]) -> list[QuantizedTensor]:
+def build(recipe: Recipe, read: Callable[[str], QuantizedTensor]) -> list[QuantizedTensor]:
     """The recipe's parts, read and put right; one entry, or several of different types whose rows follow each other."""
     parts = [read(part.tensor) if part.rows is None else read(part.tensor).rows(part.rows) for part in recipe.parts]
     if recipe.value is not None:

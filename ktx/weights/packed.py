@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ktx.errors import BadFile, nearest
+from ktx.errors import BadFile, did_you_mean
 from ktx.qtypes import QTYPES
 from ktx.weights.safetensors import SafetensorsSource, header_of, parse_safetensors_header, shards
 from ktx.weights.source import EXPANDED, QuantizedTensor, TensorSpec
@@ -160,7 +160,7 @@ def _typed(spec: TensorSpec, word: str) -> TensorSpec:
     """A tensor of bytes as one of a type. BadFile for a type that is not known, and for bytes that are no rows of it."""
     at = f"{spec.file}: tensor {spec.name}"
     if word not in QTYPES:
-        raise BadFile(f"{at} is of the type {word[:40]!r}, which this ktx does not know{nearest(word, QTYPES)}")
+        raise BadFile(f"{at} is of the type {word[:40]!r}, which this ktx does not know{did_you_mean(word, QTYPES)}")
     qtype = QTYPES[word]
     if spec.qtype.name != "U8" or len(spec.shape) < 2 or spec.shape[-1] % qtype.nbytes:
         size = " x ".join(map(str, spec.shape))

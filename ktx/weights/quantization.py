@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktx.errors import BadFile, nearest
+from ktx.errors import BadFile, did_you_mean
 from ktx.json_file import read_object
 from ktx.qtypes import FP8_BLOCK
 from ktx.weights.accounting import REMEDY
@@ -150,7 +150,7 @@ def _checked(said: Any, place: str) -> str:
         if key not in scheme.keys:
             raise BadFile(
                 f"{place}: {method} with {key} {_short(value)}, a parameter that ktx does not know"
-                f"{nearest(key, scheme.keys)}; {supported}; {REMEDY}"
+                f"{did_you_mean(key, scheme.keys)}; {supported}; {REMEDY}"
             )
     for key, allowed in scheme.keys.items():
         value = said.get(key, ABSENT)
@@ -166,7 +166,7 @@ def _named(method: Any) -> str:
         return "names no quant_method"
     if isinstance(method, str) and method in REFUSED:
         return f"quant_method {method} ({REFUSED[method]}) is not supported"
-    return f"quant_method {_short(method)} is unknown{nearest(str(method), [*SCHEMES, *REFUSED])}"
+    return f"quant_method {_short(method)} is unknown{did_you_mean(str(method), [*SCHEMES, *REFUSED])}"
 
 
 def _shown(said: Mapping[str, Any]) -> str:

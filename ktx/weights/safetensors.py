@@ -22,9 +22,9 @@ from ktx.errors import BadFile
 from ktx.forks import Lock
 from ktx.qtypes import FP8_BLOCK, QTYPES, QType
 from ktx.weights.accounting import Reads, Verdict, companion
-from ktx.weights.conversion import Made, made_of
+from ktx.weights.conversion import ConvertedTensor, made_of
 from ktx.weights.gguf import PAGE
-from ktx.weights.source import QuantizedTensor, TensorSpec, joined
+from ktx.weights.source import QuantizedTensor, TensorSpec, concat_rows
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # that modules read of a file of numbers
 OTHERS = {  # that a file may hold: elements and bytes of a block
@@ -100,7 +100,7 @@ class SafetensorsSource:
     # ---- what is there
 
     @cached_property
-    def made(self) -> dict[str, Made]:
+    def made(self) -> dict[str, ConvertedTensor]:
         """Parameters that are kept in other tensors; most checkpoints have none but experts, which nobody asks for here."""
         return made_of(self.tensors, self._converters)
 
@@ -190,7 +190,7 @@ class SafetensorsSource:
 
     def get(self, name: str) -> QuantizedTensor:
         parts = self.parts(name)
-        return joined(parts, self._shape_of(name, self._sources(name)))
+        return concat_rows(parts, self._shape_of(name, self._sources(name)))
 
     def _half_of_kv_b(self, name: str, source: str) -> QuantizedTensor:
         c = self.config

@@ -111,7 +111,7 @@ class WeightSource(Protocol):
         """On a tensor that no module reads."""
 
 
-def joined(parts: Sequence[QuantizedTensor], shape: tuple[int, ...]) -> QuantizedTensor:
+def concat_rows(parts: Sequence[QuantizedTensor], shape: tuple[int, ...]) -> QuantizedTensor:
     """Parts whose rows follow each other as one tensor: packed when they have one type, dequantised to F32 otherwise."""
     first = parts[0]
     if len(parts) == 1:

@@ -8,13 +8,13 @@ import stat
 import pytest
 
 import ktx
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import UsageError
 from tests.engine.test_batching import answers
 from tests.small_chat import write_model
 
 PROMPTS = [[(i * 37 + j * j) % 250 + 9 for j in range(length)] for i, length in enumerate((200, 130, 64, 20))]
-SHORT = Sampling(max_new_tokens=8, ignore_eos=True)
+SHORT = SamplingParams(max_new_tokens=8, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", params=["llama", "deepseek_v3"])
@@ -43,7 +43,7 @@ def test_a_second_engine_finds_what_the_first_has_computed(model, tmp_path):
 
 
 def test_an_answer_is_kept_too(model, tmp_path):
-    sampling = Sampling(max_new_tokens=100, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=100, ignore_eos=True)
     (first,) = asked(model, PROMPTS[:1], sampling, prefix_cache_dir=tmp_path)
     (second,) = asked(model, [PROMPTS[0] + first.ids + [9]], prefix_cache_dir=tmp_path)
     assert second.usage.cached == (200 + 100) // 64 * 64

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ktx.dialects import DIALECTS, CallArguments, CallEnd, CallStart, Text, dialect_for, for_template, opened
-from ktx.engine.prompt import Prompts
+from ktx.engine.prompt import PromptRenderer
 from ktx.errors import UsageError
 from tests.dialects.cases import TOOLS, parse
 from tests.small_chat import tokenizer
@@ -182,11 +182,11 @@ def test_any_arguments(family):
     check()
 
 
-def prompts(family: str) -> Prompts:
+def prompts(family: str) -> PromptRenderer:
     """The template with a tokenizer that knows a few control tokens."""
     words = tokenizer()
     words.chat_template = template(family)
-    return Prompts(words)
+    return PromptRenderer(words)
 
 
 def going_on(family: str, before=QUESTION, **last):
@@ -203,9 +203,9 @@ def test_an_answer_goes_on(family):
     rendered, turn = going_on(family, content="The answer is")
     assert turn.startswith(TURNS[family][0]) and turn.endswith("The answer is")
     assert read(family, turn.removeprefix(TURNS[family][0]).removeprefix(" ")) == ("", "The answer is", [])
-    assert (rendered.said, rendered.thinking) == ("The answer is", False)
+    assert (rendered.prefill_text, rendered.thinking) == ("The answer is", False)
     empty, place = going_on(family, content="")
-    assert turn == place + "The answer is" and (empty.said, empty.thinking) == ("", False)
+    assert turn == place + "The answer is" and (empty.prefill_text, empty.thinking) == ("", False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -226,7 +226,7 @@ def test_an_answer_goes_on_behind_results(family):
 def test_words_that_look_like_control_tokens_stay_words_that_go_on(family):
     made, said = prompts(family), "a<|end|>\ufdd0\ufdd1<|user|>b"
     rendered, plain = going_on(family, content=said)[0], going_on(family, content="ab")[0]
-    assert rendered.said == said and rendered.text.endswith(said)
+    assert rendered.prefill_text == said and rendered.text.endswith(said)
     assert made.tokenizer.decode(rendered.ids) == rendered.text
     for name in ("<|end|>", "<|user|>"):  # some templates write them too
         assert rendered.ids.count(made.special[name]) == plain.ids.count(made.special[name])
@@ -236,7 +236,7 @@ def test_words_that_look_like_control_tokens_stay_words_that_go_on(family):
 def test_reasoning_and_an_answer_that_goes_on(family):
     rendered, turn = going_on(family, content="The answer is", reasoning_content="Hm.\nParis.")
     assert read(family, turn.removeprefix(TURNS[family][0])) == ("Hm.\nParis.", "The answer is", [])
-    assert (rendered.said, rendered.thinking) == ("The answer is", False)
+    assert (rendered.prefill_text, rendered.thinking) == ("The answer is", False)
     opening, closing = DIALECTS[family].think
     if opening:
         inside = f"{opening}\nHm.\nParis.\n{closing}\n\nThe answer is"
@@ -247,12 +247,12 @@ def test_reasoning_and_an_answer_that_goes_on(family):
 def test_reasoning_goes_on(family):
     rendered, turn = going_on(family, content="", reasoning_content="Hm.\nPar")
     assert read(family, turn.removeprefix(TURNS[family][0])) == ("Hm.\nPar", "", [])
-    assert (rendered.said, rendered.thinking) == ("Hm.\nPar", True) and turn.endswith("Hm.\nPar")
+    assert (rendered.prefill_text, rendered.thinking) == ("Hm.\nPar", True) and turn.endswith("Hm.\nPar")
     opening = DIALECTS[family].think[0]
     if opening:
         assert going_on(family, content=f"{opening}\nHm.\nPar") == (rendered, turn)
         begun, place = going_on(family, content=opening)
-        assert turn == place + "Hm.\nPar" and (begun.said, begun.thinking) == ("", True)
+        assert turn == place + "Hm.\nPar" and (begun.prefill_text, begun.thinking) == ("", True)
 
 
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - REASONING - {"deepseek-r1"}))
@@ -282,11 +282,11 @@ def test_text_that_a_template_changes_cannot_go_on():
     made = tokenizer()
     made.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
     with pytest.raises(UsageError, match="changes the last message's text"):
-        Prompts(made).render([*QUESTION, {"role": "assistant", "content": "ab"}], proceed=True)
+        PromptRenderer(made).render([*QUESTION, {"role": "assistant", "content": "ab"}], proceed=True)
 
 
 def test_a_model_without_a_template_goes_on():
     made = tokenizer()
     made.chat_template = None
-    rendered = Prompts(made).render([*QUESTION, {"role": "assistant", "content": "It "}], proceed=True)
-    assert (rendered.text, rendered.said) == ("Be brief.\nWeather?\nIt ", "It ")
+    rendered = PromptRenderer(made).render([*QUESTION, {"role": "assistant", "content": "It "}], proceed=True)
+    assert (rendered.text, rendered.prefill_text) == ("Be brief.\nWeather?\nIt ", "It ")

@@ -8,13 +8,13 @@ import time
 import pytest
 
 import ktx
-from ktx.cache.pages import PAGE
+from ktx.cache.pages import PAGE_TOKENS
 from ktx.engine.engine import Engine, Options
 from ktx.engine.request import Finished
-from ktx.engine.runner import PlainRunner
-from ktx.engine.sampling import Sampling
+from ktx.engine.runner import SequentialRunner
+from ktx.engine.sampling import SamplingParams
 from ktx.ops.experts import Experts
-from ktx.ops.sizes import Reads
+from ktx.ops.sizes import WeightTraffic
 from tests.small_chat import write_model
 
 
@@ -26,21 +26,21 @@ def model(tmp_path_factory):
 
 def asked(engine, *prompts, tokens=5):
     """Usage of the answers."""
-    settings = Sampling(max_new_tokens=tokens, ignore_eos=True, temperature=0.0)
+    settings = SamplingParams(max_new_tokens=tokens, ignore_eos=True, temperature=0.0)
     return [event.usage for _, event in engine.generate(prompts, settings) if isinstance(event, Finished)]
 
 
 def test_an_engine_begins_with_nothing(model):
     with model[0].ktx.engine(cache_lens=256) as engine:
-        done = engine.activity.done()
+        done = engine.activity.snapshot()
         assert done.nbytes == done.expert_bytes == done.prompt_tokens == done.answer_tokens == 0 and done.seconds == 0
         assert done.layers == {1: (0,) * 16}
 
 
 def test_bytes_are_those_of_every_forward(model):
-    with model[0].ktx.engine(cache_lens=512, chunk_size=PAGE) as engine:
+    with model[0].ktx.engine(cache_lens=512, chunk_size=PAGE_TOKENS) as engine:
         (usage,) = asked(engine, "a" * 100, tokens=6)  # two forwards for the prompt, of which the second makes logits
-        done, reads = engine.activity.done(), Reads.of(model[0])
+        done, reads = engine.activity.snapshot(), WeightTraffic.of(model[0])
         assert (done.prompt_tokens, done.answer_tokens) == (usage.prompt, usage.answer) == (100, 6)
         assert engine.steps == 7
         assert done.nbytes - done.expert_bytes == reads.bytes(7, 105, 6)
@@ -55,17 +55,17 @@ def test_bytes_are_those_of_every_forward(model):
 def test_what_is_shared_is_not_computed(model):
     with model[0].ktx.engine(cache_lens=1024) as engine:
         asked(engine, "b" * 200)
-        before = engine.activity.done()
+        before = engine.activity.snapshot()
         (usage,) = asked(engine, "b" * 200)
         assert usage.cached > 0
-        assert engine.activity.done().prompt_tokens - before.prompt_tokens == 200 - usage.cached
+        assert engine.activity.snapshot().prompt_tokens - before.prompt_tokens == 200 - usage.cached
 
 
 def test_sequences_one_after_another_read_the_weights_each(model):
-    runner = PlainRunner(model[0], 8)
+    runner = SequentialRunner(model[0], 8)
     with Engine(*model, Options(max_batch_size=2), runner) as engine:
         usage = asked(engine, "c" * 30, "d" * 40, tokens=3)
-        done, reads = engine.activity.done(), Reads.of(model[0])
+        done, reads = engine.activity.snapshot(), WeightTraffic.of(model[0])
         forwards = sum(one.answer for one in usage)  # the prompts' make the first tokens
         assert done.nbytes - done.expert_bytes == reads.bytes(forwards, 70 + forwards - 2, forwards)
 
@@ -76,7 +76,7 @@ def test_it_can_be_read_while_answers_are_made(model):
 
         def look():
             while not stop.is_set():
-                seen.append(engine.activity.done())
+                seen.append(engine.activity.snapshot())
                 time.sleep(0.001)
 
         watcher = threading.Thread(target=look)
@@ -84,7 +84,7 @@ def test_it_can_be_read_while_answers_are_made(model):
         usage = asked(engine, *(chr(97 + i) * 50 for i in range(6)), tokens=20)
         stop.set()
         watcher.join()
-        last = engine.activity.done()
+        last = engine.activity.snapshot()
         assert last.answer_tokens == sum(one.answer for one in usage) == 120
         assert len({done.answer_tokens for done in seen}) > 5  # it grows while they are made
         for before, after in zip(seen, [*seen[1:], last], strict=True):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import ktx
-from ktx.engine.request import Finished, Piece, Prompt
-from ktx.engine.sampling import Sampling
+from ktx.engine.request import Finished, PromptLogprobs, TokenEvent
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import Overloaded, UsageError
 from ktx.kernels import cpu
 from tests.small_chat import write_model
@@ -36,7 +36,7 @@ def answers(engine, prompts, sampling):
     """The Finished of each prompt, computed side by side; the text of its pieces must be its ids' text."""
     done, texts = {}, [""] * len(prompts)
     for i, event in engine.generate(prompts, sampling):
-        if isinstance(event, Piece):
+        if isinstance(event, TokenEvent):
             texts[i] += event.text
         elif isinstance(event, Finished):
             done[i] = event
@@ -58,13 +58,13 @@ def greedy(model, prompt, new):
 
 def test_side_by_side_is_what_generate_says(loaded):
     model, _ = loaded
-    sampling = Sampling(max_new_tokens=20, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=20, ignore_eos=True)
     with model.ktx.engine(max_batch_size=3, chunk_size=100) as engine:
         found = [event.ids for event in answers(engine, PROMPTS, sampling)]
     assert found == [greedy(model, prompt, 20) for prompt in PROMPTS]
 
 
-DRAWN = Sampling(max_new_tokens=100, ignore_eos=True, temperature=0.8, seed=3, top_p=0.9)
+DRAWN = SamplingParams(max_new_tokens=100, ignore_eos=True, temperature=0.8, seed=3, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_small_cache_and_any_chunk_give_the_same(loaded, alone, options):
 
 def test_a_prompt_that_was_seen_is_not_computed_again(loaded):
     model, _ = loaded
-    sampling = Sampling(max_new_tokens=10, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=10, ignore_eos=True)
     prompt = [i % 200 + 9 for i in range(300)]
     with model.ktx.engine() as engine:
         first = answers(engine, [prompt], sampling)[0]
@@ -103,11 +103,12 @@ def test_echo_tells_the_log_probabilities_of_the_prompt(loaded):
     with model.ktx.engine(chunk_size=100) as engine:
         for new in (0, 1):
             events = [
-                event for _, event in engine.generate([PROMPTS[1]], Sampling(max_new_tokens=new, logprobs=3, echo=True))
+                event
+                for _, event in engine.generate([PROMPTS[1]], SamplingParams(max_new_tokens=new, logprobs=3, echo=True))
             ]
-            told = next(event for event in events if isinstance(event, Prompt)).choices
+            told = next(event for event in events if isinstance(event, PromptLogprobs)).choices
             assert events[-1].reason == "length" and len(events[-1].ids) == new
-            with torch.inference_mode(), cpu.wide_rows(0):  # as an echo's prompt is computed
+            with torch.inference_mode(), cpu.bf16_rows(0):  # as an echo's prompt is computed
                 share = model(torch.tensor([PROMPTS[1]])).logits[0].float().log_softmax(-1)
             assert [choice.token for choice in told] == PROMPTS[1] and told[0].logprob is None
             for row, choice in zip(share, told[1:], strict=False):
@@ -120,23 +121,27 @@ def test_echo_tells_the_log_probabilities_of_the_prompt(loaded):
 def test_a_stop_string_ends_the_answer_and_is_not_shown(llama):
     model, tokenizer = llama
     with model.ktx.engine() as engine:
-        whole = answers(engine, [PROMPTS[0]], Sampling(max_new_tokens=30, ignore_eos=True))[0]
+        whole = answers(engine, [PROMPTS[0]], SamplingParams(max_new_tokens=30, ignore_eos=True))[0]
         text = tokenizer.decode(whole.ids)
         stop = text[12:15]
         events = [
             event
-            for _, event in engine.generate([PROMPTS[0]], Sampling(max_new_tokens=30, ignore_eos=True, stop=[stop]))
+            for _, event in engine.generate(
+                [PROMPTS[0]], SamplingParams(max_new_tokens=30, ignore_eos=True, stop=[stop])
+            )
         ]
-    shown = "".join(event.text for event in events if isinstance(event, Piece | Finished))
+    shown = "".join(event.text for event in events if isinstance(event, TokenEvent | Finished))
     assert shown == text[: text.index(stop)] and events[-1].reason == "stop" and events[-1].stop == stop
 
 
 def test_stop_ids_end_the_answer(llama):
     model, _ = llama
     with model.ktx.engine() as engine:
-        whole = answers(engine, [PROMPTS[0]], Sampling(max_new_tokens=30, ignore_eos=True))[0]
+        whole = answers(engine, [PROMPTS[0]], SamplingParams(max_new_tokens=30, ignore_eos=True))[0]
         at = next(i for i, token in enumerate(whole.ids) if i > 4 and token not in whole.ids[:i])
-        cut = answers(engine, [PROMPTS[0]], Sampling(max_new_tokens=30, ignore_eos=True, stop_ids=[whole.ids[at]]))[0]
+        cut = answers(
+            engine, [PROMPTS[0]], SamplingParams(max_new_tokens=30, ignore_eos=True, stop_ids=[whole.ids[at]])
+        )[0]
     assert cut.ids == whole.ids[:at] and cut.reason == "stop" and cut.stop == whole.ids[at]
 
 
@@ -146,9 +151,10 @@ def test_cancelling_gives_everything_back_within_a_second(llama):
     with model.ktx.engine(cache_lens=4096) as engine:
         heard = []
         requests = [
-            engine.submit(prompt, Sampling(max_new_tokens=100000, ignore_eos=True), heard.append) for prompt in PROMPTS
+            engine.submit(prompt, SamplingParams(max_new_tokens=100000, ignore_eos=True), heard.append)
+            for prompt in PROMPTS
         ]
-        while not any(isinstance(event, Piece) for event in heard):
+        while not any(isinstance(event, TokenEvent) for event in heard):
             time.sleep(0.001)
         start = time.monotonic()
         for request in requests:
@@ -164,8 +170,8 @@ def test_cancelling_gives_everything_back_within_a_second(llama):
 def test_leaving_the_loop_cancels(llama):
     model, _ = llama
     with model.ktx.engine() as engine:
-        for _, event in engine.generate(PROMPTS[:2], Sampling(max_new_tokens=400, ignore_eos=True)):
-            if isinstance(event, Piece):
+        for _, event in engine.generate(PROMPTS[:2], SamplingParams(max_new_tokens=400, ignore_eos=True)):
+            if isinstance(event, TokenEvent):
                 break
         while engine.answers:
             time.sleep(0.001)
@@ -178,18 +184,18 @@ def test_a_prompt_nobody_waits_for_is_left_between_two_layers(llama, monkeypatch
         layer = model.model.layers[0]
         slow = layer.register_forward_hook(lambda *args: time.sleep(0.2) or engine.cancel(request))
         heard = threading.Event()
-        request = engine.submit([9] * 300, Sampling(), lambda event: heard.set())
+        request = engine.submit([9] * 300, SamplingParams(), lambda event: heard.set())
         assert heard.wait(5)
         slow.remove()
-        assert request.computed == 0 and not engine.answers
-        assert answers(engine, [[9] * 300], Sampling(max_new_tokens=3, ignore_eos=True))[0].ids == greedy(
+        assert request.num_computed == 0 and not engine.answers
+        assert answers(engine, [[9] * 300], SamplingParams(max_new_tokens=3, ignore_eos=True))[0].ids == greedy(
             model, [9] * 300, 3
         )
 
 
 def test_a_request_that_fails_takes_no_other_with_it(loaded):
     model, _ = loaded
-    sampling = Sampling(max_new_tokens=8, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=8, ignore_eos=True)
     with model.ktx.engine() as engine:
         good = [event.ids for event in answers(engine, PROMPTS[:3], sampling)]
     with model.ktx.engine(prefix_cache=False) as engine:
@@ -213,25 +219,25 @@ def test_a_request_that_fails_takes_no_other_with_it(loaded):
 def test_a_thread_that_dies_is_replaced_and_its_requests_hear_of_it(llama):
     model, _ = llama
     with model.ktx.engine() as engine:
-        plan = engine.scheduler.plan
+        plan = engine.scheduler.schedule
 
         def broken():
             raise SystemError("broken")
 
-        engine.scheduler.plan = broken
-        assert answers(engine, [PROMPTS[0]], Sampling())[0].reason == "error"
-        assert engine.scheduler.plan is not plan and engine.restarts == 1
-        assert answers(engine, [PROMPTS[0]], Sampling(max_new_tokens=2))[0].reason != "error"
+        engine.scheduler.schedule = broken
+        assert answers(engine, [PROMPTS[0]], SamplingParams())[0].reason == "error"
+        assert engine.scheduler.schedule is not plan and engine.restarts == 1
+        assert answers(engine, [PROMPTS[0]], SamplingParams(max_new_tokens=2))[0].reason != "error"
         for _ in range(3):
-            engine.scheduler.plan = broken
+            engine.scheduler.schedule = broken
             assert answers_or_none(engine) in ("error", None)
         with pytest.raises(Overloaded, match="SystemError"):
-            engine.submit([1], Sampling(), print)
+            engine.submit([1], SamplingParams(), print)
 
 
 def answers_or_none(engine):
     try:
-        return [event for _, event in engine.generate([[9]], Sampling())][-1].reason
+        return [event for _, event in engine.generate([[9]], SamplingParams())][-1].reason
     except Overloaded:
         return None
 
@@ -240,21 +246,22 @@ def test_what_can_never_be_answered_is_refused_with_the_numbers(llama):
     model, _ = llama
     with model.ktx.engine(cache_lens=128, max_queue=2, max_batch_size=1) as engine:
         with pytest.raises(UsageError, match="129 tokens, the context holds 128"):
-            engine.submit([9] * 129, Sampling(), print)
+            engine.submit([9] * 129, SamplingParams(), print)
         with pytest.raises(UsageError, match="empty"):
-            engine.submit([], Sampling(), print)
+            engine.submit([], SamplingParams(), print)
         with pytest.raises(UsageError, match="token id 320"):
-            engine.submit([320], Sampling(), print)
-        assert answers(engine, [[9] * 120], Sampling(max_new_tokens=1000, ignore_eos=True))[0].usage.answer == 8
+            engine.submit([320], SamplingParams(), print)
+        assert answers(engine, [[9] * 120], SamplingParams(max_new_tokens=1000, ignore_eos=True))[0].usage.answer == 8
         requests = [
-            engine.submit([9], Sampling(max_new_tokens=100, ignore_eos=True), lambda event: None) for _ in range(3)
+            engine.submit([9], SamplingParams(max_new_tokens=100, ignore_eos=True), lambda event: None)
+            for _ in range(3)
         ]
         with pytest.raises(Overloaded, match="3 requests"):
-            engine.submit([9], Sampling(), print)
+            engine.submit([9], SamplingParams(), print)
         for request in requests:
             engine.cancel(request)
     with pytest.raises(Overloaded, match="closed"):
-        engine.submit([9], Sampling(), print)
+        engine.submit([9], SamplingParams(), print)
 
 
 @pytest.mark.parametrize("name", ["max_batch_size", "chunk_size", "cache_lens", "max_queue", "max_context"])
@@ -267,7 +274,7 @@ def test_closing_ends_what_is_open(llama):
     model, _ = llama
     heard = []
     engine = model.ktx.engine()
-    engine.submit([9] * 50, Sampling(max_new_tokens=10000, ignore_eos=True), heard.append)
+    engine.submit([9] * 50, SamplingParams(max_new_tokens=10000, ignore_eos=True), heard.append)
     engine.close()
     assert (
         isinstance(heard[-1], Finished) and heard[-1].reason in ("cancelled", "length") and not engine.thread.is_alive()
@@ -276,7 +283,7 @@ def test_closing_ends_what_is_open(llama):
 
 def test_asyncio_hears_the_same_and_cancels_when_it_leaves(llama):
     model, _ = llama
-    sampling = Sampling(max_new_tokens=10, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=10, ignore_eos=True)
 
     async def one(engine, prompt):
         async with engine.listen(prompt, sampling) as events:
@@ -286,9 +293,9 @@ def test_asyncio_hears_the_same_and_cancels_when_it_leaves(llama):
         return await asyncio.gather(*(one(engine, prompt) for prompt in PROMPTS))
 
     async def leave(engine):
-        async with engine.listen([9], Sampling(max_new_tokens=400, ignore_eos=True)) as events:
+        async with engine.listen([9], SamplingParams(max_new_tokens=400, ignore_eos=True)) as events:
             async for event in events:
-                if isinstance(event, Piece):
+                if isinstance(event, TokenEvent):
                     break
 
     with model.ktx.engine() as engine:

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from ktx.engine.request import Finished, Piece, Prompt
-from ktx.engine.sampling import Sampling
+from ktx.engine.request import Finished, PromptLogprobs, TokenEvent
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import UsageError
 from tests.models.families import tiny
 from tests.models.test_checkpoints import OTHERS
@@ -52,16 +52,16 @@ class Asked:
         self.engine, self.end, self.begun, self.over = engine, None, threading.Event(), threading.Event()
         self.prompts = []
         self.request = engine.submit(
-            prompt, sampling or Sampling(max_new_tokens=NEW, ignore_eos=True), self.hear, constraint
+            prompt, sampling or SamplingParams(max_new_tokens=NEW, ignore_eos=True), self.hear, constraint
         )
 
     def hear(self, event):
         if isinstance(event, Finished):
             self.end = event
             self.over.set()
-        elif isinstance(event, Prompt):
+        elif isinstance(event, PromptLogprobs):
             self.prompts.append(event)
-        elif isinstance(event, Piece):
+        elif isinstance(event, TokenEvent):
             self.begun.set()
 
     def wait(self):
@@ -209,7 +209,7 @@ def test_log_probabilities_of_a_prompt_are_told_once(model):
     with model.ktx.engine(max_batch_size=3, chunk_size=512) as engine:
         if getattr(engine.runner, "in_chunks", True) is False:
             pytest.skip("this family has no log-probabilities of prompts")
-        echo = Asked(engine, PROMPTS[3], Sampling(max_new_tokens=NEW, ignore_eos=True, logprobs=0, echo=True))
+        echo = Asked(engine, PROMPTS[3], SamplingParams(max_new_tokens=NEW, ignore_eos=True, logprobs=0, echo=True))
         assert echo.begun.wait(WAIT)
         with at_layers(model, lambda n: n == 2 and (_ for _ in ()).throw(RuntimeError("once"))):
             echo.wait()
@@ -246,7 +246,7 @@ def test_any_order_of_asking_leaving_and_failing_gives_each_its_own_answer(model
             with at_layers(model, act):
                 for i in which:
                     length = dice.randint(1, NEW)
-                    asked.append(Asked(engine, PROMPTS[i], Sampling(max_new_tokens=length, ignore_eos=True)))
+                    asked.append(Asked(engine, PROMPTS[i], SamplingParams(max_new_tokens=length, ignore_eos=True)))
                 for one, i in zip(asked, which, strict=True):
                     one.wait()
                     allowed = ("length", "cancelled") + ("error",) * bool(fails)

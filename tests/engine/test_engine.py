@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 import ktx
 from ktx.dialects import Text
 from ktx.engine.budget import StepBudget, longest_step
-from ktx.engine.prompt import Rendered
+from ktx.engine.prompt import RenderedPrompt
 from ktx.engine.request import Finished
-from ktx.engine.sampling import Chooser, Sampling
-from ktx.engine.stream import Detokeniser, StopFinder
+from ktx.engine.sampling import Sampler, SamplingParams
+from ktx.engine.stream import Detokenizer, StopChecker
 from ktx.engine.text import Session
 from ktx.errors import UsageError
 from tests.small_chat import tokenizer, write_model
@@ -26,13 +26,13 @@ def loaded(tmp_path_factory):
 
 
 def plain(text):
-    return Rendered(text, tokenizer()(text)["input_ids"], False)
+    return RenderedPrompt(text, tokenizer()(text)["input_ids"], False)
 
 
 def answer(session, prompt, **settings_):
     if isinstance(prompt, str):
         prompt = plain(prompt)
-    events = list(session.answer(prompt, Sampling(**{"max_new_tokens": 12, **settings_})))
+    events = list(session.answer(prompt, SamplingParams(**{"max_new_tokens": 12, **settings_})))
     return "".join(e.text for e in events if isinstance(e, Text)), events[-1]
 
 
@@ -43,8 +43,8 @@ LOGITS = torch.tensor([0.1, 3.0, 0.2, 2.9])
 
 
 def chosen(count, logits=LOGITS, **settings_):
-    chooser = Chooser(Sampling(**settings_))
-    return [chooser.choose(logits).token for _ in range(count)]
+    chooser = Sampler(SamplingParams(**settings_))
+    return [chooser.sample(logits).token for _ in range(count)]
 
 
 def test_greedy_is_the_likeliest_and_a_seed_repeats():
@@ -92,7 +92,7 @@ def test_shares_are_those_of_transformers_own_warpers(cut):
     for name, value in cut.items():
         scores = warpers[name](value)(None, scores)
     share = scores.softmax(-1)[0]
-    values, ids = Chooser(Sampling(temperature=0.7, **cut))._candidates(logits / 0.7)
+    values, ids = Sampler(SamplingParams(temperature=0.7, **cut))._candidates(logits / 0.7)
     found = torch.zeros_like(share).index_add_(0, torch.arange(20000) if ids is None else ids, values.softmax(-1))
     assert (found - share).abs().max() < 1e-6
 
@@ -106,16 +106,16 @@ def test_drawn_as_often_as_likely():
 def test_penalties_move_away_from_what_was_said():
     logits = torch.tensor([2.0, 1.9, -1.0])
     assert chosen(3, logits, repetition_penalty=2.0) == [0, 1, 0]
-    assert Chooser(Sampling(repetition_penalty=2.0), [0]).choose(logits).token == 1  # the prompt counts
-    assert Chooser(Sampling(presence_penalty=1.0), [0]).choose(logits).token == 0  # here it does not
+    assert Sampler(SamplingParams(repetition_penalty=2.0), [0]).sample(logits).token == 1  # the prompt counts
+    assert Sampler(SamplingParams(presence_penalty=1.0), [0]).sample(logits).token == 0  # here it does not
     assert chosen(2, logits, presence_penalty=1.0) == chosen(2, logits, frequency_penalty=1.0) == [0, 1]
     assert chosen(4, logits, frequency_penalty=0.15) == [0, 1, 0, 1]
 
 
 def test_a_grammar_leaves_what_it_allows():
     mask = torch.tensor([True, False, True, False])
-    assert Chooser(Sampling(logprobs=2)).choose(LOGITS, mask).token == 2
-    told = Chooser(Sampling(logprobs=2)).choose(LOGITS, mask)
+    assert Sampler(SamplingParams(logprobs=2)).sample(LOGITS, mask).token == 2
+    told = Sampler(SamplingParams(logprobs=2)).sample(LOGITS, mask)
     assert [token for token, _ in told.top] == [1, 3] and told.logprob == pytest.approx(
         float(LOGITS.log_softmax(-1)[2])
     )
@@ -138,7 +138,7 @@ def test_a_grammar_leaves_what_it_allows():
 )
 def test_settings_out_of_range(name, value):
     with pytest.raises(UsageError, match=name):
-        Sampling(**{name: value})
+        SamplingParams(**{name: value})
 
 
 # ---- streaming
@@ -149,10 +149,10 @@ def test_settings_out_of_range(name, value):
 def test_streamed_text_is_the_decoded_text(text):
     tok = tokenizer()
     ids = tok(text, add_special_tokens=False)["input_ids"]
-    words = Detokeniser(tok)
+    words = Detokenizer(tok)
     pieces = [words.feed(i) for i in ids]
     assert not any("�" in p for p in pieces if "�" not in text)
-    assert "".join(pieces) + words.rest() == tok.decode(ids, clean_up_tokenization_spaces=False)
+    assert "".join(pieces) + words.flush() == tok.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def cut_at(text, cuts):
@@ -168,15 +168,15 @@ CUTS = st.lists(st.integers(1, 5), max_size=40)
 @settings(deadline=None, max_examples=100)
 @given(CUTS)
 def test_a_stop_string_across_pieces(cuts):
-    finder, shown = StopFinder(["STOP", "never"]), ""
+    finder, shown = StopChecker(["STOP", "never"]), ""
     for piece in cut_at("yes ST STO STOP and nevermore", cuts):
         shown += finder.feed(piece)
-    assert shown + finder.rest() == "yes ST STO " and finder.found == "STOP"
+    assert shown + finder.flush() == "yes ST STO " and finder.found == "STOP"
 
 
 def test_a_mark_that_never_completes_is_shown():
-    finder = StopFinder(["STOP"])
-    assert finder.feed("a ST") + finder.rest() == "a ST"
+    finder = StopChecker(["STOP"])
+    assert finder.feed("a ST") + finder.flush() == "a ST"
 
 
 # ---- session
@@ -196,7 +196,7 @@ def test_pieces_grow_with_the_past():
 
 def test_cancel_keeps_what_was_said(loaded, session):
     seen = []
-    for event in session.answer(plain("stop me"), Sampling(max_new_tokens=500)):
+    for event in session.answer(plain("stop me"), SamplingParams(max_new_tokens=500)):
         seen.append(event)
         if len(seen) == 3:
             session.cancel()
@@ -214,5 +214,7 @@ def test_what_was_said_is_kept_until_it_is_forgotten(session):
 def test_prompts_and_thinking(session):
     prompt = session.prompt([{"role": "user", "content": "hi"}], force_think=True)
     assert prompt.text == "<|user|>hi<|end|><|assistant|><think>\n" and prompt.thinking
-    kinds = {event.kind for event in session.answer(prompt, Sampling(max_new_tokens=9)) if isinstance(event, Text)}
+    kinds = {
+        event.kind for event in session.answer(prompt, SamplingParams(max_new_tokens=9)) if isinstance(event, Text)
+    }
     assert kinds == {"think"}

@@ -9,9 +9,9 @@ import time
 import pytest
 
 import ktx
-from ktx.engine.grammar import Grammars, rules_of_regex, rules_of_schema
-from ktx.engine.request import Finished, Piece
-from ktx.engine.sampling import Sampling
+from ktx.engine.grammar import GrammarCompiler, rules_of_regex, rules_of_schema
+from ktx.engine.request import Finished, TokenEvent
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import UsageError
 from tests.small_chat import write_model
 
@@ -37,18 +37,18 @@ def engine(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def grammars(engine):
-    return Grammars(engine.tokenizer, engine.model.config.vocab_size, sorted(engine.stop_ids))
+    return GrammarCompiler(engine.tokenizer, engine.model.config.vocab_size, sorted(engine.stop_ids))
 
 
 def answered(engine, constraint, **settings):
     heard, done = [], []
     engine.submit(
-        [9, 10, 11], Sampling(**{"max_new_tokens": 300, "temperature": 1.0, **settings}), heard.append, constraint
+        [9, 10, 11], SamplingParams(**{"max_new_tokens": 300, "temperature": 1.0, **settings}), heard.append, constraint
     )
     while not done:
         time.sleep(0.001)
         done = [event for event in heard if isinstance(event, Finished)]
-    return "".join(event.text for event in heard if isinstance(event, Piece | Finished)), done[0]
+    return "".join(event.text for event in heard if isinstance(event, TokenEvent | Finished)), done[0]
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -76,7 +76,7 @@ BEYOND = "(?:a?){500}a{500}"  # more than the parser keeps in mind, which shows 
 
 def test_what_goes_beyond_the_parser_is_the_requests_fault(engine, grammars):
     _, done = answered(engine, grammars.constraint(rules_of_regex(BEYOND)))
-    assert (done.reason, done.refused) == ("error", True) and "cannot be followed any further" in done.error
+    assert (done.reason, done.client_error) == ("error", True) and "cannot be followed any further" in done.error
     text, done = answered(engine, grammars.constraint(rules_of_regex("yes|no")))
     assert text in ("yes", "no")
 
@@ -95,9 +95,9 @@ def test_the_rules_begin_behind_a_mark(engine, grammars):
     constraint = grammars.constraint(rules_of_regex("[0-9]{3}"), after="</think>")
     end = engine.tokenizer.convert_tokens_to_ids("</think>")
     assert constraint.mask() is None
-    constraint.took(100)
+    constraint.accept(100)
     assert constraint.mask() is None
-    constraint.took(end)
+    constraint.accept(end)
     assert engine.tokenizer.decode(constraint.mask().nonzero()[:, 0].tolist()).isdigit()
 
 
@@ -140,7 +140,7 @@ def refused(make, harmless=False):
     try:
         constraint = make()
         for _ in range(5):
-            constraint.took(int(constraint.mask().nonzero()[0]))
+            constraint.accept(int(constraint.mask().nonzero()[0]))
         assert harmless, "not refused"
     except UsageError:
         pass

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktx.cache.paged import Span
-from ktx.cache.pages import PAGE, Pages
+from ktx.cache.paged import SequenceSpan
+from ktx.cache.pages import PAGE_TOKENS, PagePool
 from ktx.engine.budget import StepBudget
 from ktx.engine.request import Request
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.engine.scheduler import Scheduler
 
 
@@ -28,20 +28,20 @@ class World:
         }
         self.budget = StepBudget(chunk, chunk, seconds)
         self.budget.fitting = chunk  # tests of time learn it
-        self.scheduler = Scheduler(Pages(pages), max_batch, self.budget, **told, **more)
+        self.scheduler = Scheduler(PagePool(pages), max_batch, self.budget, **told, **more)
         self.numbers = 0
         self.done = {}
 
     def add(self, prompt, new=4, **settings_):
-        request = Request(list(prompt), Sampling(max_new_tokens=new, **settings_), lambda event: None)
+        request = Request(list(prompt), SamplingParams(max_new_tokens=new, **settings_), lambda event: None)
         self.numbers += 1
-        request.number = self.numbers
+        request.id = self.numbers
         self.scheduler.add(request)
         return request
 
     def give_up(self):
         """A forward that some layers have computed."""
-        parts = self.scheduler.plan()
+        parts = self.scheduler.schedule()
         self.copied = {part.request: set() for part in parts}
         for part in parts:
             if self.scheduler.recurrent:
@@ -51,14 +51,14 @@ class World:
 
     def step(self, refused=None):
         """One forward; every position must have been written, by somebody with the same beginning, before it is read. `refused` fails behind it."""
-        parts = self.scheduler.plan()
+        parts = self.scheduler.schedule()
         self.steps += 1
         assert len({part.request for part in parts}) == len(parts) <= self.scheduler.max_batch
         for part in parts:
             r = part.request
-            assert part.start == r.computed and part.count == len(part.ids) > 0
+            assert part.start == r.num_computed and part.count == len(part.ids) > 0
             for at in range(part.start + part.count):
-                slot = (r.pages[at // PAGE], at % PAGE)
+                slot = (r.pages[at // PAGE_TOKENS], at % PAGE_TOKENS)
                 if at >= part.start:
                     self.wrote[slot] = tuple(r.ids[max(0, at - 2) : at + 1]), at
                 assert self.wrote[slot] == (tuple(r.ids[max(0, at - 2) : at + 1]), at), "another sequence's keys"
@@ -69,7 +69,7 @@ class World:
             if self.scheduler.recurrent:
                 assert self.state.get(r, 0) == part.start
                 self.state[r] = part.start + part.count
-                marks = Span(r.number, part.start, part.count, (), part.prompt, shared=True).marks
+                marks = SequenceSpan(r.id, part.start, part.count, (), part.prompt, shared=True).marks
                 self.copied[r] = {*marks, self.state[r]}
             if r is refused:
                 self.scheduler.drop(r)
@@ -77,8 +77,8 @@ class World:
                 continue
             if part.start + part.count == len(r.ids):
                 r.ids.append(sum(r.ids[-3:]) * 7919 % 1000 + len(r.ids) % 5)
-            self.scheduler.advance(r, part.count)
-            if r.answered >= r.sampling.max_new_tokens:
+            self.scheduler.commit(r, part.count)
+            if r.num_output >= r.sampling.max_new_tokens:
                 self.scheduler.drop(r)
                 self.done[r] = self.steps
         self.scheduler.check_integrity()
@@ -208,7 +208,7 @@ def test_eight_equal_beginnings_are_computed_once():
     for i in range(8):
         world.add(same + prompt(20, i + 1), 3)
     world.run()
-    assert world.computed < 2000 + 8 * (20 + 3 + PAGE)
+    assert world.computed < 2000 + 8 * (20 + 3 + PAGE_TOKENS)
 
 
 def test_a_conversation_goes_on_where_it_was():
@@ -218,7 +218,7 @@ def test_a_conversation_goes_on_where_it_was():
     before = world.computed
     second = world.add(first.ids + prompt(30, 2), 1)
     world.run()
-    assert world.computed - before < 30 + PAGE + 1 and second.cached > 400
+    assert world.computed - before < 30 + PAGE_TOKENS + 1 and second.cached > 400
 
 
 def test_a_short_question_does_not_wait_for_a_long_one():
@@ -243,10 +243,10 @@ def test_answers_go_on_beside_a_prompt():
     talking = world.add(prompt(10), 50)
     world.step()
     world.add(prompt(5000, 1), 1)
-    before = talking.answered
+    before = talking.num_output
     for _ in range(10):
         assert sum(part.count for part in world.step()) == 256 + 1
-    assert talking.answered == before + 10
+    assert talking.num_output == before + 10
 
 
 def test_the_youngest_gives_way_and_is_not_forgotten():
@@ -280,7 +280,7 @@ def test_nothing_is_shared_where_sharing_is_off_or_every_logit_is_wanted():
 def test_salted_prompts_share_only_among_themselves():
     world = World()
     for salt in (b"x", b"y", b"x"):
-        request = Request(prompt(300), Sampling(max_new_tokens=1), lambda event: None, salt, number=world.numbers + 1)
+        request = Request(prompt(300), SamplingParams(max_new_tokens=1), lambda event: None, salt, id=world.numbers + 1)
         world.numbers += 1
         world.scheduler.add(request)
         world.run()
@@ -300,12 +300,12 @@ class Timed(World):
 
     def timed(self):
         """A step: tokens of prompts, answers beside them, and seconds."""
-        kinds, plan = [], self.scheduler.plan
-        self.scheduler.plan = lambda: [kinds.append((part, part.answers)) or part for part in plan()]
+        kinds, plan = [], self.scheduler.schedule
+        self.scheduler.schedule = lambda: [kinds.append((part, part.answers)) or part for part in plan()]
         try:
             self.step()
         finally:
-            self.scheduler.plan = plan
+            self.scheduler.schedule = plan
         answers = sum(answer for _, answer in kinds)
         tokens = sum(part.count for part, answer in kinds if not answer)
         past = max(part.start for part, _ in kinds)
@@ -316,7 +316,7 @@ class Timed(World):
     def prefill(self, request):
         """Steps until the request has its first token."""
         done = []
-        while not request.answered and request not in self.done:
+        while not request.num_output and request not in self.done:
             done.append(self.timed())
         return done
 
@@ -324,7 +324,7 @@ class Timed(World):
 def talking(world, count=1):
     """Requests whose answers go on."""
     made = [world.add(prompt(10, 90 + i), 100000) for i in range(count)]
-    while not all(request.answered for request in made):
+    while not all(request.num_output for request in made):
         world.timed()
     return made
 
@@ -348,13 +348,13 @@ def test_a_step_grows_with_the_past_up_to_what_memory_allows():
 def test_beside_answers_a_step_takes_what_the_measured_rate_allows(fixed, each):
     world = Timed(fixed=fixed, each=each)
     [answer] = talking(world)
-    before = answer.answered
+    before = answer.num_output
     steps = world.prefill(world.add(prompt(8000, 1), 1))
-    assert answer.answered - before == len(steps)  # a token in each
-    best = min(8192, int((0.5 - fixed) / each) // PAGE * PAGE)
+    assert answer.num_output - before == len(steps)  # a token in each
+    best = min(8192, int((0.5 - fixed) / each) // PAGE_TOKENS * PAGE_TOKENS)
     assert max(seconds for _, _, seconds in steps) <= 0.5 + 2 * each  # never more, also while it learns
     late = [tokens for tokens, _, _ in steps[8:-1]] or [steps[-1][0]]
-    assert min(late) >= min(best, 2048) - 2 * PAGE, "it does not find what fits"
+    assert min(late) >= min(best, 2048) - 2 * PAGE_TOKENS, "it does not find what fits"
 
 
 def test_what_was_learnt_serves_the_next_prompt_and_follows_a_machine_that_becomes_slower():
@@ -376,7 +376,7 @@ def test_a_long_past_makes_steps_shorter():
     talking(world)
     steps = world.prefill(world.add(prompt(5000, 1), 1))
     assert max(seconds for _, _, seconds in steps) <= 0.6
-    assert max(tokens for tokens, _, _ in steps) >= 2 * steps[-2][0] >= 2 * PAGE
+    assert max(tokens for tokens, _, _ in steps) >= 2 * steps[-2][0] >= 2 * PAGE_TOKENS
 
 
 def test_a_machine_too_slow_for_the_budget_computes_a_page_at_once(caplog):
@@ -384,7 +384,7 @@ def test_a_machine_too_slow_for_the_budget_computes_a_page_at_once(caplog):
     talking(world)
     with caplog.at_level("WARNING", "ktx.engine"):
         steps = world.prefill(world.add(prompt(640, 1), 1))
-    assert [tokens for tokens, _, _ in steps] == [PAGE] * 10
+    assert [tokens for tokens, _, _ in steps] == [PAGE_TOKENS] * 10
     assert [record.getMessage() for record in caplog.records if "--max-itl-ms" in record.getMessage()] == [
         "64 tokens of a prompt beside answers take 2.3 s, more than the 0.5 s of --max-itl-ms: that many are computed at once all the same, raise it for faster prompts"
     ]
@@ -397,10 +397,10 @@ def test_the_end_of_a_prompt_says_nothing_of_a_whole_step():
     known = world.budget.tokens(answers=True)
     for i in range(5):
         world.prefill(world.add(prompt(3, i + 2), 1))  # 0.1 s for three tokens
-    assert world.budget.tokens(answers=True) == known > PAGE
+    assert world.budget.tokens(answers=True) == known > PAGE_TOKENS
 
 
-@pytest.mark.parametrize("recurrent,grain", [(False, PAGE), (True, PAGE), (True, 4 * PAGE)])
+@pytest.mark.parametrize("recurrent,grain", [(False, PAGE_TOKENS), (True, PAGE_TOKENS), (True, 4 * PAGE_TOKENS)])
 def test_no_stream_of_short_prompts_starves_a_long_one(recurrent, grain):
     """Where a page is all that fits, and each step brings another prompt that is shorter than a page."""
     world = Timed(fixed=2.0, budget=StepBudget(seconds=0.5, least=grain), max_batch=6, recurrent=recurrent, grain=grain)
@@ -430,7 +430,7 @@ def test_every_prompt_ends_whatever_steps_take(data):
     lengths = data.draw(st.lists(st.integers(1, 1000), min_size=1, max_size=5))
     talking(world)
     requests = [world.add(prompt(length, i), 3) for i, length in enumerate(lengths)]
-    bound = 50 + sum(length // PAGE + 6 for length in lengths)
+    bound = 50 + sum(length // PAGE_TOKENS + 6 for length in lengths)
     for _ in range(bound):
         if all(request in world.done for request in requests):
             break

@@ -9,7 +9,7 @@ import pytest
 
 from ktx.engine.engine import Options
 from ktx.engine.request import Finished
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.engine.scripted import read_script, scripted_engine
 from ktx.errors import BadFile
 from tests.small_chat import tokenizer
@@ -18,7 +18,7 @@ TOK = tokenizer()
 
 
 def said(engine, *prompts, **settings):
-    done = {i: e for i, e in engine.generate(prompts, Sampling(**settings)) if isinstance(e, Finished)}
+    done = {i: e for i, e in engine.generate(prompts, SamplingParams(**settings)) if isinstance(e, Finished)}
     return [TOK.decode(done[i].ids) for i in range(len(prompts))]
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import ktx
 import ktx.demo
 from ktx.engine.request import Request
-from ktx.engine.sampling import Sampling
-from ktx.engine.speculation import Pace, PromptLookup, Speculation, worth
+from ktx.engine.sampling import SamplingParams
+from ktx.engine.speculation import ForwardCostModel, PromptLookup, SpeculativeDecoder, choose_draft_lengths
 from ktx.errors import UsageError
 from tests.engine.test_batching import answers
 from tests.gguf_writer import write_gguf
@@ -53,8 +53,8 @@ QUESTIONS = ("What is a rule file?", "What is ktx?", "How do I serve a model?", 
 # ---- how many
 
 
-def pace(*seconds: float) -> Pace:
-    made = Pace()
+def pace(*seconds: float) -> ForwardCostModel:
+    made = ForwardCostModel()
     for _ in range(20):
         for tokens, took in enumerate(seconds, 1):
             made.took(tokens, took)
@@ -62,19 +62,19 @@ def pace(*seconds: float) -> Pace:
 
 
 def test_guesses_are_made_where_a_token_more_costs_little():
-    assert worth(pace(1.0, 1.05, 1.1), [0.9], [8]) == [8]
-    assert worth(pace(1.0, 2.0, 3.0), [0.95], [8]) == [0]
-    assert worth(pace(1.0, 1.3, 1.6), [0.2], [8]) == [0]
-    assert 0 < worth(pace(1.0, 1.3, 1.6), [0.7], [8])[0] < 8
+    assert choose_draft_lengths(pace(1.0, 1.05, 1.1), [0.9], [8]) == [8]
+    assert choose_draft_lengths(pace(1.0, 2.0, 3.0), [0.95], [8]) == [0]
+    assert choose_draft_lengths(pace(1.0, 1.3, 1.6), [0.2], [8]) == [0]
+    assert 0 < choose_draft_lengths(pace(1.0, 1.3, 1.6), [0.7], [8])[0] < 8
 
 
 def test_the_better_guesser_of_two_gets_the_longer_draft():
-    first, second = worth(pace(1.0, 1.2, 1.4), [0.9, 0.6], [8, 8])
+    first, second = choose_draft_lengths(pace(1.0, 1.2, 1.4), [0.9, 0.6], [8, 8])
     assert first > second
 
 
 def test_no_draft_is_longer_than_there_is_room():
-    assert worth(pace(1.0, 1.0, 1.0), [0.99, 0.99], [3, -1]) == [3, 0]
+    assert choose_draft_lengths(pace(1.0, 1.0, 1.0), [0.99, 0.99], [3, -1]) == [3, 0]
 
 
 def test_the_cost_of_a_forward_is_a_line_through_what_was_seen():
@@ -84,7 +84,7 @@ def test_the_cost_of_a_forward_is_a_line_through_what_was_seen():
 
 
 def test_a_bad_start_is_tried_again():
-    speculation, request = Speculation(PromptLookup()), Request([1], Sampling(), print)
+    speculation, request = SpeculativeDecoder(PromptLookup()), Request([1], SamplingParams(), print)
     costs = pace(1.0, 1.3, 1.6)
 
     def rate():
@@ -93,10 +93,10 @@ def test_a_bad_start_is_tried_again():
 
     for _ in range(10):
         speculation.checked(request, 3, 0)
-    assert worth(costs, [rate()], [8]) == [0]
+    assert choose_draft_lengths(costs, [rate()], [8]) == [0]
     for _ in range(200):
         speculation.checked(request, 0, 0)
-    assert worth(costs, [rate()], [8]) != [0]
+    assert choose_draft_lengths(costs, [rate()], [8]) != [0]
 
 
 # ---- prompt lookup
@@ -106,7 +106,7 @@ def test_a_bad_start_is_tried_again():
 @given(st.lists(st.sampled_from([1, 256, 65536, 1 << 24, 257, 0]), min_size=1, max_size=60), st.integers(1, 8))
 def test_a_draft_is_what_followed_the_latest_equal_tail(ids, most):
     """Ids whose bytes look like other ids' one byte further on."""
-    request = Request(list(ids), Sampling(), print)
+    request = Request(list(ids), SamplingParams(), print)
     found = PromptLookup().found(request, most)
     for size in (4, 3, 2):
         places = [i for i in range(len(ids) - size) if ids[i : i + size] == ids[-size:]]
@@ -117,7 +117,7 @@ def test_a_draft_is_what_followed_the_latest_equal_tail(ids, most):
 
 
 def test_a_text_that_grows_is_looked_up_whole():
-    lookup, request = PromptLookup(), Request([1, 2, 3, 4], Sampling(), print)
+    lookup, request = PromptLookup(), Request([1, 2, 3, 4], SamplingParams(), print)
     assert lookup.found(request, 4) == []
     request.ids += [1, 2]
     assert lookup.found(request, 2) == [3, 4]
@@ -126,7 +126,7 @@ def test_a_text_that_grows_is_looked_up_whole():
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.7, "seed": 5, "top_p": 0.9, "repetition_penalty": 1.05}])
 def test_answers_with_prompt_lookup_are_those_without(loaded, how):
     model, _ = loaded
-    sampling = Sampling(max_new_tokens=60, ignore_eos=True, **how)
+    sampling = SamplingParams(max_new_tokens=60, ignore_eos=True, **how)
     with model.ktx.engine() as engine:
         plain, steps = [event.ids for event in answers(engine, PROMPTS, sampling)], engine.steps
     for options in ({}, {"cache_lens": 384, "max_batch_size": 3}):
@@ -144,7 +144,7 @@ def test_answers_with_prompt_lookup_are_those_without(loaded, how):
 
 
 def test_answers_with_mtp_are_those_without_in_fewer_forwards(demo):
-    model, prompts, sampling = demo[0], asked(demo, *QUESTIONS), Sampling(max_new_tokens=40)
+    model, prompts, sampling = demo[0], asked(demo, *QUESTIONS), SamplingParams(max_new_tokens=40)
     with model.ktx.engine() as engine:
         plain, steps = [event.ids for event in answers(engine, prompts, sampling)], engine.steps
     with model.ktx.engine(speculative="mtp") as engine:
@@ -158,7 +158,7 @@ def test_answers_with_mtp_are_those_without_in_fewer_forwards(demo):
 
 def test_mtp_in_a_cache_too_small_for_all(demo):
     model, prompts = demo[0], [ids * 4 for ids in asked(demo, *QUESTIONS)]
-    sampling = Sampling(max_new_tokens=100, temperature=0.8, seed=1, ignore_eos=True)
+    sampling = SamplingParams(max_new_tokens=100, temperature=0.8, seed=1, ignore_eos=True)
     with model.ktx.engine() as engine:
         plain = [event.ids for event in answers(engine, prompts, sampling)]
     with model.ktx.engine(speculative="mtp", cache_lens=320, draft_tokens=3) as engine:
@@ -179,7 +179,7 @@ def test_the_layer_on_pages_says_what_it_says_of_the_whole_text(demo):
     with model.ktx.engine(speculative="mtp", prefix_cache=False) as engine:
         step = engine.speculation.drafter._step
         engine.speculation.drafter._step = lambda *given: guessed.append(step(*given)) or guessed[-1]
-        answers(engine, [ids], Sampling(max_new_tokens=2, ignore_eos=True))
+        answers(engine, [ids], SamplingParams(max_new_tokens=2, ignore_eos=True))
     assert torch.nn.functional.cosine_similarity(guessed[0][:-1], whole, dim=-1).min() > 0.999
 
 
@@ -219,7 +219,7 @@ def test_a_drafter_that_fails_costs_nothing_but_speed(loaded):
             raise RuntimeError("no idea")
 
         engine.speculation.drafter.draft = broken
-        found = answers(engine, PROMPTS[:2], Sampling(max_new_tokens=8, ignore_eos=True))
+        found = answers(engine, PROMPTS[:2], SamplingParams(max_new_tokens=8, ignore_eos=True))
         assert [event.reason for event in found] == ["length"] * 2
         assert engine.speculation is None
 
@@ -257,7 +257,7 @@ def test_a_gguf_of_glm_holds_the_layer(glm):
 
 
 def test_answers_with_the_layer_of_a_gguf_are_those_without(glm):
-    model, sampling = glm[0][0], Sampling(max_new_tokens=24, ignore_eos=True)
+    model, sampling = glm[0][0], SamplingParams(max_new_tokens=24, ignore_eos=True)
     with model.ktx.engine() as engine:
         plain = [event.ids for event in answers(engine, PROMPTS, sampling)]
     with model.ktx.engine(speculative="mtp") as engine:

@@ -53,7 +53,7 @@ class Journeys(list):
 
         def tag(module, args, out):
             for part in out if isinstance(out, tuple) else (out,):
-                self.put(part, module.home.name)
+                self.put(part, module.placement.name)
 
         hooks = [m.register_forward_hook(tag, prepend=True) for m in model.modules() if isinstance(m, STATIONS)]
         try:
@@ -77,7 +77,7 @@ def hooked(model):
     return {
         path
         for path, module in model.named_modules()
-        if any(isinstance(hook, crossing.Entry) for hook in module._forward_pre_hooks.values())
+        if any(isinstance(hook, crossing.ToDevice) for hook in module._forward_pre_hooks.values())
     }
 
 
@@ -134,7 +134,7 @@ def test_first_layers_on_the_cpu_and_attention_on_a_gpu_inside_one(twins):
 
 def test_masks_that_are_intervals_stay_and_lengths_go_along():
     mask = torch.zeros(1, 1, 3, 2, dtype=torch.int32)
-    elsewhere = crossing.Home(Device("cuda:0", torch.device("meta"), True), torch.float32)
+    elsewhere = crossing.DevicePlacement(Device("cuda:0", torch.device("meta"), True), torch.float32)
     assert crossing.moved(mask, elsewhere) is mask
     positions = torch.arange(3)[None]
     positions.ktx_counts = [2, 1]
@@ -167,7 +167,9 @@ def test_layers_on_the_cpu_beside_a_gpu_compute_in_f32_by_their_blocks(twins, ha
 
 def test_a_module_left_to_transformers_keeps_its_layer_in_the_models_type(twins, halves):
     layer = halves.model.layers[2]
-    homes = lambda: crossing._homes(halves, {m: m.home for m in halves.modules() if hasattr(m, "home")}, halves.dtype)  # noqa: E731
+    homes = lambda: crossing._homes(
+        halves, {m: m.placement for m in halves.modules() if hasattr(m, "placement")}, halves.dtype
+    )  # noqa: E731
     assert homes()[layer].dtype is torch.float32
     layer.mlp.kept = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
     assert homes()[layer].dtype is homes()[layer.mlp.kept].dtype is torch.bfloat16

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import ktx
-from ktx.cache.paged import Batch, PagedCache, Span
-from ktx.engine.sampling import Sampling
+from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
+from ktx.engine.sampling import SamplingParams
 from ktx.ops.gpu import handover
 from tests.engine.test_batching import answers
 from tests.gpu.placed import F32, SMALL, SMALLER, rules
 from tests.small_chat import write_model
 
 PROMPTS = [[(i * 37 + j * j) % 250 + 9 for j in range(length)] for i, length in enumerate((5, 20, 1))]
-SHORT = Sampling(max_new_tokens=3, ignore_eos=True)
+SHORT = SamplingParams(max_new_tokens=3, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", params=["deepseek_v3", "gpt_oss"])
@@ -68,7 +68,7 @@ def test_experts_that_fail_end_their_request_alone(pair):
 
 
 def test_tables_of_a_batch_are_moved_once_a_device():
-    batch = Batch([Span(0, 0, 3, [2]), Span(1, 64, 1, [0, 1])])
+    batch = BatchMetadata([SequenceSpan(0, 0, 3, [2]), SequenceSpan(1, 64, 1, [0, 1])])
     tables = batch.on(torch.device("cpu"))
     assert batch.on(torch.device("cpu")) is tables
     assert tables.slots.tolist() == [128, 129, 130, 64] and tables.sequences.tolist() == [[0, 3, 3], [3, 1, 65]]
@@ -78,7 +78,7 @@ def test_tables_of_a_batch_are_moved_once_a_device():
 def test_keys_in_eight_bits_are_no_blocks_on_a_gpu(pair, wish, kept):
     model = pair[1]
     cache = PagedCache(model.config, 4, wish)
-    cache.batch = Batch([Span(0, 0, 2, [1])])
+    cache.batch = BatchMetadata([SequenceSpan(0, 0, 2, [1])])
     with torch.inference_mode():
         model(torch.tensor([[5, 6]]), position_ids=cache.batch.position_ids, past_key_values=cache)
     assert {buffer.dtype for layer in cache.layers for buffer in layer.buffers} == {kept}

@@ -18,8 +18,8 @@ from ktx.commands.serve import _options
 from ktx.compat import usual_cache_name
 from ktx.devices import gpus
 from ktx.engine import graphs
-from ktx.engine.request import Piece
-from ktx.engine.sampling import Sampling
+from ktx.engine.request import TokenEvent
+from ktx.engine.sampling import SamplingParams
 from tests.engine.test_batching import answers
 from tests.gpu.placed import F32, SMALL, SMALLER, rules
 from tests.small_chat import write_model
@@ -27,8 +27,8 @@ from tests.small_chat import write_model
 PROMPTS = [[(i * 37 + j * j) % 250 + 9 for j in range(length)] for i, length in enumerate((5, 20, 1))]
 NEW = 6
 REAL = torch.cuda.is_available()
-KIND = graphs.CudaGraph if REAL else graphs.Rerun
-LONG, SHORT = (Sampling(max_new_tokens=new, ignore_eos=True) for new in (NEW, 3))
+KIND = graphs.CudaGraph if REAL else graphs.EagerReplay
+LONG, SHORT = (SamplingParams(max_new_tokens=new, ignore_eos=True) for new in (NEW, 3))
 KINDS = {  # a latent, with experts in the CPU's memory; keys and values apart, all on the GPU but the embedding
     "deepseek_v3": (
         {"num_hidden_layers": 2, "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 16},
@@ -104,7 +104,7 @@ def test_requests_join_and_leave_and_prompts_are_computed_between(placed):
         waiting = [1, 2]
 
         def heard(index, event):
-            if isinstance(event, Piece):
+            if isinstance(event, TokenEvent):
                 if waiting and len(found.setdefault(index, [])) == 1:
                     join(waiting.pop(0))
                 found.setdefault(index, []).append(event.choice.token)
@@ -182,8 +182,8 @@ def test_what_a_graph_works_on_lives_as_long_as_it(hybrid, monkeypatch):
         function()
         self.function = weakref.ref(function)
 
-    monkeypatch.setattr(graphs.Rerun, "capture", capture)
-    monkeypatch.setattr(graphs.Rerun, "replay", lambda self: self.function()())
+    monkeypatch.setattr(graphs.EagerReplay, "capture", capture)
+    monkeypatch.setattr(graphs.EagerReplay, "replay", lambda self: self.function()())
     with hybrid.engine(max_batch_size=1) as engine:
         gc.collect()
         assert answers(engine, PROMPTS[:1], SHORT)[0].ids == hybrid.expected[0][:3]
@@ -295,19 +295,19 @@ def test_drafts_and_modules_that_are_listened_to_are_computed_without(hybrid):
 
 
 def test_models_that_are_not_on_one_gpu_say_why(hybrid):
-    assert graphs.obstacle(hybrid.model) == ""
+    assert graphs.unsupported_reason(hybrid.model) == ""
     spread = hybrid.load(rules("deepseek_v3", layers={1: "cuda:1"}, Experts="cpu"))
-    assert graphs.obstacle(spread) == "model.layers.1 is on cuda:1, other modules are on cuda:0"
+    assert graphs.unsupported_reason(spread) == "model.layers.1 is on cuda:1, other modules are on cuda:0"
     assert (
-        graphs.obstacle(hybrid.load(rules("deepseek_v3", head="cpu")))
+        graphs.unsupported_reason(hybrid.load(rules("deepseek_v3", head="cpu")))
         == "lm_head is on cpu, other modules are on cuda:0"
     )
     inside = hybrid.load(rules("deepseek_v3", MLP="cpu"))
-    assert "mlp is on cpu, other modules are on cuda:0" in graphs.obstacle(inside)
+    assert "mlp is on cpu, other modules are on cuda:0" in graphs.unsupported_reason(inside)
     scaled = hybrid.model.model.rotary_emb
     scaled.fixed = False
     try:
-        assert graphs.obstacle(hybrid.model) == "the tables of model.rotary_emb depend on a sequence's length"
+        assert graphs.unsupported_reason(hybrid.model) == "the tables of model.rotary_emb depend on a sequence's length"
     finally:
         scaled.fixed = True
     with hybrid.cpu.ktx.engine(max_batch_size=1) as engine:

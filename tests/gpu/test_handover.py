@@ -10,10 +10,10 @@ import time
 import pytest
 import torch
 
-from ktx.engine.runner import here
+from ktx.engine.runner import to_cpu
 from ktx.ops.gpu import handover, streams
-from ktx.ops.gpu.handover import HandOver
-from ktx.ops.gpu.padding import NOBODY, Padding, chosen, padded
+from ktx.ops.gpu.handover import ExpertOffload
+from ktx.ops.gpu.padding import NO_EXPERT, Padding, chosen, padded
 from ktx.ops.gpu.streams import ThreadStream
 from tests.gpu.placed import Twins
 
@@ -54,7 +54,7 @@ def states(tokens, columns=4, dtype=torch.float32):
 @pytest.mark.parametrize("stream", [Recording, lambda: ThreadStream(CPU)], ids=["recording", "thread"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_comes_back_is_what_the_experts_made(stream, dtype):
-    way = HandOver(stream())
+    way = ExpertOffload(stream())
     for tokens in (3, 1, 40, 2, 2):
         given = states(tokens, dtype=dtype)
         found = way.result(way.submit(twice, *given))
@@ -63,7 +63,7 @@ def test_what_comes_back_is_what_the_experts_made(stream, dtype):
 
 def test_nothing_is_overwritten_before_it_is_read():
     """A second call is given while the first is on its way, and a third when its buffers are used again."""
-    way = HandOver(Recording())
+    way = ExpertOffload(Recording())
     first, second = states(5), states(5)
     under_way = way.submit(twice, *first), way.submit(twice, *second)
     assert under_way[0].slot is not under_way[1].slot
@@ -75,7 +75,7 @@ def test_nothing_is_overwritten_before_it_is_read():
 
 
 def test_a_result_nobody_comes_for_does_not_disturb_those_that_follow():
-    way, slow = HandOver(ThreadStream(CPU)), threading.Event()
+    way, slow = ExpertOffload(ThreadStream(CPU)), threading.Event()
 
     def waiting(*given):
         slow.wait(10)
@@ -89,7 +89,7 @@ def test_a_result_nobody_comes_for_does_not_disturb_those_that_follow():
 
 
 def test_an_error_of_the_experts_is_raised_where_their_result_is_wanted_and_once():
-    way = HandOver(ThreadStream(CPU))
+    way = ExpertOffload(ThreadStream(CPU))
 
     def broken(*given):
         raise RuntimeError("no such expert")
@@ -103,7 +103,7 @@ def test_an_error_of_the_experts_is_raised_where_their_result_is_wanted_and_once
 
 def test_a_stream_that_does_not_wait_tells_the_error_to_the_next_who_asks():
     stream = Recording()
-    way, do = HandOver(stream), stream.join
+    way, do = ExpertOffload(stream), stream.join
     stream.join = lambda: None
     under_way = way.submit(lambda *given: 1 / 0, *states(2))
     out = way.result(under_way)
@@ -116,7 +116,7 @@ def test_a_stream_that_does_not_wait_tells_the_error_to_the_next_who_asks():
 
 def test_a_job_can_be_done_again_as_a_graph_does():
     stream = Recording()
-    way = HandOver(stream)
+    way = ExpertOffload(stream)
     seen = []
 
     def counted(hidden, ids, weights):
@@ -135,7 +135,7 @@ def test_a_job_can_be_done_again_as_a_graph_does():
 
 
 def test_rows_that_stand_for_nothing_are_not_computed_and_their_number_is_read_at_each_start():
-    way, seen = HandOver(stream := Recording()), []
+    way, seen = ExpertOffload(stream := Recording()), []
 
     def counted(hidden, ids, weights):
         seen.append(len(hidden))
@@ -144,7 +144,7 @@ def test_rows_that_stand_for_nothing_are_not_computed_and_their_number_is_read_a
     padding, given = Padding(torch.tensor([2]), torch.tensor([1, 1, 0])), states(3)
     with padded(padding):
         under_way = way.submit(counted, *given)
-        assert chosen(given[1])[:2].equal(given[1][:2]) and chosen(given[1])[2].tolist() == [NOBODY] * 2
+        assert chosen(given[1])[:2].equal(given[1][:2]) and chosen(given[1])[2].tolist() == [NO_EXPERT] * 2
     recorded = list(stream.open)
     out = way.result(under_way)
     assert torch.equal(out[:2], given[0][:2] + 1) and not out[2].any()
@@ -181,7 +181,7 @@ def hybrid(tmp_path_factory):
 def test_shared_experts_are_computed_while_the_cpu_computes_the_others(hybrid, monkeypatch):
     _, model = hybrid
     block, stream = model.model.layers[1].mlp, Recording()
-    monkeypatch.setattr(block, "handover", HandOver(stream))
+    monkeypatch.setattr(block, "handover", ExpertOffload(stream))
     shared = block.shared_experts.register_forward_hook(lambda *args: stream.told.append("shared"))
     experts = block.experts.register_forward_hook(lambda *args: stream.told.append("experts"))
     try:
@@ -197,7 +197,7 @@ def test_experts_that_are_put_off_run_while_the_device_goes_on_to_the_next_layer
     twins = Twins(tmp_path, "deepseek_v3", num_hidden_layers=4)
     rules, ids, stream = twins.rules(Experts="cpu"), torch.tensor([[5, 6, 7]]), Recording()
     on_cpu, model = twins.load(None, defer_experts=1), twins.load(rules, defer_experts=1)
-    way, told = HandOver(stream), stream.told
+    way, told = ExpertOffload(stream), stream.told
     blocks = [(i, layer) for i, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "handover")]
     for i, layer in blocks:
         monkeypatch.setattr(layer.mlp, "handover", way)
@@ -245,7 +245,7 @@ def test_a_thread_stream_raises_what_a_copy_raised():
 
 
 def test_the_cpus_waiting_for_the_device_is_counted_from_layer_to_layer_of_a_forward():
-    way = HandOver(ThreadStream(CPU))
+    way = ExpertOffload(ThreadStream(CPU))
 
     class Layer:
         def __init__(self, number):
@@ -302,9 +302,9 @@ def test_an_error_nobody_came_for_is_not_another_models(two):
     assert under_way.there.job.done.wait(60)
     hook.remove()
     assert right(second, ids, expected)
-    assert here(second, expected) is expected  # as the engine asks when a forward's results are there
+    assert to_cpu(second, expected) is expected  # as the engine asks when a forward's results are there
     with pytest.raises(RuntimeError, match="experts failed"):
-        here(first, expected)
+        to_cpu(first, expected)
     assert right(first, ids, expected)
 
 
@@ -332,7 +332,7 @@ def test_what_one_model_gives_up_the_other_still_waits_for(two):
 
 def test_a_ways_threads_end_with_it():
     before = set(threading.enumerate())
-    way = HandOver(ThreadStream(CPU))
+    way = ExpertOffload(ThreadStream(CPU))
     way.result(way.submit(twice, *states(2)))
     own = set(threading.enumerate()) - before
     assert {thread.name.split("_")[0] for thread in own} == {"ktx-handover", "ktx-experts"}
@@ -344,7 +344,7 @@ def test_a_ways_threads_end_with_it():
 
 
 def test_a_forked_child_has_a_way_of_its_own():
-    way, free = HandOver(ThreadStream(CPU)), threading.Event()
+    way, free = ExpertOffload(ThreadStream(CPU)), threading.Event()
     given = states(2)
     way.stream.call(lambda: free.wait(60))  # its thread is busy, and not in the child
     under_way = way.submit(twice, *given)

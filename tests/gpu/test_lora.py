@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ktx.engine.request import Finished
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import UsageError
 from tests.gpu.placed import Twins
 from tests.models.test_families import relative
@@ -41,7 +41,7 @@ def test_an_adapter_on_a_gpu(tmp_path):
     mine.ktx.tokenizer = tokenizer()
     with mine.ktx.engine(max_batch_size=2, cache_lens=256, cuda_graphs=True) as engine:
         for lora, logits in (("one", expected), ((), usual)):
-            sampling = Sampling(max_new_tokens=1, ignore_eos=True)
+            sampling = SamplingParams(max_new_tokens=1, ignore_eos=True)
             events = [event for _, event in engine.generate([IDS[0].tolist()], sampling, lora)]
             assert [event.ids for event in events if isinstance(event, Finished)] == [[int(logits[0, -1].argmax())]]
 

@@ -13,7 +13,7 @@ import ktx
 import ktx.demo
 from ktx import selftest
 from ktx.__main__ import main
-from ktx.engine.activity import Activity
+from ktx.engine.activity import EngineStats
 from ktx.errors import SelfTestFailed, UsageError
 from ktx.footprint import on_gpu
 from ktx.kernels.check import in_bf16
@@ -160,11 +160,11 @@ def test_experts_can_be_put_off_too(tmp_path):
 def test_choices_of_both_sides_are_counted(v3):
     placed = v3.load(v3.rules(Experts="cpu"), gpu_experts=3)
     whole = v3.on()
-    counted = [Activity(model) for model in (v3.cpu, placed, whole)]
+    counted = [EngineStats(model) for model in (v3.cpu, placed, whole)]
     for model in (v3.cpu, placed, whole):
         logits(model)
         logits(model, IDS[:, :1])
-    wanted, share, device = (activity.done() for activity in counted)
+    wanted, share, device = (activity.snapshot() for activity in counted)
     assert share.layers == device.layers == wanted.layers and sum(wanted.layers[1]) == 14
     assert sum(wanted.layers[1][:3]) and share.expert_bytes < wanted.expert_bytes and device.expert_bytes == 0
     assert placed.ktx.activity()["model.layers.1.mlp.experts"].activations == wanted.layers[1]

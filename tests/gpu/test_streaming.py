@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ktx.devices import Device
-from ktx.engine.activity import Activity
+from ktx.engine.activity import EngineStats
 from ktx.errors import UsageError
 from ktx.kernels import speed
 from ktx.ops.experts import PROJECTIONS
@@ -145,9 +145,9 @@ def test_beside_a_share_and_with_experts_that_are_put_off(tmp_path):
     for more in ({}, {"defer_experts": 1}):
         on_cpu = twins.load(None, **more)
         model = twins.load(twins.rules(Experts="cpu"), gpu_experts=3, stream_experts=2, **more)
-        counted = [Activity(one) for one in (on_cpu, model)]
+        counted = [EngineStats(one) for one in (on_cpu, model)]
         assert (logits(model) - logits(on_cpu)).abs().max() < BOUND
-        wanted, found = (activity.done() for activity in counted)
+        wanted, found = (activity.snapshot() for activity in counted)
         assert found.layers == wanted.layers and found.expert_bytes == 0  # the device counted all of them
 
 
@@ -163,8 +163,8 @@ def test_auto_measures_and_off_is_off(qwen):
     for word in ("auto", "off", False, None):
         model = qwen.load(None, devices=BLOCK, stream_experts=word)
         assert all(block.streamer is None for block in blocks(model))  # on a pretended GPU nothing is gained
-    assert speed.copying_pays_from(20 * 10**9, 10**8, 20.0, 200.0) == 1000
-    assert speed.copying_pays_from(1000, 10**8, 20.0, 200.0) == speed.LEAST
+    assert speed.min_tokens_to_stream(20 * 10**9, 10**8, 20.0, 200.0) == 1000
+    assert speed.min_tokens_to_stream(1000, 10**8, 20.0, 200.0) == speed.LEAST
 
 
 def test_other_words_are_errors_before_anything_is_read(qwen):
@@ -184,7 +184,7 @@ def test_auto_copies_from_where_the_measured_cpu_is_slower_than_the_way(qwen, mo
         monkeypatch.setattr(speed, "prompt_rate", lambda qtype, rate=rate: rate)
         _install_on(Device("cuda:0", torch.device("cpu"), True), blocks(model), None)
         experts = blocks(model)[0].experts
-        copying = experts.weight_bytes()[0] / (speed.LINK * 1e9)
+        copying = experts.weight_bytes()[0] / (speed.DEFAULT_PCIE_GB_S * 1e9)
         token = 2 * 3 * 64 * 32 * experts.top / (rate * 1e9)  # three matrices of each chosen expert
         wanted = least or copying / token
         assert all(block.streamed_from == pytest.approx(wanted, abs=1) for block in blocks(model))

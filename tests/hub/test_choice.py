@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ktx.errors import BadFile, UsageError
-from ktx.hub.choice import File, Several, choose, quantisations
+from ktx.hub.choice import AmbiguousQuant, File, choose, quantisations
 
 
 def files(*paths, size=10):
@@ -57,7 +57,7 @@ def test_quantisations_go_by_their_names(paths, names):
 
 
 def test_many_quantisations_and_none_named():
-    with pytest.raises(Several) as told:
+    with pytest.raises(AmbiguousQuant) as told:
         choose("o/r", files(*GGUF))
     assert len(told.value.found) == 5
     assert chosen(["only-Q4_K_M.gguf", "mmproj-F16.gguf", "config.json"]) == ["only-Q4_K_M.gguf", "config.json"]
@@ -72,10 +72,10 @@ def test_the_short_name_of_a_quantisation(tag, first):
 
 
 def test_a_short_name_that_fits_none_or_two():
-    with pytest.raises(Several, match="holds nothing that is Q3_K") as told:
+    with pytest.raises(AmbiguousQuant, match="holds nothing that is Q3_K") as told:
         choose("o/r", files(*GGUF), tag="Q3_K")
     assert len(told.value.found) == 5
-    with pytest.raises(Several, match="holds 2 models") as told:
+    with pytest.raises(AmbiguousQuant, match="holds 2 models") as told:
         choose("o/r", files("a-Q4_0.gguf", "b-Q4_0.gguf", "c-Q8_0.gguf"), tag="Q4_0")
     assert [one.name for one in told.value.found] == ["a-Q4_0", "b-Q4_0"]
     assert chosen(["a-Q4_0.gguf", "b-Q4_0.gguf"], tag="b-q4_0") == ["b-Q4_0.gguf"]

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from ktx.kernels import gpu_linear, moe
 from ktx.kernels.dequant import book, decoding
-from ktx.kernels.planes import Packed
+from ktx.kernels.planes import SoAWeight
 from ktx.qtypes import QTYPES
 
 N, K, EXPERTS = 512, 1024, 2
@@ -56,10 +56,10 @@ def compiled(kernel: Any, arch: int, *args: Any, num_stages: int = 3, **constant
     return {"shared": made.metadata.shared, "ptx": len(made.asm["ptx"])}
 
 
-def matrices(name: str, count: int) -> Packed:
+def matrices(name: str, count: int) -> SoAWeight:
     qtype = QTYPES[name]
     scale = torch.ones(count, N // 128, K // 128) if name == "F8_E4M3" else None
-    return Packed(torch.zeros(count * N * qtype.row_bytes(K), dtype=torch.uint8), qtype, N, K, count, scale)
+    return SoAWeight(torch.zeros(count * N * qtype.row_bytes(K), dtype=torch.uint8), qtype, N, K, count, scale)
 
 
 def main() -> None:

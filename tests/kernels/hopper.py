@@ -16,7 +16,7 @@ from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
 from ktx.kernels import gpu_norm, merge, mla, paged, rope_store
-from ktx.kernels.work import Shape, Work, tiles_for
+from ktx.kernels.work import AttentionSchedule, Shape, tiles_for
 
 
 class Hopper(DriverBase):
@@ -71,7 +71,7 @@ def blank(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def attend_to_latent(heads: int) -> None:
-    work = Work([1], Shape(heads, 1, 512, 512, latent=True), "cpu", slots=132)
+    work = AttentionSchedule([1], Shape(heads, 1, 512, 512, latent=True), "cpu", num_sms=132)
     plan = work.plan(torch.tensor([[0, 1, 100]]), torch.zeros(1, 32, dtype=torch.int32))
     q, q_rope = blank(1, heads, 1, 512), blank(1, heads, 1, 64)
     mla.mla_attention(q, q_rope, blank(2, 64, 512), blank(2, 64, 64), plan, 1.0)
@@ -80,7 +80,7 @@ def attend_to_latent(heads: int) -> None:
 def in_f32() -> None:
     for shape, wide in ((Shape(8, 2, 128, 128), 0), (Shape(16, 1, 512, 512, latent=True), 64)):
         tiles = tiles_for(shape.key_columns, shape.latent, exact=True)
-        work = Work([300], shape, "cpu", slots=132, tiles=tiles)
+        work = AttentionSchedule([300], shape, "cpu", num_sms=132, tiles=tiles)
         plan = work.plan(torch.tensor([[0, 300, 300]]), torch.zeros(1, 32, dtype=torch.int32))
         q, pool = (
             blank(*size, dtype=torch.float32)
@@ -96,7 +96,7 @@ def in_f32() -> None:
 
 def everything_else() -> None:
     eight, slots = torch.float8_e4m3fn, torch.zeros(5, dtype=torch.int64)
-    work = Work([1, 300], Shape(9, 3, 80, 72), "cpu", slots=132)
+    work = AttentionSchedule([1, 300], Shape(9, 3, 80, 72), "cpu", num_sms=132)
     plan = work.plan(torch.tensor([[0, 1, 100], [1, 300, 300]]), torch.zeros(2, 32, dtype=torch.int32), 100)
     for page, stored in ((48, torch.bfloat16), (64, eight)):
         pools = (blank(2, 3, page, columns, dtype=stored) for columns in (80, 72))
@@ -104,9 +104,11 @@ def everything_else() -> None:
     in_f32()
     tables = blank(1, 5, 64), blank(1, 5, 64)
     heads = blank(1, 20, 5, 128), blank(1, 3, 5, 128), blank(1, 3, 5, 64)
-    rope_store.store_heads(*heads, *tables, slots, *(blank(4, 3, 64, d, dtype=eight) for d in (128, 64)), True)
+    rope_store.rope_and_cache_kv(*heads, *tables, slots, *(blank(4, 3, 64, d, dtype=eight) for d in (128, 64)), True)
     latent = blank(1, 5, 512), blank(1, 5, 64), blank(1, 128, 5, 64)
-    rope_store.store_latent(*latent, *tables, slots, *(blank(4, 64, d, dtype=eight) for d in (512, 64)), blank(512))
+    rope_store.rope_and_cache_mla(
+        *latent, *tables, slots, *(blank(4, 64, d, dtype=eight) for d in (512, 64)), blank(512)
+    )
 
 
 def main(heads: str = "") -> None:

@@ -45,18 +45,18 @@ def chosen(ids):
 @pytest.mark.parametrize("tokens", [1, 2, 8, 33, 500])
 def test_activations_are_the_choices_and_bytes_the_chosen_experts(packed, tokens):
     one = sum(weights.nbytes for weights in packed) // COUNT
-    ids, weights, counts = choices(tokens), torch.rand(tokens, TOP), cpu.new_counts(COUNT)
+    ids, weights, counts = choices(tokens), torch.rand(tokens, TOP), cpu.new_stats(COUNT)
     x = torch.randn(tokens, HIDDEN)
-    with cpu.wide_rows(tokens):
+    with cpu.bf16_rows(tokens):
         expected = cpu.experts(x, ids, weights, *packed)
         got = cpu.experts(x, ids, weights, *packed, counts=counts)
         assert torch.equal(got, expected)
-        found = cpu.Counted.read(counts)
+        found = cpu.ExpertStats.read(counts)
         assert found.activations == plain(ids) and found.nbytes == chosen(ids) * one
         assert found.seconds > 0 and len(found.node_seconds) == cpu.ops.nodes()
         before = counts.clone()
         cpu.experts(x, ids, weights, *packed, counts=counts)
-    more = cpu.Counted.read(counts - before)
+    more = cpu.ExpertStats.read(counts - before)
     assert more.activations == found.activations and more.nbytes == found.nbytes and more.seconds > 0
     assert found.seconds >= max(found.node_seconds) > 0
 
@@ -64,24 +64,24 @@ def test_activations_are_the_choices_and_bytes_the_chosen_experts(packed, tokens
 def test_each_pass_over_the_weights_reads_them(packed):
     one = sum(weights.nbytes for weights in packed) // COUNT
     tokens = 2500  # at 7 experts of 3 a pass takes 1024
-    ids, counts = choices(tokens), cpu.new_counts(COUNT)
+    ids, counts = choices(tokens), cpu.new_stats(COUNT)
     ids[1030:2040] = 6
-    with cpu.wide_rows(tokens):
+    with cpu.bf16_rows(tokens):
         cpu.experts(torch.randn(tokens, HIDDEN), ids, torch.rand(tokens, TOP), *packed, counts=counts)
-    found = cpu.Counted.read(counts)
+    found = cpu.ExpertStats.read(counts)
     assert found.activations == plain(ids)
     assert found.nbytes == sum(chosen(part) for part in ids.split(1024)) * one
     counts.zero_()
-    with cpu.wide_rows(70, (3, 64)):
+    with cpu.bf16_rows(70, (3, 64)):
         cpu.experts(torch.randn(70, HIDDEN), ids[:70], torch.rand(70, TOP), *packed, counts=counts)
     apart = (ids[:3], ids[3:67], ids[67:70]) if cpu.ops.has_wide() else (ids[:70],)
-    assert cpu.Counted.read(counts).nbytes == sum(map(chosen, apart)) * one
+    assert cpu.ExpertStats.read(counts).nbytes == sum(map(chosen, apart)) * one
 
 
 def test_nobody_chosen_is_nothing_read(packed):
-    counts = cpu.new_counts(COUNT)
+    counts = cpu.new_stats(COUNT)
     cpu.experts(torch.randn(2, HIDDEN), torch.full((2, TOP), -1), torch.rand(2, TOP), *packed, counts=counts)
-    found = cpu.Counted.read(counts)
+    found = cpu.ExpertStats.read(counts)
     assert found.nbytes == 0 and not any(found.activations)
 
 
@@ -92,7 +92,7 @@ def test_counts_of_another_form_are_refused(packed, counts):
 
 
 def test_several_threads_add_to_one_and_a_reader_sees_it_grow(packed):
-    ids, counts = choices(4), cpu.new_counts(COUNT)
+    ids, counts = choices(4), cpu.new_stats(COUNT)
     x, weights, seen = torch.randn(4, HIDDEN), torch.rand(4, TOP), [counts.clone()]
 
     def work():
@@ -106,7 +106,7 @@ def test_several_threads_add_to_one_and_a_reader_sees_it_grow(packed):
         seen.append(counts.clone())
     for worker in workers:
         worker.join()
-    last = cpu.Counted.read(counts)
+    last = cpu.ExpertStats.read(counts)
     assert last.activations == tuple(150 * count for count in plain(ids))
     assert all((after >= before).all() for before, after in zip(seen, [*seen[1:], counts], strict=True))
 

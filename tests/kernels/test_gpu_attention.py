@@ -21,14 +21,14 @@ from ktx.kernels.check import relative
 from ktx.kernels.gpu import kernels_for
 from ktx.kernels.mla import as_pages, mla_attention
 from ktx.kernels.paged import attention
-from ktx.kernels.rope_store import store_heads, store_latent
-from ktx.kernels.work import Shape, Tile, Work, programs_in_line, tiles_for
+from ktx.kernels.rope_store import rope_and_cache_kv, rope_and_cache_mla
+from ktx.kernels.work import AttentionSchedule, Shape, Tile, programs_in_line, tiles_for
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 E4M3 = torch.float8_e4m3fn
 KV_SCALE = 0.02  # of e4m3 pools: about what makes normal numbers fill its range
-SMALL = (Tile(16, 16, 4, 2, least=1), Tile(32, 16, 4, 2, least=1))  # many tiles and parts of few keys
+SMALL = (Tile(16, 16, 4, 2, min_blocks=1), Tile(32, 16, 4, 2, min_blocks=1))  # many tiles and parts of few keys
 BOUND = {torch.float16: 1e-3, torch.bfloat16: 8e-3, E4M3: 8e-3, torch.float32: 1e-5}
 RAGGED = [(1, 45), (5, 5), (12, 40), (1, 1), (1, 90)]  # new tokens and keys of sequences beside each other
 
@@ -72,7 +72,7 @@ def ranges_of(ragged, window):
 
 
 def planned(ragged, shape, pools, window=0, tiles=SMALL, slots=2):
-    work = Work([count for count, _ in ragged], shape, DEVICE, slots=slots, tiles=tiles)
+    work = AttentionSchedule([count for count, _ in ragged], shape, DEVICE, num_sms=slots, tiles=tiles)
     return work.plan(sequences_of(ragged).to(DEVICE), pools.pages.to(DEVICE), window)
 
 
@@ -190,7 +190,7 @@ def products_in_order(monkeypatch):
 @pytest.mark.parametrize("window", [0, 30])
 def test_a_prompt_in_chunks_is_bit_for_bit_the_prompt_at_once(products_in_order, window):
     """One program a tile, so that nothing is merged: the bits then depend on a row's own keys alone."""
-    heads, length, tiles = 4, 50, (Tile(16, 16, 4, 2, least=1000),)
+    heads, length, tiles = 4, 50, (Tile(16, 16, 4, 2, min_blocks=1000),)
     pools, (keys, vals) = made([(length, length)], 2, (32, 32), 16)
     k, v = (pools.filled(rows, torch.bfloat16) for rows in (keys, vals))
     q = torch.randn(1, heads, length, 32).to(DEVICE, torch.bfloat16)
@@ -206,7 +206,7 @@ def test_a_context_in_parts_is_the_context_in_one_and_the_same_bits_each_time():
     pools, q, qr, ckv, kpe = latents((4, 32, 16, 64, torch.float16, torch.float16), ragged)
     shape = Shape(4, 1, 32, 32, latent=True)
     one, many = (
-        planned(ragged, shape, pools, tiles=(Tile(32, 16, 4, 2, least=least),), slots=23) for least in (1000, 1)
+        planned(ragged, shape, pools, tiles=(Tile(32, 16, 4, 2, min_blocks=least),), slots=23) for least in (1000, 1)
     )
     assert (many.lines[0].programs[:, 0] < many.lines[0].programs[:, 1]).sum() == 16
     assert (
@@ -265,7 +265,7 @@ def test_a_place_that_is_kept_free_gives_zeros_and_a_plan_fits_other_lengths():
     pools, (keys, vals) = made([(1, 150), (1, 150)], 1, (32, 32))
     k, v = pools.filled(keys, torch.float16), pools.filled(vals, torch.float16)
     q = torch.randn(1, 4, 2, 32).to(DEVICE, torch.float16)
-    work = Work([1, 1], Shape(4, 1, 32, 32), DEVICE, slots=5, tiles=SMALL)
+    work = AttentionSchedule([1, 1], Shape(4, 1, 32, 32), DEVICE, num_sms=5, tiles=SMALL)
     for lengths in ((150, 0), (9, 150)):
         rows = [(1, length) for length in lengths]
         got = attention(q, k, v, work.plan(sequences_of(rows).to(DEVICE), pools.pages.to(DEVICE)), 0.2)
@@ -294,7 +294,7 @@ def test_units_are_shared_out_without_gaps():
         ((50, 1, 3), (77, 400, 3), 0),
         ((9, 1), (100, 90), 40),
     ):
-        work = Work(counts, Shape(8, 2, 32, 32), "cpu", slots=11, tiles=SMALL)
+        work = AttentionSchedule(counts, Shape(8, 2, 32, 32), "cpu", num_sms=11, tiles=SMALL)
         rows = list(zip(counts, lengths, strict=True))
         for line in work.plan(sequences_of(rows), torch.zeros(len(rows), 20, dtype=torch.int32), window).lines:
             starts, programs = line.starts.tolist(), line.programs.tolist()
@@ -321,7 +321,7 @@ def test_every_row_has_one_tile():
     for heads, kv_heads in ((16, 1), (24, 1), (128, 1), (96, 1), (40, 8), (71, 71)):
         shape = Shape(heads, kv_heads, 64, 64, latent=kv_heads == 1)
         counts = (1, 5, 1, 0, 70)
-        work, seen = Work(counts, shape, "cpu", slots=132), set()
+        work, seen = AttentionSchedule(counts, shape, "cpu", num_sms=132), set()
         for part in work.parts:
             assert part.blocks * part.width >= shape.group and part.width <= part.tile.rows
             for sequence, first in part.items.tolist():
@@ -357,9 +357,9 @@ def test_what_does_not_fit_a_plan_is_refused():
         "latent=True": lambda: mla_attention(q, q, k[:, 0], k[:, 0], plan, 1.0),
         "5 query heads": lambda: Shape(5, 2, 32, 32),
         "keys are its values": lambda: Shape(4, 1, 32, 16, latent=True),
-        "none negative": lambda: Work([], shape, DEVICE),
+        "none negative": lambda: AttentionSchedule([], shape, DEVICE),
         "made for 1 sequences": lambda: plan.work.plan(plan.sequences.repeat(2, 1), plan.pages),
-        "too small": lambda: Work([2], shape, DEVICE, slots=3, scratch=torch.zeros(4)),
+        "too small": lambda: AttentionSchedule([2], shape, DEVICE, num_sms=3, scratch=torch.zeros(4)),
     }.items():
         with pytest.raises(ValueError, match=name):
             call()
@@ -402,13 +402,13 @@ def test_heads_are_rotated_and_stored(interleaved, stored):
     cos, sin = tables(tokens, 32)
     pools = [torch.zeros(5, 3, 16, d).to(DEVICE, stored) for d in (48, 24)]
     twins = [pool.clone() for pool in pools]
-    turned = store_heads(q, k, v, cos, sin, slots, *pools, interleaved, KV_SCALE, 0.1)
+    turned = rope_and_cache_kv(q, k, v, cos, sin, slots, *pools, interleaved, KV_SCALE, 0.1)
     wanted = reference.store_heads(q, k, v, cos, sin, slots, *twins, interleaved, KV_SCALE, 0.1)
     torch.testing.assert_close(turned, wanted, rtol=1e-3, atol=1e-4)
     for found, twin in zip(pools, twins, strict=True):
         same_stored(found, twin)
     if not interleaved:
-        assert store_heads(q, k, v, cos, sin, slots, *pools, out=q).data_ptr() == q.data_ptr()
+        assert rope_and_cache_kv(q, k, v, cos, sin, slots, *pools, out=q).data_ptr() == q.data_ptr()
         assert torch.equal(q, turned)
 
 
@@ -422,13 +422,13 @@ def test_a_latent_is_normalised_rotated_and_stored(interleaved, stored):
     pools = [torch.zeros(4, 16, d).to(DEVICE, stored) for d in (96, 16)]
     twins = [pool.clone() for pool in pools]
     rest = (norm, 1e-6, interleaved, KV_SCALE)
-    turned = store_latent(latent, k_rope, q_rope, cos, sin, slots, *pools, *rest)
+    turned = rope_and_cache_mla(latent, k_rope, q_rope, cos, sin, slots, *pools, *rest)
     wanted = reference.store_latent(latent, k_rope, q_rope, cos, sin, slots, *twins, *rest)
     torch.testing.assert_close(turned, wanted, rtol=1e-3, atol=1e-4)
     for found, twin in zip(pools, twins, strict=True):
         same_stored(found, twin)
     with pytest.raises(ValueError, match="no row of"):
-        store_latent(latent, k_rope, q_rope, cos[:, :3], sin[:, :3], slots, *pools)
+        rope_and_cache_mla(latent, k_rope, q_rope, cos[:, :3], sin[:, :3], slots, *pools)
 
 
 def compiled(*words):
@@ -481,7 +481,7 @@ def test_mla_at_deepseeks_size_errs_at_most_twice_what_torch_does(heads, stored)
 def test_a_cuda_graph_is_replayed_for_other_lengths_and_pages():
     ragged = [(1, 3000), (1, 64), (1, 500)]
     pools, q, qr, ckv, kpe = latents((16, 512, 64, 64, torch.bfloat16, torch.bfloat16), ragged)
-    work = Work([1, 1, 1], Shape(16, 1, 512, 512, latent=True), DEVICE)
+    work = AttentionSchedule([1, 1, 1], Shape(16, 1, 512, 512, latent=True), DEVICE)
     sequences, pages = sequences_of(ragged).cuda(), pools.pages.cuda()
     run = lambda: mla_attention(q, qr, ckv[:, 0], kpe[:, 0], work.plan(sequences, pages), 0.07)  # noqa: E731
     run()

@@ -284,7 +284,7 @@ BAD = {
     "columns": (lambda w: gpu_linear.linear(torch.randn(2, 128, device=DEVICE), w), "128 columns"),
     "integers": (lambda w: gpu_linear.linear(torch.ones(2, 256, dtype=torch.int32, device=DEVICE), w), "int32"),
     "a bias": (lambda w: gpu_linear.linear(torch.randn(2, 256, device=DEVICE), w, torch.randn(5)), "bias"),
-    "bytes": (lambda w: planes.Packed(w.data[:-1], w.qtype, 32, 256), "bytes"),
+    "bytes": (lambda w: planes.SoAWeight(w.data[:-1], w.qtype, 32, 256), "bytes"),
     "matrices": (lambda w: gpu_linear.linear_batched(torch.randn(2, 1, 256, device=DEVICE), w), "1 matrices"),
     "types": (lambda w: pack([sample("Q8_0", 4, 64), sample("Q4_0", 4, 64)], device=DEVICE), "differ"),
     "an activation": (lambda w: moe.experts(*[torch.zeros(1, 1)] * 3, w, w, w, act="swish"), "swish"),

@@ -125,11 +125,11 @@ def test_experts_whose_tokens_all_go_elsewhere():
 
 
 def test_experts_are_counted_as_often_as_they_compute():
-    packed, counts = [cpu.pack_experts(stack("F32", 2, 32, 32)[0]) for _ in range(3)], cpu.new_counts(2)
+    packed, counts = [cpu.pack_experts(stack("F32", 2, 32, 32)[0]) for _ in range(3)], cpu.new_stats(2)
     ids = torch.tensor([[0, 1], [1, 0]])
     out = cpu.experts(torch.randn(2, 32, requires_grad=True), ids, torch.rand(2, 2), *packed, counts=counts)
     out.sum().backward()
-    assert cpu.Counted.read(counts).activations == (2, 2)
+    assert cpu.ExpertStats.read(counts).activations == (2, 2)
 
 
 SHAPES = [(1, 4, 2, 5, 9), (2, 4, 4, 1, 1), (2, 6, 1, 7, 7), (1, 3, 3, 1, 8)]  # batch, heads, key heads, queries, keys

@@ -13,12 +13,12 @@ from ktx.qtypes import QTYPES
 from ktx.weights.source import QuantizedTensor
 
 
-def both(name: str, rows: int, k: int, count: int = 3) -> tuple[torch.Tensor, planes.Packed, planes.Packed]:
+def both(name: str, rows: int, k: int, count: int = 3) -> tuple[torch.Tensor, planes.SoAWeight, planes.SoAWeight]:
     """Groups as the CPU has them, the planes that should come of them, and empty ones."""
     parts: list[QuantizedTensor] = [sample(name, rows, k, seed) for seed in range(count)]
     held, wanted = cpu.pack(parts), planes.pack(parts, device="cpu")
     scale = None if wanted.scale is None else torch.zeros_like(wanted.scale)
-    empty = planes.Packed(torch.zeros_like(wanted.data), wanted.qtype, rows, k, count, scale)
+    empty = planes.SoAWeight(torch.zeros_like(wanted.data), wanted.qtype, rows, k, count, scale)
     return held.data.view(count, -(-rows // cpu.GROUP_ROWS), -1), wanted, empty
 
 

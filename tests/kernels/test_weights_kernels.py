@@ -60,11 +60,11 @@ def test_a_token_is_the_same_bits_whatever_stands_beside_it(name):
     packed = cpu.pack(sample(name, 50, k))
     x = torch.randn(70, k)
     for wide in (False, True):
-        with cpu.wide_rows(0):
+        with cpu.bf16_rows(0):
             alone = torch.cat([cpu.linear(row[None], packed, wide=wide) for row in x])
             for tokens in (2, 3, 5, 6, 7, 8, 9, 12, 17, 33, 70):
                 assert torch.equal(cpu.linear(x[:tokens], packed, wide=wide), alone[:tokens])
-    with cpu.wide_rows(70, [3, 20, 30, 1]):
+    with cpu.bf16_rows(70, [3, 20, 30, 1]):
         mixed = cpu.linear(x, packed)
     for rows, wide in (
         (range(3), False),
@@ -73,7 +73,7 @@ def test_a_token_is_the_same_bits_whatever_stands_beside_it(name):
         ([30], True),
         (range(31, 70), False),
     ):
-        with cpu.wide_rows(0):
+        with cpu.bf16_rows(0):
             assert torch.equal(mixed[list(rows)], cpu.linear(x[list(rows)], packed, wide=wide))
 
 
@@ -86,12 +86,12 @@ def test_a_mixture_is_the_same_bits_whatever_stands_beside_it(name):
     ids[20:, 0] = 5  # one is asked for more often than the others
     ids[20:, 1:] = torch.where(ids[20:, 1:] == 5, 6, ids[20:, 1:])
     for begin, count in ((0, 0), (0, 90), (4, 60)):  # those rows are whole pages of a prompt, the others are not
-        with cpu.wide_rows(90, [begin, count]):
+        with cpu.bf16_rows(90, [begin, count]):
             whole = cpu.experts(x, ids, weights, gate, up, down)
         for few in ([0], [1, 3], list(range(8)), list(range(10, 50)), list(range(64, 90))):
             inside = [begin <= row < begin + count for row in few]
             if all(inside) or not any(inside):
-                with cpu.wide_rows(len(few), [0, len(few)] if all(inside) else []):
+                with cpu.bf16_rows(len(few), [0, len(few)] if all(inside) else []):
                     assert torch.equal(cpu.experts(x[few], ids[few], weights[few], gate, up, down), whole[few])
 
 
@@ -128,7 +128,7 @@ def test_activation_types(name, dtype):
 def test_many_tokens_are_each_token(name):
     weight = cpu.pack(sample(name, 35, 256))
     x = torch.randn(1100, 256)
-    with cpu.wide_rows(0):
+    with cpu.bf16_rows(0):
         whole = cpu.linear(x, weight)
         singly = torch.cat([cpu.linear(row[None], weight) for row in x])
     if cpu.ops.fast_gemm():

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ktx.cache.kv import KVCache
 from ktx.compat import cache_argument
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import UsageError
 from ktx.ops import attention_weights, fused, layer
 from ktx.ops.attention import Attention
@@ -288,7 +288,7 @@ def test_an_engine_answers_whatever_was_chosen_and_refuses_a_function_that_reads
     import ktx
 
     model, _ = ktx.load(write_model(tmp_path / "qwen3", "qwen3"), progress=False)
-    prompt, once = [5, 6, 7, 8, 9, 10], Sampling(temperature=0, max_new_tokens=5)
+    prompt, once = [5, 6, 7, 8, 9, 10], SamplingParams(temperature=0, max_new_tokens=5)
 
     def answer():
         with model.ktx.engine(max_batch_size=1, cache_lens=512) as engine:

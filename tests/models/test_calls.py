@@ -13,7 +13,7 @@ import ktx
 from ktx.cache.kv import KVCache
 from ktx.commands.bench_ktx import forward
 from ktx.compat import CACHE_NAMES, cache_aliases, cache_argument, cache_name, cache_of, usual_cache_name
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.ops.calls import Call
 from ktx.ops.layer import Layer
 from ktx.ops.recurrent import Recurrent
@@ -155,7 +155,7 @@ def test_our_own_calls_make_transformers_warn_of_nothing(family, tmp_path, caplo
             forward(model, [5, 6, 7], None)
             model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, pad_token_id=0)
             with model.ktx.engine(cache_lens=1024) as engine:
-                assert list(engine.generate([[5, 6, 7]], Sampling(max_new_tokens=3)))
+                assert list(engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=3)))
             with torch.inference_mode():
                 cache = KVCache(model.config)
                 assert cache_of(model(torch.tensor([[5]]), **cache_argument(model, cache))) is cache

@@ -8,8 +8,8 @@ from transformers import StaticCache
 
 from ktx.compat import cache_argument
 from ktx.engine.request import Finished
-from ktx.engine.runner import PlainRunner, Runner
-from ktx.engine.sampling import Sampling
+from ktx.engine.runner import ModelRunner, SequentialRunner
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import UsageError
 from ktx.rules import Rule, load_rules
 from tests.models.families import LINEAR, MLA, MOE, tiny
@@ -33,15 +33,15 @@ NEMOTRON = {
     "chunk_size": 16,
 }
 OTHERS = {  # family: what its configuration says, and which runner serves it
-    "dots1": (MOE | {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}, Runner),
-    "olmoe": ({"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 96, "clip_qkv": 0.5}, Runner),
-    "glm4_moe_lite": (MLA | {"n_routed_experts": 8, "num_local_experts": 8}, Runner),
-    "qwen3_5_moe_text": (MOE | LINEAR | FOUR | {"shared_expert_intermediate_size": 128}, Runner),
-    "qwen3_5_text": (LINEAR | FOUR | {"head_dim": 64}, Runner),
-    "granitemoe": ({"num_local_experts": 8, "num_experts_per_tok": 3, "embedding_multiplier": 2.0}, Runner),
-    "hunyuan_v1_moe": ({"num_local_experts": 8, "num_experts": 8, "moe_topk": 3, "head_dim": 64}, Runner),
-    "deepseek_v32": (MLA | SPARSE, PlainRunner),  # a sparse indexer
-    "lfm2_moe": (MOE | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}, PlainRunner),
+    "dots1": (MOE | {"n_routed_experts": 8, "n_shared_experts": 1, "n_group": 2, "topk_group": 1}, ModelRunner),
+    "olmoe": ({"num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 96, "clip_qkv": 0.5}, ModelRunner),
+    "glm4_moe_lite": (MLA | {"n_routed_experts": 8, "num_local_experts": 8}, ModelRunner),
+    "qwen3_5_moe_text": (MOE | LINEAR | FOUR | {"shared_expert_intermediate_size": 128}, ModelRunner),
+    "qwen3_5_text": (LINEAR | FOUR | {"head_dim": 64}, ModelRunner),
+    "granitemoe": ({"num_local_experts": 8, "num_experts_per_tok": 3, "embedding_multiplier": 2.0}, ModelRunner),
+    "hunyuan_v1_moe": ({"num_local_experts": 8, "num_experts": 8, "moe_topk": 3, "head_dim": 64}, ModelRunner),
+    "deepseek_v32": (MLA | SPARSE, SequentialRunner),  # a sparse indexer
+    "lfm2_moe": (MOE | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}, SequentialRunner),
     "jamba": (
         {
             "num_experts": 4,
@@ -50,12 +50,18 @@ OTHERS = {  # family: what its configuration says, and which runner serves it
             "attn_layer_offset": 1,
             "use_mamba_kernels": False,
         },
-        PlainRunner,  # its layers with a state take a prompt in one piece
+        SequentialRunner,  # its layers with a state take a prompt in one piece
     ),
-    "kimi_linear": (MLA | KDA | FOUR | {"n_group": 1, "topk_group": 1}, PlainRunner),  # convolutions in three tensors
-    "falcon_h1": (MAMBA | {"mamba_d_ssm": 512, "mamba_n_groups": 1}, PlainRunner),  # buffers that the model computes
-    "nemotron_h": (NEMOTRON, PlainRunner),  # experts without a gate
-    "minimax": (MOE | {"num_local_experts": 4, "block_size": 16}, PlainRunner),  # a cache of its own
+    "kimi_linear": (
+        MLA | KDA | FOUR | {"n_group": 1, "topk_group": 1},
+        SequentialRunner,
+    ),  # convolutions in three tensors
+    "falcon_h1": (
+        MAMBA | {"mamba_d_ssm": 512, "mamba_n_groups": 1},
+        SequentialRunner,
+    ),  # buffers that the model computes
+    "nemotron_h": (NEMOTRON, SequentialRunner),  # experts without a gate
+    "minimax": (MOE | {"num_local_experts": 4, "block_size": 16}, SequentialRunner),  # a cache of its own
 }
 
 
@@ -128,8 +134,8 @@ def test_the_engine_answers_as_generate_does(pair):
         assert type(engine.runner) is OTHERS[family][1]
         if not getattr(engine.runner, "in_chunks", True):
             with pytest.raises(UsageError, match=f"a {model.config.model_type} computes prompts in one piece"):
-                engine.submit(prompts[0], Sampling(echo=True), print)
-        events = list(engine.generate(prompts, Sampling(max_new_tokens=6, ignore_eos=True)))
+                engine.submit(prompts[0], SamplingParams(echo=True), print)
+        events = list(engine.generate(prompts, SamplingParams(max_new_tokens=6, ignore_eos=True)))
     answers = {i: event.ids for i, event in events if isinstance(event, Finished)}
     for i, prompt in enumerate(prompts):
         with torch.inference_mode():

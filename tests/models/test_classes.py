@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from ktx.compat import cache_argument
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import UsageError
 from ktx.ops import classes
 from ktx.ops.changes import Changes
@@ -248,7 +248,7 @@ def test_an_engine(tmp_path, monkeypatch):
     def answer():
         with model.ktx.engine(cache_lens=256) as engine:
             tokens = [
-                event for _, event in engine.generate(["What is it?"], Sampling(max_new_tokens=12, temperature=0))
+                event for _, event in engine.generate(["What is it?"], SamplingParams(max_new_tokens=12, temperature=0))
             ]
         return "".join(getattr(event, "text", "") for event in tokens)
 

@@ -9,7 +9,7 @@ from ktx.cache.kv import KVCache
 from ktx.ops.experts import Experts
 from ktx.ops.layer import Layer
 from ktx.ops.moe import MoE
-from ktx.ops.sizes import Reads, sizes
+from ktx.ops.sizes import WeightTraffic, sizes
 from tests.models.test_blocks import modules, without
 from tests.models.test_families import IDS, Pair, logits
 
@@ -82,7 +82,7 @@ def test_bytes_of_modules_are_those_of_the_model(pair):
     own = sizes(pair.model)
     assert sum(size.held for size in own) == pair.model.ktx.nbytes
     assert sum(size.token for size in own) == pair.model.ktx.bytes_per_token
-    reads = Reads.of(pair.model)
+    reads = WeightTraffic.of(pair.model)
     experts = sum(size.token for size in own if isinstance(size.module, Experts))
     assert reads.bytes(1, 1, 1) == pair.model.ktx.bytes_per_token - experts
     assert reads.head == pair.model.lm_head.weight_bytes()[1] and reads.row == 256 * 4

@@ -14,7 +14,7 @@ import ktx
 import ktx.loading
 from ktx.cache.kv import KVCache
 from ktx.defaults import torch_defaults
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import BadFile
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
@@ -81,7 +81,7 @@ def answers(model):
     more = model.generate(IDS[:, :12], max_new_tokens=3, do_sample=False, pad_token_id=0)
     model.ktx.tokenizer = tokenizer()
     with model.ktx.engine(cache_lens=256, chunk_size=32) as engine:
-        drawn = Sampling(max_new_tokens=3, ignore_eos=True, temperature=0.7, seed=5, repetition_penalty=1.1)
+        drawn = SamplingParams(max_new_tokens=3, ignore_eos=True, temperature=0.7, seed=5, repetition_penalty=1.1)
         (*_, (_, end)) = engine.generate([IDS[0, :40].tolist()], drawn)
     assert whole.dtype == torch.float32
     return [whole, *steps, more, torch.tensor(end.ids, device="cpu")]

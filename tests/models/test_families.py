@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ktx.cache.kv import KVCache
-from ktx.cache.paged import Batch, PagedCache, Span
+from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.errors import BadFile
 from ktx.kernels.check import in_bf16
 from tests.gguf_writer import write_gguf
@@ -115,8 +115,10 @@ def ragged(model, rows, dtype):
     cache, pages = PagedCache(model.config, 12, dtype), torch.randperm(12).view(3, 4).tolist()
     done, found = [0, 0, 0], [[], [], []]
     for step in STEPS:
-        spans = [Span(which, done[which], count, pages[which], count * (done[which] == 0)) for which, count in step]
-        cache.batch = Batch(spans)
+        spans = [
+            SequenceSpan(which, done[which], count, pages[which], count * (done[which] == 0)) for which, count in step
+        ]
+        cache.batch = BatchMetadata(spans)
         ids = torch.cat([rows[s.owner][:, s.past : s.past + s.count] for s in spans], 1)
         with torch.inference_mode():
             out = model(input_ids=ids, position_ids=cache.batch.position_ids, past_key_values=cache).logits
@@ -266,7 +268,7 @@ def test_a_long_sequence_does_not_change_the_rotation_of_a_short_one(tmp_path):
     config = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}
     model = Pair(tmp_path, "phi3", "F32", config).model
     cache = PagedCache(model.config, 12, torch.float32)
-    cache.batch = Batch([Span(1, 0, 30, [2, 3]), Span(0, 0, 150, [5, 6, 7], 150)])
+    cache.batch = BatchMetadata([SequenceSpan(1, 0, 30, [2, 3]), SequenceSpan(0, 0, 150, [5, 6, 7], 150)])
     ids = torch.cat([ROWS[1][:, :30], ROWS[0]], 1)
     with torch.inference_mode():
         out = model(input_ids=ids, position_ids=cache.batch.position_ids, past_key_values=cache).logits

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from ktx.cache.kv import KVCache
-from ktx.cache.paged import Batch, PagedCache, Span
+from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.errors import NoGradient
 from ktx.kernels import steps
 from ktx.ops.experts import Experts
@@ -420,7 +420,7 @@ def test_a_cache_that_grows_in_place_has_none_and_says_so(pairs, family, kind):
 def test_pages_have_none_and_say_so(pairs, family):
     model, x = pairs(family).model, pairs(family).embeds().requires_grad_()
     cache = PagedCache(model.config, 4, torch.float32)
-    cache.batch = Batch([Span(0, 0, 12, [1, 2], 0)])
+    cache.batch = BatchMetadata([SequenceSpan(0, 0, 12, [1, 2], 0)])
     with pytest.raises(NoGradient, match="a cache of pages.*use_cache=False"):
         model(inputs_embeds=x, position_ids=cache.batch.position_ids, past_key_values=cache)
 

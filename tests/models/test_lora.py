@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 import ktx
 from ktx.engine.request import Finished
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import BadFile, Overloaded, UsageError
 from ktx.ops.guard import current
 from ktx.ops.linear import Linear
@@ -136,7 +136,7 @@ def answer(logits, prompt, count=6):
 def ask(engine, asked, new=6, **more):
     """Answers of (prompt, adapters) side by side, and of each how much of its prompt was cached."""
     events = queue.SimpleQueue()
-    sampling = Sampling(max_new_tokens=new, ignore_eos=True, **more)
+    sampling = SamplingParams(max_new_tokens=new, ignore_eos=True, **more)
     for i, (prompt, lora) in enumerate(asked):
         engine.submit(prompt, sampling, lambda event, i=i: events.put((i, event)), lora=lora)
     done = {}
@@ -181,7 +181,7 @@ def test_requests_that_name_none_have_those_in_use(model, right):
 def test_adapters_come_and_go_in_a_running_engine(folder, right):
     mine = load(folder, None, kv_dtype="f32")
     mine.ktx.tokenizer = tokenizer()
-    prompt, long = PROMPTS[0], Sampling(max_new_tokens=40, ignore_eos=True)
+    prompt, long = PROMPTS[0], SamplingParams(max_new_tokens=40, ignore_eos=True)
     events = queue.SimpleQueue()
 
     def beside(name):
@@ -514,7 +514,7 @@ def test_names(plain):
         load(plain, None, lora=[plain / "one", plain / "one"])
     mine.ktx.tokenizer = tokenizer()
     with mine.ktx.engine(cache_lens=512) as engine, pytest.raises(UsageError, match="no LoRA adapter is called 'x'"):
-        engine.submit([1], Sampling(), print, lora="x")
+        engine.submit([1], SamplingParams(), print, lora="x")
 
 
 def test_a_copy_has_the_adapters(plain, tmp_path):
@@ -559,7 +559,9 @@ def test_an_adapter_of_a_module_that_is_gone_is_refused(plain, change, before):
         model.ktx.engine()
     model.ktx.use_lora()
     with model.ktx.engine() as engine:
-        finished = [event for _, event in engine.generate([[1, 2, 3]], Sampling(max_new_tokens=2), lora=("one",))][-1]
+        finished = [
+            event for _, event in engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=2), lora=("one",))
+        ][-1]
         assert finished.reason == "error" and "v_proj was exchanged" in finished.error
     model.ktx.unload_lora("one")
     if change != "exchange":

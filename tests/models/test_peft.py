@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import ktx
 import ktx.demo
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.ops.guard import current
 from ktx.ops.linear import Linear
 from tests.models.families import tiny
@@ -89,7 +89,7 @@ def test_an_adapter_computes_what_it_does_in_transformers(two, kind, tmp_path):
     base = ours.get_base_model()
     base.ktx.tokenizer = tokenizer()
     with base.ktx.engine(max_batch_size=1, cache_lens=512) as engine:
-        events = engine.generate([PROMPT[0].tolist()], Sampling(max_new_tokens=8, ignore_eos=True))
+        events = engine.generate([PROMPT[0].tolist()], SamplingParams(max_new_tokens=8, ignore_eos=True))
         assert [event.ids for _, event in events if hasattr(event, "reason")] == [expected]
     with ours.disable_adapter():
         assert relative(computed(ours), before) < NEAR

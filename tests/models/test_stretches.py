@@ -11,7 +11,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from ktx.cache.kv import GrowingLayer, KVCache
-from ktx.cache.paged import Batch, PagedCache, Span
+from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.kernels.cpu import ops
 from ktx.ops import layer as layer_module
 from ktx.ops.layer import AT_ONCE, MISSES, Layer
@@ -81,8 +81,8 @@ def test_the_same_bits_on_pages(model, calls):
     def computed():
         cache, out = PagedCache(model.config, 8, None), []
         for past, count in ((0, 3), (3, 1), (4, 5), (9, 1)):
-            spans = [Span(0, past, count, [1]), Span(1, past, count, [3])]
-            cache.batch = Batch(spans)
+            spans = [SequenceSpan(0, past, count, [1]), SequenceSpan(1, past, count, [3])]
+            cache.batch = BatchMetadata(spans)
             ids = torch.cat([IDS[:, past : past + count], IDS[:, 50 + past : 50 + past + count]], 1)
             out.append(logits(model, ids, past_key_values=cache, position_ids=cache.batch.position_ids))
         return torch.cat(out, 1)

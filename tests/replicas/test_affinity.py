@@ -42,12 +42,12 @@ def test_an_adapter_has_pages_of_its_own():
         keys("alias") == keys(None) == keys("style-2") == keys(3) == plain == keys_of(body("a" * 1000, model="style"))
     )
     assert keys("style:latest") == style
-    affinity = Affinity(pages=100, crowd=3)
-    affinity.begun("1", "x", plain)
-    affinity.ended("1")
+    affinity = Affinity(pages=100, max_imbalance=3)
+    affinity.on_start("1", "x", plain)
+    affinity.on_finish("1")
     assert affinity.known(style, "x") == 0
-    affinity.begun("2", "y", style)
-    affinity.ended("2")
+    affinity.on_start("2", "y", style)
+    affinity.on_finish("2")
     assert affinity.order(style, ["x", "y"])[0] == "y" and affinity.order(plain, ["x", "y"])[0] == "x"
 
 
@@ -79,53 +79,53 @@ def test_a_prompt_of_megabytes_has_few_keys():
 
 
 def test_the_replica_that_knows_the_beginning_is_first_unless_it_is_crowded():
-    affinity, keys = Affinity(pages=100, crowd=3), keys_of(body("a" * 2000))
-    affinity.begun("1", "y", keys[:3])
-    affinity.ended("1")
-    affinity.begun("2", "z", keys)
+    affinity, keys = Affinity(pages=100, max_imbalance=3), keys_of(body("a" * 2000))
+    affinity.on_start("1", "y", keys[:3])
+    affinity.on_finish("1")
+    affinity.on_start("2", "z", keys)
     assert affinity.order(keys, ["x", "y", "z"]) == ["z", "y", "x"]
-    affinity.begun("3", "z", [])
-    affinity.begun("4", "z", [])
+    affinity.on_start("3", "z", [])
+    affinity.on_start("4", "z", [])
     assert affinity.order(keys, ["x", "y", "z"]) == ["y", "x", "z"]
-    affinity.ended("4")
+    affinity.on_finish("4")
     assert affinity.order(keys, ["x", "y", "z"])[0] == "z"
 
 
 def test_what_nobody_knows_goes_where_least_is():
-    affinity = Affinity(pages=100, crowd=4)
-    affinity.begun("1", "x", keys_of(body("a" * 2000)))
+    affinity = Affinity(pages=100, max_imbalance=4)
+    affinity.on_start("1", "x", keys_of(body("a" * 2000)))
     assert affinity.order(keys_of(body("b" * 2000)), ["x", "y"])[0] == "y"
-    affinity.ended("1")
+    affinity.on_finish("1")
     assert affinity.order(keys_of(body("b" * 2000)), ["x", "y"])[0] == "y"  # as idle, but with less in its cache
 
 
 def test_a_crowd_that_comes_at_once_is_spread():
-    affinity = Affinity(pages=100, crowd=4)
+    affinity = Affinity(pages=100, max_imbalance=4)
     for number in range(12):
         keys = keys_of(body(f"{number}" * 2000))
-        affinity.begun(str(number), affinity.order(keys, ["x", "y"])[0], keys, sent=False)
+        affinity.on_start(str(number), affinity.order(keys, ["x", "y"])[0], keys, sent=False)
     assert [asked.replica for asked in affinity.asked.values()].count("x") == 6
-    affinity.begun("0", "y", [])  # it went elsewhere after all
+    affinity.on_start("0", "y", [])  # it went elsewhere after all
     assert [asked.replica for asked in affinity.asked.values()].count("y") == 7
 
 
 def test_a_request_that_reached_no_replica_is_not_counted_for_ever(monkeypatch):
-    affinity = Affinity(pages=100, crowd=4)
-    affinity.begun("1", "x", [], sent=False)
-    affinity.begun("2", "y", [])
+    affinity = Affinity(pages=100, max_imbalance=4)
+    affinity.on_start("1", "x", [], sent=False)
+    affinity.on_start("2", "y", [])
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + UNSENT + 1)
     assert affinity.order([], ["x", "y"])[0] == "x" and list(affinity.asked) == ["2"]
 
 
 def test_a_replica_forgets_as_its_cache_does():
-    affinity = Affinity(pages=10, crowd=4)
+    affinity = Affinity(pages=10, max_imbalance=4)
     old, new = keys_of(body("a" * 2000)), keys_of(body("b" * 2000))
-    affinity.begun("1", "x", old)
-    affinity.begun("2", "x", new)
+    affinity.on_start("1", "x", old)
+    affinity.on_start("2", "x", new)
     assert affinity.known(new, "x") == len(new) == 7 and affinity.known(old, "x") == 3
     affinity.order(old, ["y"])  # x has gone
-    affinity.begun("3", "y", old)
+    affinity.on_start("3", "y", old)
     assert affinity.order(new, ["x", "y"])[0] == "x" and affinity.known(new, "x") == 0 and list(affinity.asked) == ["3"]
 
 

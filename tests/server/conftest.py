@@ -13,9 +13,9 @@ import pytest
 from ktx.engine.engine import Options
 from ktx.engine.scripted import read_script, scripted_engine
 from ktx.server.app import make_app
-from ktx.server.guard import Access
+from ktx.server.guard import AccessPolicy
 from ktx.server.run import listen, make_server
-from ktx.server.served import Served, Settings
+from ktx.server.served import ServerSettings, ServerState
 from tests.small_chat import tokenizer
 
 NAME = "test-model"
@@ -24,10 +24,10 @@ NAME = "test-model"
 @contextlib.contextmanager
 def serving(engine=None, access=None, settings=None, names=(NAME, "alias"), adapters=()):
     """The base address of a running server, and its Served."""
-    served = Served(names, settings or Settings(ping=0.2), adapters)
-    app = make_app(served, access or Access())
+    served = ServerState(names, settings or ServerSettings(keepalive_s=0.2), adapters)
+    app = make_app(served, access or AccessPolicy())
     if engine is not None:
-        served.attach(engine)
+        served.set_engine(engine)
     where = listen("127.0.0.1", 0)
     server = make_server(app, served)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [where]}, daemon=True)

@@ -15,8 +15,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from ktx.engine.sampling import Sampling
-from ktx.server.served import Settings
+from ktx.engine.sampling import SamplingParams
+from ktx.server.served import ServerSettings
 from tests.gguf_writer import write_gguf_lora
 from tests.models.families import tiny
 from tests.models.test_families import load
@@ -69,7 +69,7 @@ def expected(root):
     found = {}
     with model.ktx.engine(max_batch_size=4, cache_lens=4096) as engine:
         for name in (NAME, *KINDS):
-            sampling = Sampling(max_new_tokens=300, ignore_eos=True)
+            sampling = SamplingParams(max_new_tokens=300, ignore_eos=True)
             events = engine.generate([PROMPT], sampling, () if name == NAME else name)
             found[name] = "".join(event.text for _, event in events if hasattr(event, "text"))
     assert len({text[:6] for text in found.values()}) == 3
@@ -86,7 +86,7 @@ def engine(root):
 
 @pytest.fixture(scope="module")
 def server(engine, root):
-    with serving(engine, names=(NAME, "alias"), settings=Settings(ping=0.2, lora_dir=root)) as made:
+    with serving(engine, names=(NAME, "alias"), settings=ServerSettings(keepalive_s=0.2, lora_dir=root)) as made:
         yield made
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ktx.server.guard import Access
+from ktx.server.guard import AccessPolicy
 from tests.server.browser import Page, chromium, talkative
 from tests.server.conftest import NAME, serving, settled
 
@@ -233,7 +233,7 @@ def test_a_server_that_is_gone_is_told(visit):
 
 
 def test_a_key_is_asked_for_and_kept_in_this_tab_alone(visit):
-    with serving(talkative(ANSWERS), Access(("right-key",))) as (base, _):
+    with serving(talkative(ANSWERS), AccessPolicy(("right-key",))) as (base, _):
         page = visit(base).open()
         page.until("document.querySelector('#key[open]')")
         assert page.js("return document.activeElement.id") == "key-field" and not page.text("#model")
@@ -264,10 +264,10 @@ def test_loading_is_shown_until_it_is_over(visit):
             page.text("#state-words").startswith("Loading the model: 25 %, about ")
             and not page.button("Send").is_enabled()
         )
-        served.trouble = "no such file"
+        served.load_error = "no such file"
         page.until("/no such file/.test(document.getElementById('state-words').textContent)")
-        served.trouble = ""
-        served.attach(talkative(ANSWERS))
+        served.load_error = ""
+        served.set_engine(talkative(ANSWERS))
         page.ready()
         assert not page.one("#state").is_displayed() and page.text("#said") == "The server is ready."
         page.answered("greet")

@@ -11,7 +11,7 @@ import ktx.demo
 from ktx.__main__ import build_parser, main
 from ktx.commands import serve
 from ktx.server import main as old_name
-from ktx.server.served import Served
+from ktx.server.served import ServerState
 
 
 def parsed(*words):
@@ -55,10 +55,10 @@ def test_a_model_that_is_not_there_ends_the_server(capsys, monkeypatch):
 
 
 def test_bandwidth_is_measured_before_a_model_is_loaded(monkeypatch):
-    served = Served(("demo",))
+    served = ServerState(("demo",))
     args = parsed("--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf()), "--cache-lens", "256")
     with serve._engine(args, served) as engine:
-        assert 0.1 < served.bandwidth < 10000 and engine.activity.done().nbytes == 0
+        assert 0.1 < served.bandwidth < 10000 and engine.activity.snapshot().nbytes == 0
     monkeypatch.setattr("ktx.kernels.speed.memory", lambda: (1 << 34, 1 << 29))
     with serve._engine(args, served):
         assert served.bandwidth is None  # there was no room for it

@@ -5,9 +5,9 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import ContextExceeded, KtxError, Overloaded, QueueFull, UsageError
-from ktx.server.errors import problem_of
+from ktx.server.errors import to_api_error
 from tests.server.conftest import NAME, scripted, serving
 
 HELLO = [{"role": "user", "content": "greet"}]
@@ -57,7 +57,7 @@ def test_an_error_in_every_protocol(served, monkeypatch, path, error, status, co
 def test_the_engines_own_errors(served):
     base, server = served
     with pytest.raises(ContextExceeded):
-        server.engine.checked([1] * (server.engine.context + 1), Sampling())
+        server.engine.checked([1] * (server.engine.context + 1), SamplingParams())
     long = {"model": NAME, "messages": [{"role": "user", "content": "x" * 40_000}]}
     told = httpx.post(f"{base}/v1/chat/completions", json=long, timeout=60)
     assert (told.status_code, told.json()["error"]["code"]) == (400, "context_length_exceeded")
@@ -71,8 +71,8 @@ def test_an_error_of_a_class_of_its_own():
     class Later(QueueFull):
         code, retry = "later", 9
 
-    assert problem_of(Odd("x")).status == 500 and "Odd" in problem_of(Odd("x")).message
-    told = problem_of(Later("x"))
+    assert to_api_error(Odd("x")).status == 500 and "Odd" in to_api_error(Odd("x")).message
+    told = to_api_error(Later("x"))
     assert (told.status, told.code, told.retry) == (429, "later", 9)
 
 

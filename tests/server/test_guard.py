@@ -10,10 +10,10 @@ import socket
 import httpx
 import pytest
 
-from ktx.server.guard import Access, structure
-from ktx.server.log import Lines
-from ktx.server.served import Settings
-from ktx.server.turn import Turn
+from ktx.server.guard import AccessPolicy, count_json_values
+from ktx.server.log import LogFormatter
+from ktx.server.served import ServerSettings
+from ktx.server.turn import OutputParser
 from tests.server.conftest import NAME, scripted, serving
 
 BODY = {"model": NAME, "messages": [{"role": "user", "content": "greet"}]}
@@ -22,7 +22,7 @@ BODY = {"model": NAME, "messages": [{"role": "user", "content": "greet"}]}
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory):
     with serving(
-        scripted(tmp_path_factory), Access(("first-key", "second-key"), origins=("https://chat.example",))
+        scripted(tmp_path_factory), AccessPolicy(("first-key", "second-key"), origins=("https://chat.example",))
     ) as (base, _):
         with httpx.Client(base_url=base, timeout=30) as client:
             yield client
@@ -130,15 +130,15 @@ def test_lines_of_the_log_name_the_request(tmp_path_factory, monkeypatch):
     """Also those of the engine's thread, and those of what fails, with the event that tells of it."""
     heard, logger = io.StringIO(), logging.getLogger("ktx")
     handler = logging.StreamHandler(heard)
-    handler.setFormatter(Lines(True))
+    handler.setFormatter(LogFormatter(True))
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "level", logging.INFO)
     with (
-        serving(scripted(tmp_path_factory), settings=Settings(hide_input=False)) as (base, _),
+        serving(scripted(tmp_path_factory), settings=ServerSettings(hide_input=False)) as (base, _),
         httpx.Client(base_url=base, timeout=30) as http,
     ):
         assert http.post("/v1/messages", json=BODY | {"max_tokens": 9}, headers={"x-request-id": "good"}).is_success
-        monkeypatch.setattr(Turn, "hear", lambda turn, event: [1 / 0])
+        monkeypatch.setattr(OutputParser, "hear", lambda turn, event: [1 / 0])
         for stream, name in ((True, "streamed"), (False, "whole")):
             asked = BODY | {"max_tokens": 9, "stream": stream}
             answer = http.post("/v1/messages", json=asked, headers={"x-request-id": name})
@@ -182,8 +182,8 @@ def test_bodies_have_a_bound(http):
 
 def test_structure_counts_what_is_outside_strings():
     filler = b"," * 500_001
-    assert structure(b'{"a": "' + filler + b'", "b\\"": [1, 2]}') == 4
-    assert structure(b"[1, 2]") == 2
+    assert count_json_values(b'{"a": "' + filler + b'", "b\\"": [1, 2]}') == 4
+    assert count_json_values(b"[1, 2]") == 2
 
 
 def test_headers_have_a_bound(http, server):

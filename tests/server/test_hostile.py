@@ -18,13 +18,13 @@ from tests.server.conftest import NAME
 
 GOOD = {
     "/v1/chat/completions": (
-        fields.Chat,
+        fields.ChatCompletionRequest,
         {"model": NAME, "messages": [{"role": "user", "content": "greet"}], "max_tokens": 4},
     ),
-    "/v1/completions": (fields.Completion, {"model": NAME, "prompt": "greet", "max_tokens": 4}),
-    "/v1/responses": (fields.Respond, {"model": NAME, "input": "greet", "max_output_tokens": 4}),
+    "/v1/completions": (fields.CompletionRequest, {"model": NAME, "prompt": "greet", "max_tokens": 4}),
+    "/v1/responses": (fields.ResponsesRequest, {"model": NAME, "input": "greet", "max_output_tokens": 4}),
     "/v1/responses?items": (
-        fields.Respond,
+        fields.ResponsesRequest,
         {
             "model": NAME,
             "max_output_tokens": 4,
@@ -36,20 +36,23 @@ GOOD = {
             ],
         },
     ),
-    "/v1/responses/input_tokens": (fields.RespondCount, {"model": NAME, "input": "greet"}),
+    "/v1/responses/input_tokens": (fields.ResponseTokensRequest, {"model": NAME, "input": "greet"}),
     "/v1/messages": (
-        fields.Anthropic,
+        fields.MessagesRequest,
         {"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": "greet"}]},
     ),
-    "/v1/messages/count_tokens": (fields.Count, {"model": NAME, "messages": [{"role": "user", "content": "greet"}]}),
+    "/v1/messages/count_tokens": (
+        fields.CountTokensRequest,
+        {"model": NAME, "messages": [{"role": "user", "content": "greet"}]},
+    ),
     "/api/chat": (
         fields.OllamaChat,
         {"model": NAME, "messages": [{"role": "user", "content": "greet"}], "options": {"num_predict": 4}},
     ),
     "/api/generate": (fields.OllamaGenerate, {"model": NAME, "prompt": "greet", "options": {"num_predict": 4}}),
     "/api/show": (fields.OllamaShow, {"model": NAME}),
-    "/tokenize": (fields.Tokenize, {"prompt": "greet"}),
-    "/detokenize": (fields.Detokenize, {"tokens": [9, 10]}),
+    "/tokenize": (fields.TokenizeRequest, {"prompt": "greet"}),
+    "/detokenize": (fields.DetokenizeRequest, {"tokens": [9, 10]}),
 }
 NOISE = int(os.environ.get("NOISE", "5000"))
 WRONG = [

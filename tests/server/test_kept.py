@@ -9,9 +9,9 @@ import httpx
 import openai
 import pytest
 
-from ktx.server.guard import Access
-from ktx.server.kept import Kept
-from ktx.server.served import Settings
+from ktx.server.guard import AccessPolicy
+from ktx.server.kept import ResponseStore
+from ktx.server.served import ServerSettings
 from tests.server.conftest import NAME, scripted, sent, serving
 
 TOOL = {
@@ -163,7 +163,7 @@ def test_nothing_runs_in_the_background(http):
 
 def test_an_answer_whose_client_left_is_not_kept(slow):
     base, served = slow
-    before = len(served.kept.answers)
+    before = len(served.response_store.answers)
     with httpx.Client(base_url=base, timeout=30) as http:
         with http.stream(
             "POST", "/v1/responses", json={"model": NAME, "input": "long story", "stream": True}
@@ -172,11 +172,11 @@ def test_an_answer_whose_client_left_is_not_kept(slow):
         with pytest.raises(httpx.ReadTimeout):
             http.post("/v1/responses", json={"model": NAME, "input": "long story"}, timeout=0.3)
     time.sleep(0.5)
-    assert len(served.kept.answers) == before
+    assert len(served.response_store.answers) == before
 
 
 def test_a_server_that_keeps_nothing_says_so(tmp_path_factory):
-    with serving(scripted(tmp_path_factory), settings=Settings(keep_responses=0)) as (base, _):
+    with serving(scripted(tmp_path_factory), settings=ServerSettings(max_stored_responses=0)) as (base, _):
         with httpx.Client(base_url=base, timeout=30) as http:
             told = asked(http, "greet", store=True)
             assert told["store"] is False and http.get(f"/v1/responses/{told['id']}").status_code == 404
@@ -185,7 +185,7 @@ def test_a_server_that_keeps_nothing_says_so(tmp_path_factory):
 
 
 def test_what_a_key_asked_no_other_finds(tmp_path_factory):
-    with serving(scripted(tmp_path_factory), access=Access(keys=("one", "two"))) as (base, _):
+    with serving(scripted(tmp_path_factory), access=AccessPolicy(keys=("one", "two"))) as (base, _):
         mine, other = (openai.OpenAI(base_url=f"{base}/v1", api_key=key, max_retries=0) for key in ("one", "two"))
         first = mine.responses.create(model=NAME, input="greet")
         for look in (other.responses.retrieve, other.responses.delete, other.responses.input_items.list):
@@ -274,60 +274,60 @@ def item(name, text="x"):
 
 
 def test_the_oldest_go_first():
-    kept = Kept(3)
+    kept = ResponseStore(3)
     for name in "abcde":
-        kept.keep(b"", answer(name), [item(name)], None)
+        kept.put(b"", answer(name), [item(name)], None)
     assert [name for name in "abcde" if kept.find(b"", name)] == ["c", "d", "e"]
     assert set(kept.items(b"", ["in_a", "in_d", "msg_e", "none"])) == {"in_d", "msg_e"}
     for name in "cde":
-        assert kept.forget(b"", name)
+        assert kept.delete(b"", name)
     assert not kept.nbytes and not kept.places
 
 
 def test_a_conversation_costs_each_turn_once():
     """A thousand turns of 1 KB, each of which goes on from the one before."""
-    kept, last = Kept(2000), None
+    kept, last = ResponseStore(2000), None
     for i in range(1000):
-        kept.keep(b"", answer(str(i), "y" * 1000), [item(str(i), "x" * 1000)], last)
+        kept.put(b"", answer(str(i), "y" * 1000), [item(str(i), "x" * 1000)], last)
         last = kept.find(b"", str(i)).link
     assert len(last.items()) == 2000 and 2_000_000 < kept.nbytes < 3_000_000
 
 
 def test_bytes_are_bounded_whoever_holds_them():
     """One conversation, of which the newest answer holds all turns; then many that hold nothing of each other."""
-    kept, last = Kept(10_000, nbytes=1 << 20), None
+    kept, last = ResponseStore(10_000, nbytes=1 << 20), None
     for i in range(300):
-        kept.keep(b"", answer(str(i), "y" * 10_000), [item(str(i))], last)
+        kept.put(b"", answer(str(i), "y" * 10_000), [item(str(i))], last)
         assert kept.nbytes <= 1 << 20
         found = kept.find(b"", str(i))
         last = found.link if found else None
     for i in range(1000, 1300):
-        kept.keep(b"", answer(str(i), "y" * 10_000), [item(str(i))], None)
+        kept.put(b"", answer(str(i), "y" * 10_000), [item(str(i))], None)
         assert kept.nbytes <= 1 << 20
     assert len(kept.answers) > 50
     for name in list(kept.answers):
-        kept.forget(b"", name)
+        kept.delete(b"", name)
     assert not kept.nbytes and not kept.places
 
 
 def test_who_goes_on_from_what_is_dropped_meanwhile_keeps_it():
-    kept = Kept(1)
-    kept.keep(b"", answer("a"), [item("a")], None)
+    kept = ResponseStore(1)
+    kept.put(b"", answer("a"), [item("a")], None)
     link = kept.find(b"", "a").link
-    kept.keep(b"", answer("b"), [item("b")], None)
+    kept.put(b"", answer("b"), [item("b")], None)
     assert kept.find(b"", "a") is None
-    kept.keep(b"", answer("c"), [item("c")], link)
+    kept.put(b"", answer("c"), [item("c")], link)
     assert [one["id"] for one in kept.find(b"", "c").before()] == ["in_a", "msg_a", "in_c"]
-    kept.forget(b"", "c")
+    kept.delete(b"", "c")
     assert not kept.nbytes
 
 
 def test_an_item_sent_twice_is_the_newest():
-    kept = Kept(10)
-    kept.keep(b"", answer("a"), [item("same", "old")], None)
-    kept.keep(b"", answer("b"), [item("same", "new")], None)
+    kept = ResponseStore(10)
+    kept.put(b"", answer("a"), [item("same", "old")], None)
+    kept.put(b"", answer("b"), [item("same", "new")], None)
     assert kept.items(b"", ["in_same"])["in_same"]["content"] == "new"
-    kept.forget(b"", "a")
+    kept.delete(b"", "a")
     assert kept.items(b"", ["in_same"])["in_same"]["content"] == "new"
-    kept.forget(b"", "b")
+    kept.delete(b"", "b")
     assert not kept.items(b"", ["in_same"])

@@ -14,8 +14,8 @@ import time
 import httpx
 import pytest
 
-from ktx.server.log import Lines
-from ktx.server.served import Served, Settings
+from ktx.server.log import LogFormatter
+from ktx.server.served import ServerSettings, ServerState
 from tests.server.conftest import NAME, scripted, serving, settled
 
 
@@ -31,7 +31,7 @@ def test_health_while_loading():
         asked = httpx.post(f"{base}/v1/chat/completions", json=body("greet"))
         assert asked.status_code == 503 and "25 %" in asked.json()["error"]["message"] and asked.headers["retry-after"]
         assert httpx.get(f"{base}/v1/models").status_code == 503
-        served.trouble = "no such file"
+        served.load_error = "no such file"
         assert "no such file" in httpx.get(f"{base}/health").json()["error"]["message"]
 
 
@@ -228,19 +228,19 @@ def test_flags_by_file_and_keys_by_environment(tmp_path):
 
 
 def test_a_server_that_fails_to_load_says_why():
-    served = Served(("x",))
+    served = ServerState(("x",))
     served.load(lambda served: (_ for _ in ()).throw(__import__("ktx").errors.BadFile("x.gguf: is no model"))).join()
-    assert served.health()[0] == 503 and "is no model" in served.trouble
+    assert served.health()[0] == 503 and "is no model" in served.load_error
 
 
 @pytest.mark.parametrize("hide", [True, False])
 def test_prompts_are_in_the_log_only_when_asked_for(tmp_path_factory, caplog, hide):
     caplog.set_level("INFO", "ktx.server")
-    with serving(scripted(tmp_path_factory), settings=Settings(hide_input=hide)) as (base, _):
+    with serving(scripted(tmp_path_factory), settings=ServerSettings(hide_input=hide)) as (base, _):
         httpx.post(f"{base}/v1/chat/completions", json=body("greet, secretly"))
     said = [vars(record) for record in caplog.records]
     assert any("secretly" in str(one.get("prompt")) for one in said) is not hide
     answered = next(one for one in said if one["msg"] == "answered")
     assert answered["reason"] == "stop" and answered["answer_tokens"] == len("Good day, to you!")
-    lines = [Lines(True).format(record) for record in caplog.records]
+    lines = [LogFormatter(True).format(record) for record in caplog.records]
     assert all(json.loads(line)["logger"] for line in lines) and ("secretly" in "".join(lines)) is not hide

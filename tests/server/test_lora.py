@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from ktx.commands import serve
 from ktx.commands.arguments import Parser
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import UsageError
 from tests.models.families import tiny
 from tests.models.test_families import load
@@ -51,7 +51,7 @@ def expected(engine):
     """The completion of PROMPT by the model and by each adapter."""
 
     def answer(lora):
-        events = [event for _, event in engine.generate([PROMPT], Sampling(max_new_tokens=12), lora)]
+        events = [event for _, event in engine.generate([PROMPT], SamplingParams(max_new_tokens=12), lora)]
         return "".join(event.text for event in events)
 
     found = {NAME: answer(()), **{name: answer(name) for name in ADAPTERS}}

@@ -10,9 +10,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import ktx
-from ktx.server.guard import Access
+from ktx.server.guard import AccessPolicy
 from ktx.server.metrics import imbalance
-from ktx.server.served import Settings
+from ktx.server.served import ServerSettings
 from tests.server.conftest import NAME, scripted, serving
 from tests.small_chat import write_model
 
@@ -125,7 +125,7 @@ def test_a_script_has_no_experts_and_no_weights(server):
 
 
 def test_the_machine_is_told_to_those_with_a_key_only(tmp_path_factory):
-    with serving(scripted(tmp_path_factory), Access(("secret",)), Settings()) as (base, _):
+    with serving(scripted(tmp_path_factory), AccessPolicy(("secret",)), ServerSettings()) as (base, _):
         assert httpx.get(f"{base}/machine").status_code == 401
         assert httpx.get(f"{base}/machine", headers={"authorization": "Bearer secret"}).status_code == 200
 
@@ -170,7 +170,7 @@ def test_metrics_say_how_much_of_a_prompt_a_step_may_compute_and_how_fast_it_was
     ask(base, "p" * 200)
     talking = threading.Thread(target=ask, args=(base, "talk", 450))
     talking.start()
-    while not any(request.answered for request in served.engine.scheduler.running):
+    while not any(request.num_output for request in served.engine.scheduler.running):
         assert talking.is_alive()
         time.sleep(0.002)
     budget = served.engine.budget

@@ -7,7 +7,7 @@ import pytest
 
 from ktx.__main__ import main
 from ktx.engine.engine import Options
-from ktx.engine.prompt import Prompts
+from ktx.engine.prompt import PromptRenderer
 from ktx.engine.scripted import read_script, scripted_engine
 from ktx.engine.template import named_templates
 from ktx.errors import BadFile, UsageError
@@ -33,7 +33,7 @@ def serves(template):
 
 
 def prompt(template, tools=None, name=None):
-    return Prompts(words(template)).render(HELLO, tools or [], name=name).ids
+    return PromptRenderer(words(template)).render(HELLO, tools or [], name=name).ids
 
 
 def right(template, tools=None, name=None):
@@ -57,7 +57,7 @@ def test_saved_and_read_again(tmp_path, tools):
 
     words(NAMED).save_pretrained(tmp_path)
     read = AutoTokenizer.from_pretrained(tmp_path)
-    assert Prompts(read).render(HELLO, tools or []).ids == right(NAMED, tools)
+    assert PromptRenderer(read).render(HELLO, tools or []).ids == right(NAMED, tools)
 
 
 def test_without_a_default_a_name_is_needed():
@@ -117,9 +117,9 @@ def test_a_broken_template_is_refused_at_the_start(template, told, tmp_path, cap
     error = capsys.readouterr().err
     assert told in error and f"--chat-template {file}" in error and error.count("\n") == 1
     with pytest.raises(BadFile) as own:
-        Prompts(words(template))
+        PromptRenderer(words(template))
     assert told in str(own.value) and str(own.value).startswith("the tokenizer's chat template")
-    assert Prompts(words(template), template=TEMPLATE).render(HELLO).ids == right(TEMPLATE)  # the remedy
+    assert PromptRenderer(words(template), template=TEMPLATE).render(HELLO).ids == right(TEMPLATE)  # the remedy
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def test_a_file_that_is_no_text_is_refused_at_the_start(data, told, tmp_path, ca
 
 def test_a_broken_one_among_several():
     with pytest.raises(BadFile, match=r"chat template \(tool_use\), line 1: is no Jinja"):
-        Prompts(words(NAMED | {"tool_use": "{% if"}))
+        PromptRenderer(words(NAMED | {"tool_use": "{% if"}))
 
 
 def test_a_template_that_refuses_some_messages_is_not_broken():
     picky = "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}" + TEMPLATE
     with pytest.raises(UsageError, match="a system message first"):
-        Prompts(words(picky)).render(HELLO)
-    assert Prompts(words(picky)).render([{"role": "system", "content": "s"}, *HELLO]).ids
+        PromptRenderer(words(picky)).render(HELLO)
+    assert PromptRenderer(words(picky)).render([{"role": "system", "content": "s"}, *HELLO]).ids
 
 
 def test_the_model_with_a_broken_template_of_its_own_ends_the_server(tmp_path, capsys):

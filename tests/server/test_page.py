@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ktx.server.guard import Access
-from ktx.server.static import FILES, FOLDER, TYPES
+from ktx.server.guard import AccessPolicy
+from ktx.server.static import FILES, PAGE_DIR, TYPES
 from tests.server.conftest import serving
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -52,23 +52,23 @@ def raw(base, path, method="GET", **headers):
 @pytest.fixture(scope="module")
 def keyed():
     """A server with a key that has no model yet."""
-    with serving(access=Access(("key",))) as (base, _):
+    with serving(access=AccessPolicy(("key",))) as (base, _):
         yield base
 
 
 def test_the_whole_page_is_small():
-    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < LARGEST
+    assert sum(path.stat().st_size for path in PAGE_DIR.iterdir()) < LARGEST
 
 
 def test_every_file_is_served_and_no_other_exists():
-    assert {path.name for path in FOLDER.iterdir()} == set(FILES.values())
+    assert {path.name for path in PAGE_DIR.iterdir()} == set(FILES.values())
     assert {Path(name).suffix for name in FILES.values()} == set(TYPES)
 
 
 @pytest.mark.parametrize("path", FILES)
 def test_files_come_without_a_key_and_before_there_is_a_model(keyed, path):
     answer = httpx.get(keyed + path)
-    data = (FOLDER / FILES[path]).read_bytes()
+    data = (PAGE_DIR / FILES[path]).read_bytes()
     assert answer.status_code == 200 and answer.content == data
     assert answer.headers["content-type"] == TYPES[Path(FILES[path]).suffix]
     head = httpx.head(keyed + path)
@@ -89,7 +89,7 @@ def test_the_policy_allows_this_server_alone(keyed, path):
 
 
 def test_nothing_is_written_into_the_page_itself():
-    page = Tags((FOLDER / "index.html").read_text())
+    page = Tags((PAGE_DIR / "index.html").read_text())
     assert not page.inline
     for tag, attributes in page.tags:
         assert tag != "style" and (tag != "script" or attributes.get("src")), tag
@@ -98,7 +98,7 @@ def test_nothing_is_written_into_the_page_itself():
 
 @pytest.mark.parametrize("name", sorted(set(FILES.values())))
 def test_no_file_leads_to_another_server_or_makes_markup_of_text(name):
-    text = (FOLDER / name).read_text()
+    text = (PAGE_DIR / name).read_text()
     assert set(re.findall(r"https?://\w[^\s\"'`]*|[\"'(]//\w[^\s\"'`]*", text)) <= {"http://www.w3.org/2000/svg"}
     assert not [word for word in HTML_FROM_TEXT if word in text]
 
@@ -106,12 +106,12 @@ def test_no_file_leads_to_another_server_or_makes_markup_of_text(name):
 def test_what_files_name_is_there():
     named = {
         value
-        for _, one in Tags((FOLDER / "index.html").read_text()).tags
+        for _, one in Tags((PAGE_DIR / "index.html").read_text()).tags
         for key, value in one.items()
         if key in ("src", "href")
     }
     assert {f"/{path}" for path in named if path and not path.startswith("#")} <= set(FILES)
-    for path in FOLDER.glob("*.js"):
+    for path in PAGE_DIR.glob("*.js"):
         imported = re.findall(r"from \"\./([\w.]+)\"", path.read_text())
         assert {f"/page/{name}" for name in imported} <= set(FILES), path.name
 

@@ -10,9 +10,9 @@ import httpx
 import pytest
 
 from ktx.engine.engine import Options
-from ktx.engine.sampling import Chooser, Sampling
+from ktx.engine.sampling import Sampler, SamplingParams
 from ktx.engine.scripted import read_script, scripted_engine
-from ktx.server.fields import Chat, Completion, parameters
+from ktx.server.fields import ChatCompletionRequest, CompletionRequest, parameters
 from ktx.server.fields.ollama import OllamaOptions
 from ktx.server.fields.parameters import ALIASES, HEADER, IGNORED, PREFIXES, REFUSED
 from tests.server.conftest import NAME, QWEN, refused, sent, serving
@@ -88,7 +88,7 @@ def test_every_ignored_parameter(special, path):
     http, _, _ = special
     typed = {"metadata": {"a": "b"}, "service_tier": "auto", "verbosity": "low", "store": True}
     typed |= {"prompt_cache_retention": "24h", "prompt_cache_options": {}}
-    kind = Chat if path == CHAT else Completion
+    kind = ChatCompletionRequest if path == CHAT else CompletionRequest
     for name in IGNORED:
         value = typed.get(name, "x" if name in kind.model_fields else 1)
         assert asked(http, path, **{name: value})[:2] == (200, name), name
@@ -108,7 +108,7 @@ def test_every_refused_parameter(special, path):
 
 def test_no_name_has_two_answers():
     assert not set(IGNORED) & set(REFUSED) and not set(ALIASES) & (set(IGNORED) | set(REFUSED))
-    for kind in (Chat, Completion, OllamaOptions):
+    for kind in (ChatCompletionRequest, CompletionRequest, OllamaOptions):
         assert not set(kind.model_fields) & set(REFUSED)
 
 
@@ -275,16 +275,16 @@ def test_penalties_look_back_as_far_as_asked():
     logits = torch.tensor([1.0, 1.1, 1.05, 0.0])
 
     def said(count, **more):
-        chooser = Chooser(Sampling(repetition_penalty=2.0, **more), [3, 3])
-        return [chooser.choose(logits).token for _ in range(count)]
+        chooser = Sampler(SamplingParams(repetition_penalty=2.0, **more), [3, 3])
+        return [chooser.sample(logits).token for _ in range(count)]
 
     assert said(4) == [1, 2, 0, 1]
     assert said(4, repeat_last_n=-1) == [1, 2, 0, 1]
     assert said(4, repeat_last_n=1) == [1, 2, 1, 2]
     assert said(4, repeat_last_n=2) == [1, 2, 0, 1]
     assert said(3, repeat_last_n=0) == [1, 1, 1]
-    counted = Chooser(Sampling(frequency_penalty=0.2, repeat_last_n=2), [1])
-    assert [counted.choose(logits).token for _ in range(3)] == [1, 2, 0]  # the prompt is not counted
+    counted = Sampler(SamplingParams(frequency_penalty=0.2, repeat_last_n=2), [1])
+    assert [counted.sample(logits).token for _ in range(3)] == [1, 2, 0]  # the prompt is not counted
 
 
 # ---- tools
@@ -317,7 +317,7 @@ def test_a_template_that_writes_no_tools_says_so(caplog):
 def test_a_template_that_writes_tools_says_nothing(special):
     http, served, _ = special
     assert asked(http, CHAT, tools=TOOLS)[:2] == (200, "")
-    assert not any("tools" in words for words in served.warned)
+    assert not any("tools" in words for words in served.warnings_sent)
 
 
 def test_parameters_are_of_their_own_request(special):
@@ -337,10 +337,10 @@ def test_the_page_shows_the_tables():
     }
     shown = {name: why for names, why in rows.items() for name in names}
     table = IGNORED | {f"{prefix}*": why for prefix, why in PREFIXES.items()}
-    assert shown == table | {name: row.why for name, row in REFUSED.items()}
+    assert shown == table | {name: row.reason for name, row in REFUSED.items()}
     named = set(re.findall(r"`([a-z_]+)`", page.partition("| ignored")[0]))
     assert set(ALIASES) <= named and named - set(ALIASES) - {"effort", "enabled", "exclude", "n", "false"} <= {
-        *Chat.model_fields,
-        *Completion.model_fields,
+        *ChatCompletionRequest.model_fields,
+        *CompletionRequest.model_fields,
         *OllamaOptions.model_fields,
     }

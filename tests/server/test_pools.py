@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from ktx.server import asked, pools
-from ktx.server.errors import Problem
-from ktx.server.pools import COMPILE, GRAMMARS, PROMPTS, RENDER, within
+from ktx.server.errors import APIError
+from ktx.server.pools import COMPILE, COMPILE_TIMEOUT_S, RENDER, RENDER_TIMEOUT_S, run_with_timeout
 from tests.server.conftest import NAME, scripted, serving
 
 
@@ -54,10 +54,10 @@ def filled(pool, count):
 def test_what_overruns_is_ended(pool):
     async def check():
         endless = Endless()
-        with pytest.raises(Problem, match="the prompt takes longer than 0 s") as refused:
-            await within(0.3, pool, "the prompt", endless)
+        with pytest.raises(APIError, match="the prompt takes longer than 0 s") as refused:
+            await run_with_timeout(0.3, pool, "the prompt", endless)
         assert refused.value.status == 400 and endless.begun.is_set()
-        assert await within(10, pool, "the next", lambda a, b: a + b, 1, 2) == 3  # by the same thread
+        assert await run_with_timeout(10, pool, "the next", lambda a, b: a + b, 1, 2) == 3  # by the same thread
         assert endless.ended.is_set()
 
     asyncio.run(check())
@@ -65,7 +65,7 @@ def test_what_overruns_is_ended(pool):
 
 def test_time_until_a_thread_is_free_is_not_ones_own(pool):
     async def check():
-        works = [within(1.5, pool, "a", time.sleep, 0.5) for _ in range(5)]
+        works = [run_with_timeout(1.5, pool, "a", time.sleep, 0.5) for _ in range(5)]
         assert await asyncio.gather(*works) == [None] * 5
 
     asyncio.run(check())
@@ -77,10 +77,10 @@ def test_what_has_no_turn_in_time_is_told_so_and_never_done(pool, monkeypatch):
 
     async def check():
         with filled(pool, 1):
-            with pytest.raises(Problem, match="busy: b found no thread") as busy:
-                await within(10, pool, "b", done.append, "b")
+            with pytest.raises(APIError, match="busy: b found no thread") as busy:
+                await run_with_timeout(10, pool, "b", done.append, "b")
         assert (busy.value.status, busy.value.code, busy.value.retry) == (429, "queue_full", 1)
-        assert await within(10, pool, "c", len, "abc") == 3
+        assert await run_with_timeout(10, pool, "c", len, "abc") == 3
 
     asyncio.run(check())
     assert not done
@@ -93,8 +93,8 @@ def test_what_nobody_waits_for_is_ended(pool):
     async def check():
         endless = Endless()
         tasks = [
-            asyncio.ensure_future(within(60, pool, "a", endless)),
-            asyncio.ensure_future(within(60, pool, "b", done.append, "b")),
+            asyncio.ensure_future(run_with_timeout(60, pool, "a", endless)),
+            asyncio.ensure_future(run_with_timeout(60, pool, "b", done.append, "b")),
         ]
         await asyncio.to_thread(endless.begun.wait, 10)
         for task in reversed(tasks):
@@ -102,7 +102,7 @@ def test_what_nobody_waits_for_is_ended(pool):
         assert [type(told) for told in await asyncio.gather(*tasks, return_exceptions=True)] == [
             asyncio.CancelledError
         ] * 2
-        assert await within(10, pool, "c", len, "abc") == 3
+        assert await run_with_timeout(10, pool, "c", len, "abc") == 3
         assert endless.ended.is_set()
 
     asyncio.run(check())
@@ -114,13 +114,13 @@ def test_a_thread_outlives_a_hundred_of_them(pool):
 
     async def check():
         for i in range(100):
-            with contextlib.suppress(Problem):
-                await within(0.002, pool, "a", time.sleep, 0.0015 + i % 10 * 1e-4)
-            assert await within(10, pool, "b", threading.get_ident) == thread
-            left = asyncio.ensure_future(within(10, pool, "c", time.sleep, 0.001))
+            with contextlib.suppress(APIError):
+                await run_with_timeout(0.002, pool, "a", time.sleep, 0.0015 + i % 10 * 1e-4)
+            assert await run_with_timeout(10, pool, "b", threading.get_ident) == thread
+            left = asyncio.ensure_future(run_with_timeout(10, pool, "c", time.sleep, 0.001))
             await asyncio.sleep(0.0005 + i % 10 * 1e-4)
             left.cancel()
-            assert await within(10, pool, "d", threading.get_ident) == thread
+            assert await run_with_timeout(10, pool, "d", threading.get_ident) == thread
 
     thread = pool.submit(threading.get_ident).result()
     asyncio.run(check())
@@ -130,8 +130,8 @@ def test_what_cannot_be_done_is_a_problem(pool):
     def broken():
         raise ValueError("no such token")
 
-    with pytest.raises(Problem, match="no such token"):
-        asyncio.run(within(10, pool, "a", broken))
+    with pytest.raises(APIError, match="no such token"):
+        asyncio.run(run_with_timeout(10, pool, "a", broken))
 
 
 ENDLESS = (  # for one message
@@ -151,18 +151,18 @@ def test_an_endless_template_is_refused_and_ended(tmp_path_factory, monkeypatch)
             assert refused.status_code == 400 and "the prompt takes longer" in refused.json()["error"]["message"]
         assert http.post("/v1/completions", json={"model": NAME, "prompt": "x", "max_tokens": 1}).status_code == 200
     both = threading.Barrier(2)
-    for waiting in [PROMPTS.submit(both.wait, 5) for _ in range(2)]:
+    for waiting in [RENDER_TIMEOUT_S.submit(both.wait, 5) for _ in range(2)]:
         waiting.result()
 
 
 def test_others_slow_grammars_are_nobody_elses_fault(tmp_path_factory, monkeypatch):
     asked = {"model": NAME, "prompt": "greet", "max_tokens": 9, "guided_regex": "[0-9]{3}"}
     with serving(scripted(tmp_path_factory)) as (base, _), httpx.Client(base_url=base, timeout=30) as http:
-        with filled(GRAMMARS, 4) as free:
+        with filled(COMPILE_TIMEOUT_S, 4) as free:
             threading.Timer(COMPILE + 1, free).start()
             assert http.post("/v1/completions", json=asked).json()["choices"][0]["text"].isdigit()
         monkeypatch.setattr(pools, "WAIT", 0.3)
-        with filled(GRAMMARS, 4):
+        with filled(COMPILE_TIMEOUT_S, 4):
             busy = http.post("/v1/completions", json=asked)
             assert (busy.status_code, busy.headers["retry-after"]) == (429, "1"), busy.text
             assert busy.json()["error"]["code"] == "queue_full"
@@ -186,12 +186,12 @@ def test_a_client_that_leaves_takes_its_template_with_it(tmp_path_factory, strea
 def test_a_forked_child_has_threads_of_its_own():
     """The parent's threads are busy, and are not in the child."""
     begun, free = threading.Event(), threading.Event()
-    work = PROMPTS.submit(lambda: (begun.set(), free.wait(60)))
+    work = RENDER_TIMEOUT_S.submit(lambda: (begun.set(), free.wait(60)))
     assert begun.wait(10)
     if (child := os.fork()) == 0:
         status = 1
         try:
-            status = 0 if asyncio.run(within(10, PROMPTS, "a prompt", len, "abc")) == 3 else 2
+            status = 0 if asyncio.run(run_with_timeout(10, RENDER_TIMEOUT_S, "a prompt", len, "abc")) == 3 else 2
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0

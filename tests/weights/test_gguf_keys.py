@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ktx.errors import BadFile
-from ktx.weights.agreement import gguf_differences
+from ktx.weights.agreement import gguf_mismatches
 from ktx.weights.gguf_keys import ARCHITECTURES
 from ktx.weights.source import open_weights
 from tests.gguf_writer import ARCH, write_gguf
@@ -162,7 +162,7 @@ def test_what_the_configuration_contradicts_is_refused(tmp_path, family, keys, w
 
 def test_numbers_that_differ_from_layer_to_layer_are_refused():
     metadata = {"llama.attention.head_count": [4, 2], "llama.feed_forward_length": [320, 320]}
-    (found,) = gguf_differences(metadata, "llama", {}, tiny("llama").config)
+    (found,) = gguf_mismatches(metadata, "llama", {}, tiny("llama").config)
     assert found == "llama.attention.head_count differs from layer to layer"
 
 

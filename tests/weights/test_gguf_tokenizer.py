@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 
 import ktx
 from ktx.engine.request import Finished
-from ktx.engine.sampling import Sampling
+from ktx.engine.sampling import SamplingParams
 from ktx.errors import BadFile, KtxError
 from ktx.weights.gguf_tokenizer import end_tokens, sampling_in, tokenizer_from_gguf
 from ktx.weights.pretokenizers import PRE
@@ -322,7 +322,7 @@ def test_an_answer_ends_there(tmp_path, own, end, folder):
         model.config.save_pretrained(tmp_path)
     mine, _ = ktx.load(tmp_path if folder else path, path, progress=False)
     with mine.ktx.engine(max_batch_size=1, cache_lens=512) as engine:
-        events = engine.generate([[A_]], Sampling(max_new_tokens=8))
+        events = engine.generate([[A_]], SamplingParams(max_new_tokens=8))
         (finished,) = [event for _, event in events if isinstance(event, Finished)]
     assert (finished.ids, finished.reason) == ([B_], "stop")
     assert mine.generate(torch.tensor([[A_]]), max_new_tokens=8, do_sample=False)[0, 1:].tolist() == [B_, end]

@@ -11,12 +11,12 @@ from transformers import AttentionInterface
 from ktx.kernels import reference
 from ktx.kernels.gpu import kernels_for
 from ktx.kernels.gradients import none_on_gpu
-from ktx.kernels.rope_store import store_heads
+from ktx.kernels.rope_store import rope_and_cache_kv
 from ktx.kernels.work import Shape
 from ktx.ops import attention
 from ktx.ops.base import Context
 from ktx.ops.fused import rotary_tables, split_mask, window_of
-from ktx.ops.gpu.room import Room, of_batch, of_states, room_for, settled
+from ktx.ops.gpu.room import PagedView, of_batch, of_states, room_for, settled
 
 NAME = "ktx_gpu"
 SCORES = 1 << 26  # of queries that are computed at once where no kernel knows the mask
@@ -44,7 +44,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.float().contiguous()
     if batch is not None:
-        room: Room | None = of_batch(batch, (key, value), window_of(module))
+        room: PagedView | None = of_batch(batch, (key, value), window_of(module))
     else:
         if attention_mask is None and new > key.shape[2]:
             raise ValueError(f"{new} queries on {key.shape[2]} keys need a mask")
@@ -58,7 +58,7 @@ def attend(
 
 
 def on_pages(
-    q: torch.Tensor, room: Room, scale: float, sinks: torch.Tensor | None, softcap: float, backend: str
+    q: torch.Tensor, room: PagedView, scale: float, sinks: torch.Tensor | None, softcap: float, backend: str
 ) -> torch.Tensor:
     """q [1, H, T, Dk], the sequences one after another -> [1, T, H, Dv]."""
     keys, values = room.pools
@@ -139,7 +139,7 @@ class Attention(attention.Attention):
         none_on_gpu("Attention", getattr(self, "sinks", None))
         q, k, v = (self._heads(name, hidden_states) for name in "qkv")
         cos, sin = turns(rotary_tables(position_embeddings, self.half_tables), hidden_states)
-        q = store_heads(q, k, v, cos, sin, room.tables.slots, *room.pools)
+        q = rope_and_cache_kv(q, k, v, cos, sin, room.tables.slots, *room.pools)
         found = on_pages(q, room, float(self.scaling), self.sinks_f32, 0.0, self.backend)
         return self.o_proj(found.view(*hidden_states.shape[:2], -1))
 

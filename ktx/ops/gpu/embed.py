@@ -18,7 +18,7 @@ class Embedding(embed.Embedding):
     packed: Any
 
     def load(self, source: WeightSource) -> None:
-        self.packed = gpu_linear.pack(source.get(f"{self.path}.weight"), device=self.home.torch)
+        self.packed = gpu_linear.pack(source.get(f"{self.path}.weight"), device=self.placement.torch)
 
     def product(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, f"{self.path} is not loaded"
@@ -30,4 +30,4 @@ class Embedding(embed.Embedding):
         return Floats((self.num_embeddings, self.embedding_dim), whole, id(self.packed))
 
     def packed_from(self, weight: QuantizedTensor) -> Any:
-        return gpu_linear.pack(weight, device=self.home.torch)
+        return gpu_linear.pack(weight, device=self.placement.torch)

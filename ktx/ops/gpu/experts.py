@@ -10,11 +10,11 @@ import torch
 
 from ktx.errors import UsageError
 from ktx.kernels import gpu_linear, moe
-from ktx.kernels.planes import Packed
+from ktx.kernels.planes import SoAWeight
 from ktx.ops import experts
 from ktx.ops.base import packed_as
 from ktx.ops.experts import PROJECTIONS
-from ktx.ops.gates import Gate
+from ktx.ops.gates import Activation
 from ktx.weights.source import WeightSource
 
 
@@ -29,15 +29,15 @@ class Experts(experts.Experts):
             self.weights[name] = self._pack(source, full)
             source.release([full])
             if self.has_bias:
-                self.biases[name] = self._bias(source, full).to(self.home.torch)
+                self.biases[name] = self._bias(source, full).to(self.placement.torch)
         self._complete()
 
     def _pack(self, source: WeightSource, full: str) -> Any:
-        pack = partial(gpu_linear.pack_experts, device=self.home.torch)
-        return packed_as(self._held(source.parts(full)), self.target, pack)
+        pack = partial(gpu_linear.pack_experts, device=self.placement.torch)
+        return packed_as(self._held(source.parts(full)), self.quant_target, pack)
 
     def ready(self) -> None:
-        self.chosen = torch.zeros(self.total, dtype=torch.int64, device=self.home.torch)
+        self.chosen = torch.zeros(self.total, dtype=torch.int64, device=self.placement.torch)
 
     def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
         raise UsageError(f"{self.path}: experts on a GPU cannot be edited; load the model with moe_device='cpu'")
@@ -51,9 +51,9 @@ class Experts(experts.Experts):
 
 
 def computed(
-    gate: Gate,
+    gate: Activation,
     given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    matrices: Sequence[Packed],
+    matrices: Sequence[SoAWeight],
     biases: Sequence[torch.Tensor | None],
     first: int,
     chosen: torch.Tensor | None,

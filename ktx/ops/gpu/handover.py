@@ -44,7 +44,7 @@ class Stream(Protocol):
         """What the caller's stream is given from now on waits for all of this."""
 
 
-class Slot:
+class PinnedBuffers:
     """Buffers in the CPU's memory that both sides see, as large as was needed so far."""
 
     def __init__(self, pinned: bool):
@@ -68,7 +68,7 @@ class Job:
     `count` says at each start how many of all rows, the first ones, are tokens, where not all are.
     """
 
-    owner: HandOver
+    owner: ExpertOffload
     experts: Any
     inputs: tuple[torch.Tensor, ...]
     out: torch.Tensor
@@ -87,7 +87,7 @@ class Job:
         self.owner.count_waiting(self.experts)
         try:
             real = len(self.out) if self.count is None else int(self.count)
-            with torch.inference_mode(), cpu.wide_rows(*self.rows):
+            with torch.inference_mode(), cpu.bf16_rows(*self.rows):
                 self.out[:real].copy_(self.experts(*(part[:real] for part in self.inputs)))
                 self.out[real:].zero_()
         except BaseException as error:  # whoever waits has to be let go, and told
@@ -103,15 +103,15 @@ class Job:
 
 
 @dataclass
-class UnderWay:
+class Pending:
     """What `submit` gives and `result` takes."""
 
-    slot: Slot
+    slot: PinnedBuffers
     job: Job
     like: torch.Tensor
 
 
-class HandOver(Renewed):
+class ExpertOffload(Renewed):
     """The way from one device to the CPU's experts and back; all layers of a model that are on the device share it."""
 
     def __init__(self, stream: Stream, pinned: bool = False):
@@ -120,7 +120,7 @@ class HandOver(Renewed):
         super().__init__()
 
     def renew(self) -> None:
-        self.all_slots = [Slot(self.pinned) for _ in range(SLOTS)]
+        self.all_slots = [PinnedBuffers(self.pinned) for _ in range(SLOTS)]
         self.slots = itertools.cycle(self.all_slots)
         self.errors: list[BaseException] = []
         self.layer, self.ended = -1, 0.0  # the last that the CPU worked for, and when it was done
@@ -132,7 +132,7 @@ class HandOver(Renewed):
         if 0 <= before < self.layer:
             experts.waited += time.perf_counter() - self.ended
 
-    def submit(self, experts: Any, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> UnderWay:
+    def submit(self, experts: Any, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
         """flat [tokens, D], ids and weights [tokens, K] on the device set off; raises what went wrong since it was last asked."""
         none_on_gpu("MoE", flat, weights)
         self.check()
@@ -146,9 +146,9 @@ class HandOver(Renewed):
             stream.copy(target, source)
         slot.job = Job(self, experts, inputs, slot.part("out", flat), cpu.rows_told(), padding.count())
         stream.call(slot.job.submit)
-        return UnderWay(slot, slot.job, flat)
+        return Pending(slot, slot.job, flat)
 
-    def result(self, under_way: UnderWay) -> torch.Tensor:
+    def result(self, under_way: Pending) -> torch.Tensor:
         """[tokens, D] on the device. An error in the experts is raised here if this has to wait for them, else by the next `check`."""
         out = torch.empty_like(under_way.like)
         self.stream.call(under_way.job.sync)
@@ -158,7 +158,7 @@ class HandOver(Renewed):
         self.check()
         return out
 
-    def give_up(self) -> None:
+    def reset(self) -> None:
         """What was begun will not be waited for: it was recorded for a graph that came to nothing, and never ran."""
         for slot in self.all_slots:
             slot.job = None
@@ -171,28 +171,28 @@ class HandOver(Renewed):
             raise error
 
 
-def way_from(device: torch.device) -> HandOver:
+def way_from(device: torch.device) -> ExpertOffload:
     """A way from a device, by what it has for it."""
     real = device.type == "cuda"
     launch = host_functions() if real else None
     stream: Stream = ThreadStream(device) if launch is None else CudaStream(device, launch)
-    return HandOver(stream, pinned=real)
+    return ExpertOffload(stream, pinned=real)
 
 
 def install(model: Any, blocks: Iterable[Any]) -> None:
     """Gives a model's blocks a way to their experts, all blocks of a device the same one. No other model has it: its errors are this model's."""
-    ways: dict[Device, HandOver] = {}
+    ways: dict[Device, ExpertOffload] = {}
     for block in blocks:
-        if block.home not in ways:
-            ways[block.home] = way_from(block.home.torch)
-        block.handover = ways[block.home]
+        if block.placement not in ways:
+            ways[block.placement] = way_from(block.placement.torch)
+        block.handover = ways[block.placement]
     model.handovers = list(ways.values())
 
 
 def give_up(model: Any) -> None:
     """As HandOver.give_up, on all of a model's ways."""
     for way in getattr(model, "handovers", ()):
-        way.give_up()
+        way.reset()
 
 
 def check(model: Any) -> None:

@@ -23,8 +23,8 @@ class Linear(linear.Linear):
 
     def load(self, source: WeightSource) -> None:
         if not self.parts:  # a tied output layer is given the embedding's
-            pack = partial(gpu_linear.pack, device=self.home.torch)
-            self.parts = [packed_as(part, self.target, pack) for part in source.parts(self.tensors()[0])]
+            pack = partial(gpu_linear.pack, device=self.placement.torch)
+            self.parts = [packed_as(part, self.quant_target, pack) for part in source.parts(self.tensors()[0])]
         self.load_bias(source)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -43,4 +43,4 @@ class Linear(linear.Linear):
         return torch.cat([gpu_linear.dequantize(part, torch.float32) for part in self.parts]).cpu()
 
     def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
-        return gpu_linear.pack(weight, to, device=self.home.torch)
+        return gpu_linear.pack(weight, to, device=self.placement.torch)

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 
 from ktx.cache.kv import stored_row
-from ktx.cache.paged import Tables
-from ktx.cache.pages import PAGE
+from ktx.cache.paged import PageTables
+from ktx.cache.pages import PAGE_TOKENS
 from ktx.errors import UsageError
 from ktx.kernels import gpu_linear, reference
 from ktx.kernels.gpu import Kernels, kernels_for
-from ktx.kernels.rope_store import store_latent
+from ktx.kernels.rope_store import rope_and_cache_mla
 from ktx.kernels.work import Shape
 from ktx.ops import mla
 from ktx.ops.base import Context
 from ktx.ops.fused import float_type, rotary_tables, split_mask
 from ktx.ops.gpu.attention import turns
 from ktx.ops.gpu.norm import RMSNorm
-from ktx.ops.gpu.room import Room, Row, of_states, planned, room_for, settled
+from ktx.ops.gpu.room import PagedView, Row, of_states, planned, room_for, settled
 from ktx.weights.source import WeightSource
 
 
@@ -40,7 +40,7 @@ class MLA(mla.MLA):
     def load(self, source: WeightSource) -> None:
         exact = self.is_exact(source)
         halves = [mla.as_half(source.get(name), exact) for name in self.tensors()]
-        self.w_uk_t, self.w_uv = (gpu_linear.pack(half, device=self.home.torch) for half in halves)
+        self.w_uk_t, self.w_uv = (gpu_linear.pack(half, device=self.placement.torch) for half in halves)
 
     def ready(self) -> None:
         self.block = None
@@ -91,7 +91,7 @@ class MLA(mla.MLA):
 
     def _store(
         self,
-        room: Room,
+        room: PagedView,
         latent: torch.Tensor,
         k_rope: torch.Tensor,
         q_rope: torch.Tensor,
@@ -103,7 +103,7 @@ class MLA(mla.MLA):
         inside = isinstance(norm, RMSNorm) and not (norm.plus_one or norm._forward_hooks or norm._forward_pre_hooks)
         ckv, kpe = (pool[:, 0] for pool in room.pools)
         rows = _one(latent if inside else norm(latent))
-        return store_latent(
+        return rope_and_cache_mla(
             rows,
             _one(k_rope),
             q_rope,
@@ -127,7 +127,7 @@ class MLA(mla.MLA):
         stored = float_type(self.kv_dtype, latent.dtype)
         return cache.update(normal.to(stored), turned.to(stored), self.layer_idx)
 
-    def _on_pages(self, q_nope: torch.Tensor, q_rope: torch.Tensor, room: Room) -> torch.Tensor:
+    def _on_pages(self, q_nope: torch.Tensor, q_rope: torch.Tensor, room: PagedView) -> torch.Tensor:
         """[1, H, T, nope] and [1, H, T, rope] -> [1, T, H * v]."""
         wholes = [] if self.absorb_for_prefill else [i for i, (_, count) in enumerate(room.wholes) if count]
         if not wholes:
@@ -145,7 +145,7 @@ class MLA(mla.MLA):
         return out
 
     def absorbed_on(
-        self, q_nope: torch.Tensor, q_rope: torch.Tensor, room: Room, tables: Tables, counts: list[int]
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, room: PagedView, tables: PageTables, counts: list[int]
     ) -> torch.Tensor:
         """The queries of some tables' sequences -> [1, T, H * v]."""
         query = gpu_linear.linear_batched(q_nope[0], self.w_uk_t)[None]
@@ -156,11 +156,13 @@ class MLA(mla.MLA):
         out = gpu_linear.linear_batched(context[0].transpose(0, 1), self.w_uv)  # [H, T, v]
         return out.transpose(0, 1).reshape(1, len(context[0]), -1)
 
-    def _expand(self, q_nope: torch.Tensor, q_rope: torch.Tensor, room: Room, index: int, out: torch.Tensor) -> None:
+    def _expand(
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, room: PagedView, index: int, out: torch.Tensor
+    ) -> None:
         """Writes to out [1, T, H * v] what the whole pages of a sequence's prompt see, some heads at a time."""
         (first, count, keys), (lead, whole) = room.rows[index], room.wholes[index]
         own, end = slice(first + lead, first + lead + whole), keys - count + lead + whole
-        pages = room.tables.pages[index, : -(-end // PAGE)]
+        pages = room.tables.pages[index, : -(-end // PAGE_TOKENS)]
         latent, rope = (pool.index_select(0, pages) for pool in room.pools)  # [pages, 1, PAGE, columns]
         latent, rope = latent.to(q_nope.dtype), rope.to(q_nope.dtype)
         by_head = out.view(1, -1, self.num_heads, self.v_head_dim)
@@ -181,18 +183,18 @@ class MLA(mla.MLA):
                 out=by_head[:, own, chosen],
             )
 
-    def _alone(self, room: Room, index: int, whole: int, end: int) -> Tables:
+    def _alone(self, room: PagedView, index: int, whole: int, end: int) -> PageTables:
         """The tables of one sequence on pages of its own, in order; the same for all layers."""
         made = room.tables.plans
         if ("alone", index) not in made:
-            pages = torch.arange(-(-end // PAGE), dtype=torch.int32)[None]
-            tables = Tables(torch.tensor([[0, whole, end]]), pages, torch.empty(0, dtype=torch.int64))
+            pages = torch.arange(-(-end // PAGE_TOKENS), dtype=torch.int32)[None]
+            tables = PageTables(torch.tensor([[0, whole, end]]), pages, torch.empty(0, dtype=torch.int64))
             made["alone", index] = tables.to(room.tables.pages.device)
         return made["alone", index]
 
     def _heads_at_once(self, latent: torch.Tensor) -> Iterator[range]:
         """As many heads as EXPAND_BYTES hold keys and values of."""
-        rows = latent.shape[0] * PAGE
+        rows = latent.shape[0] * PAGE_TOKENS
         each = rows * (self.qk_nope_head_dim + self.v_head_dim) * latent.element_size()
         step = max(1, mla.EXPAND_BYTES // each)
         for head in range(0, self.num_heads, step):
@@ -205,7 +207,7 @@ class MLA(mla.MLA):
             rows = gpu_linear.dequantize(matrix, flat.dtype, heads.start * matrix.n, len(heads) * matrix.n)
             w = rows.view(len(heads), matrix.n, matrix.k)
             states = flat @ (w.transpose(1, 2) if turned else w)  # [heads, rows, columns]
-            found.append(states.unflatten(1, (-1, PAGE)).transpose(0, 1))
+            found.append(states.unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1))
         return found[0], found[1]
 
     def _by_torch(
@@ -233,7 +235,7 @@ def _one(rows: torch.Tensor) -> torch.Tensor:
     return rows.reshape(1, -1, rows.shape[-1])
 
 
-def _rest(room: Room) -> tuple[torch.Tensor, list[int], Tables] | tuple[()]:
+def _rest(room: PagedView) -> tuple[torch.Tensor, list[int], PageTables] | tuple[()]:
     """The tokens that are in no whole page: their places [n], how many of them are together, and the tables of these; nothing if there are none."""
     segments: list[tuple[Row, int]] = []
     for i, ((first, count, keys), (lead, whole)) in enumerate(zip(room.rows, room.wholes, strict=True)):
@@ -248,4 +250,4 @@ def _rest(room: Room) -> tuple[torch.Tensor, list[int], Tables] | tuple[()]:
     starts = torch.tensor([0, *counts]).cumsum(0)[:-1].tolist()
     rows = torch.tensor([(start, count, keys) for start, ((_, count, keys), _) in zip(starts, segments, strict=True)])
     pages = room.tables.pages.index_select(0, torch.tensor([i for _, i in segments], device=device))
-    return places, counts, Tables(rows.to(device), pages, places)
+    return places, counts, PageTables(rows.to(device), pages, places)

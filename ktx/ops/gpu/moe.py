@@ -10,24 +10,24 @@ from ktx.ops import experts, moe
 from ktx.ops.base import Context
 from ktx.ops.gpu import padding
 from ktx.ops.gpu.experts import Experts
-from ktx.ops.gpu.handover import HandOver, UnderWay, install
+from ktx.ops.gpu.handover import ExpertOffload, Pending, install
 from ktx.ops.guard import Inside
 
 if TYPE_CHECKING:
     from ktx.ops.gpu.streaming import Streamer
 
 
-class Begun(NamedTuple):
+class PendingMoE(NamedTuple):
     """What the device makes of the chosen experts, and what the CPU is asked to."""
 
     here: torch.Tensor | None
-    there: UnderWay | None
+    there: Pending | None
 
 
 class MoE(moe.MoE):
     """As on the CPU. Experts that stayed there are computed while the device computes its own, and the shared ones."""
 
-    handover: HandOver | None
+    handover: ExpertOffload | None
     streamer: Streamer | None  # see ktx.ops.gpu.streaming
     streamed_from: int
 
@@ -58,7 +58,7 @@ class MoE(moe.MoE):
         elif self.experts.num_experts:
             there = self.handover.submit(self.experts, flat, ids, weights)
         here = None if share is None else share(flat, ids, weights)
-        return Begun(here if brought is None else brought if here is None else brought + here, there)
+        return PendingMoE(here if brought is None else brought if here is None else brought + here, there)
 
     def streams(self, flat: torch.Tensor) -> bool:
         """Whether the CPU's experts come here for these tokens. Not where somebody listens to them, and not in a step that becomes a graph, which could not tell what came before."""

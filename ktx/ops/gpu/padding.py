@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-NOBODY = -1  # the number of no expert
+NO_EXPERT = -1  # the number of no expert
 
 
 @dataclass(frozen=True)
@@ -45,4 +45,4 @@ def count() -> torch.Tensor | None:
 def chosen(ids: torch.Tensor) -> torch.Tensor:
     """Choices int64 [rows, K] of experts, without those of rows that stand for nothing."""
     known = _known.get()
-    return ids if known is None else ids.masked_fill(known.real[:, None] == 0, NOBODY)
+    return ids if known is None else ids.masked_fill(known.real[:, None] == 0, NO_EXPERT)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from ktx.cache.kv import growing
-from ktx.cache.paged import Batch, Tables, paged
-from ktx.cache.pages import PAGE
+from ktx.cache.paged import BatchMetadata, PageTables, paged
+from ktx.cache.pages import PAGE_TOKENS
 from ktx.kernels.gpu import Kernels
 from ktx.kernels.work import Shape, tiles_for
 from ktx.ops.fused import float_type, window_of
@@ -25,7 +25,7 @@ Row = tuple[int, int, int]  # a sequence's first token in the forward, its token
 
 
 @dataclass(frozen=True)
-class Room:
+class PagedView:
     """Two pools [pages, heads, PAGE, columns] and whose tokens are where: `rows` on the host, `tables` on the device.
 
     `wholes`, of each sequence: after how many of its tokens whole pages of a prompt begin, and how many tokens these are.
@@ -33,7 +33,7 @@ class Room:
 
     pools: tuple[torch.Tensor, torch.Tensor]
     rows: Sequence[Row]
-    tables: Tables
+    tables: PageTables
     window: int = 0
     wholes: tuple[tuple[int, int], ...] = ()
 
@@ -43,7 +43,7 @@ class Room:
 
 
 def planned(
-    kernels: Kernels, tables: Tables, counts: Sequence[int], shape: Shape, dtype: torch.dtype, window: int = 0
+    kernels: Kernels, tables: PageTables, counts: Sequence[int], shape: Shape, dtype: torch.dtype, window: int = 0
 ) -> Any:
     """The kernels' plan for the sequences of some tables, made once."""
     made, exact = tables.plans, dtype is torch.float32
@@ -59,7 +59,7 @@ def planned(
 
 def room_for(
     owner: Any, cache: Any, hidden: torch.Tensor, heads: int, columns: tuple[int, int], mask: torch.Tensor | None
-) -> Room | None:
+) -> PagedView | None:
     """Room for the tokens of hidden [B, S, D] in the cache's layer for `owner`, an attention module, that the caller fills.
 
     None where the layer is no such, or what the tokens see is nothing that the kernels know.
@@ -71,7 +71,7 @@ def room_for(
         batch = pages.owner.batch
         if batch is None or not pages.fits(heads, columns, kept, device):
             return None
-        pages.owner.look()
+        pages.owner.check_cancelled()
         return of_batch(batch, (pages.buffers[0], pages.buffers[1]), window_of(owner))
     layer = growing(cache, owner.layer_idx)
     if layer is None or not layer.fits(sequences, heads, columns, kept, device):
@@ -79,7 +79,7 @@ def room_for(
     known = seen(mask, sequences, new, layer.length + new)
     if known is None or set(known.keys) != {layer.length + new}:
         return None
-    layer.make_room(new)
+    layer.reserve(new)
     layer.length += new
     keys, values = layer.buffers
     return _grown(keys, values, new, known, mask)
@@ -94,46 +94,46 @@ def settled(cache: Any, index: int) -> Any:
     return layer
 
 
-def of_batch(batch: Batch, pools: tuple[torch.Tensor, torch.Tensor], window: int) -> Room:
+def of_batch(batch: BatchMetadata, pools: tuple[torch.Tensor, torch.Tensor], window: int) -> PagedView:
     """The pools of a paged cache."""
-    wholes = tuple((span.lead, span.whole) for span in batch.spans)
-    return Room(pools, batch.rows, batch.on(pools[0].device), window, wholes)
+    wholes = tuple((span.lead_tokens, span.full_page_tokens) for span in batch.spans)
+    return PagedView(pools, batch.rows, batch.on(pools[0].device), window, wholes)
 
 
-def of_states(keys: torch.Tensor, values: torch.Tensor, new: int, mask: torch.Tensor | None) -> Room | None:
+def of_states(keys: torch.Tensor, values: torch.Tensor, new: int, mask: torch.Tensor | None) -> PagedView | None:
     """Of keys and values [B, heads, T, columns] as any cache returned them, or none; copied where they are no whole pages."""
     known = seen(mask, len(keys), new, keys.shape[2])
     if known is None:
         return None
     capacity = _capacity(keys)
     if not capacity or capacity != _capacity(values):
-        keys, values = (F.pad(x, (0, 0, 0, -x.shape[2] % PAGE)) for x in (keys, values))
+        keys, values = (F.pad(x, (0, 0, 0, -x.shape[2] % PAGE_TOKENS)) for x in (keys, values))
         capacity = keys.shape[2]
     return _grown(_whole(keys, capacity), _whole(values, capacity), new, known, mask)
 
 
 @dataclass(frozen=True)
-class Seen:
+class CausalSpec:
     """A causal mask in numbers: the keys of each sequence, and how many of them a token sees (0: all up to itself)."""
 
     keys: tuple[int, ...]
     window: int = 0
 
 
-def seen(mask: torch.Tensor | None, batch: int, new: int, keys: int) -> Seen | None:
+def seen(mask: torch.Tensor | None, batch: int, new: int, keys: int) -> CausalSpec | None:
     """What transformers' mask for `new` tokens of each sequence says; None where that is no causal mask (padding, holes)."""
     if mask is None:
-        return Seen((keys,) * batch) if new in (1, keys) else None
+        return CausalSpec((keys,) * batch) if new in (1, keys) else None
     ranges = ranges_of(mask)
     if ranges is None or (isinstance(mask, Intervals) and mask.shape[3] != keys):
         return None
     if not hasattr(mask, "ktx_seen"):  # one mask serves many layers
         mask.ktx_seen = _read(ranges.cpu())  # type: ignore[attr-defined]
-    known: Seen | None = mask.ktx_seen  # type: ignore[attr-defined]
-    return known if known is None or len(known.keys) == batch else Seen(known.keys * batch, known.window)
+    known: CausalSpec | None = mask.ktx_seen  # type: ignore[attr-defined]
+    return known if known is None or len(known.keys) == batch else CausalSpec(known.keys * batch, known.window)
 
 
-def _read(ranges: torch.Tensor) -> Seen | None:
+def _read(ranges: torch.Tensor) -> CausalSpec | None:
     begin, end = ranges.unbind(-1)  # int32 [B, S]
     last, new = end[:, -1:], end.shape[1]
     if not torch.equal(end, last + torch.arange(1 - new, 1, dtype=end.dtype)) or int(end.min()) < 1:
@@ -142,16 +142,18 @@ def _read(ranges: torch.Tensor) -> Seen | None:
     window = int((end - begin)[short][0]) if bool(short.any()) else 0
     if window and not torch.equal(begin, (end - window).clamp(min=0)):
         return None
-    return Seen(tuple(last[:, 0].tolist()), window)
+    return CausalSpec(tuple(last[:, 0].tolist()), window)
 
 
 def _capacity(x: torch.Tensor) -> int:
     """Positions from one head of [B, heads, T, columns] to the next, if they are whole pages of one piece of memory; else 0."""
     batch, heads, length, columns = x.shape
-    apart = x.stride(1) if heads > 1 else x.stride(0) if batch > 1 else -(-length // PAGE) * PAGE * columns
+    apart = (
+        x.stride(1) if heads > 1 else x.stride(0) if batch > 1 else -(-length // PAGE_TOKENS) * PAGE_TOKENS * columns
+    )
     dense = x.stride(3) == 1 and x.stride(2) == columns and (batch == 1 or x.stride(0) == heads * apart)
     held = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
-    return apart // columns if dense and apart % (PAGE * columns) == 0 and batch * heads * apart <= held else 0
+    return apart // columns if dense and apart % (PAGE_TOKENS * columns) == 0 and batch * heads * apart <= held else 0
 
 
 def _whole(x: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -160,37 +162,41 @@ def _whole(x: torch.Tensor, capacity: int) -> torch.Tensor:
     return x.as_strided((batch, heads, capacity, columns), (heads * each, each, columns, 1))
 
 
-def _grown(keys: torch.Tensor, values: torch.Tensor, new: int, known: Seen, mask: torch.Tensor | None) -> Room:
+def _grown(
+    keys: torch.Tensor, values: torch.Tensor, new: int, known: CausalSpec, mask: torch.Tensor | None
+) -> PagedView:
     """Of two buffers [B, heads, capacity, columns] that hold the sequences' keys, of which the last `new` are the tokens'."""
     batch, heads, capacity, _ = keys.shape
     rows = [(b * new, new, count) for b, count in enumerate(known.keys)]
-    kind = keys.device, heads * capacity // PAGE
-    made: dict[Any, Tables] = {}
+    kind = keys.device, heads * capacity // PAGE_TOKENS
+    made: dict[Any, PageTables] = {}
     if mask is not None:
         made = mask.__dict__.setdefault("ktx_tables", made)
     if kind not in made:
         made[kind] = _tables(known.keys, new, kind[1]).to(keys.device)
     wholes = tuple(_pages_of_prompt(count - new, new) for count in known.keys)
-    return Room((_pool(keys), _pool(values)), rows, made[kind], known.window, wholes)
+    return PagedView((_pool(keys), _pool(values)), rows, made[kind], known.window, wholes)
 
 
 def _pages_of_prompt(past: int, new: int) -> tuple[int, int]:
     """Without an engine that knows what is a prompt: whole pages of a call's tokens, behind those that fill up a page."""
-    lead = min(new, -past % PAGE)
-    return lead, (new - lead) // PAGE * PAGE
+    lead = min(new, -past % PAGE_TOKENS)
+    return lead, (new - lead) // PAGE_TOKENS * PAGE_TOKENS
 
 
 def _pool(buffer: torch.Tensor) -> torch.Tensor:
     batch, heads, capacity, columns = buffer.shape
-    pages = ((batch - 1) * heads + 1) * capacity // PAGE
-    return buffer.as_strided((pages, heads, PAGE, columns), (PAGE * columns, capacity * columns, columns, 1))
+    pages = ((batch - 1) * heads + 1) * capacity // PAGE_TOKENS
+    return buffer.as_strided(
+        (pages, heads, PAGE_TOKENS, columns), (PAGE_TOKENS * columns, capacity * columns, columns, 1)
+    )
 
 
-def _tables(keys: Sequence[int], new: int, apart: int) -> Tables:
+def _tables(keys: Sequence[int], new: int, apart: int) -> PageTables:
     """`apart`: pages from one sequence's first to the next one's."""
     batch = len(keys)
     first, ends = torch.arange(batch)[:, None] * apart, torch.tensor(keys)
-    pages = first + torch.arange(-(-max(keys) // PAGE))
-    slots = first * PAGE + ends[:, None] + torch.arange(-new, 0)
+    pages = first + torch.arange(-(-max(keys) // PAGE_TOKENS))
+    slots = first * PAGE_TOKENS + ends[:, None] + torch.arange(-new, 0)
     sequences = torch.stack([torch.arange(batch) * new, torch.full((batch,), new), ends], 1)
-    return Tables(sequences, pages.int(), slots.flatten())
+    return PageTables(sequences, pages.int(), slots.flatten())

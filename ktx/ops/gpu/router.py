@@ -28,6 +28,6 @@ class Router(router.Router):
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         logits = F.linear(flat, self.weight_f32, self.in_f32)
         given = self.correction(e_score_correction_bias) if e_score_correction_bias is not None else self.correction_f32
-        top, scoring, mode, groups, chosen, renorm, scale = self.manner()
+        top, scoring, mode, groups, chosen, renorm, scale = self.route_args()
         ids, weights = reference.route(logits, top, scoring, given, groups, chosen, mode, renorm, scale)
         return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, padding.chosen(ids)

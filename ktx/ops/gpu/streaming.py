@@ -19,7 +19,7 @@ import torch
 from ktx.device_map import streaming
 from ktx.devices import Device
 from ktx.errors import DoesNotFit
-from ktx.hardware import human
+from ktx.hardware import format_bytes
 from ktx.kernels import cpu, planes, speed
 from ktx.kernels.unpack import STREAMED, unpack
 from ktx.ops.experts import PROJECTIONS, Experts
@@ -30,13 +30,13 @@ from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions, pin
 
 
 @dataclass(eq=False)
-class Piece:
+class ExpertChunk:
     """Some of the experts that a layer has in the CPU's memory; `first` counts from the first of these."""
 
     experts: Experts
     first: int
     count: int
-    following: Piece | None = None
+    following: ExpertChunk | None = None
 
     def stretches(self, name: str) -> Iterator[tuple[torch.Tensor, int, int]]:
         """Of a projection, on each memory node: the bytes, the first group of rows, and how many groups."""
@@ -67,9 +67,9 @@ class Streamer:
         line = [piece for pieces in self.pieces.values() for piece in pieces]
         for piece, following in zip(line, line[1:], strict=False):
             piece.following = following
-        self.coming: Piece | None = None  # what is, or will be, in `raw`
-        self.here: Piece | None = None  # what `matrices` are
-        self.matrices: list[planes.Packed] = []
+        self.prefetching: ExpertChunk | None = None  # what is, or will be, in `raw`
+        self.resident: ExpertChunk | None = None  # what `matrices` are
+        self.matrices: list[planes.SoAWeight] = []
         self.raw = {name: self._buffer(piece.nbytes(name) for piece in line) for name in PROJECTIONS}
         self.planes = {name: self._buffer(piece.file_bytes(name) for piece in line) for name in PROJECTIONS}
         self.biases = {experts: self._biases(experts) for experts in layers}
@@ -97,22 +97,22 @@ class Streamer:
         assert total is not None
         return total.to(hidden.dtype)
 
-    def _fetch(self, piece: Piece) -> list[planes.Packed]:
+    def _fetch(self, piece: ExpertChunk) -> list[planes.SoAWeight]:
         """The planes of a piece; the copy of the next one is begun."""
-        if piece is self.here:
+        if piece is self.resident:
             return self.matrices
-        if piece is not self.coming:
+        if piece is not self.prefetching:
             for name in PROJECTIONS:
                 self._copy(piece, name)
         self.stream.join()
-        self.here, self.matrices, self.coming = piece, [], piece.following
+        self.resident, self.matrices, self.prefetching = piece, [], piece.following
         for name in PROJECTIONS:
             self.matrices.append(self._taken(piece, name))
-            if self.coming is not None:
-                self._copy(self.coming, name)
+            if self.prefetching is not None:
+                self._copy(self.prefetching, name)
         return self.matrices
 
-    def _copy(self, piece: Piece, name: str) -> None:
+    def _copy(self, piece: ExpertChunk, name: str) -> None:
         """Behind what the caller's stream has been given: the buffer may just be read."""
         self.stream.fork()
         at = 0
@@ -120,7 +120,7 @@ class Streamer:
             self.stream.copy(self.raw[name][at : at + data.numel()], data)
             at += data.numel()
 
-    def _taken(self, piece: Piece, name: str) -> planes.Packed:
+    def _taken(self, piece: ExpertChunk, name: str) -> planes.SoAWeight:
         held, at = piece.experts.weights[name], 0
         into = planes.empty(held.qtype, held.n, held.k, piece.count, self.planes[name])
         for data, begin, groups in piece.stretches(name):
@@ -129,11 +129,11 @@ class Streamer:
         return into
 
 
-def _pieces(experts: Experts, limit: int) -> Iterator[Piece]:
+def _pieces(experts: Experts, limit: int) -> Iterator[ExpertChunk]:
     count = experts.num_experts
     most = max(1, limit * count // max(1, experts.weight_bytes()[0]))
     for first in range(0, count, most):
-        yield Piece(experts, first, min(most, count - first))
+        yield ExpertChunk(experts, first, min(most, count - first))
 
 
 def install(model: Any, wish: object = "auto") -> None:
@@ -145,7 +145,7 @@ def install(model: Any, wish: object = "auto") -> None:
     blocks: dict[Device, list[MoE]] = defaultdict(list)
     for module in model.modules():
         if isinstance(module, MoE) and module.handover is not None and type(module.experts) is Experts:
-            blocks[module.home].extend([module] if module.experts.num_experts else [])
+            blocks[module.placement].extend([module] if module.experts.num_experts else [])
     if least == 0:
         return
     if least is not None and not any(blocks.values()):
@@ -164,7 +164,7 @@ def _install_on(device: Device, blocks: Sequence[MoE], least: int | None) -> Non
         need = 2 * max(
             sum(piece.nbytes(name) for name in PROJECTIONS) for e in layers for piece in _pieces(e, STREAMED)
         )
-        what = f"{device}: bringing experts from memory needs {human(need)} that are not free"
+        what = f"{device}: bringing experts from memory needs {format_bytes(need)} that are not free"
         if least is not None:
             raise DoesNotFit(f"{what}; put less on it, or leave --stream-experts at off") from None
         warnings.warn(f"{what}; the CPU computes them for prompts too", stacklevel=4)
@@ -172,7 +172,7 @@ def _install_on(device: Device, blocks: Sequence[MoE], least: int | None) -> Non
     link = rate = 0.0
     if least is None:
         link, rate = (
-            speed.link_bandwidth(device.torch) or speed.LINK,
+            speed.link_bandwidth(device.torch) or speed.DEFAULT_PCIE_GB_S,
             speed.prompt_rate(layers[0].weights["up_proj"].qtype),
         )
     for block in blocks:
@@ -182,7 +182,7 @@ def _install_on(device: Device, blocks: Sequence[MoE], least: int | None) -> Non
 
 
 def _pays_from(experts: Experts, link: float, rate: float) -> int:
-    return speed.copying_pays_from(experts.weight_bytes()[0], experts.numbers(), link, rate)
+    return speed.min_tokens_to_stream(experts.weight_bytes()[0], experts.weights_per_token(), link, rate)
 
 
 def _stream(device: Device, layers: Sequence[Experts]) -> Stream:

@@ -1,24 +1,31 @@
 """What a request may hold, a file a protocol."""
 
 from ktx.server.fields import parameters
-from ktx.server.fields.anthropic import Anthropic, Count
+from ktx.server.fields.anthropic import CountTokensRequest, MessagesRequest
 from ktx.server.fields.ollama import OllamaChat, OllamaGenerate, OllamaShow
-from ktx.server.fields.openai import Chat, Completion, Detokenize, LoadAdapter, Tokenize, UnloadAdapter
-from ktx.server.fields.responses import Respond, RespondCount
+from ktx.server.fields.openai import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapter,
+    TokenizeRequest,
+    UnloadAdapter,
+)
+from ktx.server.fields.responses import ResponsesRequest, ResponseTokensRequest
 
 __all__ = [
-    "Anthropic",
-    "Chat",
-    "Completion",
-    "Count",
-    "Detokenize",
+    "MessagesRequest",
+    "ChatCompletionRequest",
+    "CompletionRequest",
+    "CountTokensRequest",
+    "DetokenizeRequest",
     "LoadAdapter",
     "OllamaChat",
     "OllamaGenerate",
     "OllamaShow",
-    "Respond",
-    "RespondCount",
-    "Tokenize",
+    "ResponsesRequest",
+    "ResponseTokensRequest",
+    "TokenizeRequest",
     "UnloadAdapter",
     "parameters",
 ]

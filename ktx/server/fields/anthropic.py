@@ -8,29 +8,29 @@ from pydantic import ConfigDict, Field, model_validator
 
 from ktx.server.fields.openai import (
     Effort,
-    Fields,
     FunctionName,
     MaxTokens,
     Name,
     Object,
     Request,
     Stops,
+    StrictModel,
     Text,
     own_tool,
 )
 
 
-class Block(Fields):
+class ContentBlock(StrictModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     type: Annotated[str, Field(max_length=64)]
 
 
-class AnthropicTurn(Fields):
+class AnthropicMessage(StrictModel):
     role: Literal["user", "assistant", "system"]
-    content: Text | Annotated[list[Block], Field(max_length=4096)]
+    content: Text | Annotated[list[ContentBlock], Field(max_length=4096)]
 
 
-class AnthropicTool(Fields):
+class AnthropicTool(StrictModel):
     name: FunctionName
     description: Text | None = None
     input_schema: Object
@@ -44,32 +44,32 @@ class AnthropicTool(Fields):
     _own = model_validator(mode="before")(own_tool)
 
 
-class AnthropicChoice(Fields):
+class AnthropicChoice(StrictModel):
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(Fields):
+class Thinking(StrictModel):
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
     display: str | None = None
 
 
-class OutputFormat(Fields):
+class OutputFormat(StrictModel):
     type: Literal["json_schema"]
     schema_: Object = Field(alias="schema")
 
 
-class OutputConfig(Fields):
+class OutputConfig(StrictModel):
     effort: Effort | None = None
     format: OutputFormat | None = None
 
 
-class Count(Request):
+class CountTokensRequest(Request):
     model: Name
-    messages: Annotated[list[AnthropicTurn], Field(min_length=1, max_length=10_000)]
-    system: Text | Annotated[list[Block], Field(max_length=4096)] | None = None
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=10_000)]
+    system: Text | Annotated[list[ContentBlock], Field(max_length=4096)] | None = None
     tools: Annotated[list[AnthropicTool], Field(max_length=512)] | None = None
     tool_choice: AnthropicChoice | None = None
     thinking: Thinking | None = None
@@ -81,7 +81,7 @@ class Count(Request):
     thread: Object | None = None  # refused with the words that clients know, see messages.py
 
 
-class Anthropic(Count):
+class MessagesRequest(CountTokensRequest):
     max_tokens: MaxTokens
     stop_sequences: Stops | None = None
     temperature: float | None = Field(None, ge=0, le=1)

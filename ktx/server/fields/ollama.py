@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from ktx.server.fields.openai import Fields, MaxTokens, Name, Object, Request, Stop, Stops, Text, Tool
+from ktx.server.fields.openai import MaxTokens, Name, Object, Request, Stop, Stops, StrictModel, Text, Tool
 
 
 def no_images(images: list[Any] | None) -> None:
@@ -49,19 +49,19 @@ class OllamaShared(Request):
     debug_render_only: Literal[False] | None = Field(None, alias="_debug_render_only")
 
 
-class OllamaCall(Fields):
+class OllamaCall(StrictModel):
     name: Annotated[str, Field(max_length=256)]
     arguments: Object | None = None
     index: int | None = None
 
 
-class OllamaToolCall(Fields):
+class OllamaToolCall(StrictModel):
     id: Name | None = None
     type: Literal["function"] | None = None
     function: OllamaCall
 
 
-class OllamaMessage(Fields):
+class OllamaMessage(StrictModel):
     role: Literal["system", "user", "assistant", "tool"]
     content: Text | None = ""
     thinking: Text | None = None
@@ -86,7 +86,7 @@ class OllamaGenerate(OllamaShared):
     images: NoImages = None
 
 
-class OllamaShow(Fields):
+class OllamaShow(StrictModel):
     model: Name | None = None
     name: Name | None = None
     verbose: bool | None = None

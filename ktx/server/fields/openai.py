@@ -24,7 +24,7 @@ FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]{1,128}$")]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Tier = Literal["auto", "default", "flex", "scale", "priority"]  # there is one here, which answers call "default"
 Retention = Literal["in-memory", "in_memory", "24h"]  # of a prompt: here pages stay until others need the room
-TEMPLATE_WORDS = (  # what a request may tell a chat template
+TEMPLATE_KWARGS = (  # what a request may tell a chat template
     "enable_thinking",
     "thinking",
     "thinking_budget",
@@ -37,7 +37,7 @@ TEMPLATE_WORDS = (  # what a request may tell a chat template
 )
 
 
-class Fields(BaseModel):
+class StrictModel(BaseModel):
     """Types are not guessed: "0.7" is no number. But 8.0 is 8: JSON has one kind of number, and some clients write all of them so."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -48,7 +48,7 @@ class Fields(BaseModel):
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class Request(Fields):
+class Request(StrictModel):
     """The fields of a route, which also knows other servers' parameters."""
 
     effective: ClassVar[frozenset[str]] = frozenset()  # that have an effect here though the table says they have none
@@ -59,7 +59,7 @@ class Request(Fields):
 # ---- sampling, which several routes share
 
 
-class Choosing(Request):
+class SamplingFields(Request):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=1 << 30)  # 0 and -1: all
@@ -82,21 +82,21 @@ class Choosing(Request):
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 
-class LoraUse(Fields):
+class LoraUse(StrictModel):
     """An entry of llama.cpp's list of adapters."""
 
     id: int = Field(ge=0, lt=1 << 31)
     scale: float = Field(ge=-100, le=100)
 
 
-class Schema(Fields):
+class Schema(StrictModel):
     name: Name | None = None
     description: Text | None = None
     schema_: Object | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
-class Format(Fields):
+class Format(StrictModel):
     """How the answer is built; regex and lark are what vLLM calls guided decoding."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
@@ -122,14 +122,14 @@ def own_tool(tool: Any) -> Any:
     return tool
 
 
-class Function(Fields):
+class Function(StrictModel):
     name: FunctionName
     description: Text | None = None
     parameters: Object | None = None
     strict: bool | None = None
 
 
-class Tool(Fields):
+class Tool(StrictModel):
     type: Literal["function"]
     function: Function
     cache_control: Object | None = Field(None, exclude=True)  # what is computed is kept by itself
@@ -137,21 +137,21 @@ class Tool(Fields):
     _own = model_validator(mode="before")(own_tool)
 
 
-class NamedFunction(Fields):
+class NamedFunction(StrictModel):
     name: FunctionName
 
 
-class NamedTool(Fields):
+class NamedTool(StrictModel):
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
-class AllowedTools(Fields):
+class AllowedTools(StrictModel):
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(max_length=512)]
 
 
-class AllowedChoice(Fields):
+class AllowedChoice(StrictModel):
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 
@@ -170,13 +170,13 @@ AnyChoice = Annotated[
 ]
 
 
-class StreamOptions(Fields):
+class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
     continuous_usage_stats: bool | None = None  # vLLM's: what a choice has come to, with each of its pieces
 
 
-class Structured(Fields):
+class Structured(StrictModel):
     """vLLM's newer name for the guides; one of them."""
 
     json_: Object | Text | None = Field(None, alias="json")
@@ -186,7 +186,7 @@ class Structured(Fields):
     json_object: Literal[True] | None = None
 
 
-class Guided(Choosing):
+class StructuredOutputFields(SamplingFields):
     response_format: Format | None = None
     structured_outputs: Structured | None = None
     lora: Annotated[list[LoraUse], Field(max_length=64)] | None = None
@@ -208,7 +208,7 @@ class Guided(Choosing):
     prompt_cache_options: Object | None = None
 
     @model_validator(mode="after")
-    def one_guide(self) -> Guided:
+    def one_guide(self) -> StructuredOutputFields:
         guides = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
         given = [name for name in guides if getattr(self, name) is not None]
         if self.structured_outputs is not None:
@@ -225,20 +225,20 @@ class Guided(Choosing):
 # ---- /v1/chat/completions and the messages of /tokenize
 
 
-class TextPart(Fields):
+class TextPart(StrictModel):
     type: Literal["text", "refusal"]
     text: Text | None = None
     refusal: Text | None = None
     cache_control: Object | None = None
 
 
-class CalledFunction(Fields):
+class CalledFunction(StrictModel):
     name: Annotated[str, Field(max_length=256)]
     arguments: Text | Object | None = None
     parsed_arguments: Any = Field(None, exclude=True)  # of OpenAI's client
 
 
-class ToolCall(Fields):
+class ToolCall(StrictModel):
     id: Name | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -246,7 +246,7 @@ class ToolCall(Fields):
     provider_specific_fields: Any = Field(None, exclude=True)  # of LiteLLM
 
 
-class Message(Fields):
+class Message(StrictModel):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[TextPart | Object], Field(max_length=4096)] | None = None
     name: Name | None = None
@@ -268,20 +268,20 @@ class Message(Fields):
     images: Annotated[list[Any], Field(max_length=0)] | None = Field(None, exclude=True)
 
     @model_validator(mode="after")
-    def said(self) -> Message:
+    def text(self) -> Message:
         if self.role in ("system", "developer", "user") and self.content is None:
             raise ValueError(f"a {self.role} message needs content")
         return self
 
 
-class Switch(Fields):
+class Switch(StrictModel):
     """Whether the model thinks, in the words of GLM's API and DeepSeek's."""
 
     type: Literal["enabled", "disabled", "auto"]
     clear_thinking: bool | None = None
 
 
-class Ending(Request):
+class ContinueFields(Request):
     """How messages become a prompt: its template's words and its end, in vLLM's words and in others'."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
@@ -293,22 +293,22 @@ class Ending(Request):
     chat_template: Text | None = None  # the name of one of the model's; a template itself never comes from a request
 
     @property
-    def proceeds(self) -> bool:
+    def continues(self) -> bool:
         """The answer goes on with the last message."""
         return bool(self.continue_final_message or (self.messages and self.messages[-1].prefix))
 
     @field_validator("chat_template_kwargs")
     @classmethod
-    def known_words(cls, value: Object | None) -> Object | None:
+    def check_template_kwargs(cls, value: Object | None) -> Object | None:
         for key, word in (value or {}).items():
-            if key not in TEMPLATE_WORDS:
-                raise ValueError(f"{key!r} cannot be told to the template; what can: {', '.join(TEMPLATE_WORDS)}")
+            if key not in TEMPLATE_KWARGS:
+                raise ValueError(f"{key!r} cannot be told to the template; what can: {', '.join(TEMPLATE_KWARGS)}")
             if not isinstance(word, str | int | float | bool | None) or (isinstance(word, str) and len(word) > 4096):
                 raise ValueError(f"{key!r} must be a short string, a number or a truth value")
         return value
 
     @property
-    def words(self) -> Object:
+    def template_kwargs(self) -> Object:
         """What the template is told, the most particular last."""
         thinks, told = self.enable_thinking, {}
         if isinstance(self.thinking, Switch):
@@ -322,15 +322,15 @@ class Ending(Request):
         return told | (self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
-    def one_end(self) -> Ending:
+    def one_end(self) -> ContinueFields:
         if any(message.prefix for message in (self.messages or ())[:-1]):
             raise ValueError("prefix: only the last message can go on")
-        if self.proceeds and self.add_generation_prompt:
+        if self.continues and self.add_generation_prompt:
             raise ValueError("an answer that goes on with the last message needs add_generation_prompt: false")
         return self
 
 
-class Reasoning(Fields):
+class Reasoning(StrictModel):
     """OpenRouter's words for it."""
 
     effort: Effort | None = None
@@ -340,7 +340,7 @@ class Reasoning(Fields):
     summary: Literal["auto", "concise", "detailed"] | None = None  # nothing is summed up: it is told whole
 
 
-class Chat(Guided, Ending):
+class ChatCompletionRequest(StructuredOutputFields, ContinueFields):
     model: Name
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
     max_tokens: MaxTokens | None = None
@@ -367,7 +367,7 @@ class Chat(Guided, Ending):
     web_search_options: None = None
 
     @model_validator(mode="after")
-    def fitting(self) -> Chat:
+    def fitting(self) -> ChatCompletionRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         names = [tool.function.name for tool in self.tools or ()]
@@ -381,7 +381,7 @@ class Chat(Guided, Ending):
 # ---- /v1/completions and tokens
 
 
-class Completion(Guided):
+class CompletionRequest(StructuredOutputFields):
     model: Name
     prompt: (
         Text
@@ -397,7 +397,7 @@ class Completion(Guided):
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
-    def fitting(self) -> Completion:
+    def fitting(self) -> CompletionRequest:
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of other than n is not offered")
         if self.echo and self.stream:
@@ -405,7 +405,7 @@ class Completion(Guided):
         return self
 
 
-class Tokenize(Ending):
+class TokenizeRequest(ContinueFields):
     model: Name | None = None
     prompt: Text | None = None
     add_special_tokens: bool | None = None
@@ -413,23 +413,23 @@ class Tokenize(Ending):
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
 
     @model_validator(mode="after")
-    def one(self) -> Tokenize:
+    def one(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self
 
 
-class LoadAdapter(Fields):
+class LoadAdapter(StrictModel):
     lora_name: Annotated[str, Field(min_length=1, max_length=256)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     load_inplace: bool | None = None  # in the place of one that has the name
 
 
-class UnloadAdapter(Fields):
+class UnloadAdapter(StrictModel):
     lora_name: Annotated[str, Field(min_length=1, max_length=256)]
     lora_int_id: None = None  # vLLM's own number, of which this server has none
 
 
-class Detokenize(Request):
+class DetokenizeRequest(Request):
     model: Name | None = None
     tokens: Ids

@@ -18,10 +18,10 @@ NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 
 @dataclass(frozen=True)
-class Refused:
+class RefusedParameter:
     """Would change the answer, and nobody here does it; `nothing`: values that ask for none of it, beside the empty ones."""
 
-    why: str
+    reason: str
     nothing: tuple[Any, ...] = ()
 
 
@@ -66,42 +66,56 @@ IGNORED: dict[str, str] = {
 }
 PREFIXES = {"speculative.": "guesses change no answer (llama.cpp)"}  # that ignored names begin with
 
-REFUSED: dict[str, Refused] = {
-    **_all("use_beam_search", Refused("beams are not searched")),
-    **_all("bad_words allowed_token_ids", Refused("use logit_bias, or a grammar")),
-    **_all("logits_processors logits_processor_args custom_logit_processor vllm_xargs", Refused("no code runs here")),
-    **_all("custom_params", Refused("parameters of processors, of which none run here")),
-    **_all("prompt_logprobs", Refused("use echo with logprobs at /v1/completions")),
-    **_all("return_token_ids return_tokens return_hidden_states return_meta_info", Refused("answers hold none of it")),
-    **_all("thinking_budget thinking_token_budget", Refused("reasoning is not cut; reasoning_effort may shorten it")),
-    **_all("documents", Refused("put them into a message")),
-    **_all("separate_reasoning parse_tool_calls", Refused("text is not mixed with what was read from it", (True,))),
-    **_all("reasoning_format", Refused("reasoning stands in a field of its own", ("auto", "deepseek"))),
-    **_all("reasoning_in_content thinking_forced_open", Refused("reasoning stands in a field of its own")),
-    **_all("stop_regex", Refused("use stop or stop_token_ids")),
-    **_all("guided_whitespace_pattern", Refused("white space in JSON is the grammar's own")),
-    **_all("repetition_detection", Refused("use repetition_penalty")),
-    **_all("reasoning_budget thinking_budget_tokens", Refused("reasoning is not cut", (-1,))),
-    **_all("prompt_embeds input_embeds session_params", Refused("send the text, or its tokens")),
-    **_all("grammar ebnf", Refused("llama.cpp's and SGLang's grammars are not read; use structured_outputs")),
+REFUSED: dict[str, RefusedParameter] = {
+    **_all("use_beam_search", RefusedParameter("beams are not searched")),
+    **_all("bad_words allowed_token_ids", RefusedParameter("use logit_bias, or a grammar")),
     **_all(
-        "lora_path lora_request", Refused("name the adapter as the request's model; /v1/load_lora_adapter loads one")
+        "logits_processors logits_processor_args custom_logit_processor vllm_xargs",
+        RefusedParameter("no code runs here"),
     ),
-    **_all("mirostat", Refused("use temperature, top_p or min_p", (0,))),
-    **_all("dynatemp_range xtc_probability dry_multiplier", Refused("use temperature, top_p or min_p", (0,))),
-    **_all("top_n_sigma", Refused("use temperature, top_p or min_p", (-1, 0))),
-    **_all("adaptive_target", Refused("use temperature, top_p or min_p", (-1,))),
-    **_all("tfs_z", Refused("use temperature, top_p or min_p", (1,))),
-    **_all("top_a", Refused("use temperature, top_p or min_p", (0,))),
-    **_all("samplers sampler_seq", Refused("the order is: penalties, temperature, top_k, top_p, min_p, typical_p")),
-    **_all("min_keep", Refused("cuts leave one token at least", (0, 1))),
-    **_all("n_probs", Refused("use logprobs", (0,))),
-    **_all("post_sampling_probs", Refused("log-probabilities are the model's own, before any setting")),
-    **_all("n_indent", Refused("nothing is known of lines here", (0,))),
-    **_all("t_max_predict_ms t_max_prompt_ms", Refused("use max_tokens", (0, -1))),
-    **_all("penalize_newline", Refused("a line break is a token like others", (True,))),
-    **_all("rope_frequency_base rope_frequency_scale", Refused("rotary tables are the model's", (0,))),
-    **_all("input_extra multimodal_data", Refused("this is a text model")),
+    **_all("custom_params", RefusedParameter("parameters of processors, of which none run here")),
+    **_all("prompt_logprobs", RefusedParameter("use echo with logprobs at /v1/completions")),
+    **_all(
+        "return_token_ids return_tokens return_hidden_states return_meta_info",
+        RefusedParameter("answers hold none of it"),
+    ),
+    **_all(
+        "thinking_budget thinking_token_budget",
+        RefusedParameter("reasoning is not cut; reasoning_effort may shorten it"),
+    ),
+    **_all("documents", RefusedParameter("put them into a message")),
+    **_all(
+        "separate_reasoning parse_tool_calls", RefusedParameter("text is not mixed with what was read from it", (True,))
+    ),
+    **_all("reasoning_format", RefusedParameter("reasoning stands in a field of its own", ("auto", "deepseek"))),
+    **_all("reasoning_in_content thinking_forced_open", RefusedParameter("reasoning stands in a field of its own")),
+    **_all("stop_regex", RefusedParameter("use stop or stop_token_ids")),
+    **_all("guided_whitespace_pattern", RefusedParameter("white space in JSON is the grammar's own")),
+    **_all("repetition_detection", RefusedParameter("use repetition_penalty")),
+    **_all("reasoning_budget thinking_budget_tokens", RefusedParameter("reasoning is not cut", (-1,))),
+    **_all("prompt_embeds input_embeds session_params", RefusedParameter("send the text, or its tokens")),
+    **_all("grammar ebnf", RefusedParameter("llama.cpp's and SGLang's grammars are not read; use structured_outputs")),
+    **_all(
+        "lora_path lora_request",
+        RefusedParameter("name the adapter as the request's model; /v1/load_lora_adapter loads one"),
+    ),
+    **_all("mirostat", RefusedParameter("use temperature, top_p or min_p", (0,))),
+    **_all("dynatemp_range xtc_probability dry_multiplier", RefusedParameter("use temperature, top_p or min_p", (0,))),
+    **_all("top_n_sigma", RefusedParameter("use temperature, top_p or min_p", (-1, 0))),
+    **_all("adaptive_target", RefusedParameter("use temperature, top_p or min_p", (-1,))),
+    **_all("tfs_z", RefusedParameter("use temperature, top_p or min_p", (1,))),
+    **_all("top_a", RefusedParameter("use temperature, top_p or min_p", (0,))),
+    **_all(
+        "samplers sampler_seq", RefusedParameter("the order is: penalties, temperature, top_k, top_p, min_p, typical_p")
+    ),
+    **_all("min_keep", RefusedParameter("cuts leave one token at least", (0, 1))),
+    **_all("n_probs", RefusedParameter("use logprobs", (0,))),
+    **_all("post_sampling_probs", RefusedParameter("log-probabilities are the model's own, before any setting")),
+    **_all("n_indent", RefusedParameter("nothing is known of lines here", (0,))),
+    **_all("t_max_predict_ms t_max_prompt_ms", RefusedParameter("use max_tokens", (0, -1))),
+    **_all("penalize_newline", RefusedParameter("a line break is a token like others", (True,))),
+    **_all("rope_frequency_base rope_frequency_scale", RefusedParameter("rotary tables are the model's", (0,))),
+    **_all("input_extra multimodal_data", RefusedParameter("this is a text model")),
 }
 
 ALIASES = {  # another name -> ours, on the routes that have ours
@@ -168,5 +182,5 @@ def _refuse(name: str, value: Any) -> None:
         value == one and isinstance(value, bool) == isinstance(one, bool) for one in (*NOTHING, *refused.nothing)
     ):
         raise PydanticCustomError(
-            "parameter", "{name}: this server does not offer it: {why}", {"name": name, "why": refused.why}
+            "parameter", "{name}: this server does not offer it: {why}", {"name": name, "why": refused.reason}
         )

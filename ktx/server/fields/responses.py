@@ -8,13 +8,13 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
 from ktx.server.fields.openai import (
     Effort,
-    Fields,
     FunctionName,
     MaxTokens,
     Name,
     Object,
     Request,
     Retention,
+    StrictModel,
     Text,
     Tier,
     kind_of_choice,
@@ -24,18 +24,18 @@ from ktx.server.fields.openai import (
 ITEMS = 10_000  # of a conversation
 
 
-class ResponseText(Fields):
+class ResponseText(StrictModel):
     format: Object | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
-class ResponseReasoning(Fields):
+class ResponseReasoning(StrictModel):
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class ResponseTool(Fields):
+class ResponseTool(StrictModel):
     type: Literal["function"]
     name: FunctionName
     description: Text | None = None
@@ -45,7 +45,7 @@ class ResponseTool(Fields):
     _own = model_validator(mode="before")(own_tool)
 
 
-class ResponseNamespace(Fields):
+class ResponseNamespace(StrictModel):
     """Functions under a common name, which calls of them repeat."""
 
     type: Literal["namespace"]
@@ -54,7 +54,7 @@ class ResponseNamespace(Fields):
     tools: Annotated[list[ResponseTool], Field(min_length=1, max_length=512)]
 
 
-class ResponseSearch(Fields):
+class ResponseSearch(StrictModel):
     """Leave to search the web, which nobody here can: the model is not told of it, nor is it among the answer's tools."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
@@ -75,12 +75,12 @@ AnyResponseTool = Annotated[
 ]
 
 
-class ResponseChoice(Fields):
+class ResponseChoice(StrictModel):
     type: Literal["function"]
     name: FunctionName
 
 
-class ResponseAllowed(Fields):
+class ResponseAllowed(StrictModel):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[ResponseChoice], Field(max_length=512)]
@@ -94,7 +94,7 @@ AnyResponseChoice = Annotated[
 ]
 
 
-class RespondCount(Request):
+class ResponseTokensRequest(Request):
     """What the length of a prompt depends on."""
 
     effective = frozenset({"store", "metadata"})
@@ -112,7 +112,7 @@ class RespondCount(Request):
     conversation: None = None
 
 
-class Respond(RespondCount):
+class ResponsesRequest(ResponseTokensRequest):
     model: Name
     max_output_tokens: MaxTokens | None = None
     temperature: float | None = Field(None, ge=0, le=2)
