@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from ktx import versions  # noqa: E402
+from ktx.utils import versions  # noqa: E402
 
 EXTRAS = ("serve", "modelscope", "dev")
 MOST = 20  # failures that are shown of a file

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     import torch
 
-    from ktx.compat import cache_argument
+    from ktx.transformers_compat import cache_argument
 
     model, _ = ktx.load(
         args.model or ktx.demo.path(),
@@ -74,7 +74,7 @@ def filled(model: Any, depth: int) -> Any:
     import torch
 
     from ktx.cache.kv import GrowingLayer, KVCache
-    from ktx.compat import cache_argument
+    from ktx.transformers_compat import cache_argument
 
     cache = KVCache(model.config, model.ktx.kv_dtype)
     with torch.inference_mode():

@@ -27,10 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 import httpx  # noqa: E402
 
-from ktx.commands.arguments import positive  # noqa: E402
-from ktx.commands.bench_child import Child  # noqa: E402
-from ktx.commands.bench_clients import Load, Prompts, Timing, ask, prompts_for  # noqa: E402
-from ktx.commands.bench_serve import first_model  # noqa: E402
+from ktx.cli.arguments import positive  # noqa: E402
+from ktx.cli.bench_child import Child  # noqa: E402
+from ktx.cli.bench_clients import Load, Prompts, Timing, ask, prompts_for  # noqa: E402
+from ktx.cli.bench_serve import first_model  # noqa: E402
 from ktx.errors import KtxError  # noqa: E402
 
 BEGUN = 4  # tokens that each of the others has when the prompt comes

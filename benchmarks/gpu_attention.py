@@ -95,7 +95,7 @@ class Case:
 
     def calls(self, kernels: Any) -> list[Callable[[], torch.Tensor]]:
         """One call for each page table, planned."""
-        from ktx.kernels.work import Shape
+        from ktx.kernels.gpu.split_kv import Shape
 
         row, (keys, _, values) = self.row, self.row.columns
         shape = Shape(row.heads, row.kv_heads, keys, values, latent=row.kind == "mla")
@@ -171,8 +171,8 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
 def measure(row: Row, copy: float, product: float) -> dict[str, Any]:
     """A row's figures; `share` is of the nearer limit."""
     from ktx.errors import UsageError
-    from ktx.kernels.gpu import kernels_for
-    from ktx.kernels.work import Shape
+    from ktx.kernels.gpu.attention_backend import kernels_for
+    from ktx.kernels.gpu.split_kv import Shape
 
     case, (keys, rope, values) = Case(row), row.columns
     shape = Shape(row.heads, row.kv_heads, keys, values, latent=row.kind == "mla")
@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_attention: torch sees no CUDA device on this machine; there is nothing to measure", file=sys.stderr)
         return 1
-    from ktx.commands.bench import stamp
+    from ktx.cli.bench import stamp
 
     copy, product = limits()
     common = stamp() | {

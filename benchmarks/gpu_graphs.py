@@ -28,8 +28,8 @@ class Bench:
     """A model with an engine's runner, and requests with prompts of `prompt` tokens."""
 
     def __init__(self, args: argparse.Namespace, name: str, **load: Any):
+        from ktx.engine.runner_selection import runner_for
         from ktx.engine.scheduler import pages_for
-        from ktx.engine.trial import runner_for
 
         self.args, self.context = args, args.prompt + args.tokens + 1
         self.model, _ = ktx.load(args.model, args.weights, device="cuda", progress=False, **PLACEMENTS[name], **load)
@@ -44,7 +44,7 @@ class Bench:
 
     def _request(self, number: int) -> Any:
         from ktx.engine.request import Request
-        from ktx.engine.sampling import SamplingParams
+        from ktx.engine.sampler import SamplingParams
 
         ids = [(7 + 31 * number + 13 * j) % (self.model.config.vocab_size - 3) + 3 for j in range(self.args.prompt)]
         pages = list(range(number * self.each, (number + 1) * self.each))

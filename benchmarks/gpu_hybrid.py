@@ -28,9 +28,9 @@ WARM = 2  # tokens before the clock runs: kernels are compiled, buffers made
 
 def placement(args: argparse.Namespace, context: int) -> Any:
     """Where everything is, by the same count as `ktx plan --vram`."""
-    from ktx.footprint import EXPERTS
-    from ktx.placement import Budget, Placement
-    from ktx.preparing import measure
+    from ktx.loader.build import measure
+    from ktx.placement.memory_model import EXPERTS
+    from ktx.placement.solver import Budget, Placement
 
     model, _ = measure(args.model, args.weights)
     budget = Budget(() if args.one == "cpu" else (1 << 40,), 1 << 50, context, chunk=max(args.prompts))
@@ -58,7 +58,7 @@ def timed(args: argparse.Namespace, model: Any) -> dict[str, float]:
     import torch
 
     from ktx.cache.kv import KVCache
-    from ktx.compat import cache_argument
+    from ktx.transformers_compat import cache_argument
 
     def step(ids: torch.Tensor, cache: Any) -> float:
         start = time.perf_counter()
@@ -109,7 +109,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     """One placement."""
     import torch
 
-    from ktx.placement import CONTEXT
+    from ktx.placement.solver import CONTEXT
 
     made = placement(args, max(args.prompts) + args.tokens + WARM)
     model, _ = ktx.load(args.model, args.weights, devices=made.map(), progress=False)

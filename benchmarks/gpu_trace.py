@@ -79,7 +79,7 @@ def profiled(step: Callable[[], None], pretended: bool) -> Trace:
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
-    from ktx.ops.gpu.handover import Job
+    from ktx.ops.gpu.offload import Job
 
     experts: list[tuple[int, int]] = []
     run = Job.run
@@ -114,7 +114,7 @@ def measured(args: argparse.Namespace) -> tuple[Trace, str]:
     import torch
 
     from ktx.cache.kv import KVCache
-    from ktx.compat import cache_argument
+    from ktx.transformers_compat import cache_argument
 
     model, _ = ktx.load(args.model, args.weights, device="cuda", moe_device="cpu", progress=False)
     cache = KVCache(model.config, model.ktx.kv_dtype)

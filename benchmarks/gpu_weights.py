@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from ktx.kernels.check import relative  # noqa: E402
-from ktx.qtypes import QTYPES, QType  # noqa: E402
-from ktx.quantize import random_rows  # noqa: E402
-from ktx.weights.source import QuantizedTensor  # noqa: E402
+from ktx.quant.quantize import random_rows  # noqa: E402
+from ktx.quant.types import QTYPES, QType  # noqa: E402
+from ktx.weights.base import QuantizedTensor  # noqa: E402
 
 ROWS, COLUMNS, STREAM = 4096, 7168, 1 << 28  # of a matrix; packed bytes that a pass reads
 EXPERTS, WIDTH, HIDDEN, TOP = 64, 2048, 2048, 8
@@ -75,32 +75,33 @@ def matrix(qtype: QType, n: int, k: int, seed: int = 0) -> QuantizedTensor:
 
 
 def linear_lines(qtype: QType, tokens: tuple[int, ...], repeat: int, copied: float) -> Iterator[dict[str, Any]]:
-    from ktx.kernels import fp8, gpu_linear
+    from ktx.kernels.gpu import fp8, linear
 
     weight = matrix(qtype, ROWS, COLUMNS)
-    packed = gpu_linear.pack(weight)
+    packed = linear.pack(weight)
     copies = [packed] + [
-        gpu_linear.SoAWeight(packed.data.clone(), qtype, ROWS, COLUMNS, 1, packed.scale)
+        linear.SoAWeight(packed.data.clone(), qtype, ROWS, COLUMNS, 1, packed.scale)
         for _ in range(STREAM // packed.nbytes)
     ]
     exact = weight.dequantize().cuda().double()
     for count in tokens:
         x = torch.randn(count, COLUMNS, device="cuda", dtype=torch.bfloat16)
         some = copies if count <= 64 else copies[:4]
-        taken = microseconds([lambda w=w, x=x: gpu_linear.linear(x, w) for w in some], repeat)  # type: ignore[misc]
-        in_fp8 = count > gpu_linear.MANY and fp8.takes(x, packed)
+        taken = microseconds([lambda w=w, x=x: linear.linear(x, w) for w in some], repeat)  # type: ignore[misc]
+        in_fp8 = count > linear.MANY and fp8.takes(x, packed)
         yield line("linear", qtype, count, taken, packed.nbytes, 2 * count * ROWS * COLUMNS, copied) | {
-            "error": relative(gpu_linear.linear(x, packed), x.double() @ exact.T),
+            "error": relative(linear.linear(x, packed), x.double() @ exact.T),
             "bound": BOUND_FP8 if in_fp8 else BOUND,
         }
 
 
 def experts_lines(qtype: QType, tokens: tuple[int, ...], repeat: int, copied: float) -> Iterator[dict[str, Any]]:
-    from ktx.kernels import gpu_linear, moe, reference
+    from ktx.kernels import reference
+    from ktx.kernels.gpu import linear, moe
 
     shapes = (WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH)
     one = [matrix(qtype, *shape, seed) for seed, shape in enumerate(shapes)]
-    gate, up, down = (gpu_linear.pack_experts([part] * EXPERTS) for part in one)
+    gate, up, down = (linear.pack_experts([part] * EXPERTS) for part in one)
     nbytes = sum(part.nbytes for part in (gate, up, down)) // EXPERTS
     values = [part.dequantize().cuda().double() for part in one]
     for count in tokens:

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     import ktx
     import ktx.demo
     from ktx.cache.kv import KVCache
-    from ktx.compat import cache_argument
+    from ktx.transformers_compat import cache_argument
 
     weights = None if args.model else str(ktx.demo.gguf())
     model, _ = ktx.load(args.model or str(ktx.demo.path()), weights, progress=False)

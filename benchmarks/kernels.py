@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from ktx.commands.bench import stamp  # noqa: E402
+from ktx.cli.bench import stamp  # noqa: E402
 from ktx.hardware import default_threads  # noqa: E402
 from ktx.kernels import cpu  # noqa: E402
-from ktx.kernels.speed import matrices, pass_bytes, peak, read_bandwidth, seconds, split  # noqa: E402
-from ktx.qtypes import QTYPES, QType  # noqa: E402
+from ktx.kernels.microbench import matrices, pass_bytes, peak, read_bandwidth, seconds, split  # noqa: E402
+from ktx.quant.types import QTYPES, QType  # noqa: E402
 
 HIDDEN, WIDTH, TOP, TOKENS = 2048, 1024, 8, 512
 

@@ -25,8 +25,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from ktx.qtypes import QTYPES, QType  # noqa: E402
-from ktx.quantize import random_rows  # noqa: E402
+from ktx.quant.quantize import random_rows  # noqa: E402
+from ktx.quant.types import QTYPES, QType  # noqa: E402
 
 POOL = 1 << 22  # weights in a pool: several times a last-level cache once a model repeats it
 CHUNK = 1 << 24

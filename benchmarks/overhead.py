@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 import ktx  # noqa: E402
 from ktx.cache.kv import KVCache  # noqa: E402
-from ktx.compat import cache_argument  # noqa: E402
+from ktx.transformers_compat import cache_argument  # noqa: E402
 
 TINY = {
     "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 16, "n_routed_experts": 8, "num_experts_per_tok": 4,

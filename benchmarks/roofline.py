@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from ktx.errors import did_you_mean
     from ktx.hardware import default_threads
-    from ktx.qtypes import QTYPES
+    from ktx.quant.types import QTYPES
 
     unknown = [name for name in args.types if name not in QTYPES]
     if unknown:
@@ -49,18 +49,23 @@ def measure(qtype: Any, tokens: list[int], threads: int, repeat: int) -> list[di
     """A point for each number of tokens, on matrices that come from memory."""
     import torch
 
-    from ktx.kernels import cpu, speed
+    from ktx.kernels import cpu, microbench
 
     cpu.ops.set_threads(threads)
-    one = cpu.packed_nbytes(qtype, speed.ROWS, speed.COLUMNS)
-    packed = cpu.pack(speed.matrices(qtype, max(2, speed.pass_bytes() // one), speed.ROWS, speed.COLUMNS))
-    weights, points = speed.ROWS * speed.COLUMNS, []
+    one = cpu.packed_nbytes(qtype, microbench.ROWS, microbench.COLUMNS)
+    packed = cpu.pack(
+        microbench.matrices(qtype, max(2, microbench.pass_bytes() // one), microbench.ROWS, microbench.COLUMNS)
+    )
+    weights, points = microbench.ROWS * microbench.COLUMNS, []
     for count in tokens:
-        some = speed.split(packed, max(1, min(packed.matrices, 1024 // count)))
-        x, turns = torch.randn(count, speed.COLUMNS), []
+        some = microbench.split(packed, max(1, min(packed.matrices, 1024 // count)))
+        x, turns = torch.randn(count, microbench.COLUMNS), []
         for _ in range(repeat):
-            read, peak = speed.read_bandwidth(threads, speed.STREAM // 2).gb_s, speed.peak(qtype, threads)
-            taken = speed.seconds(lambda some=some, x=x: [cpu.linear(x, matrix) for matrix in some], 1)  # type: ignore[misc]
+            read, peak = (
+                microbench.read_bandwidth(threads, microbench.STREAM // 2).gb_s,
+                microbench.peak(qtype, threads),
+            )
+            taken = microbench.seconds(lambda some=some, x=x: [cpu.linear(x, matrix) for matrix in some], 1)  # type: ignore[misc]
             turns.append((2 * count * weights * len(some) / taken / 1e9, read, peak))
         rate, read, peak = (statistics.median(column) for column in zip(*turns, strict=True))
         intensity = 2 * count * weights / one
@@ -79,8 +84,8 @@ def draw(points: list[dict[str, Any]], threads: int, output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    from ktx.commands.bench import stamp
-    from ktx.qtypes import QTYPES
+    from ktx.cli.bench import stamp
+    from ktx.quant.types import QTYPES
 
     figure, axes = plt.subplots(figsize=(8, 5), dpi=130)
     read = statistics.median(p["read"] for p in points)

@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     import torch
 
     from ktx.cache.kv import KVCache
-    from ktx.compat import cache_argument
     from ktx.hardware import default_threads
     from ktx.kernels.cpu import ops
+    from ktx.transformers_compat import cache_argument
 
     most = args.threads or default_threads()
     model, _ = ktx.load(

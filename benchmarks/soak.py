@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         help=f"the median that a first token may take (default {WAIT:.0f})",
     )
     args = parser.parse_args(argv)
-    from ktx.commands.bench_child import Child
+    from ktx.cli.bench_child import Child
 
     server = Child(SERVER)
     with server as base:

@@ -12,7 +12,7 @@ import time
 import ktx
 import ktx.demo
 from ktx.engine.request import Finished
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 
 WAYS = (None, "prompt_lookup", "mtp")
 

@@ -7,20 +7,20 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ktx import plugin
+from ktx.integrations import experts_interface
 
 if TYPE_CHECKING:
-    from ktx.inject import Plan as Plan
-    from ktx.loading import load as load
+    from ktx.injection.inject import Plan as Plan
+    from ktx.injection.rules import Rule as Rule
+    from ktx.integrations.from_pretrained import KtxConfig as KtxConfig
+    from ktx.loader.build import plan as plan
+    from ktx.loader.load import load as load
     from ktx.ops.base import Context as Context
     from ktx.ops.base import Operator as Operator
     from ktx.ops.base import register as register
-    from ktx.ops.interface import experts as experts
-    from ktx.ops.weights import dequantize as dequantize
-    from ktx.ops.weights import edit as edit
-    from ktx.preparing import plan as plan
-    from ktx.pretrained import KtxConfig as KtxConfig
-    from ktx.rules import Rule as Rule
+    from ktx.ops.edit import dequantize as dequantize
+    from ktx.ops.edit import edit as edit
+    from ktx.ops.experts_interface import experts as experts
 
 __version__ = "0.1.0"
 __all__ = [
@@ -38,23 +38,23 @@ __all__ = [
 ]
 
 # torch's OpenMP threads spin for milliseconds after their work, on the cores where our kernels' threads want to run: prefill lost
-# 15 %. The runtime reads this when torch is imported, so it only helps where ktx comes first; ktx.notes says where it did not.
+# 15 %. The runtime reads this when torch is imported, so it only helps where ktx comes first; ktx.model.notes says where it did not.
 _torch_came_first = "torch" in sys.modules and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-plugin.install()
+experts_interface.install()
 
 _HOMES = {
-    "KtxConfig": "ktx.pretrained",
-    "Plan": "ktx.inject",
+    "KtxConfig": "ktx.integrations.from_pretrained",
+    "Plan": "ktx.injection.inject",
     "Context": "ktx.ops.base",
     "Operator": "ktx.ops.base",
     "register": "ktx.ops.base",
-    "Rule": "ktx.rules",
-    "dequantize": "ktx.ops.weights",
-    "edit": "ktx.ops.weights",
-    "experts": "ktx.ops.interface",
-    "load": "ktx.loading",
-    "plan": "ktx.preparing",
+    "Rule": "ktx.injection.rules",
+    "dequantize": "ktx.ops.edit",
+    "edit": "ktx.ops.edit",
+    "experts": "ktx.ops.experts_interface",
+    "load": "ktx.loader.load",
+    "plan": "ktx.loader.build",
 }
 
 

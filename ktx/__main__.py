@@ -9,8 +9,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ktx.commands.arguments import Parser, debug_option
-from ktx.config import check_environment
+from ktx.cli.arguments import Parser, debug_option
+from ktx.environment import check_environment
 from ktx.errors import KtxError
 
 COMMANDS = ("chat", "serve", "download", "plan", "doctor", "verify", "bench")
@@ -30,7 +30,7 @@ def build_parser(wanted: Sequence[str] = COMMANDS) -> Parser:
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name in wanted:
-        module = importlib.import_module(f"ktx.commands.{name}")
+        module = importlib.import_module(f"ktx.cli.{name}")
         sub = commands.add_parser(name, help=module.SUMMARY, description=(module.__doc__ or "").partition(": ")[2])
         module.add_arguments(sub)
         debug_option(sub)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_as(prog: str, command: str, argv: Sequence[str] | None = None) -> int:
     """Runs one command under another name, that of a module."""
-    module = importlib.import_module(f"ktx.commands.{command}")
+    module = importlib.import_module(f"ktx.cli.{command}")
     parser = Parser(prog=prog, description=(module.__doc__ or "").partition(": ")[2])
     module.add_arguments(parser)
     debug_option(parser)
@@ -66,7 +66,7 @@ def run_as(prog: str, command: str, argv: Sequence[str] | None = None) -> int:
 
 def guarded(args: object) -> int:
     """Runs a parsed command; an error that is the user's to mend becomes one line."""
-    module = importlib.import_module(f"ktx.commands.{args.command}")  # type: ignore[attr-defined]
+    module = importlib.import_module(f"ktx.cli.{args.command}")  # type: ignore[attr-defined]
     debug = getattr(args, "debug", False)
     _streams()
     if not debug:

@@ -12,8 +12,8 @@ import gguf
 import torch
 from safetensors.torch import load_file
 
-from ktx.qtypes import QTYPES, QType
-from ktx.quantize import random_rows
+from ktx.quant.quantize import random_rows
+from ktx.quant.types import QTYPES, QType
 
 ARCH = {
     "deepseek_v2": "deepseek2",

@@ -10,8 +10,8 @@ import pytest
 import ktx
 from ktx import demo
 from ktx.__main__ import main
-from ktx.commands import bench
-from ktx.config import ALLOWED, VARIABLES, check_environment, environment
+from ktx.cli import bench
+from ktx.environment import ALLOWED, VARIABLES, check_environment, environment
 from ktx.errors import UsageError
 from tests import warm
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ktx.commands import bench, bench_ktx, bench_llama_cpp
+from ktx.cli import bench, bench_ktx, bench_llama_cpp
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import ISAS
 from tests import random_model, warm

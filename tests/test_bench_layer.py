@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ktx.commands import bench_ftllm, bench_kt_kernel, bench_layer
-from ktx.commands.bench_layer import Layer, truth
+from ktx.cli import bench_ftllm, bench_kt_kernel, bench_layer
+from ktx.cli.bench_layer import Layer, truth
 from ktx.kernels.check import relative
 from tests import warm
 
@@ -47,7 +47,7 @@ class MOE:
     def load_weights_task(self, order): return lambda: None
     def forward_task(self, count, top, ids, shares, x, out, more):
         def work():
-            from ktx.commands.bench_layer import truth
+            from ktx.cli.bench_layer import truth
             c, n = self.c, int(view(count, (1,), torch.int32))
             wide, narrow = (c.experts, c.width, c.hidden), (c.experts, c.hidden, c.width)
             weights = [view(p, s, torch.bfloat16) for p, s in ((c.gate_proj, wide), (c.up_proj, wide), (c.down_proj, narrow))]
@@ -85,7 +85,7 @@ def test_beside_a_peer_both_are_measured_in_turns(tmp_path, monkeypatch):
     monkeypatch.setitem(bench_layer.PAIRS, "kt-kernel", {"BF16": "BF16"})
     (tmp_path / "kt_kernel.py").write_text(FAKE)
     program = (
-        "import sys\nfrom ktx.commands import bench_layer\nbench_layer.PAIRS['kt-kernel'] = {'BF16': 'BF16'}\n"
+        "import sys\nfrom ktx.cli import bench_layer\nbench_layer.PAIRS['kt-kernel'] = {'BF16': 'BF16'}\n"
         "from ktx.__main__ import main\nraise SystemExit(main(sys.argv[1:]))"
     )
     words = ["bench", "--layer", LAYER, "-p", "5", "-r", "5", "-t", "2", "--peer", "kt-kernel", "--record", "r.jsonl"]

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from ktx.__main__ import main
-from ktx.commands import bench_serve, serve
-from ktx.commands.arguments import Parser
-from ktx.commands.bench_child import serve_words
-from ktx.commands.bench_clients import Load, Prompts, Timing
+from ktx.cli import bench_serve, serve
+from ktx.cli.arguments import Parser
+from ktx.cli.bench_child import serve_words
+from ktx.cli.bench_clients import Load, Prompts, Timing
 from tests.server.conftest import scripted, serving
 
 ROOT = Path(__file__).resolve().parent.parent

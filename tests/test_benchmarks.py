@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ktx.demo
-from ktx.ops.gpu.handover import ExpertOffload, Job
+from ktx.ops.gpu.offload import ExpertOffload, Job
 from ktx.ops.gpu.streams import ThreadStream
 from tests import warm
 from tests.random_model import script

@@ -14,7 +14,7 @@ from ktx.__main__ import main
 from ktx.chat.conversation import Conversation
 from ktx.chat.reading import clean, lines_of, read_text
 from ktx.chat.render import Printer
-from ktx.dialects import Text
+from ktx.chat_formats import Text
 from ktx.errors import BadFile
 from tests.small_chat import write_model
 from tests.test_chat import ENV, chat

@@ -10,8 +10,8 @@ import torch
 import torch._dynamo
 
 from ktx.cache.kv import KVCache
-from ktx.compat import cache_argument, cache_of
 from ktx.kernels import cpu
+from ktx.transformers_compat import cache_argument, cache_of
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
 from tests.models.test_families import load

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ktx.config import VARIABLES, check_environment, environment
+from ktx.environment import VARIABLES, check_environment, environment
 from ktx.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent

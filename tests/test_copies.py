@@ -16,14 +16,14 @@ from torch import nn
 
 import ktx
 from ktx.cache.kv import KVCache
-from ktx.compat import cache_argument
 from ktx.errors import BadFile, KtxError, UsageError
+from ktx.injection.rules import load_rules
 from ktx.kernels import cpu
-from ktx.notes import Note
+from ktx.model.notes import Note
 from ktx.ops.base import Operator
+from ktx.ops.fusion.layer import Layer
 from ktx.ops.guard import current
-from ktx.ops.layer import Layer
-from ktx.rules import load_rules
+from ktx.transformers_compat import cache_argument
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_families import load
 from tests.small_chat import write_model
@@ -240,7 +240,7 @@ def test_what_comes_from_no_file_is_written_as_it_is(chat, monkeypatch):
 
 
 def as_f32(head):
-    from ktx.weights.source import QuantizedTensor
+    from ktx.weights.base import QuantizedTensor
 
     return QuantizedTensor.of(head.weight)
 

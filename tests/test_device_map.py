@@ -9,9 +9,9 @@ import pytest
 
 import ktx
 import ktx.demo
-from ktx.device_map import arranged, place, spans, split
 from ktx.errors import BadFile, UsageError
-from ktx.rules import load_rules, parse, rule_folder
+from ktx.injection.device_map import arranged, place, spans, split
+from ktx.injection.rules import load_rules, parse, rule_folder
 from tests.models.families import FAMILIES, tiny
 
 PLACEMENTS = {"gpu-cpu": {"cpu", "cuda:0"}, "gpu-only": {"cuda:0"}, "multi-gpu": {"cuda:0", "cuda:1"}}

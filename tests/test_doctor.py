@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from ktx import hardware, versions
-from ktx.commands import doctor
-from ktx.kernels import speed
-from ktx.qtypes import QTYPES
+from ktx import hardware
+from ktx.cli import doctor
+from ktx.kernels import microbench
+from ktx.quant.types import QTYPES
+from ktx.utils import versions
 from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,10 +45,10 @@ def test_json_has_machine_measurements_kernels_versions_and_remedies():
 
 
 def test_read_bandwidth_says_what_was_read_beside_the_cache(monkeypatch):
-    monkeypatch.setattr(speed, "last_level_cache", lambda: 160 << 20)
-    monkeypatch.setattr(speed, "memory", lambda: (1 << 36, 1 << 35))
+    monkeypatch.setattr(microbench, "last_level_cache", lambda: 160 << 20)
+    monkeypatch.setattr(microbench, "memory", lambda: (1 << 36, 1 << 35))
     assert doctor.report(False)["measured"]["read bandwidth"].endswith("GB/s (640 MiB read, last-level cache 160 MiB)")
-    monkeypatch.setattr(speed, "memory", lambda: (1 << 34, 1 << 29))
+    monkeypatch.setattr(microbench, "memory", lambda: (1 << 34, 1 << 29))
     assert doctor.report(False)["measured"]["read bandwidth"].startswith("not measured")
 
 

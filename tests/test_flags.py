@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from ktx.__main__ import COMMANDS, build_parser
-from ktx.commands.arguments import Flag, Parser, flag
+from ktx.cli.arguments import Flag, Parser, flag
 
 POSITIONAL = {"download": ["owner/name"]}
 

@@ -16,7 +16,7 @@ import torch
 import ktx, ktx.demo
 from ktx.errors import UsageError
 from ktx.kernels import cpu, speed
-from ktx.qtypes import QTYPES
+from ktx.quant.types import QTYPES
 
 torch.set_grad_enabled(False)
 model, tokenizer = ktx.load(ktx.demo.path(), weights=ktx.demo.gguf(), progress=False)
@@ -86,7 +86,7 @@ def forks():
 
 
 def executes():
-    words = [sys.executable, "-c", "from ktx.kernels import cpu, speed; from ktx.qtypes import QTYPES; speed.prompt_rate(QTYPES['Q8_0'])"]
+    words = [sys.executable, "-c", "from ktx.kernels import cpu, speed; from ktx.quant.types import QTYPES; speed.prompt_rate(QTYPES['Q8_0'])"]
     os.execv(sys.executable, words)
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ktx
-import ktx.loading
-import ktx.rules
+import ktx.injection.rules
+import ktx.loader.load
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.kernels.check import in_bf16
 from ktx.ops.base import register
@@ -41,7 +41,7 @@ IDS = torch.randint(3, 320, (1, 12), generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture(autouse=True)
 def no_tokenizer(monkeypatch):
-    monkeypatch.setattr(ktx.loading, "read_tokenizer", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ktx.loader.load, "read_tokenizer", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_users_operator_in_a_yaml(qwen, tmp_path, monkeypatch):
     rules = tmp_path / "mine.yaml"
     rules.write_text(
         "- match: {name: 'experts$'}\n  replace: {class: my_ops.SkipLow, kwargs: {threshold: THRESHOLD}}\n  recursive: false\n"
-        + (ktx.rules.rule_folder() / "qwen3-moe.yaml").read_text()
+        + (ktx.injection.rules.rule_folder() / "qwen3-moe.yaml").read_text()
     )
     text = rules.read_text()
     rules.write_text(text.replace("THRESHOLD", "0.0"))
@@ -103,7 +103,7 @@ def test_registered_short_names(qwen):
     class LoudLinear(Linear):
         pass
 
-    rules = [ktx.Rule(name="lm_head", replace="LoudLinear"), *ktx.rules.load_rules("qwen3-moe")]
+    rules = [ktx.Rule(name="lm_head", replace="LoudLinear"), *ktx.injection.rules.load_rules("qwen3-moe")]
     assert type(load(qwen[0], rules=rules).lm_head).__name__ == "LoudLinear"
     with pytest.raises(UsageError):
         register("Linear")(LoudLinear)
@@ -162,7 +162,7 @@ def test_a_rule_that_matches_nothing_is_told(qwen):
         ktx.plan(
             qwen[0],
             qwen[0] / "m.gguf",
-            rules=[ktx.Rule(name="no_such_module", where="r.yaml:9"), *ktx.rules.load_rules("qwen3-moe")],
+            rules=[ktx.Rule(name="no_such_module", where="r.yaml:9"), *ktx.injection.rules.load_rules("qwen3-moe")],
         )
 
 
@@ -171,7 +171,7 @@ def test_a_class_that_no_module_has_is_told_with_the_nearest(qwen):
         ktx.plan(
             qwen[0],
             qwen[0] / "m.gguf",
-            rules=[ktx.Rule(cls="Qwen3RMSNrom", replace="RMSNorm"), *ktx.rules.load_rules("qwen3-moe")],
+            rules=[ktx.Rule(cls="Qwen3RMSNrom", replace="RMSNorm"), *ktx.injection.rules.load_rules("qwen3-moe")],
         )
 
 
@@ -230,7 +230,7 @@ def test_safetensors_families(tmp_path, family):
 
 
 def test_block_fp8_safetensors(tmp_path):
-    from ktx.qtypes import expand_scale
+    from ktx.quant.types import expand_scale
 
     model = tiny("llama", intermediate_size=300)
     model.config.save_pretrained(tmp_path)
@@ -314,7 +314,9 @@ def test_a_new_family_needs_no_code(tmp_path, family):
 def test_a_norm_is_what_it_computes_not_what_it_is_called(tmp_path):
     """Gemma multiplies by 1 + weight and has another attribute for epsilon than Llama."""
     model = new_family("gemma3_text", tmp_path)
-    loaded = load(tmp_path, tmp_path, rules=[ktx.Rule("norm$", replace="RMSNorm"), *ktx.rules.load_rules("generic")])
+    loaded = load(
+        tmp_path, tmp_path, rules=[ktx.Rule("norm$", replace="RMSNorm"), *ktx.injection.rules.load_rules("generic")]
+    )
     assert type(loaded.model.norm).__name__ == "RMSNorm" and loaded.model.norm.plus_one
     assert (logits(loaded) - logits(model)).abs().max() < 1e-4
 
@@ -414,7 +416,7 @@ def test_a_configuration_that_makes_no_sense_is_one_line(qwen, tmp_path, text):
 
 
 def test_too_little_memory_is_said_before_loading(qwen, monkeypatch):
-    monkeypatch.setattr(ktx.loading, "memory", lambda: (2 << 30, 1 << 20))
+    monkeypatch.setattr(ktx.loader.load, "memory", lambda: (2 << 30, 1 << 20))
     with pytest.raises(DoesNotFit, match="of memory, 1.0 MB of 2.1 GB are free"):
         load(qwen[0])
 
@@ -512,9 +514,9 @@ def test_packed_weights_on_disk(qwen, tmp_path, numa):
 import json, os, sys, torch, transformers.modeling_utils
 for line in sys.stdin:  # a process each, that has its imports already
     if (child := os.fork()) == 0:
-        import ktx, ktx.loading
+        import ktx, ktx.loader.load
         folder, cache = json.loads(line)
-        ktx.loading.read_tokenizer = lambda *args: None
+        ktx.loader.load.read_tokenizer = lambda *args: None
         model, _ = ktx.load(folder, folder + "/m.gguf", progress=False, cache_dir=cache or None)
         logits = model(input_ids=torch.arange(3, 40)[None]).logits
         mapped = "packed.bin" in open("/proc/self/maps").read()
@@ -561,7 +563,7 @@ def check_packed_weights_on_disk(parent, folder, tmp_path, maps):
 def test_mapped_weights_move_to_memory(tmp_path):
     """The same bytes at the same addresses, no longer the file's pages."""
     from ktx.kernels import cpu
-    from ktx.kernels.kept import MOVED, promote_to_huge_pages
+    from ktx.kernels.packed_cache import MOVED, promote_to_huge_pages
 
     huge = 2 << 20
     content = torch.randint(0, 256, (MOVED + 3 * huge + 777,), dtype=torch.uint8)

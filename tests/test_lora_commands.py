@@ -12,9 +12,9 @@ from peft import LoraConfig, get_peft_model
 import ktx
 import ktx.demo
 from ktx.__main__ import main
-from ktx.adapters import fitted, read, sizes
 from ktx.errors import DoesNotFit
 from ktx.kernels import cpu
+from ktx.model.lora import fitted, read, sizes
 from ktx.weights.lora import Wish
 from tests.models.families import tiny
 from tests.models.test_families import load
@@ -71,8 +71,8 @@ def test_the_plan_tells_what_adapters_take(family, tmp_path, monkeypatch):
     taken = sum(held(factors) for lora in model.ktx.adapters.loras.values() for factors in lora.factors.values())
     (said,) = [sum(by_device.values()) for by_device in model.ktx.plan.adapters.values()]
     assert taken == said == sum(sizes(fitted(model, read(Wish.of(tmp_path / "one")))).values())
-    need = ktx.loading.memory_needed(model.ktx.plan)
-    monkeypatch.setattr("ktx.loading.memory", lambda: (1 << 40, need - 1))
+    need = ktx.loader.load.memory_needed(model.ktx.plan)
+    monkeypatch.setattr("ktx.loader.load.memory", lambda: (1 << 40, need - 1))
     with pytest.raises(DoesNotFit):
         load(tmp_path, None, lora=tmp_path / "one")
     load(tmp_path, None)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from ktx import versions
+from ktx.utils import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

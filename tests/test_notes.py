@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import ktx
-from ktx import demo, notes
+from ktx import demo
 from ktx.__main__ import main
 from ktx.errors import UsageError
-from ktx.notes import Note
-from ktx.rules import load_rules
+from ktx.injection.rules import load_rules
+from ktx.model import notes
+from ktx.model.notes import Note
 from tests.models.families import tiny
 from tests.server.conftest import serving
 from tests.small_chat import tokenizer, write_model
@@ -52,10 +53,10 @@ def loaded(folder, **more):
 
 
 def test_a_family_with_rules_has_none(caplog):
-    with caplog.at_level(logging.INFO, "ktx.notes"):
+    with caplog.at_level(logging.INFO, "ktx.model.notes"):
         model, _ = ktx.load(demo.path(), demo.gguf(), progress=False)
         with model.ktx.engine(cache_lens=2048, max_batch_size=1):
-            assert model.ktx.notes == [] and not [r for r in caplog.records if r.name == "ktx.notes"]
+            assert model.ktx.notes == [] and not [r for r in caplog.records if r.name == "ktx.model.notes"]
     assert ktx.plan(demo.path(), demo.gguf()).said == []
 
 
@@ -68,7 +69,7 @@ def test_shipped_families_have_none(tmp_path, family):
 def test_a_family_without_a_rule_file_is_told(stranger, caplog):
     (note,) = [note for note in ktx.plan(stranger).said if note.code == "generic"]
     assert "no rule file knows granitemoe" in note.text
-    with caplog.at_level(logging.WARNING, "ktx.notes"):
+    with caplog.at_level(logging.WARNING, "ktx.model.notes"):
         model = loaded(stranger)
     assert note in model.ktx.notes and note.text in caplog.text
 
@@ -105,7 +106,7 @@ def test_a_context_that_is_cut_is_told_as_long_as_it_is(qwen, caplog, options, h
     model = loaded(qwen)
     limit = model.config.max_position_embeddings
     assert holds < limit
-    with caplog.at_level(logging.WARNING, "ktx.notes"), model.ktx.engine(max_batch_size=1, **options):
+    with caplog.at_level(logging.WARNING, "ktx.model.notes"), model.ktx.engine(max_batch_size=1, **options):
         (note,) = model.ktx.notes
         assert note.code == "context" and f"at most {holds} of the model's {limit} tokens" in note.text
     assert note.text in caplog.text
@@ -213,7 +214,7 @@ LATE = "torch was imported before ktx: its OpenMP threads spin"
 )
 def test_torch_before_ktx(imports, more, said):
     env = {key: value for key, value in os.environ.items() if key not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    program = f"import {imports}; import ktx.notes; print([note.text for note in ktx.notes.spinning()])"
+    program = f"import {imports}; import ktx.model.notes; print([note.text for note in ktx.model.notes.spinning()])"
     env |= {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.getcwd()} | more
     out = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
     assert (LATE in out) == said and ("import ktx first" in out) == said

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from ktx import versions
+from ktx.utils import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -166,7 +166,7 @@ def test_every_bound_has_an_end(requirement):
 @pytest.mark.parametrize("requirement", declared(*OURS), ids=lambda found: found.name)
 def test_bounds_are_what_was_tested(requirement):
     name = requirement.name
-    assert name in versions.TESTED, f"{name} has no entry in ktx/versions.py"
+    assert name in versions.TESTED, f"{name} has no entry in ktx/utils/versions.py"
     oldest, newest = versions.TESTED[name]
     assert lower(requirement.specifier) == oldest
     assert requirement.specifier.contains(newest)
@@ -199,7 +199,9 @@ def test_the_lock_is_what_was_tested(python):
         )
         if requirement.name in versions.TESTED:
             far = versions.outside(requirement.name, pin.version)
-            assert far is None, f"{name} {pin.version} is {far} than ktx/versions.py says that the suite was run on"
+            assert far is None, (
+                f"{name} {pin.version} is {far} than ktx/utils/versions.py says that the suite was run on"
+            )
     assert {"pip", "setuptools", "wheel"} <= set(pins)
     assert not {name for name in pins if name.startswith(("torch", "nvidia-", "cuda-"))}
 

@@ -10,23 +10,23 @@ import torch
 
 import ktx
 import ktx.demo
-from ktx import scratch
 from ktx.__main__ import main
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
-from ktx.commands.arguments import size, tokens
-from ktx.commands.plan import write as write_file
+from ktx.cli.arguments import size, tokens
+from ktx.cli.plan import write as write_file
 from ktx.errors import DoesNotFit, UsageError
-from ktx.fitting import changes, fit
-from ktx.footprint import Bytes, Footprint, ModuleMemory, on_cpu, on_gpu
-from ktx.kernels import planes
-from ktx.kernels.rearrange import UNDOING
-from ktx.kernels.unpack import STREAMED
-from ktx.placement import CPU, KV, Budget, Placement, Speeds, balanced, solve
-from ktx.preparing import measure
-from ktx.qtypes import QTYPES
-from ktx.quantize import random_rows
-from ktx.rules import load_rules, rule_folder
-from ktx.weights.source import QuantizedTensor
+from ktx.injection.rules import load_rules, rule_folder
+from ktx.kernels.gpu import soa_layout
+from ktx.kernels.gpu.repack_bits import UNDOING
+from ktx.kernels.gpu.repack_from_cpu import STREAMED
+from ktx.loader.build import measure
+from ktx.placement import workspace
+from ktx.placement.memory_model import Bytes, Footprint, ModuleMemory, on_cpu, on_gpu
+from ktx.placement.solver import CPU, KV, Budget, Placement, Speeds, balanced, solve
+from ktx.placement.suggest import changes, fit
+from ktx.quant.quantize import random_rows
+from ktx.quant.types import QTYPES
+from ktx.weights.base import QuantizedTensor
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_families import load
 from tests.random_model import script, write
@@ -75,12 +75,12 @@ def held(model) -> int:
 # ---- bytes
 
 
-@pytest.mark.parametrize("name", [name for name in QTYPES if name in planes.FIELDS])
+@pytest.mark.parametrize("name", [name for name in QTYPES if name in soa_layout.FIELDS])
 def test_planes_are_as_large_as_is_planned(name):
     qtype, n, k = QTYPES[name], 160, 512
     rows = random_rows(qtype, n, k)
     matrices = QuantizedTensor(rows.expand(3, n, -1), qtype, (3, n, k))
-    assert on_gpu([(qtype, (3, n, k))]) == planes.pack(matrices, device="cpu").nbytes
+    assert on_gpu([(qtype, (3, n, k))]) == soa_layout.pack(matrices, device="cpu").nbytes
     assert on_gpu([(qtype, (n, k))]) * 3 == on_gpu([(qtype, (3, n, k))])
 
 
@@ -181,7 +181,7 @@ def test_room_to_bring_experts_for_prompts_is_counted_and_given_up_first(v3):
 def test_room_to_put_bits_back_is_counted_where_packing_moved_them(v3):
     part = next(part for part in v3.parts if part.experts)
     assert not part.rearranged
-    assert scratch.streamed([replace(part, rearranged=True)]) == scratch.streamed([part]) + UNDOING
+    assert workspace.streamed([replace(part, rearranged=True)]) == workspace.streamed([part]) + UNDOING
 
 
 def test_prompts_are_brought_to_a_gpu_from_where_copying_is_faster(v3):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ktx.__main__ import main
-from ktx.inject import Plan, Step
+from ktx.injection.inject import Plan, Step
 from tests.random_model import script
 
 plan_v3 = script("plan_v3")

@@ -36,7 +36,7 @@ import ktx
 import ktx.demo
 from ktx import KtxConfig
 from ktx.errors import BadFile, KtxError, UsageError
-from ktx.pretrained import NEEDED, REFUSED
+from ktx.integrations.from_pretrained import NEEDED, REFUSED
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative

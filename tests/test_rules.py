@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ktx.errors import BadFile, UsageError
-from ktx.rules import Rule, load_rules, parse, rule_folder, shipped
+from ktx.injection.rules import Rule, load_rules, parse, rule_folder, shipped
 
 GOOD = """
 - match: {name: '^a\\.b$', class: torch.nn.Linear}
@@ -142,7 +142,7 @@ def test_a_damaged_rule_file_is_one_line_or_rules(data):
 
 
 def test_every_shipped_file_parses_and_is_short():
-    from ktx.rules import FILES
+    from ktx.injection.rules import FILES
 
     assert set(FILES.values()) <= set(shipped())
     for name in shipped():

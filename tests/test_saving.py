@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import ktx
 import ktx.demo
-from ktx import saving
 from ktx.errors import DoesNotFit, UsageError
-from ktx.ops import floats
-from ktx.ops.floats import Dequantized
+from ktx.model import saving
+from ktx.ops import float_views
+from ktx.ops.float_views import Dequantized
 from tests.gguf_writer import write_gguf
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_families import load
@@ -100,9 +100,11 @@ def test_pieces_and_types(tmp_path, family, monkeypatch):
     original, mine = of_floats(family, tmp_path / "loaded")
     mine.save_pretrained(tmp_path / "whole", dtype=torch.bfloat16)
     asked = []
-    monkeypatch.setattr(floats, "SPAN", 1 << 13)
-    read = floats.Floats.values
-    monkeypatch.setattr(floats.Floats, "values", lambda self, dtype: (asked.append(self.shape), read(self, dtype))[1])
+    monkeypatch.setattr(float_views, "SPAN", 1 << 13)
+    read = float_views.Floats.values
+    monkeypatch.setattr(
+        float_views.Floats, "values", lambda self, dtype: (asked.append(self.shape), read(self, dtype))[1]
+    )
     mine.save_pretrained(tmp_path / "pieces", max_shard_size="300KB", dtype=torch.bfloat16)
     assert not [shape for shape in asked if len(shape) == 3]  # no stack of experts at once
     whole, pieces = tensors_in(tmp_path / "whole"), tensors_in(tmp_path / "pieces")
@@ -215,7 +217,7 @@ class Opaque(ktx.Operator):
 def test_an_operator_that_does_not_say_its_weights(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     rule = ktx.Rule(name="down_proj$", replace="tests.test_saving.Opaque")
-    mine = load(tmp_path, None, rules=[rule, *ktx.rules.load_rules("llama")])
+    mine = load(tmp_path, None, rules=[rule, *ktx.injection.rules.load_rules("llama")])
     for ask in (mine.state_dict, mine.num_parameters, lambda: mine.save_pretrained(tmp_path / "mine")):
         with pytest.raises(UsageError, match=r"down_proj: Opaque does not say its packed weights in floats"):
             ask()
@@ -348,7 +350,9 @@ def test_casts(tmp_path, family, cast):
 @pytest.mark.parametrize("plain", ["embed_tokens", "lm_head"])
 def test_where_packed_weights_do_not_go(tmp_path, plain):
     tiny("llama").save_pretrained(tmp_path)
-    mine = load(tmp_path, None, rules=[ktx.Rule(name=plain), *ktx.rules.load_rules("llama")])  # a module stays torch's
+    mine = load(
+        tmp_path, None, rules=[ktx.Rule(name=plain), *ktx.injection.rules.load_rules("llama")]
+    )  # a module stays torch's
     right = mine(IDS).logits
     for move in (lambda: mine.to("meta"), lambda: mine.to(device="meta", dtype=torch.bfloat16)):
         with pytest.raises(UsageError, match=r"do not go to meta.*ktx\.load\(\.\.\., device"):

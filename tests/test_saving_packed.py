@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 
 import ktx
 import ktx.demo
-from ktx import checkpoint
 from ktx.errors import BadFile, DoesNotFit, UsageError
 from ktx.kernels import blocks, cpu
-from ktx.qtypes import QTYPES
+from ktx.model import checkpoint_folder
+from ktx.quant.types import QTYPES
+from ktx.weights.base import QuantizedTensor, open_weights
 from ktx.weights.packed import PackedSource
-from ktx.weights.source import QuantizedTensor, open_weights
 from tests.gguf_writer import write_gguf
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_families import load
@@ -111,7 +111,7 @@ def test_latent_attention(tmp_path, split, quant, absorb):
     original.config.save_pretrained(tmp_path)
     write_gguf(tmp_path / "model.gguf", original, quant, split_kvb=split)
     rule = ktx.Rule("self_attn$", cls=None, replace="MLA", kwargs={"absorb_for_prefill": True})
-    rules = [rule, *ktx.rules.load_rules("deepseek-v3")] if absorb else None
+    rules = [rule, *ktx.injection.rules.load_rules("deepseek-v3")] if absorb else None
     mine = load(tmp_path, tmp_path / "model.gguf", rules=rules)
     mine.save_pretrained(tmp_path / "packed", packed=True)
     found, long = load(tmp_path / "packed", None, rules=rules), IDS.repeat(1, 9)
@@ -475,7 +475,7 @@ def test_what_a_loaded_model_would_not_have_is_refused(tmp_path, change, words):
 def test_an_operator_that_does_not_say_its_packed_weights(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     rule = ktx.Rule(name="down_proj$", replace="tests.test_saving_packed.Floating")
-    mine = load(tmp_path, None, rules=[rule, *ktx.rules.load_rules("llama")])
+    mine = load(tmp_path, None, rules=[rule, *ktx.injection.rules.load_rules("llama")])
     with pytest.raises(UsageError, match=r"down_proj: Floating does not say its packed weights.*save_pretrained"):
         mine.save_pretrained(tmp_path / "packed", packed=True)
     mine.save_pretrained(tmp_path / "floats")  # the remedy
@@ -486,7 +486,7 @@ class Floating(Opaque):
     """An operator that says its weights in floats alone."""
 
     def floats(self):
-        from ktx.ops.floats import plain
+        from ktx.ops.float_views import plain
 
         return {"weight": plain(self.values)}
 
@@ -516,7 +516,7 @@ def test_a_write_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch, b
             raise OSError(28, "No space left on device")
         return os.__dict__["pwrite"](*args)
 
-    monkeypatch.setattr(checkpoint, "os", type("Full", (), {**os.__dict__, "pwrite": staticmethod(full)}))
+    monkeypatch.setattr(checkpoint_folder, "os", type("Full", (), {**os.__dict__, "pwrite": staticmethod(full)}))
     with pytest.raises(OSError, match="No space"):
         mine.save_pretrained(tmp_path / "packed", packed=True)
     assert {file: file.read_bytes() for file in tmp_path.glob("packed/*")} == files

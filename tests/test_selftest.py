@@ -9,16 +9,16 @@ import pytest
 import torch
 
 import ktx
-from ktx import selftest
 from ktx.cache.kv import KVCache
-from ktx.compat import usual_cache_name
-from ktx.engine import runner, trial
+from ktx.engine import runner, runner_selection
 from ktx.engine.runner import ModelRunner, SequentialRunner
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import SelfTestFailed, UsageError
+from ktx.model import self_test as selftest
 from ktx.ops.base import Operator
 from ktx.ops.experts import of_layers
 from ktx.ops.linear import Linear
+from ktx.transformers_compat import usual_cache_name
 from tests import warm
 from tests.gguf_writer import write_gguf
 from tests.models.families import MOE, tiny
@@ -187,7 +187,7 @@ def test_a_right_model_is_not_refused(family, tmp_path, monkeypatch):
         seeded(tmp_path, family, quant, seed, monkeypatch)
         for kv_dtype in ("f16", "q8_0"):
             model = load(tmp_path, tmp_path / "model.gguf", kv_dtype=kv_dtype)  # with its self-test
-            assert type(trial.runner_for(model, 2)) is ModelRunner  # and that of pages
+            assert type(runner_selection.runner_for(model, 2)) is ModelRunner  # and that of pages
 
 
 def test_nothing_is_left_behind(folder):
@@ -279,19 +279,19 @@ def test_an_error_of_a_known_family_is_a_fault_and_of_another_its_own_affair(tmp
 
 def test_an_engine_proves_its_pages(folder, monkeypatch):
     model = load(folder, folder / "model.gguf")
-    if not isinstance(trial.runner_for(model, 2), ModelRunner):
+    if not isinstance(runner_selection.runner_for(model, 2), ModelRunner):
         pytest.fail("pages are not read at all")
     span = runner.SequenceSpan
     monkeypatch.setattr(runner, "Span", lambda owner, past, *rest: span(owner, 0, *rest))  # where nothing was before
     if model.config.model_type != "qwen3_next":  # its states go by the owner, its one attending layer by the past
         with pytest.raises(SelfTestFailed, match="through the cache"):
-            trial.runner_for(model, 2)
+            runner_selection.runner_for(model, 2)
     monkeypatch.setattr(runner, "Span", lambda owner, past, count, *rest: span(owner + past, past, count, *rest))
     if model.config.model_type == "qwen3_next":
         with pytest.raises(SelfTestFailed, match="goes on after 1 tokens"):
-            trial.runner_for(model, 2)
+            runner_selection.runner_for(model, 2)
     model.ktx.self_test = False
-    assert type(trial.runner_for(model, 2)) is ModelRunner
+    assert type(runner_selection.runner_for(model, 2)) is ModelRunner
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "smollm3"])
@@ -302,12 +302,12 @@ def test_an_engine_makes_the_test_that_loading_left_to_it(family, tmp_path, monk
     else:
         tiny(family).save_pretrained(tmp_path)
     asked = []
-    for place in (selftest, trial):
+    for place in (selftest, runner_selection):
         monkeypatch.setattr(place, "check", lambda model, forward=None: asked.append(type(forward).__name__))
     pages = ["OnPages"] * known
     for self_test, wanted in ((True, ["NoneType", *pages]), ("engine", pages or ["NoneType"]), (False, [])):
         asked.clear()
-        trial.runner_for(load(tmp_path, tmp_path / "model.gguf" if known else None, self_test=self_test), 2)
+        runner_selection.runner_for(load(tmp_path, tmp_path / "model.gguf" if known else None, self_test=self_test), 2)
         assert asked == wanted
 
 

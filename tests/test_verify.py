@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from ktx.commands import verify
+from ktx.cli import verify
 from ktx.ops.experts import of_layers
 from ktx.ops.router import Router
 from tests.gguf_writer import write_gguf

@@ -9,7 +9,7 @@
 #include "kernels.h"
 
 namespace ktx {
-constexpr int64_t WIDE_PAGE = 64;  // tokens of a page, as ktx/cache/pages.py has them
+constexpr int64_t WIDE_PAGE = 64;  // tokens of a page, as ktx/cache/page_pool.py has them
 // What the calling thread is told of the rows of its next calls: of those with `tokens` rows, the ranges (first, count) are wide and no others are.
 struct WideRows {
   int64_t tokens = -1;  // -1: nothing is known. The pages that a call's rows fill are wide: right for one sequence from a page's beginning on

@@ -1,6 +1,6 @@
 """Pages of a prefix cache on disk, so that a server that starts again need not compute what an earlier one has.
 
-A page is a file named by its key, the hash of all tokens up to its end (ktx.cache.pages), in a folder named by all that decides its content. Files are safetensors:
+A page is a file named by its key, the hash of all tokens up to its end (ktx.cache.page_pool), in a folder named by all that decides its content. Files are safetensors:
 reading one runs no code, and one that does not fit is not used. They hold what was said, in a form that can be turned back: the folder is its owner's alone.
 """
 

@@ -17,10 +17,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from ktx.errors import UsageError, did_you_mean
 from ktx.kernels import cpu
 from ktx.kernels.gradients import WITHOUT_CACHE, recorded, refuse
-from ktx.qtypes import QTYPES
+from ktx.quant.types import QTYPES
 
 CPU = torch.device("cpu")
-FIRST = 256  # positions of the first allocation: as those that follow, whole pages (ktx.cache.pages)
+FIRST = 256  # positions of the first allocation: as those that follow, whole pages (ktx.cache.page_pool)
 HUGE_PAGE = 2 << 20
 Q8_0 = "q8_0"  # blocks of 32 columns, an f16 scale before 32 int8: 1.06 bytes a column; torch sees bytes
 FP8 = "fp8"  # on a GPU e4m3 as it is, without a scale; on the CPU, which knows none, Q8_0

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from ktx.cache.kv import CPU, E4M3, ON_GPU, PLAIN, KVType, empty, kv_type, stored_row, within
-from ktx.cache.pages import PAGE_TOKENS, SNAPSHOTS
+from ktx.cache.page_pool import PAGE_TOKENS, SNAPSHOTS
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.gradients import WITHOUT_CACHE, refuse

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ktx.chat.reading import clean
-from ktx.dialects import Text
+from ktx.chat_formats import Text
+from ktx.engine.chat_session import Session
 from ktx.engine.request import Finished
-from ktx.engine.sampling import SamplingParams
-from ktx.engine.text import Session
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import BadFile, UsageError, did_you_mean
 
 ROLES = ("system", "user", "assistant")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
 
-from ktx.dialects import Text
+from ktx.chat_formats import Text
 from ktx.engine.request import Finished
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"

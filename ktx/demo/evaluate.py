@@ -105,7 +105,7 @@ def wrong_answers(model: Any, tokenizer: Any, asked: list[demo.Question]) -> lis
 
 def answers_side_by_side(model: Any, tokenizer: Any, turns: list[list[dict[str, str]]]) -> list[str]:
     """Greedy answers to several conversations, by the engine."""
-    from ktx.engine.sampling import SamplingParams
+    from ktx.engine.sampler import SamplingParams
 
     prompts = [tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False) for one in turns]
     texts = [""] * len(prompts)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ktx import demo
-from ktx.qtypes import QTYPES
+from ktx.quant.types import QTYPES
 
 State = dict[str, torch.Tensor]
 FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # llama-quantize, for rows that are not multiples of 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from ktx.cache.pages import PAGE_TOKENS
+from ktx.cache.page_pool import PAGE_TOKENS
 
 log = logging.getLogger("ktx.engine")
 # More than 2048 tokens bring little, as experts take no more at once, and whoever comes meanwhile waits for them all. After a long past

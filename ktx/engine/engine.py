@@ -15,22 +15,22 @@ from typing import Any
 
 import torch
 
-from ktx.adapters import check_memory, fitted, read
-from ktx.cache.pages import PAGE_TOKENS, PagePool
-from ktx.engine.activity import EngineStats
-from ktx.engine.answer import OutputState
-from ktx.engine.asking import Listener, Lora, generate
+from ktx.cache.page_pool import PAGE_TOKENS, PagePool
 from ktx.engine.budget import ITL, LONGEST, SHARE, STEP, StepBudget
+from ktx.engine.client import Listener, Lora, generate
 from ktx.engine.notes import ENGINES, notes_of
+from ktx.engine.output_state import OutputState
 from ktx.engine.request import Event, Finished, Request
 from ktx.engine.runner import ForwardCancelled, ModelRunner
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.runner_selection import runner_for
+from ktx.engine.sampler import SamplingParams
 from ktx.engine.scheduler import ScheduledChunk, Scheduler, pages_for
 from ktx.engine.speculation import KINDS, MAX_DRAFT_TOKENS, PromptLookup, SpeculativeDecoder
-from ktx.engine.trial import runner_for
+from ktx.engine.stats import EngineStats
 from ktx.errors import ContextExceeded, DoesNotFit, Overloaded, QueueFull, UsageError, did_you_mean
 from ktx.hardware import memory
-from ktx.notes import tell
+from ktx.model.lora import check_memory, fitted, read
+from ktx.model.notes import tell
 from ktx.ops.lora import Use, Uses
 from ktx.weights.lora import Wish
 

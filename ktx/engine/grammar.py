@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ktx.errors import UsageError
-from ktx.forks import Lock
+from ktx.utils.fork_handlers import Lock
 
 LIMITS = {"bytes": 256 << 10, "depth": 64, "members": 2000}  # of a schema; a regex or Lark text has the first
 ROW = (

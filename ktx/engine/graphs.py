@@ -18,19 +18,19 @@ from typing import Any, Protocol
 
 import torch
 
+from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.cache.paged import BatchMetadata, PagedCache, PageTables, SequenceSpan
-from ktx.cache.pages import PAGE_TOKENS
-from ktx.compat import cache_argument
 from ktx.devices import CPU, Device
 from ktx.hardware import format_bytes
 from ktx.kernels import cpu
-from ktx.kernels.gpu import plans_on_host
-from ktx.ops.crossing import ToDevice, is_rotary
-from ktx.ops.gpu import handover, streams
+from ktx.kernels.gpu.attention_backend import plans_on_host
+from ktx.ops.device_hooks import ToDevice, is_rotary
+from ktx.ops.gpu import offload, streams
 from ktx.ops.gpu.padding import Padding, padded
 from ktx.ops.guard import Guard
 from ktx.ops.norm import RMSNorm
 from ktx.ops.rope import RotaryEmbedding
+from ktx.transformers_compat import cache_argument
 
 log = logging.getLogger("ktx.engine")
 ROW_FIELDS = ("ids", "positions", "slots", "first", "count", "keys", "real")  # numbers of a row
@@ -61,7 +61,7 @@ class CudaGraph:
             with torch.cuda.stream(side):
                 function()
             side.synchronize()
-            handover.check(self.model)
+            offload.check(self.model)
             weakref.finalize(self, streams.forget, numbers)
             # Other threads may go on with what CUDA forbids while everything is captured, such as taking memory.
             with torch.cuda.graph(self.graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):

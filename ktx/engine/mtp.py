@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.cache.paged import BatchMetadata, SequenceSpan
-from ktx.cache.pages import PAGE_TOKENS
-from ktx.compat import cache_argument
 from ktx.engine.request import Request
 from ktx.engine.runner import ModelRunner
 from ktx.engine.scheduler import ScheduledChunk
 from ktx.kernels import cpu
+from ktx.transformers_compat import cache_argument
 
 
 class MTPDrafter:

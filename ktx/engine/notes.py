@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ktx.notes import Note
+from ktx.model.notes import Note
 
 if TYPE_CHECKING:
     from ktx.engine.engine import Engine

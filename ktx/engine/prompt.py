@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ktx.dialects import ChatFormat, dialect_for, for_template, opened
-from ktx.engine.proceed import render_continuation
+from ktx.chat_formats import ChatFormat, dialect_for, for_template, opened
+from ktx.engine.continue_message import render_continuation
 from ktx.engine.template import DEFAULT, check_templates, chosen, named_templates
 from ktx.errors import UsageError
 

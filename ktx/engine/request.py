@@ -8,7 +8,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ktx.engine.sampling import SampledToken, SamplingParams
+from ktx.engine.sampler import SampledToken, SamplingParams
 from ktx.ops.lora import Uses
 
 Reason = Literal["stop", "length", "cancelled", "error"]

@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
-from ktx.adapters import Adapters, Step
 from ktx.cache.kv import KVCache
+from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
-from ktx.cache.pages import PAGE_TOKENS
-from ktx.compat import cache_argument, cache_of, keeps_own_cache
 from ktx.engine.budget import SMALLEST
 from ktx.engine.graphs import Graphs, Token, gpu_of, unsupported_reason
 from ktx.engine.request import Request
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.engine.scheduler import ScheduledChunk
 from ktx.errors import UsageError
 from ktx.hardware import memory
 from ktx.kernels import cpu
-from ktx.ops.gpu import handover
+from ktx.model.lora import Adapters, Step
+from ktx.ops.gpu import offload
 from ktx.ops.mla import MLA
-from ktx.scratch import step_bytes
+from ktx.placement.workspace import step_bytes
+from ktx.transformers_compat import cache_argument, cache_of, keeps_own_cache
 
 log = logging.getLogger("ktx.engine")
 Logits = dict[
@@ -74,7 +74,7 @@ class ModelRunner:
                 self.graphs.capture()
         except Exception as error:
             self.graphs = None
-            handover.give_up(self.model)
+            offload.give_up(self.model)
             log.warning(
                 "capturing CUDA graphs failed, steps will be launched kernel by kernel (--no-cuda-graphs does not try): %s: %s",
                 type(error).__name__,
@@ -282,7 +282,7 @@ def adapted(parts: Sequence[ScheduledChunk]) -> tuple[Step, Step]:
 def to_cpu(model: Any, logits: torch.Tensor, copy: bool = False) -> torch.Tensor:
     """A model's logits on the CPU, where tokens are chosen; `copy`: even if they are there. Raises what went wrong in experts that its GPU handed over."""
     logits = logits.to("cpu", copy=copy)
-    handover.check(model)
+    offload.check(model)
     return logits
 
 

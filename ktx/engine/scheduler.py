@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ktx.cache.pages import PAGE_TOKENS, PagePool, PartialPage, hash_page
+from ktx.cache.page_pool import PAGE_TOKENS, PagePool, PartialPage, hash_page
 from ktx.engine.budget import StepBudget
 from ktx.engine.request import Request
 

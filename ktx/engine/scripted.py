@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ktx.adapters import Adapters
 from ktx.engine.engine import Engine, Options
 from ktx.engine.request import Request
 from ktx.engine.runner import Logits, ModelRunner, num_logits
 from ktx.engine.scheduler import ScheduledChunk, pages_for
 from ktx.errors import BadFile
+from ktx.model.lora import Adapters
 
 ECHO = 64  # tokens of its prompt that a request hears when the script has nothing for it
 Script = Callable[[Sequence[int]], Sequence[int]]  # a prompt's ids -> the answer's

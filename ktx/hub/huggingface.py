@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ktx.errors import BadFile, KtxError, UsageError
-from ktx.hub.choice import File
+from ktx.hub.file_selection import File
 from ktx.hub.listing import Listing, Plan
 
 WORKERS = 4  # files at once

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from ktx.hub.choice import File
+from ktx.hub.file_selection import File
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ktx.errors import BadFile, KtxError, UsageError
-from ktx.hub.choice import File
+from ktx.hub.file_selection import File
 from ktx.hub.listing import Listing, Plan
-from ktx.versions import install
+from ktx.utils.versions import install
 
 
 class ModelScope:

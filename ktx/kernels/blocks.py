@@ -7,19 +7,20 @@ from collections.abc import Iterator
 import torch
 
 from ktx.errors import UsageError
-from ktx.kernels import cpu, planes
-from ktx.kernels.unpack import unpack
-from ktx.qtypes import FP8_BLOCK
-from ktx.weights.source import QuantizedTensor
+from ktx.kernels import cpu
+from ktx.kernels.gpu import soa_layout
+from ktx.kernels.gpu.repack_from_cpu import unpack
+from ktx.quant.types import FP8_BLOCK
+from ktx.weights.base import QuantizedTensor
 
 SPAN = 1 << 26  # weights that are taken back at once, from the CPU's memory
 
 
-def rows_of(packed: cpu.Packed | planes.SoAWeight) -> Iterator[QuantizedTensor]:
+def rows_of(packed: cpu.Packed | soa_layout.SoAWeight) -> Iterator[QuantizedTensor]:
     """[rows, k] of one matrix, or of several of `pack_experts`, in order. UsageError for a type that is not taken back."""
-    if packed.qtype.name not in planes.FIELDS:
+    if packed.qtype.name not in soa_layout.FIELDS:
         raise UsageError(f"weights of {packed.qtype} are not taken back from the order that kernels read them in")
-    if isinstance(packed, planes.SoAWeight):
+    if isinstance(packed, soa_layout.SoAWeight):
         yield from _from_planes(packed.to("cpu"))
     elif packed.matrices == 1:
         yield from _from_groups(packed)
@@ -36,12 +37,12 @@ def _from_groups(packed: cpu.Packed) -> Iterator[QuantizedTensor]:
         rows = min(step, packed.n - first)
         begin, end = first // cpu.GROUP_ROWS, -(-(first + rows) // cpu.GROUP_ROWS)
         memory = torch.empty(rows * packed.qtype.row_bytes(packed.k), dtype=torch.uint8)
-        into = planes.empty(packed.qtype, rows, packed.k, 1, memory)
+        into = soa_layout.empty(packed.qtype, rows, packed.k, 1, memory)
         unpack(groups[None, begin:end], into)
         yield from _from_planes(into)
 
 
-def _from_planes(packed: planes.SoAWeight) -> Iterator[QuantizedTensor]:
+def _from_planes(packed: soa_layout.SoAWeight) -> Iterator[QuantizedTensor]:
     blocks = packed.blocks()
     for number in range(packed.matrices):
         scale = None if packed.scale is None else packed.scale[number]

@@ -107,7 +107,7 @@ def _show_tiles() -> list[str]:
 
 def _show_speeds(isas: list[str], threads: int) -> None:
     """GB/s of one token over the read bandwidth, GOPS of 48 and 512 tokens over the peak; the best instruction set's beside its floors."""
-    from ktx.qtypes import QTYPES
+    from ktx.quant.types import QTYPES
 
     print(
         f"\n{threads} threads, matrices from memory: GB/s of one token, GOPS of 48 and 512 tokens, each with its share of what was measured beside it"
@@ -174,8 +174,8 @@ def _ask(worker: subprocess.Popen[str], name: str) -> dict[str, float]:
 def _speeds(threads: int) -> int:
     """Answers each type's name on standard input with its speeds."""
     from ktx.kernels.cpu import ops
-    from ktx.kernels.speed import measure as speed
-    from ktx.qtypes import QTYPES
+    from ktx.kernels.microbench import measure as speed
+    from ktx.quant.types import QTYPES
 
     ops.set_threads(threads)
     for line in sys.stdin:
@@ -193,7 +193,7 @@ def in_bf16() -> bool:
 def bounds(name: str) -> tuple[float, float]:
     """The largest relative error of a matrix and of a layer of experts of a type, on the instruction set that is picked."""
     from ktx.kernels.cpu import ops
-    from ktx.qtypes import QTYPES
+    from ktx.quant.types import QTYPES
 
     if not QTYPES[name].is_float:
         return BOUND_FAST if ops.fast_gemm() else (BOUND_MATRIX, BOUND_LAYER)
@@ -202,7 +202,7 @@ def bounds(name: str) -> tuple[float, float]:
 
 def measure() -> dict[str, dict[str, object]]:
     """Errors of each type in this process: linear at one and at many tokens, and a small mixture-of-experts layer."""
-    from ktx.qtypes import QTYPES
+    from ktx.quant.types import QTYPES
 
     errors = {name: [_linear(name, *shape) for shape in SHAPES] + [_experts(name)] for name in QTYPES}
     return {"errors": errors, "bounds": {name: bounds(name) for name in QTYPES}}  # type: ignore[dict-item]
@@ -212,9 +212,9 @@ def sample(name: str, n: int, k: int, seed: int = 0):  # type: ignore[no-untyped
     """A random matrix of a type, as a source would give it."""
     import torch
 
-    from ktx.qtypes import QTYPES
-    from ktx.quantize import random_rows
-    from ktx.weights.source import QuantizedTensor
+    from ktx.quant.quantize import random_rows
+    from ktx.quant.types import QTYPES
+    from ktx.weights.base import QuantizedTensor
 
     scale = torch.rand((n + 127) // 128, (k + 127) // 128, dtype=torch.float32) + 0.5 if name == "F8_E4M3" else None
     return QuantizedTensor(random_rows(QTYPES[name], n, k, seed), QTYPES[name], (n, k), scale)

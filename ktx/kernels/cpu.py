@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from ktx.config import environment
+from ktx.environment import environment
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import default_threads
 from ktx.kernels import flops, gradients
-from ktx.qtypes import FP8_BLOCK, QTYPES, QType
-from ktx.spawning import for_pickle
-from ktx.weights.source import QuantizedTensor
+from ktx.quant.types import FP8_BLOCK, QTYPES, QType
+from ktx.utils.spawn_pickle import for_pickle
+from ktx.weights.base import QuantizedTensor
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
 GROUP_ROWS = 16  # rows that are packed side by side (csrc/cpu/layout.h)
@@ -421,5 +421,7 @@ def _(gate, up, act):  # type: ignore[no-untyped-def]
 
 
 gradients.register()
-if "torch.utils.flop_counter" in sys.modules:  # else ktx.plugin sees to it when that is imported, which imports triton
+if (
+    "torch.utils.flop_counter" in sys.modules
+):  # else ktx.integrations.experts_interface sees to it when that is imported, which imports triton
     flops.register()

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ktx.qtypes import QTYPES
-from ktx.weights.source import QuantizedTensor
+from ktx.quant.types import QTYPES
+from ktx.weights.base import QuantizedTensor
 
 
 def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:

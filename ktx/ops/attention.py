@@ -19,15 +19,14 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ktx.cache.kv import KVType, as_stock
 from ktx.cache.paged import PagedCache
-from ktx.compat import CACHE_NAMES
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
-from ktx.kernels.gpu import known_backend
+from ktx.kernels.gpu.attention_backend import known_backend
 from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
 from ktx.ops.attention_weights import EAGER, Choice, OwnConfig, attention_weights, by_function, missing, weighed
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import (
+from ktx.ops.fusion.fused import (
     MAX_FUSED_TOKENS,
     NO_NORM,
     FusedStep,
@@ -42,6 +41,7 @@ from ktx.ops.fused import (
 from ktx.ops.guard import Guard, below, current
 from ktx.ops.masks import Intervals, intervals_of, uncausal
 from ktx.ops.norm import RMSNorm
+from ktx.transformers_compat import CACHE_NAMES
 
 NAME = "ktx"
 FUSABLE = (  # attention that is: project, normalise q and k if it has norms, turn halves, store, attend, project

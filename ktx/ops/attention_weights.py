@@ -16,11 +16,11 @@ import torch
 
 from ktx.cache.kv import values_of
 from ktx.cache.paged import PagedCache
-from ktx.compat import attention_function, attention_name, collects
 from ktx.errors import UsageError, did_you_mean
 from ktx.kernels.reference import visible
+from ktx.transformers_compat import attention_function, attention_name, collects
 
-log = logging.getLogger("ktx.notes")
+log = logging.getLogger("ktx.model.notes")
 ATTENTIONS = "attentions"  # what transformers calls them
 EAGER = "eager"
 KERNELS = ("", "ktx", "ktx_gpu", "sdpa")  # implementations that a kernel stands in for; "": as when the model was made

@@ -13,12 +13,12 @@ from torch import nn
 from ktx.devices import CPU, Device
 from ktx.errors import UsageError, did_you_mean
 from ktx.kernels import cpu
-from ktx.ops.calls import Call
-from ktx.ops.changes import Changes, Live
-from ktx.ops.floats import Dequantized, Floats
-from ktx.ops.stored import PackedState
-from ktx.qtypes import QTYPES, QType
-from ktx.weights.source import QuantizedTensor, WeightSource
+from ktx.ops.change_counter import Changes, Live
+from ktx.ops.float_views import Dequantized, Floats
+from ktx.ops.forward_signature import Call
+from ktx.ops.packed_state import PackedState
+from ktx.quant.types import QTYPES, QType
+from ktx.weights.base import QuantizedTensor, WeightSource
 
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # types that kernels take
 
@@ -113,7 +113,7 @@ class Operator(nn.Module):
         return {}
 
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
-        """Its forward while the class that it replaces is patched (ktx.ops.classes): the patched one. UsageError on a GPU, where other modules do without it."""
+        """Its forward while the class that it replaces is patched (ktx.ops.class_patches): the patched one. UsageError on a GPU, where other modules do without it."""
         kind = type(self)
         if self.placement.gpu:
             raise UsageError(
@@ -352,7 +352,7 @@ def is_plain(old: nn.Module, layer: type[Layer]) -> TypeGuard[Layer]:
 SHIPPED = {
     "Linear": "ktx.ops.linear",
     "Experts": "ktx.ops.experts",
-    "Layer": "ktx.ops.layer",
+    "Layer": "ktx.ops.fusion.layer",
     "MoE": "ktx.ops.moe",
     "Recurrent": "ktx.ops.recurrent",
     "Router": "ktx.ops.router",

@@ -18,13 +18,13 @@ import torch
 from torch import nn
 
 from ktx.cache.kv import KVCache
-from ktx.compat import CACHE_NAMES
 from ktx.errors import UsageError
 from ktx.kernels import reference
-from ktx.ops.calls import Call
-from ktx.ops.gates import KEEP, probe_copy
+from ktx.ops.activation_probe import KEEP, probe_copy
+from ktx.ops.forward_signature import Call
 from ktx.ops.masks import ranges_of
-from ktx.versions import admitted, installed, tested
+from ktx.transformers_compat import CACHE_NAMES
+from ktx.utils.versions import admitted, installed, tested
 
 LAYER = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", "use_cache", *CACHE_NAMES)
 ATTENTION = ("hidden_states", "attention_mask", "position_ids", "position_embeddings", *CACHE_NAMES)

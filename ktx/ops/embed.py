@@ -10,15 +10,15 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.kernels.kept import cached_pack
-from ktx.ops import stored
+from ktx.kernels.packed_cache import cached_pack
+from ktx.ops import packed_state as stored
 from ktx.ops.base import Context, as_weights, is_plain
-from ktx.ops.floats import Floats, matrix
+from ktx.ops.edit import OneMatrix
+from ktx.ops.float_views import Floats, matrix
+from ktx.ops.packed_state import PackedState
 from ktx.ops.parameters import whole
-from ktx.ops.stored import PackedState
-from ktx.ops.weights import OneMatrix
-from ktx.qtypes import QType
-from ktx.weights.source import QuantizedTensor, WeightSource
+from ktx.quant.types import QType
+from ktx.weights.base import QuantizedTensor, WeightSource
 
 INTEGERS = (torch.int64, torch.int32)  # that torch's embedding takes
 

@@ -11,17 +11,18 @@ from torch import nn
 
 from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
-from ktx.kernels.kept import cached_pack
-from ktx.ops import contract, stored
+from ktx.kernels.packed_cache import cached_pack
+from ktx.ops import contract
+from ktx.ops import packed_state as stored
+from ktx.ops.activation_probe import KEEP, PLAIN, Activation, as_usual, gate_of_experts, is_gated, is_interleaved
 from ktx.ops.base import Context, as_weights, packed_as
-from ktx.ops.classes import patched
-from ktx.ops.floats import Dequantized, Floats, experts, out_of_reach, plain
-from ktx.ops.gates import KEEP, PLAIN, Activation, as_usual, gate_of_experts, is_gated, is_interleaved
+from ktx.ops.class_patches import patched
+from ktx.ops.edit import fitting, quantized
+from ktx.ops.float_views import Dequantized, Floats, experts, out_of_reach, plain
 from ktx.ops.guard import Inside, listened, watched
+from ktx.ops.packed_state import PackedState
 from ktx.ops.parameters import PARAMETRIZATIONS, OfferedParameters, Parametrizable, ParametrizedProduct
-from ktx.ops.stored import PackedState
-from ktx.ops.weights import fitting, quantized
-from ktx.weights.source import QuantizedTensor, WeightSource, concat_rows
+from ktx.weights.base import QuantizedTensor, WeightSource, concat_rows
 
 if TYPE_CHECKING:
     from ktx.ops.expert_lora import ExpertsLora, Some

@@ -24,11 +24,11 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from ktx.compat import is_recorder, records
 from ktx.kernels.gradients import recorded
-from ktx.ops import classes
+from ktx.ops import class_patches
 from ktx.ops.base import Operator
-from ktx.ops.changes import Changes, edits
+from ktx.ops.change_counter import Changes, edits
+from ktx.transformers_compat import is_recorder, records
 
 GLOBAL = _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
 SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype)
@@ -42,7 +42,7 @@ class State:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        classes.watch(module)
+        class_patches.watch(module)
         self.said = self._said()
 
     def _said(self) -> dict[Any, Any]:
@@ -131,7 +131,7 @@ class Guard:
         inside: Iterable[nn.Module] = (),
         copied: Iterable[torch.Tensor | None] = (),
     ):
-        classes.follow()  # what states say is of now
+        class_patches.follow()  # what states say is of now
         self.inside = [State(module) for module in inside]
         self.states = [*map(State, owners), *self.inside]
         modules = [state.module for state in self.states]
@@ -170,7 +170,9 @@ class Guard:
         if handles != self.handles or changes != self.changes or self.uncounted.moved():
             if self._listened() or not all(state.same() for state in self.states):
                 return False
-            if any(state.patched() for state in self.inside) or any(classes.is_patched(s.module) for s in self.states):
+            if any(state.patched() for state in self.inside) or any(
+                class_patches.is_patched(s.module) for s in self.states
+            ):
                 return False
             self.handles, self.changes, self.recorders = handles, changes, any(self.hooks)
         return not (self.recorders and records())

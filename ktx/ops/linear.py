@@ -10,22 +10,22 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.kernels.gradients import recorded
-from ktx.kernels.kept import cached_pack
-from ktx.ops import stored
+from ktx.kernels.packed_cache import cached_pack
+from ktx.ops import packed_state as stored
 from ktx.ops.base import Context, as_weights, is_plain, packed_as
-from ktx.ops.changes import copied, in_f32
-from ktx.ops.floats import Floats, matrix
+from ktx.ops.change_counter import copied, in_f32
+from ktx.ops.edit import OneMatrix
+from ktx.ops.float_views import Floats, matrix
+from ktx.ops.packed_state import PackedState
 from ktx.ops.parameters import ParametrizedProduct
-from ktx.ops.stored import PackedState
-from ktx.ops.weights import OneMatrix
-from ktx.qtypes import QType
-from ktx.weights.source import QuantizedTensor, WeightSource
+from ktx.quant.types import QType
+from ktx.weights.base import QuantizedTensor, WeightSource
 
 
 class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
     """y = x W^T + b with W as the file has it; several row-wise parts when the file keeps the rows in tensors of different types.
 
-    `weight` is dequantised where it is read (ktx.ops.weights); a tensor that is assigned to it is packed. The bias is torch's own parameter.
+    `weight` is dequantised where it is read (ktx.ops.edit); a tensor that is assigned to it is packed. The bias is torch's own parameter.
     """
 
     remade = ("converted",)

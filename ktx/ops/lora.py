@@ -20,9 +20,9 @@ from ktx.devices import CPU, Device
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops.base import Operator
-from ktx.qtypes import QTYPES
+from ktx.quant.types import QTYPES
+from ktx.weights.base import QuantizedTensor
 from ktx.weights.lora import LowRank
-from ktx.weights.source import QuantizedTensor
 
 
 class Use(NamedTuple):

@@ -13,20 +13,22 @@ import torch
 from torch import nn
 
 from ktx.cache.kv import as_stock, values_of
+from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.cache.paged import BatchMetadata, batch_of, gather_pages, paged
-from ktx.cache.pages import PAGE_TOKENS
 from ktx.errors import UsageError
 from ktx.kernels import cpu
-from ktx.kernels.gpu import known_backend
+from ktx.kernels.gpu.attention_backend import known_backend
 from ktx.kernels.gradients import recorded
-from ktx.kernels.kept import cached_pack
-from ktx.ops import contract, stored
+from ktx.kernels.packed_cache import cached_pack
+from ktx.ops import contract
+from ktx.ops import packed_state as stored
 from ktx.ops.attention import CastingCache, causal_pages, hides, is_causal, not_dropped
 from ktx.ops.attention_weights import Choice, attention_weights
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.classes import patched
-from ktx.ops.floats import Dequantized, Floats, out_of_reach
-from ktx.ops.fused import (
+from ktx.ops.class_patches import patched
+from ktx.ops.edit import fitting
+from ktx.ops.float_views import Dequantized, Floats, out_of_reach
+from ktx.ops.fusion.fused import (
     NO_NORM,
     FusedStep,
     PreNorm,
@@ -40,11 +42,10 @@ from ktx.ops.fused import (
 from ktx.ops.guard import Guard, below, current
 from ktx.ops.masks import uncausal
 from ktx.ops.norm import RMSNorm
+from ktx.ops.packed_state import PackedState
 from ktx.ops.parameters import OfferedParameters
-from ktx.ops.stored import PackedState
-from ktx.ops.weights import fitting
-from ktx.qtypes import QTYPES
-from ktx.weights.source import EXPANDED, QuantizedTensor, WeightSource
+from ktx.quant.types import QTYPES
+from ktx.weights.base import EXPANDED, QuantizedTensor, WeightSource
 
 if TYPE_CHECKING:
     from ktx.ops.latent_lora import LatentLora, Latents
@@ -447,7 +448,7 @@ class Expansion(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out_features, in_features], read-only: see ktx.ops.floats."""
+        """[out_features, in_features], read-only: see ktx.ops.float_views."""
         owner: MLA = self.__dict__["owner"]
         floats, label = owner.floats()["kv_b_proj.weight"], f"{owner.path}.kv_b_proj.weight"
         return Dequantized(floats, owner.dtype, label, replace=self._replaced)

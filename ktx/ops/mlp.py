@@ -10,9 +10,9 @@ import torch
 from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops import contract
+from ktx.ops.activation_probe import PLAIN, as_usual, gate_of_mlp
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.fused import FusedStep, WeightDescriptor, plain_linear
-from ktx.ops.gates import PLAIN, as_usual, gate_of_mlp
+from ktx.ops.fusion.fused import FusedStep, WeightDescriptor, plain_linear
 from ktx.ops.guard import Guard, Inside, below, current, listened
 
 PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -56,7 +56,7 @@ class Fused:
 
 
 class MLPBlock:
-    """A layer without biases as a step of several, see ktx.ops.layer."""
+    """A layer without biases as a step of several, see ktx.ops.fusion.layer."""
 
     drops = False
 

@@ -11,13 +11,13 @@ from ktx.kernels.gradients import recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, is_ours
 from ktx.ops.experts import Experts
-from ktx.ops.fused import MAX_FUSED_TOKENS, NO_NORM, FusedStep, PreNorm, WeightDescriptor, plain_linear
+from ktx.ops.fusion.fused import MAX_FUSED_TOKENS, NO_NORM, FusedStep, PreNorm, WeightDescriptor, plain_linear
 from ktx.ops.guard import Guard, Inside, below, current, listened
 from ktx.ops.mlp import MLP, Fused
 from ktx.ops.router import Router
 
 if TYPE_CHECKING:
-    from ktx.ops.deferral import DeferredExperts
+    from ktx.ops.expert_deferral import DeferredExperts
 
 RETURNS_ROUTER = ("GptOssMLP",)  # blocks that return (hidden states, router scores)
 
@@ -33,7 +33,7 @@ class MoE(Operator):
     inside: Inside | None
     reads = frozenset({"e_score_correction_bias"})
     block: MoEBlock | None
-    link: DeferredExperts | None = None  # where the layer puts experts off, see ktx.ops.deferral
+    link: DeferredExperts | None = None  # where the layer puts experts off, see ktx.ops.expert_deferral
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MoE:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ktx.errors import UsageError
-from ktx.weights.source import WeightSource
+from ktx.weights.base import WeightSource
 
 COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
 KINDS = ("layer_types", "mlp_layer_types")  # lists by layer, of which a layer behind the last is like the last

@@ -10,9 +10,9 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu, reference
 from ktx.kernels.gradients import backward_only, recorded
 from ktx.ops import contract
+from ktx.ops.activation_probe import probe_copy, refused
 from ktx.ops.base import Context, Operator, adopt, is_ours
-from ktx.ops.changes import copied, in_f32
-from ktx.ops.gates import probe_copy, refused
+from ktx.ops.change_counter import copied, in_f32
 
 
 class RMSNorm(Operator):

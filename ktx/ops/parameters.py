@@ -1,6 +1,6 @@
 """Packed weights where torch and PEFT look for parameters of a module, and parametrizations that others put on them.
 
-A module that is asked for its own parameters names its packed weights among them, as read-only tensors (ktx.ops.floats), though `model.parameters()` does not: so PEFT finds what
+A module that is asked for its own parameters names its packed weights among them, as read-only tensors (ktx.ops.float_views), though `model.parameters()` does not: so PEFT finds what
 `target_parameters` and `modules_to_save` name. `torch.nn.utils.parametrize` takes them away, for as long as PEFT's forward lasts, and the operator computes with what is added.
 """
 
@@ -17,8 +17,8 @@ from ktx.devices import Device
 from ktx.errors import UsageError
 from ktx.hardware import format_bytes
 from ktx.ops.base import Operator
-from ktx.ops.changes import Changes
-from ktx.ops.floats import Dequantized, Floats
+from ktx.ops.change_counter import Changes
+from ktx.ops.float_views import Dequantized, Floats
 
 log = logging.getLogger("ktx.ops.parameters")
 PARAMETRIZATIONS = "parametrizations"  # torch's name for the child

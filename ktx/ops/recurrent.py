@@ -11,7 +11,7 @@ from ktx.errors import UsageError
 from ktx.kernels import cpu
 from ktx.ops import contract, lora
 from ktx.ops.base import Context, Operator, adopt
-from ktx.ops.calls import Call
+from ktx.ops.forward_signature import Call
 
 
 class Recurrent(Operator):

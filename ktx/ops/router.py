@@ -12,9 +12,9 @@ from ktx.kernels import cpu
 from ktx.kernels.gradients import recorded
 from ktx.ops import contract
 from ktx.ops.base import Context, Operator, adopt, known_class
-from ktx.ops.changes import edits
+from ktx.ops.change_counter import edits
 from ktx.ops.guard import Inside, listened
-from ktx.weights.source import QuantizedTensor
+from ktx.weights.base import QuantizedTensor
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from torch import nn
 
 from ktx.kernels.gradients import recorded
 from ktx.ops.base import as_weights, packed_as
-from ktx.ops.changes import Live, edits
-from ktx.ops.floats import Floats
+from ktx.ops.change_counter import Live, edits
+from ktx.ops.float_views import Floats
 from ktx.ops.linear import Linear
-from ktx.weights.source import QuantizedTensor
+from ktx.weights.base import QuantizedTensor
 
 
 class Tied(Linear):

@@ -10,7 +10,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ktx.server.names import meant
+from ktx.server.model_names import meant
 
 PIECE = 256  # characters that one key stands for, about a page of 64 tokens
 MOST = 512  # keys of a prompt; what lies behind them cannot change the choice

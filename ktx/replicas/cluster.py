@@ -21,9 +21,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import format_bytes
-from ktx.replicas.board import ReplicaStatus, StatusActor
-from ktx.replicas.layout import Layout, Node, lay_out
 from ktx.replicas.replica import Replica, ReplicaConfig
+from ktx.replicas.spread import Layout, Node, lay_out
+from ktx.replicas.status import ReplicaStatus, StatusActor
 
 BUSY = (BackPressureError,)
 GONE = (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError, ray.exceptions.WorkerCrashedError)

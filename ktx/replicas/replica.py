@@ -19,8 +19,8 @@ from ray import serve
 
 from ktx.errors import KtxError
 from ktx.hardware import share_of_cpus
-from ktx.replicas.board import ReplicaStatus, say
-from ktx.server import ids
+from ktx.replicas.status import ReplicaStatus, say
+from ktx.server import request_id
 
 PAUSE = 1.0  # seconds between two words to the board
 PATIENCE = 5.0  # seconds that a request's routes have to end after its client has left
@@ -34,7 +34,7 @@ class ReplicaConfig:
     make: Callable[[int, Any], Any]
     names: tuple[str, ...]
     adapters: tuple[str, ...]  # names of LoRA adapters
-    settings: Any  # ktx.server.served.Settings
+    settings: Any  # ktx.server.state.Settings
     log: tuple[str, str]  # level and format
     threads: int
     beside: int  # replicas on one machine, among which its CPUs are divided
@@ -47,9 +47,9 @@ class Replica:
         context = serve.get_replica_context()
         os.sched_setaffinity(0, share_of_cpus(context.rank.local_rank, making.beside))
         from ktx.server.app import make_routes
+        from ktx.server.gc_tuning import freeze_gc
         from ktx.server.log import set_up
-        from ktx.server.memory import freeze_gc
-        from ktx.server.served import ServerState
+        from ktx.server.state import ServerState
 
         set_up(*making.log)
         self.board, self.name, self.app_name = board, context.replica_tag, context.app_name
@@ -120,7 +120,7 @@ class Replica:
             messages.put_nowait(message)
 
         async def run() -> None:
-            ids.begin(dict(scope["headers"]))
+            request_id.begin(dict(scope["headers"]))
             try:
                 await self.routes({**scope, "type": "http", "asgi": {"version": "3.0"}}, receive, send)
             finally:

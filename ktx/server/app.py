@@ -17,9 +17,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import ktx
-from ktx.server import adapters, chat, completions, messages, ollama, recalled, responses, static, tokens
+from ktx.server import lora, static
+from ktx.server.anthropic import messages
+from ktx.server.auth import AccessPolicy, AuthMiddleware, owner_of
 from ktx.server.errors import APIError, error_body, to_api_error
-from ktx.server.fields import (
+from ktx.server.metrics import Metrics
+from ktx.server.ollama import routes as ollama
+from ktx.server.openai import chat, completions
+from ktx.server.openai import tokenize as tokens
+from ktx.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     CountTokensRequest,
@@ -35,11 +41,11 @@ from ktx.server.fields import (
     UnloadAdapter,
     parameters,
 )
-from ktx.server.guard import AccessPolicy, AuthMiddleware, owner_of
-from ktx.server.machine import MachineStats
-from ktx.server.metrics import Metrics
-from ktx.server.sending import ClientDisconnected, cancel_on_disconnect
-from ktx.server.served import ServerState
+from ktx.server.responses import routes as recalled
+from ktx.server.responses import serving
+from ktx.server.state import ServerState
+from ktx.server.stats import MachineStats
+from ktx.server.streaming import ClientDisconnected, cancel_on_disconnect
 
 log = logging.getLogger("ktx.server")
 DEPTH = 128  # of brackets in a body
@@ -191,15 +197,15 @@ def _openai(routes: APIRouter, served: ServerState) -> None:
 def _adapters(routes: APIRouter, served: ServerState) -> None:
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(fields: LoadAdapter) -> Response:
-        return await adapters.load(served, fields)
+        return await lora.load(served, fields)
 
     @routes.post("/v1/unload_lora_adapter")
     async def unload_adapter(fields: UnloadAdapter) -> Response:
-        return await adapters.unload(served, fields)
+        return await lora.unload(served, fields)
 
     @routes.get("/lora-adapters")
     async def listed_adapters() -> list[dict[str, Any]]:
-        return adapters.listed(served)
+        return lora.listed(served)
 
     @routes.post("/lora-adapters")
     async def scale_adapters() -> Any:
@@ -212,11 +218,11 @@ def _adapters(routes: APIRouter, served: ServerState) -> None:
 def _responses(routes: APIRouter, served: ServerState) -> None:
     @routes.post("/v1/responses")
     async def respond(fields: ResponsesRequest, request: Request) -> Any:
-        return await responses.answer(served, fields, request)
+        return await serving.answer(served, fields, request)
 
     @routes.post("/v1/responses/input_tokens")
     async def input_tokens(fields: ResponseTokensRequest, request: Request) -> Any:
-        return await responses.count(served, fields, request)
+        return await serving.count(served, fields, request)
 
     @routes.get("/v1/responses/{name}")
     async def retrieve(name: str, request: Request, stream: bool = False) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ktx.errors import KtxError
-from ktx.server import ids
+from ktx.server import request_id
 
 KINDS = {  # status: OpenAI's type, Anthropic's type
     400: ("invalid_request_error", "invalid_request_error"),
@@ -64,5 +64,5 @@ def error_body(
     if path.startswith("/v1/messages"):
         more = {"details": details} if details else {}
         error = {"type": anthropic, "message": message, **more}
-        return {"type": "error", "error": error, "request_id": ids.CURRENT.get()}
+        return {"type": "error", "error": error, "request_id": request_id.CURRENT.get()}
     return {"error": {"message": message, "type": openai, "param": param, "code": code or None}}

@@ -7,7 +7,7 @@ import logging
 import sys
 from typing import Any
 
-from ktx.server import ids
+from ktx.server import request_id
 
 OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
@@ -21,7 +21,7 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         more = {key: value for key, value in vars(record).items() if key not in OWN and key[0] != "_"}
-        if name := ids.CURRENT.get():
+        if name := request_id.CURRENT.get():
             more["request_id"] = name
         if not self.as_json:
             text = super().format(record)

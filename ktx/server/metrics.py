@@ -9,10 +9,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-from ktx.engine.activity import StatsSnapshot
 from ktx.engine.engine import Engine
 from ktx.engine.request import Finished
-from ktx.server.served import ServerState
+from ktx.engine.stats import StatsSnapshot
+from ktx.server.state import ServerState
 
 log = logging.getLogger("ktx.server")
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ktx.weights.source import WeightSource
+    from ktx.weights.base import WeightSource
 
 SHOWN = 8  # patterns of a line
 REMEDY = "take a GGUF file of this model, or the checkpoint that was not quantised"

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from ktx.errors import BadFile
-from ktx.forks import Lock
+from ktx.utils.fork_handlers import Lock
 from ktx.weights.accounting import Reads, Verdict, companion
+from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf_files import ggufs_in
 from ktx.weights.gguf_header import Header, architecture, read_header
 from ktx.weights.gguf_keys import ROPE_TABLES, key_differences, refuse_architecture, refuse_kind, rope_differences
-from ktx.weights.names import GGUFNames, Recipe, build, means_something
-from ktx.weights.source import QuantizedTensor, TensorSpec, concat_rows
+from ktx.weights.gguf_names import GGUFNames, Recipe, build, means_something
 
 SPLIT = re.compile(r"^(.+)-(\d{5})-of-(\d{5})(\.gguf)$", re.IGNORECASE)
 PAGE = mmap.PAGESIZE
@@ -127,7 +127,7 @@ class GGUFSource:
         return Verdict()
 
     def differences(self, config: Any) -> list[str]:
-        from ktx.weights.agreement import gguf_mismatches
+        from ktx.weights.check_config import gguf_mismatches
 
         tables = {name: partial(self._table, name) for name in ROPE_TABLES if name in self.tensors}
         return [

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ktx.errors import BadFile
-from ktx.qtypes import BY_CODE
+from ktx.quant.types import BY_CODE
+from ktx.weights.base import TensorSpec
 from ktx.weights.gguf_files import MAGIC
-from ktx.weights.source import TensorSpec
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9

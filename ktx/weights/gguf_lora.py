@@ -1,7 +1,7 @@
 """LoRA adapters as llama.cpp reads them (convert_lora_to_gguf.py writes them): a GGUF file with `NAME.lora_a` and `NAME.lora_b` for tensors of a model's file.
 
 W' = W + s B A with s = adapter.lora.alpha / r, or 1 where alpha is 0 or not there; r is each tensor's own. What a model's converter does to rows and columns of W it does to those of
-B and A, so the recipes of a model's file (ktx.weights.names) undo it here too. Halves of an embedding are stored with a token's numbers in a row.
+B and A, so the recipes of a model's file (ktx.weights.gguf_names) undo it here too. Halves of an embedding are stored with a token's numbers in a row.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from ktx.errors import BadFile, UsageError
-from ktx.qtypes import QTYPES
+from ktx.quant.types import QTYPES
+from ktx.weights.base import QuantizedTensor, TensorSpec
 from ktx.weights.gguf_header import Header, architecture, parse_header
 from ktx.weights.gguf_keys import ARCHITECTURES
+from ktx.weights.gguf_names import GGUFNames, Recipe
 from ktx.weights.lora import MERGED, Adapter, AdapterFile, LowRank, Wish
-from ktx.weights.names import GGUFNames, Recipe
-from ktx.weights.source import QuantizedTensor, TensorSpec
 
 HALF = re.compile(r"(?P<of>.+)\.lora_(?P<half>[ab])")
 LOOKUP = "token_embd.weight"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ktx.errors import BadFile, UsageError
-from ktx.json_file import read_object
+from ktx.utils.json_file import read_object
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MERGED = "merge it into its model (merge_and_unload of PEFT, llama-export-lora of llama.cpp), and load that"

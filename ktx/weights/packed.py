@@ -1,8 +1,8 @@
 """Checkpoints of packed weights: what `model.save_pretrained(folder, packed=True)` writes, and the source that reads it.
 
 A safetensors file of this kind says so in its `__metadata__`: `ktx.version`, and `ktx.types`, a JSON object from tensors' names to types. Such a tensor is U8,
-its last dimension the bytes of a row: rows of ggml's blocks as in a GGUF file, or of one of our own types (ktx.qtypes). F8_E4M3 has scales beside it, as
-DeepSeek's checkpoints do. All other tensors are plain floats. Names are those that modules ask for (ktx.weights.source), experts stacked in one
+its last dimension the bytes of a row: rows of ggml's blocks as in a GGUF file, or of one of our own types (ktx.quant.types). F8_E4M3 has scales beside it, as
+DeepSeek's checkpoints do. All other tensors are plain floats. Names are those that modules ask for (ktx.weights.base), experts stacked in one
 tensor a projection; rows of different types are tensors of their own, `NAME.part0`, `NAME.part1`, ...
 """
 
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from ktx.errors import BadFile, did_you_mean
-from ktx.qtypes import QTYPES
+from ktx.quant.types import QTYPES
+from ktx.weights.base import EXPANDED, QuantizedTensor, TensorSpec
 from ktx.weights.safetensors import SafetensorsSource, header_of, parse_safetensors_header, shards
-from ktx.weights.source import EXPANDED, QuantizedTensor, TensorSpec
 
 METHOD = "ktx"  # of a quantization_config
 VERSION = 1

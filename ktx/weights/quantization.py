@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ktx.errors import BadFile, did_you_mean
-from ktx.json_file import read_object
-from ktx.qtypes import FP8_BLOCK
+from ktx.quant.types import FP8_BLOCK
+from ktx.utils.json_file import read_object
 from ktx.weights.accounting import REMEDY
 
 ABSENT = object()

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from ktx.compat import checkpoint_renaming
 from ktx.errors import BadFile
-from ktx.forks import Lock
-from ktx.qtypes import FP8_BLOCK, QTYPES, QType
+from ktx.quant.types import FP8_BLOCK, QTYPES, QType
+from ktx.transformers_compat import checkpoint_renaming
+from ktx.utils.fork_handlers import Lock
 from ktx.weights.accounting import Reads, Verdict, companion
-from ktx.weights.conversion import ConvertedTensor, made_of
+from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf import PAGE
-from ktx.weights.source import QuantizedTensor, TensorSpec, concat_rows
+from ktx.weights.hf_conversion import ConvertedTensor, made_of
 
 DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # that modules read of a file of numbers
 OTHERS = {  # that a file may hold: elements and bytes of a block

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 import ktx
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
 from tests.engine.test_batching import answers
 from tests.small_chat import write_model

@@ -11,8 +11,8 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from ktx.cache.kv import GrowingLayer, KVCache
-from ktx.compat import cache_argument
 from ktx.errors import UsageError
+from ktx.transformers_compat import cache_argument
 from tests.models.test_families import IDS, Pair, relative
 
 FAMILIES = {

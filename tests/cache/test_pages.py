@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ktx.cache.pages import SNAPSHOTS, PagePool, PartialPage, hash_page
+from ktx.cache.page_pool import SNAPSHOTS, PagePool, PartialPage, hash_page
 from ktx.errors import UsageError
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ktx.dialects import DIALECTS, CallArguments, CallEnd, CallStart, Event, Parser, Text, merged
+from ktx.chat_formats import DIALECTS, CallArguments, CallEnd, CallStart, Event, Parser, Text, merged
 
 
 def _tool(name: str, **properties: Any) -> dict[str, Any]:

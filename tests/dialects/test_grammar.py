@@ -9,7 +9,7 @@ import pytest
 
 llguidance = pytest.importorskip("llguidance")
 
-from ktx.dialects import DIALECTS, CallArguments, CallEnd, CallStart, forced_call_grammar  # noqa: E402
+from ktx.chat_formats import DIALECTS, CallArguments, CallEnd, CallStart, forced_call_grammar  # noqa: E402
 from tests.dialects.cases import TOOLS, parse  # noqa: E402
 from tests.dialects.writing import WRITINGS  # noqa: E402
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktx.dialects import DIALECTS, CallArguments, CallEnd, CallStart, Parser, Text, merged
+from ktx.chat_formats import DIALECTS, CallArguments, CallEnd, CallStart, Parser, Text, merged
 from tests.dialects.cases import TOOLS, parse
 from tests.dialects.writing import WRITINGS
 

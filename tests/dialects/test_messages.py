@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ktx.dialects import DIALECTS, for_template
+from ktx.chat_formats import DIALECTS, for_template
 
 
 def told(family, *messages):

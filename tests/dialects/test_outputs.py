@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ktx.dialects import DIALECTS, CallArguments, CallEnd
+from ktx.chat_formats import DIALECTS, CallArguments, CallEnd
 from tests.dialects.cases import TOOLS, Case, parse, wanted
 from tests.dialects.messy import messy
 from tests.dialects.shared import shared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ktx.dialects import DIALECTS, CallArguments, CallEnd, CallStart, Parser, Text, merged, new_id
+from ktx.chat_formats import DIALECTS, CallArguments, CallEnd, CallStart, Parser, Text, merged, new_id
 from tests.dialects.cases import TOOLS, numbered
 
 CALL = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'

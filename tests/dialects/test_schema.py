@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktx.dialects.schema import convert, kinds, property_schema
+from ktx.chat_formats.schema import convert, kinds, property_schema
 
 CASES = (
     ("75001", {"type": "string"}, '"75001"'),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ktx.dialects import DIALECTS, CallArguments, CallEnd, CallStart, Text, dialect_for, for_template, opened
+from ktx.chat_formats import DIALECTS, CallArguments, CallEnd, CallStart, Text, dialect_for, for_template, opened
 from ktx.engine.prompt import PromptRenderer
 from ktx.errors import UsageError
 from tests.dialects.cases import TOOLS, parse

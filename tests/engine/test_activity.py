@@ -8,13 +8,13 @@ import time
 import pytest
 
 import ktx
-from ktx.cache.pages import PAGE_TOKENS
+from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.engine.engine import Engine, Options
 from ktx.engine.request import Finished
 from ktx.engine.runner import SequentialRunner
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.ops.experts import Experts
-from ktx.ops.sizes import WeightTraffic
+from ktx.ops.weight_traffic import WeightTraffic
 from tests.small_chat import write_model
 
 

@@ -11,7 +11,7 @@ import torch
 
 import ktx
 from ktx.engine.request import Finished, PromptLogprobs, TokenEvent
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import Overloaded, UsageError
 from ktx.kernels import cpu
 from tests.small_chat import write_model

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from ktx.engine.request import Finished, PromptLogprobs, TokenEvent
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
 from tests.models.families import tiny
 from tests.models.test_checkpoints import OTHERS

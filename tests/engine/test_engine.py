@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ktx
-from ktx.dialects import Text
+from ktx.chat_formats import Text
 from ktx.engine.budget import StepBudget, longest_step
+from ktx.engine.chat_session import Session
+from ktx.engine.detokenizer import Detokenizer, StopChecker
 from ktx.engine.prompt import RenderedPrompt
 from ktx.engine.request import Finished
-from ktx.engine.sampling import Sampler, SamplingParams
-from ktx.engine.stream import Detokenizer, StopChecker
-from ktx.engine.text import Session
+from ktx.engine.sampler import Sampler, SamplingParams
 from ktx.errors import UsageError
 from tests.small_chat import tokenizer, write_model
 

@@ -11,7 +11,7 @@ import pytest
 import ktx
 from ktx.engine.grammar import GrammarCompiler, rules_of_regex, rules_of_schema
 from ktx.engine.request import Finished, TokenEvent
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
 from tests.small_chat import write_model
 

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ktx.cache.page_pool import PAGE_TOKENS, PagePool
 from ktx.cache.paged import SequenceSpan
-from ktx.cache.pages import PAGE_TOKENS, PagePool
 from ktx.engine.budget import StepBudget
 from ktx.engine.request import Request
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.engine.scheduler import Scheduler
 
 

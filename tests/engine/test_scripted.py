@@ -9,7 +9,7 @@ import pytest
 
 from ktx.engine.engine import Options
 from ktx.engine.request import Finished
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.engine.scripted import read_script, scripted_engine
 from ktx.errors import BadFile
 from tests.small_chat import tokenizer

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import ktx
 import ktx.demo
 from ktx.engine.request import Request
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.engine.speculation import ForwardCostModel, PromptLookup, SpeculativeDecoder, choose_draft_lengths
 from ktx.errors import UsageError
 from tests.engine.test_batching import answers

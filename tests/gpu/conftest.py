@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from ktx.kernels import products
+from ktx.kernels.gpu import quant_matmul
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -23,7 +23,7 @@ def _two_gpus():
 def _wide_tiles():
     """Triton's interpreter needs as long for a small tile as for a wide one. What the tiles of a GPU compute is for tests/kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        if products.INTERPRETED.value:
-            patch.setattr(products, "FEW_WEIGHTS", 1 << 17)
-            patch.setattr(products, "MANY_ROWS", 256)
+        if quant_matmul.INTERPRETED.value:
+            patch.setattr(quant_matmul, "FEW_WEIGHTS", 1 << 17)
+            patch.setattr(quant_matmul, "MANY_ROWS", 256)
         yield

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ktx.rules import Rule, load_rules
+from ktx.injection.rules import Rule, load_rules
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
 from tests.models.test_families import load

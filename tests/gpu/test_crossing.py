@@ -7,15 +7,15 @@ import torch
 
 from ktx.cache.kv import KVCache
 from ktx.devices import Device
-from ktx.ops import crossing
-from ktx.ops import layer as layer_module
+from ktx.ops import device_hooks
 from ktx.ops.embed import Embedding
-from ktx.ops.layer import Layer
+from ktx.ops.fusion import layer as layer_module
+from ktx.ops.fusion.layer import Layer
 from ktx.ops.masks import Intervals
 from ktx.ops.mlp import MLP
 from ktx.ops.norm import RMSNorm
 from ktx.ops.rope import RotaryEmbedding
-from ktx.versions import installed, numbers
+from ktx.utils.versions import installed, numbers
 from tests.gpu.placed import Twins
 
 LAYERS = {"num_hidden_layers": 4, "first_k_dense_replace": 4}
@@ -68,8 +68,8 @@ STATIONS = (Layer, Embedding, RotaryEmbedding, RMSNorm, MLP)
 
 @pytest.fixture
 def journeys(monkeypatch):
-    found = Journeys(crossing.moved)
-    monkeypatch.setattr(crossing, "moved", found.moved)
+    found = Journeys(device_hooks.moved)
+    monkeypatch.setattr(device_hooks, "moved", found.moved)
     return found
 
 
@@ -77,7 +77,7 @@ def hooked(model):
     return {
         path
         for path, module in model.named_modules()
-        if any(isinstance(hook, crossing.ToDevice) for hook in module._forward_pre_hooks.values())
+        if any(isinstance(hook, device_hooks.ToDevice) for hook in module._forward_pre_hooks.values())
     }
 
 
@@ -134,11 +134,11 @@ def test_first_layers_on_the_cpu_and_attention_on_a_gpu_inside_one(twins):
 
 def test_masks_that_are_intervals_stay_and_lengths_go_along():
     mask = torch.zeros(1, 1, 3, 2, dtype=torch.int32)
-    elsewhere = crossing.DevicePlacement(Device("cuda:0", torch.device("meta"), True), torch.float32)
-    assert crossing.moved(mask, elsewhere) is mask
+    elsewhere = device_hooks.DevicePlacement(Device("cuda:0", torch.device("meta"), True), torch.float32)
+    assert device_hooks.moved(mask, elsewhere) is mask
     positions = torch.arange(3)[None]
     positions.ktx_counts = [2, 1]
-    there = crossing.moved(positions, elsewhere)
+    there = device_hooks.moved(positions, elsewhere)
     assert there.device.type == "meta" and there.ktx_counts == [2, 1]
 
 
@@ -167,9 +167,11 @@ def test_layers_on_the_cpu_beside_a_gpu_compute_in_f32_by_their_blocks(twins, ha
 
 def test_a_module_left_to_transformers_keeps_its_layer_in_the_models_type(twins, halves):
     layer = halves.model.layers[2]
-    homes = lambda: crossing._homes(
-        halves, {m: m.placement for m in halves.modules() if hasattr(m, "placement")}, halves.dtype
-    )  # noqa: E731
+
+    def homes():
+        placements = {m: m.placement for m in halves.modules() if hasattr(m, "placement")}
+        return device_hooks._homes(halves, placements, halves.dtype)
+
     assert homes()[layer].dtype is torch.float32
     layer.mlp.kept = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
     assert homes()[layer].dtype is homes()[layer.mlp.kept].dtype is torch.bfloat16

@@ -7,8 +7,8 @@ import torch
 
 import ktx
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
-from ktx.engine.sampling import SamplingParams
-from ktx.ops.gpu import handover
+from ktx.engine.sampler import SamplingParams
+from ktx.ops.gpu import offload
 from tests.engine.test_batching import answers
 from tests.gpu.placed import F32, SMALL, SMALLER, rules
 from tests.small_chat import write_model
@@ -82,4 +82,4 @@ def test_keys_in_eight_bits_are_no_blocks_on_a_gpu(pair, wish, kept):
     with torch.inference_mode():
         model(torch.tensor([[5, 6]]), position_ids=cache.batch.position_ids, past_key_values=cache)
     assert {buffer.dtype for layer in cache.layers for buffer in layer.buffers} == {kept}
-    handover.check(model)
+    offload.check(model)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from ktx.loader.build import measure
 from ktx.ops.experts import of_layers
-from ktx.placement import CPU, Budget, Placement
-from ktx.preparing import measure
+from ktx.placement.solver import CPU, Budget, Placement
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_families import load
 from tests.test_placement import held

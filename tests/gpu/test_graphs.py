@@ -14,12 +14,12 @@ import torch
 
 import ktx
 from ktx.__main__ import build_parser
-from ktx.commands.serve import _options
-from ktx.compat import usual_cache_name
+from ktx.cli.serve import _options
 from ktx.devices import gpus
 from ktx.engine import graphs
 from ktx.engine.request import TokenEvent
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
+from ktx.transformers_compat import usual_cache_name
 from tests.engine.test_batching import answers
 from tests.gpu.placed import F32, SMALL, SMALLER, rules
 from tests.small_chat import write_model

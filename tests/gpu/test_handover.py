@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ktx.engine.runner import to_cpu
-from ktx.ops.gpu import handover, streams
-from ktx.ops.gpu.handover import ExpertOffload
+from ktx.ops.gpu import offload, streams
+from ktx.ops.gpu.offload import ExpertOffload
 from ktx.ops.gpu.padding import NO_EXPERT, Padding, chosen, padded
 from ktx.ops.gpu.streams import ThreadStream
 from tests.gpu.placed import Twins
@@ -290,7 +290,7 @@ def test_models_have_ways_of_their_own(two, tmp_path):
     apart = Twins(tmp_path, "deepseek_v3", num_hidden_layers=4).on(layers={3: "cuda:1"}, Experts="cpu")
     assert len(apart.handovers) == 2  # one a device
     assert not hasattr(hybrid_on_cpu := Twins(tmp_path, "deepseek_v3").cpu, "handovers")
-    handover.check(hybrid_on_cpu), handover.give_up(hybrid_on_cpu)
+    offload.check(hybrid_on_cpu), offload.give_up(hybrid_on_cpu)
 
 
 def test_an_error_nobody_came_for_is_not_another_models(two):
@@ -324,9 +324,9 @@ def test_models_that_take_turns_fail_and_answer_each_for_itself(two):
 def test_what_one_model_gives_up_the_other_still_waits_for(two):
     first, second, ids, expected = two
     first.handovers[0].all_slots[0].job = second.handovers[0].all_slots[0].job = job = object()
-    handover.give_up(first)
+    offload.give_up(first)
     assert first.handovers[0].all_slots[0].job is None and second.handovers[0].all_slots[0].job is job
-    handover.give_up(second)
+    offload.give_up(second)
     assert right(first, ids, expected) and right(second, ids, expected)
 
 

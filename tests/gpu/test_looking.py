@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from ktx.compat import cache_argument
 from ktx.errors import UsageError
+from ktx.transformers_compat import cache_argument
 from tests.gpu.placed import Twins
 from tests.models.test_families import IDS, relative
 

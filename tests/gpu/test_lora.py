@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from ktx.engine.request import Finished
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
 from tests.gpu.placed import Twins
 from tests.models.test_families import relative

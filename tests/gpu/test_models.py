@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from ktx.cache.kv import KVCache
 from ktx.errors import UsageError
-from ktx.kernels.gpu import kernels_for
+from ktx.kernels.gpu.attention_backend import kernels_for
 from ktx.ops.gpu import attention as gpu_attention
 from ktx.ops.gpu import mla as gpu_mla
 from ktx.ops.gpu.mla import MLA

@@ -7,10 +7,11 @@ import torch
 
 import ktx.devices
 from ktx.errors import DoesNotFit, UsageError
-from ktx.kernels import gpu_norm, reference
+from ktx.injection.rules import Rule
+from ktx.kernels import reference
+from ktx.kernels.gpu import norm
 from ktx.ops.base import ON_GPU, SHIPPED, resolve
-from ktx.ops.gpu.room import of_states, seen
-from ktx.rules import Rule
+from ktx.ops.gpu.kv_view import of_states, seen
 from tests.gpu.placed import Twins, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*matched no module")
@@ -116,7 +117,7 @@ def test_packed_weights_are_kept_on_disk_for_what_is_on_the_cpu(moe, tmp_path):
 @pytest.mark.parametrize("plus_one", [False, True])
 def test_norms(dtype, plus_one):
     x, weight = torch.randn(3, 7, 72).to(dtype), torch.randn(72)
-    found = gpu_norm.rms_norm(x.transpose(0, 1), weight, 1e-5, plus_one)
+    found = norm.rms_norm(x.transpose(0, 1), weight, 1e-5, plus_one)
     wanted = reference.rms_norm(x.transpose(0, 1), weight, 1e-5, plus_one)
     torch.testing.assert_close(
         found, wanted, rtol=1e-6 if dtype is torch.float32 else 2e-2, atol=1e-6

@@ -11,15 +11,15 @@ from safetensors.torch import save_file
 
 import ktx
 import ktx.demo
-from ktx import selftest
 from ktx.__main__ import main
-from ktx.engine.activity import EngineStats
+from ktx.engine.stats import EngineStats
 from ktx.errors import SelfTestFailed, UsageError
-from ktx.footprint import on_gpu
+from ktx.injection.rules import Rule, load_rules
 from ktx.kernels.check import in_bf16
-from ktx.qtypes import expand_scale
-from ktx.rules import Rule, load_rules
-from ktx.skeleton import read_config
+from ktx.loader.meta_model import read_config
+from ktx.model import self_test
+from ktx.placement.memory_model import on_gpu
+from ktx.quant.types import expand_scale
 from tests.gpu.placed import Twins
 from tests.models.families import tiny
 from tests.models.test_families import load, mixed, relative
@@ -65,14 +65,14 @@ def test_the_self_test_sees_both_sides(v3, monkeypatch):
     """It refuses none where one side was not chosen, counts nothing, and sees a layer that drops its cache."""
     model = v3.load(v3.rules(Experts="cpu"), gpu_experts=1, self_test=True)
     assert not experts_of(model).counted().any()
-    monkeypatch.setattr(selftest, "TRIES", 1)  # the interpreter is slow
+    monkeypatch.setattr(self_test, "TRIES", 1)  # the interpreter is slow
     layer = model.model.layers[1]
     whole = layer.forward
     layer.forward = lambda hidden, **words: whole(
         hidden, **words | dict.fromkeys({"past_key_values", "cache"} & set(words))
     )
     with pytest.raises(SelfTestFailed, match="through the cache"):
-        selftest.check(model)
+        self_test.check(model)
     assert not experts_of(model).counted().any()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ktx.errors import UsageError
-from ktx.weights.source import open_weights
+from ktx.weights.base import open_weights
 from tests.gpu.placed import F32, Twins
 from tests.models.test_families import load
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ktx.devices import Device
-from ktx.engine.activity import EngineStats
+from ktx.engine.stats import EngineStats
 from ktx.errors import UsageError
-from ktx.kernels import speed
+from ktx.kernels import microbench
 from ktx.ops.experts import PROJECTIONS
-from ktx.ops.gpu.streaming import Streamer, _install_on
+from ktx.ops.gpu.expert_streaming import Streamer, _install_on
 from ktx.ops.gpu.streams import ThreadStream
 from tests.gpu.placed import Twins
 from tests.models.test_families import mixed, relative
@@ -163,8 +163,8 @@ def test_auto_measures_and_off_is_off(qwen):
     for word in ("auto", "off", False, None):
         model = qwen.load(None, devices=BLOCK, stream_experts=word)
         assert all(block.streamer is None for block in blocks(model))  # on a pretended GPU nothing is gained
-    assert speed.min_tokens_to_stream(20 * 10**9, 10**8, 20.0, 200.0) == 1000
-    assert speed.min_tokens_to_stream(1000, 10**8, 20.0, 200.0) == speed.LEAST
+    assert microbench.min_tokens_to_stream(20 * 10**9, 10**8, 20.0, 200.0) == 1000
+    assert microbench.min_tokens_to_stream(1000, 10**8, 20.0, 200.0) == microbench.LEAST
 
 
 def test_other_words_are_errors_before_anything_is_read(qwen):
@@ -180,11 +180,11 @@ def test_what_has_no_use_is_told(qwen):
 
 def test_auto_copies_from_where_the_measured_cpu_is_slower_than_the_way(qwen, monkeypatch):
     model = qwen.load(None, devices=BLOCK)
-    for rate, least in ((1e6, None), (1.0, speed.LEAST)):
-        monkeypatch.setattr(speed, "prompt_rate", lambda qtype, rate=rate: rate)
+    for rate, least in ((1e6, None), (1.0, microbench.LEAST)):
+        monkeypatch.setattr(microbench, "prompt_rate", lambda qtype, rate=rate: rate)
         _install_on(Device("cuda:0", torch.device("cpu"), True), blocks(model), None)
         experts = blocks(model)[0].experts
-        copying = experts.weight_bytes()[0] / (speed.DEFAULT_PCIE_GB_S * 1e9)
+        copying = experts.weight_bytes()[0] / (microbench.DEFAULT_PCIE_GB_S * 1e9)
         token = 2 * 3 * 64 * 32 * experts.top / (rate * 1e9)  # three matrices of each chosen expert
         wanted = least or copying / token
         assert all(block.streamed_from == pytest.approx(wanted, abs=1) for block in blocks(model))

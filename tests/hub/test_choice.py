@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ktx.errors import BadFile, UsageError
-from ktx.hub.choice import AmbiguousQuant, File, choose, quantisations
+from ktx.hub.file_selection import AmbiguousQuant, File, choose, quantisations
 
 
 def files(*paths, size=10):

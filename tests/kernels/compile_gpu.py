@@ -14,10 +14,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ktx.kernels import gpu_linear, moe
-from ktx.kernels.dequant import book, decoding
-from ktx.kernels.planes import SoAWeight
-from ktx.qtypes import QTYPES
+from ktx.kernels.gpu import linear, moe
+from ktx.kernels.gpu.dequant import book, decoding
+from ktx.kernels.gpu.soa_layout import SoAWeight
+from ktx.quant.types import QTYPES
 
 N, K, EXPERTS = 512, 1024, 2
 WORDS = {torch.uint8: "u8", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"} | {
@@ -69,11 +69,11 @@ def main() -> None:
     print(json.dumps({"kernel": "combine"} | compiled(moe._combine, arch, *head, COUNT=True, WIDTH=1024)), flush=True)
     for name in sys.argv[2:]:
         one, some = matrices(name, 1), matrices(name, EXPERTS)
-        for tokens in (1, gpu_linear.MANY):
-            shape = gpu_linear.shape_of(tokens, N, K)
+        for tokens in (1, linear.MANY):
+            shape = linear.shape_of(tokens, N, K)
             sizes = tokens, N, K, one.row_blocks, K
             found = compiled(
-                gpu_linear._linear,
+                linear._linear,
                 arch,
                 x,
                 one.planes,

@@ -15,8 +15,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import driver
 
-from ktx.kernels import gpu_norm, merge, mla, paged, rope_store
-from ktx.kernels.work import AttentionSchedule, Shape, tiles_for
+from ktx.kernels.gpu import mla_decode, norm, paged_attention, reduce_splits, rope_and_cache
+from ktx.kernels.gpu.split_kv import AttentionSchedule, Shape, tiles_for
 
 
 class Hopper(DriverBase):
@@ -74,7 +74,7 @@ def attend_to_latent(heads: int) -> None:
     work = AttentionSchedule([1], Shape(heads, 1, 512, 512, latent=True), "cpu", num_sms=132)
     plan = work.plan(torch.tensor([[0, 1, 100]]), torch.zeros(1, 32, dtype=torch.int32))
     q, q_rope = blank(1, heads, 1, 512), blank(1, heads, 1, 64)
-    mla.mla_attention(q, q_rope, blank(2, 64, 512), blank(2, 64, 64), plan, 1.0)
+    mla_decode.mla_attention(q, q_rope, blank(2, 64, 512), blank(2, 64, 64), plan, 1.0)
 
 
 def in_f32() -> None:
@@ -90,8 +90,8 @@ def in_f32() -> None:
             "q_rope": blank(1, shape.heads, 300, wide, dtype=torch.float32),
             "k_rope": blank(2, 1, 64, wide, dtype=torch.float32),
         }
-        paged.attention(q, pool, pool, plan, 1.0, **(turned if wide else {}))
-    gpu_norm.rms_norm(blank(300, 7168), torch.zeros(7168), 1e-6)
+        paged_attention.attention(q, pool, pool, plan, 1.0, **(turned if wide else {}))
+    norm.rms_norm(blank(300, 7168), torch.zeros(7168), 1e-6)
 
 
 def everything_else() -> None:
@@ -100,13 +100,15 @@ def everything_else() -> None:
     plan = work.plan(torch.tensor([[0, 1, 100], [1, 300, 300]]), torch.zeros(2, 32, dtype=torch.int32), 100)
     for page, stored in ((48, torch.bfloat16), (64, eight)):
         pools = (blank(2, 3, page, columns, dtype=stored) for columns in (80, 72))
-        paged.attention(blank(1, 9, 301, 80), *pools, plan, 1.0, torch.zeros(9), 30.0)
+        paged_attention.attention(blank(1, 9, 301, 80), *pools, plan, 1.0, torch.zeros(9), 30.0)
     in_f32()
     tables = blank(1, 5, 64), blank(1, 5, 64)
     heads = blank(1, 20, 5, 128), blank(1, 3, 5, 128), blank(1, 3, 5, 64)
-    rope_store.rope_and_cache_kv(*heads, *tables, slots, *(blank(4, 3, 64, d, dtype=eight) for d in (128, 64)), True)
+    rope_and_cache.rope_and_cache_kv(
+        *heads, *tables, slots, *(blank(4, 3, 64, d, dtype=eight) for d in (128, 64)), True
+    )
     latent = blank(1, 5, 512), blank(1, 5, 64), blank(1, 128, 5, 64)
-    rope_store.rope_and_cache_mla(
+    rope_and_cache.rope_and_cache_mla(
         *latent, *tables, slots, *(blank(4, 64, d, dtype=eight) for d in (512, 64)), blank(512)
     )
 
@@ -114,11 +116,11 @@ def everything_else() -> None:
 def main(heads: str = "") -> None:
     driver.set_active(Hopper())
     found: list[dict[str, Any]] = []
-    for module, name in ((paged, "_attend"), (merge, "_merge")):
+    for module, name in ((paged_attention, "_attend"), (reduce_splits, "_merge")):
         Compiled(module, name, found)
-    Compiled(gpu_norm, "_rms_norm", found)
+    Compiled(norm, "_rms_norm", found)
     for name in ("_store_heads", "_store_latent"):
-        Compiled(rope_store, name, found)
+        Compiled(rope_and_cache, name, found)
     if heads:
         attend_to_latent(int(heads))
     else:

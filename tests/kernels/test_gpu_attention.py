@@ -18,11 +18,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from ktx.errors import UsageError
 from ktx.kernels import reference
 from ktx.kernels.check import relative
-from ktx.kernels.gpu import kernels_for
-from ktx.kernels.mla import as_pages, mla_attention
-from ktx.kernels.paged import attention
-from ktx.kernels.rope_store import rope_and_cache_kv, rope_and_cache_mla
-from ktx.kernels.work import AttentionSchedule, Shape, Tile, programs_in_line, tiles_for
+from ktx.kernels.gpu.attention_backend import kernels_for
+from ktx.kernels.gpu.mla_decode import as_pages, mla_attention
+from ktx.kernels.gpu.paged_attention import attention
+from ktx.kernels.gpu.rope_and_cache import rope_and_cache_kv, rope_and_cache_mla
+from ktx.kernels.gpu.split_kv import AttentionSchedule, Shape, Tile, programs_in_line, tiles_for
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

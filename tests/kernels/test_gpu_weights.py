@@ -14,11 +14,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ktx.errors import KtxError
-from ktx.kernels import dequant, fp8, gpu_linear, moe, planes, products, reference
+from ktx.kernels import reference
 from ktx.kernels.check import relative, sample
-from ktx.kernels.planes import FIELDS, pack, pack_experts
-from ktx.qtypes import QTYPES
-from ktx.weights.source import QuantizedTensor
+from ktx.kernels.gpu import dequant, fp8, linear, moe, quant_matmul, soa_layout
+from ktx.kernels.gpu.soa_layout import FIELDS, pack, pack_experts
+from ktx.quant.types import QTYPES
+from ktx.weights.base import QuantizedTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SUMS, HALVES = (
@@ -102,7 +103,7 @@ def test_linear(name, tokens):
     k = min(columns(name), 512)
     weight, bias = sample(name, 19, k), torch.randn(19)
     x = torch.randn(tokens, k)
-    got = gpu_linear.linear(x.to(DEVICE), pack(weight, device=DEVICE), bias.to(DEVICE))
+    got = linear.linear(x.to(DEVICE), pack(weight, device=DEVICE), bias.to(DEVICE))
     assert relative(got.cpu(), exact_linear(x, weight) + bias.double()) < SUMS
 
 
@@ -113,7 +114,7 @@ def test_activation_types(name, dtype):
     packed = pack(weight, device=DEVICE)
     for tokens in (2, 20, 70):
         x = torch.randn(tokens, k).to(dtype)
-        y = gpu_linear.linear(x.view(2, -1, k).to(DEVICE), packed)
+        y = linear.linear(x.view(2, -1, k).to(DEVICE), packed)
         assert y.dtype == dtype and y.shape == (2, tokens // 2, 12)
         assert relative(y.cpu().view(tokens, 12), exact_linear(x, weight)) < HALVES
 
@@ -121,8 +122,8 @@ def test_activation_types(name, dtype):
 @pytest.mark.parametrize("name", TWO)
 def test_many_tokens_are_dequantised_in_pieces(name, monkeypatch):
     weight, x = sample(name, 20, columns(name)), torch.randn(70, columns(name))
-    monkeypatch.setattr(gpu_linear, "PIECE", 7 * columns(name))
-    got = gpu_linear.linear(x.to(DEVICE), pack(weight, device=DEVICE))
+    monkeypatch.setattr(linear, "PIECE", 7 * columns(name))
+    got = linear.linear(x.to(DEVICE), pack(weight, device=DEVICE))
     assert relative(got.cpu(), exact_linear(x, weight)) < SUMS
 
 
@@ -134,8 +135,8 @@ def test_columns_split_among_programs(name, monkeypatch):
         x = torch.randn(tokens, 2560)
         found = []
         for programs in (1, 256):
-            monkeypatch.setattr(products, "PROGRAMS", programs)
-            found.append(gpu_linear.linear(x.to(DEVICE), packed, bias.to(DEVICE)).cpu())
+            monkeypatch.setattr(quant_matmul, "PROGRAMS", programs)
+            found.append(linear.linear(x.to(DEVICE), packed, bias.to(DEVICE)).cpu())
             assert relative(found[-1], exact_linear(x, weight) + bias.double()) < SUMS
         assert not torch.equal(*found)  # sums of another order: they were split
 
@@ -143,20 +144,20 @@ def test_columns_split_among_programs(name, monkeypatch):
 @pytest.mark.parametrize("name", ["Q4_K", "IQ2_S", "F32"])
 def test_a_token_is_the_same_bits_whatever_stands_beside_it(name):
     packed, x = pack(sample(name, 9, 512), device=DEVICE), torch.randn(4, 512, device=DEVICE).half()
-    whole = gpu_linear.linear(x, packed)
+    whole = linear.linear(x, packed)
     for tokens in (
         (3,) if DEVICE == "cuda" else (1, 2, 3)
     ):  # a card may add up the lanes of another tile in another order
-        assert torch.equal(gpu_linear.linear(x[:tokens], packed), whole[:tokens])
+        assert torch.equal(linear.linear(x[:tokens], packed), whole[:tokens])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tokens", [2, 20])
 def test_what_is_not_finite_stays_in_its_row(value, tokens):
     packed, x = pack(sample("Q4_K", 9, 512), device=DEVICE), torch.randn(tokens, 512, device=DEVICE)
-    expected = gpu_linear.linear(x, packed)
+    expected = linear.linear(x, packed)
     x[1, 77] = value
-    got = gpu_linear.linear(x, packed)
+    got = linear.linear(x, packed)
     assert not got[1].isfinite().any()
     keep = torch.arange(tokens) != 1
     assert torch.equal(got[keep], expected[keep])
@@ -167,7 +168,7 @@ def test_what_is_not_finite_stays_in_its_row(value, tokens):
 def test_linear_batched(name, tokens):
     weights = stack(name, 3, 24, 256)
     x = torch.randn(3, tokens, 256)
-    got = gpu_linear.linear_batched(x.to(DEVICE), pack(weights, device=DEVICE))
+    got = linear.linear_batched(x.to(DEVICE), pack(weights, device=DEVICE))
     assert relative(got.cpu(), reference.linear_batched(x.double(), weights)) < SUMS
 
 
@@ -262,7 +263,7 @@ def test_groups_of_pairs_cover_each_pair_once():
 
 def test_nothing_to_multiply():
     packed = pack(sample("Q8_0", 32, 64), device=DEVICE)
-    assert gpu_linear.linear(torch.zeros(0, 64, device=DEVICE), packed).shape == (0, 32)
+    assert linear.linear(torch.zeros(0, 64, device=DEVICE), packed).shape == (0, 32)
     gate, down = (pack_experts(stack("Q8_0", 2, *shape), device=DEVICE) for shape in ((32, 64), (64, 32)))
     none = torch.zeros(0, 1, dtype=torch.int64, device=DEVICE)
     assert moe.experts(torch.zeros(0, 64, device=DEVICE), none, none.float(), gate, gate, down).shape == (0, 64)
@@ -281,11 +282,11 @@ def test_activations_in_fp8_are_near_and_scaled_by_128_columns():
 
 
 BAD = {
-    "columns": (lambda w: gpu_linear.linear(torch.randn(2, 128, device=DEVICE), w), "128 columns"),
-    "integers": (lambda w: gpu_linear.linear(torch.ones(2, 256, dtype=torch.int32, device=DEVICE), w), "int32"),
-    "a bias": (lambda w: gpu_linear.linear(torch.randn(2, 256, device=DEVICE), w, torch.randn(5)), "bias"),
-    "bytes": (lambda w: planes.SoAWeight(w.data[:-1], w.qtype, 32, 256), "bytes"),
-    "matrices": (lambda w: gpu_linear.linear_batched(torch.randn(2, 1, 256, device=DEVICE), w), "1 matrices"),
+    "columns": (lambda w: linear.linear(torch.randn(2, 128, device=DEVICE), w), "128 columns"),
+    "integers": (lambda w: linear.linear(torch.ones(2, 256, dtype=torch.int32, device=DEVICE), w), "int32"),
+    "a bias": (lambda w: linear.linear(torch.randn(2, 256, device=DEVICE), w, torch.randn(5)), "bias"),
+    "bytes": (lambda w: soa_layout.SoAWeight(w.data[:-1], w.qtype, 32, 256), "bytes"),
+    "matrices": (lambda w: linear.linear_batched(torch.randn(2, 1, 256, device=DEVICE), w), "1 matrices"),
     "types": (lambda w: pack([sample("Q8_0", 4, 64), sample("Q4_0", 4, 64)], device=DEVICE), "differ"),
     "an activation": (lambda w: moe.experts(*[torch.zeros(1, 1)] * 3, w, w, w, act="swish"), "swish"),
     "a down matrix": (lambda w: moe.experts(*[torch.zeros(1, 1)] * 3, w, w, w), "transposed"),
@@ -300,7 +301,7 @@ def test_bad_arguments_are_told(what):
 
 
 def test_the_rest_of_ktx_needs_no_triton():
-    code = "import sys, ktx, ktx.ops.linear, ktx.ops.experts, ktx.kernels.planes; sys.exit('triton' in sys.modules)"
+    code = "import sys, ktx, ktx.ops.linear, ktx.ops.experts, ktx.kernels.gpu.soa_layout; sys.exit('triton' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
 
@@ -345,9 +346,9 @@ def test_linear_of_a_real_shape(name):
     packed, values = pack(weight, device="cuda"), weight.dequantize().cuda().double()
     for tokens in (1, 2, 7, 8, 9, 33, 64, 200):
         x = torch.randn(tokens, k, device="cuda")
-        assert relative(gpu_linear.linear(x, packed), x.double() @ values.T) < SUMS
+        assert relative(linear.linear(x, packed), x.double() @ values.T) < SUMS
         low = x.bfloat16()
-        assert relative(gpu_linear.linear(low, packed), low.double() @ values.T) < HALVES
+        assert relative(linear.linear(low, packed), low.double() @ values.T) < HALVES
 
 
 @gpu
@@ -361,7 +362,7 @@ def test_a_cuda_graph_holds_a_layer(tokens):
     router = pack(sample("Q8_0", 64, 2048), device="cuda")
 
     def layer():
-        return moe.experts(x, ids, weights, *packed, first=2), gpu_linear.linear(x, router)
+        return moe.experts(x, ids, weights, *packed, first=2), linear.linear(x, router)
 
     layer()
     torch.cuda.synchronize()
@@ -387,4 +388,4 @@ def test_fp8_by_blocks_in_cublas():
         pytest.skip(f"{torch.cuda.get_device_name()} and CUDA {torch.version.cuda} multiply no blocks of FP8")
     exact = x.double() @ weight.dequantize().cuda().double().T
     assert relative(fp8.linear(x, packed), exact) < 4e-2
-    assert relative(gpu_linear.linear(x, packed), exact) < 4e-2
+    assert relative(linear.linear(x, packed), exact) < 4e-2

@@ -12,8 +12,8 @@ import torch
 from ktx.errors import NoGradient
 from ktx.kernels import cpu, gradients, reference
 from ktx.kernels.check import sample
-from ktx.qtypes import QTYPES
-from ktx.weights.source import QuantizedTensor
+from ktx.quant.types import QTYPES
+from ktx.weights.base import QuantizedTensor
 
 NEAR = 1e-5
 IDS = torch.tensor(

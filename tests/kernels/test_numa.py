@@ -15,8 +15,8 @@ import json, sys, time, torch
 from ktx.kernels import cpu
 from ktx.kernels.blocks import rows_of
 from ktx.kernels.check import sample
-from ktx.kernels.speed import matrices, stacked
-from ktx.qtypes import QTYPES
+from ktx.kernels.microbench import matrices, stacked
+from ktx.quant.types import QTYPES
 
 def stack(name, count, n, k):
     return [sample(name, n, k, seed) for seed in range(count)]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ktx.kernels import cpu, planes
+from ktx.kernels import cpu
 from ktx.kernels.blocks import rows_of
 from ktx.kernels.check import sample
-from ktx.kernels.unpack import unpack
-from ktx.qtypes import QTYPES
-from ktx.weights.source import QuantizedTensor
+from ktx.kernels.gpu import soa_layout
+from ktx.kernels.gpu.repack_from_cpu import unpack
+from ktx.quant.types import QTYPES
+from ktx.weights.base import QuantizedTensor
 
 
-def both(name: str, rows: int, k: int, count: int = 3) -> tuple[torch.Tensor, planes.SoAWeight, planes.SoAWeight]:
+def both(
+    name: str, rows: int, k: int, count: int = 3
+) -> tuple[torch.Tensor, soa_layout.SoAWeight, soa_layout.SoAWeight]:
     """Groups as the CPU has them, the planes that should come of them, and empty ones."""
     parts: list[QuantizedTensor] = [sample(name, rows, k, seed) for seed in range(count)]
-    held, wanted = cpu.pack(parts), planes.pack(parts, device="cpu")
+    held, wanted = cpu.pack(parts), soa_layout.pack(parts, device="cpu")
     scale = None if wanted.scale is None else torch.zeros_like(wanted.scale)
-    empty = planes.SoAWeight(torch.zeros_like(wanted.data), wanted.qtype, rows, k, count, scale)
+    empty = soa_layout.SoAWeight(torch.zeros_like(wanted.data), wanted.qtype, rows, k, count, scale)
     return held.data.view(count, -(-rows // cpu.GROUP_ROWS), -1), wanted, empty
 
 
@@ -44,7 +47,7 @@ def test_each_memory_nodes_rows_come_by_themselves(name):
 @pytest.mark.parametrize("name", ["IQ1_S", "IQ3_XXS"])
 def test_bits_are_put_back_some_matrices_at_a_time(name, monkeypatch):
     data, wanted, found = both(name, 50, 512, 5)
-    monkeypatch.setattr("ktx.kernels.unpack.AT_ONCE", 2 * data[0].numel())
+    monkeypatch.setattr("ktx.kernels.gpu.repack_from_cpu.AT_ONCE", 2 * data[0].numel())
     unpack(data, found)
     assert torch.equal(found.data, wanted.data)
 
@@ -60,7 +63,7 @@ def test_rows_are_those_of_the_file(name, rows, monkeypatch):
         for found, wanted in (
             (cpu.pack(parts[0]), parts[:1]),
             (cpu.pack_experts(parts), parts),
-            (planes.pack(parts, device="cpu"), parts),
+            (soa_layout.pack(parts, device="cpu"), parts),
         ):
             taken = list(rows_of(found))
             assert torch.equal(torch.cat([some.data for some in taken]), torch.cat([part.data for part in wanted]))

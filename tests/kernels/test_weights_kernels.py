@@ -13,9 +13,9 @@ import torch
 from ktx.errors import KtxError, UsageError
 from ktx.kernels import cpu, reference
 from ktx.kernels.check import BOUND_FLOAT, HAVE_FAST, bounds, relative, sample
-from ktx.qtypes import QTYPES
-from ktx.quantize import quantize
-from ktx.weights.source import QuantizedTensor
+from ktx.quant.quantize import quantize
+from ktx.quant.types import QTYPES
+from ktx.weights.base import QuantizedTensor
 
 INTS = [q.name for q in QTYPES.values() if not q.is_float]
 FLOATS = [q.name for q in QTYPES.values() if q.is_float]

@@ -11,11 +11,12 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ktx.cache.kv import KVCache
-from ktx.compat import cache_argument
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
-from ktx.ops import attention_weights, fused, layer
+from ktx.ops import attention_weights
 from ktx.ops.attention import Attention
+from ktx.ops.fusion import fused, layer
+from ktx.transformers_compat import cache_argument
 from tests.models.families import tiny
 from tests.models.test_blocks import modules
 from tests.models.test_families import IDS, Pair, load, relative

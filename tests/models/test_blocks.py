@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from ktx.cache.kv import GrowingLayer, KVCache
 from ktx.ops.attention import Attention
-from ktx.ops.layer import Layer
+from ktx.ops.fusion.layer import Layer
 from ktx.ops.mla import MLA
 from ktx.ops.moe import MoE
 from tests.models.test_families import IDS, Pair, logits, relative

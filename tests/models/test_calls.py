@@ -11,12 +11,12 @@ from torch import nn
 
 import ktx
 from ktx.cache.kv import KVCache
-from ktx.commands.bench_ktx import forward
-from ktx.compat import CACHE_NAMES, cache_aliases, cache_argument, cache_name, cache_of, usual_cache_name
-from ktx.engine.sampling import SamplingParams
-from ktx.ops.calls import Call
-from ktx.ops.layer import Layer
+from ktx.cli.bench_ktx import forward
+from ktx.engine.sampler import SamplingParams
+from ktx.ops.forward_signature import Call
+from ktx.ops.fusion.layer import Layer
 from ktx.ops.recurrent import Recurrent
+from ktx.transformers_compat import CACHE_NAMES, cache_aliases, cache_argument, cache_name, cache_of, usual_cache_name
 from tests.models.test_blocks import modules
 from tests.models.test_families import IDS, Pair, relative
 from tests.small_chat import write_model

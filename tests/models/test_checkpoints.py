@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from ktx.compat import cache_argument
 from ktx.engine.request import Finished
 from ktx.engine.runner import ModelRunner, SequentialRunner
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
-from ktx.rules import Rule, load_rules
+from ktx.injection.rules import Rule, load_rules
+from ktx.transformers_compat import cache_argument
 from tests.models.families import LINEAR, MLA, MOE, tiny
 from tests.models.test_families import IDS, load, logits, relative
 from tests.small_chat import tokenizer

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from ktx.compat import cache_argument
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
-from ktx.ops import classes
-from ktx.ops.changes import Changes
+from ktx.ops import class_patches
+from ktx.ops.change_counter import Changes
+from ktx.transformers_compat import cache_argument
 from tests.models.families import tiny
 from tests.models.test_families import IDS, Pair, load, relative
 from tests.small_chat import write_model
@@ -83,7 +83,7 @@ def test_the_class_of_a_loaded_module(pair, monkeypatch):
     usual, seen = computed(pair.model), set()
     for path, module in pair.model.model.named_modules():
         kind = type(module)
-        if kind in seen or not isinstance(module, classes.Operator) or path.endswith("experts"):
+        if kind in seen or not isinstance(module, class_patches.Operator) or path.endswith("experts"):
             continue
         seen.add(kind)
         of = type(pair.reference.model.get_submodule(path))
@@ -105,7 +105,7 @@ def test_other_methods_than_forward(pair, monkeypatch):
     """What a class's forward calls."""
     usual = computed(pair.model)
     for kind in kinds_of(pair.reference):
-        for name in classes._methods(kind) - {"forward"}:
+        for name in class_patches._methods(kind) - {"forward"}:
             if not isinstance(vars(kind).get(name), type(computed)) or kind.__name__.endswith("Experts"):
                 continue
             with monkeypatch.context() as patch:
@@ -243,7 +243,7 @@ def test_an_engine(tmp_path, monkeypatch):
 
     write_model(tmp_path, quant="F32")
     model, tokenizer = ktx.load(tmp_path, tmp_path / "model.gguf", progress=False)
-    kind = classes.replaced_by(type(model.model.layers[0].mlp))
+    kind = class_patches.replaced_by(type(model.model.layers[0].mlp))
 
     def answer():
         with model.ktx.engine(cache_lens=256) as engine:

@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from ktx import versions
-from ktx.compat import usual_cache_name
 from ktx.errors import UsageError
-from ktx.inject import inject
+from ktx.injection.inject import inject
+from ktx.injection.rules import load_rules
 from ktx.ops import contract
-from ktx.rules import load_rules
+from ktx.transformers_compat import usual_cache_name
+from ktx.utils import versions
 from tests.models.families import COMMON, FAMILIES
 
 CACHE = usual_cache_name()

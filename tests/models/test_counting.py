@@ -7,9 +7,9 @@ import torch
 
 from ktx.cache.kv import KVCache
 from ktx.ops.experts import Experts
-from ktx.ops.layer import Layer
+from ktx.ops.fusion.layer import Layer
 from ktx.ops.moe import MoE
-from ktx.ops.sizes import WeightTraffic, sizes
+from ktx.ops.weight_traffic import WeightTraffic, sizes
 from tests.models.test_blocks import modules, without
 from tests.models.test_families import IDS, Pair, logits
 

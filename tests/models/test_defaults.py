@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import ktx
-import ktx.loading
+import ktx.loader.load
 from ktx.cache.kv import KVCache
-from ktx.defaults import torch_defaults
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import BadFile
+from ktx.utils.torch_defaults import torch_defaults
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
 from tests.models.test_families import IDS
@@ -26,7 +26,7 @@ FAMILIES = ("llama", "deepseek_v3", "qwen3_next", "gpt_oss")
 
 @pytest.fixture(autouse=True)
 def no_tokenizer(monkeypatch):
-    monkeypatch.setattr(ktx.loading, "read_tokenizer", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ktx.loader.load, "read_tokenizer", lambda *args, **kwargs: None)
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def made(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     tiny(request.param).save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ktx.loading, "read_tokenizer", lambda *args, **kwargs: None)
+        patch.setattr(ktx.loader.load, "read_tokenizer", lambda *args, **kwargs: None)
         model = ktx.load(folder, progress=False)[0]
     return folder, model, answers(model)
 
@@ -162,7 +162,7 @@ def test_everything_is_imported_under_another_default_type(tmp_path):
     torch.save((IDS, ktx.load(tmp_path, progress=False)[0](IDS).logits), tmp_path / "expected.pt")
     program = (
         "import sys, torch; torch.set_default_dtype(torch.bfloat16)\n"
-        "import ktx, ktx.loading; ktx.loading.read_tokenizer = lambda *args: None\n"
+        "import ktx, ktx.loader.load; ktx.loader.load.read_tokenizer = lambda *args: None\n"
         "ids, expected = torch.load(sys.argv[1] + '/expected.pt')\n"
         "assert torch.equal(ktx.load(sys.argv[1], progress=False)[0](ids).logits, expected)\n"
         "assert torch.get_default_dtype() == torch.bfloat16\n"

@@ -36,14 +36,14 @@ class Pair:
 
 def load(folder, weights, **more):
     """ktx.load without a tokenizer, which these folders do not have."""
-    import ktx.loading
+    import ktx.loader.load
 
-    keep = ktx.loading.read_tokenizer
-    ktx.loading.read_tokenizer = lambda *args, **kwargs: None
+    keep = ktx.loader.load.read_tokenizer
+    ktx.loader.load.read_tokenizer = lambda *args, **kwargs: None
     try:
         return ktx.load(folder, weights, progress=False, **more)[0]
     finally:
-        ktx.loading.read_tokenizer = keep
+        ktx.loader.load.read_tokenizer = keep
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

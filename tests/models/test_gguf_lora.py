@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from ktx.adapters import read
 from ktx.errors import BadFile, UsageError
+from ktx.model.lora import read
 from ktx.weights.lora import Wish
 from tests.gguf_writer import LoraWriter, write_gguf, write_gguf_lora
 from tests.models.families import LINEAR, tiny

@@ -11,7 +11,7 @@ from transformers import DynamicCache, StaticCache
 from ktx.cache.kv import KVCache
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.errors import NoGradient
-from ktx.kernels import steps
+from ktx.kernels import fused_steps as steps
 from ktx.ops.experts import Experts
 from ktx.ops.linear import Linear
 from ktx.ops.mla import MLA

@@ -12,9 +12,9 @@ import ktx
 from ktx.cache.kv import KVCache
 from ktx.errors import UsageError
 from ktx.ops.base import Operator
-from ktx.ops.floats import Dequantized
+from ktx.ops.float_views import Dequantized
+from ktx.ops.fusion.layer import Layer
 from ktx.ops.guard import current
-from ktx.ops.layer import Layer
 from ktx.ops.linear import Linear
 from tests.models.families import tiny
 from tests.models.test_families import IDS, Pair, load, logits, relative

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from ktx.cache.kv import KVCache
-from ktx.compat import cache_argument
+from ktx.transformers_compat import cache_argument
 from tests.models.test_families import IDS, Pair, relative
 
 FAMILIES = (

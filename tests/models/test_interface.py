@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import ktx
 from ktx.errors import NoGradient, UsageError
-from ktx.ops.interface import HELD
+from ktx.ops.experts_interface import HELD
 from tests.models.families import FAMILIES, tiny
 from tests.models.test_families import IDS, relative
 

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 import ktx
 from ktx.engine.request import Finished
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import BadFile, Overloaded, UsageError
 from ktx.ops.guard import current
 from ktx.ops.linear import Linear

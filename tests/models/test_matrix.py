@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import ktx
-from ktx.compat import cache_argument
+from ktx.transformers_compat import cache_argument
 from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import ktx
 import ktx.demo
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.ops.guard import current
 from ktx.ops.linear import Linear
 from tests.models.families import tiny

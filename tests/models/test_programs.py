@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import ktx
-from ktx.compat import cache_argument
 from ktx.errors import NoGradient, UsageError
 from ktx.ops.base import Operator
+from ktx.transformers_compat import cache_argument
 from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ktx.cache.kv import KVCache
-from ktx.weights.source import open_weights
+from ktx.weights.base import open_weights
 from tests.gguf_writer import write_gguf
 from tests.models.families import LINEAR, MOE, tiny
 from tests.models.test_families import IDS, Pair, logits, per_token, relative, response_to_noise

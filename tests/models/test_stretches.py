@@ -13,8 +13,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from ktx.cache.kv import GrowingLayer, KVCache
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.kernels.cpu import ops
-from ktx.ops import layer as layer_module
-from ktx.ops.layer import AT_ONCE, MISSES, Layer
+from ktx.ops.fusion import layer as layer_module
+from ktx.ops.fusion.layer import AT_ONCE, MISSES, Layer
 from tests.models.test_blocks import decode, modules, without
 from tests.models.test_families import IDS, Pair, logits
 

@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import ktx
+from ktx.injection.rules import Rule, load_rules
 from ktx.ops.tied import Tied
-from ktx.rules import Rule, load_rules
 from tests.models.families import tiny
 from tests.models.test_families import IDS, load, relative
 

@@ -9,11 +9,11 @@ import time
 import pytest
 
 from ktx.__main__ import main
-from ktx.commands import serve_ray
+from ktx.cli import serve_ray
 from ktx.errors import DoesNotFit
 from ktx.hardware import share_of_cpus
 from ktx.replicas.affinity import MOST, PIECE, UNSENT, Affinity, keys_of
-from ktx.replicas.layout import Node, lay_out
+from ktx.replicas.spread import Node, lay_out
 
 
 def body(*texts, **more):

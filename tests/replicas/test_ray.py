@@ -185,7 +185,7 @@ def test_the_guard_stands_before_ray(server):
 
 
 def test_keys_do_not_travel():
-    from ktx.replicas.front import plain
+    from ktx.replicas.proxy import plain
 
     headers = [(b"Authorization", b"Bearer k"), (b"x-api-key", b"k"), (b"cookie", b"k"), (b"accept", b"*/*")]
     scope = {"type": "http", "method": "GET", "path": "/", "headers": headers, "app": object()}

@@ -13,9 +13,9 @@ import pytest
 from ktx.engine.engine import Options
 from ktx.engine.scripted import read_script, scripted_engine
 from ktx.server.app import make_app
-from ktx.server.guard import AccessPolicy
+from ktx.server.auth import AccessPolicy
 from ktx.server.run import listen, make_server
-from ktx.server.served import ServerSettings, ServerState
+from ktx.server.state import ServerSettings, ServerState
 from tests.small_chat import tokenizer
 
 NAME = "test-model"

@@ -15,8 +15,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from ktx.engine.sampling import SamplingParams
-from ktx.server.served import ServerSettings
+from ktx.engine.sampler import SamplingParams
+from ktx.server.state import ServerSettings
 from tests.gguf_writer import write_gguf_lora
 from tests.models.families import tiny
 from tests.models.test_families import load
@@ -303,7 +303,7 @@ def test_links_inside_the_folder_are_followed(client, root, expected):
 
 
 def test_an_adapter_that_does_not_fit(client, root, monkeypatch):
-    monkeypatch.setattr("ktx.adapters.memory", lambda: (1 << 34, 100))
+    monkeypatch.setattr("ktx.model.lora.memory", lambda: (1 << 34, 100))
     refused(client, 503, "of memory", lora_path="one")
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ktx.server.guard import AccessPolicy
+from ktx.server.auth import AccessPolicy
 from tests.server.browser import Page, chromium, talkative
 from tests.server.conftest import NAME, serving, settled
 

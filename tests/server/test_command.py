@@ -9,9 +9,9 @@ import pytest
 
 import ktx.demo
 from ktx.__main__ import build_parser, main
-from ktx.commands import serve
+from ktx.cli import serve
 from ktx.server import main as old_name
-from ktx.server.served import ServerState
+from ktx.server.state import ServerState
 
 
 def parsed(*words):
@@ -59,7 +59,7 @@ def test_bandwidth_is_measured_before_a_model_is_loaded(monkeypatch):
     args = parsed("--model", str(ktx.demo.path()), "--weights", str(ktx.demo.gguf()), "--cache-lens", "256")
     with serve._engine(args, served) as engine:
         assert 0.1 < served.bandwidth < 10000 and engine.activity.snapshot().nbytes == 0
-    monkeypatch.setattr("ktx.kernels.speed.memory", lambda: (1 << 34, 1 << 29))
+    monkeypatch.setattr("ktx.kernels.microbench.memory", lambda: (1 << 34, 1 << 29))
     with serve._engine(args, served):
         assert served.bandwidth is None  # there was no room for it
 

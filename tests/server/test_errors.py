@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import ContextExceeded, KtxError, Overloaded, QueueFull, UsageError
 from ktx.server.errors import to_api_error
 from tests.server.conftest import NAME, scripted, serving
@@ -79,7 +79,7 @@ def test_an_error_of_a_class_of_its_own():
 @pytest.mark.parametrize("error,status,code", [(QueueFull("x"), 429, "queue_full"), (Overloaded("x"), 503, None)])
 def test_a_replicas_front_says_the_same(error, status, code):
     pytest.importorskip("ray")
-    from ktx.replicas.front import refused
+    from ktx.replicas.proxy import refused
 
     for path in ("/v1/chat/completions", "/v1/messages", "/api/chat"):
         answer = refused({"path": path}, error)

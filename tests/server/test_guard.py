@@ -10,10 +10,10 @@ import socket
 import httpx
 import pytest
 
-from ktx.server.guard import AccessPolicy, count_json_values
+from ktx.server.auth import AccessPolicy, count_json_values
 from ktx.server.log import LogFormatter
-from ktx.server.served import ServerSettings
-from ktx.server.turn import OutputParser
+from ktx.server.output import OutputParser
+from ktx.server.state import ServerSettings
 from tests.server.conftest import NAME, scripted, serving
 
 BODY = {"model": NAME, "messages": [{"role": "user", "content": "greet"}]}

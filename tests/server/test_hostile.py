@@ -13,18 +13,18 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 
-from ktx.server import fields
+from ktx.server import protocol
 from tests.server.conftest import NAME
 
 GOOD = {
     "/v1/chat/completions": (
-        fields.ChatCompletionRequest,
+        protocol.ChatCompletionRequest,
         {"model": NAME, "messages": [{"role": "user", "content": "greet"}], "max_tokens": 4},
     ),
-    "/v1/completions": (fields.CompletionRequest, {"model": NAME, "prompt": "greet", "max_tokens": 4}),
-    "/v1/responses": (fields.ResponsesRequest, {"model": NAME, "input": "greet", "max_output_tokens": 4}),
+    "/v1/completions": (protocol.CompletionRequest, {"model": NAME, "prompt": "greet", "max_tokens": 4}),
+    "/v1/responses": (protocol.ResponsesRequest, {"model": NAME, "input": "greet", "max_output_tokens": 4}),
     "/v1/responses?items": (
-        fields.ResponsesRequest,
+        protocol.ResponsesRequest,
         {
             "model": NAME,
             "max_output_tokens": 4,
@@ -36,23 +36,23 @@ GOOD = {
             ],
         },
     ),
-    "/v1/responses/input_tokens": (fields.ResponseTokensRequest, {"model": NAME, "input": "greet"}),
+    "/v1/responses/input_tokens": (protocol.ResponseTokensRequest, {"model": NAME, "input": "greet"}),
     "/v1/messages": (
-        fields.MessagesRequest,
+        protocol.MessagesRequest,
         {"model": NAME, "max_tokens": 4, "messages": [{"role": "user", "content": "greet"}]},
     ),
     "/v1/messages/count_tokens": (
-        fields.CountTokensRequest,
+        protocol.CountTokensRequest,
         {"model": NAME, "messages": [{"role": "user", "content": "greet"}]},
     ),
     "/api/chat": (
-        fields.OllamaChat,
+        protocol.OllamaChat,
         {"model": NAME, "messages": [{"role": "user", "content": "greet"}], "options": {"num_predict": 4}},
     ),
-    "/api/generate": (fields.OllamaGenerate, {"model": NAME, "prompt": "greet", "options": {"num_predict": 4}}),
-    "/api/show": (fields.OllamaShow, {"model": NAME}),
-    "/tokenize": (fields.TokenizeRequest, {"prompt": "greet"}),
-    "/detokenize": (fields.DetokenizeRequest, {"tokens": [9, 10]}),
+    "/api/generate": (protocol.OllamaGenerate, {"model": NAME, "prompt": "greet", "options": {"num_predict": 4}}),
+    "/api/show": (protocol.OllamaShow, {"model": NAME}),
+    "/tokenize": (protocol.TokenizeRequest, {"prompt": "greet"}),
+    "/detokenize": (protocol.DetokenizeRequest, {"tokens": [9, 10]}),
 }
 NOISE = int(os.environ.get("NOISE", "5000"))
 WRONG = [

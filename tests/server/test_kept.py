@@ -9,9 +9,9 @@ import httpx
 import openai
 import pytest
 
-from ktx.server.guard import AccessPolicy
-from ktx.server.kept import ResponseStore
-from ktx.server.served import ServerSettings
+from ktx.server.auth import AccessPolicy
+from ktx.server.responses.store import ResponseStore
+from ktx.server.state import ServerSettings
 from tests.server.conftest import NAME, scripted, sent, serving
 
 TOOL = {

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from ktx.server.log import LogFormatter
-from ktx.server.served import ServerSettings, ServerState
+from ktx.server.state import ServerSettings, ServerState
 from tests.server.conftest import NAME, scripted, serving, settled
 
 

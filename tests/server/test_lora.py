@@ -8,9 +8,9 @@ import httpx
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from ktx.commands import serve
-from ktx.commands.arguments import Parser
-from ktx.engine.sampling import SamplingParams
+from ktx.cli import serve
+from ktx.cli.arguments import Parser
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import UsageError
 from tests.models.families import tiny
 from tests.models.test_families import load

@@ -10,9 +10,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import ktx
-from ktx.server.guard import AccessPolicy
+from ktx.server.auth import AccessPolicy
 from ktx.server.metrics import imbalance
-from ktx.server.served import ServerSettings
+from ktx.server.state import ServerSettings
 from tests.server.conftest import NAME, scripted, serving
 from tests.small_chat import write_model
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ktx.server.guard import AccessPolicy
+from ktx.server.auth import AccessPolicy
 from ktx.server.static import FILES, PAGE_DIR, TYPES
 from tests.server.conftest import serving
 

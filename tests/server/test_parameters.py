@@ -10,11 +10,11 @@ import httpx
 import pytest
 
 from ktx.engine.engine import Options
-from ktx.engine.sampling import Sampler, SamplingParams
+from ktx.engine.sampler import Sampler, SamplingParams
 from ktx.engine.scripted import read_script, scripted_engine
-from ktx.server.fields import ChatCompletionRequest, CompletionRequest, parameters
-from ktx.server.fields.ollama import OllamaOptions
-from ktx.server.fields.parameters import ALIASES, HEADER, IGNORED, PREFIXES, REFUSED
+from ktx.server.protocol import ChatCompletionRequest, CompletionRequest, parameters
+from ktx.server.protocol.ollama import OllamaOptions
+from ktx.server.protocol.parameters import ALIASES, HEADER, IGNORED, PREFIXES, REFUSED
 from tests.server.conftest import NAME, QWEN, refused, sent, serving
 from tests.small_chat import tokenizer
 

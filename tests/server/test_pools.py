@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from ktx.server import asked, pools
+from ktx.server import preprocess as asked
+from ktx.server import worker_threads
 from ktx.server.errors import APIError
-from ktx.server.pools import COMPILE, COMPILE_TIMEOUT_S, RENDER, RENDER_TIMEOUT_S, run_with_timeout
+from ktx.server.worker_threads import COMPILE, COMPILE_TIMEOUT_S, RENDER, RENDER_TIMEOUT_S, run_with_timeout
 from tests.server.conftest import NAME, scripted, serving
 
 
@@ -72,7 +73,7 @@ def test_time_until_a_thread_is_free_is_not_ones_own(pool):
 
 
 def test_what_has_no_turn_in_time_is_told_so_and_never_done(pool, monkeypatch):
-    monkeypatch.setattr(pools, "WAIT", 0.2)
+    monkeypatch.setattr(worker_threads, "WAIT", 0.2)
     done = []
 
     async def check():
@@ -161,7 +162,7 @@ def test_others_slow_grammars_are_nobody_elses_fault(tmp_path_factory, monkeypat
         with filled(COMPILE_TIMEOUT_S, 4) as free:
             threading.Timer(COMPILE + 1, free).start()
             assert http.post("/v1/completions", json=asked).json()["choices"][0]["text"].isdigit()
-        monkeypatch.setattr(pools, "WAIT", 0.3)
+        monkeypatch.setattr(worker_threads, "WAIT", 0.3)
         with filled(COMPILE_TIMEOUT_S, 4):
             busy = http.post("/v1/completions", json=asked)
             assert (busy.status_code, busy.headers["retry-after"]) == (429, "1"), busy.text

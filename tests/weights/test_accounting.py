@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ktx
-import ktx.loading
+import ktx.loader.load
 from ktx.__main__ import main
 from ktx.errors import BadFile
 from tests.gguf_writer import write_gguf
@@ -20,7 +20,7 @@ from tests.models.test_families import logits, relative
 
 @pytest.fixture(autouse=True)
 def no_tokenizer(monkeypatch):
-    monkeypatch.setattr(ktx.loading, "read_tokenizer", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ktx.loader.load, "read_tokenizer", lambda *args, **kwargs: None)
 
 
 @pytest.fixture(scope="module")

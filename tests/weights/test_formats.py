@@ -14,11 +14,11 @@ import torch
 
 import ktx
 from ktx.errors import BadFile, KtxError, UsageError
-from ktx.qtypes import BY_CODE, QTYPES
-from ktx.quantize import random_rows
+from ktx.quant.quantize import random_rows
+from ktx.quant.types import BY_CODE, QTYPES
+from ktx.weights.base import open_weights
 from ktx.weights.gguf_header import parse_header
 from ktx.weights.safetensors import parse_safetensors_header
-from ktx.weights.source import open_weights
 from tests.gguf_writer import write_gguf
 from tests.models.families import FAMILIES, tiny
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ktx.errors import BadFile
-from ktx.weights.agreement import gguf_mismatches
+from ktx.weights.base import open_weights
+from ktx.weights.check_config import gguf_mismatches
 from ktx.weights.gguf_keys import ARCHITECTURES
-from ktx.weights.source import open_weights
 from tests.gguf_writer import ARCH, write_gguf
 from tests.models.families import FAMILIES, LINEAR, LLAMA3, YARN, tiny
 from tests.models.test_families import IDS, LONGROPE, load, logits

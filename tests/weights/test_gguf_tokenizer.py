@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers
 
 import ktx
 from ktx.engine.request import Finished
-from ktx.engine.sampling import SamplingParams
+from ktx.engine.sampler import SamplingParams
 from ktx.errors import BadFile, KtxError
 from ktx.weights.gguf_tokenizer import end_tokens, sampling_in, tokenizer_from_gguf
 from ktx.weights.pretokenizers import PRE
@@ -407,7 +407,7 @@ def test_what_is_none_is_not_called_missing(tmp_path, raw):
 def test_a_command_takes_such_a_name(tmp_path, file):
     import argparse
 
-    from ktx.commands.arguments import named_model
+    from ktx.cli.arguments import named_model
 
     path = shutil.copy(file[0], tmp_path / "sha256-5f2a")
     for weights in (path, tmp_path):

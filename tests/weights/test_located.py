@@ -146,7 +146,7 @@ def composite(family, folder, top, part, tied):
 @pytest.mark.parametrize("top,part,tied", TIES)
 @pytest.mark.parametrize("family", COMPOSITE)
 def test_an_output_layer_is_tied_where_the_top_says_so(tmp_path, monkeypatch, family, top, part, tied):
-    monkeypatch.setattr("ktx.loading.read_tokenizer", lambda *args, **kwargs: None)
+    monkeypatch.setattr("ktx.loader.load.read_tokenizer", lambda *args, **kwargs: None)
     model = composite(family, tmp_path, top, part, tied)
     with pytest.warns(UserWarning, match=r"21 tensors that no module reads: model.visual.\* \(21\), of pictures"):
         loaded = ktx.load(tmp_path, progress=False)[0]
@@ -158,7 +158,7 @@ def test_an_output_layer_is_tied_where_the_top_says_so(tmp_path, monkeypatch, fa
 @pytest.mark.parametrize("top", [True, False])
 def test_a_matrix_in_the_file_counts(tmp_path, monkeypatch, top):
     """As transformers, which does not tie what a checkpoint holds twice with different values."""
-    monkeypatch.setattr("ktx.loading.read_tokenizer", lambda *args, **kwargs: None)
+    monkeypatch.setattr("ktx.loader.load.read_tokenizer", lambda *args, **kwargs: None)
     model = composite("qwen3_5", tmp_path, top, None, False)
     right = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -168,7 +168,7 @@ def test_a_matrix_in_the_file_counts(tmp_path, monkeypatch, top):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_a_tied_matrix_may_have_the_output_layers_name(tmp_path, monkeypatch, family):
-    monkeypatch.setattr("ktx.loading.read_tokenizer", lambda *args, **kwargs: None)
+    monkeypatch.setattr("ktx.loader.load.read_tokenizer", lambda *args, **kwargs: None)
     model = tiny(family, tie_word_embeddings=True)
     model.config.save_pretrained(tmp_path)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "model.embed_tokens.weight"}

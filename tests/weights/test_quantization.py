@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import ktx
-import ktx.loading
+import ktx.loader.load
 from ktx.__main__ import main
 from ktx.errors import BadFile
 from ktx.kernels.check import in_bf16
-from ktx.qtypes import expand_scale
+from ktx.quant.types import expand_scale
 from ktx.weights.quantization import REFUSED, SCHEMES, scheme_of
 from tests.gguf_writer import write_gguf
 from tests.models.families import tiny
@@ -25,7 +25,7 @@ FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "a
 
 @pytest.fixture(autouse=True)
 def no_tokenizer(monkeypatch):
-    monkeypatch.setattr(ktx.loading, "read_tokenizer", lambda *args, **kwargs: None)
+    monkeypatch.setattr(ktx.loader.load, "read_tokenizer", lambda *args, **kwargs: None)
 
 
 def said(folder, config=None, **files):

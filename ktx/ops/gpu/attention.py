@@ -9,14 +9,14 @@ from torch import nn
 from transformers import AttentionInterface
 
 from ktx.kernels import reference
-from ktx.kernels.gpu import kernels_for
+from ktx.kernels.gpu.attention_backend import kernels_for
+from ktx.kernels.gpu.rope_and_cache import rope_and_cache_kv
+from ktx.kernels.gpu.split_kv import Shape
 from ktx.kernels.gradients import none_on_gpu
-from ktx.kernels.rope_store import rope_and_cache_kv
-from ktx.kernels.work import Shape
 from ktx.ops import attention
 from ktx.ops.base import Context
-from ktx.ops.fused import rotary_tables, split_mask, window_of
-from ktx.ops.gpu.room import PagedView, of_batch, of_states, room_for, settled
+from ktx.ops.fusion.fused import rotary_tables, split_mask, window_of
+from ktx.ops.gpu.kv_view import PagedView, of_batch, of_states, room_for, settled
 
 NAME = "ktx_gpu"
 SCORES = 1 << 26  # of queries that are computed at once where no kernel knows the mask

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from ktx.kernels import gpu_linear
+from ktx.kernels.gpu import linear
 from ktx.ops import embed
-from ktx.ops.floats import Floats
-from ktx.weights.source import QuantizedTensor, WeightSource
+from ktx.ops.float_views import Floats
+from ktx.weights.base import QuantizedTensor, WeightSource
 
 
 class Embedding(embed.Embedding):
@@ -18,16 +18,16 @@ class Embedding(embed.Embedding):
     packed: Any
 
     def load(self, source: WeightSource) -> None:
-        self.packed = gpu_linear.pack(source.get(f"{self.path}.weight"), device=self.placement.torch)
+        self.packed = linear.pack(source.get(f"{self.path}.weight"), device=self.placement.torch)
 
     def product(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None, f"{self.path} is not loaded"
-        rows = gpu_linear.rows(self.packed, ids.reshape(-1).to(torch.int64), self.dtype)
+        rows = linear.rows(self.packed, ids.reshape(-1).to(torch.int64), self.dtype)
         return rows.view(*ids.shape, self.embedding_dim)
 
     def rows(self) -> Floats:
-        whole = lambda first, last: gpu_linear.dequantize(self.packed, torch.float32)[first:last].cpu()  # noqa: E731
+        whole = lambda first, last: linear.dequantize(self.packed, torch.float32)[first:last].cpu()  # noqa: E731
         return Floats((self.num_embeddings, self.embedding_dim), whole, id(self.packed))
 
     def packed_from(self, weight: QuantizedTensor) -> Any:
-        return gpu_linear.pack(weight, device=self.placement.torch)
+        return linear.pack(weight, device=self.placement.torch)

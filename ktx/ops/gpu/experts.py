@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from ktx.errors import UsageError
-from ktx.kernels import gpu_linear, moe
-from ktx.kernels.planes import SoAWeight
+from ktx.kernels.gpu import linear, moe
+from ktx.kernels.gpu.soa_layout import SoAWeight
 from ktx.ops import experts
+from ktx.ops.activation_probe import Activation
 from ktx.ops.base import packed_as
 from ktx.ops.experts import PROJECTIONS
-from ktx.ops.gates import Activation
-from ktx.weights.source import WeightSource
+from ktx.weights.base import WeightSource
 
 
 class Experts(experts.Experts):
@@ -33,7 +33,7 @@ class Experts(experts.Experts):
         self._complete()
 
     def _pack(self, source: WeightSource, full: str) -> Any:
-        pack = partial(gpu_linear.pack_experts, device=self.placement.torch)
+        pack = partial(linear.pack_experts, device=self.placement.torch)
         return packed_as(self._held(source.parts(full)), self.quant_target, pack)
 
     def ready(self) -> None:

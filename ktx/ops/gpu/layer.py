@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ktx.ops import layer
+from ktx.ops.fusion import layer
 
 
 class Layer(layer.Layer):

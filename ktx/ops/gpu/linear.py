@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from ktx.kernels import gpu_linear
+from ktx.kernels.gpu import linear as gpu_linear
 from ktx.kernels.gradients import none_on_gpu
 from ktx.ops import linear
 from ktx.ops.base import packed_as
-from ktx.ops.floats import Floats
-from ktx.qtypes import QType
-from ktx.weights.source import QuantizedTensor, WeightSource
+from ktx.ops.float_views import Floats
+from ktx.quant.types import QType
+from ktx.weights.base import QuantizedTensor, WeightSource
 
 
 class Linear(linear.Linear):

@@ -8,20 +8,21 @@ from typing import Any
 import torch
 
 from ktx.cache.kv import stored_row
+from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.cache.paged import PageTables
-from ktx.cache.pages import PAGE_TOKENS
 from ktx.errors import UsageError
-from ktx.kernels import gpu_linear, reference
-from ktx.kernels.gpu import Kernels, kernels_for
-from ktx.kernels.rope_store import rope_and_cache_mla
-from ktx.kernels.work import Shape
+from ktx.kernels import reference
+from ktx.kernels.gpu import linear
+from ktx.kernels.gpu.attention_backend import Kernels, kernels_for
+from ktx.kernels.gpu.rope_and_cache import rope_and_cache_mla
+from ktx.kernels.gpu.split_kv import Shape
 from ktx.ops import mla
 from ktx.ops.base import Context
-from ktx.ops.fused import float_type, rotary_tables, split_mask
+from ktx.ops.fusion.fused import float_type, rotary_tables, split_mask
 from ktx.ops.gpu.attention import turns
+from ktx.ops.gpu.kv_view import PagedView, Row, of_states, planned, room_for, settled
 from ktx.ops.gpu.norm import RMSNorm
-from ktx.ops.gpu.room import PagedView, Row, of_states, planned, room_for, settled
-from ktx.weights.source import WeightSource
+from ktx.weights.base import WeightSource
 
 
 class MLA(mla.MLA):
@@ -40,7 +41,7 @@ class MLA(mla.MLA):
     def load(self, source: WeightSource) -> None:
         exact = self.is_exact(source)
         halves = [mla.as_half(source.get(name), exact) for name in self.tensors()]
-        self.w_uk_t, self.w_uv = (gpu_linear.pack(half, device=self.placement.torch) for half in halves)
+        self.w_uk_t, self.w_uv = (linear.pack(half, device=self.placement.torch) for half in halves)
 
     def ready(self) -> None:
         self.block = None
@@ -148,12 +149,12 @@ class MLA(mla.MLA):
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, room: PagedView, tables: PageTables, counts: list[int]
     ) -> torch.Tensor:
         """The queries of some tables' sequences -> [1, T, H * v]."""
-        query = gpu_linear.linear_batched(q_nope[0], self.w_uk_t)[None]
+        query = linear.linear_batched(q_nope[0], self.w_uk_t)[None]
         ckv, kpe = (pool[:, 0] for pool in room.pools)
         kernels = self._kernels(ckv.dtype)
         plan = planned(kernels, tables, counts, self._latent(), query.dtype)
         context = kernels.mla_attention(query, q_rope, ckv, kpe, plan, self.scaling)
-        out = gpu_linear.linear_batched(context[0].transpose(0, 1), self.w_uv)  # [H, T, v]
+        out = linear.linear_batched(context[0].transpose(0, 1), self.w_uv)  # [H, T, v]
         return out.transpose(0, 1).reshape(1, len(context[0]), -1)
 
     def _expand(
@@ -204,7 +205,7 @@ class MLA(mla.MLA):
         """Latents [rows, rank] -> keys and values of some heads as pools [pages, heads, PAGE, columns]."""
         found = []
         for matrix, turned in ((self.w_uk_t, False), (self.w_uv, True)):
-            rows = gpu_linear.dequantize(matrix, flat.dtype, heads.start * matrix.n, len(heads) * matrix.n)
+            rows = linear.dequantize(matrix, flat.dtype, heads.start * matrix.n, len(heads) * matrix.n)
             w = rows.view(len(heads), matrix.n, matrix.k)
             states = flat @ (w.transpose(1, 2) if turned else w)  # [heads, rows, columns]
             found.append(states.unflatten(1, (-1, PAGE_TOKENS)).transpose(0, 1))
@@ -220,13 +221,13 @@ class MLA(mla.MLA):
     ) -> torch.Tensor:
         """For masks that no kernel knows, absorbed: states [B, 1, T, columns] -> [B, S, H * v]."""
         batch = len(latent)
-        query = gpu_linear.linear_batched(q_nope[0], self.w_uk_t)
+        query = linear.linear_batched(q_nope[0], self.w_uk_t)
         query, turned = (x.unflatten(1, (batch, -1)).transpose(0, 1) for x in (query, q_rope[0]))  # [B, H, S, columns]
         ranges, matrix = split_mask(mask, batch, query.shape[2], latent.shape[2])
         ranges, matrix = (None if x is None else x.to(query.device) for x in (ranges, matrix))
         states = latent[:, 0].to(query.dtype), k_rope[:, 0].to(query.dtype)
         context = reference.mla_attention(query, turned, *states, ranges, matrix, self.scaling)  # [B, S, H, rank]
-        out = gpu_linear.linear_batched(context.permute(2, 0, 1, 3).flatten(1, 2), self.w_uv)
+        out = linear.linear_batched(context.permute(2, 0, 1, 3).flatten(1, 2), self.w_uv)
         return out.transpose(0, 1).reshape(batch, context.shape[1], -1)
 
 

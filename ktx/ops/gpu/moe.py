@@ -10,11 +10,11 @@ from ktx.ops import experts, moe
 from ktx.ops.base import Context
 from ktx.ops.gpu import padding
 from ktx.ops.gpu.experts import Experts
-from ktx.ops.gpu.handover import ExpertOffload, Pending, install
+from ktx.ops.gpu.offload import ExpertOffload, Pending, install
 from ktx.ops.guard import Inside
 
 if TYPE_CHECKING:
-    from ktx.ops.gpu.streaming import Streamer
+    from ktx.ops.gpu.expert_streaming import Streamer
 
 
 class PendingMoE(NamedTuple):
@@ -28,7 +28,7 @@ class MoE(moe.MoE):
     """As on the CPU. Experts that stayed there are computed while the device computes its own, and the shared ones."""
 
     handover: ExpertOffload | None
-    streamer: Streamer | None  # see ktx.ops.gpu.streaming
+    streamer: Streamer | None  # see ktx.ops.gpu.expert_streaming
     streamed_from: int
 
     @classmethod

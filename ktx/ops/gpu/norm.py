@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ktx.kernels import gpu_norm
+from ktx.kernels.gpu import norm as gpu_norm
 from ktx.kernels.gradients import none_on_gpu
 from ktx.ops import norm
 

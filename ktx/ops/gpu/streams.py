@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ktx.errors import KtxError
-from ktx.forks import Renewed
+from ktx.utils.fork_handlers import Renewed
 
 Launch = Callable[[int, Callable[[], None]], None]
 PORTABLE = 1  # cudaHostRegisterPortable

@@ -1,0 +1,131 @@
+"""The process of `ktx bench --layer ... --peer kt-kernel`: the expert kernels of the kt-kernel wheel (0.7), the protocol of bench_layer.
+
+Its Python wrapper pins memory and needs CUDA; the classes below it do not. Where its workers take all cores its caller's waiting takes one away from them: a
+layer is also built with one worker less, and the better one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+from ktx.cli.bench_layer import CHECKED, Layer, engine_arguments, milliseconds, serve, truth
+from ktx.kernels.check import relative
+
+ROUND = 32  # numbers of tokens are rounded up to this: its kernels write whole tiles
+GROUP = 32  # of RAWINT4
+FLOATS = {"AMXINT8": "AMXInt8_MOE", "AMXINT4": "AMXInt4_MOE", "BF16": "AMXBF16_MOE"}  # given bf16, quantised by itself
+
+
+def main() -> int:
+    """Builds layers from the same weights as ktx and measures them."""
+    args = engine_arguments()
+    layer: Layer = args.layer
+    out = os.fdopen(os.dup(1), "w")  # the wheel prints to standard output
+    os.dup2(2, 1)
+    try:
+        import kt_kernel
+        from kt_kernel import kt_kernel_ext as ext
+    except ImportError as missing:
+        text = f"kt-kernel is not there ({missing}): pip install --no-deps kt-kernel"
+        print(json.dumps({"error": text, "exit": 1}), file=out, flush=True)
+        return 1
+    import torch
+
+    torch.set_num_threads(args.threads)
+    weights, pools = layer.weights(), []
+    for threads in range(max(1, args.threads - 1), args.threads + 1):
+        pool = ext.WorkerPoolConfig()
+        pool.subpool_count, pool.subpool_numa_map, pool.subpool_thread_count = 1, [0], [threads]
+        pools.append(ext.CPUInfer(pool))
+
+    def build(name: str) -> Callable[[int], dict[str, float]]:
+        layers = [made(ext, workers, layer, weights, name) for workers in pools]
+
+        def best(tokens: int) -> dict[str, float]:
+            return min((measure(tokens) for measure in layers), key=lambda row: row["ms"])
+
+        return best
+
+    version = f"{kt_kernel.__version__} {kt_kernel.__cpu_variant__}"
+    serve({"ready": True, "version": version, "formats": [*FLOATS, "RAWINT4", "LLAMAFILE"]}, build, out)
+    return 0
+
+
+def made(ext: Any, workers: Any, layer: Layer, weights: list[Any], name: str) -> Callable[[int], dict[str, float]]:
+    """A layer of one of its classes, and what measures it."""
+    import torch
+
+    from ktx.quant.types import QTYPES
+
+    most = 4096
+    config = ext.moe.MOEConfig(layer.experts, layer.top, layer.hidden, layer.width, 0)
+    config.layer_idx, config.pool, config.max_len = 0, workers.backend_, most
+    names, kept = ("gate_proj", "up_proj", "down_proj"), [*weights]
+    if name in FLOATS:
+        config.gate_scale = 0
+        cls = getattr(ext.moe, FLOATS[name])
+    elif name == "RAWINT4":
+        pairs = [int4(w) for w in weights]
+        kept = [codes for codes, _ in pairs]
+        for which, (_, scale) in zip(("gate_scale", "up_scale", "down_scale"), pairs, strict=True):
+            setattr(config, which, scale.data_ptr())
+        kept += [scale for _, scale in pairs]
+        config.quant_config.bits, config.quant_config.group_size, config.quant_config.zero_point = 4, GROUP, False
+        cls = ext.moe.AMXInt4_KGroup_MOE
+    else:
+        types = ("Q4_K", "Q4_K", "Q6_K")
+        kept = [
+            QTYPES[t].quantize(w.flatten(0, 1).float()) for w, t in zip(weights, types, strict=True)
+        ]  # the blocks that ktx has
+        config.gate_type, config.up_type, config.down_type = (getattr(ext.kvcache.ggml_type, t) for t in types)
+        config.hidden_type = ext.kvcache.ggml_type.BF16
+        config.m_block, config.group_min_len, config.group_max_len = 32, 10, most
+        cls = ext.moe.MOE
+    for which, data in zip(names, kept, strict=False):
+        setattr(config, which, data.data_ptr())
+    moe = cls(config)
+    order = torch.arange(layer.experts, dtype=torch.int64)
+    workers.submit(moe.load_weights_task(order.data_ptr()))
+    workers.sync()
+
+    def measure(tokens: int, given: Any = kept) -> dict[str, float]:  # the layer may point into what it was given
+        x, ids, shares = layer.call(tokens)
+        ids, shares, result = ids.contiguous(), shares.contiguous(), torch.zeros_like(x)
+
+        def forward() -> None:
+            count = torch.tensor([tokens], dtype=torch.int32)  # the kernel may change it
+            args = (
+                count.data_ptr(),
+                layer.top,
+                ids.data_ptr(),
+                shares.data_ptr(),
+                x.data_ptr(),
+                result.data_ptr(),
+                False,
+            )
+            workers.submit(moe.forward_task(*args))
+            workers.sync()
+
+        forward()
+        some = slice(0, CHECKED)
+        wrong = relative(result[some], truth(weights, x[some], ids[some], shares[some]))
+        return {"ms": milliseconds(forward), "relative_error": wrong}
+
+    return measure
+
+
+def int4(w: Any) -> tuple[Any, Any]:
+    """Codes of four bits plus 8, the even column in the low half of a byte, and bf16 scales for GROUP columns."""
+    import torch
+
+    blocks = w.float().unflatten(-1, (-1, GROUP))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-8).bfloat16()
+    codes = ((blocks / scale.float()).round().clamp(-8, 7) + 8).to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2))
+    return (codes[..., 0] | codes[..., 1] << 4).contiguous(), scale.squeeze(-1).contiguous()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,164 @@
+"""The process of `ktx bench --peer llama.cpp` and of its fork ik_llama.cpp: their C interfaces, the protocol of bench_ktx."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from ktx.cli.bench import parts, token_ids
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, with its own defaults but for threads, length, repacking and the tokens computed at once."""
+
+    package = "llama-cpp-python"
+    state: Any = None
+    vocabulary = 0
+    ubatch = 0  # tokens computed at once, which is all that a call is given
+    at = 0  # tokens in the context
+
+    def __init__(self) -> None:
+        import llama_cpp
+
+        self.lib: Any = llama_cpp
+
+    def load(self, args: argparse.Namespace) -> bool:
+        lib = self.lib
+        lib.llama_backend_init()
+        model = lib.llama_model_load_from_file(args.weights.encode(), self.model_params(args))
+        if not model:
+            return False
+        context = lib.llama_context_default_params()
+        self.ubatch = args.ubatch
+        context.n_ctx, context.n_batch, context.n_ubatch = args.context, args.ubatch, args.ubatch
+        context.n_threads = context.n_threads_batch = args.threads
+        self.state = lib.llama_init_from_model(model, context)
+        self.vocabulary = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+        return bool(self.state)
+
+    def model_params(self, args: argparse.Namespace) -> Any:
+        params = self.lib.llama_model_default_params()
+        params.n_gpu_layers, params.use_mmap, params.use_extra_bufts = 0, True, bool(args.repack)
+        return params
+
+    def clear(self) -> None:
+        self.at = 0
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.state), True)
+
+    def batch(self, tokens: Any) -> Any:
+        return self.lib.llama_batch_get_one(tokens, len(tokens))
+
+    def decode(self, ids: list[int]) -> None:
+        tokens = (self.lib.llama_token * len(ids))(*ids)  # the batch only points to them
+        if self.lib.llama_decode(self.state, self.batch(tokens)):
+            raise RuntimeError("llama_decode failed")
+        self.at += len(ids)
+
+    def wait(self) -> None:
+        self.lib.llama_synchronize(self.state)
+
+    def system_info(self) -> str:
+        return str(self.lib.llama_print_system_info().decode())
+
+
+class IkLlamaCpp(LlamaCpp):
+    """ik_llama.cpp through ik-llama-cpp-python, whose interface is llama.cpp's of 2024: a batch says where it stands."""
+
+    package = "ik-llama-cpp-python"
+
+    def __init__(self) -> None:
+        from ik_llama_cpp import _ctypes_api
+
+        self.lib = _ctypes_api
+        self.own: Any = _ctypes_api._lib  # what the package leaves out
+        self.own.llama_synchronize.argtypes = [ctypes.c_void_p]
+        self.own.llama_print_system_info.restype = ctypes.c_char_p
+
+    def model_params(self, args: argparse.Namespace) -> Any:
+        params = self.lib.llama_model_default_params()
+        params.repack_tensors, params.mla = bool(args.repack), self.lib.llama_context_default_params().mla_attn
+        params.use_mmap = not args.repack  # it repacks into memory of its own
+        return params
+
+    def clear(self) -> None:
+        self.at = 0
+        self.lib.llama_kv_cache_clear(self.state)
+
+    def batch(self, tokens: Any) -> Any:
+        return self.lib.llama_batch(n_tokens=len(tokens), token=tokens, all_pos_0=self.at, all_pos_1=1, all_seq_id=0)
+
+    def wait(self) -> None:
+        self.own.llama_synchronize(self.state)
+
+    def system_info(self) -> str:
+        return str(self.own.llama_print_system_info().decode())
+
+
+ENGINES = {"llama.cpp": LlamaCpp, "ik_llama.cpp": IkLlamaCpp}
+
+
+def main() -> int:
+    """Loads the GGUF with or without repacking, announces it, then measures until standard input ends."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--engine", choices=ENGINES)
+    parser.add_argument("--weights")
+    for name in ("--threads", "--repack", "--ubatch", "--context"):
+        parser.add_argument(name, type=int)
+    args = parser.parse_args()
+    out = os.fdopen(os.dup(1), "w")
+    kind = ENGINES[args.engine]
+    try:
+        engine = kind()
+    except ImportError as error:
+        text = f"{args.engine} is not there ({error}): pip install {kind.package}"
+        print(json.dumps({"error": text, "exit": 1}), file=out, flush=True)
+        return 1
+    for stream in (1, 2):  # where they log
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    start = time.perf_counter()
+    if not engine.load(args):
+        print(json.dumps({"error": f"{args.engine} cannot load {args.weights}", "exit": 1}), file=out, flush=True)
+        return 1
+    print(json.dumps({"ready": True, "load_seconds": time.perf_counter() - start}), file=out, flush=True)
+    engine.clear()
+    engine.decode(token_ids(16, engine.vocabulary))
+    isa = instruction_sets(engine.system_info())
+    for line in sys.stdin:
+        test = json.loads(line)["test"]
+        print(json.dumps({"test": test, "isa": isa, "tok_s": measure(engine, test)}), file=out, flush=True)
+    out.flush()
+    os._exit(0)
+
+
+def measure(engine: LlamaCpp, test: str) -> float:
+    """Tokens a second of one test, in a context that holds no more than its depth."""
+    kind, count, depth = parts(test)
+    engine.clear()
+    prompt, ids = (
+        token_ids(depth if kind == "pp" else depth or 4, engine.vocabulary),
+        token_ids(count, engine.vocabulary),
+    )
+    step = engine.ubatch if kind == "pp" else 1
+    for at in range(0, len(prompt), engine.ubatch):
+        engine.decode(prompt[at : at + engine.ubatch])
+    engine.wait()
+    start = time.perf_counter()
+    for at in range(0, count, step):
+        engine.decode(ids[at : at + step])
+    engine.wait()
+    return count / (time.perf_counter() - start)
+
+
+def instruction_sets(text: str) -> str:
+    """What llama.cpp was built for: "AVX2 AVX512 AVX512_VNNI" of its line of NAME = 0 or 1."""
+    entries = [entry.split(":")[-1].split("=") for entry in text.split("|") if "=" in entry]
+    return " ".join(name.strip() for name, value in entries if value.strip() == "1" and "AVX" in name)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

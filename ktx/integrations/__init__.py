@@ -1,0 +1,1 @@
+"""The plug-in interfaces of transformers."""

@@ -1,0 +1,134 @@
+"""Packed weights to floats on a GPU: the table of decoders, whole matrices for a prompt's cuBLAS, single rows for an embedding."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ktx.kernels.gpu import dequant_blocks, dequant_iq, iq_codebooks
+from ktx.kernels.gpu.soa_layout import SoAWeight
+
+ROWS, SPAN = 16, 256  # of a program
+
+
+class Decoder(NamedTuple):
+    """A type's device function, whether it has a minimum, its code book, and how many columns a chunk's first (then its second) codes are if it can give them raw."""
+
+    function: Any
+    minimum: bool = False
+    book: str = ""
+    run: int = 0
+
+
+DECODERS: dict[str, Decoder] = {
+    **dict.fromkeys(("F32", "F16", "BF16"), Decoder(dequant_blocks.floats)),
+    "F8_E4M3": Decoder(dequant_blocks.f8_e4m3),
+    **dict.fromkeys(("Q8_0", "INT8_128"), Decoder(dequant_blocks.eight_bits)),
+    **dict.fromkeys(("Q4_0", "INT4_64", "INT4_128"), Decoder(dequant_blocks.four_bits, True, run=16)),
+    "Q4_1": Decoder(dequant_blocks.q4_1, True, run=16),
+    "Q5_0": Decoder(dequant_blocks.q5_0, True),
+    "Q5_1": Decoder(dequant_blocks.q5_1, True),
+    "Q2_K": Decoder(dequant_blocks.q2_k, True),
+    "Q3_K": Decoder(dequant_blocks.q3_k, True),
+    "Q4_K": Decoder(dequant_blocks.q4_k, True, run=32),
+    "Q5_K": Decoder(dequant_blocks.q5_k, True, run=32),
+    "Q6_K": Decoder(dequant_blocks.q6_k, True, run=64),
+    "TQ1_0": Decoder(dequant_blocks.tq1_0, True),
+    "TQ2_0": Decoder(dequant_blocks.tq2_0, True),
+    "IQ4_NL": Decoder(dequant_blocks.iq4_nl, book="IQ4"),
+    "IQ4_XS": Decoder(dequant_blocks.iq4_xs, book="IQ4"),
+    "MXFP4": Decoder(dequant_blocks.mxfp4, book="MXFP4"),
+    "IQ1_S": Decoder(dequant_iq.iq1_s, True, "IQ1"),
+    "IQ1_M": Decoder(dequant_iq.iq1_m, book="IQ1"),
+    "IQ2_XXS": Decoder(dequant_iq.iq2_xxs, book="IQ2_XXS"),
+    "IQ2_XS": Decoder(dequant_iq.iq2_xs, book="IQ2_XS"),
+    "IQ2_S": Decoder(dequant_iq.iq2_s, book="IQ2_S"),
+    "IQ3_XXS": Decoder(dequant_iq.iq3_xxs, book="IQ3_XXS"),
+    "IQ3_S": Decoder(dequant_iq.iq3_s, book="IQ3_S"),
+}
+
+
+def decoding(packed: SoAWeight, prefix: str = "") -> dict[str, Any]:
+    """What kernels need to know to decode these weights, as keyword arguments."""
+    decoder = DECODERS[packed.qtype.name]
+    found = {"BLOCK": packed.qtype.block, "DECODE": decoder.function, "MINIMUM": decoder.minimum, "RUN": decoder.run}
+    return {prefix + name: value for name, value in found.items()}
+
+
+def book(packed: SoAWeight) -> torch.Tensor:
+    """The code book of these weights; types that have none get what is never read."""
+    name = DECODERS[packed.qtype.name].book
+    return iq_codebooks.book(name, packed.data.device) if name else packed.data
+
+
+@triton.jit
+def weights_of(codes, scale, minimum, MINIMUM: tl.constexpr):
+    """What a decoder gives as f32 [rows, SPAN]."""
+    ROWS: tl.constexpr = codes.shape[0]
+    SPAN: tl.constexpr = codes.shape[1]
+    values = tl.reshape(codes, [ROWS, SPAN // 16, 16]) * tl.reshape(scale, [ROWS, SPAN // 16, 1])
+    if MINIMUM:
+        values -= tl.reshape(minimum, [ROWS, SPAN // 16, 1])
+    return tl.reshape(values, [ROWS, SPAN])
+
+
+@triton.jit
+def scale_row_of(row, n):
+    """The row among F8_E4M3's scales that a weight's row [of matrices of n rows] has: they stand for 128 rows."""
+    return row // n * tl.cdiv(n, 128) + row % n // 128
+
+
+@triton.jit
+def _dequantize(
+    planes,
+    book,
+    index,
+    out,
+    first,
+    count,
+    n,
+    k,
+    blocks,
+    INDEXED: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DECODE: tl.constexpr,
+    MINIMUM: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    known = place < count
+    row = tl.load(index + place, mask=known, other=0) if INDEXED else first + tl.minimum(place, count - 1)
+    block_row = scale_row_of(row, n)
+    codes, scale, minimum = DECODE(planes, book, row, block_row, tl.program_id(1) * SPAN, blocks, BLOCK, SPAN, False)
+    column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+    values = weights_of(codes, scale, minimum, MINIMUM).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * k + column[None, :], values, mask=known[:, None] & (column < k)[None, :])
+
+
+def dequantize(packed: SoAWeight, dtype: torch.dtype, first: int = 0, count: int | None = None) -> torch.Tensor:
+    """Rows of all matrices from `first` on, `count` of them (default: to the end) -> `dtype` [count, k]."""
+    count = packed.matrices * packed.n - first if count is None else count
+    return _rows(packed, packed.data, first, count, dtype, False)
+
+
+def rows(packed: SoAWeight, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Rows by number, index int64 [count] on the weights' device -> `dtype` [count, k]. A number past the end is not noticed."""
+    return _rows(packed, index.contiguous(), 0, index.numel(), dtype, True)
+
+
+def _rows(
+    packed: SoAWeight, index: torch.Tensor, first: int, count: int, dtype: torch.dtype, indexed: bool
+) -> torch.Tensor:
+    out = torch.empty(count, packed.k, dtype=dtype, device=packed.data.device)
+    if count:
+        grid = (triton.cdiv(count, ROWS), triton.cdiv(packed.k, SPAN))
+        sizes = first, count, packed.n, packed.k, packed.row_blocks
+        _dequantize[grid](
+            packed.planes, book(packed), index, out, *sizes, INDEXED=indexed, ROWS=ROWS, SPAN=SPAN, **decoding(packed)
+        )
+    return out

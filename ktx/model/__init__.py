@@ -1,0 +1,1 @@
+"""What a loaded model does: copies, pickles, saving, adapters, notes, self-test."""

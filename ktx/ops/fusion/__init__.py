@@ -1,0 +1,1 @@
+"""Several modules in one kernel call."""

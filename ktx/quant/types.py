@@ -1,0 +1,120 @@
+"""The format table: every weight type, its block, and what its bytes mean.
+
+`dequantize` is the definition that all kernels are tested against. Quantised ggml types go through gguf-py's numpy code, floats
+through torch, so neither knows our packed layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+F8_CODE = 1000  # the first of our own numbers
+FP8_BLOCK = 128  # DeepSeek's weight_scale_inv: one f32 scale per 128 x 128 block of the matrix
+
+
+@dataclass(frozen=True)
+class QType:
+    """A weight type. `code` is ggml's number, ours from 1000; a block is `block` elements in `nbytes` bytes."""
+
+    name: str
+    code: int
+    block: int
+    nbytes: int
+    is_float: bool = False
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of a row of k weights; ValueError when k is not whole blocks."""
+        if k % self.block:
+            raise ValueError(f"{self.name} stores rows in blocks of {self.block} weights, a row of {k} does not fit")
+        return k // self.block * self.nbytes
+
+    def dequantize(self, data: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 [..., row_bytes] -> f32 [..., k]; `scale` f32 [ceil(n/128), ceil(k/128)] for F8_E4M3 only."""
+        import torch
+
+        if self.is_float:
+            values = data.contiguous().view(_torch_dtype(self.name)).float()
+            return values if scale is None else values * expand_scale(scale, *values.shape[-2:])
+        if self.code > F8_CODE:
+            return _dequantize_own(self, data)
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        rows = data.contiguous().numpy().reshape(-1, data.shape[-1])
+        values = torch.from_numpy(dequantize(rows, GGMLQuantizationType(self.code)))
+        return values.reshape(*data.shape[:-1], data.shape[-1] // self.nbytes * self.block)
+
+    def quantize(self, values: torch.Tensor) -> torch.Tensor:
+        """f32 [..., k] -> uint8 [..., row_bytes]; UsageError for the types that need an importance matrix to make."""
+        from ktx.quant.quantize import quantize
+
+        return quantize(values, self)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    return {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}[name]
+
+
+def expand_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    """Block scales [ceil(n/128), ceil(k/128)] -> one per weight [n, k]."""
+    return scale.float().repeat_interleave(FP8_BLOCK, -2)[..., :n, :].repeat_interleave(FP8_BLOCK, -1)[..., :k]
+
+
+def _dequantize_own(qtype: QType, data: torch.Tensor) -> torch.Tensor:
+    """The types made on loading: an f16 scale, then int8, or for each 32 weights 16 bytes of which byte i holds i and i + 16 (plus 8)."""
+    import torch
+
+    blocks = data.contiguous().view(-1, qtype.nbytes)
+    scale = blocks[:, :2].contiguous().view(torch.float16).float()
+    codes = blocks[:, 2:]
+    if qtype.name.startswith("INT4"):
+        halves = codes.reshape(len(blocks), -1, 1, 16)
+        codes = torch.cat([halves & 15, halves >> 4], 2).reshape(len(blocks), qtype.block).to(torch.int8) - 8
+    else:
+        codes = codes.contiguous().view(torch.int8)
+    return (scale * codes).reshape(*data.shape[:-1], -1)
+
+
+_TABLE = (
+    ("F32", 0, 1, 4),
+    ("F16", 1, 1, 2),
+    ("BF16", 30, 1, 2),
+    ("F8_E4M3", F8_CODE, 1, 1),
+    ("INT8_128", 1001, 128, 130),
+    ("INT4_64", 1002, 64, 34),
+    ("INT4_128", 1003, 128, 66),
+    ("Q4_0", 2, 32, 18),
+    ("Q4_1", 3, 32, 20),
+    ("Q5_0", 6, 32, 22),
+    ("Q5_1", 7, 32, 24),
+    ("Q8_0", 8, 32, 34),
+    ("Q2_K", 10, 256, 84),
+    ("Q3_K", 11, 256, 110),
+    ("Q4_K", 12, 256, 144),
+    ("Q5_K", 13, 256, 176),
+    ("Q6_K", 14, 256, 210),
+    ("IQ1_S", 19, 256, 50),
+    ("IQ1_M", 29, 256, 56),
+    ("IQ2_XXS", 16, 256, 66),
+    ("IQ2_XS", 17, 256, 74),
+    ("IQ2_S", 22, 256, 82),
+    ("IQ3_XXS", 18, 256, 98),
+    ("IQ3_S", 21, 256, 110),
+    ("IQ4_NL", 20, 32, 18),
+    ("IQ4_XS", 23, 256, 136),
+    ("MXFP4", 39, 32, 17),
+    ("TQ1_0", 34, 256, 54),
+    ("TQ2_0", 35, 256, 66),
+)
+QTYPES: Mapping[str, QType] = {row[0]: QType(*row, is_float=row[2] == 1) for row in _TABLE}
+BY_CODE: Mapping[int, QType] = {qtype.code: qtype for qtype in QTYPES.values()}

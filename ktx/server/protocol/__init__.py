@@ -1,0 +1,31 @@
+"""What a request may hold, a file a protocol."""
+
+from ktx.server.protocol import parameters
+from ktx.server.protocol.anthropic import CountTokensRequest, MessagesRequest
+from ktx.server.protocol.ollama import OllamaChat, OllamaGenerate, OllamaShow
+from ktx.server.protocol.openai import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    LoadAdapter,
+    TokenizeRequest,
+    UnloadAdapter,
+)
+from ktx.server.protocol.responses import ResponsesRequest, ResponseTokensRequest
+
+__all__ = [
+    "MessagesRequest",
+    "ChatCompletionRequest",
+    "CompletionRequest",
+    "CountTokensRequest",
+    "DetokenizeRequest",
+    "LoadAdapter",
+    "OllamaChat",
+    "OllamaGenerate",
+    "OllamaShow",
+    "ResponsesRequest",
+    "ResponseTokensRequest",
+    "TokenizeRequest",
+    "UnloadAdapter",
+    "parameters",
+]

@@ -1,0 +1,96 @@
+"""What a request of Ollama's API may hold. The same rules as in `openai`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field
+
+from ktx.server.protocol.openai import MaxTokens, Name, Object, Request, Stop, Stops, StrictModel, Text, Tool
+
+
+def no_images(images: list[Any] | None) -> None:
+    if images:
+        raise ValueError("this is a text model, it sees no images")
+
+
+NoImages = Annotated[list[Any] | None, AfterValidator(no_images)]
+
+
+class OllamaOptions(Request):
+    """Settings of an answer. Those of Ollama's runner (threads, layers on a GPU) are in the table of what is ignored."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 30)
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, ge=0, le=1)
+    repeat_last_n: int | None = Field(None, ge=-1, lt=1 << 31)
+    repeat_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    num_predict: int | None = Field(None, ge=-2, lt=1 << 31)
+    stop: Stop | Stops | None = None
+
+
+class OllamaShared(Request):
+    model: Name
+    stream: bool | None = None
+    format: Literal["", "json"] | Object | None = None
+    options: OllamaOptions | None = None
+    max_tokens: MaxTokens | None = None  # num_predict, as clients of several servers call it
+    keep_alive: Any = None
+    think: bool | Literal["low", "medium", "high"] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    truncate: bool | None = None  # a prompt that is too long is refused either way
+    shift: bool | None = None  # an answer that reaches the context's end is told to be cut either way
+    debug_render_only: Literal[False] | None = Field(None, alias="_debug_render_only")
+
+
+class OllamaCall(StrictModel):
+    name: Annotated[str, Field(max_length=256)]
+    arguments: Object | None = None
+    index: int | None = None
+
+
+class OllamaToolCall(StrictModel):
+    id: Name | None = None
+    type: Literal["function"] | None = None
+    function: OllamaCall
+
+
+class OllamaMessage(StrictModel):
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Text | None = ""
+    thinking: Text | None = None
+    images: NoImages = None
+    tool_calls: Annotated[list[OllamaToolCall], Field(max_length=512)] | None = None
+    tool_name: Name | None = None
+    tool_call_id: Name | None = None
+
+
+class OllamaChat(OllamaShared):
+    messages: Annotated[list[OllamaMessage], Field(max_length=10_000)] = []
+    tools: Annotated[list[Tool], Field(max_length=512)] | None = None
+
+
+class OllamaGenerate(OllamaShared):
+    prompt: Text = ""
+    suffix: Literal[""] | None = None
+    system: Text | None = None
+    raw: bool | None = None
+    template: Literal[""] | None = None
+    context: Annotated[list[int], Field(max_length=0)] | None = None
+    images: NoImages = None
+
+
+class OllamaShow(StrictModel):
+    model: Name | None = None
+    name: Name | None = None
+    verbose: bool | None = None
+    # its command line sends these, empty
+    system: Literal[""] | None = None
+    template: Literal[""] | None = None
+    options: Object | None = None

@@ -1,0 +1,435 @@
+"""What a request may hold. Every number, string and list has a bound, and a field that is not listed is refused by name.
+
+Fields of OpenAI's API that make no sense for a text model on one machine are listed where they may say "nothing of it" and refused otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+
+from ktx.server.protocol.parameters import known
+
+TEXT = 16 << 20
+Name = Annotated[str, Field(max_length=256)]
+Text = Annotated[str, Field(max_length=TEXT)]
+Object = dict[str, Any]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=1 << 20)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Stops = Annotated[list[Stop], Field(max_length=16)]
+Choices = Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], Field(min_length=1, max_length=1024)]
+MaxTokens = Annotated[int, Field(ge=1, lt=1 << 31)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]{1,128}$")]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Tier = Literal["auto", "default", "flex", "scale", "priority"]  # there is one here, which answers call "default"
+Retention = Literal["in-memory", "in_memory", "24h"]  # of a prompt: here pages stay until others need the room
+TEMPLATE_KWARGS = (  # what a request may tell a chat template
+    "enable_thinking",
+    "thinking",
+    "thinking_budget",
+    "reasoning_effort",
+    "preserve_thinking",
+    "clear_thinking",
+    "model_identity",
+    "date_string",
+    "custom_instructions",
+)
+
+
+class StrictModel(BaseModel):
+    """Types are not guessed: "0.7" is no number. But 8.0 is 8: JSON has one kind of number, and some clients write all of them so."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def whole_number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class Request(StrictModel):
+    """The fields of a route, which also knows other servers' parameters."""
+
+    effective: ClassVar[frozenset[str]] = frozenset()  # that have an effect here though the table says they have none
+
+    _known = model_validator(mode="before")(classmethod(known))  # type: ignore[arg-type]
+
+
+# ---- sampling, which several routes share
+
+
+class SamplingFields(Request):
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=-1, lt=1 << 30)  # 0 and -1: all
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    logit_bias: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None = (
+        Field(None, max_length=1024)
+    )
+    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
+    stop: Stop | Stops | None = None
+    stop_token_ids: Annotated[Ids, Field(max_length=64)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
+    repeat_last_n: int | None = Field(None, ge=-1, lt=1 << 31)  # tokens that penalties look back over; -1: all
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
+class LoraUse(StrictModel):
+    """An entry of llama.cpp's list of adapters."""
+
+    id: int = Field(ge=0, lt=1 << 31)
+    scale: float = Field(ge=-100, le=100)
+
+
+class Schema(StrictModel):
+    name: Name | None = None
+    description: Text | None = None
+    schema_: Object | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class Format(StrictModel):
+    """How the answer is built; regex and lark are what vLLM calls guided decoding."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: Schema | None = None
+    pattern: Text | None = None
+    grammar: Text | None = None
+
+    @model_validator(mode="after")
+    def whole(self) -> Format:
+        needed = {"json_schema": "json_schema", "regex": "pattern", "grammar": "grammar"}.get(self.type)
+        if needed and getattr(self, needed) is None:
+            raise ValueError(f"type {self.type} needs {needed}")
+        if self.json_schema is not None and self.type == "json_schema" and self.json_schema.schema_ is None:
+            raise ValueError("json_schema needs schema")
+        return self
+
+
+def own_tool(tool: Any) -> Any:
+    """ValueError for a tool that its provider would run, or that is called with free text."""
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if isinstance(kind, str) and kind not in ("function", "custom" if "input_schema" in tool else "function"):
+        raise ValueError(f"a tool of type {kind!r} cannot be used here: this server runs no tools, and calls functions")
+    return tool
+
+
+class Function(StrictModel):
+    name: FunctionName
+    description: Text | None = None
+    parameters: Object | None = None
+    strict: bool | None = None
+
+
+class Tool(StrictModel):
+    type: Literal["function"]
+    function: Function
+    cache_control: Object | None = Field(None, exclude=True)  # what is computed is kept by itself
+
+    _own = model_validator(mode="before")(own_tool)
+
+
+class NamedFunction(StrictModel):
+    name: FunctionName
+
+
+class NamedTool(StrictModel):
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class AllowedTools(StrictModel):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(max_length=512)]
+
+
+class AllowedChoice(StrictModel):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def kind_of_choice(choice: Any) -> str:
+    """Of what was sent, or of what was read from it."""
+    kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", "word")
+    return kind if kind in ("word", "allowed_tools") else "function"
+
+
+AnyChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("word")]
+    | Annotated[NamedTool, Tag("function")]
+    | Annotated[AllowedChoice, Tag("allowed_tools")],
+    Discriminator(kind_of_choice),
+]
+
+
+class StreamOptions(StrictModel):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: what a choice has come to, with each of its pieces
+
+
+class Structured(StrictModel):
+    """vLLM's newer name for the guides; one of them."""
+
+    json_: Object | Text | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: Choices | None = None
+    grammar: Text | None = None
+    json_object: Literal[True] | None = None
+
+
+class StructuredOutputFields(SamplingFields):
+    response_format: Format | None = None
+    structured_outputs: Structured | None = None
+    lora: Annotated[list[LoraUse], Field(max_length=64)] | None = None
+    guided_json: Object | Text | None = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = Field(None, ge=1, le=8)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=1 << 31)  # the prompt's last ones; -1: as many as fit
+    return_tokens_as_token_ids: bool | None = None
+    user: Annotated[str, Field(max_length=1024)] | None = None
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+    service_tier: Tier | None = None
+    safety_identifier: Name | None = None
+    prompt_cache_key: Name | None = None
+    prompt_cache_retention: Retention | None = None
+    prompt_cache_options: Object | None = None
+
+    @model_validator(mode="after")
+    def one_guide(self) -> StructuredOutputFields:
+        guides = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+        given = [name for name in guides if getattr(self, name) is not None]
+        if self.structured_outputs is not None:
+            given += [f"structured_outputs.{name}" for name in self.structured_outputs.model_dump(exclude_none=True)]
+        if self.response_format is not None and self.response_format.type != "text":
+            given.append("response_format")
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} cannot both hold")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+
+# ---- /v1/chat/completions and the messages of /tokenize
+
+
+class TextPart(StrictModel):
+    type: Literal["text", "refusal"]
+    text: Text | None = None
+    refusal: Text | None = None
+    cache_control: Object | None = None
+
+
+class CalledFunction(StrictModel):
+    name: Annotated[str, Field(max_length=256)]
+    arguments: Text | Object | None = None
+    parsed_arguments: Any = Field(None, exclude=True)  # of OpenAI's client
+
+
+class ToolCall(StrictModel):
+    id: Name | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+    provider_specific_fields: Any = Field(None, exclude=True)  # of LiteLLM
+
+
+class Message(StrictModel):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Text | Annotated[list[TextPart | Object], Field(max_length=4096)] | None = None
+    name: Name | None = None
+    refusal: Text | None = None
+    reasoning: Text | None = None
+    reasoning_content: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=512)] | None = None
+    tool_call_id: Name | None = None
+    prefix: bool | None = Field(None, exclude=True)  # DeepSeek's: the answer goes on with this message, the last one
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+    cache_control: Object | None = Field(None, exclude=True)
+    # what clients add to an answer and hand back with it; it says again what the other fields say
+    id: Name | None = Field(None, exclude=True)
+    parsed: Any = Field(None, exclude=True)
+    provider_specific_fields: Any = Field(None, exclude=True)
+    thinking_blocks: Any = Field(None, exclude=True)
+    images: Annotated[list[Any], Field(max_length=0)] | None = Field(None, exclude=True)
+
+    @model_validator(mode="after")
+    def text(self) -> Message:
+        if self.role in ("system", "developer", "user") and self.content is None:
+            raise ValueError(f"a {self.role} message needs content")
+        return self
+
+
+class Switch(StrictModel):
+    """Whether the model thinks, in the words of GLM's API and DeepSeek's."""
+
+    type: Literal["enabled", "disabled", "auto"]
+    clear_thinking: bool | None = None
+
+
+class ContinueFields(Request):
+    """How messages become a prompt: its template's words and its end, in vLLM's words and in others'."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    enable_thinking: bool | None = None
+    thinking: Switch | bool | None = None
+    chat_template_kwargs: Object | None = None
+    chat_template: Text | None = None  # the name of one of the model's; a template itself never comes from a request
+
+    @property
+    def continues(self) -> bool:
+        """The answer goes on with the last message."""
+        return bool(self.continue_final_message or (self.messages and self.messages[-1].prefix))
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def check_template_kwargs(cls, value: Object | None) -> Object | None:
+        for key, word in (value or {}).items():
+            if key not in TEMPLATE_KWARGS:
+                raise ValueError(f"{key!r} cannot be told to the template; what can: {', '.join(TEMPLATE_KWARGS)}")
+            if not isinstance(word, str | int | float | bool | None) or (isinstance(word, str) and len(word) > 4096):
+                raise ValueError(f"{key!r} must be a short string, a number or a truth value")
+        return value
+
+    @property
+    def template_kwargs(self) -> Object:
+        """What the template is told, the most particular last."""
+        thinks, told = self.enable_thinking, {}
+        if isinstance(self.thinking, Switch):
+            thinks = {"enabled": True, "disabled": False}.get(self.thinking.type, thinks)
+            if self.thinking.clear_thinking is not None:
+                told["clear_thinking"] = self.thinking.clear_thinking
+        elif self.thinking is not None:
+            thinks = self.thinking
+        if thinks is not None:
+            told |= {"enable_thinking": thinks, "thinking": thinks}
+        return told | (self.chat_template_kwargs or {})
+
+    @model_validator(mode="after")
+    def one_end(self) -> ContinueFields:
+        if any(message.prefix for message in (self.messages or ())[:-1]):
+            raise ValueError("prefix: only the last message can go on")
+        if self.continues and self.add_generation_prompt:
+            raise ValueError("an answer that goes on with the last message needs add_generation_prompt: false")
+        return self
+
+
+class Reasoning(StrictModel):
+    """OpenRouter's words for it."""
+
+    effort: Effort | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+    max_tokens: None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None  # nothing is summed up: it is told whole
+
+
+class ChatCompletionRequest(StructuredOutputFields, ContinueFields):
+    model: Name
+    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: Annotated[list[Tool], Field(max_length=512)] | None = None
+    tool_choice: AnyChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Effort | None = None
+    reasoning: Reasoning | None = None
+    add_special_tokens: Literal[False] | None = None  # vLLM's: the template writes what begins a text
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None  # vLLM's: what an answer goes on with is not said again
+    modalities: list[Literal["text"]] | None = None
+    store: bool | None = None  # for a place to look at answers later, which is not here
+    verbosity: Literal["low", "medium", "high"] | None = None
+    include_reasoning: bool | None = None
+    # known, and refused by their types unless they say nothing
+    audio: None = None
+    functions: None = None
+    function_call: None = None
+    prediction: None = None
+    web_search_options: None = None
+
+    @model_validator(mode="after")
+    def fitting(self) -> ChatCompletionRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        names = [tool.function.name for tool in self.tools or ()]
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which no tool is called")
+        if self.tool_choice == "required" and not names:
+            raise ValueError("tool_choice required needs tools")
+        return self
+
+
+# ---- /v1/completions and tokens
+
+
+class CompletionRequest(StructuredOutputFields):
+    model: Name
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=256)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=256)]
+    )
+    max_tokens: int | None = Field(None, ge=0, lt=1 << 31)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, le=8)
+    add_special_tokens: bool | None = None
+    suffix: Literal[""] | None = None
+
+    @model_validator(mode="after")
+    def fitting(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of other than n is not offered")
+        if self.echo and self.stream:
+            raise ValueError("echo cannot be streamed")
+        return self
+
+
+class TokenizeRequest(ContinueFields):
+    model: Name | None = None
+    prompt: Text | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    tools: Annotated[list[Tool], Field(max_length=512)] | None = None
+
+    @model_validator(mode="after")
+    def one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class LoadAdapter(StrictModel):
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool | None = None  # in the place of one that has the name
+
+
+class UnloadAdapter(StrictModel):
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_int_id: None = None  # vLLM's own number, of which this server has none
+
+
+class DetokenizeRequest(Request):
+    model: Name | None = None
+    tokens: Ids

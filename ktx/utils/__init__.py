@@ -1,0 +1,1 @@
+"""Support of the process: versions, fork handlers, torch's defaults, JSON files."""

@@ -1,0 +1,107 @@
+"""What ktx is called where packages are, how its extras are installed, and which versions of others it was tested with. No torch: `ktx doctor` reads it where that is broken."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+DISTRIBUTION = "ktx-moe"  # `ktx` on the package index is somebody else's: no message of ours may send anybody there
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+# Package -> the oldest version that we accept and the newest that the suite was run on, to the part that counts: 5.23 stands for 5.23.1 too.
+# pyproject.toml has the same bounds, tests/test_packaging.py compares them and the lock.
+TESTED = {
+    "torch": ("2.11", "2.15"),
+    "transformers": ("5.17", "5.24"),
+    "tokenizers": ("0.22", "0.23"),
+    "gguf": ("0.17", "0.19"),
+    "safetensors": ("0.5", "0.8"),
+    "huggingface_hub": ("1.31", "2.4"),
+    "numpy": ("1.26", "2.5"),
+    "jinja2": ("3.1", "3.1"),
+    "pyyaml": ("6", "6"),
+    "rich": ("13", "15"),
+    "prompt_toolkit": ("3.0.40", "3.0.53"),
+    "shtab": ("1.7", "1.13"),
+    "cpufeature": ("0.2.1", "0.2.1"),
+    "llguidance": ("1.3", "1.9"),
+    "fastapi": ("0.120", "0.165"),
+    "pydantic": ("2.9", "2.14"),
+    "starlette": ("0.49.1", "1.10"),
+    "uvicorn": ("0.40", "0.54"),
+    "sse-starlette": ("3.3", "3.7"),
+    "prometheus-client": ("0.20", "0.26"),
+    "httpx": ("0.27", "0.28"),
+    "ray": ("2.60", "2.60"),
+    "modelscope-hub": ("0.5", "0.5"),
+}
+
+
+def install(extra: str) -> str:
+    """The command that adds an extra (`serve`, `ray`, ...) to this installation: a checkout, or a wheel."""
+    if (CHECKOUT / "pyproject.toml").is_file():
+        command = f"pip install -e '.[{extra}]'"
+        return command if Path.cwd() == CHECKOUT else f"{command} in {CHECKOUT}"
+    return f"pip install '{_wheel()}[{extra}]'"
+
+
+def _wheel() -> str:
+    """The wheel that this was installed from, or the name that `make wheel` gives it."""
+    import ktx
+
+    try:
+        url = json.loads(importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}").get(
+            "url", ""
+        )
+    except importlib.metadata.PackageNotFoundError:
+        url = ""
+    if url.endswith(".whl"):
+        return unquote(urlsplit(url).path) if url.startswith("file:") else url
+    return f"dist/{DISTRIBUTION.replace('-', '_')}-{ktx.__version__}-cp311-abi3-linux_x86_64.whl"
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    """The release of a version: 2.13.0+cpu is (2, 13, 0)."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def installed(name: str) -> str | None:
+    """The version of a package here; None without it."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def tested(name: str) -> str:
+    """In words, for errors and reports: `5.17 to 5.23`."""
+    oldest, newest = TESTED[name]
+    return oldest if oldest == newest else f"{oldest} to {newest}"
+
+
+def admitted(name: str) -> str:
+    """pip's words for the tested versions: `transformers>=5.17,<5.24`."""
+    oldest, newest = TESTED[name]
+    *front, last = numbers(newest)
+    return f"{name}>={oldest},<{'.'.join(map(str, [*front, last + 1]))}"
+
+
+def outside(name: str, version: str) -> str | None:
+    """`older` or `newer` when a version was not tested."""
+    here, (oldest, newest) = numbers(version), map(numbers, TESTED[name])
+    if here < oldest:
+        return "older"
+    return "newer" if here[: len(newest)] > newest else None
+
+
+def untested() -> list[str]:
+    """A line for each installed package of another version than we tested, with the remedy."""
+    return [
+        f"{name} {version} is {how} than what ktx was tested with ({tested(name)}): pip install '{admitted(name)}'"
+        for name in TESTED
+        if (version := installed(name)) and (how := outside(name, version))
+    ]

@@ -1,0 +1,81 @@
+"""Does a GGUF file belong to this configuration? Every difference is told before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ktx.weights.base import TensorSpec
+from ktx.weights.gguf_keys import scalar
+
+# metadata key after the architecture -> configuration attributes, of which the first that exists counts
+KEYS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("embedding_length", ("hidden_size",), "hidden size"),
+    ("attention.head_count", ("num_attention_heads",), "attention heads"),
+    ("expert_count", ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), "experts"),
+    ("expert_feed_forward_length", ("moe_intermediate_size",), "expert width"),
+    ("attention.kv_lora_rank", ("kv_lora_rank",), "kv_lora_rank"),
+)
+
+
+def gguf_mismatches(
+    metadata: Mapping[str, Any], arch: str, tensors: Mapping[str, TensorSpec], config: Any
+) -> list[str]:
+    """One line for each thing in which file and configuration differ; an empty list when they agree."""
+    found: list[str | None] = [
+        _layers(metadata, arch, config),
+        _vocabulary(tensors, config),
+        _kv_heads(metadata, arch, config),
+    ]
+    found += _uniform(metadata, arch)
+    for key, attributes, what in KEYS:
+        in_file, in_config = scalar(metadata.get(f"{arch}.{key}")), _first(config, attributes)
+        if isinstance(in_file, int) and in_file and isinstance(in_config, int) and in_file != in_config:
+            found.append(f"{what}: {in_file} in the file, {in_config} in the configuration")
+    return [line for line in found if line]
+
+
+def _uniform(metadata: Mapping[str, Any], arch: str) -> list[str]:
+    """Lines on numbers that differ from layer to layer, which no family here has."""
+    keys = (
+        "attention.head_count",
+        "attention.head_count_kv",
+        "feed_forward_length",
+        "expert_feed_forward_length",
+        "expert_used_count",
+    )
+    varying = [(f"{arch}.{key}", scalar(metadata.get(f"{arch}.{key}"))) for key in keys]
+    return [f"{key} differs from layer to layer" for key, value in varying if isinstance(value, list)]
+
+
+def _first(config: Any, attributes: tuple[str, ...]) -> Any:
+    return next((getattr(config, name) for name in attributes if getattr(config, name, None) is not None), None)
+
+
+def _layers(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None:
+    blocks = metadata.get(f"{arch}.block_count")
+    extra = metadata.get(f"{arch}.nextn_predict_layers", 0)
+    layers = int(config.num_hidden_layers)
+    if not isinstance(blocks, int) or layers in (blocks, blocks - (extra if isinstance(extra, int) else 0)):
+        return None
+    return f"layers: {blocks} in the file, {layers} in the configuration"
+
+
+def _vocabulary(tensors: Mapping[str, TensorSpec], config: Any) -> str | None:
+    spec, vocabulary = tensors.get("token_embd.weight"), getattr(config, "vocab_size", None)
+    if spec is None or vocabulary is None or spec.shape[0] == vocabulary:
+        return None
+    return f"vocabulary: {spec.shape[0]} in the file, {vocabulary} in the configuration"
+
+
+def _kv_heads(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None:
+    in_file = scalar(metadata.get(f"{arch}.attention.head_count_kv"))
+    in_config = getattr(config, "num_key_value_heads", None)
+    if (
+        getattr(config, "kv_lora_rank", None)
+        or not isinstance(in_file, int)
+        or in_config is None
+        or in_file == in_config
+    ):
+        return None  # MLA files say 1 in their absorbed form
+    return f"key/value heads: {in_file} in the file, {in_config} in the configuration"

@@ -1,0 +1,51 @@
+"""Parameters that a checkpoint keeps in other tensors than today's modeling code, put together by transformers' own operations.
+
+Experts are not among them: their matrices stay as they are in the file, see ktx.weights.safetensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ktx.transformers_compat import converted
+
+
+@dataclass(frozen=True)
+class ConvertedTensor:
+    """A parameter and the checkpoint's tensors that it is made of: `groups` by the pattern that names them, in the converter's order."""
+
+    name: str
+    converter: Any
+    groups: dict[str, list[str]]
+
+    @property
+    def sources(self) -> list[str]:
+        return [name for names in self.groups.values() for name in names]
+
+    def values(self, read: Callable[[str], torch.Tensor], config: Any) -> torch.Tensor:
+        """What the operations make of the tensors that `read` gives."""
+        tensors = {pattern: [read(name) for name in names] for pattern, names in self.groups.items()}
+        return converted(self.converter, self.name, tensors, config)
+
+
+def made_of(names: Iterable[str], converters: list[Any]) -> dict[str, ConvertedTensor]:
+    """Parameters that converters of one target make of tensors with these names; one that finds only some of its patterns makes none."""
+    converters = [converter for converter in converters if len(converter.target_patterns) == 1]
+    found: dict[tuple[str, int], dict[str, list[str]]] = {}
+    for name in sorted(names, key=_by_number):
+        for i, converter in enumerate(converters):
+            target, pattern = converter.rename_source_key(name)
+            if pattern is not None:
+                found.setdefault((target, i), {p: [] for p in converter.source_patterns})[pattern].append(name)
+                break
+    whole = {key: groups for key, groups in found.items() if all(groups.values())}
+    return {target: ConvertedTensor(target, converters[i], groups) for (target, i), groups in whole.items()}
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Orders names as their numbers are: expert 10 after expert 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
