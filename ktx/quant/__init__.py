@@ -1,1 +1,1 @@
-"""How a number is stored: the format table and quantization."""
+"""How a weight is stored: the format table and quantization."""

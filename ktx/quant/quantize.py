@@ -1,7 +1,8 @@
-"""Float rows -> the ggml types that can be made from the weights alone.
+"""Quantization of float rows to the ggml types that need no importance matrix.
 
-gguf-py has the legacy types and the ternary ones. Here are the k-quants and the code-book fours: for each sub-block a few
-scales around the obvious one are tried and the one with the least squared error, weighted by the size of the weights, is kept.
+gguf-py quantizes the legacy and the ternary types. This module quantizes the k-quants and the four-bit codebook types:
+for each sub-block it tries a few scales around the obvious one and selects the scale with the least squared error,
+weighted by the magnitude of the weights.
 """
 
 from __future__ import annotations
@@ -15,25 +16,30 @@ from numpy.typing import NDArray
 from ktx.errors import UsageError
 from ktx.quant.types import QTYPES, QType
 
-Array = NDArray[Any]  # of f32; numpy's newer stubs widen a division by an int
-Bytes = NDArray[Any]  # of uint8; they widen every shift
-STEPS = np.linspace(-0.12, 0.12, 9, dtype=np.float32)  # relative changes of the scale that are tried
+Array = NDArray[Any]  # f32; Any because numpy's newer stubs widen a division by an int
+Bytes = NDArray[Any]  # uint8; Any because these stubs widen every shift
+SCALE_STEPS = np.linspace(-0.12, 0.12, 9, dtype=np.float32)  # relative changes of the scale to try
 
 
 def quantize(values: torch.Tensor, qtype: QType) -> torch.Tensor:
-    """f32 [..., k] -> uint8 [..., row_bytes]. UsageError when the type cannot be made here or k is not whole blocks."""
+    """Quantizes rows: f32 [..., k] -> uint8 [..., row_bytes].
+
+    Raises:
+        UsageError: if the type needs an importance matrix, or k is not a multiple of the block size.
+    """
     if values.shape[-1] % qtype.block:
         raise UsageError(
-            f"{qtype.name} stores rows in blocks of {qtype.block} weights, a row of {values.shape[-1]} does not fit"
+            f"{qtype.name} stores rows in blocks of {qtype.block} weights: a row of {values.shape[-1]} weights is not"
+            " a multiple of that"
         )
     if qtype.is_float:
         from ktx.quant.types import _torch_dtype
 
         return values.to(_torch_dtype(qtype.name)).contiguous().view(torch.uint8).reshape(*values.shape[:-1], -1)
     rows = values.float().contiguous().numpy()
-    if qtype.name in _MAKERS:
+    if qtype.name in _QUANTIZERS:
         blocks = np.ascontiguousarray(rows.reshape(-1, qtype.block))
-        parts = [_MAKERS[qtype.name](blocks[i : i + 65536]) for i in range(0, len(blocks), 65536)]
+        parts = [_QUANTIZERS[qtype.name](blocks[i : i + 65536]) for i in range(0, len(blocks), 65536)]
         data = np.concatenate(parts)
     else:
         import gguf
@@ -42,15 +48,18 @@ def quantize(values: torch.Tensor, qtype: QType) -> torch.Tensor:
             data = gguf.quants.quantize(rows.reshape(-1, rows.shape[-1]), gguf.GGMLQuantizationType(qtype.code))
         except NotImplementedError as error:
             raise UsageError(
-                f"{qtype.name} cannot be made without an importance matrix: take a file that llama-quantize wrote"
+                f"{qtype.name} cannot be quantized without an importance matrix: use a file that llama-quantize wrote"
             ) from error
     return torch.from_numpy(np.ascontiguousarray(data)).reshape(*values.shape[:-1], qtype.row_bytes(values.shape[-1]))
 
 
 def random_rows(qtype: QType, n: int, k: int, seed: int = 0, std: float = 0.05) -> torch.Tensor:
-    """uint8 [n, row_bytes] of valid random blocks whose weights have about the given spread; for every type, float or not."""
+    """Returns uint8 [n, row_bytes] of valid random blocks whose weights have about the standard deviation `std`.
+
+    Works for every type, float or quantized.
+    """
     rng = np.random.default_rng(seed)
-    if qtype.name not in _SCALES_AT:
+    if qtype.name not in _SCALE_OFFSETS:
         return quantize(torch.from_numpy(rng.normal(0, std, (n, k)).astype(np.float32)), qtype)
     blocks = rng.integers(0, 256, (n, k // qtype.block, qtype.nbytes), dtype=np.uint8)
     d = (rng.random((n, k // qtype.block, 1)) * 0.5 + 0.75).astype(np.float32)
@@ -60,40 +69,49 @@ def random_rows(qtype: QType, n: int, k: int, seed: int = 0, std: float = 0.05) 
     return torch.from_numpy(blocks.reshape(n, -1))
 
 
-_SCALES_AT = {"IQ1_S": 0, "IQ2_XXS": 0, "IQ2_XS": 0, "IQ2_S": 0, "IQ3_XXS": 0, "IQ3_S": 0, "IQ1_M": None}
+_SCALE_OFFSETS = {"IQ1_S": 0, "IQ2_XXS": 0, "IQ2_XS": 0, "IQ2_S": 0, "IQ3_XXS": 0, "IQ3_S": 0, "IQ1_M": None}
 
 
 def _set_scale(blocks: Bytes, name: str, d: Array) -> None:
+    """Writes the f16 scale `d` into the blocks of an IQ type."""
     bits = d.astype(np.float16).view(np.uint16)
-    at = _SCALES_AT[name]
-    if at is not None:
-        blocks[..., at : at + 2] = bits.view(np.uint8)
+    offset = _SCALE_OFFSETS[name]
+    if offset is not None:
+        blocks[..., offset : offset + 2] = bits.view(np.uint8)
         return
-    scales = blocks[..., 48:56].copy().view(np.uint16)  # IQ1_M spreads its f16 over the top nibbles of four words
+    # IQ1_M spreads the bits of its f16 scale over the top nibbles of four 16-bit words.
+    scales = blocks[..., 48:56].copy().view(np.uint16)
     for i in range(4):
         scales[..., i] = (scales[..., i] & 0x0FFF) | (((bits[..., 0] >> (4 * i)) & 15) << 12)
     blocks[..., 48:56] = scales.view(np.uint8)
 
 
-def _f16(x: Array) -> tuple[Array, Bytes]:
-    """The value as stored, and its two bytes (last axis)."""
+def _round_to_f16(x: Array) -> tuple[Array, Bytes]:
+    """Returns x rounded to f16, as f32, and the two bytes of each value (last axis)."""
     half = x.astype(np.float16)
     return half.astype(np.float32), half[..., None].view(np.uint8)
 
 
 def _inverse(x: Array) -> Array:
+    """Returns 1 / x, or 0 where x is 0."""
     return np.divide(1, x, out=np.zeros_like(x), where=x != 0)
 
 
-def _best(x: Array, candidates: list[tuple[Array, Array]], reconstruct: object) -> tuple[Array, Array]:
-    """Of (scale, minimum) candidates, per sub-block the pair with the least weighted squared error."""
+def _select_best(x: Array, candidates: list[tuple[Array, Array]], reconstruct: object) -> tuple[Array, Array]:
+    """Selects for each sub-block the (scale, minimum) candidate with the least weighted squared error.
+
+    Args:
+        x: f32 [..., s], the weights.
+        candidates: pairs of f32 [...].
+        reconstruct: (scale, minimum) -> f32 [..., s], the weights after quantization with that pair.
+    """
     weight = x * x + (x * x).mean(-1, keepdims=True)
     best: tuple[Array, Array] | None = None
-    least = np.full(x.shape[:-1], np.inf, np.float32)
+    min_error = np.full(x.shape[:-1], np.inf, np.float32)
     for scale, minimum in candidates:
         error = (weight * (reconstruct(scale, minimum) - x) ** 2).sum(-1)  # type: ignore[operator]
-        better = error < least
-        least = np.where(better, error, least)
+        better = error < min_error
+        min_error = np.where(better, error, min_error)
         best = (
             (scale, minimum) if best is None else (np.where(better, scale, best[0]), np.where(better, minimum, best[1]))
         )
@@ -101,189 +119,213 @@ def _best(x: Array, candidates: list[tuple[Array, Array]], reconstruct: object) 
     return best
 
 
-def _fit_offset(x: Array, top: int) -> tuple[Array, Array]:
-    """Scale and minimum (>= 0) of sub-blocks [..., s] for codes 0..top: x ~ scale * code - minimum."""
+def _fit_offset(x: Array, max_code: int) -> tuple[Array, Array]:
+    """Fits scale and minimum (>= 0) of sub-blocks [..., s] for codes 0..max_code: x ~ scale * code - minimum."""
     low = np.minimum(x.min(-1), 0)
     high = np.maximum(x.max(-1), 0)
-    candidates = [((high - low) / top * (1 + step), -low * (1 + shift)) for step in STEPS for shift in (-0.08, 0.0)]
+    candidates = [
+        ((high - low) / max_code * (1 + step), -low * (1 + shift)) for step in SCALE_STEPS for shift in (-0.08, 0.0)
+    ]
 
     def reconstruct(scale: Array, minimum: Array) -> Array:
-        code = np.clip(np.rint((x + minimum[..., None]) * _inverse(scale)[..., None]), 0, top)
+        code = np.clip(np.rint((x + minimum[..., None]) * _inverse(scale)[..., None]), 0, max_code)
         return scale[..., None] * code - minimum[..., None]
 
-    return _best(x, candidates, reconstruct)
+    return _select_best(x, candidates, reconstruct)
 
 
 def _fit_signed(x: Array, low: int, high: int) -> Array:
-    """Scale of sub-blocks [..., s] for codes low..high: x ~ scale * code; the largest weight lies at `low`."""
-    at = np.abs(x).argmax(-1)[..., None]
-    extreme = np.take_along_axis(x, at, -1)[..., 0]
-    candidates = [(extreme / low * (1 + step), extreme) for step in STEPS]
+    """Fits the scale of sub-blocks [..., s] for codes low..high: x ~ scale * code.
+
+    The weight of the largest magnitude gets the code `low`.
+    """
+    max_index = np.abs(x).argmax(-1)[..., None]
+    extreme = np.take_along_axis(x, max_index, -1)[..., 0]
+    candidates = [(extreme / low * (1 + step), extreme) for step in SCALE_STEPS]
 
     def reconstruct(scale: Array, _: Array) -> Array:
         return scale[..., None] * np.clip(np.rint(x * _inverse(scale)[..., None]), low, high)
 
-    return _best(x, candidates, reconstruct)[0]
+    return _select_best(x, candidates, reconstruct)[0]
 
 
-def _codes(x: Array, scale: Array, minimum: Array, top: int) -> Bytes:
-    return np.clip(np.rint((x + minimum[..., None]) * _inverse(scale)[..., None]), 0, top).astype(np.uint8)
+def _to_codes(x: Array, scale: Array, minimum: Array, max_code: int) -> Bytes:
+    """Returns the codes 0..max_code of x, given scale and minimum of each sub-block."""
+    return np.clip(np.rint((x + minimum[..., None]) * _inverse(scale)[..., None]), 0, max_code).astype(np.uint8)
 
 
-def _k_offset(x: Array, sub: int, top: int, levels: int) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-    """Codes [n, subs, sub], quantised scales and minimums [n, subs], and the bytes of d and dmin."""
-    x = x.reshape(len(x), -1, sub)
-    scale, minimum = _fit_offset(x, top)
-    d, d_bytes = _f16(scale.max(-1) / levels)
-    dmin, dmin_bytes = _f16(minimum.max(-1) / levels)
-    qs = np.clip(np.rint(scale * _inverse(d)[:, None]), 0, levels)
-    qm = np.clip(np.rint(minimum * _inverse(dmin)[:, None]), 0, levels)
-    codes = _codes(x, d[:, None] * qs, dmin[:, None] * qm, top)
+def _quantize_k_offset(x: Array, sub_size: int, max_code: int, max_scale: int) -> tuple[Bytes, Bytes, Bytes, Bytes]:
+    """Quantizes to codes with a minimum, as Q2_K, Q4_K and Q5_K do.
+
+    Returns:
+        Codes [n, subs, sub_size], quantized scales and minimums [n, subs], and the bytes of d and dmin [n, 4].
+    """
+    x = x.reshape(len(x), -1, sub_size)
+    scale, minimum = _fit_offset(x, max_code)
+    d, d_bytes = _round_to_f16(scale.max(-1) / max_scale)
+    dmin, dmin_bytes = _round_to_f16(minimum.max(-1) / max_scale)
+    qs = np.clip(np.rint(scale * _inverse(d)[:, None]), 0, max_scale)
+    qm = np.clip(np.rint(minimum * _inverse(dmin)[:, None]), 0, max_scale)
+    codes = _to_codes(x, d[:, None] * qs, dmin[:, None] * qm, max_code)
     return codes, qs.astype(np.uint8), qm.astype(np.uint8), np.concatenate([d_bytes, dmin_bytes], -1)
 
 
-def _six_bit_pairs(s: Bytes, m: Bytes) -> Bytes:
-    """Eight six-bit scales and minimums in twelve bytes, as Q4_K and Q5_K lay them."""
-    out = np.empty((len(s), 12), np.uint8)
-    out[:, 0:4] = s[:, :4] | (s[:, 4:] >> 4) << 6
-    out[:, 4:8] = m[:, :4] | (m[:, 4:] >> 4) << 6
-    out[:, 8:12] = (s[:, 4:] & 15) | (m[:, 4:] & 15) << 4
+def _pack_six_bit_pairs(scales: Bytes, minimums: Bytes) -> Bytes:
+    """Packs eight six-bit scales and minimums into twelve bytes, in the order of Q4_K and Q5_K."""
+    out = np.empty((len(scales), 12), np.uint8)
+    out[:, 0:4] = scales[:, :4] | (scales[:, 4:] >> 4) << 6
+    out[:, 4:8] = minimums[:, :4] | (minimums[:, 4:] >> 4) << 6
+    out[:, 8:12] = (scales[:, 4:] & 15) | (minimums[:, 4:] & 15) << 4
     return out
 
 
-def _nibbles(codes: Bytes) -> Bytes:
-    """Codes [n, 8, 32]: sub-blocks 2i and 2i+1 share 32 bytes."""
+def _pack_nibbles(codes: Bytes) -> Bytes:
+    """Packs four-bit codes [n, 8, 32] into [n, 128]: sub-blocks 2i and 2i+1 share 32 bytes."""
     pairs = codes.reshape(len(codes), 4, 2, 32)
     return (pairs[:, :, 0] & 15 | (pairs[:, :, 1] & 15) << 4).reshape(len(codes), 128)
 
 
 def _q4_k(x: Array) -> Bytes:
-    codes, s, m, d = _k_offset(x, 32, 15, 63)
-    return np.concatenate([d, _six_bit_pairs(s, m), _nibbles(codes)], 1)
+    codes, s, m, d = _quantize_k_offset(x, 32, 15, 63)
+    return np.concatenate([d, _pack_six_bit_pairs(s, m), _pack_nibbles(codes)], 1)
 
 
 def _q5_k(x: Array) -> Bytes:
-    codes, s, m, d = _k_offset(x, 32, 31, 63)
+    codes, s, m, d = _quantize_k_offset(x, 32, 31, 63)
     fifth = np.zeros((len(x), 32), np.uint8)
     for i in range(8):
         fifth |= (codes[:, i] >> 4) << i
-    return np.concatenate([d, _six_bit_pairs(s, m), fifth, _nibbles(codes)], 1)
+    return np.concatenate([d, _pack_six_bit_pairs(s, m), fifth, _pack_nibbles(codes)], 1)
 
 
-def _quarters(codes: Bytes, shift: int) -> Bytes:
-    """Codes [n, 256] of two bits each: in each half, byte l holds l, l+32, l+64, l+96."""
+def _pack_two_bits(codes: Bytes, shift: int) -> Bytes:
+    """Packs codes [n, 256] of two bits into [n, 64].
+
+    In each half of the block, byte i holds the codes of weights i, i + 32, i + 64 and i + 96.
+    """
     halves = codes.reshape(len(codes), 2, 4, 32) & 3
     return sum((halves[:, :, j] << (2 * j) for j in range(1, 4)), halves[:, :, 0]).reshape(len(codes), 64) << shift
 
 
 def _q2_k(x: Array) -> Bytes:
-    codes, s, m, d = _k_offset(x, 16, 3, 15)
-    return np.concatenate([s | m << 4, _quarters(codes.reshape(len(x), 256), 0), d], 1)
+    codes, s, m, d = _quantize_k_offset(x, 16, 3, 15)
+    return np.concatenate([s | m << 4, _pack_two_bits(codes.reshape(len(x), 256), 0), d], 1)
 
 
-def _k_signed(x: Array, low: int, high: int, levels: int) -> tuple[Bytes, NDArray[np.int64], Bytes]:
-    """Codes minus `low` [n, 256], signed scales [n, 16] in -levels..levels, bytes of d."""
+def _quantize_k_signed(x: Array, low: int, high: int, max_scale: int) -> tuple[Bytes, NDArray[np.int64], Bytes]:
+    """Quantizes to codes without a minimum, as Q3_K and Q6_K do.
+
+    Returns:
+        Codes minus `low` [n, 256], signed scales [n, 16] in -max_scale..max_scale, and the bytes of d [n, 2].
+    """
     subs = x.reshape(len(x), 16, 16)
     scale = _fit_signed(subs, low, high)
-    d, d_bytes = _f16(np.abs(scale).max(-1) / levels)
-    qs = np.clip(np.rint(scale * _inverse(d)[:, None]), -levels, levels)
-    used = d[:, None] * qs
-    codes = np.clip(np.rint(subs * _inverse(used)[..., None]), low, high) - low
+    d, d_bytes = _round_to_f16(np.abs(scale).max(-1) / max_scale)
+    qs = np.clip(np.rint(scale * _inverse(d)[:, None]), -max_scale, max_scale)
+    scales = d[:, None] * qs
+    codes = np.clip(np.rint(subs * _inverse(scales)[..., None]), low, high) - low
     return codes.astype(np.uint8).reshape(len(x), 256), qs.astype(np.int64), d_bytes
 
 
 def _q6_k(x: Array) -> Bytes:
-    codes, s, d = _k_signed(x, -32, 31, 127)
-    halves = codes.reshape(len(x), 2, 4, 32)  # g = 0..3 along the third axis
-    low = halves & 15
-    lows = np.concatenate([low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4], -1).reshape(len(x), 128)
-    return np.concatenate([lows, _quarters(codes >> 4, 0), s.astype(np.int8).view(np.uint8), d], 1)
+    codes, s, d = _quantize_k_signed(x, -32, 31, 127)
+    halves = codes.reshape(len(x), 2, 4, 32)
+    low_bits = halves & 15
+    packed_low = np.concatenate(
+        [low_bits[:, :, 0] | low_bits[:, :, 2] << 4, low_bits[:, :, 1] | low_bits[:, :, 3] << 4], -1
+    ).reshape(len(x), 128)
+    return np.concatenate([packed_low, _pack_two_bits(codes >> 4, 0), s.astype(np.int8).view(np.uint8), d], 1)
 
 
 def _q3_k(x: Array) -> Bytes:
-    codes, s, d = _k_signed(x, -4, 3, 31)
+    codes, s, d = _quantize_k_signed(x, -4, 3, 31)
     high = np.zeros((len(x), 32), np.uint8)
     groups = codes.reshape(len(x), 8, 32)
     for i in range(8):
         high |= (groups[:, i] >> 2) << i
-    six = (s + 32).astype(np.uint8)
+    six_bit = (s + 32).astype(np.uint8)
     scales = np.empty((len(x), 12), np.uint8)
-    scales[:, :8] = six[:, :8] & 15 | (six[:, 8:] & 15) << 4
-    scales[:, 8:] = sum((six[:, 4 * i : 4 * i + 4] >> 4 << (2 * i) for i in range(1, 4)), six[:, :4] >> 4)
-    return np.concatenate([high, _quarters(codes, 0), scales, d], 1)
+    scales[:, :8] = six_bit[:, :8] & 15 | (six_bit[:, 8:] & 15) << 4
+    scales[:, 8:] = sum((six_bit[:, 4 * i : 4 * i + 4] >> 4 << (2 * i) for i in range(1, 4)), six_bit[:, :4] >> 4)
+    return np.concatenate([high, _pack_two_bits(codes, 0), scales, d], 1)
 
 
-_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
-_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+_FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
-def _nearest(x: Array, book: Array) -> Bytes:
-    order = np.argsort(book, kind="stable")
-    middles = (book[order][1:] + book[order][:-1]) / 2
-    return order[np.searchsorted(middles, x)].astype(np.uint8)
+def _nearest(x: Array, codebook: Array) -> Bytes:
+    """Returns the index of the codebook value nearest to each x."""
+    order = np.argsort(codebook, kind="stable")
+    midpoints = (codebook[order][1:] + codebook[order][:-1]) / 2
+    return order[np.searchsorted(midpoints, x)].astype(np.uint8)
 
 
-def _fit_book(x: Array, book: Array) -> Array:
-    at = np.abs(x).argmax(-1)[..., None]
-    extreme = np.take_along_axis(x, at, -1)[..., 0]
-    ends = (extreme / book[0], extreme / book[-1]) if book is _IQ4 else (np.abs(extreme) / 6,)
-    candidates = [(end * (1 + step), extreme) for end in ends for step in STEPS]
+def _fit_codebook(x: Array, codebook: Array) -> Array:
+    """Fits the scale of sub-blocks [..., s] for a codebook of 16 values."""
+    max_index = np.abs(x).argmax(-1)[..., None]
+    extreme = np.take_along_axis(x, max_index, -1)[..., 0]
+    end_scales = (extreme / codebook[0], extreme / codebook[-1]) if codebook is _IQ4_VALUES else (np.abs(extreme) / 6,)
+    candidates = [(end_scale * (1 + step), extreme) for end_scale in end_scales for step in SCALE_STEPS]
 
     def reconstruct(scale: Array, _: Array) -> Array:
-        return scale[..., None] * book[_nearest(x * _inverse(scale)[..., None], book)]
+        return scale[..., None] * codebook[_nearest(x * _inverse(scale)[..., None], codebook)]
 
-    return _best(x, candidates, reconstruct)[0]
+    return _select_best(x, candidates, reconstruct)[0]
 
 
-def _halves(codes: Bytes) -> Bytes:
-    """Codes [..., 32] -> 16 bytes: byte l holds l and l+16."""
+def _pack_halves(codes: Bytes) -> Bytes:
+    """Packs codes [..., 32] into 16 bytes: byte i holds the codes of weights i and i + 16."""
     return codes[..., :16] | codes[..., 16:] << 4
 
 
 def _iq4_nl(x: Array) -> Bytes:
-    d, d_bytes = _f16(_fit_book(x, _IQ4))
-    return np.concatenate([d_bytes, _halves(_nearest(x * _inverse(d)[:, None], _IQ4))], 1)
+    d, d_bytes = _round_to_f16(_fit_codebook(x, _IQ4_VALUES))
+    return np.concatenate([d_bytes, _pack_halves(_nearest(x * _inverse(d)[:, None], _IQ4_VALUES))], 1)
 
 
 def _iq4_xs(x: Array) -> Bytes:
     subs = x.reshape(len(x), 8, 32)
-    scale = _fit_book(subs, _IQ4)
-    d, d_bytes = _f16(np.abs(scale).max(-1) / 31)
+    scale = _fit_codebook(subs, _IQ4_VALUES)
+    d, d_bytes = _round_to_f16(np.abs(scale).max(-1) / 31)
     s = np.clip(np.rint(scale * _inverse(d)[:, None]), -32, 31)
-    codes = _halves(_nearest(subs * _inverse(d[:, None] * s)[..., None], _IQ4)).reshape(len(x), 128)
-    six = (s + 32).astype(np.uint16)
-    high = sum((six[:, i] >> 4 << (2 * i) for i in range(8)), np.zeros(len(x), np.uint16)).astype("<u2")
-    low = (six[:, 0::2] & 15 | (six[:, 1::2] & 15) << 4).astype(np.uint8)
+    codes = _pack_halves(_nearest(subs * _inverse(d[:, None] * s)[..., None], _IQ4_VALUES)).reshape(len(x), 128)
+    six_bit = (s + 32).astype(np.uint16)
+    high = sum((six_bit[:, i] >> 4 << (2 * i) for i in range(8)), np.zeros(len(x), np.uint16)).astype("<u2")
+    low = (six_bit[:, 0::2] & 15 | (six_bit[:, 1::2] & 15) << 4).astype(np.uint8)
     return np.concatenate([d_bytes, high[:, None].view(np.uint8), low, codes], 1)
 
 
 def _mxfp4(x: Array) -> Bytes:
-    most = np.abs(x).max(-1)
-    guess = np.where(most > 0, np.floor(np.log2(np.maximum(most, 1e-38))) - 2, -127)
-    best_e, least = guess, np.full(len(x), np.inf, np.float32)
-    for step in (0, 1):  # the largest weight saturates at 6, or gets a coarser grid
-        e = np.clip(guess + step, -126, 127)
-        scale = np.exp2(e).astype(np.float32)[:, None]
-        error = ((scale * _FP4[_nearest(x / scale, _FP4)] - x) ** 2).sum(-1)
-        best_e, least = np.where(error < least, e, best_e), np.minimum(error, least)
-    scale = np.exp2(best_e).astype(np.float32)[:, None]
-    return np.concatenate([(best_e + 127).astype(np.uint8)[:, None], _halves(_nearest(x / scale, _FP4))], 1)
+    max_abs = np.abs(x).max(-1)
+    first_exponent = np.where(max_abs > 0, np.floor(np.log2(np.maximum(max_abs, 1e-38))) - 2, -127)
+    best_exponent, min_error = first_exponent, np.full(len(x), np.inf, np.float32)
+    # With step 0 the largest weight saturates at 6; with step 1 the grid is coarser.
+    for step in (0, 1):
+        exponent = np.clip(first_exponent + step, -126, 127)
+        scale = np.exp2(exponent).astype(np.float32)[:, None]
+        error = ((scale * _FP4_VALUES[_nearest(x / scale, _FP4_VALUES)] - x) ** 2).sum(-1)
+        best_exponent, min_error = np.where(error < min_error, exponent, best_exponent), np.minimum(error, min_error)
+    scale = np.exp2(best_exponent).astype(np.float32)[:, None]
+    return np.concatenate(
+        [(best_exponent + 127).astype(np.uint8)[:, None], _pack_halves(_nearest(x / scale, _FP4_VALUES))], 1
+    )
 
 
 def _int4(x: Array) -> Bytes:
-    d, d_bytes = _f16(_fit_signed(x, -8, 7))
+    d, d_bytes = _round_to_f16(_fit_signed(x, -8, 7))
     codes = (np.clip(np.rint(x * _inverse(d)[:, None]), -8, 7) + 8).astype(np.uint8)
-    return np.concatenate([d_bytes, _halves(codes.reshape(len(x), -1, 32)).reshape(len(x), -1)], 1)
+    return np.concatenate([d_bytes, _pack_halves(codes.reshape(len(x), -1, 32)).reshape(len(x), -1)], 1)
 
 
 def _int8(x: Array) -> Bytes:
-    at = np.abs(x).argmax(-1)[:, None]
-    d, d_bytes = _f16(np.take_along_axis(x, at, -1)[:, 0] / np.float32(-127))
+    max_index = np.abs(x).argmax(-1)[:, None]
+    d, d_bytes = _round_to_f16(np.take_along_axis(x, max_index, -1)[:, 0] / np.float32(-127))
     codes = np.clip(np.rint(x * _inverse(d)[:, None]), -127, 127).astype(np.int8)
     return np.concatenate([d_bytes, codes.view(np.uint8)], 1)
 
 
-_MAKERS = {
+_QUANTIZERS = {
     "INT8_128": _int8,
     "INT4_64": _int4,
     "INT4_128": _int4,
@@ -296,4 +338,4 @@ _MAKERS = {
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
 }
-assert set(_MAKERS) <= set(QTYPES)
+assert set(_QUANTIZERS) <= set(QTYPES)

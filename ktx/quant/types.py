@@ -1,7 +1,7 @@
-"""The format table: every weight type, its block, and what its bytes mean.
+"""The format table: every weight type, its block size, and the meaning of its bytes.
 
-`dequantize` is the definition that all kernels are tested against. Quantised ggml types go through gguf-py's numpy code, floats
-through torch, so neither knows our packed layout.
+`QType.dequantize` is the definition that all kernels are tested against. gguf-py's numpy code dequantizes the ggml
+types and torch converts the float types, so neither depends on the packed layout of ktx.
 """
 
 from __future__ import annotations
@@ -13,13 +13,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-F8_CODE = 1000  # the first of our own numbers
+F8_CODE = 1000  # first code that ktx assigns itself; ggml's codes are below it
 FP8_BLOCK = 128  # DeepSeek's weight_scale_inv: one f32 scale per 128 x 128 block of the matrix
 
 
 @dataclass(frozen=True)
 class QType:
-    """A weight type. `code` is ggml's number, ours from 1000; a block is `block` elements in `nbytes` bytes."""
+    """A weight type.
+
+    Attributes:
+        name: the type's name, as in GGUF files.
+        code: ggml's type code, or ktx's own from 1000 on.
+        block: number of weights of a block.
+        nbytes: bytes of a block.
+        is_float: whether a weight is stored as a plain float.
+    """
 
     name: str
     code: int
@@ -28,13 +36,25 @@ class QType:
     is_float: bool = False
 
     def row_bytes(self, k: int) -> int:
-        """Bytes of a row of k weights; ValueError when k is not whole blocks."""
+        """Returns the bytes of a row of k weights.
+
+        Raises:
+            ValueError: if k is not a multiple of the block size.
+        """
         if k % self.block:
-            raise ValueError(f"{self.name} stores rows in blocks of {self.block} weights, a row of {k} does not fit")
+            raise ValueError(
+                f"{self.name} stores rows in blocks of {self.block} weights: a row of {k} weights is not a multiple"
+                " of that"
+            )
         return k // self.block * self.nbytes
 
     def dequantize(self, data: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        """uint8 [..., row_bytes] -> f32 [..., k]; `scale` f32 [ceil(n/128), ceil(k/128)] for F8_E4M3 only."""
+        """Dequantizes rows: uint8 [..., row_bytes] -> f32 [..., k].
+
+        Args:
+            data: the rows.
+            scale: f32 [ceil(n/128), ceil(k/128)], for F8_E4M3 only.
+        """
         import torch
 
         if self.is_float:
@@ -50,7 +70,11 @@ class QType:
         return values.reshape(*data.shape[:-1], data.shape[-1] // self.nbytes * self.block)
 
     def quantize(self, values: torch.Tensor) -> torch.Tensor:
-        """f32 [..., k] -> uint8 [..., row_bytes]; UsageError for the types that need an importance matrix to make."""
+        """Quantizes rows: f32 [..., k] -> uint8 [..., row_bytes].
+
+        Raises:
+            UsageError: if the type needs an importance matrix, or k is not a multiple of the block size.
+        """
         from ktx.quant.quantize import quantize
 
         return quantize(values, self)
@@ -66,12 +90,16 @@ def _torch_dtype(name: str) -> torch.dtype:
 
 
 def expand_scale(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """Block scales [ceil(n/128), ceil(k/128)] -> one per weight [n, k]."""
+    """Repeats block scales [ceil(n/128), ceil(k/128)] to one scale per weight, f32 [n, k]."""
     return scale.float().repeat_interleave(FP8_BLOCK, -2)[..., :n, :].repeat_interleave(FP8_BLOCK, -1)[..., :k]
 
 
 def _dequantize_own(qtype: QType, data: torch.Tensor) -> torch.Tensor:
-    """The types made on loading: an f16 scale, then int8, or for each 32 weights 16 bytes of which byte i holds i and i + 16 (plus 8)."""
+    """Dequantizes the INT8 and INT4 types, which ktx makes when it loads weights.
+
+    A block is an f16 scale, then either int8 codes, or 16 bytes for each 32 weights, of which byte i holds the codes
+    of weights i and i + 16, each plus 8.
+    """
     import torch
 
     blocks = data.contiguous().view(-1, qtype.nbytes)
