@@ -1,4 +1,6 @@
-"""How many tokens of prompts a step computes: by memory where nobody waits for the next token of an answer, else by time. No tensors here."""
+"""How many prompt tokens a step computes: as many as memory allows while no request decodes, otherwise as many as fit
+into the inter-token latency target. No tensors here.
+"""
 
 from __future__ import annotations
 
@@ -8,66 +10,89 @@ from dataclasses import dataclass
 from ktx.cache.page_pool import PAGE_TOKENS
 
 log = logging.getLogger("ktx.engine")
-# More than 2048 tokens bring little, as experts take no more at once, and whoever comes meanwhile waits for them all. After a long past
-# they do bring something: what a step does once for its whole past, such as expanding MLA's latent, is shared by its tokens.
-STEP, LONGEST, DEEP = 2048, 8192, 4
-SMALLEST = 256  # a step is no smaller for want of memory
-SHARE = 0.25  # of the free memory is for a step's activations, where nobody says how large it is to be
-ITL = 500  # milliseconds
-GROWTH = 2.0  # from one step to the next, at most: a step that was quick for a reason of its own says little about larger ones
+# More than 2048 tokens gain little, because experts compute at most that many at once, and a request that arrives
+# meanwhile waits for the whole step. With a long past they do gain, because work that a step does once for its whole
+# past, such as expanding MLA's latent, is shared by its tokens.
+STEP_TOKENS, MAX_STEP_TOKENS, PAST_DIVISOR = 2048, 8192, 4
+MIN_STEP_TOKENS = 256  # lack of memory makes a step no smaller than this
+# share of the free memory that a step's activations may take, where no step size is configured
+ACTIVATION_MEMORY_SHARE = 0.25
+MAX_ITL_MS = 500  # default target of the inter-token latency
+# largest factor between the estimates of two steps, because a step that was quick for a reason of its own says little
+# about larger ones
+MAX_GROWTH = 2.0
 
 
 def longest_step(context: int) -> int:
-    """Tokens of the largest step that a request of `context` tokens takes where memory suffices."""
-    return max(STEP, min(LONGEST, context // DEEP))
+    """Returns the number of tokens in the largest step of a request with `context` tokens, where memory suffices."""
+    return max(STEP_TOKENS, min(MAX_STEP_TOKENS, context // PAST_DIVISOR))
 
 
 @dataclass(frozen=True)
 class StepTiming:
-    """The latest step of a kind: its tokens of prompts, and seconds of its forward."""
+    """The latest step of one kind: its number of prompt tokens and the seconds of its forward."""
 
     tokens: int
     seconds: float
 
     @property
     def rate(self) -> float:
+        """Prompt tokens per second."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 class StepBudget:
-    """Tokens of prompts in a step: `step`, after a long past up to `longest`; beside answers as many as take `seconds`, at least `least`.
+    """Limits the prompt tokens of a step: `step` tokens, after a long past up to `longest`; while requests decode, as
+    many as fit into `seconds`, at least `least`.
 
-    How many those are is learnt from steps beside answers. A step's seconds grow less than its tokens, as weights are read once, so as many as
-    the latest step's rate makes of `seconds` are never too many; what they bring nearer to `seconds` is found by a few steps.
+    The number that fits is learnt from steps that also decode. A step's time grows more slowly than its number of
+    tokens, because weights are read once. Therefore the number that the latest step's rate yields for `seconds` is
+    never too large, and it approaches `seconds` within a few steps.
+
+    Args:
+        step: tokens of a step without decode tokens.
+        longest: upper bound of a step after a long past.
+        seconds: target duration of a step that also decodes.
+        least: lower bound of a step that also decodes.
     """
 
-    def __init__(self, step: int = STEP, longest: int = LONGEST, seconds: float = ITL / 1000, least: int = PAGE_TOKENS):
+    def __init__(
+        self,
+        step: int = STEP_TOKENS,
+        longest: int = MAX_STEP_TOKENS,
+        seconds: float = MAX_ITL_MS / 1000,
+        least: int = PAGE_TOKENS,
+    ):
         self.step, self.longest, self.seconds, self.least = step, longest, seconds, least
         self.fitting = float(least)
-        self.latest: dict[bool, StepTiming] = {}  # by whether answers went on beside
+        self.latest: dict[bool, StepTiming] = {}  # by whether the step also decoded
         self.warned = False
 
     def tokens(self, past: int = 0, answers: bool = False) -> int:
-        """Of a step whose oldest prompt has `past` tokens behind it, with answers in it or not."""
-        whole = max(self.step, min(self.longest, past // DEEP))
-        return min(whole, max(self.least, int(self.fitting) // PAGE_TOKENS * PAGE_TOKENS)) if answers else whole
+        """Returns the prompt tokens for a step whose oldest prompt has `past` computed tokens; `answers`: whether the
+        step also decodes.
+        """
+        limit = max(self.step, min(self.longest, past // PAST_DIVISOR))
+        return min(limit, max(self.least, int(self.fitting) // PAGE_TOKENS * PAGE_TOKENS)) if answers else limit
 
     def took(self, tokens: int, answers: bool, seconds: float) -> None:
-        """A step with `tokens` of prompts took so long."""
+        """Records that a step with `tokens` prompt tokens took `seconds`; `answers`: whether it also decoded."""
         if not tokens or seconds <= 0:
             return
         self.latest[answers] = StepTiming(tokens, seconds)
         if not answers:
             return
-        fitting = tokens * self.seconds / seconds
-        if seconds > self.seconds or 2 * tokens >= self.tokens(
-            self.longest * DEEP, True
-        ):  # the quick end of a prompt says little
-            self.fitting = max(float(self.least), min(fitting, GROWTH * max(self.fitting, tokens), float(self.longest)))
+        fitting_tokens = tokens * self.seconds / seconds
+        # A quick step at the end of a prompt, with few tokens, is no evidence that more tokens fit.
+        if seconds > self.seconds or 2 * tokens >= self.tokens(self.longest * PAST_DIVISOR, True):
+            self.fitting = max(
+                float(self.least), min(fitting_tokens, MAX_GROWTH * max(self.fitting, tokens), float(self.longest))
+            )
         if seconds > self.seconds and self.least <= tokens < 2 * self.least and not self.warned:
             self.warned = True
             log.warning(
-                "%d tokens of a prompt beside answers take %.1f s, more than the %.1f s of --max-itl-ms: that many are computed at once all the same, raise it for faster prompts",
+                "a step with %d prompt tokens and decode tokens takes %.1f s, more than the %.1f s of --max-itl-ms; "
+                "steps get no smaller, so it is computed all the same: raise --max-itl-ms for faster prompts",
                 tokens,
                 seconds,
                 self.seconds,

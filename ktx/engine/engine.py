@@ -1,4 +1,4 @@
-"""The engine: one thread that turns requests into forwards, and forwards into events."""
+"""The engine: one thread that schedules requests, runs forwards, and sends events to the requests' callbacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ktx.cache.page_pool import PAGE_TOKENS, PagePool
-from ktx.engine.budget import ITL, LONGEST, SHARE, STEP, StepBudget
+from ktx.engine.budget import ACTIVATION_MEMORY_SHARE, MAX_ITL_MS, MAX_STEP_TOKENS, STEP_TOKENS, StepBudget
 from ktx.engine.client import Listener, Lora, generate
 from ktx.engine.notes import ENGINES, notes_of
 from ktx.engine.output_state import OutputState
@@ -36,25 +36,36 @@ from ktx.weights.lora import Wish
 
 log = logging.getLogger("ktx.engine")
 FALLBACK_CONTEXT = 1 << 15
-STALL_TIMEOUT_S = 30.0  # seconds without a layer's end after which a busy engine counts as stuck
-MAX_RESTARTS = 3  # of the thread, before the engine gives up
+STALL_TIMEOUT_S = 30.0  # a busy engine counts as stuck when no layer has finished for so long
+MAX_RESTARTS = 3  # restarts of the engine's thread before the engine stops for good
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an engine is set up. `cache_lens` tokens are kept in all, of running requests and of what they may share.
+    """How an engine is set up.
 
-    `chunk_size` tokens of prompts are computed at once where no answer goes on; None: 2048, after a long past up to 8192, or fewer where
-    memory is short. Beside answers as many as take `max_itl_ms` milliseconds, a page at least. `speculative` ("mtp" or "prompt_lookup") guesses up to `draft_tokens` tokens of an answer at once.
-    `cuda_graphs` captures steps of one token a request, where all layers are on one GPU, when the engine starts.
-    `prefix_cache_dir` is a folder that keeps pages of prompts and answers beyond this engine's life, `prefix_cache_gb` of them at most.
+    Args:
+        max_batch_size: requests that one step computes.
+        chunk_size: prompt tokens in a step without decode tokens; None: 2048, after a long past up to 8192, or fewer
+            where memory is short.
+        max_itl_ms: while requests decode, a step takes as many prompt tokens as fit into so many milliseconds, a page
+            at least.
+        cache_lens: tokens of the KV cache, shared by running requests and the prefix cache.
+        max_context: tokens of one request; None: what the model and the KV cache allow.
+        max_queue: requests that may wait.
+        prefix_cache: whether a request reuses pages of earlier requests that begin with the same tokens.
+        speculative: "mtp" or "prompt_lookup" for speculative decoding, None for none.
+        draft_tokens: draft tokens of a request in one step.
+        prefix_cache_dir: a folder that stores pages of prompts and outputs beyond this engine's life.
+        prefix_cache_gb: size limit of that folder.
+        cuda_graphs: captures decode steps as CUDA graphs when the engine starts, where all layers are on one GPU.
     """
 
     max_batch_size: int = 4
     chunk_size: int | None = None
-    max_itl_ms: float = ITL
+    max_itl_ms: float = MAX_ITL_MS
     cache_lens: int = 32768
-    max_context: int | None = None  # of one request; None: what the model and the cache allow
+    max_context: int | None = None
     max_queue: int = 256
     prefix_cache: bool = True
     speculative: str | None = None
@@ -72,15 +83,23 @@ class Options:
         if self.prefix_cache_gb <= 0:
             raise UsageError(f"prefix_cache_gb is {self.prefix_cache_gb}, it must be more than 0")
         if self.prefix_cache_dir is not None and not self.prefix_cache:
-            raise UsageError("prefix_cache_dir keeps what the prefix cache holds, and that is off")
+            raise UsageError("prefix_cache_dir stores the pages of the prefix cache, which is off")
         if self.speculative is not None and self.speculative not in KINDS:
             raise UsageError(
-                f"speculative {self.speculative!r} is no way to guess tokens{did_you_mean(self.speculative, KINDS)}; give one of {' '.join(KINDS)}"
+                f"speculative {self.speculative!r} is not a drafter{did_you_mean(self.speculative, KINDS)}; "
+                f"give one of {' '.join(KINDS)}"
             )
 
 
 class Engine:
-    """Serves requests from any thread. Use it as a context manager, or call `close`."""
+    """Serves requests from any thread. Use it as a context manager, or call `close`.
+
+    Args:
+        model: a model loaded by ktx.
+        tokenizer: its tokenizer.
+        options: the configuration; None: the defaults.
+        runner: computes the forwards; None: `runner_for` chooses one.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, options: Options | None = None, runner: ModelRunner | None = None):
         self.model, self.tokenizer, self.options = model, tokenizer, options or Options()
@@ -90,31 +109,30 @@ class Engine:
         self.stop_ids = stop_ids(model, tokenizer)
         self.runner = runner or runner_for(model, pages, self.options.max_batch_size * self.options.cuda_graphs)
         self.runner.shared = self.options.prefix_cache
-        self.speculation = self._speculation()
-        self._measure()
+        self.speculation = self._build_speculation()
+        self._check_memory()
         self.runner.capture(self.context)
-        self.budget = self._budget()
-        self.store = self._store()
+        self.budget = self._build_budget()
+        self.store = self._open_store()
         self.activity = EngineStats(model)
-        self.scheduler = self._scheduler(pages)
+        self.scheduler = self._build_scheduler(pages)
         self.answers: dict[Request, OutputState] = {}
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.lock = threading.Lock()
         self.submitted = 0
-        self.leaving: set[str] = set()  # adapters that were unloaded while requests had them, and still do
+        self.leaving: set[str] = set()  # adapters that were unloaded while unfinished requests still use them
         self.steps = 0
-        self.failure = ""  # why the engine has stopped for good
+        self.failure = ""  # why the engine has stopped for good; empty while it runs
         self.restarts = 0
         self.closed = False
-        self.on_finished: Callable[[Finished], None] | None = (
-            None  # hears of every answer's end, on the engine's thread
-        )
+        # called on the engine's thread with the last event of each request
+        self.on_finished: Callable[[Finished], None] | None = None
         self.thread = threading.Thread(target=self._run, name="ktx-engine", daemon=True)
         self.thread.start()
         self.process = os.getpid()
         tell(getattr(getattr(model, "ktx", None), "notes", []), notes_of(self, limit), ENGINES)
 
-    def _scheduler(self, pages: int) -> Scheduler:
+    def _build_scheduler(self, pages: int) -> Scheduler:
         return Scheduler(
             PagePool(pages),
             self.options.max_batch_size,
@@ -129,27 +147,31 @@ class Engine:
             self.runner.grain,
         )
 
-    def _budget(self) -> StepBudget:
-        """Of steps that memory suffices for. DoesNotFit when it does not for the one that was asked for."""
-        grain, given, seconds = self.runner.grain, self.options.chunk_size, self.options.max_itl_ms / 1000
-        most = self.runner.largest_step(given or LONGEST, 1.0 if given else SHARE)
-        if given is not None:
-            if given > most:
+    def _build_budget(self) -> StepBudget:
+        """Returns the step budget that the free memory allows. DoesNotFit when a configured `chunk_size` needs more."""
+        granularity, requested, seconds = self.runner.grain, self.options.chunk_size, self.options.max_itl_ms / 1000
+        max_tokens = self.runner.largest_step(
+            requested or MAX_STEP_TOKENS, 1.0 if requested else ACTIVATION_MEMORY_SHARE
+        )
+        if requested is not None:
+            if requested > max_tokens:
                 raise DoesNotFit(
-                    f"a step of {given} tokens of prompts needs more memory than is free beside weights and caches, {most} would do; lower --max-num-batched-tokens"
+                    f"a step of {requested} prompt tokens needs more memory than weights and KV cache leave free, "
+                    f"{max_tokens} tokens would fit; lower --max-num-batched-tokens"
                 )
-            step = max(given, grain) if given >= PAGE_TOKENS else given
-            return StepBudget(step, step, seconds, grain)
-        if most < LONGEST:
-            log.info("a step computes at most %d tokens of prompts: more of them need more memory than is free", most)
-        return StepBudget(min(STEP, most), most, seconds, grain)
+            step = max(requested, granularity) if requested >= PAGE_TOKENS else requested
+            return StepBudget(step, step, seconds, granularity)
+        if max_tokens < MAX_STEP_TOKENS:
+            log.info("a step computes at most %d prompt tokens: more need more memory than is free", max_tokens)
+        return StepBudget(min(STEP_TOKENS, max_tokens), max_tokens, seconds, granularity)
 
-    def _speculation(self) -> SpeculativeDecoder | None:
+    def _build_speculation(self) -> SpeculativeDecoder | None:
         if self.options.speculative is None:
             return None
         if self.runner.recurrent:
             raise UsageError(
-                f"speculative {self.options.speculative}: some layers of this {self.model.config.model_type} cannot take back what they have seen; leave it out"
+                f"speculative {self.options.speculative}: some layers of this {self.model.config.model_type} have a "
+                "recurrent state, which cannot be rolled back to before rejected draft tokens; leave the option out"
             )
         if self.options.speculative == "prompt_lookup":
             return SpeculativeDecoder(PromptLookup(), self.options.draft_tokens)
@@ -159,13 +181,14 @@ class Engine:
 
         return SpeculativeDecoder(MTPDrafter(self.runner), self.options.draft_tokens)
 
-    def _store(self) -> Any:
+    def _open_store(self) -> Any:
         folder = self.options.prefix_cache_dir
         if folder is None:
             return None
         if not self.runner.supports_prefix_cache or self.runner.recurrent:
             raise UsageError(
-                f"prefix_cache_dir: some layers of this {self.model.config.model_type} keep a state that is no page; leave it out"
+                f"prefix_cache_dir: some layers of this {self.model.config.model_type} have a state that is not "
+                "stored in pages of the KV cache; leave the option out"
             )
         from ktx.cache.disk import DiskPageStore
 
@@ -173,26 +196,30 @@ class Engine:
         name = Path(handle.weights).stem
         return DiskPageStore(folder, name, handle.identity, self.runner.cache, int(self.options.prefix_cache_gb * 1e9))
 
-    def _measure(self) -> None:
-        """One token through the model makes the pools; DoesNotFit when there is no memory to fill them."""
+    def _check_memory(self) -> None:
+        """Runs one token through the model, which allocates the KV cache. DoesNotFit when memory does not suffice to
+        fill it.
+        """
         probe = Request([0], SamplingParams(), lambda event: None, pages=[0])
         free = memory()[1]
         try:
             self.runner.run([ScheduledChunk(probe, 0, 1)])
-        except torch.OutOfMemoryError as error:  # a GPU's memory is taken at once
+        except torch.OutOfMemoryError as error:  # a GPU allocates the whole cache at once
             raise DoesNotFit(
-                f"keys and values of {self.runner.pages * PAGE_TOKENS} tokens do not fit on a GPU beside the weights; lower --cache_lens (of a chat: --max-context)"
+                f"the KV cache of {self.runner.pages * PAGE_TOKENS} tokens does not fit on a GPU with the weights; "
+                "lower --cache_lens (for ktx chat: --max-context)"
             ) from error
         finally:
             self.runner.forget(probe)
         need = self.runner.nbytes()
         if need > free:
             raise DoesNotFit(
-                f"keys and values of {self.runner.pages * PAGE_TOKENS} tokens need {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB of memory are free;"
-                " lower --cache_lens (of a chat: --max-context), or keep them in --kv_dtype q8_0"
+                f"the KV cache of {self.runner.pages * PAGE_TOKENS} tokens needs {need / 2**30:.1f} GiB, "
+                f"{free / 2**30:.1f} GiB of memory are free; "
+                "lower --cache_lens (for ktx chat: --max-context), or store it as --kv_dtype q8_0"
             )
 
-    # ---- from any thread
+    # ---- called from any thread
 
     def submit(
         self,
@@ -203,9 +230,20 @@ class Engine:
         salt: bytes = b"",
         lora: Lora = None,
     ) -> Request:
-        """Queues a request, whose events go to `sink`. UsageError when it can never be answered, QueueFull when too many wait, Overloaded when the engine has stopped.
+        """Queues a request.
 
-        `lora` names the adapters of the model that it is computed with, () none; by default those that are in use (`model.ktx.use_lora`).
+        Args:
+            prompt: token ids.
+            sampling: how tokens are chosen, and when the output ends.
+            sink: receives the request's events, on the engine's thread.
+            constraint: a GrammarMatcher that the output follows, or None.
+            salt: the prefix cache is shared only by requests with the same salt.
+            lora: the adapters of the model to apply, () for none; None: those in use (`model.ktx.use_lora`).
+
+        Raises:
+            UsageError: the request can never be served.
+            QueueFull: too many requests wait.
+            Overloaded: the engine has stopped.
         """
         self._check_process()
         sampling = self.checked(prompt, sampling)
@@ -214,7 +252,8 @@ class Engine:
                 raise Overloaded(self.failure or "the engine is closed")
             if len(self.answers) >= self.options.max_queue + self.options.max_batch_size:
                 raise QueueFull(f"{len(self.answers)} requests are waiting or running; try again later")
-            adapters = self._adapters(lora)  # here, where none is unloaded before the request is known
+            # under the lock, so that no adapter is unloaded before the request is registered
+            adapters = self._adapters(lora)
             digest = self.runner.adapters.digest(adapters)
             request = Request(list(prompt), sampling, sink, digest + salt, constraint, adapters)
             self.submitted += 1
@@ -224,13 +263,24 @@ class Engine:
         return request
 
     def _adapters(self, lora: Lora) -> Uses:
-        known = self.runner.adapters
-        return known.in_use if lora is None else known.checked([lora] if isinstance(lora, str | Use) else lora)
+        adapters = self.runner.adapters
+        return adapters.in_use if lora is None else adapters.checked([lora] if isinstance(lora, str | Use) else lora)
 
     def load_lora(self, path: str | Path, name: str | None = None, scale: float = 1.0, replace: bool = False) -> str:
-        """As `model.ktx.load_lora`, while requests are answered: the adapter is read and packed on the caller's thread, and hangs from the next step on.
+        """As `model.ktx.load_lora`, while requests run: the caller's thread reads and packs the adapter, which is
+        available from the next step on.
 
-        `replace`: one that has the name is unloaded. DoesNotFit where memory is short.
+        Args:
+            path: the adapter's folder or file.
+            name: the adapter's name; None: derived from the path.
+            scale: factor of the adapter.
+            replace: unloads a loaded adapter with this name.
+
+        Returns:
+            The adapter's name.
+
+        Raises:
+            DoesNotFit: memory is short.
         """
         file = read(Wish.of(path).named(name, scale))
         modules = fitted(self.model, file)
@@ -238,17 +288,19 @@ class Engine:
         adapters, adapter = self.runner.adapters, file.adapter
         packed = adapters.packed(modules)
 
-        def hang() -> None:
+        def attach() -> None:
             with self.lock:
                 if replace and adapter.name in adapters.known:
                     self._unload(adapter.name)
                 adapters.hang(adapter, packed)
 
-        self.between_steps(hang)
+        self.between_steps(attach)
         return adapter.name
 
     def unload_lora(self, name: str) -> None:
-        """Forgets an adapter: no request finds it any more, those that have come go on with it. UsageError for a name that there is not."""
+        """Unloads an adapter: new requests cannot use it, those already submitted continue with it. UsageError for an
+        unknown name.
+        """
 
         def unload() -> None:
             with self.lock:
@@ -258,25 +310,27 @@ class Engine:
 
     def _unload(self, name: str) -> None:
         adapters = self.runner.adapters
-        if not self._asked_for(name):
+        if not self._adapter_in_use(name):
             return adapters.drop(name)
         other = adapters.retire(name)
         for request in self.answers:
             request.lora = tuple(use._replace(name=other) if use.name == name else use for use in request.lora)
         self.leaving.add(other)
 
-    def _asked_for(self, name: str) -> bool:
-        """Whether a request that has not ended is computed with an adapter."""
+    def _adapter_in_use(self, name: str) -> bool:
+        """Whether an unfinished request uses an adapter."""
         return any(use.name == name for request in self.answers for use in request.lora)
 
-    def between_steps(self, do: Callable[[], None]) -> None:
-        """Has the engine's thread do it when the present step is done, and waits for that. Overloaded when that thread has ended."""
+    def between_steps(self, function: Callable[[], None]) -> None:
+        """Calls `function` on the engine's thread after the current step, and waits for it. Overloaded when that thread
+        has ended.
+        """
         self._check_process()
         done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
         def run() -> None:
             try:
-                do()
+                function()
                 done.put(None)
             except Exception as error:
                 done.put(error)
@@ -290,29 +344,34 @@ class Engine:
         raise Overloaded(self.failure or "the engine is closed")
 
     def checked(self, prompt: Sequence[int], sampling: SamplingParams) -> SamplingParams:
-        """The settings with what the context leaves of max_new_tokens. UsageError with the numbers when nothing is left."""
+        """Returns the sampling parameters with max_new_tokens limited to the capacity left in the context. UsageError
+        when the prompt is empty or holds an unknown token id, ContextExceeded when no capacity is left.
+        """
         vocabulary = self.model.config.vocab_size
         self.runner.check(sampling)
         if not prompt:
             raise UsageError("the prompt is empty")
-        if bad := [token for token in prompt if not 0 <= token < vocabulary]:
-            raise UsageError(f"the prompt holds the token id {bad[0]}, the model has {vocabulary}")
-        room = self.context - len(prompt)
-        if room < min(1, sampling.max_new_tokens):
+        if invalid := [token for token in prompt if not 0 <= token < vocabulary]:
+            raise UsageError(f"the prompt holds the token id {invalid[0]}, the model has {vocabulary} tokens")
+        capacity = self.context - len(prompt)
+        if capacity < min(1, sampling.max_new_tokens):
             raise ContextExceeded(
-                f"the prompt has {len(prompt)} tokens, the context holds {self.context}: shorten it, or raise --cache_lens or --max_context"
+                f"the prompt has {len(prompt)} tokens, the context holds {self.context}: "
+                "shorten the prompt, or raise --cache_lens or --max_context"
             )
-        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, capacity))
 
     def cancel(self, request: Request) -> None:
-        """Ends a request as soon as the present layer or step is done; its last event says so."""
+        """Ends a request after the current layer or step; its last event has the reason "cancelled"."""
         request.cancelled = True
         self.inbox.put(lambda: None)
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams | None = None, lora: Lora = None
     ) -> Iterator[tuple[int, Event]]:
-        """Answers prompts side by side: pairs of a prompt's index and an event, as they come. Leaving early cancels what is left. `lora`: see `submit`."""
+        """Computes several prompts concurrently and yields pairs of a prompt's index and an event, in the order of the
+        events. Closing the iterator cancels unfinished requests. `lora`: see `submit`.
+        """
         return generate(self, prompts, sampling or SamplingParams(), lora)
 
     def listen(
@@ -323,27 +382,32 @@ class Engine:
         salt: bytes = b"",
         lora: Lora = None,
     ) -> Listener:
-        """Queues one prompt, whose events the running event loop hears: `async with engine.listen(prompt) as events: async for event in events`. `lora`: see `submit`."""
+        """Queues one prompt, whose events arrive on the running event loop: `async with engine.listen(prompt) as
+        events: async for event in events`. For the arguments see `submit`.
+        """
         return Listener(self, self.ids(prompt), sampling or SamplingParams(), constraint, salt, lora)
 
     def ids(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        """Returns token ids; tokenizes text."""
         return self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
 
     @property
     def stuck(self) -> bool:
-        """Whether there is work and no layer has ended for long."""
+        """Whether requests are unfinished and no layer has finished for STALL_TIMEOUT_S seconds."""
         return bool(self.answers) and time.monotonic() - self.runner.last_progress > STALL_TIMEOUT_S
 
     def clear(self) -> None:
-        """Forgets what was kept of requests that have ended."""
+        """Empties the prefix cache; pages of unfinished requests stay."""
         self.inbox.put(lambda: self.scheduler.pages.reset_prefix_cache())
 
     def check_integrity(self) -> None:
-        """AssertionError unless pages, requests and answers agree; call it when nothing runs, it waits for the present step."""
+        """Raises AssertionError unless pages, requests and prefix cache agree. Waits for the current step; call it when
+        no request runs.
+        """
         self.between_steps(lambda: self.scheduler.check_integrity())
 
     def close(self) -> None:
-        """Cancels what is left and ends the thread. Nothing in a forked child, which has no such thread."""
+        """Cancels unfinished requests and ends the thread. Does nothing in a forked child, which has no such thread."""
         if self.process != os.getpid():
             return
         with self.lock:
@@ -359,10 +423,11 @@ class Engine:
         self.runner.adapters.rest()
 
     def _check_process(self) -> None:
-        """UsageError in a forked child: the thread that computes is its parent's."""
+        """Raises UsageError in a forked child, because the engine's thread exists only in the parent process."""
         if self.process != os.getpid():
             raise UsageError(
-                f"this engine belongs to process {self.process}, which this one ({os.getpid()}) was forked from; make an engine here (model.ktx.engine())"
+                f"this engine belongs to process {self.process}, from which this process ({os.getpid()}) was forked; "
+                "create an engine in this process (model.ktx.engine())"
             )
 
     def __enter__(self) -> Engine:
@@ -376,34 +441,37 @@ class Engine:
     def _run(self) -> None:
         while True:
             try:
-                while self._take_inbox():
+                while self._process_inbox():
                     self.step()
                 break
-            except BaseException as error:  # whatever it was: those who wait must hear of it
+            except BaseException as error:  # of any kind, because callers wait for their requests' events
                 log.exception("the engine's thread failed")
                 if not self._restart(error):
                     break
-        for answer in list(self.answers.values()):
-            self._finish(answer, "cancelled")
+        for output in list(self.answers.values()):
+            self._finish(output, "cancelled")
 
     def _restart(self, error: BaseException) -> bool:
-        """Fails all open requests and begins with empty pages; False when that has happened too often."""
+        """Fails all unfinished requests and starts again with empty pages. Returns False after MAX_RESTARTS restarts."""
         self.restarts += 1
         with self.lock:
             if self.restarts > MAX_RESTARTS:
                 self.failure = f"the engine has stopped: {type(error).__name__}: {error}"
             failed = list(self.answers.values())
-        self.scheduler = self._scheduler(self.scheduler.pages.count)
+        self.scheduler = self._build_scheduler(self.scheduler.pages.count)
         self.runner.clear()
-        for answer in failed:
-            self._end(answer, "error", error=f"the engine failed: {type(error).__name__}")
+        for output in failed:
+            self._send_finished(output, "error", error=f"the engine failed: {type(error).__name__}")
         return not self.failure
 
-    def _take_inbox(self) -> bool:
-        """Runs what other threads have asked for; sleeps when there is nothing to do. False when the engine is to end."""
+    def _process_inbox(self) -> bool:
+        """Runs the commands of other threads; blocks while no request is unfinished. Returns False when the engine is
+        to end.
+        """
         idle = not self.scheduler.running and not self.scheduler.waiting
         if idle:
-            self.scheduler.check_integrity()  # an error here begins anew with empty pages, before it can mix answers up
+            # an error here restarts with empty pages, before requests can read each other's pages
+            self.scheduler.check_integrity()
         while idle or not self.inbox.empty():
             command = self.inbox.get()
             self.runner.last_progress = time.monotonic()
@@ -414,109 +482,114 @@ class Engine:
         return True
 
     def step(self) -> None:
-        """One forward, and what follows from it."""
+        """Schedules and runs one forward and processes its logits."""
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.cancelled:
                 self._finish(self.answers[request], "cancelled")
-        parts = self.scheduler.schedule()
-        if not parts:
+        chunks = self.scheduler.schedule()
+        if not chunks:
             return
         self.steps += 1
         now = time.perf_counter()
-        tried = {part.request: len(part.request.draft) for part in parts}
-        for part in parts:
-            part.request.started = part.request.started or now
+        num_drafted = {chunk.request: len(chunk.request.draft) for chunk in chunks}
+        for chunk in chunks:
+            chunk.request.started = chunk.request.started or now
         try:
-            with self.activity.forward(*self.runner.reads(parts)):
+            with self.activity.forward(*self.runner.reads(chunks)):
                 start = time.perf_counter()
-                logits = self.runner.run(parts)
+                logits = self.runner.run(chunks)
         except ForwardCancelled:
-            self.scheduler.undo(parts)
+            self.scheduler.undo(chunks)
         except Exception as error:
-            self._failed(parts, error)
+            self._isolate_failure(chunks, error)
         else:
-            prompts = sum(part.count for part in parts if not part.answers)
-            self.budget.took(prompts, any(part.answers for part in parts), time.perf_counter() - start)
-            done = [(part, self._computed(part, logits[part.request])) for part in parts]
+            num_prompt_tokens = sum(chunk.count for chunk in chunks if not chunk.answers)
+            self.budget.took(num_prompt_tokens, any(chunk.answers for chunk in chunks), time.perf_counter() - start)
+            results = [(chunk, self._process_logits(chunk, logits[chunk.request])) for chunk in chunks]
             if self.speculation is not None:
-                self._guess(self.speculation, done, tried, now)
+                self._draft(self.speculation, results, num_drafted, now)
             if self.store is not None:
                 self.store.flush()
 
-    def _guess(
+    def _draft(
         self,
         speculation: SpeculativeDecoder,
-        done: Sequence[tuple[ScheduledChunk, int]],
-        tried: dict[Request, int],
+        results: Sequence[tuple[ScheduledChunk, int]],
+        num_drafted: dict[Request, int],
         start: float,
     ) -> None:
-        """Drafts for the next forward. Whatever goes wrong there costs only speed."""
-        for part, kept in done:
-            if tried[part.request]:
-                speculation.checked(part.request, tried[part.request], kept - 1)
-        room = {
-            part.request: min(
-                part.request.sampling.max_new_tokens - part.request.num_output, self.context - len(part.request.ids)
+        """Computes draft tokens for the next forward. An error here costs only speed: speculative decoding is switched
+        off.
+        """
+        for chunk, num_kept in results:
+            if num_drafted[chunk.request]:
+                speculation.checked(chunk.request, num_drafted[chunk.request], num_kept - 1)
+        max_drafts = {
+            chunk.request: min(
+                chunk.request.sampling.max_new_tokens - chunk.request.num_output,
+                self.context - len(chunk.request.ids),
             )
             - 1
-            for part, _ in done
-            if part.request in self.answers and part.request.num_uncomputed == 1 and not part.request.isolated
+            for chunk, _ in results
+            if chunk.request in self.answers and chunk.request.num_uncomputed == 1 and not chunk.request.isolated
         }
         try:
-            staying = [(part, kept if part.request in self.answers else 0) for part, kept in done]
-            speculation.prepare(staying, room, time.perf_counter() - start)
+            kept_results = [(chunk, num_kept if chunk.request in self.answers else 0) for chunk, num_kept in results]
+            speculation.prepare(kept_results, max_drafts, time.perf_counter() - start)
         except Exception:
-            log.exception("guessing tokens failed; it is off from now on")
+            log.exception("computing draft tokens failed; speculative decoding is off from now on")
             self.speculation = None
 
-    def _computed(self, part: ScheduledChunk, logits: torch.Tensor) -> int:
-        """What follows from a part's logits; how many of its tokens stay."""
-        request, answer = part.request, self.answers[part.request]
-        answered = request.num_output
-        self.activity.prompt_tokens += part.prompt
+    def _process_logits(self, chunk: ScheduledChunk, logits: torch.Tensor) -> int:
+        """Processes the logits of a chunk and returns how many of its tokens stay in the cache."""
+        request, output = chunk.request, self.answers[chunk.request]
+        num_output_before = request.num_output
+        self.activity.prompt_tokens += chunk.prompt
         try:
-            kept, done = answer.process_logits(part, logits)
-        except UsageError as error:  # its grammar goes beyond what can be followed
-            self._finish(answer, "error", str(error), refused=True)
+            num_kept, reason = output.process_logits(chunk, logits)
+        except UsageError as error:  # its grammar exceeds the parser's limits
+            self._finish(output, "error", str(error), client_error=True)
             return 0
-        except Exception as error:  # a request's own settings must not stop the others
+        except Exception as error:  # an error in one request must not stop the others
             request.context.run(log.exception, "request %d failed", request.id)
-            self._finish(answer, "error", error=f"{type(error).__name__}: {error}")
+            self._finish(output, "error", error=f"{type(error).__name__}: {error}")
             return 0
         request.isolated = False
-        self.activity.answer_tokens += request.num_output - answered
-        self.scheduler.commit(request, kept)
-        if done:
-            self._finish(answer, done)
-        return kept
+        self.activity.answer_tokens += request.num_output - num_output_before
+        self.scheduler.commit(request, num_kept)
+        if reason:
+            self._finish(output, reason)
+        return num_kept
 
-    def _failed(self, parts: Sequence[ScheduledChunk], error: Exception) -> None:
-        """Finds out whose fault it was: each request is tried alone, and one that fails alone has failed."""
-        log.exception("a forward of %d requests failed", len(parts))
-        self.scheduler.undo(parts)
-        if len(parts) > 1:
-            for part in parts:
-                part.request.isolated = True
+    def _isolate_failure(self, chunks: Sequence[ScheduledChunk], error: Exception) -> None:
+        """Isolates the failing request: each request of the failed forward is computed alone, and the one that fails
+        alone ends with the error.
+        """
+        log.exception("a forward of %d requests failed", len(chunks))
+        self.scheduler.undo(chunks)
+        if len(chunks) > 1:
+            for chunk in chunks:
+                chunk.request.isolated = True
         else:
-            self._finish(self.answers[parts[0].request], "error", error=f"{type(error).__name__}: {error}")
+            self._finish(self.answers[chunks[0].request], "error", error=f"{type(error).__name__}: {error}")
 
-    def _finish(self, answer: OutputState, reason: Any, error: str = "", refused: bool = False) -> None:
-        self.scheduler.drop(answer.request)
-        self._end(answer, reason, error, refused)
+    def _finish(self, output: OutputState, reason: Any, error: str = "", client_error: bool = False) -> None:
+        self.scheduler.drop(output.request)
+        self._send_finished(output, reason, error, client_error)
 
-    def _end(self, answer: OutputState, reason: Any, error: str = "", refused: bool = False) -> None:
+    def _send_finished(self, output: OutputState, reason: Any, error: str = "", client_error: bool = False) -> None:
         with self.lock:
-            self.answers.pop(answer.request, None)
-            for name in [one for one in self.leaving if not self._asked_for(one)]:
+            self.answers.pop(output.request, None)
+            for name in [adapter for adapter in self.leaving if not self._adapter_in_use(adapter)]:
                 self.runner.adapters.drop(name)
                 self.leaving.discard(name)
-        finished = answer.finish(reason, error, refused)
+        finished = output.finish(reason, error, client_error)
         if self.on_finished is not None:
-            answer.request.context.run(self.on_finished, finished)
+            output.request.context.run(self.on_finished, finished)
 
 
 def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer, of whoever names some."""
+    """Returns the token ids that end an output, from the generation config, the model's config and the tokenizer."""
     found: set[int] = set()
     for owner in (getattr(model, "generation_config", None), model.config, tokenizer):
         ids = getattr(owner, "eos_token_id", None)

@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="prefix_cache_dir .*cannot be used"):
         model.ktx.engine(prefix_cache_dir=tmp_path / "file")
-    with pytest.raises(UsageError, match="that is off"):
+    with pytest.raises(UsageError, match="which is off"):
         model.ktx.engine(prefix_cache_dir=tmp_path, prefix_cache=False)
     with pytest.raises(UsageError, match="more than 0"):
         model.ktx.engine(prefix_cache_dir=tmp_path, prefix_cache_gb=0)
@@ -131,5 +131,5 @@ def test_a_folder_that_cannot_be(model, tmp_path):
 def test_states_that_are_no_pages_are_not_kept(tmp_path):
     folder = write_model(tmp_path / "next", "qwen3_next")
     model, _ = ktx.load(folder, folder / "model.gguf", progress=False)
-    with pytest.raises(UsageError, match="no page"):
+    with pytest.raises(UsageError, match="not stored in pages"):
         model.ktx.engine(prefix_cache_dir=tmp_path / "pages")

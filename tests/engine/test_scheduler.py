@@ -386,7 +386,7 @@ def test_a_machine_too_slow_for_the_budget_computes_a_page_at_once(caplog):
         steps = world.prefill(world.add(prompt(640, 1), 1))
     assert [tokens for tokens, _, _ in steps] == [PAGE_TOKENS] * 10
     assert [record.getMessage() for record in caplog.records if "--max-itl-ms" in record.getMessage()] == [
-        "64 tokens of a prompt beside answers take 2.3 s, more than the 0.5 s of --max-itl-ms: that many are computed at once all the same, raise it for faster prompts"
+        "a step with 64 prompt tokens and decode tokens takes 2.3 s, more than the 0.5 s of --max-itl-ms; steps get no smaller, so it is computed all the same: raise --max-itl-ms for faster prompts"
     ]
 
 

@@ -207,7 +207,7 @@ def test_a_file_without_the_layer_says_so(tmp_path):
 def test_layers_with_a_running_state_take_nothing_back(tmp_path):
     folder = write_model(tmp_path / "next", "qwen3_next")
     model, _ = ktx.load(folder, folder / "model.gguf", progress=False)
-    with pytest.raises(UsageError, match="cannot take back"):
+    with pytest.raises(UsageError, match="cannot be rolled back"):
         model.ktx.engine(speculative="prompt_lookup")
 
 
