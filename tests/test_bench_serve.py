@@ -168,7 +168,7 @@ def test_what_cannot_be_measured_is_told(capsys):
     assert main(["bench", "serve", "--shared-prefix", "300"]) == 2 and "256" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         main(["bench", "-p", "64", "serve"])
-    assert ended.value.code == 2 and "-p stands before serve" in capsys.readouterr().err
+    assert ended.value.code == 2 and "-p must come after serve" in capsys.readouterr().err
 
 
 def test_every_answer_lost_is_a_failure(quick, capsys):

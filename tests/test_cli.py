@@ -171,7 +171,7 @@ def test_a_gguf_file_alone_is_a_model(tmp_path):
             done.stderr
         )
     for words, status, said in (
-        ((), 2, "no model is named"),
+        ((), 2, "no model is given"),
         (("--weights", tmp_path), 2, "needs --model"),
         (("--weights", tmp_path / "x.gguf"), 4, "x.gguf: no such file"),
     ):

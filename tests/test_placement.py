@@ -373,7 +373,7 @@ def test_sizes_are_read_as_people_write_them():
     ]
     assert (tokens("32K"), tokens("8192")) == (32768, 8192)
     for text in ("G", "-1G", "24X", "0G", ""):
-        with pytest.raises(Exception, match="must be bytes such as 24G"):
+        with pytest.raises(Exception, match="must be a size in bytes such as 24G"):
             size(text)
 
 

@@ -1,4 +1,7 @@
-"""Command-line words that several commands share. No torch here: help must be instant."""
+"""Command-line options and argument types that several commands share.
+
+This module does not import torch, so that `ktx --help` is instant.
+"""
 
 from __future__ import annotations
 
@@ -15,85 +18,99 @@ from ktx.weights.gguf_files import ggufs_in, is_gguf
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes --like_this for --like-this, and answers an unknown option with the nearest one. Usage errors exit with 2."""
+    """Argument parser that accepts --like_this for --like-this and suggests the nearest known option.
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):  # type: ignore[no-untyped-def, override]
-        words = [_dashed(word, self._option_string_actions) for word in (sys.argv[1:] if args is None else args)]
-        found, left = super().parse_known_args(self._flags_alone(words), namespace)
-        if left:  # here, where the options are known that the word may have meant
-            self.error(f"unrecognized arguments: {' '.join(left)}")
-        return found, left
+    Usage errors exit with status 2.
+    """
 
-    def _flags_alone(self, words: list[str]) -> list[str]:
-        """A flag takes the next word only where that is a truth value; else it would take a positional argument's."""
+    def parse_known_args(  # type: ignore[no-untyped-def, override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ):
+        arguments = [
+            _with_dashes(argument, self._option_string_actions) for argument in (sys.argv[1:] if args is None else args)
+        ]
+        parsed, unrecognized = super().parse_known_args(self._join_flag_values(arguments), namespace)
+        if unrecognized:  # reported by this parser, which knows the options that the argument may have meant
+            self.error(f"unrecognized arguments: {' '.join(unrecognized)}")
+        return parsed, unrecognized
+
+    def _join_flag_values(self, arguments: list[str]) -> list[str]:
+        """Joins each flag to the argument after it if that is a truth value, else gives it the value true.
+
+        Otherwise argparse would take a positional argument as the flag's value.
+        """
         if all(action.option_strings for action in self._actions):
-            return words  # nothing else could be meant, and a word that is no truth value is an error
-        told: list[str] = []
-        for word in words:
-            flag = bool(told) and isinstance(self._option_string_actions.get(told[-1]), Flag)
-            if flag and word.lower() in TRUTH:
-                told[-1] += f"={word}"
+            return arguments  # there are no positional arguments: what follows a flag must be its value
+        joined: list[str] = []
+        for argument in arguments:
+            flag = bool(joined) and isinstance(self._option_string_actions.get(joined[-1]), Flag)
+            if flag and argument.lower() in BOOLEANS:
+                joined[-1] += f"={argument}"
             else:
-                told[-1:] = [f"{told[-1]}=true", word] if flag else [*told[-1:], word]
-        return told
+                joined[-1:] = [f"{joined[-1]}=true", argument] if flag else [*joined[-1:], argument]
+        return joined
 
     def error(self, message: str) -> NoReturn:
         options = [name for name in self._option_string_actions if name.startswith("--")]
         unknown = message.partition("unrecognized arguments: ")[2].split()
-        for word in unknown:
-            close = difflib.get_close_matches(word.split("=")[0].replace("_", "-"), options, n=1)
+        for argument in unknown:
+            close = difflib.get_close_matches(argument.split("=")[0].replace("_", "-"), options, n=1)
             if close:
                 message += f" (did you mean {close[0]}?)"
-        self.exit(2, f"{self.prog}: {message}\n{self.prog}: --help shows the options\n")
+        self.exit(2, f"{self.prog}: {message}\n{self.prog}: see --help for the options\n")
 
 
-def _dashed(word: str, known: dict[str, argparse.Action]) -> str:
-    if not word.startswith("--") or len(word) < 3:
-        return word
-    name, equals, value = word.partition("=")
+def _with_dashes(argument: str, known: dict[str, argparse.Action]) -> str:
+    if not argument.startswith("--") or len(argument) < 3:
+        return argument
+    name, equals, value = argument.partition("=")
     dashed = "--" + name[2:].replace("_", "-")
-    return dashed + equals + value if dashed in known else word
+    return dashed + equals + value if dashed in known else argument
 
 
 class Flag(argparse.BooleanOptionalAction):
-    """A truth value. `--name` and `--no-name` each exist, alone or before true or false; `--no-name false` is `--name`.
+    """A boolean option with both `--name` and `--no-name`, each alone or followed by true or false.
 
-    Either may be the one that is named first: that one's value is what the namespace holds.
+    `--no-name false` is the same as `--name`. The namespace holds the value of the form that was declared, which may
+    be either one.
     """
 
     def __init__(
-        self, option_strings: Sequence[str], dest: str, default: bool = False, help: str | None = None, **more: Any
+        self, option_strings: Sequence[str], dest: str, default: bool = False, help: str | None = None, **kwargs: Any
     ):
-        given = list(option_strings)
-        self.others = [_opposite(name) for name in given if name.startswith("--")]
+        declared = list(option_strings)
+        self.negated = [_negated(name) for name in declared if name.startswith("--")]
         argparse.Action.__init__(
-            self, [*given, *self.others], dest, "?", None, default, yes_no, help=help, metavar="true|false"
+            self, [*declared, *self.negated], dest, "?", None, default, boolean, help=help, metavar="true|false"
         )
 
-    def meant(self, name: str, value: bool | None) -> bool:
-        """The value for the namespace of an option of ours with a value, or alone (None)."""
-        return (value is None or value) != (name in self.others)
+    def resolve(self, name: str, value: bool | None) -> bool:
+        """Returns the namespace value for the option string `name` followed by `value`, or by nothing (None)."""
+        return (value is None or value) != (name in self.negated)
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, self.meant(option_string or "", values))
+        setattr(namespace, self.dest, self.resolve(option_string or "", values))
 
 
-def _opposite(name: str) -> str:
+def _negated(name: str) -> str:
     return f"--{name[5:]}" if name.startswith("--no-") else f"--no-{name[2:]}"
 
 
 class Inner(argparse._SubParsersAction):
-    """A sub-command that has options of its own: one that stands before its name would be lost."""
+    """Subparsers that reject options given before the subcommand's name, because argparse would lose them."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for action in parser._actions:
             if action.dest != self.dest and getattr(namespace, action.dest, action.default) != action.default:
-                parser.error(f"{action.option_strings[0]} stands before {values[0]}: write it behind")
+                parser.error(f"{action.option_strings[0]} must come after {values[0]}")
         super().__call__(parser, namespace, values, option_string)
 
 
 class Settings(argparse.Action):
-    """--config FILE: options by their names in YAML. What the command line says, before or after it, counts more."""
+    """Action of --config FILE, which reads options by their names from YAML.
+
+    Options on the command line, before or after --config, take precedence over the file.
+    """
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         import yaml
@@ -103,45 +120,45 @@ class Settings(argparse.Action):
         except OSError as error:
             parser.error(f"--config {values}: cannot be read: {error.strerror}")
         except yaml.YAMLError as error:
-            parser.error(f"--config {values}: is no YAML: {str(error).splitlines()[0]}")
+            parser.error(f"--config {values}: is not valid YAML: {str(error).splitlines()[0]}")
         if node is not None and not isinstance(node, yaml.MappingNode):
             parser.error(f"--config {values}: must be a mapping of options to values")
         for key, value in node.value if node is not None else ():
-            where = f"--config {values}, line {key.start_mark.line + 1}"
+            location = f"--config {values}, line {key.start_mark.line + 1}"
             name = "--" + str(key.value).replace("_", "-")
             action = parser._option_string_actions.get(name)
             if action is None or action is self or action.dest == "help":
                 close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1)
                 parser.error(
-                    f"{where}: no option is called {key.value!r}"
+                    f"{location}: unknown option {key.value!r}"
                     + (f" (did you mean {close[0][2:]!r}?)" if close else "")
                 )
-            words = [item.value for item in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
-            made = [self._value(parser, action, name, word, f"{where}: {key.value}") for word in words]
+            texts = [item.value for item in value.value] if isinstance(value, yaml.SequenceNode) else [value.value]
+            parsed = [self._parse_value(parser, action, name, text, f"{location}: {key.value}") for text in texts]
             if getattr(namespace, action.dest, None) == action.default:
-                setattr(namespace, action.dest, made if isinstance(action, argparse._AppendAction) else made[-1])
+                setattr(namespace, action.dest, parsed if isinstance(action, argparse._AppendAction) else parsed[-1])
 
     @staticmethod
-    def _value(parser: Any, action: Any, name: str, word: Any, where: str) -> Any:
-        if not isinstance(word, str):
-            parser.error(f"{where} must be a value or a list of values")
+    def _parse_value(parser: Any, action: Any, name: str, text: Any, location: str) -> Any:
+        if not isinstance(text, str):
+            parser.error(f"{location} must be a value or a list of values")
         try:
-            made = action.type(word) if action.type else word
+            parsed = action.type(text) if action.type else text
         except (argparse.ArgumentTypeError, ValueError) as error:
-            parser.error(f"{where}: {error}")
-        if action.choices is not None and made not in action.choices:
-            parser.error(f"{where} must be one of {', '.join(action.choices)}, found {word!r}")
-        return action.meant(name, made) if isinstance(action, Flag) else made
+            parser.error(f"{location}: {error}")
+        if action.choices is not None and parsed not in action.choices:
+            parser.error(f"{location} must be one of {', '.join(action.choices)}, found {text!r}")
+        return action.resolve(name, parsed) if isinstance(action, Flag) else parsed
 
 
-TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
-def yes_no(text: str) -> bool:
-    """The value of an option like --force_think true."""
-    if text.lower() not in TRUTH:
+def boolean(text: str) -> bool:
+    """Parses a boolean option value such as the true of `--force_think true`."""
+    if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"must be true or false, found {text!r}")
-    return TRUTH[text.lower()]
+    return BOOLEANS[text.lower()]
 
 
 def positive(text: str) -> int:
@@ -152,34 +169,44 @@ def natural(text: str) -> int:
     return _at_least(0, text)
 
 
-def _at_least(least: int, text: str) -> int:
+def _at_least(minimum: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number, found {text!r}") from None
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be at least {least}, found {value}")
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"must be at least {minimum}, found {value}")
     return value
 
 
-SIZES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40}
+UNIT_BYTES = {
+    "": 1,
+    "K": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "KI": 1 << 10,
+    "MI": 1 << 20,
+    "GI": 1 << 30,
+    "TI": 1 << 40,
+}
 
 
 def size(text: str) -> int:
-    """Bytes: 24G (of 10^9), 22.5GiB (of 2^30), or a plain number."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if found is None or found[2] not in SIZES or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"must be bytes such as 24G or 22.5GiB, found {text!r}")
-    return int(float(found[1]) * SIZES[found[2]])
+    """Parses a size in bytes: 24G (10^9 bytes each), 22.5GiB (2^30 bytes each), or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
+    if match is None or match[2] not in UNIT_BYTES or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"must be a size in bytes such as 24G or 22.5GiB, found {text!r}")
+    return int(float(match[1]) * UNIT_BYTES[match[2]])
 
 
 def sizes(text: str) -> list[int]:
-    """One or several of them: 24G,24G."""
+    """Parses sizes separated by commas: 24G,24G."""
     return [size(part) for part in text.split(",")]
 
 
 def rate(text: str) -> float:
-    """GB/s: more than nothing, and a number."""
+    """Parses a bandwidth in GB/s: more than 0 and below 1000000."""
     try:
         value = float(text)
     except ValueError:
@@ -190,28 +217,28 @@ def rate(text: str) -> float:
 
 
 def tokens(text: str) -> int:
-    """A number of tokens: 32K is 32768."""
+    """Parses a number of tokens: 32K is 32768."""
     return positive(text[:-1]) * 1024 if text[-1:] in ("k", "K") else positive(text)
 
 
 def counts(text: str) -> list[int]:
-    """One or several positive numbers: 512,2048."""
+    """Parses positive integers separated by commas: 512,2048."""
     return [positive(part) for part in text.split(",")]
 
 
 def flag(
     parser: argparse.ArgumentParser | argparse._ArgumentGroup, *names: str, help: str, default: bool = False
 ) -> None:
-    """An option that stands alone or takes true or false, with its opposite."""
+    """Adds a boolean option and its opposite; each may be followed by true or false."""
     parser.add_argument(*names, action=Flag, default=default, help=help)
 
 
 def debug_option(parser: argparse.ArgumentParser) -> None:
-    flag(parser, "--debug", help="show the traceback of an error")
+    flag(parser, "--debug", help="show the traceback when the command fails")
 
 
 def threads_option(group: argparse._ArgumentGroup) -> None:
-    """--cpu-infer, as KTransformers calls it."""
+    """Adds --threads under KTransformers' name, --cpu-infer."""
     group.add_argument(
         "--cpu-infer",
         "--threads",
@@ -219,61 +246,70 @@ def threads_option(group: argparse._ArgumentGroup) -> None:
         dest="threads",
         type=positive,
         metavar="N",
-        help="worker threads (default: usable physical cores)",
+        help="CPU worker threads (default: usable physical cores)",
     )
 
 
 def speculation_options(group: argparse._ArgumentGroup) -> None:
-    """--speculative and --draft-tokens, for whoever makes an engine."""
+    """Adds --speculative and --draft-tokens, for commands that create an engine."""
     group.add_argument(
         "--speculative",
         choices=("mtp", "prompt_lookup"),
-        help="guess tokens and check several in one forward, the answer stays the same; mtp: by the model's own layer for it, prompt_lookup: by what the text says elsewhere",
+        help="speculative decoding: draft several tokens and verify them in one forward; the output does not change."
+        " mtp drafts with the model's multi-token prediction layer, prompt_lookup copies what followed the same tokens"
+        " earlier in the text (default: off)",
     )
     group.add_argument(
         "--draft-tokens",
         type=positive,
         default=8,
         metavar="N",
-        help="most tokens guessed at once; how many of them are is decided by what they cost and how often they are right (default 8)",
+        help="max draft tokens per forward; fewer are drafted where their measured cost and acceptance rate make that"
+        " faster (default 8)",
     )
 
 
 def batched_option(group: argparse._ArgumentGroup, default: str) -> None:
-    """--max-num-batched-tokens and its KTransformers name; `default` in words."""
+    """Adds --max-num-batched-tokens under its two names; `default` describes the default in the help text."""
     group.add_argument(
         "--max-num-batched-tokens",
         "--chunk-size",
         dest="chunk_size",
         type=positive,
         metavar="N",
-        help=f"prompt tokens computed in one step where no answer is being written (default: {default})",
+        help=f"max prompt tokens of one prefill step while no request is decoding (default: {default})",
     )
 
 
 def step_options(group: argparse._ArgumentGroup) -> None:
-    """--max-num-batched-tokens and --max-itl-ms of an engine."""
-    batched_option(group, "2048, after a long past up to 8192, fewer where memory is short")
+    """Adds an engine's --max-num-batched-tokens and --max-itl-ms."""
+    batched_option(group, "2048, up to 8192 after a long context, fewer if memory is short")
     group.add_argument(
         "--max-itl-ms",
         type=positive,
         default=500,
         metavar="MS",
-        help="inter-token latency: beside answers a step computes as many prompt tokens as take so many milliseconds, by the measured rate, 64 at least (default 500)",
+        help="inter-token latency target in milliseconds: while requests are decoding, a step prefills only as many"
+        " prompt tokens as take MS at the measured rate, but at least 64 (default 500)",
     )
 
 
 def graphs_option(group: argparse._ArgumentGroup) -> None:
-    """--no-cuda-graphs, for whoever makes an engine."""
+    """Adds --no-cuda-graphs, for commands that create an engine."""
     flag(
         group,
         "--no-cuda-graphs",
-        help="launch every kernel of a token by itself: with all layers on one GPU a token's kernels are launched as one, which is captured when the model has been loaded",
+        help="launch each kernel of a decode step separately; by default, with all layers on one GPU, a CUDA graph is"
+        " captured after loading and launches them as one",
     )
 
 
 def lora_option(parser: argparse.ArgumentParser, meant: str) -> argparse._ArgumentGroup:
-    """--lora and vLLM's name for it, in a group of their own; `meant`: what several of them do."""
+    """Adds --lora and vLLM's name for it in a group, which is returned.
+
+    Args:
+        meant: the effect of several adapters, for the help text.
+    """
     group = parser.add_argument_group("adapters")
     group.add_argument(
         "--lora",
@@ -281,54 +317,63 @@ def lora_option(parser: argparse.ArgumentParser, meant: str) -> argparse._Argume
         dest="lora",
         action="append",
         metavar="[NAME=]PATH[=SCALE]",
-        help=f"LoRA adapter: PEFT's folder with adapter_config.json, or llama.cpp's GGUF file; several times: {meant}",
+        help="LoRA adapter: a PEFT folder with adapter_config.json, or a llama.cpp GGUF file;"
+        f" may be repeated: {meant}",
     )
     return group
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --weights, --rules and their KTransformers names; `named_model` settles which one is meant."""
+    """Adds the options of the model and its placement, under their names here and in KTransformers.
+
+    `named_model` infers --model where only --weights is given.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         "--model-path",
         dest="model",
         metavar="DIR",
-        help="Hugging Face folder or hub id (config.json, tokenizer), or a GGUF file alone",
+        help="Hugging Face folder or hub id (config.json, tokenizer), or a GGUF file, which needs no folder",
     )
     group.add_argument(
         "--weights",
         "--gguf-path",
         dest="weights",
         metavar="PATH",
-        help="GGUF file, the first of a split one, a folder of it, or safetensors (default: the model folder)",
+        help="weights: a GGUF file (of a split one the first file), the folder of a GGUF file, or safetensors"
+        " (default: those in --model)",
     )
     group.add_argument(
         "--rules",
         "--optimize-config-path",
         dest="rules",
         metavar="FILE",
-        help="rule file, or the name of a shipped one (default: by architecture)",
+        help="path of a rule file, or the name of a shipped one (default: the shipped one for the architecture)",
     )
     group.add_argument(
         "--dtype",
         default="auto",
         metavar="TYPE",
-        help="float weights become int8, int4 (groups of 128), int4g64 or int4g32 while they are read (default auto: stay)",
+        help="quantize float weights while loading, to int8, int4 (groups of 128 weights), int4g64 or int4g32"
+        " (default auto: do not)",
     )
-    group.add_argument("--moe-dtype", metavar="TYPE", help="the same for experts alone (default: as --dtype)")
+    group.add_argument(
+        "--moe-dtype", metavar="TYPE", help="like --dtype, for the weights of routed experts (default: as --dtype)"
+    )
     group.add_argument(
         "--moe-experts",
         type=positive,
         metavar="K",
-        help="experts a token, fewer than the model asks for: faster, less exact",
+        help="routed experts per token, fewer than the model's own number: faster, less exact (default: the model's)",
     )
     group.add_argument(
         "--defer-experts",
         type=int,
         default=0,
         metavar="D",
-        help="the D experts of a token that weigh least are added one layer later, so that a GPU and the CPU do not wait for each other: faster there, less exact (default 0)",
+        help="add the outputs of each token's D experts of the lowest weights one layer later, so that a GPU and the"
+        " CPU do not wait for each other: faster with both, less exact (default 0)",
     )
     group.add_argument(
         "--kv-dtype",
@@ -336,62 +381,69 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         dest="kv_dtype",
         default="auto",
         metavar="TYPE",
-        help="keys and values are kept as f16, bf16, f32, q8_0 (half the memory of f16; a GPU keeps f16) or fp8 (half on a GPU; q8_0 on the CPU); default f16",
+        help="KV cache type: f16, bf16, f32, q8_0 (half the memory of f16; f16 on a GPU) or fp8 (half the memory of"
+        " f16 on a GPU; q8_0 on the CPU) (default f16)",
     )
     group.add_argument(
         "--cache-dir",
         metavar="DIR",
-        help="keep packed weights in DIR: the first start writes them (as much disk as memory), later ones only map them",
+        help="cache packed weights in DIR: the first start writes them, as many bytes as they take in memory, later"
+        " starts only map the files (default: pack at each start)",
     )
-    flag(group, "--trust-remote-code", help="run Python code that comes with the model (default: never)")
+    flag(group, "--trust-remote-code", help="run Python code from the model's repository (default: never)")
     flag(
         group,
         "--no-self-test",
-        help="skip the few tokens that are computed when the model has been loaded, whole and through the cache, to prove that both agree (status 4 if not)",
+        help="skip the self-test after loading, which computes a few tokens both in one forward and through the KV"
+        " cache and exits with status 4 if the results differ",
     )
     placement_options(parser)
 
 
 def placement_options(parser: argparse.ArgumentParser) -> None:
-    """Where modules are: --device and what goes elsewhere."""
+    """Adds the options that place modules on devices: --device and its exceptions."""
     group = parser.add_argument_group("placement")
     group.add_argument(
         "--device",
         metavar="DEVICE",
-        help="cpu, cuda, cuda:N, or GPUs that share the layers (cuda:0,cuda:1): where everything but the routed experts is (default: as the rule file says, else cpu)",
+        help="device of everything but the routed experts: cpu, cuda, cuda:N, or several GPUs that split the layers"
+        " (cuda:0,cuda:1) (default: the rule file's, else cpu)",
     )
     group.add_argument(
         "--moe-device",
         metavar="DEVICE",
-        help="where the routed experts are: cpu, numa (the same: the CPU with its memory nodes), cuda or cuda:N (default cpu)",
+        help="device of the routed experts: cpu (all of its NUMA nodes), numa (a synonym of cpu), cuda or cuda:N"
+        " (default cpu)",
     )
     group.add_argument(
         "--gpu-experts",
         type=natural,
         metavar="N",
-        help="so many routed experts of each layer are on its GPU when the others are on the CPU; both sides compute at once (default: as the rule file says, else 0)",
+        help="routed experts per layer to place on the layer's GPU; the others stay on the CPU and both compute in"
+        " parallel (default: the rule file's number, else 0)",
     )
     group.add_argument(
         "--stream-experts",
         metavar="N",
-        help="prompts of N tokens or more have experts in memory copied to their layer's GPU and computed there: a number, auto (from where that is faster) or off (default: as the rule file says, else auto)",
+        help="for prompts of at least N tokens, copy experts in CPU memory to their layer's GPU and compute them"
+        " there: a number, auto (the number from which that is faster) or off (default: the rule file's, else auto)",
     )
     group.add_argument(
         "--shared-device",
         metavar="DEVICE",
-        help="where shared experts are (default: as --device)",
+        help="device of the shared experts (default: as --device)",
     )
     group.add_argument(
         "--devices",
         action="append",
-        type=keyed,
+        type=module_device,
         metavar="MODULES=DEVICE",
-        help="places by name, as a rule file's map of devices: 'layers 0-29=cuda:1'; several times",
+        help="device of modules by name, as in the devices map of a rule file: 'layers 0-29=cuda:1'; may be repeated",
     )
 
 
-def keyed(text: str) -> tuple[str, str]:
-    """An entry of a map: key=value."""
+def module_device(text: str) -> tuple[str, str]:
+    """Parses an entry of the devices map: MODULES=DEVICE."""
     key, equals, value = text.rpartition("=")
     if not equals or not key or not value:
         raise argparse.ArgumentTypeError(f"must be MODULES=DEVICE, found {text!r}")
@@ -399,7 +451,7 @@ def keyed(text: str) -> tuple[str, str]:
 
 
 def placed(args: argparse.Namespace) -> dict[str, Any]:
-    """What ktx.load and ktx.plan are told of placement."""
+    """Returns the placement arguments of ktx.load and ktx.plan."""
     return {
         "device": args.device,
         "moe_device": args.moe_device,
@@ -410,7 +462,11 @@ def placed(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_options(args: argparse.Namespace, engine: bool = False) -> dict[str, Any]:
-    """What ktx.load is told beside the model: the options above by its own names. `engine`: an engine is made of the model, and makes its self-test."""
+    """Returns the arguments of ktx.load, except the model itself, from the options above.
+
+    Args:
+        engine: the caller creates an engine of the model, which runs the self-test instead of ktx.load.
+    """
     return {
         "weight_dtype": args.dtype,
         "moe_dtype": args.moe_dtype,
@@ -426,27 +482,43 @@ def load_options(args: argparse.Namespace, engine: bool = False) -> dict[str, An
     }
 
 
-Adds = Callable[[argparse.ArgumentParser], None]  # a command's add_arguments, or a part of it
+AddArguments = Callable[[argparse.ArgumentParser], None]  # a command's add_arguments, or a part of it
 
 
-def options_of(*adds: Adds) -> dict[str, argparse.Action]:
-    """The options that functions add to a parser, by the name of their value."""
+def options_of(*add_functions: AddArguments) -> dict[str, argparse.Action]:
+    """Returns the options that functions add to a parser, keyed by their name in the namespace."""
     parser = argparse.ArgumentParser(add_help=False)
-    for add in adds:
+    for add in add_functions:
         add(parser)
     return {action.dest: action for action in parser._actions if action.option_strings}
 
 
-def refuse(args: argparse.Namespace, options: Mapping[str, argparse.Action], why: str) -> None:
-    """UsageError for one of the options that is given, which this run of the command would not read: `why` ends the message."""
-    for name, action in options.items():
-        if getattr(args, name, action.default) != action.default:
-            name = next((word for word in action.option_strings if word.startswith("--")), action.option_strings[0])
-            raise UsageError(f"{name} {why}")
+def refuse(args: argparse.Namespace, options: Mapping[str, argparse.Action], reason: str) -> None:
+    """Rejects options that this run of the command does not use.
+
+    Args:
+        options: the options to reject, by their name in the namespace.
+        reason: the end of the message, after the option's name.
+
+    Raises:
+        UsageError: one of the options is given.
+    """
+    for dest, action in options.items():
+        if getattr(args, dest, action.default) != action.default:
+            option = next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
+            raise UsageError(f"{option} {reason}")
 
 
 def named_model(args: argparse.Namespace) -> bool:
-    """Puts what --weights alone says into `args.model`; False when neither is given. UsageError when it needs a folder beside it, BadFile when it is not there."""
+    """Sets `args.model` from --weights where --model is not given.
+
+    Returns:
+        False when neither is given.
+
+    Raises:
+        BadFile: --weights does not exist.
+        UsageError: --weights does not include the model's config.json and tokenizer.
+    """
     if args.model is not None or not args.weights:
         return args.model is not None
     path = Path(args.weights).expanduser()
@@ -457,18 +529,18 @@ def named_model(args: argparse.Namespace) -> bool:
         args.model = str(path)
         return True
     raise UsageError(
-        f"--weights {args.weights} needs --model: the Hugging Face folder (config.json, tokenizer) it belongs to"
+        f"--weights {args.weights} needs --model: the Hugging Face folder of this model (config.json, tokenizer)"
     )
 
 
 def gguf_in(path: Path) -> Path:
-    """The first GGUF file of a folder; anything else as it is."""
+    """Returns the first GGUF file of a folder, or `path` itself if it is no folder or has none."""
     return next(iter(ggufs_in(path)), path) if path.is_dir() else path
 
 
 def require_model(args: argparse.Namespace) -> None:
-    """UsageError when no model is named."""
+    """Raises UsageError when neither --model nor --weights is given."""
     if not named_model(args):
         raise UsageError(
-            "no model is named: give --model DIR (a Hugging Face folder or hub id), or --weights FILE.gguf"
+            "no model is given: give --model DIR (a Hugging Face folder or hub id), or --weights FILE.gguf"
         )

@@ -1,4 +1,4 @@
-"""ktx serve: an OpenAI-compatible server, which Anthropic's and Ollama's clients understand too."""
+"""ktx serve: HTTP server with the APIs of OpenAI, Anthropic and Ollama."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ from ktx.errors import BadFile, UsageError
 from ktx.utils.versions import install
 
 SUMMARY = "serve a model over HTTP"
-EPILOG = "Without --model the bundled demo model answers. Keys may also stand in the environment: KTX_API_KEY."
-LEAST_TOKENS = 64
-MOST_KEPT = 1_000_000
-PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance")
+EPILOG = (
+    "Without --model the bundled demo model is served. API keys are also read from the environment variable"
+    " KTX_API_KEY, separated by spaces. Example: ktx serve --model DIR --weights FILE.gguf --port 8080"
+)
+MIN_KV_CACHE_TOKENS = 64
+MAX_STORED_RESPONSES = 1_000_000
+REQUIRED_PACKAGES = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client", "llguidance")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,137 +44,179 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         action=Settings,
         metavar="FILE",
-        help="YAML file with these options by their names; those given here count more",
+        help="YAML file that maps names of these options to values; options on the command line take precedence",
     )
     model_options(parser)
-    adapters = lora_option(parser, "each answers requests whose model is its name (default: the folder's or file's)")
+    adapters = lora_option(
+        parser,
+        "each is used for the requests whose model is its NAME (default: the name of the folder or file)",
+    )
     adapters.add_argument(
         "--lora-dir",
         metavar="DIR",
-        help="let requests load adapters below DIR, and unload any, by vLLM's /v1/load_lora_adapter and /v1/unload_lora_adapter (default: they may not)",
+        help="let clients load adapters under DIR, and unload any adapter, through vLLM's endpoints"
+        " /v1/load_lora_adapter and /v1/unload_lora_adapter (default: these endpoints are disabled)",
     )
     running_options(parser)
-    say = parser.add_argument_group("answers")
-    say.add_argument(
+    output = parser.add_argument_group("answers")
+    output.add_argument(
         "--max-new-tokens",
         type=positive,
         metavar="N",
-        help="longest answer of a request that names no number (default: what the context leaves)",
+        help="max output tokens of a request that sets no limit (default: the rest of the context)",
     )
-    say.add_argument(
-        "--temperature", type=float, metavar="T", help="of requests that name none (default: the model's own, else 1)"
+    output.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="temperature of requests that set none (default: the one of the model's generation_config.json, else 1)",
     )
-    say.add_argument("--top-p", type=float, metavar="P", help="the same for top_p")
-    say.add_argument("--chat-template", metavar="FILE", help="a Jinja chat template in the place of the model's own")
-    flag(say, "--force-think", help="begin each answer with <think>")
-    say.add_argument(
+    output.add_argument(
+        "--top-p", type=float, metavar="P", help="top_p of requests that set none (default: like --temperature)"
+    )
+    output.add_argument("--chat-template", metavar="FILE", help="Jinja chat template to use instead of the model's own")
+    flag(output, "--force-think", help="begin each output with <think>, so that the model reasons before it answers")
+    output.add_argument(
         "--keep-responses",
         type=int,
         metavar="N",
-        help="newest answers of /v1/responses that are kept in memory for requests that go on from them (default 1000; 0 with --ray, whose replicas share none)",
+        help="number of the newest /v1/responses results to store in memory, for requests that continue them by"
+        " previous_response_id (default 1000; 0 with --ray, because replicas share no stored responses)",
     )
-    net = parser.add_argument_group("network")
-    net.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1: this machine alone)"
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default 127.0.0.1: only this machine can connect)",
     )
-    net.add_argument("--port", type=int, default=10002, metavar="N", help="0 takes any free one (default 10002)")
-    net.add_argument(
+    network.add_argument(
+        "--port", type=int, default=10002, metavar="N", help="port to listen on, 0 for any free one (default 10002)"
+    )
+    network.add_argument(
         "--model-name",
         action="append",
         metavar="NAME",
-        help="name in the API (default: the folder's); several times: aliases",
+        help="name of the model in the API (default: the name of its folder or file); may be repeated: aliases",
     )
-    net.add_argument("--api-key", action="append", metavar="KEY", help="ask for this key; several times: any of them")
-    net.add_argument("--api-key-file", metavar="FILE", help="keys, one a line")
-    flag(net, "--allow-unauthenticated", help="listen on other addresses than this machine's own without a key")
-    net.add_argument(
+    network.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="require this key from clients; may be repeated: any of the keys (default: those in KTX_API_KEY, if any)",
+    )
+    network.add_argument("--api-key-file", metavar="FILE", help="file of accepted API keys, one per line")
+    flag(
+        network,
+        "--allow-unauthenticated",
+        help="allow a --host other than the loopback address without an API key: anyone who reaches it can use it",
+    )
+    network.add_argument(
         "--allowed-hosts",
         action="append",
         metavar="NAME",
-        help="a name that this server goes by, for requests without keys",
+        help="host name to accept in the Host header when no API key is set, besides --host, localhost and addresses;"
+        " may be repeated",
     )
-    net.add_argument(
+    network.add_argument(
         "--cors-origins",
         action="append",
         metavar="ORIGIN",
-        help="web pages that may ask, such as https://chat.example; * is all",
+        help="web origin whose pages may call the API, such as https://chat.example, or * for all; may be repeated",
     )
     serve_ray.add_options(parser)
     log = parser.add_argument_group("log")
     log.add_argument(
-        "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="(default info)"
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        default="info",
+        help="least severe level that is logged (default info)",
     )
     log.add_argument(
         "--log-format",
         choices=("text", "json"),
         default="text",
-        help="a line or a JSON object for each event (default text)",
+        help="format of a log record: a line of text or a JSON object (default text)",
     )
-    flag(log, "--hide-input", default=True, help="false: write prompts to the log (default true)")
+    flag(log, "--hide-input", default=True, help="keep prompts out of the log; false logs them (default true)")
 
 
 def running_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> None:
-    """How the engine runs, for every command that starts a server. `batch`: requests at once, or words for what they depend on."""
-    run = parser.add_argument_group("running")
-    threads_option(run)
-    run.add_argument(
+    """Adds the engine's options, for the commands that start a server.
+
+    Args:
+        batch: default of --max-batch-size, or a text that describes it where the command computes it.
+    """
+    group = parser.add_argument_group("running")
+    threads_option(group)
+    group.add_argument(
         "--max-batch-size",
         type=positive,
         default=batch if isinstance(batch, int) else None,
         metavar="N",
-        help=f"requests computed at once (default {batch})",
+        help=f"max number of requests computed in one batch; further requests wait (default {batch})",
     )
-    step_options(run)
-    run.add_argument(
+    step_options(group)
+    group.add_argument(
         "--cache-lens",
         type=positive,
         default=32768,
         metavar="N",
-        help="tokens whose keys and values are kept, of all requests together (default 32768)",
+        help="KV cache capacity in tokens, shared by all requests (default 32768)",
     )
-    run.add_argument(
+    group.add_argument(
         "--max-context",
         type=positive,
         metavar="N",
-        help="most tokens of one request (default: what the model and --cache-lens allow)",
+        help="max tokens of one request, prompt and output (default: what the model and --cache-lens allow)",
     )
-    run.add_argument(
+    group.add_argument(
         "--max-queue",
         type=positive,
         default=256,
         metavar="N",
-        help="requests that may wait; more are told to come again (default 256)",
+        help="max number of waiting requests; further ones are refused with a request to retry (default 256)",
     )
-    flag(run, "--no-prefix-cache", help="compute every prompt anew")
-    run.add_argument(
+    flag(group, "--no-prefix-cache", help="do not reuse the KV cache of earlier requests with the same prompt prefix")
+    group.add_argument(
         "--prefix-cache-dir",
         metavar="DIR",
-        help="keep computed prompts in DIR, so that the next start knows them (what was said can be read from them)",
+        help="store the prefix cache in DIR, so that the next start reuses it; conversations can be read from its files"
+        " (default: memory only)",
     )
-    run.add_argument(
-        "--prefix-cache-gb", type=float, default=16.0, metavar="GB", help="most of DIR, oldest go first (default 16)"
+    group.add_argument(
+        "--prefix-cache-gb",
+        type=float,
+        default=16.0,
+        metavar="GB",
+        help="max size of --prefix-cache-dir in GB; the oldest pages are evicted first (default 16)",
     )
-    speculation_options(run)
-    graphs_option(run)
-    run.add_argument(
+    speculation_options(group)
+    graphs_option(group)
+    group.add_argument(
         "--backend-type",
         choices=("balance_serve", "ktransformers", "scripted"),
         default="balance_serve",
-        help="scripted: answers come from --script, for tests of clients",
+        help="engine: balance_serve and ktransformers both compute the model (KTransformers' names); scripted returns"
+        " answers from --script instead, to test clients (default balance_serve)",
     )
-    run.add_argument(
+    group.add_argument(
         "--script",
         metavar="FILE",
-        help="with --backend-type scripted: JSON list of {match, text}; without it prompts are repeated",
+        help="with --backend-type scripted: file with a JSON list of {match, text} (default: the prompt is echoed)",
     )
-    run.add_argument(
-        "--pace", type=float, default=0.0, metavar="SECONDS", help="with --backend-type scripted: seconds a token"
+    group.add_argument(
+        "--pace",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="with --backend-type scripted: seconds per token, at most 60 (default 0)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves until a signal; exit status 0 then."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    """Serves until a signal arrives, then returns exit status 0."""
+    missing = [name for name in REQUIRED_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"ktx serve needs {', '.join(missing)}: {install('serve')}")
     from ktx.server.auth import AccessPolicy
@@ -187,97 +232,109 @@ def run(args: argparse.Namespace) -> int:
     from ktx.server.run import listen, serve
     from ktx.server.state import ServerState
 
-    known = named_model(args)
-    names = tuple(args.model_name or [_name(args.model) if known else "ktx-demo"])
-    if not known:
+    has_model = named_model(args)
+    names = tuple(args.model_name or [_model_name(args.model) if has_model else "ktx-demo"])
+    if not has_model:
         import ktx.demo
 
         args.model = str(ktx.demo.path())
         args.weights = str(ktx.demo.safetensors() if args.speculative == "mtp" else ktx.demo.gguf())
     adapters = adapter_names(args, names)
-    hosts = (*(args.allowed_hosts or ()), args.host)
-    access = AccessPolicy(keys, tuple(hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ()))
+    allowed_hosts = (*(args.allowed_hosts or ()), args.host)
+    access = AccessPolicy(keys, tuple(allowed_hosts), tuple(origin.rstrip("/") for origin in args.cors_origins or ()))
     if args.ray:
-        return serve_ray.serve_replicas(args, names, adapters, access, _settings(args), make_engine)
-    served = ServerState(names, _settings(args), adapters)
-    where = listen(args.host, args.port)
-    app = make_app(served, access)
-    trouble: list[BaseException] = []
+        return serve_ray.serve_replicas(args, names, adapters, access, _server_settings(args), make_engine)
+    state = ServerState(names, _server_settings(args), adapters)
+    listener = listen(args.host, args.port)
+    app = make_app(state, access)
+    load_errors: list[BaseException] = []
 
-    def started(end: Callable[[], None]) -> None:
-        def failed(error: BaseException) -> None:
-            trouble.append(error)
-            end()
+    def on_start(stop_server: Callable[[], None]) -> None:
+        def on_failure(error: BaseException) -> None:
+            load_errors.append(error)
+            stop_server()
 
         address = f"[{args.host}]" if ":" in args.host else args.host
         logging.getLogger("ktx.server").info(
-            "listening on http://%s:%d, loading %s", address, where.getsockname()[1], names[0]
+            "listening on http://%s:%d, loading %s", address, listener.getsockname()[1], names[0]
         )
-        served.load(make, failed)
+        state.load(load_engine, on_failure)
 
-    def make(served: ServerState) -> Any:
-        engine = make_engine(args, served)
+    def load_engine(state: ServerState) -> Any:
+        engine = make_engine(args, state)
         freeze_gc()
         return engine
 
-    serve(app, served, where, started)
-    if trouble:
-        raise trouble[0]
+    serve(app, state, listener, on_start)
+    if load_errors:
+        raise load_errors[0]
     return 0
 
 
 def adapter_names(args: argparse.Namespace, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Of the LoRA adapters that are served. UsageError for one that has the model's name, and where no model is computed."""
+    """Returns the names of the LoRA adapters to serve.
+
+    Raises:
+        UsageError: an adapter has one of the model's `names`, or the backend is scripted and computes no model.
+    """
     if not args.lora:
         return ()
     if args.backend_type == "scripted":
         raise UsageError("--lora: --backend-type scripted computes no model")
     from ktx.model.lora import wishes
 
-    found = tuple(wish.name for wish in wishes(args.lora))
-    if taken := next((name for name in found if name in names), None):
-        raise UsageError(f"--lora: {taken!r} is the model's name; give another one: NAME=DIR")
-    return found
+    adapters = tuple(adapter.name for adapter in wishes(args.lora))
+    if duplicate := next((name for name in adapters if name in names), None):
+        raise UsageError(f"--lora: {duplicate!r} is the model's name; give another one: NAME=DIR")
+    return adapters
 
 
-def _name(path: str) -> str:
-    """A folder's name, or a GGUF file's without its end."""
-    last = Path(path.rstrip("/")).name
-    return last.removesuffix(".gguf") or path
+def _model_name(path: str) -> str:
+    """Returns the name of a folder, or of a GGUF file without its suffix."""
+    name = Path(path.rstrip("/")).name
+    return name.removesuffix(".gguf") or path
 
 
-def _settings(args: argparse.Namespace) -> Any:
-    from ktx.server.state import ServerSettings as Answers
+def _server_settings(args: argparse.Namespace) -> Any:
+    from ktx.server.state import ServerSettings
 
     template = read_template(args.chat_template) if args.chat_template else None
     sampling = {name: getattr(args, name) for name in ("temperature", "top_p") if getattr(args, name) is not None}
     from ktx.engine.sampler import SamplingParams
 
-    SamplingParams(**sampling)  # refuses what is out of range
-    keep = (0 if args.ray else Answers.max_stored_responses) if args.keep_responses is None else args.keep_responses
+    SamplingParams(**sampling)  # raises for values out of range
+    max_stored = (
+        (0 if args.ray else ServerSettings.max_stored_responses) if args.keep_responses is None else args.keep_responses
+    )
     folder = Path(args.lora_dir).expanduser().resolve() if args.lora_dir else None
-    return Answers(args.max_new_tokens, args.force_think, template, args.hide_input, sampling, keep, lora_dir=folder)
+    return ServerSettings(
+        args.max_new_tokens, args.force_think, template, args.hide_input, sampling, max_stored, lora_dir=folder
+    )
 
 
 def read_template(file: str) -> str:
-    """The text of a chat template. BadFile, with the line where there is one, for a file that holds none."""
+    """Reads a chat template.
+
+    Raises:
+        BadFile: the file cannot be read or is no valid template; the message has the line where one is known.
+    """
     from ktx.engine.template import DEFAULT, check_templates
 
-    where = f"--chat-template {file}"
+    location = f"--chat-template {file}"
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise BadFile(f"{where}: cannot be read: {error.strerror}") from error
+        raise BadFile(f"{location}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise BadFile(f"{where}, line {line}: is no UTF-8 text (byte {error.start})") from error
+        raise BadFile(f"{location}, line {line}: is not valid UTF-8 (byte {error.start})") from error
     if not text.strip():
-        raise BadFile(f"{where}: is empty")
-    check_templates({DEFAULT: text}, where)
+        raise BadFile(f"{location}: is empty")
+    check_templates({DEFAULT: text}, location)
     return text
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
+def _engine_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "max_batch_size": args.max_batch_size,
         "chunk_size": args.chunk_size,
@@ -294,32 +351,36 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def make_engine(args: argparse.Namespace, served: Any) -> Any:
-    """The engine that the options ask for; `served` is told how much is read, and what memory can."""
-    return _scripted(args) if args.backend_type == "scripted" else _engine(args, served)
+def make_engine(args: argparse.Namespace, state: Any) -> Any:
+    """Creates the engine that the options choose.
+
+    Args:
+        state: the server's state, which receives the loading progress and the measured read bandwidth.
+    """
+    return _scripted(args) if args.backend_type == "scripted" else _engine(args, state)
 
 
-def _engine(args: argparse.Namespace, served: Any) -> Any:
+def _engine(args: argparse.Namespace, state: Any) -> Any:
     import ktx
     from ktx.kernels.cpu import pool_size
     from ktx.kernels.microbench import free_read_bandwidth
 
-    reading = free_read_bandwidth(pool_size(args.threads))
-    served.bandwidth = reading and reading.gb_s
+    bandwidth = free_read_bandwidth(pool_size(args.threads))
+    state.bandwidth = bandwidth and bandwidth.gb_s
     model, _ = ktx.load(
         args.model,
         args.weights,
         args.rules,
         threads=args.threads,
-        progress=served.progress,
+        progress=state.progress,
         mtp=args.speculative == "mtp",
         **load_options(args, engine=True),
     )
     logging.getLogger("ktx.server").info(
         "loaded in %.1f s, %s kernels, %d threads", model.ktx.seconds, model.ktx.isa, model.ktx.threads
     )
-    model.ktx.use_lora()  # requests name theirs
-    return model.ktx.engine(**_options(args))
+    model.ktx.use_lora()  # no adapter is active: each request names its own
+    return model.ktx.engine(**_engine_options(args))
 
 
 def _scripted(args: argparse.Namespace) -> Any:
@@ -331,11 +392,16 @@ def _scripted(args: argparse.Namespace) -> Any:
 
     source: Any = open_weights(args.model, read_config(args.model)) if is_gguf(Path(args.model)) else None
     tokenizer = read_tokenizer(args.model, source, args.trust_remote_code)
-    return scripted_engine(tokenizer, Options(**_options(args)), read_script(args.script, tokenizer), args.pace)
+    return scripted_engine(tokenizer, Options(**_engine_options(args)), read_script(args.script, tokenizer), args.pace)
 
 
 def keys_of(args: argparse.Namespace) -> tuple[str, ...]:
-    """From the command line, a file and the environment. UsageError for one that a header cannot hold."""
+    """Returns the API keys from the command line, --api-key-file and KTX_API_KEY, without duplicates.
+
+    Raises:
+        BadFile: the file cannot be read or has no key.
+        UsageError: a key cannot be sent in an HTTP header.
+    """
     keys = list(args.api_key or ())
     if args.api_key_file:
         try:
@@ -347,45 +413,48 @@ def keys_of(args: argparse.Namespace) -> tuple[str, ...]:
         except OSError as error:
             raise BadFile(f"--api-key-file {args.api_key_file}: cannot be read: {error.strerror}") from error
         if not keys:
-            raise BadFile(f"--api-key-file {args.api_key_file}: holds no key")
+            raise BadFile(f"--api-key-file {args.api_key_file}: contains no key")
     keys += [key for key in os.environ.get("KTX_API_KEY", "").split() if key]
     if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
-        raise UsageError("a key is made of printable ASCII without spaces")
+        raise UsageError("an API key must consist of printable ASCII characters without spaces")
     return tuple(dict.fromkeys(keys))
 
 
 def check_exposure(args: argparse.Namespace, keys: tuple[str, ...]) -> None:
-    """UsageError when everybody who reaches this machine could use the server, unless that was said to be meant."""
+    """Raises UsageError for a server without a key on an address that is not loopback, unless the user allows it."""
     try:
-        own = ipaddress.ip_address(args.host).is_loopback
+        is_loopback = ipaddress.ip_address(args.host).is_loopback
     except ValueError:
-        own = args.host == "localhost"
-    if not own and not keys and not args.allow_unauthenticated:
+        is_loopback = args.host == "localhost"
+    if not is_loopback and not keys and not args.allow_unauthenticated:
         raise UsageError(
-            f"--host {args.host} without a key would let everybody in who reaches this machine: give --api_key or --api_key_file, or say --allow_unauthenticated"
+            f"--host {args.host} without an API key would let anyone who reaches this machine use the server:"
+            " give --api_key or --api_key_file, or --allow_unauthenticated"
         )
 
 
 def check_settings(args: argparse.Namespace) -> None:
+    """Raises UsageError or BadFile for values that are out of range or that contradict one another."""
     if not 0 <= args.port < 1 << 16:
         raise UsageError(f"--port {args.port}: must be from 0 to 65535")
-    if args.keep_responses is not None and not 0 <= args.keep_responses <= MOST_KEPT:
-        raise UsageError(f"--keep-responses {args.keep_responses}: must be from 0 to {MOST_KEPT}")
+    if args.keep_responses is not None and not 0 <= args.keep_responses <= MAX_STORED_RESPONSES:
+        raise UsageError(f"--keep-responses {args.keep_responses}: must be from 0 to {MAX_STORED_RESPONSES}")
     if args.keep_responses and args.ray:
         raise UsageError(
-            f"--keep-responses {args.keep_responses}: replicas (--ray) share no answers; leave it out, or give 0"
+            f"--keep-responses {args.keep_responses}: replicas (--ray) share no stored responses;"
+            " leave the option out, or give 0"
         )
     if args.lora_dir:
         if args.ray:
             raise UsageError(
-                "--lora-dir: replicas (--ray) share no adapters that requests load; give --lora at the start"
+                "--lora-dir: replicas (--ray) share no adapters that clients load; give --lora when starting instead"
             )
         if args.backend_type == "scripted":
             raise UsageError("--lora-dir: --backend-type scripted computes no model")
         if not Path(args.lora_dir).expanduser().is_dir():
             raise BadFile(f"--lora-dir {args.lora_dir}: no such folder")
-    if args.cache_lens < LEAST_TOKENS:
-        raise UsageError(f"--cache-lens {args.cache_lens}: must be at least {LEAST_TOKENS}")
+    if args.cache_lens < MIN_KV_CACHE_TOKENS:
+        raise UsageError(f"--cache-lens {args.cache_lens}: must be at least {MIN_KV_CACHE_TOKENS}")
     if args.script and args.backend_type != "scripted":
         raise UsageError("--script needs --backend-type scripted")
     if args.pace < 0 or args.pace > 60:

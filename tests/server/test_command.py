@@ -22,7 +22,7 @@ def parsed(*words):
 @pytest.mark.parametrize(
     "words,told",
     [
-        (["--host", "0.0.0.0"], "would let everybody in"),
+        (["--host", "0.0.0.0"], "would let anyone who reaches this machine use the server"),
         (["--host", "::"], "--allow_unauthenticated"),
         (["--port", "70000"], "from 0 to 65535"),
         (["--api-key", "two words"], "printable ASCII"),
@@ -31,7 +31,7 @@ def parsed(*words):
         (["--cache-lens", "8"], "at least 64"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--lora-dir", "/nothing/here"], "no such folder"),
-        (["--lora-dir", "/tmp", "--ray"], "replicas (--ray) share no adapters"),
+        (["--lora-dir", "/tmp", "--ray"], "replicas (--ray) share no adapters that clients load"),
         (["--lora-dir", "/tmp", "--backend-type", "scripted"], "computes no model"),
         (["--chat-template", "/nothing/here"], "cannot be read"),
         (["--host", "203.0.113.1", "--api-key", "k", "--port", "0"], "another server may be there"),
@@ -83,12 +83,12 @@ def test_a_file_of_options(tmp_path):
 @pytest.mark.parametrize(
     "text,told",
     [
-        ("a: 1\nprot: 3\n", "line 1: no option"),
-        ("port: 3\nprot: 3\n", "line 2: no option is called 'prot' (did you mean 'port'?)"),
+        ("a: 1\nprot: 3\n", "line 1: unknown option"),
+        ("port: 3\nprot: 3\n", "line 2: unknown option 'prot' (did you mean 'port'?)"),
         ("port: x\n", "line 1: port"),
         ("max_batch_size: 0\n", "at least 1"),
         ("[1]", "mapping"),
-        ("a: [", "no YAML"),
+        ("a: [", "is not valid YAML"),
         ("backend_type: fast\n", "must be one of"),
     ],
 )

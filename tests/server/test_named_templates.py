@@ -127,7 +127,7 @@ def test_a_broken_template_is_refused_at_the_start(template, told, tmp_path, cap
     [
         (b"", "is empty"),
         (b" \n\n", "is empty"),
-        (b"{{ messages[0].content }}\n\xff", "line 2: is no UTF-8 text"),
+        (b"{{ messages[0].content }}\n\xff", "line 2: is not valid UTF-8"),
         (None, "cannot be read: Is a directory"),
     ],
 )
