@@ -15,7 +15,7 @@ import contextlib, json, multiprocessing, os, subprocess, sys, threading
 import torch
 import ktx, ktx.demo
 from ktx.errors import UsageError
-from ktx.kernels import cpu, speed
+from ktx.kernels import cpu, microbench
 from ktx.quant.types import QTYPES
 
 torch.set_grad_enabled(False)
@@ -86,12 +86,12 @@ def forks():
 
 
 def executes():
-    words = [sys.executable, "-c", "from ktx.kernels import cpu, speed; from ktx.quant.types import QTYPES; speed.prompt_rate(QTYPES['Q8_0'])"]
+    words = [sys.executable, "-c", "from ktx.kernels import cpu, microbench; from ktx.quant.types import QTYPES; microbench.prompt_rate(QTYPES['Q8_0'])"]
     os.execv(sys.executable, words)
 
 
 def spawned():
-    child = multiprocessing.get_context("spawn").Process(target=speed.prompt_rate, args=(QTYPES["Q8_0"],))
+    child = multiprocessing.get_context("spawn").Process(target=microbench.prompt_rate, args=(QTYPES["Q8_0"],))
     child.start()
     child.join(100)
     return child.exitcode

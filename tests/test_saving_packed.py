@@ -493,7 +493,7 @@ class Floating(Opaque):
 
 def test_a_type_that_is_not_taken_back(tmp_path, monkeypatch):
     mine = of_gguf("llama", tmp_path / "loaded")
-    monkeypatch.delitem(blocks.planes.FIELDS, "Q8_0")
+    monkeypatch.delitem(blocks.soa_layout.FIELDS, "Q8_0")
     with pytest.raises(UsageError, match="weights of Q8_0 are not taken back"):
         mine.save_pretrained(tmp_path / "packed", packed=True)
     assert not list(tmp_path.glob("packed/*"))
@@ -525,7 +525,7 @@ def test_a_write_that_fails_leaves_the_folder_as_it_was(tmp_path, monkeypatch, b
 KILLED = """
 import os, signal, sys, pathlib
 import ktx, torch
-from ktx import checkpoint
+from ktx.model import checkpoint_folder
 folder, at = sys.argv[1], int(sys.argv[2])
 model, _ = ktx.load(ktx.demo.path(), ktx.demo.gguf(), progress=False, self_test=False)
 calls = 0

@@ -117,13 +117,13 @@ from ktx.kernels import cpu
 from tests.kernels.test_counts import COUNT, HIDDEN, INNER, TOP, stack
 cpu.ops.set_threads(2)
 packed = stack("Q4_K", INNER, HIDDEN), stack("Q4_K", INNER, HIDDEN), stack("Q8_0", HIDDEN, INNER)
-counts, told = cpu.new_counts(COUNT), []
+counts, told = cpu.new_stats(COUNT), []
 for tokens in (1, 40):
     ids = torch.arange(tokens * TOP).view(tokens, TOP) % COUNT
     for _ in range(200):  # beside a busy neighbour a member misses some, never all
-        with cpu.wide_rows(tokens):
+        with cpu.bf16_rows(tokens):
             cpu.experts(torch.randn(tokens, HIDDEN), ids, torch.rand(tokens, TOP), *packed, counts=counts)
-    found = cpu.Counted.read(counts)
+    found = cpu.ExpertStats.read(counts)
     told.append([found.activations, found.nbytes, found.seconds, found.node_seconds])
 print(json.dumps(told))
 """

@@ -115,7 +115,7 @@ found = []
 for name in ("Q4_K", "Q6_K", "Q8_0", "BF16", "IQ2_XXS", "F16"):
     weight, x = cpu.pack(sample(name, 37, 768)), torch.randn(133, 768)
     for wide in (False, True):
-        with cpu.wide_rows(0):
+        with cpu.bf16_rows(0):
             whole = cpu.linear(x, weight, wide=wide)
             for count in (1, 8, 9, 16, 17, 31, 33, 100):
                 part = cpu.linear(x[:count], weight, wide=wide)
