@@ -1,4 +1,4 @@
-"""A conversation with an engine: its messages as a prompt, its answers as text, thinking apart."""
+"""A chat session on an engine: renders messages as a prompt and streams the output, reasoning apart from content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ktx.engine.sampler import SamplingParams
 
 @dataclass
 class Session:
-    """One who talks to an engine: a prompt that begins like an earlier one costs only its new part."""
+    """One client of an engine. The prefix cache makes a prompt that begins like an earlier one cost only its new part."""
 
     engine: Engine
     request: Request | None = None
@@ -26,17 +26,19 @@ class Session:
         self.prompts = PromptRenderer(self.engine.tokenizer, self.engine.model.config.model_type)
 
     def cancel(self) -> None:
-        """Ends the running answer; what was said stays."""
+        """Ends the running output; text that was streamed stays."""
         self.cancelled = True
         if self.request is not None:
             self.engine.cancel(self.request)
 
     def prompt(self, messages: Sequence[dict[str, str]], force_think: bool = False) -> RenderedPrompt:
-        """A conversation that ends where the assistant speaks."""
+        """Renders a conversation with the generation prompt. `force_think`: opens the reasoning block where the
+        template does not.
+        """
         return self.prompts.render(messages, force_think=force_think)
 
     def answer(self, prompt: RenderedPrompt, sampling: SamplingParams) -> Iterator[Text | Finished]:
-        """Text as it comes, reasoning apart, then Finished."""
+        """Submits a prompt and yields text as it arrives, reasoning apart from content, then Finished."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.cancelled, parser = False, Parser(self.prompts.dialect, thinking=prompt.thinking)
         self.request = self.engine.submit(prompt.ids, sampling, events.put)
@@ -54,10 +56,10 @@ class Session:
             self.request = None
 
     def forget(self) -> None:
-        """Drops what the engine has kept of the conversation."""
+        """Empties the engine's prefix cache."""
         self.engine.clear()
 
 
 def _texts(events: Sequence[Any]) -> Iterator[Text]:
-    """Without tools there is nothing but text."""
+    """Returns the text events: without tools there are no others."""
     return (event for event in events if isinstance(event, Text))

@@ -1,4 +1,4 @@
-"""Ways to ask an engine: a loop over several prompts, and a listener for asyncio."""
+"""Clients of an engine: a blocking iterator over several prompts, and request groups for asyncio."""
 
 from __future__ import annotations
 
@@ -15,34 +15,45 @@ if TYPE_CHECKING:
     from ktx.engine.engine import Engine
 
 
-Lora = str | Use | Sequence[str | Use] | None  # adapters by name, or with a factor; None: those that are in use
+Lora = str | Use | Sequence[str | Use] | None  # adapters by name, or with a factor; None: the adapters in use
 
 
 def generate(
     engine: Engine, prompts: Sequence[str | Sequence[int]], sampling: SamplingParams, lora: Lora = None
 ) -> Iterator[tuple[int, Event]]:
-    """Pairs of a prompt's index and an event, as they come. Leaving early cancels what is left."""
+    """Submits all prompts and yields pairs of a prompt's index and an event, in the order of the events.
+
+    Closing the iterator cancels unfinished requests.
+
+    Args:
+        prompts: texts or token ids.
+        sampling: the sampling parameters of all prompts.
+        lora: the adapters, see `Engine.submit`.
+    """
     events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
     requests: list[Request] = []
     try:
         for i, prompt in enumerate(prompts):
-            requests.append(engine.submit(engine.ids(prompt), sampling, _numbered(events, i), lora=lora))
-        left = len(requests)
-        while left:
+            requests.append(engine.submit(engine.ids(prompt), sampling, _with_index(events, i), lora=lora))
+        num_running = len(requests)
+        while num_running:
             index, event = events.get()
-            left -= isinstance(event, Finished)
+            num_running -= isinstance(event, Finished)
             yield index, event
     finally:
         for request in requests:
             engine.cancel(request)
 
 
-def _numbered(events: queue.SimpleQueue[tuple[int, Event]], number: int) -> Callable[[Event], None]:
-    return lambda event: events.put((number, event))
+def _with_index(events: queue.SimpleQueue[tuple[int, Event]], index: int) -> Callable[[Event], None]:
+    """Returns a callback that queues each event with its request's index."""
+    return lambda event: events.put((index, event))
 
 
 class RequestGroup:
-    """Several requests heard on the running event loop, as pairs of a number and an event. Requests are queued by `ask`; `close` cancels what is left."""
+    """Several requests whose events are iterated on the running event loop, as pairs of a request's index and an event.
+    `submit` queues a request; `close` cancels the unfinished ones.
+    """
 
     def __init__(self, engine: Engine):
         self.engine, self.loop = engine, asyncio.get_running_loop()
@@ -58,20 +69,22 @@ class RequestGroup:
         salt: bytes = b"",
         lora: Lora = None,
     ) -> Request:
-        """Queues one more request; its number is how many there were before."""
-        number = len(self.requests)
+        """Queues one more request; its index is the number of requests before it. For the arguments see
+        `Engine.submit`.
+        """
+        index = len(self.requests)
         request = self.engine.submit(
-            prompt, sampling, lambda event: self._on_event(number, event), constraint, salt, lora
+            prompt, sampling, lambda event: self._on_event(index, event), constraint, salt, lora
         )
         self.requests.append(request)
         self.num_running += 1
         return request
 
-    def _on_event(self, number: int, event: Event) -> None:
-        """On the engine's thread."""
+    def _on_event(self, index: int, event: Event) -> None:
+        """Passes an event to the event loop. Runs on the engine's thread."""
         try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, (number, event))
-        except RuntimeError:  # the loop is closed: nobody listens any more
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+        except RuntimeError:  # the event loop is closed: no caller reads the events
             for request in self.requests:
                 request.cancelled = True
 
@@ -81,21 +94,25 @@ class RequestGroup:
     async def __anext__(self) -> tuple[int, Event]:
         if not self.num_running:
             raise StopAsyncIteration
-        number, event = await self.events.get()
+        index, event = await self.events.get()
         self.num_running -= isinstance(event, Finished)
-        return number, event
+        return index, event
 
     def close(self) -> None:
-        """Cancels what is not answered yet."""
+        """Cancels the unfinished requests."""
         if self.num_running:
             self.num_running = 0
             for request in self.requests:
                 self.engine.cancel(request)
-        self.requests.clear()  # they know this by their sinks: a ring would hold their prompts until a collection of garbage
+        # The requests refer to this group by their callbacks: the reference cycle would retain their prompts until a
+        # garbage collection.
+        self.requests.clear()
 
 
 class Listener:
-    """The events of one request on the running event loop. The request is queued when the listener is made; `close` cancels it."""
+    """Iterates over the events of one request on the running event loop. The constructor queues the request; `close`
+    cancels it.
+    """
 
     def __init__(
         self,
@@ -106,18 +123,18 @@ class Listener:
         salt: bytes = b"",
         lora: Lora = None,
     ):
-        self.chorus = RequestGroup(engine)
-        self.request = self.chorus.submit(prompt, sampling, constraint, salt, lora)
+        self.group = RequestGroup(engine)
+        self.request = self.group.submit(prompt, sampling, constraint, salt, lora)
 
     def __aiter__(self) -> Listener:
         return self
 
     async def __anext__(self) -> Event:
-        return (await anext(self.chorus))[1]
+        return (await anext(self.group))[1]
 
     def close(self) -> None:
-        """Cancels what is not answered yet."""
-        self.chorus.close()
+        """Cancels the request if it is unfinished."""
+        self.group.close()
 
     async def __aenter__(self) -> Listener:
         return self

@@ -1,6 +1,7 @@
-"""Where an answer goes on inside the last message, which is the assistant's.
+"""Renders prompts for `continue_final_message`: the output continues the last message, which is the assistant's.
 
-The template writes the whole conversation with a mark behind the message's text; what stands before the mark is the prompt.
+The template renders the whole conversation with a sentinel after the message's text; everything before the sentinel is
+the prompt.
 """
 
 from __future__ import annotations
@@ -13,43 +14,58 @@ from ktx.chat_formats import ChatFormat, opened
 from ktx.errors import UsageError
 
 Message = Mapping[str, Any]
-# what the template writes of messages, and whether the assistant speaks next
-Write = Callable[[Sequence[Message], bool], str]
+# (messages, add_generation_prompt) -> the text that the template renders
+RenderFn = Callable[[Sequence[Message], bool], str]
 
 
 def render_continuation(
-    write: Write, messages: Sequence[Message], dialect: ChatFormat, template: str, end: str
+    render: RenderFn, messages: Sequence[Message], chat_format: ChatFormat, template: str, sentinel: str
 ) -> tuple[str, str, bool]:
-    """The prompt, the text at its end that goes on, and whether that is reasoning. `end`: a character that no message holds.
+    """Renders a conversation whose last message the output continues.
 
-    UsageError where the last message cannot go on, or the template writes it so that its end is not found.
+    Args:
+        render: renders messages with the chat template.
+        messages: the conversation; the last one is the assistant's.
+        chat_format: the model's chat format.
+        template: the chat template's text.
+        sentinel: a character that no message contains.
+
+    Returns:
+        The prompt, the text at its end that the output continues, and whether that is reasoning.
+
+    Raises:
+        UsageError: the last message cannot be continued, or the template changes its text so that its end is not found.
     """
-    *before, last = messages
+    *history, last = messages
     if last["role"] != "assistant":
-        raise UsageError("an answer can go on with the last message only if that is the assistant's")
+        raise UsageError("only a last message of the assistant can be continued")
     if last.get("tool_calls"):
-        raise UsageError("the last message calls functions: an answer cannot go on with it")
-    reasoning, content = _parts(last, dialect)
+        raise UsageError("the last message has tool calls: it cannot be continued")
+    reasoning, content = _split_reasoning(last, chat_format)
     thinking = content is None
-    said, over = (reasoning, "") if content is None else (content, reasoning)
-    text = write([*before, _marked(last, said, over, thinking, dialect, end)], False)
-    *pieces, _ = text.split(end)
-    if len(pieces) == 1 + bool(over) and pieces[-1].endswith(said.lstrip()):
-        text = _behind(write, before, "".join(pieces), said)
+    prefill_text, closed_reasoning = (reasoning, "") if content is None else (content, reasoning)
+    text = render(
+        [*history, _with_sentinel(last, prefill_text, closed_reasoning, thinking, chat_format, sentinel)], False
+    )
+    *parts, _ = text.split(sentinel)
+    if len(parts) == 1 + bool(closed_reasoning) and parts[-1].endswith(prefill_text.lstrip()):
+        text = _append_last_turn(render, history, "".join(parts), prefill_text)
     elif reasoning or thinking:
-        text = _block(write, before, dialect, template, over) + said
+        text = _append_reasoning(render, history, chat_format, template, closed_reasoning) + prefill_text
     else:
-        raise UsageError("the model's chat template changes the last message's text: an answer cannot go on with it")
-    return text, said if said.strip() else "", thinking
+        raise UsageError("the model's chat template changes the last message's text: it cannot be continued")
+    return text, prefill_text if prefill_text.strip() else "", thinking
 
 
-def _parts(message: Message, dialect: ChatFormat) -> tuple[str, str | None]:
-    """Reasoning, also where it stands in the content, and the answer; None for one that has not begun."""
+def _split_reasoning(message: Message, chat_format: ChatFormat) -> tuple[str, str | None]:
+    """Returns a message's reasoning, which may also be in its content, and the content; None for content that has not
+    begun.
+    """
     reasoning, content = message.get("reasoning_content") or "", message["content"] or ""
-    opening, closing = dialect.think
-    if opening and not reasoning and content.lstrip().startswith(opening):
-        reasoning, closed, content = content.lstrip()[len(opening) :].lstrip("\n").partition(closing)
-        if not closed:
+    open_mark, close_mark = chat_format.think
+    if open_mark and not reasoning and content.lstrip().startswith(open_mark):
+        reasoning, found_close, content = content.lstrip()[len(open_mark) :].lstrip("\n").partition(close_mark)
+        if not found_close:
             return reasoning, None
         reasoning, content = reasoning.rstrip("\n"), content.lstrip("\n")
     elif reasoning.strip() and not content:
@@ -57,37 +73,56 @@ def _parts(message: Message, dialect: ChatFormat) -> tuple[str, str | None]:
     return reasoning if reasoning.strip() else "", content
 
 
-def _marked(message: Message, said: str, over: str, thinking: bool, dialect: ChatFormat, end: str) -> Message:
-    """The message with `end` behind what goes on, where nothing strips it, and inside reasoning that is over, which a template may leave out."""
-    at = len(over) - len(over.lstrip()) + 1
-    reasoning = said + end if thinking else over and over[:at] + end + over[at:]
-    keys = ("reasoning_content", dialect.thinking_key) if reasoning else ()
-    content = "" if thinking else said + end
+def _with_sentinel(
+    message: Message, prefill_text: str, closed_reasoning: str, thinking: bool, chat_format: ChatFormat, sentinel: str
+) -> Message:
+    """Returns the message with the sentinel after the text to continue, where no template strips it, and inside closed
+    reasoning, which a template may leave out.
+    """
+    insert_at = len(closed_reasoning) - len(closed_reasoning.lstrip()) + 1
+    reasoning = (
+        prefill_text + sentinel
+        if thinking
+        else closed_reasoning and closed_reasoning[:insert_at] + sentinel + closed_reasoning[insert_at:]
+    )
+    keys = ("reasoning_content", chat_format.thinking_key) if reasoning else ()
+    content = "" if thinking else prefill_text + sentinel
     return {**message, "content": content} | {key: reasoning for key in keys if key}
 
 
-def _behind(write: Write, before: Sequence[Message], text: str, said: str) -> str:
-    """The last turn of `text` behind what the template writes of the messages `before` it alone.
+def _append_last_turn(render: RenderFn, history: Sequence[Message], text: str, prefill_text: str) -> str:
+    """Returns the last turn of `text` appended to what the template renders of the messages `history` alone.
 
-    Mostly that is how `text` begins. But Mistral's leaves out the system message where the user's is not the last one, and
-    Kimi's the reasoning of a turn's calls: there the answer goes on behind what the model has read so far.
+    Usually that is how `text` begins. But Mistral's template leaves out the system message where the user's is not the
+    last one, and Kimi's leaves out the reasoning of a turn's calls: there the output continues after the text that the
+    model has read so far.
     """
-    if not before or text.startswith(begun := write(before, False)):
+    if not history or text.startswith(rendered_history := render(history, False)):
         return text
-    turns = text[: len(text) - len(said.lstrip())]
-    shared = bisect_left(range(1, len(begun) + 1), True, key=lambda count: begun[-count:] not in turns)
-    common = begun[len(begun) - shared :]
-    if not shared or (before[-1]["content"] or "").strip() not in common:
+    turns = text[: len(text) - len(prefill_text.lstrip())]
+    num_common = bisect_left(
+        range(1, len(rendered_history) + 1), True, key=lambda count: rendered_history[-count:] not in turns
+    )
+    common = rendered_history[len(rendered_history) - num_common :]
+    if not num_common or (history[-1]["content"] or "").strip() not in common:
         return text
-    return begun + text[turns.rindex(common) + shared :]
+    return rendered_history + text[turns.rindex(common) + num_common :]
 
 
-def _block(write: Write, before: Sequence[Message], dialect: ChatFormat, template: str, over: str) -> str:
-    """A prompt that ends inside the reasoning block, or behind it where the reasoning is `over`: for templates that write none of messages."""
-    text, (opening, closing) = write(before, True), dialect.think
-    if not opened(text, dialect):
-        if not opening or opening not in template or text.rstrip().endswith(closing):
-            raise UsageError("the model's chat template writes no reasoning here: leave it out of the last message")
-        text += opening + ("\n" if f"{opening}\\n" in template else "")
-    line = "\n" if text.endswith("\n") else ""
-    return f"{text}{over.strip()}{line}{closing}{line}{line}" if over else text
+def _append_reasoning(
+    render: RenderFn, history: Sequence[Message], chat_format: ChatFormat, template: str, closed_reasoning: str
+) -> str:
+    """Returns a prompt that ends inside the reasoning block, or after it if `closed_reasoning` is given: for templates
+    that do not render a message's reasoning.
+    """
+    text, (open_mark, close_mark) = render(history, True), chat_format.think
+    if not opened(text, chat_format):
+        if not open_mark or open_mark not in template or text.rstrip().endswith(close_mark):
+            raise UsageError("the model's chat template renders no reasoning here: leave it out of the last message")
+        text += open_mark + ("\n" if f"{open_mark}\\n" in template else "")
+    line_break = "\n" if text.endswith("\n") else ""
+    return (
+        f"{text}{closed_reasoning.strip()}{line_break}{close_mark}{line_break}{line_break}"
+        if closed_reasoning
+        else text
+    )

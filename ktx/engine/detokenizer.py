@@ -1,4 +1,4 @@
-"""Token ids -> text as it may be shown: whole characters, no piece of a stop string."""
+"""Streams token ids as text: emits only complete characters, and holds back what may become a stop string."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ from typing import Any
 
 
 class Detokenizer:
-    """Decodes with a few tokens of context, and holds back what is not yet a whole character.
+    """Decodes with a few tokens of context and holds back incomplete characters.
 
-    Decoding a token alone would lose the spaces that some tokenizers keep between tokens, so the text is the difference
-    of two decodings that start at the same token. `hidden` tokens have no text.
+    Decoding a token alone would lose the spaces that some tokenizers store between tokens, so the text is the
+    difference of two decodings that start at the same token.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        hidden: tokens without text.
     """
 
     def __init__(self, tokenizer: Any, hidden: Container[int] = ()):
         self.tokenizer, self.hidden, self.ids = tokenizer, hidden, list[int]()
-        self.start, self.shown = 0, 0  # decoding starts at `start`; tokens before `shown` have been given out
+        self.start, self.shown = 0, 0  # decoding starts at `start`; tokens before `shown` have been emitted
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def feed(self, token: int) -> str:
-        """The text that this token completes; empty while a character is unfinished."""
+        """Returns the text that this token completes; empty while a character is incomplete."""
         if token in self.hidden:
             return ""
         self.ids.append(token)
@@ -32,39 +36,41 @@ class Detokenizer:
         return now[len(before) :]
 
     def flush(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Returns the text that was held back; call it after the last token."""
         before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
         self.start = self.shown = len(self.ids)
         return now[len(before) :]
 
 
 class StopChecker:
-    """Looks for stop strings in a stream and holds back what might become one. `include`: the one that was found is shown."""
+    """Looks for stop strings in a stream of text and holds back what might become one. `include`: emits the stop string
+    too.
+    """
 
     def __init__(self, stop: Iterable[str] = (), include: bool = False):
         self.stop, self.include, self.held = [s for s in stop if s], include, ""
         self.found: str | None = None
 
     def feed(self, piece: str) -> str:
-        """The text that may be shown; nothing more once a stop string was found."""
+        """Returns the text that is safe to emit; nothing more after a stop string."""
         if self.found is not None:
             return ""
         self.held += piece
         hits = [(self.held.find(stop), stop) for stop in self.stop if stop in self.held]
         if hits:
-            at, self.found = min(hits)
-            at += len(self.found) if self.include else 0
+            end, self.found = min(hits)
+            end += len(self.found) if self.include else 0
         else:
-            at = len(self.held) - max((_overlap(self.held, stop) for stop in self.stop), default=0)
-        shown, self.held = self.held[:at], self.held[at:]
-        return shown
+            end = len(self.held) - max((_overlap(self.held, stop) for stop in self.stop), default=0)
+        emitted, self.held = self.held[:end], self.held[end:]
+        return emitted
 
     def flush(self) -> str:
-        """What was held back, when nothing follows."""
+        """Returns the text that was held back; call it after the last piece."""
         rest, self.held = self.held, ""
         return "" if self.found is not None else rest
 
 
 def _overlap(text: str, mark: str) -> int:
-    """Length of the longest proper start of `mark` that `text` ends with."""
+    """Returns the length of the longest proper prefix of `mark` that `text` ends with."""
     return next((n for n in range(min(len(text), len(mark) - 1), 0, -1) if text.endswith(mark[:n])), 0)

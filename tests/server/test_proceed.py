@@ -170,11 +170,11 @@ def test_ollamas_client_gets_what_follows(base):
     "words,body",
     [
         ("needs add_generation_prompt: false", GOES_ON | {"messages": HELLO, "add_generation_prompt": True}),
-        ("only if that is the assistant's", GOES_ON | {"messages": HELLO[:1]}),
-        ("only if that is the assistant's", {"messages": [HELLO[0] | {"prefix": True}]}),
+        ("only a last message of the assistant", GOES_ON | {"messages": HELLO[:1]}),
+        ("only a last message of the assistant", {"messages": [HELLO[0] | {"prefix": True}]}),
         ("only the last message", {"messages": [HELLO[0], HELLO[1] | {"prefix": True}, HELLO[0]]}),
         (
-            "calls functions",
+            "has tool calls",
             GOES_ON | {"messages": talk("x", tool_calls=[{"id": "a", "function": {"name": "f", "arguments": "{}"}}])},
         ),
         ("echo", GOES_ON | {"messages": HELLO, "echo": True}),
@@ -216,7 +216,7 @@ def test_what_anthropics_route_cannot_go_on_with(http, words, content, more):
 def test_what_ollamas_route_cannot_go_on_with(http):
     assert "held to a format" in refused(http, "/api/chat", messages=HELLO, format="json")
     calls = [{"function": {"name": "weather", "arguments": {}}}]
-    assert "calls functions" in refused(http, "/api/chat", messages=talk("x", content="", tool_calls=calls))
+    assert "has tool calls" in refused(http, "/api/chat", messages=talk("x", content="", tool_calls=calls))
 
 
 def test_words_that_look_like_control_tokens_stay_words(http):
