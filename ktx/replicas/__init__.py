@@ -8,9 +8,16 @@ import sys
 
 
 def prepare(own: bool) -> None:
-    """Settings that Ray reads when it is imported: a secret without which nobody may talk to a cluster of our own, no reports home, every line of the log."""
+    """Sets the environment variables that Ray reads when it is imported; variables that are set already stay.
+
+    Ray sends no usage statistics and logs every line. A cluster of our own requires a random token, because without
+    one every process that reaches its ports may run code in it.
+
+    Args:
+        own: whether the server starts its own cluster instead of joining a running one.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # it would take the lines of two replicas for one
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # deduplication would merge equal lines of two replicas
     os.environ.setdefault("RAY_COLOR_PREFIX", str(int(sys.stderr.isatty())))
     if own:
         os.environ.setdefault("RAY_AUTH_MODE", "token")

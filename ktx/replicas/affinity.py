@@ -1,4 +1,6 @@
-"""Which replica a prompt goes to: the one that has computed most of its beginning, unless that one is much busier than others. No Ray here."""
+"""Prefix affinity: routes a request to the replica that cached the longest prefix of its prompt, unless that replica
+has many more requests than the others. Does not import Ray.
+"""
 
 from __future__ import annotations
 
@@ -12,42 +14,47 @@ from typing import Any
 
 from ktx.server.model_names import meant
 
-PIECE = 256  # characters that one key stands for, about a page of 64 tokens
-MOST = 512  # keys of a prompt; what lies behind them cannot change the choice
-UNSENT = 10.0  # seconds after which a request that reached no replica is not counted any more
-FIELDS = ("cache_salt", "system", "instructions", "tools", "messages", "input", "prompt")  # where prompts stand
+KEY_CHARS = 256  # characters of prompt text per key, about one page of 64 tokens
+MAX_KEYS = 512  # keys per prompt; text after them does not affect the choice
+UNSENT_TIMEOUT_S = 10.0  # a request that no replica accepted within this time is no longer counted
+PROMPT_FIELDS = ("cache_salt", "system", "instructions", "tools", "messages", "input", "prompt")
 
 
-def keys_of(body: bytes, adapters: Collection[str] = ()) -> list[bytes]:
-    """A key for every beginning of the request's prompt, the shorter first; none for a short prompt or no JSON.
+def prefix_keys(body: bytes, adapters: Collection[str] = ()) -> list[bytes]:
+    """Hashes the prefixes of a request's prompt, one key per `KEY_CHARS` characters.
 
-    `adapters`: names of LoRA adapters that a request's model may be; they share no pages with the model or each other.
+    Args:
+        body: the JSON body of the request.
+        adapters: names of LoRA adapters. Requests for an adapter share no pages with the model or another adapter.
+
+    Returns:
+        One 16-byte key per prefix, the shortest prefix first; empty for a short prompt or a body that is not JSON.
     """
     try:
-        asked = json.loads(body)
+        params = json.loads(body)
     except (ValueError, RecursionError):
         return []
-    if not isinstance(asked, dict):
+    if not isinstance(params, dict):
         return []
-    text = "".join(_texts(asked))[: PIECE * MOST]
-    keys, digest = [], hashlib.blake2b(_adapter(asked, adapters).encode(), digest_size=16)
-    for start in range(0, len(text) - PIECE + 1, PIECE):
-        digest.update(text[start : start + PIECE].encode("utf-8", "surrogatepass"))
+    text = "".join(_texts(params))[: KEY_CHARS * MAX_KEYS]
+    keys, digest = [], hashlib.blake2b(_adapter(params, adapters).encode(), digest_size=16)
+    for start in range(0, len(text) - KEY_CHARS + 1, KEY_CHARS):
+        digest.update(text[start : start + KEY_CHARS].encode("utf-8", "surrogatepass"))
         keys.append(digest.digest())
     return keys
 
 
-def _adapter(asked: dict[str, Any], adapters: Collection[str]) -> str:
-    """The adapter that a request is answered by; empty where that is the model alone, by whatever name."""
-    name = asked.get("model")
+def _adapter(params: dict[str, Any], adapters: Collection[str]) -> str:
+    """Returns the LoRA adapter that a request names as its model; empty when it names the base model."""
+    name = params.get("model")
     return meant(name, adapters) if isinstance(name, str) else ""
 
 
-def _texts(asked: dict[str, Any]) -> Iterable[str]:
-    """Message by message, so that a conversation begins as its earlier turns did."""
-    for name in FIELDS:
-        if name in asked:
-            value = asked[name]
+def _texts(params: dict[str, Any]) -> Iterable[str]:
+    """Yields the prompt message by message, so that a conversation starts with the text of its earlier turns."""
+    for name in PROMPT_FIELDS:
+        if name in params:
+            value = params[name]
             yield f"\n{name}:"
             for part in value if isinstance(value, list) else [value]:
                 yield part if isinstance(part, str) else json.dumps(part)
@@ -55,8 +62,8 @@ def _texts(asked: dict[str, Any]) -> Iterable[str]:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request on its way to a replica, or there."""
+class RoutedRequest:
+    """A request that was routed to a replica. `sent` is whether the replica accepted it."""
 
     replica: Hashable
     since: float
@@ -64,50 +71,68 @@ class Asked:
 
 
 class Affinity:
-    """What each replica has been asked lately and how many requests it has. `pages`: keys that a replica's cache holds; `crowd`: how many
-    more requests than the idlest one a replica may have and still get those whose beginning it knows.
+    """Tracks which prefix keys each replica has seen and how many requests it runs.
+
+    Args:
+        pages: number of keys that a replica's cache holds.
+        max_imbalance: how many more requests than the least loaded replica a replica may have and still be preferred
+            for the prefixes that it cached.
     """
 
-    def __init__(self, pages: int, crowd: int):
-        self.pages, self.max_imbalance = pages, crowd
-        self.kept: dict[Hashable, OrderedDict[bytes, None]] = {}
-        self.asked: dict[str, Asked] = {}
+    def __init__(self, pages: int, max_imbalance: int):
+        self.pages, self.max_imbalance = pages, max_imbalance
+        self.cached_keys: dict[Hashable, OrderedDict[bytes, None]] = {}
+        self.requests: dict[str, RoutedRequest] = {}
 
-    def order(self, keys: Sequence[bytes], replicas: Sequence[Hashable]) -> list[Hashable]:
-        """The replicas, the best one first."""
-        self._forget(replicas)
-        busy = Counter(asked.replica for asked in self.asked.values())
-        idlest = min((busy[one] for one in replicas), default=0)
+    def rank(self, keys: Sequence[bytes], replicas: Sequence[Hashable]) -> list[Hashable]:
+        """Sorts the replicas for a prompt with these keys, the best one first.
 
-        def rank(one: Hashable) -> tuple[int, int, int]:
-            known = self.known(keys, one) if busy[one] - idlest < self.max_imbalance else 0
-            return -known, busy[one], len(self.kept.get(one, ()))
+        Replicas are ranked by cached prefix, then by number of requests, then by number of cached keys.
+        """
+        self._remove_stale(replicas)
+        num_requests = Counter(request.replica for request in self.requests.values())
+        min_requests = min((num_requests[replica] for replica in replicas), default=0)
 
-        return sorted(replicas, key=rank)
+        def sort_key(replica: Hashable) -> tuple[int, int, int]:
+            num_cached = (
+                self.num_cached(keys, replica) if num_requests[replica] - min_requests < self.max_imbalance else 0
+            )
+            return -num_cached, num_requests[replica], len(self.cached_keys.get(replica, ()))
 
-    def known(self, keys: Sequence[bytes], replica: Hashable) -> int:
-        """How many of the keys, from the first on, the replica has been asked before."""
-        kept: Mapping[bytes, None] = self.kept.get(replica, {})
-        return next((at for at, key in enumerate(keys) if key not in kept), len(keys))
+        return sorted(replicas, key=sort_key)
+
+    def num_cached(self, keys: Sequence[bytes], replica: Hashable) -> int:
+        """Returns how many of the keys, counted from the first, are in the replica's cache."""
+        cached: Mapping[bytes, None] = self.cached_keys.get(replica, {})
+        return next((i for i, key in enumerate(keys) if key not in cached), len(keys))
 
     def on_start(self, request: str, replica: Hashable, keys: Sequence[bytes], sent: bool = True) -> None:
-        """A request goes to a replica; told again when it is there (`sent`), or goes to another one after all."""
-        self.asked[request] = Asked(replica, time.monotonic(), sent)
-        kept = self.kept.setdefault(replica, OrderedDict())
-        for key in reversed(keys):  # the shortest beginning is the youngest: what lies behind a lost one is of no use
-            kept[key] = None
-            kept.move_to_end(key)
-        while len(kept) > self.pages:
-            kept.popitem(last=False)
+        """Records that a request was routed to a replica.
+
+        The router calls it when it chooses the replica (`sent=False`) and again when a replica accepts the request,
+        which may be another one.
+        """
+        self.requests[request] = RoutedRequest(replica, time.monotonic(), sent)
+        cached = self.cached_keys.setdefault(replica, OrderedDict())
+        # The shortest prefix becomes the most recently used key, because longer ones are useless once it is evicted.
+        for key in reversed(keys):
+            cached[key] = None
+            cached.move_to_end(key)
+        while len(cached) > self.pages:
+            cached.popitem(last=False)
 
     def on_finish(self, request: str) -> None:
-        self.asked.pop(request, None)
+        """Removes a finished request."""
+        self.requests.pop(request, None)
 
-    def _forget(self, replicas: Sequence[Hashable]) -> None:
-        """Replicas that have gone, and requests whose clients left before they were sent: nobody tells of those."""
+    def _remove_stale(self, replicas: Sequence[Hashable]) -> None:
+        """Removes replicas that no longer exist, and requests whose clients left before a replica accepted them.
+
+        Ray Serve reports neither.
+        """
         now = time.monotonic()
-        for gone in self.kept.keys() - set(replicas):
-            self.kept.pop(gone)
-        for request, asked in list(self.asked.items()):
-            if asked.replica not in replicas or not asked.sent and now - asked.since > UNSENT:
-                self.asked.pop(request)
+        for stale in self.cached_keys.keys() - set(replicas):
+            self.cached_keys.pop(stale)
+        for name, request in list(self.requests.items()):
+            if request.replica not in replicas or not request.sent and now - request.since > UNSENT_TIMEOUT_S:
+                self.requests.pop(name)

@@ -1,4 +1,4 @@
-"""A server's part of a Ray cluster: where its replicas go, their start and their end."""
+"""The server's Ray cluster: connects to it, places the replicas on its machines, starts and stops them."""
 
 from __future__ import annotations
 
@@ -25,179 +25,209 @@ from ktx.replicas.replica import Replica, ReplicaConfig
 from ktx.replicas.spread import Layout, Node, lay_out
 from ktx.replicas.status import ReplicaStatus, StatusActor
 
-BUSY = (BackPressureError,)
-GONE = (ray.exceptions.RayActorError, ray.exceptions.ActorUnavailableError, ray.exceptions.WorkerCrashedError)
-OBJECTS = 256 << 20  # bytes of shared memory for Ray's objects: answers are small, and models want the rest
-PROMPT, FRESH = 2.0, 0.5  # seconds that the board may take, and for which its answer serves
-BESIDE = 64  # short requests that a replica takes beside those that wait for its engine
+BUSY_ERRORS = (BackPressureError,)
+DEAD_REPLICA_ERRORS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ActorUnavailableError,
+    ray.exceptions.WorkerCrashedError,
+)
+OBJECT_STORE_BYTES = 256 << 20  # shared memory for Ray's objects: responses are small, and the models need the rest
+STATUS_TIMEOUT_S, STATUS_MAX_AGE_S = 2.0, 0.5  # to read the statuses, and until they are read again
+MAX_SHORT_REQUESTS = 64  # requests that a replica accepts in addition to its engine's batch and queue
 log = logging.getLogger("ktx.server")
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """What is to run. `need`: bytes of memory that a copy of the model takes; `threads` None: a machine's cores divided among its replicas."""
+    """Options of the replicas and of the cluster that they run in."""
 
-    app: str
-    address: str | None  # of a cluster that is there; None: one of our own, on this machine
-    replicas: int | None  # None: one a machine
-    threads: int | None
-    need: int
-    making: ReplicaConfig
-    batch: int
-    queue: int
-    pages: int
+    app: str  # name of the Ray Serve application
+    address: str | None  # of a running cluster; None: start a cluster on this machine
+    replicas: int | None  # None: one per machine
+    threads: int | None  # per replica; None: a machine's cores divided among its replicas
+    need: int  # bytes of memory that one replica takes
+    replica: ReplicaConfig
+    batch: int  # requests in a replica's batch
+    queue: int  # requests in a replica's queue
+    pages: int  # of a replica's prefix cache
 
 
 class Cluster:
-    """`handle` is None until a replica can answer, `trouble` says why none ever will."""
+    """The replicas of one server. `handle` is None until a replica is ready; `load_error` is why none ever will be."""
 
-    def __init__(self, wanted: ClusterConfig):
-        self.asked, self.wanted = wanted, wanted.replicas or 0
+    def __init__(self, config: ClusterConfig):
+        self.config, self.num_replicas = config, config.replicas or 0
         self.handle: Any = None
-        self.board: Any = None
-        self.trouble = ""
-        self.stopping = self.closed = self.serve_was_there = False
-        self.seen: list[ReplicaStatus] = []
-        self.seen_at = 0.0
-        self.told = ""
+        self.status_actor: Any = None
+        self.load_error = ""
+        self.stopping = self.closed = self.serve_was_running = False
+        self.last_statuses: list[ReplicaStatus] = []
+        self.read_at = 0.0
+        self.last_message = ""
 
     def connect(self) -> None:
-        """To the cluster that is there, or to a new one, whose processes end with the thread that calls this. UsageError when there is none.
+        """Connects to the running cluster, or starts one whose processes end with the calling thread.
 
-        Serve's own proxy stays off: it reads whole bodies before anybody has seen a key.
+        Ray Serve's own HTTP proxy stays off, because it reads whole bodies before an API key is checked.
+
+        Raises:
+            UsageError: there is no cluster at the address, or none could be started.
         """
-        address, quiet = self.asked.address, {"configure_logging": False, "log_to_driver": True}
+        address, quiet = self.config.address, {"configure_logging": False, "log_to_driver": True}
         try:
             if address is None:
-                ray.init("local", include_dashboard=False, object_store_memory=OBJECTS, **quiet)  # type: ignore[arg-type]
+                ray.init(  # type: ignore[arg-type]
+                    "local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
+                )
             else:
                 ray.init(address, **quiet)  # type: ignore[arg-type]
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            where = f"--ray-address {address}" if address else "a Ray cluster on this machine"
-            raise UsageError(f"{where}: {first[:300]}") from error
+            first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            source = f"--ray-address {address}" if address else "a Ray cluster on this machine"
+            raise UsageError(f"{source}: {first_line[:300]}") from error
         status = serve.status()
-        self.serve_was_there = bool(status.applications or status.proxies)
-        if not self.serve_was_there:
+        self.serve_was_running = bool(status.applications or status.proxies)
+        if not self.serve_was_running:
             serve.start(proxy_location=ProxyLocation.Disabled, logging_config={"log_level": "WARNING"})
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         if os.environ.get("RAY_AUTH_MODE") != "token":
-            log.warning("this Ray cluster asks for no token: whoever reaches its ports can run code on its machines")
+            log.warning(
+                "this Ray cluster requires no token: anyone who can reach its ports can run code on its machines"
+            )
 
     def load(self, failed: Callable[[BaseException], None]) -> None:
-        """Starts the replicas in a thread of its own, so that /health answers meanwhile."""
+        """Starts the replicas in a new thread, so that /health is available while they load.
+
+        Args:
+            failed: called with the error when the replicas could not be started.
+        """
 
         def run() -> None:
             try:
                 self._start()
-            except BaseException as error:  # whoever asks for /health, and whoever started the server, must hear of it
+            # Every error must reach /health and the caller of the server.
+            except BaseException as error:
                 if not self.stopping:
-                    told = error if isinstance(error, KtxError) else KtxError(f"Ray: {type(error).__name__}: {error}")
-                    self.trouble = str(told)
-                    failed(told)
+                    reported = (
+                        error if isinstance(error, KtxError) else KtxError(f"Ray: {type(error).__name__}: {error}")
+                    )
+                    self.load_error = str(reported)
+                    failed(reported)
 
         threading.Thread(target=run, name="ktx-cluster", daemon=True).start()
 
     def _start(self) -> None:
-        asked = self.asked
-        layout = lay_out(list_nodes(), asked.replicas, asked.threads, asked.need)
-        self.wanted = layout.replicas
+        config = self.config
+        layout = lay_out(list_nodes(), config.replicas, config.threads, config.need)
+        self.num_replicas = layout.replicas
         log.info(
-            "%d replicas, %d on a machine, %d threads each, %s of weights each",
+            "starting %d replicas, %d per machine, with %d threads and %s of weights each",
             layout.replicas,
-            layout.beside,
+            layout.per_node,
             layout.threads,
-            format_bytes(asked.need),
+            format_bytes(config.need),
         )
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.board = StatusActor.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-        making = replace(asked.making, threads=layout.threads, beside=layout.beside)
-        app = deployment(asked, layout).bind(making, self.board)
-        target = serve.RunTarget(app, asked.app, None, {"log_level": "WARNING", "enable_access_log": False})
+        this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.status_actor = StatusActor.options(scheduling_strategy=this_node).remote()  # type: ignore[attr-defined]
+        replica = replace(config.replica, threads=layout.threads, per_node=layout.per_node)
+        app = deployment(config, layout).bind(replica, self.status_actor)
+        target = serve.RunTarget(app, config.app, None, {"log_level": "WARNING", "enable_access_log": False})
         handle = serve.run_many([target], wait_for_applications_running=False)[0]
-        self._await_one()
+        self._wait_for_replica()
         self.handle = handle.options(stream=True, method_name="answer")
 
-    def _await_one(self) -> None:
-        """Until a replica is ready. KtxError when one says that it never will be, or Serve does."""
+    def _wait_for_replica(self) -> None:
+        """Returns when a replica is ready. Raises KtxError when a replica or Ray Serve reports a failure."""
         while not self.stopping:
-            self.seen = ray.get(self.board.read.remote())
-            if any(word.ready for word in self.seen):
+            self.last_statuses = ray.get(self.status_actor.read.remote())
+            if any(status.ready for status in self.last_statuses):
                 return
-            if trouble := next((word.error for word in self.seen if word.error), ""):
-                raise KtxError(trouble)
-            self._hear_serve()
+            if load_error := next((status.error for status in self.last_statuses if status.error), ""):
+                raise KtxError(load_error)
+            self._check_serve()
             time.sleep(0.2)
 
-    def _hear_serve(self) -> None:
-        """What Serve says of replicas that cannot speak for themselves: no machine has room for them, or they died at once."""
-        app = serve.status().applications.get(self.asked.app)
+    def _check_serve(self) -> None:
+        """Logs what Ray Serve reports about replicas that cannot report themselves.
+
+        Such replicas fit on no machine or died at their start.
+
+        Raises:
+            KtxError: the deployment failed.
+        """
+        app = serve.status().applications.get(self.config.app)
         if app is None:
             return
-        told = last_line("\n".join([app.message, *(one.message for one in app.deployments.values())]))
+        message = last_line("\n".join([app.message, *(part.message for part in app.deployments.values())]))
         if app.status == ApplicationStatus.DEPLOY_FAILED:
-            raise KtxError(f"Ray Serve: {told}")
-        if told and told != self.told:
-            self.told = told
-            log.warning("Ray Serve: %s", told)
+            raise KtxError(f"Ray Serve: {message}")
+        if message and message != self.last_message:
+            self.last_message = message
+            log.warning("Ray Serve: %s", message)
 
-    async def words(self) -> list[ReplicaStatus]:
-        """What the replicas say now; while the board is slow to answer, what they said last."""
-        if self.board is not None and not self.closed and time.monotonic() - self.seen_at > FRESH:
+    async def statuses(self) -> list[ReplicaStatus]:
+        """Returns the replicas' statuses, at most `STATUS_MAX_AGE_S` old, or the last ones if reading is too slow."""
+        if self.status_actor is not None and not self.closed and time.monotonic() - self.read_at > STATUS_MAX_AGE_S:
             with suppress(TimeoutError, ray.exceptions.RayError):
-                self.seen = await asyncio.wait_for(asyncio.wrap_future(self.board.read.remote().future()), PROMPT)
-                self.seen_at = time.monotonic()
-        return self.seen
+                self.last_statuses = await asyncio.wait_for(
+                    asyncio.wrap_future(self.status_actor.read.remote().future()), STATUS_TIMEOUT_S
+                )
+                self.read_at = time.monotonic()
+        return self.last_statuses
 
     async def ready(self) -> bool:
-        """Whether a replica can answer."""
-        return self.handle is not None and not self.stopping and any(word.ready for word in await self.words())
+        """Returns whether a replica can answer requests."""
+        return self.handle is not None and not self.stopping and any(status.ready for status in await self.statuses())
 
-    def why(self) -> str:
-        """Why no replica answers."""
+    def unavailable_reason(self) -> str:
+        """Returns why no replica can answer requests."""
         if self.stopping:
             return "the server is shutting down"
-        if self.trouble:
-            return f"the model could not be loaded: {self.trouble}"
-        total, done = sum(word.total for word in self.seen), sum(word.done for word in self.seen)
+        if self.load_error:
+            return f"the model could not be loaded: {self.load_error}"
+        total, done = (
+            sum(status.total for status in self.last_statuses),
+            sum(status.done for status in self.last_statuses),
+        )
         return f"Loading model: {100 * done / total if total else 0:.0f} %"
 
     def stop(self) -> None:
-        """Every replica ends what it runs, each stream with its last words."""
+        """Stops the engines of all replicas; each stream gets its final event."""
         self.stopping = True
-        if self.board is not None:
-            with suppress(ray.exceptions.RayError):  # a cluster that has gone has no streams either
-                ray.get(self.board.end.remote(), timeout=5)
+        if self.status_actor is not None:
+            with suppress(ray.exceptions.RayError):  # a cluster that is already down has no streams either
+                ray.get(self.status_actor.end.remote(), timeout=5)
 
     def close(self) -> None:
-        """Leaves the cluster as it was found; one of our own ends."""
+        """Deletes the application and disconnects. A cluster that the server started shuts down."""
         self.stopping = self.closed = True
         try:
-            if self.asked.address is not None and self.asked.app in serve.status().applications:
-                serve.delete(self.asked.app)
-            if not self.serve_was_there and not (self.asked.address and serve.status().applications):
+            if self.config.address is not None and self.config.app in serve.status().applications:
+                serve.delete(self.config.app)
+            if not self.serve_was_running and not (self.config.address and serve.status().applications):
                 serve.shutdown()
-        except Exception as error:  # whatever became of the cluster, this process leaves it
+        # Whatever state the cluster is in, this process disconnects.
+        except Exception as error:
             log.warning("Ray: %s: %s", type(error).__name__, last_line(str(error)))
         ray.shutdown()
 
 
 def last_line(text: str) -> str:
-    """What a traceback ends with."""
+    """Returns the last line of a text that is not blank, such as the error of a traceback."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")[:300]
 
 
 def list_nodes() -> list[Node]:
-    """The machines that Ray counts CPUs of, asked for what they have."""
+    """Returns the machines that have CPUs in Ray. Raises UsageError if there is none."""
     found = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) > 0]
     if not found:
         raise UsageError("the Ray cluster has no machine with CPUs")
-    asked = [
+    probes = [
         probe_node.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()
         for node in found
     ]
     nodes = []
-    for node, ref in zip(found, asked, strict=True):
+    for node, ref in zip(found, probes, strict=True):
         try:
             cores, free = ray.get(ref, timeout=120)
         except ray.exceptions.RayTaskError as error:
@@ -210,29 +240,32 @@ def list_nodes() -> list[Node]:
 
 @ray.remote(num_cpus=0)
 def probe_node() -> tuple[int, int]:
-    """Cores and bytes of free memory of the machine that this runs on."""
+    """Returns the number of cores and the bytes of free memory of the machine that it runs on."""
     from ktx.hardware import default_threads, memory
 
     return default_threads(), memory()[1]
 
 
-def deployment(asked: ClusterConfig, layout: Layout) -> Any:
-    """The replicas as Serve is told of them."""
-    words = {name: value for name, value in os.environ.items() if name.startswith("KTX_") and name != "KTX_API_KEY"}
+def deployment(config: ClusterConfig, layout: Layout) -> Any:
+    """Returns the Ray Serve deployment of the replicas.
+
+    The replicas of a remote cluster get this process's KTX_* variables, except the API key.
+    """
+    env_vars = {name: value for name, value in os.environ.items() if name.startswith("KTX_") and name != "KTX_API_KEY"}
     options: dict[str, Any] = {"num_cpus": layout.cpus}
-    if asked.address is not None and words:
-        options["runtime_env"] = {"env_vars": words}
+    if config.address is not None and env_vars:
+        options["runtime_env"] = {"env_vars": env_vars}
     router: Any = {
         "request_router_class": "ktx.replicas.router:PrefixRouter",
-        "request_router_kwargs": {"pages": asked.pages, "crowd": asked.batch},
+        "request_router_kwargs": {"pages": config.pages, "crowd": config.batch},
     }
     return serve.deployment(
         Replica,
         name="replica",
         num_replicas=layout.replicas,
-        max_replicas_per_node=layout.beside,
-        max_ongoing_requests=asked.batch + asked.queue + BESIDE,
-        max_queued_requests=asked.queue,
+        max_replicas_per_node=layout.per_node,
+        max_ongoing_requests=config.batch + config.queue + MAX_SHORT_REQUESTS,
+        max_queued_requests=config.queue,
         max_constructor_retry_count=1,
         ray_actor_options=options,
         health_check_period_s=2,

@@ -1,6 +1,8 @@
-"""One replica: an engine and its routes in a process of Ray Serve's. Requests come whole, answers go as the messages of ASGI.
+"""One replica: an engine and its routes in a process of Ray Serve.
 
-Nothing that brings torch is imported before the process knows which CPUs are its own: the kernels pin their threads to those they find.
+A request arrives with its whole body; the response is returned as ASGI messages. Modules that import torch are
+imported only after the CPU affinity of the process is set, because the kernels pin their threads to the CPUs that
+they find.
 """
 
 from __future__ import annotations
@@ -19,99 +21,110 @@ from ray import serve
 
 from ktx.errors import KtxError
 from ktx.hardware import share_of_cpus
-from ktx.replicas.status import ReplicaStatus, say
+from ktx.replicas.status import ReplicaStatus, report_status
 from ktx.server import request_id
 
-PAUSE = 1.0  # seconds between two words to the board
-PATIENCE = 5.0  # seconds that a request's routes have to end after its client has left
+REPORT_INTERVAL_S = 1.0  # between two status reports
+CANCEL_TIMEOUT_S = 5.0  # for the routes to end a request whose client disconnected
 log = logging.getLogger("ktx.server")
 
 
 @dataclass(frozen=True)
 class ReplicaConfig:
-    """How a replica is made; `make` gets the number of threads and the tally of bytes read."""
+    """How a replica creates its engine."""
 
-    make: Callable[[int, Any], Any]
+    make: Callable[[int, Any], Any]  # (threads, ServerState, whose `progress` counts the bytes read) -> engine
     names: tuple[str, ...]
     adapters: tuple[str, ...]  # names of LoRA adapters
-    settings: Any  # ktx.server.state.Settings
+    settings: Any  # ktx.server.state.ServerSettings
     log: tuple[str, str]  # level and format
     threads: int
-    beside: int  # replicas on one machine, among which its CPUs are divided
+    per_node: int  # replicas on one machine, among which its CPUs are divided
 
 
 class Replica:
-    """The deployment."""
+    """The Ray Serve deployment: loads the model, reports its status and answers requests."""
 
-    def __init__(self, making: ReplicaConfig, board: Any):
+    def __init__(self, config: ReplicaConfig, status_actor: Any):
         context = serve.get_replica_context()
-        os.sched_setaffinity(0, share_of_cpus(context.rank.local_rank, making.beside))
+        os.sched_setaffinity(0, share_of_cpus(context.rank.local_rank, config.per_node))
         from ktx.server.app import make_routes
         from ktx.server.gc_tuning import freeze_gc
         from ktx.server.log import set_up
         from ktx.server.state import ServerState
 
-        set_up(*making.log)
-        self.board, self.name, self.app_name = board, context.replica_tag, context.app_name
-        self.served = ServerState(making.names, making.settings, making.adapters)
-        self.routes, self.metrics = make_routes(self.served)
-        threading.Thread(target=self._speak, name="ktx-board", daemon=True).start()
-        threading.Thread(target=self._hear, name="ktx-end", daemon=True).start()
+        set_up(*config.log)
+        self.status_actor, self.name, self.app_name = status_actor, context.replica_tag, context.app_name
+        self.state = ServerState(config.names, config.settings, config.adapters)
+        self.routes, self.metrics = make_routes(self.state)
+        threading.Thread(target=self._report_loop, name="ktx-board", daemon=True).start()
+        threading.Thread(target=self._wait_for_shutdown, name="ktx-end", daemon=True).start()
         try:
-            self.served.set_engine(making.make(making.threads, self.served))
+            self.state.set_engine(config.make(config.threads, self.state))
             freeze_gc()
         except BaseException as error:
-            told = str(error) if isinstance(error, KtxError) else f"{type(error).__name__}: {error}"
-            self.served.load_error = told
-            say(board, self._word())
+            message = str(error) if isinstance(error, KtxError) else f"{type(error).__name__}: {error}"
+            self.state.load_error = message
+            report_status(status_actor, self._status())
             raise
-        say(board, self._word())  # before Serve sends requests
+        report_status(status_actor, self._status())  # before Serve sends requests
 
-    def _word(self) -> ReplicaStatus:
-        served, ready = self.served, self.served.engine is not None and not self.served.stopping
+    def _status(self) -> ReplicaStatus:
+        state, ready = self.state, self.state.engine is not None and not self.state.stopping
         return ReplicaStatus(
             self.name,
             ray.util.get_node_ip_address(),
             ready,
-            served.load_error,
-            served.progress.total,
-            served.progress.done,
+            state.load_error,
+            state.progress.total,
+            state.progress.done,
             self.metrics.text() if ready else b"",
         )
 
-    def _speak(self) -> None:
+    def _report_loop(self) -> None:
         while True:
             try:
-                say(self.board, self._word())
+                report_status(self.status_actor, self._status())
             except ray.exceptions.RayError:
-                return  # the board has gone, which `_hear` answers
-            time.sleep(PAUSE)
+                return  # the actor died; `_wait_for_shutdown` handles it
+            time.sleep(REPORT_INTERVAL_S)
 
-    def _hear(self) -> None:
-        """Ends the engine, and so every stream with its last words, when the server ends. A server that has died leaves its application to us."""
+    def _wait_for_shutdown(self) -> None:
+        """Stops the engine when the server shuts down, which sends the final event of each stream.
+
+        If the server died, the replica deletes the Ray Serve application, because the server can no longer do it.
+        """
         try:
-            ray.get(self.board.wait.remote())
-            self.served.stop()
+            ray.get(self.status_actor.wait.remote())
+            self.state.stop()
         except ray.exceptions.RayError:
-            log.warning("the server has gone, its replicas end")
-            self.served.stop()
+            log.warning("the server process died; its replicas shut down")
+            self.state.stop()
             serve.delete(self.app_name)
 
     def check_health(self) -> None:
-        """Serve replaces a replica that raises here."""
-        engine = self.served.engine
-        if engine is not None and not self.served.stopping and (engine.failure or engine.stuck):
-            raise RuntimeError(engine.failure or "the engine has shown no sign of life for long")
+        """Raises RuntimeError if the engine failed or stalled; Ray Serve then replaces the replica."""
+        engine = self.state.engine
+        if engine is not None and not self.state.stopping and (engine.failure or engine.stuck):
+            raise RuntimeError(engine.failure or "the engine has stalled: it has made no progress for too long")
 
     async def answer(self, keys: list[bytes], scope: dict[str, Any], body: bytes) -> AsyncIterator[list[Any]]:
-        """The answer's ASGI messages, several at once where they are there. Cancelled when the client has left."""
+        """Yields the ASGI messages of the response in batches of those that are available.
+
+        Ray cancels the call when the client disconnects.
+
+        Args:
+            keys: prefix keys of the prompt, which only the router reads.
+            scope: the ASGI scope that the proxy forwards.
+            body: the whole request body.
+        """
         messages: asyncio.Queue[Any] = asyncio.Queue()
-        left, asked = asyncio.Event(), [body]
+        disconnected, pending = asyncio.Event(), [body]
 
         async def receive() -> dict[str, Any]:
-            if asked:
-                return {"type": "http.request", "body": asked.pop(), "more_body": False}
-            await left.wait()
+            if pending:
+                return {"type": "http.request", "body": pending.pop(), "more_body": False}
+            await disconnected.wait()
             return {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
@@ -129,15 +142,15 @@ class Replica:
         task = asyncio.ensure_future(run())
         try:
             while (message := await messages.get()) is not None:
-                some = [message]
+                batch = [message]
                 while not messages.empty() and (message := messages.get_nowait()) is not None:
-                    some.append(message)
-                yield some
+                    batch.append(message)
+                yield batch
                 if message is None:
                     break
             await task
         finally:
-            left.set()
+            disconnected.set()
             if not task.done():
-                await asyncio.wait({task}, timeout=PATIENCE)
+                await asyncio.wait({task}, timeout=CANCEL_TIMEOUT_S)
                 task.cancel()

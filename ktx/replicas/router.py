@@ -1,4 +1,4 @@
-"""Our choice of a replica inside Ray Serve's router (its public API for request routers)."""
+"""The request router that Ray Serve uses to choose a replica (Serve's public API for request routers)."""
 
 from __future__ import annotations
 
@@ -8,26 +8,35 @@ from ktx.replicas.affinity import Affinity
 
 
 class PrefixRouter(RequestRouter):
-    """The first argument of a call are the keys of its prompt. Which replicas have room is the base class's affair."""
+    """Ranks replicas by cached prefix. The first argument of each call is the list of its prompt's prefix keys.
+
+    The base class checks which replicas have capacity.
+    """
 
     def initialize_state(self, pages: int, crowd: int) -> None:  # type: ignore[override]
+        """Called by Ray Serve with `request_router_kwargs`; see `Affinity` for the two arguments."""
         self.affinity = Affinity(pages, crowd)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        """Returns the candidates in order of preference, one per rank."""
         keys, request = [], ""
         if pending_request is not None:
-            pending_request.routing_context.should_backoff = True  # else a full house is asked again without a pause
+            # Without backoff the router polls replicas that are at capacity in a busy loop.
+            pending_request.routing_context.should_backoff = True
             keys, request = pending_request.args[0], pending_request.metadata.internal_request_id
         by_id = {replica.replica_id: replica for replica in candidate_replicas}
-        order = self.affinity.order(keys, list(by_id))
-        if request and order:  # at once: others are routed before a replica has said that it takes this one
+        order = self.affinity.rank(keys, list(by_id))
+        # Recorded now, because other requests are routed before the replica accepts this one.
+        if request and order:
             self.affinity.on_start(request, order[0], keys, sent=False)
-        return [[by_id[one]] for one in order]  # type: ignore[index]
+        return [[by_id[replica]] for replica in order]  # type: ignore[index]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
+        """Called by Ray Serve when a replica accepts a request."""
         self.affinity.on_start(pending_request.metadata.internal_request_id, replica_id, pending_request.args[0])
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Called by Ray Serve when a request ends."""
         self.affinity.on_finish(internal_request_id)

@@ -1,4 +1,4 @@
-"""How replicas are spread over machines. No Ray here."""
+"""Places replicas on the machines of a cluster. Does not import Ray."""
 
 from __future__ import annotations
 
@@ -23,29 +23,40 @@ class Node:
 
 @dataclass(frozen=True)
 class Layout:
-    """How replicas are spread: `beside` on one machine, each with `threads` and a share of Ray's CPUs."""
+    """Placement of the replicas: `per_node` on each machine; `threads` and Ray's `cpus` are per replica."""
 
     replicas: int
-    beside: int
+    per_node: int
     threads: int
     cpus: float
 
 
 def lay_out(nodes: Sequence[Node], replicas: int | None, threads: int | None, need: int) -> Layout:
-    """Equal shares of every machine. DoesNotFit, with the numbers, when a machine cannot hold its copies."""
+    """Divides every machine equally among its replicas.
+
+    Args:
+        nodes: the machines.
+        replicas: number of replicas; None: one per machine.
+        threads: threads per replica; None: the machine's cores divided among its replicas.
+        need: bytes of memory that one replica takes.
+
+    Raises:
+        DoesNotFit: a machine does not have enough free memory for its replicas.
+    """
     replicas = replicas or len(nodes)
-    beside = math.ceil(replicas / len(nodes))
+    per_node = math.ceil(replicas / len(nodes))
     for node in nodes:
-        if beside * need > node.free:
+        if per_node * need > node.free:
             raise DoesNotFit(
-                f"{replicas} replicas on {len(nodes)} machine{'s' if len(nodes) > 1 else ''}: {beside} cop{'ies' if beside > 1 else 'y'} of the"
-                f" weights need {format_bytes(beside * need)} on {node.address}, {format_bytes(node.free)} are free; take fewer replicas, a smaller"
-                " quant, or add machines (one that Ray counts no CPUs of gets no replica)"
+                f"{replicas} replicas on {len(nodes)} machine{'s' if len(nodes) > 1 else ''}: {per_node}"
+                f" cop{'ies' if per_node > 1 else 'y'} of the weights need {format_bytes(per_node * need)} on"
+                f" {node.address}, {format_bytes(node.free)} are free; use fewer replicas, a smaller quantization or"
+                " more machines (a machine without CPUs in Ray gets no replica)"
             )
-    cpus = min(node.cpus for node in nodes) / beside
+    cpus = min(node.cpus for node in nodes) / per_node
     return Layout(
         replicas,
-        beside,
-        threads or max(1, min(node.cores for node in nodes) // beside),
+        per_node,
+        threads or max(1, min(node.cores for node in nodes) // per_node),
         int(cpus) if cpus >= 1 else cpus,
     )

@@ -1,4 +1,7 @@
-"""Where replicas say how they are, and hear of the end. It dies with the server, which replicas notice."""
+"""The actor that replicas report their status to and learn of the shutdown from.
+
+It runs in the server's node and dies with the server's process, which the replicas detect.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +12,49 @@ from typing import Any
 
 import ray
 
-STALE_AFTER_S = 10.0  # seconds after which a replica that says nothing counts as gone
+STALE_AFTER_S = 10.0  # a replica that has not reported for this long counts as dead
 
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """What one replica says of itself."""
+    """The status of one replica."""
 
     name: str
     node: str
     ready: bool = False
     error: str = ""
-    total: int = 0  # bytes of weights, and how many are read
-    done: int = 0
+    total: int = 0  # bytes of weights to read
+    done: int = 0  # bytes of weights read so far
     metrics: bytes = b""
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class StatusActor:
-    """One for a server, beside it."""
+    """Collects the statuses of a server's replicas and signals the shutdown to them."""
 
     def __init__(self) -> None:
-        self.words: dict[str, tuple[float, ReplicaStatus]] = {}
-        self.over = asyncio.Event()
+        self.statuses: dict[str, tuple[float, ReplicaStatus]] = {}
+        self.shutdown = asyncio.Event()
 
-    async def report(self, word: ReplicaStatus) -> None:
-        self.words[word.name] = time.monotonic(), word
+    async def report(self, status: ReplicaStatus) -> None:
+        """Stores a replica's status."""
+        self.statuses[status.name] = time.monotonic(), status
 
     async def read(self) -> list[ReplicaStatus]:
-        """Of the replicas that still speak."""
+        """Returns the statuses that are not older than `STALE_AFTER_S`."""
         now = time.monotonic()
-        self.words = {name: said for name, said in self.words.items() if now - said[0] < STALE_AFTER_S}
-        return [word for _, word in self.words.values()]
+        self.statuses = {name: entry for name, entry in self.statuses.items() if now - entry[0] < STALE_AFTER_S}
+        return [status for _, status in self.statuses.values()]
 
     async def end(self) -> None:
-        self.over.set()
+        """Signals the shutdown to the replicas."""
+        self.shutdown.set()
 
     async def wait(self) -> None:
-        """Returns when the server ends."""
-        await self.over.wait()
+        """Returns when the server shuts down."""
+        await self.shutdown.wait()
 
 
-def say(board: Any, word: ReplicaStatus) -> None:
-    """Waits until it is heard."""
-    ray.get(board.report.remote(word), timeout=STALE_AFTER_S)
+def report_status(actor: Any, status: ReplicaStatus) -> None:
+    """Sends a status to the actor and waits until it is stored."""
+    ray.get(actor.report.remote(status), timeout=STALE_AFTER_S)

@@ -12,7 +12,7 @@ from ktx.__main__ import main
 from ktx.cli import serve_ray
 from ktx.errors import DoesNotFit
 from ktx.hardware import share_of_cpus
-from ktx.replicas.affinity import MOST, PIECE, UNSENT, Affinity, keys_of
+from ktx.replicas.affinity import KEY_CHARS, MAX_KEYS, UNSENT_TIMEOUT_S, Affinity, prefix_keys
 from ktx.replicas.spread import Node, lay_out
 
 
@@ -23,39 +23,44 @@ def body(*texts, **more):
 
 
 def test_a_conversation_begins_as_its_earlier_turns_did():
-    first, second = keys_of(body("a" * 1000)), keys_of(body("a" * 1000, "b" * 1000))
-    assert len(first) == 4 and second[:4] != keys_of(body("b" * 1000))[:4]
+    first, second = prefix_keys(body("a" * 1000)), prefix_keys(body("a" * 1000, "b" * 1000))
+    assert len(first) == 4 and second[:4] != prefix_keys(body("b" * 1000))[:4]
     assert second[:3] == first[:3] and len(second) > 7  # the fourth piece holds the first message's end
-    assert keys_of(body("a" * 1000, stream=True, temperature=0.3, seed=1)) == first
-    assert keys_of(body("a" * 1000, cache_salt="x"))[0] != first[0]
+    assert prefix_keys(body("a" * 1000, stream=True, temperature=0.3, seed=1)) == first
+    assert prefix_keys(body("a" * 1000, cache_salt="x"))[0] != first[0]
 
 
 def test_an_adapter_has_pages_of_its_own():
     """The model's names, and an adapter's, mean one each."""
 
     def keys(name):
-        return keys_of(body("a" * 1000) if name is None else body("a" * 1000, model=name), ("style", "other"))
+        return prefix_keys(body("a" * 1000) if name is None else body("a" * 1000, model=name), ("style", "other"))
 
     plain, style, other = keys("m"), keys("style"), keys("other")
-    assert len(plain) == 4 == len({plain[0], style[0], other[0], keys_of(body("b" * 1000))[0]})
+    assert len(plain) == 4 == len({plain[0], style[0], other[0], prefix_keys(body("b" * 1000))[0]})
     assert (
-        keys("alias") == keys(None) == keys("style-2") == keys(3) == plain == keys_of(body("a" * 1000, model="style"))
+        keys("alias")
+        == keys(None)
+        == keys("style-2")
+        == keys(3)
+        == plain
+        == prefix_keys(body("a" * 1000, model="style"))
     )
     assert keys("style:latest") == style
     affinity = Affinity(pages=100, max_imbalance=3)
     affinity.on_start("1", "x", plain)
     affinity.on_finish("1")
-    assert affinity.known(style, "x") == 0
+    assert affinity.num_cached(style, "x") == 0
     affinity.on_start("2", "y", style)
     affinity.on_finish("2")
-    assert affinity.order(style, ["x", "y"])[0] == "y" and affinity.order(plain, ["x", "y"])[0] == "x"
+    assert affinity.rank(style, ["x", "y"])[0] == "y" and affinity.rank(plain, ["x", "y"])[0] == "x"
 
 
 @pytest.mark.parametrize(
     "path_body", [b"", b"no json", b"[1]", b'"x"', b"[" * 100_000, b'{"prompt": null}', body("short")]
 )
 def test_what_has_no_beginning_worth_a_key(path_body):
-    assert keys_of(path_body) == []
+    assert prefix_keys(path_body) == []
 
 
 @pytest.mark.parametrize(
@@ -71,42 +76,44 @@ def test_what_has_no_beginning_worth_a_key(path_body):
     ],
 )
 def test_every_protocols_prompt_has_keys(asked):
-    assert len(keys_of(json.dumps(asked).encode())) >= 2
+    assert len(prefix_keys(json.dumps(asked).encode())) >= 2
 
 
 def test_a_prompt_of_megabytes_has_few_keys():
-    assert len(keys_of(body("x" * 5_000_000))) == MOST == len(set(keys_of(body("x" * PIECE * MOST))))
+    assert (
+        len(prefix_keys(body("x" * 5_000_000))) == MAX_KEYS == len(set(prefix_keys(body("x" * KEY_CHARS * MAX_KEYS))))
+    )
 
 
 def test_the_replica_that_knows_the_beginning_is_first_unless_it_is_crowded():
-    affinity, keys = Affinity(pages=100, max_imbalance=3), keys_of(body("a" * 2000))
+    affinity, keys = Affinity(pages=100, max_imbalance=3), prefix_keys(body("a" * 2000))
     affinity.on_start("1", "y", keys[:3])
     affinity.on_finish("1")
     affinity.on_start("2", "z", keys)
-    assert affinity.order(keys, ["x", "y", "z"]) == ["z", "y", "x"]
+    assert affinity.rank(keys, ["x", "y", "z"]) == ["z", "y", "x"]
     affinity.on_start("3", "z", [])
     affinity.on_start("4", "z", [])
-    assert affinity.order(keys, ["x", "y", "z"]) == ["y", "x", "z"]
+    assert affinity.rank(keys, ["x", "y", "z"]) == ["y", "x", "z"]
     affinity.on_finish("4")
-    assert affinity.order(keys, ["x", "y", "z"])[0] == "z"
+    assert affinity.rank(keys, ["x", "y", "z"])[0] == "z"
 
 
 def test_what_nobody_knows_goes_where_least_is():
     affinity = Affinity(pages=100, max_imbalance=4)
-    affinity.on_start("1", "x", keys_of(body("a" * 2000)))
-    assert affinity.order(keys_of(body("b" * 2000)), ["x", "y"])[0] == "y"
+    affinity.on_start("1", "x", prefix_keys(body("a" * 2000)))
+    assert affinity.rank(prefix_keys(body("b" * 2000)), ["x", "y"])[0] == "y"
     affinity.on_finish("1")
-    assert affinity.order(keys_of(body("b" * 2000)), ["x", "y"])[0] == "y"  # as idle, but with less in its cache
+    assert affinity.rank(prefix_keys(body("b" * 2000)), ["x", "y"])[0] == "y"  # as idle, but with less in its cache
 
 
 def test_a_crowd_that_comes_at_once_is_spread():
     affinity = Affinity(pages=100, max_imbalance=4)
     for number in range(12):
-        keys = keys_of(body(f"{number}" * 2000))
-        affinity.on_start(str(number), affinity.order(keys, ["x", "y"])[0], keys, sent=False)
-    assert [asked.replica for asked in affinity.asked.values()].count("x") == 6
+        keys = prefix_keys(body(f"{number}" * 2000))
+        affinity.on_start(str(number), affinity.rank(keys, ["x", "y"])[0], keys, sent=False)
+    assert [request.replica for request in affinity.requests.values()].count("x") == 6
     affinity.on_start("0", "y", [])  # it went elsewhere after all
-    assert [asked.replica for asked in affinity.asked.values()].count("y") == 7
+    assert [request.replica for request in affinity.requests.values()].count("y") == 7
 
 
 def test_a_request_that_reached_no_replica_is_not_counted_for_ever(monkeypatch):
@@ -114,19 +121,23 @@ def test_a_request_that_reached_no_replica_is_not_counted_for_ever(monkeypatch):
     affinity.on_start("1", "x", [], sent=False)
     affinity.on_start("2", "y", [])
     now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + UNSENT + 1)
-    assert affinity.order([], ["x", "y"])[0] == "x" and list(affinity.asked) == ["2"]
+    monkeypatch.setattr(time, "monotonic", lambda: now + UNSENT_TIMEOUT_S + 1)
+    assert affinity.rank([], ["x", "y"])[0] == "x" and list(affinity.requests) == ["2"]
 
 
 def test_a_replica_forgets_as_its_cache_does():
     affinity = Affinity(pages=10, max_imbalance=4)
-    old, new = keys_of(body("a" * 2000)), keys_of(body("b" * 2000))
+    old, new = prefix_keys(body("a" * 2000)), prefix_keys(body("b" * 2000))
     affinity.on_start("1", "x", old)
     affinity.on_start("2", "x", new)
-    assert affinity.known(new, "x") == len(new) == 7 and affinity.known(old, "x") == 3
-    affinity.order(old, ["y"])  # x has gone
+    assert affinity.num_cached(new, "x") == len(new) == 7 and affinity.num_cached(old, "x") == 3
+    affinity.rank(old, ["y"])  # x has gone
     affinity.on_start("3", "y", old)
-    assert affinity.order(new, ["x", "y"])[0] == "x" and affinity.known(new, "x") == 0 and list(affinity.asked) == ["3"]
+    assert (
+        affinity.rank(new, ["x", "y"])[0] == "x"
+        and affinity.num_cached(new, "x") == 0
+        and list(affinity.requests) == ["3"]
+    )
 
 
 def test_processes_share_a_machines_cores():
@@ -140,7 +151,7 @@ def test_processes_share_a_machines_cores():
 def test_copies_that_do_not_fit_are_refused_with_the_numbers():
     nodes = [Node("a", "10.0.0.1", 32.0, 16, 100 << 30), Node("b", "10.0.0.2", 24.0, 12, 60 << 30)]
     layout = lay_out(nodes, 4, None, 20 << 30)
-    assert (layout.replicas, layout.beside, layout.threads, layout.cpus) == (4, 2, 6, 12)
+    assert (layout.replicas, layout.per_node, layout.threads, layout.cpus) == (4, 2, 6, 12)
     assert lay_out(nodes, None, None, 20 << 30).replicas == 2 and lay_out(nodes, 3, 5, 0).threads == 5
     with pytest.raises(
         DoesNotFit,
@@ -162,7 +173,7 @@ def test_options_that_need_others(words, told, capsys):
 @pytest.mark.parametrize(
     "address,told",
     [
-        ("127.0.0.1:9", "nobody answers there"),
+        ("127.0.0.1:9", "no cluster is reachable there"),
         ("ray://x:10001", "must be HOST:PORT"),
         ("somewhere", "must be HOST:PORT"),
     ],

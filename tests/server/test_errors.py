@@ -79,10 +79,10 @@ def test_an_error_of_a_class_of_its_own():
 @pytest.mark.parametrize("error,status,code", [(QueueFull("x"), 429, "queue_full"), (Overloaded("x"), 503, None)])
 def test_a_replicas_front_says_the_same(error, status, code):
     pytest.importorskip("ray")
-    from ktx.replicas.proxy import refused
+    from ktx.replicas.proxy import error_response
 
     for path in ("/v1/chat/completions", "/v1/messages", "/api/chat"):
-        answer = refused({"path": path}, error)
+        answer = error_response({"path": path}, error)
         assert (answer.status_code, answer.headers["retry-after"]) == (status, "1")
         if path == "/v1/chat/completions":
             assert f'"code": "{code}"'.replace('"None"', "null") in answer.body.decode()
