@@ -13,15 +13,15 @@
 #include <tuple>
 
 #include "bindings.h"
-#include "cpu/experts.h"
-#include "cpu/isa.h"
-#include "cpu/layout.h"
-#include "cpu/linear.h"
-#include "cpu/mapped.h"
-#include "cpu/numa.h"
-#include "cpu/pool.h"
-#include "cpu/probes.h"
-#include "cpu/wide.h"
+#include "cpu/driver/experts.h"
+#include "cpu/runtime/isa.h"
+#include "cpu/quant/layout.h"
+#include "cpu/driver/linear.h"
+#include "cpu/runtime/mapped.h"
+#include "cpu/runtime/numa.h"
+#include "cpu/runtime/pool.h"
+#include "cpu/runtime/probes.h"
+#include "cpu/driver/bf16_rows.h"
 
 namespace {
 using namespace ktx;

@@ -11,13 +11,13 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/attention.h"
-#include "cpu/experts.h"
-#include "cpu/kernels.h"
-#include "cpu/layout.h"
-#include "cpu/numa.h"
-#include "cpu/numbers.h"
-#include "cpu/small.h"
+#include "cpu/driver/attention.h"
+#include "cpu/driver/experts.h"
+#include "cpu/isa/kernels.h"
+#include "cpu/quant/layout.h"
+#include "cpu/runtime/numa.h"
+#include "cpu/quant/dtype.h"
+#include "cpu/driver/elementwise.h"
 
 inline ktx::Number ktx_number(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;

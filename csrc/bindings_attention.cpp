@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "bindings.h"
-#include "cpu/attention.h"
-#include "cpu/kernels.h"
-#include "cpu/small.h"
+#include "cpu/driver/attention.h"
+#include "cpu/isa/kernels.h"
+#include "cpu/driver/elementwise.h"
 
 namespace {
 using namespace ktx;

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "bindings.h"
-#include "cpu/blocks.h"
+#include "cpu/driver/blocks.h"
 
 namespace {
 using namespace ktx;

@@ -9,15 +9,15 @@
 #include <thread>
 #include <vector>
 
-#include "attention.h"
-#include "blocks.h"
-#include "experts.h"
-#include "isa.h"
-#include "layout.h"
-#include "linear.h"
-#include "numa.h"
-#include "pool.h"
-#include "small.h"
+#include "cpu/driver/attention.h"
+#include "cpu/driver/blocks.h"
+#include "cpu/driver/experts.h"
+#include "cpu/runtime/isa.h"
+#include "cpu/quant/layout.h"
+#include "cpu/driver/linear.h"
+#include "cpu/runtime/numa.h"
+#include "cpu/runtime/pool.h"
+#include "cpu/driver/elementwise.h"
 
 using namespace ktx;
 

@@ -1,0 +1,72 @@
+// Memory that only grows: the steady state allocates nothing.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "cpu/isa/kernels.h"
+
+namespace ktx {
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(base_); }
+
+  // Starts a new use: everything taken before is void. `bytes` bounds what will be taken, 64 more for each piece.
+  void reset(size_t bytes) {
+    used_ = 0;
+    if (bytes <= size_) return;
+    std::free(base_);
+    base_ = nullptr, size_ = 0;
+    const size_t rounded = (bytes + bytes / 4 + 4095) & ~size_t(4095);
+    base_ = static_cast<uint8_t*>(std::aligned_alloc(4096, rounded));
+    if (!base_) throw std::bad_alloc();
+    size_ = rounded;
+  }
+  template <class T> T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (size_t(count) * sizeof(T) + 63) & ~size_t(63);
+    if (used_ > size_) throw std::bad_alloc();  // a driver asked for more than it announced
+    return piece;
+  }
+
+ private:
+  uint8_t* base_ = nullptr;
+  size_t size_ = 0, used_ = 0;
+};
+
+// Bytes that `rows` rows of k activations need, quantised and as floats.
+inline size_t tokens_bytes(int64_t rows, int64_t k, bool ints, bool floats) {
+  return (ints ? size_t(rows) * k * 2 + 7 * 64 : 0) + (floats ? size_t(rows) * k * 6 + 128 : 0);
+}
+inline Tokens take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool floats, bool wide) {
+  Tokens t;
+  t.k = k, t.wide = wide;
+  if (ints && !wide) {
+    t.q = s.take<int8_t>(rows * k);
+    t.scale = s.take<float>(rows * (k / 32)), t.sum16 = s.take<int32_t>(rows * (k / 16)), t.sum32 = s.take<int32_t>(rows * (k / 32));
+    t.part16 = s.take<float>(rows * (k / 16)), t.part32 = s.take<float>(rows * (k / 32));
+  }
+  if (floats) t.f = s.take<float>(rows * k);
+  if ((floats && kernels().pairs && k % kernels().pairs == 0) || (ints && wide)) t.pair = s.take<uint32_t>(rows * (k / 2));
+  return t;
+}
+// The n tokens from row `first` on, cut into tiles for these kernels.
+inline Tokens slice(const Tokens& all, int64_t first, int n, const Kernels& kernels) {
+  Tokens t = all;
+  const int64_t k = all.k;
+  t.n = n;
+  t.tiles = t.wide ? (n + WIDE_TILE - 1) / WIDE_TILE : n <= kernels.few && !all.f ? 1 : (n + kernels.tile - 1) / kernels.tile;
+  if (all.q) {
+    t.q += first * k, t.scale += first * (k / 32);
+    t.sum16 += first * (k / 16), t.sum32 += first * (k / 32), t.part16 += first * (k / 16), t.part32 += first * (k / 32);
+  }
+  if (all.f) t.f += first * k;
+  if (all.pair) t.pair += first * (k / 2);
+  return t;
+}
+inline size_t row_bytes(int64_t k) { return size_t(k) * 9 + 8 * 64; }  // a RowView and an f32 row
+inline RowView take_row(Scratch& s, int64_t k) { return {s.take<int8_t>(k), s.take<float>(k / 32 + 1), s.take<int32_t>(k / 16 + 1)}; }
+}  // namespace ktx

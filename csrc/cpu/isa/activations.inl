@@ -1,0 +1,122 @@
+// Activations.
+static void quantise(const float* x, int64_t step, int64_t k, RowView out) {
+  for (int64_t b = 0; b < k / 32; ++b, x += 2 * step) {
+    const F lo = loadf(x), hi = loadf(x + step);
+    // As integers, so that a NaN is the largest of all: it must reach the scale, because its code cannot show it.
+    const uint32_t bits = largest_lane(maxu(as_int(absf(lo)), as_int(absf(hi))));
+    float most;
+    __builtin_memcpy(&most, &bits, 4);
+    const F inverse = setf(most > 0 ? 127.0f / most : 0.0f);
+    const V low = to_int(mulf(lo, inverse)), high = to_int(mulf(hi, inverse));
+    out.scale[b] = most / 127.0f;
+    store_s8(out.q + b * 32, low), store_s8(out.q + b * 32 + 16, high);
+    out.sum16[2 * b] = sum_lanes(low), out.sum16[2 * b + 1] = sum_lanes(high);
+  }
+}
+
+static void place(const RowView& row, const Tokens& to, Spot token, int64_t from, int64_t length) {
+  const int first = token.first, T = token.count, t = token.at;
+  const int64_t at16 = first * (to.k / 16) + from / 16 * T + t, at32 = first * (to.k / 32) + from / 32 * T + t;
+  int32_t *q = reinterpret_cast<int32_t*>(to.q + first * to.k + from * T) + t, *s16 = to.sum16 + at16, *s32 = to.sum32 + at32;
+  float *scale = to.scale + at32, *p16 = to.part16 + at16, *p32 = to.part32 + at32;
+#ifdef KTX_TILES
+  if (to.n > KTX_FEW) {
+    int8_t* rows = to.q + first * to.k + from * T + t * 32;
+    for (int64_t i = 0; i < length; i += 32) __builtin_memcpy(rows + i * T, row.q + i, 32);
+  } else
+#endif
+  {
+    const int32_t* source = reinterpret_cast<const int32_t*>(row.q);
+    for (int64_t i = 0; i < length / 4; ++i) q[i * T] = source[i];
+  }
+  for (int64_t i = 0; i < length / 32; ++i) {
+    const int32_t a = row.sum16[2 * i], b = row.sum16[2 * i + 1];
+    const float d = row.scale[i];
+    scale[i * T] = d, s16[2 * i * T] = -a, s16[(2 * i + 1) * T] = -b, s32[i * T] = -a - b;
+    p16[2 * i * T] = d * float(a), p16[(2 * i + 1) * T] = d * float(b), p32[i * T] = d * float(a + b);
+  }
+}
+
+static void place_floats(const float* x, const Tokens& to, Spot token, int64_t from, int64_t length) {
+  const int first = token.first, T = token.count, t = token.at;
+  if (to.f) {
+    float* f = to.f + first * to.k + from * T + t;
+    for (int64_t i = 0; i < length; ++i) f[i * T] = x[i];
+  }
+#ifdef KTX_BF16
+  if (!to.pair) return;
+#ifdef KTX_TILES
+  if (to.wide) {
+    uint32_t* rows = to.pair + first * (to.k / 2) + from / 2 * T + t * 16;
+    for (int64_t i = 0; i < length; i += 32) store(rows + i / 2 * T, bf16_pairs(loadf(x + i), loadf(x + i + 16)));
+    return;
+  }
+#endif
+  uint32_t* pair = to.pair + first * (to.k / 2) + from / 2 * T + t;
+  for (int64_t i = 0; i < length; i += 32) {
+    float columns[32] = {};
+    uint32_t words[16];
+    const int64_t count = length - i < 32 ? length - i : 32;
+    __builtin_memcpy(columns, x + i, size_t(count) * 4);
+    store(words, bf16_pairs(loadf(columns), loadf(columns + 16)));
+    for (int64_t j = 0; j < count / 2; ++j) pair[(i / 2 + j) * T] = words[j];
+  }
+#endif
+}
+
+static void write(const float* x, int64_t step, int64_t groups, Number type, void* out) {
+  uint8_t* to = static_cast<uint8_t*>(out);
+  if (type == Number::F32)
+    for (; groups; --groups, x += step, to += 64) storef(reinterpret_cast<float*>(to), loadf(x));
+  else if (type == Number::BF16)
+    for (; groups; --groups, x += step, to += 32) store_bf16(to, loadf(x));
+  else
+    for (; groups; --groups, x += step, to += 32) store_f16(to, loadf(x));
+}
+
+static void add_weighted(const float* sums, int n, int groups, const int64_t* token, const float* weight, float* total, int64_t columns) {
+  for (int g = 0; g < groups; ++g, total += 16)
+    for (int t = 0; t < n; ++t, sums += 16) {
+      float* to = total + token[t] * columns;
+      storef(to, fma(broadcastf(weight + t), loadf(sums), loadf(to)));
+    }
+}
+
+// exp(x) by 2^n * p(f): relative error below 2e-7 for |x| <= 87
+AI F exp_(F x) {
+  const F y = minf(maxf(mulf(x, setf(1.44269504f)), setf(-126.0f)), setf(126.0f));
+  const V n = to_int(y);
+  const F f = addf(y, mulf(to_float(n), setf(-1.0f)));
+  F p = setf(1.5403530e-4f);
+  p = fma(p, f, setf(1.3333558e-3f));
+  p = fma(p, f, setf(9.6181291e-3f));
+  p = fma(p, f, setf(5.5504109e-2f));
+  p = fma(p, f, setf(2.4022651e-1f));
+  p = fma(p, f, setf(6.9314718e-1f));
+  p = fma(p, f, setf(1.0f));
+  return mulf(p, as_float(shl(add(n, set(127)), 23)));
+}
+AI F sigmoid(F x) { return divf(setf(1), addf(setf(1), exp_(mulf(x, setf(-1))))); }
+
+static void gate(Activation act, float alpha, float limit, const float* g, const float* u, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    F a = loadf(g + i), b = loadf(u + i);
+    if (act == SILU) a = mulf(a, sigmoid(a));
+    else if (act == SWIGLU_OAI) {
+      a = minf(a, setf(limit)), b = addf(minf(maxf(b, setf(-limit)), setf(limit)), setf(1));
+      a = mulf(a, sigmoid(mulf(a, setf(alpha))));
+    } else if (act == GELU_TANH) {  // 0.5 (1 + tanh z) is sigmoid(2 z)
+      const F z = mulf(mulf(a, setf(0.79788456f)), fma(mulf(a, a), setf(0.044715f), setf(1)));
+      a = mulf(a, sigmoid(addf(z, z)));
+    } else if (act == GELU) {
+      float v[16];
+      storef(v, a);
+      for (float& e : v) e *= 0.5f * (1.0f + erff(e * 0.70710678f));
+      a = loadf(v);
+    } else {
+      a = maxf(a, zero());
+      if (act == RELU2) a = mulf(a, a);
+    }
+    storef(out + i, mulf(a, b));
+  }
+}

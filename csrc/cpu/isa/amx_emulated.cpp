@@ -1,0 +1,28 @@
+// The kernels of AMX over tile registers in software: tests of AMX on any machine. The results have the same bits.
+#include <immintrin.h>
+#include <math.h>
+
+#include "cpu/generated/iq_codebooks.h"
+#include "cpu/isa/kernels.h"
+#include "cpu/quant/layout.h"
+#include "cpu/isa/scalar_lanes.h"
+#include "cpu/quant/dtype.h"
+
+#define KTX_TILES
+#define KTX_UNROLL  // a lane of the model is a loop: sixteen vectors of them side by side take the compiler minutes
+#define KTX_BF16
+#define KTX_TILE 16
+#define KTX_FEW 2
+
+namespace ktx {
+namespace amxmodel {
+namespace {
+#include "cpu/isa/simd_scalar.inl"
+#include "cpu/isa/amx_tiles_emulated.inl"
+#include "cpu/isa/kernels.inl"
+}  // namespace
+}  // namespace amxmodel
+
+constinit const Kernels AMXMODEL_KERNELS = amxmodel::kernel_table(32, true);
+void tile_dot_model(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) { amxmodel::one_product(kind, rows, bytes, a, b, c); }
+}  // namespace ktx

@@ -1,0 +1,144 @@
+// Attention on f32 blocks, over the verbs of one instruction set. Rows of keys and values are contiguous.
+
+static void convert(const void* from, Number type, int64_t n, float* to) {
+  const uint8_t* p = static_cast<const uint8_t*>(from);
+  int64_t i = 0;
+  if (type == Number::Q8_0) {
+    for (; i < n; i += Q8_BLOCK, p += Q8_BYTES) {
+      uint16_t scale;
+      __builtin_memcpy(&scale, p, 2);
+      const F by = setf(from_f16(scale));
+      storef(to + i, mulf(to_float(load_s8(p + 2)), by));
+      storef(to + i + 16, mulf(to_float(load_s8(p + 18)), by));
+    }
+    return;
+  }
+  if (type == Number::F16)
+    for (; i + 16 <= n; i += 16) storef(to + i, load_f16(p + 2 * i));
+  else if (type == Number::BF16)
+    for (; i + 16 <= n; i += 16) storef(to + i, as_float(shl(load_u16(p + 2 * i), 16)));
+  else
+    for (; i + 16 <= n; i += 16) storef(to + i, loadf(reinterpret_cast<const float*>(p) + i));
+  for (; i < n; ++i) {
+    uint16_t h = 0;
+    if (type == Number::F32) __builtin_memcpy(to + i, p + 4 * i, 4);
+    else {
+      __builtin_memcpy(&h, p + 2 * i, 2);
+      to[i] = type == Number::F16 ? from_f16(h) : from_bf16(h);
+    }
+  }
+}
+
+// An R x C tile of dot products; the tails of rows that are no multiple of 16 are added one by one.
+template <int R, int C> static void score_tile(const float* q, const float* k, int d, float* scores) {
+  F acc[R * C];
+#pragma GCC unroll 16
+  for (int i = 0; i < R * C; ++i) acc[i] = zero();
+  int at = 0;
+  for (; at + 16 <= d; at += 16) {
+    F a[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) a[r] = loadf(q + r * d + at);
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      const F b = loadf(k + c * d + at);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) acc[r * C + c] = fma(a[r], b, acc[r * C + c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      float s = sum_lanes(acc[r * C + c]);
+      for (int i = at; i < d; ++i) s += q[r * d + i] * k[c * d + i];
+      scores[r * KEYS + c] = s;
+    }
+}
+
+static void score(const float* q, const float* k, int queries, int keys, int d, float* scores) {
+  int r = 0;
+  for (; r + 4 <= queries; r += 4) {
+    int c = 0;
+    for (; c + 4 <= keys; c += 4) score_tile<4, 4>(q + r * d, k + c * d, d, scores + r * KEYS + c);
+    for (; c < keys; ++c) score_tile<4, 1>(q + r * d, k + c * d, d, scores + r * KEYS + c);
+  }
+  for (; r < queries; ++r) {
+    int c = 0;
+    for (; c + 4 <= keys; c += 4) score_tile<1, 4>(q + r * d, k + c * d, d, scores + r * KEYS + c);
+    for (; c < keys; ++c) score_tile<1, 1>(q + r * d, k + c * d, d, scores + r * KEYS + c);
+  }
+}
+
+static void soften(float* scores, int queries, int keys, int dv, Running state) {
+  for (int r = 0; r < queries; ++r) {
+    float *row = scores + r * KEYS, *out = state.out + int64_t(r) * dv, most = state.most[r];
+    for (int c = 0; c < keys; ++c) most = row[c] > most ? row[c] : most;
+    if (most == -__builtin_inff()) {  // nothing visible yet
+      for (int c = 0; c < keys; ++c) row[c] = 0;
+      continue;
+    }
+    for (int c = keys; c < KEYS; ++c) row[c] = -__builtin_inff();
+    F sum = zero();
+    for (int c = 0; c < KEYS; c += 16) {
+      const F x = loadf(row + c);
+      // exp_ clamps its argument, so what is masked (-inf) is set to zero here: x > -1e30 as a 0/1 factor
+      const F seen = minf(maxf(addf(x, setf(1e30f)), setf(0)), setf(1));
+      const F share = mulf(exp_(maxf(addf(x, setf(-most)), setf(-126.0f))), seen);
+      storef(row + c, share);
+      sum = addf(sum, share);
+    }
+    const float old = state.most[r];
+    const float fade = old == -__builtin_inff() ? 0.0f : expf(old - most);
+    state.sum[r] = state.sum[r] * fade + sum_lanes(sum);
+    state.most[r] = most;
+    if (fade != 1.0f) {
+      int i = 0;
+      for (; i + 16 <= dv; i += 16) storef(out + i, mulf(loadf(out + i), setf(fade)));
+      for (; i < dv; ++i) out[i] *= fade;
+    }
+  }
+}
+
+template <int R, int C> static void gather_tile(const float* shares, const float* v, int keys, int dv, float* out) {
+  F acc[R * C];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) acc[r * C + c] = loadf(out + int64_t(r) * dv + c * 16);
+  for (int t = 0; t < keys; ++t) {
+    F b[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) b[c] = loadf(v + int64_t(t) * dv + c * 16);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const F a = broadcastf(shares + r * KEYS + t);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r * C + c] = fma(a, b[c], acc[r * C + c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) storef(out + int64_t(r) * dv + c * 16, acc[r * C + c]);
+}
+
+template <int R> static void gather_rows(const float* shares, const float* v, int keys, int dv, float* out) {
+  int c = 0;
+  for (; c + 64 <= dv; c += 64) gather_tile<R, 4>(shares, v + c, keys, dv, out + c);
+  for (; c + 16 <= dv; c += 16) gather_tile<R, 1>(shares, v + c, keys, dv, out + c);
+  for (; c < dv; ++c)
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < keys; ++t) out[int64_t(r) * dv + c] += shares[r * KEYS + t] * v[int64_t(t) * dv + c];
+}
+
+static void gather_values(const float* shares, const float* v, int queries, int keys, int dv, float* out) {
+  int r = 0;
+  for (; r + 4 <= queries; r += 4) gather_rows<4>(shares + r * KEYS, v, keys, dv, out + int64_t(r) * dv);
+  for (; r < queries; ++r) gather_rows<1>(shares + r * KEYS, v, keys, dv, out + int64_t(r) * dv);
+}
+
+// The table of this instruction set; `pairs`: its kernels in bf16, or null.
+constexpr AttentionKernels attention_table(const PairKernels* pairs) {
+  return {.convert = convert, .score = score, .soften = soften, .gather = gather_values, .pairs = pairs};
+}

@@ -1,0 +1,45 @@
+// Kernels for AVX-512 with BF16: products of bf16 serve half-precision weights and attention. Everything else is AVX512VBMI_KERNELS'.
+// All headers come before the target region: the linker could pick code of a standard header that was compiled inside it for
+// every caller, and that code would fault on older machines.
+#include <immintrin.h>
+#include <math.h>
+
+#include "cpu/isa/attention_kernels.h"
+#include "cpu/generated/iq_codebooks.h"
+#include "cpu/isa/kernels.h"
+#include "cpu/quant/layout.h"
+
+#define AI inline __attribute__((always_inline))
+#define KTX_VBMI
+#define KTX_BF16
+#define KTX_TILE 6
+#define KTX_FEW 8
+#define KTX_BASE AVX512VBMI_KERNELS
+#define KTX_INTS(X)
+#define KTX_FLOATS(X) X(BF16, LBF16) X(F8_E4M3, LF8)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16")
+
+namespace ktx {
+namespace bf16 {
+namespace {
+#include "cpu/isa/simd_avx512.inl"
+#include "cpu/isa/kernels.inl"
+#include "cpu/isa/attention.inl"
+#include "cpu/isa/attention_bf16.inl"
+}  // namespace
+}  // namespace bf16
+
+constinit const Kernels AVX512BF16_KERNELS = bf16::kernel_table(2, false);
+constinit const PairKernels BF16_PAIRS = {
+    .queries = bf16::pair_queries,
+    .row = bf16::to_bf16,
+    .score = bf16::score_pairs,
+    .latent = bf16::score_latent,
+    .soften = bf16::soften_pairs,
+    .gather = bf16::gather_pairs,
+    .order = bf16::COLUMN_ORDER,
+};
+constinit const AttentionKernels AVX512BF16_ATTENTION = bf16::attention_table(&BF16_PAIRS);
+}  // namespace ktx
+#pragma GCC pop_options

@@ -1,0 +1,102 @@
+// Products with float weights in bf16.
+// `columns` of a group as pairs of bf16, the 16 rows of a pair `step` words after those before.
+template <class L> AI void expand_pairs(const uint8_t* here, int columns, uint32_t* w, int step) {
+  int i = 0;
+  for (; i + 4 <= columns; i += 4, w += 2 * step, here += 64 * L::BYTES) {
+    Pairs a, b;
+    L::four(here, a, b);
+    store_pairs(w, a), store_pairs(w + step, b);
+  }
+  if (i < columns) store_pairs(w, L::pairs(here));
+}
+
+// One tile of tokens: pairs are made in registers.
+template <class L, int T>
+static void multiply_pair_few(const uint8_t* group, int64_t k, const uint32_t* x, float* out, const Ahead& ahead) {
+  F total[T];
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) total[t] = zero();
+  for (int64_t from = 0; from < k; from += FLOAT_SPAN) {
+    const int64_t to = from + FLOAT_SPAN < k ? from + FLOAT_SPAN : k;
+    ahead.page(group + from * 16 * L::BYTES);
+    F sum[T], other[T];
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) sum[t] = other[t] = zero();
+    int64_t i = from;
+    for (; i + 4 <= to; i += 4) {  // two chains: one would wait for itself
+      Pairs a, b;
+      ahead.lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
+      L::four(group + i * 16 * L::BYTES, a, b);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a), other[t] = dot_pairs(other[t], x + (i / 2 + 1) * T + t, b);
+    }
+    if (i < to) {
+      const Pairs a = L::pairs(group + i * 16 * L::BYTES);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a);
+    }
+    const F scale = float_scale<L>(group, k, from);
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) total[t] = fma(addf(sum[t], other[t]), scale, total[t]);
+  }
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
+}
+
+template <int R, int T> AI void add_pairs(const uint32_t* w, const uint32_t* x, F* total) {
+  Pairs v[R];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) v[r] = load_pairs(w + r * 16);
+#pragma GCC unroll 6
+  for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) total[r * T + t] = dot_pairs(total[r * T + t], x + t, v[r]);
+  }
+}
+
+// Many tokens in bf16: weights lose nothing, activations what rounding to eight bits takes (0.1 %), sums are f32. Summed in the order of few tokens.
+template <int R, int T> static void multiply_pair_tile(const uint32_t* w, int pairs, const uint32_t* x, int step, const F* scale, float* out, size_t stride) {
+  F total[R * T], other[R * T];
+#pragma GCC unroll 12
+  for (int i = 0; i < R * T; ++i) total[i] = other[i] = zero();
+  int i = 0;
+  for (; i + 2 <= pairs; i += 2, w += 2 * R * 16, x += 2 * step) add_pairs<R, T>(w, x, total), add_pairs<R, T>(w + R * 16, x + step, other);
+  if (i < pairs) add_pairs<R, T>(w, x, total);
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) {
+      float* to = out + r * stride + t * 16;
+      storef(to, fma(addf(total[r * T + t], other[r * T + t]), scale[r], loadf(to)));
+    }
+}
+
+typedef void (*PairTile)(const uint32_t*, int, const uint32_t*, int, const F*, float*, size_t);
+template <int R> static PairTile pair_tile(int tokens) {
+  static const PairTile table[] = {nullptr, multiply_pair_tile<R, 1>, multiply_pair_tile<R, 2>, multiply_pair_tile<R, 3>,
+                                   multiply_pair_tile<R, 4>, multiply_pair_tile<R, 5>, multiply_pair_tile<R, 6>};
+  return table[tokens];
+}
+
+template <class L, int R>
+static void multiply_pair_many(const uint8_t* packed, size_t group, const Tokens& x, float* out, uint32_t* span, const Ahead& ahead) {
+  const size_t stride = size_t(x.n) * 16;
+  __builtin_memset(out, 0, R * stride * sizeof(float));
+  for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
+    const int64_t to = from + FLOAT_SPAN < x.k ? from + FLOAT_SPAN : x.k;
+    F scale[R];
+    Upcoming upcoming[R];
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* here = packed + r * group + from * 16 * L::BYTES;
+      upcoming[r] = ahead.span(here, (to - from) * 16 * L::BYTES, x.tiles);
+      scale[r] = float_scale<L>(packed + r * group, x.k, from);
+      expand_pairs<L>(here, int(to - from), span + r * 16, R * 16);
+    }
+    for (int tile = 0; tile < x.tiles; ++tile) {
+      for (Upcoming& u : upcoming) u.fetch();
+      const int first = x.start(tile), tokens = x.start(tile + 1) - first;
+      for (int t = 0; t < tokens; t += FLOAT_TILE)
+        pair_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from) / 2, x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16, stride);
+    }
+  }
+}

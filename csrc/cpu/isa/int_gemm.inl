@@ -1,0 +1,223 @@
+// Products with integer weights.
+template <int N> struct Int { static constexpr int value = N; };
+
+AI Block block_at(const Layout& l, const uint8_t* group, int64_t k, int64_t b) {
+  const size_t plane = narrow_plane(l, k);
+  return {group + b * l.narrow_bytes * 16, group + plane + b * l.narrow_bytes * 16,
+          group + l.narrows * plane + b * size_t(l.word_count()) * 64};
+}
+
+template <class D> struct Traits {
+  static constexpr int OFF = D::SIGNED ? SIGNED_OFFSET : D::OFFSET;  // what the carried codes have too much
+  static constexpr int UNITS = D::BLOCK / 32;  // of 32 k, which share an activation scale
+  static constexpr int PARTS = 32 / D::SUB;    // sub-blocks of a unit
+};
+
+// A unit's eight vectors, and the scale and minimum of each of its sub-blocks.
+template <class D> AI void decode(const typename D::Head& head, const Block& b, int unit, V* w, F* scale, F* minimum) {
+  if constexpr (D::WHOLE_UNITS) D::unit(head, b, unit, w, scale);
+  else
+    for (int p = 0; p < Traits<D>::PARTS; ++p) D::part(head, b, unit * Traits<D>::PARTS + p, w + p * (D::SUB / 4), scale[p], minimum[p]);
+}
+
+// Where a sum of products starts when the codes are OFF too large.
+template <int OFF> AI V offset_by(const int32_t* minus_sum) {
+  static_assert((OFF & (OFF - 1)) == 0, "offsets are powers of two");
+  return OFF ? shl(broadcast(minus_sum), __builtin_ctz(OFF | 1 << 30)) : set(0);
+}
+
+#ifndef KTX_NARROW_SUMS
+constexpr int room_for(int) { return 1; }
+// The sum of `steps` dot products a lane.
+template <bool SIGNED, int ROOM> struct Sum {
+  V total;
+  AI explicit Sum(V first = V()) : total(first) {}
+  AI void add_product(int, int, V w, V x) { total = dot<SIGNED>(total, w, x); }
+};
+#endif
+#undef KTX_NARROW_SUMS
+
+// ---- few tokens: weights are expanded in registers and used at once --------------------------------------------------
+
+template <class D, int T>
+static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x, float* out, const Ahead& ahead) {
+  typedef Traits<D> R;
+  F total[T];
+  for (int t = 0; t < T; ++t) total[t] = zero();
+  const int8_t* q = x.q;
+  const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
+  const float *parts = D::SUB == 16 ? x.part16 : x.part32, *scales = x.scale;
+  const int64_t blocks = x.k / D::BLOCK;
+  const size_t plane = narrow_plane(l, x.k), words = size_t(l.word_count()) * 64, narrow = size_t(l.narrow_bytes) * 16;
+  Block b = {group, group + plane, group + l.narrows * plane};
+  const int64_t unit_bytes = int64_t(words + l.narrows * narrow) / R::UNITS;
+  const uint8_t *fetched = group, *reached = group;  // all of the group in its order, at the pace of the units
+  for (int64_t i = 0; i < blocks; ++i) {
+    ahead.page(b.words);
+    const typename D::Head head = D::head(b);
+    const auto unit = [&](int u) __attribute__((always_inline)) {
+      reached += unit_bytes;
+      fetched += ahead.lines(fetched, reached - fetched);
+      V w[8];
+      F scale[R::PARTS], minimum[R::PARTS];
+      decode<D>(head, b, u, w, scale, minimum);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int p = 0; p < R::PARTS; ++p) {
+          constexpr int STEPS = D::SUB / 4;
+          Sum<D::SIGNED, room_for(D::MOST)> acc(offset_by<R::OFF>(sums + p * T + t));
+#pragma GCC unroll 8
+          for (int i = 0; i < STEPS; ++i) {
+            const int g = p * STEPS + i;
+            acc.add_product(i, STEPS, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
+          }
+          total[t] = fma(mulf(to_float(acc.total), scale[p]), broadcastf(scales + t), total[t]);
+          if (D::MINIMUM) total[t] = fnma(minimum[p], broadcastf(parts + p * T + t), total[t]);
+        }
+      }
+      q += 32 * T, sums += R::PARTS * T, parts += R::PARTS * T, scales += T;
+    };
+#ifndef KTX_LOOPED  // where a lane is a loop, GCC 12 drops stores of the unrolled units
+    if (T == 1) {  // shifts by numbers that are known: a token alone leaves the multiplier idle, decoding is what takes time
+#pragma GCC unroll 8
+      for (int u = 0; u < R::UNITS; ++u) unit(u);
+    } else
+#endif
+    {
+#pragma GCC unroll 2
+      for (int u = 0; u < R::UNITS; ++u) unit(u);
+    }
+    b.n0 += narrow, b.n1 += narrow, b.words += words;
+  }
+  for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
+}
+
+// ---- many tokens: a span of weights is expanded once into L1 and used by every tile -----------------------------------
+
+struct Span {  // one group's expanded weights
+  uint8_t w[SPAN / 4 * 64];
+  float scale[SPAN / 16 * 16], minimum[SPAN / 16 * 16];
+};
+static_assert(2 * sizeof(Span) <= WORK_BYTES, "work buffer");
+
+// The span of column `from`: of this group, or behind its end the first of `next` with its narrow fields.
+template <class D> AI Upcoming span_at(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next, int steps) {
+  if (from >= k && !next) return Upcoming();
+  const uint8_t *words = from < k ? block_at(l, group, k, from / D::BLOCK).words : block_at(l, next, k, 0).words, *begin = from < k ? words : next;
+  const int64_t columns = from < k ? k - from : k;
+  return Upcoming(begin, words - begin + (columns < SPAN ? columns : SPAN) / D::BLOCK * l.word_count() * 64, steps);
+}
+
+// SIGNED_BYTES: codes as signed bytes around zero, as AMX multiplies them; else as `dot` takes them.
+template <class D, bool SIGNED_BYTES = false>
+static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, Span& out) {
+  typedef Traits<D> R;
+  for (int at = 0, sub = 0; at < length; at += D::BLOCK) {
+    const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
+    const typename D::Head head = D::head(b);
+    for (int u = 0; u < R::UNITS; ++u) {
+      V w[8];
+      F scale[R::PARTS], minimum[R::PARTS];
+      decode<D>(head, b, u, w, scale, minimum);
+      uint8_t* to = out.w + (at + u * 32) * 16;
+#pragma GCC unroll 8
+      for (int g = 0; g < 8; ++g)
+        store(to + g * 64, D::SIGNED ? (D::CARRIED == SIGNED_BYTES ? carried(w[g]) : w[g]) : SIGNED_BYTES && D::OFFSET ? sub8(w[g], set8(D::OFFSET)) : w[g]);
+      for (int p = 0; p < R::PARTS; ++p, ++sub) {
+        storef(out.scale + sub * 16, scale[p]);
+        if (D::MINIMUM) storef(out.minimum + sub * 16, minimum[p]);
+      }
+    }
+  }
+}
+
+template <class D, int R, int T>
+static void multiply_tile(const Span* spans, int length, const int8_t* q, const float* scales, const int32_t* sums,
+                          const float* parts, float* out, size_t stride) {
+  F total[R * T];
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) total[r * T + t] = loadf(out + r * stride + t * 16);
+  for (int s = 0; s < length / D::SUB; ++s) {
+    Sum<D::SIGNED, D::ROOM> acc[R * T];
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) {
+      const V first = offset_by<Traits<D>::OFF>(sums + t);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) acc[r * T + t] = Sum<D::SIGNED, D::ROOM>(first);
+    }
+#pragma GCC unroll 8
+    for (int g = 0; g < D::SUB / 4; ++g) {
+      V w[R];
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) w[r] = load(spans[r].w + (s * (D::SUB / 4) + g) * 64);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t) {
+        const V x = broadcast(q + (g * T + t) * 4);
+#pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) acc[r * T + t].add_product(g, D::SUB / 4, w[r], x);
+      }
+    }
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+      const F scale = loadf(spans[r].scale + s * 16);
+#pragma GCC unroll 6
+      for (int t = 0; t < T; ++t)
+        total[r * T + t] = fma(mulf(to_float(acc[r * T + t].total), scale), broadcastf(scales + t), total[r * T + t]);
+      if (D::MINIMUM) {
+        const F minimum = loadf(spans[r].minimum + s * 16);
+#pragma GCC unroll 6
+        for (int t = 0; t < T; ++t) total[r * T + t] = fnma(minimum, broadcastf(parts + t), total[r * T + t]);
+      }
+    }
+    q += D::SUB * T, sums += T, parts += T;
+    if (D::SUB == 32 || s % 2) scales += T;
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 6
+    for (int t = 0; t < T; ++t) storef(out + r * stride + t * 16, total[r * T + t]);
+}
+
+// The tile kernel depends on the type only through these traits, so types of one shape share the code.
+template <int SUB_, bool SIGNED_, int OFFSET_, bool MINIMUM_, int ROOM_ = 1> struct Shape {
+  static constexpr int SUB = SUB_, OFFSET = OFFSET_, BLOCK = SUB_, ROOM = ROOM_;
+  static constexpr bool SIGNED = SIGNED_, MINIMUM = MINIMUM_;
+};
+
+typedef void (*TileKernel)(const Span*, int, const int8_t*, const float*, const int32_t*, const float*, float*, size_t);
+template <class S, int R> static TileKernel tile_kernel(int tokens) {
+  static const TileKernel table[] = {nullptr, multiply_tile<S, R, 1>, multiply_tile<S, R, 2>,
+#if KTX_TILE >= 6
+                                     multiply_tile<S, R, 3>, multiply_tile<S, R, 4>, multiply_tile<S, R, 5>, multiply_tile<S, R, 6>
+#endif
+  };
+  return table[tokens];
+}
+
+template <class D, int R>
+static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& x, float* out, Span* spans, const uint8_t* next) {
+  typedef Shape<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM, room_for(D::MOST)> S;
+  const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
+  const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
+  const float* parts = D::SUB == 16 ? x.part16 : x.part32;
+  __builtin_memset(out, 0, R * stride * sizeof(float));
+  for (int64_t from = 0; from < x.k; from += SPAN) {
+    const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
+    Upcoming upcoming[R];  // a few lines beside each tile: a processor drops what it has no room to wait for
+    for (int r = 0; r < R; ++r) {
+      expand<D>(l, packed + r * group, x.k, from, length, spans[r]);
+      upcoming[r] = span_at<D>(l, packed + r * group, x.k, from + length, next ? next + r * group : nullptr, x.tiles);
+    }
+    for (int tile = 0; tile < x.tiles; ++tile) {
+      for (Upcoming& u : upcoming) u.fetch();
+      const int first = x.start(tile), tokens = x.start(tile + 1) - first;
+      const int64_t at32 = first * (x.k / 32) + from / 32 * tokens;
+      const int64_t at = first * (x.k / D::SUB) + from / D::SUB * tokens;
+      tile_kernel<S, R>(tokens)(spans, length, x.q + first * x.k + from * tokens, x.scale + at32, sums + at, parts + at,
+                                out + first * 16, stride);
+    }
+  }
+}

@@ -1,0 +1,37 @@
+// All kernels of one instruction set. Each .cpp of this folder includes its SIMD primitives (simd_*.inl) and this file inside a
+// namespace and a target region of its own; README.md in csrc/cpu describes the macros that it defines before.
+constexpr int SPAN = 256;  // columns of a group of 16 rows that are dequantized at once: 4 KB of codes, which stay in the first-level cache
+
+#include "cpu/isa/dequant.inl"
+#include "cpu/isa/prefetch.inl"
+#include "cpu/isa/int_gemm.inl"
+#include "cpu/isa/float_gemm.inl"
+#ifdef KTX_BF16
+#include "cpu/isa/bf16_gemm.inl"
+#endif
+#ifdef KTX_TILES
+#include "cpu/isa/amx_int8.inl"
+#include "cpu/isa/amx_bf16.inl"
+#endif
+#include "cpu/isa/matmul.inl"
+#include "cpu/isa/activations.inl"
+#include "cpu/isa/quantize_weights.inl"
+
+// The table of this instruction set. bf16_columns and bf16_tiles: see Kernels.
+constexpr Kernels kernel_table(int bf16_columns, bool bf16_tiles) {
+  return {
+      .pairs = bf16_columns,
+      .wide = bf16_tiles,
+      .tile = KTX_TILE,
+      .few = KTX_FEW,
+      .quantise = quantise,
+      .place = place,
+      .place_floats = place_floats,
+      .multiply = multiply,
+      .unpack = unpack,
+      .write = write,
+      .add_weighted = add_weighted,
+      .gate = gate,
+      .quantise_block = quantise_block,
+  };
+}
