@@ -81,7 +81,7 @@ def test_the_plan_tells_what_adapters_take(family, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["plan", *DEMO, "--ram", "8G"], "--lora is not read where --vram or --ram"),
+        (["plan", *DEMO, "--ram", "8G"], "--lora has no effect on a placement by budget"),
         (["verify", *DEMO], "--lora goes with --perplexity FILE"),
         (["verify", "--perplexity", str(ktx.demo.heldout())], "--lora needs --model or --weights"),
         (["bench", *DEMO, "--peer", "llama.cpp"], "--lora: llama.cpp would compute the model without it"),

@@ -346,7 +346,7 @@ def test_json_holds_the_table_and_the_numbers(capsys):
     "words,status,said",
     [
         (["--vram", "1G", "--ram", "1M"], 3, "cpu needs"),
-        (["--vram", "1G", "--device", "cuda"], 2, "--device says where modules are"),
+        (["--vram", "1G", "--device", "cuda"], 2, "--device places modules"),
         (["--write", "x.yaml"], 2, "give --vram, --ram or both"),
         (["--vram", "1G", "--write", "/nowhere/x.yaml"], 2, "--write /nowhere/x.yaml: cannot be written"),
     ],
@@ -359,7 +359,7 @@ def test_what_cannot_be_planned_says_why(capsys, words, status, said):
 def test_rules_with_devices_cannot_be_placed_by_budget(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("- match: {class: torch.nn.Linear}\n  replace: {class: Linear}\n  device: cuda\n")
-    with pytest.raises(UsageError, match="mine.yaml:1: this rule chooses a GPU itself"):
+    with pytest.raises(UsageError, match="mine.yaml:1: this rule places a module on a GPU itself"):
         measure(*DEMO[1::2], rules=file)
 
 

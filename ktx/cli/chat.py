@@ -1,4 +1,4 @@
-"""ktx chat: talk to a model."""
+"""ktx chat: chat with a model in the terminal, or answer messages from standard input."""
 
 from __future__ import annotations
 
@@ -19,69 +19,97 @@ from ktx.cli.arguments import (
     threads_option,
 )
 
-SUMMARY = "talk to a model in the terminal"
+SUMMARY = "chat with a model in the terminal"
 EPILOG = (
-    "Without --model the bundled demo model answers. Without a terminal each line of standard input is one message."
+    "Without --model the bundled demo model answers. If standard input is no terminal, each of its lines is one"
+    " message. Example: ktx chat --model DIR --weights FILE.gguf -p 'What is a rule file?'"
 )
 
-CONTEXT = 1 << 15  # tokens of a conversation, where nobody says how many
+DEFAULT_MAX_CONTEXT = 1 << 15  # tokens of a conversation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     model_options(parser)
-    lora_option(parser, "their sum counts")
-    run = parser.add_argument_group("running")
-    threads_option(run)
-    step_options(run)
-    run.add_argument(
+    lora_option(parser, "the sum of all adapters is applied")
+    group = parser.add_argument_group("running")
+    threads_option(group)
+    step_options(group)
+    group.add_argument(
         "--max-context",
         type=positive,
         metavar="N",
-        help="most tokens of a conversation (default: what the model allows, at most 32768)",
+        help="max tokens of a conversation, prompts and answers (default: the model's context, at most 32768)",
     )
-    speculation_options(run)
-    graphs_option(run)
-    say = parser.add_argument_group("answers")
-    say.add_argument("--max-new-tokens", type=positive, default=1000, metavar="N", help="longest answer (default 1000)")
-    say.add_argument(
-        "--temperature", type=float, metavar="T", help="0 takes the likeliest token (default: the model's own, else 0)"
+    speculation_options(group)
+    graphs_option(group)
+    output = parser.add_argument_group("answers")
+    output.add_argument(
+        "--max-new-tokens", type=positive, default=1000, metavar="N", help="max tokens of an answer (default 1000)"
     )
-    say.add_argument("--top-p", type=float, metavar="P", help="keep the likeliest tokens up to this share")
-    say.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
-    say.add_argument(
-        "--min-p", type=float, metavar="P", help="keep tokens at least this likely, relative to the likeliest"
+    output.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="sampling temperature; 0 always takes the most probable token (default: the one of the model's"
+        " generation_config.json, else 0)",
     )
-    say.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat less")
-    say.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
-    say.add_argument("--system", metavar="TEXT", default="", help="system message")
-    flag(say, "--force-think", help="begin each answer with <think>")
-    flag(say, "--fold", help="show thinking as a count only")
-    text = parser.add_argument_group("input")
-    text.add_argument(
+    output.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the most probable tokens whose probabilities add up to P (default: the model's, else all)",
+    )
+    output.add_argument(
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="sample from the K most probable tokens (default: the model's, else all)",
+    )
+    output.add_argument(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="drop tokens less probable than P times the most probable one (default: none)",
+    )
+    output.add_argument(
+        "--repetition-penalty",
+        type=float,
+        metavar="R",
+        help="above 1, make tokens that have already occurred less probable (default 1)",
+    )
+    output.add_argument(
+        "--seed", type=int, metavar="N", help="seed of sampling, for repeatable answers (default: random)"
+    )
+    output.add_argument("--system", metavar="TEXT", default="", help="system message (default: none)")
+    flag(output, "--force-think", help="begin each answer with <think>, so that the model reasons before it answers")
+    flag(output, "--fold", help="hide the reasoning and show only its length in characters")
+    input_group = parser.add_argument_group("input")
+    input_group.add_argument(
         "-p",
         "--prompt",
         metavar="TEXT",
-        help="answer this one message and leave; the answer alone goes to standard output",
+        help="answer this one message and exit; only the answer is written to standard output",
     )
-    text.add_argument(
+    input_group.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="sent by an empty first line, or at once when there is no terminal and no input",
+        help="file whose text is sent as the message when the first line entered is empty, or at once when there is"
+        " no interactive terminal and no piped input",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Loads the model and chats; exit status 0 unless something was wrong before the first turn."""
+    """Loads the model and chats; returns exit status 0 unless an error occurs before the first turn."""
     from ktx.chat.conversation import Conversation
     from ktx.chat.reading import read_text
     from ktx.chat.render import Printer, note
     from ktx.chat.terminal import Chat, has_terminal
     from ktx.engine.chat_session import Session
 
-    sampling_check(args)
+    check_sampling(args)
     if not named_model(args):
-        _demo(args, note)
+        _use_demo_model(args, note)
     import ktx
 
     model, tokenizer = ktx.load(
@@ -92,24 +120,24 @@ def run(args: argparse.Namespace) -> int:
         mtp=args.speculative == "mtp",
         **load_options(args, engine=True),
     )
-    note(first_line(model, args.model))
-    limit = getattr(model.config, "max_position_embeddings", None) or CONTEXT
-    context = args.max_context or min(limit, CONTEXT)
-    steps = {
+    note(loaded_line(model, args.model))
+    model_limit = getattr(model.config, "max_position_embeddings", None) or DEFAULT_MAX_CONTEXT
+    context = args.max_context or min(model_limit, DEFAULT_MAX_CONTEXT)
+    engine_options = {
         "chunk_size": args.chunk_size,
         "max_itl_ms": args.max_itl_ms,
         "speculative": args.speculative,
         "draft_tokens": args.draft_tokens,
         "cuda_graphs": not args.no_cuda_graphs,
     }
-    with model.ktx.engine(max_batch_size=1, cache_lens=context, max_context=context, **steps) as engine:
-        talk = Conversation(Session(engine), sampling_of(args, model), args.system, args.force_think)
-        chat = Chat(talk, Printer(sys.stdout, args.fold), engine, prompt_file=args.prompt_file)
+    with model.ktx.engine(max_batch_size=1, cache_lens=context, max_context=context, **engine_options) as engine:
+        conversation = Conversation(Session(engine), sampling_of(args, model), args.system, args.force_think)
+        chat = Chat(conversation, Printer(sys.stdout, args.fold), engine, prompt_file=args.prompt_file)
         if args.prompt is not None:
             chat.say(args.prompt)
         elif has_terminal():
             chat.bandwidth = _bandwidth()
-            note("/help lists commands, Ctrl-C stops an answer, /exit leaves")
+            note("/help lists the commands, Ctrl-C stops an answer, /exit ends the chat")
             chat.interactive()
         elif args.prompt_file and sys.stdin.isatty():
             chat.say(read_text(args.prompt_file))
@@ -118,20 +146,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _demo(args: argparse.Namespace, note: Any) -> None:
+def _use_demo_model(args: argparse.Namespace, note: Any) -> None:
     import ktx.demo
 
     args.model = str(ktx.demo.path())
     args.weights = str(ktx.demo.safetensors() if args.speculative == "mtp" else ktx.demo.gguf())
-    note("no --model given: this is the bundled demo model, small and trained to answer questions about ktx only")
+    note("no --model given: using the bundled demo model, which is small and answers only questions about ktx")
 
 
-def first_line(model: Any, name: str) -> str:
-    """What was picked: model, bytes, types, kernels, threads."""
+def loaded_line(model: Any, name: str) -> str:
+    """Returns the line printed after loading: model, size, kernels, threads, load time."""
     from ktx.hardware import format_bytes
 
-    h = model.ktx
-    return f"{name}: {format_bytes(h.nbytes)} of weights, {h.isa} kernels, {h.threads} threads, loaded in {h.seconds:.1f} s ({h.load_speed:.2f} GB/s)"
+    info = model.ktx
+    return (
+        f"{name}: {format_bytes(info.nbytes)} of weights, {info.isa} kernels, {info.threads} threads,"
+        f" loaded in {info.seconds:.1f} s ({info.load_speed:.2f} GB/s)"
+    )
 
 
 def _bandwidth() -> float:
@@ -141,26 +172,33 @@ def _bandwidth() -> float:
     return read_bandwidth(ops.threads()).gb_s
 
 
-def sampling_check(args: argparse.Namespace) -> None:
-    """Refuses a setting out of range before minutes are spent on loading."""
+def check_sampling(args: argparse.Namespace) -> None:
+    """Raises UsageError for a sampling parameter out of range, before minutes are spent on loading."""
     from ktx.engine.sampler import SamplingParams
 
-    SamplingParams(**_given(args))
+    SamplingParams(**_sampling_options(args))
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
+def _sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_new_tokens")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def sampling_of(args: argparse.Namespace, model: Any) -> Any:
-    """The command line's settings over the model's own (generation_config.json, when it says to sample)."""
+    """Returns the sampling parameters: those of the command line, then the model's generation_config.json.
+
+    The latter is used only if it sets do_sample.
+    """
     from ktx.engine.sampler import SamplingParams
 
-    own = model.generation_config
+    generation_config = model.generation_config
     defaults = (
-        {name: getattr(own, name) for name in ("temperature", "top_p", "top_k") if getattr(own, name, None) is not None}
-        if own.do_sample
+        {
+            name: getattr(generation_config, name)
+            for name in ("temperature", "top_p", "top_k")
+            if getattr(generation_config, name, None) is not None
+        }
+        if generation_config.do_sample
         else {}
     )
-    return SamplingParams(**(defaults | _given(args)))
+    return SamplingParams(**(defaults | _sampling_options(args)))

@@ -1,4 +1,4 @@
-"""ktx plan: what would be loaded where, from headers alone; with budgets, where it should be."""
+"""ktx plan: show which module would be loaded where, or choose a placement for a memory budget; reads headers only."""
 
 from __future__ import annotations
 
@@ -26,89 +26,92 @@ from ktx.cli.arguments import (
 )
 from ktx.errors import UsageError
 
-SUMMARY = "show what rules do to a model, or place it by budget, without reading its weights"
+SUMMARY = "show what the rules do to a model, or choose a placement by budget, without reading the weights"
 EPILOG = (
-    "With --vram or --ram the placement is chosen: budgets stand for devices that this machine need not have. "
-    "Sizes are bytes with K M G T (of 10^9 and so on) or KiB MiB GiB TiB."
+    "With --vram or --ram, a placement for these memory budgets is chosen and its speed estimated; this machine need"
+    " not have these devices. Sizes are in bytes, with the suffix K M G T (powers of 1000) or KiB MiB GiB TiB."
+    " Example: ktx plan --model DIR --weights FILE.gguf --vram 24G --ram 420G --ctx 128K --write placed.yaml"
 )
-OF_BUDGETS = (
-    "ctx",
-    "batch",
-    "chunk_size",
-    "cpu_bandwidth",
-    "gpu_bandwidth",
-    "write",
-)  # options that only a placement by budget reads
-OF_PLANS = ("all", "defer_experts", "stream_experts", "cache_dir", "lora")  # and that it does not
-GPU_GB_S = 1000.0  # where no GPU can be measured: about an RTX 4090's
+# options that only a placement by budget reads
+BUDGET_OPTIONS = ("ctx", "batch", "chunk_size", "cpu_bandwidth", "gpu_bandwidth", "write")
+# options that a placement by budget does not read
+PLAN_OPTIONS = ("all", "defer_experts", "stream_experts", "cache_dir", "lora")
+DEFAULT_GPU_GB_S = 1000.0  # where no GPU can be measured: about an RTX 4090's
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     model_options(parser)
     lora_option(parser, "the table shows the memory of each")
-    flag(parser, "--all", help="one row a module instead of one for layers that are alike")
-    flag(parser, "--json", help="one JSON object instead of tables")
+    flag(parser, "--all", help="print one row per module instead of one row for equal layers")
+    flag(parser, "--json", help="print one JSON object instead of tables")
     group = parser.add_argument_group("budget")
-    group.add_argument("--vram", type=sizes, metavar="SIZE[,SIZE]", help="memory of each GPU: 24G, or 24G,24G")
-    group.add_argument("--ram", type=size, metavar="SIZE", help="memory of the CPU (default: what is free here)")
+    group.add_argument("--vram", type=sizes, metavar="SIZE[,SIZE]", help="memory of each GPU: 24G, or 24G,24G for two")
+    group.add_argument("--ram", type=size, metavar="SIZE", help="CPU memory (default: the free memory of this machine)")
     group.add_argument(
-        "--ctx", type=tokens, default=8192, metavar="N", help="tokens of each sequence: 8192 or 32K (default 8K)"
+        "--ctx", type=tokens, default=8192, metavar="N", help="context length per sequence: 8192 or 32K (default 8K)"
     )
-    group.add_argument("--batch", type=positive, default=1, metavar="N", help="sequences at once (default 1)")
-    batched_option(group, "the largest step that ktx serve takes of --ctx tokens, 2048 or more")
+    group.add_argument("--batch", type=positive, default=1, metavar="N", help="number of sequences (default 1)")
+    batched_option(group, "the largest that ktx serve uses for --ctx tokens, 2048 to 8192")
     group.add_argument(
-        "--cpu-bandwidth", type=rate, metavar="GB/S", help="of reads from memory (default: measured here)"
+        "--cpu-bandwidth",
+        type=rate,
+        metavar="GB/S",
+        help="read bandwidth of the CPU's memory in GB/s (default: measured on this machine)",
     )
     group.add_argument(
         "--gpu-bandwidth",
         type=rate,
         metavar="GB/S",
-        help=f"of reads from a GPU's memory (default: measured where there is one, else {GPU_GB_S:g})",
+        help="read bandwidth of a GPU's memory in GB/s (default: measured on this machine's GPU if there is one,"
+        f" else {DEFAULT_GPU_GB_S:g})",
     )
-    group.add_argument("--write", metavar="FILE", help="save the placement as a rule file, for --rules")
+    group.add_argument("--write", metavar="FILE", help="write the placement to FILE, a rule file for --rules")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; exit status 4 when tensors are missing or do not fit the model, 3 when the model does not fit the budget."""
+    """Prints the table or the placement.
+
+    Exit status 4 if tensors are missing or do not match the model, 3 if the model does not fit the budget.
+    """
     require_model(args)
     options = options_of(add_arguments)
     if args.vram or args.ram:
         refuse(
             args,
-            {name: options[name] for name in OF_PLANS},
-            "is not read where --vram or --ram have the placement chosen",
+            {name: options[name] for name in PLAN_OPTIONS},
+            "has no effect on a placement by budget (--vram, --ram): leave it out",
         )
         return by_budget(args)
     refuse(
         args,
-        {name: options[name] for name in OF_BUDGETS},
-        "goes with a placement by budget: give --vram, --ram or both",
+        {name: options[name] for name in BUDGET_OPTIONS},
+        "needs a placement by budget: give --vram, --ram or both",
     )
     import ktx
 
-    loaded = load_options(args)
-    loaded = {name: loaded[name] for name in inspect.signature(ktx.plan).parameters if name in loaded}
-    plan = ktx.plan(args.model, args.weights, args.rules, **loaded)
-    told = [note for note in plan.said if note.code != "weights"]  # which the table has
+    load_kwargs = load_options(args)
+    load_kwargs = {name: load_kwargs[name] for name in inspect.signature(ktx.plan).parameters if name in load_kwargs}
+    plan = ktx.plan(args.model, args.weights, args.rules, **load_kwargs)
+    notes_shown = [note for note in plan.said if note.code != "weights"]  # the table has these
     if args.json:
         rows = [
             {"module": s.path, "operator": s.new, "device": s.device, "type": s.types, "bytes": s.nbytes} for s in plan
         ]
         notes = [note._asdict() for note in plan.said]
         adapters = {name: {str(device): n for device, n in sizes.items()} for name, sizes in plan.adapters.items()}
-        told_of = {"modules": rows, "sum": plan.totals(), "adapters": adapters, "notes": notes}
-        print(json.dumps(told_of, indent=1))
+        output = {"modules": rows, "sum": plan.totals(), "adapters": adapters, "notes": notes}
+        print(json.dumps(output, indent=1))
     else:
-        print(plan.table(fold=not args.all), *(f"note: {note.text}" for note in told), sep="\n")
+        print(plan.table(fold=not args.all), *(f"note: {note.text}" for note in notes_shown), sep="\n")
     plan.check()
     return 0
 
 
 def by_budget(args: argparse.Namespace) -> int:
-    """Chooses a placement, shows what it takes and what a token costs, and writes it if asked."""
+    """Chooses a placement, prints its memory and estimated speed, and writes it to --write if given."""
     if given := [f"--{name.replace('_', '-')}" for name, value in placed(args).items() if value]:
-        raise UsageError(f"{given[0]} says where modules are, --vram and --ram have it chosen: give one or the other")
+        raise UsageError(f"{given[0]} places modules, but --vram and --ram choose the placement: give one or the other")
     from ktx.cache.kv import kv_type
     from ktx.engine.budget import longest_step
     from ktx.hardware import memory
@@ -119,17 +122,17 @@ def by_budget(args: argparse.Namespace) -> int:
     model, rules = measure(
         args.model, args.weights, args.rules, args.trust_remote_code, args.dtype, args.moe_dtype, args.moe_experts
     )
-    kept = kv_type(args.kv_dtype) or kv_type("f16")
-    step = args.chunk_size or longest_step(args.ctx)
+    kv_dtype = kv_type(args.kv_dtype) or kv_type("f16")
+    chunk_size = args.chunk_size or longest_step(args.ctx)
     ram = args.ram or memory()[1]
-    budget = solver.Budget(tuple(args.vram or ()), ram, args.ctx, args.batch, kept, step)
-    made, speeds = fit(model, budget), _speeds(args)
+    budget = solver.Budget(tuple(args.vram or ()), ram, args.ctx, args.batch, kv_dtype, chunk_size)
+    placement, speeds = fit(model, budget), _speeds(args)
     if args.json:
-        print(json.dumps(solver.summary(made, speeds), indent=1))
+        print(json.dumps(solver.summary(placement, speeds), indent=1))
     else:
-        print("\n".join([*table(made), "", *_words(made, speeds)]))
+        print("\n".join([*table(placement), "", *_estimate(placement, speeds)]))
     if args.write:
-        write(Path(args.write), made, rules.base)
+        write(Path(args.write), placement, rules.base)
     return 0
 
 
@@ -145,85 +148,97 @@ def _speeds(args: argparse.Namespace) -> Any:
     from ktx.placement.solver import Speeds
     from ktx.quant.types import QTYPES
 
-    reading = None if args.cpu_bandwidth else free_read_bandwidth(num_threads())
-    if reading is None and not args.cpu_bandwidth:
-        raise UsageError("too little memory is free to measure this machine's: give --cpu-bandwidth")
-    measured = None if args.gpu_bandwidth else gpu_read_bandwidth()
-    how = "given" if args.gpu_bandwidth else "assumed" if measured is None else "measured"
+    cpu_read = None if args.cpu_bandwidth else free_read_bandwidth(num_threads())
+    if cpu_read is None and not args.cpu_bandwidth:
+        raise UsageError("too little memory is free to measure this machine's read bandwidth: give --cpu-bandwidth")
+    gpu_gb_s = None if args.gpu_bandwidth else gpu_read_bandwidth()
+    gpu_source = "given" if args.gpu_bandwidth else "assumed" if gpu_gb_s is None else "measured"
     link = link_bandwidth()
     return Speeds(
-        reading.gb_s if reading else args.cpu_bandwidth,
-        args.gpu_bandwidth or measured or GPU_GB_S,
-        f"measured: {reading.size}" if reading else "given",
-        how,
+        cpu_read.gb_s if cpu_read else args.cpu_bandwidth,
+        args.gpu_bandwidth or gpu_gb_s or DEFAULT_GPU_GB_S,
+        f"measured: {cpu_read.size}" if cpu_read else "given",
+        gpu_source,
         link or DEFAULT_PCIE_GB_S,
         "measured" if link else "assumed",
         prompt_rate(QTYPES["Q4_K"]) if args.vram else 0.0,
     )
 
 
-def table(made: Any) -> list[str]:
-    """Groups of modules by device, against the budget."""
+def table(placement: Any) -> list[str]:
+    """Returns the lines of the memory table: groups of modules by device, their sum and the budget."""
     from ktx.hardware import format_bytes
 
-    columns = made.names
+    columns = placement.names
     rows = [("", *columns)]
-    for group, of in made.bytes.items():
-        if any(of.values()):
-            rows.append((group, *(format_bytes(of[name]) if of.get(name) else "" for name in columns)))
-    rows.append(("sum", *(format_bytes(made.total(name)) for name in columns)))
-    rows.append(("budget", *(format_bytes(made.budget.of(name)) for name in columns)))
-    rows.append(("a token reads", *(format_bytes(made.reads(name)) for name in columns)))
+    for group, device_bytes in placement.bytes.items():
+        if any(device_bytes.values()):
+            rows.append(
+                (group, *(format_bytes(device_bytes[name]) if device_bytes.get(name) else "" for name in columns))
+            )
+    rows.append(("sum", *(format_bytes(placement.total(name)) for name in columns)))
+    rows.append(("budget", *(format_bytes(placement.budget.of(name)) for name in columns)))
+    rows.append(("read per token", *(format_bytes(placement.reads(name)) for name in columns)))
     first, widths = max(len(row[0]) for row in rows), [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join([row[0].ljust(first), *(cell.rjust(wide) for cell, wide in zip(row[1:], widths[1:], strict=True))])
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
 
 
-def _words(made: Any, speeds: Any) -> list[str]:
-    budget, seconds = made.budget, made.seconds(speeds)
-    lines = [f"{key}: {device}" for key, device in made.map().items()]
-    lines += [f"gpu_experts, {key}: {count}" for key, count in made.shares().items()]
-    count = made.crossings()
-    ways = f", {count} crossings {1e3 * seconds['crossings']:.1f} ms" if count else ""
+def _estimate(placement: Any, speeds: Any) -> list[str]:
+    budget, seconds = placement.budget, placement.seconds(speeds)
+    lines = [f"{key}: {device}" for key, device in placement.map().items()]
+    lines += [f"gpu_experts, {key}: {count}" for key, count in placement.shares().items()]
+    count = placement.crossings()
+    transfers = f", {count} device transfers {1e3 * seconds['crossings']:.1f} ms" if count else ""
     rates = {
-        name: (speeds.cpu, speeds.cpu_from) if name == "cpu" else (speeds.gpu, speeds.gpu_from) for name in made.names
+        name: (speeds.cpu, speeds.cpu_from) if name == "cpu" else (speeds.gpu, speeds.gpu_from)
+        for name in placement.names
     }
-    sides = ", ".join(
-        f"{name} {1e3 * seconds[name]:.1f} ms at {rates[name][0]:.0f} GB/s ({rates[name][1]})" for name in made.names
+    devices = ", ".join(
+        f"{name} {1e3 * seconds[name]:.1f} ms at {rates[name][0]:.0f} GB/s ({rates[name][1]})"
+        for name in placement.names
     )
-    alone = "a token" if budget.batch == 1 else f"a token of each of {budget.batch} sequences"
+    what = "one token" if budget.batch == 1 else f"one token of each of {budget.batch} sequences"
     rate = budget.batch / sum(seconds.values())
-    lines += ["", f"{alone} after {budget.context} others: {sides}{ways}", f"at most {rate:.1f} tokens a second"]
-    if least := made.streamed_from(speeds):
+    lines += ["", f"{what} at context {budget.context}: {devices}{transfers}", f"at most {rate:.1f} tokens/s"]
+    if min_tokens := placement.streamed_from(speeds):
         link = f"{speeds.link:.0f} GB/s ({speeds.link_from})"
         lines.append(
-            f"prompts of {least} tokens or more: experts are copied to their GPU at {link}; fewer: the CPU's {speeds.rate:.0f} GOPS (measured)"
+            f"prompts of at least {min_tokens} tokens: experts are copied to their GPU at {link};"
+            f" shorter ones: computed on the CPU at {speeds.rate:.0f} GOPS (measured)"
         )
     return lines
 
 
-def write(path: Path, made: Any, base: str) -> None:
-    """A rule file with this placement, and the model's rules by name or by path."""
+def write(path: Path, placement: Any, base: str) -> None:
+    """Writes a rule file with this placement and a reference to the model's rules, by name or by path.
+
+    Args:
+        base: path of the model's rule file.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     import yaml
 
     from ktx.hardware import format_bytes
     from ktx.injection.rules import rule_folder
 
-    shipped = Path(base).resolve().parent == rule_folder().resolve()
-    budget = made.budget
-    needs = ", ".join(
-        f"{name} {format_bytes(made.total(name))} of {format_bytes(budget.of(name))}" for name in made.names
+    is_shipped = Path(base).resolve().parent == rule_folder().resolve()
+    budget = placement.budget
+    usage = ", ".join(
+        f"{name} {format_bytes(placement.total(name))} of {format_bytes(budget.of(name))}" for name in placement.names
     )
     lines = [
-        f"# Placed by ktx plan for {budget.batch} x {budget.context} tokens: {needs}",
-        yaml.safe_dump({"rules": Path(base).stem if shipped else str(Path(base).resolve())}, width=1000).rstrip(),
-        yaml.safe_dump({"devices": made.map()}, sort_keys=False, width=1000).rstrip(),
+        f"# Placed by ktx plan for {budget.batch} x {budget.context} tokens: {usage}",
+        yaml.safe_dump({"rules": Path(base).stem if is_shipped else str(Path(base).resolve())}, width=1000).rstrip(),
+        yaml.safe_dump({"devices": placement.map()}, sort_keys=False, width=1000).rstrip(),
     ]
-    if made.share:
-        lines.append(yaml.safe_dump({"gpu_experts": made.shares()}, sort_keys=False).rstrip())
-    if budget.vram and not made.stream:
+    if placement.share:
+        lines.append(yaml.safe_dump({"gpu_experts": placement.shares()}, sort_keys=False).rstrip())
+    if budget.vram and not placement.stream:
         lines.append("stream_experts: 'off'")
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")

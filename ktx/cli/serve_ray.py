@@ -1,4 +1,4 @@
-"""ktx serve --ray: several replicas behind one address."""
+"""ktx serve --ray: several replicas of the model behind one address, on Ray Serve."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from ktx.utils.versions import install
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("several replicas (Ray Serve)")
-    flag(group, "--ray", help="run replicas of the model on Ray Serve, each with its own copy, behind this one address")
+    flag(
+        group,
+        "--ray",
+        help="run replicas of the model on Ray Serve, each with its own copy, behind this server's address",
+    )
     group.add_argument(
-        "--replicas", type=positive, metavar="N", help="how many, shared evenly among machines (default: one a machine)"
+        "--replicas",
+        type=positive,
+        metavar="N",
+        help="number of replicas, spread evenly over the machines of the cluster (default: one per machine)",
     )
     group.add_argument(
         "--ray-address",
         metavar="ADDRESS",
-        help="the Ray cluster to use, HOST:PORT or auto (default: a new one on this machine alone)",
+        help="Ray cluster to use: HOST:PORT of its head node, or auto to find it (default: start one on this machine)",
     )
 
 
@@ -32,7 +39,7 @@ def _missing() -> str:
 
 
 def check(args: argparse.Namespace) -> None:
-    """UsageError for options that need others, and for a Ray that is missing."""
+    """Raises UsageError for replica options without --ray, for a missing Ray package and an unreachable cluster."""
     if not args.ray:
         if args.replicas or args.ray_address:
             raise UsageError(f"{'--replicas' if args.replicas else '--ray-address'} needs --ray")
@@ -44,14 +51,14 @@ def check(args: argparse.Namespace) -> None:
 
 
 def check_address(address: str) -> None:
-    """UsageError when nobody listens there: Ray itself would try for minutes."""
+    """Raises UsageError when nothing listens at `address`, because Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if "/" in address or not host or not port.isdigit():
-        raise UsageError(f"--ray-address {address}: must be HOST:PORT of the cluster's first machine, or auto")
+        raise UsageError(f"--ray-address {address}: must be HOST:PORT of the cluster's head node, or auto")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
     except (OSError, OverflowError) as error:
-        raise UsageError(f"--ray-address {address}: nobody answers there: {error}") from error
+        raise UsageError(f"--ray-address {address}: no cluster is reachable there: {error}") from error
 
 
 def serve_replicas(
@@ -62,7 +69,15 @@ def serve_replicas(
     settings: Any,
     make: Callable[[argparse.Namespace, Any], Any],
 ) -> int:
-    """Serves until a signal; exit status 0 then. `make` makes an engine of the options and a tally of bytes."""
+    """Serves until a signal arrives, then returns exit status 0.
+
+    Args:
+        names: names of the model in the API.
+        adapters: names of the LoRA adapters.
+        access: the `AccessPolicy` of the server.
+        settings: the `ServerSettings` of each replica.
+        make: creates an engine from the options and the state that receives its loading progress.
+    """
     from ktx.replicas import prepare
 
     prepare(own=args.ray_address is None)
@@ -79,57 +94,59 @@ def serve_replicas(
     from ktx.server.auth import AuthMiddleware
     from ktx.server.run import listen, serve
 
-    where = listen(args.host, args.port)
-    kept = {name: value for name, value in vars(args).items() if not name.startswith("api_key")}
-    making = ReplicaConfig(Engines(make, kept), names, adapters, settings, (args.log_level, args.log_format), 1, 1)
+    listener = listen(args.host, args.port)
+    options = {name: value for name, value in vars(args).items() if not name.startswith("api_key")}
+    replica_config = ReplicaConfig(
+        EngineFactory(make, options), names, adapters, settings, (args.log_level, args.log_format), 1, 1
+    )
     cluster = Cluster(
         ClusterConfig(
             f"ktx-{names[0].replace('/', '-')}",
             args.ray_address,
             args.replicas,
             args.threads,
-            need_of(args),
-            making,
+            memory_bytes(args),
+            replica_config,
             args.max_batch_size,
             args.max_queue,
             0 if args.no_prefix_cache else args.cache_lens // PAGE_TOKENS,
         )
     )
-    trouble: list[BaseException] = []
+    load_errors: list[BaseException] = []
 
-    def started(end: Callable[[], None]) -> None:
-        def failed(error: BaseException) -> None:
-            trouble.append(error)
-            end()
+    def on_start(stop_server: Callable[[], None]) -> None:
+        def on_failure(error: BaseException) -> None:
+            load_errors.append(error)
+            stop_server()
 
         address = f"[{args.host}]" if ":" in args.host else args.host
         logging.getLogger("ktx.server").info(
-            "listening on http://%s:%d, loading %s on Ray", address, where.getsockname()[1], names[0]
+            "listening on http://%s:%d, loading %s on Ray", address, listener.getsockname()[1], names[0]
         )
-        cluster.load(failed)
+        cluster.load(on_failure)
 
     cluster.connect()
     try:
-        serve(AuthMiddleware(ReplicaProxy(cluster), access), cluster, where, started)
+        serve(AuthMiddleware(ReplicaProxy(cluster), access), cluster, listener, on_start)
     finally:
         cluster.close()
-    if trouble:
-        raise trouble[0]
+    if load_errors:
+        raise load_errors[0]
     return 0
 
 
-class Engines:
-    """Makes a replica's engine, in its process: a class by its name, because it travels there."""
+class EngineFactory:
+    """Creates a replica's engine in the replica's process; it is pickled by its name to get there."""
 
-    def __init__(self, make: Callable[[argparse.Namespace, Any], Any], words: dict[str, Any]):
-        self.make, self.words = make, words
+    def __init__(self, make: Callable[[argparse.Namespace, Any], Any], options: dict[str, Any]):
+        self.make, self.options = make, options
 
-    def __call__(self, threads: int, served: Any) -> Any:
-        return self.make(argparse.Namespace(**{**self.words, "threads": threads}), served)
+    def __call__(self, threads: int, state: Any) -> Any:
+        return self.make(argparse.Namespace(**{**self.options, "threads": threads}), state)
 
 
-def need_of(args: argparse.Namespace) -> int:
-    """Bytes of memory that one copy of the model takes, from headers alone."""
+def memory_bytes(args: argparse.Namespace) -> int:
+    """Returns the bytes of memory that one copy of the model takes, from the checkpoint's headers."""
     if args.backend_type == "scripted":
         return 0
     import ktx
