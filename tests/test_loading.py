@@ -501,7 +501,7 @@ def test_what_caches_keep(qwen, tmp_path):
     own = load(qwen[0], rules=[ktx.Rule(name="experts$", replace="Experts", recursive=False)])
     assert own.ktx.kv_dtype is None
     assert last(own)[1].isfinite().all()
-    with pytest.raises(UsageError, match=r"layers\.0\.self_attn stays transformers' own"):
+    with pytest.raises(UsageError, match=r"rules keep transformers' attention module .*layers\.0\.self_attn"):
         load(qwen[0], rules=[ktx.Rule(name="experts$", replace="Experts", recursive=False)], kv_dtype="q8_0")
     with pytest.raises(UsageError, match=r"kv_dtype 'q8_1'.*q8_0"):
         load(qwen[0], kv_dtype="q8_1")

@@ -354,7 +354,7 @@ def test_the_text_of_a_composite_model(tmp_path, top, part, tied):
 
 def test_a_model_of_pictures_without_a_language_model_by_itself(tmp_path):
     AutoConfig.for_model("llava").save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="no language model by itself for a llava"):
+    with pytest.raises(UsageError, match="no built-in language model for model_type llava"):
         AutoModelForImageTextToText.from_pretrained(tmp_path, quantization_config=quiet())
 
 

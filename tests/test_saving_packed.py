@@ -371,7 +371,7 @@ DAMAGES = {
     r"up_proj.weight is missing": lambda s, t, x: (t.pop(NAME), x.pop(NAME)),
     "are no JSON object": lambda s, t, x: s.update({"ktx.types": "["}),
     r"up_proj.weight is 320 x 272, the model needs 320 x 256": lambda s, t, x: t.pop(NAME),
-    "its config.json speaks of packed weights": lambda s, t, x: s.pop("ktx.version"),
+    "its config.json declares packed weights": lambda s, t, x: s.pop("ktx.version"),
 }
 
 

@@ -1,1 +1,1 @@
-"""From a folder or a GGUF file to a model: build on the meta device, then load weights."""
+"""Loads a folder or a GGUF file into a model: builds it on the meta device, then loads its weights."""

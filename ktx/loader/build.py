@@ -1,4 +1,4 @@
-"""A model as its rules make it, from headers alone: skeleton, operators, plan."""
+"""Builds a model from headers alone: meta-device model, operators and plan, without reading weights."""
 
 from __future__ import annotations
 
@@ -56,19 +56,22 @@ def plan(
     stream_experts: int | str | None = None,
     lora: Adapted | Sequence[Adapted] | None = None,
 ) -> Plan:
-    """What `load` would do, from headers alone (adapters are read). The same UsageError as there for options that cannot be meant."""
-    files = [read(wish) for wish in wishes(lora)]
+    """Returns the plan that `load` would execute, from headers alone; of weights only adapters are read.
+
+    Takes the arguments of `load` and raises the same UsageError for options that are invalid.
+    """
+    adapter_files = [read(wish) for wish in wishes(lora)]
     streaming(stream_experts)
     targets = targets_of(weight_dtype, moe_dtype)
-    placed = placement_options(device, moe_device, shared_device, devices, gpu_experts)
-    kept = kv_type(kv_dtype)
-    built, made, *_ = prepare(
-        model, weights, rules, torch.float32, kept, moe_experts, trust_remote_code, targets, False, placed
+    placement = placement_options(device, moe_device, shared_device, devices, gpu_experts)
+    cache_dtype = kv_type(kv_dtype)
+    meta_model, result, *_ = prepare(
+        model, weights, rules, torch.float32, cache_dtype, moe_experts, trust_remote_code, targets, False, placement
     )
-    made.adapters = {file.adapter.name: sizes(fitted(built, file)) for file in files}
+    result.adapters = {file.adapter.name: sizes(fitted(meta_model, file)) for file in adapter_files}
     if defer_experts:
-        expert_deferral.install(built, defer_experts)
-    return made
+        expert_deferral.install(meta_model, defer_experts)
+    return result
 
 
 @torch_defaults()
@@ -81,30 +84,37 @@ def measure(
     moe_dtype: str | None = None,
     moe_experts: int | None = None,
 ) -> tuple[Footprint, Rules]:
-    """What a model takes wherever it is, from headers alone, and its rules. UsageError for rules that put a module on a GPU themselves."""
+    """Returns a model's memory footprint on CPU and GPU, from headers alone, and its rules without devices.
+
+    Takes the arguments of `load`.
+
+    Raises:
+        BadFile: the files do not fit the model.
+        UsageError: a rule places a module on a GPU itself, so the solver cannot place it.
+    """
     config = read_config(model, trust_remote_code)
-    chosen = load_rules(rules, config.model_type)
-    on_gpu = [
-        rule for rule in chosen if (rule.device or CPU.name).strip() != CPU.name or rule.kwargs.get("gpu_experts")
+    base_rules = load_rules(rules, config.model_type)
+    gpu_rules = [
+        rule for rule in base_rules if (rule.device or CPU.name).strip() != CPU.name or rule.kwargs.get("gpu_experts")
     ]
-    fixed = next(iter(on_gpu), None)
-    if fixed is not None:
+    gpu_rule = next(iter(gpu_rules), None)
+    if gpu_rule is not None:
         raise UsageError(
-            f"{fixed.where}: this rule chooses a GPU itself; a placement by budget needs rules that do not"
+            f"{gpu_rule.where}: this rule places a module on a GPU itself;"
+            " a placement by budget needs rules that do not"
         )
-    unplaced = Rules(chosen, base=chosen.base, explicit=chosen.explicit)
+    unplaced = Rules(base_rules, base=base_rules.base, explicit=base_rules.explicit)
     targets = targets_of(weight_dtype, moe_dtype)
-    built, made, source, _ = prepare(
+    meta_model, plan, source, _ = prepare(
         model, weights, unplaced, torch.float32, None, moe_experts, trust_remote_code, targets, False
     )
-    made.check(source)
-    made.log()
-    return footprint(built, made, source), unplaced
+    plan.check(source)
+    plan.log()
+    return footprint(meta_model, plan, source), unplaced
 
 
-PlacementOptions = Callable[
-    [Sequence[PlacementEntry]], list[PlacementEntry]
-]  # a file's map of devices -> the one that counts
+# Rule file's device map -> device map in effect.
+PlacementOptions = Callable[[Sequence[PlacementEntry]], list[PlacementEntry]]
 
 
 def placement_options(
@@ -114,15 +124,24 @@ def placement_options(
     devices: Mapping[str, str | Sequence[str]] | None,
     gpu_experts: int | None,
 ) -> PlacementOptions:
-    """A file's map with what options say before it."""
+    """Returns a function that puts these options in front of a rule file's device map."""
     return lambda file: arranged(file, device, moe_device, shared_device, devices, gpu_experts)
 
 
 def targets_of(weight_dtype: str | None, moe_dtype: str | None) -> dict[str, str | None]:
-    """What float weights become, by operator; experts as all others unless they are named apart."""
-    named = {"Linear": weight_dtype, "Experts": moe_dtype or weight_dtype}
+    """Returns the quantized type of float weights by operator class.
+
+    Args:
+        weight_dtype: type for linear layers; also for experts unless `moe_dtype` is given.
+        moe_dtype: type for experts.
+    """
+    requested = {"Linear": weight_dtype, "Experts": moe_dtype or weight_dtype}
     options = {"Linear": "dtype", "Experts": "moe_dtype"}
-    return {name: made_type(word, options[name]) for name, word in named.items() if word not in (None, "auto")}
+    return {
+        name: made_type(type_name, options[name])
+        for name, type_name in requested.items()
+        if type_name not in (None, "auto")
+    }
 
 
 def prepare(
@@ -135,99 +154,119 @@ def prepare(
     trust_remote_code: bool,
     targets: Mapping[str, str | None],
     mtp: bool,
-    placed: PlacementOptions = list,
-    known: Any = None,
+    placement: PlacementOptions = list,
+    config_override: Any = None,
 ) -> tuple[nn.Module, Plan, WeightSource, torch.dtype]:
-    """The skeleton with its operators, the plan, the weights, and the type that it computes in: `dtype`, or by its devices.
+    """Returns the meta-device model with its operators, the plan, the weight source and the compute type.
 
-    `known` is a configuration that counts instead of the model's own.
+    Args:
+        dtype: the compute type; None chooses it by the devices in use.
+        targets: quantized type of float weights by operator class.
+        placement: maps the rule file's device map to the one in effect.
+        config_override: a configuration that replaces the model's own.
+
+    Raises:
+        BadFile: the files are missing or do not fit the configuration.
+        UsageError: the rules or the options are invalid.
     """
     check_environment()
     model = located(model, not weights)
-    config = copy.deepcopy(read_config(model, trust_remote_code) if known is None else known)
-    where = Path(weights or model).expanduser()
-    if not where.exists():
-        raise BadFile(f"{where}: no such file or folder; `ktx download` fetches a model from a hub")
-    chosen = load_rules(rules, config.model_type)
-    source = open_weights(where, config)
-    scheme = _scheme(model, where) if isinstance(source, SafetensorsSource) else ""
+    config = copy.deepcopy(read_config(model, trust_remote_code) if config_override is None else config_override)
+    weights_path = Path(weights or model).expanduser()
+    if not weights_path.exists():
+        raise BadFile(f"{weights_path}: no such file or folder; `ktx download` fetches a model from a hub")
+    base_rules = load_rules(rules, config.model_type)
+    source = open_weights(weights_path, config)
+    scheme = _scheme(model, weights_path) if isinstance(source, SafetensorsSource) else ""
     if not weights and says_packed(config) and not isinstance(source, PackedSource):
         raise BadFile(
-            f"{source.path}: its config.json speaks of packed weights (quant_method ktx), and its files hold none; name the weights, or write the model again"
-            " with save_pretrained"
+            f"{source.path}: its config.json declares packed weights (quant_method ktx), but its files hold none;"
+            " name the weights, or write the model again with save_pretrained"
         )
-    wrong = source.differences(config)
-    if wrong:
-        raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(wrong)}")
+    mismatches = source.differences(config)
+    if mismatches:
+        raise BadFile(f"{source.path}: does not belong to this configuration: {'; '.join(mismatches)}")
 
     if moe_experts is not None:
         fewer_experts(config, moe_experts)
 
     def planned(
-        rules: Sequence[Rule], places: Sequence[PlacementEntry], kind: torch.dtype, tell: bool
+        rules: Sequence[Rule], entries: Sequence[PlacementEntry], compute_dtype: torch.dtype, warn: bool
     ) -> tuple[nn.Module, Plan]:
-        built = skeleton(config, kind, trust_remote_code)
+        meta_model = skeleton(config, compute_dtype, trust_remote_code)
         if mtp:
-            mtp_layer.append(built, source)
-        made = inject(built, rules, config, kind, kv_dtype, tell, targets, places)
-        made.scheme, made.ignored = scheme, tuple(getattr(built, "_keys_to_ignore_on_load_unexpected", None) or ())
-        _tie(built, made, source)
-        made.fill(source)
-        return built, made
+            mtp_layer.append(meta_model, source)
+        plan = inject(meta_model, rules, config, compute_dtype, kv_dtype, warn, targets, entries)
+        plan.scheme, plan.ignored = (
+            scheme,
+            tuple(getattr(meta_model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        )
+        _tie(meta_model, plan, source)
+        plan.fill(source)
+        return meta_model, plan
 
-    places = placed(chosen.places)
-    kind = dtype or _type_beside(_names_gpu(chosen, places))
-    several = next((len(place.several) for place in places if place.several), 0)
-    if several:  # split by bytes, which a plan on the CPU tells
-        alike = footprint(*planned([replace(rule, device=None) for rule in chosen], (), kind, False), source)
-        places = split(places, shares(alike, several, places, chosen))
-    built, made = planned(chosen, places, kind, chosen.explicit)
-    found = dtype or _type_beside(any(device.gpu for device in made.devices.values()))
-    if found != kind:  # what names a GPU found no module, and that has been told
+    entries = placement(base_rules.places)
+    compute_dtype = dtype or _default_dtype(_names_gpu(base_rules, entries))
+    num_gpus = next((len(place.several) for place in entries if place.several), 0)
+    if num_gpus:  # layers are split by bytes, which are taken from a plan on the CPU
+        cpu_footprint = footprint(
+            *planned([replace(rule, device=None) for rule in base_rules], (), compute_dtype, False), source
+        )
+        entries = split(entries, shares(cpu_footprint, num_gpus, entries, base_rules))
+    meta_model, plan = planned(base_rules, entries, compute_dtype, base_rules.explicit)
+    final_dtype = dtype or _default_dtype(any(device.gpu for device in plan.devices.values()))
+    if final_dtype != compute_dtype:  # no module matched the GPU entries, which was warned of already
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            built, made = planned(chosen, places, found, False)
-    made.rules, made.stream_experts = chosen, chosen.stream_experts
-    made.said = notes.notes_of(built, made, chosen, targets, kv_dtype)
-    return built, made, source, found
+            meta_model, plan = planned(base_rules, entries, final_dtype, False)
+    plan.rules, plan.stream_experts = base_rules, base_rules.stream_experts
+    plan.said = notes.notes_of(meta_model, plan, base_rules, targets, kv_dtype)
+    return meta_model, plan, source, final_dtype
 
 
 def _scheme(model: str | Path, weights: Path) -> str:
-    """How a checkpoint is quantised, by configurations of model and weights and by the files beside them. BadFile when that is not computed."""
+    """Returns a line on how a checkpoint is quantized, from the configurations and the files of model and weights.
+
+    Raises BadFile if the scheme is not supported.
+    """
     folders = [
         folder
         for folder in (Path(model).expanduser(), weights if weights.is_dir() else weights.parent)
         if folder.is_dir()
     ]
-    configured = [folder for folder in dict.fromkeys(folders) if (folder / "config.json").is_file()]
-    said = [(config_dict(str(folder)), str(folder / "config.json")) for folder in configured]
-    return next((line for line in [scheme_of({}, "", *folders), *(scheme_of(*of) for of in said)] if line), "")
+    config_folders = [folder for folder in dict.fromkeys(folders) if (folder / "config.json").is_file()]
+    configs = [(config_dict(str(folder)), str(folder / "config.json")) for folder in config_folders]
+    return next((line for line in [scheme_of({}, "", *folders), *(scheme_of(*args) for args in configs)] if line), "")
 
 
-def _type_beside(gpu: bool) -> torch.dtype:
-    """What a model computes in unless something else is said."""
+def _default_dtype(gpu: bool) -> torch.dtype:
+    """Returns the default compute type."""
     return torch.bfloat16 if gpu else torch.float32
 
 
 def _names_gpu(rules: Sequence[Rule], places: Sequence[PlacementEntry]) -> bool:
-    """Whether a module may be put on a GPU of this machine."""
-    named = [*(rule.device for rule in rules), *(place.device for place in places)]
-    return bool(gpus()) and any(name and name.strip() != CPU.name for name in named)
+    """Whether rules or device map can place a module on a GPU of this machine."""
+    devices = [*(rule.device for rule in rules), *(place.device for place in places)]
+    return bool(gpus()) and any(name and name.strip() != CPU.name for name in devices)
 
 
-def _tie(model: nn.Module, made: Plan, source: WeightSource) -> None:
-    """An output layer without weights of its own reads the embedding's; if the file has some, they count."""
+def _tie(model: nn.Module, plan: Plan, source: WeightSource) -> None:
+    """Lets an output layer without weights in the file read the embedding's matrix.
+
+    Weights in the file take precedence.
+    """
     for target, origin in dict(getattr(model, "all_tied_weights_keys", None) or {}).items():
         if isinstance(source, SafetensorsSource) and source.spec(origin) is None and target in source.tensors:
-            source.tensors[origin] = source.tensors.pop(target)  # the one matrix under the other name
+            # The shared matrix is stored under the output layer's name.
+            source.tensors[origin] = source.tensors.pop(target)
         module = model.get_submodule(target.rpartition(".")[0])
         if not isinstance(module, Linear):
             continue
-        step = next(step for step in made if step.path == module.path)
+        step = next(step for step in plan if step.path == module.path)
         if source.spec(target) is not None:
             step.tensors.insert(0, target)
             continue
         module.tied_to = origin
-        if module.placement != made.devices[origin.rpartition(".")[0]]:  # a copy of its own
+        if module.placement != plan.devices[origin.rpartition(".")[0]]:  # the output layer needs its own copy
             module.copies = True
             step.tensors.insert(0, origin)

@@ -1,4 +1,4 @@
-"""The only assembler: a prepared model, checks, weights, repair, a model that is ready."""
+"""`ktx.load`: builds a model on the meta device, checks it, loads its weights and returns it ready to run."""
 
 from __future__ import annotations
 
@@ -47,68 +47,89 @@ from ktx.weights.base import WeightSource
 from ktx.weights.lora import Adapter, Wish
 
 
-def _nobody() -> None:
-    """In place of a weak reference, which is neither copied nor pickled."""
+def _no_model() -> None:
+    """Stands in for the weak reference to the model, which can be neither copied nor pickled."""
 
 
 @dataclass
 class LoadInfo:
-    """What `model.ktx` holds: how the model was made."""
+    """How a model was loaded; the object behind `model.ktx`."""
 
     plan: Plan
     weights: str
     seconds: float
-    nbytes: int  # packed bytes
-    bytes_per_token: int  # packed bytes that one token makes the kernels read
+    nbytes: int  # bytes of packed weights
+    bytes_per_token: int  # bytes of packed weights that the kernels read per decoded token
     isa: str
     threads: int
-    kv_dtype: KVType = None  # what a cache for this model keeps keys and values in; None: as they come
-    model: Callable[[], Any] = field(default=_nobody, repr=False)  # a weak reference: the model holds its handle
+    kv_dtype: KVType = None  # type of the KV cache; None: the type that the model computes keys and values in
+    model: Callable[[], Any] = field(default=_no_model, repr=False)  # weak, because the model holds this object
     tokenizer: Any = field(default=None, repr=False)
-    identity: Any = field(default=None, repr=False)  # plain values that decide what the model computes
-    self_test: SelfTest = True  # whether an engine is tested by a few tokens too; "engine": nothing else was
-    notes: list[notes.Note] = field(default_factory=list)  # where it is slow, or does something else than was asked
-    files: Files | None = field(default=None, repr=False)  # that the packed weights came from
+    identity: Any = field(default=None, repr=False)  # plain values that determine the model's results
+    self_test: SelfTest = True  # whether an engine runs the self-test too; "engine": only the engine runs it
+    notes: list[notes.Note] = field(default_factory=list)  # slow parts, and options that take no effect
+    files: Files | None = field(default=None, repr=False)  # source files of the packed weights
     adapters: Adapters = field(default_factory=Adapters, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"model": _nobody}  # ktx.model.loaded gives a copy its own
+        return self.__dict__ | {"model": _no_model}  # ktx.model.loaded sets it in a copy
 
     def of(self, model: nn.Module) -> LoadInfo:
-        """The same for a copy of the model."""
+        """Returns a copy of this object that refers to `model`, a copy of the loaded model."""
         return replace(self, model=weakref.ref(model))
 
     def engine(self, **options: Any) -> Any:
-        """An engine that answers many requests at once; `options` are those of ktx.engine.engine.Options. Close it, or use it in a `with`."""
-        made = importlib.import_module("ktx.engine.engine")  # it stands above this module
-        return made.Engine(self.model(), self.tokenizer, made.Options(**options))
+        """Returns an engine that serves many requests with continuous batching.
+
+        Close the engine after use, or use it in a `with` statement.
+
+        Args:
+            options: fields of ktx.engine.engine.Options.
+        """
+        engine_module = importlib.import_module("ktx.engine.engine")  # late: it is a layer above this module
+        return engine_module.Engine(self.model(), self.tokenizer, engine_module.Options(**options))
 
     @property
     def loras(self) -> dict[str, Adapter]:
-        """The LoRA adapters that are loaded, by name."""
+        """The loaded LoRA adapters by name."""
         return self.adapters.named
 
     def load_lora(self, path: str | Path, name: str | None = None, scale: float = 1.0) -> str:
-        """Loads a LoRA adapter, PEFT's folder or the safetensors file in it or a GGUF file of llama.cpp's, and returns its name (default: the folder's or the file's). It counts where it is named: in `use_lora`, or in an engine's request. BadFile or UsageError for one that does not fit."""
+        """Loads a LoRA adapter and returns its name.
+
+        The adapter is inactive until `use_lora` or a request of an engine names it.
+
+        Args:
+            path: a PEFT folder, the safetensors file in one, or a llama.cpp GGUF file.
+            name: default: the name of the folder or of the file.
+            scale: factor on the adapter's output.
+
+        Raises:
+            BadFile: the adapter cannot be read, or it does not fit the model.
+            UsageError: the adapter is of an unsupported kind, or its name is taken.
+        """
         file = read(Wish.of(path).named(name, scale))
         self.adapters.add(file.adapter, fitted(self.model(), file))
         return file.adapter.name
 
     def unload_lora(self, name: str) -> None:
-        """Forgets an adapter. UsageError for a name that there is not."""
+        """Unloads an adapter and frees its memory. Raises UsageError if no adapter has this name."""
         self.adapters.drop(name)
 
     def use_lora(self, *names: str) -> None:
-        """The adapters whose sum counts from now on, in `generate`, in forwards, and in an engine's requests that name none; without names: none of them."""
+        """Activates the named adapters, whose outputs are summed; without names, deactivates all adapters.
+
+        Applies to `generate`, to forwards, and to requests of an engine that name no adapter.
+        """
         self.adapters.use(names)
 
     def activity(self) -> dict[str, cpu.ExpertStats]:
-        """By module path, what the experts have done since the model was loaded."""
+        """Expert statistics since the model was loaded, by module path."""
         return {path: cpu.ExpertStats.read(module.counted()) for path, module in of_layers(self.model())}
 
     @property
     def load_speed(self) -> float:
-        """GB/s of packed weights while loading."""
+        """GB of packed weights loaded per second."""
         return self.nbytes / self.seconds / 1e9 if self.seconds else 0.0
 
 
@@ -141,59 +162,82 @@ def load(
     config: Any = None,
     tokenizer: bool = True,
 ) -> tuple[Any, Any]:
-    """A transformers model on packed weights, and its tokenizer.
+    """Loads a transformers model with packed weights; returns the model and its tokenizer.
 
-    `model` is a Hugging Face folder, a hub id (OWNER/NAME, or OWNER/NAME@REVISION), or a GGUF file whose metadata suffices; `weights` a GGUF file, a folder of one, or
-    safetensors (default: `model` itself); `rules` a name, a path or a list of Rule (default: by architecture). `dtype` is what the model computes in (default: bf16
-    if a part of it is on a GPU, else f32). `kv_dtype` is what keys and values are kept in (f16,
-    bf16, f32, q8_0, fp8 or a torch type; default: f16 in ktx's caches, their own type in transformers'). `weight_dtype` and `moe_dtype` (int8, int4, int4g32,
-    int4g64, int4g128) quantise float weights of linear layers and of experts while they are read. `cache_dir` is a folder that keeps packed weights on disk: the
-    first start writes them, later ones map them. `device` (cpu, cuda, cuda:N, or several GPUs that share the layers) is where everything but the routed experts
-    is, `moe_device` (cpu, cuda, cuda:N, numa) where those are, `shared_device` where shared experts are; `devices` is a map as rule files have it;
-    `gpu_experts` is how many experts of a layer are on its GPU when the others are on the CPU, `stream_experts` (a number of tokens, auto or off; default: the file's, else
-    auto) from when on these others are brought there too. `mtp` loads the checkpoint's layer for multi-token prediction too, for an engine's
-    `speculative="mtp"`. `defer_experts` is how many experts of a token, those that weigh least, are added one layer later (ktx.ops.expert_deferral). Raises
-    BadFile, DoesNotFit or UsageError before anything is read when it cannot work. `self_test` computes two tokens at the end, in one forward and through
-    the cache (ktx.model.self_test); SelfTestFailed when the two differ, or logits are not finite or all alike. "engine" leaves that to the engine that will be made of
-    the model, which computes them in its own way. `lora` is a LoRA adapter or several, [NAME=]PATH[=SCALE] of PEFT's folders or llama.cpp's GGUF files, whose sum counts
-    from the beginning (`model.ktx.use_lora` chooses others). `attn_implementation` (ktx, sdpa, eager, or a name that transformers knows a function by) is what
-    `model.set_attn_implementation` takes; it stays "ktx" unless one is named. `config` is a transformers configuration that counts instead of the model's own.
-    Without `tokenizer` none is read, and None is returned in its place.
+    Args:
+        model: a Hugging Face folder, a hub id (OWNER/NAME or OWNER/NAME@REVISION), or a GGUF file with enough metadata.
+        weights: a GGUF file, a folder with one, or safetensors. Default: `model` itself.
+        rules: name or path of a rule file, or a list of Rule. Default: the rules of the model's architecture.
+        dtype: type that the model computes in. Default: bf16 if a part of the model is on a GPU, else f32.
+        kv_dtype: type of the KV cache: f16, bf16, f32, q8_0, fp8 or a torch type. Default: f16 in ktx's caches, the
+            model's own type in transformers' caches.
+        threads: number of CPU threads. Default: KTX_THREADS, else chosen by the machine.
+        weight_dtype, moe_dtype: int8, int4, int4g32, int4g64 or int4g128. Quantizes float weights of linear layers and
+            of
+            experts while they are loaded.
+        moe_experts: number of experts per token, at most as many as the model was trained with.
+        trust_remote_code: whether Python code from the model's folder may run.
+        progress: whether to draw a progress bar on a terminal, or a sink that is called next to the bar.
+        cache_dir: folder that caches packed weights on disk. The first load writes them, later loads map them.
+        mtp: loads the checkpoint's layer for multi-token prediction too, for an engine with `speculative="mtp"`.
+        defer_experts: number of lowest-weighted experts of a token whose output is added one layer later
+            (ktx.ops.expert_deferral).
+        device: cpu, cuda, cuda:N, or several GPUs among which the layers are split; holds everything but the routed
+            experts.
+        moe_device: cpu, cuda, cuda:N or numa; holds the routed experts.
+        shared_device: holds the shared experts.
+        devices: device map as in rule files.
+        gpu_experts: number of experts per layer on the layer's GPU; the remaining experts stay on the CPU.
+        stream_experts: min number of tokens from which the CPU's experts are streamed to the GPU too: a number, auto or
+            off. Default: the rule file's value, else auto.
+        self_test: computes two tokens in one forward, then the second one again through the cache
+            (ktx.model.self_test).
+            "engine" leaves the test to the engine, which runs it with its own forwards.
+        lora: one or several LoRA adapters, each [NAME=]PATH[=SCALE] of a PEFT folder or a llama.cpp GGUF file. They are
+            active from the start; `model.ktx.use_lora` selects others.
+        attn_implementation: argument of `model.set_attn_implementation`: ktx, sdpa, eager, or a name of an attention
+            function registered in transformers. Default: "ktx".
+        config: a transformers configuration that replaces the model's own.
+        tokenizer: if false, no tokenizer is read and None is returned in its place.
+
+    Raises:
+        BadFile, DoesNotFit, UsageError: the model cannot be loaded; raised before any weights are read.
+        SelfTestFailed: the two computations of a token differ, or logits are not finite or all equal.
     """
     known_implementation(attn_implementation)
     if dtype not in (None, *COMPUTED):
         raise UsageError(f"dtype {dtype}: ktx computes in {', '.join(map(str, COMPUTED))}")
-    files_of_adapters = [read(wish) for wish in wishes(lora)]
+    adapter_files = [read(wish) for wish in wishes(lora)]
     streaming(stream_experts)
     selftest.asked(self_test)
-    team = cpu.pool_size(threads)
-    cpu.ops.set_threads(team)
+    num_threads = cpu.pool_size(threads)
+    cpu.ops.set_threads(num_threads)
     kv_dtype = kv_type(kv_dtype)
     targets = targets_of(weight_dtype, moe_dtype)
-    placed = placement_options(device, moe_device, shared_device, devices, gpu_experts)
+    placement = placement_options(device, moe_device, shared_device, devices, gpu_experts)
     model = located(model, not weights)
-    with notes.heard() as warned:
-        built, made, source, dtype = prepare(
-            model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placed, config
+    with notes.heard() as load_warnings:
+        hf_model, plan, source, dtype = prepare(
+            model, weights, rules, dtype, kv_dtype, moe_experts, trust_remote_code, targets, mtp, placement, config
         )
-    _implement(built, attn_implementation)
-    made.check(source)
-    adapters = [(file.adapter, fitted(built, file)) for file in files_of_adapters]
-    made.adapters = {adapter.name: sizes(modules) for adapter, modules in adapters}
-    made.log()
-    _check_pretence(made)
+    _set_attention(hf_model, attn_implementation)
+    plan.check(source)
+    adapters = [(file.adapter, fitted(hf_model, file)) for file in adapter_files]
+    plan.adapters = {adapter.name: sizes(modules) for adapter, modules in adapters}
+    plan.log()
+    _check_fake_gpus(plan)
     if kv_dtype == FP8:
-        _check_fp8(made)
+        _check_fp8(plan)
     if defer_experts:
-        expert_deferral.install(built, defer_experts)
-    _cached_as(built, kv_dtype)
-    check_memory(made)
-    words = read_tokenizer(model, source, trust_remote_code) if tokenizer else None
+        expert_deferral.install(hf_model, defer_experts)
+    _resolve_kv_dtype(hf_model, kv_dtype)
+    check_memory(plan)
+    loaded_tokenizer = read_tokenizer(model, source, trust_remote_code) if tokenizer else None
     files = Files(
         Recipe(
             str(Path(source.path).absolute()),
-            copy.deepcopy(built.config),
-            made.rules,
+            copy.deepcopy(hf_model.config),
+            plan.rules,
             dtype,
             kv_dtype,
             trust_remote_code,
@@ -202,90 +246,88 @@ def load(
             (device, moe_device, shared_device, devices, gpu_experts),
             None if cache_dir is None else str(Path(cache_dir).expanduser().absolute()),
         ),
-        {spec.file for step in made for spec in step.specs},
+        {spec.file for step in plan for spec in step.specs},
     )
-    start = time.perf_counter()
-    store = None if cache_dir is None else store_of(cache_dir, made, source)
-    with progress_bar(sum(step.nbytes for step in made), progress) as advance:
+    start_s = time.perf_counter()
+    packed_cache = None if cache_dir is None else store_of(cache_dir, plan, source)
+    with progress_bar(sum(step.nbytes for step in plan), progress) as advance:
         try:
-            load_weights(built, made, source, dtype, team, advance, store, files)
+            load_weights(hf_model, plan, source, dtype, num_threads, advance, packed_cache, files)
         except BaseException:
-            if store is not None:
-                store.abort()
+            if packed_cache is not None:
+                packed_cache.abort()
             raise
-    if store is not None and (trouble := store.commit()):
-        warnings.warn(trouble, stacklevel=2)
-    init_missing_buffers(built, made)
-    for module in reversed(list(built.modules())):  # children before their parents
+    if packed_cache is not None and (error := packed_cache.commit()):
+        warnings.warn(error, stacklevel=2)
+    init_missing_buffers(hf_model, plan)
+    for module in reversed(list(hf_model.modules())):  # children before their parents
         if isinstance(module, Operator):
             module.enliven()
             module.ready()
             module.is_ready = True
-    homes = {built.get_submodule(path): place for path, place in made.devices.items()}
+    devices_of = {hf_model.get_submodule(path): place for path, place in plan.devices.items()}
     if mtp:
-        beside = mtp_layer.detach(built)
-        homes |= dict.fromkeys((beside, beside.layers), homes[beside.layer])
-    device_hooks.install(built, homes, dtype)
-    layer.group_layers(built)
-    _stream_experts(built, made, made.stream_experts if stream_experts is None else stream_experts)
-    tune_malloc()  # from here on: what loading borrowed has gone back
-    become(built)
-    own = own_sizes(built)
-    counts: Any = built.config
-    handle = built.ktx = LoadInfo(
-        made,
+        mtp_model = mtp_layer.detach(hf_model)
+        devices_of |= dict.fromkeys((mtp_model, mtp_model.layers), devices_of[mtp_model.layer])
+    device_hooks.install(hf_model, devices_of, dtype)
+    layer.group_layers(hf_model)
+    _stream_experts(hf_model, plan, plan.stream_experts if stream_experts is None else stream_experts)
+    tune_malloc()  # only now: loading has returned its temporary memory
+    become(hf_model)
+    weight_sizes = own_sizes(hf_model)
+    hf_config: Any = hf_model.config
+    info = hf_model.ktx = LoadInfo(
+        plan,
         source.path,
-        time.perf_counter() - start,
-        sum(size.held for size in own),
-        sum(size.token for size in own),
+        time.perf_counter() - start_s,
+        sum(size.held for size in weight_sizes),
+        sum(size.token for size in weight_sizes),
         cpu.ops.isa(),
-        team,
-        _cached_as(built, kv_dtype),
-        weakref.ref(built),
-        words,
-        [_identity(made), counts.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
+        num_threads,
+        _resolve_kv_dtype(hf_model, kv_dtype),
+        weakref.ref(hf_model),
+        loaded_tokenizer,
+        [_identity(plan), hf_config.to_dict(), cpu.ops.isa(), str(dtype), defer_experts],
         self_test,
         files=files,
     )  # type: ignore[assignment]
     for adapter, modules in adapters:
-        handle.adapters.add(adapter, modules)
-    handle.adapters.use([adapter.name for adapter, _ in adapters])
-    notes.tell(handle.notes, [*made.said, *warned, *notes.spinning()])
-    generation(built, model, source)
+        info.adapters.add(adapter, modules)
+    info.adapters.use([adapter.name for adapter, _ in adapters])
+    notes.tell(info.notes, [*plan.said, *load_warnings, *notes.spinning()])
+    generation(hf_model, model, source)
     if self_test is True:
-        selftest.check(built)
-    return built, words
+        selftest.check(hf_model)
+    return hf_model, loaded_tokenizer
 
 
-def _implement(built: Any, attn_implementation: str | None) -> None:
-    """Has transformers choose a function of attention. UsageError for one that cannot be had."""
+def _set_attention(model: Any, attn_implementation: str | None) -> None:
+    """Sets transformers' attention function. Raises UsageError for one that is unknown or not installed."""
     if attn_implementation is not None:
         try:
-            built.set_attn_implementation(attn_implementation)
+            model.set_attn_implementation(attn_implementation)
         except (ImportError, ValueError) as error:
             raise UsageError(f"attn_implementation {attn_implementation!r}: {str(error).splitlines()[0]}") from error
 
 
-def _stream_experts(built: nn.Module, made: Plan, wish: int | str | None) -> None:
-    if any(device.gpu for device in made.devices.values()):  # else there need be no Triton
-        importlib.import_module("ktx.ops.gpu.moe").hand_over(built)
-        importlib.import_module("ktx.ops.gpu.expert_streaming").install(built, wish)
+def _stream_experts(model: nn.Module, plan: Plan, requested: int | str | None) -> None:
+    if any(device.gpu for device in plan.devices.values()):  # without a GPU Triton may not be installed
+        importlib.import_module("ktx.ops.gpu.moe").hand_over(model)
+        importlib.import_module("ktx.ops.gpu.expert_streaming").install(model, requested)
 
 
-def store_of(folder: str | Path, made: Plan, source: WeightSource) -> PackedCache:
-    """The packed weights of this plan on disk, or the place where they will be."""
+def store_of(folder: str | Path, plan: Plan, source: WeightSource) -> PackedCache:
+    """Opens the packed cache of this plan in `folder`: an existing one, or a new one to be written."""
     path = Path(source.path)
     name = path.stem if path.is_file() else path.name
-    return open_store(folder, name, _identity(made), sum(step.memory for step in made))
+    return open_store(folder, name, _identity(plan), sum(step.memory for step in plan))
 
 
-def _identity(made: Plan) -> list[Any]:
-    """The files, and what becomes of each of their tensors."""
-    files = sorted({spec.file for step in made for spec in step.specs})
-    stats = [
-        (str(Path(file).resolve()), about.st_size, about.st_mtime_ns) for file in files for about in [os.stat(file)]
-    ]
-    plan = [
+def _identity(plan: Plan) -> list[Any]:
+    """Key of the packed cache: the files with size and time, and how each of their tensors is packed."""
+    files = sorted({spec.file for step in plan for spec in step.specs})
+    stats = [(str(Path(file).resolve()), stat.st_size, stat.st_mtime_ns) for file in files for stat in [os.stat(file)]]
+    plan_key = [
         (
             step.path,
             step.new,
@@ -295,55 +337,64 @@ def _identity(made: Plan) -> list[Any]:
             step.rule.kwargs if step.rule else {},
             [(s.name, s.offset) for s in step.specs],
         )
-        for step in made
+        for step in plan
     ]
-    return [stats, plan]
+    return [stats, plan_key]
 
 
-def _cached_as(model: nn.Module, wish: KVType) -> KVType:
-    """What caches keep: f16 unless something else is asked for, or an attention of transformers' own reads them. UsageError when that cannot read what is asked for."""
-    foreign = notes.foreign_attention(model)
-    if foreign and isinstance(wish, str):
+def _resolve_kv_dtype(model: nn.Module, requested: KVType) -> KVType:
+    """Returns the KV cache's type: the requested one, else f16, or None if a transformers attention module reads it.
+
+    Raises:
+        UsageError: a transformers attention module cannot read the requested type.
+    """
+    foreign_attention = notes.foreign_attention(model)
+    if foreign_attention and isinstance(requested, str):
         raise UsageError(
-            f"kv_dtype {wish}: {foreign[0]} stays transformers' own by the rules and cannot read it; replace it by ktx.ops.attention.Attention or give f16"
+            f"kv_dtype {requested}: the rules keep transformers' attention module {foreign_attention[0]},"
+            " which cannot read it; replace the module by ktx.ops.attention.Attention or use f16"
         )
-    return wish or (None if foreign else torch.float16)
+    return requested or (None if foreign_attention else torch.float16)
 
 
-def _check_pretence(made: Plan) -> None:
-    """UsageError where GPUs are pretended and nothing would run their kernels."""
-    if any(device.pretended for device in made.devices.values()) and not int(os.environ.get("TRITON_INTERPRET") or 0):
+def _check_fake_gpus(plan: Plan) -> None:
+    """Raises UsageError if GPUs are fake and Triton's interpreter, which would run their kernels, is off."""
+    if any(device.pretended for device in plan.devices.values()) and not int(os.environ.get("TRITON_INTERPRET") or 0):
         raise UsageError(
-            f"{PRETEND}={os.environ.get(PRETEND)}: kernels of pretended GPUs run in Triton's interpreter; set TRITON_INTERPRET=1 before Python starts"
+            f"{PRETEND}={os.environ.get(PRETEND)}: kernels of fake GPUs run in Triton's interpreter;"
+            " set TRITON_INTERPRET=1 before Python starts"
         )
 
 
-def _check_fp8(made: Plan) -> None:
-    """UsageError where a GPU cannot read e4m3."""
-    for device in {device for device in made.devices.values() if device.gpu and not device.pretended}:
-        if (found := torch.cuda.get_device_capability(device.torch)) < (8, 9):
+def _check_fp8(plan: Plan) -> None:
+    """Raises UsageError if a GPU does not support e4m3."""
+    for device in {device for device in plan.devices.values() if device.gpu and not device.pretended}:
+        if (capability := torch.cuda.get_device_capability(device.torch)) < (8, 9):
             raise UsageError(
-                f"kv_dtype fp8: {device} has the compute capability {found[0]}.{found[1]}, e4m3 needs 8.9 (Ada, Hopper); give f16"
+                f"kv_dtype fp8: {device} has compute capability {capability[0]}.{capability[1]},"
+                " but e4m3 needs 8.9 (Ada, Hopper); use f16"
             )
 
 
-def check_memory(made: Plan) -> None:
-    """DoesNotFit, with the numbers, when packed weights and a reserve exceed the memory that is free, the machine's or a GPU's."""
-    need, (total, available) = memory_needed(made), memory()
-    if need > available:
+def check_memory(plan: Plan) -> None:
+    """Raises DoesNotFit if packed weights and a reserve exceed the free memory of the machine or of a GPU."""
+    needed, (total, available) = memory_needed(plan), memory()
+    if needed > available:
         raise DoesNotFit(
-            f"the weights need {format_bytes(need)} of memory, {format_bytes(available)} of {format_bytes(total)} are free; close programs or take a smaller quant"
+            f"the weights need {format_bytes(needed)} of memory,"
+            f" {format_bytes(available)} of {format_bytes(total)} are free; close programs or use a smaller quant"
         )
-    for device in sorted({device for device in made.devices.values() if device.gpu}, key=str):
-        need, (total, available) = memory_needed(made, device), device.memory
-        if need > available:
+    for device in sorted({device for device in plan.devices.values() if device.gpu}, key=str):
+        needed, (total, available) = memory_needed(plan, device), device.memory
+        if needed > available:
             raise DoesNotFit(
-                f"{device}: the weights need {format_bytes(need)} of memory, {format_bytes(available)} of {format_bytes(total)} are free; put less on it or take a smaller quant"
+                f"{device}: the weights need {format_bytes(needed)} of memory,"
+                f" {format_bytes(available)} of {format_bytes(total)} are free; put less on it or use a smaller quant"
             )
 
 
-def memory_needed(made: Plan, device: Device = CPU) -> int:
-    """Bytes of packed weights and of adapters on a device, and a reserve."""
-    held = sum(step.memory for step in made if step.device == device.name)
-    held += sum(adapter.get(device, 0) for adapter in made.adapters.values())
-    return int(held * (1 + SLACK)) + RESERVE
+def memory_needed(plan: Plan, device: Device = CPU) -> int:
+    """Bytes of packed weights and adapters on a device, plus a reserve."""
+    num_bytes = sum(step.memory for step in plan if step.device == device.name)
+    num_bytes += sum(adapter.get(device, 0) for adapter in plan.adapters.values())
+    return int(num_bytes * (1 + SLACK)) + RESERVE

@@ -1,4 +1,4 @@
-"""Weights into a prepared model, and what no file holds."""
+"""Loads weights into a meta-device model and initializes the buffers that no file holds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ktx.weights.base import WeightSource
 
 def load_weights(
     model: nn.Module,
-    made: Plan,
+    plan: Plan,
     source: WeightSource,
     dtype: torch.dtype,
     threads: int,
@@ -32,34 +32,49 @@ def load_weights(
     store: PackedCache | None = None,
     origin: Origin | None = None,
 ) -> None:
-    """Every step in file order on `threads` threads; the first error stops the rest."""
-    keep = _dtype_of(model, dtype)
-    steps = sorted(made, key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
+    """Loads the plan's steps in file order on a thread pool; the first error cancels the remaining steps.
 
-    def one(index: int) -> None:
-        for following in steps[index + threads : index + threads + 1] if store is None or not store.found else ():
-            source.prefetch(following.tensors)
-        step = steps[index]
+    Args:
+        dtype: compute type, for parameters that transformers keeps in no other type.
+        threads: size of the thread pool.
+        advance: called with the number of bytes of each step that is done.
+        store: the packed cache on disk, which is read or filled.
+        origin: the files that pickles of the packed weights refer to.
+    """
+    dtype_for = _dtype_of(model, dtype)
+    ordered = sorted(plan, key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
+
+    def load_step(index: int) -> None:
+        for next_step in ordered[index + threads : index + threads + 1] if store is None or not store.found else ():
+            source.prefetch(next_step.tensors)
+        step = ordered[index]
         module = model.get_submodule(step.path) if step.path else model
         if isinstance(module, Operator) and not _shares(module):
             with loading(step.path, store, origin):
                 module.load(source)
-        own = {name for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]}
-        for full in step.tensors:
-            name = full.removeprefix(f"{step.path}.")
-            if name in own:
-                _set_own(module, name, source.get(full).dequantize().to(made.devices[step.path].torch), keep(full))
+        own_names = {
+            name for name, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        }
+        for full_name in step.tensors:
+            name = full_name.removeprefix(f"{step.path}.")
+            if name in own_names:
+                _assign_tensor(
+                    module,
+                    name,
+                    source.get(full_name).dequantize().to(plan.devices[step.path].torch),
+                    dtype_for(full_name),
+                )
         source.release(step.tensors)
         advance(step.nbytes)
 
     with ThreadPoolExecutor(threads) as pool:
-        jobs = [pool.submit(one, index) for index in range(len(steps))]
-        for job in jobs:
+        futures = [pool.submit(load_step, index) for index in range(len(ordered))]
+        for future in futures:
             try:
-                job.result()
+                future.result()
             except BaseException:
-                for other in jobs:
-                    other.cancel()
+                for pending in futures:
+                    pending.cancel()
                 raise
     for module in model.modules():
         if isinstance(module, Linear) and _shares(module):
@@ -73,15 +88,15 @@ def load_weights(
 
 
 def _shares(module: nn.Module) -> bool:
-    """Whether an output layer has no matrix of its own but the embedding's."""
+    """Whether an output layer reads the embedding's matrix and has none of its own."""
     return isinstance(module, Linear) and bool(module.tied_to) and not module.copies
 
 
-def _set_own(module: nn.Module, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
-    old = module._parameters.get(name)
-    if old is not None:
-        module._parameters[name] = nn.Parameter(values.reshape(old.shape).to(dtype), requires_grad=False)
-        module._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr] # transformers' initialiser leaves it alone
+def _assign_tensor(module: nn.Module, name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+    param = module._parameters.get(name)
+    if param is not None:
+        module._parameters[name] = nn.Parameter(values.reshape(param.shape).to(dtype), requires_grad=False)
+        module._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr] # transformers' initializer skips it
     else:
         buffer = module._buffers[name]
         assert buffer is not None
@@ -91,81 +106,97 @@ def _set_own(module: nn.Module, name: str, values: torch.Tensor, dtype: torch.dt
 
 
 def _dtype_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
-    plan = dtype_plan(model, dtype)
+    """Returns a function from a parameter's name to its type."""
+    dtypes = dtype_plan(model, dtype)
 
     def dtype_for(name: str) -> torch.dtype:
-        return plan.get(name, dtype)
+        return dtypes.get(name, dtype)
 
     return dtype_for
 
 
-def init_missing_buffers(model: Any, made: Plan) -> None:
-    """What no file holds: rotary tables and other computed buffers, by transformers' own initialiser, then to their module's device; after that nothing may be left on meta."""
+def init_missing_buffers(model: Any, plan: Plan) -> None:
+    """Computes buffers that no file holds, such as rotary tables, by transformers' initializer, on their devices.
+
+    Raises:
+        BadFile: a buffer cannot be computed, or a parameter is still on the meta device.
+    """
     for path, module in model.named_modules():
-        meta = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in meta:
-            module._buffers[name] = _unknown(module._buffers[name])
-        around = [
+        meta_names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in meta_names:
+            module._buffers[name] = _nan_buffer(module._buffers[name])
+        ancestors = [
             path.rsplit(".", depth)[0] if depth <= path.count(".") else "" for depth in range(path.count(".") + 2)
         ]
-        for owner in around if meta else ():  # some families fill the buffers of a layer from the model around it
+        for owner in (
+            ancestors if meta_names else ()
+        ):  # some families initialize a layer's buffers in the enclosing model
             model._init_weights(model.get_submodule(owner))
-            if not any(_is_unknown(module._buffers[name]) for name in meta):
+            if not any(_has_nan(module._buffers[name]) for name in meta_names):
                 break
-        for name in meta:
-            if _is_unknown(module._buffers[name]):
+        for name in meta_names:
+            if _has_nan(module._buffers[name]):
                 raise BadFile(
-                    f"{path}.{name} is computed by {type(model).__name__} alone, which cannot be asked for it"
+                    f"{path}.{name} is in no file, and _init_weights of {type(model).__name__} does not compute it"
                 )
-            module._buffers[name] = module._buffers[name].to(made.devices[path].torch)
+            module._buffers[name] = module._buffers[name].to(plan.devices[path].torch)
     for target in dict(getattr(model, "all_tied_weights_keys", None) or {}):
         module, _, name = target.rpartition(".")
         owner = model.get_submodule(module)
-        if isinstance(owner, nn.Linear) and not isinstance(
-            owner, Operator
-        ):  # the rules leave it: tied as transformers does
-            of = model.get_submodule(model.all_tied_weights_keys[target].rpartition(".")[0])
-            source = of.rows().values(of.dtype) if isinstance(of, Embedding) else of.weight
-            source = source.to(made.devices[module].torch)
+        # A module that no rule replaced is tied as transformers ties it.
+        if isinstance(owner, nn.Linear) and not isinstance(owner, Operator):
+            embedding = model.get_submodule(model.all_tied_weights_keys[target].rpartition(".")[0])
+            source = embedding.rows().values(embedding.dtype) if isinstance(embedding, Embedding) else embedding.weight
+            source = source.to(plan.devices[module].torch)
             owner._parameters[name] = (
                 source if isinstance(source, nn.Parameter) else nn.Parameter(source, requires_grad=False)
             )
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise BadFile(f"these parameters were not loaded: {', '.join(left[:5])}{' and more' if len(left) > 5 else ''}")
+    unloaded = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if unloaded:
+        raise BadFile(
+            f"these parameters were not loaded: {', '.join(unloaded[:5])}{' and more' if len(unloaded) > 5 else ''}"
+        )
 
 
-def _unknown(like: Any) -> torch.Tensor:
-    """Room for a computed buffer, full of NaN where its type has them."""
-    made = torch.empty_like(like, device="cpu")
-    return made.fill_(torch.nan) if made.is_floating_point() else made
+def _nan_buffer(like: Any) -> torch.Tensor:
+    """Returns an uninitialized CPU buffer, filled with NaN if its type is floating-point."""
+    buffer = torch.empty_like(like, device="cpu")
+    return buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
 
 
-def _is_unknown(buffer: Any) -> bool:
+def _has_nan(buffer: Any) -> bool:
     return bool(buffer.is_floating_point() and buffer.isnan().any())
 
 
 class ProgressSink(Protocol):
-    """Whoever else wants to know how many bytes have been read."""
+    """Receives the loading progress in bytes, for example to report it to a server's clients."""
 
     total: int
 
     def advance(self, nbytes: int) -> None:
-        """More of them have."""
+        """Called with the number of bytes loaded since the last call."""
 
 
 @contextmanager
 def progress_bar(total: int, show: bool | ProgressSink, word: str = "loading") -> Iterator[Callable[[int], None]]:
-    """One bar in bytes with GB/s and the time left on a terminal; nothing elsewhere. A Tally is told beside it."""
+    """Yields a function that advances a progress bar by a number of bytes; draws nothing if stderr is not a terminal.
+
+    The bar shows bytes, GB/s and the remaining time.
+
+    Args:
+        total: bytes in all.
+        show: whether to draw the bar; a ProgressSink is called in addition to the bar.
+        word: label of the bar.
+    """
     if not isinstance(show, bool):
         show.total = total
         with progress_bar(total, True, word) as advance:
 
-            def both(nbytes: int) -> None:
+            def advance_both(nbytes: int) -> None:
                 show.advance(nbytes)
                 advance(nbytes)
 
-            yield both
+            yield advance_both
         return
     if not show or not sys.stderr.isatty():
         yield lambda nbytes: None

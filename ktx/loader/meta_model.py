@@ -1,4 +1,4 @@
-"""What transformers makes of a folder, a hub id or a GGUF file: configuration, model without weights, tokenizer."""
+"""Reads what transformers needs from a folder, hub id or GGUF file: configuration, meta-device model, tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from ktx.weights.gguf_files import ggufs_in, is_gguf
 
 
 def located(model: str | Path, weights: bool = False) -> Path:
-    """The folder or GGUF file that a name means: a hub id's files, with safetensors if `weights`, come from the hub or its cache (OWNER/NAME, or OWNER/NAME@REVISION)."""
+    """Returns the path of a folder or GGUF file; resolves a hub id by the hub or its local cache.
+
+    Args:
+        model: a path, OWNER/NAME, or OWNER/NAME@REVISION.
+        weights: whether safetensors are fetched too.
+
+    Raises:
+        BadFile: there is no such path, or the hub id cannot be fetched.
+    """
     path = Path(model).expanduser()
     if path.exists() or path.suffix == ".gguf":
         return path
@@ -29,7 +37,14 @@ def located(model: str | Path, weights: bool = False) -> Path:
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
-    """The transformers configuration of a folder, hub id or GGUF file (or a folder of nothing else); of text and pictures the text's. Kimi-K2 is DeepSeek-V3 under another name."""
+    """Returns the transformers configuration of a folder, a hub id, a GGUF file, or a folder with only a GGUF file.
+
+    Of a multimodal model it returns the text model's configuration. Kimi-K2 is read as DeepSeek-V3, whose architecture
+    it has.
+
+    Raises:
+        BadFile: there is no configuration, it cannot be read, or transformers has no language model for it.
+    """
     from transformers import AutoConfig
 
     path = located(source)
@@ -41,71 +56,91 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
         return config_from_gguf(path)
     if path.is_file():
         raise BadFile(
-            f"{source}: is a file, but no GGUF by its first four bytes; --model must be a Hugging Face folder, a hub id or a GGUF file"
+            f"{source}: is a file, but its first four bytes are not GGUF's;"
+            " --model must be a Hugging Face folder, a hub id or a GGUF file"
         )
     if not (path / "config.json").exists():
         raise BadFile(
             f"{source}: has no config.json; --model must be a Hugging Face folder (its GGUF goes to --weights)"
         )
-    read_object(path / "config.json", "configuration")  # errors of transformers' name no file
+    read_object(path / "config.json", "configuration")  # transformers' own errors do not name the file
     try:
-        raw = config_dict(str(path))
-        if raw.get("model_type") == "kimi_k2":
-            keep = {key: value for key, value in raw.items() if key not in ("auto_map", "model_type", "architectures")}
-            return AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **keep)
+        config_json = config_dict(str(path))
+        if config_json.get("model_type") == "kimi_k2":
+            fields = {
+                key: value
+                for key, value in config_json.items()
+                if key not in ("auto_map", "model_type", "architectures")
+            }
+            return AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **fields)
         config = text_part(AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
-    except Exception as error:  # transformers raises a dozen unrelated types for what a config.json can say
-        first = str(error).strip().partition("\n")[0]
-        raise BadFile(f"{source}: no configuration: {first[:300]}") from error
+    except Exception as error:  # transformers raises a dozen unrelated types for invalid configurations
+        reason = str(error).strip().partition("\n")[0]
+        raise BadFile(f"{source}: the configuration cannot be read: {reason[:300]}") from error
     if not (writes_text(config) or "AutoModelForCausalLM" in getattr(config, "auto_map", ())):
         raise BadFile(
-            f"{source}: transformers has no language model by itself for a {config.model_type}"
-            f" (architectures: {', '.join(config.architectures or ()) or 'none'}); take a checkpoint of the text model, or its GGUF"
+            f"{source}: transformers has no built-in language model for model_type {config.model_type}"
+            f" (architectures: {', '.join(config.architectures or ()) or 'none'});"
+            " use a checkpoint of the text model, or its GGUF"
         )
     return config
 
 
 def hub_folder(model: str, weights: bool, below: str = "", **asked: Any) -> Path:
-    """Where the files of a hub id are: configuration, tokenizer, template and settings, from one revision, and its safetensors where they are wanted; of a folder `below` its root those in that folder.
+    """Fetches a hub id's configuration, tokenizer, chat template and settings; returns the local folder.
 
-    `asked` are further arguments of the hub's client.
+    All files are of one revision.
+
+    Args:
+        model: OWNER/NAME or OWNER/NAME@REVISION.
+        weights: whether safetensors are fetched too.
+        below: a subfolder of the repository, whose files are fetched instead; the repository's root is returned.
+        asked: further arguments of huggingface_hub.snapshot_download.
+
+    Raises:
+        BadFile: the files cannot be fetched.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     repo, _, revision = model.partition("@")
-    wanted = [*BESIDE, *(("*.safetensors",) if weights else ())]
-    begin = f"{glob.escape(below.strip('/'))}/" if below else ""
-    usual: dict[str, Any] = {
+    names = [*BESIDE, *(("*.safetensors",) if weights else ())]
+    prefix = f"{glob.escape(below.strip('/'))}/" if below else ""
+    options: dict[str, Any] = {
         "revision": revision or None,
-        "local_files_only": HF_HUB_OFFLINE,  # older clients ask the hub for the files of a revision even then
+        "local_files_only": HF_HUB_OFFLINE,  # older clients query the hub for a revision's files even then
     }
     try:
-        found = snapshot_download(
+        snapshot = snapshot_download(
             repo,
-            allow_patterns=[f"{begin}{name}" for name in wanted],
-            ignore_patterns=[f"{begin}*/*.safetensors", f"{begin}consolidated*"],
-            **usual | asked,
+            allow_patterns=[f"{prefix}{name}" for name in names],
+            ignore_patterns=[f"{prefix}*/*.safetensors", f"{prefix}consolidated*"],
+            **options | asked,
         )
     except Exception as error:  # the hub client's errors have no common base but Exception
         raise BadFile(
             f"{model}: is no folder and cannot be fetched from the hub: {str(error).splitlines()[0][:200]};"
-            f" `ktx download {repo}` fetches a model and says why it cannot"
+            f" `ktx download {repo}` fetches a model and reports why it fails"
         ) from error
-    return Path(found)
+    return Path(snapshot)
 
 
 def fewer_experts(config: Any, count: int) -> None:
-    usual = getattr(config, "num_experts_per_tok", None)
-    if usual is None:
+    """Sets the configuration's number of experts per token. Raises UsageError if the model does not allow it."""
+    trained = getattr(config, "num_experts_per_tok", None)
+    if trained is None:
         raise UsageError(f"moe_experts={count}: {config.model_type} has no experts")
-    if not 1 <= count <= usual:
-        raise UsageError(f"moe_experts={count}: must be 1 to {usual}, what the model was trained with")
+    if not 1 <= count <= trained:
+        raise UsageError(f"moe_experts={count}: must be 1 to {trained}, the number that the model was trained with")
     config.num_experts_per_tok = count
 
 
 def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """The transformers model on the meta device; masks are intervals for our attention kernel in the families that we know."""
+    """Returns the transformers model on the meta device.
+
+    Families with a rule file use ktx's attention, whose masks are intervals; others use sdpa or eager with mask
+    matrices.
+    """
     from transformers import AutoModelForCausalLM
 
     import ktx.ops.attention as attention
@@ -115,13 +150,16 @@ def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if config.model_type in FILES:
         model.config._attn_implementation = attention.NAME
-    else:  # a family nobody here has read may use its mask elsewhere too (a sparse indexer): then it must be a matrix
+    else:  # an unknown family may read its mask elsewhere too (a sparse indexer), so the mask must be a matrix
         model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
     return model.eval().requires_grad_(False)
 
 
 def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer, or the GGUF's own when the folder has none."""
+    """Returns the folder's tokenizer, or the GGUF file's if the folder has none.
+
+    Raises BadFile if it cannot be read.
+    """
     from transformers import AutoTokenizer
 
     path = located(model)
@@ -133,11 +171,14 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise BadFile(f"{model}: no tokenizer: {str(error).strip().splitlines()[0][:300]}") from error
+        raise BadFile(f"{model}: the tokenizer cannot be read: {str(error).strip().splitlines()[0][:300]}") from error
 
 
 def generation(model: Any, folder: str | Path, source: WeightSource) -> None:
-    """The folder's generation settings; where it has none, those of a GGUF file, whose every end of an answer counts too."""
+    """Sets the model's generation configuration from the folder's generation_config.json, else from the GGUF's metadata.
+
+    Without generation_config.json all end-of-sequence tokens of the GGUF are added to the model's own.
+    """
     from transformers import GenerationConfig
 
     from ktx.weights.gguf_tokenizer import end_tokens, sampling_in
@@ -145,12 +186,14 @@ def generation(model: Any, folder: str | Path, source: WeightSource) -> None:
     if (Path(folder).expanduser() / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(str(folder))
     else:
-        own = model.generation_config.eos_token_id
-        own = [own] if isinstance(own, int) else own or []
-        ends = [*own, *(number for number in end_tokens(source.metadata, source.path) if number not in own)]
-        if len(ends) > len(own):
-            model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+        eos_ids = model.generation_config.eos_token_id
+        eos_ids = [eos_ids] if isinstance(eos_ids, int) else eos_ids or []
+        all_eos_ids = [
+            *eos_ids,
+            *(token_id for token_id in end_tokens(source.metadata, source.path) if token_id not in eos_ids),
+        ]
+        if len(all_eos_ids) > len(eos_ids):
+            model.generation_config.eos_token_id = all_eos_ids if len(all_eos_ids) > 1 else all_eos_ids[0]
         model.generation_config.update(**sampling_in(source.metadata, source.path))
-    model.generation_config.disable_compile = (
-        True  # kernels are opaque to the compiler; compiling around them costs minutes
-    )
+    # Kernels are opaque to the compiler; compiling around them costs minutes.
+    model.generation_config.disable_compile = True

@@ -397,7 +397,7 @@ def test_a_split_file_by_capitals_and_by_a_link(tmp_path, file):
 @pytest.mark.parametrize("raw", [b"", b"GGU", b"PK\x03\x04 zip", b"\x80\x02 pickle"])
 def test_what_is_none_is_not_called_missing(tmp_path, raw):
     (tmp_path / "m").write_bytes(raw)
-    with pytest.raises(KtxError, match="is a file, but no GGUF by its first four bytes"):
+    with pytest.raises(KtxError, match="is a file, but its first four bytes are not GGUF's"):
         ktx.load(tmp_path / "m", progress=False)
     (tmp_path / "m.gguf").write_bytes(raw)
     with pytest.raises(KtxError, match="GGUF"):
