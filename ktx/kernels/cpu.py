@@ -1,6 +1,7 @@
-"""The CPU kernels: `torch.ops.ktx.*` of ktx/_C.abi3.so, with gradients (gradients.py), fake versions for torch.compile, and packed matrices.
+"""The CPU kernels: `torch.ops.ktx.*` of ktx/_C.abi3.so, and the packed matrices they read.
 
-Shapes, types and errors are checked in C++ (csrc/bindings*.cpp); each operator has a plain-torch twin in reference.py.
+C++ checks shapes, dtypes and errors (csrc/bindings*.cpp). Each operator has a plain-torch equivalent in reference.py,
+gradients in gradients.py, and a fake implementation for torch.compile below.
 """
 
 from __future__ import annotations
@@ -26,26 +27,39 @@ from ktx.utils.spawn_pickle import for_pickle
 from ktx.weights.base import QuantizedTensor
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
-GROUP_ROWS = 16  # rows that are packed side by side (csrc/cpu/layout.h)
-_told = local()  # what this thread has said by `wide_rows`
-MOST_THREADS = 1024  # csrc/cpu/pool.h
-ROWS, COLUMNS = 17, 256  # of the sample that tells one order of packing from another
-PACK_ROWS = 1 << 10  # rows packed by one call, so that loading threads share the work evenly
+GROUP_ROWS = 16  # rows that are packed side by side (csrc/cpu/quant/layout.h)
+_thread = local()  # `bf16_rows` stores its arguments here, per thread
+MAX_THREADS = 1024  # the limit of csrc/cpu/runtime/pool.h
+SAMPLE_ROWS, SAMPLE_COLUMNS = 17, 256  # shape of the sample matrices of `fingerprint`
+PACK_ROWS = 1 << 10  # rows that one call packs, so that loading threads share the work evenly
 
 
 def num_threads() -> int:
-    """KTX_THREADS, or the usable physical cores within a cgroup's quota."""
+    """Returns KTX_THREADS if it is set, else the number of usable physical cores within the cgroup's quota."""
     return int(str(environment("KTX_THREADS"))) or default_threads()
 
 
 def pool_size(threads: int | None) -> int:
-    """The size of the kernels' team: `threads`, by default the usual one. UsageError for one that cannot be."""
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError(f"threads is {threads}, it must be from 1 to {MOST_THREADS}")
+    """Returns the number of threads of the kernels' thread pool.
+
+    Args:
+        threads: the requested number; None for `num_threads()`.
+
+    Raises:
+        UsageError: if `threads` is not from 1 to 1024.
+    """
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"threads is {threads}, it must be from 1 to {MAX_THREADS}")
     return threads or num_threads()
 
 
 def _load() -> Any:
+    """Loads the kernels' library, checks the KTX_* variables that it reads, and starts the thread pool.
+
+    Raises:
+        KtxError: if the library is missing or does not load.
+        UsageError: if KTX_ISA, KTX_NUMA or KTX_GEMM has an unknown value.
+    """
     if not LIBRARY.exists():
         raise KtxError(f"{LIBRARY} is missing: build it with `pip install --no-build-isolation -e .` (needs g++)")
     try:
@@ -56,7 +70,7 @@ def _load() -> Any:
         ) from error
     try:
         torch.ops.ktx.isa(), torch.ops.ktx.nodes(), torch.ops.ktx.fast_gemm()
-    except RuntimeError as error:  # KTX_ISA, KTX_NUMA or KTX_GEMM holds a word that means nothing
+    except RuntimeError as error:  # KTX_ISA, KTX_NUMA or KTX_GEMM has an unknown value
         raise UsageError(str(error).splitlines()[0]) from error
     torch.ops.ktx.set_threads(num_threads())
     return torch.ops.ktx
@@ -67,63 +81,81 @@ ops = _load()
 
 @dataclass
 class Packed:
-    """One matrix, or several of one shape, in the order the kernels read: `data` uint8, `matrices` x [n, k] of `qtype`."""
+    """One or several matrices of equal shape, packed in the order that the kernels read.
+
+    Attributes:
+        data: uint8, the packed bytes.
+        qtype: the weight type.
+        n: rows of a matrix.
+        k: columns of a matrix.
+        matrices: number of matrices.
+        ends: offsets in `data` at which the share of each NUMA node ends; empty on a machine with one node.
+        origin: arguments of `_load_again`, so that a pickle refers to the weight files; None if the matrix comes from
+            no file.
+    """
 
     data: torch.Tensor
     qtype: QType
     n: int
     k: int
     matrices: int = 1
-    ends: tuple[int, ...] = ()  # of `data`, where the memory nodes' shares end; none when there is one node
-    origin: Any = field(
-        default=None, init=False, compare=False, repr=False
-    )  # who can load it again, its name there and its number
+    ends: tuple[int, ...] = ()
+    origin: Any = field(default=None, init=False, compare=False, repr=False)
 
     def __copy__(self) -> Packed:
-        return self  # nobody writes to packed bytes: copies of a model share them
+        return self  # packed bytes are never written to, so copies of a model share them
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         return self
 
     def __reduce__(self) -> Any:
-        """Pickled as a reference to the files it was loaded from; what comes from none is written as it is packed."""
+        """Pickles a reference to the weight files; packed bytes are pickled only if the matrix comes from no file."""
         if self.origin is not None:
-            return _again, self.origin
-        about = self.qtype.name, self.n, self.k, self.matrices, self.ends
-        return _written, (for_pickle(self.data.clone()), *about, packing())
+            return _load_again, self.origin
+        metadata = self.qtype.name, self.n, self.k, self.matrices, self.ends
+        return _from_bytes, (for_pickle(self.data.clone()), *metadata, packing())
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the packed data."""
         return self.data.numel()
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """f32 [len(index), k]: rows of a single matrix, dequantised exactly. index int64."""
+        """Returns rows of a single matrix, dequantized exactly: index int64 [count] -> f32 [count, k]."""
         return ops.unpack_rows(self.data, self.qtype.code, self.n, self.k, index)
 
     def matrix(self, number: int) -> Packed:
-        """One of several that `pack_experts` made, a copy where memory nodes share them."""
-        begin, parts = 0, []
+        """Returns one of the matrices that `pack_experts` packed.
+
+        It is a view where there is one NUMA node, and a copy where several nodes hold shares of the matrix.
+        """
+        start, shares = 0, []
         for end in self.ends or (self.nbytes,):
-            size = (end - begin) // self.matrices
-            parts.append(self.data[begin + number * size : begin + (number + 1) * size])
-            begin = end
-        return Packed(parts[0] if len(parts) == 1 else torch.cat(parts), self.qtype, self.n, self.k)
+            size = (end - start) // self.matrices
+            shares.append(self.data[start + number * size : start + (number + 1) * size])
+            start = end
+        return Packed(shares[0] if len(shares) == 1 else torch.cat(shares), self.qtype, self.n, self.k)
 
 
-def _again(origin: Any, name: str, number: int) -> Packed:
-    """What a pickle refers to."""
+def _load_again(origin: Any, name: str, number: int) -> Packed:
+    """Unpickles a matrix from the weight files that its origin names."""
     packed: Packed = origin.taken(name, number)
     return packed
 
 
-def _written(
-    data: torch.Tensor, qtype: str, n: int, k: int, matrices: int, ends: tuple[int, ...], made: tuple[Any, ...]
+def _from_bytes(
+    data: torch.Tensor, qtype: str, n: int, k: int, matrices: int, ends: tuple[int, ...], packed_with: tuple[Any, ...]
 ) -> Packed:
-    """Packed bytes from a pickle. KtxError where kernels read them in another order than they were written in."""
-    if made != packing():
+    """Unpickles a matrix from packed bytes.
+
+    Raises:
+        KtxError: if the kernels of this process read another order than the bytes were packed in.
+    """
+    if packed_with != packing():
         raise KtxError(
-            "a pickle holds weights that another version of ktx packed, or another processor (instruction set, memory nodes, order):"
-            f" {made}, here {packing()}; load the model anew with ktx.load and pickle it here"
+            "the pickle holds weights that another version of ktx, or ktx on another processor, packed (instruction"
+            f" set, NUMA nodes, digest): {packed_with}, here {packing()}; load the model again with ktx.load and"
+            " pickle it here"
         )
     placed = ops.empty_packed(data.numel(), ends)
     placed.copy_(data)
@@ -131,45 +163,61 @@ def _written(
 
 
 def packing() -> tuple[Any, ...]:
-    """What decides the order of packed bytes."""
+    """Returns what determines the order of packed bytes: instruction set, number of NUMA nodes, digest."""
     return ops.isa(), ops.nodes(), fingerprint()
 
 
 @functools.cache
 def fingerprint() -> str:
-    """A digest of packed samples of every type: it changes when the order of anything in a packed matrix does."""
+    """Returns a digest of packed samples of every type.
+
+    It changes when the order of anything in a packed matrix changes.
+    """
     digest = hashlib.sha256()
     for qtype in QTYPES.values():
-        k = max(COLUMNS, qtype.block)
-        bytes_of_row = k // qtype.block * qtype.nbytes
-        rows = (torch.arange(ROWS * bytes_of_row, dtype=torch.int64) * 2654435761 >> 13 & 255).to(torch.uint8)
-        scale = torch.arange(-(-ROWS // 128) * -(-k // 128), dtype=torch.float32).view(-(-ROWS // 128), -1)
+        k = max(SAMPLE_COLUMNS, qtype.block)
+        row_bytes = k // qtype.block * qtype.nbytes
+        rows = (torch.arange(SAMPLE_ROWS * row_bytes, dtype=torch.int64) * 2654435761 >> 13 & 255).to(torch.uint8)
+        scale = torch.arange(-(-SAMPLE_ROWS // 128) * -(-k // 128), dtype=torch.float32).view(
+            -(-SAMPLE_ROWS // 128), -1
+        )
         weight = QuantizedTensor(
-            rows.view(ROWS, bytes_of_row), qtype, (ROWS, k), scale if qtype.name == "F8_E4M3" else None
+            rows.view(SAMPLE_ROWS, row_bytes), qtype, (SAMPLE_ROWS, k), scale if qtype.name == "F8_E4M3" else None
         )
         digest.update(pack(weight).data.numpy().data)
     return digest.hexdigest()
 
 
 def packed_nbytes(qtype: QType, n: int, k: int, matrices: int = 1) -> int:
-    """Bytes of packed matrices; RuntimeError when k is not whole blocks."""
+    """Returns the bytes of packed matrices [n, k].
+
+    Raises:
+        RuntimeError: if k is not a multiple of the block size.
+    """
     return matrices * ops.packed_nbytes(qtype.code, n, k)
 
 
 def pack(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None = None) -> Packed:
-    """Weights [n, k] or [matrices, n, k] (or one part a matrix, all of one type) -> packed, in memory of its own.
+    """Packs weights in the order that `linear` and `linear_batched` read, into memory of their own.
 
-    `to` (INT8_128, INT4_64, INT4_128, Q4_0, Q8_0) quantises on the way. May run in several threads at once: the work is done outside Python's lock.
-    Of one matrix each memory node holds a share of the rows, of several a share of the matrices.
+    Several threads may call it at once because the work is done outside the GIL. Each NUMA node holds a share of the
+    rows of a single matrix, or a share of the matrices if there are several.
+
+    Args:
+        weight: [n, k] or [matrices, n, k], or a sequence of such parts of one type and shape.
+        to: quantizes to this type on the way (INT8_128, INT4_64, INT4_128, Q4_0, Q8_0).
+
+    Raises:
+        KtxError: if the matrices differ in shape or type.
     """
-    matrices, n, k, qtype = _whole(weight, to)
+    matrices, n, k, qtype = _list_matrices(weight, to)
     size, nodes = ops.packed_nbytes(qtype.code, n, k), ops.nodes()
     groups, count = -(-n // GROUP_ROWS), len(matrices)
-    shares = [
+    node_ends = [
         ops.share_of(groups, i + 1) * (size // groups) if count == 1 else count * (i + 1) // nodes * size
         for i in range(nodes)
     ]
-    ends = tuple(shares) if nodes > 1 else ()
+    ends = tuple(node_ends) if nodes > 1 else ()
     data = ops.empty_packed(size * count, ends)
     for i, matrix in enumerate(matrices):
         _pack_rows(matrix, range(n), qtype if to is not None else None, data[i * size : (i + 1) * size])
@@ -177,114 +225,150 @@ def pack(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None =
 
 
 def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None = None) -> Packed:
-    """As `pack`, in the order that `experts` reads: of each memory node in turn, its share of the rows of every matrix."""
-    matrices, n, k, qtype = _whole(weight, to)
-    size, nodes, groups = ops.packed_nbytes(qtype.code, n, k), ops.nodes(), -(-n // GROUP_ROWS)
-    group, count = size // groups, len(matrices)
-    first = [ops.share_of(groups, node) for node in range(nodes + 1)]
-    ends = tuple(end * group * count for end in first[1:]) if nodes > 1 else ()
-    data = ops.empty_packed(size * count, ends)
-    for begin, end in zip(first, first[1:], strict=False):
-        share = (end - begin) * group
+    """Packs as `pack` does, in the order that `experts` reads.
+
+    The share of each NUMA node follows in turn, and consists of that node's rows of every matrix.
+    """
+    matrices, n, k, qtype = _list_matrices(weight, to)
+    matrix_bytes, nodes, groups = ops.packed_nbytes(qtype.code, n, k), ops.nodes(), -(-n // GROUP_ROWS)
+    group_bytes, num_matrices = matrix_bytes // groups, len(matrices)
+    first_groups = [ops.share_of(groups, node) for node in range(nodes + 1)]
+    ends = tuple(end * group_bytes * num_matrices for end in first_groups[1:]) if nodes > 1 else ()
+    data = ops.empty_packed(matrix_bytes * num_matrices, ends)
+    for start, end in zip(first_groups, first_groups[1:], strict=False):
+        share_bytes = (end - start) * group_bytes
         for i, matrix in enumerate(matrices):
-            at = begin * group * count + i * share
-            if share:
-                rows = range(begin * GROUP_ROWS, min(n, end * GROUP_ROWS))
-                _pack_rows(matrix, rows, qtype if to is not None else None, data[at : at + share])
-    return Packed(data, qtype, n, k, count, ends)
+            offset = start * group_bytes * num_matrices + i * share_bytes
+            if share_bytes:
+                rows = range(start * GROUP_ROWS, min(n, end * GROUP_ROWS))
+                _pack_rows(matrix, rows, qtype if to is not None else None, data[offset : offset + share_bytes])
+    return Packed(data, qtype, n, k, num_matrices, ends)
 
 
-def _shares_of(w: Packed) -> Iterator[tuple[int, int, int]]:
-    """Of a matrix among experts, each memory node's share: first byte in the matrix, bytes, and where those of the first matrix are in `data`."""
-    size = packed_nbytes(w.qtype, w.n, w.k)
+def _node_shares(w: Packed) -> Iterator[tuple[int, int, int]]:
+    """Yields the share of each NUMA node of a matrix that `pack_experts` packed.
+
+    Yields:
+        First byte of the share in the matrix, bytes of the share, and offset in `data` of the first matrix's share.
+    """
+    matrix_bytes = packed_nbytes(w.qtype, w.n, w.k)
     groups = -(-w.n // GROUP_ROWS)
     for node in range(ops.nodes()):
-        begin, end = (ops.share_of(groups, at) * (size // groups) for at in (node, node + 1))
-        if end > begin:
-            yield begin, end - begin, begin * w.matrices
+        start, end = (ops.share_of(groups, index) * (matrix_bytes // groups) for index in (node, node + 1))
+        if end > start:
+            yield start, end - start, start * w.matrices
 
 
-def with_expert(w: Packed, index: int, one: Packed) -> Packed:
-    """The same matrices but one, in memory of their own."""
+def with_expert(w: Packed, index: int, expert: Packed) -> Packed:
+    """Returns a copy of the matrices in which the matrix `index` is replaced."""
     data = ops.empty_packed(w.nbytes, w.ends)
     data.copy_(w.data)
-    for begin, size, at in _shares_of(w):
-        data[at + index * size : at + (index + 1) * size] = one.data[begin : begin + size]
+    for start, size, offset in _node_shares(w):
+        data[offset + index * size : offset + (index + 1) * size] = expert.data[start : start + size]
     return Packed(data, w.qtype, w.n, w.k, w.matrices, w.ends)
 
 
-def _whole(
+def _list_matrices(
     weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None
 ) -> tuple[list[QuantizedTensor], int, int, QType]:
-    """The matrices, their shape, and the type they are packed as."""
+    """Returns the matrices one by one, their shape, and the type they are packed as."""
     parts = [weight] if isinstance(weight, QuantizedTensor) else list(weight)
     matrices = [part[i] for part in parts for i in range(part.shape[0])] if len(parts[0].shape) == 3 else parts
     first = matrices[0]
     n, k = first.shape
     if any(m.shape != (n, k) or m.qtype is not first.qtype for m in matrices):
-        raise KtxError(f"matrices of one packed tensor differ: {sorted({(m.shape, m.qtype.name) for m in matrices})}")
+        raise KtxError(
+            "the matrices of a packed tensor differ in shape or type:"
+            f" {sorted({(m.shape, m.qtype.name) for m in matrices})}"
+        )
     return matrices, n, k, to or first.qtype
 
 
 def _pack_rows(matrix: QuantizedTensor, rows: range, to: QType | None, data: torch.Tensor) -> None:
-    """Some rows of a matrix, from a multiple of FP8_BLOCK on where it has scales, into the memory of as many rows."""
+    """Packs some rows of a matrix into `data`, which holds as many rows.
+
+    The first row must be a multiple of FP8_BLOCK if the matrix has scales.
+    """
     n, k = matrix.shape
     scale = None if to is not None or matrix.scale is None else matrix.scale
     if scale is not None:
         scale = scale[rows.start // FP8_BLOCK : -(-rows.stop // FP8_BLOCK)].contiguous()
     for row in range(rows.start, rows.stop, PACK_ROWS):
-        some = matrix.data.reshape(n, -1)[row : min(row + PACK_ROWS, rows.stop)]
+        chunk = matrix.data.reshape(n, -1)[row : min(row + PACK_ROWS, rows.stop)]
         if to is not None:
-            some = ops.quantise_rows(_values(matrix, some, row), to.code)
-        ops.pack(some, (to or matrix.qtype).code, len(rows), k, data, row - rows.start, scale)
+            chunk = ops.quantise_rows(_dequantized_rows(matrix, chunk, row), to.code)
+        ops.pack(chunk, (to or matrix.qtype).code, len(rows), k, data, row - rows.start, scale)
 
 
-def _values(matrix: QuantizedTensor, rows: torch.Tensor, row: int) -> torch.Tensor:
-    """f32 of some of a matrix's rows, which begin at a multiple of FP8_BLOCK."""
+def _dequantized_rows(matrix: QuantizedTensor, rows: torch.Tensor, first_row: int) -> torch.Tensor:
+    """Dequantizes rows of a matrix to f32 [rows, k].
+
+    The first row must be a multiple of FP8_BLOCK if the matrix has scales.
+    """
     scale = matrix.scale
     if scale is not None:
-        scale = scale[row // FP8_BLOCK : -(-(row + len(rows)) // FP8_BLOCK)]
+        scale = scale[first_row // FP8_BLOCK : -(-(first_row + len(rows)) // FP8_BLOCK)]
     return matrix.qtype.dequantize(rows, scale).reshape(len(rows), matrix.shape[-1]).contiguous()
 
 
 @contextmanager
 def bf16_rows(tokens: int, ranges: Sequence[int] = ()) -> Iterator[None]:
-    """Inside, of this thread's calls with `tokens` rows the `ranges` (first, count, first, count, ...) are multiplied in bf16 over tile registers where
-    there are some, and no other rows are. Outside it is the pages of 64 that a call's rows fill: see csrc/cpu/wide.h.
+    """Selects the rows that this thread's next calls multiply in bf16, where the CPU has tile registers for that.
+
+    Inside the context, calls with `tokens` rows multiply the `ranges` in bf16 and all other rows in int8. Outside it,
+    the kernels multiply in bf16 the rows that fill pages of 64 tokens: see csrc/cpu/driver/bf16_rows.h.
+
+    Args:
+        tokens: number of rows of the calls that this applies to.
+        ranges: first, count, first, count, ...
     """
-    before = rows_told()
-    _told.rows = (tokens, tuple(ranges))
+    previous = rows_told()
+    _thread.rows = (tokens, tuple(ranges))
     ops.wide_rows(tokens, ranges)
     try:
         yield
     finally:
-        _told.rows = before
-        ops.wide_rows(*before)
+        _thread.rows = previous
+        ops.wide_rows(*previous)
 
 
 def rows_told() -> tuple[int, tuple[int, ...]]:
-    """What `wide_rows` has said on this thread, for one that computes on its behalf."""
-    tokens, ranges = getattr(_told, "rows", (-1, ()))
+    """Returns the arguments of the current `bf16_rows` of this thread, for a thread that computes on its behalf."""
+    tokens, ranges = getattr(_thread, "rows", (-1, ()))
     return tokens, ranges
 
 
 def wide_part(first: int, count: int) -> AbstractContextManager[None]:
-    """The same for calls with `count` of the rows alone, from `first` on, which are wide if all of them were."""
+    """Selects bf16 for calls with only the rows `first` to `first + count` of a batch.
+
+    They are multiplied in bf16 if the current `bf16_rows` selects all of them.
+    """
     _, ranges = rows_told()
     inside = any(
-        at <= first and first + count <= at + length for at, length in zip(ranges[::2], ranges[1::2], strict=True)
+        start <= first and first + count <= start + length
+        for start, length in zip(ranges[::2], ranges[1::2], strict=True)
     )
     return bf16_rows(count, (0, count) if inside else ())
 
 
 def linear(x: torch.Tensor, w: Packed, bias: torch.Tensor | None = None, wide: bool = False) -> torch.Tensor:
-    """x [..., k] (f32, f16, bf16) times w [n, k] transposed plus bias f32 [n] -> [..., n] in x's dtype. `wide`: all rows are, see `wide_rows`."""
+    """Multiplies by a packed matrix: x [..., k] (f32, f16, bf16) times w [n, k] transposed, plus bias f32 [n].
+
+    Args:
+        x: the activations.
+        w: the packed matrix.
+        bias: f32 [n].
+        wide: whether all rows are multiplied in bf16, see `bf16_rows`.
+
+    Returns:
+        [..., n] in x's dtype.
+    """
     gradients.backward_only(x)
     return ops.linear(x.contiguous(), w.data, w.qtype.code, w.n, w.k, bias, wide)
 
 
 def linear_batched(x: torch.Tensor, w: Packed) -> torch.Tensor:
-    """x [matrices, tokens, k] times each matrix of w transposed -> [matrices, tokens, n]."""
+    """Multiplies x [matrices, tokens, k] by each matrix of w transposed -> [matrices, tokens, n]."""
     gradients.backward_only(x)
     return ops.linear_batched(x.contiguous(), w.data, w.qtype.code, w.n, w.k)
 
@@ -304,7 +388,20 @@ def experts(
     limit: float = 0.0,
     counts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [tokens, hidden], ids int64 and weights f32 [tokens, top] -> [tokens, hidden] in x's dtype; see reference.experts. Adds to `counts`, see `Counted`."""
+    """Computes routed experts on packed weights; see reference.experts.
+
+    Args:
+        x: [tokens, hidden].
+        ids: int64 [tokens, top].
+        weights: f32 [tokens, top].
+        gate, up, down: the experts' matrices, packed by `pack_experts`.
+        gate_bias, up_bias, down_bias: f32.
+        act: the activation; `alpha` and `limit` are its parameters.
+        counts: a tensor of `new_stats` to which the kernel adds its statistics, see `ExpertStats`.
+
+    Returns:
+        [tokens, hidden] in x's dtype.
+    """
     return gradients.experts(
         x,
         ids,
@@ -329,10 +426,15 @@ def experts(
 
 @dataclass(frozen=True)
 class ExpertStats:
-    """What experts have done: choices of each, bytes of packed weights read, seconds from the calls' beginning to their end, and seconds
-    that each memory node's members multiplied in, on average over these members.
+    """Statistics of routed experts.
 
-    Every pass over the weights (of up to 2048 tokens) reads the experts that one of its tokens chose, once.
+    A pass over the weights (of up to 2048 tokens) reads each expert that one of its tokens selected once.
+
+    Attributes:
+        activations: how often each expert was selected.
+        nbytes: bytes of packed weights read.
+        seconds: time from the start of the calls to their end.
+        node_seconds: for each NUMA node, the time that its workers spent multiplying, averaged over these workers.
     """
 
     activations: tuple[int, ...]
@@ -342,14 +444,17 @@ class ExpertStats:
 
     @classmethod
     def read(cls, counts: torch.Tensor) -> ExpertStats:
-        """From a tensor of `new_counts`, also while kernels add to it."""
-        numbers, others = counts.tolist(), 2 + ops.nodes()
-        nbytes, nanoseconds, *of_nodes = numbers[-others:]
-        return cls(tuple(numbers[:-others]), nbytes, nanoseconds / 1e9, tuple(n / 1e9 for n in of_nodes))
+        """Reads a tensor of `new_stats`; kernels may add to it at the same time."""
+        values, num_totals = counts.tolist(), 2 + ops.nodes()
+        nbytes, nanoseconds, *node_nanoseconds = values[-num_totals:]
+        return cls(tuple(values[:-num_totals]), nbytes, nanoseconds / 1e9, tuple(n / 1e9 for n in node_nanoseconds))
 
 
 def new_stats(experts: int) -> torch.Tensor:
-    """int64 zeros, what `experts` and the MoE block add to: activations, bytes, nanoseconds, and those of each node."""
+    """Returns int64 zeros, to which `experts` and the MoE block add their statistics.
+
+    The elements are the activations of each expert, bytes, nanoseconds, and nanoseconds of each NUMA node.
+    """
     return torch.zeros(experts + 2 + ops.nodes(), dtype=torch.int64, device="cpu")
 
 
@@ -378,7 +483,9 @@ def _(packed, code, n, k, rows):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("ktx::attention")
-def _(q, k, v, ranges, mask, scale, sinks=None, softcap=0.0, q_rope=None, k_rope=None, sequences=None, pages=None):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    q, k, v, ranges, mask, scale, sinks=None, softcap=0.0, q_rope=None, k_rope=None, sequences=None, pages=None
+):
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 
@@ -421,7 +528,7 @@ def _(gate, up, act):  # type: ignore[no-untyped-def]
 
 
 gradients.register()
-if (
-    "torch.utils.flop_counter" in sys.modules
-):  # else ktx.integrations.experts_interface sees to it when that is imported, which imports triton
+# torch.utils.flop_counter is not imported here because it imports triton. If it is imported later,
+# ktx.integrations.experts_interface registers the formulas then.
+if "torch.utils.flop_counter" in sys.modules:
     flops.register()

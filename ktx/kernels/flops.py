@@ -1,4 +1,7 @@
-"""How many operations the CPU kernels stand for, for torch.utils.flop_counter: those of the same products in torch, whatever weights are packed as."""
+"""FLOP formulas of the CPU kernels for torch.utils.flop_counter.
+
+A kernel counts as many operations as the same products in torch, whatever type the weights are packed as.
+"""
 
 from __future__ import annotations
 
@@ -19,34 +22,35 @@ def _linear_backward(grad: Shape, *rest: Any, **more: Any) -> int:
     return _linear(grad, *rest, **more)
 
 
-def _of_experts(ids: Shape, hidden: int, ff: int) -> int:
+def _expert_flops(ids: Shape, hidden: int, ff: int) -> int:
+    """FLOPs of gate, up and down products of routed experts: `ids` is [tokens, top]."""
     return 2 * 3 * prod(ids) * hidden * ff
 
 
 def _experts(x: Shape, ids: Shape, weights: Shape, *rest: Any, **more: Any) -> int:
-    return _of_experts(ids, x[-1], rest[7])
+    return _expert_flops(ids, x[-1], rest[7])
 
 
 def _experts_backward(grad: Shape, x: Shape, ids: Shape, weights: Shape, *rest: Any, **more: Any) -> int:
-    return _of_experts(ids, x[-1], rest[7])
+    return _expert_flops(ids, x[-1], rest[7])
 
 
-def _scores(q: Shape, keys: int, columns: int) -> int:
-    """Of queries [B, H, S, D] with so many keys, products over so many columns in all."""
+def _attention_flops(q: Shape, keys: int, columns: int) -> int:
+    """FLOPs of attention for queries [B, H, S, D] and `keys` keys, with products over `columns` columns in all."""
     return 2 * prod(q[:3]) * keys * columns
 
 
 def _attention(q: Shape, k: Shape, v: Shape, *rest: Any, **more: Any) -> int:
-    ropes = [given[-1] for given in rest[5:6] if given is not None] or [0]
-    return _scores(q, k[2], q[3] + v[3] + ropes[0])
+    rope_columns = [shape[-1] for shape in rest[5:6] if shape is not None] or [0]
+    return _attention_flops(q, k[2], q[3] + v[3] + rope_columns[0])
 
 
 def _mla_attention(q_nope: Shape, q_rope: Shape, latent: Shape, *rest: Any, **more: Any) -> int:
-    return _scores(q_nope, latent[-2], 2 * q_nope[3] + q_rope[3])
+    return _attention_flops(q_nope, latent[-2], 2 * q_nope[3] + q_rope[3])
 
 
-def _again(forward: Callable[..., int]) -> Callable[..., int]:
-    """Of a backward that makes the scores again, as torch counts its own: five products for two."""
+def _backward_flops(forward: Callable[..., int]) -> Callable[..., int]:
+    """Returns the formula of a backward that recomputes the scores: five products for two, as torch counts its own."""
     return lambda grad, *rest, **more: forward(*rest, **more) * 5 // 2
 
 
@@ -59,13 +63,13 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "linear_backward": _linear_backward,
     "linear_batched_backward": _linear_backward,
     "experts_backward": _experts_backward,
-    "attention_backward": _again(_attention),
-    "mla_attention_backward": _again(_mla_attention),
+    "attention_backward": _backward_flops(_attention),
+    "mla_attention_backward": _backward_flops(_mla_attention),
 }
 
 
 def register() -> None:
-    """Makes the formulas known to torch; once, after the kernels are loaded."""
+    """Registers the formulas with torch; called once, after the kernels are loaded."""
     from torch.utils.flop_counter import register_flop_formula
 
     for kernel, formula in FORMULAS.items():

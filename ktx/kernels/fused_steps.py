@@ -1,4 +1,7 @@
-"""Modules made into steps of the block kernels (csrc/bindings_blocks.cpp): what is the same at every call is handed over once."""
+"""Handles of the fused kernels (csrc/bindings_blocks.cpp), which run modules as steps of one C++ call.
+
+The weights and options of a module, which are equal in every call, are passed once, when its step is created.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,34 @@ from ktx.kernels.gradients import backward_only, refuse
 
 
 class FusedStepHandle:
-    """What `mla_step`, `gqa_step` or `moe_step` made of a module's weights and style; it is forgotten with the object."""
+    """A step that `mla_step`, `gqa_step` or `moe_step` created from a module's weights and options.
 
-    def __init__(self, make: str, *args: Any):
-        self.made = make, args
-        self.number: int = getattr(ops, make)(*args)
-        finalize(self, ops.forget_step, self.number).atexit = False
+    The C++ step is freed together with this object.
+    """
 
-    def __reduce__(self) -> Any:  # a copy has a number of its own
-        make, args = self.made
-        return FusedStepHandle, (make, *args)
+    def __init__(self, factory: str, *args: Any):
+        self.factory_args = factory, args
+        self.step_id: int = getattr(ops, factory)(*args)
+        finalize(self, ops.forget_step, self.step_id).atexit = False
+
+    def __reduce__(self) -> Any:  # a copy creates a step of its own
+        factory, args = self.factory_args
+        return FusedStepHandle, (factory, *args)
 
 
 def run(x: torch.Tensor, steps: Sequence[FusedStepHandle], outs: Sequence[torch.Tensor], *args: Any) -> None:
-    """Steps one after another on x f32 [B, S, D]; each of `outs`, shaped as x, gets the result of as many of them, one or two.
+    """Runs steps one after another on x f32 [B, S, D].
 
-    What follows is what attention needs: of each step that attends the two tensors of its cache, positions in it, cos, sin, ranges, mask,
-    sequences, pages, slots.
+    Args:
+        x: the input of the first step.
+        steps: the steps, one or two per output.
+        outs: output tensors, shaped as x; each receives the result of its share of the steps.
+        args: the arguments of attention: the two KV cache tensors of each step that attends, the past length, cos,
+            sin, ranges, mask, sequences, pages, slots.
+
+    Raises:
+        NoGradient: if autograd records x.
     """
     backward_only(x)
     refuse("a fused call", "call the modules one by one, or under torch.no_grad()", x)
-    ops.run_steps(x, outs, [step.number for step in steps], *(args or ([],)))
+    ops.run_steps(x, outs, [step.step_id for step in steps], *(args or ([],)))
