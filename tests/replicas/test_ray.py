@@ -263,7 +263,7 @@ def test_a_replica_that_is_killed_takes_only_its_own_answers_with_it(server):
         assert again == ["Good day, to you!"] * 4
         for job in jobs:
             job.result()
-    broken = {name for name, lines in ends if "has ended" in lines[-2]}
+    broken = {name for name, lines in ends if "died" in lines[-2]}
     assert all(lines[-1] == "data: [DONE]" for _, lines in ends) and len(broken) == 1
     assert all(len(lines) > 300 for name, lines in ends if name not in broken)
     server.ready(2)
