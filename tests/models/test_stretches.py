@@ -274,7 +274,7 @@ def test_layers_of_another_kind_begin_a_stretch(tmp_path):
 
 
 def numbers(model):
-    return {step.number for layer in modules(model, Layer) if layer.stretch for step in layer.stretch.steps}
+    return {step.step_id for layer in modules(model, Layer) if layer.stretch for step in layer.stretch.steps}
 
 
 def test_a_copied_body_is_one_of_its_own(model):
@@ -295,7 +295,7 @@ def test_a_copied_body_is_one_of_its_own(model):
 def test_steps_go_with_their_model(tmp_path):
     model = Pair(tmp_path, "qwen3_moe", "Q8_0").model
     decode(model)
-    step = modules(model, Layer)[0].stretch.steps[0].number
+    step = modules(model, Layer)[0].stretch.steps[0].step_id
     weights = weakref.ref(next(m for m in model.modules() if type(m).__name__ == "Experts"))
     del model
     gc.collect()
@@ -305,7 +305,7 @@ def test_steps_go_with_their_model(tmp_path):
 
 
 def test_a_call_that_does_not_fit_says_so(model):
-    steps = [step.number for step in modules(model, Layer)[0].stretch.steps]
+    steps = [step.step_id for step in modules(model, Layer)[0].stretch.steps]
     width = model.config.hidden_size
     x, out = torch.zeros(1, 1, width), torch.zeros(1, 1, width)
     for wrong, said in (
