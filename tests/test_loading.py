@@ -428,7 +428,7 @@ def test_too_little_memory_is_said_before_loading(qwen, monkeypatch):
         ("FOLDER", "/no/such/file.gguf", "no such file or folder"),
         ("EMPTY", "FOLDER/m.gguf", "has no config.json"),
         ("BROKEN", "FOLDER/m.gguf", "is no JSON"),
-        ("FOLDER", "FOLDER/config.json", "is no GGUF file"),
+        ("FOLDER", "FOLDER/config.json", "is not a GGUF file"),
         ("FOLDER", "EMPTY", "no .gguf and no .safetensors"),
     ],
 )
@@ -563,10 +563,10 @@ def check_packed_weights_on_disk(parent, folder, tmp_path, maps):
 def test_mapped_weights_move_to_memory(tmp_path):
     """The same bytes at the same addresses, no longer the file's pages."""
     from ktx.kernels import cpu
-    from ktx.kernels.packed_cache import MOVED, promote_to_huge_pages
+    from ktx.kernels.packed_cache import PROMOTE_CHUNK_BYTES, promote_to_huge_pages
 
     huge = 2 << 20
-    content = torch.randint(0, 256, (MOVED + 3 * huge + 777,), dtype=torch.uint8)
+    content = torch.randint(0, 256, (PROMOTE_CHUNK_BYTES + 3 * huge + 777,), dtype=torch.uint8)
     content.numpy().tofile(tmp_path / "w.bin")
     mapped = cpu.ops.map_file(str(tmp_path / "w.bin"))
     start = mapped.data_ptr()
@@ -578,7 +578,7 @@ def test_mapped_weights_move_to_memory(tmp_path):
     assert of_the_file() == [(0, (len(content) + 4095) // 4096 * 4096)]
     promote_to_huge_pages(mapped, threading.Event())
     assert mapped.data_ptr() == start and torch.equal(mapped, content)
-    assert of_the_file() == [(MOVED + 3 * huge, MOVED + 3 * huge + 4096)]  # less than a huge page stays
+    assert of_the_file() == [(PROMOTE_CHUNK_BYTES + 3 * huge, PROMOTE_CHUNK_BYTES + 3 * huge + 4096)]  # less than a huge page stays
     with pytest.raises(RuntimeError, match="multiple of a huge page"):
         cpu.ops.to_memory(mapped, 4096, 4096)
     with pytest.raises(RuntimeError, match="cannot be opened"):
@@ -587,7 +587,7 @@ def test_mapped_weights_move_to_memory(tmp_path):
 
 def test_a_cache_folder_that_cannot_be(qwen, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cache_dir .*file.*cannot be made"):
+    with pytest.raises(UsageError, match="cache_dir .*file.*cannot be created"):
         load(qwen[0], cache_dir=tmp_path / "file" / "below")
     with monkeypatch.context() as patch, pytest.raises(DoesNotFit, match="0.0 GB are free on that disk"):
         patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
@@ -597,6 +597,6 @@ def test_a_cache_folder_that_cannot_be(qwen, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.warns(UserWarning, match="were not kept: No space left"):
+    with pytest.warns(UserWarning, match="were not cached: No space left"):
         model = load(qwen[0], cache_dir=tmp_path / "packed")
     assert logits(model).isfinite().all() and not list((tmp_path / "packed").iterdir())

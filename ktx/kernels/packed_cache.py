@@ -1,8 +1,11 @@
-"""Packed weights on disk, so that a second start only maps them. What is mapped can be used at once, and moves to huge pages behind the model's back.
+"""A disk cache of packed weights, so that a second start maps them instead of packing again.
 
-A folder holds one model as one machine packs it: `packed.bin`, every matrix at a multiple of a page, and `index.json`, written last, so that
-a folder without it is one whose writer was stopped. What the folder's name is made of decides when it may be used: the weight files (path, size,
-time of change), the plan, the instruction set, the memory nodes, and how a fixed sample of every type comes out of packing.
+Mapped weights can be used at once; a background thread moves them to huge pages.
+
+A folder holds one model as one machine packs it: `packed.bin`, with every matrix at a multiple of a page, and
+`index.json`, which is written last, so that a folder without it is incomplete. The folder's name is a digest of
+everything that must be equal for it to be used: the weight files (path, size, modification time), the plan, the
+instruction set, the NUMA nodes, and the packed bytes of a fixed sample of every type.
 """
 
 from __future__ import annotations
@@ -24,51 +27,73 @@ from ktx.errors import DoesNotFit, KtxError, UsageError
 from ktx.kernels import cpu
 from ktx.quant.types import QTYPES
 
-PAGE = 4096
-PIECE = 256 << 20  # bytes written at once
-MOVED = 8 << 20  # bytes moved to memory at once
-QUIET, PATIENCE = (
-    0.1,
-    0.25,
-)  # seconds without a kernel after which weights are moved, and after which one piece is moved all the same
-_loading = threading.local()
+PAGE_BYTES = 4096
+WRITE_CHUNK_BYTES = 256 << 20  # bytes of one write to disk
+PROMOTE_CHUNK_BYTES = 8 << 20  # bytes that are moved to huge pages at once
+# A chunk is moved when no kernel has run for IDLE_S seconds, or after MAX_WAIT_S seconds in any case.
+IDLE_S, MAX_WAIT_S = 0.1, 0.25
+_context = threading.local()  # arguments of `loading`, per thread
 
 
-def cached_pack(make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
-    """What an operator's `load` packs: made, or found on disk when the model is loaded with a folder for it; then `make` is not called."""
-    if not getattr(_loading, "name", ""):
-        return make()
-    name, store, origin = f"{_loading.name}#{_loading.count}", _loading.store, _loading.origin
-    _loading.count += 1
-    made = make() if store is None else store.get_or_pack(name, make)
-    return made if origin is None else origin.known(name, made)
+def cached_pack(pack: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
+    """Returns packed weights from the cache, or packs them.
+
+    Inside `loading` with a complete cache folder the weights are mapped from disk and `pack` is not called. With a new
+    folder they are packed and written to it.
+
+    Args:
+        pack: packs the weights.
+    """
+    if not getattr(_context, "name", ""):
+        return pack()
+    name, store, origin = f"{_context.name}#{_context.count}", _context.store, _context.origin
+    _context.count += 1
+    packed = pack() if store is None else store.get_or_pack(name, pack)
+    return packed if origin is None else origin.known(name, packed)
 
 
 @contextmanager
 def loading(name: str, store: PackedCache | None, origin: Origin | None) -> Iterator[None]:
-    """While an operator of this name loads: where its packed weights are stored, and who can load them again."""
-    _loading.name, _loading.store, _loading.origin, _loading.count = name, store, origin, 0
+    """Sets the cache for the operator that this thread loads.
+
+    Args:
+        name: the operator's name.
+        store: the cache of packed weights; None for no cache.
+        origin: registers packed weights for pickling; None for no pickling.
+    """
+    _context.name, _context.store, _context.origin, _context.count = name, store, origin, 0
     try:
         yield
     finally:
-        _loading.name = ""
+        _context.name = ""
 
 
 class Origin(Protocol):
-    """Who can load packed weights again, for pickles."""
+    """The weight files that packed weights were loaded from, for pickles of a model."""
 
-    def known(self, name: str, made: list[cpu.Packed]) -> list[cpu.Packed]:
-        """The weights, which refer to their origin from now on."""
+    def known(self, name: str, packed: list[cpu.Packed]) -> list[cpu.Packed]:
+        """Sets `origin` of the packed weights of the operator `name` and returns them."""
 
 
 class PackedCache:
-    """One model's folder: read when it is whole, else written while the model is loaded."""
+    """The cache folder of one model.
 
-    def __init__(self, folder: Path, need: int):
+    A complete folder is read; otherwise a new one is written while the model is loaded, under a temporary name until
+    `commit`.
+
+    Attributes:
+        found: whether a complete folder was found.
+
+    Raises:
+        UsageError: if the folder cannot be created or written.
+        DoesNotFit: if the disk has not enough free space.
+    """
+
+    def __init__(self, folder: Path, required_bytes: int):
         self.folder, self.lock = folder, threading.Lock()
         self.entries: dict[str, list[dict[str, Any]]] = {}
-        self.size, self.trouble = 0, ""
-        index = _index(folder)
+        self.size, self.error = 0, ""
+        index = _read_index(folder)
         self.found = index is not None
         self.file: Any = None
         self.data: torch.Tensor | None = None
@@ -76,38 +101,43 @@ class PackedCache:
             self.entries, self.size = index["matrices"], index["size"]
             self.data = cpu.ops.map_file(str(folder / "packed.bin"))
             return
-        self._room(need)
-        self.draft = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        shutil.rmtree(self.draft, ignore_errors=True)
-        self.draft.mkdir()
-        self.file = open(self.draft / "packed.bin", "wb", buffering=0)  # noqa: SIM115  # closed by finish
+        self._check_space(required_bytes)
+        self.partial_folder = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+        shutil.rmtree(self.partial_folder, ignore_errors=True)
+        self.partial_folder.mkdir()
+        # `commit` or `abort` closes it.
+        self.file = open(self.partial_folder / "packed.bin", "wb", buffering=0)  # noqa: SIM115
 
-    def _room(self, need: int) -> None:
+    def _check_space(self, required_bytes: int) -> None:
+        """Creates the parent folder and checks that it is writable and has enough free space."""
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"cache_dir {self.folder.parent}: cannot be made: {error.strerror}") from error
+            raise UsageError(f"cache_dir {self.folder.parent}: cannot be created: {error.strerror}") from error
         if not os.access(self.folder.parent, os.W_OK):
-            raise UsageError(f"cache_dir {self.folder.parent}: cannot be written")
-        free = shutil.disk_usage(self.folder.parent).free
-        if need > free:
+            raise UsageError(f"cache_dir {self.folder.parent}: is not writable")
+        free_bytes = shutil.disk_usage(self.folder.parent).free
+        if required_bytes > free_bytes:
             raise DoesNotFit(
-                f"cache_dir {self.folder.parent}: the packed weights need {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on that disk"
+                f"cache_dir {self.folder.parent}: the packed weights need {required_bytes / 1e9:.1f} GB,"
+                f" {free_bytes / 1e9:.1f} GB are free on that disk"
             )
 
-    def get_or_pack(self, name: str, make: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
+    def get_or_pack(self, name: str, pack: Callable[[], list[cpu.Packed]]) -> list[cpu.Packed]:
+        """Returns the entry `name`, mapped from disk, or packs it and writes it to the folder."""
         if self.found and name in self.entries:
             return [self._map(entry) for entry in self.entries[name]]
-        made = make()
+        packed = pack()
         if self.found:
-            return made
-        self.entries[name] = [self._write(packed) for packed in made]
-        return made
+            return packed
+        self.entries[name] = [self._write(matrix) for matrix in packed]
+        return packed
 
     def _map(self, entry: dict[str, Any]) -> cpu.Packed:
+        """Maps one matrix. Where its rows are shared by several NUMA nodes it is copied to their memory."""
         assert self.data is not None
         data = self.data[entry["at"] : entry["at"] + entry["nbytes"]]
-        if entry["ends"] and cpu.ops.nodes() > 1:  # a file's pages lie on any node
+        if entry["ends"] and cpu.ops.nodes() > 1:  # pages of a file may be on any node
             placed = cpu.ops.empty_packed(entry["nbytes"], entry["ends"])
             placed.copy_(data)
             data = placed
@@ -116,17 +146,20 @@ class PackedCache:
         return cpu.Packed(data, QTYPES[entry["type"]], entry["n"], entry["k"], entry["matrices"], tuple(entry["ends"]))
 
     def _write(self, packed: cpu.Packed) -> dict[str, Any]:
+        """Writes one matrix to `packed.bin` and returns its index entry. An error is stored for `commit`."""
         with self.lock:
-            at, self.size = self.size, -(-(self.size + packed.nbytes) // PAGE) * PAGE
-        if not self.trouble:
+            offset, self.size = self.size, -(-(self.size + packed.nbytes) // PAGE_BYTES) * PAGE_BYTES
+        if not self.error:
             try:
-                view, done = packed.data.numpy().data, 0
-                while done < len(view):
-                    done += os.pwrite(self.file.fileno(), view[done : done + PIECE], at + done)
+                view, written = packed.data.numpy().data, 0
+                while written < len(view):
+                    written += os.pwrite(
+                        self.file.fileno(), view[written : written + WRITE_CHUNK_BYTES], offset + written
+                    )
             except OSError as error:
-                self.trouble = error.strerror or str(error)
+                self.error = error.strerror or str(error)
         return {
-            "at": at,
+            "at": offset,
             "nbytes": packed.nbytes,
             "type": packed.qtype.name,
             "n": packed.n,
@@ -136,73 +169,97 @@ class PackedCache:
         }
 
     def commit(self) -> str:
-        """After loading: what a person should be told, "" when there is nothing. A folder is complete from here on, or not there."""
+        """Completes the folder after loading; renaming it makes it visible to other processes.
+
+        Returns:
+            A warning for the user if the weights were not cached, else "".
+        """
         if self.found:
             if cpu.ops.nodes() == 1:
-                self._start_moving()
+                self._start_promotion()
             return ""
-        if not self.trouble:
+        if not self.error:
             try:
                 self.file.truncate(self.size)
                 os.fsync(self.file.fileno())
                 self.file.close()
-                (self.draft / "index.json").write_text(json.dumps({"size": self.size, "matrices": self.entries}))
+                (self.partial_folder / "index.json").write_text(
+                    json.dumps({"size": self.size, "matrices": self.entries})
+                )
                 shutil.rmtree(self.folder, ignore_errors=True)
-                self.draft.rename(self.folder)
+                self.partial_folder.rename(self.folder)
             except OSError as error:
-                self.trouble = error.strerror or str(error)
-        if self.trouble:
+                self.error = error.strerror or str(error)
+        if self.error:
             self.abort()
-            return f"cache_dir {self.folder.parent}: packed weights were not kept: {self.trouble}"
+            return f"cache_dir {self.folder.parent}: packed weights were not cached: {self.error}"
         return ""
 
-    def _start_moving(self) -> None:
+    def _start_promotion(self) -> None:
+        """Starts the thread that moves mapped weights to huge pages."""
         stop = threading.Event()
-        mover = threading.Thread(target=promote_to_huge_pages, args=(self.data, stop), name="ktx-weights", daemon=True)
-        mover.start()
+        thread = threading.Thread(target=promote_to_huge_pages, args=(self.data, stop), name="ktx-weights", daemon=True)
+        thread.start()
 
-        def end() -> None:  # a thread inside a kernel may not be ended by Python's own end
+        # The thread is joined before Python exits because it must not be ended inside a kernel.
+        def stop_thread() -> None:
             stop.set()
-            mover.join()
+            thread.join()
 
-        atexit.register(end)
+        atexit.register(stop_thread)
 
     def abort(self) -> None:
-        """Leaves nothing of a folder that was not finished."""
+        """Removes a folder that was not completed."""
         if not self.found:
             self.file.close()
-            shutil.rmtree(self.draft, ignore_errors=True)
+            shutil.rmtree(self.partial_folder, ignore_errors=True)
 
 
 def promote_to_huge_pages(data: torch.Tensor, stop: threading.Event) -> None:
-    """Moves mapped weights to memory of their own: a file's pages are small, and a token's way through them is slow.
+    """Moves mapped weights to anonymous memory with huge pages.
 
-    Piece by piece, mostly while no kernel runs, because new memory costs the system more time than reading it.
+    The pages of a mapped file are small, which slows down decode. The weights are moved chunk by chunk, mostly while
+    no kernel runs, because first writes to new memory take the system longer than reads.
+
+    Args:
+        data: uint8, the mapped file.
+        stop: ends the promotion when it is set.
     """
-    for begin in range(0, data.numel(), MOVED):
-        waited = 0.0
-        while cpu.ops.idle_seconds() < QUIET and waited < PATIENCE:
-            if stop.wait(QUIET / 2):
+    for offset in range(0, data.numel(), PROMOTE_CHUNK_BYTES):
+        waited_s = 0.0
+        while cpu.ops.idle_seconds() < IDLE_S and waited_s < MAX_WAIT_S:
+            if stop.wait(IDLE_S / 2):
                 return
-            waited += QUIET / 2
-        if stop.is_set() or not cpu.ops.to_memory(data, begin, min(MOVED, data.numel() - begin)):
+            waited_s += IDLE_S / 2
+        if stop.is_set() or not cpu.ops.to_memory(data, offset, min(PROMOTE_CHUNK_BYTES, data.numel() - offset)):
             return
 
 
 def open_store(folder: str | Path, name: str, key: Any, need: int) -> PackedCache:
-    """The store of a model below `folder`; `key` is whatever decides how it is packed, `need` the bytes it will take."""
-    parts = [key, *cpu.packing()]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """Opens the cache of a model below `folder`.
+
+    Args:
+        folder: the cache directory.
+        name: the model's name, which becomes part of the folder's name.
+        key: everything that determines how the model is packed, apart from `cpu.packing()`.
+        need: bytes of the packed weights.
+    """
+    key_parts = [key, *cpu.packing()]
+    digest = hashlib.sha256(json.dumps(key_parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
     return PackedCache(Path(folder).expanduser() / f"{name}-{digest}", need)
 
 
-def _index(folder: Path) -> dict[str, Any] | None:
-    """What a whole folder says of itself; None for one that is not there or was cut."""
+def _read_index(folder: Path) -> dict[str, Any] | None:
+    """Returns the index of a complete folder; None if there is no folder or it is truncated.
+
+    Raises:
+        KtxError: if the index cannot be read.
+    """
     try:
-        found = json.loads((folder / "index.json").read_text())
+        index = json.loads((folder / "index.json").read_text())
         size = (folder / "packed.bin").stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise KtxError(f"{folder}: cannot be read: {error}; remove it, it will be made again") from error
-    return found if found["size"] == size else None
+        raise KtxError(f"{folder}: cannot be read: {error}; remove it, it will be created again") from error
+    return index if index["size"] == size else None
