@@ -1,6 +1,8 @@
-"""Every tensor of a file is read or accounted for: what no module reads is listed by pattern, or refused where it changes what others mean.
+"""Accounts for every tensor of a checkpoint: a tensor that no module reads is listed by pattern, or rejected.
 
-A source judges its own names (`WeightSource.judge`); what formats have in common is here: parameters of other tensors (scales, zero points, biases).
+A tensor is rejected when it changes the meaning of tensors that are read. Each source classifies its own names
+(`WeightSource.judge`); the patterns common to all formats are here: parameters of other tensors (scales, zero points,
+biases).
 """
 
 from __future__ import annotations
@@ -13,13 +15,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ktx.weights.base import WeightSource
 
-SHOWN = 8  # patterns of a line
-REMEDY = "take a GGUF file of this model, or the checkpoint that was not quantised"
+MAX_LISTED_PATTERNS = 8  # in one note
+REMEDY = "use a GGUF file of this model, or the unquantized checkpoint"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On a tensor that no module reads: why that is right or wrong ("": nobody knows it), and a pattern for many of its kind ("": its name)."""
+    """The classification of a tensor that no module reads.
+
+    `why`: the reason that it is harmless or rejected ("": unknown tensor). `pattern`: groups tensors of one kind
+    ("": the tensor's name).
+    """
 
     why: str = ""
     refused: bool = False
@@ -28,7 +34,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a model reads of a file: names of tensors, and paths of its modules that read some."""
+    """What a model reads from a checkpoint: tensor names, and paths of the modules that read at least one tensor."""
 
     tensors: Collection[str]
     modules: Collection[str]
@@ -36,7 +42,7 @@ class Reads:
 
 @dataclass(frozen=True)
 class Unread:
-    """Tensors that no module reads and that are alike."""
+    """A group of tensors that no module reads, with one pattern and one reason."""
 
     pattern: str
     count: int
@@ -48,43 +54,53 @@ class Unread:
 
 
 def unread(source: WeightSource, reads: Reads, ignored: Iterable[str] = ()) -> list[Unread]:
-    """What is left of a source's tensors, the refused first. `ignored`: regular expressions of names that the modeling code leaves out."""
-    harmless = [re.compile(pattern) for pattern in ignored]
-    alike: dict[tuple[bool, str, str], list[str]] = {}
+    """Groups the tensors of `source` that no module reads, rejected groups first.
+
+    Args:
+        source: the checkpoint.
+        reads: the tensors and modules that read from it.
+        ignored: regular expressions of tensor names that the modeling code ignores.
+    """
+    ignored_patterns = [re.compile(pattern) for pattern in ignored]
+    groups: dict[tuple[bool, str, str], list[str]] = {}
     for key in source.tensors:
         if key in reads.tensors:
             continue
         name = source.tensors[key].name
         verdict = source.judge(key, reads)
-        known = verdict.why and not verdict.refused
-        if not known and any(pattern.search(text) for pattern in harmless for text in (key, name)):
-            verdict = Verdict("transformers leaves them out")
+        harmless = verdict.why and not verdict.refused
+        if not harmless and any(pattern.search(text) for pattern in ignored_patterns for text in (key, name)):
+            verdict = Verdict("ignored by transformers")
         pattern = verdict.pattern or re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-        alike.setdefault((not verdict.refused, pattern, verdict.why), []).append(name)
+        groups.setdefault((not verdict.refused, pattern, verdict.why), []).append(name)
     return [
-        Unread(names[0] if len(names) == 1 else pattern, len(names), why, not listed)
-        for (listed, pattern, why), names in sorted(alike.items())
+        Unread(names[0] if len(names) == 1 else pattern, len(names), reason, not accepted)
+        for (accepted, pattern, reason), names in sorted(groups.items())
     ]
 
 
 def line(left: Iterable[Unread]) -> str:
-    """One line on tensors that may be left out; empty when there are none."""
-    listed = [entry for entry in left if not entry.refused]
-    count = sum(entry.count for entry in listed)
-    more = f"; and {len(listed) - SHOWN} other patterns" if len(listed) > SHOWN else ""
-    shown = "; ".join(map(str, listed[:SHOWN]))
-    return f"{count} tensor{'s' * (count != 1)} that no module reads: {shown}{more}" if listed else ""
+    """A one-line summary of the accepted groups; empty when there are none."""
+    accepted = [group for group in left if not group.refused]
+    count = sum(group.count for group in accepted)
+    omitted = (
+        f"; and {len(accepted) - MAX_LISTED_PATTERNS} other patterns" if len(accepted) > MAX_LISTED_PATTERNS else ""
+    )
+    listed = "; ".join(map(str, accepted[:MAX_LISTED_PATTERNS]))
+    return f"{count} tensor{'s' * (count != 1)} that no module reads: {listed}{omitted}" if accepted else ""
 
 
 # ---- tensors that are parameters of others
 
-COMPANIONS = re.compile(  # against a name's last part
+COMPANIONS = re.compile(  # matched against the last component of a name
     r"(?:\w+_)?scales?(?:_inv|_2|_max)?|(?:\w+_)?zero(?:s|_points?)?|qzeros|(?:\w+_)?amax|absmax|nested_absmax|"
     r"(?:nested_)?quant_map|bitsandbytes__\w+|SCB|weight_format|"  # bitsandbytes
     r"(?:\w+_)?g_idx|(?:\w+_)?(?:in)?v?perm|q_groups|q_invperm|"  # GPTQ, EXL2
-    r"q?weight_packed|qweight|q_weight|weight_shape|\w+_blocks|W_q|_data|_shift|weight_qdata|"  # packed words in place of a weight
-    r"codebooks?|codes|(?:res_)?centroids|Qidxs|S[UV]|su[hv]|sv[hv]|trellis|dense_weights|row_offsets|col_vals|"  # code books
-    r"weight_[gv]|original[01]|lora_(?:magnitude_vector|embedding_[AB])"  # weights made of two tensors
+    # packed integers that replace a weight
+    r"q?weight_packed|qweight|q_weight|weight_shape|\w+_blocks|W_q|_data|_shift|weight_qdata|"
+    # codebooks
+    r"codebooks?|codes|(?:res_)?centroids|Qidxs|S[UV]|su[hv]|sv[hv]|trellis|dense_weights|row_offsets|col_vals|"
+    r"weight_[gv]|original[01]|lora_(?:magnitude_vector|embedding_[AB])"  # weights factored into two tensors
 )
 ADAPTERS = re.compile(
     r"\.(lora_(?:[AB]|magnitude_vector|embedding_[AB])|modules_to_save|bone_\w+|oft_\w+|vera_\w+|ia3_l)(?:\.|$)"
@@ -92,16 +108,22 @@ ADAPTERS = re.compile(
 
 
 def companion(key: str, reads: Reads, present: Collection[str]) -> Verdict | None:
-    """Refuses a tensor that says how others are to be understood: of a quantisation, an adapter, or a bias; None for any other."""
+    """Rejects an unread tensor that changes others: quantization parameters, adapters, biases. None for any other.
+
+    Args:
+        key: the tensor's name.
+        reads: what the model reads.
+        present: names of all tensors in the checkpoint.
+    """
     module, _, last = key.rpartition(".")
     if adapter := ADAPTERS.search(key):
         return Verdict(f"{adapter[1]} of an adapter, which must be merged into its model first", refused=True)
     weight = f"{module}.weight"
     if weight in present and weight not in reads.tensors and module not in reads.modules:
-        return None  # what it belongs to is not read either
+        return None  # the weight that it belongs to is not read either
     if COMPANIONS.fullmatch(last):
-        return Verdict(f"which says what other weights mean, and which ktx does not know; {REMEDY}", refused=True)
-    whole = key.removesuffix("_bias")
-    if last.endswith("bias") and (module in reads.modules or weight in reads.tensors or whole in reads.tensors):
+        return Verdict(f"which changes the meaning of other weights and is not supported; {REMEDY}", refused=True)
+    biased = key.removesuffix("_bias")
+    if last.endswith("bias") and (module in reads.modules or weight in reads.tensors or biased in reads.tensors):
         return Verdict("a bias that its module does not add", refused=True)
     return None

@@ -1,9 +1,10 @@
-"""Where weights come from: the words that operators and file formats share.
+"""The interface between operators and checkpoint formats: `WeightSource`, `TensorSpec`, `QuantizedTensor`.
 
-Names are always the parameter paths of the transformers model. Some exist in no model but in every file, and every source answers
-them: `<mlp>.experts.{gate,up,down}_proj` [experts, rows, columns] (with `_bias` where the family has biases), and for
+Names are always parameter paths of the transformers model. Every source also provides names that no transformers model
+has: `<mlp>.experts.{gate,up,down}_proj` [experts, rows, columns] (with `_bias` where the family has biases), and for
 MLA `<attention>.k_b_proj.weight` [heads, kv_lora_rank, qk_nope_head_dim] (W_UK transposed) and `.v_b_proj.weight`
-[heads, v_head_dim, kv_lora_rank]. A file may hold W_UK once more, rows along the latent, under the first name with `EXPANDED` behind it.
+[heads, v_head_dim, kv_lora_rank]. A file may hold a second copy of W_UK, with rows along the latent dimension, under
+the first name followed by `EXPANDED`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ EXPANDED = ".expanded"
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a file header says of a tensor; `shape` is logical, rows last but one, columns last."""
+    """A tensor's entry in a file header.
+
+    `shape` is in elements, [..., rows, columns]. `nbytes` is its size and `offset` its position in `file`, in bytes.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -37,7 +41,10 @@ class TensorSpec:
 
 @dataclass
 class QuantizedTensor:
-    """Weights as the file has them: `data` uint8 [..., row_bytes], a view of the mapped file. Floats are bytes too."""
+    """Weights in their stored format: `data` uint8 [..., row_bytes], usually a view of the mapped file.
+
+    Float types are stored as bytes too. `shape` is in elements.
+    """
 
     data: torch.Tensor
     qtype: QType
@@ -46,7 +53,7 @@ class QuantizedTensor:
 
     @classmethod
     def of(cls, values: torch.Tensor) -> QuantizedTensor:
-        """A float tensor as weights of type F32."""
+        """Wraps a float tensor as F32 weights."""
         values = values.float().contiguous()
         data = values.reshape(-1).view(torch.uint8).reshape(*values.shape[:-1], values.shape[-1] * 4)
         return cls(data, QTYPES["F32"], tuple(values.shape))
@@ -56,25 +63,28 @@ class QuantizedTensor:
         return QuantizedTensor(self.data[index], self.qtype, self.shape[1:], scale)
 
     def rows(self, index: slice | torch.Tensor) -> QuantizedTensor:
-        """Rows of a matrix (or of each matrix): legal on packed data, because a block never crosses a row."""
+        """Selects rows of the matrix (or of each matrix).
+
+        Packed data needs no dequantization, because a block never crosses a row; tensors with `scale` become F32.
+        """
         if self.scale is not None:
             return QuantizedTensor.of(self.dequantize()[..., index, :])
         data = self.data[..., index, :]
         return QuantizedTensor(data, self.qtype, (*self.shape[:-2], data.shape[-2], self.shape[-1]))
 
     def matrices(self, first: int, last: int) -> QuantizedTensor:
-        """Some of several matrices, from `first` up to `last`."""
+        """The stacked matrices with indices `first` to `last` (exclusive)."""
         scale = None if self.scale is None else self.scale[first:last]
         return QuantizedTensor(self.data[first:last], self.qtype, (last - first, *self.shape[1:]), scale)
 
     def reshape(self, *shape: int) -> QuantizedTensor:
-        """Another shape with the same columns."""
+        """Reshapes all dimensions but the last, which must keep its size."""
         return QuantizedTensor(
             self.data.reshape(*shape[:-1], self.data.shape[-1]), self.qtype, tuple(shape), self.scale
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weights' values, of `shape`."""
+        """Returns the values as a tensor of `shape` and `dtype`."""
         if self.scale is not None and self.data.dim() == 3:
             return torch.stack([self[i].dequantize(dtype) for i in range(self.shape[0])])
         return self.qtype.dequantize(self.data, self.scale).reshape(self.shape).to(dtype)
@@ -86,33 +96,46 @@ class QuantizedTensor:
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """A file or folder of weights, asked by parameter path. `get` and `parts` may be called from several threads."""
+    """A checkpoint (file or folder), accessed by parameter path. `get` and `parts` are thread-safe."""
 
     path: str
     metadata: dict[str, Any]
     total_bytes: int
-    tensors: dict[str, TensorSpec]  # all that the files hold
+    tensors: dict[str, TensorSpec]  # every tensor in the files
 
-    def spec(self, name: str) -> TensorSpec | None: ...
-    def specs(self, name: str) -> list[TensorSpec]: ...
-    def get(self, name: str) -> QuantizedTensor: ...
-    def parts(self, name: str) -> list[QuantizedTensor]: ...
-    def prefetch(self, names: Iterable[str]) -> None: ...
-    def release(self, names: Iterable[str]) -> None: ...
-    def differences(self, config: Any) -> list[str]: ...
+    def spec(self, name: str) -> TensorSpec | None:
+        """The parameter's shape, type and size; None when the checkpoint does not have it."""
+
+    def specs(self, name: str) -> list[TensorSpec]:
+        """The stored tensors that the parameter is built from, in file order."""
+
+    def get(self, name: str) -> QuantizedTensor:
+        """The parameter as one tensor. Raises BadFile when it is missing or damaged."""
+
+    def parts(self, name: str) -> list[QuantizedTensor]:
+        """The parameter as consecutive blocks of rows, each in its stored type."""
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Asks the kernel to read the parameters' pages ahead."""
+
+    def release(self, names: Iterable[str]) -> None:
+        """Unmaps the parameters' pages from this process; they stay in the page cache."""
+
+    def differences(self, config: Any) -> list[str]:
+        """Mismatches between the checkpoint and `config`, one line each; empty when they agree."""
 
     def behind(self, name: str) -> list[str]:
-        """Keys of `tensors` that a parameter is made of, with scales that are tensors of their own."""
+        """Keys of `tensors` that the parameter is built from, including scales stored as separate tensors."""
 
     def flaw(self, name: str) -> str:
-        """What keeps a parameter that is there from being read, after its name; empty when nothing does."""
+        """Why a present parameter cannot be read, as text that follows its name; empty when it can."""
 
     def judge(self, key: str, reads: Reads) -> Verdict:
-        """On a tensor that no module reads."""
+        """Classifies a tensor that no module reads."""
 
 
 def concat_rows(parts: Sequence[QuantizedTensor], shape: tuple[int, ...]) -> QuantizedTensor:
-    """Parts whose rows follow each other as one tensor: packed when they have one type, dequantised to F32 otherwise."""
+    """Concatenates parts along the rows into `shape`: packed when all have one type, else dequantized to F32."""
     first = parts[0]
     if len(parts) == 1:
         return first if first.shape == shape else first.reshape(*shape)
@@ -123,29 +146,35 @@ def concat_rows(parts: Sequence[QuantizedTensor], shape: tuple[int, ...]) -> Qua
 
 
 def open_weights(path: str | Path, config: Any) -> WeightSource:
-    """Opens a GGUF file (or the first of a split one), a folder of one model's GGUF, or safetensors (file, index or folder).
+    """Opens a checkpoint; reads headers only.
 
-    Reads headers only. BadFile for anything missing, damaged or of an unknown kind.
+    Args:
+        path: a GGUF file (any part of a split one), a folder with one model's GGUF files, or a safetensors file, index
+            or folder.
+        config: the transformers configuration of the model.
+
+    Raises:
+        BadFile: the path is missing, damaged, ambiguous or of an unknown format.
     """
     from ktx.weights.gguf import GGUFSource
     from ktx.weights.packed import PackedSource, is_packed
     from ktx.weights.safetensors import SafetensorsSource
 
-    where = Path(path).expanduser()
-    if not where.exists():
+    source = Path(path).expanduser()
+    if not source.exists():
         raise BadFile(f"{path}: no such file or folder; pass a GGUF file, a safetensors file, or a folder of either")
-    if where.is_file() and is_gguf(where):
-        return GGUFSource(where, config)
-    files = sorted(where.iterdir()) if where.is_dir() else [where]
-    ggufs = ggufs_in(where) if where.is_dir() else []
+    if source.is_file() and is_gguf(source):
+        return GGUFSource(source, config)
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    ggufs = ggufs_in(source) if source.is_dir() else []
     tensors = [file for file in files if file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")]
     tensors = [file for file in tensors if file not in ggufs]
-    if ggufs and tensors and where.is_dir():
+    if ggufs and tensors and source.is_dir():
         raise BadFile(
-            f"{path}: holds both GGUF ({ggufs[0].name}) and safetensors ({tensors[0].name}); name the one to load"
+            f"{path}: contains both GGUF ({ggufs[0].name}) and safetensors ({tensors[0].name}); pass the one to load"
         )
     if tensors:
-        return PackedSource(where, config) if is_packed(where) else SafetensorsSource(where, config)
-    if ggufs or where.is_file():
-        return GGUFSource(where, config)
+        return PackedSource(source, config) if is_packed(source) else SafetensorsSource(source, config)
+    if ggufs or source.is_file():
+        return GGUFSource(source, config)
     raise BadFile(f"{path}: no .gguf and no .safetensors file in this folder")

@@ -1,4 +1,4 @@
-"""Does a GGUF file belong to this configuration? Every difference is told before anything is loaded."""
+"""Checks that a GGUF file belongs to a configuration: reports every mismatch before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 from ktx.weights.base import TensorSpec
 from ktx.weights.gguf_keys import scalar
 
-# metadata key after the architecture -> configuration attributes, of which the first that exists counts
-KEYS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+# (metadata key without the architecture prefix, configuration attributes of which the first that exists is compared,
+# description for messages)
+COMPARED_KEYS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("embedding_length", ("hidden_size",), "hidden size"),
     ("attention.head_count", ("num_attention_heads",), "attention heads"),
     ("expert_count", ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), "experts"),
@@ -21,22 +22,22 @@ KEYS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 def gguf_mismatches(
     metadata: Mapping[str, Any], arch: str, tensors: Mapping[str, TensorSpec], config: Any
 ) -> list[str]:
-    """One line for each thing in which file and configuration differ; an empty list when they agree."""
-    found: list[str | None] = [
+    """Mismatches between GGUF metadata and configuration, one line each; empty when they agree."""
+    mismatches: list[str | None] = [
         _layers(metadata, arch, config),
         _vocabulary(tensors, config),
         _kv_heads(metadata, arch, config),
     ]
-    found += _uniform(metadata, arch)
-    for key, attributes, what in KEYS:
+    mismatches += _per_layer_values(metadata, arch)
+    for key, attributes, what in COMPARED_KEYS:
         in_file, in_config = scalar(metadata.get(f"{arch}.{key}")), _first(config, attributes)
         if isinstance(in_file, int) and in_file and isinstance(in_config, int) and in_file != in_config:
-            found.append(f"{what}: {in_file} in the file, {in_config} in the configuration")
-    return [line for line in found if line]
+            mismatches.append(f"{what}: {in_file} in the file, {in_config} in the configuration")
+    return [line for line in mismatches if line]
 
 
-def _uniform(metadata: Mapping[str, Any], arch: str) -> list[str]:
-    """Lines on numbers that differ from layer to layer, which no family here has."""
+def _per_layer_values(metadata: Mapping[str, Any], arch: str) -> list[str]:
+    """Lines for values that vary by layer, which no supported family has."""
     keys = (
         "attention.head_count",
         "attention.head_count_kv",
@@ -77,5 +78,5 @@ def _kv_heads(metadata: Mapping[str, Any], arch: str, config: Any) -> str | None
         or in_config is None
         or in_file == in_config
     ):
-        return None  # MLA files say 1 in their absorbed form
+        return None  # MLA files in absorbed form have 1
     return f"key/value heads: {in_file} in the file, {in_config} in the configuration"

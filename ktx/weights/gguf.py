@@ -1,4 +1,4 @@
-"""A GGUF file, or all parts of a split one, as a WeightSource: mapped, never copied, answered by parameter path."""
+"""GGUFSource: a GGUF file, or all parts of a split one, as a WeightSource; memory-mapped, never copied."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ PAGE = mmap.PAGESIZE
 
 
 class GGUFSource:
-    """Reads headers when made; tensors are views of the mapping, so pages come in when they are touched."""
+    """Reads the headers on construction; tensors are views of the mapping, so pages are loaded on first access."""
 
     def __init__(self, path: Path, config: Any):
         self.path = str(path)
-        whole = whole_header(path)
-        self.metadata, self.tensors = whole.metadata, whole.tensors
-        self.arch = architecture(self.metadata, whole.file)
-        refuse_kind(self.metadata, whole.file)
-        refuse_architecture(self.arch, whole.file, config.model_type)
+        header = whole_header(path)
+        self.metadata, self.tensors = header.metadata, header.tensors
+        self.arch = architecture(self.metadata, header.file)
+        refuse_kind(self.metadata, header.file)
+        refuse_architecture(self.arch, header.file, config.model_type)
         self.total_bytes = sum(spec.nbytes for spec in self.tensors.values())
         self.config = config
         self.names = GGUFNames(self.arch, config, self.tensors)
@@ -42,32 +42,36 @@ class GGUFSource:
         self._recipes: dict[str, Recipe | None] = {}
 
     def __copy__(self) -> GGUFSource:
-        return self  # an open file: copies of a plan read the same one
+        return self  # copies of a plan share the open file
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GGUFSource:
         return self
 
     def __reduce__(self) -> Any:
-        return type(self), (Path(self.path).absolute(), self.config)  # opened again
+        return type(self), (Path(self.path).absolute(), self.config)  # the unpickling process opens the file again
 
     def recipe(self, name: str) -> Recipe | None:
+        """The cached recipe for a parameter; None when the file does not have it."""
         if name not in self._recipes:
             self._recipes[name] = self.names.recipe(name)
         return self._recipes[name]
 
     def spec(self, name: str) -> TensorSpec | None:
-        """Shape, type and bytes of a parameter; of several file tensors, the type of the largest and the sum of the bytes."""
+        """Shape, type and size of a parameter.
+
+        For one built from several file tensors: the type of the largest, the sum of their bytes.
+        """
         recipe = self.recipe(name)
         if recipe is None:
             return None
         largest = max(self.specs(name), key=lambda spec: spec.nbytes)
-        total = 0
+        total_bytes = 0
         for part in recipe.parts:
             spec = self.tensors[part.tensor]
-            total += (
+            total_bytes += (
                 spec.nbytes if part.rows is None else spec.nbytes // spec.shape[-2] * (part.rows.stop - part.rows.start)
             )
-        return TensorSpec(name, recipe.shape, largest.qtype, total, largest.file, largest.offset)
+        return TensorSpec(name, recipe.shape, largest.qtype, total_bytes, largest.file, largest.offset)
 
     def specs(self, name: str) -> list[TensorSpec]:
         recipe = self.recipe(name)
@@ -78,21 +82,21 @@ class GGUFSource:
         )
 
     def parts(self, name: str) -> list[QuantizedTensor]:
-        """Row-wise parts of a parameter, packed; more than one only when the file keeps them in different tensors."""
+        """A parameter as packed blocks of rows; more than one only when the file stores it in several tensors."""
         recipe = self.recipe(name)
         if recipe is None:
             raise BadFile(f"{self.path}: no tensor for {name}")
         return build(recipe, self.read)
 
     def get(self, name: str) -> QuantizedTensor:
-        """A parameter as one tensor: packed where that is possible, else dequantised to F32."""
+        """A parameter as one tensor: packed where possible, else dequantized to F32."""
         parts = self.parts(name)
         recipe = self.recipe(name)
         assert recipe is not None
         return concat_rows(parts, recipe.shape)
 
     def read(self, tensor: str) -> QuantizedTensor:
-        """A file tensor as it lies in the file."""
+        """A file tensor by its GGUF name, in its stored format."""
         spec = self.tensors[tensor]
         flat = torch.frombuffer(self._map(spec.file), dtype=torch.uint8, count=spec.nbytes, offset=spec.offset)
         rows = spec.shape[:-1] or (1,)
@@ -103,7 +107,7 @@ class GGUFSource:
         self._advise(names, mmap.MADV_WILLNEED)
 
     def release(self, names: Iterable[str]) -> None:
-        """Gives the pages of these parameters back: they stay in the page cache, not in this process."""
+        """Unmaps the parameters' pages from this process; they stay in the page cache."""
         self._advise(names, mmap.MADV_DONTNEED)
 
     def behind(self, name: str) -> list[str]:
@@ -113,9 +117,9 @@ class GGUFSource:
         return ""
 
     def judge(self, key: str, reads: Reads) -> Verdict:
-        """Layers past the model's (MTP) and tables that llama.cpp computes are left out rightly."""
-        if why := _beside_the_model(key, int(self.config.num_hidden_layers)):
-            return Verdict(why)
+        """Accepts layers beyond the model's (MTP) and computed tables; rejects tensors that llama.cpp computes with."""
+        if reason := _unused_reason(key, int(self.config.num_hidden_layers)):
+            return Verdict(reason)
         if found := companion(key, reads, self.tensors):
             return found
         if key.endswith("attn_kv_b.weight") and {key.replace("kv_b", "k_b"), key.replace("kv_b", "v_b")} <= set(
@@ -123,28 +127,27 @@ class GGUFSource:
         ):
             return Verdict("read as k_b and v_b")
         if means_something(key):
-            return Verdict("with which llama.cpp computes and this model does not", refused=True)
+            return Verdict("used by llama.cpp's computation but not by this model's", refused=True)
         return Verdict()
 
     def differences(self, config: Any) -> list[str]:
         from ktx.weights.check_config import gguf_mismatches
 
-        tables = {name: partial(self._table, name) for name in ROPE_TABLES if name in self.tensors}
+        tables = {name: partial(self._float_list, name) for name in ROPE_TABLES if name in self.tensors}
         return [
             *gguf_mismatches(self.metadata, self.arch, self.tensors, config),
             *key_differences(self.metadata, self.arch, config),
             *rope_differences(self.metadata, self.arch, config, tables),
         ]
 
-    def _table(self, tensor: str) -> list[float]:
+    def _float_list(self, tensor: str) -> list[float]:
         return [float(value) for value in self.read(tensor).dequantize().reshape(-1)]
 
     def _map(self, file: str) -> mmap.mmap:
         with self._lock:
             if file not in self._maps:
-                with open(
-                    file, "rb"
-                ) as handle:  # private and writable: torch wants writable memory, the file stays as it is
+                # Private and writable, because torch requires writable memory; the file is never modified.
+                with open(file, "rb") as handle:
                     self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
             return self._maps[file]
 
@@ -152,7 +155,8 @@ class GGUFSource:
         for name in names:
             for spec in self.specs(name):
                 start = spec.offset // PAGE * PAGE
-                if advice == mmap.MADV_DONTNEED:  # whole pages only: a neighbour may still be read
+                # Only pages that lie completely inside the tensor, because its neighbors may still be read.
+                if advice == mmap.MADV_DONTNEED:
                     start = (spec.offset + PAGE - 1) // PAGE * PAGE
                 length = spec.offset + spec.nbytes - start
                 length = length // PAGE * PAGE if advice == mmap.MADV_DONTNEED else length
@@ -160,34 +164,35 @@ class GGUFSource:
                     self._map(spec.file).madvise(advice, start, length)
 
 
-def _beside_the_model(name: str, layers: int) -> str:
+def _unused_reason(name: str, num_layers: int) -> str:
+    """Why the model does not need a GGUF tensor; empty for any that it may need."""
     block = re.match(r"blk\.(\d+)\.", name)
-    if (block is not None and int(block[1]) >= layers) or ".nextn." in name:
-        return "behind the model's last layer"
-    return "a table that is computed" if name.startswith("rope_") else ""
+    if (block is not None and int(block[1]) >= num_layers) or ".nextn." in name:
+        return "after the model's last layer"
+    return "a computed table" if name.startswith("rope_") else ""
 
 
 def whole_header(path: Path) -> Header:
-    """Metadata of a model's first file, tensors of all its parts: the first may hold none."""
+    """Metadata of the first file and tensors of all files of a split model; the first file may have no tensors."""
     headers = [read_header(file) for file in _files(path)]
     return Header(headers[0].file, headers[0].metadata, _merged(headers))
 
 
 def _files(path: Path) -> list[Path]:
-    """The file, or every part of the split model it belongs to; a folder must hold one model."""
+    """The file, or all parts of the split model it belongs to; a folder must contain exactly one model."""
     if path.is_dir():
-        found = ggufs_in(path)
-        firsts = [file for file in found if not (m := SPLIT.match(file.name)) or m[2] == "00001"]
+        files = ggufs_in(path)
+        firsts = [file for file in files if not (m := SPLIT.match(file.name)) or m[2] == "00001"]
         if len(firsts) > 1:
             raise BadFile(
-                f"{path}: holds more than one model: {firsts[0].name} and {firsts[1].name}; name the file to load"
+                f"{path}: contains more than one model: {firsts[0].name} and {firsts[1].name}; pass the file to load"
             )
-        if not found:
-            raise BadFile(f"{path}: holds no GGUF file")
-        path = firsts[0] if firsts else found[0]
+        if not files:
+            raise BadFile(f"{path}: contains no GGUF file")
+        path = firsts[0] if firsts else files[0]
     match = SPLIT.match(path.name)
     if not match and path.is_symlink() and SPLIT.match(path.resolve().name):
-        path = path.resolve()  # a link of another name to a part
+        path = path.resolve()  # a symbolic link to a part, under another name
         match = SPLIT.match(path.name)
     if not match:
         return [path]
@@ -208,11 +213,14 @@ def _merged(headers: list[Header]) -> dict[str, TensorSpec]:
     count = headers[0].metadata.get("split.count", 1)
     if isinstance(count, int) and count > len(headers):
         raise BadFile(
-            f"{headers[0].file}: is part of a model in {count} files; keep their names (-00001-of-{count:05d}.gguf)"
+            f"{headers[0].file}: is one of {count} files of a split model; its parts need their original names"
+            f" (-00001-of-{count:05d}.gguf)"
         )
     expected = headers[0].metadata.get("split.tensors.count")
     if isinstance(expected, int) and expected != len(tensors):
-        raise BadFile(f"{headers[0].file}: its {len(headers)} parts hold {len(tensors)} tensors, not {expected}")
+        raise BadFile(
+            f"{headers[0].file}: its {len(headers)} parts contain {len(tensors)} tensors, expected {expected}"
+        )
     if not tensors:
-        raise BadFile(f"{headers[0].file}: holds no tensors")
+        raise BadFile(f"{headers[0].file}: contains no tensors")
     return tensors

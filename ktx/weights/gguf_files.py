@@ -1,4 +1,7 @@
-"""Which files are GGUF: by their first four bytes, as llama.cpp. No torch here: commands ask before they need it."""
+"""Detects GGUF files by their first four bytes, as llama.cpp does.
+
+Must not import torch: commands call this before they need it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ MAGIC = b"GGUF"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file is one by its first four bytes, whatever its name, or says so by its name."""
+    """Whether `path` is a GGUF file: by its extension, or by its first four bytes whatever its name."""
     if path.suffix.lower() == ".gguf":
         return not path.is_dir()
     try:
@@ -20,7 +23,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def ggufs_in(folder: Path) -> list[Path]:
-    """GGUF files of a folder in order of their names: those that are called so, or else those that are some."""
+    """GGUF files in a folder, sorted by name: those with the extension, or if there are none, those with the magic."""
     files = sorted(folder.iterdir())
     named = [file for file in files if file.suffix.lower() == ".gguf"]
     return named or [file for file in files if is_gguf(file)]

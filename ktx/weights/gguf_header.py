@@ -1,7 +1,8 @@
-"""Reads a GGUF header and nothing else, trusting none of its numbers.
+"""Parses GGUF headers without trusting any number in them.
 
-Every count, length and offset is checked against what is left of the file before anything is allocated or skipped by it. Arrays
-stay unread until somebody asks, so a vocabulary of 130,000 strings costs a scan, not objects. Format: ggml's docs/gguf.md.
+Every count, length and offset is checked against the remaining bytes of the file before it is used to allocate or skip
+anything. Arrays are decoded lazily, so a vocabulary of 130,000 strings costs one scan and no objects. Format: ggml's
+docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from ktx.weights.gguf_files import MAGIC
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-MAX_ITEMS = 1 << 24  # of an array or of tensors: far above any model, far below what a hostile count could cost
+MAX_ITEMS = 1 << 24  # per array, and tensors per file: far above any model, far below a harmful hostile count
 
 
 @dataclass(frozen=True)
 class LazyArray:
-    """An array of metadata that is read when it is iterated."""
+    """A metadata array that is decoded on each iteration. `kind` is the GGUF type code of its items."""
 
     data: mmap.mmap | bytes
     offset: int
@@ -53,7 +54,7 @@ class LazyArray:
 
 @dataclass
 class Header:
-    """Metadata and tensors of one GGUF file; `offset` of a tensor counts from the start of the file."""
+    """Metadata and tensors of one GGUF file; tensor offsets are in bytes from the start of the file."""
 
     file: str
     metadata: dict[str, Any]
@@ -61,15 +62,19 @@ class Header:
 
 
 class _Reader:
+    """A cursor over a GGUF image: `at` is the current byte, `end` the size."""
+
     def __init__(self, data: mmap.mmap | bytes, file: str):
         self.data, self.file, self.at, self.end = data, file, 0, len(data)
 
     def fail(self, what: str) -> BadFile:
-        return BadFile(f"{self.file}: {what} (at byte {self.at}); the file is damaged or not complete: fetch it again")
+        """A BadFile at the current position, to be raised by the caller."""
+        return BadFile(f"{self.file}: {what} (at byte {self.at}); the file is damaged or incomplete: download it again")
 
     def need(self, size: int, what: str) -> None:
+        """Raises BadFile when fewer than `size` bytes remain."""
         if size > self.end - self.at:
-            raise self.fail(f"{what} needs {size} bytes, the file has {self.end - self.at} left")
+            raise self.fail(f"{what} needs {size} bytes, but only {self.end - self.at} remain")
 
     def scalar(self, letter: str, what: str) -> Any:
         size = struct.calcsize("<" + letter)
@@ -78,9 +83,9 @@ class _Reader:
         self.at += size
         return value
 
-    def string(self, what: str, most: int = 1 << 30) -> str:
+    def string(self, what: str, max_bytes: int = 1 << 30) -> str:
         length = self.scalar("Q", what)
-        if length > most:
+        if length > max_bytes:
             raise self.fail(f"{what} claims {length} bytes")
         self.need(length, what)
         raw = bytes(self.data[self.at : self.at + length])
@@ -88,9 +93,10 @@ class _Reader:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            if what.startswith("the value"):  # some tools store latin-1 descriptions: not worth refusing a model for
+            # Some tools store latin-1 descriptions; that does not justify rejecting a model.
+            if what.startswith("the value"):
                 return raw.decode("utf-8", errors="replace")
-            raise self.fail(f"{what} is no UTF-8 text") from None
+            raise self.fail(f"{what} is not UTF-8 text") from None
 
     def value(self, kind: int, key: str) -> Any:
         if kind in SCALARS:
@@ -99,7 +105,7 @@ class _Reader:
             return self.string(f"the value of {key}")
         if kind == ARRAY:
             return self.array(key)
-        raise self.fail(f"metadata {key} has the unknown type {kind}")
+        raise self.fail(f"metadata {key} has unknown type {kind}")
 
     def array(self, key: str) -> LazyArray:
         kind, count = self.scalar("I", f"array {key}"), self.scalar("Q", f"array {key}")
@@ -114,7 +120,7 @@ class _Reader:
             self.need(8 * count, f"array {key} of {count} strings")
             self.skip_strings(count, key)
         else:
-            raise self.fail(f"array {key} has items of the unknown type {kind}")
+            raise self.fail(f"array {key} has items of unknown type {kind}")
         return LazyArray(self.data, start, kind, count)
 
     def skip_strings(self, count: int, key: str) -> None:
@@ -126,12 +132,15 @@ class _Reader:
             at += 8 + unpack(data, at)[0]
             if at > end:
                 self.at = end
-                raise self.fail(f"string {i} of array {key} reaches past the end of the file")
+                raise self.fail(f"string {i} of array {key} extends past the end of the file")
         self.at = at
 
 
 def read_header(path: Path) -> Header:
-    """Maps the file and reads its header; the mapping lives as long as a lazy array needs it."""
+    """Maps a GGUF file and parses its header; the mapping stays open as long as a LazyArray refers to it.
+
+    Raises BadFile when the file cannot be read or its header is invalid.
+    """
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -142,24 +151,26 @@ def read_header(path: Path) -> Header:
 
 
 def parse_header(data: mmap.mmap | bytes, file: str) -> Header:
-    """Header of a GGUF image; BadFile names the first thing that cannot be."""
+    """Parses the header of a GGUF image; `file` is its name in messages. Raises BadFile on the first invalid entry."""
     r = _Reader(data, file)
     magic = bytes(data[:4])
     if magic != MAGIC:
-        raise BadFile(f"{file}: is no GGUF file (it starts with {magic!r})")
+        raise BadFile(f"{file}: is not a GGUF file (it starts with {magic!r})")
     r.at = 4
     version = r.scalar("I", "the version")
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        why = "is big-endian" if swapped in (2, 3) else f"has GGUF version {version}"
-        raise BadFile(f"{file}: {why}; ktx reads little-endian versions 2 and 3: convert it with a current llama.cpp")
+        reason = "is big-endian" if swapped in (2, 3) else f"has GGUF version {version}"
+        raise BadFile(
+            f"{file}: {reason}; ktx reads little-endian versions 2 and 3: convert it with a current llama.cpp"
+        )
     n_tensors, n_keys = r.scalar("Q", "the tensor count"), r.scalar("Q", "the metadata count")
     if n_tensors > min(MAX_ITEMS, r.end // 32) or n_keys > min(MAX_ITEMS, r.end // 13):
         raise r.fail(f"the header claims {n_tensors} tensors and {n_keys} metadata keys")
     metadata = _read_metadata(r, n_keys)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
-        raise BadFile(f"{file}: general.alignment is {alignment}, not a power of two from 8 up")
+        raise BadFile(f"{file}: general.alignment is {alignment}, expected a power of two of at least 8")
     raw = [_read_tensor(r) for _ in range(n_tensors)]
     start = (r.at + alignment - 1) // alignment * alignment
     tensors: dict[str, TensorSpec] = {}
@@ -196,27 +207,28 @@ def _check_tensor(
 ) -> TensorSpec:
     qtype = BY_CODE.get(code)
     if qtype is None or code >= 1000:
-        raise BadFile(f"{file}: tensor {name} has ggml type {code}, which ktx does not know; it knows {_known()}")
+        raise BadFile(f"{file}: tensor {name} has unsupported ggml type {code}; supported: {_supported_types()}")
     if 0 in dims:
         raise BadFile(f"{file}: tensor {name} is empty: its shape is {dims}")
     if dims[0] % qtype.block:
-        raise BadFile(f"{file}: tensor {name} has rows of {dims[0]} weights, {qtype} needs multiples of {qtype.block}")
+        raise BadFile(f"{file}: tensor {name} has rows of {dims[0]} weights, {qtype} needs a multiple of {qtype.block}")
     if offset % alignment:
         raise BadFile(f"{file}: tensor {name} starts at {offset}, which is not a multiple of {alignment}")
     nbytes = qtype.row_bytes(dims[0]) * prod(dims[1:])
     if at + nbytes > size:
         raise BadFile(
-            f"{file}: tensor {name} ends at byte {at + nbytes}, the file at {size}; it is truncated: fetch it again"
+            f"{file}: tensor {name} ends at byte {at + nbytes}, the file at {size}; it is truncated: download it again"
         )
     return TensorSpec(name, tuple(reversed(dims)), qtype, nbytes, file, at)
 
 
-def _known() -> str:
+def _supported_types() -> str:
     return " ".join(qtype.name for code, qtype in BY_CODE.items() if code < 1000)
 
 
 def architecture(metadata: Mapping[str, Any], file: str) -> str:
+    """The value of general.architecture. Raises BadFile when it is missing."""
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str):
-        raise BadFile(f"{file}: the metadata key general.architecture is missing; ktx cannot tell what model this is")
+        raise BadFile(f"{file}: the metadata key general.architecture is missing; the kind of model is unknown")
     return arch

@@ -1,6 +1,7 @@
-"""Metadata of a GGUF file that changes what its architecture computes: each key agrees with the configuration, or the file is refused.
+"""Checks the GGUF metadata that changes an architecture's computation.
 
-llama.cpp's src/llama-model.cpp and src/models say what it makes of a key. One that is in no table here is refused unless its value means "off".
+A key that contradicts the configuration is an error. The meaning of each key follows llama.cpp's src/llama-model.cpp and src/models. A key that is in no table here is an
+error unless its value means "off".
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from ktx.errors import BadFile, did_you_mean
 
-# GGUF architecture -> model types that it is read for; each has a test that loads it as llama.cpp's converter writes it
+# GGUF architecture -> supported model types; each has a test that loads a file as llama.cpp's converter writes it
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "deepseek2": ("deepseek_v2", "deepseek_v3"),
     "ernie4_5-moe": ("ernie4_5_moe",),
@@ -28,15 +29,16 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "qwen3moe": ("qwen3_moe",),
     "qwen3next": ("qwen3_next",),
 }
-ELSEWHERE = (  # agreement.py compares them, or the shapes of tensors do; the last do nothing to a text
+CHECKED_ELSEWHERE = (  # by check_config.py, or by the tensors' shapes; the last five do not affect text models
     "block_count nextn_predict_layers embedding_length attention.head_count attention.head_count_kv "
-    "vocab_size context_length feed_forward_length expert_count expert_feed_forward_length expert_shared_feed_forward_length expert_shared_count "
-    "attention.q_lora_rank attention.kv_lora_rank rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scale_linear "
+    "vocab_size context_length feed_forward_length expert_count expert_feed_forward_length "
+    "expert_shared_feed_forward_length expert_shared_count attention.q_lora_rank attention.kv_lora_rank "
+    "rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scale_linear "
     "rope.scaling.attn_factor rope.scaling.yarn_ext_factor rope.scaling.yarn_attn_factor rope.scaling.yarn_beta_fast "
     "rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier full_attention_interval attention.recurrent_layers "
     "rope.scaling.finetuned rope.dimension_sections tensor_data_layout attention.layer_norm_epsilon pooling_type"
 ).split()
-NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that mean "off", beside 0, False and nothing
+OFF_VALUES: dict[str, tuple[Any, ...]] = {  # values that mean "off", in addition to 0, False and empty
     "logit_scale": (1,),
     "residual_scale": (1,),
     "embedding_scale": (1,),
@@ -48,58 +50,61 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # values that mean "off", beside 0, Fal
     "num_loops": (1,),
     "rope.scaling.alpha": (1,),
 }
-UNSET = (  # 0 says nothing
+UNSET_IF_ZERO = (
     "attention.scale",
     "expert_gating_func",
     "expert_weights_scale",
     "expert_group_count",
     "expert_group_used_count",
 )
-NORMED = {"mixtral": True, "minimax_m2": True, "gpt_oss": True, "ernie4_5_moe": True, "qwen3_5_moe_text": True}
-GATING = {
+# Families that always normalize their routing weights, without norm_topk_prob in the configuration
+NORM_TOPK_PROB = {"mixtral": True, "minimax_m2": True, "gpt_oss": True, "ernie4_5_moe": True, "qwen3_5_moe_text": True}
+GATING_FUNCTIONS = {  # values of llama.cpp's enumeration; any other family: 1 (softmax)
     "deepseek_v3": (2,),
     "glm4_moe": (2,),
     "minimax_m2": (2,),
     "gpt_oss": (1, 3),
-}  # of an enumeration; others: softmax
+}
 
 
 def refuse_architecture(arch: str, file: str, model_type: str) -> None:
-    """BadFile for an architecture that is not read from GGUF, or not for this model."""
+    """Raises BadFile when the architecture is not supported in GGUF, or not for this model type."""
     if arch not in ARCHITECTURES:
         raise BadFile(
-            f"{file}: general.architecture is {arch!r}{did_you_mean(arch, ARCHITECTURES)}, which ktx does not read from GGUF; "
-            f"it reads {', '.join(ARCHITECTURES)}; take the model's safetensors"
+            f"{file}: general.architecture is {arch!r}{did_you_mean(arch, ARCHITECTURES)}, which ktx does not load "
+            f"from GGUF; supported: {', '.join(ARCHITECTURES)}; use the model's safetensors"
         )
     if model_type not in ARCHITECTURES[arch]:
         raise BadFile(
-            f"{file}: general.architecture is {arch!r}, read for {', '.join(ARCHITECTURES[arch])}, but the configuration is of {model_type}; "
-            "take the folder that the file was made of, or the model's safetensors"
+            f"{file}: general.architecture is {arch!r}, supported for {', '.join(ARCHITECTURES[arch])}, but the "
+            f"configuration is of {model_type}; use the folder that the file was converted from, or the model's "
+            "safetensors"
         )
 
 
 def refuse_kind(metadata: Mapping[str, Any], file: str) -> None:
-    """BadFile for a file that is no model but something that goes with one."""
+    """Raises BadFile when general.type is not "model" (an adapter, a multimodal projector, ...)."""
     kind = metadata.get("general.type", "model")
     if kind != "model":
-        remedy = ": give it to --lora" if kind == "adapter" else ""
-        raise BadFile(f"{file}: general.type is {kind!r}; it goes with a model but is none{remedy}")
+        remedy = ": pass it to --lora" if kind == "adapter" else ""
+        raise BadFile(f"{file}: general.type is {kind!r}; it belongs to a model but is not one{remedy}")
 
 
 def scalar(value: Any) -> Any:
-    """A value of metadata; of an array whose items are all the same, one of them, else a list."""
+    """A metadata value as a scalar: an array whose items are all equal becomes that item, any other array a list."""
     if not hasattr(value, "__iter__") or isinstance(value, str):
         return value
     items = list(value)
     return items[0] if items and all(item == items[0] for item in items) else items
 
 
-# ---- what a configuration says
+# ---- expected values from the configuration
 
-ANY = object()  # it has no say: shapes of tensors have
+UNCHECKED = object()  # the configuration does not determine the value; the tensors' shapes do
 
 
 def rope_of(config: Any) -> dict[str, Any]:
+    """The rope parameters of full attention."""
     found = getattr(config, "rope_parameters", None) or {}
     return dict(found.get("full_attention", found))
 
@@ -108,11 +113,11 @@ def head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _rotated(config: Any) -> int:
+def _num_rotated_columns(config: Any) -> int:
     if getattr(config, "kv_lora_rank", None):
         return int(config.qk_rope_head_dim)
-    part = rope_of(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
-    return int(head_dim(config) * part)
+    factor = rope_of(config).get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
+    return int(head_dim(config) * factor)
 
 
 def _theta(config: Any) -> Any:
@@ -125,50 +130,49 @@ def _first(*names: str) -> Callable[[Any], Any]:
     )
 
 
-def _latent(of: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    return lambda config: of(config) if getattr(config, "kv_lora_rank", None) else None
+def _if_mla(expected: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda config: expected(config) if getattr(config, "kv_lora_rank", None) else None
 
 
-def _normed(config: Any) -> Any:
+def _norm_topk_prob(config: Any) -> Any:
     if config.model_type == "deepseek_v2":
-        return False  # its router never does
-    return NORMED.get(config.model_type, getattr(config, "norm_topk_prob", None))
+        return False  # its router never normalizes
+    return NORM_TOPK_PROB.get(config.model_type, getattr(config, "norm_topk_prob", None))
 
 
-def _groups(name: str) -> Callable[[Any], Any]:
-    """None where routing ignores groups."""
+def _expert_groups(name: str) -> Callable[[Any], Any]:
+    """Reads attribute `name` of a configuration; None when its routing ignores groups."""
     return lambda config: None if getattr(config, "topk_method", "") == "greedy" else getattr(config, name, None)
 
 
-def _width(config: Any) -> Any:
-    return ANY if getattr(config, "kv_lora_rank", None) else head_dim(config)
+def _kv_width(config: Any) -> Any:
+    return UNCHECKED if getattr(config, "kv_lora_rank", None) else head_dim(config)
 
 
-SAME: dict[
-    str, tuple[str, Callable[[Any], Any]]
-] = {  # key after the architecture -> what it is, and the configuration's value
+# key without the architecture prefix -> (description for messages, the expected value from a configuration)
+EXPECTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "attention.layer_norm_rms_epsilon": ("RMS norm's epsilon", _first("rms_norm_eps")),
-    "attention.key_length": ("key width", _width),
-    "attention.value_length": ("value width", _width),
-    "attention.key_length_mla": ("key width", _latent(lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim)),
-    "attention.value_length_mla": ("value width", _latent(lambda c: c.v_head_dim)),
-    "attention.key_length_swa": ("key width in windows", head_dim),
-    "attention.value_length_swa": ("value width in windows", head_dim),
-    "attention.scale": ("scale of attention", lambda c: head_dim(c) ** -0.5),
+    "attention.key_length": ("key width", _kv_width),
+    "attention.value_length": ("value width", _kv_width),
+    "attention.key_length_mla": ("key width", _if_mla(lambda c: c.qk_nope_head_dim + c.qk_rope_head_dim)),
+    "attention.value_length_mla": ("value width", _if_mla(lambda c: c.v_head_dim)),
+    "attention.key_length_swa": ("key width of sliding-window layers", head_dim),
+    "attention.value_length_swa": ("value width of sliding-window layers", head_dim),
+    "attention.scale": ("attention scale", lambda c: head_dim(c) ** -0.5),
     "attention.causal": ("causal attention", lambda c: True),
     "rope.freq_base": ("rope theta", _theta),
-    "rope.freq_base_swa": ("rope theta in windows", _theta),
-    "rope.dimension_count": ("rotated columns", _rotated),
-    "rope.dimension_count_swa": ("rotated columns in windows", _rotated),
-    "expert_used_count": ("experts a token", _first("num_experts_per_tok", "moe_k")),
-    "expert_weights_scale": ("scale of experts", _first("routed_scaling_factor")),
-    "expert_weights_norm": ("experts' weights made to add up to one", _normed),
-    "expert_gating_func": ("gate of experts", lambda c: GATING.get(c.model_type, (1,))),
-    "expert_group_count": ("groups of experts", _groups("n_group")),
-    "expert_group_used_count": ("groups of experts a token", _groups("topk_group")),
+    "rope.freq_base_swa": ("rope theta of sliding-window layers", _theta),
+    "rope.dimension_count": ("rotated columns", _num_rotated_columns),
+    "rope.dimension_count_swa": ("rotated columns of sliding-window layers", _num_rotated_columns),
+    "expert_used_count": ("experts per token", _first("num_experts_per_tok", "moe_k")),
+    "expert_weights_scale": ("scale of routing weights", _first("routed_scaling_factor")),
+    "expert_weights_norm": ("normalized routing weights", _norm_topk_prob),
+    "expert_gating_func": ("router's gating function", lambda c: GATING_FUNCTIONS.get(c.model_type, (1,))),
+    "expert_group_count": ("expert groups", _expert_groups("n_group")),
+    "expert_group_used_count": ("expert groups per token", _expert_groups("topk_group")),
     "leading_dense_block_count": ("leading dense layers", _first("first_k_dense_replace", "moe_layer_start_index")),
-    "interleave_moe_layer_step": ("layers from one with experts to the next", _first("moe_layer_interval")),
-    "ssm.conv_kernel": ("width of the convolution", _first("linear_conv_kernel_dim")),
+    "interleave_moe_layer_step": ("distance between MoE layers", _first("moe_layer_interval")),
+    "ssm.conv_kernel": ("convolution width", _first("linear_conv_kernel_dim")),
     "ssm.state_size": ("key width of linear attention", _first("linear_key_head_dim")),
     "ssm.group_count": ("key heads of linear attention", _first("linear_num_key_heads")),
     "ssm.time_step_rank": ("value heads of linear attention", _first("linear_num_value_heads")),
@@ -180,27 +184,29 @@ SAME: dict[
 
 
 def key_differences(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
-    """A line for each key of the architecture that the configuration contradicts or that nobody here computes."""
-    found = []
-    for full, raw in metadata.items():
-        key = full.removeprefix(f"{arch}.")
-        if key == full or key in ELSEWHERE or key.startswith("attention.sliding_window"):
+    """Mismatches: one line for each key of `arch` that contradicts the configuration or is not supported."""
+    mismatches = []
+    for full_key, raw in metadata.items():
+        key = full_key.removeprefix(f"{arch}.")
+        if key == full_key or key in CHECKED_ELSEWHERE or key.startswith("attention.sliding_window"):
             continue
         value = scalar(raw)
-        off = value in (0, "", []) or value in NEUTRAL.get(key, ())
-        if key not in SAME:
+        off = value in (0, "", []) or value in OFF_VALUES.get(key, ())
+        if key not in EXPECTED:
             if not off:
-                found.append(f"{full} is {_shown(value)}, which ktx does not compute")
+                mismatches.append(f"{full_key} is {_format(value)}, which ktx does not support")
             continue
-        what, of = SAME[key]
-        expected = of(config)
-        if expected is ANY:
+        what, expected_of = EXPECTED[key]
+        expected = expected_of(config)
+        if expected is UNCHECKED:
             continue
         if expected is None and not off:
-            found.append(f"{full} is {_shown(value)}, which a {config.model_type} does not compute")
-        elif expected is not None and not _same(value, expected) and not (value == 0 and key in UNSET):
-            found.append(f"{what}: {_shown(value)} in the file ({full}), {_shown(expected)} in the configuration")
-    return [*found, *_window(metadata, arch, config), *_linear_layers(metadata, arch, config)]
+            mismatches.append(f"{full_key} is {_format(value)}, which {config.model_type} does not support")
+        elif expected is not None and not _same(value, expected) and not (value == 0 and key in UNSET_IF_ZERO):
+            mismatches.append(
+                f"{what}: {_format(value)} in the file ({full_key}), {_format(expected)} in the configuration"
+            )
+    return [*mismatches, *_sliding_window(metadata, arch, config), *_linear_layers(metadata, arch, config)]
 
 
 def _same(value: Any, expected: Any) -> bool:
@@ -211,58 +217,61 @@ def _same(value: Any, expected: Any) -> bool:
     return bool(value == expected)
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.7g}" if isinstance(value, float) else str(value)[:80]
 
 
-def _window(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
-    """Attention to a window: of as many tokens, and in the same layers, as the configuration says."""
+def _sliding_window(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
+    """Mismatches in the size of the sliding window, or in the layers that use it."""
     in_file = scalar(metadata.get(f"{arch}.attention.sliding_window"))
     context = metadata.get(f"{arch}.context_length")
     if not in_file or (isinstance(in_file, int) and isinstance(context, int) and in_file >= context):
-        return []  # it cuts nothing off
+        return []  # the window covers the whole context
     kinds = getattr(config, "layer_types", None) or []
     window = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         window = None
     if in_file != window:
-        return [f"attention's window: {in_file} tokens in the file, {window or 'none'} in the configuration"]
+        return [f"sliding window: {in_file} tokens in the file, {window or 'none'} in the configuration"]
     pattern = scalar(metadata.get(f"{arch}.attention.sliding_window_pattern"))
     if pattern is None or not kinds:
         return []
     if isinstance(pattern, bool):
         pattern = [pattern] * len(kinds)
-    if isinstance(pattern, int):  # the last of so many sees everything
+    if isinstance(pattern, int):  # the last layer of each `pattern` layers has full attention
         pattern = [(i + 1) % pattern != 0 for i in range(len(kinds))] if pattern > 1 else [not pattern] * len(kinds)
     if [bool(windowed) for windowed in pattern[: len(kinds)]] != [kind == "sliding_attention" for kind in kinds]:
-        return ["attention's window: in other layers in the file than in the configuration"]
+        return ["sliding window: the file and the configuration use it in different layers"]
     return []
 
 
 def _linear_layers(metadata: Mapping[str, Any], arch: str, config: Any) -> list[str]:
-    """Which layers are linear attention."""
+    """Mismatches in which layers are linear attention."""
     kinds = getattr(config, "layer_types", None) or []
-    listed, every = metadata.get(f"{arch}.attention.recurrent_layers"), metadata.get(f"{arch}.full_attention_interval")
+    listed, interval = (
+        metadata.get(f"{arch}.attention.recurrent_layers"),
+        metadata.get(f"{arch}.full_attention_interval"),
+    )
     if listed is not None:
         linear = [bool(item) for item in listed][: len(kinds)]
-    elif isinstance(every, int) and every:
-        linear = [(i + 1) % every != 0 for i in range(len(kinds))]
+    elif isinstance(interval, int) and interval:
+        linear = [(i + 1) % interval != 0 for i in range(len(kinds))]
     else:
         return []
     if linear == [kind == "linear_attention" for kind in kinds]:
         return []
-    return ["linear attention: in other layers in the file than in the configuration"]
+    return ["linear attention: the file and the configuration use it in different layers"]
 
 
-# ---- scaled rotary positions
+# ---- rope scaling
 
-PLAIN = ("none", "default")
-TYPES = {"default": "none", "su": "longrope"}  # transformers' names -> llama.cpp's
+UNSCALED = ("none", "default")
+SCALING_TYPES = {"default": "none", "su": "longrope"}  # transformers' names -> llama.cpp's
 ROPE_TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 def scaling_of(metadata: Mapping[str, Any], arch: str) -> tuple[str, float]:
-    """Kind and factor of rope scaling; llama.cpp takes linear where only a factor is named, also by its old key."""
+    """The type and factor of rope scaling; like llama.cpp, a factor without a type means linear (either key)."""
     factor = metadata.get(f"{arch}.rope.scaling.factor", metadata.get(f"{arch}.rope.scale_linear")) or 1.0
     kind = metadata.get(f"{arch}.rope.scaling.type") or ("linear" if factor != 1.0 else "none")
     return ("none", 1.0) if kind == "linear" and factor == 1.0 else (str(kind), float(factor))
@@ -271,44 +280,46 @@ def scaling_of(metadata: Mapping[str, Any], arch: str) -> tuple[str, float]:
 def rope_differences(
     metadata: Mapping[str, Any], arch: str, config: Any, tables: Mapping[str, Callable[[], list[float]]]
 ) -> list[str]:
-    """Lines on scaled rotary positions. `tables` gives the values of those of ROPE_TABLES that the file has."""
+    """Mismatches in rope scaling. `tables`: readers of the ROPE_TABLES that the file has, by tensor name."""
     rope = rope_of(config)
-    mine = TYPES.get(str(rope.get("rope_type", "default")), str(rope.get("rope_type")))
-    found = _table_differences(rope, mine, config, tables)
+    config_kind = SCALING_TYPES.get(str(rope.get("rope_type", "default")), str(rope.get("rope_type")))
+    mismatches = _table_differences(rope, config_kind, config, tables)
     kind, factor = scaling_of(metadata, arch)
-    said = {
+    in_file = {
         key: metadata[f"{arch}.rope.scaling.{key}"]
-        for key in _scaling(rope, config)
+        for key in _expected_scaling(rope, config)
         if f"{arch}.rope.scaling.{key}" in metadata
     }
     if tables:
-        said.pop("factor", None)
-    elif kind != mine and (f"{arch}.rope.scaling.type" in metadata or kind not in PLAIN):
-        return [*found, f"rope scaling: {kind} in the file, {mine} in the configuration"]
-    if kind == mine == "linear":
-        said["factor"] = factor
-    for key, value in said.items():
-        expected = _scaling(rope, config)[key]
-        if kind in PLAIN and key != "attn_factor":
+        in_file.pop("factor", None)
+    elif kind != config_kind and (f"{arch}.rope.scaling.type" in metadata or kind not in UNSCALED):
+        return [*mismatches, f"rope scaling: {kind} in the file, {config_kind} in the configuration"]
+    if kind == config_kind == "linear":
+        in_file["factor"] = factor
+    for key, value in in_file.items():
+        expected = _expected_scaling(rope, config)[key]
+        if kind in UNSCALED and key != "attn_factor":
             continue  # nothing is scaled
         if not any(_same(value, one) for one in expected):
-            shown = ", ".join(_shown(one) for one in expected)
-            found.append(f"rope.scaling.{key}: {_shown(value)} in the file, {shown} in the configuration")
-    return found
+            in_config = ", ".join(_format(one) for one in expected)
+            mismatches.append(f"rope.scaling.{key}: {_format(value)} in the file, {in_config} in the configuration")
+    return mismatches
 
 
-def _scaling(rope: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, ...]]:
-    """Values of keys under rope.scaling that agree with the configuration."""
+def _expected_scaling(rope: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, ...]]:
+    """The accepted values of each key under rope.scaling, computed from the configuration."""
     factor = float(rope.get("factor") or 1.0)
     original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
     original = original or config.max_position_embeddings
     attention = rope.get("attention_factor")
-    stretched = config.max_position_embeddings / original
-    long = math.sqrt(1 + math.log(stretched) / math.log(original)) if stretched > 1 else 1.0
+    extension = config.max_position_embeddings / original
+    longrope = math.sqrt(1 + math.log(extension) / math.log(original)) if extension > 1 else 1.0
     return {
         "factor": (factor,),
         "original_context_length": (original,),
-        "attn_factor": (attention if attention is not None else long if rope.get("rope_type") == "longrope" else 1.0,),
+        "attn_factor": (
+            attention if attention is not None else longrope if rope.get("rope_type") == "longrope" else 1.0,
+        ),
         "yarn_ext_factor": (1, -1),
         "yarn_attn_factor": (
             attention if attention is not None else 0.1 * math.log(factor) + 1 if factor > 1 else 1.0,
@@ -320,16 +331,16 @@ def _scaling(rope: Mapping[str, Any], config: Any) -> dict[str, tuple[Any, ...]]
 
 
 def _table_differences(
-    rope: Mapping[str, Any], mine: str, config: Any, tables: Mapping[str, Callable[[], list[float]]]
+    rope: Mapping[str, Any], config_kind: str, config: Any, tables: Mapping[str, Callable[[], list[float]]]
 ) -> list[str]:
-    found = []
+    mismatches = []
     for name, read in tables.items():
         kind = "llama3" if name == "rope_freqs.weight" else "longrope"
         table = read()
         if all(value == 1.0 for value in table):
-            continue  # divides by one
-        if mine != kind:
-            found.append(f"rope scaling: {kind} in the file ({name}), {mine} in the configuration")
+            continue  # no scaling
+        if config_kind != kind:
+            mismatches.append(f"rope scaling: {kind} in the file ({name}), {config_kind} in the configuration")
             continue
         expected = (
             _divisors(rope, len(table), config)
@@ -339,17 +350,17 @@ def _table_differences(
         if len(expected) != len(table) or not all(
             math.isclose(a, b, rel_tol=1e-2) for a, b in zip(table, expected, strict=True)
         ):
-            found.append(f"rope scaling: {name} holds other numbers than the configuration makes")
-    return found
+            mismatches.append(f"rope scaling: the values of {name} differ from those that the configuration gives")
+    return mismatches
 
 
 def _divisors(rope: Mapping[str, Any], count: int, config: Any) -> list[float]:
-    """Llama 3's, by which frequencies are divided (transformers' _compute_llama3_parameters)."""
+    """Llama 3's frequency divisors (transformers' _compute_llama3_parameters)."""
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    found = []
+    divisors = []
     for i in range(count):
         wavelength = 2 * math.pi * _theta(config) ** (i / count)
         smooth = (rope["original_max_position_embeddings"] / wavelength - low) / (high - low)
         smooth = min(max(smooth, 0.0), 1.0)
-        found.append(1 / ((1 - smooth) / factor + smooth))
-    return found
+        divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return divisors

@@ -255,7 +255,7 @@ def test_a_model_is_no_adapter_and_an_adapter_no_model(plain, tmp_path):
     write_gguf(tmp_path / "model.gguf", base, "F32")
     with pytest.raises(UsageError, match="general.type is 'model'.*--weights"):
         model.ktx.load_lora(tmp_path / "model.gguf")
-    with pytest.raises(BadFile, match="'adapter'; it goes with a model but is none: give it to --lora"):
+    with pytest.raises(BadFile, match="'adapter'; it belongs to a model but is not one: pass it to --lora"):
         load(tmp_path, file(tmp_path / "adapter.gguf", base, Q))
 
 

@@ -206,7 +206,7 @@ def test_an_adapter_in_the_folder_is_no_part_of_the_model(saved, tmp_path):
     "name,said",
     [
         ("blk.0.ffn_up.bias", "no module reads blk.0.ffn_up.bias .1., a bias that its module does not add"),
-        ("blk.0.ffn_up.scale", "no module reads blk.0.ffn_up.scale .1., which says what other weights mean"),
+        ("blk.0.ffn_up.scale", "no module reads blk.0.ffn_up.scale .1., which changes the meaning of other weights"),
     ],
 )
 def test_a_gguf_is_accounted_for_too(tmp_path, name, said):

@@ -251,7 +251,7 @@ def test_hostile_tensors(good, field, fmt, value, words):
 @pytest.mark.parametrize(
     "at,fmt,value,words",
     [
-        (0, "<I", 1, "no GGUF file"),
+        (0, "<I", 1, "is not a GGUF file"),
         (4, "<I", 1, "version 1"),
         (4, "<I", 3 << 24, "big-endian"),
         (8, "<Q", 1 << 50, "claims"),
