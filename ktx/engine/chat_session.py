@@ -16,7 +16,7 @@ from ktx.engine.sampler import SamplingParams
 
 @dataclass
 class Session:
-    """One client of an engine. The prefix cache makes a prompt that begins like an earlier one cost only its new part."""
+    """One client of an engine. A prompt that begins like an earlier one costs only its new part."""
 
     engine: Engine
     request: Request | None = None

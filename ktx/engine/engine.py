@@ -452,7 +452,7 @@ class Engine:
             self._finish(output, "cancelled")
 
     def _restart(self, error: BaseException) -> bool:
-        """Fails all unfinished requests and starts again with empty pages. Returns False after MAX_RESTARTS restarts."""
+        """Fails all unfinished requests and restarts with empty pages. Returns False after MAX_RESTARTS restarts."""
         self.restarts += 1
         with self.lock:
             if self.restarts > MAX_RESTARTS:

@@ -1,4 +1,4 @@
-"""Guesses by the model's own layer for multi-token prediction, see ktx.ops.mtp."""
+"""Draft tokens from the model's own layer for multi-token prediction (MTP), see ktx.ops.mtp."""
 
 from __future__ import annotations
 
@@ -17,71 +17,79 @@ from ktx.transformers_compat import cache_argument
 
 
 class MTPDrafter:
-    """Follows every forward, so that the layer has keys and values of all that the model has seen.
+    """Runs the MTP layer after every forward, so that the layer has keys and values of all tokens that the model has
+    computed.
 
-    They lie on the requests' own pages. On a page that is shared, those of its last token speak of another one's next token: guesses may
-    be worse for it, answers are not.
+    They are on the requests' own pages. On a shared page, the entry of its last token was computed with another
+    sequence's next token: that may make draft tokens worse, but never changes outputs.
     """
 
     def __init__(self, runner: ModelRunner):
         self.model, self.cache = runner.model, runner.cache
         self.body = self.model.get_decoder()
         self.hidden = torch.empty(0, dtype=torch.float32)
-        self.hook = self.body.register_forward_hook(self._keep)
+        self.hook = self.body.register_forward_hook(self._save_hidden)
 
-    def _keep(self, module: Any, args: Any, output: Any) -> None:
+    def _save_hidden(self, module: Any, args: Any, output: Any) -> None:
+        """Forward hook: stores the decoder's hidden states."""
         self.hidden = output[0]
 
     def close(self) -> None:
+        """Removes the forward hook."""
         self.hook.remove()
 
     @torch.inference_mode()
     def draft(
-        self, done: Sequence[tuple[ScheduledChunk, int]], most: Mapping[Request, int]
+        self, results: Sequence[tuple[ScheduledChunk, int]], max_drafts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
-        rows, ids, spans, at = [], list[int](), [], 0
-        for part, kept in done:
-            request, end = part.request, part.start + kept
-            if kept and len(request.ids) > end:
-                rows.append(self.hidden[0, at : at + kept])
-                ids += request.ids[part.start + 1 : end + 1]
-                prompt = max(0, min(kept, len(request.prompt) - part.start))
-                spans.append((request, SequenceSpan(request.id, part.start, kept, request.pages, prompt)))
-            at += part.count
+        """Returns up to `max_drafts[request]` draft tokens for each request, see `Drafter.draft`."""
+        rows, ids, spans, row = [], list[int](), [], 0
+        for chunk, num_kept in results:
+            request, end = chunk.request, chunk.start + num_kept
+            if num_kept and len(request.ids) > end:
+                rows.append(self.hidden[0, row : row + num_kept])
+                ids += request.ids[chunk.start + 1 : end + 1]
+                prompt = max(0, min(num_kept, len(request.prompt) - chunk.start))
+                spans.append((request, SequenceSpan(request.id, chunk.start, num_kept, request.pages, prompt)))
+            row += chunk.count
         if not spans:
             return {}
         states = self._step(torch.cat(rows), ids, [span for _, span in spans])
-        last, first = {}, 0
+        last, end_row = {}, 0
         for request, span in spans:
-            first += span.count
-            if most.get(request):
-                last[request] = states[first - 1]
-        return self._drafts(last, most)
+            end_row += span.count
+            if max_drafts.get(request):
+                last[request] = states[end_row - 1]
+        return self._drafts(last, max_drafts)
 
-    def _drafts(self, last: dict[Request, torch.Tensor], most: Mapping[Request, int]) -> dict[Request, list[int]]:
-        """`last`: the layer's own state of each request's last computed token, from which it goes on by itself."""
-        drafts: dict[Request, list[int]] = {request: [] for request in last}
-        while last:
-            chosen = self.model.lm_head(torch.stack(list(last.values()))[None])[0].argmax(-1).tolist()
+    def _drafts(
+        self, last_states: dict[Request, torch.Tensor], max_drafts: Mapping[Request, int]
+    ) -> dict[Request, list[int]]:
+        """Drafts autoregressively. `last_states`: the layer's state of each request's last computed token."""
+        drafts: dict[Request, list[int]] = {request: [] for request in last_states}
+        while last_states:
+            tokens = self.model.lm_head(torch.stack(list(last_states.values()))[None])[0].argmax(-1).tolist()
             spans, rows = [], []
-            for (request, state), token in zip(list(last.items()), chosen, strict=True):
+            for (request, state), token_id in zip(list(last_states.items()), tokens, strict=True):
                 draft = drafts[request]
-                draft.append(token)
-                at = request.num_computed + len(draft) - 1
-                if len(draft) >= most[request] or at >= len(request.pages) * PAGE_TOKENS:
-                    del last[request]
+                draft.append(token_id)
+                position = request.num_computed + len(draft) - 1
+                if len(draft) >= max_drafts[request] or position >= len(request.pages) * PAGE_TOKENS:
+                    del last_states[request]
                     continue
-                spans.append((request, SequenceSpan(request.id, at, 1, request.pages)))
+                spans.append((request, SequenceSpan(request.id, position, 1, request.pages)))
                 rows.append(state)
             if not spans:
                 break
             ids = [drafts[request][-1] for request, _ in spans]
             states = self._step(torch.stack(rows), ids, [span for _, span in spans])
-            last = {request: state for (request, _), state in zip(spans, states, strict=True)}
+            last_states = {request: state for (request, _), state in zip(spans, states, strict=True)}
         return drafts
 
     def _step(self, hidden: torch.Tensor, following: Sequence[int], spans: Sequence[SequenceSpan]) -> torch.Tensor:
-        """States [tokens, D] and the ids that follow them -> the layer's states [tokens, D]."""
+        """Computes the layer's states [tokens, D] from the decoder's hidden states [tokens, D] and the ids of the
+        following tokens.
+        """
         batch = self.cache.batch = BatchMetadata(spans)
         embeds = self.body.embed_tokens(torch.tensor([following]))
         try:

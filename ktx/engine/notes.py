@@ -1,4 +1,4 @@
-"""What an engine adds to the notes on its model: how requests are computed, and how long they can be."""
+"""The engine's notes on its model: how requests are computed, and how long they can be."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ if TYPE_CHECKING:
     from ktx.engine.engine import Engine
 
 
-ENGINES = ("serial", "context")  # codes of notes that are an engine's
+ENGINES = ("serial", "context")  # codes of the engine's notes
 
 
 def notes_of(engine: Engine, limit: int) -> list[Note]:
-    """`limit`: tokens of the longest context that the model has."""
-    found, runner = [], engine.runner
+    """Returns an engine's notes. `limit`: the model's maximum context in tokens."""
+    notes, runner = [], engine.runner
     if runner.reason:
-        off = ", and none begins with what another has computed" if engine.options.prefix_cache else ""
-        found.append(Note("serial", f"requests are computed one after another{off}: {runner.reason}"))
+        no_prefix_cache = ", without a prefix cache" if engine.options.prefix_cache else ""
+        notes.append(Note("serial", f"requests are computed one after another{no_prefix_cache}: {runner.reason}"))
     if runner.unsupported_reason:
-        found.append(Note("flag", f"no CUDA graphs, steps are launched kernel by kernel: {runner.unsupported_reason}"))
+        notes.append(Note("flag", f"no CUDA graphs, kernels are launched one by one: {runner.unsupported_reason}"))
     if engine.context < limit:
-        found.append(
+        notes.append(
             Note(
                 "context",
-                f"a request holds at most {engine.context} of the model's {limit} tokens: --cache-lens and --max-context raise it",
+                f"a request holds at most {engine.context} of the model's {limit} tokens: "
+                "--cache-lens and --max-context raise it",
             )
         )
-    return found
+    return notes

@@ -1,4 +1,4 @@
-"""One request's answer while it grows: choosing, detokenising, stopping."""
+"""One request's output while it grows: sampling, detokenizing, stopping."""
 
 from __future__ import annotations
 
@@ -14,100 +14,111 @@ from ktx.engine.scheduler import ScheduledChunk
 
 
 class OutputState:
-    """What the engine keeps of a request beside its place in the queue."""
+    """The output of one request: sampler, detokenizer and stop checker."""
 
     def __init__(self, request: Request, tokenizer: Any, stop_ids: frozenset[int], context: int):
         self.request, self.context = request, context
-        self.chooser = Sampler(request.sampling, request.prompt)
-        self.words = Detokenizer(tokenizer, request.sampling.hidden)
-        self.finder = StopChecker(request.sampling.stop, request.sampling.include_stop)
-        self.tail = ""  # the text of the token that ended the answer, where it is part of it
+        self.sampler = Sampler(request.sampling, request.prompt)
+        self.detokenizer = Detokenizer(tokenizer, request.sampling.hidden)
+        self.stop_checker = StopChecker(request.sampling.stop, request.sampling.include_stop)
+        self.stop_text = ""  # text of the end token, where `include_stop` emits it
         own = frozenset(request.sampling.stop_ids)
         self.stop_ids = own if request.sampling.ignore_eos else stop_ids | own
         self.stopped_by: str | int | None = None
-        self.last: SampledToken | None = None  # the token that ended the answer
-        self.prompt_choices: list[SampledToken] = [SampledToken(request.prompt[0])] if request.sampling.echo else []
+        self.end_token: SampledToken | None = None  # the end token
+        self.prompt_tokens: list[SampledToken] = [SampledToken(request.prompt[0])] if request.sampling.echo else []
         self.prompt_sent = False
-        self.done: Reason | None = None
+        self.reason: Reason | None = None
 
-    def process_logits(self, part: ScheduledChunk, logits: torch.Tensor) -> tuple[int, Reason | None]:
-        """What follows from a part's logits: how many of its tokens stay in the cache, and why the answer ends if it does."""
+    def process_logits(self, chunk: ScheduledChunk, logits: torch.Tensor) -> tuple[int, Reason | None]:
+        """Samples from a chunk's logits.
+
+        Args:
+            chunk: the computed chunk.
+            logits: [rows, vocabulary] of its last tokens, see `runner.num_logits`.
+
+        Returns:
+            How many of the chunk's tokens stay in the cache, and why the output ends, None if it continues.
+        """
         request = self.request
-        if request.sampling.echo and part.start < len(request.prompt):
-            self._tell_prompt(part, logits)
+        if request.sampling.echo and chunk.start < len(request.prompt):
+            self._emit_prompt_logprobs(chunk, logits)
             logits = logits[-1:]
-        if part.start + part.count < len(request.ids):
-            return part.count, None
+        if chunk.start + chunk.count < len(request.ids):
+            return chunk.count, None
         if not request.sampling.max_new_tokens:
-            return part.count, "length"
+            return chunk.count, "length"
         drafted, request.draft = request.draft, []
-        kept = part.count - len(drafted)
+        num_kept = chunk.count - len(drafted)
         for i, row in enumerate(logits):
-            choice = self.chooser.sample(row, self._allowed(len(row)))
-            self.done = self._append_token(choice)
-            if self.done or i >= len(drafted) or choice.token != drafted[i]:
+            sampled = self.sampler.sample(row, self._token_mask(len(row)))
+            self.reason = self._append_token(sampled)
+            if self.reason or i >= len(drafted) or sampled.token != drafted[i]:
                 break
-            kept += 1
+            num_kept += 1
         request.drafted += len(drafted)
-        request.accepted += kept - (part.count - len(drafted))
-        return kept, self.done
+        request.accepted += num_kept - (chunk.count - len(drafted))
+        return num_kept, self.reason
 
-    def _allowed(self, vocabulary: int) -> torch.Tensor | None:
-        """bool [vocabulary] of what may come next, by the grammar and because the answer is too short to end. None: anything."""
+    def _token_mask(self, vocabulary: int) -> torch.Tensor | None:
+        """Returns a mask bool [vocabulary] of the tokens that the grammar and `min_tokens` allow; None: all."""
         constraint = self.request.constraint
         mask = None if constraint is None else constraint.mask()
         if self.request.num_output >= self.request.sampling.min_tokens:
             return mask
-        longer = torch.ones(vocabulary, dtype=torch.bool) if mask is None else mask.clone()
-        longer[[token for token in self.stop_ids if token < vocabulary]] = False
-        return longer if longer.any() else mask  # a grammar that allows nothing but the end has the last word
+        without_stop = torch.ones(vocabulary, dtype=torch.bool) if mask is None else mask.clone()
+        without_stop[[token for token in self.stop_ids if token < vocabulary]] = False
+        return without_stop if without_stop.any() else mask  # a grammar that allows only the end overrides `min_tokens`
 
-    def _tell_prompt(self, part: ScheduledChunk, logits: torch.Tensor) -> None:
-        """Log-probabilities of the prompt's tokens: a row speaks of the token that follows it. Those of a part that is computed again are known."""
-        prompt, known = self.request.prompt, len(self.prompt_choices)
-        if known == len(prompt) and self.prompt_sent:
+    def _emit_prompt_logprobs(self, chunk: ScheduledChunk, logits: torch.Tensor) -> None:
+        """Computes log-probabilities of the prompt's tokens and emits them when they are complete: a row belongs to the
+        token that follows it. A chunk that is recomputed adds none.
+        """
+        prompt, num_known = self.request.prompt, len(self.prompt_tokens)
+        if num_known == len(prompt) and self.prompt_sent:
             return
-        at = known - 1 - part.start  # the row that speaks of the first token not known yet
-        self.prompt_choices += [
-            self.chooser.with_logprobs(row, token) for row, token in zip(logits[at:], prompt[known:], strict=False)
+        first_row = num_known - 1 - chunk.start  # the row of the first token without a log-probability
+        self.prompt_tokens += [
+            self.sampler.with_logprobs(row, token)
+            for row, token in zip(logits[first_row:], prompt[num_known:], strict=False)
         ]
-        if part.start + part.count >= len(prompt):
+        if chunk.start + chunk.count >= len(prompt):
             self.prompt_sent = True
-            self.request.on_event(PromptLogprobs(self.prompt_choices))
+            self.request.on_event(PromptLogprobs(self.prompt_tokens))
 
-    def _append_token(self, choice: SampledToken) -> Reason | None:
-        """Adds a token to the answer and tells of it; why the answer ends, if it does."""
-        request, token = self.request, choice.token
+    def _append_token(self, sampled: SampledToken) -> Reason | None:
+        """Appends a token to the output and emits its event. Returns why the output ends, None if it continues."""
+        request, token = self.request, sampled.token
         if request.first_token is None:
             request.first_token = time.perf_counter()
         if token in self.stop_ids:
-            self.stopped_by, self.last = token, choice
-            self.tail = self.words.feed(token) if request.sampling.include_stop else ""
+            self.stopped_by, self.end_token = token, sampled
+            self.stop_text = self.detokenizer.feed(token) if request.sampling.include_stop else ""
             return "stop"
         request.ids.append(token)
         if request.constraint is not None:
             request.constraint.accept(token)
-        text = self.words.feed(token)
-        if request.num_output >= request.sampling.min_tokens:  # before, no text ends it
-            text = self.finder.feed(text)
-        request.on_event(TokenEvent(text, choice))
-        if self.finder.found is not None:
-            self.stopped_by = self.finder.found
+        text = self.detokenizer.feed(token)
+        if request.num_output >= request.sampling.min_tokens:  # until then stop strings are ignored
+            text = self.stop_checker.feed(text)
+        request.on_event(TokenEvent(text, sampled))
+        if self.stop_checker.found is not None:
+            self.stopped_by = self.stop_checker.found
             return "stop"
         if request.constraint is not None and request.constraint.ended:
             return "stop"
         full = request.num_output >= request.sampling.max_new_tokens or len(request.ids) >= self.context
         return "length" if full else None
 
-    def finish(self, reason: Reason, error: str = "", refused: bool = False) -> Finished:
-        """Tells what was held back, and that this was all."""
+    def finish(self, reason: Reason, error: str = "", client_error: bool = False) -> Finished:
+        """Emits the text that was held back in the last event, and returns that event."""
         text = ""
-        if self.finder.found is None:
-            text = self.finder.feed(self.words.flush()) + self.finder.flush() + self.tail
-        if self.finder.found is not None and reason == "length":
-            reason, self.stopped_by = "stop", self.finder.found
+        if self.stop_checker.found is None:
+            text = self.stop_checker.feed(self.detokenizer.flush()) + self.stop_checker.flush() + self.stop_text
+        if self.stop_checker.found is not None and reason == "length":
+            reason, self.stopped_by = "stop", self.stop_checker.found
         request = self.request
         ids, usage = request.ids[len(request.prompt) :], request.usage()
-        finished = Finished(reason, text, ids, usage, self.stopped_by, error, self.last, refused)
+        finished = Finished(reason, text, ids, usage, self.stopped_by, error, self.end_token, client_error)
         request.on_event(finished)
         return finished

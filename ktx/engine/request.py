@@ -1,4 +1,4 @@
-"""A request, and what its sender hears of it. No tensors here."""
+"""A request and its events. No tensors here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Reason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True)
 class TokenEvent:
-    """A token of the answer and the text it completes: empty while a character or a possible stop string is unfinished."""
+    """An output token and the text that it completes: empty while a character or possible stop string is incomplete."""
 
     text: str
     choice: SampledToken
@@ -24,14 +24,14 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class PromptLogprobs:
-    """With `Sampling.echo`, before the answer: the prompt's tokens, of which the first has no log-probability."""
+    """With `SamplingParams.echo`, before the output: the prompt's tokens, of which the first has no log-probability."""
 
     choices: list[SampledToken]
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens and seconds of one answer. `cached` tokens of the prompt did not have to be computed."""
+    """Tokens and seconds of one request. `cached` prompt tokens came from the prefix cache."""
 
     prompt: int
     answer: int
@@ -45,20 +45,30 @@ class Usage:
 
     @property
     def prompt_speed(self) -> float:
-        """Tokens a second of the part of the prompt that was computed."""
+        """Computed prompt tokens per second."""
         seconds = self.first_token_seconds - self.queued_seconds
         return (self.prompt - self.cached) / seconds if seconds > 0 else 0.0
 
     @property
     def answer_speed(self) -> float:
+        """Output tokens per second after the first."""
         seconds = self.seconds - self.first_token_seconds
         return (self.answer - 1) / seconds if self.answer > 1 and seconds > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event. `text` is what was held back, `stop` the stop string or token id that ended the answer, `choice` that token,
-    which is no part of it. `refused`: the error is what the request asked for.
+    """The last event of a request.
+
+    Args:
+        reason: why the output ended.
+        text: the text that was held back.
+        ids: the output tokens.
+        usage: tokens and seconds of the request.
+        stop: the stop string or token id that ended the output.
+        error: the error message for the reason "error".
+        choice: the end token, which is not in `ids`.
+        client_error: the request's own parameters caused the error.
     """
 
     reason: Reason
@@ -76,49 +86,52 @@ Event = PromptLogprobs | TokenEvent | Finished
 
 @dataclass(eq=False)
 class Request:
-    """One prompt on its way. `sink` is called on the engine's thread for each event and must not block.
+    """One prompt and its state in the engine. `on_event` is called on the engine's thread for each event and must not
+    block.
 
-    `ids` are the prompt and what was answered, `computed` of them are in the cache, on `pages`; `keys` are those of its full pages.
+    `ids` are the prompt and the output; the first `num_computed` of them are in the KV cache, on `pages`. `page_hashes`
+    are the hashes of its full pages; `draft` holds draft tokens that the next forward verifies.
     """
 
     prompt: list[int]
     sampling: SamplingParams
     on_event: Callable[[Event], None]
     salt: bytes = b""
-    constraint: Any = None  # a grammar's state, see ktx.engine.grammar
-    lora: Uses = ()  # the LoRA adapters that it is computed with
-    id: int = 0  # by arrival
+    constraint: Any = None  # a GrammarMatcher, see ktx.engine.grammar
+    lora: Uses = ()  # the LoRA adapters to apply
+    id: int = 0  # in the order of arrival
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
-    cached: int | None = None  # None until it was first computed
-    isolated: bool = False  # a forward with it failed: it is tried without others
+    cached: int | None = None  # prompt tokens from the prefix cache; None before admission
+    isolated: bool = False  # a forward with it failed, so it is computed alone
     preempted: int = 0
     drafted: int = 0
     accepted: int = 0
     arrived: float = field(default_factory=time.perf_counter)
     started: float | None = None
     first_token: float | None = None
-    context: Context = field(
-        default_factory=copy_context
-    )  # of whoever asked: what the engine's thread says of it is said there
+    # The submitter's context: the engine's thread logs about the request within it.
+    context: Context = field(default_factory=copy_context)
 
     def __post_init__(self) -> None:
         self.ids = list(self.prompt)
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens that have to be computed before the next one can be chosen."""
+        """Tokens to compute before the next one can be sampled."""
         return len(self.ids) - self.num_computed
 
     @property
     def num_output(self) -> int:
+        """Output tokens."""
         return len(self.ids) - len(self.prompt)
 
     def usage(self) -> Usage:
+        """Returns the usage up to now."""
         now = time.perf_counter()
         started, first = self.started or now, self.first_token or now
         return Usage(

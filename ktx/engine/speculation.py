@@ -1,8 +1,9 @@
-"""Speculative decoding: tokens are guessed, and one forward checks them together (Leviathan et al. 2022, arXiv 2211.17192).
+"""Speculative decoding: a drafter proposes tokens, and one forward verifies them together (Leviathan et al. 2022, arXiv
+2211.17192).
 
-A guess counts only where it is the token that would have been chosen anyway, so answers do not change, drawn ones neither. On a CPU
-each token more in a forward costs time, of other experts above all. So a forward's cost is learnt while it runs, and as
-many tokens are guessed as pay.
+A draft token is accepted only if it equals the token that would have been sampled anyway, so outputs do not change,
+with sampling neither. On a CPU each further token costs time in a forward, mostly because it needs other experts.
+Therefore the cost of a forward is learnt at run time, and only as many tokens are drafted as pay off.
 """
 
 from __future__ import annotations
@@ -18,116 +19,159 @@ from ktx.engine.request import Request
 from ktx.engine.scheduler import ScheduledChunk
 
 KINDS = ("mtp", "prompt_lookup")
-MAX_DRAFT_TOKENS = 8  # tokens guessed at once
-DECAY = 0.98  # weight of what was learnt a forward ago
-DEFAULT_MARGINAL_COST = 0.3  # share of a forward that a token more costs, until it is known
-ACCEPTANCE_PRIOR = (1.2, 2.0)  # hits and tries that an answer begins with
-NGRAM_SIZES = (4, 3, 2)  # tokens that have to be the same, longest first
-WORD = 4  # bytes of an id
+MAX_DRAFT_TOKENS = 8  # default number of draft tokens of a request in one step
+DECAY = 0.98  # weight of a measurement relative to that of one forward later
+DEFAULT_MARGINAL_COST = 0.3  # cost of one more token, as a share of a forward, before it is measured
+ACCEPTANCE_PRIOR = (1.2, 2.0)  # accepted and verified draft tokens that a request begins with
+NGRAM_SIZES = (4, 3, 2)  # tokens that must match, longest first
+ID_BYTES = 4  # bytes of a token id
 
 
 class Drafter(Protocol):
+    """Proposes draft tokens."""
+
     def draft(
-        self, done: Sequence[tuple[ScheduledChunk, int]], most: Mapping[Request, int]
+        self, results: Sequence[tuple[ScheduledChunk, int]], max_drafts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
-        """Guesses, `most` tokens at most. `done`: what was just computed, and how many of its tokens stay."""
+        """Proposes draft tokens.
+
+        Args:
+            results: the chunks that were just computed, each with the number of its tokens that stay in the cache.
+            max_drafts: the maximum number of draft tokens of each request.
+        """
 
     def close(self) -> None:
-        """Lets go of the model."""
+        """Detaches from the model."""
 
 
 class ForwardCostModel:
-    """Seconds of a forward of answers' tokens, a line fitted to the latest ones."""
+    """Predicts the seconds of a decode forward: a line fitted to the latest forwards."""
 
     def __init__(self) -> None:
         self.weight = self.tokens = self.squares = self.seconds = self.products = 0.0
 
     def took(self, tokens: int, seconds: float) -> None:
+        """Records that a forward with `tokens` tokens took `seconds`."""
         new = (1.0, tokens, tokens * tokens, seconds, tokens * seconds)
         old = (self.weight, self.tokens, self.squares, self.seconds, self.products)
         self.weight, self.tokens, self.squares, self.seconds, self.products = (
-            DECAY * before + now for before, now in zip(old, new, strict=True)
+            DECAY * previous + value for previous, value in zip(old, new, strict=True)
         )
 
     def cost(self, tokens: int) -> float:
-        """Seconds of a forward, by what one of as many tokens as usual takes."""
+        """Returns the predicted seconds of a forward with `tokens` tokens, relative to one with the average number."""
         if not self.weight:
             return 1.0 + DEFAULT_MARGINAL_COST * tokens
-        mean, middle = self.seconds / self.weight, self.tokens / self.weight
-        spread = self.squares / self.weight - middle * middle
-        each = DEFAULT_MARGINAL_COST * mean / (1 + DEFAULT_MARGINAL_COST * (middle - 1))
-        if spread > 1e-3:
-            each = min(mean / middle, max(0.0, (self.products / self.weight - mean * middle) / spread))
-        return mean + each * (tokens - middle)
+        mean_seconds, mean_tokens = self.seconds / self.weight, self.tokens / self.weight
+        variance = self.squares / self.weight - mean_tokens * mean_tokens
+        seconds_per_token = DEFAULT_MARGINAL_COST * mean_seconds / (1 + DEFAULT_MARGINAL_COST * (mean_tokens - 1))
+        if variance > 1e-3:
+            seconds_per_token = min(
+                mean_seconds / mean_tokens,
+                max(0.0, (self.products / self.weight - mean_seconds * mean_tokens) / variance),
+            )
+        return mean_seconds + seconds_per_token * (tokens - mean_tokens)
 
 
-def choose_draft_lengths(pace: ForwardCostModel, rates: Sequence[float], most: Sequence[int]) -> list[int]:
-    """How many tokens to guess for each answer, so that the tokens a second are the most; `rates`: how often a guess is right."""
-    counts, gain, tokens = [0] * len(rates), float(len(rates)), len(rates)
+def choose_draft_lengths(
+    cost_model: ForwardCostModel, acceptance_rates: Sequence[float], max_drafts: Sequence[int]
+) -> list[int]:
+    """Returns how many tokens to draft for each request, so that the expected tokens per second are maximal.
+
+    Args:
+        cost_model: predicts the seconds of a forward.
+        acceptance_rates: each request's acceptance rate.
+        max_drafts: each request's maximum number of draft tokens.
+    """
+    counts, expected_tokens, num_tokens = (
+        [0] * len(acceptance_rates),
+        float(len(acceptance_rates)),
+        len(acceptance_rates),
+    )
     while True:
-        open_ones = [i for i in range(len(rates)) if counts[i] < most[i]]
-        if not open_ones:
+        candidates = [i for i in range(len(acceptance_rates)) if counts[i] < max_drafts[i]]
+        if not candidates:
             return counts
-        best = max(open_ones, key=lambda i: rates[i] ** (counts[i] + 1))
-        more = gain + rates[best] ** (counts[best] + 1)
-        if more * pace.cost(tokens) <= gain * pace.cost(tokens + 1):
+        best = max(candidates, key=lambda i: acceptance_rates[i] ** (counts[i] + 1))
+        new_expected = expected_tokens + acceptance_rates[best] ** (counts[best] + 1)
+        if new_expected * cost_model.cost(num_tokens) <= expected_tokens * cost_model.cost(num_tokens + 1):
             return counts
-        counts[best], gain, tokens = counts[best] + 1, more, tokens + 1
+        counts[best], expected_tokens, num_tokens = counts[best] + 1, new_expected, num_tokens + 1
 
 
 class SpeculativeDecoder:
-    """After each forward: guesses for the next one."""
+    """Decides after each forward how many tokens each request drafts, and has the drafter propose them."""
 
-    def __init__(self, drafter: Drafter, most: int = MAX_DRAFT_TOKENS):
-        self.drafter, self.most, self.pace, self.spent = drafter, most, ForwardCostModel(), 0.0
-        self.record: WeakKeyDictionary[Request, tuple[float, float]] = WeakKeyDictionary()
+    def __init__(self, drafter: Drafter, max_tokens: int = MAX_DRAFT_TOKENS):
+        self.drafter, self.max_tokens, self.pace, self.draft_seconds = drafter, max_tokens, ForwardCostModel(), 0.0
+        self.acceptance: WeakKeyDictionary[Request, tuple[float, float]] = WeakKeyDictionary()
 
-    def checked(self, request: Request, tried: int, hits: int) -> None:
-        """A forward has looked at `tried` guesses, of which the first `hits` were right; those behind the first wrong one say nothing."""
-        before = self.record.get(request, ACCEPTANCE_PRIOR)
-        own = (
-            ACCEPTANCE_PRIOR[0] * (1 - DECAY),
-            ACCEPTANCE_PRIOR[1] * (1 - DECAY),
-        )  # what is long ago is forgotten, so that a bad start is tried again
-        self.record[request] = (DECAY * before[0] + own[0] + hits, DECAY * before[1] + own[1] + min(tried, hits + 1))
+    def checked(self, request: Request, num_drafted: int, num_accepted: int) -> None:
+        """Records that a forward verified `num_drafted` draft tokens, of which the first `num_accepted` were accepted.
+        Tokens after the first rejected one are no evidence.
+        """
+        previous = self.acceptance.get(request, ACCEPTANCE_PRIOR)
+        # Old evidence decays towards the prior, so that drafting is tried again after a bad start.
+        prior = (ACCEPTANCE_PRIOR[0] * (1 - DECAY), ACCEPTANCE_PRIOR[1] * (1 - DECAY))
+        self.acceptance[request] = (
+            DECAY * previous[0] + prior[0] + num_accepted,
+            DECAY * previous[1] + prior[1] + min(num_drafted, num_accepted + 1),
+        )
 
-    def prepare(self, done: Sequence[tuple[ScheduledChunk, int]], room: Mapping[Request, int], seconds: float) -> None:
-        """Sets the drafts of those in `room`, who can use as many tokens as it says. `seconds` is what computing all of `done` took."""
-        if not any(part.prompt for part, _ in done):
-            self.pace.took(sum(part.count for part, _ in done), seconds + self.spent)
+    def prepare(
+        self, results: Sequence[tuple[ScheduledChunk, int]], max_drafts: Mapping[Request, int], seconds: float
+    ) -> None:
+        """Sets the draft tokens of requests for the next forward.
+
+        Args:
+            results: the chunks that were just computed, each with the number of its tokens that stay in the cache.
+            max_drafts: the requests that may draft, with the maximum number of draft tokens that each can use.
+            seconds: duration of the forward that computed `results`.
+        """
+        if not any(chunk.prompt for chunk, _ in results):
+            self.pace.took(sum(chunk.count for chunk, _ in results), seconds + self.draft_seconds)
         start = time.perf_counter()
-        rates = [hits / tried for hits, tried in (self.record.get(request, ACCEPTANCE_PRIOR) for request in room)]
-        counts = choose_draft_lengths(self.pace, rates, [min(self.most, most) for most in room.values()])
-        drafts = self.drafter.draft(done, dict(zip(room, counts, strict=True)))
+        acceptance_rates = [
+            accepted / verified
+            for accepted, verified in (self.acceptance.get(request, ACCEPTANCE_PRIOR) for request in max_drafts)
+        ]
+        counts = choose_draft_lengths(
+            self.pace, acceptance_rates, [min(self.max_tokens, limit) for limit in max_drafts.values()]
+        )
+        drafts = self.drafter.draft(results, dict(zip(max_drafts, counts, strict=True)))
         for request, draft in drafts.items():
             request.draft = draft
-        self.spent = time.perf_counter() - start
+        self.draft_seconds = time.perf_counter() - start
 
 
 class PromptLookup:
-    """What followed the last tokens where they stood before (Saxena 2023, prompt lookup decoding)."""
+    """Drafts the tokens that followed an earlier occurrence of the last tokens (Saxena 2023, prompt lookup
+    decoding).
+    """
 
     def __init__(self) -> None:
-        self.texts: WeakKeyDictionary[Request, bytearray] = WeakKeyDictionary()
+        self._texts: WeakKeyDictionary[Request, bytearray] = WeakKeyDictionary()
 
     def draft(
-        self, done: Sequence[tuple[ScheduledChunk, int]], most: Mapping[Request, int]
+        self, results: Sequence[tuple[ScheduledChunk, int]], max_drafts: Mapping[Request, int]
     ) -> dict[Request, list[int]]:
-        return {request: self.found(request, count) for request, count in most.items() if count}
+        """Returns up to `max_drafts[request]` draft tokens for each request."""
+        return {request: self.found(request, count) for request, count in max_drafts.items() if count}
 
     def close(self) -> None:
-        self.texts.clear()
+        """Drops the requests' texts."""
+        self._texts.clear()
 
-    def found(self, request: Request, most: int) -> list[int]:
-        """The latest place counts, of the longest run of tokens that has one."""
-        text = self.texts.setdefault(request, bytearray())
-        text += np.asarray(request.ids[len(text) // WORD :], dtype="<i4").tobytes()
+    def found(self, request: Request, max_tokens: int) -> list[int]:
+        """Returns the tokens after the latest earlier occurrence of the longest n-gram that has one."""
+        text = self._texts.setdefault(request, bytearray())
+        text += np.asarray(request.ids[len(text) // ID_BYTES :], dtype="<i4").tobytes()
         for size in NGRAM_SIZES:
-            tail = bytes(text[-size * WORD :])
-            at = text.rfind(tail, 0, len(text) - WORD) if len(text) > size * WORD else -1
-            while at % WORD and at >= 0:  # bytes of two ids
-                at = text.rfind(tail, 0, at + len(tail) - 1)
-            if at >= 0:
-                first = at // WORD + size
-                return request.ids[first : first + most]
+            tail = bytes(text[-size * ID_BYTES :])
+            offset = text.rfind(tail, 0, len(text) - ID_BYTES) if len(text) > size * ID_BYTES else -1
+            while offset % ID_BYTES and offset >= 0:  # the match spans parts of two ids
+                offset = text.rfind(tail, 0, offset + len(tail) - 1)
+            if offset >= 0:
+                first = offset // ID_BYTES + size
+                return request.ids[first : first + max_tokens]
         return []

@@ -1,4 +1,4 @@
-"""What an engine's forwards have done: numbers that only grow. The engine's thread adds to them, any thread may read them."""
+"""Counters of an engine's forwards. They only grow; the engine's thread adds to them, any thread may read them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from ktx.ops.weight_traffic import WeightTraffic
 
 @dataclass(frozen=True)
 class StatsSnapshot:
-    """Since the engine began: bytes of weights read and seconds of forwards, and what of both was experts'.
+    """Counters since the engine's start: bytes of weights read, seconds of forwards, and the experts' part of both.
 
-    `layers` holds by layer how often each expert was chosen; `node_seconds` what each memory node's threads worked for experts, on average.
+    `layers` holds for each layer how often each expert was selected; `node_seconds` holds for each NUMA node the
+    seconds that its threads computed experts, on average.
     """
 
     nbytes: int
@@ -30,21 +31,23 @@ class StatsSnapshot:
     gpu_wait_seconds: float
     node_seconds: tuple[float, ...]
     layers: dict[int, tuple[int, ...]]
-    prompt_tokens: int  # computed
+    prompt_tokens: int  # computed, without those from the prefix cache
     answer_tokens: int
 
 
 class EngineStats:
-    """Counts from now on. A model that is none, as a script's, has no experts and reads nothing."""
+    """Counts from its creation on. Without a real model, as for the scripted engine, there are no experts and no weight
+    reads.
+    """
 
     def __init__(self, model: Any):
-        real = isinstance(model, nn.Module)
-        self.reads = WeightTraffic.of(model) if real else WeightTraffic()
-        modules = of_layers(model) if real else []
+        is_module = isinstance(model, nn.Module)
+        self.reads = WeightTraffic.of(model) if is_module else WeightTraffic()
+        modules = of_layers(model) if is_module else []
         layers = [layer_of(path) for path, _ in modules]
         self.experts = [
-            (place if layer is None else layer, module)
-            for place, (layer, (_, module)) in enumerate(zip(layers, modules, strict=True))
+            (index if layer is None else layer, module)
+            for index, (layer, (_, module)) in enumerate(zip(layers, modules, strict=True))
         ]
         self.before = [(module.counted(), module.waited) for _, module in self.experts]
         self.nbytes, self.seconds = 0, 0.0
@@ -52,7 +55,9 @@ class EngineStats:
 
     @contextmanager
     def forward(self, forwards: int, tokens: int, heads: int) -> Iterator[None]:
-        """Around a step's forwards; `heads` of them make logits. One that fails takes its time, and reads but what its experts did."""
+        """Context around a step's forwards; `heads` of them compute logits. A forward that fails adds its time, and
+        only the bytes of its experts.
+        """
         start = time.perf_counter()
         try:
             yield
@@ -61,18 +66,19 @@ class EngineStats:
         self.nbytes += self.reads.bytes(forwards, tokens, heads)
 
     def snapshot(self) -> StatsSnapshot:
+        """Returns the counters up to now."""
         pairs = list(zip(self.experts, self.before, strict=True))
         experts = [ExpertStats.read(module.counted() - before) for (_, module), (before, _) in pairs]
         waited = sum(module.waited - before for (_, module), (_, before) in pairs)
-        read = sum(one.nbytes for one in experts)
+        expert_bytes = sum(stats.nbytes for stats in experts)
         return StatsSnapshot(
-            nbytes=self.nbytes + read,
+            nbytes=self.nbytes + expert_bytes,
             seconds=self.seconds,
-            expert_bytes=read,
-            expert_seconds=sum(one.seconds for one in experts),
+            expert_bytes=expert_bytes,
+            expert_seconds=sum(stats.seconds for stats in experts),
             gpu_wait_seconds=waited,
-            node_seconds=tuple(map(sum, zip(*(one.node_seconds for one in experts), strict=True))),
-            layers={layer: one.activations for (layer, _), one in zip(self.experts, experts, strict=True)},
+            node_seconds=tuple(map(sum, zip(*(stats.node_seconds for stats in experts), strict=True))),
+            layers={layer: stats.activations for (layer, _), stats in zip(self.experts, experts, strict=True)},
             prompt_tokens=self.prompt_tokens,
             answer_tokens=self.answer_tokens,
         )

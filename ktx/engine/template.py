@@ -1,6 +1,6 @@
-"""Which chat template writes a prompt, and whether it can: a tokenizer has one, several by name, or none.
+"""Selects and checks the chat template of a request: a tokenizer has one template, several named ones, or none.
 
-Of several, transformers' rule: the one that a request names, `tool_use` where there are tools, else `default`.
+Several named templates follow transformers' rule: the one that a request names, `tool_use` with tools, else `default`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from typing import Any
 from ktx.errors import BadFile, UsageError, did_you_mean
 
 DEFAULT, TOOLS = "default", "tool_use"
-PROBE = "What is a rule file?"  # the plainest conversation, which every chat template must be able to write
+PROBE_TEXT = "What is a rule file?"  # the simplest conversation, which every chat template must be able to render
 
 
 def named_templates(template: Any) -> dict[str, str]:
-    """Name -> text of what a tokenizer calls its chat_template: text, texts by name, or a list of {"name", "template"}.
+    """Returns name -> text of a tokenizer's chat_template: a text, texts by name, or a list of {"name", "template"}.
 
-    BadFile where it is none of these.
+    Raises:
+        BadFile: it is none of these.
     """
     if not template:
         return {}
@@ -26,71 +27,90 @@ def named_templates(template: Any) -> dict[str, str]:
     try:
         found = dict(template) if isinstance(template, Mapping) else {one["name"]: one["template"] for one in template}
     except (TypeError, KeyError, ValueError) as error:
-        raise BadFile(_unreadable(template)) from error
+        raise BadFile(_type_error(template)) from error
     if not all(isinstance(name, str) and isinstance(text, str) for name, text in found.items()):
-        raise BadFile(_unreadable(template))
+        raise BadFile(_type_error(template))
     return found
 
 
-def _unreadable(template: Any) -> str:
+def _type_error(template: Any) -> str:
     return (
-        f"the tokenizer's chat_template is of type {type(template).__name__} and neither text nor texts by name; "
+        f"the tokenizer's chat_template is of type {type(template).__name__}, but neither text nor texts by name; "
         "give --chat-template FILE"
     )
 
 
 def chosen(templates: Mapping[str, str], tools: bool, name: str | None = None) -> str | None:
-    """The template of a request with or without tools; None where the model has none. UsageError where none is meant."""
+    """Returns the template of a request; None where the model has none.
+
+    Args:
+        templates: name -> text.
+        tools: whether the request has tools.
+        name: the template that the request names.
+
+    Raises:
+        UsageError: the name is unknown, or there are several templates and no default.
+    """
     known = ", ".join(sorted(templates)) or "none"
     if name is not None:
         if name not in templates:
             raise UsageError(
-                f"chat_template {name[:64]!r} is no template of this model (it has: {known}){did_you_mean(name, templates)}"
+                f"this model has no chat_template {name[:64]!r} (it has: {known}){did_you_mean(name, templates)}"
             )
         return templates[name]
     if tools and TOOLS in templates:
         return templates[TOOLS]
     if not templates or DEFAULT in templates:
         return templates.get(DEFAULT)
-    raise UsageError(f"this model has chat templates by name and no default: name one as chat_template ({known})")
+    raise UsageError(f"this model has named chat templates and no default: choose one with chat_template ({known})")
 
 
-SPECIAL = {f"{kind}_token": f"<{kind}>" for kind in ("bos", "eos", "pad", "unk")}  # where no tokenizer is known yet
+# where there is no tokenizer yet
+DEFAULT_SPECIAL_TOKENS = {f"{kind}_token": f"<{kind}>" for kind in ("bos", "eos", "pad", "unk")}
 
 
-def check_templates(templates: Mapping[str, str], where: str, special: Mapping[str, Any] = SPECIAL) -> None:
-    """BadFile for a template that no conversation can be written with: no Jinja, a name that nobody defines, no word of the messages.
+def check_templates(
+    templates: Mapping[str, str], where: str, special: Mapping[str, Any] = DEFAULT_SPECIAL_TOKENS
+) -> None:
+    """Raises BadFile for a template that renders no conversation: invalid Jinja, an undefined name, or no text of the
+    messages.
 
-    All are compiled. Rendered is the one that plain requests get; those under other names may need more than messages.
-    `where` is what holds them, for the error; `special` are the tokenizer's special tokens, which a template may write.
+    All templates are compiled. Only the default one is rendered, because those under other names may need more than
+    messages.
+
+    Args:
+        templates: name -> text.
+        where: the file or object that holds them, for the error message.
+        special: the tokenizer's special tokens, which a template may use.
     """
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    for name, text in templates.items():
-        place = where if len(templates) == 1 else f"{where} ({name})"
-        messages = [{"role": "user", "content": PROBE}] if name == DEFAULT else []
+    for name, template in templates.items():
+        source = where if len(templates) == 1 else f"{where} ({name})"
+        messages = [{"role": "user", "content": PROBE_TEXT}] if name == DEFAULT else []
         try:
-            chats = [messages] if messages else []
-            written = render_jinja_template(chats, chat_template=text, add_generation_prompt=True, **special)[0]
+            conversations = [messages] if messages else []
+            rendered = render_jinja_template(
+                conversations, chat_template=template, add_generation_prompt=True, **special
+            )[0]
         except TemplateSyntaxError as error:
-            raise BadFile(f"{place}, line {error.lineno}: is no Jinja template: {error.message}") from error
+            raise BadFile(f"{source}, line {error.lineno}: is not a valid Jinja template: {error.message}") from error
         except TemplateError as error:
-            if (
-                type(error) is not TemplateError
-            ):  # what raise_exception raises: the template refuses these messages, not all
-                raise BadFile(f"{place}{_line(error)}: cannot write a conversation: {error}") from error
+            # raise_exception raises exactly TemplateError: the template refuses these messages, but not all.
+            if type(error) is not TemplateError:
+                raise BadFile(f"{source}{_error_line(error)}: cannot render a conversation: {error}") from error
             continue
         except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
             raise BadFile(
-                f"{place}{_line(error)}: cannot write a conversation: {type(error).__name__}: {error}"
+                f"{source}{_error_line(error)}: cannot render a conversation: {type(error).__name__}: {error}"
             ) from error
-        if messages and " ".join(PROBE.split()).casefold() not in " ".join("".join(written).split()).casefold():
-            raise BadFile(f"{place}: writes nothing of what the user says: it is no chat template")
+        if messages and " ".join(PROBE_TEXT.split()).casefold() not in " ".join("".join(rendered).split()).casefold():
+            raise BadFile(f"{source}: does not render the user's message, so it is not a chat template")
 
 
-def _line(error: BaseException) -> str:
-    """Where in the template an error was raised: Jinja's tracebacks have the template's own lines."""
+def _error_line(error: BaseException) -> str:
+    """Returns the template's line that raised an error, as text: Jinja's tracebacks have the template's own lines."""
     line, trace = 0, error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == "<template>":
