@@ -1,4 +1,4 @@
-"""Choosing the next token: what a user asks for (`Sampling`), and the state of one answer that does it (`Chooser`)."""
+"""Sampling of the next token: a request's parameters (`SamplingParams`) and the state of one output (`Sampler`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ktx.errors import UsageError
 
-LIMITS = {  # inclusive range of each setting
+RANGES = {  # inclusive range of each parameter
     "temperature": (0.0, 100.0),
     "top_p": (0.0, 1.0),
     "top_k": (0, 1 << 30),
@@ -24,21 +24,38 @@ LIMITS = {  # inclusive range of each setting
     "repeat_last_n": (-1, 1 << 31),
     "logprobs": (0, 20),
 }
-FIRST, MORE = (
-    256,
-    8192,
-)  # how many of the likeliest tokens are sorted before all are: a vocabulary takes ten milliseconds
+# How many of the most probable tokens are sorted before all are, because sorting a vocabulary takes ten milliseconds.
+FIRST_TOPK, SECOND_TOPK = 256, 8192
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose; temperature 0 (the default) takes the likeliest token. `top_k` 0, `top_p` and `typical_p` 1 are off.
+    """How to sample; temperature 0 (the default) takes the most probable token.
 
-    Cuts follow one another as in transformers: top_k, top_p, min_p, typical_p, each on what the one before left.
-    `logprobs`: how many likeliest tokens are told with each one's own log-probability (None: none of it), from the
-    model's own distribution, before any setting here. `echo`: the prompt's tokens with theirs too.
-    Nothing ends an answer before `min_tokens` of it. Penalties look back over `repeat_last_n` tokens (-1: all of them).
-    `hidden` tokens have no text; `include_stop`: the text that ends an answer is part of it.
+    Filters apply in transformers' order: top_k, top_p, min_p, typical_p, each to the tokens that the previous one left.
+
+    Args:
+        temperature: divisor of the logits; 0: greedy.
+        top_p: probability mass of the most probable tokens that stay; 1: off.
+        top_k: number of the most probable tokens that stay; 0: off.
+        min_p: minimum probability relative to the most probable token's; 0: off.
+        typical_p: probability mass of the locally typical tokens that stay; 1: off.
+        seed: seed of the random numbers; None: a random seed.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or output; 1: off.
+        presence_penalty: subtracted from the logits of tokens in the output; 0: off.
+        frequency_penalty: subtracted from a token's logit for each occurrence in the output; 0: off.
+        logit_bias: token id -> number added to its logit.
+        max_new_tokens: maximum number of output tokens.
+        stop: texts that end the output.
+        stop_ids: further token ids that end the output.
+        ignore_eos: the model's end tokens do not end the output.
+        min_tokens: nothing ends the output before it has so many tokens.
+        repeat_last_n: number of latest tokens that penalties apply to; -1: all.
+        hidden: token ids without text.
+        include_stop: the text that ends the output is part of it.
+        logprobs: number of the most probable tokens whose log-probabilities are reported with the sampled token's, from
+            the model's own distribution, before any of these parameters; None: no log-probabilities.
+        echo: reports the prompt's tokens with their log-probabilities too.
     """
 
     temperature: float = 0.0
@@ -63,24 +80,27 @@ class SamplingParams:
     echo: bool = False
 
     def __post_init__(self) -> None:
-        for name, (low, high) in LIMITS.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{name} is {value}, it must be from {low} to {high}")
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
             raise UsageError(f"seed is {self.seed}, it must fit 64 bits")
         if any(not math.isfinite(value) for value in self.logit_bias.values()):
-            raise UsageError("logit_bias must hold finite numbers")
+            raise UsageError("logit_bias must contain finite numbers only")
 
     @property
-    def penalises(self) -> bool:
+    def penalizes(self) -> bool:
+        """Whether a penalty is on."""
         changes = self.repetition_penalty != 1 or bool(self.presence_penalty) or bool(self.frequency_penalty)
         return changes and self.repeat_last_n != 0
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A token, and if they were asked for its log-probability and the likeliest tokens' (id, log-probability), best first."""
+    """A token and, if requested, its log-probability and the most probable tokens' (id, log-probability), best
+    first.
+    """
 
     token: int
     logprob: float | None = None
@@ -88,124 +108,147 @@ class SampledToken:
 
 
 class Sampler:
-    """One answer's choices. The same seed gives the same answer whatever else is computed beside it: a token takes one random number."""
+    """Samples the tokens of one output. The same seed gives the same output whatever else is computed in the batch,
+    because each token takes one random number.
+
+    Args:
+        sampling: the sampling parameters.
+        prompt: token ids that the repetition penalty applies to.
+    """
 
     def __init__(self, sampling: SamplingParams, prompt: Sequence[int] = ()):
         self.sampling, self.prompt = sampling, prompt
-        self.source = torch.Generator()
+        self.generator = torch.Generator()
         if sampling.seed is None:
-            self.source.seed()
+            self.generator.seed()
         else:
-            self.source.manual_seed(sampling.seed % (1 << 64))
-        self.read: torch.Tensor | None = None  # bool [vocabulary]: in the prompt or the answer
-        self.count: torch.Tensor | None = None  # f32 [vocabulary]: how often in the answer
-        self.said: list[int] = []  # the answer, where penalties look back over a part of it
+            self.generator.manual_seed(sampling.seed % (1 << 64))
+        self.seen: torch.Tensor | None = None  # bool [vocabulary]: occurs in the prompt or the output
+        self.count: torch.Tensor | None = None  # f32 [vocabulary]: occurrences in the output
+        self.output_ids: list[int] = []  # the output, where penalties apply to a part of it
 
     def sample(self, logits: torch.Tensor, mask: torch.Tensor | None = None) -> SampledToken:
-        """The next token from logits [vocabulary]; `mask` bool says which ones a grammar allows."""
+        """Samples the next token from logits [vocabulary]; `mask`: bool [vocabulary] of the tokens that a grammar
+        allows.
+        """
         logits = logits.float()
-        token = self._pick(self._changed(logits, mask))
-        if self.count is not None and self.read is not None:
+        token = self._sample_id(self._adjusted(logits, mask))
+        if self.count is not None and self.seen is not None:
             self.count[token] += 1
-            self.read[token] = True
-            self.said.append(token)
+            self.seen[token] = True
+            self.output_ids.append(token)
         return self.with_logprobs(logits, token)
 
     def with_logprobs(self, logits: torch.Tensor, token: int) -> SampledToken:
-        """A token with what the settings want to know of the model's own distribution."""
+        """Returns a token with the requested log-probabilities of the model's own distribution."""
         if self.sampling.logprobs is None:
             return SampledToken(token)
-        share = logits.float().log_softmax(-1)
-        values, ids = share.topk(min(self.sampling.logprobs, len(share)))
-        return SampledToken(token, float(share[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+        logprobs = logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(min(self.sampling.logprobs, len(logprobs)))
+        return SampledToken(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
-    def _changed(self, logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Logits with penalties, biases and a grammar's mask."""
+    def _adjusted(self, logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Returns logits with penalties, biases and a grammar's mask applied."""
         s = self.sampling
-        if s.penalises or s.logit_bias or mask is not None:
+        if s.penalizes or s.logit_bias or mask is not None:
             logits = logits.clone()
-        if s.penalises:
-            self._penalise(logits)
+        if s.penalizes:
+            self._apply_penalties(logits)
         for token, bias in s.logit_bias.items():
             if 0 <= token < len(logits):
                 logits[token] += bias
         return logits if mask is None else logits.masked_fill_(~mask, -torch.inf)
 
-    def _penalise(self, logits: torch.Tensor) -> None:
-        """Repetition counts the prompt too (Keskar et al. 2019, arXiv 1909.05858); presence and frequency the answer, as OpenAI's."""
+    def _apply_penalties(self, logits: torch.Tensor) -> None:
+        """Applies the penalties in place. The repetition penalty includes the prompt (Keskar et al. 2019, arXiv
+        1909.05858); presence and frequency penalties apply to the output alone, as OpenAI's.
+        """
         s = self.sampling
-        if self.read is None or self.count is None or s.repeat_last_n >= 0:
-            self.read, self.count = self._window(len(logits))
+        if self.seen is None or self.count is None or s.repeat_last_n >= 0:
+            self.seen, self.count = self._window(len(logits))
         if s.repetition_penalty != 1:
-            values = logits[self.read]
-            logits[self.read] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+            values = logits[self.seen]
+            logits[self.seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
         logits -= s.frequency_penalty * self.count + s.presence_penalty * (self.count > 0)
 
     def _window(self, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which tokens stand in what penalties look back over, and how often those of the answer do."""
-        most = self.sampling.repeat_last_n
-        said = self.said[-most:] if most >= 0 else self.said
-        before = list(self.prompt)
-        if most >= 0:
-            before = before[len(before) - min(len(before), most - len(said)) :]
-        read = torch.zeros(vocabulary, dtype=torch.bool)
-        read[torch.tensor([*before, *said], dtype=torch.int64)] = True
-        return read, torch.bincount(torch.tensor(said, dtype=torch.int64), minlength=vocabulary).float()
+        """Returns which tokens occur among the latest `repeat_last_n`, bool [vocabulary], and the output's occurrences
+        in them, f32 [vocabulary].
+        """
+        last_n = self.sampling.repeat_last_n
+        output_ids = self.output_ids[-last_n:] if last_n >= 0 else self.output_ids
+        prompt = list(self.prompt)
+        if last_n >= 0:
+            prompt = prompt[len(prompt) - min(len(prompt), last_n - len(output_ids)) :]
+        seen = torch.zeros(vocabulary, dtype=torch.bool)
+        seen[torch.tensor([*prompt, *output_ids], dtype=torch.int64)] = True
+        return seen, torch.bincount(torch.tensor(output_ids, dtype=torch.int64), minlength=vocabulary).float()
 
-    def _pick(self, logits: torch.Tensor) -> int:
+    def _sample_id(self, logits: torch.Tensor) -> int:
+        """Samples a token id from logits [vocabulary]."""
         s = self.sampling
         if s.temperature == 0:
             return int(logits.argmax())
         values, ids = self._candidates(logits / s.temperature)
-        share = (values - values.max()).double().exp()
-        at = torch.searchsorted(
-            share.cumsum(0), torch.rand((), generator=self.source, dtype=torch.float64) * share.sum()
+        weights = (values - values.max()).double().exp()
+        index = torch.searchsorted(
+            weights.cumsum(0), torch.rand((), generator=self.generator, dtype=torch.float64) * weights.sum()
         )
-        place = int(at.clamp(max=len(share) - 1))
-        return place if ids is None else int(ids[place])
+        position = int(index.clamp(max=len(weights) - 1))
+        return position if ids is None else int(ids[position])
 
     def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Logits and ids of the tokens that the cuts leave, likeliest first; all in their own order (ids None) when nothing is cut."""
+        """Returns logits and ids of the tokens that the filters leave, most probable first; without filters all logits
+        in vocabulary order, and None.
+        """
         s = self.sampling
         if not (s.top_k or s.top_p < 1 or s.min_p or s.typical_p < 1):
             return logits, None
-        values, ids = self._likeliest(logits)
-        share = values.softmax(-1)
+        values, ids = self._most_probable(logits)
+        probabilities = values.softmax(-1)
         if s.top_p < 1:
-            whole = share if s.top_k else (values - logits.logsumexp(-1)).exp()
-            values = values[: _least_one(whole.cumsum(-1) - whole < s.top_p)]
+            model_probabilities = probabilities if s.top_k else (values - logits.logsumexp(-1)).exp()
+            values = values[: _num_kept(model_probabilities.cumsum(-1) - model_probabilities < s.top_p)]
         if s.min_p:
-            values = values[: _least_one((values - values[0]).exp() >= s.min_p)]
+            values = values[: _num_kept((values - values[0]).exp() >= s.min_p)]
         if s.typical_p < 1:
             values, ids = _typical(values, ids[: len(values)], s.typical_p)
         return values, ids[: len(values)]
 
-    def _likeliest(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As many of the likeliest tokens, in order, as the cuts can leave."""
-        s, total = self.sampling, logits.logsumexp(-1)
+    def _most_probable(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns logits and ids of at least as many of the most probable tokens, in order, as the filters can
+        leave.
+        """
+        s, log_total = self.sampling, logits.logsumexp(-1)
         if s.top_k:
             return logits.topk(min(s.top_k, len(logits)))
-        for count in (FIRST, MORE):
+        for count in (FIRST_TOPK, SECOND_TOPK):
             if count >= len(logits) or s.typical_p < 1:
                 break
             values, ids = logits.topk(count)
-            if s.top_p < 1 and float((values - total).exp().sum()) >= s.top_p:
+            if s.top_p < 1 and float((values - log_total).exp().sum()) >= s.top_p:
                 return values, ids
             if s.min_p and float((values[-1] - values[0]).exp()) < s.min_p:
                 return values, ids
         return logits.sort(descending=True)  # type: ignore[return-value]
 
 
-def _least_one(keep: torch.Tensor) -> int:
-    """How many of an ordered list a cut keeps, the first one always."""
+def _num_kept(keep: torch.Tensor) -> int:
+    """Returns how many tokens of an ordered list a filter leaves, at least the first."""
     return max(1, int(keep.sum()))
 
 
 def _typical(values: torch.Tensor, ids: torch.Tensor, mass: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens whose surprise is nearest to the expected one, up to `mass` (Meister et al. 2022, arXiv 2202.00666)."""
-    share = values.softmax(-1)
-    surprise = -share.log()
-    entropy = (share * surprise.nan_to_num(0.0, posinf=0.0)).sum()
-    order = (surprise - entropy).abs().argsort()
-    keep = order[: _least_one(share[order].cumsum(-1) - share[order] < mass)].sort().values
-    return values[keep], ids[keep]
+    """Returns the tokens whose surprisal is nearest to the entropy, up to a probability mass of `mass` (Meister et al.
+    2022, arXiv 2202.00666).
+    """
+    probabilities = values.softmax(-1)
+    surprisal = -probabilities.log()
+    entropy = (probabilities * surprisal.nan_to_num(0.0, posinf=0.0)).sum()
+    by_distance = (surprisal - entropy).abs().argsort()
+    kept_positions = (
+        by_distance[: _num_kept(probabilities[by_distance].cumsum(-1) - probabilities[by_distance] < mass)]
+        .sort()
+        .values
+    )
+    return values[kept_positions], ids[kept_positions]

@@ -59,7 +59,9 @@ class ForwardCostModel:
         )
 
     def cost(self, tokens: int) -> float:
-        """Returns the predicted seconds of a forward with `tokens` tokens, relative to one with the average number."""
+        """Returns the predicted seconds of a forward with `tokens` tokens, from the mean forward and the cost of a
+        further token.
+        """
         if not self.weight:
             return 1.0 + DEFAULT_MARGINAL_COST * tokens
         mean_seconds, mean_tokens = self.seconds / self.weight, self.tokens / self.weight

@@ -88,7 +88,7 @@ def test_a_bad_start_is_tried_again():
     costs = pace(1.0, 1.3, 1.6)
 
     def rate():
-        hits, tries = speculation.record[request]
+        hits, tries = speculation.acceptance[request]
         return hits / tries
 
     for _ in range(10):
