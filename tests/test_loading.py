@@ -139,13 +139,13 @@ def test_registered_short_names(qwen):
         ),
         (
             ktx.Rule(name="lm_head", replace="tests.test_loading.Unmade", where="r.yaml:4"),
-            ["r.yaml:4", "Unmade must say how it is made"],
+            ["r.yaml:4", "Unmade must implement from_hf"],
         ),
         (
             ktx.Rule(name="embed_tokens", replace="Linear", where="r.yaml:4"),
             ["r.yaml:4", "model.embed_tokens is a Embedding"],
         ),
-        (ktx.Rule(name="lm_head", replace="torch.nn.Linear", where="r.yaml:4"), ["no ktx.Operator"]),
+        (ktx.Rule(name="lm_head", replace="torch.nn.Linear", where="r.yaml:4"), ["not a subclass of ktx.Operator"]),
         (ktx.Rule(name="lm_head", replace="Linear", device="gpu0", where="r.yaml:4"), ["r.yaml:4", "is no device"]),
     ],
 )

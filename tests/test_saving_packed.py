@@ -476,14 +476,14 @@ def test_an_operator_that_does_not_say_its_packed_weights(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     rule = ktx.Rule(name="down_proj$", replace="tests.test_saving_packed.Floating")
     mine = load(tmp_path, None, rules=[rule, *ktx.injection.rules.load_rules("llama")])
-    with pytest.raises(UsageError, match=r"down_proj: Floating does not say its packed weights.*save_pretrained"):
+    with pytest.raises(UsageError, match=r"down_proj: Floating does not implement packed_state\(\).*save_pretrained"):
         mine.save_pretrained(tmp_path / "packed", packed=True)
     mine.save_pretrained(tmp_path / "floats")  # the remedy
     assert not (tmp_path / "packed").exists() and (tmp_path / "floats" / "config.json").exists()
 
 
 class Floating(Opaque):
-    """An operator that says its weights in floats alone."""
+    """An operator that implements floats() but not packed_state()."""
 
     def floats(self):
         from ktx.ops.float_views import plain

@@ -1,4 +1,4 @@
-"""What an operator is: the module that a rule puts in the place of a transformers module."""
+"""Base class and registry of operators: the modules that injection rules substitute for transformers modules."""
 
 from __future__ import annotations
 
@@ -20,52 +20,69 @@ from ktx.ops.packed_state import PackedState
 from ktx.quant.types import QTYPES, QType
 from ktx.weights.base import QuantizedTensor, WeightSource
 
-COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # types that kernels take
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that the kernels compute in
 
 
 @dataclass(frozen=True)
 class Context:
-    """What an operator is told when it is made. `path` is its module path, `config` the model's own configuration."""
+    """Where and for which model `Operator.from_hf` builds an operator.
+
+    Attributes:
+        path: The module path of the replaced module.
+        config: The transformers configuration of the model.
+        device: The device of the operator's tensors.
+        dtype: The dtype that the model computes in.
+        kv_dtype: The dtype of cached keys and values (ktx.cache.kv); None: the dtype they are computed in.
+        gpu: Whether `device` is a GPU, whose kernels are written in Triton (ktx.devices).
+    """
 
     path: str
     config: Any
     device: torch.device
     dtype: torch.dtype
-    kv_dtype: torch.dtype | str | None = (
-        None  # what caches keep keys and values in, see ktx.cache.kv; None: as they come
-    )
-    gpu: bool = False  # whether `device` is a GPU: its kernels are Triton's, see ktx.devices
+    kv_dtype: torch.dtype | str | None = None
+    gpu: bool = False
 
 
 class Operator(nn.Module):
-    """Base of all operators.
+    """Base class of all operators.
 
-    `from_hf` makes one from the module it replaces (on the meta device) and may keep some of its children; those are subject to
-    later rules. `consumes` names the children whose weights it takes itself. `tensors` and `load` are the only places
-    that know weights; `load` may run beside other modules' loads. `ready` runs once when everything is loaded.
+    `from_hf` builds an operator from the module it replaces, on the meta device. It may retain some of that module's
+    children; later rules apply to them. Only `tensors` and `load` deal with weights; `load` may run concurrently with
+    the loads of other modules. `ready` runs once everything is loaded.
+
+    Attributes:
+        consumes: Names of the children whose weights the operator loads itself.
+        trains: Whether `trained` turns its packed weights into parameters.
+        derived: Attributes that guards of fused paths (ktx.ops.guard) ignore, because no fused path depends on them.
+        reads: Settings and tensors that a rebuilt fused path takes into account.
+        stays: Whether it accepts hidden states from another device than its own, whatever the device of its parent.
+        remade: Attributes that `ready` computes from others; a copy drops and recomputes them.
+        gpu_form: Dotted path of the class that replaces this one on a GPU; its own path if it supports both.
+        path: The module path in the model.
+        placement: The device it is placed on, set when the module is inserted into the model, before it is loaded.
+        dtype: Dtype of its outputs where nothing else determines it, and of its weights as floats.
+        is_ready: Whether `ready` has run.
+        call: The signature of the replaced forward; adopted modules have it.
+        quant_target: The entry of LOAD_TIME_QUANT that float weights are quantized to; only for operators that set it
+            in `__init__`.
     """
 
     consumes: ClassVar[tuple[str, ...]] = ()
-    trains: ClassVar[bool] = False  # whether `trained` makes its packed weights parameters
-    derived: ClassVar[frozenset[str]] = frozenset()  # attributes that say nothing that a shortcut goes by
-    reads: ClassVar[frozenset[str]] = frozenset()  # settings and tensors that a shortcut made anew heeds
-    stays: ClassVar[bool] = (
-        False  # whether it takes hidden states from another device, wherever those of its parent are
-    )
-    remade: ClassVar[tuple[str, ...]] = ()  # attributes that `ready` makes of others, and a copy makes anew
-    gpu_form: ClassVar[str] = (
-        ""  # the dotted path of the class that stands in for this one on a GPU; its own: it serves both
-    )
+    trains: ClassVar[bool] = False
+    derived: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
+    stays: ClassVar[bool] = False
+    remade: ClassVar[tuple[str, ...]] = ()
+    gpu_form: ClassVar[str] = ""
     path: str = ""
-    placement: Device = CPU  # where it lies; whoever puts it into the model says so before it is loaded
-    dtype: torch.dtype = torch.float32  # of what it makes where nothing else says so, and of its weights as floats
-    is_ready = False  # whether `ready` has run
-    call: Call  # how the replaced forward is called; adopted modules have it
-    quant_target: str | None = (
-        None  # for operators that have it in __init__: the entry of MADE that float weights become
-    )
+    placement: Device = CPU
+    dtype: torch.dtype = torch.float32
+    is_ready = False
+    call: Call
+    quant_target: str | None = None
 
-    if TYPE_CHECKING:  # an adopted module has whatever the module it replaces had
+    if TYPE_CHECKING:  # an adopted module also has the attributes of the module it replaces
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -83,21 +100,33 @@ class Operator(nn.Module):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Operator:
-        """The operator that replaces `old`; subclasses override it. UsageError when it cannot stand in for this module."""
-        raise NotImplementedError(f"{cls.__name__} must say how it is made from a transformers module")
+        """Builds the operator that replaces `old`; subclasses override it.
+
+        Args:
+            old: The transformers module to replace, on the meta device.
+            ctx: Path, configuration, device and dtypes.
+            **kwargs: The options of the rule.
+
+        Raises:
+            UsageError: The operator does not support this module.
+        """
+        raise NotImplementedError(f"{cls.__name__} must implement from_hf, which builds it from a transformers module")
 
     def tensors(self) -> list[str]:
-        """Full parameter paths that `load` reads."""
+        """Returns the full parameter paths that `load` reads."""
         return []
 
     def load(self, source: WeightSource) -> None:
-        """Reads `tensors()` from the source and packs them."""
+        """Reads `tensors()` from `source` and packs them."""
 
     def ready(self) -> None:
-        """Called after the whole model is loaded, children before their parents; and in a copy, or one read from a pickle, again."""
+        """Computes what is derived from the loaded weights.
+
+        Called when the whole model is loaded, children before parents, and again in a copy or an unpickled module.
+        """
 
     def enliven(self) -> None:
-        """Has its parameters count what is written to them; before `ready`, which copies values."""
+        """Replaces its parameters with `Live` ones, which count writes; runs before `ready`, which copies values."""
         for name, value in self._parameters.items():
             if value is not None and type(value) is nn.Parameter:
                 live = Live(value.detach(), value.requires_grad)
@@ -105,52 +134,81 @@ class Operator(nn.Module):
                 self._parameters[name] = live
 
     def floats(self) -> dict[str, Floats]:
-        """What it holds packed, by the names that the replaced module has for it. UsageError where that cannot be said."""
+        """Returns dequantizing views of its packed weights, under the parameter names of the replaced module.
+
+        Raises:
+            UsageError: The operator has packed weights and does not implement this.
+        """
         if self.tensors():
             raise UsageError(
-                f"{self.path}: {type(self).__name__} does not say its packed weights in floats (floats); the model's state cannot be written"
+                f"{self.path}: {type(self).__name__} does not implement floats(), which returns its packed weights as"
+                " floats; the model's state cannot be written"
             )
         return {}
 
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
-        """Its forward while the class that it replaces is patched (ktx.ops.class_patches): the patched one. UsageError on a GPU, where other modules do without it."""
-        kind = type(self)
+        """Calls the forward of the replaced class, while that class is patched (ktx.ops.class_patches).
+
+        Raises:
+            UsageError: The module is on a GPU, where other operators bypass its forward.
+        """
+        cls = type(self)
         if self.placement.gpu:
             raise UsageError(
-                f"{self.path}: a method was put on a class whose work is done otherwise on a GPU; put it on modules, or load the model with device='cpu'"
+                f"{self.path}: a method of its class was replaced, but on a GPU ktx does not call the methods of the"
+                " class; replace the method on the modules, or load the model with device='cpu'"
             )
-        old: Any = next(base for base in kind.__mro__ if not issubclass(base, Operator))
+        old: Any = next(base for base in cls.__mro__ if not issubclass(base, Operator))
         return old.forward(self, *args, **kwargs)
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
-        """What `load` has packed, by the names that `load` asks a file for, without `path`: matrices, row-wise parts of one in a list, and biases. UsageError where that cannot be said."""
+        """Returns the packed weights in their quantized types, under the names that `load` reads, without `path`.
+
+        A matrix is a list of its row-wise parts; a bias is a tensor.
+
+        Raises:
+            UsageError: The operator has packed weights and does not implement this.
+        """
         if self.tensors():
             raise UsageError(
-                f"{self.path}: {type(self).__name__} does not say its packed weights in their types (packed_state); write floats: save_pretrained(folder)"
+                f"{self.path}: {type(self).__name__} does not implement packed_state(), which returns its packed"
+                " weights in their types; save floats instead: save_pretrained(folder)"
             )
         return {}
 
     def take(self, values: dict[str, torch.Tensor]) -> None:
-        """Other values for some of `floats`, which are packed as the floats they are."""
-        raise UsageError(f"{self.path}: {type(self).__name__} does not take weights after loading (take)")
+        """Replaces some of `floats` with other values, which are packed without quantizing them.
+
+        Args:
+            values: Float tensors by the names of `floats`.
+        """
+        raise UsageError(
+            f"{self.path}: {type(self).__name__} does not implement take(), which replaces weights after loading"
+        )
 
     def check_loaded(self) -> None:
-        """UsageError where there are no weights yet."""
+        """Raises UsageError if the weights are not loaded yet."""
         if not self.is_ready:
-            raise UsageError(f"{self.path} is not loaded, it has no weights")
+            raise UsageError(f"{self.path} is not loaded: it has no weights yet")
 
     def trained(self, name: str) -> None:
-        """Makes a packed weight a parameter that is trained. UsageError where it cannot be one."""
-        raise UsageError(f"{self.path}.{name} is packed and is not trained itself: keep the module in floats by a rule")
+        """Turns the packed weight `name` into a trainable parameter.
+
+        Raises:
+            UsageError: The operator does not support this.
+        """
+        raise UsageError(
+            f"{self.path}.{name} is packed and cannot be trained itself: keep the module in floats with a rule"
+        )
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """As torch's, of its packed weights and those of modules inside too, see `unpack`."""
+        """As in torch; True also unpacks its packed weights and those of its submodules (`unpack`)."""
         if requires_grad:
             unpack(self)
-        return nn.Module.requires_grad_(self, requires_grad)  # its class may be torch's own now
+        return nn.Module.requires_grad_(self, requires_grad)  # unpacking may have turned self into a torch module
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, floats in self.floats().items():  # first, as a weight comes before its bias
+        for name, floats in self.floats().items():  # before super(), so that weights precede biases
             destination[prefix + name] = Dequantized(floats, self.dtype)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -164,32 +222,37 @@ class Operator(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As torch's; packed weights that come back as they are change nothing."""
+        """As in torch; packed weights that are loaded back unmodified are skipped."""
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        found: dict[str, torch.Tensor] = {}
-        for name, own in self.floats().items():
+        changed: dict[str, torch.Tensor] = {}
+        for name, current in self.floats().items():
             key = prefix + name
             values = state_dict.get(key)
             if key in unexpected_keys:
                 unexpected_keys.remove(key)
             if values is None:
                 missing_keys += [key] * strict
-            elif tuple(values.shape) != own.shape:
+            elif tuple(values.shape) != current.shape:
                 error_msgs.append(
-                    f"size mismatch for {key}: copying a param with shape {tuple(values.shape)} from checkpoint, the shape in current model is {own.shape}."
+                    f"size mismatch for {key}: copying a param with shape {tuple(values.shape)} from checkpoint,"
+                    f" the shape in current model is {current.shape}."
                 )
-            elif not (isinstance(values, Dequantized) and values.floats.place == own.place):
-                found[name] = values.detach()
-        if found:
-            self.take(found)
+            elif not (isinstance(values, Dequantized) and values.floats.place == current.place):
+                changed[name] = values.detach()
+        if changed:
+            self.take(changed)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """For copies and pickles: the class of an adopted module is made anew, and so is what `ready` made. UsageError on a GPU."""
+        """Supports copies and pickles: rebuilds the class of an adopted module, and the state that `ready` made.
+
+        Raises:
+            UsageError: The module is on a GPU.
+        """
         if self.placement.gpu:
             raise UsageError(
-                f"{self.path} is on {self.placement}, where modules can neither be copied nor pickled; load the model again"
+                f"{self.path} is on {self.placement}, where modules cannot be copied or pickled; load the model again"
             )
         made_of = type(self).__dict__.get("made_of")
         return super().__reduce_ex__(protocol) if made_of is None else (bare, made_of, self.__getstate__())
@@ -202,7 +265,7 @@ class Operator(nn.Module):
         self.remake()
 
     def remake(self) -> None:
-        """Once more what `ready` made, of what there is now."""
+        """Recomputes what `ready` computed, from the current weights and settings."""
         for name in self.remade:
             if name in self.__dict__:
                 self.__dict__[name] = None
@@ -212,64 +275,95 @@ class Operator(nn.Module):
             self.ready()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        """Of `to`, `half` and their like: packed weights stay as they are, `dtype` is what the module makes from then on. UsageError for another device or type."""
+        """Handles `to`, `half` and the like: sets the output `dtype`; packed weights stay as they are.
+
+        Raises:
+            UsageError: `fn` moves tensors to another device, or casts to a dtype that no kernel computes in.
+        """
         Changes.count += 1
         dtype = self.cast_by(fn)
-        done = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.is_ready:
             self.dtype = dtype
             self.remake()
-        return done
+        return result
 
     def cast_by(self, fn: Callable[..., Any]) -> torch.dtype:
-        """What `dtype` becomes by a function of tensors. UsageError for one that takes them where packed weights cannot follow, or to a type that no kernel takes."""
+        """Returns the dtype that `fn`, a function of tensors, casts to.
+
+        Raises:
+            UsageError: `fn` moves tensors to a device that packed weights cannot move to, or casts to a dtype that no
+                kernel computes in.
+        """
         if not self.is_ready:
             return self.dtype
-        given = fn(torch.empty(0, dtype=self.dtype, device=self.placement.torch))
-        if given.device.type != self.placement.torch.type and self.tensors() and not self.stays:
+        converted = fn(torch.empty(0, dtype=self.dtype, device=self.placement.torch))
+        if converted.device.type != self.placement.torch.type and self.tensors() and not self.stays:
             raise UsageError(
-                f"{self.path}: its packed weights are on {self.placement} and do not go to {given.device}; say where modules are when the model is"
-                " loaded: ktx.load(..., device=...)"
+                f"{self.path}: its packed weights are on {self.placement} and cannot move to {converted.device}; choose"
+                " the device of modules when the model is loaded: ktx.load(..., device=...)"
             )
-        if given.dtype not in COMPUTED:
+        if converted.dtype not in COMPUTED:
             raise UsageError(
-                f"{self.path} does not compute in {given.dtype}; give one of {', '.join(map(str, COMPUTED))}"
+                f"{self.path} does not compute in {converted.dtype}; give one of {', '.join(map(str, COMPUTED))}"
             )
-        dtype: torch.dtype = given.dtype
+        dtype: torch.dtype = converted.dtype
         return dtype
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As torch's. UsageError where a packed weight is to become a parameter, as torch.nn.utils.prune does."""
+        """As in torch.
+
+        Raises:
+            UsageError: `param` is a packed weight, as torch.nn.utils.prune passes it.
+        """
         if isinstance(param, Dequantized):
             raise UsageError(
-                f"{self.path}: a packed weight is no parameter, {name} cannot be registered; change its values in"
-                " `with ktx.edit(module) as weight:` or by model.load_state_dict({...}, strict=False), or put ktx.dequantize(module) in the module's place"
+                f"{self.path}: a packed weight is not a parameter, {name} cannot be registered; change its values in"
+                " `with ktx.edit(module) as weight:` or with model.load_state_dict({...}, strict=False), or replace the"
+                " module with ktx.dequantize(module)"
             )
         Changes.count += 1
         super().register_parameter(name, param)
 
     def weight_bytes(self) -> tuple[int, int]:
-        """Packed bytes held, and bytes a single token makes the kernels read."""
+        """Returns the bytes of packed weights, and the bytes of them that the kernels read for a single token."""
         return 0, 0
 
 
 def unpack(owner: nn.Module) -> None:
-    """Makes the packed weights in a module parameters in floats, which are trained. UsageError, before anything has changed, where one of them cannot be."""
-    holders = [(m, next(iter(m.floats()), "")) for m in owner.modules() if isinstance(m, Operator) and m.is_ready]
-    for module, name in sorted(((m, name) for m, name in holders if name), key=lambda held: held[0].trains):
-        if isinstance(module, Operator):  # tied ones change together
+    """Turns all packed weights of `owner` and its submodules into trainable float parameters.
+
+    Raises:
+        UsageError: One of them cannot be trained; nothing has changed then.
+    """
+    packed_modules = [
+        (m, next(iter(m.floats()), "")) for m in owner.modules() if isinstance(m, Operator) and m.is_ready
+    ]
+    for module, name in sorted(((m, name) for m, name in packed_modules if name), key=lambda pair: pair[0].trains):
+        if isinstance(module, Operator):  # False once a module tied to it has been unpacked
             module.trained(name)
 
 
 def known_class(old: nn.Module, names: Collection[str], ctx: Context, unknown: str) -> str:
-    """The name of a module's class, which an operator must know; `unknown` says with {} what is not known of another. UsageError then."""
+    """Returns the name of the class of `old`, which must be one of `names`.
+
+    Args:
+        old: The transformers module to replace.
+        names: The class names that the operator supports.
+        ctx: The context of the operator.
+        unknown: The error message for other classes, with {} in place of the class name.
+
+    Raises:
+        UsageError: The class is not in `names`.
+    """
     name = type(old).__name__
     if name not in names:
         raise UsageError(f"{ctx.path}: {unknown.format(name)}{did_you_mean(name, names)}; leave the module as it is")
     return name
 
 
-LOAD_TIME_QUANT = {  # weight types made on loading: what users call them, and the types to try, the first whose blocks fit a row
+# Quantization at load time: name that users give -> types to try; the first whose block size divides a row is taken.
+LOAD_TIME_QUANT = {
     "int8": ("INT8_128", "Q8_0"),
     "int4": ("INT4_128", "INT4_64", "Q4_0"),
     "int4g128": ("INT4_128", "INT4_64", "Q4_0"),
@@ -279,28 +373,36 @@ LOAD_TIME_QUANT = {  # weight types made on loading: what users call them, and t
 
 
 def made_type(name: str, option: str) -> str:
-    """The entry of MADE that a user's word names; UsageError otherwise."""
+    """Returns `name` if it is a key of LOAD_TIME_QUANT; raises a UsageError that names `option` otherwise."""
     if name not in LOAD_TIME_QUANT:
         raise UsageError(
-            f"{option} {name!r} is no type that can be made on loading{did_you_mean(name, LOAD_TIME_QUANT)}; give auto or one of {' '.join(LOAD_TIME_QUANT)}"
+            f"{option} {name!r} is not a type that ktx can quantize to at load time"
+            f"{did_you_mean(name, LOAD_TIME_QUANT)}; give auto or one of {' '.join(LOAD_TIME_QUANT)}"
         )
     return name
 
 
-def target_qtype(spec: Any, wish: str | None) -> QType | None:
-    """The type that a tensor (spec or weights) becomes on loading: only floats of whole blocks change, what is quantised stays as it is."""
-    if not wish or not spec.qtype.is_float:
+def target_qtype(spec: Any, target: str | None) -> QType | None:
+    """Returns the type to quantize a tensor to at load time; None leaves it as it is.
+
+    Only float tensors whose rows are divisible into blocks are quantized.
+
+    Args:
+        spec: A TensorSpec or QuantizedTensor.
+        target: A key of LOAD_TIME_QUANT, or None.
+    """
+    if not target or not spec.qtype.is_float:
         return None
-    return next((QTYPES[name] for name in LOAD_TIME_QUANT[wish] if spec.shape[-1] % QTYPES[name].block == 0), None)
+    return next((QTYPES[name] for name in LOAD_TIME_QUANT[target] if spec.shape[-1] % QTYPES[name].block == 0), None)
 
 
-def packed_as(parts: Any, wish: str | None, pack: Callable[..., Any] = cpu.pack) -> Any:
-    """Weights (or one part a matrix) packed, floats as the type that was wished for."""
-    return pack(parts, target_qtype(parts if isinstance(parts, QuantizedTensor) else parts[0], wish))
+def packed_as(parts: Any, target: str | None, pack: Callable[..., Any] = cpu.pack) -> Any:
+    """Packs weights, or a list of one part per matrix; floats are quantized to `target`, a key of LOAD_TIME_QUANT."""
+    return pack(parts, target_qtype(parts if isinstance(parts, QuantizedTensor) else parts[0], target))
 
 
 def as_weights(values: torch.Tensor) -> QuantizedTensor:
-    """A tensor's floats as weights: half precision as it is, everything else in f32."""
+    """Wraps a float tensor as weights: BF16 and F16 stay, every other dtype becomes F32."""
     half = {torch.bfloat16: "BF16", torch.float16: "F16"}.get(values.dtype)
     if half is None:
         return QuantizedTensor.of(values)
@@ -308,25 +410,27 @@ def as_weights(values: torch.Tensor) -> QuantizedTensor:
 
 
 Layer = TypeVar("Layer", bound=nn.Module)
-_HEIRS: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {}
+_MIXED_CLASSES: dict[tuple[type[Operator], type[nn.Module]], type[Operator]] = {}
 
 
 def _mixed_class(cls: type[Operator], old: Any) -> type[Operator]:
+    """Returns the class that inherits from the operator class `cls` and the replaced class `old`."""
     names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "call": Call.of_class(old), "made_of": (cls, old)}
-    return _HEIRS.setdefault((cls, old), type(cls.__name__, (cls, old), names))
+    return _MIXED_CLASSES.setdefault((cls, old), type(cls.__name__, (cls, old), names))
 
 
 def bare(cls: type[Operator], old: Any) -> Operator:
-    """An adopted module without anything in it, for one that is copied or read from a pickle."""
-    made = _mixed_class(cls, old)
-    return made.__new__(made)
+    """Returns an uninitialized adopted module, whose state a copy or an unpickler fills in."""
+    mixed = _mixed_class(cls, old)
+    return mixed.__new__(mixed)
 
 
 def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
-    """An instance of `cls` with everything `old` had: its attributes, parameters, children and methods.
+    """Returns an instance of `cls` with the attributes, parameters, buffers, children and methods of `old`.
 
-    Its class inherits from both. So `super().forward` is transformers' own, its helpers are there, and code that asks for
-    the class (transformers' initialiser, its recorders of router logits) still knows the module.
+    Its class inherits from both `cls` and the class of `old`. So `super().forward` is the forward of transformers, its
+    helper methods are available, and code that checks the class (the weight initializer of transformers, its recorders
+    of router logits) still recognizes the module.
     """
     new = nn.Module.__new__(_mixed_class(cls, type(old)))
     nn.Module.__init__(new)
@@ -339,13 +443,19 @@ def adopt(cls: type[Operator], old: nn.Module, ctx: Context) -> Any:
 
 
 def is_ours(module: Any, cls: type[Operator]) -> bool:
-    """Whether a module is an operator of this class as rules make it: not a subclass that somebody else made, as parametrizations do."""
-    kind = type(module)
-    return kind is cls or (isinstance(module, cls) and kind in _HEIRS.values())
+    """Whether a module is an operator of this class as ktx creates it, and not of a subclass that other code derived.
+
+    Parametrizations derive such subclasses, for example.
+    """
+    module_class = type(module)
+    return module_class is cls or (isinstance(module, cls) and module_class in _MIXED_CLASSES.values())
 
 
 def is_plain(old: nn.Module, layer: type[Layer]) -> TypeGuard[Layer]:
-    """Whether a module is torch's own layer: a subclass with a forward of its own (a scaled embedding, a router) computes something else."""
+    """Whether a module computes as the torch layer does.
+
+    A subclass with its own forward (a scaled embedding, a router) computes something else.
+    """
     return isinstance(old, layer) and type(old).forward is layer.forward
 
 
@@ -363,51 +473,74 @@ SHIPPED = {
     "Embedding": "ktx.ops.embed",
     "MLP": "ktx.ops.mlp",
 }
-ON_GPU = {  # operator -> module and class of its form on a GPU; users' own say `gpu_form`
-    name: home.replace("ktx.ops.", "ktx.ops.gpu.") + f".{name}" for name, home in SHIPPED.items() if name != "Recurrent"
+ON_GPU = {  # operator -> dotted path of its GPU class; users' operators set `gpu_form` instead
+    name: module.replace("ktx.ops.", "ktx.ops.gpu.") + f".{name}"
+    for name, module in SHIPPED.items()
+    if name != "Recurrent"
 }
 _REGISTERED: dict[str, type[Operator]] = {}
 
 
 def register(name: str) -> Callable[[type[Operator]], type[Operator]]:
-    """Class decorator: makes an operator known to rule files under a short name."""
+    """Class decorator that registers an operator under a short name for rule files.
 
-    def keep(cls: type[Operator]) -> type[Operator]:
+    Raises:
+        UsageError: The name is taken by an operator of ktx.
+    """
+
+    def decorate(cls: type[Operator]) -> type[Operator]:
         if name in SHIPPED or name == "default":
-            raise UsageError(f"the operator name {name!r} is taken by ktx; choose another")
+            raise UsageError(f"the operator name {name!r} is reserved by ktx; choose another")
         _REGISTERED[name] = cls
         return cls
 
-    return keep
+    return decorate
 
 
 def resolve(name: str, where: str = "") -> type[Operator]:
-    """The class a rule names: short name of a shipped or registered operator, or a dotted path. UsageError otherwise."""
-    at = f"{where}: " if where else ""
+    """Returns the operator class that a rule names.
+
+    Args:
+        name: The short name of a shipped or registered operator, or a dotted path.
+        where: The file and line of the rule, which starts error messages.
+
+    Raises:
+        UsageError: There is no such class, its module cannot be imported, or it is not an Operator.
+    """
+    prefix = f"{where}: " if where else ""
     if name in _REGISTERED:
         return _REGISTERED[name]
     module, _, attribute = (f"{SHIPPED[name]}.{name}" if name in SHIPPED else name).rpartition(".")
     if not module:
         raise UsageError(
-            f"{at}no operator is called {name!r}{did_you_mean(name, [*SHIPPED, *_REGISTERED])}; give one of {' '.join(SHIPPED)} or a dotted path"
+            f"{prefix}no operator is called {name!r}{did_you_mean(name, [*SHIPPED, *_REGISTERED])}; give one of"
+            f" {' '.join(SHIPPED)} or a dotted path"
         )
     try:
-        home = importlib.import_module(module)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-        raise UsageError(f"{at}cannot import {name}: {kind}{str(error).partition(chr(10))[0]}") from error
-    cls = getattr(home, attribute, None)
+        imported = importlib.import_module(module)
+    except Exception as error:  # importing a user's module may raise anything
+        error_type = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise UsageError(f"{prefix}cannot import {name}: {error_type}{str(error).partition(chr(10))[0]}") from error
+    cls = getattr(imported, attribute, None)
     if cls is None:
-        raise UsageError(f"{at}module {module} has no class {attribute}{did_you_mean(attribute, dir(home))}")
+        raise UsageError(f"{prefix}module {module} has no class {attribute}{did_you_mean(attribute, dir(imported))}")
     if not (isinstance(cls, type) and issubclass(cls, Operator)):
-        raise UsageError(f"{at}{name} is no ktx.Operator")
+        raise UsageError(f"{prefix}{name} is not a subclass of ktx.Operator")
     return cls
 
 
 def on_gpu(cls: type[Operator], where: str = "") -> type[Operator]:
-    """The class that does an operator's work on a GPU. UsageError when there is none."""
+    """Returns the class that implements an operator on a GPU.
+
+    Args:
+        cls: The operator class that a rule names.
+        where: The file and line of the rule, which starts error messages.
+
+    Raises:
+        UsageError: The operator has no GPU implementation.
+    """
     name = cls.gpu_form or ON_GPU.get(cls.__name__, "")
     if not name:
-        at = f"{where}: " if where else ""
-        raise UsageError(f"{at}{cls.__name__} has no form for a GPU; put the module on the CPU (device: cpu)")
+        prefix = f"{where}: " if where else ""
+        raise UsageError(f"{prefix}{cls.__name__} has no GPU implementation; place the module on the CPU (device: cpu)")
     return cls if name == f"{cls.__module__}.{cls.__name__}" else resolve(name, where)

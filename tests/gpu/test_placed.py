@@ -63,7 +63,7 @@ def test_every_operator_but_the_recurrent_one_has_a_form():
 
 
 def test_what_has_no_form_says_so(tmp_path):
-    with pytest.raises(UsageError, match="Recurrent has no form for a GPU; put the module on the CPU"):
+    with pytest.raises(UsageError, match="Recurrent has no GPU implementation; place the module on the CPU"):
         Twins(tmp_path, "qwen3_next", num_experts=4, moe_intermediate_size=32).on()
 
 
