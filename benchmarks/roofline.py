@@ -62,7 +62,7 @@ def measure(qtype: Any, tokens: list[int], threads: int, repeat: int) -> list[di
         x, turns = torch.randn(count, microbench.COLUMNS), []
         for _ in range(repeat):
             read, peak = (
-                microbench.read_bandwidth(threads, microbench.STREAM // 2).gb_s,
+                microbench.read_bandwidth(threads, microbench.MIN_PASS_BYTES // 2).gb_s,
                 microbench.peak(qtype, threads),
             )
             taken = microbench.seconds(lambda some=some, x=x: [cpu.linear(x, matrix) for matrix in some], 1)  # type: ignore[misc]

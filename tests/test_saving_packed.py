@@ -151,7 +151,7 @@ def test_fp8_keeps_its_scales(tmp_path, rows, monkeypatch):
         else:
             packed = cpu.pack_experts(eights(layer.mlp.experts.num_experts, rows, 256))
             layer.mlp.experts.weights = layer.mlp.experts.weights | {"up_proj": packed}
-        monkeypatch.setattr(blocks, "SPAN", 1 << 15)  # in pieces of 128 rows
+        monkeypatch.setattr(blocks, "UNPACK_CHUNK_WEIGHTS", 1 << 15)  # in pieces of 128 rows
         found = again(mine, tmp_path / f"{family}-packed")
         assert types(found) == types(mine) and same(found, mine)
         tensors = open_weights(tmp_path / f"{family}-packed", mine.config).tensors
@@ -494,7 +494,7 @@ class Floating(Opaque):
 def test_a_type_that_is_not_taken_back(tmp_path, monkeypatch):
     mine = of_gguf("llama", tmp_path / "loaded")
     monkeypatch.delitem(blocks.soa_layout.FIELDS, "Q8_0")
-    with pytest.raises(UsageError, match="weights of Q8_0 are not taken back"):
+    with pytest.raises(UsageError, match="weights of Q8_0 cannot be unpacked"):
         mine.save_pretrained(tmp_path / "packed", packed=True)
     assert not list(tmp_path.glob("packed/*"))
 
@@ -569,7 +569,7 @@ def test_little_memory_is_taken(tmp_path, monkeypatch):
     """Rows are taken back some at a time, of experts one matrix at a time."""
     mine = of_gguf("qwen3_moe", tmp_path / "loaded", "F16")
     mine.save_pretrained(tmp_path / "packed", packed=True)
-    monkeypatch.setattr(blocks, "SPAN", 1 << 15)
+    monkeypatch.setattr(blocks, "UNPACK_CHUNK_WEIGHTS", 1 << 15)
     made = []
     take = blocks.unpack
     monkeypatch.setattr(blocks, "unpack", lambda data, into: (made.append(into.n * into.k), take(data, into)))

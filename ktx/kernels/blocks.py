@@ -1,4 +1,4 @@
-"""Packed weights taken back to the rows of blocks that a file has: exact, some rows at a time."""
+"""Unpacking of packed weights to the rows of blocks that a weight file holds: exact, some rows at a time."""
 
 from __future__ import annotations
 
@@ -13,36 +13,49 @@ from ktx.kernels.gpu.repack_from_cpu import unpack
 from ktx.quant.types import FP8_BLOCK
 from ktx.weights.base import QuantizedTensor
 
-SPAN = 1 << 26  # weights that are taken back at once, from the CPU's memory
+UNPACK_CHUNK_WEIGHTS = 1 << 26  # weights that are unpacked at once, in CPU memory
 
 
 def rows_of(packed: cpu.Packed | soa_layout.SoAWeight) -> Iterator[QuantizedTensor]:
-    """[rows, k] of one matrix, or of several of `pack_experts`, in order. UsageError for a type that is not taken back."""
+    """Yields the rows of packed weights as a weight file stores them, matrix by matrix.
+
+    Args:
+        packed: one matrix, or several that `pack_experts` packed, on the CPU or on a GPU.
+
+    Yields:
+        [rows, k], consecutive rows of a matrix.
+
+    Raises:
+        UsageError: if the type cannot be unpacked.
+    """
     if packed.qtype.name not in soa_layout.FIELDS:
-        raise UsageError(f"weights of {packed.qtype} are not taken back from the order that kernels read them in")
+        raise UsageError(f"weights of {packed.qtype} cannot be unpacked from the order in which the kernels read them")
     if isinstance(packed, soa_layout.SoAWeight):
-        yield from _from_planes(packed.to("cpu"))
+        yield from _unpack_planes(packed.to("cpu"))
     elif packed.matrices == 1:
-        yield from _from_groups(packed)
+        yield from _unpack_groups(packed)
     else:
         for number in range(packed.matrices):
-            yield from _from_groups(packed.matrix(number))
+            yield from _unpack_groups(packed.matrix(number))
 
 
-def _from_groups(packed: cpu.Packed) -> Iterator[QuantizedTensor]:
-    """One matrix in the CPU's order: groups of rows."""
+def _unpack_groups(packed: cpu.Packed) -> Iterator[QuantizedTensor]:
+    """Yields the rows of one matrix that is packed for the CPU, in groups of rows."""
     groups = packed.data.view(-(-packed.n // cpu.GROUP_ROWS), -1)
-    step = max(1, SPAN // packed.k // FP8_BLOCK) * FP8_BLOCK  # rows that share a scale stay together
-    for first in range(0, packed.n, step):
-        rows = min(step, packed.n - first)
-        begin, end = first // cpu.GROUP_ROWS, -(-(first + rows) // cpu.GROUP_ROWS)
-        memory = torch.empty(rows * packed.qtype.row_bytes(packed.k), dtype=torch.uint8)
-        into = soa_layout.empty(packed.qtype, rows, packed.k, 1, memory)
-        unpack(groups[None, begin:end], into)
-        yield from _from_planes(into)
+    chunk_rows = (
+        max(1, UNPACK_CHUNK_WEIGHTS // packed.k // FP8_BLOCK) * FP8_BLOCK
+    )  # rows that share a scale stay together
+    for first_row in range(0, packed.n, chunk_rows):
+        num_rows = min(chunk_rows, packed.n - first_row)
+        first_group, end_group = first_row // cpu.GROUP_ROWS, -(-(first_row + num_rows) // cpu.GROUP_ROWS)
+        buffer = torch.empty(num_rows * packed.qtype.row_bytes(packed.k), dtype=torch.uint8)
+        planes = soa_layout.empty(packed.qtype, num_rows, packed.k, 1, buffer)
+        unpack(groups[None, first_group:end_group], planes)
+        yield from _unpack_planes(planes)
 
 
-def _from_planes(packed: soa_layout.SoAWeight) -> Iterator[QuantizedTensor]:
+def _unpack_planes(packed: soa_layout.SoAWeight) -> Iterator[QuantizedTensor]:
+    """Yields each matrix of planes as rows of blocks."""
     blocks = packed.blocks()
     for number in range(packed.matrices):
         scale = None if packed.scale is None else packed.scale[number]

@@ -1,7 +1,8 @@
-"""How fast the kernels multiply one weight type, beside what this machine can do at most.
+"""Speed of the kernels for one weight type, compared with the limits of this machine.
 
-One token: weights come from memory once, so packed GB/s over the read bandwidth. Many tokens: operations over the peak of the dot product
-that the type is multiplied with. A limit is measured next to each figure, because clocks and neighbours change.
+For one token the weights are read from memory once, so the limit is the read bandwidth, in GB/s of packed bytes. For
+many tokens the limit is the peak rate of the dot product that multiplies the type. A limit is measured next to each
+result because clocks and other load on the machine change.
 """
 
 from __future__ import annotations
@@ -21,27 +22,34 @@ from ktx.quant.quantize import random_rows
 from ktx.quant.types import QType
 from ktx.weights.base import QuantizedTensor
 
-COLUMNS, ROWS = 2048, 8192
-DEFAULT_PCIE_GB_S = 20.0  # GB/s between two devices where none can be measured
-LEAST, EACH = 64, 32  # tokens from which on experts may be copied to a GPU, and that an expert gets of a prompt
-STREAM = 1 << 28  # bytes that a pass reads at least
-CACHES = 4  # and times the last-level caches: of so much they can hold a part only
+COLUMNS, ROWS = 2048, 8192  # shape of a measured matrix
+DEFAULT_PCIE_GB_S = 20.0  # assumed GB/s between two devices if the rate cannot be measured
+# Smallest batch whose experts may be copied to a GPU, and tokens of a prompt that an expert computes on average.
+MIN_STREAM_TOKENS, TOKENS_PER_EXPERT = 64, 32
+MIN_PASS_BYTES = 1 << 28  # bytes that a pass reads at least
+CACHE_MULTIPLE = 4  # a pass reads so many times the last-level caches, which then hold only a part of it
 
 
 def seconds(call: Callable[[], object], repeat: int) -> float:
-    """Median time of a call, after one that does not count."""
+    """Returns the median time of a call, in seconds, after one warm-up call."""
     call()
-    taken = []
+    times_s = []
     for _ in range(repeat):
-        start = time.perf_counter()
+        start_s = time.perf_counter()
         call()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+        times_s.append(time.perf_counter() - start_s)
+    return statistics.median(times_s)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """GB/s of reads, the bytes that were read in a pass, and those of the last-level caches (0: not known)."""
+    """A measured read bandwidth.
+
+    Attributes:
+        gb_s: GB/s.
+        nbytes: bytes that a pass read.
+        cache: bytes of the last-level caches; 0 if unknown.
+    """
 
     gb_s: float
     nbytes: int
@@ -52,36 +60,41 @@ class Reading:
 
     @property
     def size(self) -> str:
-        """What was read, beside the caches."""
-        cache = f"last-level cache {self.cache / (1 << 20):.0f} MiB" if self.cache else "cache size not known"
-        short = f"; less than {CACHES} times that, for memory is short" if self.nbytes < CACHES * self.cache else ""
-        return f"{self.nbytes / (1 << 20):.0f} MiB read, {cache}{short}"
+        """What was read, compared with the caches, as text."""
+        cache = f"last-level cache {self.cache / (1 << 20):.0f} MiB" if self.cache else "cache size unknown"
+        note = (
+            f"; less than {CACHE_MULTIPLE} times that because memory is short"
+            if self.nbytes < CACHE_MULTIPLE * self.cache
+            else ""
+        )
+        return f"{self.nbytes / (1 << 20):.0f} MiB read, {cache}{note}"
 
 
-def pass_bytes(least: int = STREAM) -> int:
-    """Bytes that a pass has to read so that memory is measured and not a cache: CACHES times the caches, in whole MiB.
+def pass_bytes(least: int = MIN_PASS_BYTES) -> int:
+    """Returns the bytes that a pass must read so that it measures memory and not a cache, in whole MiB.
 
-    At least `least`; at most a quarter of the free memory beyond that.
+    That is CACHE_MULTIPLE times the last-level caches, but at least `least`, and beyond `least` at most a quarter of
+    the free memory.
     """
-    return max(least, min(CACHES * last_level_cache(), memory()[1] // 4)) >> 20 << 20
+    return max(least, min(CACHE_MULTIPLE * last_level_cache(), memory()[1] // 4)) >> 20 << 20
 
 
-def read_bandwidth(threads: int, least: int = STREAM) -> Reading:
-    """Reads from memory, as many bytes as `pass_bytes` says."""
+def read_bandwidth(threads: int, least: int = MIN_PASS_BYTES) -> Reading:
+    """Measures reads of `pass_bytes(least)` bytes from memory."""
     nbytes = pass_bytes(least)
     return Reading(cpu.ops.probe_read(threads, nbytes >> 20), nbytes, last_level_cache())
 
 
 def free_read_bandwidth(threads: int) -> Reading | None:
-    """The same on half a gigabyte at least, within seconds; None where a gigabyte is not free."""
+    """Measures reads of at least 512 MiB, within seconds; None if less than 1 GiB is free."""
     return None if memory()[1] < 1 << 30 else read_bandwidth(threads, 1 << 29)
 
 
 def gpu_read_bandwidth() -> float | None:
-    """GB/s of reads from the first GPU's memory; None where torch can use none."""
+    """Returns the GB/s of reads from the memory of the first GPU; None if torch can use no GPU."""
     if not torch.cuda.is_available():
         return None
-    values = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")  # more than its caches hold
+    values = torch.zeros(1 << 28, dtype=torch.int32, device="cuda")  # larger than the caches of a GPU
 
     def read() -> None:
         values.sum()
@@ -91,55 +104,68 @@ def gpu_read_bandwidth() -> float | None:
 
 
 def link_bandwidth(device: torch.device | str = "cuda") -> float | None:
-    """GB/s from pinned memory to a GPU; None where torch can use none."""
+    """Returns the GB/s from pinned memory to a GPU; None if torch can use no GPU."""
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
-    source, target = (
+    src, dst = (
         torch.empty(1 << 27, dtype=torch.uint8, pin_memory=True),
         torch.empty(1 << 27, dtype=torch.uint8, device=device),
     )
 
     def copy() -> None:
-        target.copy_(source, non_blocking=True)
+        dst.copy_(src, non_blocking=True)
         torch.cuda.synchronize(device)
 
-    return source.numel() / seconds(copy, 3) / 1e9
+    return src.numel() / seconds(copy, 3) / 1e9
 
 
 def prompt_rate(qtype: QType) -> float:
-    """GOPS at which experts of a type are multiplied with a prompt's tokens: as many at once as an expert gets of them."""
+    """Returns the GOPS of experts of a type in a prompt, with as many tokens at once as an expert gets on average."""
     packed = split(cpu.pack(matrices(qtype, 8, 512, COLUMNS)))
-    x = torch.randn(EACH, COLUMNS, dtype=torch.float32)
-    taken = seconds(lambda: [cpu.linear(x, matrix, wide=True) for matrix in packed], 3)
-    return 2 * EACH * 512 * COLUMNS * len(packed) / taken / 1e9
+    x = torch.randn(TOKENS_PER_EXPERT, COLUMNS, dtype=torch.float32)
+    elapsed_s = seconds(lambda: [cpu.linear(x, matrix, wide=True) for matrix in packed], 3)
+    return 2 * TOKENS_PER_EXPERT * 512 * COLUMNS * len(packed) / elapsed_s / 1e9
 
 
-def min_tokens_to_stream(nbytes: int, numbers: int, link: float, rate: float) -> int:
-    """Tokens from which on copying nbytes at `link` GB/s takes less time than multiplying each token by so many numbers at `rate` GOPS.
+def min_tokens_to_stream(nbytes: int, num_weights: int, link_gb_s: float, cpu_gops: float) -> int:
+    """Returns the batch size from which copying weights to a GPU is faster than computing on the CPU.
 
-    At least LEAST: the device needs time too, and so do its launches.
+    Args:
+        nbytes: bytes to copy.
+        num_weights: weights that a token is multiplied by.
+        link_gb_s: GB/s of the copy.
+        cpu_gops: GOPS of the CPU.
+
+    Returns:
+        Number of tokens, at least MIN_STREAM_TOKENS because the GPU needs time to launch and compute as well.
     """
-    return max(LEAST, math.ceil(nbytes / link * rate / (2 * numbers)))
+    return max(MIN_STREAM_TOKENS, math.ceil(nbytes / link_gb_s * cpu_gops / (2 * num_weights)))
 
 
 def matrices(qtype: QType, count: int, n: int, k: int) -> QuantizedTensor:
-    """count x [n, k] of random rows; a few distinct rows are enough, speed does not depend on them."""
-    few = random_rows(qtype, min(n, 64), k)
-    data = few.repeat(-(-n // few.shape[0]), 1)[:n].expand(count, n, -1)
+    """Returns count x [n, k] of random rows.
+
+    At most 64 rows are distinct, which is enough because the speed does not depend on the values.
+    """
+    distinct = random_rows(qtype, min(n, 64), k)
+    data = distinct.repeat(-(-n // distinct.shape[0]), 1)[:n].expand(count, n, -1)
     scale = torch.ones(count, -(-n // 128), -(-k // 128), dtype=torch.float32) if qtype.name == "F8_E4M3" else None
     return QuantizedTensor(data, qtype, (count, n, k), scale)
 
 
 def peak(qtype: QType, threads: int) -> float:
-    """GOPS (a multiplication and an addition are two) of the dot product that many tokens of a prompt are multiplied with in this type."""
+    """Returns the peak GOPS of the dot product that multiplies a prompt's tokens by weights of this type.
+
+    A multiplication and an addition count as two operations.
+    """
     if qtype.name in IN_BF16 or (not qtype.is_float and cpu.ops.has_wide()):
         return cpu.ops.probe_bf16(threads, 0.05)
     return (cpu.ops.probe_fma if qtype.is_float else cpu.ops.probe_int8)(threads, 0.05)
 
 
 def split(packed: cpu.Packed, count: int | None = None) -> list[cpu.Packed]:
-    """Each of the first `count` matrices (default: all) for itself."""
+    """Returns each of the first `count` matrices (default: all) as a `Packed` of its own."""
     size = packed.nbytes // packed.matrices
     return [
         cpu.Packed(packed.data[i * size : (i + 1) * size], packed.qtype, packed.n, packed.k)
@@ -148,27 +174,34 @@ def split(packed: cpu.Packed, count: int | None = None) -> list[cpu.Packed]:
 
 
 def stacked(packed: cpu.Packed) -> cpu.Packed:
-    """All matrices as one, which they are in memory: each has whole groups of rows."""
+    """Returns all matrices as one, without a copy because each consists of complete groups of rows."""
     return cpu.Packed(packed.data, packed.qtype, packed.n * packed.matrices, packed.k)
 
 
 def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] = (48, 512)) -> dict[str, float]:
-    """gemv_gb_s and gemv_share of one token, gemm_T_gops and gemm_T_share of T tokens, all on matrices that come from memory."""
-    one = cpu.packed_nbytes(qtype, ROWS, COLUMNS)
-    packed = cpu.pack(matrices(qtype, max(2, pass_bytes() // one), ROWS, COLUMNS))
-    whole, x = stacked(packed), torch.randn(1, COLUMNS, dtype=torch.float32)
-    turns = []
-    for _ in range(repeat):  # in turns: a machine's memory may be faster a moment later
-        read = read_bandwidth(threads, STREAM // 2).gb_s
-        rate = packed.nbytes / seconds(lambda: cpu.linear(x, whole), 1) / 1e9
-        turns.append((rate / read, rate))
-    share, rate = statistics.median_low(turns)
-    found = {"gemv_gb_s": rate, "gemv_share": share}
-    for count in tokens:
-        some = split(packed, min(packed.matrices, max(1, 512 // count)))
-        many = torch.randn(count, COLUMNS, dtype=torch.float32)
-        limit = peak(qtype, threads)
-        taken = seconds(lambda some=some, many=many: [cpu.linear(many, matrix, wide=True) for matrix in some], repeat)  # type: ignore[misc]
-        rate = 2 * count * ROWS * COLUMNS * len(some) / taken / 1e9
-        found |= {f"gemm_{count}_gops": rate, f"gemm_{count}_share": rate / limit}
-    return found
+    """Measures a weight type on matrices that are read from memory.
+
+    Returns:
+        gemv_gb_s and gemv_share of one token, gemm_T_gops and gemm_T_share for each T of `tokens`; a share is relative
+        to the measured limit.
+    """
+    matrix_bytes = cpu.packed_nbytes(qtype, ROWS, COLUMNS)
+    packed = cpu.pack(matrices(qtype, max(2, pass_bytes() // matrix_bytes), ROWS, COLUMNS))
+    all_rows, x = stacked(packed), torch.randn(1, COLUMNS, dtype=torch.float32)
+    rounds = []
+    for _ in range(repeat):  # limit and result alternate because memory bandwidth changes over time
+        read_gb_s = read_bandwidth(threads, MIN_PASS_BYTES // 2).gb_s
+        rate = packed.nbytes / seconds(lambda: cpu.linear(x, all_rows), 1) / 1e9
+        rounds.append((rate / read_gb_s, rate))
+    share, rate = statistics.median_low(rounds)
+    results = {"gemv_gb_s": rate, "gemv_share": share}
+    for num_tokens in tokens:
+        subset = split(packed, min(packed.matrices, max(1, 512 // num_tokens)))
+        batch = torch.randn(num_tokens, COLUMNS, dtype=torch.float32)
+        limit_gops = peak(qtype, threads)
+        elapsed_s = seconds(
+            lambda subset=subset, batch=batch: [cpu.linear(batch, matrix, wide=True) for matrix in subset], repeat
+        )  # type: ignore[misc]
+        rate = 2 * num_tokens * ROWS * COLUMNS * len(subset) / elapsed_s / 1e9
+        results |= {f"gemm_{num_tokens}_gops": rate, f"gemm_{num_tokens}_share": rate / limit_gops}
+    return results

@@ -164,7 +164,7 @@ def test_auto_measures_and_off_is_off(qwen):
         model = qwen.load(None, devices=BLOCK, stream_experts=word)
         assert all(block.streamer is None for block in blocks(model))  # on a pretended GPU nothing is gained
     assert microbench.min_tokens_to_stream(20 * 10**9, 10**8, 20.0, 200.0) == 1000
-    assert microbench.min_tokens_to_stream(1000, 10**8, 20.0, 200.0) == microbench.LEAST
+    assert microbench.min_tokens_to_stream(1000, 10**8, 20.0, 200.0) == microbench.MIN_STREAM_TOKENS
 
 
 def test_other_words_are_errors_before_anything_is_read(qwen):
@@ -180,7 +180,7 @@ def test_what_has_no_use_is_told(qwen):
 
 def test_auto_copies_from_where_the_measured_cpu_is_slower_than_the_way(qwen, monkeypatch):
     model = qwen.load(None, devices=BLOCK)
-    for rate, least in ((1e6, None), (1.0, microbench.LEAST)):
+    for rate, least in ((1e6, None), (1.0, microbench.MIN_STREAM_TOKENS)):
         monkeypatch.setattr(microbench, "prompt_rate", lambda qtype, rate=rate: rate)
         _install_on(Device("cuda:0", torch.device("cpu"), True), blocks(model), None)
         experts = blocks(model)[0].experts

@@ -14,12 +14,12 @@ GIB = 1 << 30
 @pytest.mark.parametrize(
     "cache, free, least, read, told",
     [
-        (480, 64 * GIB, microbench.STREAM, 1920, "1920 MiB read, last-level cache 480 MiB"),
-        (32, 64 * GIB, microbench.STREAM, 256, "256 MiB read, last-level cache 32 MiB"),
+        (480, 64 * GIB, microbench.MIN_PASS_BYTES, 1920, "1920 MiB read, last-level cache 480 MiB"),
+        (32, 64 * GIB, microbench.MIN_PASS_BYTES, 256, "256 MiB read, last-level cache 32 MiB"),
         (32, 64 * GIB, 1 << 29, 512, "512 MiB read, last-level cache 32 MiB"),
-        (0, 64 * GIB, microbench.STREAM, 256, "256 MiB read, cache size not known"),
-        (480, 4 * GIB, microbench.STREAM, 1024, "less than 4 times that, for memory is short"),
-        (480, GIB // 2, microbench.STREAM, 256, "less than 4 times that, for memory is short"),
+        (0, 64 * GIB, microbench.MIN_PASS_BYTES, 256, "256 MiB read, cache size unknown"),
+        (480, 4 * GIB, microbench.MIN_PASS_BYTES, 1024, "less than 4 times that because memory is short"),
+        (480, GIB // 2, microbench.MIN_PASS_BYTES, 256, "less than 4 times that because memory is short"),
     ],
 )
 def test_the_probe_reads_more_than_the_cache(monkeypatch, cache, free, least, read, told):

@@ -59,7 +59,7 @@ def test_rows_are_those_of_the_file(name, rows, monkeypatch):
     k = max(320, QTYPES[name].block * 3) // QTYPES[name].block * QTYPES[name].block
     parts = [sample(name, rows, k, seed) for seed in range(3)]
     for span in (1 << 26, 128 * k):
-        monkeypatch.setattr("ktx.kernels.blocks.SPAN", span)
+        monkeypatch.setattr("ktx.kernels.blocks.UNPACK_CHUNK_WEIGHTS", span)
         for found, wanted in (
             (cpu.pack(parts[0]), parts[:1]),
             (cpu.pack_experts(parts), parts),
