@@ -1,6 +1,6 @@
-"""Messages -> the ids that a model reads, through its own chat template.
+"""Renders messages as token ids through the model's chat template.
 
-Words of the messages that look like control tokens stay words: only the template writes control tokens.
+Text in messages that looks like a control token stays text: only the template writes control tokens.
 """
 
 from __future__ import annotations
@@ -15,16 +15,21 @@ from ktx.engine.continue_message import render_continuation
 from ktx.engine.template import DEFAULT, check_templates, chosen, named_templates
 from ktx.errors import UsageError
 
-MAX_TEXT_CHARS = 64 << 20  # characters of a rendered prompt
+MAX_TEXT_CHARS = 64 << 20
 _MARK = re.compile(r"[<\[].+[>\]]")
-_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode will never give them a meaning
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode assigns them no meaning
 
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt as text and as ids; `thinking`: it ends inside the reasoning block; `said`: text at its end that the answer goes on with.
+    """A prompt as text and token ids.
 
-    `untold`: tools were given, and the template wrote nothing of them.
+    Args:
+        text: the rendered text.
+        ids: the token ids.
+        thinking: the prompt ends inside the reasoning block.
+        prefill_text: text at the prompt's end that the output continues.
+        tools_not_rendered: there were tools, but the template did not render them.
     """
 
     text: str
@@ -35,7 +40,16 @@ class RenderedPrompt:
 
 
 class PromptRenderer:
-    """Makes prompts for one tokenizer. `template` takes the place of the tokenizer's own. BadFile where no prompt could be made."""
+    """Renders prompts for one tokenizer.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        model_type: the config's model_type, which chooses the chat format where the template does not.
+        template: replaces the tokenizer's own chat template.
+
+    Raises:
+        BadFile: a template cannot render prompts.
+    """
 
     def __init__(self, tokenizer: Any, model_type: str | None = None, template: str | None = None):
         self.tokenizer = tokenizer
@@ -45,7 +59,7 @@ class PromptRenderer:
         where = "--chat-template" if template else own
         check_templates(self.templates, where, getattr(tokenizer, "special_tokens_map", {}))
         self.dialect: ChatFormat = dialect_for("\n".join(self.templates.values()), model_type)
-        self.writes_tools: set[str | None] = set()  # templates that have written tools
+        self.writes_tools: set[str | None] = set()  # templates that have rendered tools
         added = getattr(tokenizer, "added_tokens_decoder", None) or {}
         names = [
             str(token)
@@ -53,25 +67,28 @@ class PromptRenderer:
             if len(str(token)) > 1 and (token.special or _MARK.fullmatch(str(token)))
         ]
         self.special = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
-        self.silent = frozenset(self._silent(added))
+        self.silent = frozenset(self._textless_tokens(added))
         self.controls = re.compile(
             "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)"
         )
 
-    def _silent(self, added: Mapping[int, Any]) -> set[int]:
-        """Special tokens that say nothing to whoever reads an answer: all but the marks of reasoning and calls, which the parser reads."""
+    def _textless_tokens(self, added: Mapping[int, Any]) -> set[int]:
+        """Returns the special tokens without text in an output: all but the marks of reasoning and calls, which the
+        parser reads.
+        """
         if self.dialect.format is not None and self.dialect.format.style == "harmony":
-            return set()  # all of them are marks
+            return set()  # all special tokens are marks
         marks = self.dialect.written
         return {
-            token
-            for token, word in added.items()
-            if word.special and not any(str(word) in mark or mark in str(word) for mark in marks)
+            token_id
+            for token_id, special_token in added.items()
+            if special_token.special
+            and not any(str(special_token) in mark or mark in str(special_token) for mark in marks)
         }
 
     @property
     def template(self) -> str | None:
-        """The template of plain requests; where there is none, any."""
+        """The template of requests without a template name; without a default template, the first one."""
         return self.templates.get(DEFAULT) or next(iter(self.templates.values()), None)
 
     def render(
@@ -84,64 +101,86 @@ class PromptRenderer:
         proceed: bool = False,
         name: str | None = None,
     ) -> RenderedPrompt:
-        """A conversation that ends where the assistant speaks (`answer`), or inside its last message (`proceed`). `name`: of the template.
+        """Renders a conversation.
 
-        UsageError for messages that the template refuses, or with which no answer can go on.
+        Args:
+            messages: the conversation, in OpenAI's form.
+            tools: OpenAI's tool definitions.
+            words: the template's keyword arguments.
+            force_think: opens the reasoning block where the template does not.
+            answer: ends with the generation prompt.
+            proceed: ends inside the last message, which the output continues.
+            name: the name of the chat template.
+
+        Raises:
+            UsageError: the template refuses the messages, or the last message cannot be continued.
         """
         template = chosen(self.templates, bool(tools), name)
-        told = for_template(messages, self.dialect)
-        border, end = self._unwritten(told, tools)
-        told = [
+        template_messages = for_template(messages, self.dialect)
+        separator, sentinel = self._unused_characters(template_messages, tools)
+        template_messages = [
             {
-                key: self._escape_special_tokens(value, border, self._spared(message)) if key != "role" else value
+                key: self._escape_special_tokens(value, separator, self._allowed_tokens(message))
+                if key != "role"
+                else value
                 for key, value in message.items()
             }
-            for message in told
+            for message in template_messages
         ]
-        shielded = [self._escape_special_tokens(tool, border, ()) for tool in tools]
+        escaped_tools = [self._escape_special_tokens(tool, separator, ()) for tool in tools]
 
-        def write(messages: Sequence[Mapping[str, Any]], answer: bool, tools: list[Any] = shielded) -> str:
-            text = self._text(template, messages, tools, dict(words or {}), answer)
+        def render_text(messages: Sequence[Mapping[str, Any]], answer: bool, tools: list[Any] = escaped_tools) -> str:
+            text = self._apply_template(template, messages, tools, dict(words or {}), answer)
             if len(text) > MAX_TEXT_CHARS:
-                raise UsageError(f"the prompt has {len(text)} characters, at most {MAX_TEXT_CHARS} are read")
+                raise UsageError(f"the prompt has {len(text)} characters, the limit is {MAX_TEXT_CHARS}")
             return text
 
-        untold = bool(tools) and not self._tells_tools(write, told, answer, template)
+        tools_not_rendered = bool(tools) and not self._renders_tools(render_text, template_messages, answer, template)
         if proceed:
-            text, said, thinking = render_continuation(write, told, self.dialect, str(template), end)
-            said = said.replace(border, "")
-            return RenderedPrompt(text.replace(border, ""), self._ids(text, border), thinking, said, untold)
-        text, mark = write(told, answer), self.dialect.think[0]
-        if answer and force_think and mark and not opened(text, self.dialect):
-            text += f"{mark}\n"
+            text, prefill_text, thinking = render_continuation(
+                render_text, template_messages, self.dialect, str(template), sentinel
+            )
+            prefill_text = prefill_text.replace(separator, "")
+            return RenderedPrompt(
+                text.replace(separator, ""), self._tokenize(text, separator), thinking, prefill_text, tools_not_rendered
+            )
+        text, open_mark = render_text(template_messages, answer), self.dialect.think[0]
+        if answer and force_think and open_mark and not opened(text, self.dialect):
+            text += f"{open_mark}\n"
         thinking = bool(answer and opened(text, self.dialect))
-        return RenderedPrompt(text.replace(border, ""), self._ids(text, border), thinking, tools_not_rendered=untold)
+        return RenderedPrompt(
+            text.replace(separator, ""),
+            self._tokenize(text, separator),
+            thinking,
+            tools_not_rendered=tools_not_rendered,
+        )
 
-    def _tells_tools(
-        self, write: Any, messages: Sequence[Mapping[str, Any]], answer: bool, template: str | None
+    def _renders_tools(
+        self, render_text: Any, messages: Sequence[Mapping[str, Any]], answer: bool, template: str | None
     ) -> bool:
-        """Whether the template writes anything of tools: the prompt without them is another one, or none."""
+        """Whether the template renders tools: without them the prompt differs, or there is none."""
         if template not in self.writes_tools:
-            told = write(messages, answer)
+            with_tools = render_text(messages, answer)
             try:
-                if write(messages, answer, []) == told:
+                if render_text(messages, answer, []) == with_tools:
                     return False
-            except UsageError:  # a template that cannot do without them
+            except UsageError:  # a template that requires tools
                 pass
             self.writes_tools.add(template)
         return True
 
-    def _text(
+    def _apply_template(
         self,
         template: str | None,
         messages: Sequence[Mapping[str, Any]],
         tools: list[Any],
-        words: dict[str, Any],
+        template_kwargs: dict[str, Any],
         answer: bool,
     ) -> str:
+        """Applies the chat template; without a template, joins the messages' contents."""
         if not template:
             if tools:
-                raise UsageError("this model has no chat template, so it cannot be told of tools")
+                raise UsageError("this model has no chat template, so tools cannot be rendered")
             return "\n".join(str(message["content"]) for message in messages)
         from jinja2.exceptions import TemplateError
 
@@ -152,41 +191,42 @@ class PromptRenderer:
                 chat_template=template,
                 add_generation_prompt=answer,
                 tokenize=False,
-                **words,
+                **template_kwargs,
             )
         except (TemplateError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UsageError(f"the model's chat template refuses these messages: {error}") from error
 
-    def _ids(self, text: str, border: str) -> list[int]:
-        whole = not self.templates  # a template writes what begins a text itself
-        parts = text.split(border)
-        ids = list(self.tokenizer(parts[0], add_special_tokens=whole)["input_ids"])
+    def _tokenize(self, text: str, separator: str) -> list[int]:
+        """Tokenizes the parts between separators one by one, so that no control token spans a separator."""
+        add_special = not self.templates  # a template renders the text's begin token itself
+        parts = text.split(separator)
+        ids = list(self.tokenizer(parts[0], add_special_tokens=add_special)["input_ids"])
         for part in parts[1:]:
             ids += self.tokenizer(part, add_special_tokens=False)["input_ids"]
         return ids
 
-    def _unwritten(self, *texts: Any) -> list[str]:
-        """Two characters that nobody has written."""
-        written = repr(texts)
-        free = [char for char in _NONCHARACTERS if char not in written and ascii(char)[1:-1] not in written]
-        return [*free, *_NONCHARACTERS][:2]
+    def _unused_characters(self, *texts: Any) -> list[str]:
+        """Returns two characters that do not occur in `texts`."""
+        used = repr(texts)
+        unused = [char for char in _NONCHARACTERS if char not in used and ascii(char)[1:-1] not in used]
+        return [*unused, *_NONCHARACTERS][:2]
 
-    def _spared(self, message: Mapping[str, Any]) -> tuple[str, ...]:
-        """Marks that are the model's own words in its own messages."""
+    def _allowed_tokens(self, message: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the control tokens that a message may contain: an assistant message keeps its reasoning marks."""
         return self.dialect.think if message.get("role") == "assistant" else ()
 
-    def _escape_special_tokens(self, value: Any, border: str, spared: Sequence[str]) -> Any:
-        """A border inside each control token, so that it is read as the letters it is."""
+    def _escape_special_tokens(self, value: Any, separator: str, allowed: Sequence[str]) -> Any:
+        """Puts a separator inside each control token in a value's texts, so that it is tokenized as text."""
         if isinstance(value, str):
 
-            def broken(found: re.Match[str]) -> str:
-                return found[0] if found[0] in spared else found[0][0] + border + found[0][1:]
+            def split_token(found: re.Match[str]) -> str:
+                return found[0] if found[0] in allowed else found[0][0] + separator + found[0][1:]
 
-            return self.controls.sub(broken, value.replace(border, ""))
+            return self.controls.sub(split_token, value.replace(separator, ""))
         if isinstance(value, Mapping):
-            return {key: self._escape_special_tokens(inner, border, spared) for key, inner in value.items()}
+            return {key: self._escape_special_tokens(item, separator, allowed) for key, item in value.items()}
         return (
-            [self._escape_special_tokens(inner, border, spared) for inner in value]
+            [self._escape_special_tokens(item, separator, allowed) for item in value]
             if isinstance(value, list | tuple)
             else value
         )

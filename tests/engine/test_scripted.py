@@ -49,7 +49,7 @@ def test_the_pace_is_kept():
 @pytest.mark.parametrize("text", ["{", '{"a": 1}', '[{"match": "x"}]', '["x"]'])
 def test_what_is_no_script_is_told(tmp_path, text):
     (tmp_path / "s.json").write_text(text)
-    with pytest.raises(BadFile, match="is no script"):
+    with pytest.raises(BadFile, match="is not a script"):
         read_script(tmp_path / "s.json", TOK)
     with pytest.raises(BadFile, match="cannot be read"):
         read_script(tmp_path / "none.json", TOK)
