@@ -117,10 +117,10 @@ def test_perplexity_says_what_is_wrong(tmp_path):
         (["--perplexity", tmp_path / "binary"], "byte 3 is 0xff"),
         (
             ["--perplexity", tmp_path / "empty.txt", "--model", DEMO, "--weights", DEMO / "model.safetensors"],
-            "no text to be",
+            "too short to measure perplexity",
         ),
         (["--perplexity", HELD_OUT, "--window", "1"], "at least 2 tokens"),
-        (["--against", "x"], "goes with --perplexity"),
+        (["--against", "x"], "needs --perplexity"),
         (["--perplexity", HELD_OUT, "--against", "x"], "needs --model"),
     ):
         done = ktx("verify", *arguments)

@@ -82,7 +82,7 @@ def test_the_plan_tells_what_adapters_take(family, tmp_path, monkeypatch):
     "words, told",
     [
         (["plan", *DEMO, "--ram", "8G"], "--lora has no effect on a placement by budget"),
-        (["verify", *DEMO], "--lora goes with --perplexity FILE"),
+        (["verify", *DEMO], "--lora needs --perplexity FILE"),
         (["verify", "--perplexity", str(ktx.demo.heldout())], "--lora needs --model or --weights"),
         (["bench", *DEMO, "--peer", "llama.cpp"], "--lora: llama.cpp would compute the model without it"),
         (["bench", "--layer", "8,2,64,64"], "--lora goes with a model, not with --layer"),

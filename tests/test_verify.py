@@ -98,4 +98,4 @@ def test_what_is_wrong_is_seen(loaded, breaks):
 def test_what_is_shown(loaded, capsys):
     verify._show(*loaded.compared())
     said = capsys.readouterr().out
-    assert "other experts" in said and "times a token went to other experts" in said and "agrees with" in said
+    assert "other experts" in said and "routing decisions chose other experts" in said and "agrees with" in said

@@ -1,4 +1,4 @@
-"""ktx doctor: what this machine has, what ktx makes of it, and what is missing."""
+"""ktx doctor: report the machine, the kernels that ktx selects on it, and missing packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ktx.errors import KtxError, UsageError
 from ktx.utils import versions
 from ktx.utils.versions import install
 
-SUMMARY = "show the machine, the picked kernels, and missing packages with their remedy"
+SUMMARY = "report the machine, the selected kernels, and missing packages and how to install them"
+# package -> what needs it, and how to install it
 OPTIONAL = {
     "ik_llama_cpp": ("ktx bench --peer ik_llama.cpp", "pip install ik-llama-cpp-python"),
     "llama_cpp": ("ktx bench --peer llama.cpp", "pip install llama-cpp-python"),
@@ -26,12 +27,12 @@ OPTIONAL = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    flag(parser, "--json", help="one JSON object instead of tables")
-    flag(parser, "--quick", help="leave the measurements out")
+    flag(parser, "--json", help="print one JSON object instead of tables")
+    flag(parser, "--quick", help="skip the measurements of bandwidth and peak speed")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; exit status 0 also when something is missing: it is said."""
+    """Prints the report. The exit status is 0 even if something is missing, because the report lists it."""
     found = report(args.quick)
     if args.json:
         print(json.dumps(found, indent=1))
@@ -41,22 +42,26 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(quick: bool) -> dict[str, Any]:
-    """Everything doctor knows, as plain data."""
+    """Returns the report as JSON data.
+
+    Args:
+        quick: skip the measurements.
+    """
     from ktx.hardware import amx_permitted, cpufeature_flags, machine
 
-    m = machine()
-    found: dict[str, Any] = {
+    info = machine()
+    report_data: dict[str, Any] = {
         "machine": {
-            "cpu": m.cpu,
-            "usable cpus": len(m.cpus),
-            "physical cores": m.cores,
-            "cgroup cpu limit": m.quota or "none",
-            "instruction sets": _isas(m.flags),
+            "cpu": info.cpu,
+            "usable cpus": len(info.cpus),
+            "physical cores": info.cores,
+            "cgroup cpu limit": info.quota or "none",
+            "instruction sets": _isas(info.flags),
             "AMX permitted": amx_permitted(),
             "second opinion (cpufeature)": cpufeature_flags(),
-            "memory": f"{m.available / 1e9:.1f} GB free of {m.memory / 1e9:.1f} GB",
-            "NUMA": [f"node {n.number}: {len(n.cpus)} cpus, {n.memory / 1e9:.1f} GB" for n in m.nodes],
-            "transparent huge pages": m.huge_pages,
+            "memory": f"{info.available / 1e9:.1f} GB free of {info.memory / 1e9:.1f} GB",
+            "NUMA": [f"node {n.number}: {len(n.cpus)} cpus, {n.memory / 1e9:.1f} GB" for n in info.nodes],
+            "transparent huge pages": info.huge_pages,
         },
         "versions": {
             "python": platform.python_version(),
@@ -65,24 +70,24 @@ def report(quick: bool) -> dict[str, Any]:
         },
         "tested versions": {name: versions.tested(name) for name in versions.TESTED},
         "missing": {
-            name: {"for": what, "remedy": remedy}
-            for name, (what, remedy) in OPTIONAL.items()
+            name: {"for": purpose, "remedy": remedy}
+            for name, (purpose, remedy) in OPTIONAL.items()
             if importlib.util.find_spec(name) is None
         },
     }
-    found |= _kernels_or_why(quick)
-    found["warnings"] = [*versions.untested(), *_warnings(m, found)]
-    return found
+    report_data |= _kernels_or_error(quick)
+    report_data["warnings"] = [*versions.untested(), *_warnings(info, report_data)]
+    return report_data
 
 
-def _kernels_or_why(quick: bool) -> dict[str, Any]:
-    """The kernels, or why there are none: a doctor does not fall ill with the patient."""
+def _kernels_or_error(quick: bool) -> dict[str, Any]:
+    """Returns the section about the kernels, or the error that keeps them from loading, which the report shows."""
     try:
         return _kernels(quick)
     except UsageError:
         raise
     except KtxError as error:
-        return {"kernels": {"error": str(error)}, "gpu": "not asked"}
+        return {"kernels": {"error": str(error)}, "gpu": "not checked"}
 
 
 def _kernels(quick: bool) -> dict[str, Any]:
@@ -102,19 +107,23 @@ def _kernels(quick: bool) -> dict[str, Any]:
         "GEMM": "fast" if ops.fast_gemm() else "exact",
         "KTX_ISA": os.environ.get("KTX_ISA", "not set"),
     }
-    found: dict[str, Any] = {"kernels": kernels, "gpu": _gpu(torch), "operators": dict.fromkeys(SHIPPED, f"cpu, {isa}")}
-    ints = [q.name for q in QTYPES.values() if not q.is_float]
-    found["weight types"] = {
-        f"int8 dot products ({isa})": ints,
+    section: dict[str, Any] = {
+        "kernels": kernels,
+        "gpu": _gpu(torch),
+        "operators": dict.fromkeys(SHIPPED, f"cpu, {isa}"),
+    }
+    int_types = [q.name for q in QTYPES.values() if not q.is_float]
+    section["weight types"] = {
+        f"int8 dot products ({isa})": int_types,
         f"f32 multiply-add ({isa})": [q.name for q in QTYPES.values() if q.is_float],
     }
     if not quick:
-        found["measured"] = {
+        section["measured"] = {
             "read bandwidth": str(free_read_bandwidth(threads) or "not measured: less than 1 GiB of memory is free"),
             "int8 peak": f"{ops.probe_int8(threads, 0.3):.0f} GOPS",
             "f32 peak": f"{ops.probe_fma(threads, 0.3):.0f} GFLOPS",
         }
-    return found
+    return section
 
 
 def _gpu(torch: Any) -> str:
@@ -124,7 +133,7 @@ def _gpu(torch: Any) -> str:
 
 
 def _isas(flags: frozenset[str]) -> str:
-    wanted = (
+    known = (
         "avx2",
         "fma",
         "f16c",
@@ -138,46 +147,51 @@ def _isas(flags: frozenset[str]) -> str:
         "amx_int8",
         "amx_bf16",
     )
-    return " ".join(name for name in wanted if name in flags) or "none of ours"
+    return " ".join(name for name in known if name in flags) or "none that ktx uses"
 
 
 def _own_version() -> str:
     import ktx
 
-    found = versions.installed(versions.DISTRIBUTION)
-    return found or f"{ktx.__version__} (not installed, run from a checkout)"
+    installed = versions.installed(versions.DISTRIBUTION)
+    return installed or f"{ktx.__version__} (not installed, run from a checkout)"
 
 
-def _warnings(m: Any, found: dict[str, Any]) -> list[str]:
-    kernels, said = found["kernels"], []
+def _warnings(machine: Any, report_data: dict[str, Any]) -> list[str]:
+    kernels, warnings = report_data["kernels"], []
     if "error" in kernels:
-        said.append(kernels["error"])
+        warnings.append(kernels["error"])
     elif kernels["picked"] != kernels["best possible"]:
-        said.append(f"KTX_ISA lowers the kernels from {kernels['best possible']} to {kernels['picked']}")
-    if m.quota and m.quota < len(m.cpus):
-        said.append(f"a cgroup allows {m.quota:g} of {len(m.cpus)} cpus: more threads than that only wait")
-    if len(m.cpus) > m.cores:
-        said.append(f"{len(m.cpus)} logical cpus on {m.cores} physical cores: --cpu-infer {m.cores} is usually fastest")
-    if kernels.get("threads", 0) > len(m.cpus):
-        said.append(f"{kernels['threads']} threads on {len(m.cpus)} cpus")
-    if "[never]" in m.huge_pages:
+        warnings.append(f"KTX_ISA lowers the kernels from {kernels['best possible']} to {kernels['picked']}")
+    if machine.quota and machine.quota < len(machine.cpus):
+        warnings.append(
+            f"a cgroup allows {machine.quota:g} of {len(machine.cpus)} cpus: further threads would only wait"
+        )
+    if len(machine.cpus) > machine.cores:
+        warnings.append(
+            f"{len(machine.cpus)} logical cpus on {machine.cores} physical cores:"
+            f" --cpu-infer {machine.cores} is usually fastest"
+        )
+    if kernels.get("threads", 0) > len(machine.cpus):
+        warnings.append(f"{kernels['threads']} threads on {len(machine.cpus)} cpus")
+    if "[never]" in machine.huge_pages:
         file = "/sys/kernel/mm/transparent_hugepage/enabled"
-        said.append(f"transparent huge pages are off: `echo madvise > {file}` helps large models")
-    return said
+        warnings.append(f"transparent huge pages are off: `echo madvise > {file}` makes large models faster")
+    return warnings
 
 
-def show(found: dict[str, Any]) -> None:
-    """The report as aligned tables."""
+def show(report_data: dict[str, Any]) -> None:
+    """Prints the report as aligned tables."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if os.isatty(1) else 160, highlight=False, markup=False)
     for title in ("machine", "measured", "kernels", "weight types", "operators", "versions"):
-        if title not in found:
+        if title not in report_data:
             continue
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
-        for key, value in found[title].items():
-            tested = found["tested versions"].get(key) if title == "versions" else None
+        for key, value in report_data[title].items():
+            tested = report_data["tested versions"].get(key) if title == "versions" else None
             table.add_row(
                 key,
                 " ".join(value)
@@ -189,8 +203,8 @@ def show(found: dict[str, Any]) -> None:
                 else str(value),
             )
         console.print(table)
-    console.print(f"gpu: {found['gpu']}")
-    for name, entry in found["missing"].items():
+    console.print(f"gpu: {report_data['gpu']}")
+    for name, entry in report_data["missing"].items():
         console.print(f"missing: {name} (for {entry['for']}): {entry['remedy']}")
-    for warning in found["warnings"]:
+    for warning in report_data["warnings"]:
         console.print(f"! {warning}")

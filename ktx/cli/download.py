@@ -1,4 +1,4 @@
-"""ktx download: fetch a model from a hub."""
+"""ktx download: download a model from Hugging Face or ModelScope."""
 
 from __future__ import annotations
 
@@ -17,67 +17,76 @@ from ktx.hardware import format_bytes
 from ktx.hub.file_selection import SPLIT, AmbiguousQuant, File, FileSelection, Quantization, choose
 from ktx.hub.listing import Hub, Plan
 
-SUMMARY = "fetch a model from a hub"
+SUMMARY = "download a model from a hub"
 EPILOG = (
-    "Of a GGUF repository one quantisation is fetched: REPO:Q4_K_M, or --include. A download that was broken goes on where it was"
-    " when the same command is given again. HF_TOKEN signs in, HF_ENDPOINT names a mirror; MODELSCOPE_API_TOKEN is ModelScope's."
+    "Of a GGUF repository with several quantizations one must be chosen: REPO:Q4_K_M, or --include. The same command"
+    " resumes an interrupted download. The environment variable HF_TOKEN (ModelScope: MODELSCOPE_API_TOKEN) is the"
+    " access token, HF_ENDPOINT the URL of a mirror."
+    " Example: ktx download unsloth/Qwen3-30B-A3B-GGUF:Q4_K_M --to models/qwen3"
 )
 HUBS = ("hf", "modelscope")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("repo", metavar="REPO", help="OWNER/NAME, or OWNER/NAME:QUANTISATION")
+    parser.add_argument("repo", metavar="REPO", help="repository: OWNER/NAME, or OWNER/NAME:QUANTIZATION")
     parser.add_argument(
         "--include",
         action="append",
         default=[],
         metavar="GLOB",
-        help='fetch what fits, such as "*Q4_K_M*"; several times: any of them',
+        help='download only files whose path matches GLOB, such as "*Q4_K_M*"; may be repeated: any of them',
     )
     parser.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="GLOB",
-        help="never fetch what fits; several times: any of them",
+        help="skip files whose path matches GLOB; may be repeated: any of them",
     )
-    parser.add_argument("--hub", choices=HUBS, default="hf", help="hf: Hugging Face (default), modelscope: ModelScope")
-    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit (default: the newest)")
     parser.add_argument(
-        "--to", metavar="FOLDER", help="where files go (default: the hub's own cache, which other programs share)"
+        "--hub", choices=HUBS, default="hf", help="hf: Hugging Face, modelscope: ModelScope (default hf)"
     )
-    flag(parser, "--dry-run", help="show what would be fetched and leave")
+    parser.add_argument(
+        "--revision", metavar="NAME", help="branch, tag or commit (default: the newest of the default branch)"
+    )
+    parser.add_argument(
+        "--to", metavar="FOLDER", help="target folder (default: the hub's own cache, shared with other programs)"
+    )
+    flag(parser, "--dry-run", help="list the files and sizes to download, then exit")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Shows what is to come, fetches it, and says how to use it. Exit status 3 when the disk is too small for it."""
+    """Lists the files, downloads them and prints the command that uses them.
+
+    Exit status 3 when the disk has too little free space.
+    """
     repo, colon, tag = args.repo.strip().removesuffix("/").partition(":")
     if colon and not tag:
         raise UsageError(
-            f"{args.repo}: name a quantisation behind the colon, such as {repo}:Q4_K_M, or leave the colon out"
+            f"{args.repo}: give a quantization after the colon, such as {repo}:Q4_K_M, or leave the colon out"
         )
     if tag and args.include:
-        raise UsageError(f"{repo}:{tag} and --include both say what is wanted; give one of them")
+        raise UsageError(f"{repo}:{tag} and --include both select files; give one of them")
     hub = _hub(args.hub)
-    to = Path(args.to).expanduser().resolve() if args.to else None
+    target = Path(args.to).expanduser().resolve() if args.to else None
     listing = hub.look(repo, args.revision)
     try:
-        choice = choose(repo, listing.files, tag, args.include, args.exclude)
+        selection = choose(repo, listing.files, tag, args.include, args.exclude)
     except AmbiguousQuant as error:
-        print_quantisations(error.found)
+        print_quantizations(error.found)
         name = error.found[0].name
         raise UsageError(f'{error}, such as {repo}:{name} or --include "*{name}*"') from error
-    plan = hub.plan(listing, choice.files, to)
-    print_files(choice, plan)
+    plan = hub.plan(listing, selection.files, target)
+    print_files(selection, plan)
     check_disk(plan)
     if args.dry_run:
         return 0
     with progress(plan) as advance:
-        folder = hub.fetch(listing, choice.files, plan, to, advance)
-    print(f"{repo} is in {folder}")
-    if words := following(folder, choice):
-        print(f"next: {shlex.join(words)}")
+        folder = hub.fetch(listing, selection.files, plan, target, advance)
+    print(f"{repo}: downloaded to {folder}")
+    if command := next_command(folder, selection):
+        print(f"next: {shlex.join(command)}")
     return 0
 
 
@@ -92,56 +101,61 @@ def _hub(name: str) -> Hub:
 
 
 def check_disk(plan: Plan) -> None:
-    """DoesNotFit, with the numbers, when the disk has less room than what is still to come."""
-    place = next(folder for folder in (plan.place, *plan.place.parents) if folder.exists())
-    need, free = plan.total - plan.began, shutil.disk_usage(place).free
+    """Raises DoesNotFit when the disk has less free space than the bytes that remain to be downloaded."""
+    existing_folder = next(folder for folder in (plan.place, *plan.place.parents) if folder.exists())
+    need, free = plan.total - plan.began, shutil.disk_usage(existing_folder).free
     if need > free:
         raise DoesNotFit(
-            f"{format_bytes(need)} are still to come, {format_bytes(free)} are free on the disk of {place}; make room, or name another place with --to"
+            f"{format_bytes(need)} remain to be downloaded, but {format_bytes(free)} are free on the disk of"
+            f" {existing_folder}; free some space, or give another folder with --to"
         )
 
 
-def following(folder: Path, choice: FileSelection) -> list[str]:
-    """The command that talks to what was fetched; no words when that is no model."""
-    ggufs = sorted(file.path for file in choice.weights if file.kind == ".gguf")
-    config = any(file.path == "config.json" for file in choice.files)
+def next_command(folder: Path, selection: FileSelection) -> list[str]:
+    """Returns the arguments of the command that chats with the downloaded model; empty if it is no complete model."""
+    ggufs = sorted(file.path for file in selection.weights if file.kind == ".gguf")
+    config = any(file.path == "config.json" for file in selection.files)
     if not ggufs:
-        tensors = any(file.kind == ".safetensors" for file in choice.weights)
+        tensors = any(file.kind == ".safetensors" for file in selection.weights)
         return ["ktx", "chat", "--model", str(folder)] if tensors and config else []
     model = ["--model", str(folder)] if config else []
     return ["ktx", "chat", *model, "--weights", str(folder / ggufs[0])]
 
 
-# ---- what is shown
+# ---- output
 
 
-def print_quantisations(found: Sequence[Quantization]) -> None:
-    table = _table("quantisation", "size", "files")
-    for one in found:
-        table.add_row(one.name, format_bytes(one.size), str(len(one.files)))
+def print_quantizations(found: Sequence[Quantization]) -> None:
+    """Prints a table of a repository's quantizations to standard error."""
+    table = _table("quantization", "size", "files")
+    for quantization in found:
+        table.add_row(quantization.name, format_bytes(quantization.size), str(len(quantization.files)))
     _console(sys.stderr).print(table)
 
 
-def print_files(choice: FileSelection, plan: Plan) -> None:
-    """Files and sizes, parts of one model in a row, then the sums."""
+def print_files(selection: FileSelection, plan: Plan) -> None:
+    """Prints the files and their sizes, the parts of a split file in one row, then the totals."""
     missing = set(plan.files)
     table = _table("file", "size", "")
-    for group in _folded(choice.files):
-        there = sum(file not in missing for file in group)
-        told = "is there" if there == len(group) else f"{there} of {len(group)} are there" if there else ""
+    for group in _folded(selection.files):
+        num_present = sum(file not in missing for file in group)
+        status = (
+            "present" if num_present == len(group) else f"{num_present} of {len(group)} present" if num_present else ""
+        )
         name = group[0].path if len(group) == 1 else f"{group[0].path} ... ({len(group)} files)"
-        table.add_row(name, format_bytes(sum(file.size for file in group)), told)
+        table.add_row(name, format_bytes(sum(file.size for file in group)), status)
     console = _console(sys.stdout)
     console.print(table)
-    began = f", of which {format_bytes(plan.began)} came before" if plan.began else ""
+    resumed = f", of which {format_bytes(plan.began)} are already downloaded" if plan.began else ""
     console.print(
-        f"{format_bytes(sum(file.size for file in choice.files))} in all, {format_bytes(plan.total)} to fetch{began}"
+        f"{format_bytes(sum(file.size for file in selection.files))} in total,"
+        f" {format_bytes(plan.total)} to download{resumed}"
     )
-    if choice.pickles:
-        names = ", ".join(file.path for file in choice.pickles[:3]) + (" ..." if len(choice.pickles) > 3 else "")
+    if selection.pickles:
+        names = ", ".join(file.path for file in selection.pickles[:3]) + (" ..." if len(selection.pickles) > 3 else "")
         console.print(
-            f"left out: {len(choice.pickles)} pickle files ({names}), which run code when they are read;"
-            f' --include "*{choice.pickles[0].kind}" asks for them'
+            f"skipped: {len(selection.pickles)} pickle files ({names}), because reading them runs code;"
+            f' --include "*{selection.pickles[0].kind}" downloads them'
         )
 
 
@@ -170,12 +184,15 @@ def _console(stream: Any) -> Any:
 
 @contextmanager
 def progress(plan: Plan) -> Iterator[Callable[[int], None]]:
-    """One bar in bytes with the speed and the time left on a terminal, a line at every tenth elsewhere. Ctrl-C is answered with how to go on."""
+    """Shows the download's progress: a bar on a terminal, else a line at every 10 %.
+
+    Yields a function that takes the number of bytes that have arrived. On Ctrl-C it prints how to resume.
+    """
     try:
         with _bar(plan) if sys.stderr.isatty() else _lines(plan) as advance:
             yield advance
     except KeyboardInterrupt:
-        print("ktx: stopped; the same command goes on from here", file=sys.stderr)
+        print("ktx: stopped; the same command resumes the download", file=sys.stderr)
         raise
 
 
@@ -184,9 +201,9 @@ def _bar(plan: Plan) -> Iterator[Callable[[int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("fetching"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("downloading"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("fetching", total=plan.total, completed=plan.began)
+        task = bar.add_task("downloading", total=plan.total, completed=plan.began)
         yield lambda nbytes: bar.advance(task, nbytes)
 
 
@@ -195,19 +212,20 @@ def _lines(plan: Plan) -> Iterator[Callable[[int], None]]:
     import threading
     import time
 
-    start, lock, done = time.monotonic(), threading.Lock(), plan.began
-    told = 10 * done // max(1, plan.total)
+    start_s, lock, done_bytes = time.monotonic(), threading.Lock(), plan.began
+    printed_tenths = 10 * done_bytes // max(1, plan.total)
 
     def advance(nbytes: int) -> None:
-        nonlocal done, told
+        nonlocal done_bytes, printed_tenths
         with lock:
-            done += nbytes
-            if (tenths := 10 * done // max(1, plan.total)) > told:
-                told = tenths
-                speed = (done - plan.began) / max(1e-9, time.monotonic() - start)
-                left = (plan.total - done) / max(1.0, speed)
+            done_bytes += nbytes
+            if (tenths := 10 * done_bytes // max(1, plan.total)) > printed_tenths:
+                printed_tenths = tenths
+                bytes_per_s = (done_bytes - plan.began) / max(1e-9, time.monotonic() - start_s)
+                left_s = (plan.total - done_bytes) / max(1.0, bytes_per_s)
                 print(
-                    f"fetched {format_bytes(done)} of {format_bytes(plan.total)}, {speed / 1e9:.3f} GB/s, {left:.0f} s left",
+                    f"downloaded {format_bytes(done_bytes)} of {format_bytes(plan.total)},"
+                    f" {bytes_per_s / 1e9:.3f} GB/s, {left_s:.0f} s left",
                     file=sys.stderr,
                     flush=True,
                 )

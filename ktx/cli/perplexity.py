@@ -1,4 +1,4 @@
-"""`ktx verify --perplexity FILE`: how well a model predicts a text, and how far its probabilities are from another's."""
+"""`ktx verify --perplexity FILE`: perplexity of a model on a text, and its KL divergence from a reference."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from typing import Any
 from ktx.cli.arguments import load_options, lora_option, model_options, named_model, options_of, refuse
 from ktx.errors import BadFile, UsageError
 
-MOST_REFERENCE = 1 << 33  # bytes of log-probabilities that are kept of the model compared against
+MAX_REFERENCE_BYTES = 1 << 33  # of the reference model's log-probabilities, which stay in memory
 
 
 def run(args: argparse.Namespace) -> int:
-    """One line a model: the one that is named, or the demo model in every format that can be made here."""
+    """Prints a line for the given model, or a line per format for the demo model."""
     text = read_text(args.perplexity)
     if args.window < 2:
         raise UsageError(f"--window {args.window}: a window needs at least 2 tokens")
     if not named_model(args):
         if args.against:
             raise UsageError(
-                "--against needs --model or --weights; the demo model is compared with its own BF16 weights"
+                "--against needs --model or --weights; the demo model is always compared with its own BF16 weights"
             )
         refuse(
             args,
             options_of(model_options, adapters_option),
-            "needs --model or --weights; the demo model is measured in every format as it is",
+            "needs --model or --weights; the demo model is measured in every format without other options",
         )
-        _demo(args, text)
+        _measure_demo(args, text)
         return 0
     import ktx
 
@@ -48,34 +48,39 @@ def run(args: argparse.Namespace) -> int:
 
 
 def adapters_option(parser: argparse.ArgumentParser) -> None:
-    lora_option(parser, "their sum counts with --perplexity")
+    """Adds the --lora option of `ktx verify`."""
+    lora_option(parser, "the sum of all adapters is applied, with --perplexity only")
 
 
 def read_text(path: str) -> str:
-    """BadFile when it cannot be read or is not UTF-8."""
+    """Reads a text file; raises BadFile if it cannot be read or is not valid UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise BadFile(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise BadFile(f"{path}: no UTF-8 text, byte {error.start} is {error.object[error.start]:#04x}") from error
+        raise BadFile(f"{path}: not valid UTF-8, byte {error.start} is {error.object[error.start]:#04x}") from error
 
 
 def windows(tokenizer: Any, text: str, args: argparse.Namespace) -> Iterator[list[int]]:
-    """Token ids in pieces that each begin with the begin mark, if the tokenizer has one; UsageError for a text of no tokens."""
+    """Yields the text's token ids in windows, each of which begins with the BOS token if the tokenizer has one.
+
+    Raises:
+        UsageError: the text has too few tokens.
+    """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: args.tokens or None]
-    first = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    if len(ids) + len(first) < 2:
-        raise UsageError(f"{args.perplexity}: {len(ids)} tokens are no text to be predicted")
-    step = args.window - len(first)
-    for at in range(0, len(ids), step):
-        piece = first + ids[at : at + step]
-        if len(piece) > 1:
-            yield piece
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    if len(ids) + len(bos) < 2:
+        raise UsageError(f"{args.perplexity}: too short to measure perplexity, it has {len(ids)} tokens")
+    step = args.window - len(bos)
+    for start in range(0, len(ids), step):
+        window = bos + ids[start : start + step]
+        if len(window) > 1:
+            yield window
 
 
 def log_probabilities(model: Any, ids: list[int]) -> Any:
-    """f32 [len(ids) - 1, vocabulary]: what the model says about each token after the first."""
+    """Returns the log-probabilities of each token after the first: f32 [len(ids) - 1, vocabulary]."""
     import torch
 
     with torch.inference_mode():
@@ -84,42 +89,48 @@ def log_probabilities(model: Any, ids: list[int]) -> Any:
 
 
 class Reference:
-    """Another model's log-probabilities of the same windows, in f16, and its likeliest tokens."""
+    """The reference model's log-probabilities on the same windows, in f16, and its most probable tokens."""
 
     def __init__(self, model: Any, tokenizer: Any, text: str, args: argparse.Namespace):
-        pieces = list(windows(tokenizer, text, args))
-        need = 2 * model.config.vocab_size * sum(len(piece) - 1 for piece in pieces)
-        if need > MOST_REFERENCE:
+        all_windows = list(windows(tokenizer, text, args))
+        needed_bytes = 2 * model.config.vocab_size * sum(len(window) - 1 for window in all_windows)
+        if needed_bytes > MAX_REFERENCE_BYTES:
             raise UsageError(
-                f"{need / 1e9:.1f} GB of probabilities would have to be kept to compare with {args.against};"
-                f" give --tokens {int(args.tokens or MOST_REFERENCE / 2 / model.config.vocab_size)} or fewer"
+                f"{needed_bytes / 1e9:.1f} GB of log-probabilities would have to be stored to compare with {args.against};"
+                " give --tokens"
+                f" {int(args.tokens or MAX_REFERENCE_BYTES / 2 / model.config.vocab_size)} or fewer"
             )
-        self.kept, self.likeliest = [], []
-        for piece in pieces:
-            found = log_probabilities(model, piece)
-            self.kept.append(found.half())
-            self.likeliest.append(found.argmax(-1))
+        self.log_probs, self.top_tokens = [], []
+        for window in all_windows:
+            log_probs = log_probabilities(model, window)
+            self.log_probs.append(log_probs.half())
+            self.top_tokens.append(log_probs.argmax(-1))
 
 
 def score(
     name: str, model: Any, tokenizer: Any, text: str, args: argparse.Namespace, reference: Reference | None
 ) -> dict[str, Any]:
-    """Perplexity with its standard error; mean KL divergence from the reference and how often both say the same token."""
+    """Measures a model on the text.
+
+    Returns:
+        Perplexity and its standard error; with a reference also the mean KL divergence from it, and how often both
+        models' most probable token is the same (`same_token`).
+    """
     import torch
 
     losses: list[Any] = []
-    divergence: list[Any] = []
-    same: list[Any] = []
+    divergences: list[Any] = []
+    same_token: list[Any] = []
     start = time.perf_counter()
-    for i, piece in enumerate(windows(tokenizer, text, args)):
-        mine = log_probabilities(model, piece)
-        losses.append(-mine.gather(1, torch.tensor(piece[1:])[:, None])[:, 0])
+    for i, window in enumerate(windows(tokenizer, text, args)):
+        log_probs = log_probabilities(model, window)
+        losses.append(-log_probs.gather(1, torch.tensor(window[1:])[:, None])[:, 0])
         if reference is not None:
-            theirs = reference.kept[i].float()
-            divergence.append((theirs.exp() * (theirs - mine)).sum(-1))
-            same.append((reference.likeliest[i] == mine.argmax(-1)).float())
+            reference_log_probs = reference.log_probs[i].float()
+            divergences.append((reference_log_probs.exp() * (reference_log_probs - log_probs)).sum(-1))
+            same_token.append((reference.top_tokens[i] == log_probs.argmax(-1)).float())
     loss = torch.cat(losses)
-    found = {
+    row = {
         "model": name,
         "perplexity": math.exp(loss.mean().item()),
         "standard_error": math.exp(loss.mean().item()) * loss.std().item() / math.sqrt(len(loss)),
@@ -127,15 +138,18 @@ def score(
         "seconds": time.perf_counter() - start,
     }
     if reference is not None:
-        found |= {
-            "kl_divergence": max(0.0, torch.cat(divergence).mean().item()),
-            "same_token": torch.cat(same).mean().item(),
+        row |= {
+            "kl_divergence": max(0.0, torch.cat(divergences).mean().item()),
+            "same_token": torch.cat(same_token).mean().item(),
         }
-    return found
+    return row
 
 
-def _demo(args: argparse.Namespace, text: str) -> None:
-    """The demo model in every format: written as GGUF or made on loading, against its own BF16 weights in transformers."""
+def _measure_demo(args: argparse.Namespace, text: str) -> None:
+    """Measures the demo model in every format, written as GGUF or quantized on loading.
+
+    The reference is the model's BF16 weights in transformers.
+    """
     from ktx import demo
     from ktx.demo.evaluate import stock
 
@@ -150,7 +164,7 @@ def _demo(args: argparse.Namespace, text: str) -> None:
 
 
 def formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]:
-    """Names and loaders of the formats that can be made here: all but those that need an importance matrix."""
+    """Yields name and loader of each format that ktx can quantize to: all but those that need an importance matrix."""
     import torch
 
     import ktx
@@ -158,13 +172,13 @@ def formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]
     from ktx.quant.quantize import quantize
     from ktx.quant.types import QTYPES
 
-    def written(mix: str) -> tuple[Any, Any]:
+    def load_written(mix: str) -> tuple[Any, Any]:
         with tempfile.TemporaryDirectory() as scratch:
             write_gguf(folder, Path(scratch) / "demo.gguf", mix)
             return ktx.load(str(folder), weights=str(Path(scratch) / "demo.gguf"), progress=False)
 
-    def made(word: str) -> tuple[Any, Any]:
-        return ktx.load(str(folder), str(folder / "model.safetensors"), weight_dtype=word, progress=False)
+    def load_quantized(dtype: str) -> tuple[Any, Any]:
+        return ktx.load(str(folder), str(folder / "model.safetensors"), weight_dtype=dtype, progress=False)
 
     for name, qtype in QTYPES.items():
         if name == "F8_E4M3" or qtype.code >= 1000:
@@ -173,14 +187,14 @@ def formats(folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, Any]]]]
             quantize(torch.zeros(1, 256), qtype)
         except UsageError:
             continue
-        yield name, lambda name=name: written(name)  # type: ignore[misc]
-    yield "Q4_K_M", lambda: written("Q4_K_M")
-    for word in ("int8", "int4g32", "int4g64", "int4g128"):
-        yield word, lambda word=word: made(word)  # type: ignore[misc]
+        yield name, lambda name=name: load_written(name)  # type: ignore[misc]
+    yield "Q4_K_M", lambda: load_written("Q4_K_M")
+    for dtype in ("int8", "int4g32", "int4g64", "int4g128"):
+        yield dtype, lambda dtype=dtype: load_quantized(dtype)  # type: ignore[misc]
 
 
 def active_weights(model: Any) -> int:
-    """Weights that a token is multiplied with, the output layer's too."""
+    """Returns the number of weights that one token is multiplied with, including the output layer's."""
     from ktx.cli.bench_ktx import active_params
 
     return active_params(model) + model.lm_head.in_features * model.lm_head.out_features
@@ -193,13 +207,13 @@ def _show(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         return
     compared, bits = "kl_divergence" in rows[0], "bits" in rows[0]
     width = max(8, *(len(row["model"]) for row in rows))
-    head = (
+    header = (
         f"{'format' if bits else 'weights':{width}}" + (f"{'bits':>8}" if bits else "") + f"{'perplexity':>14}{'':10}"
     )
-    print(head + (f"{'KL divergence':>15}{'same token':>12}" if compared else ""))
+    print(header + (f"{'KL divergence':>15}{'same token':>12}" if compared else ""))
     for row in rows:
         line = f"{row['model']:{width}}" + (f"{row['bits']:8.2f}" if bits else "")
         line += f"{row['perplexity']:14.3f} ± {row['standard_error']:<7.3f}"
         print(line + (f"{row['kl_divergence']:15.5f}{row['same_token']:12.1%}" if compared else ""))
-    tokens, taken = rows[0]["tokens"], sum(row["seconds"] for row in rows)
-    print(f"{tokens} tokens of {args.perplexity} in windows of {args.window}, {tokens * len(rows) / taken:.0f} tok/s")
+    tokens, total_s = rows[0]["tokens"], sum(row["seconds"] for row in rows)
+    print(f"{tokens} tokens of {args.perplexity} in windows of {args.window}, {tokens * len(rows) / total_s:.0f} tok/s")

@@ -1,4 +1,4 @@
-"""ktx verify: compare a loaded model with transformers on the dequantised weights, layer by layer."""
+"""ktx verify: compare a loaded model with transformers on the dequantized weights, layer by layer."""
 
 from __future__ import annotations
 
@@ -19,55 +19,64 @@ from ktx.cli.arguments import (
     require_model,
 )
 
-SUMMARY = "compare layer by layer with transformers on the dequantised weights, or measure perplexity"
-BOUND_FLOAT, BOUND_BF16, BOUND_QUANTISED = 1e-3, 1e-2, 0.03
-PILED = 10  # times a layer's bound: what all layers together may come to in the logits of the median token
-MOST_CHANGED = 0.5  # of a layer's tokens: more than near ties
-TOKENS = 64
-Choice = tuple[Any, Any]
-TEXT = "The quick brown fox jumps over the lazy dog. A rule file names modules and what replaces them."
+SUMMARY = "compare layer by layer with transformers on the dequantized weights, or measure perplexity"
+MAX_ERROR_FLOAT, MAX_ERROR_BF16, MAX_ERROR_QUANTIZED = 1e-3, 1e-2, 0.03  # relative, of a layer on the same input
+LOGITS_ERROR_FACTOR = 10  # times a layer's bound: the bound on the median token's logits, after all layers
+MAX_REROUTED = 0.5  # fraction of a layer's tokens; more than near ties of the router explain
+DEFAULT_TOKENS = 64
+Routing = tuple[Any, Any]  # ids and weights of the chosen experts, both [tokens, top-k]
+DEFAULT_PROMPT = "The quick brown fox jumps over the lazy dog. A rule file names modules and what replaces them."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     model_options(parser)
-    lora_option(parser, "their sum counts with --perplexity")
-    parser.add_argument("--prompt", metavar="TEXT", default=TEXT, help="text that is run through the model")
+    lora_option(parser, "the sum of all adapters is applied, with --perplexity only")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        default=DEFAULT_PROMPT,
+        help="text on which both models are compared (default: two English sentences)",
+    )
     parser.add_argument(
         "--tokens",
         type=positive,
         default=None,
         metavar="N",
-        help="most tokens of it (default 64; of a --perplexity text all)",
+        help="max tokens of the text to use (default 64; with --perplexity all)",
     )
     parser.add_argument(
         "--perplexity",
         metavar="FILE",
-        help="how well FILE's text is predicted; without a model: by the demo model in every format that can be made here",
+        help="measure the perplexity on the text in FILE instead; without a model: of the demo model in every format"
+        " that ktx can quantize to",
     )
     parser.add_argument(
         "--against",
         metavar="PATH",
-        help="with --perplexity: other weights of the model, to measure the KL divergence from",
+        help="with --perplexity: weights of the same model to compare with, by KL divergence and top-1 agreement",
     )
     parser.add_argument(
-        "--window", type=positive, default=512, metavar="N", help="tokens predicted at once (default 512)"
+        "--window", type=positive, default=512, metavar="N", help="with --perplexity: tokens per forward (default 512)"
     )
-    flag(parser, "--json", help="one JSON object a line")
+    flag(parser, "--json", help="print JSON lines instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
-    """One line a layer, then the logits; exit status 1 when an error is over its bound, 4 when the self-test fails. With --perplexity, that instead."""
+    """Prints a line per layer, then the logits' errors; with --perplexity, measures that instead.
+
+    Exit status 1 when an error exceeds its bound, 4 when the self-test fails.
+    """
     options = options_of(add_arguments)
     if args.perplexity:
         from ktx.cli import perplexity
 
-        refuse(args, {"prompt": options["prompt"]}, "is not read with --perplexity, which predicts its FILE")
+        refuse(args, {"prompt": options["prompt"]}, "has no effect with --perplexity, which uses the text of its FILE")
         return perplexity.run(args)
-    refuse(args, {name: options[name] for name in ("against", "window")}, "goes with --perplexity FILE")
+    refuse(args, {name: options[name] for name in ("against", "window")}, "needs --perplexity FILE")
     refuse(
         args,
         {"lora": options["lora"]},
-        "goes with --perplexity FILE: layers are compared with transformers' without any",
+        "needs --perplexity FILE: the layer-by-layer comparison runs without adapters",
     )
     require_model(args)
     import torch
@@ -75,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
     import ktx
     from ktx.model import self_test
 
-    untested = load_options(args) | {"self_test": False}  # what it finds is to be shown beside the layers
-    model, tokenizer = ktx.load(args.model, args.weights, args.rules, **untested)
-    ids = torch.tensor([tokenizer(args.prompt)["input_ids"][: args.tokens or TOKENS]])
+    load_kwargs = load_options(args) | {"self_test": False}  # it runs below, after the layers' errors are printed
+    model, tokenizer = ktx.load(args.model, args.weights, args.rules, **load_kwargs)
+    ids = torch.tensor([tokenizer(args.prompt)["input_ids"][: args.tokens or DEFAULT_TOKENS]])
     rows, summary = compare(model, args, ids)
     if args.json:
         for row in [*rows, summary]:
@@ -90,9 +99,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Per layer: error on the same input, and of the median token since the first layer; then error, KL divergence and top-1 of the logits.
+    """Compares a loaded model with transformers' modules, layer by layer.
 
-    A rounding may send a token to another expert where a router is undecided. Such tokens are counted, and their experts compared on the reference's choice.
+    Rounding may send a token to another expert where a router is nearly tied. Such tokens are counted, and their
+    experts are compared on the reference's routing.
+
+    Args:
+        model: the model that ktx loaded.
+        ids: token ids [1, tokens].
+
+    Returns:
+        A row per layer, with the relative error on the same input (`same_input`) and the median token's error
+        accumulated since the first layer (`piled_up`); and a summary with error, KL divergence and top-1 agreement
+        of the logits.
     """
     import torch
 
@@ -100,74 +119,82 @@ def compare(model: Any, args: argparse.Namespace, ids: Any) -> tuple[list[dict[s
     from ktx.weights.base import open_weights
 
     source = open_weights(args.weights or args.model, model.config)
-    taken = _record(model, ids)
+    recorded = _record(model, ids)
     reference = _Reference(model, source, args)
     matrices = {spec.qtype for step in model.ktx.plan for spec in step.specs if len(spec.shape) > 1}
-    rounded = in_bf16() and any(qtype.name in IN_BF16 for qtype in matrices)
-    made = {args.dtype, args.moe_dtype} - {None, "auto"}
-    exact = all(qtype.is_float for qtype in matrices) and not made
-    bound = BOUND_QUANTISED if not exact else BOUND_BF16 if rounded else BOUND_FLOAT
-    stream = reference.embed(ids)
-    embedded = _error(taken["inputs"][0], stream)
-    rows: list[dict[str, Any]] = [{"layer": "embed_tokens", "same_input": embedded, "piled_up": embedded}]
-    wanted: dict[str, Choice] = {}  # of the reference by itself
+    in_bf16_products = in_bf16() and any(qtype.name in IN_BF16 for qtype in matrices)
+    quantized_types = {args.dtype, args.moe_dtype} - {None, "auto"}
+    is_exact = all(qtype.is_float for qtype in matrices) and not quantized_types
+    bound = MAX_ERROR_QUANTIZED if not is_exact else MAX_ERROR_BF16 if in_bf16_products else MAX_ERROR_FLOAT
+    hidden = reference.embed(ids)
+    embedding_error = _error(recorded["inputs"][0], hidden)
+    rows: list[dict[str, Any]] = [{"layer": "embed_tokens", "same_input": embedding_error, "piled_up": embedding_error}]
+    reference_routing: dict[str, Routing] = {}  # the routing of the reference on its own hidden states
     for i in range(model.config.num_hidden_layers):
         with reference.layer(i) as layer:
-            with choices(reference.built) as theirs:
-                same = layer(taken["inputs"][i])
-            with choices(reference.built) as own:
-                stream = layer(stream)
-        wanted |= own
-        changed = _changed(taken["choices"], theirs, ids.numel())
-        error = _error(taken["outputs"][i][:, ~changed], same[:, ~changed])
+            with recorded_routing(reference.model) as routing_same_input:
+                expected = layer(recorded["inputs"][i])
+            with recorded_routing(reference.model) as routing_accumulated:
+                hidden = layer(hidden)
+        reference_routing |= routing_accumulated
+        changed = _rerouted_tokens(recorded["choices"], routing_same_input, ids.numel())
+        error = _error(recorded["outputs"][i][:, ~changed], expected[:, ~changed])
         if changed.any():
-            with torch.inference_mode(), choices(model, theirs):
-                words, more = taken["calls"][i]
-                forced = _states(model.model.layers[i](*words, **more))
-            error = max(error, _error(forced, same))
+            with torch.inference_mode(), recorded_routing(model, routing_same_input):
+                call_args, kwargs = recorded["calls"][i]
+                rerouted = _states(model.model.layers[i](*call_args, **kwargs))
+            error = max(error, _error(rerouted, expected))
         rows.append(
             {
                 "layer": f"layers.{i}",
                 "same_input": error,
-                "piled_up": _median_error(taken["outputs"][i], stream),
+                "piled_up": _median_error(recorded["outputs"][i], hidden),
                 "changed_choices": int(changed.sum()),
             }
         )
-    head = _error(taken["logits"], reference.head(taken["outputs"][-1]))
-    logits, mine = reference.head(stream).float(), taken["logits"].float()
-    if _changed(taken["choices"], wanted, ids.numel()).any():
-        with torch.inference_mode(), choices(model, wanted):
-            mine = model(input_ids=ids, use_cache=False).logits.float()
-    mine = mine.to(logits.device)
-    kl = (
-        torch.nn.functional.kl_div(mine.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="none")
+    head_error = _error(recorded["logits"], reference.head(recorded["outputs"][-1]))
+    logits, logits_ours = reference.head(hidden).float(), recorded["logits"].float()
+    if _rerouted_tokens(recorded["choices"], reference_routing, ids.numel()).any():
+        with torch.inference_mode(), recorded_routing(model, reference_routing):
+            logits_ours = model(input_ids=ids, use_cache=False).logits.float()
+    logits_ours = logits_ours.to(logits.device)
+    kl_divergence = (
+        torch.nn.functional.kl_div(
+            logits_ours.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="none"
+        )
         .sum(-1)
         .mean()
     )
-    top = (mine.argmax(-1) == logits.argmax(-1)).float().mean()
-    worst, most = max(row["same_input"] for row in rows), max(row.get("changed_choices", 0) for row in rows)
-    far = _median_error(mine, logits)
+    top1_agreement = (logits_ours.argmax(-1) == logits.argmax(-1)).float().mean()
+    worst_error, max_rerouted = (
+        max(row["same_input"] for row in rows),
+        max(row.get("changed_choices", 0) for row in rows),
+    )
+    logits_error = _median_error(logits_ours, logits)
     return rows, {
-        "logits_error": far,
-        "kl_divergence": max(0.0, float(kl)),  # rounding may make it a hair less
-        "top1_agreement": float(top),
-        "worst_layer": worst,
-        "head_error": head,
+        "logits_error": logits_error,
+        "kl_divergence": max(0.0, float(kl_divergence)),  # rounding may make it slightly negative
+        "top1_agreement": float(top1_agreement),
+        "worst_layer": worst_error,
+        "head_error": head_error,
         "bound": bound,
         "changed_choices": sum(row.get("changed_choices", 0) for row in rows),
-        "choices": len(wanted) * ids.numel(),
-        "ok": max(worst, head) <= bound and far <= PILED * bound and most <= MOST_CHANGED * ids.numel(),
+        "choices": len(reference_routing) * ids.numel(),
+        "ok": max(worst_error, head_error) <= bound
+        and logits_error <= LOGITS_ERROR_FACTOR * bound
+        and max_rerouted <= MAX_REROUTED * ids.numel(),
     }
 
 
 def _error(a: Any, b: Any) -> float:
+    """Returns the relative error of `a` against the reference `b`, in the Frobenius norm."""
     return float((a.float().to(b.device) - b.float()).norm() / b.float().norm().clamp(min=1e-30))
 
 
 def _median_error(a: Any, b: Any) -> float:
-    """Of the median token of [1, tokens, D]."""
-    away = (a.float().to(b.device) - b.float()).norm(dim=-1) / b.float().norm(dim=-1).clamp(min=1e-30)
-    return float(away.median())
+    """Returns the relative error of the median token; both tensors are [1, tokens, columns]."""
+    errors = (a.float().to(b.device) - b.float()).norm(dim=-1) / b.float().norm(dim=-1).clamp(min=1e-30)
+    return float(errors.median())
 
 
 def _states(output: Any) -> Any:
@@ -175,71 +202,82 @@ def _states(output: Any) -> Any:
 
 
 def _record(model: Any, ids: Any) -> dict[str, Any]:
-    """Runs the loaded model and keeps what goes into and comes out of every decoder layer, and in a run of its own, which then goes module by module, the choices of experts."""
+    """Runs the loaded model and records the inputs and outputs of every decoder layer, and the routing.
+
+    The routing is recorded in a second forward, because its hooks make the model run module by module, without
+    fused layers.
+    """
     import torch
 
-    taken: dict[str, Any] = {"inputs": [], "outputs": [], "calls": []}
+    recorded: dict[str, Any] = {"inputs": [], "outputs": [], "calls": []}
 
-    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        taken["inputs"].append((args[0] if args else kwargs["hidden_states"]).clone())
-        taken["outputs"].append(_states(output).clone())
-        taken["calls"].append((args, kwargs))
+    def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        recorded["inputs"].append((args[0] if args else kwargs["hidden_states"]).clone())
+        recorded["outputs"].append(_states(output).clone())
+        recorded["calls"].append((args, kwargs))
 
-    hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in model.model.layers]
+    hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in model.model.layers]
     try:
         with torch.inference_mode():
-            taken["logits"] = model(input_ids=ids, use_cache=False).logits
+            recorded["logits"] = model(input_ids=ids, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
-    with torch.inference_mode(), choices(model) as taken["choices"]:
+    with torch.inference_mode(), recorded_routing(model) as recorded["choices"]:
         model(input_ids=ids, use_cache=False)
-    return taken
+    return recorded
 
 
 @contextmanager
-def choices(model: Any, given: Mapping[str, Choice] | None = None) -> Iterator[dict[str, Choice]]:
-    """What reaches the experts of each block, by their path: ids and weights [tokens, chosen]. While it is entered they get `given` instead."""
-    found: dict[str, Choice] = {}
+def recorded_routing(model: Any, given: Mapping[str, Routing] | None = None) -> Iterator[dict[str, Routing]]:
+    """Records the routing that the experts of each block receive while the context is entered.
 
-    def hook(path: str, record: bool) -> Any:
-        def look(module: Any, args: Any) -> Any:
+    Args:
+        given: routing by the path of the experts, to pass to them instead of the router's.
+
+    Yields:
+        The recorded routing by path: ids and weights [tokens, top-k].
+    """
+    recorded: dict[str, Routing] = {}
+
+    def make_hook(path: str, store: bool) -> Any:
+        def hook(module: Any, args: Any) -> Any:
             if len(args) < 3 or args[1].is_floating_point():
-                return None  # not the contract of transformers 5
-            if record:
-                found[path] = args[1], args[2]
+                return None  # not called with (hidden states, ids, weights) as in transformers 5
+            if store:
+                recorded[path] = args[1], args[2]
             ids, weights = (given or {}).get(path, (None, None))
             if ids is None or ids.shape != args[1].shape:
                 return None
             return args[0], ids.to(args[1]), weights.to(args[2]), *args[3:]
 
-        return look
+        return hook
 
     hooks = []
     for path, module in model.named_modules():
-        whole = path.removesuffix(".on_gpu")  # a share of them
-        if whole.endswith(".experts"):
-            hooks.append(module.register_forward_pre_hook(hook(whole, whole == path)))
+        experts_path = path.removesuffix(".on_gpu")  # the experts that are placed on the GPU; they get the same routing
+        if experts_path.endswith(".experts"):
+            hooks.append(module.register_forward_pre_hook(make_hook(experts_path, experts_path == path)))
     try:
-        yield found
+        yield recorded
     finally:
-        for made in hooks:
-            made.remove()
+        for handle in hooks:
+            handle.remove()
 
 
-def _changed(mine: Mapping[str, Choice], theirs: Mapping[str, Choice], tokens: int) -> Any:
-    """bool [tokens]: whether another set of experts was chosen anywhere."""
+def _rerouted_tokens(ours: Mapping[str, Routing], theirs: Mapping[str, Routing], tokens: int) -> Any:
+    """Returns a bool tensor [tokens]: whether any block chose a different set of experts for the token."""
     import torch
 
     changed = torch.zeros(tokens, dtype=torch.bool)
     for path, (ids, _) in theirs.items():
-        if path in mine and mine[path][0].shape == ids.shape:
-            changed |= (mine[path][0].cpu().sort(-1)[0] != ids.cpu().sort(-1)[0]).any(-1)
+        if path in ours and ours[path][0].shape == ids.shape:
+            changed |= (ours[path][0].cpu().sort(-1)[0] != ids.cpu().sort(-1)[0]).any(-1)
     return changed
 
 
 class _Reference:
-    """transformers' own modules, filled from the file one at a time and emptied again."""
+    """transformers' own modules, whose weights are loaded one module at a time and freed again."""
 
     def __init__(self, model: Any, source: Any, args: argparse.Namespace):
         import copy
@@ -250,21 +288,21 @@ class _Reference:
 
         config = copy.deepcopy(read_config(args.model, args.trust_remote_code))
         config.num_experts_per_tok = getattr(model.config, "num_experts_per_tok", None)
-        self.built, self.source = skeleton(config, torch.float32, args.trust_remote_code), source
-        self.built.config._attn_implementation = "eager"
-        self.tied = dict(getattr(self.built, "all_tied_weights_keys", None) or {})
-        for module in self.built.modules():  # rotary tables are no weights
+        self.model, self.source = skeleton(config, torch.float32, args.trust_remote_code), source
+        self.model.config._attn_implementation = "eager"
+        self.tied = dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        for module in self.model.modules():  # rotary tables are not in the checkpoint
             names = [n for n, b in module.named_buffers(recurse=False) if n in module._non_persistent_buffers_set]
             for name in names:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
             if names:
-                self.built._init_weights(module)
+                self.model._init_weights(module)
 
-    def fill(self, path: str) -> Any:
-        """The module with its weights dequantised."""
+    def load(self, path: str) -> Any:
+        """Loads the dequantized weights of the module at `path` and returns it."""
         import torch
 
-        module = self.built.get_submodule(path)
+        module = self.model.get_submodule(path)
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if tensor.is_meta:
                 owner = module.get_submodule(name.rpartition(".")[0])
@@ -276,12 +314,17 @@ class _Reference:
         return module
 
     def values(self, name: str) -> Any:
+        """Returns a parameter's values in float32, dequantized.
+
+        Raises:
+            BadFile: the checkpoint has no tensor for it.
+        """
         import torch
 
         name = self.tied.get(name, name) if self.source.spec(name) is None else name
         if name.endswith(
             ("experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj")
-        ) and self._made_of_halves(name):
+        ) and self._has_separate_gate(name):
             return self._experts(name)
         if self.source.spec(name) is None:
             from ktx.errors import BadFile
@@ -290,99 +333,106 @@ class _Reference:
         values = self.source.get(name).dequantize()
         return values.to(torch.float32)
 
-    def _made_of_halves(self, name: str) -> bool:
+    def _has_separate_gate(self, name: str) -> bool:
         return self.source.spec(name.replace("gate_up_proj", "gate_proj")) is not None
 
     def _experts(self, name: str) -> Any:
-        """transformers' fused form: gate over up, or gpt-oss's interleaved and transposed one."""
+        """Returns a fused parameter of transformers: gate and up concatenated; in gpt-oss interleaved, transposed."""
         import torch
 
-        oss = self.built.config.model_type == "gpt_oss"
+        is_gpt_oss = self.model.config.model_type == "gpt_oss"
         if "gate_up" not in name:
             down = self.source.get(name).dequantize()
-            return down.transpose(1, 2).contiguous() if oss else down
+            return down.transpose(1, 2).contiguous() if is_gpt_oss else down
         gate, up = (
             self.source.get(name.replace("gate_up_proj", half)).dequantize() for half in ("gate_proj", "up_proj")
         )
-        if not oss:
+        if not is_gpt_oss:
             return torch.cat([gate, up], 1)
         if name.endswith("_bias"):
             return torch.stack([gate, up], 2).flatten(1, 2)
         return torch.stack([gate, up], 2).flatten(1, 2).transpose(1, 2).contiguous()
 
-    def empty(self, path: str) -> None:
+    def free(self, path: str) -> None:
+        """Frees the weights of the module at `path`."""
         import torch
 
-        module = self.built.get_submodule(path)
+        module = self.model.get_submodule(path)
         for owner in module.modules():
             for name, p in list(owner._parameters.items()):
                 if p is not None:
                     owner._parameters[name] = torch.nn.Parameter(p.to("meta"), requires_grad=False)
 
     def embed(self, ids: Any) -> Any:
+        """Returns the embeddings [1, tokens, columns] of token ids [1, tokens]."""
         import torch
 
         self.ids = ids
         with torch.inference_mode():
-            out = self.fill("model.embed_tokens")(ids)
-        self.empty("model.embed_tokens")
+            out = self.load("model.embed_tokens")(ids)
+        self.free("model.embed_tokens")
         return out
 
     def layer(self, index: int) -> Any:
-        """A context that holds one filled layer as a function of hidden states."""
+        """Returns a context in which a decoder layer is loaded, as a function of hidden states."""
         from contextlib import contextmanager
 
         import torch
 
         @contextmanager
-        def filled() -> Any:
+        def loaded() -> Any:
             path = f"model.layers.{index}"
-            module = self.fill(path)
+            module = self.load(path)
 
             def call(hidden: Any) -> Any:
                 with torch.inference_mode():
-                    return _call_layer(self.built, module, index, hidden)
+                    return _call_layer(self.model, module, index, hidden)
 
             try:
                 yield call
             finally:
-                self.empty(path)
+                self.free(path)
 
-        return filled()
+        return loaded()
 
     def head(self, hidden: Any) -> Any:
+        """Returns the logits of the last layer's hidden states."""
         import torch
 
         with torch.inference_mode():
-            return self.fill("lm_head")(self.fill("model.norm")(hidden))
+            return self.load("lm_head")(self.load("model.norm")(hidden))
 
 
-def _call_layer(built: Any, layer: Any, index: int, hidden: Any) -> Any:
-    """A decoder layer as its model calls it: the model's own forward with all other layers, embedding and norm taken out."""
+def _call_layer(model: Any, layer: Any, index: int, hidden: Any) -> Any:
+    """Calls a decoder layer as its model does, with the masks and position embeddings that the model computes.
+
+    Runs the model's own forward, in which the other layers are replaced by ones that do nothing and the final norm
+    by the identity.
+    """
     import torch
 
-    inner = built.model
-    kept = inner.layers, inner.norm, inner.config.num_hidden_layers
-    taken: list[Any] = []
+    inner = model.model
+    saved = inner.layers, inner.norm, inner.config.num_hidden_layers
+    outputs: list[Any] = []
 
-    class Here(torch.nn.Module):
+    class Recorder(torch.nn.Module):
         def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             out = layer(hidden_states, *args, **kwargs)
-            taken.append(out[0] if isinstance(out, tuple) else out)
+            outputs.append(out[0] if isinstance(out, tuple) else out)
             return out
 
-    here, idle = Here(), torch.nn.Identity()
+    recorder, identity = Recorder(), torch.nn.Identity()
     for name in ("attention_type", "layer_type", "layer_idx"):
         if hasattr(layer, name):
-            setattr(here, name, getattr(layer, name))
-    skip = [_Skip() for _ in range(index)]
-    inner.layers, inner.norm = torch.nn.ModuleList([*skip, here]), idle
+            setattr(recorder, name, getattr(layer, name))
+    skipped = [_Skip() for _ in range(index)]
+    inner.layers, inner.norm = torch.nn.ModuleList([*skipped, recorder]), identity
     inner.config.num_hidden_layers = index + 1
     try:
         inner(inputs_embeds=hidden, use_cache=False)
     finally:
-        inner.layers, inner.norm, inner.config.num_hidden_layers = kept
-    return taken[0]
+        inner.layers, inner.norm, inner.config.num_hidden_layers = saved
+    return outputs[0]
 
 
 def _Skip() -> Any:  # noqa: N802
@@ -400,19 +450,21 @@ def _Skip() -> Any:  # noqa: N802
 def _show(rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     counts = summary["choices"]
     print(
-        f"{'layer':16}{'error on the same input':>26}{'error piled up':>18}"
+        f"{'layer':16}{'error on the same input':>26}{'accumulated error':>18}"
         + (f"{'other experts':>16}" if counts else "")
     )
     for row in rows:
-        mark = "  <- over the bound" if row["same_input"] > summary["bound"] else ""
+        mark = "  <- exceeds the bound" if row["same_input"] > summary["bound"] else ""
         changed = f"{row.get('changed_choices', 0):>16}" if counts else ""
         print(f"{row['layer']:16}{row['same_input']:>26.2e}{row['piled_up']:>18.2e}{changed}{mark}")
     print(
-        f"logits: relative error {summary['logits_error']:.2e}, KL divergence {summary['kl_divergence']:.2e}, top-1 agreement {summary['top1_agreement']:.1%}; output layer {summary['head_error']:.2e}"
+        f"logits: relative error {summary['logits_error']:.2e}, KL divergence {summary['kl_divergence']:.2e},"
+        f" top-1 agreement {summary['top1_agreement']:.1%}; output layer {summary['head_error']:.2e}"
     )
     if summary["changed_choices"]:
         print(
-            f"{summary['changed_choices']} of {counts} times a token went to other experts than in transformers; errors are with transformers' choice"
+            f"{summary['changed_choices']} of {counts} routing decisions chose other experts than transformers;"
+            " errors are computed with transformers' choice"
         )
     verdict = "agrees with" if summary["ok"] else "DIFFERS from"
     print(f"{verdict} transformers: worst layer {summary['worst_layer']:.2e}, bound {summary['bound']:.0e}")

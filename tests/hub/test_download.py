@@ -92,13 +92,13 @@ def test_a_model_comes_into_a_folder_and_what_is_there_is_not_fetched_again(ther
     status, out, err = download(there, tmp_path, "o/tensors", "--to", "m", token="hf_right")
     assert status == 0, err
     assert contents(tmp_path / "m") == {name: data for name, data in TENSORS.items() if not name.endswith(".bin")}
-    assert "model-00001-of-00002.safetensors ... (2 files)" in out and "12.0 MB in all, 12.0 MB to fetch" in out
-    assert 'left out: 1 pickle files (pytorch_model.bin), which run code when they are read; --include "*.bin"' in out
+    assert "model-00001-of-00002.safetensors ... (2 files)" in out and "12.0 MB in total, 12.0 MB to download" in out
+    assert 'skipped: 1 pickle files (pytorch_model.bin), because reading them runs code; --include "*.bin"' in out
     assert out.endswith(f"next: ktx chat --model {tmp_path}/m\n") and "GB/s" in err
     assert not any("authorization" in headers for _, path, headers in there.seen if path.startswith("/far/"))
     there.seen.clear()
     status, out, _ = download(there, tmp_path, "o/tensors", "--to", "m")
-    assert status == 0 and "0 B to fetch" in out and "is there" in out
+    assert status == 0 and "0 B to download" in out and "present" in out
     assert not [path for method, path, _ in there.seen if method == "GET" and ("/far/" in path or "resolve" in path)]
 
 
@@ -115,7 +115,7 @@ def test_the_cache_that_other_programs_share(there, tmp_path):
 
 def test_a_dry_run_fetches_nothing(there, here, tmp_path):
     status, out, err = here("o/tensors", "--to", "m", "--dry-run")
-    assert status == 0 and "12.0 MB to fetch" in out and not (tmp_path / "m").exists(), err
+    assert status == 0 and "12.0 MB to download" in out and not (tmp_path / "m").exists(), err
     assert not [path for _, path, _ in there.seen if path.startswith("/far/")]
 
 
@@ -169,12 +169,12 @@ def test_ctrl_c_leaves_what_the_next_run_goes_on_with(there, tmp_path, to):
     begun = time.monotonic()
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130 and time.monotonic() - begun < 5
-    assert "goes on from here" in err and "Traceback" not in err
+    assert "resumes the download" in err and "Traceback" not in err
     left = sum(path.stat().st_size for path in tmp_path.rglob("*.incomplete"))
     there.pace = 0
     there.seen.clear()
     status, out, err = download(there, tmp_path, *words)
-    assert status == 0 and "came before" in out, err
+    assert status == 0 and "already downloaded" in out, err
     assert there.ranges("o/tensors/model-00001-of-00002.safetensors") == [left]
     found = [path for path in tmp_path.rglob("*00001-of-00002.safetensors") if path.is_file()]
     assert found[0].read_bytes() == BIG and not list(tmp_path.rglob("*.incomplete"))
@@ -211,7 +211,7 @@ def test_a_disk_that_is_too_small_is_said_before(there, here):
     there.repos["o/huge"] = Repo({"config.json": b"{}"}, claimed={"model.safetensors": 10**16})
     for more in ([], ["--dry-run"]):
         status, out, err = here("o/huge", "--to", "m", *more)
-        assert status == 3 and "10000000 GB are still to come" in err and "GB are free on the disk" in err
+        assert status == 3 and "10000000 GB remain to be downloaded" in err and "GB are free on the disk" in err
     assert not [path for _, path, _ in there.seen if path.startswith("/far/")]
 
 
