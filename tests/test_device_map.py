@@ -67,10 +67,10 @@ def test_words_and_ranges_find_their_modules():
 @pytest.mark.parametrize(
     "text,line,words",
     [
-        ("devices: {all: gpu}", 1, ["'gpu' is no device", "cuda:N"]),
-        ("devices:\n  all: cpu\n  layers 9-3: cuda", 3, ["'layers 9-3'", "no range of layers"]),
-        ("devices:\n  layers a: cuda", 2, ["no range of layers"]),
-        ("devices:\n  '(': cpu", 2, ["no regular expression"]),
+        ("devices: {all: gpu}", 1, ["'gpu' is not a device", "cuda:N"]),
+        ("devices:\n  all: cpu\n  layers 9-3: cuda", 3, ["'layers 9-3'", "not a range of layers"]),
+        ("devices:\n  layers a: cuda", 2, ["not a range of layers"]),
+        ("devices:\n  '(': cpu", 2, ["not a regular expression"]),
         ("devices:\n  all: cpu\n  all: cuda", 3, ["appears twice"]),
         ("devices:\n  experts: cuda:0,cuda:1", 2, ["only `all` is split"]),
         ("devices:\n  all: [cuda:0, cpu]", 2, ["different GPUs"]),
@@ -169,7 +169,7 @@ def test_experts_and_shared_experts_go_where_they_are_sent(two):
     assert {path for path, device in found.items() if device != "cpu"} == {
         f"model.layers.{i}.mlp.experts" for i in (1, 2)
     }
-    with pytest.raises(UsageError, match="moe_device: 'disk' is no device"):
+    with pytest.raises(UsageError, match="moe_device: 'disk' is not a device"):
         ktx.plan(*DEMO, moe_device="disk")
 
 

@@ -1,1 +1,1 @@
-"""Rules on a model: rule files, device maps, and the walk that replaces modules."""
+"""Module injection: rule files, device maps, and the tree walk that replaces modules."""

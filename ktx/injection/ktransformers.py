@@ -1,4 +1,4 @@
-"""Rule files of KTransformers v0.3: their class names and options, and what each means here."""
+"""Translates KTransformers v0.3 rule files: their class names and options to those of ktx."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ktx.injection.rules import Rule
 
 PREFIX = "ktransformers."
-# Our operator -> last part of replace.class in their files, old spellings included; None: the transformers module does it.
+# ktx operator -> last part of replace.class in their files, with old spellings; None: the transformers module stays.
 MEANINGS: dict[str | None, str] = {
     "Linear": (
         "KTransformersLinear KTransformerLinear KLinearCPUInfer KLinearMarlin KLinearTorch VLinearMarlin "
@@ -41,39 +41,39 @@ MEANINGS: dict[str | None, str] = {
     ),
 }
 OPERATORS: dict[str, str | None] = {name: operator for operator, names in MEANINGS.items() for name in names.split()}
-CLASSES = {  # last part of match.class -> the transformers class of today
+CLASSES = {  # last part of match.class -> current transformers class
     "DeepseekV2MoE": "DeepseekV2Moe",
     "DeepseekV3MoE": "DeepseekV3MoE",
     "DeepseekV2YarnRotaryEmbedding": "DeepseekV2RotaryEmbedding",
     "DeepseekV3YarnRotaryEmbedding": "DeepseekV3RotaryEmbedding",
     "MoEGate": "DeepseekV3TopkRouter",
 }
-MOVED = {"block_sparse_moe": "mlp"}  # modules that have another name in transformers 5
+MOVED = {"block_sparse_moe": "mlp"}  # modules that transformers 5 renamed
 KEPT = {"absorb_for_prefill"}
 DEVICES = ("generate_device", "prefill_device")
 NO_MEANING = {
-    "prefill_device": "weights have one place; operators choose by the number of tokens they see",
-    "prefill_op": "operators choose by the number of tokens they see",
-    "generate_op": "the weight type in the file chooses the kernel",
-    "out_device": "results go back to where the input came from",
+    "prefill_device": "weights are on one device; operators choose the kernel by the number of tokens",
+    "prefill_op": "operators choose the kernel by the number of tokens",
+    "generate_op": "the weight type in the file determines the kernel",
+    "out_device": "results are returned to the input's device",
     "backend": "the kernel follows the weight type and the CPU",
-    "per_layer_prefill_intput_threshold": "prompts are taken in chunks (--chunk_size)",
-    "transfer_map": "placement is said with `device:`",
+    "per_layer_prefill_intput_threshold": "prompts are prefilled in chunks (--chunk_size)",
+    "transfer_map": "use `device:` for placement",
     "chunck_size": "use --chunk_size",
-    "stride": "the kernels tile by themselves",
-    "group_max_len": "the kernels take any number of tokens",
+    "stride": "the kernels choose their tiles",
+    "group_max_len": "the kernels accept any number of tokens",
     "num_bits": "weights stay in the file's type",
     "group_size": "weights stay in the file's type",
     "act_order": "weights stay in the file's type",
     "is_k_full": "weights stay in the file's type",
     "block_size": "the block size is the file's",
-    "dump_enable": "there is no dump",
-    "dump_dir": "there is no dump",
+    "dump_enable": "ktx has no dump",
+    "dump_dir": "ktx has no dump",
 }
 
 
 def translate(rule: Rule) -> Rule:
-    """The rule as ktx means it; a rule that is not of KTransformers comes back as it is."""
+    """Translates a KTransformers rule to ktx; returns any other rule unchanged."""
     cls = rule.cls
     if cls and cls.startswith((PREFIX, "~")):
         cls = CLASSES.get(cls.rpartition(".")[2], cls.rpartition(".")[2])
@@ -83,19 +83,22 @@ def translate(rule: Rule) -> Rule:
 
 
 def _translated(rule: Rule, cls: str | None) -> Rule:
+    """Translates a rule whose replacement is a KTransformers class."""
     from ktx.errors import UsageError, did_you_mean
 
     name = (rule.replace or "").rpartition(".")[2]
     if name and name not in OPERATORS:
-        raise UsageError(f"{rule.where}: KTransformers' {name} is not known here{did_you_mean(name, OPERATORS)}")
+        raise UsageError(
+            f"{rule.where}: KTransformers' class {name} is not known to ktx{did_you_mean(name, OPERATORS)}"
+        )
     operator = OPERATORS.get(name)
     kwargs: dict[str, Any] = {}
     for key, value in rule.kwargs.items():
         if key in KEPT and operator == "MLA":
             kwargs[key] = value
         elif key not in DEVICES[:1] and key not in KEPT:
-            why = NO_MEANING.get(key, "this operator has no such option")
-            warnings.warn(f"{rule.where}: {key} has no meaning here: {why}", stacklevel=4)
+            reason = NO_MEANING.get(key, "this operator has no such option")
+            warnings.warn(f"{rule.where}: {key} has no effect in ktx: {reason}", stacklevel=4)
     device = rule.device or rule.kwargs.get("generate_device")
     if device == "cuda":
         device = "cuda:0"
@@ -103,6 +106,7 @@ def _translated(rule: Rule, cls: str | None) -> Rule:
 
 
 def _moved(pattern: re.Pattern[str] | None) -> re.Pattern[str] | None:
+    """Replaces module names in a pattern that transformers 5 renamed."""
     if pattern is None:
         return None
     text = pattern.pattern

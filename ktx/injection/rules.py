@@ -1,11 +1,12 @@
-"""Rule files: YAML -> rules -> a plan.
+"""Rule files: parses YAML into rules and a device map.
 
-A rule file is a list; each item has `match` (`name`, a regular expression searched in the module path, and/or `class`, dotted or
-short, compared with the module's class and its bases) and `replace` (`class`, an operator's short name or a dotted path,
-or `default` to keep the module; `kwargs`), and optionally `recursive` and `device`. The first rule that matches wins.
-Or it is a mapping: `devices` says where modules are (ktx.injection.device_map), `gpu_experts` how many of a layer's experts are on its GPU,
-`stream_experts` from how many tokens on the others come there, `rules` is such a list or names another file's; without it they are the model's own.
-Parsing knows no torch; every error names file and line.
+A rule file is a list. Each item has `match` (`name`, a regular expression searched in the module path, and/or `class`,
+a dotted or short name compared with the module's class and its bases) and `replace` (`class`, an operator's short name
+or dotted path, or `default` to keep the module; `kwargs`), and optionally `recursive` and `device`. The first rule that
+matches applies. A file may also be a mapping: `devices` is the device map (ktx.injection.device_map), `gpu_experts` the
+number of experts per layer on its GPU, `stream_experts` the min number of tokens from which the other experts are
+streamed to it, and `rules` a list of rules or the name of another rule file; default: the rules of the model's
+architecture. Parsing does not import torch; every error names file and line.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ import yaml
 from ktx.errors import BadFile, UsageError, did_you_mean
 from ktx.injection.device_map import PlacementEntry, place, share, streaming
 
-FILE_KEYS = ("devices", "gpu_experts", "stream_experts", "rules")  # of a file that is a mapping
+FILE_KEYS = ("devices", "gpu_experts", "stream_experts", "rules")  # keys of a file that is a mapping
 KEYS: dict[str, dict[str, type]] = {
     "": {"match": dict, "replace": dict, "recursive": bool, "device": str},
     "match": {"name": str, "class": str},
     "replace": {"class": str, "kwargs": dict, "device": str},
 }
-FILES = {  # model_type -> rule file; a type that is not here gets `generic`
+FILES = {  # model_type -> rule file; other types get `generic`
     "deepseek_v2": "deepseek-v2",
     "deepseek_v3": "deepseek-v3",
     "kimi_k2": "deepseek-v3",
@@ -56,7 +57,7 @@ FILES = {  # model_type -> rule file; a type that is not here gets `generic`
 
 @dataclass(frozen=True)
 class Rule:
-    """One entry of a rule file. `replace` None keeps the module; `where` is "file:line" for messages."""
+    """An entry of a rule file. `replace` None keeps the module; `where` ("file:line") is the prefix of messages."""
 
     name: re.Pattern[str] | None = None
     cls: str | None = None
@@ -67,35 +68,40 @@ class Rule:
     where: str = "rule"
 
     def __post_init__(self) -> None:
-        if isinstance(self.name, str):  # a rule written in Python may give the expression as text
+        if isinstance(self.name, str):  # a rule written in Python may pass a string
             object.__setattr__(self, "name", re.compile(self.name))
         if self.name is None and self.cls is None:
-            raise UsageError(f"{self.where}: a rule must match something: give match.name or match.class")
+            raise UsageError(f"{self.where}: a rule needs a condition: set match.name or match.class")
 
     def matches(self, path: str, cls: type) -> bool:
+        """Whether the rule applies to a module of class `cls` at `path`."""
         if self.name is not None and not self.name.search(path):
             return False
-        return self.cls is None or any(_is_called(base, self.cls) and _computes_as(cls, base) for base in cls.__mro__)
+        return self.cls is None or any(_has_name(base, self.cls) and _has_forward_of(cls, base) for base in cls.__mro__)
 
 
-def _is_called(cls: type, name: str) -> bool:
-    """A class's short name, its full path, or a path by which an imported package offers it (torch.nn.Linear)."""
+def _has_name(cls: type, name: str) -> bool:
+    """Whether `name` is a class's short name, its full path, or a package's path to it (torch.nn.Linear)."""
     package, _, short = name.rpartition(".")
     if cls.__name__ != short:
         return False
     return not package or package == cls.__module__ or getattr(sys.modules.get(package), short, None) is cls
 
 
-def _computes_as(cls: type, base: type) -> bool:
-    """A subclass of one of torch's own layers that has a forward of its own is another formula, which no rule for the layer means."""
+def _has_forward_of(cls: type, base: type) -> bool:
+    """Whether a match by base class is valid: a subclass of a torch.nn layer must not override forward().
+
+    Such a subclass computes something else than the layer that the rule names.
+    """
     is_layer = base.__module__.startswith("torch.nn.modules.") and base.__name__ != "Module"
     return not is_layer or cls.forward is base.forward  # type: ignore[attr-defined]
 
 
 class Rules(list[Rule]):
-    """The rules of a file, and the places that it gives to modules. `base` names the file whose rules they are; `explicit`: the user chose them.
+    """The rules of a file with its device map.
 
-    `stream_experts` is the file's word for ktx.injection.device_map.streaming, None where it has none.
+    `base` names the file that the rules are from; `explicit` means that the user chose the rules. `stream_experts` is
+    the file's value for ktx.injection.device_map.streaming, or None.
     """
 
     stream_experts: int | str | None = None
@@ -108,59 +114,61 @@ class Rules(list[Rule]):
 
 
 class _YamlReader:
-    """YAML values that remember their line."""
+    """Reads values of YAML nodes; errors name file and line."""
 
     def __init__(self, file: str):
         self.file = file
 
     def at(self, node: yaml.Node) -> str:
+        """ "file:line" of a node."""
         return f"{self.file}:{node.start_mark.line + 1}"
 
-    def mapping(self, node: yaml.Node, what: str) -> dict[str, yaml.Node]:
+    def mapping(self, node: yaml.Node, label: str) -> dict[str, yaml.Node]:
+        """Returns the entries of a mapping. Raises UsageError for another node or a repeated key."""
         if not isinstance(node, yaml.MappingNode):
-            raise UsageError(f"{self.at(node)}: {what} must be a mapping of keys, found {_shown(node)}")
-        found: dict[str, yaml.Node] = {}
+            raise UsageError(f"{self.at(node)}: {label} must be a mapping of keys, found {_node_label(node)}")
+        entries: dict[str, yaml.Node] = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise UsageError(f"{self.at(key)}: a key of {what} must be a word, found {_shown(key)}")
-            if key.value in found:
+                raise UsageError(f"{self.at(key)}: a key of {label} must be a word, found {_node_label(key)}")
+            if key.value in entries:
                 raise UsageError(f"{self.at(key)}: the key {key.value!r} appears twice")
-            found[key.value] = value
-        return found
+            entries[key.value] = value
+        return entries
 
     def known(self, node: yaml.Node, section: str, keys: Iterable[str] = ()) -> dict[str, yaml.Node]:
-        """The section's keys (default: those of KEYS); an unknown one is an error with the nearest that exists."""
-        found, known = self.mapping(node, section or "a rule"), list(keys or KEYS[section])
-        lines = {str(key.value): key for key, _ in node.value}
-        for name in found:
-            if name not in known:
-                where = f" in {section}" if section else ""
+        """Returns a section's entries (default: the keys of KEYS). Raises UsageError for an unknown key."""
+        entries, known_keys = self.mapping(node, section or "a rule"), list(keys or KEYS[section])
+        key_nodes = {str(key.value): key for key, _ in node.value}
+        for name in entries:
+            if name not in known_keys:
+                context = f" in {section}" if section else ""
                 raise UsageError(
-                    f"{self.at(lines[name])}: unknown key {name!r}{where}{did_you_mean(name, known)}; known: {' '.join(known)}"
+                    f"{self.at(key_nodes[name])}: unknown key {name!r}{context}{did_you_mean(name, known_keys)};"
+                    f" known: {' '.join(known_keys)}"
                 )
-        return found
+        return entries
 
-    def value(self, node: yaml.Node, kind: type, what: str) -> Any:
+    def value(self, node: yaml.Node, kind: type, label: str) -> Any:
+        """Returns a node's value. Raises UsageError if it is not of type `kind`."""
         try:
             value = yaml.SafeLoader("").construct_object(node, deep=True)
-        except (
-            Exception
-        ) as error:  # a foreign tag, an impossible date: PyYAML's constructors raise whatever they trip over
+        except Exception as error:  # an unknown tag or an invalid date: PyYAML's constructors raise any type
             raise UsageError(
-                f"{self.at(node)}: {what} cannot be read: {_first_line(getattr(error, 'problem', None) or error)}"
+                f"{self.at(node)}: {label} cannot be read: {_first_line(getattr(error, 'problem', None) or error)}"
             ) from None
         if value is None and kind is not bool:
             return None
         if not isinstance(value, kind):
-            raise UsageError(f"{self.at(node)}: {what} must be {_kind(kind)}, found {_shown(node)}")
+            raise UsageError(f"{self.at(node)}: {label} must be {_type_label(kind)}, found {_node_label(node)}")
         return value
 
 
-def _kind(kind: type) -> str:
+def _type_label(kind: type) -> str:
     return {bool: "true or false", str: "text", dict: "a mapping"}[kind]
 
 
-def _shown(node: yaml.Node) -> str:
+def _node_label(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
         return repr(node.value)[:40]
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
@@ -171,176 +179,208 @@ def _first_line(error: object) -> str:
 
 
 def parse(text: str, file: str = "<rules>", model_type: str = "") -> Rules:
-    """Rules of a YAML text, and its map of devices; a mapping may leave its rules to another file. UsageError with file and line for whatever cannot be meant."""
-    root, at = _composed(text, file), _YamlReader(file)
-    return _mapping(root, at, model_type) if isinstance(root, yaml.MappingNode) else Rules(_list(root, at), base=file)
+    """Parses the YAML text of a rule file.
+
+    Args:
+        text: the file's text.
+        file: the file's name for messages; rule files that it names are looked up relative to it.
+        model_type: selects the rules of a mapping without `rules`.
+
+    Raises:
+        UsageError: the text is invalid; the message names file and line.
+        BadFile: a rule file that it names cannot be read.
+    """
+    root, reader = _compose(text, file), _YamlReader(file)
+    return (
+        _rules_from_mapping(root, reader, model_type)
+        if isinstance(root, yaml.MappingNode)
+        else Rules(_rules_from_list(root, reader), base=file)
+    )
 
 
-def _composed(text: str, file: str) -> yaml.Node:
+def _compose(text: str, file: str) -> yaml.Node:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UsageError(
-            f"{file}:{mark.line + 1 if mark else 1}: is no YAML: {_first_line(getattr(error, 'problem', None) or error)}"
+            f"{file}:{mark.line + 1 if mark else 1}: is not valid YAML:"
+            f" {_first_line(getattr(error, 'problem', None) or error)}"
         ) from None
     except RecursionError:
         raise UsageError(f"{file}:1: is nested too deeply for a rule file") from None
     if root is None:
-        raise UsageError(f"{file}:1: holds no rules")
+        raise UsageError(f"{file}:1: contains no rules")
     return root
 
 
-def _list(node: yaml.Node, at: _YamlReader) -> list[Rule]:
+def _rules_from_list(node: yaml.Node, reader: _YamlReader) -> list[Rule]:
     if not isinstance(node, yaml.SequenceNode):
-        raise UsageError(f"{at.at(node)}: rules are a list; begin each with '- match:'")
+        raise UsageError(f"{reader.at(node)}: rules are a list; start each rule with '- match:'")
     from ktx.injection.ktransformers import translate
 
-    return [translate(_rule(item, at)) for item in node.value]
+    return [translate(_parse_rule(item, reader)) for item in node.value]
 
 
-def _mapping(root: yaml.Node, at: _YamlReader, model_type: str) -> Rules:
-    """A file with a map of devices, and rules, a name of some, or none."""
+def _rules_from_mapping(root: yaml.Node, reader: _YamlReader, model_type: str) -> Rules:
+    """Returns the rules and the device map of a file that is a mapping."""
     if any(getattr(key, "value", "") in ("match", "replace") for key, _ in root.value):
         raise UsageError(
-            f"{at.at(root)}: a rule file is a list, or a mapping of devices and rules; begin each rule with '- match:'"
+            f"{reader.at(root)}: a rule file is a list, or a mapping of devices and rules;"
+            " start each rule with '- match:'"
         )
-    keys = at.known(root, "a rule file", FILE_KEYS)
-    places = _places(keys["devices"], at) if "devices" in keys else []
-    places += _shares(keys["gpu_experts"], at) if "gpu_experts" in keys else []
-    found = _rules_of(keys, places, at, model_type)
-    if "stream_experts" in keys:
-        found.stream_experts = _streaming(keys["stream_experts"], at)
-    return found
+    sections = reader.known(root, "a rule file", FILE_KEYS)
+    entries = _device_entries(sections["devices"], reader) if "devices" in sections else []
+    entries += _gpu_expert_entries(sections["gpu_experts"], reader) if "gpu_experts" in sections else []
+    rules = _referenced_rules(sections, entries, reader, model_type)
+    if "stream_experts" in sections:
+        rules.stream_experts = _stream_experts(sections["stream_experts"], reader)
+    return rules
 
 
-def _rules_of(keys: Mapping[str, yaml.Node], places: list[PlacementEntry], at: _YamlReader, model_type: str) -> Rules:
-    if "rules" not in keys:
-        return Rules(rules := load_rules(None, model_type), places, rules.base, explicit=False)
-    if isinstance(keys["rules"], yaml.SequenceNode):
-        return Rules(_list(keys["rules"], at), places, at.file)
-    name = at.value(keys["rules"], str, "rules, a list or the name of a file,") or ""
-    beside = Path(at.file).parent / name
+def _referenced_rules(
+    sections: Mapping[str, yaml.Node], entries: list[PlacementEntry], reader: _YamlReader, model_type: str
+) -> Rules:
+    """Returns the rules of the section `rules`: a list, those of another file, or those of the model's architecture."""
+    if "rules" not in sections:
+        return Rules(rules := load_rules(None, model_type), entries, rules.base, explicit=False)
+    if isinstance(sections["rules"], yaml.SequenceNode):
+        return Rules(_rules_from_list(sections["rules"], reader), entries, reader.file)
+    name = reader.value(sections["rules"], str, "rules, a list or the name of a file,") or ""
+    sibling = Path(reader.file).parent / name
     try:
-        path = _file(beside if beside.is_file() else name)
-        node = _composed(_text(path), str(path))
+        path = _rule_path(sibling if sibling.is_file() else name)
+        node = _compose(_read_text(path), str(path))
     except BadFile as error:
-        raise BadFile(f"{at.at(keys['rules'])}: {error}") from None
-    return Rules(_list(node, _YamlReader(str(path))), places, str(path))
+        raise BadFile(f"{reader.at(sections['rules'])}: {error}") from None
+    return Rules(_rules_from_list(node, _YamlReader(str(path))), entries, str(path))
 
 
-def _places(node: yaml.Node, at: _YamlReader) -> list[PlacementEntry]:
-    found, lines = at.mapping(node, "devices"), {str(key.value): key for key, _ in node.value}
-    places = []
-    for key, value in found.items():
+def _device_entries(node: yaml.Node, reader: _YamlReader) -> list[PlacementEntry]:
+    sections, key_nodes = reader.mapping(node, "devices"), {str(key.value): key for key, _ in node.value}
+    entries = []
+    for key, value in sections.items():
         items = value.value if isinstance(value, yaml.SequenceNode) else [value]
-        places.append(place(key, [_device(item, at) for item in items], at.at(lines[key])))
-    return places
+        entries.append(place(key, [_device(item, reader) for item in items], reader.at(key_nodes[key])))
+    return entries
 
 
-def _shares(node: yaml.Node, at: _YamlReader) -> list[PlacementEntry]:
-    """Experts on a GPU beside others on the CPU: of all layers, or by layers as in a map of devices."""
+def _gpu_expert_entries(node: yaml.Node, reader: _YamlReader) -> list[PlacementEntry]:
+    """Parses `gpu_experts`: a number for all layers, or numbers by layers as in a device map."""
     if isinstance(node, yaml.SequenceNode):
-        raise UsageError(f"{at.at(node)}: gpu_experts must be a number, or a mapping of layers to numbers")
-    found = at.mapping(node, "gpu_experts") if isinstance(node, yaml.MappingNode) else {"all": node}
+        raise UsageError(f"{reader.at(node)}: gpu_experts must be a number, or a mapping of layers to numbers")
+    sections = reader.mapping(node, "gpu_experts") if isinstance(node, yaml.MappingNode) else {"all": node}
     return [
-        share(key, at.value(value, object, "gpu_experts"), f"{at.at(value)}: gpu_experts")
-        for key, value in found.items()
+        share(key, reader.value(value, object, "gpu_experts"), f"{reader.at(value)}: gpu_experts")
+        for key, value in sections.items()
     ]
 
 
-def _streaming(node: yaml.Node, at: _YamlReader) -> int | str:
-    least = streaming(at.value(node, object, "stream_experts"), f"{at.at(node)}: stream_experts")
-    return "auto" if least is None else least or "off"
+def _stream_experts(node: yaml.Node, reader: _YamlReader) -> int | str:
+    min_tokens = streaming(reader.value(node, object, "stream_experts"), f"{reader.at(node)}: stream_experts")
+    return "auto" if min_tokens is None else min_tokens or "off"
 
 
-def _device(node: yaml.Node, at: _YamlReader) -> str:
-    return str(at.value(node, str, "a device") or "")
+def _device(node: yaml.Node, reader: _YamlReader) -> str:
+    return str(reader.value(node, str, "a device") or "")
 
 
-def _rule(node: yaml.Node, at: _YamlReader) -> Rule:
-    top = at.known(node, "")
-    if "match" not in top:
-        raise UsageError(f"{at.at(node)}: a rule needs 'match'")
-    match = at.known(top["match"], "match")
-    replace = at.known(top["replace"], "replace") if "replace" in top else {}
-    name = at.value(match["name"], str, "match.name") if "name" in match else None
-    cls = at.value(match["class"], str, "match.class") if "class" in match else None
+def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
+    sections = reader.known(node, "")
+    if "match" not in sections:
+        raise UsageError(f"{reader.at(node)}: a rule needs 'match'")
+    match = reader.known(sections["match"], "match")
+    replace = reader.known(sections["replace"], "replace") if "replace" in sections else {}
+    name = reader.value(match["name"], str, "match.name") if "name" in match else None
+    cls = reader.value(match["class"], str, "match.class") if "class" in match else None
     if not name and not cls:
-        raise UsageError(f"{at.at(top['match'])}: match needs a name or a class")
-    new = at.value(replace["class"], str, "replace.class") if "class" in replace else "default"
-    kwargs = at.value(replace["kwargs"], dict, "replace.kwargs") if "kwargs" in replace else None
+        raise UsageError(f"{reader.at(sections['match'])}: match needs a name or a class")
+    new_class = reader.value(replace["class"], str, "replace.class") if "class" in replace else "default"
+    kwargs = reader.value(replace["kwargs"], dict, "replace.kwargs") if "kwargs" in replace else None
     device = next(
-        (at.value(section["device"], str, "device") for section in (top, replace) if "device" in section), None
+        (reader.value(section["device"], str, "device") for section in (sections, replace) if "device" in section), None
     )
     return Rule(
-        _pattern(name, match, at),
+        _pattern(name, match, reader),
         cls,
-        None if new in ("default", None) else new,
+        None if new_class in ("default", None) else new_class,
         kwargs or {},
         device,
-        at.value(top["recursive"], bool, "recursive") if "recursive" in top else True,
-        at.at(node),
+        reader.value(sections["recursive"], bool, "recursive") if "recursive" in sections else True,
+        reader.at(node),
     )
 
 
-def _pattern(name: str | None, match: Mapping[str, yaml.Node], at: _YamlReader) -> re.Pattern[str] | None:
+def _pattern(name: str | None, match: Mapping[str, yaml.Node], reader: _YamlReader) -> re.Pattern[str] | None:
     if not name:
         return None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what a later Python may read otherwise
+            warnings.simplefilter("ignore", FutureWarning)  # warns of syntax that a later Python may change
             return re.compile(name)
     except re.error as error:
-        raise UsageError(f"{at.at(match['name'])}: match.name {name!r} is no regular expression: {error}") from None
+        raise UsageError(
+            f"{reader.at(match['name'])}: match.name {name!r} is not a regular expression: {error}"
+        ) from None
 
 
 # ---- finding rule files
 
 
 def rule_folder() -> Path:
-    """Where the shipped rule files lie: beside the package in a checkout, inside it in a wheel."""
+    """Folder of the shipped rule files: next to the package in a checkout, inside it in a wheel."""
     package = Path(__file__).resolve().parent.parent
     checkout = package.parent / "optimize_rules"
     return checkout if checkout.is_dir() else package / "optimize_rules"
 
 
 def shipped() -> list[str]:
+    """Names of the shipped rule files."""
     return sorted(file.stem for file in rule_folder().glob("*.yaml"))
 
 
 def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") -> Rules:
-    """Rules by name ("deepseek-v3"), by path, as a list, or (None) by model type."""
+    """Loads rules.
+
+    Args:
+        rules: the name of a shipped file ("deepseek-v3"), a path, a list of Rule, or None for those of `model_type`.
+        model_type: the model_type of the configuration.
+
+    Raises:
+        BadFile: there is no such file, or it cannot be read.
+        UsageError: the file or the list is invalid.
+    """
     if isinstance(rules, Rules):
         return rules
     if isinstance(rules, (list, tuple)):
-        strange = next((rule for rule in rules if not isinstance(rule, Rule)), None)
-        if strange is not None:
+        invalid = next((rule for rule in rules if not isinstance(rule, Rule)), None)
+        if invalid is not None:
             raise UsageError(
-                f"rules: a list must hold ktx.Rule, found {type(strange).__name__}; a file is given by its path"
+                f"rules: a list must contain ktx.Rule, found {type(invalid).__name__}; pass a file as its path"
             )
         return Rules(rules)
     explicit = rules is not None
-    path = _file(rules if explicit else FILES.get(model_type, "generic"))
-    found = parse(_text(path), str(path), model_type)
-    found.explicit = found.explicit and explicit
-    return found
+    path = _rule_path(rules if explicit else FILES.get(model_type, "generic"))
+    parsed = parse(_read_text(path), str(path), model_type)
+    parsed.explicit = parsed.explicit and explicit
+    return parsed
 
 
-def _file(rules: object) -> Path:
-    """The file that is meant: a path, or the name of a shipped one."""
+def _rule_path(rules: object) -> Path:
+    """Returns the path of a rule file: an existing path, or a shipped file by name."""
     path = Path(str(rules)).expanduser()
     if path.is_file():
         return path
-    named = rule_folder() / f"{path.name.removesuffix('.yaml').lower()}.yaml"
-    if path.parent != Path(".") or not named.is_file():
+    shipped_path = rule_folder() / f"{path.name.removesuffix('.yaml').lower()}.yaml"
+    if path.parent != Path(".") or not shipped_path.is_file():
         raise BadFile(
-            f"{rules}: no such rule file, and no shipped one is called so{did_you_mean(path.stem, shipped())}; shipped: {' '.join(shipped())}"
+            f"{rules}: no such rule file, and no shipped one has this name{did_you_mean(path.stem, shipped())};"
+            f" shipped: {' '.join(shipped())}"
         )
-    return named
+    return shipped_path
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -173,8 +173,7 @@ def load(
             model's own type in transformers' caches.
         threads: number of CPU threads. Default: KTX_THREADS, else chosen by the machine.
         weight_dtype, moe_dtype: int8, int4, int4g32, int4g64 or int4g128. Quantizes float weights of linear layers and
-            of
-            experts while they are loaded.
+            of experts while they are loaded.
         moe_experts: number of experts per token, at most as many as the model was trained with.
         trust_remote_code: whether Python code from the model's folder may run.
         progress: whether to draw a progress bar on a terminal, or a sink that is called next to the bar.
@@ -191,8 +190,7 @@ def load(
         stream_experts: min number of tokens from which the CPU's experts are streamed to the GPU too: a number, auto or
             off. Default: the rule file's value, else auto.
         self_test: computes two tokens in one forward, then the second one again through the cache
-            (ktx.model.self_test).
-            "engine" leaves the test to the engine, which runs it with its own forwards.
+            (ktx.model.self_test). "engine" leaves the test to the engine, which runs it with its own forwards.
         lora: one or several LoRA adapters, each [NAME=]PATH[=SCALE] of a PEFT folder or a llama.cpp GGUF file. They are
             active from the start; `model.ktx.use_lora` selects others.
         attn_implementation: argument of `model.set_attn_implementation`: ktx, sdpa, eager, or a name of an attention

@@ -128,9 +128,8 @@ def init_missing_buffers(model: Any, plan: Plan) -> None:
         ancestors = [
             path.rsplit(".", depth)[0] if depth <= path.count(".") else "" for depth in range(path.count(".") + 2)
         ]
-        for owner in (
-            ancestors if meta_names else ()
-        ):  # some families initialize a layer's buffers in the enclosing model
+        # Some families initialize a layer's buffers in the enclosing model.
+        for owner in ancestors if meta_names else ():
             model._init_weights(model.get_submodule(owner))
             if not any(_has_nan(module._buffers[name]) for name in meta_names):
                 break

@@ -175,7 +175,7 @@ def read_tokenizer(model: str | Path, source: WeightSource, trust_remote_code: b
 
 
 def generation(model: Any, folder: str | Path, source: WeightSource) -> None:
-    """Sets the model's generation configuration from the folder's generation_config.json, else from the GGUF's metadata.
+    """Sets the model's generation configuration from generation_config.json, else from the GGUF's metadata.
 
     Without generation_config.json all end-of-sequence tokens of the GGUF are added to the model's own.
     """

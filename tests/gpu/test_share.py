@@ -192,7 +192,7 @@ def test_packed_weights_on_disk_are_those_of_their_share(v3, tmp_path):
 
 def test_a_number_that_cannot_be_meant_is_an_error(v3, capsys):
     for given, said in ((-1, "0 or more; found -1"), ("8", "found '8'"), (True, "found True")):
-        with pytest.raises(UsageError, match=f"gpu_experts: must be a number of a layer's experts, .*{said}"):
+        with pytest.raises(UsageError, match=f"gpu_experts: must be a number of experts per layer, .*{said}"):
             v3.load(v3.rules(Experts="cpu"), gpu_experts=given)
     with pytest.raises(UsageError, match=r"gpu_experts=9: model\.layers\.1\.mlp\.experts has 8 experts, .* 0 to 8"):
         v3.load(v3.rules(Experts="cpu"), gpu_experts=9)
@@ -208,12 +208,12 @@ def test_a_number_that_cannot_be_meant_is_an_error(v3, capsys):
 
 def test_where_nothing_can_be_shared_it_is_told_once(v3, monkeypatch):
     for more in ({}, {"device": "cuda", "moe_device": "cuda"}):
-        with pytest.warns(UserWarning, match="gpu_experts: 2 experts beside a GPU: no layer has its experts") as told:
+        with pytest.warns(UserWarning, match="gpu_experts: 2 experts per layer on a GPU: no layer has its experts") as told:
             model = v3.load(None, gpu_experts=2, **more)
         assert len(told) == 1 and experts_of(model).on_gpu is None
     monkeypatch.delenv("KTX_GPU")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.warns(UserWarning, match="this machine has no GPU that torch can use; nothing is shared"):
+    with pytest.warns(UserWarning, match="this machine has no GPU that torch can use; no experts are placed on one"):
         model = v3.load(None, gpu_experts=2)
     assert torch.equal(logits(model), logits(v3.cpu))
 
