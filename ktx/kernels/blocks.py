@@ -42,9 +42,8 @@ def rows_of(packed: cpu.Packed | soa_layout.SoAWeight) -> Iterator[QuantizedTens
 def _unpack_groups(packed: cpu.Packed) -> Iterator[QuantizedTensor]:
     """Yields the rows of one matrix that is packed for the CPU, in groups of rows."""
     groups = packed.data.view(-(-packed.n // cpu.GROUP_ROWS), -1)
-    chunk_rows = (
-        max(1, UNPACK_CHUNK_WEIGHTS // packed.k // FP8_BLOCK) * FP8_BLOCK
-    )  # rows that share a scale stay together
+    # Rows that share a scale stay together.
+    chunk_rows = max(1, UNPACK_CHUNK_WEIGHTS // packed.k // FP8_BLOCK) * FP8_BLOCK
     for first_row in range(0, packed.n, chunk_rows):
         num_rows = min(chunk_rows, packed.n - first_row)
         first_group, end_group = first_row // cpu.GROUP_ROWS, -(-(first_row + num_rows) // cpu.GROUP_ROWS)

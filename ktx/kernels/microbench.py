@@ -70,18 +70,18 @@ class Reading:
         return f"{self.nbytes / (1 << 20):.0f} MiB read, {cache}{note}"
 
 
-def pass_bytes(least: int = MIN_PASS_BYTES) -> int:
+def pass_bytes(min_bytes: int = MIN_PASS_BYTES) -> int:
     """Returns the bytes that a pass must read so that it measures memory and not a cache, in whole MiB.
 
-    That is CACHE_MULTIPLE times the last-level caches, but at least `least`, and beyond `least` at most a quarter of
-    the free memory.
+    That is CACHE_MULTIPLE times the last-level caches, but at least `min_bytes`, and above `min_bytes` at most a
+    quarter of the free memory.
     """
-    return max(least, min(CACHE_MULTIPLE * last_level_cache(), memory()[1] // 4)) >> 20 << 20
+    return max(min_bytes, min(CACHE_MULTIPLE * last_level_cache(), memory()[1] // 4)) >> 20 << 20
 
 
-def read_bandwidth(threads: int, least: int = MIN_PASS_BYTES) -> Reading:
-    """Measures reads of `pass_bytes(least)` bytes from memory."""
-    nbytes = pass_bytes(least)
+def read_bandwidth(threads: int, min_bytes: int = MIN_PASS_BYTES) -> Reading:
+    """Measures reads of `pass_bytes(min_bytes)` bytes from memory."""
+    nbytes = pass_bytes(min_bytes)
     return Reading(cpu.ops.probe_read(threads, nbytes >> 20), nbytes, last_level_cache())
 
 
@@ -196,12 +196,13 @@ def measure(qtype: QType, threads: int, repeat: int = 5, tokens: Sequence[int] =
     share, rate = statistics.median_low(rounds)
     results = {"gemv_gb_s": rate, "gemv_share": share}
     for num_tokens in tokens:
-        subset = split(packed, min(packed.matrices, max(1, 512 // num_tokens)))
+        part = split(packed, min(packed.matrices, max(1, 512 // num_tokens)))
         batch = torch.randn(num_tokens, COLUMNS, dtype=torch.float32)
         limit_gops = peak(qtype, threads)
         elapsed_s = seconds(
-            lambda subset=subset, batch=batch: [cpu.linear(batch, matrix, wide=True) for matrix in subset], repeat
-        )  # type: ignore[misc]
-        rate = 2 * num_tokens * ROWS * COLUMNS * len(subset) / elapsed_s / 1e9
+            lambda part=part, batch=batch: [cpu.linear(batch, w, wide=True) for w in part],  # type: ignore[misc]
+            repeat,
+        )
+        rate = 2 * num_tokens * ROWS * COLUMNS * len(part) / elapsed_s / 1e9
         results |= {f"gemm_{num_tokens}_gops": rate, f"gemm_{num_tokens}_share": rate / limit_gops}
     return results
