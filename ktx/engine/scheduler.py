@@ -1,8 +1,8 @@
-"""Who computes what in the next forward. No tensors: pages are numbers.
+"""Continuous batching: decides which tokens of which requests the next forward computes. No tensors: pages are numbers.
 
-There are no phases. A request has tokens that are not computed yet, the rest of its prompt or the one it has just chosen; a forward
-takes as many as its budget allows. Requests are served in the order they came. When pages run out, the youngest one
-gives its own back and computes them again later.
+There are no separate prefill and decode phases. A request has tokens that are not computed yet: the rest of its prompt,
+or the token that it sampled last. A forward computes as many as its budget allows. Requests are served in the order of
+arrival. When pages run out, the youngest request is preempted: it frees its pages and recomputes them later.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from ktx.cache.page_pool import PAGE_TOKENS, PagePool, PartialPage, hash_page
 from ktx.engine.budget import StepBudget
 from ktx.engine.request import Request
 
-SHORT_PROMPT_DIVISOR = 4  # a quarter of the budget, a page at least, is for prompts behind the oldest one, shortest first: a short question need not wait for a long one
-ECHO = 256  # tokens of a prompt computed at once where all of their logits are wanted: each takes as much memory as the vocabulary
+# A quarter of the budget, at least a page, is for the prompts behind the oldest one, shortest first, so that a short
+# prompt need not wait for a long one.
+SHORT_PROMPT_DIVISOR = 4
+# Prompt tokens in a chunk that needs the logits of all of them, because each takes as much memory as the vocabulary.
+MAX_ECHO_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """Tokens of a request in a forward: `count` from `start` on; those past the end of its ids are its draft."""
+    """Tokens of a request in a forward: `count` tokens from `start` on; those past the end of its ids are draft
+    tokens.
+    """
 
     request: Request
     start: int
@@ -29,48 +34,63 @@ class ScheduledChunk:
 
     @property
     def ids(self) -> list[int]:
+        """The token ids."""
         return (self.request.ids + self.request.draft)[self.start : self.start + self.count]
 
     @property
     def prompt(self) -> int:
-        """How many of the tokens, the first ones, are the prompt's."""
+        """How many of the tokens, the first ones, belong to the prompt."""
         return max(0, min(self.count, len(self.request.prompt) - self.start))
 
     @property
     def answers(self) -> bool:
-        """Whether these are the request's latest token and its draft, after which the next one is chosen."""
+        """Whether the chunk starts at the request's latest token: its forward samples the next one and verifies the
+        draft.
+        """
         return self.start + 1 == len(self.request.ids)
 
 
-def common_prefix_len(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two sequences begin with in common."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def common_prefix_len(first: Sequence[int], second: Sequence[int]) -> int:
+    """Returns the number of ids that two sequences have in common at their beginning."""
+    return next(
+        (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
 
 
 def pages_for(tokens: int) -> int:
+    """Returns the number of pages for `tokens` tokens."""
     return -(-tokens // PAGE_TOKENS)
 
 
 class PageStore(Protocol):
-    """Where pages are kept beside the pool, see ktx.cache.disk."""
+    """A second level of the prefix cache, see ktx.cache.disk."""
 
     def has(self, key: bytes) -> bool:
-        """Whether there is such a page."""
+        """Whether a page with this hash is stored."""
 
     def put(self, key: bytes, page: int) -> None:
-        """The page is full."""
+        """Stores a full page."""
 
     def fetch(self, key: bytes, page: int) -> bool:
-        """Fills a page of the pool; False when that is not possible."""
+        """Fills a page of the pool; False when that fails."""
 
 
 class Scheduler:
-    """`waiting` and `running` are in the order of arrival. `released` is told of a request whose past is given up,
-    `resumed` of one that begins with what recurrent layers knew somewhere; `state` tells what they know of a request's first
-    tokens, None if that is not known.
+    """Decides what each forward computes and which pages hold it. `waiting` and `running` are in the order of arrival.
 
-    `two_forms`: the model computes whole pages of a prompt in another way than single tokens, with other rounding errors.
-    `grain`: a prompt is computed up to multiples of so many tokens, whole pages, and to its end.
+    Args:
+        pages: the page allocator.
+        max_batch: maximum number of running requests.
+        budget: limits the prompt tokens of a step.
+        share: enables the prefix cache.
+        recurrent: the model has recurrent layers, whose states belong to sequences and not to pages.
+        on_free: called with a request whose computed tokens are freed.
+        on_restore: called with a request that starts from a snapshot of the recurrent layers, and the snapshot.
+        on_snapshot: returns a snapshot of the recurrent layers after a request's first tokens; None if there is none.
+        two_forms: the model computes whole pages of a prompt in another way than single tokens, with other rounding
+            errors.
+        store: a second level of the prefix cache.
+        grain: chunks of a prompt end at multiples of so many tokens, which are whole pages, and at its end.
     """
 
     def __init__(
@@ -80,124 +100,138 @@ class Scheduler:
         budget: StepBudget,
         share: bool = True,
         recurrent: bool = False,
-        released: Callable[[Request], None] = lambda request: None,
-        resumed: Callable[[Request, Any], None] = lambda request, snapshot: None,
-        state: Callable[[Request, int], Any] = lambda request, tokens: None,
+        on_free: Callable[[Request], None] = lambda request: None,
+        on_restore: Callable[[Request, Any], None] = lambda request, snapshot: None,
+        on_snapshot: Callable[[Request, int], Any] = lambda request, tokens: None,
         two_forms: bool = False,
         store: PageStore | None = None,
         grain: int = PAGE_TOKENS,
     ):
         self.pages, self.max_batch, self.budget, self.grain = pages, max_batch, budget, grain
-        self.share, self.recurrent, self.on_free, self.on_restore = share, recurrent, released, resumed
-        self.on_snapshot, self.page_aligned_numerics, self.store = state, two_forms, store
+        self.share, self.recurrent, self.on_free, self.on_restore = share, recurrent, on_free, on_restore
+        self.on_snapshot, self.page_aligned_numerics, self.store = on_snapshot, two_forms, store
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.pages_in_flight: dict[bytes, Request] = {}  # pages that a running request is about to compute
+        self.pages_in_flight: dict[bytes, Request] = {}  # hashes of pages that a running request is about to compute
         self.preemptions = 0
-        self.prefix_queries = self.prefix_hits = 0  # prompt tokens, and how many of them were in the cache
+        self.prefix_queries = self.prefix_hits = 0  # prompt tokens, and how many of them came from the prefix cache
 
-    # ---- requests come and go
+    # ---- adding, freeing and preempting requests
 
     def add(self, request: Request) -> None:
-        self._extend_keys(request)
+        """Appends a request to the waiting queue."""
+        self._update_hashes(request)
         self.waiting.append(request)
 
     def drop(self, request: Request) -> None:
-        """Takes a request out, wherever it is; its pages stay findable."""
+        """Removes a request from its queue; its pages stay in the prefix cache."""
         for queue in (self.waiting, self.running):
             if request in queue:
                 queue.remove(request)
         self._free(request)
 
     def _free(self, request: Request) -> None:
-        at, beyond = divmod(request.num_computed, PAGE_TOKENS)
-        share = bool(beyond) and self._may_share(request)
-        state = self.on_snapshot(request, request.num_computed) if share and self.recurrent else None
-        if share and (state is not None or not self.recurrent):
-            tail = PartialPage(
-                request.pages[at],
-                self._before(request, at),
-                tuple(request.ids[at * PAGE_TOKENS : request.num_computed]),
+        """Frees a request's pages. Its last page, if partial, stays in the prefix cache with the number of its
+        tokens.
+        """
+        page_index, remainder = divmod(request.num_computed, PAGE_TOKENS)
+        cacheable = bool(remainder) and self._cacheable(request)
+        snapshot = self.on_snapshot(request, request.num_computed) if cacheable and self.recurrent else None
+        if cacheable and (snapshot is not None or not self.recurrent):
+            partial = PartialPage(
+                request.pages[page_index],
+                self._parent_hash(request, page_index),
+                tuple(request.ids[page_index * PAGE_TOKENS : request.num_computed]),
             )
-            self.pages.free(request.pages[at + 1 :])
-            self.pages.cache_partial(tail)
+            self.pages.free(request.pages[page_index + 1 :])
+            self.pages.cache_partial(partial)
             if self.recurrent:
-                self.pages.save_snapshot(tail.key, state)
-            del request.pages[at:]
+                self.pages.save_snapshot(partial.key, snapshot)
+            del request.pages[page_index:]
         self.pages.free(request.pages)
         request.pages, request.num_computed, request.draft = [], 0, []
-        self.pages_in_flight = {key: maker for key, maker in self.pages_in_flight.items() if maker is not request}
+        self.pages_in_flight = {key: owner for key, owner in self.pages_in_flight.items() if owner is not request}
         self.on_free(request)
 
     def preempt(self, request: Request) -> None:
-        """Back into the queue, at its place; what it had is computed again."""
+        """Moves a running request back to its place in the waiting queue; its tokens are recomputed."""
         self.running.remove(request)
         self._free(request)
         request.preempted += 1
         self.preemptions += 1
         self.waiting.insert(sum(other.id < request.id for other in self.waiting), request)
 
-    def undo(self, parts: Sequence[ScheduledChunk]) -> None:
-        """A forward of the parts came to no end. Keys and values are written again; a running state is not what it was, so its request begins anew."""
+    def undo(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Handles a forward that did not finish. Keys and values are written again; recurrent states are invalid, so
+        their requests are preempted.
+        """
         if self.recurrent:
-            for part in parts:
-                if part.request in self.running:
-                    self.preempt(part.request)
+            for chunk in chunks:
+                if chunk.request in self.running:
+                    self.preempt(chunk.request)
 
-    # ---- a forward
+    # ---- scheduling a forward
 
     def schedule(self) -> list[ScheduledChunk]:
-        """What the next forward computes; empty when there is nothing to do."""
+        """Returns the chunks of the next forward; empty when there is nothing to compute."""
         self._admit()
         suspect = next((request for request in self.running if request.isolated), None)
-        parts: list[ScheduledChunk] = []
+        chunks: list[ScheduledChunk] = []
         for request in [suspect] if suspect else list(self.running):
             if request.num_uncomputed == 1 and request in self.running:
-                self._add_chunk(parts, request, 1 + len(request.draft))
+                self._add_chunk(chunks, request, 1 + len(request.draft))
         prompts = [request for request in ([suspect] if suspect else self.running) if request.num_uncomputed > 1]
         for request in prompts:
             self._match_prefix(request)
         ready = [request for request in prompts if not self._waits_for_prefix(request)]
-        self._prefill(parts, ready if ready or parts else prompts)
-        return parts
+        self._prefill(chunks, ready if ready or chunks else prompts)
+        return chunks
 
-    def _prefill(self, parts: list[ScheduledChunk], prompts: list[Request]) -> None:
-        """Prompts share the budget: the oldest takes most of it, the shortest of the others the rest, and what is left goes back to it.
+    def _prefill(self, chunks: list[ScheduledChunk], prompts: list[Request]) -> None:
+        """Schedules chunked prefill. Prompts share the budget: the oldest one takes most of it, the shortest of the
+        others the rest, and what they leave returns to the oldest.
 
-        It is never left with less than what it can go on by, however small the budget and however many short ones come.
+        The oldest prompt always gets at least one granule, however small the budget and however many short prompts
+        arrive.
         """
         if not prompts:
             return
-        head, others = prompts[0], sorted(prompts[1:], key=lambda request: request.num_uncomputed)
-        left = self.budget.tokens(head.num_computed, bool(parts))
-        least = min(left, self.grain)
-        rest = left - head.num_uncomputed if head.num_uncomputed < left else max(left // SHORT_PROMPT_DIVISOR, least)
+        oldest, others = prompts[0], sorted(prompts[1:], key=lambda request: request.num_uncomputed)
+        budget_left = self.budget.tokens(oldest.num_computed, bool(chunks))
+        min_tokens = min(budget_left, self.grain)
+        budget_others = (
+            budget_left - oldest.num_uncomputed
+            if oldest.num_uncomputed < budget_left
+            else max(budget_left // SHORT_PROMPT_DIVISOR, min_tokens)
+        )
         for request in others:
             if request in self.running:
-                count = self._add_chunk(parts, request, min(request.num_uncomputed, rest))
-                left, rest = left - count, rest - count
-        if head in self.running:
-            self._add_chunk(parts, head, min(head.num_uncomputed, max(left, least)))
+                count = self._add_chunk(chunks, request, min(request.num_uncomputed, budget_others))
+                budget_left, budget_others = budget_left - count, budget_others - count
+        if oldest in self.running:
+            self._add_chunk(chunks, oldest, min(oldest.num_uncomputed, max(budget_left, min_tokens)))
 
-    def _add_chunk(self, parts: list[ScheduledChunk], request: Request, count: int) -> int:
-        """Adds a part and returns its tokens, 0 when there are no pages for it, or too little budget."""
-        count = self._in_pages(request, min(count, ECHO) if request.sampling.echo else count)
+    def _add_chunk(self, chunks: list[ScheduledChunk], request: Request, count: int) -> int:
+        """Adds a chunk and returns its number of tokens; 0 when there are no pages for it, or too little budget."""
+        count = self._align_chunk(request, min(count, MAX_ECHO_TOKENS) if request.sampling.echo else count)
         if not count:
             return 0
-        while not self._grow(request, request.num_computed + count):
+        while not self._allocate(request, request.num_computed + count):
             if request.draft:
                 request.draft, count = [], 1
                 continue
             victim = self.running[-1]
-            parts[:] = [part for part in parts if part.request is not victim]
+            chunks[:] = [chunk for chunk in chunks if chunk.request is not victim]
             self.preempt(victim)
             if victim is request:
                 return 0
-        parts.append(ScheduledChunk(request, request.num_computed, count))
+        chunks.append(ScheduledChunk(request, request.num_computed, count))
         return count
 
-    def _in_pages(self, request: Request, count: int) -> int:
-        """A prompt's full pages are computed whole, by whatever budget: so their content does not depend on it. Recurrent layers want its end whole too."""
+    def _align_chunk(self, request: Request, count: int) -> int:
+        """Limits a chunk to the granularity: full pages of a prompt are computed whole at any budget, so that their
+        content does not depend on it. Recurrent layers need the prompt's end whole too.
+        """
         end, prompt = request.num_computed + count, len(request.prompt)
         if self.budget.step >= PAGE_TOKENS and (
             end < prompt // PAGE_TOKENS * PAGE_TOKENS or (self.recurrent and end < prompt)
@@ -205,33 +239,41 @@ class Scheduler:
             end = end // self.grain * self.grain
         return max(0, end - request.num_computed)
 
-    def _grow(self, request: Request, tokens: int) -> bool:
-        taken = self.pages.allocate(max(0, pages_for(tokens) - len(request.pages)))
-        request.pages += taken or []
-        return taken is not None
+    def _allocate(self, request: Request, tokens: int) -> bool:
+        """Allocates pages for `tokens` tokens of a request; False when there are none."""
+        allocated = self.pages.allocate(max(0, pages_for(tokens) - len(request.pages)))
+        request.pages += allocated or []
+        return allocated is not None
 
     def commit(self, request: Request, count: int) -> None:
-        """`count` more tokens are computed and stay."""
-        before, request.num_computed = request.num_computed // PAGE_TOKENS, request.num_computed + count
-        self._extend_keys(request)
-        for i in range(before, request.num_computed // PAGE_TOKENS):
+        """Records that `count` more tokens of a request are computed and stay, and registers its new full pages in the
+        prefix cache.
+        """
+        first_page, request.num_computed = request.num_computed // PAGE_TOKENS, request.num_computed + count
+        self._update_hashes(request)
+        for i in range(first_page, request.num_computed // PAGE_TOKENS):
             self.pages_in_flight.pop(request.page_hashes[i], None)
-            if self._may_share(request):
+            if self._cacheable(request):
                 self.pages.register_hash(request.pages[i], request.page_hashes[i])
-                if self.recurrent and (state := self.on_snapshot(request, (i + 1) * PAGE_TOKENS)) is not None:
-                    self.pages.save_snapshot(request.page_hashes[i], state)
+                if self.recurrent and (snapshot := self.on_snapshot(request, (i + 1) * PAGE_TOKENS)) is not None:
+                    self.pages.save_snapshot(request.page_hashes[i], snapshot)
                 if self.store is not None:
                     self.store.put(request.page_hashes[i], request.pages[i])
 
-    # ---- admission and what is shared
+    # ---- admission and prefix cache
 
     def _admit(self) -> None:
+        """Moves waiting requests to the running ones while there are batch slots and pages."""
         for request in list(self.waiting):
             if len(self.running) >= self.max_batch:
                 return
             if self._waits_for_prefix(request):
                 continue
-            if self.running and self._wanted(request) + sum(map(self._wanted, self.running)) > self.pages.available:
+            if (
+                self.running
+                and self._num_pages_needed(request) + sum(map(self._num_pages_needed, self.running))
+                > self.pages.available
+            ):
                 return
             self.waiting.remove(request)
             self.running.insert(sum(other.id < request.id for other in self.running), request)
@@ -245,92 +287,106 @@ class Scheduler:
             for key in request.page_hashes[request.num_computed // PAGE_TOKENS :]:
                 self.pages_in_flight.setdefault(key, request)
 
-    def _wanted(self, request: Request) -> int:
-        """Pages that it takes to finish what the request has now, and one token more."""
-        known = len(request.pages)
-        while self._may_share(request) and known < len(request.page_hashes):
-            page = self.pages.find(request.page_hashes[known])
+    def _num_pages_needed(self, request: Request) -> int:
+        """Returns the number of pages that a request needs for its present tokens and one more, without pages that
+        running requests share.
+        """
+        num_shared = len(request.pages)
+        while self._cacheable(request) and num_shared < len(request.page_hashes):
+            page = self.pages.find(request.page_hashes[num_shared])
             if page is None or not self.pages.ref_counts[page]:
                 break
-            known += 1
-        return pages_for(len(request.ids) + 1) - known
+            num_shared += 1
+        return pages_for(len(request.ids) + 1) - num_shared
 
-    def _may_share(self, request: Request) -> bool:
+    def _cacheable(self, request: Request) -> bool:
+        """Whether the prefix cache applies: with `echo` all logits of the prompt are needed."""
         return self.share and not request.sampling.echo
 
-    def _extend_keys(self, request: Request) -> None:
-        """Keys of all full pages of the request's ids."""
+    def _update_hashes(self, request: Request) -> None:
+        """Appends the hashes of the request's new full pages."""
         while (len(request.page_hashes) + 1) * PAGE_TOKENS <= len(request.ids):
-            at, before = (
+            start, parent_hash = (
                 len(request.page_hashes) * PAGE_TOKENS,
                 request.page_hashes[-1] if request.page_hashes else request.salt,
             )
-            request.page_hashes.append(hash_page(before, request.ids[at : at + PAGE_TOKENS]))
+            request.page_hashes.append(hash_page(parent_hash, request.ids[start : start + PAGE_TOKENS]))
 
-    def _before(self, request: Request, page: int) -> bytes:
+    def _parent_hash(self, request: Request, page: int) -> bytes:
+        """Returns the hash of the page before `page`; the salt before the first one."""
         return request.page_hashes[page - 1] if page else request.salt
 
-    def _next_key(self, request: Request) -> bytes | None:
-        """The key of the page that comes next and need not be computed if it is there: of full pages before the last token."""
-        at = request.num_computed // PAGE_TOKENS
+    def _next_hash(self, request: Request) -> bytes | None:
+        """Returns the hash of the next page to look up, None if it cannot come from the cache: only full pages before
+        the last token do.
+        """
+        page_index = request.num_computed // PAGE_TOKENS
         usable = (
-            self._may_share(request) and request.num_computed == at * PAGE_TOKENS == len(request.pages) * PAGE_TOKENS
+            self._cacheable(request)
+            and request.num_computed == page_index * PAGE_TOKENS == len(request.pages) * PAGE_TOKENS
         )
-        return request.page_hashes[at] if usable and (at + 1) * PAGE_TOKENS < len(request.ids) else None
+        return request.page_hashes[page_index] if usable and (page_index + 1) * PAGE_TOKENS < len(request.ids) else None
 
     def _match_prefix(self, request: Request) -> None:
-        """Takes over what is there already. Where layers have a running state, only up to where one was kept."""
-        start = request.num_computed
-        if self.recurrent and start:
+        """Takes over pages of the prefix cache. With recurrent layers only up to a page with a snapshot."""
+        num_before = request.num_computed
+        if self.recurrent and num_before:
             return
-        while (key := self._next_key(request)) is not None and (page := self._found(key)) is not None:
+        while (page_hash := self._next_hash(request)) is not None and (page := self._find_page(page_hash)) is not None:
             request.pages.append(page)
             request.num_computed += PAGE_TOKENS
-        if not self._adopt_tail(request) and self.recurrent:
-            self._back_to_snapshot(request)
-        if start and request.num_computed > start:
-            self.prefix_hits += request.num_computed - start
-            request.cached = (request.cached or 0) + request.num_computed - start
+        if not self._reuse_partial(request) and self.recurrent:
+            self._restore_snapshot(request)
+        if num_before and request.num_computed > num_before:
+            self.prefix_hits += request.num_computed - num_before
+            request.cached = (request.cached or 0) + request.num_computed - num_before
 
-    def _found(self, key: bytes) -> int | None:
-        """A page with this content, held for one more user."""
-        page = self.pages.find(key)
+    def _find_page(self, page_hash: bytes) -> int | None:
+        """Returns a page with this hash and increments its reference count; None if there is none."""
+        page = self.pages.find(page_hash)
         if page is not None:
             self.pages.touch(page)
             return page
-        if self.store is None or not self.store.has(key):
+        if self.store is None or not self.store.has(page_hash):
             return None
-        room = self.pages.allocate(1)
-        if room is not None and not self.store.fetch(key, room[0]):
-            self.pages.free(room)
-            room = None
-        if room is None:
+        allocated = self.pages.allocate(1)
+        if allocated is not None and not self.store.fetch(page_hash, allocated[0]):
+            self.pages.free(allocated)
+            allocated = None
+        if allocated is None:
             return None
-        self.pages.register_hash(room[0], key)
-        return room[0]
+        self.pages.register_hash(allocated[0], page_hash)
+        return allocated[0]
 
-    def _adopt_tail(self, request: Request) -> bool:
-        """Goes on where another sequence ended. A page of the prompt that would be computed as a whole is taken only from one
-        that ended just there, as a conversation's last turn does.
+    def _reuse_partial(self, request: Request) -> bool:
+        """Continues a partial page where another sequence ended. A page of the prompt that would be computed whole is
+        taken only from a sequence that ended exactly there, as a conversation's last turn does.
         """
-        at = len(request.pages)
-        if not self._may_share(request) or request.num_computed != at * PAGE_TOKENS:
+        page_index = len(request.pages)
+        if not self._cacheable(request) or request.num_computed != page_index * PAGE_TOKENS:
             return False
-        tail = self.pages.tails.get(self._before(request, at))
-        if tail is None:
+        partial = self.pages.tails.get(self._parent_hash(request, page_index))
+        if partial is None:
             return False
-        same = common_prefix_len(tail.ids, request.ids[request.num_computed : -1])
-        inside = self.recurrent or (self.page_aligned_numerics and (at + 1) * PAGE_TOKENS <= len(request.prompt))
-        if not same or (inside and same < len(tail.ids)) or (self.recurrent and tail.key not in self.pages.snapshots):
+        num_common = common_prefix_len(partial.ids, request.ids[request.num_computed : -1])
+        exact_only = self.recurrent or (
+            self.page_aligned_numerics and (page_index + 1) * PAGE_TOKENS <= len(request.prompt)
+        )
+        if (
+            not num_common
+            or (exact_only and num_common < len(partial.ids))
+            or (self.recurrent and partial.key not in self.pages.snapshots)
+        ):
             return False
-        self.pages.reuse_partial(tail)
-        request.pages.append(tail.page)
-        request.num_computed += same
+        self.pages.reuse_partial(partial)
+        request.pages.append(partial.page)
+        request.num_computed += num_common
         if self.recurrent:
-            self.on_restore(request, self.pages.snapshots.pop(tail.key))
+            self.on_restore(request, self.pages.snapshots.pop(partial.key))
         return True
 
-    def _back_to_snapshot(self, request: Request) -> None:
+    def _restore_snapshot(self, request: Request) -> None:
+        """Frees matched pages back to the last one with a snapshot, and restores that."""
         while request.pages and request.page_hashes[len(request.pages) - 1] not in self.pages.snapshots:
             self.pages.free([request.pages.pop()])
             request.num_computed -= PAGE_TOKENS
@@ -338,24 +394,32 @@ class Scheduler:
             self.on_restore(request, self.pages.snapshots[request.page_hashes[len(request.pages) - 1]])
 
     def _waits_for_prefix(self, request: Request) -> bool:
-        """Whether another one is just computing the page that this one would need next."""
-        at = len(request.pages)
-        if request.num_computed != at * PAGE_TOKENS or not self._may_share(request) or (self.recurrent and at):
+        """Whether another request is just computing the page that this one needs next."""
+        page_index = len(request.pages)
+        if (
+            request.num_computed != page_index * PAGE_TOKENS
+            or not self._cacheable(request)
+            or (self.recurrent and page_index)
+        ):
             return False
-        while at < len(request.page_hashes) and self.pages.find(request.page_hashes[at]) is not None:
-            at += 1
-        if (at + 1) * PAGE_TOKENS >= len(request.ids):
+        while page_index < len(request.page_hashes) and self.pages.find(request.page_hashes[page_index]) is not None:
+            page_index += 1
+        if (page_index + 1) * PAGE_TOKENS >= len(request.ids):
             return False
-        return self.pages_in_flight.get(request.page_hashes[at], request) is not request
+        return self.pages_in_flight.get(request.page_hashes[page_index], request) is not request
 
     def check_integrity(self) -> None:
-        """AssertionError unless pages and requests agree."""
+        """Raises AssertionError unless pages and requests agree."""
         self.pages.check_integrity(request.pages for request in self.running)
         assert not any(request.pages or request.num_computed for request in self.waiting), (
             "a waiting request holds pages"
         )
         for request in self.running:
-            assert request.num_computed <= len(request.pages) * PAGE_TOKENS, "a request has more tokens than room"
-        assert set(map(id, self.pages_in_flight.values())) <= set(map(id, self.running)), "a page is made by nobody"
+            assert request.num_computed <= len(request.pages) * PAGE_TOKENS, (
+                "a request has more tokens than its pages hold"
+            )
+        assert set(map(id, self.pages_in_flight.values())) <= set(map(id, self.running)), (
+            "a page in flight has no running request"
+        )
         for queue in (self.waiting, self.running):
             assert [r.id for r in queue] == sorted(r.id for r in queue), "requests are out of order"

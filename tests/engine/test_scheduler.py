@@ -22,9 +22,9 @@ class World:
     def __init__(self, pages=64, max_batch=4, chunk=256, seconds=1e9, **more):
         self.state, self.copied, self.wrote, self.computed, self.steps = {}, {}, {}, 0, 0
         told = {
-            "released": lambda r: self.state.pop(r, None),
-            "resumed": self.state.__setitem__,
-            "state": lambda r, tokens: tokens if tokens in self.copied.get(r, {self.state.get(r)}) else None,
+            "on_free": lambda r: self.state.pop(r, None),
+            "on_restore": self.state.__setitem__,
+            "on_snapshot": lambda r, tokens: tokens if tokens in self.copied.get(r, {self.state.get(r)}) else None,
         }
         self.budget = StepBudget(chunk, chunk, seconds)
         self.budget.fitting = chunk  # tests of time learn it

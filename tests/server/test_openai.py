@@ -338,7 +338,7 @@ def test_words_that_look_like_control_tokens_stay_words(http):
         (ask("x", tool_choice=allowing("auto", "weather")), "tool_choice", "tools are []"),
         (ask("x", tools=TOOLS, tool_choice=allowing("none", "weather")), None, "'auto' or 'required'"),
         (ask("x", tools=TOOLS, tool_choice="any"), None, "'none', 'auto' or 'required'"),
-        (ask("x", chat_template_kwargs={"chat_template": "x"}), "chat_template_kwargs", "tools cannot be rendered"),
+        (ask("x", chat_template_kwargs={"chat_template": "x"}), "chat_template_kwargs", "cannot be told"),
         (
             {
                 "model": NAME,
