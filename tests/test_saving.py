@@ -391,7 +391,7 @@ def test_the_vocabulary_as_it_is(tmp_path):
 def test_pruning_says_what_to_do(tmp_path):
     original, mine = of_floats("llama", tmp_path)
     layer, twin = mine.model.layers[0].mlp.up_proj, original.model.layers[0].mlp.up_proj
-    with pytest.raises(UsageError, match=r"up_proj: a packed weight is not a parameter.*load_state_dict.*ktx\.dequantize"):
+    with pytest.raises(UsageError, match=r"up_proj: a packed weight is not a parameter.*state_dict.*ktx\.dequantize"):
         prune.l1_unstructured(layer, "weight", amount=0.3)
     plain = ktx.dequantize(layer)
     for module in (twin, plain):
