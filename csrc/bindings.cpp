@@ -45,10 +45,10 @@ double idle_seconds_() { return idle_seconds(); }
 int64_t nodes_() { return nodes(); }
 int64_t share_of_(int64_t groups, int64_t node) {
   STD_TORCH_CHECK(groups >= 0 && node >= 0 && node <= nodes(), "no node ", node);
-  return share_of(groups, int(node));
+  return node_begin(groups, int(node));
 }
 Ints pages_on_(const Tensor& memory) { return pages_on(memory.const_data_ptr(), size_t(memory.numel()) * memory.element_size()); }
-std::tuple<int64_t, int64_t> units_taken_() { return {taken().own, taken().stolen}; }
+std::tuple<int64_t, int64_t> units_taken_() { return {steal_stats().own, steal_stats().stolen}; }
 
 int64_t packed_nbytes(int64_t code, int64_t n, int64_t k) {
   STD_TORCH_CHECK(n > 0, "a matrix needs rows, got ", n);
@@ -73,9 +73,9 @@ Tensor empty_packed(int64_t nbytes, Ints ends) {
 }
 
 // A file's bytes, see cpu/mapped.h.
-Tensor map_file(StringHandle handle) {
+Tensor map_file_(StringHandle handle) {
   const std::string path = text_of(handle);
-  const Mapped file = map_whole(path.c_str());
+  const Mapped file = map_file(path.c_str());
   STD_TORCH_CHECK(file.data, path, ": cannot be opened or mapped");
   const int64_t sizes[1] = {int64_t(file.size)}, strides[1] = {1};
   return torch::stable::from_blob(file.data, {sizes, 1}, {strides, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Byte,
@@ -85,7 +85,7 @@ Tensor map_file(StringHandle handle) {
 bool to_memory_(Tensor& mapped, int64_t begin, int64_t length) {
   STD_TORCH_CHECK(begin >= 0 && length > 0 && begin % int64_t(HUGE_PAGE) == 0 && begin + length <= mapped.numel(),
                   "begin must be a multiple of a huge page inside the file");
-  return to_memory(static_cast<uint8_t*>(mapped.mutable_data_ptr()) + begin, size_t(length));
+  return remap_huge_pages(static_cast<uint8_t*>(mapped.mutable_data_ptr()) + begin, size_t(length));
 }
 
 void populate_(const Tensor& memory) { populate(memory.const_data_ptr(), size_t(memory.numel()) * memory.element_size()); }
@@ -122,11 +122,11 @@ Tensor quantise_rows_(const Tensor& x, int64_t code) {
                   "weights are made in INT8_128, INT4_64, INT4_128, Q4_0 and Q8_0 only, not in type ", code);
   const Layout& layout = layout_of(code, x.size(1));
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1) / layout.block * layout.bytes}, std::make_optional(ScalarType::Byte));
-  quantise_rows(layout, static_cast<const float*>(x.const_data_ptr()), x.size(0), x.size(1), static_cast<uint8_t*>(out.mutable_data_ptr()));
+  quantize_rows(layout, static_cast<const float*>(x.const_data_ptr()), x.size(0), x.size(1), static_cast<uint8_t*>(out.mutable_data_ptr()));
   return out;
 }
 
-Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const Optional& bias, bool all_wide) {
+Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k, const Optional& bias, bool all_bf16) {
   const Layout& layout = layout_of(code, k);
   const uint8_t* data = packed_data(packed, layout, 1, n, k, "packed");
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k && x.is_contiguous(), "x must be contiguous with ", k, " columns");
@@ -134,7 +134,7 @@ Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, i
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   Tensor y = torch::stable::new_empty(x, shape);
-  if (x.numel()) linear(x.const_data_ptr(), ktx_number(x), x.numel() / k, layout, data, n, k, b, y.mutable_data_ptr(), all_wide);
+  if (x.numel()) linear(x.const_data_ptr(), dtype_of(x), x.numel() / k, layout, data, n, k, b, y.mutable_data_ptr(), all_bf16);
   return y;
 }
 
@@ -144,16 +144,16 @@ void wide_rows_(int64_t tokens, Ints ranges) {
   int64_t end = 0;
   for (size_t i = 0; i < ranges.size(); end = ranges[i] + ranges[i + 1], i += 2)
     STD_TORCH_CHECK(ranges[i] >= end && ranges[i + 1] >= 0 && ranges[i] + ranges[i + 1] <= tokens, "ranges must rise up to ", tokens, " rows");
-  wide_rows().tokens = tokens, wide_rows().ranges.assign(ranges.begin(), ranges.end());
+  bf16_rows().tokens = tokens, bf16_rows().ranges.assign(ranges.begin(), ranges.end());
 }
-bool has_wide() { return kernels().wide; }
+bool has_wide() { return kernels().bf16_tiles; }
 
 Tensor linear_batched_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, int64_t k) {
   const Layout& layout = layout_of(code, k);
   STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == k && x.is_contiguous(), "x must be contiguous [matrices, tokens, ", k, "]");
   const uint8_t* data = packed_data(packed, layout, x.size(0), n, k, "packed");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), n});
-  if (x.numel()) linear_batched(x.const_data_ptr(), ktx_number(x), x.size(0), x.size(1), layout, data, n, k, y.mutable_data_ptr());
+  if (x.numel()) linear_batched(x.const_data_ptr(), dtype_of(x), x.size(0), x.size(1), layout, data, n, k, y.mutable_data_ptr());
   return y;
 }
 
@@ -169,12 +169,12 @@ Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const
   STD_TORCH_CHECK(weights.dim() == 2 && weights.size(0) == tokens && weights.size(1) == ids.size(1), "weights must be float32 [tokens, top]");
   const Layout &lg = layout_of(gate_code, hidden), &lu = layout_of(up_code, hidden), &ld = layout_of(down_code, ff);
   Tensor out = torch::stable::new_empty(x, {tokens, hidden});
-  ExpertsCall call{x.const_data_ptr(), out.mutable_data_ptr(), ktx_number(x), static_cast<const int64_t*>(ids.const_data_ptr()),
+  ExpertsCall call{x.const_data_ptr(), out.mutable_data_ptr(), dtype_of(x), static_cast<const int64_t*>(ids.const_data_ptr()),
                    optional_floats(weights, tokens * ids.size(1), "weights"), tokens, ids.size(1), hidden, ff, n_experts,
                    {&lg, packed_data(gate, lg, n_experts, ff, hidden, "gate"), optional_floats(gate_bias, n_experts * ff, "gate_bias")},
                    {&lu, packed_data(up, lu, n_experts, ff, hidden, "up"), optional_floats(up_bias, n_experts * ff, "up_bias")},
                    {&ld, packed_data(down, ld, n_experts, hidden, ff, "down"), optional_floats(down_bias, n_experts * hidden, "down_bias")},
-                   activation(act), float(alpha), float(limit), optional_counts(counts, n_experts)};
+                   activation(act), float(alpha), float(limit), optional_stats(counts, n_experts)};
   if (tokens) experts(call);
   return out;
 }
@@ -238,7 +238,7 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("probe_fma", TORCH_BOX(&probe_fma_));
   m.impl("probe_bf16", TORCH_BOX(&probe_bf16_));
   m.impl("packed_nbytes", TORCH_BOX(&packed_nbytes));
-  m.impl("map_file", TORCH_BOX(&map_file));
+  m.impl("map_file", TORCH_BOX(&map_file_));
   m.impl("empty_packed", TORCH_BOX(&empty_packed));
   m.impl("fast_gemm", TORCH_BOX(&fast_));
   m.impl("idle_seconds", TORCH_BOX(&idle_seconds_));

@@ -19,11 +19,11 @@
 #include "cpu/quant/dtype.h"
 #include "cpu/driver/elementwise.h"
 
-inline ktx::Number ktx_number(const torch::stable::Tensor& t) {
+inline ktx::DType dtype_of(const torch::stable::Tensor& t) {
   using torch::headeronly::ScalarType;
   const ScalarType type = t.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16, "activations must be float32, float16 or bfloat16");
-  return type == ScalarType::Float ? ktx::Number::F32 : type == ScalarType::Half ? ktx::Number::F16 : ktx::Number::BF16;
+  return type == ScalarType::Float ? ktx::DType::F32 : type == ScalarType::Half ? ktx::DType::F16 : ktx::DType::BF16;
 }
 
 namespace ktx {
@@ -53,8 +53,8 @@ inline const float* floats(const Tensor& t, int64_t count, const char* what) {
 
 inline const float* optional_floats(const Optional& t, int64_t count, const char* what) { return t ? floats(*t, count, what) : nullptr; }
 
-// int64 [experts + 2 + nodes]: what is counted, one after another as in Counts.
-inline Counts optional_counts(const Optional& t, int64_t experts) {
+// int64 [experts + 2 + nodes]: what is counted, one after another as in ExpertStats.
+inline ExpertStats optional_stats(const Optional& t, int64_t experts) {
   if (!t) return {};
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->is_contiguous() && t->numel() == experts + 2 + nodes(), "counts must be ", experts + 2 + nodes(), " contiguous int64");
   int64_t* first = static_cast<int64_t*>(t->mutable_data_ptr());
@@ -65,7 +65,7 @@ inline Counts optional_counts(const Optional& t, int64_t experts) {
 inline Strided strided(const Tensor& t, const char* what, bool kept = false) {
   STD_TORCH_CHECK((t.dim() == 3 || t.dim() == 4) && (t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1), what, " must have dense columns");
   const bool heads = t.dim() == 4, blocks = kept && t.scalar_type() == ScalarType::Byte;
-  return {t.const_data_ptr(), blocks ? Number::Q8_0 : ktx_number(t), t.stride(0), heads ? t.stride(1) : 0, t.stride(heads ? 2 : 1)};
+  return {t.const_data_ptr(), blocks ? DType::Q8_0 : dtype_of(t), t.stride(0), heads ? t.stride(1) : 0, t.stride(heads ? 2 : 1)};
 }
 
 // How many columns the last dimension of keys or values stands for.

@@ -26,7 +26,7 @@ Tensor finish(AttentionCall& c, const Tensor& like, const Optional& ranges, cons
   }
   set_masks(c, ranges, mask);
   Tensor out = torch::stable::new_empty(like, {c.batches, c.queries, c.heads, c.dv});
-  c.out = out.mutable_data_ptr(), c.out_type = ktx_number(out);
+  c.out = out.mutable_data_ptr(), c.out_type = dtype_of(out);
   if (out.numel()) attention(c);
   return out;
 }
@@ -72,7 +72,7 @@ Tensor rms_norm_(const Tensor& x, const Tensor& weight, double eps, bool plus_on
   const int64_t width = x.size(x.dim() - 1), rows = x.numel() / (width ? width : 1);
   STD_TORCH_CHECK(x.is_contiguous() && width > 0, "x must be contiguous");
   Tensor y = torch::stable::empty_like(x);
-  rms_norm(x.const_data_ptr(), ktx_number(x), rows, width, width, floats(weight, width, "weight"), float(eps), plus_one, y.mutable_data_ptr());
+  rms_norm(x.const_data_ptr(), dtype_of(x), rows, width, width, floats(weight, width, "weight"), float(eps), plus_one, y.mutable_data_ptr());
   return y;
 }
 
@@ -82,7 +82,7 @@ Tensor rope_(const Tensor& x, const Tensor& cos, const Tensor& sin, bool interle
   STD_TORCH_CHECK(turned % 2 == 0 && turned <= x.size(3) && cos.size(1) == x.size(2) && (tables == 1 || tables == x.size(0)), "cos does not fit x");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
   const int64_t count = tables * x.size(2) * turned;
-  rope({x.const_data_ptr(), y.mutable_data_ptr(), ktx_number(x), x.size(0), x.size(1), x.size(2), x.size(3), turned, x.stride(0), x.stride(1),
+  rope({x.const_data_ptr(), y.mutable_data_ptr(), dtype_of(x), x.size(0), x.size(1), x.size(2), x.size(3), turned, x.stride(0), x.stride(1),
         x.stride(2), floats(cos, count, "cos"), floats(sin, count, "sin"), tables == 1 ? 0 : x.size(2) * turned, interleaved});
   return y;
 }
@@ -106,7 +106,7 @@ void store_q8_0_(const Tensor& x, Tensor& to) {
   STD_TORCH_CHECK(x.dim() == 4 && to.dim() == 4 && to.scalar_type() == ScalarType::Byte, "x and to must be [batch, heads, positions, columns], to in bytes");
   const int64_t columns = x.size(3), heads = x.size(1), positions = x.size(2);
   STD_TORCH_CHECK(to.size(0) == x.size(0) && to.size(1) == heads && to.size(2) == positions && columns_of(to, "to") == columns, "to does not fit x");
-  keep(strided(x, "x"), to.mutable_data_ptr(), strided(to, "to", true), x.size(0), heads, positions, columns);
+  convert_kv(strided(x, "x"), to.mutable_data_ptr(), strided(to, "to", true), x.size(0), heads, positions, columns);
 }
 
 // x [1][head][token][column] into the slots of a pool [page][head][position][column].
@@ -119,7 +119,7 @@ void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
     for (end = first + 1; end < tokens && at[end] == at[end - 1] + 1 && at[end] % page; ++end) {}
     const Strided piece{static_cast<const uint8_t*>(from.data) + first * from.position * int64_t(size_of(from.type)), from.type, 0, from.head, from.position};
     uint8_t* place = static_cast<uint8_t*>(pool.mutable_data_ptr()) + (at[first] / page * to.batch + at[first] % page * to.position) * int64_t(size_of(to.type));
-    keep(piece, place, to, 1, x.size(1), end - first, x.size(3));
+    convert_kv(piece, place, to, 1, x.size(1), end - first, x.size(3));
   }
 }
 
@@ -127,7 +127,7 @@ void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
 Tensor load_q8_0_(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Byte, "x must be [batch, heads, positions, bytes]");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2), columns_of(x, "x")}, std::make_optional(ScalarType::Half));
-  keep(strided(x, "x", true), y.mutable_data_ptr(), strided(y, "y"), x.size(0), x.size(1), x.size(2), y.size(3));
+  convert_kv(strided(x, "x", true), y.mutable_data_ptr(), strided(y, "y"), x.size(0), x.size(1), x.size(2), y.size(3));
   return y;
 }
 
@@ -137,7 +137,7 @@ Tensor gated_(const Tensor& gate, const Tensor& up, StringHandle act_word) {
   STD_TORCH_CHECK(gate.is_contiguous() && up.is_contiguous() && gate.numel() == up.numel() && gate.scalar_type() == up.scalar_type(), "gate and up must be contiguous twins");
   const int which = named<int>(act, {{"silu", SILU}, {"gelu", GELU}, {"gelu_tanh", GELU_TANH}, {"relu", RELU}, {"relu2", RELU2}}, "activation");
   Tensor out = torch::stable::empty_like(gate);
-  gated(which, gate.const_data_ptr(), up.const_data_ptr(), ktx_number(gate), rows, width, width, out.mutable_data_ptr());
+  gated(which, gate.const_data_ptr(), up.const_data_ptr(), dtype_of(gate), rows, width, width, out.mutable_data_ptr());
   return out;
 }
 }  // namespace

@@ -57,13 +57,13 @@ void set_bias(Projection& p, const Optional& bias, const char* what) {
   for (LinearPart& part : p.parts) part.bias = from, from += from ? part.n : 0;
 }
 
-Rotation rotation(const Tensor& cos, const Tensor& sin, int64_t batches, int64_t length, bool interleaved) {
+RopeTables rotation(const Tensor& cos, const Tensor& sin, int64_t batches, int64_t length, bool interleaved) {
   STD_TORCH_CHECK(cos.dim() == 3 && cos.size(1) == length && cos.size(2) % 2 == 0 && (cos.size(0) == 1 || cos.size(0) == batches), "cos does not fit x");
   const int64_t count = cos.size(0) * length * cos.size(2);
   return {floats(cos, count, "cos"), floats(sin, count, "sin"), cos.size(2), cos.size(0) == 1 ? 0 : length * cos.size(2), interleaved};
 }
 
-Cached cached(const Tensor& t, int64_t batches, int64_t heads, int64_t positions, int64_t columns, const char* what) {
+KVStore cached(const Tensor& t, int64_t batches, int64_t heads, int64_t positions, int64_t columns, const char* what) {
   STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batches && t.size(1) == heads && t.size(2) >= positions && columns_of(t, what) == columns,
                   what, " must be [", batches, ", ", heads, ", at least ", positions, ", ", columns, "]");
   return {strided(t, what, true)};
@@ -71,16 +71,16 @@ Cached cached(const Tensor& t, int64_t batches, int64_t heads, int64_t positions
 
 // Where a block's tokens go and what they attend to: `past` positions of every batch and what is appended to them, or slots and sequences on pages.
 struct Past {
-  Places places;
+  KVSlots slots;
   int64_t batches, positions;  // of the tensors that keep them, at least
   std::optional<Ragged> ragged;
-  Past(const Tensor& x, int64_t past, const Tensor& kept, const Optional& sequences, const Optional& pages, const Optional& slots) : places{past, x.size(1), nullptr, 0} {
+  Past(const Tensor& x, int64_t past, const Tensor& kept, const Optional& sequences, const Optional& pages, const Optional& slots) : slots{past, x.size(1), nullptr, 0} {
     batches = x.size(0), positions = past + x.size(1);
     if (!sequences) return;
     STD_TORCH_CHECK(x.size(0) == 1, "sequences on pages come as one batch, found ", x.size(0));
     ragged.emplace(*sequences, pages, kept, x.size(1));
-    places.slots = slots_of(slots, x.size(1), kept), places.page = ragged->page;
-    batches = kept.size(0), positions = places.page;
+    this->slots.slots = slots_of(slots, x.size(1), kept), this->slots.page = ragged->page;
+    batches = kept.size(0), positions = this->slots.page;
   }
   void put(AttentionCall& c, const Optional& ranges, const Optional& mask) const {
     c.keys = positions;
@@ -130,7 +130,7 @@ Past place(B& b, const Call& call, const Tensor& kept, bool interleaved) {
   STD_TORCH_CHECK(kept.dim() == 4 && call.cos && call.sin, "a cache [batch, heads, positions, columns], cos and sin are needed");
   b.batches = call.batches, b.length = call.length;
   Past where(call.x, call.past, kept, call.sequences, call.pages, call.slots);
-  b.places = where.places;
+  b.slots = where.slots;
   b.rotation = rotation(*call.cos, *call.sin, b.batches, b.length, interleaved);
   b.masks.batches = b.batches, b.masks.queries = b.length;
   where.put(b.masks, call.ranges, call.mask);
@@ -162,10 +162,10 @@ class MlaStep : public Step {
   void run(const Call& call, Tensor* kept, const float* x, float* out) const override {
     MlaBlock b = block_;
     const Past where = place(b, call, kept[0], interleaved_);
-    STD_TORCH_CHECK(b.rotation.turned == turned_, "cos has ", b.rotation.turned, " columns, ", turned_, " are turned");
+    STD_TORCH_CHECK(b.rotation.rope_dim == turned_, "cos has ", b.rotation.rope_dim, " columns, ", turned_, " are turned");
     b.latent = cached(kept[0], where.batches, 1, where.positions, b.rank, "latents"), b.rope = cached(kept[1], where.batches, 1, where.positions, turned_, "ropes");
     b.x = x, b.out = out;
-    beside(b, before_, b.batches * b.length, b.hidden, mla_block);
+    with_norm_and_residual(b, before_, b.batches * b.length, b.hidden, mla_block);
   }
 
  private:
@@ -201,10 +201,10 @@ class GqaStep : public Step {
   void run(const Call& call, Tensor* kept, const float* x, float* out) const override {
     GqaBlock b = block_;
     const Past where = place(b, call, kept[0], false);
-    STD_TORCH_CHECK(b.rotation.turned <= b.columns, "cos is wider than a head");
+    STD_TORCH_CHECK(b.rotation.rope_dim <= b.columns, "cos is wider than a head");
     b.keys = cached(kept[0], where.batches, b.kv_heads, where.positions, b.columns, "keys"), b.values = cached(kept[1], where.batches, b.kv_heads, where.positions, b.columns, "values");
     b.x = x, b.out = out;
-    beside(b, before_, b.batches * b.length, b.hidden, gqa_block);
+    with_norm_and_residual(b, before_, b.batches * b.length, b.hidden, gqa_block);
   }
 
  private:
@@ -226,7 +226,7 @@ class MoeStep : public Step {
       set_bias(b.router, router_bias, "router_bias");
       b.route = route, b.route.bias = optional_floats(correction, experts, "correction");
       b.experts.top = route.top, b.experts.inner = ff, b.experts.experts = experts;
-      b.experts.counts = optional_counts(counts, experts);
+      b.experts.stats = optional_stats(counts, experts);
       b.experts.gate = matrices.experts(experts, ff, hidden, "gate"), b.experts.up = matrices.experts(experts, ff, hidden, "up");
       b.experts.down = matrices.experts(experts, hidden, ff, "down");
     }
@@ -243,7 +243,7 @@ class MoeStep : public Step {
     MoeBlock b = block_;
     b.experts.tokens = b.shared.tokens = call.batches * call.length;
     b.x = x, b.out = out;
-    beside(b, before_, b.experts.tokens, hidden, moe_block);
+    with_norm_and_residual(b, before_, b.experts.tokens, hidden, moe_block);
   }
 
  private:

@@ -54,13 +54,13 @@ void linears(Random& random, const Layout& l) {
     for (int64_t tokens : {1, 2, 5, 8, 9, 13, 40, 85}) {
       const std::vector<float> x = random.floats(tokens * k);
       std::vector<float> y(size_t(tokens * n));
-      linear(x.data(), Number::F32, tokens, l, w.data(), n, k, bias.data(), y.data());
+      linear(x.data(), DType::F32, tokens, l, w.data(), n, k, bias.data(), y.data());
     }
   }
   const std::vector<uint8_t> w = random.packed(l, 5, 20, k);
   const std::vector<float> x = random.floats(5 * 3 * k);
   std::vector<float> y(5 * 3 * 20), row(size_t(2 * k));
-  linear_batched(x.data(), Number::F32, 5, 3, l, w.data(), 20, k, y.data());
+  linear_batched(x.data(), DType::F32, 5, 3, l, w.data(), 20, k, y.data());
   const int64_t rows[] = {0, 19};
   unpack_rows(l, w.data(), k, rows, 2, row.data());
 }
@@ -75,40 +75,40 @@ void mixtures(Random& random, const Layout& l, const Layout& down) {
     for (int64_t& id : ids) id = int64_t(random.source() % (count + 2)) - 1;  // some are out of range, some come twice
     std::vector<float> out(size_t(tokens * hidden));
     static int64_t counted[count + 2 + MAX_NODES];  // of all callers
-    const Counts counts{counted, counted + count, counted + count + 1, counted + count + 2};
-    experts({x.data(), out.data(), Number::F32, ids.data(), weights.data(), tokens, top, hidden, inner, count,
+    const ExpertStats counts{counted, counted + count, counted + count + 1, counted + count + 2};
+    experts({x.data(), out.data(), DType::F32, ids.data(), weights.data(), tokens, top, hidden, inner, count,
              {&l, gate.data(), nullptr}, {&l, up.data(), nullptr}, {&down, last.data(), nullptr}, SILU, 0, 0, counts});
   }
 }
 
 // Rows as a cache keeps them, exactly as many bytes as they take.
-std::vector<uint8_t> kept(Random& random, Number type, int64_t rows, int64_t columns) {
-  const int64_t bytes = type == Number::Q8_0 ? columns / Q8_BLOCK * Q8_BYTES : columns * int64_t(size_of(type));
+std::vector<uint8_t> kept(Random& random, DType type, int64_t rows, int64_t columns) {
+  const int64_t bytes = type == DType::Q8_0 ? columns / Q8_BLOCK * Q8_BYTES : columns * int64_t(size_of(type));
   std::vector<uint8_t> data(size_t(rows * bytes));
   for (int64_t r = 0; r < rows; ++r) from_floats(random.floats(columns).data(), type, columns, data.data() + r * bytes);
   return data;
 }
-Strided places(const std::vector<uint8_t>& data, Number type, int64_t heads, int64_t positions) {
+Strided places(const std::vector<uint8_t>& data, DType type, int64_t heads, int64_t positions) {
   const int64_t row = int64_t(data.size() / size_of(type)) / heads / positions;
   return {data.data(), type, heads * positions * row, positions * row, row};
 }
 
 void attentions(Random& random) {
-  for (Number type : {Number::F32, Number::F16, Number::BF16, Number::Q8_0})
+  for (DType type : {DType::F32, DType::F16, DType::BF16, DType::Q8_0})
     for (int64_t queries : {1, 3, 50})
       for (int64_t d : {20, 64, 128}) {
-        if (type == Number::Q8_0 && d % Q8_BLOCK) continue;
+        if (type == DType::Q8_0 && d % Q8_BLOCK) continue;
         const int64_t heads = 6, kv = 2, keys = 300;
         const std::vector<float> q = random.floats(heads * queries * d);
         const std::vector<uint8_t> k = kept(random, type, kv * keys, d), v = kept(random, type, kv * keys, d);
         std::vector<float> out(size_t(heads * queries * d));
         AttentionCall c{};
-        c.q = {q.data(), Number::F32, heads * queries * d, queries * d, d}, c.k = places(k, type, kv, keys), c.v = places(v, type, kv, keys);
+        c.q = {q.data(), DType::F32, heads * queries * d, queries * d, d}, c.k = places(k, type, kv, keys), c.v = places(v, type, kv, keys);
         c.batches = 1, c.heads = heads, c.kv_heads = kv, c.queries = queries, c.keys = keys, c.dk = c.dv = d, c.scale = 0.1f;
-        c.out = out.data(), c.out_type = Number::F32;
+        c.out = out.data(), c.out_type = DType::F32;
         attention(c);
       }
-  for (Number type : {Number::F32, Number::F16, Number::BF16, Number::Q8_0})
+  for (DType type : {DType::F32, DType::F16, DType::BF16, DType::Q8_0})
     for (int64_t heads : {3, 16, 40})
       for (int64_t keys : {1, 13, 700}) {
         const int64_t rank = 96, turned = 32;
@@ -116,10 +116,10 @@ void attentions(Random& random) {
         const std::vector<uint8_t> latent = kept(random, type, keys, rank), rope = kept(random, type, keys, turned);
         std::vector<float> out(size_t(heads * rank));
         AttentionCall c{};
-        c.q = {q.data(), Number::F32, heads * rank, rank, rank}, c.q_rope = {q_rope.data(), Number::F32, heads * turned, turned, turned};
+        c.q = {q.data(), DType::F32, heads * rank, rank, rank}, c.q_rope = {q_rope.data(), DType::F32, heads * turned, turned, turned};
         c.k = c.v = places(latent, type, 1, keys), c.k_rope = places(rope, type, 1, keys);
         c.batches = 1, c.heads = heads, c.kv_heads = 1, c.queries = 1, c.keys = keys, c.dk = c.dv = rank, c.dr = turned, c.scale = 0.1f;
-        c.out = out.data(), c.out_type = Number::F32;
+        c.out = out.data(), c.out_type = DType::F32;
         attention(c);
       }
 }
@@ -130,17 +130,17 @@ void sequences_on_pages(Random& random) {
   const std::vector<int32_t> first{15, 3, 9, 1, 0, 14, 2, 8, 7, 5, 4}, second{6}, third{10, 11};
   const std::vector<Sequence> own{{0, 1, long_one, first.data()}, {1, 64, 64, second.data()}, {65, 3, 70, third.data()}};
   const int64_t queries = 68;
-  for (Number type : {Number::F32, Number::F16, Number::BF16, Number::Q8_0}) {
+  for (DType type : {DType::F32, DType::F16, DType::BF16, DType::Q8_0}) {
     const std::vector<float> q = random.floats(heads * queries * d);
     const std::vector<uint8_t> k = kept(random, type, all * kv * page, d), v = kept(random, type, all * kv * page, d);
     const int64_t row = int64_t(k.size() / size_of(type)) / (all * kv * page);
     std::vector<float> out(size_t(heads * queries * d));
     AttentionCall c{};
-    c.q = {q.data(), Number::F32, heads * queries * d, queries * d, d};
+    c.q = {q.data(), DType::F32, heads * queries * d, queries * d, d};
     c.k = {k.data(), type, kv * page * row, page * row, row}, c.v = {v.data(), type, kv * page * row, page * row, row};
     c.batches = 1, c.heads = heads, c.kv_heads = kv, c.queries = queries, c.keys = page, c.dk = c.dv = d, c.scale = 0.1f;
     c.sequences = own.data(), c.sequence_count = int64_t(own.size()), c.page = page;
-    c.out = out.data(), c.out_type = Number::F32;
+    c.out = out.data(), c.out_type = DType::F32;
     attention(c);
   }
 }

@@ -7,7 +7,7 @@
 namespace ktx {
 struct Strided {  // [batch][head][position][column], columns dense
   const void* data;
-  Number type;
+  DType type;
   int64_t batch, head, position;  // strides in elements, of Q8_0 in bytes
 };
 struct Sequence {  // of a ragged call: its queries are the last of its keys, which lie on pages
@@ -27,7 +27,7 @@ struct AttentionCall {
   const Sequence* sequences;  // of a ragged call, or null: every batch is a sequence, its keys in one piece
   int64_t sequence_count, page;  // page: positions of one, whole blocks of keys
   void* out;              // [batch][query][head][dv] dense, of out_type
-  Number out_type;
+  DType out_type;
 };
 void attention(const AttentionCall& call);
 }  // namespace ktx

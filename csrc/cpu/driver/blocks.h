@@ -21,26 +21,26 @@ struct Norm {  // RMSNorm; weight null: none
 };
 // run(b), on norm(b.x) and plus b.x when `before` has a weight.
 template <class B>
-void beside(B& b, const Norm& before, int64_t rows, int64_t width, void (*run)(const B&)) {
+void with_norm_and_residual(B& b, const Norm& before, int64_t rows, int64_t width, void (*run)(const B&)) {
   if (!before.weight) return run(b);
-  thread_local std::vector<float> normalised;
-  normalised.resize(size_t(rows * width));
-  rms_norm(b.x, Number::F32, rows, width, width, before.weight, before.eps, before.plus_one, normalised.data());
+  thread_local std::vector<float> normalized;
+  normalized.resize(size_t(rows * width));
+  rms_norm(b.x, DType::F32, rows, width, width, before.weight, before.eps, before.plus_one, normalized.data());
   const float* x = b.x;
-  b.x = normalised.data();
+  b.x = normalized.data();
   run(b);
   for (int64_t i = 0; i < rows * width; ++i) b.out[i] += x[i];
 }
-struct Rotation {  // cos and sin [batch][length][turned]; `batch` their stride, 0 when one table serves all
+struct RopeTables {  // cos and sin [batch][length][turned]; `batch` their stride, 0 when one table serves all
   const float *cos, *sin;
-  int64_t turned, batch;
+  int64_t rope_dim, batch;
   bool interleaved;
 };
-struct Cached {  // where keys or values are kept: [batch or page][head][position][column], room for more positions than are used
+struct KVStore {  // where keys or values are kept: [batch or page][head][position][column], room for more positions than are used
   Strided at;
   void write(int64_t batch, int64_t head, int64_t position, const float* row, int64_t columns) const;
 };
-struct Places {  // where the tokens' keys and values go
+struct KVSlots {  // where the tokens' keys and values go
   int64_t past, length;  // of every batch
   const int64_t* slots;  // of a ragged call: page * positions of a page + position; else null
   int64_t page;
@@ -52,14 +52,14 @@ struct MlaBlock {  // see ktx/ops/mla.py, absorbed form
   const float* x;
   float* out;  // both [batch][length][hidden]
   int64_t batches, length, hidden;  // of a ragged call one batch, of all tokens
-  Places places;
+  KVSlots slots;
   Projection q_a, q, kv_a, o;  // q_a without parts: q takes x
   Norm q_norm, kv_norm;
   const Layout *uk_layout, *uv_layout;
   const uint8_t *uk, *uv;  // [heads] x [rank, nope] and [heads] x [values, rank]
   int64_t heads, nope, rank, values;
-  Rotation rotation;
-  Cached latent, rope;
+  RopeTables rotation;
+  KVStore latent, rope;
   AttentionCall masks;  // its masks, scale, sequences and keys
 };
 void mla_block(const MlaBlock& block);
@@ -68,13 +68,13 @@ struct GqaBlock {  // see ktx/ops/attention.py
   const float* x;
   float* out;
   int64_t batches, length, hidden;  // of a ragged call one batch, of all tokens
-  Places places;
+  KVSlots slots;
   Projection q, k, v, o;
   Norm q_norm, k_norm;  // over a head's columns, or over all of them
   bool norm_all;
   int64_t heads, kv_heads, columns;
-  Rotation rotation;
-  Cached keys, values;
+  RopeTables rotation;
+  KVStore keys, values;
   AttentionCall masks;  // its masks, sinks, softcap, scale, sequences and keys
 };
 void gqa_block(const GqaBlock& block);

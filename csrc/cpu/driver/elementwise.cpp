@@ -12,11 +12,11 @@
 
 namespace ktx {
 namespace {
-constexpr int64_t ALONE = 1 << 15;  // below so many elements waking the team costs more than it saves
+constexpr int64_t MIN_PARALLEL_ELEMENTS = 1 << 15;  // below so many elements waking the team costs more than it saves
 
 template <class F>
 void each_row(int64_t rows, int64_t width, F&& body) {
-  if (rows * width < ALONE || rows < 2) {
+  if (rows * width < MIN_PARALLEL_ELEMENTS || rows < 2) {
     for (int64_t r = 0; r < rows; ++r) body(r);
     return;
   }
@@ -28,13 +28,13 @@ void each_row(int64_t rows, int64_t width, F&& body) {
   });
 }
 
-struct Room {  // f32 rows of a thread
+struct RowBuffers {  // f32 rows of a thread
   std::vector<float> a, b;
   void fit(int64_t width) {
     if (int64_t(a.size()) < width) a.resize(width), b.resize(width);
   }
 };
-thread_local Room room;
+thread_local RowBuffers buffers;
 
 // Eight partial sums, so that the compiler may keep them in vector registers.
 float mean_square(const float* x, int64_t n) {
@@ -47,43 +47,43 @@ float mean_square(const float* x, int64_t n) {
 }
 }  // namespace
 
-void rms_norm(const void* x, Number type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps, bool plus_one, void* y) {
+void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps, bool plus_one, void* y) {
   const int64_t size = int64_t(size_of(type));
   each_row(rows, width, [&](int64_t r) {
-    room.fit(width);
-    const float* v = as_floats(static_cast<const uint8_t*>(x) + r * stride * size, type, width, room.a.data());
+    buffers.fit(width);
+    const float* v = as_floats(static_cast<const uint8_t*>(x) + r * stride * size, type, width, buffers.a.data());
     const float inverse = 1.0f / sqrtf(mean_square(v, width) + eps), one = plus_one ? 1.0f : 0.0f;
-    float* out = type == Number::F32 ? reinterpret_cast<float*>(static_cast<uint8_t*>(y) + r * width * size) : room.b.data();
+    float* out = type == DType::F32 ? reinterpret_cast<float*>(static_cast<uint8_t*>(y) + r * width * size) : buffers.b.data();
     for (int64_t i = 0; i < width; ++i) out[i] = v[i] * inverse * (weight[i] + one);
-    if (type != Number::F32) from_floats(out, type, width, static_cast<uint8_t*>(y) + r * width * size);
+    if (type != DType::F32) from_floats(out, type, width, static_cast<uint8_t*>(y) + r * width * size);
   });
 }
 
 void rope(const RopeCall& c) {
-  const int64_t size = int64_t(size_of(c.type)), half = c.turned / 2;
+  const int64_t size = int64_t(size_of(c.type)), half = c.rope_dim / 2;
   each_row(c.batches * c.heads * c.positions, c.width, [&](int64_t r) {
-    room.fit(c.width);
+    buffers.fit(c.width);
     const int64_t p = r % c.positions, h = r / c.positions % c.heads, b = r / c.positions / c.heads;
     const uint8_t* from = static_cast<const uint8_t*>(c.x) + (b * c.batch_stride + h * c.head_stride + p * c.position_stride) * size;
-    const float* v = as_floats(from, c.type, c.width, room.a.data());
-    const float *cos = c.cos + b * c.table_batch + p * c.turned, *sin = c.sin + b * c.table_batch + p * c.turned;
-    float* out = room.b.data();
+    const float* v = as_floats(from, c.type, c.width, buffers.a.data());
+    const float *cos = c.cos + b * c.table_batch + p * c.rope_dim, *sin = c.sin + b * c.table_batch + p * c.rope_dim;
+    float* out = buffers.b.data();
     for (int64_t i = 0; i < half; ++i) {
       const float low = c.interleaved ? v[2 * i] : v[i], high = c.interleaved ? v[2 * i + 1] : v[half + i];
       out[i] = low * cos[i] - high * sin[i];
       out[half + i] = high * cos[half + i] + low * sin[half + i];
     }
-    std::copy(v + c.turned, v + c.width, out + c.turned);
+    std::copy(v + c.rope_dim, v + c.width, out + c.rope_dim);
     from_floats(out, c.type, c.width, static_cast<uint8_t*>(c.y) + r * c.width * size);
   });
 }
 
-void keep(const Strided& from, void* to, const Strided& places, int64_t batches, int64_t heads, int64_t positions, int64_t columns) {
+void convert_kv(const Strided& from, void* to, const Strided& places, int64_t batches, int64_t heads, int64_t positions, int64_t columns) {
   each_row(batches * heads * positions, columns, [&](int64_t r) {
-    room.fit(columns);
+    buffers.fit(columns);
     const int64_t p = r % positions, h = r / positions % heads, b = r / positions / heads;
     const auto at = [&](const Strided& t) { return (b * t.batch + h * t.head + p * t.position) * int64_t(size_of(t.type)); };
-    const float* row = as_floats(static_cast<const uint8_t*>(from.data) + at(from), from.type, columns, room.a.data());
+    const float* row = as_floats(static_cast<const uint8_t*>(from.data) + at(from), from.type, columns, buffers.a.data());
     from_floats(row, places.type, columns, static_cast<uint8_t*>(to) + at(places));
   });
 }
@@ -104,18 +104,18 @@ void largest(const float* values, int64_t n, int64_t count, std::vector<int64_t>
                     [&](int64_t a, int64_t b) { return values[a] != values[b] ? values[a] > values[b] : a < b; });
 }
 
-void keep_groups(const RouteCall& c, float* choice, std::vector<float>& strength, std::vector<int64_t>& order) {
+void mask_groups(const RouteCall& c, float* choice, std::vector<float>& group_score, std::vector<int64_t>& order) {
   const int64_t size = c.experts / c.n_group;
-  strength.resize(c.n_group);
+  group_score.resize(c.n_group);
   for (int64_t g = 0; g < c.n_group; ++g) {
     float first = -std::numeric_limits<float>::infinity(), second = first;
     for (int64_t i = g * size; i < (g + 1) * size; ++i) {
       if (choice[i] > first) second = first, first = choice[i];
       else second = std::max(second, choice[i]);
     }
-    strength[g] = c.groups == Groups::MAX ? first : first + second;
+    group_score[g] = c.groups == Groups::MAX ? first : first + second;
   }
-  largest(strength.data(), c.n_group, c.topk_group, order);
+  largest(group_score.data(), c.n_group, c.topk_group, order);
   for (int64_t i = c.topk_group; i < c.n_group; ++i)
     std::fill_n(choice + order[i] * size, size, -std::numeric_limits<float>::infinity());
 }
@@ -123,16 +123,16 @@ void keep_groups(const RouteCall& c, float* choice, std::vector<float>& strength
 
 void route(const RouteCall& c) {
   each_row(c.tokens, c.experts * 8, [&](int64_t t) {
-    thread_local std::vector<float> strength;
+    thread_local std::vector<float> group_score;
     thread_local std::vector<int64_t> order;
-    room.fit(c.experts);
+    buffers.fit(c.experts);
     const float* logits = c.logits + t * c.experts;
-    float *scores = room.a.data(), *choice = room.b.data();
+    float *scores = buffers.a.data(), *choice = buffers.b.data();
     if (c.scoring == Scoring::SOFTMAX) softmax(logits, c.experts, scores);
     else
       for (int64_t i = 0; i < c.experts; ++i) scores[i] = c.scoring == Scoring::SIGMOID ? 1.0f / (1.0f + expf(-logits[i])) : logits[i];
     for (int64_t i = 0; i < c.experts; ++i) choice[i] = scores[i] + (c.bias ? c.bias[i] : 0.0f);
-    if (c.groups != Groups::NONE && c.n_group > 1) keep_groups(c, choice, strength, order);
+    if (c.groups != Groups::NONE && c.n_group > 1) mask_groups(c, choice, group_score, order);
     largest(choice, c.experts, c.top, order);
     float* weights = c.weights + t * c.top;
     float sum = 0;
@@ -142,17 +142,17 @@ void route(const RouteCall& c) {
   });
 }
 
-void gated(int act, const void* gate, const void* up, Number type, int64_t rows, int64_t width, int64_t stride, void* out) {
+void gated(int act, const void* gate, const void* up, DType type, int64_t rows, int64_t width, int64_t stride, void* out) {
   const int64_t size = int64_t(size_of(type)), padded = (width + 15) / 16 * 16;
   each_row(rows, width, [&](int64_t r) {
-    room.fit(padded);
+    buffers.fit(padded);
     const uint8_t *g = static_cast<const uint8_t*>(gate) + r * stride * size, *u = static_cast<const uint8_t*>(up) + r * stride * size;
-    const float* gf = as_floats(g, type, width, room.a.data());
-    const float* uf = as_floats(u, type, width, room.b.data());
-    if (gf != room.a.data()) std::copy(gf, gf + width, room.a.data());
-    if (uf != room.b.data()) std::copy(uf, uf + width, room.b.data());
-    kernels().gate(Activation(act), 0, 0, room.a.data(), room.b.data(), room.a.data(), padded);
-    from_floats(room.a.data(), type, width, static_cast<uint8_t*>(out) + r * width * size);
+    const float* gf = as_floats(g, type, width, buffers.a.data());
+    const float* uf = as_floats(u, type, width, buffers.b.data());
+    if (gf != buffers.a.data()) std::copy(gf, gf + width, buffers.a.data());
+    if (uf != buffers.b.data()) std::copy(uf, uf + width, buffers.b.data());
+    kernels().gated_activation(Activation(act), 0, 0, buffers.a.data(), buffers.b.data(), buffers.a.data(), padded);
+    from_floats(buffers.a.data(), type, width, static_cast<uint8_t*>(out) + r * width * size);
   });
 }
 }  // namespace ktx

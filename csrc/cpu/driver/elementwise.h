@@ -7,13 +7,13 @@
 
 namespace ktx {
 // y = x / sqrt(mean(x^2) + eps) * (weight or 1 + weight), row by row; x rows `stride` elements apart
-void rms_norm(const void* x, Number type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps, bool plus_one, void* y);
+void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps, bool plus_one, void* y);
 // x [batch][head][position][width] with the strides of its three outer dimensions -> y dense; cos and sin f32 [batch][position][turned]
 struct RopeCall {
   const void* x;
   void* y;
-  Number type;
-  int64_t batches, heads, positions, width, turned, batch_stride, head_stride, position_stride;
+  DType type;
+  int64_t batches, heads, positions, width, rope_dim, batch_stride, head_stride, position_stride;
   const float *cos, *sin;
   int64_t table_batch;  // stride of a sequence in cos and sin; 0 when one table serves all
   bool interleaved;     // pairs (2i, 2i+1) in, halves out
@@ -21,7 +21,7 @@ struct RopeCall {
 void rope(const RopeCall& call);
 
 // Copies [batch][head][position][column] into another type: keys and values on their way into a cache, or out of it.
-void keep(const Strided& from, void* to, const Strided& places, int64_t batches, int64_t heads, int64_t positions, int64_t columns);
+void convert_kv(const Strided& from, void* to, const Strided& places, int64_t batches, int64_t heads, int64_t positions, int64_t columns);
 
 enum class Scoring { SOFTMAX, SIGMOID, SOFTMAX_TOPK };
 enum class Groups { NONE, MAX, TOP2 };
@@ -38,5 +38,5 @@ struct RouteCall {
 };
 void route(const RouteCall& call);
 // out = act(gate) * up; gate and up rows of `width` may be `stride` apart (halves of one tensor), out dense
-void gated(int act, const void* gate, const void* up, Number type, int64_t rows, int64_t width, int64_t stride, void* out);
+void gated(int act, const void* gate, const void* up, DType type, int64_t rows, int64_t width, int64_t stride, void* out);
 }  // namespace ktx

@@ -13,7 +13,7 @@ struct ExpertMatrix {  // the matrices of all experts, one after another
   const float* bias;  // [experts][rows] or null
 };
 // What is counted of a layer's experts: every call adds to it, others may read meanwhile.
-struct Counts {
+struct ExpertStats {
   int64_t* activations = nullptr;  // [experts] choices of each; null: nothing is counted
   int64_t* bytes = nullptr;        // of packed weights that were read: of every pass over them, those of its distinct experts
   int64_t* nanoseconds = nullptr;  // from the calls' beginning to their end
@@ -22,14 +22,14 @@ struct Counts {
 struct ExpertsCall {
   const void* x;           // [tokens][hidden] of `type`
   void* out;               // [tokens][hidden] of `type`
-  Number type;
+  DType type;
   const int64_t* ids;      // [tokens][top]; an id outside 0..experts-1 is skipped
   const float* weights;    // [tokens][top]
   int64_t tokens, top, hidden, inner, experts;
   ExpertMatrix gate, up, down;
   Activation act;
   float alpha, limit;
-  Counts counts = {};
+  ExpertStats stats = {};
 };
 void experts(const ExpertsCall& call);
 }  // namespace ktx

@@ -41,24 +41,24 @@ class Scratch {
 inline size_t tokens_bytes(int64_t rows, int64_t k, bool ints, bool floats) {
   return (ints ? size_t(rows) * k * 2 + 7 * 64 : 0) + (floats ? size_t(rows) * k * 6 + 128 : 0);
 }
-inline Tokens take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool floats, bool wide) {
-  Tokens t;
-  t.k = k, t.wide = wide;
-  if (ints && !wide) {
+inline ActTiles take_tokens(Scratch& s, int64_t rows, int64_t k, bool ints, bool floats, bool bf16) {
+  ActTiles t;
+  t.k = k, t.bf16 = bf16;
+  if (ints && !bf16) {
     t.q = s.take<int8_t>(rows * k);
     t.scale = s.take<float>(rows * (k / 32)), t.sum16 = s.take<int32_t>(rows * (k / 16)), t.sum32 = s.take<int32_t>(rows * (k / 32));
     t.part16 = s.take<float>(rows * (k / 16)), t.part32 = s.take<float>(rows * (k / 32));
   }
   if (floats) t.f = s.take<float>(rows * k);
-  if ((floats && kernels().pairs && k % kernels().pairs == 0) || (ints && wide)) t.pair = s.take<uint32_t>(rows * (k / 2));
+  if ((floats && kernels().bf16_columns && k % kernels().bf16_columns == 0) || (ints && bf16)) t.pair = s.take<uint32_t>(rows * (k / 2));
   return t;
 }
 // The n tokens from row `first` on, cut into tiles for these kernels.
-inline Tokens slice(const Tokens& all, int64_t first, int n, const Kernels& kernels) {
-  Tokens t = all;
+inline ActTiles slice(const ActTiles& all, int64_t first, int n, const Kernels& kernels) {
+  ActTiles t = all;
   const int64_t k = all.k;
   t.n = n;
-  t.tiles = t.wide ? (n + WIDE_TILE - 1) / WIDE_TILE : n <= kernels.few && !all.f ? 1 : (n + kernels.tile - 1) / kernels.tile;
+  t.tiles = t.bf16 ? (n + BF16_TILE_TOKENS - 1) / BF16_TILE_TOKENS : n <= kernels.gemv_tokens && !all.f ? 1 : (n + kernels.tile_tokens - 1) / kernels.tile_tokens;
   if (all.q) {
     t.q += first * k, t.scale += first * (k / 32);
     t.sum16 += first * (k / 16), t.sum32 += first * (k / 32), t.part16 += first * (k / 16), t.part32 += first * (k / 32);

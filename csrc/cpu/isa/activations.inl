@@ -1,5 +1,5 @@
 // Activations.
-static void quantise(const float* x, int64_t step, int64_t k, RowView out) {
+static void quantize(const float* x, int64_t step, int64_t k, RowView out) {
   for (int64_t b = 0; b < k / 32; ++b, x += 2 * step) {
     const F lo = loadf(x), hi = loadf(x + step);
     // As integers, so that a NaN is the largest of all: it must reach the scale, because its code cannot show it.
@@ -14,13 +14,13 @@ static void quantise(const float* x, int64_t step, int64_t k, RowView out) {
   }
 }
 
-static void place(const RowView& row, const Tokens& to, Spot token, int64_t from, int64_t length) {
+static void scatter(const RowView& row, const ActTiles& to, TileSlot token, int64_t from, int64_t length) {
   const int first = token.first, T = token.count, t = token.at;
   const int64_t at16 = first * (to.k / 16) + from / 16 * T + t, at32 = first * (to.k / 32) + from / 32 * T + t;
   int32_t *q = reinterpret_cast<int32_t*>(to.q + first * to.k + from * T) + t, *s16 = to.sum16 + at16, *s32 = to.sum32 + at32;
   float *scale = to.scale + at32, *p16 = to.part16 + at16, *p32 = to.part32 + at32;
-#ifdef KTX_TILES
-  if (to.n > KTX_FEW) {
+#ifdef KTX_AMX
+  if (to.n > KTX_GEMV_TOKENS) {
     int8_t* rows = to.q + first * to.k + from * T + t * 32;
     for (int64_t i = 0; i < length; i += 32) __builtin_memcpy(rows + i * T, row.q + i, 32);
   } else
@@ -37,7 +37,7 @@ static void place(const RowView& row, const Tokens& to, Spot token, int64_t from
   }
 }
 
-static void place_floats(const float* x, const Tokens& to, Spot token, int64_t from, int64_t length) {
+static void scatter_floats(const float* x, const ActTiles& to, TileSlot token, int64_t from, int64_t length) {
   const int first = token.first, T = token.count, t = token.at;
   if (to.f) {
     float* f = to.f + first * to.k + from * T + t;
@@ -45,8 +45,8 @@ static void place_floats(const float* x, const Tokens& to, Spot token, int64_t f
   }
 #ifdef KTX_BF16
   if (!to.pair) return;
-#ifdef KTX_TILES
-  if (to.wide) {
+#ifdef KTX_AMX
+  if (to.bf16) {
     uint32_t* rows = to.pair + first * (to.k / 2) + from / 2 * T + t * 16;
     for (int64_t i = 0; i < length; i += 32) store(rows + i / 2 * T, bf16_pairs(loadf(x + i), loadf(x + i + 16)));
     return;
@@ -64,11 +64,11 @@ static void place_floats(const float* x, const Tokens& to, Spot token, int64_t f
 #endif
 }
 
-static void write(const float* x, int64_t step, int64_t groups, Number type, void* out) {
+static void write(const float* x, int64_t step, int64_t groups, DType type, void* out) {
   uint8_t* to = static_cast<uint8_t*>(out);
-  if (type == Number::F32)
+  if (type == DType::F32)
     for (; groups; --groups, x += step, to += 64) storef(reinterpret_cast<float*>(to), loadf(x));
-  else if (type == Number::BF16)
+  else if (type == DType::BF16)
     for (; groups; --groups, x += step, to += 32) store_bf16(to, loadf(x));
   else
     for (; groups; --groups, x += step, to += 32) store_f16(to, loadf(x));
@@ -98,7 +98,7 @@ AI F exp_(F x) {
 }
 AI F sigmoid(F x) { return divf(setf(1), addf(setf(1), exp_(mulf(x, setf(-1))))); }
 
-static void gate(Activation act, float alpha, float limit, const float* g, const float* u, float* out, int64_t n) {
+static void gated_activation(Activation act, float alpha, float limit, const float* g, const float* u, float* out, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
     F a = loadf(g + i), b = loadf(u + i);
     if (act == SILU) a = mulf(a, sigmoid(a));

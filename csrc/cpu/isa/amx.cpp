@@ -12,10 +12,10 @@
 #define AI inline __attribute__((always_inline))
 #define KTX_VBMI
 #define KTX_BF16
-#define KTX_TILES
+#define KTX_AMX
 #define KTX_UNROLL _Pragma("GCC unroll 16")
-#define KTX_TILE 16
-#define KTX_FEW 8
+#define KTX_TILE_TOKENS 16
+#define KTX_GEMV_TOKENS 8
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16")
 
@@ -29,6 +29,6 @@ namespace {
 }  // namespace amx
 
 constinit const Kernels AMX_KERNELS = amx::kernel_table(32, true);
-void tile_dot_amx(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) { amx::one_product(kind, rows, bytes, a, b, c); }
+void tile_dot_amx(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) { amx::tile_product(kind, rows, bytes, a, b, c); }
 }  // namespace ktx
 #pragma GCC pop_options

@@ -1,16 +1,16 @@
 // Many tokens over tile registers in bf16: a span of weights of any type is expanded to pairs of bf16, scales and minimums included, so that sums stay
 // in their tile until the span ends and nothing has to be scaled after. Weights and activations lose 0.1 to 0.2 % each by rounding to eight bits.
 
-constexpr int WIDE_STEP = 32;  // columns of a product
-constexpr int WIDE_GROUPS = 4;  // expanded at once: tokens come from the second-level cache for all of them, which is what many tokens wait for
-static_assert(WIDE_GROUPS * SPAN * 16 * 2 <= WORK_BYTES, "groups of a span in bf16");
+constexpr int PRODUCT_COLUMNS = 32;  // columns of a product
+constexpr int GROUPS_AT_ONCE = 4;  // expanded at once: tokens come from the second-level cache for all of them, which is what many tokens wait for
+static_assert(GROUPS_AT_ONCE * SPAN * 16 * 2 <= WORK_BYTES, "groups of a span in bf16");
 
 // A span of a group as pairs of bf16, [column/2][16 rows].
-template <class D> struct WideInts {
+template <class D> struct Bf16FromInts {
   static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t from, int length, uint32_t* to, const uint8_t* next) {
     typedef Traits<D> R;
     constexpr int CENTRE = D::SIGNED ? 128 : D::OFFSET;
-    span_at<D>(l, group, k, from + length, next, 1).fetch();
+    next_span<D>(l, group, k, from + length, next, 1).fetch();
     for (int at = 0; at < length; at += D::BLOCK) {
       const Block b = block_at(l, group, k, (from + at) / D::BLOCK);
       const typename D::Head head = D::head(b);
@@ -26,7 +26,7 @@ template <class D> struct WideInts {
           const auto value = [&](V byte_in_place) { return fma(as_float(with_bits(set(0x3f800000), byte_in_place, set(0x7f8000))), by, base); };
 #pragma GCC unroll 8
           for (int g = p * D::SUB / 4; g < (p + 1) * D::SUB / 4; ++g) {
-            const V c = D::SIGNED && !(D::CARRIED && SIGNED_OFFSET) ? xor_(w[g], set8(128)) : w[g];
+            const V c = D::SIGNED && !(D::WITH_OFFSET && SIGNED_OFFSET) ? xor_(w[g], set8(128)) : w[g];
             store(to + 2 * g * 16, paired(value(shl(c, 15)), value(shl(c, 7))));
             store(to + (2 * g + 1) * 16, paired(value(shr(c, 1)), value(shr(c, 9))));
           }
@@ -35,7 +35,7 @@ template <class D> struct WideInts {
     }
   }
 };
-template <class L> struct WideFloats {
+template <class L> struct Bf16FromFloats {
   static void expand(const Layout&, const uint8_t* group, int64_t k, int64_t from, int length, uint32_t* to, const uint8_t*) {
     for (int at = 0; at < length; at += FLOAT_SPAN) {
       const int columns = length - at < FLOAT_SPAN ? length - at : FLOAT_SPAN;
@@ -57,9 +57,9 @@ template <class L> struct WideFloats {
 // R groups times N tiles of tokens (of rows[0] and rows[1] tokens) over `steps` products, four sums at once at most: a chain of products alone would wait
 // for itself. Sums go on from `out` unless it is the first span.
 template <int R, int N>
-static void multiply_wide_block(const uint32_t* w, int steps, const uint32_t* x0, const uint32_t* x1, const int* rows, bool first, float* out0, float* out1, size_t stride) {
+static void amx_bf16_block(const uint32_t* w, int steps, const uint32_t* x0, const uint32_t* x1, const int* rows, bool first, float* out0, float* out1, size_t stride) {
   static_assert(R * N <= 4, "four tiles hold sums");
-  constexpr int PRODUCT = WIDE_STEP / 2 * 16, GROUP = SPAN / 2 * 16;
+  constexpr int PRODUCT = PRODUCT_COLUMNS / 2 * 16, GROUP = SPAN / 2 * 16;
 #define KTX_EACH_SUM(X) X(0) X(1) X(2) X(3)  // sum i: of group i / N and of tile i % N
   if (first) {
 #define X(i) if (i < R * N) tile_zero<i>();
@@ -86,7 +86,7 @@ static void multiply_wide_block(const uint32_t* w, int steps, const uint32_t* x0
 #undef KTX_EACH_SUM
 }
 
-template <class W, int R> static void multiply_wide_groups(const Layout& l, const uint8_t* packed, const Tokens& x, float* out, uint32_t* span, const uint8_t* next) {
+template <class W, int R> static void amx_bf16_groups(const Layout& l, const uint8_t* packed, const ActTiles& x, float* out, uint32_t* span, const uint8_t* next) {
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
   int configured[2] = {0, 0};
   for (int64_t from = 0; from < x.k; from += SPAN) {
@@ -99,23 +99,23 @@ template <class W, int R> static void multiply_wide_groups(const Layout& l, cons
       const auto pairs = [&](int token, int count) { return x.pair + token * (x.k / 2) + from / 2 * count; };
       const uint32_t *x0 = pairs(first, rows[0]), *x1 = two ? pairs(second, rows[1]) : nullptr;
       float *out0 = out + first * 16, *out1 = out + second * 16;
-      const int steps = length / WIDE_STEP;
+      const int steps = length / PRODUCT_COLUMNS;
       constexpr int BOTH = R < 2 ? R : 2;
-      if (!two) multiply_wide_block<R, 1>(span, steps, x0, x1, rows, from == 0, out0, out1, stride);
+      if (!two) amx_bf16_block<R, 1>(span, steps, x0, x1, rows, from == 0, out0, out1, stride);
       else
         for (int r = 0; r < R; r += BOTH)
-          multiply_wide_block<BOTH, 2>(span + r * SPAN / 2 * 16, steps, x0, x1, rows, from == 0, out0 + r * stride, out1 + r * stride, stride);
+          amx_bf16_block<BOTH, 2>(span + r * SPAN / 2 * 16, steps, x0, x1, rows, from == 0, out0 + r * stride, out1 + r * stride, stride);
     }
   }
 }
 
-template <class W> static void multiply_wide(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work, const uint8_t* next) {
+template <class W> static void amx_bf16_gemm(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work, const uint8_t* next) {
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
   uint32_t* span = reinterpret_cast<uint32_t*>(work);
   for (int g = 0, some; g < groups; g += some, packed += some * group, out += some * stride) {
-    some = groups - g >= WIDE_GROUPS ? WIDE_GROUPS : groups - g >= 2 ? 2 : 1;
+    some = groups - g >= GROUPS_AT_ONCE ? GROUPS_AT_ONCE : groups - g >= 2 ? 2 : 1;
     const uint8_t* then = g + some < groups ? packed + some * group : next;
-    (some == WIDE_GROUPS ? multiply_wide_groups<W, WIDE_GROUPS> : some == 2 ? multiply_wide_groups<W, 2> : multiply_wide_groups<W, 1>)(l, packed, x, out, span, then);
+    (some == GROUPS_AT_ONCE ? amx_bf16_groups<W, GROUPS_AT_ONCE> : some == 2 ? amx_bf16_groups<W, 2> : amx_bf16_groups<W, 1>)(l, packed, x, out, span, then);
   }
   tiles_end();
 }

@@ -8,11 +8,11 @@
 #include "cpu/isa/scalar_lanes.h"
 #include "cpu/quant/dtype.h"
 
-#define KTX_TILES
+#define KTX_AMX
 #define KTX_UNROLL  // a lane of the model is a loop: sixteen vectors of them side by side take the compiler minutes
 #define KTX_BF16
-#define KTX_TILE 16
-#define KTX_FEW 2
+#define KTX_TILE_TOKENS 16
+#define KTX_GEMV_TOKENS 2
 
 namespace ktx {
 namespace amxmodel {
@@ -24,5 +24,5 @@ namespace {
 }  // namespace amxmodel
 
 constinit const Kernels AMXMODEL_KERNELS = amxmodel::kernel_table(32, true);
-void tile_dot_model(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) { amxmodel::one_product(kind, rows, bytes, a, b, c); }
+void tile_dot_model(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) { amxmodel::tile_product(kind, rows, bytes, a, b, c); }
 }  // namespace ktx

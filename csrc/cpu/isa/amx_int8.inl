@@ -5,18 +5,18 @@
 constexpr int TILE_TOKENS = 16;
 
 struct Sums { alignas(64) int32_t at[TILE_TOKENS][16]; };
-constexpr int IN_FLIGHT = 4;  // tiles of sums: while four are multiplied the four before them are added, for a tile's way to memory takes longer than its products
+constexpr int TILES_IN_FLIGHT = 4;  // tiles of sums: while four are multiplied the four before them are added, for a tile's way to memory takes longer than its products
 
 // Sixteen vectors by name: as an array they would live in memory, for the tiles' assembly stands between their uses.
 #define KTX_EACH_TOKEN(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
 
 // One group of rows times T tokens (T: rounded up to a multiple of four; what lies past the end is not stored).
 template <class D, int T>
-static void multiply_sums(const Span& span, int length, const int8_t* q, int tokens, const float* scales, const float* parts, float* out) {
+static void amx_int8_group(const Span& span, int length, const int8_t* q, int tokens, const float* scales, const float* parts, float* out) {
 #define X(t) F total##t = t < T && t < tokens ? loadf(out + t * 16) : zero();
   KTX_EACH_TOKEN(X)
 #undef X
-  Sums sums[2][IN_FLIGHT];
+  Sums sums[2][TILES_IN_FLIGHT];
   const int count = length / D::SUB;
   const auto product = [&](auto place, int s, Sums& to) __attribute__((always_inline)) {
     constexpr int C = decltype(place)::value, A = 4 + C % 2, B = 6 + C % 2;
@@ -35,11 +35,11 @@ static void multiply_sums(const Span& span, int length, const int8_t* q, int tok
     const F scale = loadf(span.scale + (s) * 16), minimum = D::MINIMUM ? loadf(span.minimum + (s) * 16) : zero();         \
     KTX_EACH_TOKEN(X)                                                                                                     \
   }
-  for (int s = 0; s < count + IN_FLIGHT; s += IN_FLIGHT) {
-    Sums *now = sums[s / IN_FLIGHT % 2], *before = sums[1 - s / IN_FLIGHT % 2];
+  for (int s = 0; s < count + TILES_IN_FLIGHT; s += TILES_IN_FLIGHT) {
+    Sums *now = sums[s / TILES_IN_FLIGHT % 2], *before = sums[1 - s / TILES_IN_FLIGHT % 2];
 #define KTX_STEP(C)                                                              \
   if (s + C < count) product(Int<C>(), s + C, now[C]);                           \
-  if (s && s - IN_FLIGHT + C < count) KTX_ADD(before + C, s - IN_FLIGHT + C)
+  if (s && s - TILES_IN_FLIGHT + C < count) KTX_ADD(before + C, s - TILES_IN_FLIGHT + C)
     KTX_STEP(0) KTX_STEP(1) KTX_STEP(2) KTX_STEP(3)
   }
 #undef KTX_STEP
@@ -50,10 +50,10 @@ static void multiply_sums(const Span& span, int length, const int8_t* q, int tok
 #undef X
 }
 
-template <class D> static void multiply_tiles(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work, const uint8_t* next) {
+template <class D> static void amx_int8_gemm(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work, const uint8_t* next) {
   typedef Shape<D::SUB, D::SIGNED, 0, D::MINIMUM> S;
   typedef void (*Kernel)(const Span&, int, const int8_t*, int, const float*, const float*, float*);
-  static const Kernel table[] = {multiply_sums<S, 4>, multiply_sums<S, 8>, multiply_sums<S, 12>, multiply_sums<S, 16>};
+  static const Kernel table[] = {amx_int8_group<S, 4>, amx_int8_group<S, 8>, amx_int8_group<S, 12>, amx_int8_group<S, 16>};
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
   const float* parts = D::SUB == 16 ? x.part16 : x.part32;
   Span& span = *reinterpret_cast<Span*>(work);
@@ -62,7 +62,7 @@ template <class D> static void multiply_tiles(const Layout& l, const uint8_t* pa
     __builtin_memset(out, 0, stride * sizeof(float));
     for (int64_t from = 0; from < x.k; from += SPAN) {
       const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
-      span_at<D>(l, packed, x.k, from + length, g + 1 < groups ? packed + group : next, 1).fetch();
+      next_span<D>(l, packed, x.k, from + length, g + 1 < groups ? packed + group : next, 1).fetch();
       expand<D, true>(l, packed, x.k, from, length, span);
       for (int tile = 0; tile < x.tiles; ++tile) {
         const int first = x.start(tile), tokens = x.start(tile + 1) - first;
@@ -76,7 +76,7 @@ template <class D> static void multiply_tiles(const Layout& l, const uint8_t* pa
 }
 
 // What is tested against the other back end: one product.
-static void one_product(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) {
+static void tile_product(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) {
   tiles_begin(rows, rows, bytes);
   tile_load<0>(c, 64), tile_load<4>(a, bytes), tile_load<6>(b, 64);
   if (kind == SSD) tile_dot_bytes<0, 4, 6>();

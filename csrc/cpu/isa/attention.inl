@@ -1,9 +1,9 @@
 // Attention on f32 blocks, over the verbs of one instruction set. Rows of keys and values are contiguous.
 
-static void convert(const void* from, Number type, int64_t n, float* to) {
+static void convert(const void* from, DType type, int64_t n, float* to) {
   const uint8_t* p = static_cast<const uint8_t*>(from);
   int64_t i = 0;
-  if (type == Number::Q8_0) {
+  if (type == DType::Q8_0) {
     for (; i < n; i += Q8_BLOCK, p += Q8_BYTES) {
       uint16_t scale;
       __builtin_memcpy(&scale, p, 2);
@@ -13,18 +13,18 @@ static void convert(const void* from, Number type, int64_t n, float* to) {
     }
     return;
   }
-  if (type == Number::F16)
+  if (type == DType::F16)
     for (; i + 16 <= n; i += 16) storef(to + i, load_f16(p + 2 * i));
-  else if (type == Number::BF16)
+  else if (type == DType::BF16)
     for (; i + 16 <= n; i += 16) storef(to + i, as_float(shl(load_u16(p + 2 * i), 16)));
   else
     for (; i + 16 <= n; i += 16) storef(to + i, loadf(reinterpret_cast<const float*>(p) + i));
   for (; i < n; ++i) {
     uint16_t h = 0;
-    if (type == Number::F32) __builtin_memcpy(to + i, p + 4 * i, 4);
+    if (type == DType::F32) __builtin_memcpy(to + i, p + 4 * i, 4);
     else {
       __builtin_memcpy(&h, p + 2 * i, 2);
-      to[i] = type == Number::F16 ? from_f16(h) : from_bf16(h);
+      to[i] = type == DType::F16 ? from_f16(h) : from_bf16(h);
     }
   }
 }
@@ -52,7 +52,7 @@ template <int R, int C> static void score_tile(const float* q, const float* k, i
     for (int c = 0; c < C; ++c) {
       float s = sum_lanes(acc[r * C + c]);
       for (int i = at; i < d; ++i) s += q[r * d + i] * k[c * d + i];
-      scores[r * KEYS + c] = s;
+      scores[r * BLOCK_KEYS + c] = s;
     }
 }
 
@@ -60,47 +60,47 @@ static void score(const float* q, const float* k, int queries, int keys, int d, 
   int r = 0;
   for (; r + 4 <= queries; r += 4) {
     int c = 0;
-    for (; c + 4 <= keys; c += 4) score_tile<4, 4>(q + r * d, k + c * d, d, scores + r * KEYS + c);
-    for (; c < keys; ++c) score_tile<4, 1>(q + r * d, k + c * d, d, scores + r * KEYS + c);
+    for (; c + 4 <= keys; c += 4) score_tile<4, 4>(q + r * d, k + c * d, d, scores + r * BLOCK_KEYS + c);
+    for (; c < keys; ++c) score_tile<4, 1>(q + r * d, k + c * d, d, scores + r * BLOCK_KEYS + c);
   }
   for (; r < queries; ++r) {
     int c = 0;
-    for (; c + 4 <= keys; c += 4) score_tile<1, 4>(q + r * d, k + c * d, d, scores + r * KEYS + c);
-    for (; c < keys; ++c) score_tile<1, 1>(q + r * d, k + c * d, d, scores + r * KEYS + c);
+    for (; c + 4 <= keys; c += 4) score_tile<1, 4>(q + r * d, k + c * d, d, scores + r * BLOCK_KEYS + c);
+    for (; c < keys; ++c) score_tile<1, 1>(q + r * d, k + c * d, d, scores + r * BLOCK_KEYS + c);
   }
 }
 
-static void soften(float* scores, int queries, int keys, int dv, Running state) {
+static void online_softmax(float* scores, int queries, int keys, int dv, SoftmaxState state) {
   for (int r = 0; r < queries; ++r) {
-    float *row = scores + r * KEYS, *out = state.out + int64_t(r) * dv, most = state.most[r];
-    for (int c = 0; c < keys; ++c) most = row[c] > most ? row[c] : most;
-    if (most == -__builtin_inff()) {  // nothing visible yet
+    float *row = scores + r * BLOCK_KEYS, *out = state.out + int64_t(r) * dv, row_max = state.row_max[r];
+    for (int c = 0; c < keys; ++c) row_max = row[c] > row_max ? row[c] : row_max;
+    if (row_max == -__builtin_inff()) {  // nothing visible yet
       for (int c = 0; c < keys; ++c) row[c] = 0;
       continue;
     }
-    for (int c = keys; c < KEYS; ++c) row[c] = -__builtin_inff();
+    for (int c = keys; c < BLOCK_KEYS; ++c) row[c] = -__builtin_inff();
     F sum = zero();
-    for (int c = 0; c < KEYS; c += 16) {
+    for (int c = 0; c < BLOCK_KEYS; c += 16) {
       const F x = loadf(row + c);
       // exp_ clamps its argument, so what is masked (-inf) is set to zero here: x > -1e30 as a 0/1 factor
       const F seen = minf(maxf(addf(x, setf(1e30f)), setf(0)), setf(1));
-      const F share = mulf(exp_(maxf(addf(x, setf(-most)), setf(-126.0f))), seen);
-      storef(row + c, share);
-      sum = addf(sum, share);
+      const F prob = mulf(exp_(maxf(addf(x, setf(-row_max)), setf(-126.0f))), seen);
+      storef(row + c, prob);
+      sum = addf(sum, prob);
     }
-    const float old = state.most[r];
-    const float fade = old == -__builtin_inff() ? 0.0f : expf(old - most);
-    state.sum[r] = state.sum[r] * fade + sum_lanes(sum);
-    state.most[r] = most;
-    if (fade != 1.0f) {
+    const float old = state.row_max[r];
+    const float rescale = old == -__builtin_inff() ? 0.0f : expf(old - row_max);
+    state.sum[r] = state.sum[r] * rescale + sum_lanes(sum);
+    state.row_max[r] = row_max;
+    if (rescale != 1.0f) {
       int i = 0;
-      for (; i + 16 <= dv; i += 16) storef(out + i, mulf(loadf(out + i), setf(fade)));
-      for (; i < dv; ++i) out[i] *= fade;
+      for (; i + 16 <= dv; i += 16) storef(out + i, mulf(loadf(out + i), setf(rescale)));
+      for (; i < dv; ++i) out[i] *= rescale;
     }
   }
 }
 
-template <int R, int C> static void gather_tile(const float* shares, const float* v, int keys, int dv, float* out) {
+template <int R, int C> static void pv_tile(const float* probs, const float* v, int keys, int dv, float* out) {
   F acc[R * C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -112,7 +112,7 @@ template <int R, int C> static void gather_tile(const float* shares, const float
     for (int c = 0; c < C; ++c) b[c] = loadf(v + int64_t(t) * dv + c * 16);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const F a = broadcastf(shares + r * KEYS + t);
+      const F a = broadcastf(probs + r * BLOCK_KEYS + t);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) acc[r * C + c] = fma(a, b[c], acc[r * C + c]);
     }
@@ -123,22 +123,22 @@ template <int R, int C> static void gather_tile(const float* shares, const float
     for (int c = 0; c < C; ++c) storef(out + int64_t(r) * dv + c * 16, acc[r * C + c]);
 }
 
-template <int R> static void gather_rows(const float* shares, const float* v, int keys, int dv, float* out) {
+template <int R> static void pv_rows(const float* probs, const float* v, int keys, int dv, float* out) {
   int c = 0;
-  for (; c + 64 <= dv; c += 64) gather_tile<R, 4>(shares, v + c, keys, dv, out + c);
-  for (; c + 16 <= dv; c += 16) gather_tile<R, 1>(shares, v + c, keys, dv, out + c);
+  for (; c + 64 <= dv; c += 64) pv_tile<R, 4>(probs, v + c, keys, dv, out + c);
+  for (; c + 16 <= dv; c += 16) pv_tile<R, 1>(probs, v + c, keys, dv, out + c);
   for (; c < dv; ++c)
     for (int r = 0; r < R; ++r)
-      for (int t = 0; t < keys; ++t) out[int64_t(r) * dv + c] += shares[r * KEYS + t] * v[int64_t(t) * dv + c];
+      for (int t = 0; t < keys; ++t) out[int64_t(r) * dv + c] += probs[r * BLOCK_KEYS + t] * v[int64_t(t) * dv + c];
 }
 
-static void gather_values(const float* shares, const float* v, int queries, int keys, int dv, float* out) {
+static void accumulate_values(const float* probs, const float* v, int queries, int keys, int dv, float* out) {
   int r = 0;
-  for (; r + 4 <= queries; r += 4) gather_rows<4>(shares + r * KEYS, v, keys, dv, out + int64_t(r) * dv);
-  for (; r < queries; ++r) gather_rows<1>(shares + r * KEYS, v, keys, dv, out + int64_t(r) * dv);
+  for (; r + 4 <= queries; r += 4) pv_rows<4>(probs + r * BLOCK_KEYS, v, keys, dv, out + int64_t(r) * dv);
+  for (; r < queries; ++r) pv_rows<1>(probs + r * BLOCK_KEYS, v, keys, dv, out + int64_t(r) * dv);
 }
 
-// The table of this instruction set; `pairs`: its kernels in bf16, or null.
-constexpr AttentionKernels attention_table(const PairKernels* pairs) {
-  return {.convert = convert, .score = score, .soften = soften, .gather = gather_values, .pairs = pairs};
+// The table of this instruction set; `bf16`: its kernels in bf16, or null.
+constexpr AttentionKernels attention_table(const Bf16Kernels* bf16) {
+  return {.convert = convert, .score = score, .online_softmax = online_softmax, .accumulate_pv = accumulate_values, .bf16 = bf16};
 }

@@ -3,7 +3,7 @@
 // (of keys) or a pair of keys (of values), what one step of vdpbf16ps multiplies and adds.
 
 // q f32 [rows][d] -> [d/2][lanes*16] pairs; lanes past `rows` are zero
-static void pair_queries(const float* q, int rows, int d, int lanes, uint32_t* to) {
+static void queries_as_bf16(const float* q, int rows, int d, int lanes, uint32_t* to) {
   __builtin_memset(to, 0, size_t(d / 2) * lanes * 64);
   for (int r = 0; r < rows; ++r, q += d)
     for (int i = 0; i < d; i += 32) {
@@ -16,10 +16,10 @@ static void pair_queries(const float* q, int rows, int d, int lanes, uint32_t* t
     }
 }
 
-template <Number TYPE> constexpr int VECTOR_BYTES = TYPE == Number::Q8_0 ? Q8_BYTES : 64;  // of 32 columns
-template <Number TYPE> AI V half_vector(const uint8_t* p) {  // 32 columns as bf16
-  if constexpr (TYPE == Number::BF16) return load(p);
-  else if constexpr (TYPE == Number::F16) return bf16_pairs(load_f16(p), load_f16(p + 32));
+template <DType TYPE> constexpr int VECTOR_BYTES = TYPE == DType::Q8_0 ? Q8_BYTES : 64;  // of 32 columns
+template <DType TYPE> AI V half_vector(const uint8_t* p) {  // 32 columns as bf16
+  if constexpr (TYPE == DType::BF16) return load(p);
+  else if constexpr (TYPE == DType::F16) return bf16_pairs(load_f16(p), load_f16(p + 32));
   else {
     uint16_t scale;
     __builtin_memcpy(&scale, p, 2);
@@ -29,15 +29,15 @@ template <Number TYPE> AI V half_vector(const uint8_t* p) {  // 32 columns as bf
 }
 
 // One row as bf16.
-static void to_bf16(const void* from, Number type, int d, uint16_t* to) {
+static void to_bf16(const void* from, DType type, int d, uint16_t* to) {
   const uint16_t* p = static_cast<const uint16_t*>(from);
-  if (type == Number::BF16) {
+  if (type == DType::BF16) {
     __builtin_memcpy(to, p, size_t(d) * 2);
     return;
   }
-  if (type == Number::Q8_0) {
+  if (type == DType::Q8_0) {
     const uint8_t* block = static_cast<const uint8_t*>(from);
-    for (int i = 0; i < d; i += Q8_BLOCK, block += Q8_BYTES) store(to + i, half_vector<Number::Q8_0>(block));
+    for (int i = 0; i < d; i += Q8_BLOCK, block += Q8_BYTES) store(to + i, half_vector<DType::Q8_0>(block));
     return;
   }
   int i = 0;
@@ -51,7 +51,7 @@ static void to_bf16(const void* from, Number type, int d, uint16_t* to) {
 
 // L vectors of rows times C keys; keys are `stride` columns apart. Asked for all at once, what comes next would stop the loads of this.
 template <int L, int C>
-AI void score_pairs_tile(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int d, float* scores, const uint8_t* next, const uint8_t* next_too) {
+AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int d, float* scores, const uint8_t* next, const uint8_t* next_too) {
   F acc[L * C];
 #pragma GCC unroll 16
   for (int i = 0; i < L * C; ++i) acc[i] = zero();
@@ -73,18 +73,18 @@ AI void score_pairs_tile(const uint32_t* q, int lanes, const uint16_t* k, int64_
 }
 
 // scores[key][lanes*16] for `keys` rounded up to 8: what lies past the end is garbage
-static void score_pairs(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores, const void* const* next) {
+static void score_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores, const void* const* next) {
   const uint8_t *n0 = static_cast<const uint8_t*>(next[0]), *n1 = static_cast<const uint8_t*>(next[1]);
   int l = 0;
   for (; l + 4 <= lanes; l += 4)
-    for (int c = 0; c < keys; c += 4) score_pairs_tile<4, 4>(q + l * 16, lanes, k + c * stride, stride, d, scores + (c * lanes + l) * 16, n0 + c * d * 2, n1 + c * d * 2);
-  for (; l + 2 <= lanes; l += 2) score_pairs_tile<2, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, n0, n1);
-  for (; l < lanes; ++l) score_pairs_tile<1, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, n0, n1);
+    for (int c = 0; c < keys; c += 4) score_tile_bf16<4, 4>(q + l * 16, lanes, k + c * stride, stride, d, scores + (c * lanes + l) * 16, n0 + c * d * 2, n1 + c * d * 2);
+  for (; l + 2 <= lanes; l += 2) score_tile_bf16<2, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, n0, n1);
+  for (; l < lanes; ++l) score_tile_bf16<1, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, n0, n1);
 }
 
 // Eight keys of a latent; between the products the next eight are converted. These steps run beside the multiplier and would else take a seventh
 // of the time.
-template <int L, Number TYPE> static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentStep& s, float* scores) {
+template <int L, DType TYPE> static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentConversion& s, float* scores) {
   F acc[L * 8];
 #pragma GCC unroll 16
   for (int i = 0; i < L * 8; ++i) acc[i] = zero();
@@ -106,7 +106,7 @@ template <int L, Number TYPE> static void score_latent_as(const uint32_t* q, con
       const bool rope = v >= s.dk / 32;
       const uint8_t* next = rope ? s.rope + row * s.rope_step + (v - s.dk / 32) * VECTOR_BYTES<TYPE> : s.k + row * s.k_step + v * VECTOR_BYTES<TYPE>;
       store(to + v * 32, half_vector<TYPE>(next));
-      __builtin_prefetch(next + (rope ? s.rope_step : s.k_step) * KEYS, 0, 2);
+      __builtin_prefetch(next + (rope ? s.rope_step : s.k_step) * BLOCK_KEYS, 0, 2);
     }
   }
 #pragma GCC unroll 2
@@ -114,39 +114,39 @@ template <int L, Number TYPE> static void score_latent_as(const uint32_t* q, con
 #pragma GCC unroll 8
     for (int c = 0; c < 8; ++c) storef(scores + (c * L + l) * 16, acc[l * 8 + c]);
 }
-static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const LatentStep& s, float* scores) {
-  static void (*const one[])(const uint32_t*, const uint16_t*, const LatentStep&, float*) = {
-      nullptr, score_latent_as<1, Number::F16>, score_latent_as<1, Number::BF16>, score_latent_as<1, Number::Q8_0>};
-  static void (*const two[])(const uint32_t*, const uint16_t*, const LatentStep&, float*) = {
-      nullptr, score_latent_as<2, Number::F16>, score_latent_as<2, Number::BF16>, score_latent_as<2, Number::Q8_0>};
+static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const LatentConversion& s, float* scores) {
+  static void (*const one[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {
+      nullptr, score_latent_as<1, DType::F16>, score_latent_as<1, DType::BF16>, score_latent_as<1, DType::Q8_0>};
+  static void (*const two[])(const uint32_t*, const uint16_t*, const LatentConversion&, float*) = {
+      nullptr, score_latent_as<2, DType::F16>, score_latent_as<2, DType::BF16>, score_latent_as<2, DType::Q8_0>};
   (lanes == 1 ? one : two)[int(s.type)](q, k, s, scores);
 }
 
 // scores [keys][lanes*16] -> shares [keys/2][lanes*16] in pairs of keys; out and sum are rescaled to the new maximum
-static void soften_pairs(const float* scores, int lanes, int rows, int keys, int dv, Running state, uint32_t* shares) {
+static void online_softmax_bf16(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state, uint32_t* probs) {
   const F least = setf(-1e30f);
   for (int l = 0; l < lanes; ++l) {
-    const F old = loadf(state.most + l * 16);
-    F most = old;
-    for (int c = 0; c < keys; ++c) most = maxf(loadf(scores + (c * lanes + l) * 16), most);
-    storef(state.most + l * 16, most);
-    const F top = mulf(maxf(most, least), setf(-1));
-    const auto share_of = [&](int c) {  // a NaN stays one, what is masked (-inf) is zero
+    const F old = loadf(state.row_max + l * 16);
+    F row_max = old;
+    for (int c = 0; c < keys; ++c) row_max = maxf(loadf(scores + (c * lanes + l) * 16), row_max);
+    storef(state.row_max + l * 16, row_max);
+    const F top = mulf(maxf(row_max, least), setf(-1));
+    const auto prob_of = [&](int c) {  // a NaN stays one, what is masked (-inf) is zero
       const F x = loadf(scores + (c * lanes + l) * 16);
       const __mmask16 seen = _mm512_cmp_ps_mask(x, least, _CMP_NLE_UQ);
       return _mm512_maskz_mov_ps(seen, exp_(addf(x, top)));
     };
     F sum = zero();
     for (int c = 0; c < keys; c += 2) {
-      const F even = share_of(c), odd = c + 1 < keys ? share_of(c + 1) : zero();
+      const F even = prob_of(c), odd = c + 1 < keys ? prob_of(c + 1) : zero();
       sum = addf(sum, addf(even, odd));
-      store(shares + (c / 2 * lanes + l) * 16, paired(even, odd));
+      store(probs + (c / 2 * lanes + l) * 16, paired(even, odd));
     }
-    const F fade = exp_(addf(maxf(old, least), top));
-    storef(state.sum + l * 16, fma(loadf(state.sum + l * 16), fade, sum));
-    uint32_t changed = bits_of(_mm512_cmp_ps_mask(most, old, _CMP_NEQ_UQ));
+    const F rescale = exp_(addf(maxf(old, least), top));
+    storef(state.sum + l * 16, fma(loadf(state.sum + l * 16), rescale, sum));
+    uint32_t changed = bits_of(_mm512_cmp_ps_mask(row_max, old, _CMP_NEQ_UQ));
     float by[16];
-    storef(by, fade);
+    storef(by, rescale);
     for (; changed; changed &= changed - 1) {
       const int r = __builtin_ctz(changed);
       if (l * 16 + r >= rows) break;
@@ -160,7 +160,7 @@ static void soften_pairs(const float* scores, int lanes, int rows, int keys, int
 // order of COLUMN_ORDER; permutations that would keep the order take the multiplier's time.
 const uint8_t COLUMN_ORDER[32] = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
 
-template <int R, int C> AI void gather_step(const uint32_t* shares, const uint16_t* even, const uint16_t* odd, F* acc) {
+template <int R, int C> AI void pv_step_bf16(const uint32_t* probs, const uint16_t* even, const uint16_t* odd, F* acc) {
   Pairs b[2 * C];
 #pragma GCC unroll 2
   for (int c = 0; c < C; ++c) {
@@ -170,31 +170,31 @@ template <int R, int C> AI void gather_step(const uint32_t* shares, const uint16
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < 2 * C; ++c) acc[r * 2 * C + c] = dot_pairs(acc[r * 2 * C + c], shares + r, b[c]);
+    for (int c = 0; c < 2 * C; ++c) acc[r * 2 * C + c] = dot_pairs(acc[r * 2 * C + c], probs + r, b[c]);
 }
 
-template <int R, int C> AI void gather_pairs_tile(const uint32_t* shares, int step, const uint16_t* v, int64_t stride, int keys, int dv, float* out) {
+template <int R, int C> AI void pv_tile_bf16(const uint32_t* probs, int step, const uint16_t* v, int64_t stride, int keys, int dv, float* out) {
   F acc[R * 2 * C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < 2 * C; ++c) acc[r * 2 * C + c] = loadf(out + int64_t(r) * dv + c * 16);
-  for (int t = 0; t + 2 <= keys; t += 2, v += 2 * stride, shares += step) gather_step<R, C>(shares, v, v + stride, acc);
-  if (keys % 2) gather_step<R, C>(shares, v, v, acc);  // the last stands for its partner, whose share is zero
+  for (int t = 0; t + 2 <= keys; t += 2, v += 2 * stride, probs += step) pv_step_bf16<R, C>(probs, v, v + stride, acc);
+  if (keys % 2) pv_step_bf16<R, C>(probs, v, v, acc);  // the last stands for its partner, whose share is zero
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < 2 * C; ++c) storef(out + int64_t(r) * dv + c * 16, acc[r * 2 * C + c]);
 }
 
-template <int C> AI void gather_chunks(const uint32_t* shares, int step, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
+template <int C> AI void pv_chunks_bf16(const uint32_t* probs, int step, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
   int r = 0;
-  for (; r + 4 <= rows; r += 4) gather_pairs_tile<4, C>(shares + r, step, v, stride, keys, dv, out + int64_t(r) * dv);
-  for (; r < rows; ++r) gather_pairs_tile<1, C>(shares + r, step, v, stride, keys, dv, out + int64_t(r) * dv);
+  for (; r + 4 <= rows; r += 4) pv_tile_bf16<4, C>(probs + r, step, v, stride, keys, dv, out + int64_t(r) * dv);
+  for (; r < rows; ++r) pv_tile_bf16<1, C>(probs + r, step, v, stride, keys, dv, out + int64_t(r) * dv);
 }
 
-static void gather_pairs(const uint32_t* shares, int lanes, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
+static void accumulate_pv_bf16(const uint32_t* probs, int lanes, const uint16_t* v, int64_t stride, int rows, int keys, int dv, float* out) {
   int c = 0;
-  for (; c + 64 <= dv; c += 64) gather_chunks<2>(shares, lanes * 16, v + c, stride, rows, keys, dv, out + c);
-  for (; c < dv; c += 32) gather_chunks<1>(shares, lanes * 16, v + c, stride, rows, keys, dv, out + c);
+  for (; c + 64 <= dv; c += 64) pv_chunks_bf16<2>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);
+  for (; c < dv; c += 32) pv_chunks_bf16<1>(probs, lanes * 16, v + c, stride, rows, keys, dv, out + c);
 }

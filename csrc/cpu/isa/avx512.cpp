@@ -10,8 +10,8 @@
 #include "cpu/quant/layout.h"
 
 #define AI inline __attribute__((always_inline))
-#define KTX_TILE 6
-#define KTX_FEW 8
+#define KTX_TILE_TOKENS 6
+#define KTX_GEMV_TOKENS 8
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
 

@@ -12,11 +12,11 @@
 #define AI inline __attribute__((always_inline))
 #define KTX_VBMI
 #define KTX_BF16
-#define KTX_TILE 6
-#define KTX_FEW 8
-#define KTX_BASE AVX512VBMI_KERNELS
-#define KTX_INTS(X)
-#define KTX_FLOATS(X) X(BF16, LBF16) X(F8_E4M3, LF8)
+#define KTX_TILE_TOKENS 6
+#define KTX_GEMV_TOKENS 8
+#define KTX_BASE_KERNELS AVX512VBMI_KERNELS
+#define KTX_INT_TYPES(X)
+#define KTX_FLOAT_TYPES(X) X(BF16, LBF16) X(F8_E4M3, LF8)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16")
 
@@ -31,15 +31,15 @@ namespace {
 }  // namespace bf16
 
 constinit const Kernels AVX512BF16_KERNELS = bf16::kernel_table(2, false);
-constinit const PairKernels BF16_PAIRS = {
-    .queries = bf16::pair_queries,
+constinit const Bf16Kernels BF16_ATTENTION = {
+    .queries = bf16::queries_as_bf16,
     .row = bf16::to_bf16,
-    .score = bf16::score_pairs,
+    .score = bf16::score_bf16,
     .latent = bf16::score_latent,
-    .soften = bf16::soften_pairs,
-    .gather = bf16::gather_pairs,
-    .order = bf16::COLUMN_ORDER,
+    .online_softmax = bf16::online_softmax_bf16,
+    .accumulate_pv = bf16::accumulate_pv_bf16,
+    .column_order = bf16::COLUMN_ORDER,
 };
-constinit const AttentionKernels AVX512BF16_ATTENTION = bf16::attention_table(&BF16_PAIRS);
+constinit const AttentionKernels AVX512BF16_ATTENTION = bf16::attention_table(&BF16_ATTENTION);
 }  // namespace ktx
 #pragma GCC pop_options

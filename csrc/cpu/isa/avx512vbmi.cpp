@@ -11,11 +11,11 @@
 
 #define AI inline __attribute__((always_inline))
 #define KTX_VBMI
-#define KTX_TILE 6
-#define KTX_FEW 8
-#define KTX_BASE AVX512VNNI_KERNELS
-#define KTX_INTS(X) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M)
-#define KTX_FLOATS(X)
+#define KTX_TILE_TOKENS 6
+#define KTX_GEMV_TOKENS 8
+#define KTX_BASE_KERNELS AVX512VNNI_KERNELS
+#define KTX_INT_TYPES(X) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M)
+#define KTX_FLOAT_TYPES(X)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")
 

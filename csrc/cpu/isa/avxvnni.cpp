@@ -10,8 +10,8 @@
 #include "cpu/quant/dtype.h"
 
 #define AI inline __attribute__((always_inline))
-#define KTX_TILE 2
-#define KTX_FEW 2
+#define KTX_TILE_TOKENS 2
+#define KTX_GEMV_TOKENS 2
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 

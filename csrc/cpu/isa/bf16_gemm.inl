@@ -12,23 +12,23 @@ template <class L> AI void expand_pairs(const uint8_t* here, int columns, uint32
 
 // One tile of tokens: pairs are made in registers.
 template <class L, int T>
-static void multiply_pair_few(const uint8_t* group, int64_t k, const uint32_t* x, float* out, const Ahead& ahead) {
+static void bf16_gemv(const uint8_t* group, int64_t k, const uint32_t* x, float* out, const Prefetcher& prefetcher) {
   F total[T];
 #pragma GCC unroll 6
   for (int t = 0; t < T; ++t) total[t] = zero();
   for (int64_t from = 0; from < k; from += FLOAT_SPAN) {
     const int64_t to = from + FLOAT_SPAN < k ? from + FLOAT_SPAN : k;
-    ahead.page(group + from * 16 * L::BYTES);
-    F sum[T], other[T];
+    prefetcher.page(group + from * 16 * L::BYTES);
+    F sum[T], second[T];
 #pragma GCC unroll 6
-    for (int t = 0; t < T; ++t) sum[t] = other[t] = zero();
+    for (int t = 0; t < T; ++t) sum[t] = second[t] = zero();
     int64_t i = from;
     for (; i + 4 <= to; i += 4) {  // two chains: one would wait for itself
       Pairs a, b;
-      ahead.lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
+      prefetcher.lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
       L::four(group + i * 16 * L::BYTES, a, b);
 #pragma GCC unroll 6
-      for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a), other[t] = dot_pairs(other[t], x + (i / 2 + 1) * T + t, b);
+      for (int t = 0; t < T; ++t) sum[t] = dot_pairs(sum[t], x + i / 2 * T + t, a), second[t] = dot_pairs(second[t], x + (i / 2 + 1) * T + t, b);
     }
     if (i < to) {
       const Pairs a = L::pairs(group + i * 16 * L::BYTES);
@@ -37,7 +37,7 @@ static void multiply_pair_few(const uint8_t* group, int64_t k, const uint32_t* x
     }
     const F scale = float_scale<L>(group, k, from);
 #pragma GCC unroll 6
-    for (int t = 0; t < T; ++t) total[t] = fma(addf(sum[t], other[t]), scale, total[t]);
+    for (int t = 0; t < T; ++t) total[t] = fma(addf(sum[t], second[t]), scale, total[t]);
   }
 #pragma GCC unroll 6
   for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
@@ -55,48 +55,48 @@ template <int R, int T> AI void add_pairs(const uint32_t* w, const uint32_t* x, 
 }
 
 // Many tokens in bf16: weights lose nothing, activations what rounding to eight bits takes (0.1 %), sums are f32. Summed in the order of few tokens.
-template <int R, int T> static void multiply_pair_tile(const uint32_t* w, int pairs, const uint32_t* x, int step, const F* scale, float* out, size_t stride) {
-  F total[R * T], other[R * T];
+template <int R, int T> static void bf16_gemm_tile(const uint32_t* w, int pairs, const uint32_t* x, int step, const F* scale, float* out, size_t stride) {
+  F total[R * T], second[R * T];
 #pragma GCC unroll 12
-  for (int i = 0; i < R * T; ++i) total[i] = other[i] = zero();
+  for (int i = 0; i < R * T; ++i) total[i] = second[i] = zero();
   int i = 0;
-  for (; i + 2 <= pairs; i += 2, w += 2 * R * 16, x += 2 * step) add_pairs<R, T>(w, x, total), add_pairs<R, T>(w + R * 16, x + step, other);
+  for (; i + 2 <= pairs; i += 2, w += 2 * R * 16, x += 2 * step) add_pairs<R, T>(w, x, total), add_pairs<R, T>(w + R * 16, x + step, second);
   if (i < pairs) add_pairs<R, T>(w, x, total);
 #pragma GCC unroll 2
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
       float* to = out + r * stride + t * 16;
-      storef(to, fma(addf(total[r * T + t], other[r * T + t]), scale[r], loadf(to)));
+      storef(to, fma(addf(total[r * T + t], second[r * T + t]), scale[r], loadf(to)));
     }
 }
 
-typedef void (*PairTile)(const uint32_t*, int, const uint32_t*, int, const F*, float*, size_t);
-template <int R> static PairTile pair_tile(int tokens) {
-  static const PairTile table[] = {nullptr, multiply_pair_tile<R, 1>, multiply_pair_tile<R, 2>, multiply_pair_tile<R, 3>,
-                                   multiply_pair_tile<R, 4>, multiply_pair_tile<R, 5>, multiply_pair_tile<R, 6>};
+typedef void (*Bf16Kernel)(const uint32_t*, int, const uint32_t*, int, const F*, float*, size_t);
+template <int R> static Bf16Kernel bf16_kernel(int tokens) {
+  static const Bf16Kernel table[] = {nullptr, bf16_gemm_tile<R, 1>, bf16_gemm_tile<R, 2>, bf16_gemm_tile<R, 3>,
+                                   bf16_gemm_tile<R, 4>, bf16_gemm_tile<R, 5>, bf16_gemm_tile<R, 6>};
   return table[tokens];
 }
 
 template <class L, int R>
-static void multiply_pair_many(const uint8_t* packed, size_t group, const Tokens& x, float* out, uint32_t* span, const Ahead& ahead) {
+static void bf16_gemm(const uint8_t* packed, size_t group, const ActTiles& x, float* out, uint32_t* span, const Prefetcher& prefetcher) {
   const size_t stride = size_t(x.n) * 16;
   __builtin_memset(out, 0, R * stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
     const int64_t to = from + FLOAT_SPAN < x.k ? from + FLOAT_SPAN : x.k;
     F scale[R];
-    Upcoming upcoming[R];
+    PrefetchRange ranges[R];
     for (int r = 0; r < R; ++r) {
       const uint8_t* here = packed + r * group + from * 16 * L::BYTES;
-      upcoming[r] = ahead.span(here, (to - from) * 16 * L::BYTES, x.tiles);
+      ranges[r] = prefetcher.span(here, (to - from) * 16 * L::BYTES, x.tiles);
       scale[r] = float_scale<L>(packed + r * group, x.k, from);
       expand_pairs<L>(here, int(to - from), span + r * 16, R * 16);
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
-      for (Upcoming& u : upcoming) u.fetch();
+      for (PrefetchRange& u : ranges) u.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       for (int t = 0; t < tokens; t += FLOAT_TILE)
-        pair_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from) / 2, x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16, stride);
+        bf16_kernel<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from) / 2, x.pair + first * (x.k / 2) + from / 2 * tokens + t, tokens, scale, out + (first + t) * 16, stride);
     }
   }
 }

@@ -1,7 +1,7 @@
 // One decoder a weight type, over the verbs of the instruction set that includes this file.
 //
 // A decoder turns a block of 16 rows into sub-blocks of SUB consecutive k: SUB/4 vectors `w` (lane = row, byte = k), a scale and,
-// with MINIMUM, a minimum. The value of a weight is  scale * (code - OFFSET) - minimum;  SIGNED codes are int8, others 0..127. MOST: how far a
+// with MINIMUM, a minimum. The value of a weight is  scale * (code - OFFSET) - minimum;  SIGNED codes are int8, others 0..127. MAX_CODE: how far a
 // code is from zero at most.
 // Field order inside `words` is that of the layout table.
 
@@ -15,17 +15,17 @@ AI V low4(V x) { return and_(x, set8(15)); }
 AI V nibbles(V x, int high) { return low4(high ? shr(x, 4) : x); }
 AI V byte(V x, int i) { return and_(shr(x, 8 * i), set(0xff)); }
 struct None {};
-// What a decoder is unless it says otherwise: one with CARRIED gives signed codes as `dot` takes them.
-struct Usual { static constexpr bool CARRIED = false, WHOLE_UNITS = false; };
-struct Ready { static constexpr bool CARRIED = true, WHOLE_UNITS = false; };
-struct Units { static constexpr bool CARRIED = true, WHOLE_UNITS = true; };  // two sub-blocks at once, whose indices share a word
-AI constexpr int8_t carry(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 : x); }
+// What a decoder is unless it says otherwise: one with WITH_OFFSET gives signed codes as `dot` takes them.
+struct SignedCodes { static constexpr bool WITH_OFFSET = false, WHOLE_UNITS = false; };
+struct OffsetCodes { static constexpr bool WITH_OFFSET = true, WHOLE_UNITS = false; };
+struct RowBlocks { static constexpr bool WITH_OFFSET = true, WHOLE_UNITS = true; };  // two sub-blocks at once, whose indices share a word
+AI constexpr int8_t offset_code(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 : x); }
 
 #define KTX_FORMAT(name, block, sub_size, is_signed, offset, has_minimum, largest)                                       \
-  static constexpr int CODE = ktx::name, BLOCK = block, SUB = sub_size, OFFSET = offset, MOST = largest;                 \
+  static constexpr int CODE = ktx::name, BLOCK = block, SUB = sub_size, OFFSET = offset, MAX_CODE = largest;                 \
   static constexpr bool SIGNED = is_signed, MINIMUM = has_minimum;
 
-struct DQ4_0 : Usual {
+struct DQ4_0 : SignedCodes {
   KTX_FORMAT(Q4_0, 32, 32, false, 8, false, 15)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -35,7 +35,7 @@ struct DQ4_0 : Usual {
   }
 };
 
-struct DQ4_1 : Usual {
+struct DQ4_1 : SignedCodes {
   KTX_FORMAT(Q4_1, 32, 32, false, 0, true, 15)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -52,13 +52,13 @@ AI void five_bits(const Block& b, V* w) {
     w[i] = or_(nibbles(b.word(i & 3), i >> 2), high);
   }
 }
-struct DQ5_0 : Usual {
+struct DQ5_0 : SignedCodes {
   KTX_FORMAT(Q5_0, 32, 32, false, 16, false, 31)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
   AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) { scale = load_f16(b.n0), five_bits(b, w); }
 };
-struct DQ5_1 : Usual {
+struct DQ5_1 : SignedCodes {
   KTX_FORMAT(Q5_1, 32, 32, false, 0, true, 31)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -67,7 +67,7 @@ struct DQ5_1 : Usual {
   }
 };
 
-struct DQ8_0 : Usual {
+struct DQ8_0 : SignedCodes {
   KTX_FORMAT(Q8_0, 32, 32, true, 0, false, 127)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -78,8 +78,8 @@ struct DQ8_0 : Usual {
 };
 
 // Types of our own, made on loading: one f16 scale for 64 or 128 weights.
-template <int GROUP> struct Int8 : Usual {
-  static constexpr int CODE = ktx::INT8_128, BLOCK = GROUP, SUB = 32, OFFSET = 0, MOST = 127;
+template <int GROUP> struct Int8 : SignedCodes {
+  static constexpr int CODE = ktx::INT8_128, BLOCK = GROUP, SUB = 32, OFFSET = 0, MAX_CODE = 127;
   static constexpr bool SIGNED = true, MINIMUM = false;
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -88,8 +88,8 @@ template <int GROUP> struct Int8 : Usual {
     for (int i = 0; i < 8; ++i) w[i] = b.word(8 * s + i);
   }
 };
-template <int GROUP> struct Int4 : Usual {  // 32 weights in 16 bytes: byte i holds i and i + 16
-  static constexpr int CODE = GROUP == 64 ? ktx::INT4_64 : ktx::INT4_128, BLOCK = GROUP, SUB = 32, OFFSET = 8, MOST = 15;
+template <int GROUP> struct Int4 : SignedCodes {  // 32 weights in 16 bytes: byte i holds i and i + 16
+  static constexpr int CODE = GROUP == 64 ? ktx::INT4_64 : ktx::INT4_128, BLOCK = GROUP, SUB = 32, OFFSET = 8, MAX_CODE = 15;
   static constexpr bool SIGNED = false, MINIMUM = false;
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -102,7 +102,7 @@ typedef Int8<128> DINT8_128;
 typedef Int4<64> DINT4_64;
 typedef Int4<128> DINT4_128;
 
-struct DQ2_K : Usual {  // words: 16 of codes, 4 of scales (low nibble) and minimums (high nibble)
+struct DQ2_K : SignedCodes {  // words: 16 of codes, 4 of scales (low nibble) and minimums (high nibble)
   KTX_FORMAT(Q2_K, 256, 16, false, 0, true, 3)
   struct Head { F d, dmin; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1)}; }
@@ -114,7 +114,7 @@ struct DQ2_K : Usual {  // words: 16 of codes, 4 of scales (low nibble) and mini
   }
 };
 
-struct DQ3_K : Usual {  // words: 16 of low codes, 8 of high bits, 3 of scales
+struct DQ3_K : SignedCodes {  // words: 16 of low codes, 8 of high bits, 3 of scales
   KTX_FORMAT(Q3_K, 256, 16, false, 4, false, 7)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -146,7 +146,7 @@ struct KScales {
 
 AI V moved(V word, int from, int to) { return from > to ? shr(word, from - to) : shl(word, to - from); }
 
-struct DQ4_K : Usual {  // words: 32 of codes, 3 of scales
+struct DQ4_K : SignedCodes {  // words: 32 of codes, 3 of scales
   KTX_FORMAT(Q4_K, 256, 32, false, 0, true, 15)
   struct Head { F d, dmin; KScales scales; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(32), b.word(33), b.word(34)}}; }
@@ -156,7 +156,7 @@ struct DQ4_K : Usual {  // words: 32 of codes, 3 of scales
   }
 };
 
-struct DQ5_K : Usual {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
+struct DQ5_K : SignedCodes {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
   KTX_FORMAT(Q5_K, 256, 32, false, 0, true, 31)
   struct Head { F d, dmin; KScales scales; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(40), b.word(41), b.word(42)}}; }
@@ -166,7 +166,7 @@ struct DQ5_K : Usual {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
   }
 };
 
-struct DQ6_K : Usual {  // words: 32 of low nibbles, 16 of high pairs, 4 of signed scales
+struct DQ6_K : SignedCodes {  // words: 32 of low nibbles, 16 of high pairs, 4 of signed scales
   KTX_FORMAT(Q6_K, 256, 16, false, 32, false, 63)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -180,12 +180,12 @@ struct DQ6_K : Usual {  // words: 32 of low nibbles, 16 of high pairs, 4 of sign
   }
 };
 
-static const int8_t VALUES_IQ4_NL[16] = {carry(-127), carry(-104), carry(-83), carry(-65), carry(-49), carry(-35), carry(-22), carry(-10),
-                                         carry(1), carry(13), carry(25), carry(38), carry(53), carry(69), carry(89), carry(113)};
-static const int8_t VALUES_MXFP4[16] = {carry(0), carry(1), carry(2), carry(3), carry(4), carry(6), carry(8), carry(12),  // twice the e2m1 values
-                                        carry(0), carry(-1), carry(-2), carry(-3), carry(-4), carry(-6), carry(-8), carry(-12)};
+static const int8_t VALUES_IQ4_NL[16] = {offset_code(-127), offset_code(-104), offset_code(-83), offset_code(-65), offset_code(-49), offset_code(-35), offset_code(-22), offset_code(-10),
+                                         offset_code(1), offset_code(13), offset_code(25), offset_code(38), offset_code(53), offset_code(69), offset_code(89), offset_code(113)};
+static const int8_t VALUES_MXFP4[16] = {offset_code(0), offset_code(1), offset_code(2), offset_code(3), offset_code(4), offset_code(6), offset_code(8), offset_code(12),  // twice the e2m1 values
+                                        offset_code(0), offset_code(-1), offset_code(-2), offset_code(-3), offset_code(-4), offset_code(-6), offset_code(-8), offset_code(-12)};
 
-struct DIQ4_NL : Ready {
+struct DIQ4_NL : OffsetCodes {
   KTX_FORMAT(IQ4_NL, 32, 32, true, 0, false, 127)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -195,7 +195,7 @@ struct DIQ4_NL : Ready {
   }
 };
 
-struct DIQ4_XS : Ready {  // narrow: d, high scale bits; words: 32 of codes, 1 of low scale nibbles
+struct DIQ4_XS : OffsetCodes {  // narrow: d, high scale bits; words: 32 of codes, 1 of low scale nibbles
   KTX_FORMAT(IQ4_XS, 256, 32, true, 0, false, 127)
   struct Head { F d; V low, high; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), b.word(32), load_u16(b.n1)}; }
@@ -206,7 +206,7 @@ struct DIQ4_XS : Ready {  // narrow: d, high scale bits; words: 32 of codes, 1 o
   }
 };
 
-struct DMXFP4 : Ready {
+struct DMXFP4 : OffsetCodes {
   KTX_FORMAT(MXFP4, 32, 32, true, 0, false, 12)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -220,7 +220,7 @@ struct DMXFP4 : Ready {
   AI static V lane_is(V e, int value) { return and_(equal8(e, set(uint32_t(value))), set(1)); }  // for lanes below 256
 };
 
-struct DTQ2_0 : Usual {
+struct DTQ2_0 : SignedCodes {
   KTX_FORMAT(TQ2_0, 256, 32, false, 1, false, 3)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -262,7 +262,7 @@ template <int FROM, int COUNT> AI void eight_trits(V bytes, V* w) {
 AI V eight_trit(V bytes, int n) { return shl(trit(bytes, n), 3); }
 #endif
 
-struct DTQ1_0 : Usual {  // words: 12 of five trits a byte, 1 of four trits a byte
+struct DTQ1_0 : SignedCodes {  // words: 12 of five trits a byte, 1 of four trits a byte
   KTX_FORMAT(TQ1_0, 256, 16, false, 1, false, 2)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -329,11 +329,11 @@ AI Signs even_signs(const uint8_t* line, int eight) {
 }
 
 // Tables repeat, so that bits above a field do not matter where the machine lets them through.
-static const int8_t VALUES_IQ2[16] = {carry(8), carry(25), carry(43), 0, carry(8), carry(25), carry(43), 0, carry(8), carry(25), carry(43), 0, carry(8), carry(25), carry(43), 0};
-static const int8_t VALUES_IQ3_XXS[16] = {carry(4), carry(12), carry(20), carry(28), carry(36), carry(44), carry(52), carry(62),
-                                          carry(4), carry(12), carry(20), carry(28), carry(36), carry(44), carry(52), carry(62)};
-static const int8_t VALUES_IQ3_S[16] = {carry(1), carry(3), carry(5), carry(7), carry(9), carry(11), carry(13), carry(15),
-                                        carry(1), carry(3), carry(5), carry(7), carry(9), carry(11), carry(13), carry(15)};
+static const int8_t VALUES_IQ2[16] = {offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0};
+static const int8_t VALUES_IQ3_XXS[16] = {offset_code(4), offset_code(12), offset_code(20), offset_code(28), offset_code(36), offset_code(44), offset_code(52), offset_code(62),
+                                          offset_code(4), offset_code(12), offset_code(20), offset_code(28), offset_code(36), offset_code(44), offset_code(52), offset_code(62)};
+static const int8_t VALUES_IQ3_S[16] = {offset_code(1), offset_code(3), offset_code(5), offset_code(7), offset_code(9), offset_code(11), offset_code(13), offset_code(15),
+                                        offset_code(1), offset_code(3), offset_code(5), offset_code(7), offset_code(9), offset_code(11), offset_code(13), offset_code(15)};
 
 // Four weights of an entry: the first or the second of eight, all of four. `minus` is the mask of those with a minus.
 AI V of_eight(const Entries& e, int entry, int second, uint64_t minus) {
@@ -343,7 +343,7 @@ AI V of_four(const int8_t* values, const Entries& e, int entry, uint64_t minus) 
   return negated(repeated_table<7>(values, four_fields(e, entry)), minus);
 }
 
-struct DIQ2_XXS : Ready {  // words: per 32 k, four grid indices, then signs; the spare bits are a scale
+struct DIQ2_XXS : OffsetCodes {  // words: per 32 k, four grid indices, then signs; the spare bits are a scale
   KTX_FORMAT(IQ2_XXS, 256, 32, true, 0, false, 43)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -359,7 +359,7 @@ struct DIQ2_XXS : Ready {  // words: per 32 k, four grid indices, then signs; th
   }
 };
 
-struct DIQ2_XS : Units {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
+struct DIQ2_XS : RowBlocks {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
   KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false, 43)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -374,7 +374,7 @@ struct DIQ2_XS : Units {  // words: per 32 k, four low index bytes, then signs; 
   }
 };
 
-struct DIQ2_S : Units {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
+struct DIQ2_S : RowBlocks {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
   KTX_FORMAT(IQ2_S, 256, 16, true, 0, false, 43)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -386,7 +386,7 @@ struct DIQ2_S : Units {  // words: 8 of low index bytes, 8 of signs, 2 of high i
   }
 };
 
-struct DIQ3_XXS : Ready {  // words: 16 of grid indices, 8 of signs whose spare bits are a scale
+struct DIQ3_XXS : OffsetCodes {  // words: 16 of grid indices, 8 of signs whose spare bits are a scale
   KTX_FORMAT(IQ3_XXS, 256, 32, true, 0, false, 62)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -404,7 +404,7 @@ struct DIQ3_XXS : Ready {  // words: 16 of grid indices, 8 of signs whose spare 
   }
 };
 
-struct DIQ3_S : Ready {  // words: 16 of low index bytes, 8 of signs, 2 of ninth index bits, 1 of scales
+struct DIQ3_S : OffsetCodes {  // words: 16 of low index bytes, 8 of signs, 2 of ninth index bits, 1 of scales
   KTX_FORMAT(IQ3_S, 256, 32, true, 0, false, 15)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -432,9 +432,9 @@ AI void unit_digits(const Block& b, int u, V* w) {  // of 32 k, eight times each
   }
 }
 AI F odd_steps(F d, V bits) { return mulf(mulf(d, to_float(or_(shl(and_(bits, set(7)), 1), set(1)))), setf(0.125f)); }
-AI V minus_nine_or_seven(V sign) { return sub8(set8(carry(-7)), and_(sub(set(0), and_(sign, set(1))), set8(2))); }
+AI V minus_nine_or_seven(V sign) { return sub8(set8(offset_code(-7)), and_(sub(set(0), and_(sign, set(1))), set8(2))); }
 
-struct DIQ1_S : Ready {  // words: 13 of digits, 1 of (scale, sign of delta) nibbles
+struct DIQ1_S : OffsetCodes {  // words: 13 of digits, 1 of (scale, sign of delta) nibbles
   KTX_FORMAT(IQ1_S, 256, 32, true, 0, false, 9)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -446,7 +446,7 @@ struct DIQ1_S : Ready {  // words: 13 of digits, 1 of (scale, sign of delta) nib
   }
 };
 
-struct DIQ1_M : Units {  // words: 13 of digits, 1 of signs of delta, one for eight weights, 2 of scales that carry d in their top nibbles
+struct DIQ1_M : RowBlocks {  // words: 13 of digits, 1 of signs of delta, one for eight weights, 2 of scales that carry d in their top nibbles
   KTX_FORMAT(IQ1_M, 256, 16, true, 0, false, 9)
   typedef F Head;
   AI static Head head(const Block& b) {

@@ -49,25 +49,25 @@ AI const float* scales_of(const uint8_t* group, int64_t k) { return reinterpret_
 template <class L> AI F float_scale(const uint8_t* group, int64_t k, int64_t from) {
   return L::BYTES == 1 ? mulf(loadf(scales_of(group, k) + from / 128 * 16), setf(L::STEP)) : setf(1);
 }
-constexpr int FLOAT_TILE = KTX_TILE < 6 ? KTX_TILE : 6;  // tokens whose sums are in registers
+constexpr int FLOAT_TILE = KTX_TILE_TOKENS < 6 ? KTX_TILE_TOKENS : 6;  // tokens whose sums are in registers
 constexpr int FLOAT_SPAN = 128;  // columns that share a scale, and that are expanded at once
 
 // One tile of tokens: weights are expanded in registers.
 template <class L, int T>
-static void multiply_float_few(const uint8_t* group, int64_t k, const float* x, float* out, const Ahead& ahead) {
+static void float_gemv(const uint8_t* group, int64_t k, const float* x, float* out, const Prefetcher& prefetcher) {
   F total[T];
 #pragma GCC unroll 6
   for (int t = 0; t < T; ++t) total[t] = zero();
   for (int64_t from = 0; from < k; from += FLOAT_SPAN) {
     const int64_t to = from + FLOAT_SPAN < k ? from + FLOAT_SPAN : k;
-    ahead.page(group + from * 16 * L::BYTES);
+    prefetcher.page(group + from * 16 * L::BYTES);
     F sum[T];
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) sum[t] = zero();
     int64_t i = from;
     for (; i + 2 <= to; i += 2) {
       F a, b;
-      if (i % 4 == 0) ahead.lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
+      if (i % 4 == 0) prefetcher.lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
       L::pair(group + i * 16 * L::BYTES, a, b);
 #pragma GCC unroll 6
       for (int t = 0; t < T; ++t) sum[t] = fma(b, broadcastf(x + (i + 1) * T + t), fma(a, broadcastf(x + i * T + t), sum[t]));
@@ -88,7 +88,7 @@ static void multiply_float_few(const uint8_t* group, int64_t k, const float* x, 
 
 // Many tokens: a span of weights is expanded once, [column][group][16], and used by every tile.
 template <int R, int T>
-static void multiply_float_tile(const float* w, int columns, const float* x, int step, const F* scale, float* out, size_t stride) {
+static void float_gemm_tile(const float* w, int columns, const float* x, int step, const F* scale, float* out, size_t stride) {
   F total[R * T];
 #pragma GCC unroll 12
   for (int i = 0; i < R * T; ++i) total[i] = zero();
@@ -112,27 +112,27 @@ static void multiply_float_tile(const float* w, int columns, const float* x, int
     }
 }
 
-typedef void (*FloatTile)(const float*, int, const float*, int, const F*, float*, size_t);
-template <int R> static FloatTile float_tile(int tokens) {
-  static const FloatTile table[] = {nullptr, multiply_float_tile<R, 1>, multiply_float_tile<R, 2>,
-#if KTX_TILE >= 6
-                                    multiply_float_tile<R, 3>, multiply_float_tile<R, 4>, multiply_float_tile<R, 5>, multiply_float_tile<R, 6>
+typedef void (*FloatKernel)(const float*, int, const float*, int, const F*, float*, size_t);
+template <int R> static FloatKernel float_kernel(int tokens) {
+  static const FloatKernel table[] = {nullptr, float_gemm_tile<R, 1>, float_gemm_tile<R, 2>,
+#if KTX_TILE_TOKENS >= 6
+                                    float_gemm_tile<R, 3>, float_gemm_tile<R, 4>, float_gemm_tile<R, 5>, float_gemm_tile<R, 6>
 #endif
   };
   return table[tokens];
 }
 
 template <class L, int R>
-static void multiply_float_many(const uint8_t* packed, size_t group, const Tokens& x, float* out, float* span, const Ahead& ahead) {
+static void float_gemm(const uint8_t* packed, size_t group, const ActTiles& x, float* out, float* span, const Prefetcher& prefetcher) {
   const size_t stride = size_t(x.n) * 16;
   __builtin_memset(out, 0, R * stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += FLOAT_SPAN) {
     const int64_t to = from + FLOAT_SPAN < x.k ? from + FLOAT_SPAN : x.k;
     F scale[R];
-    Upcoming upcoming[R];
+    PrefetchRange ranges[R];
     for (int r = 0; r < R; ++r) {
       const uint8_t* here = packed + r * group + from * 16 * L::BYTES;
-      upcoming[r] = ahead.span(here, (to - from) * 16 * L::BYTES, x.tiles);
+      ranges[r] = prefetcher.span(here, (to - from) * 16 * L::BYTES, x.tiles);
       scale[r] = float_scale<L>(packed + r * group, x.k, from);
       float* w = span + r * 16;
       for (int64_t i = from; i < to; i += 2, w += 2 * R * 16) {
@@ -143,10 +143,10 @@ static void multiply_float_many(const uint8_t* packed, size_t group, const Token
       }
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
-      for (Upcoming& u : upcoming) u.fetch();
+      for (PrefetchRange& u : ranges) u.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       for (int t = 0; t < tokens; t += FLOAT_TILE)
-        float_tile<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from), x.f + first * x.k + from * tokens + t, tokens, scale, out + (first + t) * 16, stride);
+        float_kernel<R>(tokens - t < FLOAT_TILE ? tokens - t : FLOAT_TILE)(span, int(to - from), x.f + first * x.k + from * tokens + t, tokens, scale, out + (first + t) * 16, stride);
     }
   }
 }

@@ -26,21 +26,21 @@ template <int OFF> AI V offset_by(const int32_t* minus_sum) {
   return OFF ? shl(broadcast(minus_sum), __builtin_ctz(OFF | 1 << 30)) : set(0);
 }
 
-#ifndef KTX_NARROW_SUMS
-constexpr int room_for(int) { return 1; }
+#ifndef KTX_SUMS_IN_16_BITS
+constexpr int sums_in_16_bits(int) { return 1; }
 // The sum of `steps` dot products a lane.
-template <bool SIGNED, int ROOM> struct Sum {
+template <bool SIGNED, int SUMS> struct DotSum {
   V total;
-  AI explicit Sum(V first = V()) : total(first) {}
+  AI explicit DotSum(V first = V()) : total(first) {}
   AI void add_product(int, int, V w, V x) { total = dot<SIGNED>(total, w, x); }
 };
 #endif
-#undef KTX_NARROW_SUMS
+#undef KTX_SUMS_IN_16_BITS
 
 // ---- few tokens: weights are expanded in registers and used at once --------------------------------------------------
 
 template <class D, int T>
-static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x, float* out, const Ahead& ahead) {
+static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float* out, const Prefetcher& prefetcher) {
   typedef Traits<D> R;
   F total[T];
   for (int t = 0; t < T; ++t) total[t] = zero();
@@ -53,11 +53,11 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
   const int64_t unit_bytes = int64_t(words + l.narrows * narrow) / R::UNITS;
   const uint8_t *fetched = group, *reached = group;  // all of the group in its order, at the pace of the units
   for (int64_t i = 0; i < blocks; ++i) {
-    ahead.page(b.words);
+    prefetcher.page(b.words);
     const typename D::Head head = D::head(b);
     const auto unit = [&](int u) __attribute__((always_inline)) {
       reached += unit_bytes;
-      fetched += ahead.lines(fetched, reached - fetched);
+      fetched += prefetcher.lines(fetched, reached - fetched);
       V w[8];
       F scale[R::PARTS], minimum[R::PARTS];
       decode<D>(head, b, u, w, scale, minimum);
@@ -66,11 +66,11 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
 #pragma GCC unroll 2
         for (int p = 0; p < R::PARTS; ++p) {
           constexpr int STEPS = D::SUB / 4;
-          Sum<D::SIGNED, room_for(D::MOST)> acc(offset_by<R::OFF>(sums + p * T + t));
+          DotSum<D::SIGNED, sums_in_16_bits(D::MAX_CODE)> acc(offset_by<R::OFF>(sums + p * T + t));
 #pragma GCC unroll 8
           for (int i = 0; i < STEPS; ++i) {
             const int g = p * STEPS + i;
-            acc.add_product(i, STEPS, D::SIGNED && !D::CARRIED ? carried(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
+            acc.add_product(i, STEPS, D::SIGNED && !D::WITH_OFFSET ? with_offset(w[g]) : w[g], broadcast(q + (g * T + t) * 4));
           }
           total[t] = fma(mulf(to_float(acc.total), scale[p]), broadcastf(scales + t), total[t]);
           if (D::MINIMUM) total[t] = fnma(minimum[p], broadcastf(parts + p * T + t), total[t]);
@@ -78,7 +78,7 @@ static void multiply_few(const Layout& l, const uint8_t* group, const Tokens& x,
       }
       q += 32 * T, sums += R::PARTS * T, parts += R::PARTS * T, scales += T;
     };
-#ifndef KTX_LOOPED  // where a lane is a loop, GCC 12 drops stores of the unrolled units
+#ifndef KTX_SCALAR_LANES  // where a lane is a loop, GCC 12 drops stores of the unrolled units
     if (T == 1) {  // shifts by numbers that are known: a token alone leaves the multiplier idle, decoding is what takes time
 #pragma GCC unroll 8
       for (int u = 0; u < R::UNITS; ++u) unit(u);
@@ -102,11 +102,11 @@ struct Span {  // one group's expanded weights
 static_assert(2 * sizeof(Span) <= WORK_BYTES, "work buffer");
 
 // The span of column `from`: of this group, or behind its end the first of `next` with its narrow fields.
-template <class D> AI Upcoming span_at(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next, int steps) {
-  if (from >= k && !next) return Upcoming();
+template <class D> AI PrefetchRange next_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next, int steps) {
+  if (from >= k && !next) return PrefetchRange();
   const uint8_t *words = from < k ? block_at(l, group, k, from / D::BLOCK).words : block_at(l, next, k, 0).words, *begin = from < k ? words : next;
   const int64_t columns = from < k ? k - from : k;
-  return Upcoming(begin, words - begin + (columns < SPAN ? columns : SPAN) / D::BLOCK * l.word_count() * 64, steps);
+  return PrefetchRange(begin, words - begin + (columns < SPAN ? columns : SPAN) / D::BLOCK * l.word_count() * 64, steps);
 }
 
 // SIGNED_BYTES: codes as signed bytes around zero, as AMX multiplies them; else as `dot` takes them.
@@ -123,7 +123,7 @@ static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t fro
       uint8_t* to = out.w + (at + u * 32) * 16;
 #pragma GCC unroll 8
       for (int g = 0; g < 8; ++g)
-        store(to + g * 64, D::SIGNED ? (D::CARRIED == SIGNED_BYTES ? carried(w[g]) : w[g]) : SIGNED_BYTES && D::OFFSET ? sub8(w[g], set8(D::OFFSET)) : w[g]);
+        store(to + g * 64, D::SIGNED ? (D::WITH_OFFSET == SIGNED_BYTES ? with_offset(w[g]) : w[g]) : SIGNED_BYTES && D::OFFSET ? sub8(w[g], set8(D::OFFSET)) : w[g]);
       for (int p = 0; p < R::PARTS; ++p, ++sub) {
         storef(out.scale + sub * 16, scale[p]);
         if (D::MINIMUM) storef(out.minimum + sub * 16, minimum[p]);
@@ -133,7 +133,7 @@ static void expand(const Layout& l, const uint8_t* group, int64_t k, int64_t fro
 }
 
 template <class D, int R, int T>
-static void multiply_tile(const Span* spans, int length, const int8_t* q, const float* scales, const int32_t* sums,
+static void gemm_tile(const Span* spans, int length, const int8_t* q, const float* scales, const int32_t* sums,
                           const float* parts, float* out, size_t stride) {
   F total[R * T];
 #pragma GCC unroll 2
@@ -141,12 +141,12 @@ static void multiply_tile(const Span* spans, int length, const int8_t* q, const 
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) total[r * T + t] = loadf(out + r * stride + t * 16);
   for (int s = 0; s < length / D::SUB; ++s) {
-    Sum<D::SIGNED, D::ROOM> acc[R * T];
+    DotSum<D::SIGNED, D::SUMS> acc[R * T];
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) {
       const V first = offset_by<Traits<D>::OFF>(sums + t);
 #pragma GCC unroll 2
-      for (int r = 0; r < R; ++r) acc[r * T + t] = Sum<D::SIGNED, D::ROOM>(first);
+      for (int r = 0; r < R; ++r) acc[r * T + t] = DotSum<D::SIGNED, D::SUMS>(first);
     }
 #pragma GCC unroll 8
     for (int g = 0; g < D::SUB / 4; ++g) {
@@ -182,41 +182,41 @@ static void multiply_tile(const Span* spans, int length, const int8_t* q, const 
 }
 
 // The tile kernel depends on the type only through these traits, so types of one shape share the code.
-template <int SUB_, bool SIGNED_, int OFFSET_, bool MINIMUM_, int ROOM_ = 1> struct Shape {
-  static constexpr int SUB = SUB_, OFFSET = OFFSET_, BLOCK = SUB_, ROOM = ROOM_;
+template <int SUB_, bool SIGNED_, int OFFSET_, bool MINIMUM_, int SUMS_ = 1> struct Shape {
+  static constexpr int SUB = SUB_, OFFSET = OFFSET_, BLOCK = SUB_, SUMS = SUMS_;
   static constexpr bool SIGNED = SIGNED_, MINIMUM = MINIMUM_;
 };
 
 typedef void (*TileKernel)(const Span*, int, const int8_t*, const float*, const int32_t*, const float*, float*, size_t);
-template <class S, int R> static TileKernel tile_kernel(int tokens) {
-  static const TileKernel table[] = {nullptr, multiply_tile<S, R, 1>, multiply_tile<S, R, 2>,
-#if KTX_TILE >= 6
-                                     multiply_tile<S, R, 3>, multiply_tile<S, R, 4>, multiply_tile<S, R, 5>, multiply_tile<S, R, 6>
+template <class S, int R> static TileKernel gemm_kernel(int tokens) {
+  static const TileKernel table[] = {nullptr, gemm_tile<S, R, 1>, gemm_tile<S, R, 2>,
+#if KTX_TILE_TOKENS >= 6
+                                     gemm_tile<S, R, 3>, gemm_tile<S, R, 4>, gemm_tile<S, R, 5>, gemm_tile<S, R, 6>
 #endif
   };
   return table[tokens];
 }
 
 template <class D, int R>
-static void multiply_many(const Layout& l, const uint8_t* packed, const Tokens& x, float* out, Span* spans, const uint8_t* next) {
-  typedef Shape<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM, room_for(D::MOST)> S;
+static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, float* out, Span* spans, const uint8_t* next) {
+  typedef Shape<D::SUB, D::SIGNED, D::SIGNED ? 0 : D::OFFSET, D::MINIMUM, sums_in_16_bits(D::MAX_CODE)> S;
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
   const int32_t* sums = D::SUB == 16 ? x.sum16 : x.sum32;
   const float* parts = D::SUB == 16 ? x.part16 : x.part32;
   __builtin_memset(out, 0, R * stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += SPAN) {
     const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
-    Upcoming upcoming[R];  // a few lines beside each tile: a processor drops what it has no room to wait for
+    PrefetchRange ranges[R];  // a few lines beside each tile: a processor drops what it has no room to wait for
     for (int r = 0; r < R; ++r) {
       expand<D>(l, packed + r * group, x.k, from, length, spans[r]);
-      upcoming[r] = span_at<D>(l, packed + r * group, x.k, from + length, next ? next + r * group : nullptr, x.tiles);
+      ranges[r] = next_span<D>(l, packed + r * group, x.k, from + length, next ? next + r * group : nullptr, x.tiles);
     }
     for (int tile = 0; tile < x.tiles; ++tile) {
-      for (Upcoming& u : upcoming) u.fetch();
+      for (PrefetchRange& u : ranges) u.fetch();
       const int first = x.start(tile), tokens = x.start(tile + 1) - first;
       const int64_t at32 = first * (x.k / 32) + from / 32 * tokens;
       const int64_t at = first * (x.k / D::SUB) + from / D::SUB * tokens;
-      tile_kernel<S, R>(tokens)(spans, length, x.q + first * x.k + from * tokens, x.scale + at32, sums + at, parts + at,
+      gemm_kernel<S, R>(tokens)(spans, length, x.q + first * x.k + from * tokens, x.scale + at32, sums + at, parts + at,
                                 out + first * 16, stride);
     }
   }

@@ -17,9 +17,9 @@ struct RowView {
 
 // Activations of n tokens, cut into tiles of at most `tile` tokens. Tile t starts at token start(t); all arrays are indexed
 // [element of the row][token of the tile] inside a tile, and a tile's part begins at start(t) * (elements of a row). Kernels with tile registers
-// have more than `few` tokens as [k/32][T][32] bytes. `wide` tokens are all multiplied in bf16, over tiles of WIDE_TILE tokens: they have [k/32][T][16] pairs and no bytes.
-constexpr int WIDE_TILE = 16;
-struct Tokens {
+// have more than `gemv_tokens` tokens as [k/32][T][32] bytes. `wide` tokens are all multiplied in bf16, over tiles of BF16_TILE_TOKENS tokens: they have [k/32][T][16] pairs and no bytes.
+constexpr int BF16_TILE_TOKENS = 16;
+struct ActTiles {
   int n = 0, tiles = 0;
   int64_t k = 0;
   int8_t* q = nullptr;       // [k/4][T][4]
@@ -30,38 +30,38 @@ struct Tokens {
   float* part32 = nullptr;   // [k/32][T]
   float* f = nullptr;        // [k][T] unquantised, for float weights
   uint32_t* pair = nullptr;  // [k/2][T] the same as pairs of bf16, where the kernels multiply these and k is even
-  bool wide = false;
-  int start(int t) const { return wide ? (t < tiles ? t * WIDE_TILE : n) : int(int64_t(n) * t / tiles); }
+  bool bf16 = false;
+  int start(int t) const { return bf16 ? (t < tiles ? t * BF16_TILE_TOKENS : n) : int(int64_t(n) * t / tiles); }
 };
 
 // Where a token lies: the first token of its tile, how many that has, and which of them it is.
-struct Spot { int first, count, at; };
+struct TileSlot { int first, count, at; };
 // f(token, spot) for the tokens of a tile.
-template <class F> void for_tile(const Tokens& x, int tile, F&& f) {
+template <class F> void for_tile(const ActTiles& x, int tile, F&& f) {
   const int first = x.start(tile), count = x.start(tile + 1) - first;
-  for (int t = 0; t < count; ++t) f(first + t, Spot{first, count, t});
+  for (int t = 0; t < count; ++t) f(first + t, TileSlot{first, count, t});
 }
 
 enum Activation { SILU, GELU, GELU_TANH, RELU, RELU2, SWIGLU_OAI };
 
 struct Kernels {
-  int pairs;      // of how many columns a row must be a multiple to be multiplied in pairs of bf16; 0: never
-  bool wide;      // whether they can multiply wide tokens
-  int tile, few;  // widest tile; up to `few` quantised tokens make one tile and take the fused path
-  void (*quantise)(const float* x, int64_t step, int64_t k, RowView out);  // sixteen values every `step`
+  int bf16_columns;      // of how many columns a row must be a multiple to be multiplied in pairs of bf16; 0: never
+  bool bf16_tiles;      // whether they can multiply wide tokens
+  int tile_tokens, gemv_tokens;  // widest tile; up to `gemv_tokens` quantised tokens make one tile and take the fused path
+  void (*quantize)(const float* x, int64_t step, int64_t k, RowView out);  // sixteen values every `step`
   // Columns from..from+length of a token into its tile; `row` and `x` hold these columns only. Multiples of 32 for `place`.
-  void (*place)(const RowView& row, const Tokens& to, Spot token, int64_t from, int64_t length);
-  void (*place_floats)(const float* x, const Tokens& to, Spot token, int64_t from, int64_t length);
+  void (*scatter)(const RowView& row, const ActTiles& to, TileSlot token, int64_t from, int64_t length);
+  void (*scatter_floats)(const float* x, const ActTiles& to, TileSlot token, int64_t from, int64_t length);
   // out[group][token][16] = packed rows of `groups` groups times every token; `work` holds WORK_BYTES. `next` is what the caller
   // will multiply with next, or null: its beginning is fetched while the end of this is used.
-  void (*multiply)(const Layout& layout, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work,
+  void (*multiply)(const Layout& layout, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work,
                    const uint8_t* next);
   void (*unpack)(const Layout& layout, const uint8_t* group, int64_t k, float* out);  // [k][16]
-  void (*write)(const float* x, int64_t step, int64_t groups, Number type, void* out);  // sixteen values every `step`, one after the other as f32, f16 or bf16
+  void (*write)(const float* x, int64_t step, int64_t groups, DType type, void* out);  // sixteen values every `step`, one after the other as f32, f16 or bf16
   // total[token[t]][columns] += weight[t] * sums[group][t][16]
   void (*add_weighted)(const float* sums, int n, int groups, const int64_t* token, const float* weight, float* total, int64_t columns);
-  void (*gate)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out, int64_t n);  // n % 16 == 0
-  void (*quantise_block)(const float* x, int n, bool four, uint8_t* out);  // n weights -> a block of INT8_128 or Q8_0, else of INT4_* or Q4_0
+  void (*gated_activation)(Activation act, float alpha, float limit, const float* gate, const float* up, float* out, int64_t n);  // n % 16 == 0
+  void (*quantize_block)(const float* x, int n, bool four, uint8_t* out);  // n weights -> a block of INT8_128 or Q8_0, else of INT4_* or Q4_0
 };
 constexpr size_t WORK_BYTES = 4 * 256 * 32 + 64;  // four groups of 256 columns in bf16; or two of 128 as floats, or of 256 as codes with their scales
 

@@ -9,7 +9,7 @@ constexpr int SPAN = 256;  // columns of a group of 16 rows that are dequantized
 #ifdef KTX_BF16
 #include "cpu/isa/bf16_gemm.inl"
 #endif
-#ifdef KTX_TILES
+#ifdef KTX_AMX
 #include "cpu/isa/amx_int8.inl"
 #include "cpu/isa/amx_bf16.inl"
 #endif
@@ -20,18 +20,18 @@ constexpr int SPAN = 256;  // columns of a group of 16 rows that are dequantized
 // The table of this instruction set. bf16_columns and bf16_tiles: see Kernels.
 constexpr Kernels kernel_table(int bf16_columns, bool bf16_tiles) {
   return {
-      .pairs = bf16_columns,
-      .wide = bf16_tiles,
-      .tile = KTX_TILE,
-      .few = KTX_FEW,
-      .quantise = quantise,
-      .place = place,
-      .place_floats = place_floats,
+      .bf16_columns = bf16_columns,
+      .bf16_tiles = bf16_tiles,
+      .tile_tokens = KTX_TILE_TOKENS,
+      .gemv_tokens = KTX_GEMV_TOKENS,
+      .quantize = quantize,
+      .scatter = scatter,
+      .scatter_floats = scatter_floats,
       .multiply = multiply,
       .unpack = unpack,
       .write = write,
       .add_weighted = add_weighted,
-      .gate = gate,
-      .quantise_block = quantise_block,
+      .gated_activation = gated_activation,
+      .quantize_block = quantize_block,
   };
 }

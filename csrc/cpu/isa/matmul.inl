@@ -4,91 +4,91 @@
 // ---- integer weights ------------------------------------------------------------------------------------------------
 
 template <class D>
-static void multiply_ints(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work,
+static void multiply_int_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work,
                           const uint8_t* next) {
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
-#ifdef KTX_TILES
-  if (x.wide) return multiply_wide<WideInts<D>>(l, packed, groups, x, out, work, next);
+#ifdef KTX_AMX
+  if (x.bf16) return amx_bf16_gemm<Bf16FromInts<D>>(l, packed, groups, x, out, work, next);
 #endif
-  const Ahead ahead(packed + groups * group, next);
+  const Prefetcher prefetcher(packed + groups * group, next);
   int g = 0;
-  if (x.tiles == 1 && x.n <= KTX_FEW) {
+  if (x.tiles == 1 && x.n <= KTX_GEMV_TOKENS) {
     for (; g < groups; ++g, packed += group, out += stride) {
       switch (x.n) {
-        case 1: multiply_few<D, 1>(l, packed, x, out, ahead); break;
-        case 2: multiply_few<D, 2>(l, packed, x, out, ahead); break;
-#if KTX_FEW == 8
-        case 3: multiply_few<D, 3>(l, packed, x, out, ahead); break;
-        case 4: multiply_few<D, 4>(l, packed, x, out, ahead); break;
-        case 5: multiply_few<D, 5>(l, packed, x, out, ahead); break;
-        case 6: multiply_few<D, 6>(l, packed, x, out, ahead); break;
-        case 7: multiply_few<D, 7>(l, packed, x, out, ahead); break;
-        case 8: multiply_few<D, 8>(l, packed, x, out, ahead); break;
+        case 1: gemv<D, 1>(l, packed, x, out, prefetcher); break;
+        case 2: gemv<D, 2>(l, packed, x, out, prefetcher); break;
+#if KTX_GEMV_TOKENS == 8
+        case 3: gemv<D, 3>(l, packed, x, out, prefetcher); break;
+        case 4: gemv<D, 4>(l, packed, x, out, prefetcher); break;
+        case 5: gemv<D, 5>(l, packed, x, out, prefetcher); break;
+        case 6: gemv<D, 6>(l, packed, x, out, prefetcher); break;
+        case 7: gemv<D, 7>(l, packed, x, out, prefetcher); break;
+        case 8: gemv<D, 8>(l, packed, x, out, prefetcher); break;
 #endif
       }
     }
     return;
   }
-#ifdef KTX_TILES
-  return multiply_tiles<D>(l, packed, groups, x, out, work, next);
+#ifdef KTX_AMX
+  return amx_int8_gemm<D>(l, packed, groups, x, out, work, next);
 #else
   Span* spans = reinterpret_cast<Span*>(work);
-#if KTX_TILE >= 6
+#if KTX_TILE_TOKENS >= 6
   for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride)
-    multiply_many<D, 2>(l, packed, x, out, spans, g + 2 < groups ? packed + 2 * group : next);
+    gemm<D, 2>(l, packed, x, out, spans, g + 2 < groups ? packed + 2 * group : next);
 #endif
   for (; g < groups; ++g, packed += group, out += stride)
-    multiply_many<D, 1>(l, packed, x, out, spans, g + 1 < groups ? packed + group : next);
+    gemm<D, 1>(l, packed, x, out, spans, g + 1 < groups ? packed + group : next);
 #endif
 }
 
 // ---- float weights --------------------------------------------------------------------------------------------------
 
 template <class L, int R>
-static void multiply_float_groups(const uint8_t* packed, size_t group, const Tokens& x, float* out, uint8_t* work, const Ahead& ahead) {
+static void gemm_any_float(const uint8_t* packed, size_t group, const ActTiles& x, float* out, uint8_t* work, const Prefetcher& prefetcher) {
 #ifdef KTX_BF16
   if constexpr (L::IN_BF16)
-    if (x.pair) return multiply_pair_many<L, R>(packed, group, x, out, reinterpret_cast<uint32_t*>(work), ahead);
+    if (x.pair) return bf16_gemm<L, R>(packed, group, x, out, reinterpret_cast<uint32_t*>(work), prefetcher);
 #endif
-  multiply_float_many<L, R>(packed, group, x, out, reinterpret_cast<float*>(work), ahead);
+  float_gemm<L, R>(packed, group, x, out, reinterpret_cast<float*>(work), prefetcher);
 }
 
-template <class L, int T> AI void multiply_few_floats(const uint8_t* packed, const Tokens& x, float* out, const Ahead& ahead) {
+template <class L, int T> AI void gemv_any_float(const uint8_t* packed, const ActTiles& x, float* out, const Prefetcher& prefetcher) {
 #ifdef KTX_BF16
   if constexpr (L::IN_BF16)
-    if (x.pair) return multiply_pair_few<L, T>(packed, x.k, x.pair, out, ahead);
+    if (x.pair) return bf16_gemv<L, T>(packed, x.k, x.pair, out, prefetcher);
 #endif
-  multiply_float_few<L, T>(packed, x.k, x.f, out, ahead);
+  float_gemv<L, T>(packed, x.k, x.f, out, prefetcher);
 }
 
 template <class L>
-static void multiply_floats(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work, const uint8_t* next) {
+static void multiply_float_weights(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work, const uint8_t* next) {
   const size_t group = group_bytes(l, x.k), stride = size_t(x.n) * 16;
-#ifdef KTX_TILES
+#ifdef KTX_AMX
   if constexpr (L::IN_BF16)
-    if (x.wide && x.pair) return multiply_wide<WideFloats<L>>(l, packed, groups, x, out, work, next);
+    if (x.bf16 && x.pair) return amx_bf16_gemm<Bf16FromFloats<L>>(l, packed, groups, x, out, work, next);
 #endif
-  const Ahead ahead(packed + groups * group, next);
+  const Prefetcher prefetcher(packed + groups * group, next);
   int g = 0;
   if (x.tiles == 1 && x.n <= FLOAT_TILE) {
     for (; g < groups; ++g, packed += group, out += stride) {
       switch (x.n) {
-        case 1: multiply_few_floats<L, 1>(packed, x, out, ahead); break;
-        case 2: multiply_few_floats<L, 2>(packed, x, out, ahead); break;
-#if KTX_TILE >= 6
-        case 3: multiply_few_floats<L, 3>(packed, x, out, ahead); break;
-        case 4: multiply_few_floats<L, 4>(packed, x, out, ahead); break;
-        case 5: multiply_few_floats<L, 5>(packed, x, out, ahead); break;
-        case 6: multiply_few_floats<L, 6>(packed, x, out, ahead); break;
+        case 1: gemv_any_float<L, 1>(packed, x, out, prefetcher); break;
+        case 2: gemv_any_float<L, 2>(packed, x, out, prefetcher); break;
+#if KTX_TILE_TOKENS >= 6
+        case 3: gemv_any_float<L, 3>(packed, x, out, prefetcher); break;
+        case 4: gemv_any_float<L, 4>(packed, x, out, prefetcher); break;
+        case 5: gemv_any_float<L, 5>(packed, x, out, prefetcher); break;
+        case 6: gemv_any_float<L, 6>(packed, x, out, prefetcher); break;
 #endif
       }
     }
     return;
   }
-#if KTX_TILE >= 6
-  for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) multiply_float_groups<L, 2>(packed, group, x, out, work, ahead);
+#if KTX_TILE_TOKENS >= 6
+  for (; g + 2 <= groups; g += 2, packed += 2 * group, out += 2 * stride) gemm_any_float<L, 2>(packed, group, x, out, work, prefetcher);
 #endif
-  for (; g < groups; ++g, packed += group, out += stride) multiply_float_groups<L, 1>(packed, group, x, out, work, ahead);
+  for (; g < groups; ++g, packed += group, out += stride) gemm_any_float<L, 1>(packed, group, x, out, work, prefetcher);
 }
 
 // ---- packed weights as f32 ------------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ template <class D> static void unpack_ints(const Layout& l, const uint8_t* group
       for (int j = 0; j < 32; ++j, out += 16) {
         const F scale = scales[j / D::SUB], minimum = D::MINIMUM ? minimums[j / D::SUB] : zero();
         V code = byte(w[j / 4], j % 4);
-        code = D::SIGNED ? sign_extend8(D::CARRIED ? carried(code) : code) : add(code, set(uint32_t(-D::OFFSET)));
+        code = D::SIGNED ? sign_extend8(D::WITH_OFFSET ? with_offset(code) : code) : add(code, set(uint32_t(-D::OFFSET)));
         const F value = mulf(scale, to_float(code));
         storef(out, D::MINIMUM ? fma(minimum, setf(-1), value) : value);
       }
@@ -126,38 +126,38 @@ template <class L> static void unpack_floats(const Layout&, const uint8_t* group
 
 // ---- one row a weight type ------------------------------------------------------------------------------------------
 
-// An instruction set that adds to another compiles the types that gain by it; KTX_BASE are the kernels of the other, which have the rest.
-#ifndef KTX_BASE
-#define KTX_INTS(X)                                                                                                          \
+// An instruction set that adds to another compiles the types that gain by it; KTX_BASE_KERNELS are the kernels of the other, which have the rest.
+#ifndef KTX_BASE_KERNELS
+#define KTX_INT_TYPES(X)                                                                                                          \
   X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0)      \
   X(TQ2_0) X(IQ2_XXS) X(IQ2_XS) X(IQ2_S) X(IQ3_XXS) X(IQ3_S) X(IQ1_S) X(IQ1_M) X(INT8_128) X(INT4_64)      \
   X(INT4_128)
-#define KTX_FLOATS(X) X(F32, LF32) X(F16, LF16) X(BF16, LBF16) X(F8_E4M3, LF8)
+#define KTX_FLOAT_TYPES(X) X(F32, LF32) X(F16, LF16) X(BF16, LBF16) X(F8_E4M3, LF8)
 #endif
 
-typedef void (*Multiply)(const Layout&, const uint8_t*, int, const Tokens&, float*, uint8_t*, const uint8_t*);
+typedef void (*Multiply)(const Layout&, const uint8_t*, int, const ActTiles&, float*, uint8_t*, const uint8_t*);
 typedef void (*Unpack)(const Layout&, const uint8_t*, int64_t, float*);
-struct Row { int code; Multiply multiply; Unpack unpack; };
-static const Row ROWS[] = {
-#define X(name) {ktx::name, multiply_ints<D##name>, unpack_ints<D##name>},
-    KTX_INTS(X)
+struct TypeKernels { int code; Multiply multiply; Unpack unpack; };
+static const TypeKernels TYPES[] = {
+#define X(name) {ktx::name, multiply_int_weights<D##name>, unpack_ints<D##name>},
+    KTX_INT_TYPES(X)
 #undef X
-#define X(name, L) {ktx::name, multiply_floats<L>, unpack_floats<L>},
-    KTX_FLOATS(X)
+#define X(name, L) {ktx::name, multiply_float_weights<L>, unpack_floats<L>},
+    KTX_FLOAT_TYPES(X)
 #undef X
 };
 
-static Row row_of(int code) {
-  for (const Row& row : ROWS)
+static TypeKernels kernels_of(int code) {
+  for (const TypeKernels& row : TYPES)
     if (row.code == code) return row;
-#ifdef KTX_BASE
-  return {code, KTX_BASE.multiply, KTX_BASE.unpack};
+#ifdef KTX_BASE_KERNELS
+  return {code, KTX_BASE_KERNELS.multiply, KTX_BASE_KERNELS.unpack};
 #else
   __builtin_trap();  // the drivers check the code before they come here
 #endif
 }
-static void multiply(const Layout& l, const uint8_t* packed, int groups, const Tokens& x, float* out, uint8_t* work,
+static void multiply(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work,
                      const uint8_t* next) {
-  row_of(l.code).multiply(l, packed, groups, x, out, work, next);
+  kernels_of(l.code).multiply(l, packed, groups, x, out, work, next);
 }
-static void unpack(const Layout& l, const uint8_t* group, int64_t k, float* out) { row_of(l.code).unpack(l, group, k, out); }
+static void unpack(const Layout& l, const uint8_t* group, int64_t k, float* out) { kernels_of(l.code).unpack(l, group, k, out); }

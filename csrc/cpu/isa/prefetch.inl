@@ -2,29 +2,29 @@
 // Weights that are read once are fetched this far ahead; and the page after next is touched, because in a large model every page is a miss of the
 // page tables as well. Past the end of what was asked for, fetching goes on at the beginning of what comes next. A few lines at a time: a
 // processor drops what it has no room to wait for.
-constexpr int64_t LINES_AHEAD = 4096, SPANS_AHEAD = 6144, PAGES_AHEAD = 16384;
-struct Upcoming {  // memory that will be read soon, fetched in so many steps
+constexpr int64_t LINE_DISTANCE_BYTES = 4096, SPAN_DISTANCE_BYTES = 6144, PAGE_DISTANCE_BYTES = 16384;
+struct PrefetchRange {  // memory that will be read soon, fetched in so many steps
   const uint8_t *at, *end;
   int64_t lines;  // of a step
-  AI explicit Upcoming(const uint8_t* begin = nullptr, int64_t bytes = 0, int steps = 1)
+  AI explicit PrefetchRange(const uint8_t* begin = nullptr, int64_t bytes = 0, int steps = 1)
       : at(begin), end(begin + bytes), lines(((bytes + 63) / 64 + steps - 1) / steps) {}
   AI void fetch() {
     const uint8_t* to = at + lines * 64 < end ? at + lines * 64 : end;
     for (; at < to; at += 64) __builtin_prefetch(at, 0, 2);
   }
 };
-struct Ahead {
+struct Prefetcher {
   const uint8_t* end;
   int64_t jump;
-  AI Ahead(const uint8_t* end, const uint8_t* next) : end(end), jump(next ? next - end : -PAGES_AHEAD) {}
+  AI Prefetcher(const uint8_t* end, const uint8_t* next) : end(end), jump(next ? next - end : -PAGE_DISTANCE_BYTES) {}
   AI const uint8_t* from(const uint8_t* p) const { return p + (p >= end ? jump : 0); }
   AI int64_t lines(const uint8_t* p, int64_t bytes) const {  // used once: not into the second-level cache; how many bytes, in whole lines
-    const uint8_t* to = from(p + LINES_AHEAD);
+    const uint8_t* to = from(p + LINE_DISTANCE_BYTES);
     int64_t at = 0;
     for (; at < bytes; at += 64) __builtin_prefetch(to + at, 0, 0);
     return at;
   }
-  AI Upcoming span(const uint8_t* p, int64_t bytes, int steps) const { return Upcoming(from(p + SPANS_AHEAD), bytes, steps); }
-  AI void page(const uint8_t* p) const { __builtin_prefetch(from(p + PAGES_AHEAD), 0, 2); }
+  AI PrefetchRange span(const uint8_t* p, int64_t bytes, int steps) const { return PrefetchRange(from(p + SPAN_DISTANCE_BYTES), bytes, steps); }
+  AI void page(const uint8_t* p) const { __builtin_prefetch(from(p + PAGE_DISTANCE_BYTES), 0, 2); }
 };
 

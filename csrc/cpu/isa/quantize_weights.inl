@@ -12,7 +12,7 @@ AI float weighted_error(const float* x, int n, float scale, float low, float hig
 }
 
 // One block of symmetric codes: the scale (f16) around the obvious one with the least error, then int8, or nibbles plus 8.
-static void quantise_block(const float* x, int n, bool four, uint8_t* out) {
+static void quantize_block(const float* x, int n, bool four, uint8_t* out) {
   float extreme = 0, mean = 0;
   for (int i = 0; i < n; ++i) extreme = x[i] * x[i] > extreme * extreme ? x[i] : extreme, mean += x[i] * x[i];
   mean /= float(n);

@@ -8,8 +8,8 @@
 #include "cpu/quant/layout.h"
 #include "cpu/isa/scalar_lanes.h"
 
-#define KTX_TILE 2
-#define KTX_FEW 2
+#define KTX_TILE_TOKENS 2
+#define KTX_GEMV_TOKENS 2
 
 namespace ktx {
 namespace scalar {

@@ -6,4 +6,4 @@
 #else
 #define AI inline __attribute__((always_inline))
 #endif
-#define KTX_LOOPED  // a lane is a loop
+#define KTX_SCALAR_LANES  // a lane is a loop

@@ -162,7 +162,7 @@ AI __m256i dot256(__m256i acc, __m256i w, __m256i x) {
   return acc;
 }
 constexpr int SIGNED_OFFSET = 128;
-AI V carried(V weights) { return xor_(weights, set8(0x80)); }
+AI V with_offset(V weights) { return xor_(weights, set8(0x80)); }
 template <bool SIGNED> AI V dot(V acc, V w, V x) { return {dot256(acc.a, w.a, x.a), dot256(acc.b, w.b, x.b)}; }
 #else
 // maddubs adds two products in 16 bits: unsigned codes up to 127 fit, signed ones go as |w| times x with w's sign.
@@ -187,20 +187,20 @@ AI V add_lanes(V sum, V x) {
   return sum;
 }
 // How many products of codes up to `most` 16 bits hold, as a power of two: they are widened together.
-constexpr int room_for(int most) { return most <= 16 ? 8 : most <= 32 ? 4 : most <= 64 ? 2 : 1; }
+constexpr int sums_in_16_bits(int most) { return most <= 16 ? 8 : most <= 32 ? 4 : most <= 64 ? 2 : 1; }
 // A sum that is widened once is added by an intrinsic, from which the compiler drops a zero start (Q2_K, one token: 10 % slower without).
-template <bool SIGNED, int ROOM> struct Sum {
+template <bool SIGNED, int SUMS> struct DotSum {
   V total, narrow;
-  AI explicit Sum(V first = V()) : total(first), narrow(first) {}
+  AI explicit DotSum(V first = V()) : total(first), narrow(first) {}
   AI void add_product(int step, int steps, V w, V x) {
     const V both = products<SIGNED>(w, x);
-    narrow = step % ROOM ? add_words(narrow, both) : both;
-    if (step % ROOM == ROOM - 1 || step == steps - 1) total = steps <= ROOM ? add(total, widened(narrow)) : add_lanes(total, widened(narrow));
+    narrow = step % SUMS ? add_words(narrow, both) : both;
+    if (step % SUMS == SUMS - 1 || step == steps - 1) total = steps <= SUMS ? add(total, widened(narrow)) : add_lanes(total, widened(narrow));
   }
 };
-#define KTX_NARROW_SUMS
+#define KTX_SUMS_IN_16_BITS
 constexpr int SIGNED_OFFSET = 0;
-AI V carried(V weights) { return weights; }
+AI V with_offset(V weights) { return weights; }
 #endif
 #undef KTX_V1
 #undef KTX_V2

@@ -153,13 +153,13 @@ AI void store_bf16(void* p, F a) {  // to nearest even; what is not a number sta
 }
 AI void store_s8(int8_t* p, V a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 
-// Dot product of four bytes a lane. Signed weights are carried with 128 added (see `carried`), so there is one instruction.
+// Dot product of four bytes a lane. Signed weights are carried with 128 added (see `with_offset`), so there is one instruction.
 AI V dot(V acc, V weights, V x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(x));
   return acc;
 }
 constexpr int SIGNED_OFFSET = 128;
-AI V carried(V weights) { return _mm512_xor_si512(weights, _mm512_set1_epi8(char(0x80))); }
+AI V with_offset(V weights) { return _mm512_xor_si512(weights, _mm512_set1_epi8(char(0x80))); }
 AI V twice16(V x) {  // the low halves of lanes in both halves
   return _mm512_or_si512(_mm512_and_si512(x, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(x, 16));
 }

@@ -152,7 +152,7 @@ template <bool SIGNED> AI V dot(V acc, V w, V x) {
   return r;
 }
 constexpr int SIGNED_OFFSET = 0;
-AI V carried(V weights) { return weights; }
+AI V with_offset(V weights) { return weights; }
 #ifdef KTX_BF16
 // Pairs of bf16, as vcvtne2ps2bf16 makes them: rounded to nearest even, subnormal numbers become zero.
 AI uint32_t bf16_bits(float x) {

@@ -6,7 +6,7 @@
 
 namespace ktx {
 // Q8_0, for keys and values alone: blocks of 32 columns, an f16 scale before 32 int8 (ggml's block_q8_0). Its strides count bytes.
-enum class Number { F32, F16, BF16, Q8_0 };
+enum class DType { F32, F16, BF16, Q8_0 };
 constexpr int64_t Q8_BLOCK = 32, Q8_BYTES = 34;
 
 inline float from_bf16(uint16_t h) {
@@ -49,7 +49,7 @@ inline uint16_t to_f16(float f) {
   return uint16_t(sign | ((magnitude + 0xc8000fffu + ((magnitude >> 13) & 1)) >> 13));
 }
 
-inline size_t size_of(Number type) { return type == Number::F32 ? 4 : type == Number::Q8_0 ? 1 : 2; }  // of an element of a stride
+inline size_t size_of(DType type) { return type == DType::F32 ? 4 : type == DType::Q8_0 ? 1 : 2; }  // of an element of a stride
 
 // n values, whole blocks, as Q8_0. A block that holds an infinity or a NaN becomes NaN.
 inline void to_q8_0(const float* x, int64_t n, uint8_t* out) {
@@ -75,21 +75,21 @@ inline void from_q8_0(const uint8_t* block, int64_t n, float* out) {
 }
 
 // n values as f32: the source itself when it is f32 already, else converted into `room`.
-inline const float* as_floats(const void* x, Number type, int64_t n, float* room) {
-  if (type == Number::F32) return static_cast<const float*>(x);
+inline const float* as_floats(const void* x, DType type, int64_t n, float* room) {
+  if (type == DType::F32) return static_cast<const float*>(x);
   const uint16_t* h = static_cast<const uint16_t*>(x);
-  if (type == Number::Q8_0) from_q8_0(static_cast<const uint8_t*>(x), n, room);
-  else if (type == Number::BF16)
+  if (type == DType::Q8_0) from_q8_0(static_cast<const uint8_t*>(x), n, room);
+  else if (type == DType::BF16)
     for (int64_t i = 0; i < n; ++i) room[i] = from_bf16(h[i]);
   else
     for (int64_t i = 0; i < n; ++i) room[i] = from_f16(h[i]);
   return room;
 }
-inline void from_floats(const float* x, Number type, int64_t n, void* out) {
+inline void from_floats(const float* x, DType type, int64_t n, void* out) {
   uint16_t* h = static_cast<uint16_t*>(out);
-  if (type == Number::F32) std::memcpy(out, x, size_t(n) * 4);
-  else if (type == Number::Q8_0) to_q8_0(x, n, static_cast<uint8_t*>(out));
-  else if (type == Number::BF16)
+  if (type == DType::F32) std::memcpy(out, x, size_t(n) * 4);
+  else if (type == DType::Q8_0) to_q8_0(x, n, static_cast<uint8_t*>(out));
+  else if (type == DType::BF16)
     for (int64_t i = 0; i < n; ++i) h[i] = to_bf16(x[i]);
   else
     for (int64_t i = 0; i < n; ++i) h[i] = to_f16(x[i]);

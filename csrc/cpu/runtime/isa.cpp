@@ -43,14 +43,14 @@ Isa probe() {
   return tiles && tiles_permitted() ? AMX : AVX512BF16;
 }
 
-Isa lowered(Isa best) {
-  const char* wish = std::getenv("KTX_ISA");
-  if (!wish || !*wish) return best;
+Isa limited_by_env(Isa best) {
+  const char* requested = std::getenv("KTX_ISA");
+  if (!requested || !*requested) return best;
   for (int i = 0; i < ISA_COUNT; ++i)
-    if (std::string(wish) == ISA_NAMES[i]) return i < best ? Isa(i) : best;
+    if (std::string(requested) == ISA_NAMES[i]) return i < best ? Isa(i) : best;
   std::string known;
   for (const char* name : ISA_NAMES) known += (known.empty() ? "" : ", ") + std::string(name);
-  throw std::runtime_error("KTX_ISA=" + std::string(wish) + " is not known: use one of " + known);
+  throw std::runtime_error("KTX_ISA=" + std::string(requested) + " is not known: use one of " + known);
 }
 }  // namespace
 
@@ -61,10 +61,10 @@ bool has_vex_vnni() {
 
 bool fast_gemm() {
   static const bool fast = [] {
-    const char* wish = std::getenv("KTX_GEMM");
-    if (!wish || !*wish || std::string(wish) == "exact") return false;
-    if (std::string(wish) == "fast") return true;
-    throw std::runtime_error("KTX_GEMM=" + std::string(wish) + " is not known: use exact or fast");
+    const char* requested = std::getenv("KTX_GEMM");
+    if (!requested || !*requested || std::string(requested) == "exact") return false;
+    if (std::string(requested) == "fast") return true;
+    throw std::runtime_error("KTX_GEMM=" + std::string(requested) + " is not known: use exact or fast");
   }();
   return fast;
 }
@@ -75,7 +75,7 @@ Isa best_isa() {
 }
 
 Isa picked_isa() {
-  static const Isa isa = lowered(best_isa());
+  static const Isa isa = limited_by_env(best_isa());
   return isa;
 }
 }  // namespace ktx

@@ -49,16 +49,16 @@ Found find() {
   for (int node = 0; node <= HIGHEST && int(found.numbers.size()) < MAX_NODES; ++node)
     if (std::vector<int> cpus = usable_cpus(node); !cpus.empty()) found.numbers.push_back(node), found.cpus.push_back(std::move(cpus));
   found.shares = found.numbers.empty() ? 1 : int(found.numbers.size());
-  const char* wish = std::getenv("KTX_NUMA");
-  if (!wish || !*wish || !std::strcmp(wish, "auto")) return found;
-  if (!std::strcmp(wish, "off")) {
+  const char* requested = std::getenv("KTX_NUMA");
+  if (!requested || !*requested || !std::strcmp(requested, "auto")) return found;
+  if (!std::strcmp(requested, "off")) {
     found.shares = 1;
     return found;
   }
   char* end = nullptr;
-  const long count = std::strncmp(wish, "fake:", 5) ? 0 : std::strtol(wish + 5, &end, 10);
+  const long count = std::strncmp(requested, "fake:", 5) ? 0 : std::strtol(requested + 5, &end, 10);
   if (count < 1 || count > MAX_NODES || *end)
-    throw std::runtime_error("KTX_NUMA=" + std::string(wish) + " is not known: use auto, off or fake:N with N from 1 to " + std::to_string(MAX_NODES));
+    throw std::runtime_error("KTX_NUMA=" + std::string(requested) + " is not known: use auto, off or fake:N with N from 1 to " + std::to_string(MAX_NODES));
   found.shares = int(count), found.fake = true;
   return found;
 }
@@ -72,7 +72,7 @@ std::atomic<int64_t> own_units{0}, stolen_units{0};
 }  // namespace
 
 int nodes() { return found().shares; }
-bool pretended() { return found().fake; }
+bool fake_nodes() { return found().fake; }
 const std::vector<int>& node_cpus(int node) { return found().cpus.at(size_t(node)); }
 
 void bind(void* memory, size_t bytes, int node) {
@@ -103,6 +103,6 @@ std::vector<int64_t> pages_on(const void* memory, size_t bytes) {
   return count;
 }
 
-Taken taken() { return {own_units.load(std::memory_order_relaxed), stolen_units.load(std::memory_order_relaxed)}; }
-void count_units(bool own, int64_t count) { (own ? own_units : stolen_units).fetch_add(count, std::memory_order_relaxed); }
+StealStats steal_stats() { return {own_units.load(std::memory_order_relaxed), stolen_units.load(std::memory_order_relaxed)}; }
+void record_units(bool own, int64_t count) { (own ? own_units : stolen_units).fetch_add(count, std::memory_order_relaxed); }
 }  // namespace ktx

@@ -23,7 +23,7 @@ namespace ktx {
 namespace {
 // Spinning is bounded: beside a busy neighbour an endless spin costs up to forty times the work itself.
 // Between two kernels of a token runs Python: longer than a wait inside a kernel, and a thread woken from sleep costs 50 us.
-constexpr int SPINS = 4000, SPINS_BETWEEN = 20000;  // pause instructions: about 50 and 250 us
+constexpr int SPINS_IN_RUN = 4000, SPINS_BETWEEN_RUNS = 20000;  // pause instructions: about 50 and 250 us
 
 void relax() { __builtin_ia32_pause(); }
 
@@ -42,7 +42,7 @@ struct Signal {
     value.fetch_add(1, std::memory_order_seq_cst);
     if (sleepers.load(std::memory_order_seq_cst)) futex_wake(value);
   }
-  void wait_while(uint32_t seen, int spins = SPINS) {
+  void wait_while(uint32_t seen, int spins = SPINS_IN_RUN) {
     for (int i = 0; i < spins; ++i, relax())
       if (value.load(std::memory_order_acquire) != seen) return;
     sleepers.fetch_add(1, std::memory_order_seq_cst);
@@ -55,7 +55,7 @@ struct Signal {
 // has not woken yet: beside a busy neighbour that takes milliseconds, and the queues leave them nothing to do.
 struct State {
   uint32_t run = 0;                           // its number
-  uint32_t here : 11 = 0, arrived : 11 = 0;   // members inside, and those of them at the barrier
+  uint32_t joined : 11 = 0, arrived : 11 = 0;   // members inside, and those of them at the barrier
   uint32_t phase : 9 = 0, closed : 1 = 1;     // barriers that have opened; closed: nobody comes any more
 };
 static_assert(sizeof(State) == 8 && std::atomic<State>::is_always_lock_free);
@@ -73,7 +73,7 @@ int first_sibling(int cpu) {
 }
 
 int node_of(int cpu) {
-  if (pretended()) return cpu % nodes();
+  if (fake_nodes()) return cpu % nodes();
   for (int node = 0; node < nodes() && nodes() > 1; ++node) {
     const std::vector<int>& own = node_cpus(node);
     if (std::find(own.begin(), own.end(), cpu) != own.end()) return node;
@@ -82,7 +82,7 @@ int node_of(int cpu) {
 }
 
 // The first cpu of each node, then the second of each, and so on: a small team uses the memory of all nodes.
-std::vector<int> in_turns(const std::vector<int>& cpus) {
+std::vector<int> interleave_nodes(const std::vector<int>& cpus) {
   std::vector<std::vector<int>> of(static_cast<size_t>(nodes()));
   for (int cpu : cpus) of[size_t(node_of(cpu))].push_back(cpu);
   std::vector<int> mixed;
@@ -94,7 +94,7 @@ std::vector<int> in_turns(const std::vector<int>& cpus) {
 
 struct Cores {
   std::vector<int> cpus;  // that this process may use, one of each core before the second ones, and nodes in turns
-  int whole = 0;          // how many cores they are
+  int num_cores = 0;          // how many cores they are
 };
 Cores allowed_cores() {
   Cores found;
@@ -107,42 +107,42 @@ Cores allowed_cores() {
     if (std::find(seen.begin(), seen.end(), core) != seen.end()) rest.push_back(cpu);
     else seen.push_back(core), found.cpus.push_back(cpu);
   }
-  found.whole = int(seen.size());
-  found.cpus = in_turns(found.cpus);
-  rest = in_turns(rest);
+  found.num_cores = int(seen.size());
+  found.cpus = interleave_nodes(found.cpus);
+  rest = interleave_nodes(rest);
   found.cpus.insert(found.cpus.end(), rest.begin(), rest.end());
   return found;
 }
 
-thread_local bool inside = false;
-thread_local uint32_t own_phase = 0;  // barriers of this run that the member is behind
-thread_local int node_of_member = 0;
+thread_local bool in_run = false;
+thread_local uint32_t worker_phase = 0;  // barriers of this run that the member is behind
+thread_local int node_of_worker = 0;
 
-class Team {
+class ThreadPool {
  public:
-  explicit Team(int size) : size(size) {
+  explicit ThreadPool(int size) : size(size) {
     const std::vector<int> cores = allowed_cores().cpus;
-    for (int member = 1; member < size; ++member) {
-      const int node = pretended() ? member % nodes() : member < int(cores.size()) ? node_of(cores[size_t(member)]) : member % nodes();
-      workers.emplace_back([this, member, node] {
-        node_of_member = node;
-        work(member);
+    for (int worker = 1; worker < size; ++worker) {
+      const int node = fake_nodes() ? worker % nodes() : worker < int(cores.size()) ? node_of(cores[size_t(worker)]) : worker % nodes();
+      workers.emplace_back([this, worker, node] {
+        node_of_worker = node;
+        work(worker);
       });
-      if (size <= int(cores.size())) pin(workers.back(), cores[size_t(member)]);
+      if (size <= int(cores.size())) pin(workers.back(), cores[size_t(worker)]);
     }
   }
-  ~Team() {
+  ~ThreadPool() {
     stop = true;
     start.raise();
     for (auto& worker : workers) worker.join();
   }
   void run(void (*f)(void*, int), void* c) {
     fn = f, context = c, error = nullptr;
-    state.store({.run = state.load().run + 1, .here = 1, .closed = 0});
+    state.store({.run = state.load().run + 1, .joined = 1, .closed = 0});
     start.raise();
-    if (nodes() > 1 && !pretended()) node_of_member = node_of(sched_getcpu());  // the caller goes where the system puts it
-    member_run(0);
-    for (uint32_t seen; seen = done.value.load(), state.load().here;) done.wait_while(seen);
+    if (nodes() > 1 && !fake_nodes()) node_of_worker = node_of(sched_getcpu());  // the caller goes where the system puts it
+    run_worker(0);
+    for (uint32_t seen; seen = done.value.load(), state.load().joined;) done.wait_while(seen);
     if (error) std::rethrow_exception(error);
   }
   // Whoever comes late finds the barriers before its time open, and nothing left in the queues before them.
@@ -150,13 +150,13 @@ class Team {
     bool opened = false;
     const State now = change([&](State& s) {
       opened = false;
-      if (own_phase < s.phase) return;
-      if (++s.arrived == s.here) opened = true, s.arrived = 0, ++s.phase;
+      if (worker_phase < s.phase) return;
+      if (++s.arrived == s.joined) opened = true, s.arrived = 0, ++s.phase;
     });
     if (opened) gate.raise();
-    else if (now.phase == own_phase)
-      for (uint32_t seen; seen = gate.value.load(), state.load().phase == own_phase;) gate.wait_while(seen);
-    ++own_phase;
+    else if (now.phase == worker_phase)
+      for (uint32_t seen; seen = gate.value.load(), state.load().phase == worker_phase;) gate.wait_while(seen);
+    ++worker_phase;
   }
   const int size;
 
@@ -175,16 +175,16 @@ class Team {
       if (state.compare_exchange_weak(seen, next)) return next;
     }
   }
-  void member_run(int member) {
-    inside = true, own_phase = 0;
+  void run_worker(int worker) {
+    in_run = true, worker_phase = 0;
     try {
-      fn(context, member);
+      fn(context, worker);
     } catch (...) {
       std::lock_guard<std::mutex> lock(error_mutex);
       if (!error) error = std::current_exception();
     }
-    inside = false;
-    leave(member == 0);
+    in_run = false;
+    leave(worker == 0);
   }
   // The caller's part ends when the queues are empty, so nobody need begin behind it. Who has failed is not waited for at the barrier.
   void leave(bool last_call) {
@@ -192,23 +192,23 @@ class Team {
     const State now = change([&](State& s) {
       opened = false;
       if (last_call) s.closed = 1;
-      if (--s.here && s.arrived == s.here) opened = true, s.arrived = 0, ++s.phase;
+      if (--s.joined && s.arrived == s.joined) opened = true, s.arrived = 0, ++s.phase;
     });
     if (opened) gate.raise();
-    if (!now.here && !last_call) done.raise();
+    if (!now.joined && !last_call) done.raise();
   }
-  void work(int member) {
+  void work(int worker) {
     for (uint32_t seen = 0, awake = 0;;) {
-      start.wait_while(awake, SPINS_BETWEEN);
+      start.wait_while(awake, SPINS_BETWEEN_RUNS);
       awake = start.value.load();
       if (stop) return;
-      bool came = false;
+      bool joined_run = false;
       const State now = change([&](State& s) {
-        came = !s.closed && s.run != seen;
-        if (came) ++s.here;
+        joined_run = !s.closed && s.run != seen;
+        if (joined_run) ++s.joined;
       });
       seen = now.run;
-      if (came) member_run(member);
+      if (joined_run) run_worker(worker);
     }
   }
   void (*fn)(void*, int) = nullptr;
@@ -221,69 +221,69 @@ class Team {
   std::exception_ptr error;
 };
 
-int wanted() {
+int requested_threads() {
   if (const char* text = std::getenv("KTX_THREADS")) {
     const int n = std::atoi(text);
     if (n >= 1 && n <= 1024) return n;
   }
-  return std::max(1, allowed_cores().whole);
+  return std::max(1, allowed_cores().num_cores);
 }
 
-constexpr double RUNS_NOW = -1;
+constexpr double RUNNING = -1;
 std::atomic<double> last_run{0};  // when it ended
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-std::mutex team_mutex;
-int team_size = 0;
-Team* team = nullptr;  // never destroyed at exit: workers may still sleep in it
+std::mutex pool_mutex;
+int pool_size = 0;
+ThreadPool* pool = nullptr;  // never destroyed at exit: workers may still sleep in it
 
 // A forked child has the forking thread alone. The team's members are not in it, and neither is the thread that may have held the mutex; a run that
 // was under way is the parent's. The old team is left as it is: it cannot be joined. Its memory is small, and the child's next run makes a new one.
-void begin_anew_in_child() {
-  new (&team_mutex) std::mutex;
-  team = nullptr;
-  if (last_run == RUNS_NOW) last_run = now();
+void reset_after_fork() {
+  new (&pool_mutex) std::mutex;
+  pool = nullptr;
+  if (last_run == RUNNING) last_run = now();
 }
-[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, begin_anew_in_child);
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, reset_after_fork);
 
-Team& current() {
-  if (!team_size) team_size = wanted();
-  if (team && team->size != team_size) {
-    delete team;
-    team = nullptr;
+ThreadPool& current() {
+  if (!pool_size) pool_size = requested_threads();
+  if (pool && pool->size != pool_size) {
+    delete pool;
+    pool = nullptr;
   }
-  if (!team) team = new Team(team_size);
-  return *team;
+  if (!pool) pool = new ThreadPool(pool_size);
+  return *pool;
 }
 }  // namespace
 
 int threads() {
-  if (inside) return team->size;  // whoever runs holds the lock
-  std::lock_guard<std::mutex> lock(team_mutex);
-  return team_size ? team_size : team_size = wanted();
+  if (in_run) return pool->size;  // whoever runs holds the lock
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  return pool_size ? pool_size : pool_size = requested_threads();
 }
 
 void set_threads(int n) {
   if (n < 1 || n > 1024) throw std::runtime_error("threads must be 1 to 1024, got " + std::to_string(n));
-  std::lock_guard<std::mutex> lock(team_mutex);
-  team_size = n;
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  pool_size = n;
 }
 
 void run(void (*fn)(void*, int), void* context) {
-  if (inside) throw std::runtime_error("ktx: a kernel called another kernel's team from inside");
-  std::lock_guard<std::mutex> lock(team_mutex);
-  const struct Mark {
-    Mark() { last_run = RUNS_NOW; }
-    ~Mark() { last_run = now(); }
+  if (in_run) throw std::runtime_error("ktx: a kernel called another kernel's team from inside");
+  std::lock_guard<std::mutex> lock(pool_mutex);
+  const struct RunTimer {
+    RunTimer() { last_run = RUNNING; }
+    ~RunTimer() { last_run = now(); }
   } mark;
   current().run(fn, context);
 }
 
 double idle_seconds() {
   const double last = last_run.load();
-  return last == RUNS_NOW ? 0 : now() - last;
+  return last == RUNNING ? 0 : now() - last;
 }
 
-void barrier() { team->barrier(); }
-int own_node() { return node_of_member; }
+void barrier() { pool->barrier(); }
+int current_node() { return node_of_worker; }
 }  // namespace ktx
