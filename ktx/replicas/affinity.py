@@ -12,7 +12,7 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ktx.server.model_names import meant
+from ktx.server.model_names import match_model_name
 
 KEY_CHARS = 256  # characters of prompt text per key, about one page of 64 tokens
 MAX_KEYS = 512  # keys per prompt; text after them does not affect the choice
@@ -47,7 +47,7 @@ def prefix_keys(body: bytes, adapters: Collection[str] = ()) -> list[bytes]:
 def _adapter(params: dict[str, Any], adapters: Collection[str]) -> str:
     """Returns the LoRA adapter that a request names as its model; empty when it names the base model."""
     name = params.get("model")
-    return meant(name, adapters) if isinstance(name, str) else ""
+    return match_model_name(name, adapters) if isinstance(name, str) else ""
 
 
 def _texts(params: dict[str, Any]) -> Iterable[str]:

@@ -133,7 +133,7 @@ class Replica:
             messages.put_nowait(message)
 
         async def run() -> None:
-            request_id.begin(dict(scope["headers"]))
+            request_id.set_current(dict(scope["headers"]))
             try:
                 await self.routes({**scope, "type": "http", "asgi": {"version": "3.0"}}, receive, send)
             finally:

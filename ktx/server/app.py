@@ -24,7 +24,7 @@ from ktx.server.errors import APIError, error_body, to_api_error
 from ktx.server.metrics import Metrics
 from ktx.server.ollama import routes as ollama
 from ktx.server.openai import chat, completions
-from ktx.server.openai import tokenize as tokens
+from ktx.server.openai import tokenize as tokenization
 from ktx.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -41,14 +41,14 @@ from ktx.server.protocol import (
     UnloadAdapter,
     parameters,
 )
-from ktx.server.responses import routes as recalled
+from ktx.server.responses import routes as stored_responses
 from ktx.server.responses import serving
 from ktx.server.state import ServerState
 from ktx.server.stats import MachineStats
 from ktx.server.streaming import ClientDisconnected, cancel_on_disconnect
 
 log = logging.getLogger("ktx.server")
-DEPTH = 128  # of brackets in a body
+MAX_JSON_DEPTH = 128  # of brackets in a body
 
 
 class JsonRoute(APIRoute):
@@ -59,12 +59,12 @@ class JsonRoute(APIRoute):
 
         async def read(request: Request) -> Response:
             ignored: list[str] = []
-            parameters.IGNORED_NOW.set(ignored)
+            parameters.IGNORED_BY_REQUEST.set(ignored)
             try:
                 if request.method != "POST":
                     return await handler(request)
                 if body := await request.body():
-                    request._json = parsed(body)
+                    request._json = parse_json(body)
                 answer = await cancel_on_disconnect(request, handler(request))
                 if ignored:
                     answer.headers[parameters.HEADER] = ", ".join(ignored)
@@ -81,14 +81,14 @@ class JsonRoute(APIRoute):
         return read
 
 
-def parsed(body: bytes) -> Any:
+def parse_json(body: bytes) -> Any:
     """Problem 400 for what is no JSON, is nested too deeply, or holds halves of characters."""
     try:
         value = json.loads(body, parse_constant=_number, parse_float=_number)
     except UnicodeDecodeError as error:
         raise APIError(400, f"the body is no UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
-        raise APIError(400, f"the body is nested deeper than {DEPTH} levels") from error
+        raise APIError(400, f"the body is nested deeper than {MAX_JSON_DEPTH} levels") from error
     except ValueError as error:
         raise APIError(400, f"the body is no JSON: {error}") from error
     level, depth = [value], 0
@@ -99,8 +99,8 @@ def parsed(body: bytes) -> Any:
         for inner in (one.values() if isinstance(one, dict) else one)
     ]:
         depth += 1
-        if depth > DEPTH:
-            raise APIError(400, f"the body is nested deeper than {DEPTH} levels")
+        if depth > MAX_JSON_DEPTH:
+            raise APIError(400, f"the body is nested deeper than {MAX_JSON_DEPTH} levels")
     if b"\\ud" in body or b"\\uD" in body:
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -117,22 +117,22 @@ def _number(text: str) -> float:
     return value
 
 
-def make_app(served: ServerState, access: AccessPolicy | None = None) -> AuthMiddleware:
+def make_app(state: ServerState, access: AccessPolicy | None = None) -> AuthMiddleware:
     """The whole server as one ASGI application."""
-    return AuthMiddleware(make_routes(served)[0], access or AccessPolicy())
+    return AuthMiddleware(make_routes(state)[0], access or AccessPolicy())
 
 
-def make_routes(served: ServerState) -> tuple[FastAPI, Metrics]:
+def make_routes(state: ServerState) -> tuple[FastAPI, Metrics]:
     """What stands behind the guard."""
     app = FastAPI(title="ktx", version=ktx.__version__, docs_url=None, redoc_url=None)
-    metrics = Metrics(served)
-    served.on_finished = metrics.finished
+    metrics = Metrics(state)
+    state.on_finished = metrics.finished
     routes = APIRouter(route_class=JsonRoute)
-    _openai(routes, served)
-    _adapters(routes, served)
-    _responses(routes, served)
-    _others(routes, served)
-    _state(routes, served, metrics)
+    _openai(routes, state)
+    _adapters(routes, state)
+    _responses(routes, state)
+    _others(routes, state)
+    _state(routes, state, metrics)
     app.include_router(routes)
     app.router.routes.extend(static.routes())
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
@@ -140,21 +140,21 @@ def make_routes(served: ServerState) -> tuple[FastAPI, Metrics]:
     return app, metrics
 
 
-def _openai(routes: APIRouter, served: ServerState) -> None:
+def _openai(routes: APIRouter, state: ServerState) -> None:
     def model(name: str) -> dict[str, Any]:
         """As OpenAI tells of it, with vLLM's length, and as Anthropic does: both have this path."""
-        engine, _, _ = served.require_ready()
+        engine, _, _ = state.require_ready()
         return {
             "id": name,
             "object": "model",
-            "created": served.created,
+            "created": state.created,
             "owned_by": "ktx",
-            "root": served.path_of(name),
-            "parent": served.models[0] if served.adapter_of(name) else None,
+            "root": state.path_of(name),
+            "parent": state.models[0] if state.adapter_of(name) else None,
             "max_model_len": engine.context,
             "type": "model",
             "display_name": name,
-            "created_at": served.created_iso,
+            "created_at": state.created_iso,
             "max_input_tokens": engine.context,
             "max_tokens": engine.context,
         }
@@ -162,20 +162,20 @@ def _openai(routes: APIRouter, served: ServerState) -> None:
     @routes.get("/v1/models")
     @routes.get("/v1/models/", include_in_schema=False)
     async def models() -> dict[str, Any]:
-        more = {"has_more": False, "first_id": served.names[0], "last_id": served.names[-1]}
-        return {"object": "list", "data": [model(name) for name in served.names], **more}
+        more = {"has_more": False, "first_id": state.names[0], "last_id": state.names[-1]}
+        return {"object": "list", "data": [model(name) for name in state.names], **more}
 
     @routes.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
-        return model(served.resolve_model(name))
+        return model(state.resolve_model(name))
 
     @routes.post("/v1/chat/completions")
     async def chat_completions(fields: ChatCompletionRequest, request: Request) -> Any:
-        return await chat.answer(served, fields, request)
+        return await chat.answer(state, fields, request)
 
     @routes.post("/v1/completions")
     async def plain_completions(fields: CompletionRequest, request: Request) -> Any:
-        return await completions.answer(served, fields, request)
+        return await completions.answer(state, fields, request)
 
     @routes.post("/v1/embeddings")
     async def embeddings() -> Any:
@@ -183,29 +183,29 @@ def _openai(routes: APIRouter, served: ServerState) -> None:
 
     @routes.post("/tokenize")
     async def tokenize(fields: TokenizeRequest) -> dict[str, Any]:
-        return await tokens.tokenize(served, fields)
+        return await tokenization.tokenize(state, fields)
 
     @routes.post("/detokenize")
     async def detokenize(fields: DetokenizeRequest) -> dict[str, Any]:
-        return await tokens.detokenize(served, fields)
+        return await tokenization.detokenize(state, fields)
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        return tokens.info(served)
+        return tokenization.info(state)
 
 
-def _adapters(routes: APIRouter, served: ServerState) -> None:
+def _adapters(routes: APIRouter, state: ServerState) -> None:
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(fields: LoadAdapter) -> Response:
-        return await lora.load(served, fields)
+        return await lora.load(state, fields)
 
     @routes.post("/v1/unload_lora_adapter")
     async def unload_adapter(fields: UnloadAdapter) -> Response:
-        return await lora.unload(served, fields)
+        return await lora.unload(state, fields)
 
     @routes.get("/lora-adapters")
     async def listed_adapters() -> list[dict[str, Any]]:
-        return lora.listed(served)
+        return lora.list_adapters(state)
 
     @routes.post("/lora-adapters")
     async def scale_adapters() -> Any:
@@ -215,22 +215,22 @@ def _adapters(routes: APIRouter, served: ServerState) -> None:
         )
 
 
-def _responses(routes: APIRouter, served: ServerState) -> None:
+def _responses(routes: APIRouter, state: ServerState) -> None:
     @routes.post("/v1/responses")
     async def respond(fields: ResponsesRequest, request: Request) -> Any:
-        return await serving.answer(served, fields, request)
+        return await serving.answer(state, fields, request)
 
     @routes.post("/v1/responses/input_tokens")
     async def input_tokens(fields: ResponseTokensRequest, request: Request) -> Any:
-        return await serving.count(served, fields, request)
+        return await serving.count(state, fields, request)
 
     @routes.get("/v1/responses/{name}")
     async def retrieve(name: str, request: Request, stream: bool = False) -> Any:
-        return recalled.retrieve(served.response_store, owner_of(request), name, stream)
+        return stored_responses.retrieve(state.response_store, owner_of(request), name, stream)
 
     @routes.delete("/v1/responses/{name}")
     async def delete(name: str, request: Request) -> Any:
-        return recalled.delete(served.response_store, owner_of(request), name)
+        return stored_responses.delete(state.response_store, owner_of(request), name)
 
     @routes.get("/v1/responses/{name}/input_items")
     async def input_items(
@@ -240,33 +240,33 @@ def _responses(routes: APIRouter, served: ServerState) -> None:
         order: Literal["asc", "desc"] = "desc",
         after: Annotated[str | None, Query(max_length=256)] = None,
     ) -> Any:
-        return recalled.input_items(served.response_store, owner_of(request), name, limit, order == "desc", after)
+        return stored_responses.input_items(state.response_store, owner_of(request), name, limit, order == "desc", after)
 
     @routes.post("/v1/responses/{name}/cancel")
     async def cancel(name: str, request: Request) -> Any:
-        return recalled.cancel(served.response_store, owner_of(request), name)
+        return stored_responses.cancel(state.response_store, owner_of(request), name)
 
 
-def _others(routes: APIRouter, served: ServerState) -> None:
+def _others(routes: APIRouter, state: ServerState) -> None:
     @routes.post("/v1/messages")
     async def anthropic(fields: MessagesRequest, request: Request) -> Any:
-        return await messages.answer(served, fields, request)
+        return await messages.answer(state, fields, request)
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(fields: CountTokensRequest) -> Any:
-        return await messages.count(served, fields)
+        return await messages.count(state, fields)
 
     @routes.post("/api/chat")
     async def ollama_chat(fields: OllamaChat, request: Request) -> Any:
-        return await ollama.chat(served, fields, request)
+        return await ollama.chat(state, fields, request)
 
     @routes.post("/api/generate")
     async def ollama_generate(fields: OllamaGenerate, request: Request) -> Any:
-        return await ollama.generate(served, fields, request)
+        return await ollama.generate(state, fields, request)
 
     @routes.post("/api/show")
     async def show(fields: OllamaShow) -> dict[str, Any]:
-        return ollama.show(served, fields)
+        return ollama.show(state, fields)
 
     @routes.post("/api/embed")
     @routes.post("/api/embeddings")
@@ -276,11 +276,11 @@ def _others(routes: APIRouter, served: ServerState) -> None:
     @routes.head("/api/tags", include_in_schema=False)
     @routes.get("/api/tags")
     async def tags() -> dict[str, Any]:
-        return ollama.tags(served)
+        return ollama.tags(state)
 
     @routes.get("/api/ps")
     async def ps() -> dict[str, Any]:
-        return ollama.ps(served)
+        return ollama.ps(state)
 
     @routes.head("/api/version", include_in_schema=False)
     @routes.get("/api/version")
@@ -288,13 +288,13 @@ def _others(routes: APIRouter, served: ServerState) -> None:
         return {"version": ollama.VERSION}
 
 
-def _state(routes: APIRouter, served: ServerState, metrics: Metrics) -> None:
-    machine = MachineStats(served)
+def _state(routes: APIRouter, state: ServerState, metrics: Metrics) -> None:
+    machine = MachineStats(state)
 
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> JSONResponse:
-        status, body = served.health()
+        status, body = state.health()
         return JSONResponse(body, status)
 
     @routes.get("/metrics")
@@ -302,7 +302,7 @@ def _state(routes: APIRouter, served: ServerState, metrics: Metrics) -> None:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @routes.get("/machine")
-    async def machine_told() -> Response:
+    async def machine_stats() -> Response:
         return Response(to_json(machine.snapshot()), media_type="application/json")
 
 

@@ -98,7 +98,7 @@ class AuthMiddleware:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        origin, name = headers.get(b"origin"), request_id.begin(headers).encode()
+        origin, name = headers.get(b"origin"), request_id.set_current(headers).encode()
         send = _with(send, [(header, name) for header in request_id.RESPONSE_HEADERS])
         try:
             self._authorize(scope, headers)

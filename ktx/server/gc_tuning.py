@@ -1,4 +1,4 @@
-"""A server's memory stays as it is for weeks: what requests leave behind is found soon, and freed pages go back to the system."""
+"""Garbage collection and malloc settings that keep a server's memory constant for weeks."""
 
 from __future__ import annotations
 
@@ -7,25 +7,29 @@ import gc
 import threading
 import time
 
-GC_INTERVAL_S = (
-    60.0  # seconds between returns: what is taken anew then is cleared once a minute and not at each request
-)
+# The kernel clears memory that is allocated again after a trim, so that happens once a minute and not per request.
+GC_INTERVAL_S = 60.0
 
 
 def freeze_gc() -> None:
-    """Called once the model is loaded. What exists now lives as long as the process: the garbage collector leaves it out.
+    """Excludes all existing objects from garbage collection and collects the rest once a minute; call it after loading.
 
-    Otherwise it waits for garbage to be a quarter of all objects, of which torch and transformers make half a million.
+    The existing objects live as long as the process. With them, a full collection would run only when new objects make
+    up a quarter of all objects, of which torch and transformers create half a million.
     """
     gc.collect()
     gc.freeze()
-    threading.Thread(target=_tidy, name="ktx-memory", daemon=True).start()
+    threading.Thread(target=_gc_loop, name="ktx-memory", daemon=True).start()
 
 
-def _tidy() -> None:
-    """Cancelled streams leave rings of frames, and glibc keeps what is freed (see keep_freed_memory): hole after hole would become resident."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: 0)  # malloc_trim(3), glibc's alone
+def _gc_loop() -> None:
+    """Collects garbage and returns freed memory to the system, once a minute.
+
+    Cancelled streams leave reference cycles of frames, and glibc does not return freed memory (see `tune_malloc`), so
+    that fragmentation would increase the resident memory.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: 0)  # malloc_trim(3) exists only in glibc
     while True:
         time.sleep(GC_INTERVAL_S)
-        gc.collect()  # of what came after `settle`: milliseconds
+        gc.collect()  # objects created after `freeze_gc`: takes milliseconds
         trim(0)

@@ -1,4 +1,4 @@
-"""Log lines, as text or as JSON objects. Prompts are in none of them unless --hide_input false asks for it."""
+"""Log output as text or JSON lines. Prompts are logged only with --hide_input false."""
 
 from __future__ import annotations
 
@@ -9,39 +9,45 @@ from typing import Any
 
 from ktx.server import request_id
 
-OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
+STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
 
 
 class LogFormatter(logging.Formatter):
-    """Time, level, who, what; JSON with whatever else was said by `extra`, and the request's id where the line is of one."""
+    """Formats a record as text or as JSON, with the fields of `extra` and the id of the current request."""
 
     def __init__(self, as_json: bool):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S")
         self.as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        more = {key: value for key, value in vars(record).items() if key not in OWN and key[0] != "_"}
-        if name := request_id.CURRENT.get():
-            more["request_id"] = name
+        """Returns one line."""
+        extra = {key: value for key, value in vars(record).items() if key not in STANDARD_FIELDS and key[0] != "_"}
+        if current_id := request_id.CURRENT.get():
+            extra["request_id"] = current_id
         if not self.as_json:
             text = super().format(record)
-            return text + "".join(f" {key}={value}" for key, value in more.items())
-        told: dict[str, Any] = {
+            return text + "".join(f" {key}={value}" for key, value in extra.items())
+        fields: dict[str, Any] = {
             "time": record.created,
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **more,
+            **extra,
         }
         if record.exc_info:
-            told["exception"] = self.formatException(record.exc_info)
-        return json.dumps(told, ensure_ascii=False, default=str)
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False, default=str)
 
 
-def set_up(level: str, form: str) -> None:
-    """Sends our lines and uvicorn's to standard error."""
+def set_up(level: str, log_format: str) -> None:
+    """Sends the log of ktx and uvicorn (warnings and errors only) to standard error.
+
+    Args:
+        level: lowest level that is logged, such as "info".
+        log_format: "json" or "text".
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LogFormatter(form == "json"))
+    handler.setFormatter(LogFormatter(log_format == "json"))
     for name in ("ktx", "uvicorn"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

@@ -1,4 +1,4 @@
-"""python -m ktx.server.main: `ktx serve` under the name that KTransformers users know."""
+"""python -m ktx.server.main: the same command as `ktx serve`, under KTransformers' name."""
 
 from __future__ import annotations
 

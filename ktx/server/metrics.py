@@ -23,9 +23,9 @@ TOKENS = tuple(2**n for n in range(18))
 class Metrics:
     """What is counted when an answer ends, and what the engine is asked for when somebody looks."""
 
-    def __init__(self, served: ServerState):
-        self.served, self.registry = served, CollectorRegistry()
-        model = served.names[0]
+    def __init__(self, state: ServerState):
+        self.state, self.registry = state, CollectorRegistry()
+        model = state.names[0]
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
             return Histogram(f"ktx:{name}", text, ["model_name"], registry=self.registry, buckets=buckets).labels(model)
@@ -87,7 +87,7 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """What the engine knows at this moment."""
-        progress, engine = self.served.progress, self.served.engine
+        progress, engine = self.state.progress, self.state.engine
         yield self._gauge("model_load_bytes", "Bytes of weights read so far.", progress.done)
         yield self._gauge("model_load_total_bytes", "Bytes of weights to read.", progress.total)
         if engine is None:
@@ -136,7 +136,7 @@ class Metrics:
 
     def _activity(self, engine: Engine) -> Iterator[Any]:
         """What the machine did for it."""
-        done, measured = engine.activity.snapshot(), self.served.bandwidth
+        done, measured = engine.activity.snapshot(), self.state.bandwidth
         nodes = {str(node): seconds for node, seconds in enumerate(done.node_seconds)}
         yield self._gauge("kv_cache_bytes", "Memory of all keys and values.", engine.runner.nbytes())
         yield self._counter("forward_seconds", "Seconds of forwards.", done.seconds)

@@ -1,12 +1,12 @@
-"""Names that requests have as their model."""
+"""Matches the model name of a request with the names that the server has."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-TAG = ":latest"  # that Ollama's clients add, on all routes
+LATEST_TAG = ":latest"  # Ollama's clients append it to model names, on all routes
 
 
-def meant(name: str, known: Collection[str]) -> str:
-    """The one of the known names that a request means; empty where it means none of them."""
-    return next((one for one in (name, name.removesuffix(TAG)) if one in known), "")
+def match_model_name(name: str, known: Collection[str]) -> str:
+    """Returns the known name that equals `name`, with or without Ollama's tag; empty if there is none."""
+    return next((candidate for candidate in (name, name.removesuffix(LATEST_TAG)) if candidate in known), "")

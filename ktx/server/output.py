@@ -38,7 +38,7 @@ class ToolCallDelta:
     arguments: str
     choices: list[SampledToken]
 
-    def object(self) -> dict[str, Any]:
+    def parsed_arguments(self) -> dict[str, Any]:
         """The arguments read. JSON has no infinity, so a number beyond all floats becomes the largest of them."""
         return json.loads(self.arguments, parse_float=lambda text: min(max(float(text), -MAX_FLOAT), MAX_FLOAT))
 
@@ -129,7 +129,7 @@ class LogprobFormatter:
 
     def entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         """As OpenAI's chat answers tell of a token."""
-        return {"token": self.name(token), "logprob": bounded(logprob), "bytes": self.bytes(token)}
+        return {"token": self.name(token), "logprob": clamp_logprob(logprob), "bytes": self.bytes(token)}
 
     def content(self, choices: list[SampledToken]) -> dict[str, Any]:
         """`logprobs` of a chat answer or a piece of it."""
@@ -142,7 +142,7 @@ class LogprobFormatter:
         }
 
 
-def bounded(logprob: float | None) -> float:
+def clamp_logprob(logprob: float | None) -> float:
     return MIN_LOGPROB if logprob is None or logprob < MIN_LOGPROB else logprob
 
 

@@ -16,11 +16,17 @@ from ktx.engine.prompt import RenderedPrompt
 from ktx.engine.sampler import SamplingParams
 from ktx.errors import ContextExceeded
 from ktx.server.errors import APIError, to_api_error
-from ktx.server.lora import chosen
+from ktx.server.lora import resolve_adapters
 from ktx.server.protocol.openai import Format, LoraUse, SamplingFields, Structured, StructuredOutputFields
 from ktx.server.protocol.parameters import ignore
 from ktx.server.state import ServerState
-from ktx.server.worker_threads import COMPILE, COMPILE_TIMEOUT_S, RENDER, RENDER_TIMEOUT_S, run_with_timeout
+from ktx.server.worker_threads import (
+    COMPILE_THREADS,
+    COMPILE_TIMEOUT_S,
+    RENDER_THREADS,
+    RENDER_TIMEOUT_S,
+    run_with_timeout,
+)
 
 log = logging.getLogger("ktx.server")
 
@@ -54,11 +60,11 @@ class EngineInput:
     salt: bytes = b""
     count: int = 1
 
-    def parser(self, served: ServerState) -> Parser:
-        assert served.prompts is not None
+    def parser(self, state: ServerState) -> Parser:
+        assert state.prompts is not None
         rendered = self.rendered
         return Parser(
-            served.prompts.dialect, self.tools, rendered.thinking, self.parse_calls, said=rendered.prefill_text
+            state.prompts.dialect, self.tools, rendered.thinking, self.parse_calls, said=rendered.prefill_text
         )
 
 
@@ -85,8 +91,8 @@ def restrict_tools(
     ], "auto"  # no grammar binds what may also be text
 
 
-def sampling_of(
-    served: ServerState, fields: SamplingFields | Mapping[str, Any], limit: int | None, **more: Any
+def build_sampling_params(
+    state: ServerState, fields: SamplingFields | Mapping[str, Any], limit: int | None, **more: Any
 ) -> SamplingParams:
     """The request's settings over the server's and the model's. `limit`: of new tokens; None: the server's, else what the context leaves."""
     given = fields if isinstance(fields, Mapping) else fields.model_dump(exclude_none=True)
@@ -104,18 +110,18 @@ def sampling_of(
         "min_tokens",
         "repeat_last_n",
     )
-    chosen = served.defaults | {name: given[name] for name in names if name in given}
+    chosen = state.defaults | {name: given[name] for name in names if name in given}
     chosen["top_k"] = max(0, chosen.get("top_k", 0))
     stop = given.get("stop") or ()
     bias = {int(token): float(value) for token, value in (given.get("logit_bias") or {}).items()}
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    most = limit if limit is not None else served.settings.max_new_tokens or 1 << 30
+    most = limit if limit is not None else state.settings.max_new_tokens or 1 << 30
     if chosen.get("min_tokens", 0) > most:
         raise APIError(400, f"min_tokens is {chosen['min_tokens']}, the answer has {most} at most", "min_tokens")
     return SamplingParams(
         **chosen,
         stop=stop,
-        hidden=frozenset() if given.get("skip_special_tokens") is False else _hidden(served, stop),
+        hidden=frozenset() if given.get("skip_special_tokens") is False else _hidden(state, stop),
         include_stop=bool(given.get("include_stop_str_in_output")),
         stop_ids=tuple(given.get("stop_token_ids") or ()),
         logit_bias=bias,
@@ -124,9 +130,9 @@ def sampling_of(
     )
 
 
-def _hidden(served: ServerState, stop: Sequence[str]) -> frozenset[int]:
+def _hidden(state: ServerState, stop: Sequence[str]) -> frozenset[int]:
     """Special tokens that are not shown. One that a stop string is made of is read as text: else it would end nothing."""
-    _, prompts, _ = served.require_ready()
+    _, prompts, _ = state.require_ready()
     named = {token for word, token in prompts.special.items() if any(word in one or one in word for one in stop)}
     return prompts.silent - named
 
@@ -137,10 +143,10 @@ def cache_salt(fields: SamplingFields) -> bytes:
 
 
 async def build_engine_input(
-    served: ServerState, talk: ChatInput, sampling: SamplingParams, count: int = 1, salt: bytes = b""
+    state: ServerState, talk: ChatInput, sampling: SamplingParams, count: int = 1, salt: bytes = b""
 ) -> EngineInput:
     """A conversation as the engine is asked it."""
-    _, prompts, _ = served.require_ready()
+    _, prompts, _ = state.require_ready()
     tools = talk.tools if talk.tool_choice != "none" else []
     formed = talk.response_format is not None and talk.response_format.type != "text"
     if talk.continue_final_message and (formed or (tools and talk.tool_choice != "auto")):
@@ -149,13 +155,13 @@ async def build_engine_input(
     words = dict(talk.template_kwargs)
     if talk.thinking is not None:
         words = {"enable_thinking": talk.thinking, "thinking": talk.thinking} | words
-    force = served.settings.force_think and talk.thinking is not False and words.get("enable_thinking") is not False
+    force = state.settings.force_think and talk.thinking is not False and words.get("enable_thinking") is not False
     how = (talk.messages, tools, words, force, talk.answers_in_text, talk.continue_final_message, talk.template)
-    rendered = await run_with_timeout(RENDER, RENDER_TIMEOUT_S, "the prompt", prompts.render, *how)
+    rendered = await run_with_timeout(RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", prompts.render, *how)
     if tools:
-        _check_tools(served, rendered.tools_not_rendered)
+        _check_tools(state, rendered.tools_not_rendered)
     if talk.truncate is not None:
-        rendered = replace(rendered, ids=last_tokens(served, rendered.ids, talk.truncate, sampling))
+        rendered = replace(rendered, ids=last_tokens(state, rendered.ids, talk.truncate, sampling))
     asked = EngineInput(rendered, sampling, None, tools, bool(tools), salt, count)
     if tools and talk.tool_choice != "auto":
         names = (
@@ -168,30 +174,30 @@ async def build_engine_input(
         if prompts.dialect.format is None:
             raise APIError(400, f"this model ({prompts.dialect.name}) cannot be made to call a function", "tool_choice")
         forced = (prompts.dialect, tools, names, talk.parallel_tool_calls, prompts.special, rendered.thinking)
-        asked.grammar = (await run_with_timeout(COMPILE, COMPILE_TIMEOUT_S, "the grammar", _forced, *forced), "")
+        asked.grammar = (await run_with_timeout(COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", _forced, *forced), "")
     elif talk.response_format is not None and formed:
         after = ""
         if prompts.dialect.format is not None and prompts.dialect.format.style == "harmony":
             after = "<|channel|>final<|message|>"
         elif rendered.thinking:
             after = prompts.dialect.think[1]
-        asked.grammar = await grammar_of(talk.response_format, after)
+        asked.grammar = await build_grammar(talk.response_format, after)
     return asked
 
 
-def _check_tools(served: ServerState, untold: bool) -> None:
+def _check_tools(state: ServerState, untold: bool) -> None:
     """Says where tools have no effect: in the answer's header each time, in the log once for a model."""
-    _, prompts, _ = served.require_ready()
+    _, prompts, _ = state.require_ready()
     if untold:
         ignore("tools")
-        served.warn_once("the model's chat template writes nothing of tools: the model does not hear of them")
+        state.warn_once("the model's chat template writes nothing of tools: the model does not hear of them")
     elif prompts.dialect.format is None:
-        served.warn_once("how this model writes calls is not known: its calls are text of the answer")
+        state.warn_once("how this model writes calls is not known: its calls are text of the answer")
 
 
-def last_tokens(served: ServerState, ids: list[int], count: int, sampling: SamplingParams) -> list[int]:
+def last_tokens(state: ServerState, ids: list[int], count: int, sampling: SamplingParams) -> list[int]:
     """The last `count` tokens of a prompt; -1: as many as the context holds beside the answer."""
-    engine, _, _ = served.require_ready()
+    engine, _, _ = state.require_ready()
     if count < 0:
         count = max(1, engine.context - min(sampling.max_new_tokens, engine.context - 1))
     return ids[max(0, len(ids) - count) :]
@@ -205,14 +211,14 @@ def _forced(dialect: ChatFormat, tools: list[dict[str, Any]], names: list[str] |
     return forced_call_grammar(dialect, tools, names, *more)
 
 
-async def grammar_of(format: Format | None, after: str = "") -> tuple[str, str] | None:
+async def build_grammar(format: Format | None, after: str = "") -> tuple[str, str] | None:
     """What a response format asks for: rules, and the mark behind which they begin. None for plain text."""
     if format is None or format.type == "text":
         return None
-    return await run_with_timeout(COMPILE, COMPILE_TIMEOUT_S, "the grammar", rules_of, format), after
+    return await run_with_timeout(COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", format_rules, format), after
 
 
-def rules_of(format: Format) -> str:
+def format_rules(format: Format) -> str:
     """Lark rules of a response format."""
     if format.type == "json_object":
         return rules_of_schema(True)
@@ -247,9 +253,9 @@ def structured_output(fields: StructuredOutputFields) -> Format | None:
     return Format(type="json_object") if more.json_object else fields.response_format
 
 
-def check_context_length(served: ServerState, prompt: Sequence[int], limit: int | None) -> None:
+def check_context_length(state: ServerState, prompt: Sequence[int], limit: int | None) -> None:
     """Problem 400 for a request that can never be answered: the numbers tell why."""
-    engine, _, _ = served.require_ready()
+    engine, _, _ = state.require_ready()
     most = engine.context
     if len(prompt) + (limit or 0) > most:
         wanted = f"{len(prompt)} in the prompt" + (f" and {limit} in the answer" if limit else "")
@@ -262,22 +268,22 @@ def check_context_length(served: ServerState, prompt: Sequence[int], limit: int 
 
 
 async def submit(
-    served: ServerState, asks: Sequence[EngineInput], model: str, lora: Sequence[LoraUse] | None = None
+    state: ServerState, asks: Sequence[EngineInput], model: str, lora: Sequence[LoraUse] | None = None
 ) -> RequestGroup:
     """Queues all of them for the served name `model`, or with adapters by number, each as often as it says; the numbers run through. None of them runs when one cannot."""
-    engine, _, grammars = served.require_ready()
-    uses = chosen(served, model, lora)
+    engine, _, grammars = state.require_ready()
+    uses = resolve_adapters(state, model, lora)
     constraints = []
     for ask in asks:
         for _ in range(ask.count):
             made = None
             if ask.grammar is not None:
                 made = await run_with_timeout(
-                    COMPILE, COMPILE_TIMEOUT_S, "the grammar", grammars.constraint, *ask.grammar
+                    COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", grammars.constraint, *ask.grammar
                 )
             constraints.append(made)
     chorus = RequestGroup(engine)
-    if not served.settings.hide_input:
+    if not state.settings.hide_input:
         for ask in asks:
             log.info("asked", extra={"prompt": ask.rendered.text or engine.tokenizer.decode(ask.rendered.ids)})
     try:

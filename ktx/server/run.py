@@ -1,4 +1,7 @@
-"""Runs the application on uvicorn until a signal ends it: streams get their last words, and the process ends within ten seconds."""
+"""Runs the ASGI application on uvicorn until a signal arrives.
+
+On shutdown each open stream gets its final event, and the process exits within ten seconds.
+"""
 
 from __future__ import annotations
 
@@ -14,60 +17,69 @@ from sse_starlette.sse import AppStatus
 
 from ktx.errors import UsageError
 
-HEADERS = 64 << 10  # bytes; only h11 keeps to it
-SHUTDOWN_TIMEOUT_S = 8  # seconds for open answers
+MAX_HEADER_BYTES = 64 << 10  # only uvicorn's h11 implementation enforces it
+SHUTDOWN_TIMEOUT_S = 8  # for open responses
 MAX_CONNECTIONS = 2048
 log = logging.getLogger("ktx.server")
 
 
 class Stoppable(Protocol):
-    """What answers: a Served, or a cluster of them."""
+    """What the server runs: a `ServerState`, or a `Cluster` of replicas."""
 
     def stop(self) -> None:
-        """Ends what runs, each stream with its last words."""
+        """Ends all requests; each stream gets its final event."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn, but the first signal ends the engine's answers and the second does not wait for them."""
+    """A uvicorn server: the first signal ends all requests gracefully, a second SIGINT does not wait for them."""
 
-    def __init__(self, config: uvicorn.Config, served: Stoppable):
+    def __init__(self, config: uvicorn.Config, backend: Stoppable):
         super().__init__(config)
-        self.served = served
+        self.backend = backend
 
     def handle_exit(self, sig: int, frame: Any) -> None:
+        """Handles SIGINT and SIGTERM."""
         if self.should_exit and sig == signal.SIGINT:
             self.force_exit = True
         self.should_exit = True
         AppStatus.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        stopping = asyncio.get_running_loop().run_in_executor(None, self.served.stop)
+        """Stops the backend while uvicorn closes the connections."""
+        stopping = asyncio.get_running_loop().run_in_executor(None, self.backend.stop)
         await super().shutdown(sockets)
         await stopping
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket, before anything is loaded. UsageError when the address is taken or not this machine's."""
+    """Opens the listening socket; called before the model is loaded, so that a wrong address fails at once.
+
+    Raises:
+        UsageError: the address is in use or does not belong to this machine.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        # The protocol by its number: asyncio turns Nagle's algorithm off only then, and an answer in two pieces would wait 40 ms.
-        made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((host, port))
-        made.listen(MAX_CONNECTIONS)
+        # asyncio disables Nagle's algorithm only for sockets whose protocol is IPPROTO_TCP, not 0. With it, a response
+        # that is sent in two writes is delayed by 40 ms.
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(MAX_CONNECTIONS)
     except OSError as error:
         raise UsageError(
-            f"--host {host} --port {port}: {error.strerror}; another server may be there, or take --port 0 for any"
+            f"--host {host} --port {port}: {error.strerror}; if another server uses the port, choose another one"
+            " (--port 0: any free port)"
         ) from error
-    return made
+    return listener
 
 
-def make_server(app: Any, served: Stoppable) -> Server:
+def make_server(app: Any, backend: Stoppable) -> Server:
+    """Returns a uvicorn server with this project's limits and timeouts."""
     config = uvicorn.Config(
         app,
         http="h11",
         ws="none",
-        h11_max_incomplete_event_size=HEADERS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_graceful_shutdown=SHUTDOWN_TIMEOUT_S,
         timeout_keep_alive=30,
         limit_concurrency=MAX_CONNECTIONS,
@@ -76,16 +88,25 @@ def make_server(app: Any, served: Stoppable) -> Server:
         server_header=False,
         lifespan="off",
     )
-    return Server(config, served)
+    return Server(config, backend)
 
 
-def serve(app: Any, served: Stoppable, where: socket.socket, started: Callable[[Callable[[], None]], None]) -> None:
-    """Serves until a signal. `started` is called once requests are answered, with a function that ends the server."""
+def serve(
+    app: Any, backend: Stoppable, listener: socket.socket, on_start: Callable[[Callable[[], None]], None]
+) -> None:
+    """Serves requests until a signal arrives.
+
+    Args:
+        app: the ASGI application.
+        backend: what is stopped at shutdown.
+        listener: the listening socket.
+        on_start: called once the server is configured, with a function that stops it.
+    """
     AppStatus.should_exit = False
-    server = make_server(app, served)
+    server = make_server(app, backend)
 
-    def end() -> None:
+    def stop_server() -> None:
         server.should_exit = True
 
-    started(end)
-    server.run(sockets=[where])
+    on_start(stop_server)
+    server.run(sockets=[listener])

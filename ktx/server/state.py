@@ -1,4 +1,4 @@
-"""The model that is served: its names, its engine once it is loaded, and what requests need of both."""
+"""The state of a server: names of the model, its engine once it is loaded, and what the routes need of both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ktx.engine.prompt import PromptRenderer
 from ktx.engine.request import Finished
 from ktx.errors import KtxError
 from ktx.server.errors import APIError
-from ktx.server.model_names import meant
+from ktx.server.model_names import match_model_name
 from ktx.server.responses.store import ResponseStore
 
 log = logging.getLogger("ktx.server")
@@ -28,46 +28,55 @@ log = logging.getLogger("ktx.server")
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What the command line says about answers."""
+    """Options of the command line that apply to requests."""
 
-    max_new_tokens: int | None = None  # of a request that names no number; None: what the context leaves
+    max_new_tokens: int | None = None  # default limit of a request; None: the rest of the context
     force_think: bool = False
     chat_template: str | None = None
     hide_input: bool = True
-    sampling: Mapping[str, Any] = field(default_factory=dict)  # over the model's own defaults
-    max_stored_responses: int = 1000  # answers of /v1/responses that later requests may go on from
-    keepalive_s: float = 15.0  # seconds between comments of a stream that has nothing to say
-    lora_dir: Path | None = None  # below which requests may have adapters loaded; None: they may not
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # overrides the model's default sampling parameters
+    max_stored_responses: int = 1000  # responses of /v1/responses that later requests can refer to
+    keepalive_s: float = 15.0  # seconds between comments of a stream while there is no event
+    lora_dir: Path | None = None  # folder from which requests may load adapters; None: they may not
 
 
 @dataclass
 class Progress:
-    """Bytes of weights read so far."""
+    """Loading progress: `done` of `total` bytes of weights."""
 
     total: int = 0
     done: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def advance(self, nbytes: int) -> None:
+        """Adds bytes that were read."""
         self.done += nbytes
 
     def to_dict(self) -> dict[str, Any]:
-        """For /health: percent and seconds left, once something is known."""
-        seconds = time.monotonic() - self.started
-        left = round(seconds * (self.total - self.done) / self.done, 1) if self.done else None
-        return {"percent": round(100 * self.done / self.total, 1) if self.total else 0.0, "eta_seconds": left}
+        """Returns percent and estimated seconds left (None before the first byte), for /health."""
+        elapsed_s = time.monotonic() - self.started
+        remaining_s = round(elapsed_s * (self.total - self.done) / self.done, 1) if self.done else None
+        return {"percent": round(100 * self.done / self.total, 1) if self.total else 0.0, "eta_seconds": remaining_s}
 
 
 class ServerState:
-    """`engine` is None until the model is loaded, `trouble` says why it never will be."""
+    """What all routes share: names, settings, the engine and its helpers.
+
+    `engine` is None until the model is loaded; `load_error` is why it could not be loaded.
+
+    Args:
+        names: names that requests may give as their model; the first one is reported.
+        settings: options of the command line.
+        adapters: names of LoRA adapters that are loaded at the start.
+    """
 
     def __init__(self, names: tuple[str, ...], settings: ServerSettings | None = None, adapters: tuple[str, ...] = ()):
         self.models, self.settings = names, settings or ServerSettings()
-        self.adapters: dict[str, int] = {}  # names of LoRA adapters, and their numbers
-        self.numbers = itertools.count()
+        self.adapters: dict[str, int] = {}  # name -> id of each LoRA adapter
+        self.adapter_ids = itertools.count()
         for name in adapters:
             self.add_adapter(name)
-        self.changing = asyncio.Lock()  # of the adapters
+        self.adapters_lock = asyncio.Lock()  # held while an adapter is loaded or unloaded
         self.created = int(time.time())
         self.created_iso = (
             datetime.datetime.fromtimestamp(self.created, datetime.UTC).isoformat().replace("+00:00", "Z")
@@ -76,7 +85,7 @@ class ServerState:
         self.progress = Progress()
         self.response_store = ResponseStore(self.settings.max_stored_responses)
         self.engine: Engine | None = None
-        self.bandwidth: float | None = None  # GB/s that this machine's memory was read with before the model was loaded
+        self.bandwidth: float | None = None  # GB/s, memory read bandwidth measured before the model was loaded
         self.prompts: PromptRenderer | None = None
         self.grammars: GrammarCompiler | None = None
         self.defaults: dict[str, Any] = {}
@@ -87,14 +96,15 @@ class ServerState:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """That requests may have as their model."""
+        """Names that requests may give as their model."""
         return (*self.models, *self.adapters)
 
     def add_adapter(self, name: str) -> None:
-        self.adapters = {**self.adapters, name: next(self.numbers)}
+        """Registers a loaded LoRA adapter under a new id."""
+        self.adapters = {**self.adapters, name: next(self.adapter_ids)}
 
     def set_engine(self, engine: Engine) -> None:
-        """From now on requests are answered."""
+        """Installs the loaded engine; from now on requests are answered."""
         tokenizer, config = engine.tokenizer, engine.model.config
         prompts = PromptRenderer(tokenizer, config.model_type, self.settings.chat_template)
         self.grammars = GrammarCompiler(tokenizer, config.vocab_size, sorted(engine.stop_ids))
@@ -103,77 +113,89 @@ class ServerState:
         self.prompts, self.engine = prompts, engine
 
     def load(
-        self, make: Callable[[ServerState], Engine], failed: Callable[[BaseException], None] = lambda error: None
+        self, make: Callable[[ServerState], Engine], on_failure: Callable[[BaseException], None] = lambda error: None
     ) -> threading.Thread:
-        """Makes the engine in a thread of its own, so that /health answers meanwhile."""
+        """Loads the engine in a new thread, so that /health is available meanwhile.
+
+        Args:
+            make: creates the engine.
+            on_failure: called with the error when loading failed.
+        """
 
         def run() -> None:
             try:
                 self.set_engine(make(self))
-            except BaseException as error:  # whoever asks for /health, and whoever started the server, must hear of it
+            # Every error must reach /health and the caller of the server.
+            except BaseException as error:
                 self.load_error = str(error) if isinstance(error, KtxError) else f"{type(error).__name__}: {error}"
-                failed(error)
+                on_failure(error)
 
         thread = threading.Thread(target=run, name="ktx-loading", daemon=True)
         thread.start()
         return thread
 
-    def warn_once(self, words: str) -> None:
-        """A line of the log that nobody needs with every request."""
-        if words not in self.warnings_sent:
-            self.warnings_sent.add(words)
-            log.warning("%s: %s", self.names[0], words)
+    def warn_once(self, text: str) -> None:
+        """Logs a warning that applies to every request, the first time only."""
+        if text not in self.warnings_sent:
+            self.warnings_sent.add(text)
+            log.warning("%s: %s", self.names[0], text)
 
     def require_ready(self) -> tuple[Engine, PromptRenderer, GrammarCompiler]:
-        """Problem 503 unless requests can be answered."""
+        """Returns the engine, the prompt renderer and the grammar compiler.
+
+        Raises:
+            APIError: 503, the model is not loaded, could not be loaded or the server is shutting down.
+        """
         if self.stopping:
             raise APIError(503, "the server is shutting down", retry=5)
         if self.load_error:
             raise APIError(503, f"the model could not be loaded: {self.load_error}")
         if self.engine is None or self.prompts is None or self.grammars is None:
-            told = self.progress.to_dict()
-            raise APIError(503, f"Loading model: {told['percent']:.0f} %", retry=max(1, int(told["eta_seconds"] or 5)))
+            progress = self.progress.to_dict()
+            raise APIError(
+                503, f"Loading model: {progress['percent']:.0f} %", retry=max(1, int(progress["eta_seconds"] or 5))
+            )
         if self.engine.failure:
             raise APIError(503, self.engine.failure)
         return self.engine, self.prompts, self.grammars
 
     def resolve_model(self, name: str) -> str:
-        """The name as the answer repeats it. Problem 404 for one that is not served."""
-        if not meant(name, self.names):
+        """Returns the name as the response repeats it. Raises APIError (404) if no model has it."""
+        if not match_model_name(name, self.names):
             raise APIError(
                 404,
-                f"the model {name!r} does not exist; this server has {', '.join(self.names)}",
+                f"the model {name!r} does not exist; available: {', '.join(self.names)}",
                 "model",
                 "model_not_found",
             )
         return name
 
     def adapter_of(self, name: str) -> tuple[str, ...]:
-        """The LoRA adapter that a served name means; none for the model itself."""
-        found = meant(name, self.adapters)
+        """Returns the LoRA adapter that a model name selects, as a tuple of one; empty for the base model."""
+        found = match_model_name(name, self.adapters)
         return (found,) if found else ()
 
     def path_of(self, name: str) -> str:
-        """Where an adapter was loaded from; of a model its name."""
+        """Returns the path that an adapter was loaded from; for the base model its name."""
         engine, _, _ = self.require_ready()
-        found = engine.runner.adapters.known.get(meant(name, self.adapters))
+        found = engine.runner.adapters.known.get(match_model_name(name, self.adapters))
         return found.path if found else name
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        """Status and body of /health: the engine's heartbeat."""
+        """Returns the HTTP status and the body of /health: 200 if the engine can answer, else 503 with the reason."""
         if self.engine is None and not self.load_error:
             return 503, {
                 "status": "loading",
                 **self.progress.to_dict(),
                 "error": {"code": 503, "message": "Loading model", "type": "unavailable_error"},
             }
-        why = self.load_error or (self.engine.failure if self.engine else "")
-        if not why and self.engine and self.engine.stuck:
-            why = "the engine has shown no sign of life for long"
-        if not why and self.stopping:
-            why = "the server is shutting down"
-        if why:
-            return 503, {"status": "error", "error": {"code": 503, "message": why, "type": "unavailable_error"}}
+        reason = self.load_error or (self.engine.failure if self.engine else "")
+        if not reason and self.engine and self.engine.stuck:
+            reason = "the engine has stalled: it has made no progress for too long"
+        if not reason and self.stopping:
+            reason = "the server is shutting down"
+        if reason:
+            return 503, {"status": "error", "error": {"code": 503, "message": reason, "type": "unavailable_error"}}
         assert self.engine is not None
         notes = getattr(getattr(self.engine.model, "ktx", None), "notes", [])
         return 200, {
@@ -183,17 +205,20 @@ class ServerState:
         }
 
     def stop(self) -> None:
-        """Ends what runs: each stream gets its last words."""
+        """Ends all requests; each stream gets its final event."""
         self.stopping = True
         if self.engine is not None:
             self.engine.close()
 
 
 def default_sampling(model: Any) -> dict[str, Any]:
-    """What a model's generation_config.json says of sampling; OpenAI's temperature of 1 where it says nothing."""
-    own = getattr(model, "generation_config", None)
-    if getattr(own, "do_sample", None) is False:
+    """Returns the sampling parameters of a model's generation_config.json.
+
+    `do_sample: false` means greedy decoding (temperature 0); a missing temperature is 1, as in OpenAI's API.
+    """
+    config = getattr(model, "generation_config", None)
+    if getattr(config, "do_sample", None) is False:
         return {"temperature": 0.0}
     names = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
-    found = {name: getattr(own, name, None) for name in names}
-    return {"temperature": 1.0} | {name: value for name, value in found.items() if value is not None}
+    values = {name: getattr(config, name, None) for name in names}
+    return {"temperature": 1.0} | {name: value for name, value in values.items() if value is not None}

@@ -25,29 +25,29 @@ FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF1
 class MachineStats:
     """Answers for the engine that is served. What does not change is looked up once."""
 
-    def __init__(self, served: ServerState):
-        self.served, self.cpu = served, machine().cpu
+    def __init__(self, state: ServerState):
+        self.state, self.cpu = state, machine().cpu
         self.known: tuple[Engine, list[dict[str, Any]]] | None = None
 
     def snapshot(self) -> dict[str, Any]:
         """Plain data; Problem 503 unless the model is loaded. None stands for what is not known."""
-        engine, _, _ = self.served.require_ready()
+        engine, _, _ = self.state.require_ready()
         if self.known is None or self.known[0] is not engine:
             self.known = engine, modules(engine.model)
         done = engine.activity.snapshot()
         return {
-            "model": self.served.names[0],
+            "model": self.state.names[0],
             "cpu": self.cpu,
             "isa": cpu.ops.isa(),
             "threads": cpu.ops.threads(),
             "nodes": cpu.ops.nodes(),
-            "uptime_seconds": round(time.monotonic() - self.served.progress.started, 3),
+            "uptime_seconds": round(time.monotonic() - self.state.progress.started, 3),
             "modules": self.known[1],
             "memory": _memory(engine),
             "cache": _cache(engine),
             "experts": _experts(engine, done) if done.layers else None,
             "bandwidth": {
-                "measured_gbps": self.served.bandwidth,
+                "measured_gbps": self.state.bandwidth,
                 "bytes": done.nbytes,
                 "seconds": done.seconds,
                 "expert_bytes": done.expert_bytes,

@@ -1,4 +1,4 @@
-"""Ways to send an answer: as one body unless its client leaves, as server-sent events, as lines of JSON."""
+"""Sends responses: as one JSON body, as server-sent events (SSE) or as lines of JSON (NDJSON)."""
 
 from __future__ import annotations
 
@@ -17,70 +17,87 @@ from ktx.engine.request import Finished
 from ktx.server.errors import APIError, error_body, to_api_error
 
 log = logging.getLogger("ktx.server")
-SEND_TIMEOUT_S = 30.0  # seconds a client may take to read a piece
+SEND_TIMEOUT_S = 30.0  # for a client to read one event
 T = TypeVar("T")
 
 
 class ClientDisconnected(Exception):
-    """The client has left."""
+    """The client disconnected before the response was complete."""
 
 
 def dumps(value: Any) -> str:
+    """Returns compact JSON."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` returns; it is cancelled, and Gone raised, when the client leaves before."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_left(request.receive))
+    """Awaits `work` and returns its result.
+
+    Raises:
+        ClientDisconnected: the client disconnected first; `work` is cancelled.
+    """
+    task, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(request.receive))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientDisconnected
         return task.result()
     finally:
-        for one in (task, gone):
-            if not one.done():
-                one.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        for future in (task, disconnected):
+            if not future.done():
+                future.cancel()
+        await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
-async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
+async def _wait_for_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def json_response(chorus: RequestGroup, work: Awaitable[Any]) -> Response:
-    """The one body that `work` makes. The routes cancel it when its client leaves."""
+async def json_response(group: RequestGroup, work: Awaitable[Any]) -> Response:
+    """Returns the result of `work` as a JSON body; closes the group, also when the route cancels the call."""
     try:
         return JSONResponse(await work)
     finally:
-        chorus.close()
+        group.close()
 
 
 def sse_response(
-    pieces: AsyncIterator[tuple[str | None, Any]], chorus: RequestGroup, path: str, ping: float, done: str | None = None
+    events: AsyncIterator[tuple[str | None, Any]],
+    group: RequestGroup,
+    path: str,
+    keepalive_s: float,
+    done: str | None = None,
 ) -> EventSourceResponse:
-    """Server-sent events, each a name (or None) and a value. A failure on the way is an event of its own, then `done`."""
+    """Returns a stream of server-sent events. An error in the stream is sent as an event.
+
+    Args:
+        events: name (or None) and JSON value of each event.
+        group: the requests that are answered; closed when the stream ends.
+        path: path of the route, which determines the format of an error.
+        keepalive_s: seconds between comments that are sent while there is no event.
+        done: data of the final event, which also follows an error; None: there is none.
+    """
 
     async def stream() -> AsyncIterator[ServerSentEvent]:
         try:
-            async for name, value in pieces:
+            async for name, value in events:
                 yield ServerSentEvent(data=dumps(value), event=name, sep="\n")
         except Exception as error:
-            told = _error_event(error)
+            problem = _error_event(error)
             yield ServerSentEvent(
-                data=dumps(error_body(path, told.status, told.message, told.code)),
+                data=dumps(error_body(path, problem.status, problem.message, problem.code)),
                 event="error" if path.startswith("/v1/messages") else None,
                 sep="\n",
             )
         finally:
-            chorus.close()
+            group.close()
         if done:
             yield ServerSentEvent(data=done, sep="\n")
 
     return EventSourceResponse(
         stream(),
-        ping=ping,
+        ping=keepalive_s,
         sep="\n",
         ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
         send_timeout=SEND_TIMEOUT_S,
@@ -88,37 +105,42 @@ def sse_response(
     )
 
 
-def ndjson_response(pieces: AsyncIterator[Any], chorus: RequestGroup) -> StreamingResponse:
-    """A JSON object a line."""
+def ndjson_response(events: AsyncIterator[Any], group: RequestGroup) -> StreamingResponse:
+    """Returns a stream of JSON objects, one per line. An error in the stream is sent as a line."""
 
     async def stream() -> AsyncIterator[str]:
         try:
-            async for value in pieces:
-                yield dumps(value) + "\n"
+            async for chunk in events:
+                yield dumps(chunk) + "\n"
         except Exception as error:
             yield dumps({"error": _error_event(error).message}) + "\n"
         finally:
-            chorus.close()
+            group.close()
 
     return StreamingResponse(stream(), media_type="application/x-ndjson")
 
 
 def _error_event(error: Exception) -> APIError:
+    """Converts an error in a stream; logs it if it is not a client's."""
     problem = to_api_error(error)
     if problem.status >= 500 and not isinstance(error, APIError):
         log.error("a stream failed", exc_info=error)
     return problem
 
 
-def usage_so_far(chorus: RequestGroup, number: int, said: int) -> dict[str, int]:
-    """Of one choice of a stream, of which `said` tokens have come."""
-    asked = len(chorus.requests[number].prompt)
-    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+def usage_so_far(group: RequestGroup, index: int, num_tokens: int) -> dict[str, int]:
+    """Returns the usage of one choice of a stream after `num_tokens` tokens of output."""
+    num_prompt_tokens = len(group.requests[index].prompt)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_tokens,
+        "total_tokens": num_prompt_tokens + num_tokens,
+    }
 
 
 def raise_for_finish(finished: Finished) -> None:
-    """Problem for an answer that did not end by itself."""
+    """Raises APIError if a request failed or was cancelled."""
     if finished.reason == "error":
-        raise APIError(400 if finished.client_error else 500, finished.error or "the answer failed")
+        raise APIError(400 if finished.client_error else 500, finished.error or "the request failed")
     if finished.reason == "cancelled":
-        raise APIError(503, "the server is shutting down, the answer ends here", retry=5)
+        raise APIError(503, "the server is shutting down; the answer is incomplete", retry=5)

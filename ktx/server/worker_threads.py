@@ -1,4 +1,4 @@
-"""What takes long runs outside the event loop, in a few threads and within limits of time."""
+"""Runs slow work (rendering, tokenizing, compiling grammars) in thread pools outside the event loop, with timeouts."""
 
 from __future__ import annotations
 
@@ -13,64 +13,79 @@ from ktx.errors import QueueFull, UsageError
 from ktx.server.errors import APIError, to_api_error
 from ktx.utils.fork_handlers import Threads
 
-RENDER, COMPILE = 20.0, 2.0  # seconds for a prompt, and for a grammar
-QUEUE_TIMEOUT_S = 8.0  # seconds until a thread is free
-RENDER_TIMEOUT_S = Threads(2, "ktx-prompts")
-COMPILE_TIMEOUT_S = Threads(4, "ktx-grammars")
+RENDER_TIMEOUT_S, COMPILE_TIMEOUT_S = 20.0, 2.0  # to render a prompt, and to compile a grammar
+QUEUE_TIMEOUT_S = 8.0  # until a thread of the pool is free
+RENDER_THREADS = Threads(2, "ktx-prompts")
+COMPILE_THREADS = Threads(4, "ktx-grammars")
 T = TypeVar("T")
 
 
-async def run_with_timeout(seconds: float, pool: Executor, what: str, work: Callable[..., T], *args: Any) -> T:
-    """What `work` returns. Problem 400 when it takes too long from its beginning on, and 429 when no thread was free to begin it:
-    what others take is not its fault. What nobody waits for any more is ended where it runs Python, such as a template.
+async def run_with_timeout(seconds: float, pool: Executor, subject: str, func: Callable[..., T], *args: Any) -> T:
+    """Runs `func(*args)` in a thread pool and returns its result.
+
+    The timeout starts when a thread starts the call, because a wait for other requests is not this request's fault.
+    After a timeout or a cancellation the call is interrupted at its next step in Python, such as one of a template.
+
+    Args:
+        seconds: timeout of the call.
+        pool: the thread pool.
+        subject: what the call works on, for error messages.
+        func: the function to call.
+
+    Raises:
+        APIError: 400, the call timed out or its input is wrong; 429, no thread was free within `QUEUE_TIMEOUT_S`.
     """
     loop = asyncio.get_running_loop()
-    begun: asyncio.Future[None] = loop.create_future()
-    run = _Run(work, args, lambda: loop.call_soon_threadsafe(begun.set_result, None))
-    done = loop.run_in_executor(pool, run)
+    started: asyncio.Future[None] = loop.create_future()
+    call = _Call(func, args, lambda: loop.call_soon_threadsafe(started.set_result, None))
+    result = loop.run_in_executor(pool, call)
     try:
-        await asyncio.wait({begun}, timeout=QUEUE_TIMEOUT_S)
-        if not begun.done():
-            raise to_api_error(QueueFull(f"the server is busy: {what} found no thread in {QUEUE_TIMEOUT_S:.0f} s"))
-        await asyncio.wait({done}, timeout=seconds)
-        if not done.done():
-            raise APIError(400, f"{what} takes longer than {seconds:.0f} s")
-        return done.result()
+        await asyncio.wait({started}, timeout=QUEUE_TIMEOUT_S)
+        if not started.done():
+            raise to_api_error(
+                QueueFull(
+                    f"the server is busy: no thread was free for {subject} in {QUEUE_TIMEOUT_S:.0f} s; try again later"
+                )
+            )
+        await asyncio.wait({result}, timeout=seconds)
+        if not result.done():
+            raise APIError(400, f"{subject} takes longer than {seconds:.0f} s to process")
+        return result.result()
     except (UsageError, ValueError, KeyError, RecursionError) as error:
         raise to_api_error(error) from error
     finally:
-        done.cancel()
-        run.end()
+        result.cancel()
+        call.cancel()
 
 
-class _Run:
-    """A call in a pool's thread that another thread can end. `begins` is called there first."""
+class _Call:
+    """A function call in a pool's thread that another thread can cancel. `on_start` is called before the function."""
 
-    def __init__(self, work: Callable[..., Any], args: tuple[Any, ...], begins: Callable[[], Any]):
-        self.work, self.args, self.begins = work, args, begins
-        self.thread, self.lock, self.late = 0, threading.Lock(), False
+    def __init__(self, func: Callable[..., Any], args: tuple[Any, ...], on_start: Callable[[], Any]):
+        self.func, self.args, self.on_start = func, args, on_start
+        self.thread, self.lock, self.cancelled = 0, threading.Lock(), False
 
     def __call__(self) -> Any:
         with self.lock:
-            if self.late:
+            if self.cancelled:
                 return None
             self.thread = threading.get_ident()
         try:
-            self.begins()
-            return self.work(*self.args)
+            self.on_start()
+            return self.func(*self.args)
         finally:
             with self.lock:
-                _raise_in(self.thread, None)  # what has not arrived yet is not for the thread's next work
+                _raise_in(self.thread, None)  # a pending exception must not hit the thread's next task
                 self.thread = 0
 
-    def end(self) -> None:
-        """Raises TimeoutError in the call; one that has not begun never will, and one that is over is left alone."""
+    def cancel(self) -> None:
+        """Raises TimeoutError in a running call, prevents one that has not started, ignores one that has finished."""
         with self.lock:
-            self.late = True
+            self.cancelled = True
             if self.thread:
                 _raise_in(self.thread, TimeoutError)
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """An exception at the next step that the thread makes in Python; None takes back one that has not arrived."""
+    """Raises an exception in another thread at its next Python instruction; None cancels a pending one."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error) if error else None)

@@ -104,7 +104,7 @@ def client(server):
         time.sleep(0.05)
     assert not engine.runner.adapters.known and not engine.runner.adapters.loras and not engine.leaving
     engine.check_integrity()
-    served.numbers = itertools.count()
+    served.adapter_ids = itertools.count()
 
 
 def loaded(client, name, path, **more):

@@ -34,7 +34,7 @@ def parsed(*words):
         (["--lora-dir", "/tmp", "--ray"], "replicas (--ray) share no adapters that clients load"),
         (["--lora-dir", "/tmp", "--backend-type", "scripted"], "computes no model"),
         (["--chat-template", "/nothing/here"], "cannot be read"),
-        (["--host", "203.0.113.1", "--api-key", "k", "--port", "0"], "another server may be there"),
+        (["--host", "203.0.113.1", "--api-key", "k", "--port", "0"], "another server uses the port"),
     ],
 )
 def test_refused_before_loading(words, told, capsys):

@@ -138,7 +138,7 @@ def test_lines_of_the_log_name_the_request(tmp_path_factory, monkeypatch):
         httpx.Client(base_url=base, timeout=30) as http,
     ):
         assert http.post("/v1/messages", json=BODY | {"max_tokens": 9}, headers={"x-request-id": "good"}).is_success
-        monkeypatch.setattr(OutputParser, "hear", lambda turn, event: [1 / 0])
+        monkeypatch.setattr(OutputParser, "feed", lambda turn, event: [1 / 0])
         for stream, name in ((True, "streamed"), (False, "whole")):
             asked = BODY | {"max_tokens": 9, "stream": stream}
             answer = http.post("/v1/messages", json=asked, headers={"x-request-id": name})

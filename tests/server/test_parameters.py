@@ -326,7 +326,7 @@ def test_parameters_are_of_their_own_request(special):
     for _ in range(3):
         assert asked(http, CHAT, id_slot=1)[1] == "id_slot"
         assert asked(http, CHAT)[1] == ""
-    assert parameters.IGNORED_NOW.get() is None
+    assert parameters.IGNORED_BY_REQUEST.get() is None
 
 
 def test_the_page_shows_the_tables():

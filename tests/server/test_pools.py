@@ -15,7 +15,13 @@ import pytest
 from ktx.server import preprocess as asked
 from ktx.server import worker_threads
 from ktx.server.errors import APIError
-from ktx.server.worker_threads import COMPILE, COMPILE_TIMEOUT_S, RENDER, RENDER_TIMEOUT_S, run_with_timeout
+from ktx.server.worker_threads import (
+    COMPILE_THREADS,
+    COMPILE_TIMEOUT_S,
+    RENDER_THREADS,
+    RENDER_TIMEOUT_S,
+    run_with_timeout,
+)
 from tests.server.conftest import NAME, scripted, serving
 
 
@@ -73,12 +79,12 @@ def test_time_until_a_thread_is_free_is_not_ones_own(pool):
 
 
 def test_what_has_no_turn_in_time_is_told_so_and_never_done(pool, monkeypatch):
-    monkeypatch.setattr(worker_threads, "WAIT", 0.2)
+    monkeypatch.setattr(worker_threads, "QUEUE_TIMEOUT_S", 0.2)
     done = []
 
     async def check():
         with filled(pool, 1):
-            with pytest.raises(APIError, match="busy: b found no thread") as busy:
+            with pytest.raises(APIError, match="busy: no thread was free for b") as busy:
                 await run_with_timeout(10, pool, "b", done.append, "b")
         assert (busy.value.status, busy.value.code, busy.value.retry) == (429, "queue_full", 1)
         assert await run_with_timeout(10, pool, "c", len, "abc") == 3
@@ -142,7 +148,7 @@ ENDLESS = (  # for one message
 
 
 def test_an_endless_template_is_refused_and_ended(tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(asked, "RENDER", 0.5)
+    monkeypatch.setattr(asked, "RENDER_TIMEOUT_S", 0.5)
     engine = scripted(tmp_path_factory)
     engine.tokenizer.chat_template = ENDLESS
     with serving(engine) as (base, _), httpx.Client(base_url=base, timeout=30) as http:
@@ -152,18 +158,18 @@ def test_an_endless_template_is_refused_and_ended(tmp_path_factory, monkeypatch)
             assert refused.status_code == 400 and "the prompt takes longer" in refused.json()["error"]["message"]
         assert http.post("/v1/completions", json={"model": NAME, "prompt": "x", "max_tokens": 1}).status_code == 200
     both = threading.Barrier(2)
-    for waiting in [RENDER_TIMEOUT_S.submit(both.wait, 5) for _ in range(2)]:
+    for waiting in [RENDER_THREADS.submit(both.wait, 5) for _ in range(2)]:
         waiting.result()
 
 
 def test_others_slow_grammars_are_nobody_elses_fault(tmp_path_factory, monkeypatch):
     asked = {"model": NAME, "prompt": "greet", "max_tokens": 9, "guided_regex": "[0-9]{3}"}
     with serving(scripted(tmp_path_factory)) as (base, _), httpx.Client(base_url=base, timeout=30) as http:
-        with filled(COMPILE_TIMEOUT_S, 4) as free:
-            threading.Timer(COMPILE + 1, free).start()
+        with filled(COMPILE_THREADS, 4) as free:
+            threading.Timer(COMPILE_TIMEOUT_S + 1, free).start()
             assert http.post("/v1/completions", json=asked).json()["choices"][0]["text"].isdigit()
-        monkeypatch.setattr(worker_threads, "WAIT", 0.3)
-        with filled(COMPILE_TIMEOUT_S, 4):
+        monkeypatch.setattr(worker_threads, "QUEUE_TIMEOUT_S", 0.3)
+        with filled(COMPILE_THREADS, 4):
             busy = http.post("/v1/completions", json=asked)
             assert (busy.status_code, busy.headers["retry-after"]) == (429, "1"), busy.text
             assert busy.json()["error"]["code"] == "queue_full"
@@ -181,18 +187,18 @@ def test_a_client_that_leaves_takes_its_template_with_it(tmp_path_factory, strea
                 http.post("/v1/chat/completions", json=asked)
         begun = time.monotonic()
         assert http.post("/tokenize", json={"prompt": "x"}, timeout=60).status_code == 200
-        assert time.monotonic() - begun < RENDER / 2
+        assert time.monotonic() - begun < RENDER_TIMEOUT_S / 2
 
 
 def test_a_forked_child_has_threads_of_its_own():
     """The parent's threads are busy, and are not in the child."""
     begun, free = threading.Event(), threading.Event()
-    work = RENDER_TIMEOUT_S.submit(lambda: (begun.set(), free.wait(60)))
+    work = RENDER_THREADS.submit(lambda: (begun.set(), free.wait(60)))
     assert begun.wait(10)
     if (child := os.fork()) == 0:
         status = 1
         try:
-            status = 0 if asyncio.run(run_with_timeout(10, RENDER_TIMEOUT_S, "a prompt", len, "abc")) == 3 else 2
+            status = 0 if asyncio.run(run_with_timeout(10, RENDER_THREADS, "a prompt", len, "abc")) == 3 else 2
         finally:
             os._exit(status)
     assert os.waitpid(child, 0)[1] == 0

@@ -17,9 +17,9 @@ from ktx.server.output import Finish, OutputParser, TextDelta, ToolCallDelta
 from ktx.server.preprocess import (
     ChatInput,
     build_engine_input,
+    build_sampling_params,
     check_context_length,
     reasoning_kwargs,
-    sampling_of,
     submit,
 )
 from ktx.server.protocol.anthropic import AnthropicMessage, ContentBlock, CountTokensRequest, MessagesRequest
@@ -29,34 +29,34 @@ from ktx.server.state import ServerState
 ENDS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 
 
-async def answer(served: ServerState, fields: MessagesRequest, request: Request) -> Response:
-    model = served.resolve_model(fields.model)
-    engine, _, _ = served.require_ready()
+async def answer(state: ServerState, fields: MessagesRequest, request: Request) -> Response:
+    model = state.resolve_model(fields.model)
+    engine, _, _ = state.require_ready()
     given = fields.model_dump(exclude_none=True, include={"temperature", "top_p", "top_k"}) | {
         "stop": fields.stop_sequences
     }
-    ask = await build_engine_input(served, talk_of(fields), sampling_of(served, given, fields.max_tokens))
+    ask = await build_engine_input(state, to_chat_input(fields), build_sampling_params(state, given, fields.max_tokens))
     check_context_length(
-        served, ask.rendered.ids, 1
+        state, ask.rendered.ids, 1
     )  # clients name the largest number they know: what the context leaves is enough
-    chorus = await submit(served, [ask], model)
+    chorus = await submit(state, [ask], model)
     head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
-    turn = OutputParser(ask.parser(served))
+    turn = OutputParser(ask.parser(state))
     stops = frozenset(fields.stop_sequences or ())
     if not fields.stream:
         return await streaming.json_response(chorus, _whole(chorus, turn, head, stops))
     return streaming.sse_response(
-        _stream(chorus, turn, head, stops), chorus, request.url.path, served.settings.keepalive_s
+        _stream(chorus, turn, head, stops), chorus, request.url.path, state.settings.keepalive_s
     )
 
 
-async def count(served: ServerState, fields: CountTokensRequest) -> Response:
-    served.resolve_model(fields.model)
-    ask = await build_engine_input(served, talk_of(fields), sampling_of(served, {}, 1))
+async def count(state: ServerState, fields: CountTokensRequest) -> Response:
+    state.resolve_model(fields.model)
+    ask = await build_engine_input(state, to_chat_input(fields), build_sampling_params(state, {}, 1))
     return JSONResponse({"input_tokens": len(ask.rendered.ids)})
 
 
-def talk_of(fields: CountTokensRequest) -> ChatInput:
+def to_chat_input(fields: CountTokensRequest) -> ChatInput:
     if fields.thread is not None:
         raise APIError(
             400,
@@ -209,7 +209,7 @@ async def _whole(
                     blocks.append({"type": key, key: "", **({"signature": ""} if key == "thinking" else {})})
                 blocks[-1][key] += told.text
             elif isinstance(told, ToolCallDelta):
-                blocks.append({"type": "tool_use", "id": told.id, "name": told.name, "input": told.object()})
+                blocks.append({"type": "tool_use", "id": told.id, "name": told.name, "input": told.parsed_arguments()})
             else:
                 streaming.raise_for_finish(told.finished)
     assert turn.end is not None

@@ -17,21 +17,21 @@ from ktx.engine.prompt import RenderedPrompt
 from ktx.engine.sampler import SampledToken
 from ktx.server import streaming
 from ktx.server.errors import APIError
-from ktx.server.model_names import TAG
+from ktx.server.model_names import LATEST_TAG
 from ktx.server.output import Finish, LogprobFormatter, OutputParser, TextDelta, ToolCallDelta
 from ktx.server.preprocess import (
     ChatInput,
     EngineInput,
     build_engine_input,
+    build_grammar,
+    build_sampling_params,
     check_context_length,
-    grammar_of,
-    sampling_of,
     submit,
 )
 from ktx.server.protocol.ollama import OllamaChat, OllamaGenerate, OllamaShared, OllamaShow
 from ktx.server.protocol.openai import Format
 from ktx.server.state import ServerState
-from ktx.server.worker_threads import RENDER, RENDER_TIMEOUT_S, run_with_timeout
+from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with_timeout
 
 VERSION = "0.13.0"  # of Ollama's API that these routes follow
 
@@ -67,9 +67,9 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat().replace("+00:00", "Z")
 
 
-async def chat(served: ServerState, fields: OllamaChat, request: Request) -> Response:
-    name = served.resolve_model(fields.model)
-    served.require_ready()
+async def chat(state: ServerState, fields: OllamaChat, request: Request) -> Response:
+    name = state.resolve_model(fields.model)
+    state.require_ready()
     if not fields.messages:
         return _loaded(fields, {"message": {"role": "assistant", "content": ""}})
     messages = []
@@ -94,7 +94,7 @@ async def chat(served: ServerState, fields: OllamaChat, request: Request) -> Res
         thinking=None if fields.think is None else bool(fields.think),
         continue_final_message=fields.messages[-1].role == "assistant",
     )
-    ask = await build_engine_input(served, talk, sampling_of(served, given, limit, logprobs=_logprobs(fields)))
+    ask = await build_engine_input(state, talk, build_sampling_params(state, given, limit, logprobs=_logprobs(fields)))
 
     def piece(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
         told: dict[str, Any] = {"role": "assistant", "content": text if kind == "answer" else ""}
@@ -104,32 +104,32 @@ async def chat(served: ServerState, fields: OllamaChat, request: Request) -> Res
             told["tool_calls"] = [
                 {
                     "id": call.id,
-                    "function": {"index": call.number, "name": call.name, "arguments": call.object()},
+                    "function": {"index": call.number, "name": call.name, "arguments": call.parsed_arguments()},
                 }
                 for call in calls
             ]
         return {"message": told}
 
-    return await _answer(served, ask, fields, name, piece, request, fields.think is not False)
+    return await _answer(state, ask, fields, name, piece, request, fields.think is not False)
 
 
-async def generate(served: ServerState, fields: OllamaGenerate, request: Request) -> Response:
-    name = served.resolve_model(fields.model)
-    engine, _, _ = served.require_ready()
+async def generate(state: ServerState, fields: OllamaGenerate, request: Request) -> Response:
+    name = state.resolve_model(fields.model)
+    engine, _, _ = state.require_ready()
     if not fields.prompt:
         return _loaded(fields, {"response": ""})
     given, limit = _settings(fields)
-    sampling = sampling_of(served, given, limit, logprobs=_logprobs(fields))
+    sampling = build_sampling_params(state, given, limit, logprobs=_logprobs(fields))
     if fields.raw:
         ids = await run_with_timeout(
-            RENDER, RENDER_TIMEOUT_S, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"])
+            RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"])
         )
-        ask = EngineInput(RenderedPrompt(fields.prompt, ids, False), sampling, await grammar_of(_format(fields)))
+        ask = EngineInput(RenderedPrompt(fields.prompt, ids, False), sampling, await build_grammar(_format(fields)))
     else:
         messages = [{"role": "system", "content": fields.system}] if fields.system else []
         think = None if fields.think is None else bool(fields.think)
         ask = await build_engine_input(
-            served,
+            state,
             ChatInput(
                 [*messages, {"role": "user", "content": fields.prompt}], response_format=_format(fields), thinking=think
             ),
@@ -139,18 +139,18 @@ async def generate(served: ServerState, fields: OllamaGenerate, request: Request
     def piece(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
         return {"response": text if kind == "answer" else "", **({"thinking": text} if kind == "think" else {})}
 
-    return await _answer(served, ask, fields, name, piece, request, fields.think is not False)
+    return await _answer(state, ask, fields, name, piece, request, fields.think is not False)
 
 
 Piece = Callable[[str, str, list[ToolCallDelta]], dict[str, Any]]
 
 
 async def _answer(
-    served: ServerState, ask: EngineInput, fields: OllamaShared, name: str, piece: Piece, request: Request, thinks: bool
+    state: ServerState, ask: EngineInput, fields: OllamaShared, name: str, piece: Piece, request: Request, thinks: bool
 ) -> Response:
-    check_context_length(served, ask.rendered.ids, 1)
-    chorus = await submit(served, [ask], name)
-    turn = OutputParser(ask.parser(served))
+    check_context_length(state, ask.rendered.ids, 1)
+    chorus = await submit(state, [ask], name)
+    turn = OutputParser(ask.parser(state))
     tokens = LogprobFormatter(chorus.engine.tokenizer) if fields.logprobs else None
     if fields.stream is False:
         return await streaming.json_response(chorus, _whole(chorus, turn, name, piece, thinks, tokens))
@@ -206,16 +206,16 @@ async def _stream(
                 yield {**head, **piece("answer", "", []), **more, **_done(told, len(chorus.requests[0].prompt))}
 
 
-def details(served: ServerState, name: str) -> dict[str, Any]:
-    engine, _, _ = served.require_ready()
-    adapter = served.adapter_of(name)
+def details(state: ServerState, name: str) -> dict[str, Any]:
+    engine, _, _ = state.require_ready()
+    adapter = state.adapter_of(name)
     config = engine.model.config
     held = getattr(getattr(engine.model, "ktx", None), "nbytes", 0)
     return {
         "size": held,
-        "digest": hashlib.sha256("\0".join((served.models[0], *adapter)).encode()).hexdigest(),
+        "digest": hashlib.sha256("\0".join((state.models[0], *adapter)).encode()).hexdigest(),
         "details": {
-            "parent_model": served.models[0] if adapter else "",
+            "parent_model": state.models[0] if adapter else "",
             "format": "gguf",
             "family": config.model_type,
             "families": [config.model_type],
@@ -225,34 +225,34 @@ def details(served: ServerState, name: str) -> dict[str, Any]:
     }
 
 
-def tags(served: ServerState) -> dict[str, Any]:
-    served.require_ready()
+def tags(state: ServerState) -> dict[str, Any]:
+    state.require_ready()
     return {
         "models": [
             {
-                "name": f"{name}{TAG}",
-                "model": f"{name}{TAG}",
-                "modified_at": served.created_iso,
-                **details(served, name),
+                "name": f"{name}{LATEST_TAG}",
+                "model": f"{name}{LATEST_TAG}",
+                "modified_at": state.created_iso,
+                **details(state, name),
             }
-            for name in served.names
+            for name in state.names
         ]
     }
 
 
-def ps(served: ServerState) -> dict[str, Any]:
-    engine, _, _ = served.require_ready()
+def ps(state: ServerState) -> dict[str, Any]:
+    engine, _, _ = state.require_ready()
     more = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": engine.context}
     return {
         "models": [
-            {"name": f"{name}{TAG}", "model": f"{name}{TAG}", **details(served, name), **more} for name in served.names
+            {"name": f"{name}{LATEST_TAG}", "model": f"{name}{LATEST_TAG}", **details(state, name), **more} for name in state.names
         ]
     }
 
 
-def show(served: ServerState, fields: OllamaShow) -> dict[str, Any]:
-    name = served.resolve_model(fields.model or fields.name or "")
-    engine, prompts, _ = served.require_ready()
+def show(state: ServerState, fields: OllamaShow) -> dict[str, Any]:
+    name = state.resolve_model(fields.model or fields.name or "")
+    engine, prompts, _ = state.require_ready()
     kind = engine.model.config.model_type
     can = (
         ["completion"]
@@ -263,12 +263,12 @@ def show(served: ServerState, fields: OllamaShow) -> dict[str, Any]:
         "modelfile": "",
         "parameters": "",
         "template": prompts.template or "",
-        "details": details(served, name)["details"],
+        "details": details(state, name)["details"],
         "model_info": {
             "general.architecture": kind,
-            "general.basename": name.removesuffix(TAG),
+            "general.basename": name.removesuffix(LATEST_TAG),
             f"{kind}.context_length": engine.context,
         },
         "capabilities": can,
-        "modified_at": served.created_iso,
+        "modified_at": state.created_iso,
     }

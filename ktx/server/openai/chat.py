@@ -18,11 +18,11 @@ from ktx.server.output import Finish, LogprobFormatter, OutputParser, TextDelta,
 from ktx.server.preprocess import (
     ChatInput,
     build_engine_input,
+    build_sampling_params,
     cache_salt,
     check_context_length,
     reasoning_kwargs,
     restrict_tools,
-    sampling_of,
     structured_output,
     submit,
 )
@@ -30,14 +30,14 @@ from ktx.server.protocol.openai import AllowedChoice, ChatCompletionRequest, Mes
 from ktx.server.state import ServerState
 
 
-async def answer(served: ServerState, fields: ChatCompletionRequest, request: Request) -> Response:
-    model = served.resolve_model(fields.model)
-    served.require_ready()
+async def answer(state: ServerState, fields: ChatCompletionRequest, request: Request) -> Response:
+    model = state.resolve_model(fields.model)
+    state.require_ready()
     limit = fields.max_completion_tokens or fields.max_tokens
     logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-    sampling = sampling_of(served, fields, limit, logprobs=logprobs)
+    sampling = build_sampling_params(state, fields, limit, logprobs=logprobs)
     talk = ChatInput(
-        [message_of(message) for message in fields.messages],
+        [to_template_message(message) for message in fields.messages],
         *_tools(fields),
         fields.parallel_tool_calls is not False,
         _words(fields),
@@ -47,23 +47,23 @@ async def answer(served: ServerState, fields: ChatCompletionRequest, request: Re
         template=fields.chat_template,
         truncate=fields.truncate_prompt_tokens,
     )
-    ask = await build_engine_input(served, talk, sampling, fields.n or 1, cache_salt(fields))
-    check_context_length(served, ask.rendered.ids, limit)
-    chorus = await submit(served, [ask], model, fields.lora)
+    ask = await build_engine_input(state, talk, sampling, fields.n or 1, cache_salt(fields))
+    check_context_length(state, ask.rendered.ids, limit)
+    chorus = await submit(state, [ask], model, fields.lora)
     base = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": model,
-        "system_fingerprint": served.fingerprint,
+        "system_fingerprint": state.fingerprint,
     }
-    turns = [OutputParser(ask.parser(served)) for _ in range(ask.count)]
+    turns = [OutputParser(ask.parser(state)) for _ in range(ask.count)]
     tokens = LogprobFormatter(chorus.engine.tokenizer, bool(fields.return_tokens_as_token_ids))
     wants = bool(fields.logprobs)
     hide = fields.include_reasoning is False or bool(fields.reasoning and fields.reasoning.exclude)
     if not fields.stream:
         return await streaming.json_response(chorus, _whole(chorus, turns, base, tokens, wants, hide))
     pieces = _stream(chorus, turns, base, tokens, wants, hide, fields.stream_options or StreamOptions())
-    return streaming.sse_response(pieces, chorus, request.url.path, served.settings.keepalive_s, "[DONE]")
+    return streaming.sse_response(pieces, chorus, request.url.path, state.settings.keepalive_s, "[DONE]")
 
 
 def _words(fields: ChatCompletionRequest) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _tools(fields: ChatCompletionRequest) -> tuple[list[dict[str, Any]], str | l
     return tools, choice.function.name if isinstance(choice, NamedTool) else choice or "auto"
 
 
-def message_of(message: Message) -> dict[str, Any]:
+def to_template_message(message: Message) -> dict[str, Any]:
     """As for_template takes it; parts that are no text are refused there."""
     told = message.model_dump(exclude_none=True)
     content = told.get("content")
@@ -103,7 +103,7 @@ def _part(part: dict[str, Any]) -> dict[str, Any]:
     return {"type": "text", "text": part["refusal"]}
 
 
-def usage_of(ask_tokens: int, turns: list[OutputParser]) -> dict[str, Any]:
+def usage_dict(ask_tokens: int, turns: list[OutputParser]) -> dict[str, Any]:
     ends = [turn.end for turn in turns if turn.end is not None]
     said = sum(end.finished.usage.answer for end in ends)
     return {
@@ -111,7 +111,7 @@ def usage_of(ask_tokens: int, turns: list[OutputParser]) -> dict[str, Any]:
         "completion_tokens": said,
         "total_tokens": ask_tokens + said,
         "prompt_tokens_details": {"cached_tokens": max((end.finished.usage.cached for end in ends), default=0)},
-        "completion_tokens_details": {"reasoning_tokens": sum(end.thought for end in ends)},
+        "completion_tokens_details": {"reasoning_tokens": sum(end.reasoning_tokens for end in ends)},
     }
 
 
@@ -158,7 +158,7 @@ async def _whole(
         **base,
         "object": "chat.completion",
         "choices": choices,
-        "usage": usage_of(_prompt_tokens(chorus), turns),
+        "usage": usage_dict(_prompt_tokens(chorus), turns),
         "service_tier": "default",
     }
 
@@ -213,6 +213,6 @@ async def _stream(
                 **base,
                 "object": "chat.completion.chunk",
                 "choices": [],
-                "usage": usage_of(_prompt_tokens(chorus), turns),
+                "usage": usage_dict(_prompt_tokens(chorus), turns),
             },
         )

@@ -15,54 +15,54 @@ from ktx.engine.prompt import RenderedPrompt
 from ktx.engine.request import Finished, PromptLogprobs, TokenEvent
 from ktx.engine.sampler import SampledToken
 from ktx.server import streaming
-from ktx.server.output import LogprobFormatter, bounded
+from ktx.server.output import LogprobFormatter, clamp_logprob
 from ktx.server.preprocess import (
     EngineInput,
+    build_grammar,
+    build_sampling_params,
     cache_salt,
     check_context_length,
-    grammar_of,
     last_tokens,
-    sampling_of,
     structured_output,
     submit,
 )
 from ktx.server.protocol.openai import CompletionRequest
 from ktx.server.state import ServerState
-from ktx.server.worker_threads import RENDER, RENDER_TIMEOUT_S, run_with_timeout
+from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with_timeout
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's number of new tokens where none is named
 
 
-async def answer(served: ServerState, fields: CompletionRequest, request: Request) -> Response:
-    model = served.resolve_model(fields.model)
-    engine, _, _ = served.require_ready()
+async def answer(state: ServerState, fields: CompletionRequest, request: Request) -> Response:
+    model = state.resolve_model(fields.model)
+    engine, _, _ = state.require_ready()
     limit = fields.max_tokens if fields.max_tokens is not None else DEFAULT_MAX_TOKENS
-    sampling = sampling_of(
-        served, fields, limit, logprobs=fields.logprobs, echo=bool(fields.echo and fields.logprobs is not None)
+    sampling = build_sampling_params(
+        state, fields, limit, logprobs=fields.logprobs, echo=bool(fields.echo and fields.logprobs is not None)
     )
-    prompts = await run_with_timeout(RENDER, RENDER_TIMEOUT_S, "the prompt", _ids, engine.tokenizer, fields)
+    prompts = await run_with_timeout(RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", _ids, engine.tokenizer, fields)
     if fields.truncate_prompt_tokens is not None:
-        prompts = [last_tokens(served, ids, fields.truncate_prompt_tokens, sampling) for ids in prompts]
-    grammar = await grammar_of(structured_output(fields))
+        prompts = [last_tokens(state, ids, fields.truncate_prompt_tokens, sampling) for ids in prompts]
+    grammar = await build_grammar(structured_output(fields))
     for ids in prompts:
-        check_context_length(served, ids, limit)
+        check_context_length(state, ids, limit)
     asks = [
         EngineInput(RenderedPrompt("", ids, False), sampling, grammar, salt=cache_salt(fields), count=fields.n or 1)
         for ids in prompts
     ]
-    chorus = await submit(served, asks, model, fields.lora)
+    chorus = await submit(state, asks, model, fields.lora)
     base = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,
-        "system_fingerprint": served.fingerprint,
+        "system_fingerprint": state.fingerprint,
     }
     tokens = LogprobFormatter(engine.tokenizer, bool(fields.return_tokens_as_token_ids))
     if not fields.stream:
         return await streaming.json_response(chorus, _whole(chorus, base, tokens, fields, prompts))
     return streaming.sse_response(
-        _stream(chorus, base, tokens, fields, prompts), chorus, request.url.path, served.settings.keepalive_s, "[DONE]"
+        _stream(chorus, base, tokens, fields, prompts), chorus, request.url.path, state.settings.keepalive_s, "[DONE]"
     )
 
 
@@ -92,12 +92,12 @@ class LegacyLogprobs:
             first = choice.logprob is None  # of a prompt: nothing stands before it
             top: dict[str, float] = {}
             for token, logprob in choice.top:
-                top.setdefault(self.tokens.name(token), bounded(logprob))
+                top.setdefault(self.tokens.name(token), clamp_logprob(logprob))
             for name, value in zip(
                 lists,
                 (
                     self.tokens.name(choice.token),
-                    None if first else bounded(choice.logprob),
+                    None if first else clamp_logprob(choice.logprob),
                     None if first else top,
                     self.at,
                 ),

@@ -5,32 +5,32 @@ from __future__ import annotations
 from typing import Any
 
 from ktx.server.errors import APIError
-from ktx.server.openai.chat import message_of
-from ktx.server.preprocess import ChatInput, build_engine_input, sampling_of
+from ktx.server.openai.chat import to_template_message
+from ktx.server.preprocess import ChatInput, build_engine_input, build_sampling_params
 from ktx.server.protocol.openai import DetokenizeRequest, TokenizeRequest
 from ktx.server.state import ServerState
-from ktx.server.worker_threads import RENDER, RENDER_TIMEOUT_S, run_with_timeout
+from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with_timeout
 
 
-async def tokenize(served: ServerState, fields: TokenizeRequest) -> dict[str, Any]:
-    engine, _, _ = served.require_ready()
+async def tokenize(state: ServerState, fields: TokenizeRequest) -> dict[str, Any]:
+    engine, _, _ = state.require_ready()
     if fields.model is not None:
-        served.resolve_model(fields.model)
+        state.resolve_model(fields.model)
     if fields.messages is not None:
         talk = ChatInput(
-            [message_of(message) for message in fields.messages],
+            [to_template_message(message) for message in fields.messages],
             [tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
             template_kwargs=fields.template_kwargs,
             answers_in_text=fields.add_generation_prompt is not False,
             continue_final_message=fields.continues,
             template=fields.chat_template,
         )
-        ids = (await build_engine_input(served, talk, sampling_of(served, {}, 1))).rendered.ids
+        ids = (await build_engine_input(state, talk, build_sampling_params(state, {}, 1))).rendered.ids
     else:
         special = fields.add_special_tokens is not False
         ids = await run_with_timeout(
-            RENDER,
             RENDER_TIMEOUT_S,
+            RENDER_THREADS,
             "the text",
             lambda: list(engine.tokenizer(fields.prompt, add_special_tokens=special)["input_ids"]),
         )
@@ -42,24 +42,24 @@ async def tokenize(served: ServerState, fields: TokenizeRequest) -> dict[str, An
     return {"count": len(ids), "max_model_len": engine.context, "tokens": ids, **words}
 
 
-async def detokenize(served: ServerState, fields: DetokenizeRequest) -> dict[str, Any]:
-    engine, _, _ = served.require_ready()
+async def detokenize(state: ServerState, fields: DetokenizeRequest) -> dict[str, Any]:
+    engine, _, _ = state.require_ready()
     if fields.model is not None:
-        served.resolve_model(fields.model)
+        state.resolve_model(fields.model)
     vocabulary = engine.model.config.vocab_size
     if bad := [token for token in fields.tokens if token >= vocabulary]:
         raise APIError(400, f"the model has {vocabulary} tokens, tokens holds {bad[0]}", "tokens")
     text = await run_with_timeout(
-        RENDER,
         RENDER_TIMEOUT_S,
+        RENDER_THREADS,
         "the text",
         lambda: engine.tokenizer.decode(fields.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False),
     )
     return {"prompt": text}
 
 
-def info(served: ServerState) -> dict[str, Any]:
-    engine, prompts, _ = served.require_ready()
+def info(state: ServerState) -> dict[str, Any]:
+    engine, prompts, _ = state.require_ready()
     tokenizer = engine.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
     return {

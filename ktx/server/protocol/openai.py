@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from ktx.server.protocol.parameters import known
 
-TEXT = 16 << 20
+MAX_TEXT_CHARS = 16 << 20
 Name = Annotated[str, Field(max_length=256)]
-Text = Annotated[str, Field(max_length=TEXT)]
+Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
 Object = dict[str, Any]
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=1 << 20)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic_core import PydanticCustomError
 
 HEADER = "x-ignored-parameters"
-IGNORED_NOW: ContextVar[list[str] | None] = ContextVar("ignored_parameters", default=None)  # of the current request
+IGNORED_BY_REQUEST: ContextVar[list[str] | None] = ContextVar("ignored_parameters", default=None)  # of the current request
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 
@@ -131,7 +131,7 @@ ALIASES = {  # another name -> ours, on the routes that have ours
 
 def ignore(name: str) -> None:
     """Notes a parameter of the current request that has no effect: its answer names it in a header."""
-    noted = IGNORED_NOW.get()
+    noted = IGNORED_BY_REQUEST.get()
     if noted is not None and name not in noted:
         noted.append(name)
 

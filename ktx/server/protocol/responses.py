@@ -21,7 +21,7 @@ from ktx.server.protocol.openai import (
     own_tool,
 )
 
-ITEMS = 10_000  # of a conversation
+MAX_ITEMS = 10_000  # of a conversation
 
 
 class ResponseText(StrictModel):
@@ -100,7 +100,7 @@ class ResponseTokensRequest(Request):
     effective = frozenset({"store", "metadata"})
 
     model: Name | None = None
-    input: Text | Annotated[list[Object], Field(min_length=1, max_length=ITEMS)] | None = None
+    input: Text | Annotated[list[Object], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
     instructions: Text | None = None
     previous_response_id: Name | None = None
     tools: Annotated[list[AnyResponseTool], Field(max_length=512)] | None = None

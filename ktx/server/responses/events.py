@@ -172,7 +172,7 @@ class ResponseEvents:
                 "input_tokens": self.asked,
                 "input_tokens_details": {"cached_tokens": usage.cached},
                 "output_tokens": usage.answer,
-                "output_tokens_details": {"reasoning_tokens": told.thought},
+                "output_tokens_details": {"reasoning_tokens": told.reasoning_tokens},
                 "total_tokens": self.asked + usage.answer,
             },
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 from ktx.server.auth import MAX_BODY_BYTES
 from ktx.server.errors import APIError
-from ktx.server.protocol.responses import ITEMS, ResponseTokensRequest
+from ktx.server.protocol.responses import MAX_ITEMS, ResponseTokensRequest
 from ktx.server.responses.store import Item, ResponseStore, StoredTurn
 
 KINDS = {"message": "msg", "function_call": "fc", "function_call_output": "fco", "reasoning": "rs"}
@@ -44,15 +44,15 @@ def resolve_input(
                 "previous_response_id",
             )
         before = link.items()
-    if len(before) + len(came) > ITEMS:
-        raise APIError(400, f"the conversation has {len(before) + len(came)} items, at most {ITEMS} are read", "input")
+    if len(before) + len(came) > MAX_ITEMS:
+        raise APIError(400, f"the conversation has {len(before) + len(came)} items, at most {MAX_ITEMS} are read", "input")
     return before, came, link
 
 
 def _why(kept: ResponseStore) -> str:
-    if not kept.max_bytes:
+    if not kept.max_responses:
         return "this server keeps no answers (--keep_responses 0), send the whole conversation"
-    return f"the newest {kept.max_bytes} answers are kept, until the server ends, for the key that asked"
+    return f"the newest {kept.max_responses} answers are kept, until the server ends, for the key that asked"
 
 
 def _resolve_references(kept: ResponseStore, owner: bytes, came: Sequence[Item]) -> list[Item]:
@@ -93,7 +93,7 @@ def qualified_name(space: str | None, name: str) -> str:
     return f"{space}__{name}" if space else name
 
 
-def messages_of(instructions: str | None, before: list[Item], came: list[Item]) -> list[dict[str, Any]]:
+def to_messages(instructions: str | None, before: list[Item], came: list[Item]) -> list[dict[str, Any]]:
     """Items of the turns before and of the request as chat messages; calls of one turn stand in one message, with the reasoning before them."""
     told: list[dict[str, Any]] = [{"role": "system", "content": instructions}] if instructions else []
     thought = ""

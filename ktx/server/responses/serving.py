@@ -20,10 +20,10 @@ from ktx.server.output import LogprobFormatter, OutputParser
 from ktx.server.preprocess import (
     ChatInput,
     build_engine_input,
+    build_sampling_params,
     check_context_length,
     reasoning_kwargs,
     restrict_tools,
-    sampling_of,
     submit,
 )
 from ktx.server.protocol.openai import Format
@@ -36,7 +36,7 @@ from ktx.server.protocol.responses import (
     ResponseTool,
 )
 from ktx.server.responses.events import ResponseEvents
-from ktx.server.responses.input import messages_of, normalize_item, qualified_name, resolve_input
+from ktx.server.responses.input import normalize_item, qualified_name, resolve_input, to_messages
 from ktx.server.responses.store import Item
 from ktx.server.state import ServerState
 
@@ -46,28 +46,28 @@ INCLUDED = (
 )  # the second is never there, and may be asked for
 
 
-async def answer(served: ServerState, fields: ResponsesRequest, request: Request) -> Response:
-    model = served.resolve_model(fields.model)
-    served.require_ready()
+async def answer(state: ServerState, fields: ResponsesRequest, request: Request) -> Response:
+    model = state.resolve_model(fields.model)
+    state.require_ready()
     for word in fields.include or ():
         if word not in INCLUDED:
             raise APIError(400, f"include knows {', '.join(INCLUDED)}, not {word!r}", "include")
     wanted = INCLUDED[0] in (fields.include or ()) or bool(fields.top_logprobs)
-    sampling = sampling_of(
-        served,
+    sampling = build_sampling_params(
+        state,
         fields.model_dump(exclude_none=True, include={"temperature", "top_p"}),
         fields.max_output_tokens,
         logprobs=(fields.top_logprobs or 0) if wanted else None,
     )
     owner = owner_of(request)
-    before, came, previous = resolve_input(served.response_store, owner, fields)
+    before, came, previous = resolve_input(state.response_store, owner, fields)
     talk, spaces = _talk(fields, before, came)
-    ask = await build_engine_input(served, talk, sampling)
-    check_context_length(served, ask.rendered.ids, fields.max_output_tokens)
-    chorus = await submit(served, [ask], model)
+    ask = await build_engine_input(state, talk, sampling)
+    check_context_length(state, ask.rendered.ids, fields.max_output_tokens)
+    chorus = await submit(state, [ask], model)
     writer = ResponseEvents(
-        _base(fields, model, sampling, bool(served.response_store.max_bytes) and fields.store is not False),
-        OutputParser(ask.parser(served)),
+        _base(fields, model, sampling, bool(state.response_store.max_responses) and fields.store is not False),
+        OutputParser(ask.parser(state)),
         LogprobFormatter(chorus.engine.tokenizer) if wanted else None,
         len(ask.rendered.ids),
         bool(fields.reasoning and (fields.reasoning.summary or fields.reasoning.generate_summary)),
@@ -77,20 +77,20 @@ async def answer(served: ServerState, fields: ResponsesRequest, request: Request
     def keep() -> None:
         """Once the answer has ended, and before its client may ask for it."""
         if writer.ended and writer.base["store"]:
-            served.response_store.put(owner, writer.to_response(), [normalize_item(item) for item in came], previous)
+            state.response_store.put(owner, writer.to_response(), [normalize_item(item) for item in came], previous)
 
     if not fields.stream:
         return await streaming.json_response(chorus, _whole(chorus, writer, keep))
-    return streaming.sse_response(_stream(chorus, writer, keep), chorus, request.url.path, served.settings.keepalive_s)
+    return streaming.sse_response(_stream(chorus, writer, keep), chorus, request.url.path, state.settings.keepalive_s)
 
 
-async def count(served: ServerState, fields: ResponseTokensRequest, request: Request) -> dict[str, Any]:
+async def count(state: ServerState, fields: ResponseTokensRequest, request: Request) -> dict[str, Any]:
     """How many tokens the prompt of such a request has."""
     if fields.model is not None:
-        served.resolve_model(fields.model)
-    before, came, _ = resolve_input(served.response_store, owner_of(request), fields)
+        state.resolve_model(fields.model)
+    before, came, _ = resolve_input(state.response_store, owner_of(request), fields)
     talk, _ = _talk(fields, before, came)
-    ask = await build_engine_input(served, talk, SamplingParams())
+    ask = await build_engine_input(state, talk, SamplingParams())
     return {"object": "response.input_tokens", "input_tokens": len(ask.rendered.ids)}
 
 
@@ -101,7 +101,7 @@ def _talk(
     tools, spaces = _tools(fields)
     tools, choice = _chosen(fields, tools)
     words = reasoning_kwargs(fields.reasoning.effort if fields.reasoning else None)
-    messages = messages_of(fields.instructions, before, came)
+    messages = to_messages(fields.instructions, before, came)
     return ChatInput(messages, tools, choice, fields.parallel_tool_calls is not False, words, _format(fields)), spaces
 
 

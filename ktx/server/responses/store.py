@@ -67,7 +67,7 @@ class ResponseStore:
     """At most so many answers and bytes; the oldest go first. `owner` is whose key asked: nobody else finds what it has. For one thread."""
 
     def __init__(self, most: int, nbytes: int = MAX_STORE_BYTES):
-        self.max_bytes, self.max_responses, self.nbytes = most, nbytes, 0
+        self.max_responses, self.max_bytes, self.nbytes = most, nbytes, 0
         self.answers: OrderedDict[str, StoredResponse] = OrderedDict()
         self.places: dict[tuple[bytes, str], StoredResponse] = {}  # of items by their id: the newest that has it
 
@@ -81,7 +81,7 @@ class ResponseStore:
         self.answers[answer["id"]] = kept
         self.nbytes += len(kept.rest)
         self.places |= dict.fromkeys(((owner, name) for name in ids), kept)
-        while len(self.answers) > self.max_bytes or self.nbytes > self.max_responses:
+        while len(self.answers) > self.max_responses or self.nbytes > self.max_bytes:
             self._drop(next(iter(self.answers)))
 
     def find(self, owner: bytes, name: str) -> StoredResponse | None:
