@@ -1,4 +1,7 @@
-"""python -m ktx.kernels.check: every weight type on every instruction set of this CPU, its error and its speed (`make cpu-check`)."""
+"""Error and speed of every weight type on every instruction set of this CPU (`make cpu-check`).
+
+Run as `python -m ktx.kernels.check`.
+"""
 
 from __future__ import annotations
 
@@ -8,208 +11,238 @@ import os
 import subprocess
 import sys
 
-BOUND_MATRIX, BOUND_LAYER, BOUND_FLOAT, BOUND_BF16 = 8e-3, 1.8e-2, 1e-5, 5e-3
-BOUND_FAST = 1.2e-2, 3e-2  # the same with KTX_GEMM=fast
-IN_BF16 = ("BF16", "F8_E4M3")  # types that bf16 holds exactly: multiplied so where the CPU can
+# Largest relative RMS errors: of a matrix, of a MoE layer, and of float weights multiplied in f32 and in bf16.
+MAX_REL_ERROR_MATRIX, MAX_REL_ERROR_LAYER, MAX_REL_ERROR_FLOAT, MAX_REL_ERROR_BF16 = 8e-3, 1.8e-2, 1e-5, 5e-3
+MAX_REL_ERRORS_FAST = 1.2e-2, 3e-2  # matrix and MoE layer with KTX_GEMM=fast
+IN_BF16 = ("BF16", "F8_E4M3")  # types that bf16 represents exactly; multiplied in bf16 where the CPU can
 SHAPES = ((1, 33, 768), (17, 50, 768))  # tokens, rows, columns
-SLOW = ("scalar", "amxmodel")  # instruction sets whose speed nobody asks for
+NOT_TIMED_ISAS = ("scalar", "amxmodel")  # instruction sets whose speed is not measured
 
-USUAL = ("Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "MXFP4")
-COARSE = ("Q2_K", "Q3_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
-FLOORS = {  # the shares that the kernels of the best instruction set are to reach: one token, 48 and 512 tokens
-    **dict.fromkeys(USUAL, (0.90, 0.42, 0.48)),
-    **dict.fromkeys(COARSE, (0.60, 0.35, 0.35)),
+FINE_TYPES = ("Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "IQ4_NL", "MXFP4")
+COARSE_TYPES = ("Q2_K", "Q3_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
+# Shares of the limit that the kernels of the best instruction set should reach: for 1, 48 and 512 tokens.
+MIN_PEAK_SHARES = {
+    **dict.fromkeys(FINE_TYPES, (0.90, 0.42, 0.48)),
+    **dict.fromkeys(COARSE_TYPES, (0.60, 0.35, 0.35)),
     **dict.fromkeys(("IQ1_S", "IQ1_M"), (0.40, 0.35, 0.35)),
     **dict.fromkeys(("BF16", "F16", "F8_E4M3"), (0.60, 0.0, 0.60)),
 }
-FAST_FLOORS = dict.fromkeys(USUAL, (0.0, 0.50, 0.60))
-FAST = " fast"  # what follows an instruction set's name with KTX_GEMM=fast
-HAVE_FAST = ("avx512bf16", "avx512vbmi", "avx512vnni")
-KEYS = (("gemv_gb_s", "gemv_share"), ("gemm_48_gops", "gemm_48_share"), ("gemm_512_gops", "gemm_512_share"))
-LIMITS = dict.fromkeys(  # what was measured to be in the way of a floor; benchmarks/NOTES.md tells how
+MIN_PEAK_SHARES_FAST = dict.fromkeys(FINE_TYPES, (0.0, 0.50, 0.60))
+FAST_SUFFIX = " fast"  # appended to the name of an instruction set with KTX_GEMM=fast
+ISAS_WITH_FAST = ("avx512bf16", "avx512vbmi", "avx512vnni")
+RESULT_KEYS = (("gemv_gb_s", "gemv_share"), ("gemm_48_gops", "gemm_48_share"), ("gemm_512_gops", "gemm_512_share"))
+# What limits a type that misses its floor, as measured; see benchmarks/NOTES.md.
+KNOWN_LIMITS = dict.fromkeys(
     ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
-    "look-ups and signs: 9 to 11 ns a thread for 512 weights, from the cache too",
+    "table look-ups and signs: 9 to 11 ns a thread for 512 weights, from the cache too",
 )
 
 
 def main() -> int:
-    """Prints the tables; exit status 1 when an error is over its bound."""
+    """Prints the tables; returns exit status 1 if an error exceeds its bound."""
     parser = argparse.ArgumentParser(prog="python -m ktx.kernels.check", description=__doc__)
-    parser.add_argument("--errors", action="store_true", help="no speeds: a few seconds instead of minutes")
-    parser.add_argument("--threads", "-t", type=int, default=0, help="default: usable physical cores")
+    parser.add_argument(
+        "--errors", action="store_true", help="check errors only, not speeds: a few seconds instead of minutes"
+    )
+    parser.add_argument("--threads", "-t", type=int, default=0, help="default: number of usable physical cores")
     parser.add_argument("--worker", choices=("errors", "speeds"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker == "errors":
         print(json.dumps(measure()))
         return 0
     if args.worker == "speeds":
-        return _speeds(args.threads)
+        return _serve_speeds(args.threads)
     from ktx.hardware import ISAS, default_threads
     from ktx.kernels.cpu import ops
 
     best = ops.best_isa()
     isas = list(ISAS)[list(ISAS).index(best) :: -1]
-    quick = next(([isa + FAST] for isa in isas if isa in HAVE_FAST), [])
-    print(f"this CPU: {best}; errors are relative RMS against float64 on the dequantised weights")
+    fast_isas = next(([isa + FAST_SUFFIX] for isa in isas if isa in ISAS_WITH_FAST), [])
+    print(f"this CPU: {best}; errors are relative RMS against float64 on the dequantized weights")
     print(
-        f"bounds: {BOUND_MATRIX:.1e} a matrix, {BOUND_LAYER:.1e} a mixture-of-experts layer; float weights {BOUND_FLOAT:.0e}, in bf16 {BOUND_BF16:.0e}; KTX_GEMM=fast {BOUND_FAST[0]:.1e} and {BOUND_FAST[1]:.1e}\n"
+        f"bounds: {MAX_REL_ERROR_MATRIX:.1e} for a matrix, {MAX_REL_ERROR_LAYER:.1e} for a mixture-of-experts layer;"
+        f" float weights {MAX_REL_ERROR_FLOAT:.0e}, in bf16 {MAX_REL_ERROR_BF16:.0e}; KTX_GEMM=fast"
+        f" {MAX_REL_ERRORS_FAST[0]:.1e} and {MAX_REL_ERRORS_FAST[1]:.1e}\n"
     )
-    bad = _show_errors([*isas[:1], *quick, *isas[1:]])
+    failures = _print_errors([*isas[:1], *fast_isas, *isas[1:]])
     if best == "amx":
-        bad += _show_tiles()
+        failures += _check_amx_tiles()
     if not args.errors:
-        _show_speeds(
-            [*isas[:1], *quick, *(isa for isa in isas[1:] if isa not in SLOW)], args.threads or default_threads()
+        _print_speeds(
+            [*isas[:1], *fast_isas, *(isa for isa in isas[1:] if isa not in NOT_TIMED_ISAS)],
+            args.threads or default_threads(),
         )
-    return 1 if bad else 0
+    return 1 if failures else 0
 
 
-def _show_errors(isas: list[str]) -> list[str]:
-    found = {isa: json.loads(_run(isa, "errors")) for isa in isas}
+def _print_errors(isas: list[str]) -> list[str]:
+    """Prints the errors of each type on each instruction set; returns those that exceed their bound."""
+    reports = {isa: json.loads(_run_worker(isa, "errors")) for isa in isas}
     print("type".ljust(10) + "".join(f"{isa}".rjust(29) for isa in isas))
     print(" " * 10 + "1 token 17 tokens  experts  ".rjust(29) * len(isas))
-    bad = []
-    for name in found[isas[0]]["errors"]:
+    failures = []
+    for name in reports[isas[0]]["errors"]:
         cells = []
         for isa in isas:
-            errors = found[isa]["errors"][name]
-            matrix, layer = found[isa]["bounds"][name]
-            over = max(errors[:2]) > matrix or errors[2] > layer
-            bad += [f"{name} on {isa}"] if over else []
-            cells.append(("".join(f"{e:9.1e}" for e in errors) + (" !" if over else "  ")).rjust(29))
+            errors = reports[isa]["errors"][name]
+            max_matrix, max_layer = reports[isa]["bounds"][name]
+            too_large = max(errors[:2]) > max_matrix or errors[2] > max_layer
+            failures += [f"{name} on {isa}"] if too_large else []
+            cells.append(("".join(f"{e:9.1e}" for e in errors) + (" !" if too_large else "  ")).rjust(29))
         print(name.ljust(10) + "".join(cells))
     verdict = (
-        f"over the bound: {', '.join(bad)}"
-        if bad
-        else f"all {len(found[isas[0]]['errors'])} types are within their bounds"
+        f"over the bound: {', '.join(failures)}"
+        if failures
+        else f"all {len(reports[isas[0]]['errors'])} types are within their bounds"
     )
-    print(f"\n{verdict} on {', '.join(isas)}" if not bad else f"\n{verdict}")
-    return bad
+    print(f"\n{verdict} on {', '.join(isas)}" if not failures else f"\n{verdict}")
+    return failures
 
 
-def _show_tiles() -> list[str]:
-    """The tile instructions of this CPU against their model, bit for bit."""
+def _check_amx_tiles() -> list[str]:
+    """Compares the tile instructions of this CPU with their emulation, bit for bit; returns those that differ."""
     import torch
 
     from ktx.kernels.cpu import ops
 
-    wrong = []
+    mismatches = []
     for kind in ("ssd", "usd", "bf16"):
         a, b, c = (torch.randint(0, 256, (16, 64), dtype=torch.uint8) for _ in range(3))
         if kind == "bf16":
             a, b = (torch.randn(16, 32, dtype=torch.float32).bfloat16().view(torch.uint8) for _ in range(2))
             c = torch.randn(16, 16, dtype=torch.float32).view(torch.uint8)
         if not torch.equal(ops.tile_dot(kind, a, b, c, False), ops.tile_dot(kind, a, b, c, True)):
-            wrong.append(f"TDPB {kind}")
-    print(f"\nAMX tiles: {'differ from their model: ' + ', '.join(wrong) if wrong else 'bit for bit as their model'}")
-    return wrong
+            mismatches.append(f"TDPB {kind}")
+    print(
+        "\nAMX tiles:"
+        f" {'differ from emulation: ' + ', '.join(mismatches) if mismatches else 'equal to emulation, bit for bit'}"
+    )
+    return mismatches
 
 
-def _show_speeds(isas: list[str], threads: int) -> None:
-    """GB/s of one token over the read bandwidth, GOPS of 48 and 512 tokens over the peak; the best instruction set's beside its floors."""
+def _print_speeds(isas: list[str], threads: int) -> None:
+    """Prints GB/s of one token and GOPS of 48 and 512 tokens, with shares of the read bandwidth and of the peak.
+
+    For the best instruction set it also prints the floors, and the types that miss them.
+    """
     from ktx.quant.types import QTYPES
 
     print(
-        f"\n{threads} threads, matrices from memory: GB/s of one token, GOPS of 48 and 512 tokens, each with its share of what was measured beside it"
+        f"\n{threads} threads, matrices read from memory: GB/s of one token, GOPS of 48 and 512 tokens, each with its"
+        " share of the limit that was measured next to it"
     )
     print("type".ljust(10) + "".join(isa.rjust(45) for isa in isas) + "    floors")
     print(" " * 10 + f"{'1 token':>15}{'48 tokens':>15}{'512 tokens':>15}" * len(isas))
-    workers = [_start(isa, threads) for isa in isas]  # one measures at a time
+    workers = [_start_worker(isa, threads) for isa in isas]  # only one of them measures at a time
     missed: list[tuple[str, list[str]]] = []
     for name in QTYPES:
-        rows = [_ask(worker, name) for worker in workers]
+        rows = [_request_speed(worker, name) for worker in workers]
         cells = "".join(
-            f"{row[rate]:>9.{1 if row[rate] < 100 else 0}f} {row[share]:>4.0%} " for row in rows for rate, share in KEYS
+            f"{row[rate]:>9.{1 if row[rate] < 100 else 0}f} {row[share]:>4.0%} "
+            for row in rows
+            for rate, share in RESULT_KEYS
         )
-        print(name.ljust(10) + cells + "    " + " ".join(f"{floor:.0%}" for floor in FLOORS.get(name, ())), flush=True)
-        fast = [isa for isa in isas[1:2] if isa.endswith(FAST)]
-        for isa, row, floors in zip([isas[0], *fast], rows, (FLOORS, FAST_FLOORS), strict=False):
-            under = [
-                f"{what} {row[share]:.0%} of {floor:.0%}"
-                for what, (_, share), floor in zip(
-                    ("1 token", "48 tokens", "512 tokens"), KEYS, floors.get(name, ()), strict=False
+        print(
+            name.ljust(10) + cells + "    " + " ".join(f"{floor:.0%}" for floor in MIN_PEAK_SHARES.get(name, ())),
+            flush=True,
+        )
+        fast_isas = [isa for isa in isas[1:2] if isa.endswith(FAST_SUFFIX)]
+        for isa, row, floors in zip([isas[0], *fast_isas], rows, (MIN_PEAK_SHARES, MIN_PEAK_SHARES_FAST), strict=False):
+            shortfalls = [
+                f"{size} {row[share]:.0%} of {floor:.0%}"
+                for size, (_, share), floor in zip(
+                    ("1 token", "48 tokens", "512 tokens"), RESULT_KEYS, floors.get(name, ()), strict=False
                 )
                 if row[share] < floor
             ]
-            missed += [(name + isa.removeprefix(isas[0]), under)] if under else []
+            missed += [(name + isa.removeprefix(isas[0]), shortfalls)] if shortfalls else []
     for worker in workers:
         worker.communicate()
-    print(f"\nunder a floor on {isas[0]}:" if missed else f"\nall floors are reached on {isas[0]}")
-    for name, under in missed:
-        print(f"  {name}: {', '.join(under)}" + (f" ({LIMITS[name]})" if name in LIMITS else ""))
+    print(f"\nbelow a floor on {isas[0]}:" if missed else f"\nall floors are reached on {isas[0]}")
+    for name, shortfalls in missed:
+        print(f"  {name}: {', '.join(shortfalls)}" + (f" ({KNOWN_LIMITS[name]})" if name in KNOWN_LIMITS else ""))
 
 
-def _command(worker: str, threads: int = 0) -> list[str]:
+def _worker_command(worker: str, threads: int = 0) -> list[str]:
     return [sys.executable, "-m", "ktx.kernels.check", "--worker", worker, "--threads", str(threads)]
 
 
-def _run(isa: str, worker: str) -> str:
-    done = subprocess.run(_command(worker), env=os.environ | _mode(isa), capture_output=True, text=True)
+def _run_worker(isa: str, worker: str) -> str:
+    """Runs a worker process on an instruction set and returns its standard output; exits if it fails."""
+    done = subprocess.run(
+        _worker_command(worker), env=os.environ | _isa_environment(isa), capture_output=True, text=True
+    )
     if done.returncode:
-        sys.exit(f"the check on {isa} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        sys.exit(f"the check on {isa} failed with exit status {done.returncode}:\n{done.stderr[-2000:]}")
     return done.stdout
 
 
-def _mode(isa: str) -> dict[str, str]:
-    return {"KTX_ISA": isa.removesuffix(FAST), "KTX_GEMM": "fast" if isa.endswith(FAST) else "exact"}
+def _isa_environment(isa: str) -> dict[str, str]:
+    """Environment variables that select an instruction set."""
+    return {"KTX_ISA": isa.removesuffix(FAST_SUFFIX), "KTX_GEMM": "fast" if isa.endswith(FAST_SUFFIX) else "exact"}
 
 
-def _start(isa: str, threads: int) -> subprocess.Popen[str]:
-    environment = os.environ | _mode(isa) | {"OMP_WAIT_POLICY": "PASSIVE"}
+def _start_worker(isa: str, threads: int) -> subprocess.Popen[str]:
+    """Starts a process that measures speeds on an instruction set; see `_serve_speeds`."""
+    environment = os.environ | _isa_environment(isa) | {"OMP_WAIT_POLICY": "PASSIVE"}
     return subprocess.Popen(
-        _command("speeds", threads), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        _worker_command("speeds", threads), env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
 
-def _ask(worker: subprocess.Popen[str], name: str) -> dict[str, float]:
+def _request_speed(worker: subprocess.Popen[str], name: str) -> dict[str, float]:
+    """Sends the name of a weight type to a worker and returns the speeds it measures."""
     assert worker.stdin is not None and worker.stdout is not None
     worker.stdin.write(name + "\n")
     worker.stdin.flush()
     line = worker.stdout.readline()
     if not line:
-        sys.exit(f"the process that measures speeds ended with {worker.wait()} at {name}")
+        sys.exit(f"the process that measures speeds ended with exit status {worker.wait()} at {name}")
     return json.loads(line)
 
 
-def _speeds(threads: int) -> int:
-    """Answers each type's name on standard input with its speeds."""
+def _serve_speeds(threads: int) -> int:
+    """Reads names of weight types from standard input and prints the speeds of each."""
     from ktx.kernels.cpu import ops
-    from ktx.kernels.microbench import measure as speed
+    from ktx.kernels.microbench import measure as measure_speed
     from ktx.quant.types import QTYPES
 
     ops.set_threads(threads)
     for line in sys.stdin:
-        print(json.dumps(speed(QTYPES[line.strip()], threads, 3)), flush=True)
+        print(json.dumps(measure_speed(QTYPES[line.strip()], threads, 3)), flush=True)
     return 0
 
 
 def in_bf16() -> bool:
-    """Whether the instruction set that is picked multiplies the types of IN_BF16 (and half precision keys and values) in bf16."""
+    """Whether the selected instruction set multiplies the types of IN_BF16 in bf16.
+
+    It then multiplies keys and values of half precision in bf16 as well.
+    """
     from ktx.kernels.cpu import ops
 
     return ops.isa() in ("amxmodel", "avx512bf16", "amx")
 
 
 def bounds(name: str) -> tuple[float, float]:
-    """The largest relative error of a matrix and of a layer of experts of a type, on the instruction set that is picked."""
+    """Returns the largest relative error of a matrix and of a MoE layer on the selected instruction set."""
     from ktx.kernels.cpu import ops
     from ktx.quant.types import QTYPES
 
     if not QTYPES[name].is_float:
-        return BOUND_FAST if ops.fast_gemm() else (BOUND_MATRIX, BOUND_LAYER)
-    return (BOUND_BF16,) * 2 if name in IN_BF16 and in_bf16() else (BOUND_FLOAT,) * 2
+        return MAX_REL_ERRORS_FAST if ops.fast_gemm() else (MAX_REL_ERROR_MATRIX, MAX_REL_ERROR_LAYER)
+    return (MAX_REL_ERROR_BF16,) * 2 if name in IN_BF16 and in_bf16() else (MAX_REL_ERROR_FLOAT,) * 2
 
 
 def measure() -> dict[str, dict[str, object]]:
-    """Errors of each type in this process: linear at one and at many tokens, and a small mixture-of-experts layer."""
+    """Measures the errors of each type in this process: linear for one and for many tokens, and a small MoE layer."""
     from ktx.quant.types import QTYPES
 
-    errors = {name: [_linear(name, *shape) for shape in SHAPES] + [_experts(name)] for name in QTYPES}
+    errors = {name: [_linear_error(name, *shape) for shape in SHAPES] + [_experts_error(name)] for name in QTYPES}
     return {"errors": errors, "bounds": {name: bounds(name) for name in QTYPES}}  # type: ignore[dict-item]
 
 
 def sample(name: str, n: int, k: int, seed: int = 0):  # type: ignore[no-untyped-def]
-    """A random matrix of a type, as a source would give it."""
+    """Returns a random matrix of a type, in the form that a weight source returns it."""
     import torch
 
     from ktx.quant.quantize import random_rows
@@ -221,47 +254,50 @@ def sample(name: str, n: int, k: int, seed: int = 0):  # type: ignore[no-untyped
 
 
 def relative(a, b) -> float:  # type: ignore[no-untyped-def]
+    """Returns the relative error of a with respect to b, in the Frobenius norm."""
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
-def _linear(name: str, tokens: int, n: int, k: int) -> float:
+def _linear_error(name: str, num_tokens: int, n: int, k: int) -> float:
+    """Error of the linear kernel, with and without bf16."""
     import torch
 
     from ktx.kernels import cpu, reference
 
     weight = sample(name, n, k)
     x, packed = (
-        torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens), dtype=torch.float32),
+        torch.randn(num_tokens, k, generator=torch.Generator().manual_seed(num_tokens), dtype=torch.float32),
         cpu.pack(weight),
     )
-    exact = reference.linear(x.double(), weight)
-    return max(relative(cpu.linear(x, packed, wide=wide), exact) for wide in (False, True))
+    expected = reference.linear(x.double(), weight)
+    return max(relative(cpu.linear(x, packed, wide=wide), expected) for wide in (False, True))
 
 
-def _experts(name: str) -> float:
+def _experts_error(name: str) -> float:
+    """Error of the experts kernel on a small MoE layer."""
     import torch
 
     from ktx.kernels import cpu
 
-    source = torch.Generator().manual_seed(5)
-    count, hidden, inner, tokens = 4, 256, 512, 9
-    mats = [
-        [sample(name, rows, columns, 10 * e + i) for e in range(count)]
-        for i, (rows, columns) in enumerate(((inner, hidden), (inner, hidden), (hidden, inner)))
+    generator = torch.Generator().manual_seed(5)
+    num_experts, hidden, ff, num_tokens = 4, 256, 512, 9
+    matrices = [
+        [sample(name, rows, cols, 10 * expert + i) for expert in range(num_experts)]
+        for i, (rows, cols) in enumerate(((ff, hidden), (ff, hidden), (hidden, ff)))
     ]
-    x = torch.randn(tokens, hidden, generator=source, dtype=torch.float32)
-    ids = torch.stack([torch.randperm(count, generator=source)[:2] for _ in range(tokens)])
-    weights = torch.rand(tokens, 2, generator=source, dtype=torch.float32)
-    gate, up, down = (cpu.pack_experts(m) for m in mats)
-    mine = cpu.experts(x, ids, weights, gate, up, down)
-    out = torch.zeros(tokens, hidden, dtype=torch.float64)
-    for e in range(count):
-        token, choice = torch.where(ids == e)
-        g, u, d = (m[e].dequantize().double() for m in mats)
+    x = torch.randn(num_tokens, hidden, generator=generator, dtype=torch.float32)
+    ids = torch.stack([torch.randperm(num_experts, generator=generator)[:2] for _ in range(num_tokens)])
+    weights = torch.rand(num_tokens, 2, generator=generator, dtype=torch.float32)
+    gate, up, down = (cpu.pack_experts(m) for m in matrices)
+    actual = cpu.experts(x, ids, weights, gate, up, down)
+    expected = torch.zeros(num_tokens, hidden, dtype=torch.float64)
+    for expert in range(num_experts):
+        token, choice = torch.where(ids == expert)
+        g, u, d = (m[expert].dequantize().double() for m in matrices)
         rows = x[token].double()
         y = (torch.nn.functional.silu(rows @ g.T) * (rows @ u.T)) @ d.T
-        out.index_add_(0, token, y * weights[token, choice, None].double())
-    return relative(mine, out)
+        expected.index_add_(0, token, y * weights[token, choice, None].double())
+    return relative(actual, expected)
 
 
 if __name__ == "__main__":

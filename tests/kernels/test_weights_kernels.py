@@ -12,7 +12,7 @@ import torch
 
 from ktx.errors import KtxError, UsageError
 from ktx.kernels import cpu, reference
-from ktx.kernels.check import BOUND_FLOAT, HAVE_FAST, bounds, relative, sample
+from ktx.kernels.check import ISAS_WITH_FAST, MAX_REL_ERROR_FLOAT, bounds, relative, sample
 from ktx.quant.quantize import quantize
 from ktx.quant.types import QTYPES
 from ktx.weights.base import QuantizedTensor
@@ -27,7 +27,7 @@ def columns(name):
 
 
 def bound(name):
-    return 1e-6 if bounds(name)[0] == BOUND_FLOAT else bounds(name)[0]
+    return 1e-6 if bounds(name)[0] == MAX_REL_ERROR_FLOAT else bounds(name)[0]
 
 
 @pytest.mark.parametrize("name", QTYPES)
@@ -357,7 +357,7 @@ def test_a_row_of_zeros_and_one_large_weight():
         torch.testing.assert_close(got, values, rtol=2e-3, atol=0)
 
 
-@pytest.mark.skipif(cpu.ops.isa() not in HAVE_FAST or cpu.ops.fast_gemm(), reason="no fast GEMM here, or this is it")
+@pytest.mark.skipif(cpu.ops.isa() not in ISAS_WITH_FAST or cpu.ops.fast_gemm(), reason="no fast GEMM here, or this is it")
 def test_all_this_in_fast_mode():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
