@@ -345,7 +345,7 @@ def test_a_norm_of_another_formula_is_refused(tmp_path):
 
     keep, type(model.model.norm).forward = type(model.model.norm).forward, centred
     try:
-        with pytest.raises(UsageError, match="LlamaRMSNorm computes is no RMSNorm"):
+        with pytest.raises(UsageError, match="LlamaRMSNorm does not compute RMSNorm"):
             load(tmp_path, tmp_path)
     finally:
         type(model.model.norm).forward = keep

@@ -51,7 +51,7 @@ def differs(old: nn.Module, path: str, what: str) -> UsageError:
     """
     return UsageError(
         f"{path}: {type(old).__name__} {what}. transformers {installed('transformers')} is installed, ktx was tested"
-        f" with {tested('transformers')}: pip install '{admitted('transformers')}', or keep the module: {KEEP}"
+        f" with {tested('transformers')}: pip install '{admitted('transformers')}', or {KEEP}"
     )
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm in one call."""
+"""RMSNorm as one kernel call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ktx.ops.change_counter import copied, in_f32
 
 
 class RMSNorm(Operator):
-    """x / rms(x) * weight (or 1 + weight for the families that store it so), in f32."""
+    """x / rms(x) * weight, computed in f32; times 1 + weight for families that store the weight minus one."""
 
     remade = ("converted",)
     reads = frozenset({"weight", "variance_epsilon", "eps"})
@@ -26,30 +26,30 @@ class RMSNorm(Operator):
         name = next((name for name in ("variance_epsilon", "eps") if name in old.__dict__), "")
         eps = getattr(old, name) if name else None
         if eps is None or not isinstance(getattr(old, "weight", None), torch.Tensor):
-            raise UsageError(f"{ctx.path} is a {type(old).__name__}, RMSNorm needs a weight and an epsilon")
+            raise UsageError(f"{ctx.path} is a {type(old).__name__}: RMSNorm needs a weight and an epsilon")
         contract.parameters(old, ctx.path, contract.ONE)
         new: RMSNorm = adopt(cls, old, ctx)
         new.epsilon_name = name
-        new.plus_one = _multiplies_by_one_more(old, float(eps), ctx.path)
+        new.plus_one = _adds_one_to_weight(old, float(eps), ctx.path)
         return new
 
     @property
     def epsilon(self) -> float:
-        """As the attribute of the replaced module says, which scripts change."""
+        """The value of the attribute that the replaced module has for it, which scripts may change."""
         return float(getattr(self, self.epsilon_name))
 
     @property
     def in_f32(self) -> torch.Tensor:
-        """The weight f32 [D]."""
+        """The weight in f32 [hidden]."""
         return in_f32(self, self.weight)
 
     @staticmethod
     def is_cpu_norm(child: Any) -> TypeGuard[RMSNorm]:
-        """Whether a child is one that the CPU's blocks can do the work of."""
+        """Whether a child is an RMSNorm that the fused CPU steps can compute."""
         return is_ours(child, RMSNorm) and not child.placement.gpu
 
     def copied(self) -> torch.Tensor | None:
-        """The weight, if `in_f32` is a copy of it."""
+        """Returns the weight if `in_f32` is a copy of it, else None."""
         return copied(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,20 +63,24 @@ class RMSNorm(Operator):
         return f"{tuple(self.weight.shape)}, eps={self.epsilon}"
 
 
-def _multiplies_by_one_more(old: Any, eps: float, where: str) -> bool:
-    """Whether the module multiplies by 1 + weight, found by asking it; UsageError when it does neither that nor plain RMSNorm."""
-    source = torch.Generator().manual_seed(1)
+def _adds_one_to_weight(old: Any, eps: float, where: str) -> bool:
+    """Whether the module multiplies by 1 + weight, detected by running it on random values.
+
+    Raises:
+        UsageError: It computes neither that nor plain RMSNorm, or its forward fails.
+    """
+    generator = torch.Generator().manual_seed(1)
     x, weight = (
-        torch.randn(*shape, old.weight.shape[-1], generator=source, dtype=torch.float32) for shape in ((3,), ())
+        torch.randn(*shape, old.weight.shape[-1], generator=generator, dtype=torch.float32) for shape in ((3,), ())
     )
     probe = probe_copy(old, parameters={"weight": weight})
     try:
         with torch.no_grad(), torch.device("cpu"):
-            answer = probe(x)
-    except Exception as error:  # a family's own code, fed with numbers it may not expect
+            output = probe(x)
+    except Exception as error:  # code of a model family, with inputs that it may not expect
         raise refused(old, where, "its formula", error) from error
     for plus_one in (False, True):
         expected = reference.rms_norm(x, weight, eps, plus_one)
-        if isinstance(answer, torch.Tensor) and torch.allclose(answer.float(), expected, rtol=1e-5, atol=1e-6):
+        if isinstance(output, torch.Tensor) and torch.allclose(output.float(), expected, rtol=1e-5, atol=1e-6):
             return plus_one
-    raise UsageError(f"{where}: what {type(old).__name__} computes is no RMSNorm; leave it as it is")
+    raise UsageError(f"{where}: {type(old).__name__} does not compute RMSNorm; leave the module as it is")

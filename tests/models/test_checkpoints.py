@@ -79,7 +79,7 @@ def test_experts_that_no_kernel_computes_are_kept_by_a_rule(tmp_path):
     reference = tiny("llama4_text", num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=320)
     reference.save_pretrained(tmp_path)
     with pytest.raises(
-        UsageError, match="Llama4TextExperts does not keep the experts contract.*a rule before this one"
+        UsageError, match="Llama4TextExperts does not follow the experts contract.*a rule before this one"
     ):
         load(tmp_path, None)
     kept = Rule(r"\.experts$", recursive=False)
@@ -133,7 +133,7 @@ def test_the_engine_answers_as_generate_does(pair):
     with model.ktx.engine(cache_lens=1024, chunk_size=32) as engine:
         assert type(engine.runner) is OTHERS[family][1]
         if not getattr(engine.runner, "in_chunks", True):
-            with pytest.raises(UsageError, match=f"a {model.config.model_type} computes prompts in one piece"):
+            with pytest.raises(UsageError, match=f"a {model.config.model_type} computes prompts in one forward"):
                 engine.submit(prompts[0], SamplingParams(echo=True), print)
         events = list(engine.generate(prompts, SamplingParams(max_new_tokens=6, ignore_eos=True)))
     answers = {i: event.ids for i, event in events if isinstance(event, Finished)}
