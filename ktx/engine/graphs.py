@@ -1,9 +1,12 @@
-"""Steps in which each request computes one token, as CUDA graphs: hundreds of launches that Python would make one by one become one.
+"""Decode steps as CUDA graphs: replaying a graph replaces hundreds of kernel launches from Python by one.
 
-A graph is captured for 1, 2, 4, 8, ... requests. All that changes from step to step lies in buffers that are filled before it is replayed: tokens, positions, slots, lengths and page
-tables, which are as wide as the longest sequence that can be. One graph serves every length: attention's grids and scratch depend on the number of requests alone, and the plan that shares
-its work out is computed on the device, as the graph's first part. So there are no buckets of lengths, each with memory of its own, and a short context does not pay for the longest
-one: of its table a kernel reads what the length says. Rows without a request write to a page that belongs to no one and see one token there; experts skip them (ktx.ops.gpu.padding).
+A graph is captured for 1, 2, 4, 8, ... requests. All values that change from step to step are in buffers that are
+filled before the replay: tokens, positions, slots, lengths and page tables, which are as wide as the longest possible
+sequence. One graph serves every length, because the grids and scratch memory of attention depend only on the number of
+requests, and the schedule that splits its work is computed on the device, as the graph's first part. So there are no
+length buckets, each with memory of its own, and a short context does not pay for the longest one: a kernel reads only
+as much of its page table as the length says. Rows without a request write to a page that belongs to no request and
+attend to one token there; experts skip them (ktx.ops.gpu.padding).
 """
 
 from __future__ import annotations
@@ -33,38 +36,40 @@ from ktx.ops.rope import RotaryEmbedding
 from ktx.transformers_compat import cache_argument
 
 log = logging.getLogger("ktx.engine")
-ROW_FIELDS = ("ids", "positions", "slots", "first", "count", "keys", "real")  # numbers of a row
+ROW_FIELDS = ("ids", "positions", "slots", "first", "count", "keys", "real")  # values of a row
 
 
 class Graph(Protocol):
-    """What a function gives a device to do, to be done again."""
+    """A function's device work, recorded for replay."""
 
     def capture(self, function: Callable[[], None]) -> None:
-        """Runs the function and keeps what it launched; whoever calls keeps the function and the buffers that it works on."""
+        """Runs the function and records its launches. The caller must keep the function and its buffers alive."""
 
     def replay(self) -> None:
-        """Does it all again, on what the same buffers hold now."""
+        """Repeats the recorded work on the current content of the same buffers."""
 
 
 class CudaGraph:
-    """CUDA's. It holds no tensor; functions that it calls on the CPU are forgotten with it."""
+    """A CUDA graph. It holds no tensors; host functions that it calls are released with it."""
 
     def __init__(self, model: Any, device: torch.device, pool: Any):
         self.model, self.device, self.pool = model, device, pool
         self.graph = torch.cuda.CUDAGraph()
 
     def capture(self, function: Callable[[], None]) -> None:
-        """Runs it twice: the first time kernels are compiled, and memory is taken that has to outlive the graph's."""
-        with torch.cuda.device(self.device), streams.captured() as numbers:
-            side = torch.cuda.Stream(self.device)
-            side.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(side):
+        """Runs the function twice: the first run compiles kernels and allocates memory that has to outlive the
+        graph's.
+        """
+        with torch.cuda.device(self.device), streams.captured() as host_function_ids:
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
                 function()
-            side.synchronize()
+            stream.synchronize()
             offload.check(self.model)
-            weakref.finalize(self, streams.forget, numbers)
-            # Other threads may go on with what CUDA forbids while everything is captured, such as taking memory.
-            with torch.cuda.graph(self.graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
+            weakref.finalize(self, streams.forget, host_function_ids)
+            # Other threads may continue operations that a global capture forbids, such as allocating memory.
+            with torch.cuda.graph(self.graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 function()
 
     def replay(self) -> None:
@@ -73,7 +78,9 @@ class CudaGraph:
 
 
 class EagerReplay:
-    """On a pretended GPU: calls the function again. It takes no arguments, so what it computes with is what the buffers hold."""
+    """On a fake GPU: replay calls the function again. It takes no arguments, so it reads the buffers' current
+    content.
+    """
 
     def capture(self, function: Callable[[], None]) -> None:
         function()
@@ -85,7 +92,7 @@ class EagerReplay:
 
 @dataclass(frozen=True)
 class Token:
-    """What a request computes in a step: a token, its position, and the pages that keys and values of the sequence are on."""
+    """A request's input to a decode step: a token id, its position, and the pages of the sequence's keys and values."""
 
     id: int
     position: int
@@ -93,72 +100,77 @@ class Token:
 
     @property
     def slot(self) -> int:
+        """The token's slot in the KV cache."""
         return self.pages[self.position // PAGE_TOKENS] * PAGE_TOKENS + self.position % PAGE_TOKENS
 
 
 class Inputs:
-    """What captured steps read, for up to `most` requests with `width` pages each; rows without a request are on the page `spare`.
+    """Input buffers of captured steps, for up to `max_requests` requests with `width` pages each; rows without a
+    request use the page `spare`.
 
-    They are written in the CPU's memory and go to the device in two copies.
+    They are filled in CPU memory and transferred to the device in two copies.
     """
 
-    def __init__(self, device: Device, most: int, width: int, spare: int):
+    def __init__(self, device: Device, max_requests: int, width: int, spare: int):
         pinned = device.gpu and not device.pretended
         self.spare, self.count = spare, torch.zeros(1, dtype=torch.int64)
-        self.own = torch.zeros(len(ROW_FIELDS), most, dtype=torch.int64, pin_memory=pinned)
-        self.own_pages = torch.full((most, width), spare, dtype=torch.int32, pin_memory=pinned)
-        self.numbers = self.own.to(device.torch, copy=True)
-        self.pages = self.own_pages.to(device.torch, copy=True)
+        self.host_numbers = torch.zeros(len(ROW_FIELDS), max_requests, dtype=torch.int64, pin_memory=pinned)
+        self.host_pages = torch.full((max_requests, width), spare, dtype=torch.int32, pin_memory=pinned)
+        self.numbers = self.host_numbers.to(device.torch, copy=True)
+        self.pages = self.host_pages.to(device.torch, copy=True)
 
     def fill(self, tokens: Sequence[Token], size: int) -> None:
-        """For `size` requests, of which there are as many as tokens."""
+        """Fills the first `size` rows: one for each token, padding for the rest."""
         rows = [(t.id, t.position, t.slot, i, 1, t.position + 1, 1) for i, t in enumerate(tokens)]
         rows += [(0, 0, self.spare * PAGE_TOKENS, i, 1, 1, 0) for i in range(len(tokens), size)]
-        self.own[:, :size] = torch.tensor(rows).T
-        for row, token in zip(self.own_pages, tokens, strict=False):
+        self.host_numbers[:, :size] = torch.tensor(rows).T
+        for row, token in zip(self.host_pages, tokens, strict=False):
             row[: len(token.pages)] = torch.tensor(token.pages, dtype=torch.int32)
-        self.own_pages[len(tokens) : size, :1] = self.spare
+        self.host_pages[len(tokens) : size, :1] = self.spare
         self.count[0] = len(tokens)
-        self.numbers.copy_(self.own, non_blocking=True)
-        self.pages[:size].copy_(self.own_pages[:size], non_blocking=True)
+        self.numbers.copy_(self.host_numbers, non_blocking=True)
+        self.pages[:size].copy_(self.host_pages[:size], non_blocking=True)
 
-    def lane(self, name: str, size: int) -> torch.Tensor:
-        """int64 [size]"""
+    def field(self, name: str, size: int) -> torch.Tensor:
+        """Returns one field of the first `size` rows: int64 [size]."""
         return self.numbers[ROW_FIELDS.index(name), :size]
 
     def tables(self, size: int, scratch: dict[Any, torch.Tensor]) -> PageTables:
+        """Returns the page tables of the first `size` rows."""
         first = ROW_FIELDS.index("first")
         sequences = self.numbers[first : first + 3, :size].T
-        return PageTables(sequences, self.pages[:size], self.lane("slots", size), scratch=scratch)
+        return PageTables(sequences, self.pages[:size], self.field("slots", size), scratch=scratch)
 
 
 class DecodeStep:
-    """A forward of one token for each of `size` requests, from buffers to a buffer: `logits` [size, vocabulary]."""
+    """A forward of one token for each of `size` requests, from input buffers to the output buffer `logits` [size,
+    vocabulary].
+    """
 
     def __init__(self, graphs: Graphs, size: int):
         inputs, self.size, self.model, self.cache = graphs.inputs, size, graphs.model, graphs.cache
         self.tables = inputs.tables(size, graphs.scratch)
         spans = [SequenceSpan(-1, 0, 1, [inputs.spare])] * size
         self.batch = BatchMetadata(spans, tables={graphs.device.torch: self.tables})
-        self.padding = Padding(inputs.count, inputs.lane("real", size))
+        self.padding = Padding(inputs.count, inputs.field("real", size))
         self.logits = graphs.logits[:size]
-        # A mask that is prepared is passed on as it is; what tokens see is in the tables.
-        self.given = {
-            "position_ids": inputs.lane("positions", size)[None],
+        # The model passes a prepared mask on unchanged; the page tables define what tokens attend to.
+        self.model_inputs = {
+            "position_ids": inputs.field("positions", size)[None],
             "attention_mask": torch.zeros(1, 1, size, 2, dtype=torch.int32),
         }
         if graphs.hidden is None:
-            self.given["input_ids"] = inputs.lane("ids", size)[None]
+            self.model_inputs["input_ids"] = inputs.field("ids", size)[None]
         else:
-            self.given["inputs_embeds"] = graphs.hidden[:, :size]
+            self.model_inputs["inputs_embeds"] = graphs.hidden[:, :size]
 
     def __call__(self) -> None:
-        self.tables.plans.clear()  # a plan is for the lengths of one step
+        self.tables.plans.clear()  # a schedule is valid for the lengths of one step
         self.cache.batch = self.batch
         try:
             with cpu.bf16_rows(self.size), padded(self.padding):
                 out = self.model(
-                    **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=0, **self.given
+                    **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=0, **self.model_inputs
                 )
         finally:
             self.cache.batch = None
@@ -167,54 +179,59 @@ class DecodeStep:
 
 
 class Graphs:
-    """Captured steps of up to `most` requests with up to `context` tokens each, of a model that `obstacle` has nothing against.
+    """Captured decode steps of up to `max_requests` requests with up to `context` tokens each. `unsupported_reason`
+    must be empty for the model.
 
-    The cache has a page behind its own ones, `spare`.
+    The cache has one page behind those of requests, `spare`.
     """
 
-    def __init__(self, model: Any, cache: PagedCache, most: int, context: int, spare: int):
+    def __init__(self, model: Any, cache: PagedCache, max_requests: int, context: int, spare: int):
         device = gpu_of(model)
-        assert device is not None  # asked before
-        self.model, self.cache, self.device, self.most = model, cache, device, most
+        assert device is not None  # the runner captures only models with a GPU
+        self.model, self.cache, self.device, self.max_requests = model, cache, device, max_requests
         self.width = min(-(-context // PAGE_TOKENS), spare)
-        self.inputs = Inputs(device, most, self.width, spare)
+        self.inputs = Inputs(device, max_requests, self.width, spare)
         self.scratch: dict[Any, torch.Tensor] = {}
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        self.logits = torch.empty(most, head.out_features, dtype=model.dtype, device=device.torch)
+        lm_head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        self.logits = torch.empty(max_requests, lm_head.out_features, dtype=model.dtype, device=device.torch)
         self.hidden: torch.Tensor | None = None
         if not placed(model)[embedding].gpu:
-            shape = 1, most, embedding.embedding_dim
+            shape = 1, max_requests, embedding.embedding_dim
             self.hidden = torch.empty(shape, dtype=model.dtype, device=device.torch)
         self.graphs: dict[int, Graph] = {}
-        self.steps: dict[int, DecodeStep] = {}  # a graph knows addresses: what lies there must live as long as it
+        # Graphs hold addresses, so the steps' tensors must live as long as the graphs.
+        self.steps: dict[int, DecodeStep] = {}
         self.guard = guard(model)
         self.replays = 0
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """The largest first: the memory that it takes serves the others too."""
+        """Captures all sizes, the largest first, because the smaller ones reuse its memory pool."""
         if not self.guard.holds():
-            log.info("no CUDA graphs: somebody listens to a module, whom a replay would not call")
+            log.info("no CUDA graphs: a module has hooks or was replaced, which a replay would not call")
             return
-        start, pool = time.perf_counter(), None if self.device.pretended else torch.cuda.graph_pool_handle()
-        before = self._taken()
-        for size in shown(sizes_up_to(self.most)):
+        started, pool = time.perf_counter(), None if self.device.pretended else torch.cuda.graph_pool_handle()
+        bytes_before = self._reserved_bytes()
+        for size in _with_progress(sizes_up_to(self.max_requests)):
             self._fill([], size)
             self.steps[size] = DecodeStep(self, size)
             graph: Graph = EagerReplay() if self.device.pretended else CudaGraph(self.model, self.device.torch, pool)
             graph.capture(self.steps[size])
             self.graphs[size] = graph
-        named = ", ".join(map(str, sorted(self.graphs)))
-        seconds, nbytes = time.perf_counter() - start, self._taken() - before
+        sizes = ", ".join(map(str, sorted(self.graphs)))
+        seconds, nbytes = time.perf_counter() - started, self._reserved_bytes() - bytes_before
         log.info(
-            "CUDA graphs of steps with %s requests: %.1f s, %s on %s", named, seconds, format_bytes(nbytes), self.device
+            "CUDA graphs of steps with %s requests: %.1f s, %s on %s", sizes, seconds, format_bytes(nbytes), self.device
         )
 
-    def _taken(self) -> int:
+    def _reserved_bytes(self) -> int:
+        """Returns the bytes that torch has reserved on the device."""
         return 0 if self.device.pretended else torch.cuda.memory_reserved(self.device.torch)
 
     def step(self, tokens: Sequence[Token]) -> torch.Tensor | None:
-        """Logits [tokens, vocabulary] on the device, until the next step; None when this one has to be computed without a graph."""
+        """Returns logits [tokens, vocabulary] on the device, valid until the next step; None when no graph fits this
+        step.
+        """
         size = min((size for size in self.graphs if size >= len(tokens)), default=0)
         if not size or any(len(token.pages) > self.width for token in tokens) or not self.guard.holds():
             return None
@@ -224,19 +241,22 @@ class Graphs:
         return self.logits[: len(tokens)]
 
     def _fill(self, tokens: Sequence[Token], size: int) -> None:
+        """Fills the input buffers; the embedding runs here where it is on the CPU."""
         self.inputs.fill(tokens, size)
         if self.hidden is not None:
-            ids = self.inputs.own[ROW_FIELDS.index("ids"), :size]
+            ids = self.inputs.host_numbers[ROW_FIELDS.index("ids"), :size]
             self.hidden[:, :size].copy_(self.model.get_input_embeddings()(ids[None]))
 
 
-def sizes_up_to(most: int) -> list[int]:
-    """Numbers of requests that steps are captured for, largest first: powers of two, and the most."""
-    return [most, *(1 << power for power in reversed(range((most - 1).bit_length())))]
+def sizes_up_to(max_requests: int) -> list[int]:
+    """Returns the numbers of requests that steps are captured for, largest first: the maximum and the powers of two
+    below it.
+    """
+    return [max_requests, *(1 << exponent for exponent in reversed(range((max_requests - 1).bit_length())))]
 
 
-def shown(sizes: Sequence[int]) -> Iterator[int]:
-    """They one after another, with a bar on a terminal."""
+def _with_progress(sizes: Sequence[int]) -> Iterator[int]:
+    """Yields the sizes, with a progress bar on a terminal."""
     if not sys.stderr.isatty():
         yield from sizes
         return
@@ -247,49 +267,55 @@ def shown(sizes: Sequence[int]) -> Iterator[int]:
 
 
 def placed(model: Any) -> dict[torch.nn.Module, Device]:
-    """Where modules are, but for those that a forward does not meet."""
+    """Returns the devices of modules, without those that a forward does not call."""
     modules, devices = dict(model.named_modules()), model.ktx.plan.devices
     return {modules[path]: device for path, device in devices.items() if path in modules}
 
 
 def gpu_of(model: Any) -> Device | None:
-    """The GPU that modules are on, the first of several; None for a model on the CPU."""
+    """Returns the first GPU that modules are on; None for a model on the CPU."""
     return next((device for device in model.ktx.plan.devices.values() if device.gpu), None)
 
 
 def handed_over(model: Any) -> dict[torch.nn.Module, Any]:
-    """Experts in the CPU's memory that are called by way of a hand-over, which a graph can hold."""
+    """Returns experts in CPU memory -> their offload, whose calls a graph can contain."""
     blocks = [module for module in model.modules() if getattr(module, "handover", None) is not None]
     return {block.experts: block.handover for block in blocks}
 
 
 def unsupported_reason(model: Any) -> str:
-    """Why steps of a model with modules on a GPU cannot be captured; empty if they can."""
+    """Returns why decode steps of a model on a GPU cannot be captured; empty if they can."""
     gpu, devices, names = gpu_of(model), placed(model), {module: path for path, module in model.named_modules()}
-    modules, ways, embedding = dict(model.named_modules()), handed_over(model), model.get_input_embeddings()
+    modules, offloads, embedding = dict(model.named_modules()), handed_over(model), model.get_input_embeddings()
     tables = [module for module in names if is_rotary(module)]
     for module in [*(modules[step.path] for step in model.ktx.plan if step.path in modules), *tables]:
         allowed = (gpu, CPU) if module is embedding else (gpu,)
-        if module not in ways and devices.get(module, CPU) not in allowed:
+        if module not in offloads and devices.get(module, CPU) not in allowed:
             return f"{names[module]} is on {devices.get(module, CPU)}, other modules are on {gpu}"
     for module in tables:
         if not (isinstance(module, RotaryEmbedding) and module.fixed):
             return f"the tables of {names[module]} depend on a sequence's length"
     if any(plans_on_host(getattr(module, "backend", "triton")) for module in names):
-        return "FlashInfer, which a rule's backend asks for, plans on the CPU"
-    pretended = gpu is None or gpu.pretended
-    if not pretended and any(isinstance(way.stream, streams.ThreadStream) for way in ways.values()):
-        return "this CUDA has no host functions, by which a graph reaches experts in the CPU's memory"
+        return "FlashInfer, which a rule selects as backend, plans on the CPU"
+    fake = gpu is None or gpu.pretended
+    if not fake and any(
+        isinstance(expert_offload.stream, streams.ThreadStream) for expert_offload in offloads.values()
+    ):
+        return "this CUDA has no host functions, which a graph needs to call experts in CPU memory"
     return ""
 
 
 def guard(model: Any) -> Guard:
-    """Of the modules that a replay does not call: it stands for them as long as they are the same and nobody listens to one."""
-    called = {*handed_over(model), model.get_input_embeddings(), getattr(model, "mtp", None), model}
-    inside = [module for module in model.modules() if module not in called]
-    made = Guard((), inside, (module.copied() for module in inside if isinstance(module, RMSNorm)))
-    made.children.append((model._modules, tuple(model._modules.values())))
-    made.hooks = [
-        hooks for hooks in made.hooks if not hooks or not all(isinstance(h, ToDevice) for h in hooks.values())
+    """Returns a guard of the modules that a replay does not call: it holds as long as they are the same and have no
+    hooks.
+    """
+    called_modules = {*handed_over(model), model.get_input_embeddings(), getattr(model, "mtp", None), model}
+    replayed_modules = [module for module in model.modules() if module not in called_modules]
+    replay_guard = Guard(
+        (), replayed_modules, (module.copied() for module in replayed_modules if isinstance(module, RMSNorm))
+    )
+    replay_guard.children.append((model._modules, tuple(model._modules.values())))
+    replay_guard.hooks = [
+        hooks for hooks in replay_guard.hooks if not hooks or not all(isinstance(h, ToDevice) for h in hooks.values())
     ]
-    return made
+    return replay_guard

@@ -1,4 +1,4 @@
-"""A forward of the model over the parts that the scheduler chose."""
+"""Runs the model's forward over the chunks of a step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from ktx.cache.kv import KVCache
 from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
-from ktx.engine.budget import SMALLEST
+from ktx.engine.budget import MIN_STEP_TOKENS
 from ktx.engine.graphs import Graphs, Token, gpu_of, unsupported_reason
 from ktx.engine.request import Request
 from ktx.engine.sampler import SamplingParams
@@ -28,29 +28,36 @@ from ktx.placement.workspace import step_bytes
 from ktx.transformers_compat import cache_argument, cache_of, keeps_own_cache
 
 log = logging.getLogger("ktx.engine")
-Logits = dict[
-    Request, torch.Tensor
-]  # [rows, vocabulary]: of all tokens of an echo, of what is to be chosen from, or none
+# [rows, vocabulary]: of all tokens of an echo, of the tokens to sample from, or none
+Logits = dict[Request, torch.Tensor]
 
 
 class ForwardCancelled(Exception):
-    """A forward computes more for those who have gone than the others lose by its end."""
+    """A forward was cancelled, because it computes more tokens for cancelled requests than the others lose by its
+    end.
+    """
 
 
 class ModelRunner:
-    """Several sequences in one forward, on pages. `alive` is the moment of the last sign of life, `pages` how many there are.
+    """Computes several sequences in one forward, on a paged KV cache.
 
-    Steps of up to `captured` requests may become CUDA graphs, which `capture` makes; 0: none.
+    `last_progress` is the time of the latest finished layer, `pages` the number of pages.
+
+    Args:
+        model: a model loaded by ktx.
+        pages: pages of the KV cache.
+        captured: decode steps of up to so many requests may become CUDA graphs, which `capture` records; 0: none.
     """
 
-    supports_prefix_cache = True  # whether a sequence can begin with pages of another
-    two_forms = False  # whether whole pages of a prompt are computed in another way than single tokens
-    grain = PAGE_TOKENS  # a forward computes a prompt up to multiples of it: so its results do not depend on how the prompt is cut
+    supports_prefix_cache = True  # whether a sequence can reuse pages of another one
+    two_forms = False  # whether whole pages of a prompt are computed with other kernels than single tokens
+    # Chunks of a prompt end at multiples of so many tokens, so that results do not depend on how the prompt is split.
+    grain = PAGE_TOKENS
     recurrent = False
-    shared = False  # whether sequences are to begin with states of another; the engine says so
+    shared = False  # whether sequences reuse recurrent states of other ones; the engine sets it
     captured = 0
-    reason = ""  # why requests are computed one after another, where they are
-    unsupported_reason = ""  # why steps are not captured, where that was asked for
+    reason = ""  # why requests are computed one after another, if they are
+    unsupported_reason = ""  # why steps are not captured although that was requested
     graphs: Graphs | None = None
 
     def __init__(self, model: Any, pages: int, captured: int = 0):
@@ -59,57 +66,69 @@ class ModelRunner:
         if captured and gpu_of(model) is not None:
             self.unsupported_reason = unsupported_reason(model)
             self.captured = 0 if self.unsupported_reason else captured
-        spare = int(self.captured > 0)  # a page for rows of a graph that no request has
+        spare = int(self.captured > 0)  # a page for a graph's rows without a request
         self.cache = PagedCache(model.config, pages + spare, model.ktx.kv_dtype, more=int(hasattr(model, "mtp")))
         self.recurrent = self.cache.recurrent
         self.last_progress = time.monotonic()
 
     def capture(self, context: int) -> None:
-        """Makes graphs of steps with up to `context` tokens a request, once the pools are there. What goes wrong is told, and costs only speed."""
+        """Captures CUDA graphs of decode steps with up to `context` tokens a request, after the KV cache is allocated.
+        A failure is logged and costs only speed.
+        """
         if not self.captured:
             return
         try:
-            with self.adapters.step([], []):  # of steps without adapters, the others are computed kernel by kernel
+            # graphs are for steps without adapters; other steps launch kernel by kernel
+            with self.adapters.step([], []):
                 self.graphs = Graphs(self.model, self.cache, self.captured, context, self.pages)
                 self.graphs.capture()
         except Exception as error:
             self.graphs = None
             offload.give_up(self.model)
             log.warning(
-                "capturing CUDA graphs failed, steps will be launched kernel by kernel (--no-cuda-graphs does not try): %s: %s",
+                "capturing CUDA graphs failed, steps launch kernel by kernel "
+                "(--no-cuda-graphs disables the attempt): %s: %s",
                 type(error).__name__,
                 error,
             )
 
-    def largest_step(self, most: int, share: float = 1.0) -> int:
-        """Tokens of a step whose activations fit into a share of the memory that is free beside weights and caches: `most`, or that halved; at least SMALLEST."""
-        for device, each in step_bytes(self.model).items():
-            free = device.memory[1] if device.gpu else memory()[1] - self.nbytes()
-            while most > SMALLEST and most * each > share * free:
-                most = max(SMALLEST, most // 2)
-        return most
+    def largest_step(self, max_tokens: int, share: float = 1.0) -> int:
+        """Returns the tokens of a step whose activations fit into `share` of the memory that weights and caches leave
+        free.
+
+        It is `max_tokens`, halved until the step fits, but at least MIN_STEP_TOKENS.
+        """
+        for device, bytes_per_token in step_bytes(self.model).items():
+            free_bytes = device.memory[1] if device.gpu else memory()[1] - self.nbytes()
+            while max_tokens > MIN_STEP_TOKENS and max_tokens * bytes_per_token > share * free_bytes:
+                max_tokens = max(MIN_STEP_TOKENS, max_tokens // 2)
+        return max_tokens
 
     def check(self, sampling: SamplingParams) -> None:
-        """UsageError for what this model's forwards cannot give."""
+        """Raises UsageError for sampling parameters that this model's forwards do not support."""
 
     @torch.inference_mode()
-    def run(self, parts: Sequence[ScheduledChunk]) -> Logits:
-        """Raises Abandoned between two layers when most of it is for those who have gone; a graph is one piece."""
-        replayed = self._replayed(parts)
-        return self._forward(parts) if replayed is None else replayed
+    def run(self, chunks: Sequence[ScheduledChunk]) -> Logits:
+        """Computes the chunks and returns their logits. Raises ForwardCancelled between two layers when most of the
+        work is for cancelled requests; a graph cannot be cancelled.
+        """
+        replayed = self._replay(chunks)
+        return self._forward(chunks) if replayed is None else replayed
 
-    def _replayed(self, parts: Sequence[ScheduledChunk]) -> Logits | None:
-        """By a graph, if all parts are single tokens that logits are wanted of, and there is one."""
-        if self.graphs is None or any(part.count != 1 or num_logits(part) != 1 or part.request.lora for part in parts):
+    def _replay(self, chunks: Sequence[ScheduledChunk]) -> Logits | None:
+        """Replays a graph, if each chunk is a single token whose logits are needed and there is a graph for them."""
+        if self.graphs is None or any(
+            chunk.count != 1 or num_logits(chunk) != 1 or chunk.request.lora for chunk in chunks
+        ):
             return None
         self.last_progress = time.monotonic()
-        logits = self.graphs.step([Token(part.ids[0], part.start, part.request.pages) for part in parts])
+        logits = self.graphs.step([Token(chunk.ids[0], chunk.start, chunk.request.pages) for chunk in chunks])
         if logits is None:
             return None
         rows = to_cpu(self.model, logits, copy=True).split(1)
-        return {part.request: row for part, row in zip(parts, rows, strict=True)}
+        return {chunk.request: row for chunk, row in zip(chunks, rows, strict=True)}
 
-    def _forward(self, parts: Sequence[ScheduledChunk]) -> Logits:
+    def _forward(self, chunks: Sequence[ScheduledChunk]) -> Logits:
         spans = [
             SequenceSpan(
                 p.request.id,
@@ -119,20 +138,19 @@ class ModelRunner:
                 p.prompt,
                 self.shared and not p.request.sampling.echo,
             )
-            for p in parts
+            for p in chunks
         ]
-        batch = BatchMetadata(spans, lambda: self._look(parts))
-        ids = torch.tensor([[token for part in parts for token in part.ids]])
+        batch = BatchMetadata(spans, lambda: self._on_layer(chunks))
+        ids = torch.tensor([[token for chunk in chunks for token in chunk.ids]])
         rows = [
-            torch.arange(first + count - num_logits(part), first + count)
-            for part, (first, count, _) in zip(parts, batch.rows, strict=True)
+            torch.arange(first + count - num_logits(chunk), first + count)
+            for chunk, (first, count, _) in zip(chunks, batch.rows, strict=True)
         ]
-        echoes = [
-            i for i, part in enumerate(parts) if part.request.sampling.echo
-        ]  # logits of all rows: as many as there are tokens
+        # chunks that need the logits of all their rows
+        echoes = [i for i, chunk in enumerate(chunks) if chunk.request.sampling.echo]
         try:
             self.cache.begin(batch)
-            with cpu.bf16_rows(batch.tokens, batch.wide(echoes)), self.adapters.step(*adapted(parts)):
+            with cpu.bf16_rows(batch.tokens, batch.wide(echoes)), self.adapters.step(*adapted(chunks)):
                 out = self.model(
                     input_ids=ids,
                     position_ids=batch.position_ids,
@@ -144,47 +162,62 @@ class ModelRunner:
             self.cache.batch = None
         found = to_cpu(self.model, out.logits)[0].split([len(row) for row in rows])
         self.cache.end(batch)
-        return {part.request: logits for part, logits in zip(parts, found, strict=True)}
+        return {chunk.request: logits for chunk, logits in zip(chunks, found, strict=True)}
 
-    def reads(self, parts: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
-        """Forwards that `run` makes of the parts, their tokens, and how many of the forwards make logits."""
-        return 1, sum(part.count for part in parts), int(any(map(num_logits, parts)))
+    def reads(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
+        """Returns the number of forwards that `run` makes for the chunks, of their tokens, and of the forwards that
+        compute logits.
+        """
+        return 1, sum(chunk.count for chunk in chunks), int(any(map(num_logits, chunks)))
 
-    def _look(self, parts: Sequence[ScheduledChunk]) -> None:
+    def _on_layer(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Called after each layer: records progress and raises ForwardCancelled when that costs fewer recomputed tokens
+        than it saves.
+        """
         self.last_progress = time.monotonic()
-        gone = sum(part.count for part in parts if part.request.cancelled)
-        if gone and gone > sum(self._again(part) for part in parts if not part.request.cancelled):
+        num_cancelled = sum(chunk.count for chunk in chunks if chunk.request.cancelled)
+        if num_cancelled and num_cancelled > sum(
+            self._num_recomputed(chunk) for chunk in chunks if not chunk.request.cancelled
+        ):
             raise ForwardCancelled
 
-    def _again(self, part: ScheduledChunk) -> int:
-        """Tokens that are computed again when a forward with this part is given up: a running state goes back to its beginning."""
-        return part.start + part.count if self.recurrent else part.count
+    def _num_recomputed(self, chunk: ScheduledChunk) -> int:
+        """Returns how many tokens are recomputed when a forward with this chunk is cancelled: a recurrent state starts
+        from the beginning.
+        """
+        return chunk.start + chunk.count if self.recurrent else chunk.count
 
     def forget(self, request: Request) -> None:
-        """The request's past is given up."""
+        """Frees the request's recurrent states."""
         self.cache.forget(request.id)
 
     def snapshot(self, request: Request, tokens: int) -> Any:
-        """What recurrent layers know of a request's first tokens, to be kept; None if that is not known."""
+        """Returns a copy of the recurrent layers' states after a request's first `tokens` tokens; None if there is
+        none.
+        """
         return self.cache.snapshot(request.id, tokens)
 
     def resume(self, request: Request, snapshot: Any) -> None:
+        """Restores a snapshot of the recurrent layers' states for a request."""
         self.cache.restore(request.id, snapshot, request.num_computed)
 
     def clear(self) -> None:
+        """Frees all recurrent states."""
         self.cache.states.clear()
         self.cache.known.clear()
         self.cache.marked.clear()
 
     def nbytes(self) -> int:
-        """Memory of the CPU that all keys and values take when they are filled."""
+        """Returns the bytes of CPU memory that the KV cache takes when it is full."""
         return self.cache.nbytes(host=True)
 
 
 class SequentialRunner(ModelRunner):
-    """One sequence after another, each with a cache of its own: for models with an attention that is not ours.
+    """Computes one sequence after another, each with a cache of its own: for models whose attention does not use the
+    paged cache.
 
-    `in_chunks`: whether a prompt may be computed in several forwards; if not, it is computed in one, when its last part comes.
+    `in_chunks`: whether a prompt may be computed in several forwards; if not, one forward computes it with its last
+    chunk.
     """
 
     supports_prefix_cache = False
@@ -193,7 +226,7 @@ class SequentialRunner(ModelRunner):
 
     def __init__(self, model: Any, pages: int):
         self.model, self.pages, self.adapters = model, pages, adapters_of(model)
-        self.recurrent = True  # what a forward began to write cannot be taken back
+        self.recurrent = True  # a forward that began to write cannot be rolled back
         self.caches: dict[int, Any] = {}
         self.own_cache = keeps_own_cache(model)
         self.last_progress = time.monotonic()
@@ -201,47 +234,50 @@ class SequentialRunner(ModelRunner):
     def check(self, sampling: SamplingParams) -> None:
         if sampling.echo and not self.in_chunks:
             raise UsageError(
-                f"log-probabilities of a prompt: a {self.model.config.model_type} computes prompts in one piece; ask for those of the answer only"
+                f"log-probabilities of a prompt: a {self.model.config.model_type} computes prompts in one forward; "
+                "request those of the output only"
             )
 
     @torch.inference_mode()
-    def run(self, parts: Sequence[ScheduledChunk]) -> Logits:
+    def run(self, chunks: Sequence[ScheduledChunk]) -> Logits:
         found = {}
-        for part in parts:
+        for chunk in chunks:
             rows = []
-            for start, count in self._pieces(part):
-                self._look(parts)
-                rows.append(self._forward_of(part, start, count))
-            found[part.request] = (
+            for start, count in self._split(chunk):
+                self._on_layer(chunks)
+                rows.append(self._forward_chunk(chunk, start, count))
+            found[chunk.request] = (
                 torch.cat(rows) if rows else torch.empty(0, self.model.config.vocab_size, dtype=torch.float32)
             )
         return found
 
-    def _pieces(self, part: ScheduledChunk) -> list[tuple[int, int]]:
-        """First token and tokens of the forwards that a part takes: of a prompt `grain` tokens at once, since a family's own code may add up otherwise in another
-        number of them; an answer that is computed again comes token by token, as it came before.
-        """
-        first = part.start + part.prompt
-        answer = [(at, 1) for at in range(first, part.start + part.count)]
-        if not part.prompt or (not self.in_chunks and first < len(part.request.prompt)):
-            return answer
-        if not self.in_chunks:
-            return [(0, first), *answer]
-        cuts = [part.start, *range((part.start // self.grain + 1) * self.grain, first, self.grain), first]
-        return [*((at, end - at) for at, end in pairwise(cuts)), *answer]
+    def _split(self, chunk: ScheduledChunk) -> list[tuple[int, int]]:
+        """Returns the first token and the number of tokens of the forwards that a chunk takes.
 
-    def _forward_of(self, part: ScheduledChunk, start: int, count: int) -> torch.Tensor:
-        """Logits of those of the tokens that the part wants them of."""
-        request = part.request
-        rows = max(0, start + count - max(start, part.start + part.count - num_logits(part)))
+        A prompt is computed `grain` tokens at once, because a family's own code may sum in another order for another
+        number of tokens. Output tokens that are recomputed come one by one, as they came before.
+        """
+        prompt_end = chunk.start + chunk.prompt
+        decode_steps = [(start, 1) for start in range(prompt_end, chunk.start + chunk.count)]
+        if not chunk.prompt or (not self.in_chunks and prompt_end < len(chunk.request.prompt)):
+            return decode_steps
+        if not self.in_chunks:
+            return [(0, prompt_end), *decode_steps]
+        cuts = [chunk.start, *range((chunk.start // self.grain + 1) * self.grain, prompt_end, self.grain), prompt_end]
+        return [*((start, end - start) for start, end in pairwise(cuts)), *decode_steps]
+
+    def _forward_chunk(self, chunk: ScheduledChunk, start: int, count: int) -> torch.Tensor:
+        """Computes `count` tokens from `start` on and returns the logits that the chunk needs of them."""
+        request = chunk.request
+        rows = max(0, start + count - max(start, chunk.start + chunk.count - num_logits(chunk)))
         span = SequenceSpan(request.id, start, count, (), max(0, min(count, len(request.prompt) - start)))
         ranges = (
             (span.lead_tokens, span.full_page_tokens) if span.full_page_tokens and not request.sampling.echo else ()
         )
         if not self.own_cache and request.id not in self.caches:
             self.caches[request.id] = KVCache(self.model.config, self.model.ktx.kv_dtype)
-        whose = [(count, request.lora)], [(max(1, rows), request.lora)]
-        with cpu.bf16_rows(count, ranges), self.adapters.step(*whose):
+        adapter_ranges = [(count, request.lora)], [(max(1, rows), request.lora)]
+        with cpu.bf16_rows(count, ranges), self.adapters.step(*adapter_ranges):
             out = self.model(
                 input_ids=torch.tensor([request.ids[start : start + count]]),
                 position_ids=torch.arange(start, start + count)[None],
@@ -253,9 +289,9 @@ class SequentialRunner(ModelRunner):
         logits = to_cpu(self.model, out.logits)[0]
         return logits[len(logits) - rows :]
 
-    def reads(self, parts: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
-        forwards = sum(len(self._pieces(part)) for part in parts)
-        return forwards, sum(part.count for part in parts), forwards
+    def reads(self, chunks: Sequence[ScheduledChunk]) -> tuple[int, int, int]:
+        forwards = sum(len(self._split(chunk)) for chunk in chunks)
+        return forwards, sum(chunk.count for chunk in chunks), forwards
 
     def forget(self, request: Request) -> None:
         self.caches.pop(request.id, None)
@@ -268,27 +304,29 @@ class SequentialRunner(ModelRunner):
 
 
 def adapters_of(model: Any) -> Adapters:
-    """The LoRA adapters of a model; of one that ktx has not loaded: none."""
-    found: Adapters = getattr(getattr(model, "ktx", None), "adapters", None) or Adapters()
-    return found
+    """Returns a model's LoRA adapters; none for a model that ktx did not load."""
+    adapters: Adapters = getattr(getattr(model, "ktx", None), "adapters", None) or Adapters()
+    return adapters
 
 
-def adapted(parts: Sequence[ScheduledChunk]) -> tuple[Step, Step]:
-    """The adapters of a step's tokens, and of those whose logits are wanted."""
-    tokens = [(part.count, part.request.lora) for part in parts]
-    return tokens, [(num_logits(part), part.request.lora) for part in parts]
+def adapted(chunks: Sequence[ScheduledChunk]) -> tuple[Step, Step]:
+    """Returns the adapters of a step's tokens, and those of the tokens whose logits are needed."""
+    tokens = [(chunk.count, chunk.request.lora) for chunk in chunks]
+    return tokens, [(num_logits(chunk), chunk.request.lora) for chunk in chunks]
 
 
 def to_cpu(model: Any, logits: torch.Tensor, copy: bool = False) -> torch.Tensor:
-    """A model's logits on the CPU, where tokens are chosen; `copy`: even if they are there. Raises what went wrong in experts that its GPU handed over."""
+    """Returns a model's logits on the CPU, where tokens are sampled; `copy`: always copies. Raises the error of experts
+    that the GPU offloaded to the CPU, if there was one.
+    """
     logits = logits.to("cpu", copy=copy)
     offload.check(model)
     return logits
 
 
-def num_logits(part: ScheduledChunk) -> int:
-    """How many of a part's last tokens need logits."""
-    request = part.request
-    if request.sampling.echo and part.start < len(request.prompt):
-        return part.count
-    return 1 + len(request.draft) if part.start + part.count >= len(request.ids) else 0
+def num_logits(chunk: ScheduledChunk) -> int:
+    """Returns how many of a chunk's last tokens need logits."""
+    request = chunk.request
+    if request.sampling.echo and chunk.start < len(request.prompt):
+        return chunk.count
+    return 1 + len(request.draft) if chunk.start + chunk.count >= len(request.ids) else 0

@@ -1,7 +1,8 @@
-"""Which runner serves a model: by its modules, and where nobody here has read the family by trying it on a few tokens.
+"""Selects the runner of a model: by its modules, and for an unknown model family by a trial on a few tokens.
 
-A forward over several sequences asks much of a model: that its attention reads pages, that no other module looks at the mask or keeps a state,
-that rotary code goes by positions. What does not keep that may raise, or answer nonsense.
+A forward over several sequences has many requirements: attention reads the paged cache, no other module uses the mask
+or has a state, rotary embeddings use the positions. A model that violates one may raise an error, or compute wrong
+logits.
 """
 
 from __future__ import annotations
@@ -24,58 +25,73 @@ from ktx.ops.recurrent import Recurrent
 from ktx.utils.torch_defaults import torch_defaults
 
 log = logging.getLogger("ktx.engine")
-CHUNKS = ((4, 1), (3, 8), (1, 1))  # tokens of two sequences in three forwards
+CHUNKS = ((4, 1), (3, 8), (1, 1))  # tokens of two sequences in each of three forwards
 
 
 @torch_defaults()
 def runner_for(model: Any, pages: int, captured: int = 0) -> ModelRunner:
-    """The one that the model's modules allow; for `captured` see Runner. UsageError for a model that goes on from no past, SelfTestFailed where pages are misread."""
-    known = model.config.model_type in FILES
-    reason = _reads_no_pages(model) or ("" if known else _mismatch(ModelRunner(model, 2)))
-    if known and not reason and model.ktx.self_test:
+    """Returns the runner that the model's modules allow.
+
+    Args:
+        model: a model loaded by ktx.
+        pages: pages of the KV cache.
+        captured: see ModelRunner.
+
+    Raises:
+        UsageError: the model cannot continue from a cache.
+        SelfTestFailed: the model computes wrong logits on pages.
+    """
+    known_family = model.config.model_type in FILES
+    reason = _unsupported_layer(model) or ("" if known_family else _mismatch(ModelRunner(model, 2)))
+    if known_family and not reason and model.ktx.self_test:
         check(model, OnPages(ModelRunner(model, 1)))
     elif model.ktx.self_test == "engine":
         check(model)
     if not reason:
         return ModelRunner(model, pages, captured)
-    runner = SequentialRunner(model, pages) if known else _plain(model, pages)
+    runner = SequentialRunner(model, pages) if known_family else _sequential_runner(model, pages)
     runner.reason = reason
     return runner
 
 
-def _plain(model: Any, pages: int) -> SequentialRunner:
+def _sequential_runner(model: Any, pages: int) -> SequentialRunner:
+    """Returns a SequentialRunner for an unknown model family, with chunked prompts if the model's logits allow it."""
     runner = SequentialRunner(model, pages)
     for in_chunks in (True, False):
         runner.in_chunks = in_chunks
         reason = _mismatch(runner)
         if not reason:
             return runner
-        log.info("prompts in several forwards: %s" if in_chunks else "answers: %s", reason)
+        log.info("chunked prompts: %s" if in_chunks else "decoding: %s", reason)
     raise UsageError(
-        f"an engine cannot serve this {model.config.model_type}: {reason}; model.generate computes it as transformers does"
+        f"an engine cannot serve this {model.config.model_type}: {reason}; "
+        "model.generate computes it as transformers does"
     )
 
 
-def _reads_no_pages(model: Any) -> str:
-    """The module that does not read pages, in words; empty if all do."""
+def _unsupported_layer(model: Any) -> str:
+    """Returns a description of a module or layer that does not use the paged cache; empty if all do."""
     for path, module in model.named_modules():
-        attends = "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
-        if attends and not isinstance(module, Recurrent) and not getattr(module, "ours", False):
+        is_attention = "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
+        if is_attention and not isinstance(module, Recurrent) and not getattr(module, "ours", False):
             return f"{path} is transformers' own {type(module).__name__}"
     layers = KVCache(model.config).layers
-    own = {module.layer_idx for module in model.modules() if isinstance(module, Recurrent)}
-    odd = [i for i, layer in enumerate(layers) if not isinstance(layer, GrowingLayer) and i not in own]
-    return f"layer {odd[0]} keeps a {type(layers[odd[0]]).__name__}" if odd else ""
+    recurrent = {module.layer_idx for module in model.modules() if isinstance(module, Recurrent)}
+    unsupported = [i for i, layer in enumerate(layers) if not isinstance(layer, GrowingLayer) and i not in recurrent]
+    return f"layer {unsupported[0]} has a cache of type {type(layers[unsupported[0]]).__name__}" if unsupported else ""
 
 
 @torch.inference_mode()
 def _mismatch(runner: ModelRunner) -> str:
-    """What is wrong with the logits of two sequences whose tokens come in CHUNKS; empty if they are as those of whole sequences."""
+    """Returns what is wrong with the logits of two sequences whose tokens are computed in CHUNKS; empty if they equal
+    those of whole sequences.
+    """
     with undisturbed(runner.model):
-        return judged(lambda number: _tried(runner, number))
+        return judged(lambda number: _trial(runner, number))
 
 
-def _tried(runner: ModelRunner, number: int) -> Fault | None:
+def _trial(runner: ModelRunner, number: int) -> Fault | None:
+    """Computes two sequences in CHUNKS and compares their logits; returns the fault, None if there is none."""
     size = runner.model.config.vocab_size
     lora = runner.adapters.in_use
     requests = [Request([], SamplingParams(), lambda event: None, id=-1 - i, pages=[i], lora=lora) for i in range(2)]
@@ -85,48 +101,48 @@ def _tried(runner: ModelRunner, number: int) -> Fault | None:
         ]
         request.ids = list(request.prompt)
     try:
-        return _compared(runner, requests)
-    except Exception as error:  # a family's own code, given what it may not expect
+        return _compare(runner, requests)
+    except Exception as error:  # code of an unknown family may fail in any way
         return Fault(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}", True)
     finally:
         for request in requests:
             runner.forget(request)
 
 
-def _compared(runner: ModelRunner, requests: Sequence[Request]) -> Fault | None:
+def _compare(runner: ModelRunner, requests: Sequence[Request]) -> Fault | None:
+    """Returns a fault if the chunked logits differ from those of the whole sequence."""
     for step, counts in enumerate(CHUNKS):
         if step == len(CHUNKS) - 1:
             for request in requests:
                 request.ids.append(request.prompt[0])
-        parts = [
+        chunks = [
             ScheduledChunk(request, request.num_computed, count)
             for request, count in zip(requests, counts, strict=True)
         ]
-        found = runner.run(parts)
-        for part in parts:
-            part.request.num_computed += part.count
+        found = runner.run(chunks)
+        for chunk in chunks:
+            chunk.request.num_computed += chunk.count
     for request in requests:
-        whole = Cached(runner.model)(request.ids, 0)[-1]  # from a cache of the same type: what that rounds is no fault
-        far = away(found[request][-1], whole)
-        if (
-            not far <= NEAR_HALF
-        ):  # of another sequence's past it is all of it; that it is little was seen when the model was loaded
-            return Fault(f"logits are {far:.1%} away from those of the whole sequence")
+        expected = Cached(runner.model)(request.ids, 0)[-1]  # with a cache of the same type, whose rounding is no fault
+        rel_error = away(found[request][-1], expected)
+        # The past of another sequence changes all of the logits; small errors were checked when the model was loaded.
+        if not rel_error <= NEAR_HALF:
+            return Fault(f"logits are {rel_error:.1%} away from those of the whole sequence")
     return None
 
 
 class OnPages:
-    """Forwards of one sequence on a runner's pages, as ktx.model.self_test asks for them."""
+    """Forwards of one sequence on a runner's pages, in the form that ktx.model.self_test calls."""
 
     def __init__(self, runner: ModelRunner):
         self.runner = runner
 
     def __call__(self, ids: list[int], past: int) -> torch.Tensor:
         lora, logits_of_all = self.runner.adapters.in_use, SamplingParams(echo=True)
-        asked = Request(ids, logits_of_all, lambda event: None, id=-1, pages=[0], lora=lora)
-        if past and self.runner.recurrent:  # its state has seen what comes now
-            self.runner.run([ScheduledChunk(asked, 0, past)])
+        request = Request(ids, logits_of_all, lambda event: None, id=-1, pages=[0], lora=lora)
+        if past and self.runner.recurrent:  # the recurrent state includes later tokens, so it is recomputed
+            self.runner.run([ScheduledChunk(request, 0, past)])
         try:
-            return self.runner.run([ScheduledChunk(asked, past, len(ids) - past)])[asked]
+            return self.runner.run([ScheduledChunk(request, past, len(ids) - past)])[request]
         finally:
-            self.runner.forget(asked)
+            self.runner.forget(request)

@@ -37,7 +37,7 @@ class ScriptedRunner(ModelRunner):
 
     def run(self, chunks: Sequence[ScheduledChunk]) -> Logits:
         for _ in range(sum(chunk.count for chunk in chunks)):
-            self._look(chunks)
+            self._on_layer(chunks)
             time.sleep(self.seconds)
         return {chunk.request: self._logits(chunk) for chunk in chunks}
 

@@ -156,7 +156,7 @@ def test_a_replay_reads_static_buffers_alone(hybrid, monkeypatch):
                 if REAL:  # the copies read what is overwritten next
                     torch.cuda.synchronize()
                 engine.runner.graphs.inputs.own.fill_(1 << 40)
-                engine.runner.graphs.inputs.own_pages.fill_(1 << 20)
+                engine.runner.graphs.inputs.host_pages.fill_(1 << 20)
                 for token in given:
                     object.__setattr__(token, "pages", None)
 
@@ -196,8 +196,8 @@ def test_padding_is_on_a_page_of_its_own_and_reaches_no_expert(hybrid):
         runner = engine.runner
         runner.graphs.inputs.fill([graphs.Token(7, 1, [2])] * 3, 4)
         inputs = runner.graphs.inputs
-        assert inputs.lane("slots", 4).tolist() == [129, 129, 129, runner.pages * 64]
-        assert inputs.pages[3, 0] == runner.pages and inputs.lane("keys", 4).tolist() == [2, 2, 2, 1]
+        assert inputs.field("slots", 4).tolist() == [129, 129, 129, runner.pages * 64]
+        assert inputs.pages[3, 0] == runner.pages and inputs.field("keys", 4).tolist() == [2, 2, 2, 1]
         for layer in runner.cache.layers:
             assert all(len(buffer) == runner.pages + 1 for buffer in layer.buffers)
         before = [buffer[:-1].nan_to_num() for layer in runner.cache.layers for buffer in layer.buffers]
