@@ -155,7 +155,7 @@ def test_another_makers_server_and_its_errors(capsys):
     assert (line["model"], line["requests"], line["errors"]) == ("strange", 5, 3)
     assert line["answer_tokens"] == 4 and line["prompt_tokens"] == 2 * 61
     assert {asked["tokens"] for asked in Strange.seen} == {61} and Strange.seen[0]["max_tokens"] == 2
-    assert line["error"] == "the stream ended without an answer" and "3 errors of serve p61 n2 c1" in said
+    assert line["error"] == "the stream ended before the answer was complete" and "3 errors in serve p61 n2 c1" in said
 
 
 def test_what_cannot_be_measured_is_told(capsys):

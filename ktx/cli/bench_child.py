@@ -1,4 +1,4 @@
-"""A `ktx serve` of our own, in a process of its own: what `ktx bench serve` measures when it is given no --url."""
+"""A `ktx serve` in a child process, which `ktx bench serve` measures when no --url is given."""
 
 from __future__ import annotations
 
@@ -19,47 +19,51 @@ from ktx.cli.arguments import model_options
 from ktx.cli.serve import running_options
 from ktx.errors import KtxError
 
-HELD = 20  # lines of its log that are kept for when it ends
+MAX_LOG_LINES = 20  # last lines of the child's log, for the error when it ends
 
 
 def serve_words(args: argparse.Namespace) -> list[str]:
-    """The options of the model and of the engine that differ from `ktx serve`'s own, as its command line."""
-    known = argparse.ArgumentParser(add_help=False)
-    model_options(known)
-    running_options(known)
-    words = list[str]()
-    for action in known._actions:
+    """Returns the `ktx serve` arguments for the model and engine options that differ from its defaults."""
+    parser = argparse.ArgumentParser(add_help=False)
+    model_options(parser)
+    running_options(parser)
+    arguments = list[str]()
+    for action in parser._actions:
         value = getattr(args, action.dest)
         if value != action.default and value is not None:
-            words += [action.option_strings[0], str(value)]
-    return words
+            arguments += [action.option_strings[0], str(value)]
+    return arguments
 
 
 class Child:
-    """As a context manager its base address, once the model answers. KtxError with its last words, and its exit status, when it ends instead.
+    """A `ktx serve` process; as a context manager it returns the server's base URL once the model is loaded.
 
-    `root` is the checkout that it runs, this one unless another is named.
+    Entering raises KtxError with the last lines of the log, and the exit status, if the process ends instead.
+
+    Args:
+        arguments: arguments of `ktx serve`.
+        root: the checkout to run (default: this one).
     """
 
-    def __init__(self, words: list[str], root: Path | None = None):
-        self.words, self.root = words, root or Path(__file__).resolve().parents[2]
+    def __init__(self, arguments: list[str], root: Path | None = None):
+        self.arguments, self.root = arguments, root or Path(__file__).resolve().parents[2]
         self.process: subprocess.Popen[str] | None = None
-        self.said: deque[str] = deque(maxlen=HELD)
-        self.address: queue.SimpleQueue[str] = queue.SimpleQueue()  # empty when the log ended without one
+        self.log_tail: deque[str] = deque(maxlen=MAX_LOG_LINES)
+        self.address: queue.SimpleQueue[str] = queue.SimpleQueue()  # gets "" when the log ends without one
 
     def __enter__(self) -> str:
-        command = [sys.executable, "-P", "-m", "ktx", "serve", "--port", "0", "--log-format", "json", *self.words]
+        command = [sys.executable, "-P", "-m", "ktx", "serve", "--port", "0", "--log-format", "json", *self.arguments]
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))
         }
         environment.pop("KTX_API_KEY", None)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-        threading.Thread(target=self._listen, daemon=True).start()
+        threading.Thread(target=self._read_log, daemon=True).start()
         try:
             base = self.address.get()
             while not self._ready(base):
                 time.sleep(0.1)
-        except BaseException:  # an interruption too
+        except BaseException:  # KeyboardInterrupt too
             self.stop()
             raise
         return base
@@ -72,31 +76,31 @@ class Child:
         if base:
             try:
                 return httpx.get(f"{base}/health", timeout=60).status_code == 200
-            except httpx.TransportError:  # it is ending
+            except httpx.TransportError:  # the process is ending
                 base = ""
         status = self.process.wait()
-        error = KtxError("\n".join(self.said).removeprefix("ktx: ") or f"ktx serve ended with status {status}")
+        error = KtxError("\n".join(self.log_tail).removeprefix("ktx: ") or f"ktx serve ended with status {status}")
         error.exit_code = status if status > 0 else 1
         raise error
 
-    def _listen(self) -> None:
-        """Reads the log to its end, so that the child never waits for a reader; passes warnings on."""
+    def _read_log(self) -> None:
+        """Reads the log to its end, so that the child never blocks on a full pipe, and passes warnings on."""
         assert self.process and self.process.stderr
         for line in self.process.stderr:
             try:
                 entry = json.loads(line)
             except ValueError:
-                self.said.append(line.rstrip())
+                self.log_tail.append(line.rstrip())
                 continue
-            where = str(entry["message"]).partition("listening on ")[2].partition(",")[0]
-            if where:
-                self.address.put(where)
+            address = str(entry["message"]).partition("listening on ")[2].partition(",")[0]
+            if address:
+                self.address.put(address)
             elif entry["level"] not in ("debug", "info"):
                 print(line, end="", file=sys.stderr)
         self.address.put("")
 
     def stop(self) -> None:
-        """Lets streams end; the server takes ten seconds at most."""
+        """Stops the server, which takes at most ten seconds to end its streams."""
         if self.process:
             self.process.terminate()
             self.process.wait()

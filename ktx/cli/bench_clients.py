@@ -1,4 +1,4 @@
-"""The clients of `ktx bench serve`: they ask /v1/completions for streams, so many at a time, and note when each piece came."""
+"""The clients of `ktx bench serve`: concurrent streams from /v1/completions, with the arrival times of tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import httpx
 
 from ktx.errors import KtxError
 
-FITTED = (64, 192)  # words of the two prompts that tell how many tokens a word has
+CALIBRATION_WORDS = (64, 192)  # words of the two prompts from which the number of tokens per word is estimated
 WORDS = (
     "the of and to in is that it was for on are as with his they at be this from have or by one had not but what all "
     "were when we there can an your which their said if do will each about how up out them then she many some so these"
@@ -23,7 +23,11 @@ WORDS = (
 
 @dataclass
 class Timing:
-    """One request, in seconds of one clock. `pieces`: when tokens came, and how many. `error` is empty when all went well."""
+    """Times of one request, in seconds of one clock.
+
+    `pieces` are the arrival times of stream events that have tokens, with their number. `error` is empty when the
+    request succeeded.
+    """
 
     start: float
     end: float = 0.0
@@ -35,43 +39,43 @@ class Timing:
     error: str = ""
 
     def read(self, line: str, now: float) -> None:
-        """A line of the stream."""
+        """Processes a line of the stream that arrived at time `now`."""
         if not line.startswith("data: ") or line == "data: [DONE]":
             return
-        value = json.loads(line[6:])
-        if "error" in value:
-            self.error = message_of(value)
+        event = json.loads(line[6:])
+        if "error" in event:
+            self.error = _error_message(event)
             return
-        usage, choices = value.get("usage") or {}, value.get("choices") or ()
-        told = usage.get("completion_tokens", self.answer + any(choice.get("text") for choice in choices))
-        if choices and told > self.answer:
-            self.pieces.append((now, told - self.answer))
-        self.answer = max(told, self.answer)
+        usage, choices = event.get("usage") or {}, event.get("choices") or ()
+        num_tokens = usage.get("completion_tokens", self.answer + any(choice.get("text") for choice in choices))
+        if choices and num_tokens > self.answer:
+            self.pieces.append((now, num_tokens - self.answer))
+        self.answer = max(num_tokens, self.answer)
         self.finished |= any(choice.get("finish_reason") for choice in choices)
         self.prompt = usage.get("prompt_tokens", self.prompt)
         self.cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", self.cached)
 
     @property
     def first(self) -> float:
-        """Seconds to the first token."""
+        """Seconds from the request to its first token (TTFT)."""
         return self.pieces[0][0] - self.start
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds from token to token; those of a piece with several share the time since the piece before."""
+        """Inter-token latencies in seconds; the tokens of one event share the time since the event before it."""
         pairs = zip(self.pieces, self.pieces[1:], strict=False)
-        return [(now - before) / count for (before, _), (now, count) in pairs for _ in range(count)]
+        return [(now - previous) / count for (previous, _), (now, count) in pairs for _ in range(count)]
 
 
-def message_of(value: Any) -> str:
-    """What an error's JSON says."""
+def _error_message(value: Any) -> str:
+    """Returns the message of an error's JSON."""
     error = value.get("error", value) if isinstance(value, dict) else value
     return str(error.get("message", error) if isinstance(error, dict) else error)
 
 
 @dataclass
 class Load:
-    """What every request asks for. `same`: all ask for one prompt with one seed."""
+    """Parameters of all requests. With `same` they all have one prompt and one seed."""
 
     model: str
     prompt_tokens: int
@@ -81,6 +85,7 @@ class Load:
     temperature: float = 0.0
 
     def body(self, prompt: Any, seed: int) -> dict[str, Any]:
+        """Returns the JSON body of a streaming request that generates exactly `answer_tokens`."""
         return {
             "model": self.model,
             "prompt": prompt,
@@ -94,84 +99,99 @@ class Load:
 
 
 class Prompts:
-    """Prompts of a set length: ids where the server tells the size of its vocabulary, else words, as many as have that many tokens there."""
+    """Random prompts of a given number of tokens.
 
-    def __init__(self, vocabulary: int | None, seed: int, tokens_a_word: float = 1.0, before: float = 0.0):
+    They are token ids if the server reports its vocabulary size, else English words, whose number is computed from
+    the tokens per word that the server's tokenizer was measured to produce.
+
+    Args:
+        vocabulary: size of the vocabulary, or None.
+        tokens_per_word: tokens per word.
+        extra_tokens: tokens that the server adds to each prompt, such as BOS.
+    """
+
+    def __init__(self, vocabulary: int | None, seed: int, tokens_per_word: float = 1.0, extra_tokens: float = 0.0):
         self.vocabulary, self.seed = vocabulary, seed
-        self.tokens_a_word, self.before = tokens_a_word, before
+        self.tokens_per_word, self.extra_tokens = tokens_per_word, extra_tokens
 
     def make(self, load: Load, count: int, level: int) -> list[Any]:
-        """`count` prompts that no other level has, so that none is in the server's cache."""
-        source = random.Random(f"{self.seed} {level}")
-        shared = self._units(source, load.shared_prefix, first=True)
-        rest = load.prompt_tokens - load.shared_prefix
-        made = [shared + self._units(source, rest, not shared) for _ in range(count)]
+        """Returns `count` prompts that differ from those of other levels, so that the server has none cached."""
+        rng = random.Random(f"{self.seed} {level}")
+        shared = self._units(rng, load.shared_prefix, first=True)
+        num_rest = load.prompt_tokens - load.shared_prefix
+        prompts = [shared + self._units(rng, num_rest, not shared) for _ in range(count)]
         if load.same:
-            made = made[:1] * count
-        return made if self.vocabulary else [" ".join(words) for words in made]
+            prompts = prompts[:1] * count
+        return prompts if self.vocabulary else [" ".join(words) for words in prompts]
 
-    def _units(self, source: random.Random, tokens: int, first: bool) -> list[Any]:
+    def _units(self, rng: random.Random, tokens: int, first: bool) -> list[Any]:
         if self.vocabulary:
-            return [source.randrange(3, self.vocabulary) for _ in range(tokens)]
-        count = round((tokens - (self.before if first else 0)) / self.tokens_a_word)
-        return source.choices(WORDS, k=max(1, count) if tokens else 0)
+            return [rng.randrange(3, self.vocabulary) for _ in range(tokens)]
+        count = round((tokens - (self.extra_tokens if first else 0)) / self.tokens_per_word)
+        return rng.choices(WORDS, k=max(1, count) if tokens else 0)
 
 
 async def prompts_for(http: httpx.AsyncClient, load: Load, seed: int) -> Prompts:
-    """Asks the server how its tokens are to be counted. KtxError when it does not say."""
-    told = await http.get("/tokenizer_info")
-    if told.status_code == 200 and isinstance(size := told.json().get("vocab_size"), int):
+    """Returns prompts for a server, after asking for its vocabulary size or measuring its tokens per word.
+
+    Raises:
+        KtxError: the server refuses, or does not report the number of prompt tokens.
+    """
+    info = await http.get("/tokenizer_info")
+    if info.status_code == 200 and isinstance(size := info.json().get("vocab_size"), int):
         return Prompts(size, seed)
-    counted = []
-    for words in FITTED:
-        text = " ".join(random.Random(words).choices(WORDS, k=words))
-        answer = await http.post("/v1/completions", json={"model": load.model, "prompt": text, "max_tokens": 1})
-        if answer.status_code != 200:
-            raise KtxError(f"{http.base_url}: {answer.status_code} {text_of(answer)}")
-        usage = answer.json().get("usage") or {}
+    counts = []
+    for num_words in CALIBRATION_WORDS:
+        text = " ".join(random.Random(num_words).choices(WORDS, k=num_words))
+        response = await http.post("/v1/completions", json={"model": load.model, "prompt": text, "max_tokens": 1})
+        if response.status_code != 200:
+            raise KtxError(f"{http.base_url}: {response.status_code} {text_of(response)}")
+        usage = response.json().get("usage") or {}
         if "prompt_tokens" not in usage:
-            raise KtxError(f"{http.base_url}: tells no usage.prompt_tokens, so that prompts cannot be made of a length")
-        counted.append(usage["prompt_tokens"])
-    slope = (counted[1] - counted[0]) / (FITTED[1] - FITTED[0])
-    if slope <= 0:
-        raise KtxError(f"{http.base_url}: says that {FITTED} words have {tuple(counted)} tokens")
-    return Prompts(None, seed, slope, counted[0] - FITTED[0] * slope)
+            raise KtxError(
+                f"{http.base_url}: reports no usage.prompt_tokens, so prompts of a given length cannot be generated"
+            )
+        counts.append(usage["prompt_tokens"])
+    tokens_per_word = (counts[1] - counts[0]) / (CALIBRATION_WORDS[1] - CALIBRATION_WORDS[0])
+    if tokens_per_word <= 0:
+        raise KtxError(f"{http.base_url}: reports that {CALIBRATION_WORDS} words have {tuple(counts)} tokens")
+    return Prompts(None, seed, tokens_per_word, counts[0] - CALIBRATION_WORDS[0] * tokens_per_word)
 
 
-def text_of(answer: httpx.Response) -> str:
-    """What an answer that is no success says."""
+def text_of(response: httpx.Response) -> str:
+    """Returns the error message of an unsuccessful response."""
     try:
-        return message_of(answer.json())[:300]
+        return _error_message(response.json())[:300]
     except ValueError:
-        return answer.text[:300]
+        return response.text[:300]
 
 
 async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> Timing:
-    """One request from its first byte to its last. What goes wrong is in the timing's `error`."""
+    """Sends one request and reads its stream to the end. A failure is recorded in the timing's `error`."""
     timing = Timing(time.perf_counter())
     try:
-        async with http.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                await answer.aread()
-                timing.error = f"{answer.status_code} {text_of(answer)}"
+        async with http.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                await response.aread()
+                timing.error = f"{response.status_code} {text_of(response)}"
             else:
-                async for line in answer.aiter_lines():
+                async for line in response.aiter_lines():
                     timing.read(line, time.perf_counter())
     except (httpx.HTTPError, ValueError) as error:
         timing.error = f"{type(error).__name__}: {error}".removesuffix(": ")
     timing.end = time.perf_counter()
     if not timing.error and not (timing.finished and timing.pieces):
-        timing.error = "the stream ended without an answer"
+        timing.error = "the stream ended before the answer was complete"
     return timing
 
 
 async def run_level(http: httpx.AsyncClient, load: Load, prompts: Sequence[Any], concurrency: int) -> list[Timing]:
-    """Asks for all prompts, `concurrency` at a time."""
-    left, timings = enumerate(prompts), list[Timing]()
+    """Sends a request for each prompt, `concurrency` at a time, and returns their times."""
+    queue, timings = enumerate(prompts), list[Timing]()
 
     async def client() -> None:
-        for number, prompt in left:
-            timings.append(await ask(http, load.body(prompt, number)))
+        for index, prompt in queue:
+            timings.append(await ask(http, load.body(prompt, index)))
 
     await asyncio.gather(*(client() for _ in range(concurrency)))
     return timings

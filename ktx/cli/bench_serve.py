@@ -1,4 +1,4 @@
-"""ktx bench serve: a running server under load: latencies and throughput by how many ask at once."""
+"""ktx bench serve: measure latencies and throughput of a server by number of concurrent clients."""
 
 from __future__ import annotations
 
@@ -18,50 +18,80 @@ from ktx.errors import KtxError, UsageError
 if TYPE_CHECKING:
     from ktx.cli.bench_clients import Load, Prompts, Timing
 
-SUMMARY = "measure a server under load: any OpenAI-compatible one, or ktx serve with these options"
+SUMMARY = "measure a server under load: any OpenAI-compatible one at --url, or ktx serve with the given options"
 Line = dict[str, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("load")
     load.add_argument(
-        "--concurrency", "-c", type=counts, default=[1, 2, 4, 8], metavar="N[,N]", help="clients (default 1,2,4,8)"
+        "--concurrency",
+        "-c",
+        type=counts,
+        default=[1, 2, 4, 8],
+        metavar="N[,N]",
+        help="levels to measure: numbers of concurrent clients (default 1,2,4,8)",
     )
     load.add_argument(
-        "--requests", type=positive, metavar="N", help="of each level (default: twice its clients, 8 at least)"
+        "--requests",
+        type=positive,
+        metavar="N",
+        help="requests per level (default: twice its number of clients, at least 8)",
     )
-    for name, default, what in (("prompt", 256, "of each prompt"), ("answer", 64, "of each answer")):
+    for name, default, what in (("prompt", 256, "tokens of each prompt"), ("answer", 64, "tokens of each answer")):
         load.add_argument(
             f"--{name}-tokens", type=positive, default=default, metavar="N", help=f"{what} (default {default})"
         )
     load.add_argument(
-        "--shared-prefix", type=int, default=0, metavar="N", help="the first N tokens are the same in all (default 0)"
+        "--shared-prefix",
+        type=int,
+        default=0,
+        metavar="N",
+        help="make the first N tokens of all prompts equal (default 0)",
     )
-    flag(load, "--same", help="all ask the same, so that tokens of several requests go to the same experts")
+    flag(
+        load,
+        "--same",
+        help="send the same prompt and seed in all requests, so that the tokens of a batch use the same experts",
+    )
     load.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="of the answers, each with a seed (default 0)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature of the requests, each of which has a seed (default 0)",
     )
     load.add_argument(
         "--seed",
         type=int,
         metavar="N",
-        help="of the prompts (default: others each time, so that none is in the server's cache)",
+        help="seed of the random prompts (default: a new one per run, so that the server has none of them cached)",
     )
-    load.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="for one request (default 600)")
+    load.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="timeout of one request (default 600)"
+    )
     other = parser.add_argument_group("another server")
-    other.add_argument("--url", metavar="URL", help="measure the server that listens there, such as http://host:8000")
-    other.add_argument("--api-key", metavar="KEY", help="its key (default: the environment's KTX_API_KEY)")
-    other.add_argument("--served-model", metavar="NAME", help="its model (default: the first of /v1/models)")
+    other.add_argument(
+        "--url",
+        metavar="URL",
+        help="measure the server at URL, such as http://host:8000 (default: start ktx serve with the options below)",
+    )
+    other.add_argument(
+        "--api-key", metavar="KEY", help="API key of that server (default: the environment variable KTX_API_KEY)"
+    )
+    other.add_argument(
+        "--served-model", metavar="NAME", help="model to request from that server (default: the first of /v1/models)"
+    )
     model_options(parser)
-    running_options(parser, batch="the most clients")
-    out = parser.add_argument_group("output")
-    flag(out, "--json", help="one JSON object a line")
-    out.add_argument("--record", metavar="FILE", help="append the JSON lines to this file")
-    out.add_argument("--plot", metavar="PNG", help="draw latencies over throughput (needs matplotlib)")
+    running_options(parser, batch="the largest number of clients")
+    output = parser.add_argument_group("output")
+    flag(output, "--json", help="print JSON lines instead of a table")
+    output.add_argument("--record", metavar="FILE", help="append the JSON lines to FILE")
+    output.add_argument("--plot", metavar="PNG", help="plot latency against throughput to PNG (needs matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures level by level. Exit status 1 when a level had no answer at all."""
+    """Measures level by level. Exit status 1 when all requests of a level failed."""
     _check(args)
     import asyncio
 
@@ -90,7 +120,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 async def measure(base: str, args: argparse.Namespace) -> list[Line]:
-    """A line a level. KtxError when nothing answers there."""
+    """Measures all levels on the server at `base`.
+
+    Returns:
+        A line per level.
+
+    Raises:
+        KtxError: no OpenAI-compatible server answers at `base`.
+    """
     import httpx
 
     from ktx.cli.bench_clients import Load, ask, prompts_for
@@ -105,17 +142,17 @@ async def measure(base: str, args: argparse.Namespace) -> list[Line]:
             prompts = await prompts_for(http, load, time.time_ns() if args.seed is None else args.seed)
         except (httpx.HTTPError, ValueError) as error:
             raise KtxError(f"{base}: no OpenAI-compatible server answers: {type(error).__name__}: {error}") from error
-        await ask(http, load.body(prompts.make(load, 1, -1)[0], 0))  # what is touched for the first time costs more
+        await ask(http, load.body(prompts.make(load, 1, -1)[0], 0))  # warm-up: the first request is slower
         lines = [await level_line(http, load, prompts, level, args) for level in range(len(args.concurrency))]
-    for name, what in (("ratio", "tok_s"), ("decode_ratio", "decode_tok_s")):
+    for name, speed in (("ratio", "tok_s"), ("decode_ratio", "decode_tok_s")):
         for line in lines:
-            if lines[0][what] and line[what]:
-                line[name] = line[what] / lines[0][what]
+            if lines[0][speed] and line[speed]:
+                line[name] = line[speed] / lines[0][speed]
     return lines
 
 
 async def level_line(http: Any, load: Load, prompts: Prompts, level: int, args: argparse.Namespace) -> Line:
-    """Runs a level: what was asked, and what it came to."""
+    """Runs a level and returns its parameters and results."""
     from ktx.cli.bench import stamp
     from ktx.cli.bench_clients import run_level
 
@@ -135,74 +172,87 @@ async def level_line(http: Any, load: Load, prompts: Prompts, level: int, args: 
 
 
 async def first_model(http: Any) -> str:
-    """The name of the first model that the server has. KtxError with its words when it refuses."""
+    """Returns the name of the server's first model; raises KtxError with the server's message if it refuses."""
     from ktx.cli.bench_clients import text_of
 
-    answer = await http.get("/v1/models")
-    if answer.status_code != 200:
-        raise KtxError(f"{answer.url}: {answer.status_code} {text_of(answer)}")
-    found = [model.get("id") for model in answer.json().get("data") or ()]
-    if not found:
-        raise KtxError(f"{answer.url}: names no model; give --served-model")
-    return str(found[0])
+    response = await http.get("/v1/models")
+    if response.status_code != 200:
+        raise KtxError(f"{response.url}: {response.status_code} {text_of(response)}")
+    names = [model.get("id") for model in response.json().get("data") or ()]
+    if not names:
+        raise KtxError(f"{response.url}: lists no model; give --served-model")
+    return str(names[0])
 
 
 def figures(timings: list[Timing], concurrency: int) -> Line:
-    """What a level came to. Latencies in seconds, speeds in tokens a second of the level's whole time, errors' requests left out."""
-    good = [timing for timing in timings if not timing.error]
-    wall = max(timing.end for timing in timings) - min(timing.start for timing in timings)
-    prompt, answer = sum(timing.prompt for timing in good), sum(timing.answer for timing in good)
+    """Summarizes a level, without the requests that failed.
+
+    Latencies are in seconds, speeds in tokens per second of the level's total time.
+    """
+    succeeded = [timing for timing in timings if not timing.error]
+    total_s = max(timing.end for timing in timings) - min(timing.start for timing in timings)
+    prompt_tokens, answer_tokens = (
+        sum(timing.prompt for timing in succeeded),
+        sum(timing.answer for timing in succeeded),
+    )
     samples = {
-        "ttft": [timing.first for timing in good],
-        "itl": [gap for timing in good for gap in timing.gaps],
-        "latency": [timing.end - timing.start for timing in good],
+        "ttft": [timing.first for timing in succeeded],
+        "itl": [gap for timing in succeeded for gap in timing.gaps],
+        "latency": [timing.end - timing.start for timing in succeeded],
     }
     quantiles = {f"{name}_p{q}": quantile(values, q) for name, values in samples.items() for q in (50, 99)}
-    speeds = {"prompt_tok_s": prompt / wall, "answer_tok_s": answer / wall, "tok_s": (prompt + answer) / wall}
+    speeds = {
+        "prompt_tok_s": prompt_tokens / total_s,
+        "answer_tok_s": answer_tokens / total_s,
+        "tok_s": (prompt_tokens + answer_tokens) / total_s,
+    }
     return {
         "concurrency": concurrency,
         "requests": len(timings),
-        "errors": len(timings) - len(good),
+        "errors": len(timings) - len(succeeded),
         "error": next((timing.error for timing in timings if timing.error), ""),
-        "seconds": wall,
-        "prompt_tokens": prompt,
-        "cached_tokens": sum(timing.cached for timing in good),
-        "answer_tokens": answer,
+        "seconds": total_s,
+        "prompt_tokens": prompt_tokens,
+        "cached_tokens": sum(timing.cached for timing in succeeded),
+        "answer_tokens": answer_tokens,
         **quantiles,
         **speeds,
-        "decode_tok_s": decode_speed(good, min(concurrency, len(timings))),
+        "decode_tok_s": decode_speed(succeeded, min(concurrency, len(timings))),
     }
 
 
 def quantile(values: list[float], percent: int) -> float | None:
-    """The smallest value that so many percent do not exceed; None of nothing."""
+    """Returns the smallest value that at least `percent` of the values do not exceed; None if there are none."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)] if values else None
 
 
 def decode_speed(timings: list[Timing], clients: int) -> float | None:
-    """Tokens a second while all clients were between the first and the last token of an answer; None when they never were."""
-    turns = [(timing.pieces[0][0], 1) for timing in timings] + [(timing.pieces[-1][0], -1) for timing in timings]
-    answering, seconds, spans = 0, 0.0, list[tuple[float, float]]()
-    turns.sort()
-    for (now, change), (after, _) in zip(turns, turns[1:], strict=False):
-        answering += change
-        if answering == clients and after > now:
-            spans.append((now, after))
-            seconds += after - now
-    pieces = [piece for timing in timings for piece in timing.pieces]
-    tokens = sum(count for moment, count in pieces if any(begin < moment <= end for begin, end in spans))
+    """Returns tokens per second over the time in which all clients were decoding.
+
+    A client is decoding between the first and the last token of an answer. None when they never all were.
+    """
+    changes = [(timing.pieces[0][0], 1) for timing in timings] + [(timing.pieces[-1][0], -1) for timing in timings]
+    num_decoding, seconds, spans = 0, 0.0, list[tuple[float, float]]()
+    changes.sort()
+    for (start, change), (end, _) in zip(changes, changes[1:], strict=False):
+        num_decoding += change
+        if num_decoding == clients and end > start:
+            spans.append((start, end))
+            seconds += end - start
+    chunks = [chunk for timing in timings for chunk in timing.pieces]
+    tokens = sum(count for time_s, count in chunks if any(start < time_s <= end for start, end in spans))
     return tokens / seconds if tokens else None
 
 
 def report(lines: list[Line], args: argparse.Namespace) -> None:
-    """The table or JSON, the record, the picture."""
+    """Prints the table or JSON, and writes the record and the plot."""
     if args.json:
         print(*map(json.dumps, lines), sep="\n")
     else:
         table(lines)
     for line in lines:
         if line["errors"]:
-            print(f"ktx: {line['errors']} errors of {line['test']}, the first: {line['error']}", file=sys.stderr)
+            print(f"ktx: {line['errors']} errors in {line['test']}, the first: {line['error']}", file=sys.stderr)
     if args.record:
         with open(args.record, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -213,10 +263,12 @@ def report(lines: list[Line], args: argparse.Namespace) -> None:
 
 
 def table(lines: list[Line]) -> None:
+    """Prints the lines as a table."""
     first = lines[0]
     print(f"{first['machine']}: {first['server']}, {first['model']}")
     print(
-        "clients  requests  errors  TTFT ms p50 / p99  ITL ms p50 / p99  latency s p50 / p99  tok/s prompt  answer   total  ratio  decode  ratio  cached"
+        "clients  requests  errors  TTFT ms p50 / p99  ITL ms p50 / p99  latency s p50 / p99"
+        "  tok/s prompt  answer   total  ratio  decode  ratio  cached"
     )
     for line in lines:
         pairs = {
@@ -229,6 +281,8 @@ def table(lines: list[Line]) -> None:
         ratios = [f"{line[name]:.2f}x" if name in line else "-" for name in ("ratio", "decode_ratio")]
         cached = f"{line['cached_tokens'] / line['prompt_tokens']:.0%}" if line["prompt_tokens"] else "-"
         print(
-            f"{line['concurrency']:>7}{line['requests']:>10}{line['errors']:>8}{pairs['ttft']:>19}{pairs['itl']:>18}{pairs['latency']:>21}"
-            f"{line['prompt_tok_s']:>14.1f}{line['answer_tok_s']:>8.1f}{line['tok_s']:>8.1f}{ratios[0]:>7}{decode:>8}{ratios[1]:>7}{cached:>8}"
+            f"{line['concurrency']:>7}{line['requests']:>10}{line['errors']:>8}"
+            f"{pairs['ttft']:>19}{pairs['itl']:>18}{pairs['latency']:>21}"
+            f"{line['prompt_tok_s']:>14.1f}{line['answer_tok_s']:>8.1f}{line['tok_s']:>8.1f}"
+            f"{ratios[0]:>7}{decode:>8}{ratios[1]:>7}{cached:>8}"
         )
