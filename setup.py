@@ -18,7 +18,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")])
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.cpp"))
 TORCH_2_11 = "0x020b000000000000"  # the oldest torch whose stable ABI has all we use; newer API is a compile error
 FLAGS = [
     "-std=c++20",
@@ -34,13 +34,16 @@ FLAGS = [
     "-DPy_LIMITED_API=0x030b0000",
 ]
 
+SLOWEST_FIRST = ["amx_emulated", "avx512", "scalar", "amx", "avxvnni", "avx2"]  # files of csrc/cpu/isa by compile time
+LANES_ARE_LOOPS = {"scalar", "amx_emulated"}  # -O3 takes GCC minutes for these and brings nothing
+
 # pip shows every warning of a build. torch misses NumPy, which no header needs; setuptools explains what an editable installation is.
-for said in ("Failed to initialize NumPy", "Editable installation"):
-    warnings.filterwarnings("ignore", message=rf"\s*{said}")
+for message in ("Failed to initialize NumPy", "Editable installation"):
+    warnings.filterwarnings("ignore", message=rf"\s*{message}")
 
 
 def _digest(compiler: list[str], includes: list[str]) -> str:
-    """Names all that objects depend on: pip builds in a new folder each time, and every extra that is installed would compile them again."""
+    """A hash of everything that object files depend on: pip builds in a new folder each time, so objects are cached under this name."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     found = hashlib.sha256(repr((compiler, version, FLAGS, includes)).encode())
     for path in sorted((ROOT / "csrc").rglob("*")):
@@ -50,7 +53,7 @@ def _digest(compiler: list[str], includes: list[str]) -> str:
 
 
 class Build(build_ext):
-    """Compiles every source on its own, the longest first and as many at a time as there are cores. Objects of the same sources are kept in build/objects."""
+    """Compiles each source in a process of its own, slowest first, one per core. Caches objects in build/objects."""
 
     def build_extension(self, ext: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -60,14 +63,15 @@ class Build(build_ext):
         temporary.mkdir(parents=True, exist_ok=True)
         includes = ["-Icsrc", *(flag for path in include_paths() for flag in ("-isystem", path))]
 
-        kept = ROOT / "build" / "objects" / _digest(compiler, includes)
-        kept.mkdir(parents=True, exist_ok=True)
+        cache = ROOT / "build" / "objects" / _digest(compiler, includes)
+        cache.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source: str) -> str:
-            target, done = temporary / (source.replace("/", "_") + ".o"), kept / (source.replace("/", "_") + ".o")
+            target, done = temporary / (source.replace("/", "_") + ".o"), cache / (source.replace("/", "_") + ".o")
             if done.exists():
                 return str(done)
-            level = "-O3" if "/cpu/" in source and "scalar" not in source and "model" not in source else "-O2"
+            kernels = "/cpu/" in source  # everything below csrc/cpu knows no torch
+            level = "-O2" if not kernels or Path(source).stem in LANES_ARE_LOOPS else "-O3"
             self.call(
                 [
                     *compiler,
@@ -77,16 +81,15 @@ class Build(build_ext):
                     str(target),
                     level,
                     *FLAGS,
-                    *(includes if "/cpu/" not in source else []),
+                    *(includes[:1] if kernels else includes),
                 ]
             )
-            shutil.move(target, done.with_suffix(".part"))  # whole or not there: a build may be broken off
+            shutil.move(target, done.with_suffix(".part"))  # complete or absent: a build may be interrupted
             return str(done.with_suffix(".part").rename(done))
 
-        longest = ["amx_model", "avx512", "scalar", "amx", "avxvnni", "avx2"]
-        place = {f"csrc/cpu/{name}.cpp": number for number, name in enumerate(longest)}
+        order = {f"csrc/cpu/isa/{name}.cpp": index for index, name in enumerate(SLOWEST_FIRST)}
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            objects = list(pool.map(compile_one, sorted(ext.sources, key=lambda s: place.get(s, len(place)))))
+            objects = list(pool.map(compile_one, sorted(ext.sources, key=lambda source: order.get(source, len(order)))))
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{path}" for path in library_paths()]
