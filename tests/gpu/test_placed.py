@@ -11,7 +11,7 @@ from ktx.injection.rules import Rule
 from ktx.kernels import reference
 from ktx.kernels.gpu import norm
 from ktx.ops.base import ON_GPU, SHIPPED, resolve
-from ktx.ops.gpu.kv_view import of_states, seen
+from ktx.ops.gpu.kv_view import causal_spec, view_of_states
 from tests.gpu.placed import Twins, rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*matched no module")
@@ -129,27 +129,31 @@ def interval(*rows):
 
 
 def test_masks_in_numbers():
-    assert seen(None, 2, 1, 5).keys == (5, 5) and seen(None, 2, 5, 5).keys == (5, 5) and seen(None, 1, 3, 2) is None
-    assert seen(None, 2, 3, 5) is None  # transformers' SDPA leaves the mask of a prompt in a static cache out
+    assert (
+        causal_spec(None, 2, 1, 5).keys == (5, 5)
+        and causal_spec(None, 2, 5, 5).keys == (5, 5)
+        and causal_spec(None, 1, 3, 2) is None
+    )
+    assert causal_spec(None, 2, 3, 5) is None  # transformers' SDPA leaves the mask of a prompt in a static cache out
     plain = interval([(0, 4), (0, 5)], [(0, 4), (0, 5)])
-    assert seen(plain, 2, 2, 5).keys == (5, 5) and seen(plain, 2, 2, 5).window == 0
+    assert causal_spec(plain, 2, 2, 5).keys == (5, 5) and causal_spec(plain, 2, 2, 5).window == 0
     sliding = interval([(0, 3), (1, 4), (2, 5)])
-    assert seen(sliding, 1, 3, 5).window == 3
-    assert seen(interval([(2, 4), (2, 5)]), 1, 2, 5) is None  # padded on the left
-    assert seen(interval([(0, 5), (0, 5)]), 1, 2, 5) is None  # both ways
-    assert seen(interval([(0, 0), (0, 1)]), 1, 2, 5) is None  # a token that sees nothing
-    assert seen(torch.ones(1, 1, 2, 5, dtype=torch.bool), 1, 2, 5) is None
+    assert causal_spec(sliding, 1, 3, 5).window == 3
+    assert causal_spec(interval([(2, 4), (2, 5)]), 1, 2, 5) is None  # padded on the left
+    assert causal_spec(interval([(0, 5), (0, 5)]), 1, 2, 5) is None  # both ways
+    assert causal_spec(interval([(0, 0), (0, 1)]), 1, 2, 5) is None  # a token that sees nothing
+    assert causal_spec(torch.ones(1, 1, 2, 5, dtype=torch.bool), 1, 2, 5) is None
 
 
 def test_a_buffer_of_whole_pages_is_read_in_place_and_any_other_is_copied():
     buffer = torch.randn(2, 3, 128, 8)
     both = interval(*[[(0, 69), (0, 70)]] * 2)
-    grown = of_states(buffer[:, :, :70], buffer[:, :, :70], 2, both)
+    grown = view_of_states(buffer[:, :, :70], buffer[:, :, :70], 2, both)
     assert grown.pools[0].data_ptr() == buffer.data_ptr()
     for sequence, head, position in ((0, 0, 5), (0, 2, 69), (1, 0, 64), (1, 2, 1)):
         page = grown.tables.pages[sequence, position // 64]
         assert torch.equal(grown.pools[0][page, head, position % 64], buffer[sequence, head, position])
     assert grown.tables.slots.tolist() == [68, 69, 3 * 128 + 68, 3 * 128 + 69]
     other = torch.randn(1, 2, 70, 8)
-    copied = of_states(other, other, 1, None)
+    copied = view_of_states(other, other, 1, None)
     assert torch.equal(copied.pools[0][copied.tables.pages[0, 1], 1, 3], other[0, 1, 67])

@@ -1,1 +1,1 @@
-"""Operators on a GPU: the same options, weights and errors as those of their names in ktx.ops, on Triton's kernels."""
+"""GPU operators: same names, options, weights and errors as in ktx.ops, computed by Triton kernels."""

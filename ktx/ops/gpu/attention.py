@@ -1,4 +1,4 @@
-"""Attention of every family on a GPU: transformers' own module around the kernels on pages."""
+"""Attention of every family on a GPU: the transformers module with paged attention kernels."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ktx.kernels.gradients import none_on_gpu
 from ktx.ops import attention
 from ktx.ops.base import Context
 from ktx.ops.fusion.fused import rotary_tables, split_mask, window_of
-from ktx.ops.gpu.kv_view import PagedView, of_batch, of_states, room_for, settled
+from ktx.ops.gpu.kv_view import PagedView, layer_in_floats, reserve_kv, view_of_batch, view_of_states
 
 NAME = "ktx_gpu"
-SCORES = 1 << 26  # of queries that are computed at once where no kernel knows the mask
+MAX_SCORES = 1 << 26  # attention scores computed at once in `attend_reference`, in elements
 
 
 def attend(
@@ -34,40 +34,58 @@ def attend(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """As ktx.ops.attention.attend, on a GPU."""
+    """Computes attention on a GPU; the contract of ktx.ops.attention.attend (transformers' attention interface).
+
+    Args:
+        module: the attention module; its `backend` selects the kernels (triton, flashinfer, auto).
+        query: [B, H, S, Dk].
+        key: [B, H_kv, T, Dk]; tensors of a paged cache carry their batch metadata in `ktx_batch`.
+        value: [B, H_kv, T, Dv].
+        attention_mask: transformers' mask, or None for full causal attention.
+        scaling: factor on the scores; by default Dk ** -0.5.
+        dropout: a rate above 0 dispatches to ktx.ops.attention.attend.
+        softcap: limit of tanh soft-capping of the scores; None or 0: none.
+        s_aux: attention sinks [H].
+
+    Returns:
+        The output [B, S, H, Dv], and None in place of attention weights.
+
+    Raises:
+        ValueError: no mask is given for more queries than keys.
+    """
     batch = getattr(key, "ktx_batch", None)
     choice = attention.choice_of(module)
     if choice.foreign or dropout > 0 or (batch is None and not choice.plain()):
-        given = (query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
-        return attention.attend(module, *given, **kwargs)
-    new = query.shape[2]
+        args = (query, key, value, attention_mask, scaling, dropout, softcap, s_aux)
+        return attention.attend(module, *args, **kwargs)
+    num_new = query.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     sinks = None if s_aux is None else s_aux.float().contiguous()
     if batch is not None:
-        room: PagedView | None = of_batch(batch, (key, value), window_of(module))
+        view: PagedView | None = view_of_batch(batch, (key, value), window_of(module))
     else:
-        if attention_mask is None and new > key.shape[2]:
-            raise ValueError(f"{new} queries on {key.shape[2]} keys need a mask")
-        room = of_states(key, value, new, attention_mask)
+        if attention_mask is None and num_new > key.shape[2]:
+            raise ValueError(f"{num_new} queries on {key.shape[2]} keys need an attention mask")
+        view = view_of_states(key, value, num_new, attention_mask)
     cap = float(softcap or 0.0)
-    if room is None:
-        return by_torch(query, key, value, attention_mask, scale, sinks, cap), None
+    if view is None:
+        return attend_reference(query, key, value, attention_mask, scale, sinks, cap), None
     flat = query.transpose(1, 2).reshape(1, -1, query.shape[1], query.shape[3]).transpose(1, 2)
     backend = getattr(module, "backend", "triton")
-    return on_pages(flat, room, scale, sinks, cap, backend).view(len(query), new, query.shape[1], -1), None
+    return on_pages(flat, view, scale, sinks, cap, backend).view(len(query), num_new, query.shape[1], -1), None
 
 
 def on_pages(
-    q: torch.Tensor, room: PagedView, scale: float, sinks: torch.Tensor | None, softcap: float, backend: str
+    q: torch.Tensor, view: PagedView, scale: float, sinks: torch.Tensor | None, softcap: float, backend: str
 ) -> torch.Tensor:
-    """q [1, H, T, Dk], the sequences one after another -> [1, T, H, Dv]."""
-    keys, values = room.pools
+    """Runs paged attention on q [1, H, T, Dk], the sequences of the batch concatenated; returns [1, T, H, Dv]."""
+    keys, values = view.pools
     shape = Shape(q.shape[1], keys.shape[1], keys.shape[3], values.shape[3])
     kernels = kernels_for(shape, backend, 0, sinks is not None, keys.dtype)
-    return kernels.attention(q, keys, values, room.plan(kernels, shape, q.dtype), scale, sinks, softcap)
+    return kernels.attention(q, keys, values, view.plan(kernels, shape, q.dtype), scale, sinks, softcap)
 
 
-def by_torch(
+def attend_reference(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -76,23 +94,27 @@ def by_torch(
     sinks: torch.Tensor | None,
     softcap: float,
 ) -> torch.Tensor:
-    """[B, S, H, Dv] by the definition, some queries at a time, for masks that no kernel knows."""
-    batch, heads, new, _ = query.shape
-    ranges, matrix = split_mask(mask, batch, new, key.shape[2])
+    """Computes [B, S, H, Dv] in plain torch, in chunks of queries, for masks that no kernel supports."""
+    batch, heads, num_new, _ = query.shape
+    ranges, matrix = split_mask(mask, batch, num_new, key.shape[2])
     ranges, matrix = (None if x is None else x.to(query.device) for x in (ranges, matrix))
-    step = max(1, SCORES // (batch * heads * key.shape[2]))
-    parts = []
-    for own in (slice(first, first + step) for first in range(0, new, step)):
-        some = None if ranges is None else ranges[:, own], None if matrix is None else matrix[:, :, own]
-        parts.append(reference.attention(query[:, :, own], key, value, *some, scale, sinks, softcap))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    rows_per_step = max(1, MAX_SCORES // (batch * heads * key.shape[2]))
+    outputs = []
+    for rows in (slice(first, first + rows_per_step) for first in range(0, num_new, rows_per_step)):
+        mask_parts = None if ranges is None else ranges[:, rows], None if matrix is None else matrix[:, :, rows]
+        outputs.append(reference.attention(query[:, :, rows], key, value, *mask_parts, scale, sinks, softcap))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
 AttentionInterface.register(NAME, attend)
 
 
 class Attention(attention.Attention):
-    """As on the CPU. The usual attention rotates and stores in one launch; any other is transformers' own around `attend`."""
+    """GPU version of ktx.ops.attention.Attention.
+
+    The default attention applies RoPE and writes the KV cache in one launch; any other attention runs transformers'
+    forward with `attend` as its attention function.
+    """
 
     sinks_f32: torch.Tensor | None
     implementation = NAME
@@ -101,9 +123,9 @@ class Attention(attention.Attention):
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> attention.Attention:
         new = super().from_hf(old, ctx, backend, **kwargs)
         new.sinks_f32 = None
-        if new.usual:  # what cannot be had is said before anything is loaded
-            heads = old.config.num_attention_heads
-            shape = Shape(heads, heads // old.num_key_value_groups, old.head_dim, old.head_dim)
+        if new.usual:  # an unsupported backend or shape raises here, before any weight is loaded
+            num_heads = old.config.num_attention_heads
+            shape = Shape(num_heads, num_heads // old.num_key_value_groups, old.head_dim, old.head_dim)
             kernels_for(shape, backend, sinks=hasattr(old, "sinks"))
         return new
 
@@ -114,13 +136,13 @@ class Attention(attention.Attention):
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
         drops = self.training and getattr(self, "attention_dropout", 0.0) > 0
         if self.usual and not drops and self.choice.plain(cache):
-            done = self.stored(cache=cache, **given)
-            if done is not None:
-                return done, None
-        settled(cache, self.layer_idx)
+            output = self.forward_on_pages(cache=cache, **given)
+            if output is not None:
+                return output, None
+        layer_in_floats(cache, self.layer_idx)
         return super().computed(given, cache)
 
-    def stored(
+    def forward_on_pages(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: Any = None,
@@ -129,22 +151,30 @@ class Attention(attention.Attention):
         cache: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        """hidden_states [B, S, D] -> [B, S, D], with keys and values stored; None when this call has to go the long way."""
+        """Computes hidden_states [B, S, D] -> [B, S, D] and writes keys and values to the cache.
+
+        Returns:
+            The output, or None where this call needs transformers' forward: there is no cache or no rotary table, or
+            the kernels support neither the cache's layer nor the mask.
+        """
         if position_embeddings is None or cache is None:
             return None
-        heads = self.k_proj.out_features // self.head_dim
-        room = room_for(self, cache, hidden_states, heads, (self.head_dim, self.head_dim), attention_mask)
-        if room is None:
+        num_kv_heads = self.k_proj.out_features // self.head_dim
+        view = reserve_kv(self, cache, hidden_states, num_kv_heads, (self.head_dim, self.head_dim), attention_mask)
+        if view is None:
             return None
         none_on_gpu("Attention", getattr(self, "sinks", None))
         q, k, v = (self._heads(name, hidden_states) for name in "qkv")
-        cos, sin = turns(rotary_tables(position_embeddings, self.half_tables), hidden_states)
-        q = rope_and_cache_kv(q, k, v, cos, sin, room.tables.slots, *room.pools)
-        found = on_pages(q, room, float(self.scaling), self.sinks_f32, 0.0, self.backend)
-        return self.o_proj(found.view(*hidden_states.shape[:2], -1))
+        cos, sin = flatten_tables(rotary_tables(position_embeddings, self.half_tables), hidden_states)
+        q = rope_and_cache_kv(q, k, v, cos, sin, view.tables.slots, *view.pools)
+        attended = on_pages(q, view, float(self.scaling), self.sinks_f32, 0.0, self.backend)
+        return self.o_proj(attended.view(*hidden_states.shape[:2], -1))
 
     def _heads(self, which: str, hidden: torch.Tensor) -> torch.Tensor:
-        """Queries, keys or values [1, heads, tokens, columns], by their norm if it has one: of a head, or of all of them."""
+        """Projects queries, keys or values to [1, heads, tokens, head_dim] and applies their norm, if there is one.
+
+        A norm whose weight has head_dim elements applies to each head, any other to the whole row.
+        """
         rows = getattr(self, f"{which}_proj")(hidden)
         norm = self._modules.get(f"{which}_norm")
         if norm is not None and norm.weight.numel() != self.head_dim:  # type: ignore[union-attr, operator]
@@ -153,7 +183,12 @@ class Attention(attention.Attention):
         return (rows if norm is None else norm(rows)).transpose(1, 2)
 
 
-def turns(tables: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [1, tokens, columns] for the tokens of hidden [B, S, D]; one row of positions may stand for all sequences."""
+def flatten_tables(
+    tables: tuple[torch.Tensor, torch.Tensor], hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flattens rotary tables to cos and sin [1, tokens, columns] for the tokens of hidden [B, S, D].
+
+    The tables may have a batch size of 1; it is broadcast to all sequences.
+    """
     cos, sin = (table.expand(len(hidden), -1, -1).reshape(1, -1, table.shape[-1]) for table in tables)
     return cos, sin

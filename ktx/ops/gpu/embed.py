@@ -1,4 +1,4 @@
-"""Embeddings looked up in packed rows on a GPU."""
+"""Embedding lookup in packed rows on a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ktx.weights.base import QuantizedTensor, WeightSource
 
 
 class Embedding(embed.Embedding):
-    """As on the CPU. A number past the end is not noticed: nothing waits for the device."""
+    """GPU version of ktx.ops.embed.Embedding. Token ids past the end are not detected, to avoid a device sync."""
 
     packed: Any
 
@@ -26,8 +26,8 @@ class Embedding(embed.Embedding):
         return rows.view(*ids.shape, self.embedding_dim)
 
     def rows(self) -> Floats:
-        whole = lambda first, last: linear.dequantize(self.packed, torch.float32)[first:last].cpu()  # noqa: E731
-        return Floats((self.num_embeddings, self.embedding_dim), whole, id(self.packed))
+        read = lambda first, last: linear.dequantize(self.packed, torch.float32)[first:last].cpu()  # noqa: E731
+        return Floats((self.num_embeddings, self.embedding_dim), read, id(self.packed))
 
     def packed_from(self, weight: QuantizedTensor) -> Any:
         return linear.pack(weight, device=self.placement.torch)

@@ -1,8 +1,10 @@
-"""Experts in the CPU's memory for many tokens on a GPU: brought there as the CPU has packed them, a piece at a time, instead of being computed by it.
+"""Streams experts from CPU memory to a GPU for large batches, instead of computing them on the CPU.
 
-Two buffers on the device are all that it takes: one that the next piece is copied into, and the planes of the piece that is computed with. A stream
-beside the model's copies; what it waits for is that the last piece was taken to planes, so the way to the device is in use while the device computes.
-Which piece follows is known before, the next layer's first behind a layer's last.
+Experts are copied in the CPU's packed layout, one chunk at a time. There are two buffers on the device: the raw buffer
+that the next chunk is copied into, and the SoA buffer of the chunk that the kernels compute with. The copies run on a
+side stream; a copy waits only until the previous chunk has been repacked into the SoA buffer, so the PCIe link is in
+use while the device computes. The order of chunks is fixed (a layer's last chunk is followed by the next layer's
+first), so the next chunk is always prefetched.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ktx.kernels import cpu, microbench
 from ktx.kernels.gpu import soa_layout
 from ktx.kernels.gpu.repack_from_cpu import STREAMED, unpack
 from ktx.ops.experts import PROJECTIONS, Experts
-from ktx.ops.gpu.experts import computed
+from ktx.ops.gpu.experts import run_experts
 from ktx.ops.gpu.moe import MoE
 from ktx.ops.gpu.offload import Stream
 from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions, pin
@@ -32,7 +34,14 @@ from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions, pin
 
 @dataclass(eq=False)
 class ExpertChunk:
-    """Some of the experts that a layer has in the CPU's memory; `first` counts from the first of these."""
+    """A range of the experts that a layer has in CPU memory.
+
+    Attributes:
+        experts: the layer's CPU operator.
+        first: index of the first expert, relative to the first one in CPU memory.
+        count: number of experts.
+        following: the next chunk to prefetch; None for the last one.
+    """
 
     experts: Experts
     first: int
@@ -40,166 +49,192 @@ class ExpertChunk:
     following: ExpertChunk | None = None
 
     def stretches(self, name: str) -> Iterator[tuple[torch.Tensor, int, int]]:
-        """Of a projection, on each memory node: the bytes, the first group of rows, and how many groups."""
-        held = self.experts.weights[name]
-        groups = -(-held.n // cpu.GROUP_ROWS)
-        size = held.nbytes // held.matrices // groups
-        ends = [cpu.ops.share_of(groups, node + 1) for node in range(cpu.ops.nodes())] if held.ends else [groups]
+        """Yields a projection's packed bytes on each NUMA node, with the first row group there and the group count."""
+        packed = self.experts.weights[name]
+        groups = -(-packed.n // cpu.GROUP_ROWS)
+        group_bytes = packed.nbytes // packed.matrices // groups
+        ends = [cpu.ops.share_of(groups, node + 1) for node in range(cpu.ops.nodes())] if packed.ends else [groups]
         for begin, end in zip([0, *ends], ends, strict=False):
-            each = (end - begin) * size
-            at = begin * size * held.matrices + self.first * each
-            if each:
-                yield held.data[at : at + self.count * each], begin, end - begin
+            node_bytes = (end - begin) * group_bytes
+            offset = begin * group_bytes * packed.matrices + self.first * node_bytes
+            if node_bytes:
+                yield packed.data[offset : offset + self.count * node_bytes], begin, end - begin
 
     def nbytes(self, name: str) -> int:
+        """Bytes of a projection in the CPU's packed layout."""
         return sum(data.numel() for data, _, _ in self.stretches(name))
 
     def file_bytes(self, name: str) -> int:
-        held = self.experts.weights[name]
-        return self.count * held.n * held.qtype.row_bytes(held.k)
+        """Bytes of a projection as stored in the weight file, which is also its size in SoA layout."""
+        packed = self.experts.weights[name]
+        return self.count * packed.n * packed.qtype.row_bytes(packed.k)
 
 
 class Streamer:
-    """What brings the experts of several layers to a device, in the order in which they are called."""
+    """Copies the experts of several layers to a device, in the order of the layers, and computes with them there.
+
+    Args:
+        device: the GPU.
+        layers: the CPU operators of the layers, in the order of their calls.
+        stream: the side stream of the copies.
+        limit: maximum packed bytes of a chunk; a chunk has at least one expert.
+    """
 
     def __init__(self, device: torch.device, layers: Sequence[Experts], stream: Stream, limit: int = STREAMED):
         self.device, self.stream = device, stream
-        self.pieces = {experts: list(_pieces(experts, limit)) for experts in layers}
-        line = [piece for pieces in self.pieces.values() for piece in pieces]
-        for piece, following in zip(line, line[1:], strict=False):
-            piece.following = following
-        self.prefetching: ExpertChunk | None = None  # what is, or will be, in `raw`
-        self.resident: ExpertChunk | None = None  # what `matrices` are
+        self.pieces = {experts: list(_chunks_of(experts, limit)) for experts in layers}
+        chunks_in_order = [chunk for chunks in self.pieces.values() for chunk in chunks]
+        for chunk, following in zip(chunks_in_order, chunks_in_order[1:], strict=False):
+            chunk.following = following
+        self.prefetching: ExpertChunk | None = None  # in `raw`, or being copied there
+        self.resident: ExpertChunk | None = None  # the chunk of `matrices`
         self.matrices: list[soa_layout.SoAWeight] = []
-        self.raw = {name: self._buffer(piece.nbytes(name) for piece in line) for name in PROJECTIONS}
-        self.planes = {name: self._buffer(piece.file_bytes(name) for piece in line) for name in PROJECTIONS}
+        self.raw = {name: self._buffer(chunk.nbytes(name) for chunk in chunks_in_order) for name in PROJECTIONS}
+        self.planes = {name: self._buffer(chunk.file_bytes(name) for chunk in chunks_in_order) for name in PROJECTIONS}
         self.biases = {experts: self._biases(experts) for experts in layers}
 
     def _buffer(self, sizes: Iterable[int]) -> torch.Tensor:
         return torch.empty(max(sizes), dtype=torch.uint8, device=self.device)
 
     def _biases(self, experts: Experts) -> list[torch.Tensor | None]:
-        given = [experts.biases[name] for name in PROJECTIONS]
-        return [None if bias is None else bias.to(self.device) for bias in given]
+        biases = [experts.biases[name] for name in PROJECTIONS]
+        return [None if bias is None else bias.to(self.device) for bias in biases]
 
     def __call__(
         self, experts: Experts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """hidden [tokens, D], ids and weights [tokens, K] on the device -> [tokens, D]; pieces are added up in f32."""
-        given = hidden, ids.to(torch.int64), weights.to(torch.float32)
+        """Computes hidden [tokens, D] with ids and weights [tokens, K], all on the device; returns [tokens, D].
+
+        The outputs of a layer's chunks are summed in f32.
+        """
+        inputs = hidden, ids.to(torch.int64), weights.to(torch.float32)
         chosen = experts.chosen if experts.on_gpu is None else experts.on_gpu.chosen
-        pieces, total = self.pieces[experts], None
-        for piece in pieces:
-            matrices = self._fetch(piece)
-            some = slice(piece.first, piece.first + piece.count)
-            biases = [None if bias is None else bias[some] for bias in self.biases[experts]]
-            made = computed(experts.gate, given, matrices, biases, experts.first + piece.first, chosen)
-            total = made if len(pieces) == 1 else made.float() if total is None else total + made
+        chunks, total = self.pieces[experts], None
+        for chunk in chunks:
+            matrices = self._fetch(chunk)
+            indices = slice(chunk.first, chunk.first + chunk.count)
+            biases = [None if bias is None else bias[indices] for bias in self.biases[experts]]
+            out = run_experts(experts.gate, inputs, matrices, biases, experts.first + chunk.first, chosen)
+            total = out if len(chunks) == 1 else out.float() if total is None else total + out
         assert total is not None
         return total.to(hidden.dtype)
 
-    def _fetch(self, piece: ExpertChunk) -> list[soa_layout.SoAWeight]:
-        """The planes of a piece; the copy of the next one is begun."""
-        if piece is self.resident:
+    def _fetch(self, chunk: ExpertChunk) -> list[soa_layout.SoAWeight]:
+        """Returns a chunk's matrices in SoA layout and starts the copy of the next chunk."""
+        if chunk is self.resident:
             return self.matrices
-        if piece is not self.prefetching:
+        if chunk is not self.prefetching:
             for name in PROJECTIONS:
-                self._copy(piece, name)
+                self._copy(chunk, name)
         self.stream.join()
-        self.resident, self.matrices, self.prefetching = piece, [], piece.following
+        self.resident, self.matrices, self.prefetching = chunk, [], chunk.following
         for name in PROJECTIONS:
-            self.matrices.append(self._taken(piece, name))
+            self.matrices.append(self._unpack(chunk, name))
             if self.prefetching is not None:
                 self._copy(self.prefetching, name)
         return self.matrices
 
-    def _copy(self, piece: ExpertChunk, name: str) -> None:
-        """Behind what the caller's stream has been given: the buffer may just be read."""
+    def _copy(self, chunk: ExpertChunk, name: str) -> None:
+        """Queues the copy of a projection behind the caller's stream, whose kernels may still read the buffer."""
         self.stream.fork()
-        at = 0
-        for data, _, _ in piece.stretches(name):
-            self.stream.copy(self.raw[name][at : at + data.numel()], data)
-            at += data.numel()
+        offset = 0
+        for data, _, _ in chunk.stretches(name):
+            self.stream.copy(self.raw[name][offset : offset + data.numel()], data)
+            offset += data.numel()
 
-    def _taken(self, piece: ExpertChunk, name: str) -> soa_layout.SoAWeight:
-        held, at = piece.experts.weights[name], 0
-        into = soa_layout.empty(held.qtype, held.n, held.k, piece.count, self.planes[name])
-        for data, begin, groups in piece.stretches(name):
-            unpack(self.raw[name][at : at + data.numel()].view(piece.count, groups, -1), into, begin)
-            at += data.numel()
-        return into
+    def _unpack(self, chunk: ExpertChunk, name: str) -> soa_layout.SoAWeight:
+        """Repacks a projection from the raw buffer into the SoA buffer."""
+        packed, offset = chunk.experts.weights[name], 0
+        target = soa_layout.empty(packed.qtype, packed.n, packed.k, chunk.count, self.planes[name])
+        for data, begin, groups in chunk.stretches(name):
+            unpack(self.raw[name][offset : offset + data.numel()].view(chunk.count, groups, -1), target, begin)
+            offset += data.numel()
+        return target
 
 
-def _pieces(experts: Experts, limit: int) -> Iterator[ExpertChunk]:
+def _chunks_of(experts: Experts, limit: int) -> Iterator[ExpertChunk]:
+    """Splits a layer's experts into chunks of at most `limit` packed bytes."""
     count = experts.num_experts
-    most = max(1, limit * count // max(1, experts.weight_bytes()[0]))
-    for first in range(0, count, most):
-        yield ExpertChunk(experts, first, min(most, count - first))
+    max_experts = max(1, limit * count // max(1, experts.weight_bytes()[0]))
+    for first in range(0, count, max_experts):
+        yield ExpertChunk(experts, first, min(max_experts, count - first))
 
 
-def install(model: Any, wish: object = "auto") -> None:
-    """Lets blocks on GPUs bring their experts from so many tokens on (`auto`: from where that is faster), or never. After everything is ready.
+def install(model: Any, requested: object = "auto") -> None:
+    """Enables expert streaming for the MoE blocks on GPUs whose experts are in CPU memory. Call it after `ready`.
 
-    `auto` on a pretended GPU is never: nothing is faster there. UsageError for another word, DoesNotFit where the buffers do not.
+    Args:
+        model: the loaded model.
+        requested: the minimum number of tokens to stream for; `auto` computes it per layer from the measured PCIe
+            bandwidth and CPU speed (never on a fake GPU, where streaming cannot be faster); `off` disables streaming.
+
+    Raises:
+        UsageError: `requested` is none of these.
+        DoesNotFit: the buffers do not fit on the device and a number of tokens was requested.
     """
-    least = streaming(wish)
+    min_tokens = streaming(requested)
     blocks: dict[Device, list[MoE]] = defaultdict(list)
     for module in model.modules():
         if isinstance(module, MoE) and module.handover is not None and type(module.experts) is Experts:
             blocks[module.placement].extend([module] if module.experts.num_experts else [])
-    if least == 0:
+    if min_tokens == 0:
         return
-    if least is not None and not any(blocks.values()):
-        why = "no layer has its experts on the CPU and its MoE block on a GPU"
-        warnings.warn(f"stream_experts={wish}: {why}; nothing is streamed", stacklevel=3)
-    for device, of in blocks.items():
-        if of and (least is not None or not device.pretended):
-            _install_on(device, of, least)
+    if min_tokens is not None and not any(blocks.values()):
+        reason = "no layer has its experts on the CPU and its MoE block on a GPU"
+        warnings.warn(f"stream_experts={requested}: {reason}; nothing is streamed", stacklevel=3)
+    for device, device_blocks in blocks.items():
+        if device_blocks and (min_tokens is not None or not device.pretended):
+            _install_on(device, device_blocks, min_tokens)
 
 
-def _install_on(device: Device, blocks: Sequence[MoE], least: int | None) -> None:
+def _install_on(device: Device, blocks: Sequence[MoE], min_tokens: int | None) -> None:
     layers = [block.experts for block in blocks]
     try:
         streamer = Streamer(device.torch, layers, _stream(device, layers))
     except torch.OutOfMemoryError:
-        need = 2 * max(
-            sum(piece.nbytes(name) for name in PROJECTIONS) for e in layers for piece in _pieces(e, STREAMED)
+        needed_bytes = 2 * max(
+            sum(chunk.nbytes(name) for name in PROJECTIONS) for e in layers for chunk in _chunks_of(e, STREAMED)
         )
-        what = f"{device}: bringing experts from memory needs {format_bytes(need)} that are not free"
-        if least is not None:
-            raise DoesNotFit(f"{what}; put less on it, or leave --stream-experts at off") from None
-        warnings.warn(f"{what}; the CPU computes them for prompts too", stacklevel=4)
+        message = f"{device}: the buffers for streaming experts need {format_bytes(needed_bytes)} that are not free"
+        if min_tokens is not None:
+            raise DoesNotFit(f"{message}; place fewer modules on it, or set --stream-experts off") from None
+        warnings.warn(f"{message}; the CPU computes the experts in prefill too", stacklevel=4)
         return
-    link = rate = 0.0
-    if least is None:
-        link, rate = (
+    link_gb_s = cpu_gops = 0.0
+    if min_tokens is None:
+        link_gb_s, cpu_gops = (
             microbench.link_bandwidth(device.torch) or microbench.DEFAULT_PCIE_GB_S,
             microbench.prompt_rate(layers[0].weights["up_proj"].qtype),
         )
     for block in blocks:
         if block.experts.on_gpu is None:
             block.experts.chosen = torch.zeros(block.experts.total, dtype=torch.int64, device=device.torch)
-        block.streamer, block.streamed_from = streamer, least or _pays_from(block.experts, link, rate)
+        block.streamer, block.streamed_from = streamer, min_tokens or _min_tokens(block.experts, link_gb_s, cpu_gops)
 
 
-def _pays_from(experts: Experts, link: float, rate: float) -> int:
-    return microbench.min_tokens_to_stream(experts.weight_bytes()[0], experts.weights_per_token(), link, rate)
+def _min_tokens(experts: Experts, link_gb_s: float, cpu_gops: float) -> int:
+    """Returns the number of tokens from which streaming a layer is faster than computing it on the CPU."""
+    return microbench.min_tokens_to_stream(experts.weight_bytes()[0], experts.weights_per_token(), link_gb_s, cpu_gops)
 
 
 def _stream(device: Device, layers: Sequence[Experts]) -> Stream:
-    """CUDA's, where the weights' memory can be pinned as it stands; else a thread copies what it can without."""
+    """Returns a CUDA stream where the weights' memory can be pinned in place, else a thread that copies unpinned."""
     launch = host_functions() if device.torch.type == "cuda" else None
     if launch is None or not all(_pinned(w) for experts in layers for w in experts.weights.values()):
         return ThreadStream(device.torch)
     return CudaStream(device.torch, launch)
 
 
-def _pinned(held: cpu.Packed) -> bool:
-    """Pins packed weights where they are. Not those of a mapped file: they move to memory of their own behind the model's back (kernels/kept.py)."""
-    if held.data.untyped_storage().nbytes() != held.nbytes:
+def _pinned(packed: cpu.Packed) -> bool:
+    """Pins packed weights in place and returns whether that succeeded.
+
+    Weights in a mapped file are not pinned, because kernels/packed_cache.py moves them to anonymous memory in the
+    background.
+    """
+    if packed.data.untyped_storage().nbytes() != packed.nbytes:
         return False
-    end = pin(held.data)
-    if end is None:
+    unpin = pin(packed.data)
+    if unpin is None:
         return False
-    weakref.finalize(held, end).atexit = False  # before its memory is given back
+    weakref.finalize(packed, unpin).atexit = False  # unpins before the memory is freed
     return True

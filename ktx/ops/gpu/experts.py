@@ -19,22 +19,22 @@ from ktx.weights.base import WeightSource
 
 
 class Experts(experts.Experts):
-    """As on the CPU, with the weights on the device."""
+    """GPU version of ktx.ops.experts.Experts, with the weights on the device."""
 
     weights: dict[str, Any]
 
     def load(self, source: WeightSource) -> None:
         for name in self.projections if self.num_experts else ():
-            full = f"{self.path}.{name}"
-            self.weights[name] = self._pack(source, full)
-            source.release([full])
+            path = f"{self.path}.{name}"
+            self.weights[name] = self._pack(source, path)
+            source.release([path])
             if self.has_bias:
-                self.biases[name] = self._bias(source, full).to(self.placement.torch)
+                self.biases[name] = self._bias(source, path).to(self.placement.torch)
         self._complete()
 
-    def _pack(self, source: WeightSource, full: str) -> Any:
+    def _pack(self, source: WeightSource, path: str) -> Any:
         pack = partial(linear.pack_experts, device=self.placement.torch)
-        return packed_as(self._held(source.parts(full)), self.quant_target, pack)
+        return packed_as(self._held(source.parts(path)), self.quant_target, pack)
 
     def ready(self) -> None:
         self.chosen = torch.zeros(self.total, dtype=torch.int64, device=self.placement.torch)
@@ -47,17 +47,29 @@ class Experts(experts.Experts):
         ids, weights = ids.to(torch.int64), weights.to(torch.float32)
         matrices = [self.weights[name] for name in PROJECTIONS]
         biases = [self.biases[name] for name in PROJECTIONS]
-        return computed(self.gate, (hidden, ids, weights), matrices, biases, self.first, self.chosen)
+        return run_experts(self.gate, (hidden, ids, weights), matrices, biases, self.first, self.chosen)
 
 
-def computed(
+def run_experts(
     gate: Activation,
-    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     matrices: Sequence[SoAWeight],
     biases: Sequence[torch.Tensor | None],
     first: int,
     chosen: torch.Tensor | None,
 ) -> torch.Tensor:
-    """What the experts from `first` on make of `given` (hidden states, ids, weights): matrices and biases are gate's, up's and down's."""
+    """Runs the fused experts kernel of the GPU.
+
+    Args:
+        gate: the activation between the projections.
+        inputs: hidden states [tokens, D], expert ids int64 [tokens, K] and routing weights f32 [tokens, K].
+        matrices: packed weights of gate, up and down projection.
+        biases: their biases, or None.
+        first: id of the expert at index 0 of the matrices; tokens of other experts are skipped.
+        chosen: int64 counts of tokens per expert of the layer, incremented by the kernel; None: not counted.
+
+    Returns:
+        [tokens, D].
+    """
     (w_gate, w_up, w_down), (b_gate, b_up, b_down) = matrices, biases
-    return moe.experts(*given, w_gate, w_up, w_down, b_gate, b_up, b_down, *gate, first, chosen)
+    return moe.experts(*inputs, w_gate, w_up, w_down, b_gate, b_up, b_down, *gate, first, chosen)

@@ -1,7 +1,8 @@
-"""Keys and values of a forward's sequences as the attention kernels of a GPU read them: pools of pages, whichever cache they are in.
+"""Views any KV cache as the pools of pages that the GPU attention kernels read.
 
-A cache that grows has a buffer [batch, heads, capacity, columns] a layer. A head's positions lie one after another there, so the buffer is
-a pool of pages as it stands: those of a sequence follow each other, and the heads of a page are `capacity` positions apart.
+A growing cache has a buffer [batch, heads, capacity, columns] per layer. The positions of a head are contiguous, so the
+buffer is viewed as a pool of pages without a copy: a sequence's pages are consecutive, and the heads of a page are
+`capacity` positions apart.
 """
 
 from __future__ import annotations
@@ -21,72 +22,94 @@ from ktx.kernels.gpu.split_kv import Shape, tiles_for
 from ktx.ops.fusion.fused import float_type, window_of
 from ktx.ops.masks import Intervals, ranges_of
 
-Row = tuple[int, int, int]  # a sequence's first token in the forward, its tokens, its keys with these
+Row = tuple[int, int, int]  # per sequence: index of its first token in the forward, number of tokens, number of keys
 
 
 @dataclass(frozen=True)
 class PagedView:
-    """Two pools [pages, heads, PAGE, columns] and whose tokens are where: `rows` on the host, `tables` on the device.
+    """Keys and values of a forward's sequences in pages.
 
-    `wholes`, of each sequence: after how many of its tokens whole pages of a prompt begin, and how many tokens these are.
+    Attributes:
+        pools: keys and values [pages, heads, PAGE_TOKENS, columns].
+        rows: the sequences' tokens and keys, on the host.
+        tables: the same and the page tables, on the device.
+        window: sliding window in tokens; 0: none.
+        full_pages: per sequence, the number of tokens before the full pages of a prompt, and the number of tokens in
+            them.
     """
 
     pools: tuple[torch.Tensor, torch.Tensor]
     rows: Sequence[Row]
     tables: PageTables
     window: int = 0
-    wholes: tuple[tuple[int, int], ...] = ()
+    full_pages: tuple[tuple[int, int], ...] = ()
 
     def plan(self, kernels: Kernels, shape: Shape, dtype: torch.dtype) -> Any:
-        """Who attends to what, for queries of a type; made by the first layer of a kind, for all of them."""
-        return planned(kernels, self.tables, [count for _, count, _ in self.rows], shape, dtype, self.window)
+        """Returns the kernels' plan for queries of `dtype`; the first layer of a kind builds it for all others."""
+        return cached_plan(kernels, self.tables, [count for _, count, _ in self.rows], shape, dtype, self.window)
 
 
-def planned(
+def cached_plan(
     kernels: Kernels, tables: PageTables, counts: Sequence[int], shape: Shape, dtype: torch.dtype, window: int = 0
 ) -> Any:
-    """The kernels' plan for the sequences of some tables, made once."""
-    made, exact = tables.plans, dtype is torch.float32
-    work, plan = (kernels.name, shape, exact), (kernels.name, shape, exact, window)
-    if work not in tables.works:
-        tiles, scratch = tiles_for(shape.key_columns, shape.latent, exact), tables.scratch.get(work)
-        found = kernels.work(counts, shape, tables.sequences.device, tiles=tiles, scratch=scratch)
-        tables.works[work], tables.scratch[work] = found, found.scratch
-    if plan not in made:
-        made[plan] = tables.works[work].plan(tables.sequences, tables.pages, window)
-    return made[plan]
+    """Returns the kernels' plan for the sequences of `tables`, cached there with its schedule and scratch."""
+    plans, exact = tables.plans, dtype is torch.float32
+    work_key, plan_key = (kernels.name, shape, exact), (kernels.name, shape, exact, window)
+    if work_key not in tables.works:
+        tiles, scratch = tiles_for(shape.key_columns, shape.latent, exact), tables.scratch.get(work_key)
+        schedule = kernels.work(counts, shape, tables.sequences.device, tiles=tiles, scratch=scratch)
+        tables.works[work_key], tables.scratch[work_key] = schedule, schedule.scratch
+    if plan_key not in plans:
+        plans[plan_key] = tables.works[work_key].plan(tables.sequences, tables.pages, window)
+    return plans[plan_key]
 
 
-def room_for(
+def reserve_kv(
     owner: Any, cache: Any, hidden: torch.Tensor, heads: int, columns: tuple[int, int], mask: torch.Tensor | None
 ) -> PagedView | None:
-    """Room for the tokens of hidden [B, S, D] in the cache's layer for `owner`, an attention module, that the caller fills.
+    """Reserves slots in the cache for the keys and values of hidden [B, S, D]; the caller writes them.
 
-    None where the layer is no such, or what the tokens see is nothing that the kernels know.
+    Args:
+        owner: the attention module; its `layer_idx` selects the cache's layer.
+        cache: a paged or growing cache, or any other.
+        hidden: the tokens' hidden states.
+        heads: number of KV heads.
+        columns: columns of a key and of a value.
+        mask: transformers' attention mask.
+
+    Returns:
+        The view, or None where the layer is of another kind or shape, or the mask is not one that the kernels support.
     """
-    layer = settled(cache, owner.layer_idx)
-    kept, device, (sequences, new) = float_type(owner.kv_dtype, hidden.dtype), hidden.device, hidden.shape[:2]
+    layer = layer_in_floats(cache, owner.layer_idx)
+    stored_dtype, device, (sequences, num_new) = (
+        float_type(owner.kv_dtype, hidden.dtype),
+        hidden.device,
+        hidden.shape[:2],
+    )
     pages = paged(cache, owner.layer_idx)
     if pages is not None:
         batch = pages.owner.batch
-        if batch is None or not pages.fits(heads, columns, kept, device):
+        if batch is None or not pages.fits(heads, columns, stored_dtype, device):
             return None
         pages.owner.check_cancelled()
-        return of_batch(batch, (pages.buffers[0], pages.buffers[1]), window_of(owner))
+        return view_of_batch(batch, (pages.buffers[0], pages.buffers[1]), window_of(owner))
     layer = growing(cache, owner.layer_idx)
-    if layer is None or not layer.fits(sequences, heads, columns, kept, device):
+    if layer is None or not layer.fits(sequences, heads, columns, stored_dtype, device):
         return None
-    known = seen(mask, sequences, new, layer.length + new)
-    if known is None or set(known.keys) != {layer.length + new}:
+    spec = causal_spec(mask, sequences, num_new, layer.length + num_new)
+    if spec is None or set(spec.keys) != {layer.length + num_new}:
         return None
-    layer.reserve(new)
-    layer.length += new
+    layer.reserve(num_new)
+    layer.length += num_new
     keys, values = layer.buffers
-    return _grown(keys, values, new, known, mask)
+    return _view_of_buffers(keys, values, num_new, spec, mask)
 
 
-def settled(cache: Any, index: int) -> Any:
-    """A cache's layer, told before it is filled that there are no blocks of Q8_0 on a GPU; None if it has none."""
+def layer_in_floats(cache: Any, index: int) -> Any:
+    """Returns a cache's layer, set to store floats because GPU kernels read no Q8_0 blocks; None if there is none.
+
+    Call it before the layer is filled.
+    """
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
     if layer is not None and hasattr(layer, "keep_floats"):
@@ -94,97 +117,115 @@ def settled(cache: Any, index: int) -> Any:
     return layer
 
 
-def of_batch(batch: BatchMetadata, pools: tuple[torch.Tensor, torch.Tensor], window: int) -> PagedView:
-    """The pools of a paged cache."""
-    wholes = tuple((span.lead_tokens, span.full_page_tokens) for span in batch.spans)
-    return PagedView(pools, batch.rows, batch.on(pools[0].device), window, wholes)
+def view_of_batch(batch: BatchMetadata, pools: tuple[torch.Tensor, torch.Tensor], window: int) -> PagedView:
+    """Views the pools of a paged cache."""
+    full_pages = tuple((span.lead_tokens, span.full_page_tokens) for span in batch.spans)
+    return PagedView(pools, batch.rows, batch.on(pools[0].device), window, full_pages)
 
 
-def of_states(keys: torch.Tensor, values: torch.Tensor, new: int, mask: torch.Tensor | None) -> PagedView | None:
-    """Of keys and values [B, heads, T, columns] as any cache returned them, or none; copied where they are no whole pages."""
-    known = seen(mask, len(keys), new, keys.shape[2])
-    if known is None:
+def view_of_states(
+    keys: torch.Tensor, values: torch.Tensor, num_new: int, mask: torch.Tensor | None
+) -> PagedView | None:
+    """Views keys and values [B, heads, T, columns], from any cache or from none.
+
+    They are copied where their memory is not made of full pages. None for a mask that the kernels do not support.
+    """
+    spec = causal_spec(mask, len(keys), num_new, keys.shape[2])
+    if spec is None:
         return None
     capacity = _capacity(keys)
     if not capacity or capacity != _capacity(values):
         keys, values = (F.pad(x, (0, 0, 0, -x.shape[2] % PAGE_TOKENS)) for x in (keys, values))
         capacity = keys.shape[2]
-    return _grown(_whole(keys, capacity), _whole(values, capacity), new, known, mask)
+    return _view_of_buffers(_full_buffer(keys, capacity), _full_buffer(values, capacity), num_new, spec, mask)
 
 
 @dataclass(frozen=True)
 class CausalSpec:
-    """A causal mask in numbers: the keys of each sequence, and how many of them a token sees (0: all up to itself)."""
+    """A causal mask as integers: the number of keys of each sequence, and the sliding window in tokens (0: none)."""
 
     keys: tuple[int, ...]
     window: int = 0
 
 
-def seen(mask: torch.Tensor | None, batch: int, new: int, keys: int) -> CausalSpec | None:
-    """What transformers' mask for `new` tokens of each sequence says; None where that is no causal mask (padding, holes)."""
+def causal_spec(mask: torch.Tensor | None, batch: int, num_new: int, num_keys: int) -> CausalSpec | None:
+    """Parses transformers' mask for `num_new` tokens of each sequence; None if it is not causal (padding, holes)."""
     if mask is None:
-        return CausalSpec((keys,) * batch) if new in (1, keys) else None
+        return CausalSpec((num_keys,) * batch) if num_new in (1, num_keys) else None
     ranges = ranges_of(mask)
-    if ranges is None or (isinstance(mask, Intervals) and mask.shape[3] != keys):
+    if ranges is None or (isinstance(mask, Intervals) and mask.shape[3] != num_keys):
         return None
     if not hasattr(mask, "ktx_seen"):  # one mask serves many layers
-        mask.ktx_seen = _read(ranges.cpu())  # type: ignore[attr-defined]
-    known: CausalSpec | None = mask.ktx_seen  # type: ignore[attr-defined]
-    return known if known is None or len(known.keys) == batch else CausalSpec(known.keys * batch, known.window)
+        mask.ktx_seen = _spec_of_ranges(ranges.cpu())  # type: ignore[attr-defined]
+    spec: CausalSpec | None = mask.ktx_seen  # type: ignore[attr-defined]
+    return spec if spec is None or len(spec.keys) == batch else CausalSpec(spec.keys * batch, spec.window)
 
 
-def _read(ranges: torch.Tensor) -> CausalSpec | None:
+def _spec_of_ranges(ranges: torch.Tensor) -> CausalSpec | None:
+    """Parses visible key ranges int32 [B, S, 2]."""
     begin, end = ranges.unbind(-1)  # int32 [B, S]
-    last, new = end[:, -1:], end.shape[1]
-    if not torch.equal(end, last + torch.arange(1 - new, 1, dtype=end.dtype)) or int(end.min()) < 1:
+    last, num_new = end[:, -1:], end.shape[1]
+    if not torch.equal(end, last + torch.arange(1 - num_new, 1, dtype=end.dtype)) or int(end.min()) < 1:
         return None
-    short = begin > 0
-    window = int((end - begin)[short][0]) if bool(short.any()) else 0
+    limited = begin > 0
+    window = int((end - begin)[limited][0]) if bool(limited.any()) else 0
     if window and not torch.equal(begin, (end - window).clamp(min=0)):
         return None
     return CausalSpec(tuple(last[:, 0].tolist()), window)
 
 
 def _capacity(x: torch.Tensor) -> int:
-    """Positions from one head of [B, heads, T, columns] to the next, if they are whole pages of one piece of memory; else 0."""
+    """Returns the positions from one head of [B, heads, T, columns] to the next; 0 if these are not full pages.
+
+    The pages must be inside the tensor's storage.
+    """
     batch, heads, length, columns = x.shape
-    apart = (
+    stride = (
         x.stride(1) if heads > 1 else x.stride(0) if batch > 1 else -(-length // PAGE_TOKENS) * PAGE_TOKENS * columns
     )
-    dense = x.stride(3) == 1 and x.stride(2) == columns and (batch == 1 or x.stride(0) == heads * apart)
-    held = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
-    return apart // columns if dense and apart % (PAGE_TOKENS * columns) == 0 and batch * heads * apart <= held else 0
+    dense = x.stride(3) == 1 and x.stride(2) == columns and (batch == 1 or x.stride(0) == heads * stride)
+    available = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return (
+        stride // columns
+        if dense and stride % (PAGE_TOKENS * columns) == 0 and batch * heads * stride <= available
+        else 0
+    )
 
 
-def _whole(x: torch.Tensor, capacity: int) -> torch.Tensor:
+def _full_buffer(x: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Extends a tensor to its buffer [B, heads, capacity, columns], without a copy."""
     batch, heads, _, columns = x.shape
-    each = capacity * columns
-    return x.as_strided((batch, heads, capacity, columns), (heads * each, each, columns, 1))
+    head_size = capacity * columns
+    return x.as_strided((batch, heads, capacity, columns), (heads * head_size, head_size, columns, 1))
 
 
-def _grown(
-    keys: torch.Tensor, values: torch.Tensor, new: int, known: CausalSpec, mask: torch.Tensor | None
+def _view_of_buffers(
+    keys: torch.Tensor, values: torch.Tensor, num_new: int, spec: CausalSpec, mask: torch.Tensor | None
 ) -> PagedView:
-    """Of two buffers [B, heads, capacity, columns] that hold the sequences' keys, of which the last `new` are the tokens'."""
+    """Views two buffers [B, heads, capacity, columns] whose last `num_new` keys per sequence are the forward's."""
     batch, heads, capacity, _ = keys.shape
-    rows = [(b * new, new, count) for b, count in enumerate(known.keys)]
-    kind = keys.device, heads * capacity // PAGE_TOKENS
-    made: dict[Any, PageTables] = {}
+    rows = [(b * num_new, num_new, count) for b, count in enumerate(spec.keys)]
+    key = keys.device, heads * capacity // PAGE_TOKENS
+    cached: dict[Any, PageTables] = {}
     if mask is not None:
-        made = mask.__dict__.setdefault("ktx_tables", made)
-    if kind not in made:
-        made[kind] = _tables(known.keys, new, kind[1]).to(keys.device)
-    wholes = tuple(_pages_of_prompt(count - new, new) for count in known.keys)
-    return PagedView((_pool(keys), _pool(values)), rows, made[kind], known.window, wholes)
+        cached = mask.__dict__.setdefault("ktx_tables", cached)
+    if key not in cached:
+        cached[key] = _tables(spec.keys, num_new, key[1]).to(keys.device)
+    full_pages = tuple(_full_pages(count - num_new, num_new) for count in spec.keys)
+    return PagedView((_pool(keys), _pool(values)), rows, cached[key], spec.window, full_pages)
 
 
-def _pages_of_prompt(past: int, new: int) -> tuple[int, int]:
-    """Without an engine that knows what is a prompt: whole pages of a call's tokens, behind those that fill up a page."""
-    lead = min(new, -past % PAGE_TOKENS)
-    return lead, (new - lead) // PAGE_TOKENS * PAGE_TOKENS
+def _full_pages(past: int, num_new: int) -> tuple[int, int]:
+    """Returns the tokens before the first full page and the tokens in full pages, for a call without an engine.
+
+    Only an engine knows which tokens are a prompt; here all tokens of a call count as one.
+    """
+    lead = min(num_new, -past % PAGE_TOKENS)
+    return lead, (num_new - lead) // PAGE_TOKENS * PAGE_TOKENS
 
 
 def _pool(buffer: torch.Tensor) -> torch.Tensor:
+    """Views a buffer [B, heads, capacity, columns] as pages [pages, heads, PAGE_TOKENS, columns]."""
     batch, heads, capacity, columns = buffer.shape
     pages = ((batch - 1) * heads + 1) * capacity // PAGE_TOKENS
     return buffer.as_strided(
@@ -192,11 +233,11 @@ def _pool(buffer: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _tables(keys: Sequence[int], new: int, apart: int) -> PageTables:
-    """`apart`: pages from one sequence's first to the next one's."""
-    batch = len(keys)
-    first, ends = torch.arange(batch)[:, None] * apart, torch.tensor(keys)
-    pages = first + torch.arange(-(-max(keys) // PAGE_TOKENS))
-    slots = first * PAGE_TOKENS + ends[:, None] + torch.arange(-new, 0)
-    sequences = torch.stack([torch.arange(batch) * new, torch.full((batch,), new), ends], 1)
+def _tables(num_keys: Sequence[int], num_new: int, stride_pages: int) -> PageTables:
+    """Builds page tables on the CPU; `stride_pages` is the distance of two sequences' first pages."""
+    batch = len(num_keys)
+    first, ends = torch.arange(batch)[:, None] * stride_pages, torch.tensor(num_keys)
+    pages = first + torch.arange(-(-max(num_keys) // PAGE_TOKENS))
+    slots = first * PAGE_TOKENS + ends[:, None] + torch.arange(-num_new, 0)
+    sequences = torch.stack([torch.arange(batch) * num_new, torch.full((batch,), num_new), ends], 1)
     return PageTables(sequences, pages.int(), slots.flatten())

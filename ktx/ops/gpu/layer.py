@@ -6,7 +6,10 @@ from ktx.ops.fusion import layer
 
 
 class Layer(layer.Layer):
-    """transformers' own forward, child by child: what the CPU's joins saves nothing where launches run ahead of the device."""
+    """Runs transformers' forward, child by child.
+
+    Fusing a layer's calls, as on the CPU, saves nothing here because kernel launches run ahead of the device.
+    """
 
     def ready(self) -> None:
         self.block = None

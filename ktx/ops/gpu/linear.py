@@ -17,12 +17,12 @@ from ktx.weights.base import QuantizedTensor, WeightSource
 
 
 class Linear(linear.Linear):
-    """As on the CPU; the parts lie on the device in planes."""
+    """GPU version of ktx.ops.linear.Linear; the parts are on the device in SoA layout."""
 
     parts: list[Any]
 
     def load(self, source: WeightSource) -> None:
-        if not self.parts:  # a tied output layer is given the embedding's
+        if not self.parts:  # a tied output layer already has the embedding's
             pack = partial(gpu_linear.pack, device=self.placement.torch)
             self.parts = [packed_as(part, self.quant_target, pack) for part in source.parts(self.tensors()[0])]
         self.load_bias(source)
@@ -36,8 +36,8 @@ class Linear(linear.Linear):
         return y if bias is None else (y.float() + bias).to(y.dtype)
 
     def rows(self) -> Floats:
-        whole = lambda first, last: self._floats()[first:last]  # noqa: E731
-        return Floats((self.out_features, self.in_features), whole, id(self.parts[0]))
+        read = lambda first, last: self._floats()[first:last]  # noqa: E731
+        return Floats((self.out_features, self.in_features), read, id(self.parts[0]))
 
     def _floats(self) -> torch.Tensor:
         return torch.cat([gpu_linear.dequantize(part, torch.float32) for part in self.parts]).cpu()

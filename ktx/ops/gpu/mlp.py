@@ -10,7 +10,7 @@ from ktx.ops.guard import Inside
 
 
 class MLP(mlp.MLP):
-    """As on the CPU, projection by projection."""
+    """GPU version of ktx.ops.mlp.MLP: one kernel per projection."""
 
     def ready(self) -> None:
         self.inside = Inside.of(self)

@@ -1,4 +1,4 @@
-"""The mixture-of-experts block on a GPU, with its experts there, in the CPU's memory, or some here and some there."""
+"""The MoE block on a GPU, with its experts on the GPU, in CPU memory, or split between both."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ if TYPE_CHECKING:
 
 
 class PendingMoE(NamedTuple):
-    """What the device makes of the chosen experts, and what the CPU is asked to."""
+    """Routed experts in flight: the output [tokens, D] of those on the GPU, and the pending job of those on the CPU."""
 
     here: torch.Tensor | None
     there: Pending | None
 
 
 class MoE(moe.MoE):
-    """As on the CPU. Experts that stayed there are computed while the device computes its own, and the shared ones."""
+    """GPU version of ktx.ops.moe.MoE.
+
+    The CPU computes its experts while the device computes its own and the shared experts.
+    """
 
     handover: ExpertOffload | None
     streamer: Streamer | None  # see ktx.ops.gpu.expert_streaming
-    streamed_from: int
+    streamed_from: int  # minimum number of tokens to stream experts for
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> moe.MoE:
@@ -45,37 +48,41 @@ class MoE(moe.MoE):
 
     @property
     def apart(self) -> bool:
-        """Whether the experts stayed with the CPU."""
+        """Whether the experts are in CPU memory."""
         return isinstance(self.experts, experts.Experts) and not isinstance(self.experts, Experts)
 
     def begin(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
         if self.handover is None:
             return super().begin(flat, ids, weights)
-        share, there, brought = self.experts.on_gpu, None, None
+        gpu_experts, pending, streamed = self.experts.on_gpu, None, None
         if self.streams(flat):
             assert self.streamer is not None
-            brought = self.streamer(self.experts, flat, ids, weights)
+            streamed = self.streamer(self.experts, flat, ids, weights)
         elif self.experts.num_experts:
-            there = self.handover.submit(self.experts, flat, ids, weights)
-        here = None if share is None else share(flat, ids, weights)
-        return PendingMoE(here if brought is None else brought if here is None else brought + here, there)
+            pending = self.handover.submit(self.experts, flat, ids, weights)
+        out = None if gpu_experts is None else gpu_experts(flat, ids, weights)
+        return PendingMoE(out if streamed is None else streamed if out is None else streamed + out, pending)
 
     def streams(self, flat: torch.Tensor) -> bool:
-        """Whether the CPU's experts come here for these tokens. Not where somebody listens to them, and not in a step that becomes a graph, which could not tell what came before."""
+        """Whether to stream the CPU's experts to the GPU for these tokens.
+
+        Never if the experts have forward hooks, which must run, nor in a step captured as a CUDA graph, because a
+        graph cannot depend on which chunk is resident.
+        """
         if self.streamer is None or len(flat) < self.streamed_from or padding.count() is not None:
             return False
         return not (self.experts._forward_hooks or self.experts._forward_pre_hooks)
 
-    def end(self, under_way: Any) -> torch.Tensor:
+    def end(self, started: Any) -> torch.Tensor:
         if self.handover is None:
-            return super().end(under_way)
-        here, there = under_way
-        if there is None:
-            return here
-        out = self.handover.result(there)
-        return out if here is None else out + here
+            return super().end(started)
+        gpu_out, pending = started
+        if pending is None:
+            return gpu_out
+        cpu_out = self.handover.result(pending)
+        return cpu_out if gpu_out is None else cpu_out + gpu_out
 
 
 def hand_over(model: Any) -> None:
-    """Gives all blocks of a model whose experts stayed with the CPU a way to them. After everything is ready."""
+    """Installs expert offload on all MoE blocks of a model whose experts are in CPU memory. Call it after `ready`."""
     install(model, [module for module in model.modules() if isinstance(module, MoE) and module.apart])

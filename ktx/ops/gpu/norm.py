@@ -10,7 +10,7 @@ from ktx.ops import norm
 
 
 class RMSNorm(norm.RMSNorm):
-    """As on the CPU, in one launch."""
+    """GPU version of ktx.ops.norm.RMSNorm, one launch."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         none_on_gpu("RMSNorm", self.weight)

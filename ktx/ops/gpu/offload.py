@@ -1,9 +1,10 @@
-"""Experts in the CPU's memory for a layer on a GPU: what goes over, and in which order.
+"""Offload of experts from a layer on a GPU to CPU memory: the transfers and their order.
 
-Hidden states, choices and weights are copied to pinned buffers, the CPU's kernel is started, the GPU goes on (with the shared experts), and what
-the kernel made is fetched where it is needed. All of it is given to a stream of its own beside the caller's, and nothing in Python
-waits: `submit` and `sync` are host functions on that stream (cudaLaunchHostFunc, found in the libcudart that torch has loaded), so a CUDA graph may hold them.
-Without that function, and where a GPU is only pretended, a thread does in the same order what the stream would.
+Hidden states, expert ids and routing weights are copied to pinned buffers, the CPU kernel is started, the GPU continues
+with the shared experts, and the kernel's output is copied back where it is needed. All of this is queued on a side
+stream, and Python does not wait: `submit` and `sync` are host functions on that stream (cudaLaunchHostFunc, found in
+the libcudart that torch has loaded), so a CUDA graph can capture them. Without that function, and on a fake GPU, a
+thread does the same work in the same order.
 """
 
 from __future__ import annotations
@@ -25,27 +26,32 @@ from ktx.ops.gpu import padding
 from ktx.ops.gpu.streams import CudaStream, ThreadStream, host_functions
 from ktx.utils.fork_handlers import Renewed, Threads
 
-SLOTS = 2  # sets of buffers: one is filled while another's result may still be on its way
+SLOTS = 2  # sets of buffers: one is filled while the result of the other may still be in flight
 
 
 class Stream(Protocol):
-    """Work in the order in which it is given, beside the caller's."""
+    """A queue of work in order, concurrent to the caller's stream."""
 
     def fork(self) -> None:
-        """What follows waits for what the caller's stream has been given."""
+        """Makes the work that follows wait for all work queued on the caller's stream."""
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        """From the device or to it."""
+        """Queues a copy from the device or to it."""
 
     def call(self, function: Callable[[], None]) -> None:
-        """Runs on the CPU when its turn has come."""
+        """Queues a function, which runs on the CPU."""
 
     def join(self) -> None:
-        """What the caller's stream is given from now on waits for all of this."""
+        """Makes work queued on the caller's stream from now on wait for all work of this stream."""
 
 
 class PinnedBuffers:
-    """Buffers in the CPU's memory that both sides see, as large as was needed so far."""
+    """Buffers in CPU memory for one job; they grow on demand.
+
+    Attributes:
+        pinned: whether the memory is pinned.
+        job: the job that uses the buffers; None when its result has been fetched.
+    """
 
     def __init__(self, pinned: bool):
         self.pinned, self.buffers, self.job = pinned, dict[str, torch.Tensor](), None
@@ -53,19 +59,31 @@ class PinnedBuffers:
     job: Job | None
 
     def part(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """The buffer of a name for a tensor of this shape [tokens, columns] and type."""
-        held = self.buffers.get(name)
-        if held is None or held.dtype is not like.dtype or held.shape[1] != like.shape[1] or len(held) < len(like):
-            with torch.inference_mode(False):  # who writes it next may not be in that mode
-                held = torch.empty(like.shape, dtype=like.dtype, pin_memory=self.pinned)
-            self.buffers[name] = held
-        return held[: len(like)]
+        """Returns the buffer of a name for a tensor of the shape [tokens, columns] and dtype of `like`."""
+        buffer = self.buffers.get(name)
+        if (
+            buffer is None
+            or buffer.dtype is not like.dtype
+            or buffer.shape[1] != like.shape[1]
+            or len(buffer) < len(like)
+        ):
+            with torch.inference_mode(False):  # the next writer may run outside inference mode
+                buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=self.pinned)
+            self.buffers[name] = buffer
+        return buffer[: len(like)]
 
 
 @dataclass
 class Job:
-    """One call of the experts; a CUDA graph starts it again and again. `rows` are those the caller's forward computes wide, see cpu.wide_rows;
-    `count` says at each start how many of all rows, the first ones, are tokens, where not all are.
+    """One call of the experts on the CPU; a CUDA graph starts it at each replay.
+
+    Attributes:
+        owner: receives the errors and the timing.
+        experts: callable (hidden, ids, weights) -> hidden.
+        inputs: hidden states, ids and weights in pinned memory.
+        out: the output [rows, D] in pinned memory.
+        rows: the rows that the caller's forward computes in bf16, see cpu.bf16_rows.
+        count: int64 [1], read at each start: the number of leading rows that are tokens; None: all are.
     """
 
     owner: ExpertOffload
@@ -79,18 +97,19 @@ class Job:
         self.done = threading.Event()
 
     def submit(self) -> None:
-        """Hands the work to the CPU's thread and returns."""
+        """Submits the call to the worker thread and returns."""
         self.done.clear()
         self.owner.worker.submit(self.run)
 
     def run(self) -> None:
+        """Computes the experts; on an error the output is NaN and the error is stored in the owner."""
         self.owner.count_waiting(self.experts)
         try:
-            real = len(self.out) if self.count is None else int(self.count)
+            num_tokens = len(self.out) if self.count is None else int(self.count)
             with torch.inference_mode(), cpu.bf16_rows(*self.rows):
-                self.out[:real].copy_(self.experts(*(part[:real] for part in self.inputs)))
-                self.out[real:].zero_()
-        except BaseException as error:  # whoever waits has to be let go, and told
+                self.out[:num_tokens].copy_(self.experts(*(tensor[:num_tokens] for tensor in self.inputs)))
+                self.out[num_tokens:].zero_()
+        except BaseException as error:  # the waiting side must be released, and raises it in `check`
             self.owner.errors.append(error)
             self.out.fill_(torch.nan)
         finally:
@@ -98,13 +117,13 @@ class Job:
             self.done.set()
 
     def sync(self) -> None:
-        """Waits until the work is done."""
+        """Waits until the call is done."""
         self.done.wait()
 
 
 @dataclass
 class Pending:
-    """What `submit` gives and `result` takes."""
+    """A submitted job: returned by `ExpertOffload.submit`, taken by `ExpertOffload.result`."""
 
     slot: PinnedBuffers
     job: Job
@@ -112,7 +131,12 @@ class Pending:
 
 
 class ExpertOffload(Renewed):
-    """The way from one device to the CPU's experts and back; all layers of a model that are on the device share it."""
+    """Runs experts on the CPU for the layers of a model that are on one device; all these layers share it.
+
+    Args:
+        stream: the side stream of copies and host functions.
+        pinned: whether buffers are pinned.
+    """
 
     def __init__(self, stream: Stream, pinned: bool = False):
         self.stream, self.pinned = stream, pinned
@@ -123,22 +147,29 @@ class ExpertOffload(Renewed):
         self.all_slots = [PinnedBuffers(self.pinned) for _ in range(SLOTS)]
         self.slots = itertools.cycle(self.all_slots)
         self.errors: list[BaseException] = []
-        self.layer, self.ended = -1, 0.0  # the last that the CPU worked for, and when it was done
+        self.layer, self.ended = -1, 0.0  # index of the last layer computed on the CPU, and the time when it ended
 
     def count_waiting(self, experts: Any) -> None:
-        """Adds the time since a layer further up was done to what these experts have waited for the device; between two forwards nobody waits."""
+        """Adds the time since an earlier layer of the forward ended to `experts.waited`, the wait for the device.
+
+        The time between two forwards is not counted.
+        """
         number = re.search(r"\.(\d+)\.", getattr(experts, "path", ""))
         before, self.layer = self.layer, int(number[1]) if number else -1
         if 0 <= before < self.layer:
             experts.waited += time.perf_counter() - self.ended
 
     def submit(self, experts: Any, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Pending:
-        """flat [tokens, D], ids and weights [tokens, K] on the device set off; raises what went wrong since it was last asked."""
+        """Queues the experts' computation of flat [tokens, D] with ids and weights [tokens, K], all on the device.
+
+        Raises:
+            BaseException: the first error of an earlier job that was not raised yet.
+        """
         none_on_gpu("MoE", flat, weights)
         self.check()
         slot, stream = next(self.slots), self.stream
         stream.fork()
-        if slot.job is not None:  # whose result nobody came for
+        if slot.job is not None:  # its result was not fetched
             stream.call(slot.job.sync)
         sources = {"hidden": flat, "ids": ids, "weights": weights}
         inputs = tuple(slot.part(name, source) for name, source in sources.items())
@@ -148,54 +179,61 @@ class ExpertOffload(Renewed):
         stream.call(slot.job.submit)
         return Pending(slot, slot.job, flat)
 
-    def result(self, under_way: Pending) -> torch.Tensor:
-        """[tokens, D] on the device. An error in the experts is raised here if this has to wait for them, else by the next `check`."""
-        out = torch.empty_like(under_way.like)
-        self.stream.call(under_way.job.sync)
-        self.stream.copy(out, under_way.job.out)
+    def result(self, pending: Pending) -> torch.Tensor:
+        """Returns the job's output [tokens, D] on the device.
+
+        Raises:
+            BaseException: an error of the experts, if the stream waits for them; otherwise the next `check` raises it.
+        """
+        out = torch.empty_like(pending.like)
+        self.stream.call(pending.job.sync)
+        self.stream.copy(out, pending.job.out)
         self.stream.join()
-        under_way.slot.job = None
+        pending.slot.job = None
         self.check()
         return out
 
     def reset(self) -> None:
-        """What was begun will not be waited for: it was recorded for a graph that came to nothing, and never ran."""
+        """Discards jobs in flight: they were captured for a CUDA graph that failed, and never ran."""
         for slot in self.all_slots:
             slot.job = None
 
     def check(self) -> None:
-        """Raises the first error of the experts that nobody has been told of."""
+        """Raises the first error of the experts that was not raised yet, and clears all."""
         if self.errors:
             error = self.errors[0]
             self.errors.clear()
             raise error
 
 
-def way_from(device: torch.device) -> ExpertOffload:
-    """A way from a device, by what it has for it."""
-    real = device.type == "cuda"
-    launch = host_functions() if real else None
+def create_offload(device: torch.device) -> ExpertOffload:
+    """Creates the offload of a device: on a CUDA stream if host functions are available, else on a thread."""
+    is_cuda = device.type == "cuda"
+    launch = host_functions() if is_cuda else None
     stream: Stream = ThreadStream(device) if launch is None else CudaStream(device, launch)
-    return ExpertOffload(stream, pinned=real)
+    return ExpertOffload(stream, pinned=is_cuda)
 
 
 def install(model: Any, blocks: Iterable[Any]) -> None:
-    """Gives a model's blocks a way to their experts, all blocks of a device the same one. No other model has it: its errors are this model's."""
-    ways: dict[Device, ExpertOffload] = {}
+    """Installs one offload per device on a model's MoE blocks, and lists them in `model.handovers`.
+
+    Models share none, so an offload's errors belong to its model.
+    """
+    offloads: dict[Device, ExpertOffload] = {}
     for block in blocks:
-        if block.placement not in ways:
-            ways[block.placement] = way_from(block.placement.torch)
-        block.handover = ways[block.placement]
-    model.handovers = list(ways.values())
+        if block.placement not in offloads:
+            offloads[block.placement] = create_offload(block.placement.torch)
+        block.handover = offloads[block.placement]
+    model.handovers = list(offloads.values())
 
 
 def give_up(model: Any) -> None:
-    """As HandOver.give_up, on all of a model's ways."""
-    for way in getattr(model, "handovers", ()):
-        way.reset()
+    """Resets all of a model's offloads, see ExpertOffload.reset."""
+    for offload in getattr(model, "handovers", ()):
+        offload.reset()
 
 
 def check(model: Any) -> None:
-    """Raises what went wrong on any of a model's ways; ask when a forward's results are there."""
-    for way in getattr(model, "handovers", ()):
-        way.check()
+    """Raises an error of any of a model's offloads; call it when a forward's results are complete."""
+    for offload in getattr(model, "handovers", ()):
+        offload.check()

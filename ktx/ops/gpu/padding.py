@@ -1,6 +1,7 @@
-"""Rows of a forward that stand for nothing: a captured step is replayed for fewer requests than it was captured for.
+"""Padding rows of a forward: a captured step is replayed for fewer requests than it was captured for.
 
-Attention gives such a row a page that belongs to no one. Experts skip it: on a device its choices are of no expert, and to the CPU's memory only the rows before it are handed over.
+Attention writes a padding row to a page that belongs to no request. Experts skip it: on a device its expert ids are
+replaced by NO_EXPERT, and on the CPU only the rows before the padding are computed.
 """
 
 from __future__ import annotations
@@ -12,37 +13,42 @@ from dataclasses import dataclass
 
 import torch
 
-NO_EXPERT = -1  # the number of no expert
+NO_EXPERT = -1  # an id that selects no expert
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Where a step says how many of its rows, the first ones, are tokens: `count` int64 [1] in the CPU's memory, `real` int64 [rows] on the device."""
+    """How many of a step's rows, the leading ones, are tokens; both tensors are updated before each replay.
+
+    Attributes:
+        count: int64 [1] in CPU memory.
+        real: int64 [rows] on the device, nonzero for tokens.
+    """
 
     count: torch.Tensor
     real: torch.Tensor
 
 
-_known: ContextVar[Padding | None] = ContextVar("padding", default=None)
+_padding: ContextVar[Padding | None] = ContextVar("padding", default=None)
 
 
 @contextmanager
 def padded(padding: Padding) -> Iterator[None]:
-    """Inside, this thread's forwards may have rows that stand for nothing."""
-    token = _known.set(padding)
+    """Context in which this thread's forwards may have padding rows."""
+    token = _padding.set(padding)
     try:
         yield
     finally:
-        _known.reset(token)
+        _padding.reset(token)
 
 
 def count() -> torch.Tensor | None:
-    """How many rows are tokens, as `Padding.count`; None where all are."""
-    known = _known.get()
-    return None if known is None else known.count
+    """Returns `Padding.count`; None where all rows are tokens."""
+    current = _padding.get()
+    return None if current is None else current.count
 
 
 def chosen(ids: torch.Tensor) -> torch.Tensor:
-    """Choices int64 [rows, K] of experts, without those of rows that stand for nothing."""
-    known = _known.get()
-    return ids if known is None else ids.masked_fill(known.real[:, None] == 0, NO_EXPERT)
+    """Replaces the expert ids int64 [rows, K] of padding rows by NO_EXPERT."""
+    current = _padding.get()
+    return ids if current is None else ids.masked_fill(current.real[:, None] == 0, NO_EXPERT)

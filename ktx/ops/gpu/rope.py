@@ -10,9 +10,9 @@ from ktx.ops import rope
 
 
 class RotaryEmbedding(rope.RotaryEmbedding):
-    """transformers' own forward: to look positions up in a table one has to know the largest, and that waits for the device."""
+    """Runs transformers' forward, because a table lookup needs the largest position and that is a device sync."""
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.fixed:  # skips the table, which is the CPU form's
+        if self.fixed:  # skips the CPU operator's forward, which looks positions up in a table
             return super(rope.RotaryEmbedding, self).forward(x, position_ids, *args, **kwargs)
         return super().forward(x, position_ids, *args, **kwargs)

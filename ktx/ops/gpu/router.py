@@ -1,4 +1,4 @@
-"""The router of a mixture of experts on a GPU."""
+"""The MoE router on a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ktx.ops.gpu import padding
 
 
 class Router(router.Router):
-    """As on the CPU, by torch in f32; nothing waits for the device."""
+    """GPU version of ktx.ops.router.Router, in torch and f32, without a device sync."""
 
     weight_f32: torch.Tensor
     correction_f32: torch.Tensor | None
@@ -27,7 +27,9 @@ class Router(router.Router):
         none_on_gpu("Router", self.weight, getattr(self, "bias", None))
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         logits = F.linear(flat, self.weight_f32, self.in_f32)
-        given = self.correction(e_score_correction_bias) if e_score_correction_bias is not None else self.correction_f32
-        top, scoring, mode, groups, chosen, renorm, scale = self.route_args()
-        ids, weights = reference.route(logits, top, scoring, given, groups, chosen, mode, renorm, scale)
+        correction = (
+            self.correction(e_score_correction_bias) if e_score_correction_bias is not None else self.correction_f32
+        )
+        top_k, scoring, mode, groups, topk_group, renormalize, scale = self.route_args()
+        ids, weights = reference.route(logits, top_k, scoring, correction, groups, topk_group, mode, renormalize, scale)
         return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, padding.chosen(ids)

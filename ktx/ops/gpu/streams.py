@@ -1,4 +1,4 @@
-"""Streams on which a GPU and the CPU take turns: CUDA's with host functions, or a thread. And memory that copies may be made from meanwhile."""
+"""Side streams of copies and CPU functions (a CUDA stream with host functions, or a thread), and pinning of memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ktx.utils.fork_handlers import Renewed
 Launch = Callable[[int, Callable[[], None]], None]
 PORTABLE = 1  # cudaHostRegisterPortable
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_waiting: dict[int, tuple[Callable[[], None], bool]] = {}  # by number: a function, and whether it is called only once
-_numbers = itertools.count(1)
-_captured: ContextVar[list[int] | None] = ContextVar("captured", default=None)
+_waiting: dict[int, tuple[Callable[[], None], bool]] = {}  # registered functions by number; whether called only once
+_next_number = itertools.count(1)
+_graph_numbers: ContextVar[list[int] | None] = ContextVar("captured", default=None)
 
 
 @_FUNCTION
 def _called(number: int) -> None:
-    """What CUDA's own thread calls. Nothing can be raised there: the functions keep their errors."""
+    """Callback for CUDA's thread. Nothing can be raised there, so the functions store their errors."""
     function, once = _waiting[number]
     if once:
         del _waiting[number]
@@ -37,67 +37,77 @@ def _called(number: int) -> None:
 
 @contextmanager
 def captured() -> Iterator[list[int]]:
-    """The numbers of functions that a graph captured inside calls again and again: `forget` them when there is no such graph any more."""
-    numbers: list[int] = []
-    token = _captured.set(numbers)
+    """Collects the numbers of the functions that a CUDA graph captured inside calls at each replay.
+
+    Pass them to `forget` when the graph is freed.
+    """
+    graph_numbers: list[int] = []
+    token = _graph_numbers.set(graph_numbers)
     try:
-        yield numbers
+        yield graph_numbers
     finally:
-        _captured.reset(token)
+        _graph_numbers.reset(token)
 
 
 def forget(numbers: Iterable[int]) -> None:
-    """Lets go of functions that nobody calls any more, and of what they hold."""
+    """Unregisters functions that are not called any more, and frees what they reference."""
     for number in numbers:
         _waiting.pop(number, None)
 
 
 def host_functions() -> Launch | None:
-    """Puts a function on a CUDA stream (its handle) to be called on the CPU in its turn; None where libcudart cannot be asked."""
+    """Returns a function (stream handle, callable) that queues the callable on a CUDA stream, to run on the CPU.
+
+    None where libcudart is not available. The returned function raises KtxError if CUDA returns an error.
+    """
     native = _native("cudaLaunchHostFunc", ctypes.c_void_p, _FUNCTION, ctypes.c_void_p)
     if native is None:
         return None
 
     def launch(stream: int, function: Callable[[], None]) -> None:
-        number, again = next(_numbers), torch.cuda.is_current_stream_capturing()
-        _waiting[number] = function, not again
-        if again and (numbers := _captured.get()) is not None:
-            numbers.append(number)
-        if code := native(stream, _called, number):
-            del _waiting[number]
+        key, is_capturing = next(_next_number), torch.cuda.is_current_stream_capturing()
+        _waiting[key] = function, not is_capturing
+        if is_capturing and (graph_numbers := _graph_numbers.get()) is not None:
+            graph_numbers.append(key)
+        if code := native(stream, _called, key):
+            del _waiting[key]
             raise KtxError(f"cudaLaunchHostFunc failed with the error {code}")
 
     return launch
 
 
 def pin(memory: torch.Tensor) -> Callable[[], None] | None:
-    """Pins memory where it is, for all GPUs, so that copies from it run beside the program: what ends that again; None where CUDA does not do it."""
+    """Pins memory in place, for all GPUs, so that copies from it are asynchronous.
+
+    Returns:
+        A function that unpins it; None where CUDA cannot pin it.
+    """
     register = _native("cudaHostRegister", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
-    end, forget = _native("cudaHostUnregister", ctypes.c_void_p), _native("cudaGetLastError")
-    if register is None or end is None or forget is None:
+    unregister, clear_error = _native("cudaHostUnregister", ctypes.c_void_p), _native("cudaGetLastError")
+    if register is None or unregister is None or clear_error is None:
         return None
-    at = memory.data_ptr()
-    if register(at, memory.nbytes, PORTABLE):
-        forget()  # else whoever asks next would be told of it
+    address = memory.data_ptr()
+    if register(address, memory.nbytes, PORTABLE):
+        clear_error()  # clears CUDA's last error, which an unrelated call would report otherwise
         return None
-    return lambda: end(at)
+    return lambda: unregister(address)
 
 
 def _native(name: str, *types: Any) -> Any:
-    """A function of the libcudart that torch has loaded; None if there is none."""
-    major = (torch.version.cuda or "").partition(".")[0]
-    for library in (f"libcudart.so.{major}", "libcudart.so"):
+    """Returns a function of the libcudart that torch has loaded; None if there is none."""
+    cuda_major = (torch.version.cuda or "").partition(".")[0]
+    for library in (f"libcudart.so.{cuda_major}", "libcudart.so"):
         try:
-            found = getattr(ctypes.CDLL(library, mode=os.RTLD_NOW | os.RTLD_NOLOAD), name)
+            function = getattr(ctypes.CDLL(library, mode=os.RTLD_NOW | os.RTLD_NOLOAD), name)
         except (OSError, AttributeError):
             continue
-        found.argtypes, found.restype = list(types), ctypes.c_int
-        return found
+        function.argtypes, function.restype = list(types), ctypes.c_int
+        return function
     return None
 
 
 class CudaStream:
-    """A stream of the device beside the caller's; Python waits for nothing."""
+    """A CUDA stream concurrent to the caller's; Python does not wait. See ktx.ops.gpu.offload.Stream."""
 
     def __init__(self, device: torch.device, launch: Launch):
         self.device, self.launch = device, launch
@@ -125,7 +135,7 @@ Jobs = queue.SimpleQueue[Callable[[], None] | None]
 
 
 class ThreadStream(Renewed):
-    """The same by a thread: copies and functions one after another; `join` waits until they are done and raises what a copy raised."""
+    """The same stream as a thread: runs copies and functions in order; `join` waits and raises a copy's error."""
 
     def __init__(self, device: torch.device):
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -138,7 +148,7 @@ class ThreadStream(Renewed):
         self.jobs: Jobs = queue.SimpleQueue()
 
     def _put(self, job: Callable[[], None]) -> None:
-        if self.thread is None:  # it ends with the stream, which it does not hold
+        if self.thread is None:  # the thread holds no reference to the stream and ends when the stream is freed
             self.thread = threading.Thread(target=_work, args=(self.jobs, self.error), name="ktx-handover", daemon=True)
             self.thread.start()
             weakref.finalize(self, self.jobs.put, None).atexit = False
@@ -175,11 +185,11 @@ class ThreadStream(Renewed):
 
 
 def _work(jobs: Jobs, errors: list[BaseException]) -> None:
-    """Does jobs until one is None; what goes wrong is told at the next join."""
+    """Runs jobs until one is None; the next `join` raises an error."""
     while (job := jobs.get()) is not None:
         try:
             with torch.inference_mode():
                 job()
         except BaseException as error:
             errors.append(error)
-        job = None  # it may be the last that holds the stream
+        job = None  # the job may hold the last reference to the stream
