@@ -1,9 +1,11 @@
-"""Gradients of the CPU kernels with respect to their inputs: weights are frozen, and stay packed.
+"""Gradients of the CPU kernels with respect to their inputs; weights are frozen and stay packed.
 
-Autograd saves what a kernel was given, nothing that is dequantised: backward takes a matrix SPAN numbers at a time, and recomputes what lies between the
-projections of experts and the scores of attention. Where a kernel rounds activations to eight bits, backward passes straight through. What has no gradient
-says so in forward (`refuse`); so does a second derivative through experts, feed-forward layers or attention, in backward. Each backward is an operator
-(`ktx::linear_backward`, ...) with a fake version, so that torch.compile sees one node.
+Autograd saves the inputs of a kernel, and nothing dequantized: backward dequantizes DEQUANT_CHUNK_WEIGHTS weights of a
+matrix at a time, and recomputes the activations between the projections of experts and the scores of attention. Where
+a kernel rounds activations to eight bits, backward uses the straight-through estimator. An operation without a
+gradient raises NoGradient in forward (`refuse`); a second derivative through experts, feed-forward layers or attention
+raises it in backward. Each backward is an operator (`ktx::linear_backward`, ...) with a fake implementation, so that
+torch.compile sees one node.
 """
 
 from __future__ import annotations
@@ -18,154 +20,177 @@ from torch.autograd import forward_ad
 from ktx.errors import NoGradient
 from ktx.kernels import reference
 
-SPAN = 1 << 20  # numbers of a matrix that are dequantised at once, in f32
-SCORES = 1 << 23  # scores of attention that are recomputed at once, in f32
+DEQUANT_CHUNK_WEIGHTS = 1 << 20  # weights of a matrix that are dequantized at once, to f32
+MAX_SCORES = 1 << 23  # attention scores that are recomputed at once, in f32
 GROUP_ROWS = 16  # as in cpu.py
 
-CPU = torch.device("cpu")  # whatever torch's default is
+CPU = torch.device("cpu")  # named because torch's default device may be another
 Tensor = torch.Tensor
 ops: Any = torch.ops.ktx
 
 
 def recorded(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is computed of these tensors."""
+    """Whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def refuse(what: str, remedy: str, *tensors: Tensor | None) -> None:
-    """NoGradient where autograd would record one of the tensors, which `what` does not pass on."""
+    """Raises NoGradient if autograd would record one of the tensors, for an operation without a gradient.
+
+    Args:
+        what: the operation, for the message.
+        remedy: what the user can do instead.
+        tensors: the inputs of the operation.
+    """
     if recorded(*tensors):
         raise NoGradient(f"{what} has no gradient, and one of its inputs requires grad: {remedy}")
 
 
 def backward_only(x: Tensor) -> None:
-    """NoGradient for an input of forward-mode differentiation, whose tangent the kernels would drop, and for one that torch.func has wrapped."""
+    """Refuses inputs that the kernels cannot differentiate.
+
+    Raises:
+        NoGradient: if the input has a tangent of forward-mode differentiation, which the kernels would drop, or is
+            wrapped by a transform of torch.func.
+    """
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         raise NoGradient(
-            "an input has a tangent (torch.func.jvp, jacfwd, torch.autograd.forward_ad), and the kernels are differentiated backwards only:"
-            " use torch.autograd.grad, or torch.autograd.functional.vjp"
+            "an input has a tangent (torch.func.jvp, jacfwd, torch.autograd.forward_ad), and the kernels can be"
+            " differentiated backwards only: use torch.autograd.grad, or torch.autograd.functional.vjp"
         )
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):  # type: ignore[attr-defined]
+    if (
+        not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x)  # type: ignore[attr-defined]
+    ):
         raise NoGradient(
-            "an input is inside a transform of torch.func (grad, vjp, jacrev, hessian, vmap), which kernels are not made for: use torch.autograd.grad,"
-            " torch.autograd.functional.vjp or jacobian, and a batch or a loop in place of vmap"
+            "an input is inside a transform of torch.func (grad, vjp, jacrev, hessian, vmap), which the kernels do not"
+            " support: use torch.autograd.grad, torch.autograd.functional.vjp or jacobian, and a batch or a loop"
+            " instead of vmap"
         )
 
 
 def none_on_gpu(what: str, *tensors: Tensor | None) -> None:
-    """NoGradient for tensors that autograd would record, before a kernel of a GPU takes them."""
+    """Raises NoGradient if autograd would record one of the inputs of a GPU kernel."""
     refuse(
         f"{what} on a GPU", "put the module on the CPU (device: cpu), or call the model under torch.no_grad()", *tensors
     )
 
 
-def _only(kernel: str, inputs: Sequence[Any], differentiable: Sequence[int]) -> None:
-    """NoGradient for an input that requires grad and is none of those that backward knows."""
+def _check_differentiable(kernel: str, inputs: Sequence[Any], indices: Sequence[int]) -> None:
+    """Raises NoGradient if an input requires grad for which backward computes no gradient."""
     for i, value in enumerate(inputs):
-        if i not in differentiable and isinstance(value, Tensor) and value.requires_grad:
+        if i not in indices and isinstance(value, Tensor) and value.requires_grad:
             raise NoGradient(
-                f"ktx::{kernel} has no gradient with respect to its argument {i}, of shape {tuple(value.shape)}: detach it"
+                f"ktx::{kernel} has no gradient with respect to its argument {i}, of shape {tuple(value.shape)}:"
+                " detach it"
             )
 
 
-def _places(count: int, places: dict[int, Any]) -> tuple[Any, ...]:
-    """Gradients by the number of the input, None for the others."""
-    return tuple(places.get(i) for i in range(count))
+def _grads_by_index(count: int, grads: dict[int, Any]) -> tuple[Any, ...]:
+    """Returns `count` gradients in the order of the inputs, None for those that `grads` lacks."""
+    return tuple(grads.get(i) for i in range(count))
 
 
-def _operator(name: str) -> Callable[[Any], Any]:
-    """Makes a function an operator of torch's, which computes in its own types also inside torch.autocast."""
+def _custom_op(name: str) -> Callable[[Any], Any]:
+    """Decorator that registers a torch operator, which computes in its own dtypes also inside torch.autocast."""
 
-    def make(function: Any) -> Any:
+    def decorate(function: Any) -> Any:
         schema = torch.library.infer_schema(function, mutates_args=())
-        computing = torch.autocast("cpu", enabled=False)(function)
-        return torch.library.custom_op(name, computing, mutates_args=(), schema=schema)
+        without_autocast = torch.autocast("cpu", enabled=False)(function)
+        return torch.library.custom_op(name, without_autocast, mutates_args=(), schema=schema)
 
-    return make
+    return decorate
 
 
-def _wanted(ctx: Any, i: int) -> bool:
-    """Whether the gradient of input i is asked for; torch leaves out inputs that are as their defaults."""
+def _needs_grad(ctx: Any, i: int) -> bool:
+    """Whether the gradient of input i is needed; torch omits inputs that are equal to their defaults."""
     return i < len(ctx.needs_input_grad) and bool(ctx.needs_input_grad[i])
 
 
 # Matrices
 
 
-def _spans(data: Tensor, code: int, n: int, k: int) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of a packed matrix [n, k], some at a time: which, and their f32 values."""
-    step = max(1, SPAN // k // GROUP_ROWS) * GROUP_ROWS
-    for first in range(0, n, step):
-        last = min(first + step, n)
+def _row_chunks(data: Tensor, code: int, n: int, k: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yields the rows of a packed matrix [n, k] in chunks: the slice of rows, and their f32 values."""
+    chunk_rows = max(1, DEQUANT_CHUNK_WEIGHTS // k // GROUP_ROWS) * GROUP_ROWS
+    for first in range(0, n, chunk_rows):
+        last = min(first + chunk_rows, n)
         yield slice(first, last), ops.unpack_rows(data, code, n, k, torch.arange(first, last, device=CPU))
 
 
-def _expert_spans(data: Tensor, code: int, experts: int, index: int, n: int, k: int) -> Iterator[tuple[slice, Tensor]]:
-    """The same of one of stacked matrices, of whose rows each memory node has a share (cpu.pack_experts)."""
+def _expert_row_chunks(
+    data: Tensor, code: int, experts: int, index: int, n: int, k: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields the rows of one expert's matrix in chunks, as `_row_chunks` does.
+
+    Each NUMA node holds a share of the rows of every matrix (cpu.pack_experts).
+    """
     groups = -(-n // GROUP_ROWS)
-    group = data.numel() // (experts * groups)
-    borders = [ops.share_of(groups, node) for node in range(ops.nodes() + 1)]
-    for begin, end in zip(borders, borders[1:], strict=False):
-        size, first = (end - begin) * group, begin * GROUP_ROWS
-        if not size:
+    group_bytes = data.numel() // (experts * groups)
+    node_groups = [ops.share_of(groups, node) for node in range(ops.nodes() + 1)]
+    for start, end in zip(node_groups, node_groups[1:], strict=False):
+        share_bytes, first_row = (end - start) * group_bytes, start * GROUP_ROWS
+        if not share_bytes:
             continue
-        at = begin * group * experts + index * size
-        for span, values in _spans(data[at : at + size], code, min(n, end * GROUP_ROWS) - first, k):
-            yield slice(first + span.start, first + span.stop), values
+        offset = start * group_bytes * experts + index * share_bytes
+        for rows, values in _row_chunks(
+            data[offset : offset + share_bytes], code, min(n, end * GROUP_ROWS) - first_row, k
+        ):
+            yield slice(first_row + rows.start, first_row + rows.stop), values
 
 
-def _times(grad: Tensor, spans: Iterator[tuple[slice, Tensor]], k: int) -> Tensor:
-    """grad f32 [tokens, n] times a matrix [n, k] -> f32 [tokens, k]."""
+def _matmul_chunks(grad: Tensor, chunks: Iterator[tuple[slice, Tensor]], k: int) -> Tensor:
+    """Multiplies grad f32 [tokens, n] by a matrix [n, k] in chunks of rows -> f32 [tokens, k]."""
     out = grad.new_zeros(grad.shape[0], k)
-    for span, values in spans:
-        out.addmm_(grad[:, span], values)
+    for rows, values in chunks:
+        out.addmm_(grad[:, rows], values)
     return out
 
 
-@_operator("ktx::linear_backward")
+@_custom_op("ktx::linear_backward")
 def linear_backward(grad: Tensor, packed: Tensor, code: int, n: int, k: int) -> Tensor:
-    """grad [..., n] times the matrix [n, k] -> [..., k] in grad's dtype."""
-    out = _times(grad.reshape(-1, n).float(), _spans(packed, code, n, k), k)
+    """Multiplies grad [..., n] by the matrix [n, k] -> [..., k] in grad's dtype."""
+    out = _matmul_chunks(grad.reshape(-1, n).float(), _row_chunks(packed, code, n, k), k)
     return out.reshape(*grad.shape[:-1], k).to(grad.dtype)
 
 
-@_operator("ktx::linear_batched_backward")
+@_custom_op("ktx::linear_batched_backward")
 def linear_batched_backward(grad: Tensor, packed: Tensor, code: int, n: int, k: int) -> Tensor:
-    """grad [matrices, tokens, n] times each matrix [n, k] -> [matrices, tokens, k] in grad's dtype."""
+    """Multiplies grad [matrices, tokens, n] by each matrix [n, k] -> [matrices, tokens, k] in grad's dtype."""
     pairs = zip(grad.float(), packed.view(grad.shape[0], -1), strict=True)
-    return torch.stack([_times(rows, _spans(data, code, n, k), k) for rows, data in pairs]).to(grad.dtype)
+    return torch.stack([_matmul_chunks(rows, _row_chunks(data, code, n, k), k) for rows, data in pairs]).to(grad.dtype)
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _only("linear", inputs, (0, 5))
+    _check_differentiable("linear", inputs, (0, 5))
     ctx.save_for_backward(inputs[1])
-    ctx.about = inputs[2:5]
+    ctx.matrix = inputs[2:5]
 
 
-def _linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (packed,) = ctx.saved_tensors
-    found: dict[int, Any] = {}
-    if _wanted(ctx, 0):
-        found[0] = ops.linear_backward(grad, packed, *ctx.about)
-    if _wanted(ctx, 5):
-        found[5] = grad.float().flatten(0, -2).sum(0)
-    return _places(7, found)
+    grads: dict[int, Any] = {}
+    if _needs_grad(ctx, 0):
+        grads[0] = ops.linear_backward(grad, packed, *ctx.matrix)
+    if _needs_grad(ctx, 5):
+        grads[5] = grad.float().flatten(0, -2).sum(0)
+    return _grads_by_index(7, grads)
 
 
 def _save_batched(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _only("linear_batched", inputs, (0,))
+    _check_differentiable("linear_batched", inputs, (0,))
     ctx.save_for_backward(inputs[1])
-    ctx.about = inputs[2:]
+    ctx.matrix = inputs[2:]
 
 
-def _batched(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _batched_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     (packed,) = ctx.saved_tensors
-    return _places(5, {0: ops.linear_batched_backward(grad, packed, *ctx.about)})
+    return _grads_by_index(5, {0: ops.linear_batched_backward(grad, packed, *ctx.matrix)})
 
 
 # Activations and experts
 
-SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of (gradient of act(gate), gate): the gradient of gate
+# (gradient of act(gate), gate) -> gradient of gate
+ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "silu": lambda grad, gate: torch.ops.aten.silu_backward(grad, gate),
     "gelu": lambda grad, gate: torch.ops.aten.gelu_backward(grad, gate),
     "gelu_tanh": lambda grad, gate: torch.ops.aten.gelu_backward(grad, gate, approximate="tanh"),
@@ -174,19 +199,19 @@ SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of (gradient of act
 }
 
 
-def _activation(
+def _activation_grads(
     grad: Tensor, gate: Tensor, up: Tensor, act: str, alpha: float = 0.0, limit: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up, given that of reference.activate."""
+    """Returns the gradients of gate and up, given the gradient of reference.activate."""
     if act == "swiglu_oai":
         g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
-        share = torch.sigmoid(alpha * g)
-        slope = share * (1 + alpha * g * (1 - share))
-        return grad * (u + 1) * slope * (gate <= limit), grad * g * share * (up.abs() <= limit)
-    return SLOPES[act](grad * up, gate), grad * reference.activate(gate, torch.ones_like(gate), act)
+        sigmoid = torch.sigmoid(alpha * g)
+        slope = sigmoid * (1 + alpha * g * (1 - sigmoid))
+        return grad * (u + 1) * slope * (gate <= limit), grad * g * sigmoid * (up.abs() <= limit)
+    return ACTIVATION_GRADS[act](grad * up, gate), grad * reference.activate(gate, torch.ones_like(gate), act)
 
 
-@_operator("ktx::experts_backward")
+@_custom_op("ktx::experts_backward")
 def experts_backward(
     grad: Tensor,
     x: Tensor,
@@ -207,59 +232,67 @@ def experts_backward(
     alpha: float,
     limit: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x [tokens, hidden], in its dtype, and of weights f32 [tokens, top]; expert by expert, a span of its rows at a time."""
+    """Gradients of routed experts, computed expert by expert and in chunks of an expert's rows.
+
+    Returns:
+        The gradient of x [tokens, hidden], in its dtype, and of weights f32 [tokens, top].
+    """
     hidden = x.shape[1]
-    out = torch.zeros(x.shape, dtype=torch.float32, device=CPU)
-    shares = torch.zeros(weights.shape, dtype=torch.float32, device=CPU)
-    for e in ids.unique().tolist():
-        if not 0 <= e < n_experts:
+    d_x = torch.zeros(x.shape, dtype=torch.float32, device=CPU)
+    d_weights = torch.zeros(weights.shape, dtype=torch.float32, device=CPU)
+    for expert in ids.unique().tolist():
+        if not 0 <= expert < n_experts:
             continue
-        token, choice = torch.where(ids == e)
-        rows, into, share = x[token].float(), grad[token].float(), weights[token, choice, None]
-        middle = _times(into, _expert_spans(down, down_code, n_experts, e, hidden, ff), ff)  # for a weight of 1
-        back, own = torch.zeros_like(rows), rows.new_zeros(len(rows))
-        gates = _expert_spans(gate, gate_code, n_experts, e, ff, hidden)
-        ups = _expert_spans(up, up_code, n_experts, e, ff, hidden)
-        for (span, w_gate), (_, w_up) in zip(gates, ups, strict=True):
-            g, u = rows @ w_gate.T, rows @ w_up.T
+        token, slot = torch.where(ids == expert)
+        x_rows, grad_rows, weight = x[token].float(), grad[token].float(), weights[token, slot, None]
+        # For a routing weight of 1.
+        d_hidden = _matmul_chunks(grad_rows, _expert_row_chunks(down, down_code, n_experts, expert, hidden, ff), ff)
+        d_x_rows, d_weight_rows = torch.zeros_like(x_rows), x_rows.new_zeros(len(x_rows))
+        gate_chunks = _expert_row_chunks(gate, gate_code, n_experts, expert, ff, hidden)
+        up_chunks = _expert_row_chunks(up, up_code, n_experts, expert, ff, hidden)
+        for (rows, w_gate), (_, w_up) in zip(gate_chunks, up_chunks, strict=True):
+            g, u = x_rows @ w_gate.T, x_rows @ w_up.T
             if gate_bias is not None:
-                g += gate_bias.view(n_experts, ff)[e, span]
+                g += gate_bias.view(n_experts, ff)[expert, rows]
             if up_bias is not None:
-                u += up_bias.view(n_experts, ff)[e, span]
-            own += (reference.activate(g, u, act, alpha, limit) * middle[:, span]).sum(-1)
-            d_gate, d_up = _activation(middle[:, span] * share, g, u, act, alpha, limit)
-            back.addmm_(d_gate, w_gate).addmm_(d_up, w_up)
+                u += up_bias.view(n_experts, ff)[expert, rows]
+            d_weight_rows += (reference.activate(g, u, act, alpha, limit) * d_hidden[:, rows]).sum(-1)
+            d_gate, d_up = _activation_grads(d_hidden[:, rows] * weight, g, u, act, alpha, limit)
+            d_x_rows.addmm_(d_gate, w_gate).addmm_(d_up, w_up)
         if down_bias is not None:
-            own += into @ down_bias.view(n_experts, hidden)[e]
-        out.index_add_(0, token, back)
-        shares[token, choice] = own
-    return out.to(x.dtype), shares
+            d_weight_rows += grad_rows @ down_bias.view(n_experts, hidden)[expert]
+        d_x.index_add_(0, token, d_x_rows)
+        d_weights[token, slot] = d_weight_rows
+    return d_x.to(x.dtype), d_weights
 
 
 class Experts(torch.autograd.Function):
-    """ktx::experts, which adds to its counts and therefore is none of those that torch.library takes a formula for."""
+    """Autograd function of ktx::experts.
+
+    It is needed because torch.library registers no formula for an operator that modifies an input, here the counts.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         out: Tensor = ops.experts(*inputs)
-        x, ids, weights, *rest = inputs
-        ctx.save_for_backward(x, ids, weights, *rest[:3], *rest[8:11])
-        ctx.sizes, ctx.gate = rest[3:8], rest[11:14]
+        x, ids, weights, *others = inputs
+        ctx.save_for_backward(x, ids, weights, *others[:3], *others[8:11])
+        ctx.sizes, ctx.gate = others[3:8], others[11:14]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, ids, weights, gate, up, down, *biases = ctx.saved_tensors
-        made = ops.experts_backward(grads[0], x, ids, weights, gate, up, down, *ctx.sizes, *biases, *ctx.gate)
-        return _places(18, {0: made[0], 2: made[1]})
+        input_grads = ops.experts_backward(grads[0], x, ids, weights, gate, up, down, *ctx.sizes, *biases, *ctx.gate)
+        return _grads_by_index(18, {0: input_grads[0], 2: input_grads[1]})
 
 
 def experts(*inputs: Any) -> Tensor:
-    """ktx::experts with a gradient for x and the choices' weights."""
+    """Runs ktx::experts with gradients for x and the routing weights."""
     backward_only(inputs[0])
     if not torch.is_grad_enabled() or not any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
         return ops.experts(*inputs)  # type: ignore[no-any-return]
-    _only("experts", inputs, (0, 2))
+    _check_differentiable("experts", inputs, (0, 2))
     return Experts.apply(*inputs)  # type: ignore[no-untyped-call,no-any-return]
 
 
@@ -268,15 +301,15 @@ def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.act = inputs[2]
 
 
-def _gated(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _gated_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     gate, up = ctx.saved_tensors
-    return (*(part.to(gate.dtype) for part in _activation(grad.float(), gate.float(), up.float(), ctx.act)), None)
+    return (*(part.to(gate.dtype) for part in _activation_grads(grad.float(), gate.float(), up.float(), ctx.act)), None)
 
 
 # Attention
 
 
-def _attention(
+def _attention_grads(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -287,71 +320,90 @@ def _attention(
     sinks: Tensor | None = None,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in f32 of q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv] and sinks [H], given that of the result [B, S, H, Dv].
+    """Gradients of attention, given the gradient of its result [B, S, H, Dv].
 
-    Scores are recomputed for some queries at a time, on the keys between the first and the last that these see.
+    The scores are recomputed for a chunk of queries at a time, over the keys between the first and the last that these
+    queries see.
+
+    Returns:
+        f32 gradients of q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv] and sinks [H].
     """
     q, k, v = q.float(), k.float(), v.float()
     (batches, heads, queries, _), (_, groups, keys, _) = q.shape, k.shape
-    each = heads // groups
+    heads_per_group = heads // groups
     d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     d_sinks = q.new_zeros(heads)
-    step = max(1, SCORES // max(1, batches * heads * keys))
-    for at in range(0, queries, step):
-        own = slice(at, min(at + step, queries))
-        first, last, seen, extra = _seen(own, queries, keys, ranges, mask)
-        if first == last:
+    chunk_queries = max(1, MAX_SCORES // max(1, batches * heads * keys))
+    for start in range(0, queries, chunk_queries):
+        span = slice(start, min(start + chunk_queries, queries))
+        first_key, last_key, visible, additive = _visible_keys(span, queries, keys, ranges, mask)
+        if first_key == last_key:
             continue
-        near_k, near_v = k[:, :, first:last], v[:, :, first:last]
+        keys_in_range, values_in_range = k[:, :, first_key:last_key], v[:, :, first_key:last_key]
 
-        def rows(of: Tensor, own: slice = own) -> Tensor:  # [B, H, S, D] -> [B, G, H / G * some, D]
-            return of[:, :, own].reshape(batches, groups, -1, of.shape[3])
+        def by_group(x: Tensor, span: slice = span) -> Tensor:  # [B, H, S, D] -> [B, G, H / G * chunk, D]
+            return x[:, :, span].reshape(batches, groups, -1, x.shape[3])
 
-        def by_head(of: Tensor) -> Tensor:  # [B, G, H / G * some, keys] -> [B, H, some, keys]
-            return of.view(batches, heads, -1, of.shape[3])
+        def by_head(x: Tensor) -> Tensor:  # [B, G, H / G * chunk, keys] -> [B, H, chunk, keys]
+            return x.view(batches, heads, -1, x.shape[3])
 
-        some, given = rows(q), rows(grad.float().transpose(1, 2))
-        scores = by_head(some @ near_k.transpose(2, 3) * scale)
+        q_rows, grad_rows = by_group(q), by_group(grad.float().transpose(1, 2))
+        scores = by_head(q_rows @ keys_in_range.transpose(2, 3) * scale)
         capped = softcap * torch.tanh(scores / softcap) if softcap else scores
-        logits = (capped if extra is None else capped + extra.float()).masked_fill(~seen, -torch.inf)
-        top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)  # -inf where a query sees nothing
+        logits = (capped if additive is None else capped + additive.float()).masked_fill(~visible, -torch.inf)
+        # -inf where a query has no visible keys.
+        row_max = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
         sink = None if sinks is None else sinks.float().view(1, heads, 1, 1)
-        top = top if sink is None else torch.maximum(top, sink)
-        share = torch.exp(logits - top)
-        total = share.sum(-1, keepdim=True)
-        total = total if sink is None else total + torch.exp(sink - top)
-        share /= total.clamp(min=torch.finfo(torch.float32).tiny)
-        d_share = by_head(given @ near_v.transpose(2, 3))
-        mean = (share * d_share).sum(-1, keepdim=True)
+        row_max = row_max if sink is None else torch.maximum(row_max, sink)
+        probs = torch.exp(logits - row_max)
+        total = probs.sum(-1, keepdim=True)
+        total = total if sink is None else total + torch.exp(sink - row_max)
+        probs /= total.clamp(min=torch.finfo(torch.float32).tiny)
+        d_probs = by_head(grad_rows @ values_in_range.transpose(2, 3))
+        weighted_mean = (probs * d_probs).sum(-1, keepdim=True)
         if sink is not None:
-            d_sinks -= (torch.exp(sink - top) / total * mean).sum((0, 2, 3))
-        d_scores = share * (d_share - mean)
+            d_sinks -= (torch.exp(sink - row_max) / total * weighted_mean).sum((0, 2, 3))
+        d_scores = probs * (d_probs - weighted_mean)
         if softcap:
             d_scores *= 1 - (capped / softcap).square()
-        d_scores = d_scores.view(batches, groups, each * (own.stop - own.start), -1) * scale
-        d_q[:, :, own] = (d_scores @ near_k).view(batches, heads, -1, q.shape[3])
-        d_k[:, :, first:last] += d_scores.transpose(2, 3) @ some
-        d_v[:, :, first:last] += share.view(d_scores.shape).transpose(2, 3) @ given
+        d_scores = d_scores.view(batches, groups, heads_per_group * (span.stop - span.start), -1) * scale
+        d_q[:, :, span] = (d_scores @ keys_in_range).view(batches, heads, -1, q.shape[3])
+        d_k[:, :, first_key:last_key] += d_scores.transpose(2, 3) @ q_rows
+        d_v[:, :, first_key:last_key] += probs.view(d_scores.shape).transpose(2, 3) @ grad_rows
     return d_q, d_k, d_v, d_sinks
 
 
-def _seen(
-    own: slice, queries: int, keys: int, ranges: Tensor | None, mask: Tensor | None
+def _visible_keys(
+    span: slice, queries: int, keys: int, ranges: Tensor | None, mask: Tensor | None
 ) -> tuple[int, int, Tensor, Tensor | None]:
-    """Of some queries the keys that lie between the first and the last one seen, and of these, as reference.visible, what each query sees and what is added."""
+    """Returns the keys that some queries may attend to.
+
+    Args:
+        span: the queries.
+
+    Returns:
+        The first and the last (exclusive) key that any of the queries sees, and for the keys between them the result
+        of reference.visible.
+    """
     if mask is not None:
-        return (0, keys, *reference.visible(own.stop - own.start, keys, None, mask[:, :, own], CPU))
+        return (0, keys, *reference.visible(span.stop - span.start, keys, None, mask[:, :, span], CPU))
     if ranges is None:
-        ends = torch.arange(own.start, own.stop, device=CPU) + keys - queries + 1
+        ends = torch.arange(span.start, span.stop, device=CPU) + keys - queries + 1
         ranges = torch.stack([torch.zeros_like(ends), ends.clamp(min=0)], -1)[None]
     else:
-        ranges = ranges[:, own]
-    some = ranges[ranges[..., 0] < ranges[..., 1]]
-    first, last = (max(0, int(some[:, 0].min())), min(keys, int(some[:, 1].max()))) if len(some) else (0, 0)
-    return (first, last, *reference.visible(ranges.shape[1], last - first, ranges - first, None, CPU))
+        ranges = ranges[:, span]
+    nonempty = ranges[ranges[..., 0] < ranges[..., 1]]
+    first_key, last_key = (
+        (max(0, int(nonempty[:, 0].min())), min(keys, int(nonempty[:, 1].max()))) if len(nonempty) else (0, 0)
+    )
+    return (
+        first_key,
+        last_key,
+        *reference.visible(ranges.shape[1], last_key - first_key, ranges - first_key, None, CPU),
+    )
 
 
-@_operator("ktx::attention_backward")
+@_custom_op("ktx::attention_backward")
 def attention_backward(
     grad: Tensor,
     q: Tensor,
@@ -365,12 +417,12 @@ def attention_backward(
     q_rope: Tensor | None,
     k_rope: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, of sinks (zeros where there are none), and of q_rope and k_rope if they were given."""
-    whole_q, whole_k = q, k
+    """Gradients of q, k, v, sinks (zeros if there are none), and of q_rope and k_rope if they are given."""
+    full_q, full_k = q, k
     if q_rope is not None and k_rope is not None:
-        whole_q = torch.cat([q, q_rope], -1)
-        whole_k = torch.cat([k, k_rope.expand(-1, k.shape[1], -1, -1)], -1)
-    d_q, d_k, d_v, d_sinks = _attention(grad, whole_q, whole_k, v, ranges, mask, scale, sinks, softcap)
+        full_q = torch.cat([q, q_rope], -1)
+        full_k = torch.cat([k, k_rope.expand(-1, k.shape[1], -1, -1)], -1)
+    d_q, d_k, d_v, d_sinks = _attention_grads(grad, full_q, full_k, v, ranges, mask, scale, sinks, softcap)
     if q_rope is None or k_rope is None:
         return [d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), d_sinks]
     (d_q, d_q_rope), (d_k, d_k_rope) = (part.split([q.shape[3], q_rope.shape[3]], -1) for part in (d_q, d_k))
@@ -379,7 +431,7 @@ def attention_backward(
     return [part.to(like.dtype).contiguous() for part, like in parts]
 
 
-@_operator("ktx::mla_attention_backward")
+@_custom_op("ktx::mla_attention_backward")
 def mla_attention_backward(
     grad: Tensor,
     q_nope: Tensor,
@@ -390,178 +442,187 @@ def mla_attention_backward(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the queries and of the latent, which is keys and values, and of its rotated columns."""
+    """Gradients of MLA: of q_nope, q_rope, ckv and kpe.
+
+    The gradient of the latent ckv is the sum of its gradients as keys and as values.
+    """
     q, k = torch.cat([q_nope, q_rope], -1), torch.cat([ckv, kpe], -1)[:, None]
-    d_q, d_k, d_v, _ = _attention(grad, q, k, ckv[:, None], ranges, mask, scale)
+    d_q, d_k, d_v, _ = _attention_grads(grad, q, k, ckv[:, None], ranges, mask, scale)
     (d_nope, d_rope), (d_ckv, d_kpe) = (part.split([ckv.shape[2], kpe.shape[2]], -1) for part in (d_q, d_k))
     parts = (d_nope, q_nope), (d_rope, q_rope), ((d_ckv + d_v)[:, 0], ckv), (d_kpe[:, 0], kpe)
     a, b, c, d = (part.to(like.dtype).contiguous() for part, like in parts)
     return a, b, c, d
 
 
-def _on_pages(kernel: str, keys: Tensor, sequences: Tensor | None) -> None:
+def _refuse_paged_or_quantized(kernel: str, keys: Tensor, sequences: Tensor | None) -> None:
+    """Raises NoGradient for keys in the pages of an engine, and for Q8_0 keys."""
     if sequences is not None or keys.dtype == torch.uint8:
-        where = "pages of an engine" if sequences is not None else "keys and values in eight bits"
+        location = "pages of an engine" if sequences is not None else "keys and values in eight bits"
         raise NoGradient(
-            f"ktx::{kernel} on {where} has no gradient, and one of its inputs requires grad: {WITHOUT_CACHE}"
+            f"ktx::{kernel} on {location} has no gradient, and one of its inputs requires grad: {WITHOUT_CACHE}"
         )
 
 
-WITHOUT_CACHE = "call the model with use_cache=False, or with a cache of transformers' own, or under torch.no_grad()"
+WITHOUT_CACHE = "call the model with use_cache=False, or with one of transformers' caches, or under torch.no_grad()"
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, ranges, mask, scale, sinks, softcap, q_rope, k_rope, sequences, _ = inputs
-    _on_pages("attention", k, sequences)
-    _only("attention", inputs, (0, 1, 2, 6, 8, 9))
+    _refuse_paged_or_quantized("attention", k, sequences)
+    _check_differentiable("attention", inputs, (0, 1, 2, 6, 8, 9))
     ctx.save_for_backward(q, k, v, ranges, mask, sinks, q_rope, k_rope)
-    ctx.numbers = scale, softcap
+    ctx.scalars = scale, softcap
 
 
-def _attended(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, ranges, mask, sinks, q_rope, k_rope = ctx.saved_tensors
-    scale, softcap = ctx.numbers
-    made = ops.attention_backward(grad, q, k, v, ranges, mask, scale, sinks, softcap, q_rope, k_rope)
-    return _places(12, dict(zip((0, 1, 2, 6, 8, 9), made, strict=False)) | ({} if sinks is not None else {6: None}))
+    scale, softcap = ctx.scalars
+    input_grads = ops.attention_backward(grad, q, k, v, ranges, mask, scale, sinks, softcap, q_rope, k_rope)
+    return _grads_by_index(
+        12, dict(zip((0, 1, 2, 6, 8, 9), input_grads, strict=False)) | ({} if sinks is not None else {6: None})
+    )
 
 
 def _save_mla(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _on_pages("mla_attention", inputs[2], inputs[7])
-    _only("mla_attention", inputs, (0, 1, 2, 3))
+    _refuse_paged_or_quantized("mla_attention", inputs[2], inputs[7])
+    _check_differentiable("mla_attention", inputs, (0, 1, 2, 3))
     ctx.save_for_backward(*inputs[:6])
     ctx.scale = inputs[6]
 
 
-def _mla(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    made = ops.mla_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
-    return _places(9, dict(enumerate(made)))
+def _mla_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    input_grads = ops.mla_attention_backward(grad, *ctx.saved_tensors, ctx.scale)
+    return _grads_by_index(9, dict(enumerate(input_grads)))
 
 
-# Norms, rotary embedding, routing: torch's own operators, so that they can be differentiated again
+# Norms, rotary embedding, routing: composed of torch's operators, so that they have second derivatives
 
 
 def _save_norm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
-    ctx.about = inputs[2:]
+    ctx.options = inputs[2:]
 
 
-def _norm(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _norm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weight = ctx.saved_tensors
-    eps, plus_one = ctx.about
-    wide, given = x.float(), grad.float()
-    inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    plain = wide * inverse
-    found: dict[int, Any] = {}
-    if _wanted(ctx, 0):
-        scaled = given * (1 + weight if plus_one else weight)
-        found[0] = (inverse * (scaled - plain * (scaled * plain).mean(-1, keepdim=True))).to(x.dtype)
-    if _wanted(ctx, 1):
-        found[1] = (given * plain).flatten(0, -2).sum(0)
-    return _places(4, found)
+    eps, plus_one = ctx.options
+    x_f32, grad_f32 = x.float(), grad.float()
+    inv_rms = torch.rsqrt(x_f32.square().mean(-1, keepdim=True) + eps)
+    normalized = x_f32 * inv_rms
+    grads: dict[int, Any] = {}
+    if _needs_grad(ctx, 0):
+        scaled = grad_f32 * (1 + weight if plus_one else weight)
+        grads[0] = (inv_rms * (scaled - normalized * (scaled * normalized).mean(-1, keepdim=True))).to(x.dtype)
+    if _needs_grad(ctx, 1):
+        grads[1] = (grad_f32 * normalized).flatten(0, -2).sum(0)
+    return _grads_by_index(4, grads)
 
 
 def _save_rope(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _only("rope", inputs, (0,))
+    _check_differentiable("rope", inputs, (0,))
     ctx.save_for_backward(*inputs[1:3])
     ctx.interleaved = inputs[3]
 
 
-def _rope(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _rope_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     cos, sin = (table[:, None] for table in ctx.saved_tensors)
-    width = cos.shape[-1]
-    (low, high), rest = grad[..., :width].float().chunk(2, -1), grad[..., width:]
+    rope_dim = cos.shape[-1]
+    (low, high), rest = grad[..., :rope_dim].float().chunk(2, -1), grad[..., rope_dim:]
     (cos_low, cos_high), (sin_low, sin_high) = cos.chunk(2, -1), sin.chunk(2, -1)
     halves = low * cos_low + high * sin_high, high * cos_high - low * sin_low
-    turned = torch.stack(halves, -1).flatten(-2) if ctx.interleaved else torch.cat(halves, -1)
-    return _places(4, {0: torch.cat([turned.to(grad.dtype), rest], -1)})
+    rotated = torch.stack(halves, -1).flatten(-2) if ctx.interleaved else torch.cat(halves, -1)
+    return _grads_by_index(4, {0: torch.cat([rotated.to(grad.dtype), rest], -1)})
 
 
 def _save_route(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _only("route", inputs, (0, 3))  # a bias counts for the choice alone, so its gradient is zero
+    _check_differentiable("route", inputs, (0, 3))  # the bias affects the selection only, so its gradient is zero
     ctx.mark_non_differentiable(output[0])
     ctx.save_for_backward(inputs[0], output[0])
     ctx.scoring, ctx.renorm, ctx.scale = inputs[2], inputs[7], inputs[8]
 
 
-def _softmax(grad: Tensor, share: Tensor) -> Tensor:
-    """The gradient of logits, given that of their softmax `share`."""
-    return share * (grad - (share * grad).sum(-1, keepdim=True))
+def _softmax_backward(grad: Tensor, probs: Tensor) -> Tensor:
+    """Returns the gradient of logits, given that of their softmax `probs`."""
+    return probs * (grad - (probs * grad).sum(-1, keepdim=True))
 
 
-def _route(ctx: Any, ids_grad: Any, grad: Tensor) -> tuple[Any, ...]:
+def _route_backward(ctx: Any, ids_grad: Any, grad: Tensor) -> tuple[Any, ...]:
     logits, ids = ctx.saved_tensors
     grad = grad * ctx.scale
     if ctx.scoring == "softmax_topk":
-        chosen = logits.gather(1, ids).softmax(-1)
+        selected = logits.gather(1, ids).softmax(-1)
     else:
         scores = logits.sigmoid() if ctx.scoring == "sigmoid" else logits.softmax(-1)
-        chosen = scores.gather(1, ids)
+        selected = scores.gather(1, ids)
     if ctx.renorm:
-        total = chosen.sum(-1, keepdim=True) + 1e-20
-        grad = (grad - (grad * chosen).sum(-1, keepdim=True) / total) / total
+        total = selected.sum(-1, keepdim=True) + 1e-20
+        grad = (grad - (grad * selected).sum(-1, keepdim=True) / total) / total
     if ctx.scoring == "softmax_topk":
-        grad = _softmax(grad, chosen)
+        grad = _softmax_backward(grad, selected)
     if ctx.scoring == "sigmoid":
-        grad = grad * chosen * (1 - chosen)
-    spread = torch.zeros_like(logits).scatter(1, ids, grad)
-    return _places(9, {0: _softmax(spread, scores) if ctx.scoring == "softmax" else spread})
+        grad = grad * selected * (1 - selected)
+    d_scores = torch.zeros_like(logits).scatter(1, ids, grad)
+    return _grads_by_index(9, {0: _softmax_backward(d_scores, scores) if ctx.scoring == "softmax" else d_scores})
 
 
-FORMULAS: dict[
-    str, tuple[Callable[..., Any], Callable[..., Any]]
-] = {  # kernel -> what backward computes, what is saved for it
-    "linear": (_linear, _save_linear),
-    "linear_batched": (_batched, _save_batched),
-    "gated": (_gated, _save_gated),
-    "attention": (_attended, _save_attention),
-    "mla_attention": (_mla, _save_mla),
-    "rms_norm": (_norm, _save_norm),
-    "rope": (_rope, _save_rope),
-    "route": (_route, _save_route),
+# Kernel -> (backward, function that saves the inputs backward needs).
+FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "linear": (_linear_backward, _save_linear),
+    "linear_batched": (_batched_backward, _save_batched),
+    "gated": (_gated_backward, _save_gated),
+    "attention": (_attention_backward, _save_attention),
+    "mla_attention": (_mla_backward, _save_mla),
+    "rms_norm": (_norm_backward, _save_norm),
+    "rope": (_rope_backward, _save_rope),
+    "route": (_route_backward, _save_route),
 }
 
 
 # Second derivatives
 
 
-def _save_transposed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save_linear_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
-    ctx.about = inputs[2:]
+    ctx.matrix = inputs[2:]
 
 
-def _transposed(kernel: str) -> Callable[..., tuple[Any, ...]]:
-    """Of a product with a matrix transposed, which is the product itself."""
+def _linear_double_backward(kernel: str) -> Callable[..., tuple[Any, ...]]:
+    """Returns the backward of a product with a transposed matrix, which is the product with the matrix, `kernel`."""
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (packed,) = ctx.saved_tensors
-        return _places(5, {0: getattr(ops, kernel)(grad.contiguous(), packed, *ctx.about)})
+        return _grads_by_index(5, {0: getattr(ops, kernel)(grad.contiguous(), packed, *ctx.matrix)})
 
     return backward
 
 
-def _no_second(remedy: str) -> Callable[..., Any]:
+def _refuse_double_backward(remedy: str) -> Callable[..., Any]:
+    """Returns a backward that raises NoGradient."""
+
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NoGradient(f"a second derivative (create_graph=True, then backward) does not go through {remedy}")
 
     return backward
 
 
-ATTENTION = "attention's kernel: call model.set_attn_implementation('eager'), whose attention is torch's own"
-ONCE: dict[Any, str] = {
-    experts_backward: "experts and feed-forward layers on packed weights: use first derivatives, or keep these modules in torch by a rule",
-    attention_backward: ATTENTION,
-    mla_attention_backward: ATTENTION,
+ATTENTION_REMEDY = "attention's kernel: call model.set_attn_implementation('eager'), which computes attention in torch"
+# Backward operators without a gradient -> what the message names, and the remedy.
+FIRST_ORDER_ONLY: dict[Any, str] = {
+    experts_backward: "experts and feed-forward layers on packed weights: use first derivatives, or keep these modules"
+    " in torch by a rule",
+    attention_backward: ATTENTION_REMEDY,
+    mla_attention_backward: ATTENTION_REMEDY,
 }
 
 
 def register() -> None:
-    """Makes the formulas known to torch; once, after the kernels are loaded."""
+    """Registers the gradient formulas with torch; called once, after the kernels are loaded."""
     for kernel, (backward, setup) in FORMULAS.items():
         torch.library.register_autograd(f"ktx::{kernel}", backward, setup_context=setup)
     for product, kernel in ((linear_backward, "linear"), (linear_batched_backward, "linear_batched")):
-        product.register_autograd(_transposed(kernel), setup_context=_save_transposed)
-    for once, remedy in ONCE.items():
-        once.register_autograd(_no_second(remedy))
+        product.register_autograd(_linear_double_backward(kernel), setup_context=_save_linear_backward)
+    for operator, remedy in FIRST_ORDER_ONLY.items():
+        operator.register_autograd(_refuse_double_backward(remedy))
 
 
 @linear_backward.register_fake

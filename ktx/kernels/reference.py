@@ -1,6 +1,7 @@
-"""The plain-torch twin of every kernel: same name, same meaning, no cleverness. Oracle of the tests and definition for readers.
+"""Plain-torch reference implementation of every kernel, with the same name and meaning.
 
-The kernels of ktx/kernels/cpu.py take packed weights; their twins take a QuantizedTensor, so that packing is tested too.
+Tests compare the kernels with it, and it defines for readers what they compute. The kernels of ktx/kernels/cpu.py take
+packed weights; the reference takes a QuantizedTensor, so that packing is tested as well.
 """
 
 from __future__ import annotations
@@ -15,18 +16,25 @@ from ktx.weights.base import QuantizedTensor
 
 
 def linear(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., k] times weight [n, k] transposed, plus bias f32 [n]; in f64, returned in x's dtype."""
+    """Multiplies x [..., k] by weight [n, k] transposed, plus bias f32 [n].
+
+    Returns:
+        [..., n] in x's dtype, computed in f64.
+    """
     y = x.double() @ weight.dequantize(torch.float64).T
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
 def linear_batched(x: torch.Tensor, weight: QuantizedTensor) -> torch.Tensor:
-    """x [matrices, tokens, k] times weight [matrices, n, k] transposed -> [matrices, tokens, n]."""
+    """Multiplies x [matrices, tokens, k] by each weight of [matrices, n, k] transposed -> [matrices, tokens, n]."""
     return (x.double() @ weight.dequantize(torch.float64).transpose(1, 2)).to(x.dtype)
 
 
 def activate(gate: torch.Tensor, up: torch.Tensor, act: str, alpha: float = 0.0, limit: float = 0.0) -> torch.Tensor:
-    """The gated activation of a feed-forward layer: act(gate) * up, or gpt-oss's clamped variant."""
+    """Applies the gated activation of a feed-forward layer: act(gate) * up.
+
+    "swiglu_oai" is the clamped variant of gpt-oss, the only one that uses `alpha` and `limit`.
+    """
     if act == "swiglu_oai":  # openai/gpt-oss: torch/model.py, swiglu
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return gate * torch.sigmoid(alpha * gate) * (up + 1)
@@ -54,19 +62,35 @@ def experts(
     alpha: float = 0.0,
     limit: float = 0.0,
 ) -> torch.Tensor:
-    """x [tokens, hidden] through the chosen experts: sum over j of weights[t, j] * expert[ids[t, j]](x[t]). Ids out of range are skipped."""
+    """Computes routed experts: the sum over j of weights[t, j] * expert[ids[t, j]](x[t]).
+
+    Ids outside of the experts are skipped.
+
+    Args:
+        x: [tokens, hidden].
+        ids: int [tokens, top].
+        weights: f32 [tokens, top].
+        gate, up: [experts, ff, hidden].
+        down: [experts, hidden, ff].
+        gate_bias, up_bias: f32 [experts, ff].
+        down_bias: f32 [experts, hidden].
+        act, alpha, limit: as for `activate`.
+
+    Returns:
+        [tokens, hidden] in x's dtype.
+    """
     out = torch.zeros(x.shape, dtype=torch.float64)
-    for e in range(gate.shape[0]):
-        token, choice = torch.where(ids == e)
+    for expert in range(gate.shape[0]):
+        token, slot = torch.where(ids == expert)
         if not len(token):
             continue
         rows = x[token].double()
-        g, u = rows @ gate[e].dequantize(torch.float64).T, rows @ up[e].dequantize(torch.float64).T
-        g = g if gate_bias is None else g + gate_bias[e].double()
-        u = u if up_bias is None else u + up_bias[e].double()
-        y = activate(g, u, act, alpha, limit) @ down[e].dequantize(torch.float64).T
-        y = y if down_bias is None else y + down_bias[e].double()
-        out.index_add_(0, token, y * weights[token, choice, None].double())
+        g, u = rows @ gate[expert].dequantize(torch.float64).T, rows @ up[expert].dequantize(torch.float64).T
+        g = g if gate_bias is None else g + gate_bias[expert].double()
+        u = u if up_bias is None else u + up_bias[expert].double()
+        y = activate(g, u, act, alpha, limit) @ down[expert].dequantize(torch.float64).T
+        y = y if down_bias is None else y + down_bias[expert].double()
+        out.index_add_(0, token, y * weights[token, slot, None].double())
     return out.to(x.dtype)
 
 
@@ -77,10 +101,18 @@ def visible(
     mask: torch.Tensor | None,
     device: torch.device | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What a query sees, bool [batch|1, 1|heads, queries, keys], and what is added to its scores (or None).
+    """Returns the keys that each query may attend to, and an additive mask.
 
-    `ranges` int [batch, queries, 2] is a key interval [start, end) for each query; without ranges and mask the queries are
-    the last of the keys and see what is not after them.
+    Args:
+        queries: number of queries.
+        keys: number of keys.
+        ranges: int [batch, queries, 2], a key interval [start, end) for each query.
+        mask: bool, or an additive mask of a float type, [batch, heads, queries, keys].
+        device: device of the result.
+
+    Returns:
+        bool [batch|1, 1|heads, queries, keys], and what is added to the scores or None. Without ranges and mask the
+        queries are the last of the keys and attend causally.
     """
     position = torch.arange(keys, device=device)
     if mask is not None:
@@ -92,12 +124,12 @@ def visible(
 
 
 def to_q8_0(x: torch.Tensor) -> torch.Tensor:
-    """Keys or values [..., columns] as Q8_0 blocks, uint8 [..., columns / 32 * 34]."""
+    """Quantizes keys or values [..., columns] to Q8_0 blocks, uint8 [..., columns / 32 * 34]."""
     return QTYPES["Q8_0"].quantize(x.float())
 
 
 def from_q8_0(stored: torch.Tensor) -> torch.Tensor:
-    """The f32 values of `to_q8_0`; what is no uint8 comes back as it is."""
+    """Dequantizes Q8_0 blocks (uint8) to f32; returns tensors of other dtypes unchanged."""
     return QTYPES["Q8_0"].dequantize(stored) if stored.dtype == torch.uint8 else stored
 
 
@@ -115,26 +147,43 @@ def attention(
     sequences: torch.Tensor | None = None,
     pages: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Softmax attention: q [B, H, S, Dk], k [B, Hkv, T, Dk], v [B, Hkv, T, Dv] -> [B, S, H, Dv] in q's dtype.
+    """Softmax attention, over a contiguous or a paged KV cache.
 
-    Each key/value head serves H/Hkv query heads; `sinks` f32 [H] is one more logit in the softmax that attends to nothing
-    (gpt-oss); `softcap` c replaces scores s by c*tanh(s/c). A query that sees nothing gives zeros. `q_rope` [B, H, S, P] and `k_rope`
-    [B, 1 or Hkv, T, P] are more columns of q and k. Keys and values may be Q8_0 blocks.
+    A query without visible keys yields zeros.
 
-    A ragged call has one batch of queries of several sequences, and keys and values (k_rope too) in a pool [pages, heads, positions of a
-    page, columns]: `sequences` int64 [n, 3] are a sequence's first query, its queries, which are the last of its keys, and its keys;
-    `pages` int32 [n, most] say where these lie. `ranges` count a sequence's own keys.
+    In a ragged call q has one batch with the queries of several sequences, and k, v and k_rope are pools [pages,
+    heads, positions of a page, columns], which `pages` indexes. `ranges` then count a sequence's own keys.
+
+    Args:
+        q: [B, H, S, Dk].
+        k: [B, Hkv, T, Dk], also as Q8_0 blocks. Each key/value head serves H / Hkv query heads.
+        v: [B, Hkv, T, Dv], also as Q8_0 blocks.
+        ranges: int [B, S, 2], see `visible`.
+        mask: see `visible`.
+        scale: factor of the scores.
+        sinks: f32 [H], one more logit in the softmax of each head, without a value (gpt-oss).
+        softcap: c, which replaces scores s by c * tanh(s / c); 0 for none.
+        q_rope: [B, H, S, P], more columns of q.
+        k_rope: [B, 1 or Hkv, T, P], more columns of k.
+        sequences: int64 [n, 3] for a ragged call: first query, number of queries, and number of keys of each sequence.
+            The queries are the last of the keys.
+        pages: int32 [n, max pages] for a ragged call: the pages of each sequence.
+
+    Returns:
+        [B, S, H, Dv] in q's dtype.
     """
     if sequences is not None:
         out = q.new_zeros(1, q.shape[2], q.shape[1], from_q8_0(v[:1]).shape[3])
         assert pages is not None
-        for (first, queries, keys), own in zip(sequences.tolist(), pages, strict=True):
-            these = slice(first, first + queries)
-            rope = None if k_rope is None else on_pages(k_rope, own, keys)
-            turned = None if q_rope is None else q_rope[:, :, these]
-            seen = None if ranges is None else ranges[:, these]
-            past = on_pages(k, own, keys), on_pages(v, own, keys)
-            out[:, these] = attention(q[:, :, these], *past, seen, None, scale, sinks, softcap, turned, rope)
+        for (first, queries, keys), page_table in zip(sequences.tolist(), pages, strict=True):
+            span = slice(first, first + queries)
+            rope_keys = None if k_rope is None else on_pages(k_rope, page_table, keys)
+            rope_queries = None if q_rope is None else q_rope[:, :, span]
+            visible_keys = None if ranges is None else ranges[:, span]
+            cached = on_pages(k, page_table, keys), on_pages(v, page_table, keys)
+            out[:, span] = attention(
+                q[:, :, span], *cached, visible_keys, None, scale, sinks, softcap, rope_queries, rope_keys
+            )
         return out
     k, v, k_rope = from_q8_0(k), from_q8_0(v), None if k_rope is None else from_q8_0(k_rope)
     if q_rope is not None and k_rope is not None:
@@ -144,16 +193,16 @@ def attention(
     scores = q.double() @ keys.transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    seen, extra = visible(q.shape[2], k.shape[2], ranges, mask, q.device)
-    scores = (scores if extra is None else scores + extra).masked_fill(~seen, -torch.inf)
+    visible_keys, additive = visible(q.shape[2], k.shape[2], ranges, mask, q.device)
+    scores = (scores if additive is None else scores + additive).masked_fill(~visible_keys, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
-    share = scores.softmax(-1).nan_to_num(0.0)[..., : k.shape[2]]
-    return (share @ values).transpose(1, 2).to(q.dtype)
+    probs = scores.softmax(-1).nan_to_num(0.0)[..., : k.shape[2]]
+    return (probs @ values).transpose(1, 2).to(q.dtype)
 
 
 def on_pages(pool: torch.Tensor, pages: torch.Tensor, count: int) -> torch.Tensor:
-    """The first `count` positions of a sequence: pool [pages, heads, positions, columns] -> [1, heads, count, columns]."""
+    """Gathers the first `count` positions of a sequence: pool [pages, heads, PAGE, D] -> [1, heads, count, D]."""
     return pool[pages.long()].transpose(0, 1).flatten(1, 2)[None, :, :count]
 
 
@@ -168,8 +217,19 @@ def mla_attention(
     sequences: torch.Tensor | None = None,
     pages: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention on the compressed latent (absorbed MLA): q_nope [B, H, S, R] already times W_UK, q_rope [B, H, S, P],
-    ckv [B, T, R], kpe [B, T, P] -> [B, S, H, R]. Source: DeepSeek-V2, section 2.1.2 and appendix C.
+    """Attention on the compressed latent (absorbed MLA).
+
+    Source: DeepSeek-V2, section 2.1.2 and appendix C.
+
+    Args:
+        q_nope: [B, H, S, R], already multiplied by W_UK.
+        q_rope: [B, H, S, P].
+        ckv: [B, T, R], the latent.
+        kpe: [B, T, P], the rotated key columns.
+        ranges, mask, scale, sequences, pages: as for `attention`.
+
+    Returns:
+        [B, S, H, R].
     """
     latent = from_q8_0(ckv)
     keys = torch.cat([latent, from_q8_0(kpe)], -1)[:, None]
@@ -179,7 +239,10 @@ def mla_attention(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight (or 1 + weight) over the last dimension, in f32, returned in x's dtype."""
+    """RMSNorm over the last dimension: x / sqrt(mean(x^2) + eps) * weight, computed in f32, in x's dtype.
+
+    With `plus_one` the factor is 1 + weight.
+    """
     y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     if plus_one:
         return (y * (1 + weight.float())).to(x.dtype)
@@ -187,34 +250,42 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool =
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-    """Rotary embedding: x [B, H, S, D], cos and sin [B, S, R] with R <= D; columns from R on pass through.
+    """Rotary embedding of x [B, H, S, D] with cos and sin [B, S, R], R <= D; columns from R on are unchanged.
 
-    Halves: pair (i, i + R/2), as transformers' rotate_half. Interleaved: pair (2i, 2i + 1) in, halves out, as DeepSeek-V3 does.
+    By default column i is paired with column i + R/2, as in transformers' rotate_half. With `interleaved` columns 2i
+    and 2i + 1 of the input are paired, and the output is in the order of halves, as in DeepSeek-V3.
     """
-    width = cos.shape[-1]
-    turn, rest = x[..., :width], x[..., width:]
+    rope_dim = cos.shape[-1]
+    rotary, rest = x[..., :rope_dim], x[..., rope_dim:]
     if interleaved:
-        turn = turn.unflatten(-1, (width // 2, 2)).transpose(-1, -2).flatten(-2)
-    low, high = turn.chunk(2, -1)
-    turned = turn * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
-    return torch.cat([turned.to(x.dtype), rest], -1)
+        rotary = rotary.unflatten(-1, (rope_dim // 2, 2)).transpose(-1, -2).flatten(-2)
+    low, high = rotary.chunk(2, -1)
+    rotated = rotary * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+    return torch.cat([rotated.to(x.dtype), rest], -1)
 
 
 def to_e4m3(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """x / scale as float8 e4m3; what lies outside its range becomes the largest number of its sign."""
-    most = torch.finfo(torch.float8_e4m3fn).max
-    return (x.float() / scale).clamp(-most, most).to(torch.float8_e4m3fn)
+    """Converts x / scale to float8 e4m3, with values outside its range clamped."""
+    max_value = torch.finfo(torch.float8_e4m3fn).max
+    return (x.float() / scale).clamp(-max_value, max_value).to(torch.float8_e4m3fn)
 
 
 def put_rows(rows: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor, scale: float = 1.0) -> None:
-    """Writes rows [1, heads, tokens, columns] to their slots (page times PAGE plus place) of a pool [pages, heads, PAGE, columns], as
-    e4m3 over `scale` if that is its type. A token whose slot is negative is left out.
+    """Writes rows to their slots of a paged pool, converted to e4m3 if that is the pool's dtype.
+
+    Args:
+        rows: [1, heads, tokens, columns].
+        pool: [pages, heads, PAGE, columns].
+        slots: int [tokens], page * PAGE + position in the page; tokens with a negative slot are skipped.
+        scale: e4m3 pools store rows / scale.
     """
-    size = pool.shape[2]
+    page_size = pool.shape[2]
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
             row = rows[0, :, token]
-            pool[slot // size, :, slot % size] = to_e4m3(row, scale) if pool.dtype == torch.float8_e4m3fn else row
+            pool[slot // page_size, :, slot % page_size] = (
+                to_e4m3(row, scale) if pool.dtype == torch.float8_e4m3fn else row
+            )
 
 
 def store_heads(
@@ -230,7 +301,16 @@ def store_heads(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> torch.Tensor:
-    """q [1, H, T, D] rotated; k [1, Hkv, T, D] rotated and v [1, Hkv, T, Dv] go to their slots of the pools."""
+    """Rotates q and k, and writes k and v to their slots of the KV cache.
+
+    Args:
+        q: [1, H, T, D].
+        k: [1, Hkv, T, D].
+        v: [1, Hkv, T, Dv].
+
+    Returns:
+        q rotated.
+    """
     put_rows(rope(k, cos, sin, interleaved), k_pool, slots, k_scale)
     put_rows(v, v_pool, slots, v_scale)
     return rope(q, cos, sin, interleaved)
@@ -250,8 +330,17 @@ def store_latent(
     interleaved: bool = False,
     kv_scale: float = 1.0,
 ) -> torch.Tensor:
-    """q_rope [1, H, T, P] rotated; latent [1, T, R], normalised, and k_rope [1, T, P], rotated, go to their slots of the pools ckv
-    [pages, PAGE, R] and kpe [pages, PAGE, P].
+    """Writes MLA's latent and rotated key columns to their slots of the KV cache.
+
+    Args:
+        latent: [1, T, R], normalized by `norm` if given.
+        k_rope: [1, T, P], to be rotated.
+        q_rope: [1, H, T, P], to be rotated.
+        ckv: pool [pages, PAGE, R].
+        kpe: pool [pages, PAGE, P].
+
+    Returns:
+        q_rope rotated.
     """
     latent = latent if norm is None else rms_norm(latent, norm, eps)
     put_rows(latent[:, None], ckv[:, None], slots, kv_scale)
@@ -270,19 +359,33 @@ def route(
     renorm: bool = False,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chooses experts: logits f32 [T, E] -> ids int64 [T, K] by falling score, weights f32 [T, K].
+    """Selects the top-k experts of each token.
 
-    `scoring` softmax | sigmoid | softmax_topk (softmax over the chosen); `bias` counts for the choice only; group_mode "max"
-    (DeepSeek-V2: groups by their best score) or "top2" (V3: by the sum of their two best) keeps `topk_group` of `n_group` groups.
+    Args:
+        logits: f32 [T, E].
+        top_k: K, the number of experts of a token.
+        scoring: "softmax", "sigmoid", or "softmax_topk" (softmax over the selected experts).
+        bias: f32 [E], added to the scores for the selection only.
+        n_group: number of groups that the experts are divided into.
+        topk_group: number of groups from which experts are selected.
+        group_mode: "none"; "max" ranks groups by their best score (DeepSeek-V2); "top2" by the sum of their two best
+            scores (DeepSeek-V3).
+        renorm: whether the weights of a token are divided by their sum.
+        scale: factor of the weights.
+
+    Returns:
+        ids int64 [T, K] by descending score, and weights f32 [T, K].
     """
     scores = logits.sigmoid() if scoring == "sigmoid" else logits if scoring == "softmax_topk" else logits.softmax(-1)
-    choice = scores if bias is None else scores + bias.view(1, -1)
+    ranking = scores if bias is None else scores + bias.view(1, -1)
     if group_mode != "none" and n_group > 1:
-        groups = choice.view(len(choice), n_group, -1)
-        strength = groups.amax(-1) if group_mode == "max" else groups.topk(2, -1)[0].sum(-1)
-        kept = torch.zeros_like(strength, dtype=torch.bool).scatter_(1, strength.topk(topk_group, -1)[1], True)
-        choice = groups.masked_fill(~kept[..., None], -torch.inf).flatten(1)
-    ids = choice.topk(top_k, -1)[1]
+        groups = ranking.view(len(ranking), n_group, -1)
+        group_scores = groups.amax(-1) if group_mode == "max" else groups.topk(2, -1)[0].sum(-1)
+        selected_groups = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(
+            1, group_scores.topk(topk_group, -1)[1], True
+        )
+        ranking = groups.masked_fill(~selected_groups[..., None], -torch.inf).flatten(1)
+    ids = ranking.topk(top_k, -1)[1]
     weights = scores.gather(1, ids)
     if scoring == "softmax_topk":
         weights = weights.softmax(-1)
