@@ -224,12 +224,12 @@ def test_apart_only_one_is_in_memory():
 @pytest.mark.parametrize("free,together", [(1 << 20, False), (1 << 40, True)])
 def test_room_for_two_is_decided_by_free_memory(model, monkeypatch, free, together):
     monkeypatch.setattr("ktx.hardware.memory", lambda: (free, free))
-    decided, words = bench._room(argparse.Namespace(weights=None, model=str(model), peer="llama.cpp"))
+    decided, words = bench._both_fit(argparse.Namespace(weights=None, model=str(model), peer="llama.cpp"))
     assert decided is together and ("one engine in memory at a time" in words) is not together
 
 
 def test_an_engine_that_dies_is_an_error_not_a_hang():
-    with pytest.raises(KtxError, match=r"toy ended without an answer \(exit status 0\)"):
+    with pytest.raises(KtxError, match=r"toy ended without a result \(exit status 0\)"):
         bench.Engine("toy", "keyword", []).start()
 
 

@@ -85,7 +85,7 @@ def test_the_plan_tells_what_adapters_take(family, tmp_path, monkeypatch):
         (["verify", *DEMO], "--lora needs --perplexity FILE"),
         (["verify", "--perplexity", str(ktx.demo.heldout())], "--lora needs --model or --weights"),
         (["bench", *DEMO, "--peer", "llama.cpp"], "--lora: llama.cpp would compute the model without it"),
-        (["bench", "--layer", "8,2,64,64"], "--lora goes with a model, not with --layer"),
+        (["bench", "--layer", "8,2,64,64"], "--lora has no effect with --layer"),
         (["bench", "serve", *DEMO], "unrecognized arguments: --lora"),
         (["serve", *DEMO, "--backend-type", "scripted"], "--lora: --backend-type scripted"),
     ],

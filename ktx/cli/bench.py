@@ -1,4 +1,4 @@
-"""ktx bench: prefill and decode speed, beside a peer and the machine's own limits, alternating in one run."""
+"""ktx bench: measure prefill and decode speed, alternating with a peer, and compare with the machine's limits."""
 
 from __future__ import annotations
 
@@ -32,54 +32,70 @@ from ktx.cli.arguments import (
 from ktx.errors import KtxError, UsageError
 from ktx.weights.gguf_files import is_gguf
 
-SUMMARY = "measure prefill and decode speed, or one layer, beside llama.cpp, ik_llama.cpp, kt-kernel or ftllm"
-REPACKERS = (
-    "llama.cpp",
-    "ik_llama.cpp",
-)  # run with repacking on and off, and with each of UBATCHES, whichever is better
-UBATCHES = (512, 2048)  # tokens that they compute at once; the second for prompts that are longer than the first
+SUMMARY = "measure prefill and decode speed, or one MoE layer, also against llama.cpp, ik_llama.cpp, kt-kernel or ftllm"
+EPILOG = (
+    "A test is pp512 (prefill of 512 tokens) or tg32 (decode of 32 tokens), with @d8192 after a context of 8192."
+    " Examples: ktx bench --model DIR --weights FILE.gguf --peer llama.cpp; ktx bench --layer 64,8,2048,1536 -p 1,512"
+)
+# run with repacking on and off and with each of UBATCHES; the better result counts
+REPACKERS = ("llama.cpp", "ik_llama.cpp")
+UBATCHES = (512, 2048)  # their micro-batch sizes in tokens; the second for prompts that are longer than the first
 PEERS = (*REPACKERS, "kt-kernel", "ftllm")
-SLACK = 1 << 30  # memory that is left alone when both engines are loaded
-OF_LAYERS = ("layer", "formats", "prompt", "threads", "repeat", "peer", "record")  # options that --layer reads
-LONGEST = 1 << 24  # tokens: more than any model has a context for
-PAUSE = 0.3  # seconds before a measurement, until the other engine's threads have gone to sleep
-LOADING = ("isa", "load_seconds", "load_gb_s", "cat_gb_s", "pack_gb_s", "fresh_gb_s", "peak_rss", "rss_bound")
-PROBED = {"probe_bytes": "read", "cache_bytes": "last-level cache"}  # what the read limit was measured on
-Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # test -> engine -> one measurement a round
+RESERVED_BYTES = 1 << 30  # memory that stays free when both engines are loaded
+LAYER_OPTIONS = ("layer", "formats", "prompt", "threads", "repeat", "peer", "record")  # options that --layer reads
+MAX_TOKENS = 1 << 24  # more than the context of any model
+PAUSE_S = 0.3  # before a measurement, until the other engine's threads sleep
+LOAD_FIELDS = ("isa", "load_seconds", "load_gb_s", "cat_gb_s", "pack_gb_s", "fresh_gb_s", "peak_rss", "rss_bound")
+PROBE_FIELDS = {"probe_bytes": "read", "cache_bytes": "last-level cache"}  # sizes of the read bandwidth's measurement
+Rounds = dict[str, dict[str, list[dict[str, Any]]]]  # test -> engine -> one measurement per round
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
     model_options(parser)
-    lora_option(parser, "their sum is computed")
+    lora_option(parser, "the sum of all adapters is applied")
     for names, default, what in (
-        (("-p", "--prompt"), 512, "prompt lengths"),
-        (("-n", "--tokens"), 32, "tokens to generate"),
+        (("-p", "--prompt"), 512, "prefill tests: prompt lengths in tokens"),
+        (("-n", "--tokens"), 32, "decode tests: numbers of tokens to generate"),
     ):
         parser.add_argument(
             *names, type=lengths, default=[default], metavar="N[,N]", help=f"{what} (default {default}; 0: none)"
         )
     parser.add_argument(
-        "-d", "--depth", type=lengths, default=[0], metavar="N[,N]", help="tokens that lie before each test (default 0)"
+        "-d",
+        "--depth",
+        type=lengths,
+        default=[0],
+        metavar="N[,N]",
+        help="tokens in the KV cache before each test (default 0)",
     )
-    parser.add_argument("-t", "--threads", type=positive, metavar="N", help="of every engine (default: usable cores)")
-    parser.add_argument("-r", "--repeat", type=positive, default=3, metavar="N", help="rounds; medians are shown")
+    parser.add_argument(
+        "-t", "--threads", type=positive, metavar="N", help="threads of each engine (default: usable physical cores)"
+    )
+    parser.add_argument(
+        "-r", "--repeat", type=positive, default=3, metavar="N", help="rounds; the median is reported (default 3)"
+    )
     parser.add_argument(
         "--peer",
         choices=PEERS,
-        help="runs beside ktx in turns: llama.cpp or ik_llama.cpp on the same file (best of its repack on and off, and of -ub 512 and 2048), ftllm on a model or a layer, kt-kernel on a layer",
+        help="engine to measure in alternation with ktx: llama.cpp or ik_llama.cpp on the same file (the best of"
+        " repacking on and off and of -ub 512 and 2048), ftllm on a model or a layer, kt-kernel on a layer",
     )
     parser.add_argument(
         "--layer",
         metavar="E,K,H,W",
-        help="no model: one layer of E experts, K a token, H hidden columns, W rows, for each of --prompt tokens, with errors",
+        help="instead of a model, measure one MoE layer of E experts, K per token, hidden size H and expert width W,"
+        " with --prompt tokens per call, and its error",
     )
     parser.add_argument(
-        "--formats", metavar="F[,F]", help="with --layer: ktx's formats to measure (default: all that the peer has)"
+        "--formats",
+        metavar="F[,F]",
+        help="with --layer: formats to measure, by ktx's names (default: all that the peer has)",
     )
-    flag(parser, "--json", help="one JSON object a line")
-    parser.add_argument("--record", metavar="FILE", help="append the JSON lines to this file")
-    inner = parser.add_subparsers(dest="bench", metavar="COMMAND", action=Inner, parser_class=type(parser))
-    serve = inner.add_parser(
+    flag(parser, "--json", help="print JSON lines instead of a table")
+    parser.add_argument("--record", metavar="FILE", help="append the JSON lines to FILE")
+    subcommands = parser.add_subparsers(dest="bench", metavar="COMMAND", action=Inner, parser_class=type(parser))
+    serve = subcommands.add_parser(
         "serve", help=bench_serve.SUMMARY, description=(bench_serve.__doc__ or "").partition(": ")[2]
     )
     bench_serve.add_arguments(serve)
@@ -87,55 +103,64 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Engine:
-    """An engine in a process of its own, started when it is first needed. It speaks JSON lines: a test, its figures. `more_than`: tokens of a prompt that it is for."""
+    """An engine in a child process, which is started when it is first needed.
 
-    def __init__(self, name: str, module: str, words: list[str], more_than: int = 0):
-        self.name, self.command, self.more_than = name, [sys.executable, "-m", module, *words], more_than
+    Its protocol is JSON lines: a test on its standard input, the measurement on its standard output.
+
+    Args:
+        module: the Python module that the process runs.
+        arguments: its arguments.
+        more_than: the engine is only used for prompts of more tokens than this.
+    """
+
+    def __init__(self, name: str, module: str, arguments: list[str], more_than: int = 0):
+        self.name, self.command, self.more_than = name, [sys.executable, "-m", module, *arguments], more_than
         self.process: subprocess.Popen[str] | None = None
         self.facts: dict[str, Any] = {}
 
     def start(self) -> dict[str, Any]:
-        """Loads the model; what the engine says of itself."""
+        """Starts the process, which loads the model, and returns the facts that it reports."""
         if self.process is None:
-            own = str(Path(__file__).resolve().parents[2])
-            path = [own, os.environ.get("PYTHONPATH"), os.environ.get("KTX_PEER_PATH")]
+            root = str(Path(__file__).resolve().parents[2])
+            path = [root, os.environ.get("PYTHONPATH"), os.environ.get("KTX_PEER_PATH")]
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
             pipe = subprocess.PIPE
             self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, text=True, env=environment)
-            self.facts = self._answer()
+            self.facts = self._read_result()
         return self.facts
 
     def measure(self, test: str | dict[str, Any]) -> dict[str, Any]:
+        """Runs one test and returns its measurement."""
         self.start()
-        time.sleep(PAUSE)
+        time.sleep(PAUSE_S)
         assert self.process and self.process.stdin
         self.process.stdin.write(json.dumps({"test": test}) + "\n")
         self.process.stdin.flush()
-        return self._answer()
+        return self._read_result()
 
     def stop(self) -> None:
-        """Ends the process, so that its memory is free again."""
+        """Ends the process, which frees its memory."""
         if self.process:
             self.process.communicate()
         self.process = None
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_result(self) -> dict[str, Any]:
         assert self.process and self.process.stdout
         line = self.process.stdout.readline()
         if not line:
             status = self.process.wait()
             self.process = None
-            raise KtxError(f"{self.name} ended without an answer (exit status {status}); was there enough memory?")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            error = KtxError(answer["error"])
-            error.exit_code = answer["exit"]
+            raise KtxError(f"{self.name} ended without a result (exit status {status}); was there enough memory?")
+        result: dict[str, Any] = json.loads(line)
+        if "error" in result:
+            error = KtxError(result["error"])
+            error.exit_code = result["exit"]
             raise error
-        return answer
+        return result
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and prints; with --peer the engines take turns so that both see the same machine."""
+    """Measures and prints; with --peer the engines alternate, so that both run under the same conditions."""
     from ktx.hardware import default_threads
 
     if args.bench == "serve":
@@ -143,17 +168,19 @@ def run(args: argparse.Namespace) -> int:
     if args.layer:
         from ktx.cli import bench_layer
 
-        others = {name: action for name, action in options_of(add_arguments).items() if name not in OF_LAYERS}
-        refuse(args, others, "goes with a model, not with --layer")
+        other_options = {
+            name: action for name, action in options_of(add_arguments).items() if name not in LAYER_OPTIONS
+        }
+        refuse(args, other_options, "has no effect with --layer, which measures no model")
         try:
             args.layer = bench_layer.Layer.read(args.layer)
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"--layer {error}") from None
         args.threads = args.threads or default_threads()
         return bench_layer.run(args)
-    refuse(args, {"formats": options_of(add_arguments)["formats"]}, "goes with --layer")
+    refuse(args, {"formats": options_of(add_arguments)["formats"]}, "needs --layer")
     if args.peer == "kt-kernel":
-        raise UsageError("--peer kt-kernel runs no whole models on a CPU: give --layer, e.g. --layer 64,8,2048,1536")
+        raise UsageError("--peer kt-kernel runs no complete model on a CPU: give --layer, e.g. --layer 64,8,2048,1536")
     require_model(args)
     if args.lora and args.peer:
         raise UsageError(f"--lora: {args.peer} would compute the model without it; leave --peer out")
@@ -162,21 +189,21 @@ def run(args: argparse.Namespace) -> int:
     if not kinds:
         raise UsageError("-p 0 and -n 0 leave nothing to measure: give one of them a number of tokens")
     tests = [f"{kind}@d{depth}" if depth else kind for kind in kinds for depth in args.depth]
-    mine = Engine("ktx", "ktx.cli.bench_ktx", _ktx_words(args))
-    engines, alone = _best_peers(args, tests) if args.peer else ({None: tests}, {})
+    ktx_engine = Engine("ktx", "ktx.cli.bench_ktx", _ktx_arguments(args))
+    peer_tests, best_alone = _best_peers(args, tests) if args.peer else ({None: tests}, {})
     rounds: Rounds = {}
-    facts = mine.start()
-    together, room = _room(args) if args.peer else (True, "")
+    facts = ktx_engine.start()
+    both_fit, memory_note = _both_fit(args) if args.peer else (True, "")
     try:
-        for peer, its_tests in engines.items():
-            rounds |= alternate([mine, peer] if peer else [mine], its_tests, args.repeat, together)
+        for peer, tests_of_peer in peer_tests.items():
+            rounds |= alternate([ktx_engine, peer] if peer else [ktx_engine], tests_of_peer, args.repeat, both_fit)
             if peer:
                 peer.stop()
     finally:
-        mine.stop()
-    lines = [line for test in tests for line in _lines(test, rounds[test], alone, args, facts)]
+        ktx_engine.stop()
+    lines = [line for test in tests for line in _lines(test, rounds[test], best_alone, args, facts)]
     if not args.json:
-        _table(lines, facts, room)
+        _table(lines, facts, memory_note)
     for line in lines if args.json else ():
         print(json.dumps(line))
     if args.record:
@@ -186,47 +213,51 @@ def run(args: argparse.Namespace) -> int:
 
 
 def alternate(engines: list[Engine], tests: list[str], repeat: int, together: bool) -> Rounds:
-    """Rounds of every test on every engine: test by test when all fit in memory, else one engine at a time."""
-    turns = [(e, t) for t in tests for e in engines] if together else [(e, t) for e in engines for t in tests]
-    found: Rounds = {test: {engine.name: [] for engine in engines} for test in tests}
+    """Measures every test on every engine, `repeat` times.
+
+    Args:
+        together: all engines fit in memory: they alternate test by test; else one engine at a time is loaded.
+    """
+    order = [(e, t) for t in tests for e in engines] if together else [(e, t) for e in engines for t in tests]
+    rounds: Rounds = {test: {engine.name: [] for engine in engines} for test in tests}
     for _ in range(repeat):
-        for engine, test in turns:
+        for engine, test in order:
             for other in engines:
                 if other is not engine and not together:
                     other.stop()
-            found[test][engine.name].append(engine.measure(test))
-    return found
+            rounds[test][engine.name].append(engine.measure(test))
+    return rounds
 
 
 def lengths(text: str) -> list[int]:
-    """One or several numbers of tokens, each once, of which 0 may be one: 0,8192."""
-    found = [natural(part) for part in text.split(",")]
-    if max(found) > LONGEST:
-        raise argparse.ArgumentTypeError(f"must be at most {LONGEST} tokens, found {max(found)}")
-    return list(dict.fromkeys(found))
+    """Parses numbers of tokens separated by commas, without duplicates; 0 is allowed: 0,8192."""
+    counts = [natural(part) for part in text.split(",")]
+    if max(counts) > MAX_TOKENS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_TOKENS} tokens, found {max(counts)}")
+    return list(dict.fromkeys(counts))
 
 
 def parts(test: str) -> tuple[str, int, int]:
-    """Kind, tokens and depth of a test: "tg32@d8192" is ("tg", 32, 8192)."""
+    """Parses a test into kind, tokens and depth: "tg32@d8192" is ("tg", 32, 8192)."""
     kind, _, depth = test.partition("@d")
     return kind[:2], int(kind[2:]), int(depth or 0)
 
 
 def token_ids(count: int, vocabulary: int) -> list[int]:
-    """What every engine reads: the same random ids, so that its routers see the same variety."""
-    source = random.Random(1)
-    return [source.randrange(3, vocabulary) for _ in range(count)]
+    """Returns random token ids, the same for every engine, so that its routers choose the same experts."""
+    rng = random.Random(1)
+    return [rng.randrange(3, vocabulary) for _ in range(count)]
 
 
-def _ktx_words(args: argparse.Namespace) -> list[str]:
-    words = ["--model", str(args.model), "--threads", str(args.threads)]
-    words += ["--weights", str(args.weights)] if args.weights else []
-    words += ["--rules", str(args.rules)] if args.rules else []
-    return [*words, "--options", json.dumps(load_options(args))]
+def _ktx_arguments(args: argparse.Namespace) -> list[str]:
+    arguments = ["--model", str(args.model), "--threads", str(args.threads)]
+    arguments += ["--weights", str(args.weights)] if args.weights else []
+    arguments += ["--rules", str(args.rules)] if args.rules else []
+    return [*arguments, "--options", json.dumps(load_options(args))]
 
 
 def _gguf(args: argparse.Namespace) -> Path:
-    """The file a peer can read."""
+    """Returns the path of the weights for the peer; raises UsageError if the peer cannot read them."""
     path = gguf_in(Path(args.weights or args.model).expanduser())
     if args.peer == "ftllm" and path.is_dir():
         return path
@@ -235,9 +266,9 @@ def _gguf(args: argparse.Namespace) -> Path:
     return path
 
 
-def _peer(args: argparse.Namespace, tests: list[str], repack: int, ubatch: int) -> Engine:
+def _repacking_peer(args: argparse.Namespace, tests: list[str], repack: int, ubatch: int) -> Engine:
     context = max(count + depth for _, count, depth in map(parts, tests)) + 16
-    words = [
+    arguments = [
         "--engine",
         args.peer,
         "--weights",
@@ -252,13 +283,13 @@ def _peer(args: argparse.Namespace, tests: list[str], repack: int, ubatch: int) 
         str(context),
     ]
     name = f"{args.peer} (repack {'on' if repack else 'off'}, -ub {ubatch})"
-    return Engine(name, "ktx.cli.bench_llama_cpp", words, more_than=0 if ubatch == UBATCHES[0] else UBATCHES[0])
+    return Engine(name, "ktx.cli.bench_llama_cpp", arguments, more_than=0 if ubatch == UBATCHES[0] else UBATCHES[0])
 
 
 def _peers(args: argparse.Namespace, tests: list[str]) -> list[Engine]:
-    """The forms in which a peer may run."""
+    """Returns the peer in each configuration to try."""
     if args.peer in REPACKERS:
-        return [_peer(args, tests, repack, ubatch) for ubatch in UBATCHES for repack in (1, 0)]
+        return [_repacking_peer(args, tests, repack, ubatch) for ubatch in UBATCHES for repack in (1, 0)]
     path = _gguf(args)
     folder = Path(args.model).expanduser()
     if not (folder / "config.json").exists():
@@ -273,16 +304,20 @@ def _peers(args: argparse.Namespace, tests: list[str]) -> list[Engine]:
 
 
 def _best_peers(args: argparse.Namespace, tests: list[str]) -> tuple[dict[Engine | None, list[str]], dict[str, float]]:
-    """The peer in each of its forms, each alone in memory: the better one for each test, and its figure."""
-    alone: dict[Engine, dict[str, float]] = {}
+    """Measures the peer in each configuration, alone in memory.
+
+    Returns:
+        The tests of each configuration that was best for some, and the best speed of each test.
+    """
+    speeds: dict[Engine, dict[str, float]] = {}
     for engine in _peers(args, tests):
-        own = [test for test in tests if not engine.more_than or _is_prompt(test, engine.more_than)]
-        alone[engine] = {test: max(engine.measure(test)["tok_s"] for _ in range(2)) for test in own}
+        own_tests = [test for test in tests if not engine.more_than or _is_prompt(test, engine.more_than)]
+        speeds[engine] = {test: max(engine.measure(test)["tok_s"] for _ in range(2)) for test in own_tests}
         engine.stop()
     best: dict[Engine | None, list[str]] = {}
     for test in tests:
-        best.setdefault(max(alone, key=lambda engine: alone[engine].get(test, 0.0)), []).append(test)
-    return best, {test: max(figures.get(test, 0.0) for figures in alone.values()) for test in tests}
+        best.setdefault(max(speeds, key=lambda engine: speeds[engine].get(test, 0.0)), []).append(test)
+    return best, {test: max(figures.get(test, 0.0) for figures in speeds.values()) for test in tests}
 
 
 def _is_prompt(test: str, more_than: int) -> bool:
@@ -290,52 +325,59 @@ def _is_prompt(test: str, more_than: int) -> bool:
     return kind == "pp" and count > more_than
 
 
-def _room(args: argparse.Namespace) -> tuple[bool, str]:
-    """Whether a peer fits beside the loaded ktx (repacking moves weights, it does not double them), in words too."""
+def _both_fit(args: argparse.Namespace) -> tuple[bool, str]:
+    """Returns whether the peer fits in memory together with the loaded ktx, and a text that says so.
+
+    Repacking moves the peer's weights, it does not double them.
+    """
     from ktx.hardware import memory
 
     path = _gguf(args)
     size = sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else path.stat().st_size
-    need, free = size + SLACK, memory()[1]
-    if need <= free:
-        return True, "both engines in memory, taking turns test by test"
-    return False, f"one engine in memory at a time: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed for a second"
+    needed_bytes, free_bytes = size + RESERVED_BYTES, memory()[1]
+    if needed_bytes <= free_bytes:
+        return True, "both engines in memory, alternating test by test"
+    return (
+        False,
+        f"one engine in memory at a time: {free_bytes / 1e9:.1f} GB free,"
+        f" {needed_bytes / 1e9:.1f} GB needed for a second",
+    )
 
 
 def _lines(
     test: str,
-    found: dict[str, list[dict[str, Any]]],
-    alone: dict[str, float],
+    measurements: dict[str, list[dict[str, Any]]],
+    best_alone: dict[str, float],
     args: argparse.Namespace,
     facts: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """The records of one test: ktx's, then the peer's."""
+    """Returns the records of one test: ktx's, then the peer's."""
     common = (
         {"test": test}
         | stamp()
         | {"threads": args.threads, "rounds": args.repeat, "model": str(args.weights or args.model)}
     )
     lines = []
-    for engine, rows in found.items():
+    for engine, rows in measurements.items():
         speeds = [row["tok_s"] for row in rows]
-        middle = {key: statistics.median(row[key] for row in rows) for key in ("limit", "share") if key in rows[0]}
+        medians = {key: statistics.median(row[key] for row in rows) for key in ("limit", "share") if key in rows[0]}
         lines.append(
             common
             | {"engine": engine, "tok_s": statistics.median(speeds), "spread": [min(speeds), max(speeds)]}
-            | middle
+            | medians
         )
-    lines[0] |= {key: facts[key] for key in (*LOADING, *PROBED)}
+    lines[0] |= {key: facts[key] for key in (*LOAD_FIELDS, *PROBE_FIELDS)}
     errors = facts["errors"][test[:2]]
     lines[0] |= {"errors": errors, "relative_error": max(errors.values(), default=0.0)}
     lines[0]["limit_unit"] = "GOPS int8" if test.startswith("pp") else "GB/s read"
     for peer in lines[1:]:
-        peer |= {"best_alone": alone[test], "isa": found[peer["engine"]][0]["isa"]}
+        peer |= {"best_alone": best_alone[test], "isa": measurements[peer["engine"]][0]["isa"]}
         lines[0]["ratio"] = lines[0]["tok_s"] / peer["tok_s"]
     return lines
 
 
 def stamp() -> dict[str, str]:
-    """When, where and on what a figure was measured."""
+    """Returns date, commit and machine of a measurement."""
     from ktx.hardware import machine
 
     m = machine()
@@ -343,29 +385,29 @@ def stamp() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty when files differ from it, or the version of an installed wheel."""
-    words = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True)
+    """Returns the checkout's commit, with -dirty if files are modified, or the version of an installed wheel."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     import ktx
 
-    return done.stdout.strip() or ktx.__version__
+    return result.stdout.strip() or ktx.__version__
 
 
-def _table(lines: list[dict[str, Any]], facts: dict[str, Any], room: str) -> None:
+def _table(lines: list[dict[str, Any]], facts: dict[str, Any], memory_note: str) -> None:
     threads, gb = f"{facts['threads']} threads", {key: facts[key] / 1e9 for key in ("bytes", "peak_rss", "rss_bound")}
     print(f"{lines[0]['machine']}: {facts['isa']} kernels, {threads}; {gb['bytes']:.2f} GB packed")
     limits = f"cat {facts['cat_gb_s']:.2f}, packing {facts['pack_gb_s']:.2f}, new memory {facts['fresh_gb_s']:.2f} GB/s"
     print(f"loaded in {facts['load_seconds']:.1f} s, {facts['load_gb_s']:.2f} GB/s; alone on {threads}: {limits}")
     print(f"peak RSS {gb['peak_rss']:.2f} GB, bound {gb['rss_bound']:.2f} GB")
-    sizes = ", ".join(f"{what} {facts[key] >> 20} MiB" for key, what in PROBED.items())
-    print(f"read bandwidth, the limit of tg, is measured before each round: {sizes}")
-    print(*filter(None, [room]), sep="\n", end="\n" if room else "")
-    width = max(len(line["engine"]) for line in lines) + 2
-    first = max(8, *(len(line["test"]) + 2 for line in lines))
-    worst = {kind: max(found.items(), key=lambda item: item[1]) for kind, found in facts["errors"].items() if found}
-    told = ", ".join(f"{kind} {value:.2%} ({name})" for kind, (name, value) in worst.items())
-    print(f"error of a matrix against float64 on the same weights, worst type: {told}")
-    print(f"{'test':{first}}{'engine':{width}}{'tok/s':>9}{'spread':>18}{'ratio':>8}{'error':>8}  limit")
+    sizes = ", ".join(f"{what} {facts[key] >> 20} MiB" for key, what in PROBE_FIELDS.items())
+    print(f"read bandwidth, the limit of decode (tg), is measured before each round: {sizes}")
+    print(*filter(None, [memory_note]), sep="\n", end="\n" if memory_note else "")
+    engine_width = max(len(line["engine"]) for line in lines) + 2
+    test_width = max(8, *(len(line["test"]) + 2 for line in lines))
+    worst = {kind: max(errors.items(), key=lambda item: item[1]) for kind, errors in facts["errors"].items() if errors}
+    worst_errors = ", ".join(f"{kind} {value:.2%} ({name})" for kind, (name, value) in worst.items())
+    print(f"error of a matrix product against float64 on the same weights, worst type: {worst_errors}")
+    print(f"{'test':{test_width}}{'engine':{engine_width}}{'tok/s':>9}{'spread':>18}{'ratio':>8}{'error':>8}  limit")
     for line in lines:
         spread = f"{line['spread'][0]:.2f}-{line['spread'][1]:.2f}"
         ratio = f"{line['ratio']:.2f}x" if "ratio" in line else ""
@@ -374,7 +416,8 @@ def _table(lines: list[dict[str, Any]], facts: dict[str, Any], room: str) -> Non
             if "share" in line
             else f"alone {line['best_alone']:.2f}"
         )
-        wrong = f"{line['relative_error']:.2%}" if "relative_error" in line else ""
+        error = f"{line['relative_error']:.2%}" if "relative_error" in line else ""
         print(
-            f"{line['test']:{first}}{line['engine']:{width}}{line['tok_s']:>9.2f}{spread:>18}{ratio:>8}{wrong:>8}  {limit}"
+            f"{line['test']:{test_width}}{line['engine']:{engine_width}}{line['tok_s']:>9.2f}"
+            f"{spread:>18}{ratio:>8}{error:>8}  {limit}"
         )
