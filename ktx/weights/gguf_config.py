@@ -1,4 +1,4 @@
-"""Configuration from GGUF metadata alone, for the families whose metadata suffices."""
+"""Builds a transformers configuration from GGUF metadata, for the families whose metadata is sufficient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ktx.weights.gguf_header import Header, architecture
 from ktx.weights.gguf_keys import refuse_kind, scalar, scaling_of
 from ktx.weights.gguf_tokenizer import end_tokens
 
-# transformers' name -> metadata key after the architecture; "?" marks keys that may be absent
+# transformers' name -> metadata key without the architecture prefix; "?" marks optional keys
 COMMON = {
     "num_hidden_layers": "block_count",
     "hidden_size": "embedding_length",
@@ -36,12 +36,12 @@ DEEPSEEK = MOE | {
     "n_group": "expert_group_count?",
     "topk_group": "expert_group_used_count?",
 }
-REMEDY = "give --model the Hugging Face folder and --weights this file"
-FIXED: dict[str, dict[str, Any]] = {  # what llama.cpp's graph of an architecture does without a key for it
+REMEDY = "pass the Hugging Face folder to --model and this file to --weights"
+FIXED: dict[str, dict[str, Any]] = {  # fixed in llama.cpp's graph of the architecture, without a metadata key
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen2_moe": {"norm_topk_prob": False},
 }
-FAMILIES: dict[str, tuple[str, dict[str, str]]] = {  # GGUF architecture -> (model_type, keys beside COMMON)
+FAMILIES: dict[str, tuple[str, dict[str, str]]] = {  # GGUF architecture -> (model_type, keys in addition to COMMON)
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
@@ -57,7 +57,11 @@ NEEDS_FOLDER = ("qwen3next", "qwen35", "qwen35moe", "glm4moe", "minimax-m2", "er
 
 
 def config_from_gguf(path: Path) -> Any:
-    """The transformers configuration that a file's metadata describes. BadFile names what it does not say."""
+    """Builds the transformers configuration that a file's metadata describes.
+
+    Raises:
+        BadFile: the architecture's metadata is not sufficient, or a key is missing or invalid.
+    """
     from transformers import AutoConfig
 
     from ktx.weights.gguf import whole_header
@@ -65,12 +69,12 @@ def config_from_gguf(path: Path) -> Any:
     header = whole_header(path)
     arch = architecture(header.metadata, str(path))
     if arch not in FAMILIES:
-        why = (
-            "its metadata leaves out part of the configuration"
+        reason = (
+            "its metadata lacks part of the configuration"
             if arch in NEEDS_FOLDER
-            else f"no family is called so here{did_you_mean(arch, FAMILIES)}"
+            else f"the architecture is not supported{did_you_mean(arch, FAMILIES)}"
         )
-        raise BadFile(f"{path}: a {arch} file cannot be used alone ({why}); {REMEDY}")
+        raise BadFile(f"{path}: a {arch} file cannot be used alone ({reason}); {REMEDY}")
     model_type, keys = FAMILIES[arch]
     refuse_kind(header.metadata, str(path))
     if arch == "llama" and header.metadata.get(f"{arch}.expert_count"):
@@ -93,37 +97,37 @@ def config_from_gguf(path: Path) -> Any:
         values["eos_token_id"] = ends or None
     try:
         return AutoConfig.for_model(model_type, **values)
-    except Exception as error:  # transformers' checks raise what they like; the values are the file's
-        first = str(error).strip().replace("\n", " ")[:300]
-        raise BadFile(f"{path}: its metadata makes no {model_type} configuration: {first}") from error
+    except Exception as error:  # transformers' checks raise various types; the values come from the file
+        detail = str(error).strip().replace("\n", " ")[:300]
+        raise BadFile(f"{path}: its metadata is not a valid {model_type} configuration: {detail}") from error
 
 
 def _biases(header: Header, model_type: str) -> dict[str, bool]:
-    """Families whose biases are an option of the configuration: the file has them or has not."""
-    found = (
+    """Configuration options for biases, set by whether the file contains the bias tensors."""
+    options = (
         {"attention_bias": "blk.0.attn_q.bias" in header.tensors}
         if model_type in ("llama", "qwen3", "qwen3_moe")
         else {}
     )
     if model_type == "llama":
-        found["mlp_bias"] = "blk.0.ffn_down.bias" in header.tensors
+        options["mlp_bias"] = "blk.0.ffn_down.bias" in header.tensors
     if model_type.startswith("deepseek"):
-        found["attention_bias"] = any(
+        options["attention_bias"] = any(
             f"blk.0.attn_{part}.bias" in header.tensors for part in ("q_a", "kv_a_mqa", "output")
         )
-    return found
+    return options
 
 
 def _value(header: Header, arch: str, key: str) -> Any:
-    full = f"{arch}.{key.removesuffix('?')}"
-    if full in header.metadata:
-        value = scalar(header.metadata[full])
+    full_key = f"{arch}.{key.removesuffix('?')}"
+    if full_key in header.metadata:
+        value = scalar(header.metadata[full_key])
         if isinstance(value, list):
-            raise BadFile(f"{header.file}: {full} differs from layer to layer, which no family here has")
+            raise BadFile(f"{header.file}: {full_key} differs from layer to layer, which no supported family has")
         return value
     if key.endswith("?"):
         return None
-    raise BadFile(f"{header.file}: the metadata key {full} is missing; {REMEDY}")
+    raise BadFile(f"{header.file}: the metadata key {full_key} is missing; {REMEDY}")
 
 
 def _vocabulary(header: Header) -> int:
@@ -133,7 +137,10 @@ def _vocabulary(header: Header) -> int:
 
 
 def _deepseek(header: Header, values: dict[str, Any]) -> str:
-    """What deepseek2 files say in llama.cpp's own terms; V2 and V3 differ in how they route."""
+    """Adds to `values` what deepseek2 files store in llama.cpp's own terms; returns the model type.
+
+    V2 and V3 are told apart by their routing: V3's router is a sigmoid.
+    """
     m = header.metadata
     key_length = m.get("deepseek2.attention.key_length_mla", m.get("deepseek2.attention.key_length"))
     value_length = m.get("deepseek2.attention.value_length_mla", m.get("deepseek2.attention.value_length"))
@@ -150,7 +157,7 @@ def _deepseek(header: Header, values: dict[str, Any]) -> str:
     values["q_lora_rank"] = values.get("q_lora_rank") or None
     sigmoid = m.get("deepseek2.expert_gating_func", 1) == 2
     values["n_group"], values["topk_group"] = values.get("n_group") or 1, values.get("topk_group") or 1
-    values.setdefault("norm_topk_prob", False)  # what llama.cpp takes where the file says nothing
+    values.setdefault("norm_topk_prob", False)  # llama.cpp's default when the key is missing
     values["routed_scaling_factor"] = values.get("routed_scaling_factor") or 1.0
     if not sigmoid:
         values["topk_method"] = "greedy" if values["n_group"] == 1 else "group_limited_greedy"
@@ -158,16 +165,16 @@ def _deepseek(header: Header, values: dict[str, Any]) -> str:
 
 
 def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
-    """rope_parameters, and what else of the configuration they go with. Takes rope_theta out of `values`."""
+    """rope_parameters and the related options of the configuration. Removes rope_theta from `values`."""
     m = header.metadata
     kind, factor = scaling_of(m, arch)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
-    more: dict[str, Any] = {}
+    related: dict[str, Any] = {}
     original = m.get(f"{arch}.rope.scaling.original_context_length") or values["max_position_embeddings"]
     rotated = m.get(f"{arch}.rope.dimension_count")
     width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     if arch != "deepseek2" and isinstance(rotated, int) and 0 < rotated < width:
-        rope["partial_rotary_factor"] = more["partial_rotary_factor"] = rotated / width
+        rope["partial_rotary_factor"] = related["partial_rotary_factor"] = rotated / width
     if "rope_freqs.weight" in header.tensors:
         rope |= _llama3(header, rope["rope_theta"], width)
     elif "rope_factors_long.weight" in header.tensors:
@@ -176,13 +183,12 @@ def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
             "short_factor": _floats(header, "rope_factors_short.weight"),
             "long_factor": _floats(header, "rope_factors_long.weight"),
         }
-        more["original_max_position_embeddings"] = rope["original_max_position_embeddings"] = int(original)
+        related["original_max_position_embeddings"] = rope["original_max_position_embeddings"] = int(original)
         if f"{arch}.rope.scaling.attn_factor" in m:
             rope["attention_factor"] = float(m[f"{arch}.rope.scaling.attn_factor"])
     elif kind == "yarn":
-        mscale = (
-            float(m.get(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)) * 10
-        )  # a tenth of mscale_all_dim is stored
+        # The file stores a tenth of mscale_all_dim.
+        mscale = float(m.get(f"{arch}.rope.scaling.yarn_log_multiplier", 0.0)) * 10
         rope |= {
             "rope_type": "yarn",
             "factor": factor,
@@ -196,26 +202,30 @@ def _rope(header: Header, arch: str, values: dict[str, Any]) -> dict[str, Any]:
     elif kind == "linear":
         rope |= {"rope_type": "linear", "factor": factor}
     elif kind not in ("none", "longrope"):
-        raise BadFile(f"{header.file}: rope scaling {kind!r} is not known; {REMEDY}")
+        raise BadFile(f"{header.file}: rope scaling {kind!r} is not supported; {REMEDY}")
     if f"{arch}.attention.sliding_window" in m and arch == "phi3":
-        more["sliding_window"] = _value(header, arch, "attention.sliding_window") or None
-    return {"rope_parameters": rope} | more
+        related["sliding_window"] = _value(header, arch, "attention.sliding_window") or None
+    return {"rope_parameters": rope} | related
 
 
 def _llama3(header: Header, theta: float, width: int) -> dict[str, Any]:
-    """Llama 3's scaling from the table of divisors that files keep of it; BadFile when the table says something else."""
+    """Recovers Llama 3's rope scaling from the table of frequency divisors that GGUF files store instead.
+
+    Raises BadFile when no parameters reproduce the table.
+    """
     table = np.array(_floats(header, "rope_freqs.weight"))
     factor = float(table.max())
     if (table == 1).all():
-        return {}  # divides by one
+        return {}  # no scaling
     wavelength = 2 * np.pi * theta ** (np.arange(len(table)) * 2 / width)
     smooth = (1 / table - 1 / factor) / (1 - 1 / factor) if factor > 1 else np.ones_like(table)
-    between = (smooth > 0.01) & (smooth < 0.99)
-    # Between the two bands 1 + 3 * smooth is the original context in wavelengths (transformers' _compute_llama3_parameters).
-    if between.any():
-        original = round(float(np.median(wavelength[between] * (1 + 3 * smooth[between]))))
-        again = np.clip((original / wavelength - 1) / 3, 0, 1)
-        if np.allclose(1 / ((1 - again) / factor + again), table, rtol=1e-2):
+    transition = (smooth > 0.01) & (smooth < 0.99)
+    # In the transition band 1 + 3 * smooth is the original context length in wavelengths (transformers'
+    # _compute_llama3_parameters).
+    if transition.any():
+        original = round(float(np.median(wavelength[transition] * (1 + 3 * smooth[transition]))))
+        recomputed = np.clip((original / wavelength - 1) / 3, 0, 1)
+        if np.allclose(1 / ((1 - recomputed) / factor + recomputed), table, rtol=1e-2):
             return {
                 "rope_type": "llama3",
                 "factor": factor,
@@ -223,7 +233,7 @@ def _llama3(header: Header, theta: float, width: int) -> dict[str, Any]:
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": original,
             }
-    raise BadFile(f"{header.file}: rope_freqs.weight holds no table of Llama 3's scaling; {REMEDY}")
+    raise BadFile(f"{header.file}: rope_freqs.weight does not contain a table of Llama 3's rope scaling; {REMEDY}")
 
 
 def _floats(header: Header, name: str) -> list[float]:
@@ -231,5 +241,5 @@ def _floats(header: Header, name: str) -> list[float]:
         raise BadFile(f"{header.file}: the tensor {name} is missing")
     spec = header.tensors[name]
     if spec.qtype.name != "F32":
-        raise BadFile(f"{header.file}: the tensor {name} is {spec.qtype}, it must be F32")
+        raise BadFile(f"{header.file}: the tensor {name} is {spec.qtype}, expected F32")
     return [float(x) for x in np.fromfile(spec.file, dtype="<f4", count=spec.nbytes // 4, offset=spec.offset)]

@@ -1,7 +1,7 @@
 """Checks the GGUF metadata that changes an architecture's computation.
 
-A key that contradicts the configuration is an error. The meaning of each key follows llama.cpp's src/llama-model.cpp and src/models. A key that is in no table here is an
-error unless its value means "off".
+A key that contradicts the configuration is an error. The meaning of each key follows llama.cpp's src/llama-model.cpp
+and src/models. A key that is in no table here is an error unless its value means "off".
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""LoRA adapters as llama.cpp reads them (convert_lora_to_gguf.py writes them): a GGUF file with `NAME.lora_a` and `NAME.lora_b` for tensors of a model's file.
+"""Reads LoRA adapters in llama.cpp's GGUF format, as convert_lora_to_gguf.py writes them.
 
-W' = W + s B A with s = adapter.lora.alpha / r, or 1 where alpha is 0 or not there; r is each tensor's own. What a model's converter does to rows and columns of W it does to those of
-B and A, so the recipes of a model's file (ktx.weights.gguf_names) undo it here too. Halves of an embedding are stored with a token's numbers in a row.
+The file contains `NAME.lora_a` and `NAME.lora_b` for tensors NAME of a model's GGUF file. W' = W + s B A, with
+s = adapter.lora.alpha / r, or 1 where alpha is 0 or missing; each tensor has its own r. The converter changes the rows
+of B and the columns of A as it changes those of W, so the recipes of model files (ktx.weights.gguf_names) undo it here
+too. The matrices of an embedding adapter are stored with one row per token.
 """
 
 from __future__ import annotations
@@ -25,25 +27,31 @@ from ktx.weights.gguf_names import GGUFNames, Recipe
 from ktx.weights.lora import MERGED, Adapter, AdapterFile, LowRank, Wish
 
 HALF = re.compile(r"(?P<of>.+)\.lora_(?P<half>[ab])")
-LOOKUP = "token_embd.weight"
-FOLDER = "give the folder of PEFT's that it was made from"
+EMBEDDING = "token_embd.weight"
+USE_PEFT_FOLDER = "pass the PEFT folder that it was converted from"
 
 
 @dataclass(frozen=True)
 class GGUFAdapter:
-    """What a file holds, by the tensor of the model's file that it is added to: what module that is, a configuration says."""
+    """An adapter file's matrices by GGUF tensor name; a model's configuration is needed to map them to modules."""
 
     adapter: Adapter
     arch: str
     matrices: Mapping[str, LowRank]
 
     def named(self, config: Any, weights: Mapping[str, tuple[str, str]]) -> AdapterFile:
-        """The same by module path. `weights`: parameter paths as files are asked for them, each with its module's path and, of stacked experts, the projection.
+        """Maps the matrices to module paths.
 
-        BadFile for an adapter of another model, UsageError for a tensor that belongs to none of the weights.
+        Args:
+            config: the model's configuration.
+            weights: parameter path -> (module path, projection of stacked experts or "").
+
+        Raises:
+            BadFile: the adapter belongs to another model.
+            UsageError: a tensor belongs to none of the weights.
         """
         self._check(config)
-        specs = {name: TensorSpec(name, one.shape, QTYPES["F32"], 0, "", 0) for name, one in self.matrices.items()}
+        specs = {name: TensorSpec(name, m.shape, QTYPES["F32"], 0, "", 0) for name, m in self.matrices.items()}
         names, read = GGUFNames(self.arch, config, specs), set[str]()
         found: dict[str, list[LowRank]] = {}
         for weight, (path, projection) in weights.items():
@@ -51,145 +59,156 @@ class GGUFAdapter:
                 recipe = names.recipe(weight)
                 if recipe is None:
                     continue
-                one = self._cooked(recipe)
-                fits = one.shape == recipe.shape
-            except (ValueError, RuntimeError, IndexError):  # recipes presuppose a model's shapes
+                low_rank = self._build(recipe)
+                fits = low_rank.shape == recipe.shape
+            except (ValueError, RuntimeError, IndexError):  # recipes assume the model's shapes
                 fits = False
             if not fits:
                 raise BadFile(
-                    f"adapter {self.adapter.path}: what it adds to {weight} is not of this model's shape: it was trained on another one"
+                    f"adapter {self.adapter.path}: its matrices for {weight} do not match this model's shape: it was "
+                    "trained on another model"
                 )
             assert recipe is not None
             read |= {part.tensor for part in recipe.parts}
-            found.setdefault(path, []).append(replace(one, projection=projection))
+            found.setdefault(path, []).append(replace(low_rank, projection=projection))
         self._check_read(specs.keys() - read, int(config.num_hidden_layers))
         return AdapterFile(self.adapter, found, {})
 
     def _check(self, config: Any) -> None:
-        """BadFile for an adapter of another architecture than the model's."""
-        where, model_type = self.adapter.path, config.model_type
-        if self.arch not in ARCHITECTURES and model_type not in {one for of in ARCHITECTURES.values() for one in of}:
+        """Raises BadFile when the adapter's architecture is not the model's."""
+        path, model_type = self.adapter.path, config.model_type
+        if self.arch not in ARCHITECTURES and model_type not in {t for types in ARCHITECTURES.values() for t in types}:
             raise BadFile(
-                f"adapter {where}: general.architecture is {self.arch!r}, whose GGUF files ktx does not read; {FOLDER}"
+                f"adapter {path}: general.architecture is {self.arch!r}, which ktx does not load from GGUF; "
+                f"{USE_PEFT_FOLDER}"
             )
         if model_type not in ARCHITECTURES.get(self.arch, ()):
             raise BadFile(
-                f"adapter {where}: general.architecture is {self.arch!r}, the model is a {model_type}: it was trained on another one"
+                f"adapter {path}: general.architecture is {self.arch!r}, the model is a {model_type}: it was trained "
+                "on another model"
             )
 
-    def _check_read(self, left: Collection[str], layers: int) -> None:
-        """UsageError for tensors that nothing was made of, BadFile for those of a layer that there is not."""
-        if not left:
+    def _check_read(self, unread: Collection[str], num_layers: int) -> None:
+        """Raises UsageError for tensors that no module uses, BadFile for tensors of a layer beyond the model's."""
+        if not unread:
             return
-        where, first = self.adapter.path, min(left)
+        path, first = self.adapter.path, min(unread)
         block = re.match(r"blk\.(\d+)\.", first)
-        if block and int(block[1]) >= layers:
+        if block and int(block[1]) >= num_layers:
             raise BadFile(
-                f"adapter {where}: it has {first}, the model has {layers} layers: it was trained on another one"
+                f"adapter {path}: it contains {first}, but the model has {num_layers} layers: it was trained on "
+                "another model"
             )
-        more = f" (and {len(left) - 1} others)" if len(left) > 1 else ""
-        raise UsageError(f"adapter {where}: {first}{more} is no matrix of this model's that takes an adapter; {MERGED}")
+        more = f" (and {len(unread) - 1} others)" if len(unread) > 1 else ""
+        raise UsageError(
+            f"adapter {path}: {first}{more} does not match a matrix of this model that supports an adapter; {MERGED}"
+        )
 
-    def _cooked(self, recipe: Recipe) -> LowRank:
-        """What is added to a parameter that is made by the recipe of the tensors. UsageError for a recipe that computes values."""
+    def _build(self, recipe: Recipe) -> LowRank:
+        """Applies a parameter's recipe to A and B. Raises UsageError when the recipe computes values."""
         if recipe.value is not None:
             tensors = " and ".join(part.tensor for part in recipe.parts)
             raise UsageError(
-                f"adapter {self.adapter.path}: an adapter of {tensors} is none of the model's own matrix; {FOLDER}"
+                f"adapter {self.adapter.path}: an adapter of {tensors} cannot be converted to the model's own matrix; "
+                f"{USE_PEFT_FOLDER}"
             )
-        several = [self.matrices[part.tensor] for part in recipe.parts]
-        halves = [
-            (one.a, one.b if part.rows is None else one.b[..., part.rows, :])
-            for one, part in zip(several, recipe.parts, strict=True)
+        sources = [self.matrices[part.tensor] for part in recipe.parts]
+        pairs = [
+            (m.a, m.b if part.rows is None else m.b[..., part.rows, :])
+            for m, part in zip(sources, recipe.parts, strict=True)
         ]
-        (a, b), *others = halves
-        if others:  # rows of one below those of the other, each with a rank of its own
-            a, b = torch.cat([a for a, _ in halves]), torch.block_diag(*(b for _, b in halves))
+        (a, b), *others = pairs
+        if others:  # concatenated rows, each part with its own rank
+            a, b = torch.cat([a for a, _ in pairs]), torch.block_diag(*(b for _, b in pairs))
         if recipe.order is not None:
             b = b[recipe.order()]
         if recipe.columns is not None:
             a = a[..., recipe.columns()]
-        return LowRank(a.contiguous(), b.contiguous(), several[0].embedding)
+        return LowRank(a.contiguous(), b.contiguous(), sources[0].embedding)
 
 
 def read(wish: Wish) -> GGUFAdapter:
-    """Reads a file. BadFile for one that is broken, UsageError for one that holds something else than a plain LoRA."""
-    where = str(wish.path)
+    """Reads a GGUF adapter.
+
+    Raises:
+        BadFile: the file cannot be read or is damaged.
+        UsageError: it is not a plain LoRA.
+    """
+    path = str(wish.path)
     try:
         content = wish.path.read_bytes()
     except OSError as error:
-        raise BadFile(f"adapter {where}: cannot be read: {error.strerror}") from error
-    header = parse_header(content, where)
-    factor = _alpha(header)
+        raise BadFile(f"adapter {path}: cannot be read: {error.strerror}") from error
+    header = parse_header(content, path)
+    alpha = _alpha(header)
     digest = hashlib.sha256(content)
     digest.update(repr(wish.scale).encode())
-    matrices = _matrices(header, content, factor, wish.scale)
-    adapter = Adapter(wish.name, where, wish.scale, digest.digest()[:16])
-    return GGUFAdapter(adapter, architecture(header.metadata, where), matrices)
+    matrices = _matrices(header, content, alpha, wish.scale)
+    adapter = Adapter(wish.name, path, wish.scale, digest.digest()[:16])
+    return GGUFAdapter(adapter, architecture(header.metadata, path), matrices)
 
 
 def _alpha(header: Header) -> float:
-    """Of an adapter's header. UsageError for anything but a LoRA of one file."""
-    where, metadata = header.file, header.metadata
-    kind, way = metadata.get("general.type", "model"), metadata.get("adapter.type", "")
+    """adapter.lora.alpha, 0 when missing. Raises UsageError for anything but a LoRA in a single file."""
+    path, metadata = header.file, header.metadata
+    kind, adapter_type = metadata.get("general.type", "model"), metadata.get("adapter.type", "")
     if kind != "adapter":
-        raise UsageError(
-            f"adapter {where}: general.type is {kind!r}, of an adapter it is 'adapter'; a model goes to --weights"
-        )
-    if way != "lora":
-        raise UsageError(f"adapter {where}: adapter.type is {way!r}, 'lora' is computed; {MERGED}")
+        raise UsageError(f"adapter {path}: general.type is {kind!r}, expected 'adapter'; pass a model to --weights")
+    if adapter_type != "lora":
+        raise UsageError(f"adapter {path}: adapter.type is {adapter_type!r}, only 'lora' is supported; {MERGED}")
     if metadata.get("adapter.alora.invocation_tokens"):
         raise UsageError(
-            f"adapter {where}: adapter.alora.invocation_tokens: an adapter that begins inside a prompt is not computed"
+            f"adapter {path}: adapter.alora.invocation_tokens: an adapter that starts within a prompt is not supported"
         )
     if isinstance(count := metadata.get("split.count", 1), int) and count > 1:
-        raise UsageError(f"adapter {where}: is one of {count} files; write it as one (llama-gguf-split --merge)")
+        raise UsageError(f"adapter {path}: is one of {count} files; merge them into one (llama-gguf-split --merge)")
     alpha = metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise BadFile(f"adapter {where}: adapter.lora.alpha is {alpha!r}, it must be a number")
+        raise BadFile(f"adapter {path}: adapter.lora.alpha is {alpha!r}, it must be a number")
     return float(alpha)
 
 
 def _matrices(header: Header, content: bytes, alpha: float, scale: float) -> dict[str, LowRank]:
-    """By the tensor that they are added to."""
+    """The adapter's matrices by GGUF tensor name, with the factor alpha / r * scale multiplied into B."""
     halves: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in header.tensors.items():
-        hit = HALF.fullmatch(name)
-        if hit is None:
-            raise UsageError(f"adapter {header.file}: tensor {name} is no half of a LoRA; {MERGED}")
-        halves.setdefault(hit["of"], {})[hit["half"]] = spec
+        match = HALF.fullmatch(name)
+        if match is None:
+            raise UsageError(f"adapter {header.file}: tensor {name} is not a lora_a or lora_b; {MERGED}")
+        halves.setdefault(match["of"], {})[match["half"]] = spec
     if not halves:
-        raise BadFile(f"adapter {header.file}: holds no tensor")
+        raise BadFile(f"adapter {header.file}: contains no tensor")
     found = {}
-    for name, both in halves.items():
-        if len(both) < 2:
-            there = next(iter(both))
-            raise BadFile(f"adapter {header.file}: {name} has lora_{there} and no lora_{'ba'['ab'.index(there)]}")
-        a, b = (_values(both[half], content) for half in "ab")
-        lookup = name == LOOKUP
-        if a.ndim == 1:  # of rank 1, in a file whose writer leaves out last dimensions of 1
+    for name, pair in halves.items():
+        if len(pair) < 2:
+            present = next(iter(pair))
+            raise BadFile(f"adapter {header.file}: {name} has lora_{present} but no lora_{'ba'['ab'.index(present)]}")
+        a, b = (_values(pair[half], content) for half in "ab")
+        embedding = name == EMBEDDING
+        if a.ndim == 1:  # rank 1, from a writer that omits trailing dimensions of 1
             a = a[None]
-        if lookup and a.ndim == 2:
+        if embedding and a.ndim == 2:
             a = a.t().contiguous()
         if a.ndim != b.ndim or a.ndim not in (2, 3) or a.shape[:-2] != b.shape[:-2] or a.shape[-2] != b.shape[-1]:
             raise BadFile(
-                f"adapter {header.file}: {name} has lora_a {list(both['a'].shape)} and lora_b {list(both['b'].shape)}, which are no pair"
+                f"adapter {header.file}: {name} has lora_a {list(pair['a'].shape)} and lora_b {list(pair['b'].shape)}, "
+                "which do not match"
             )
         factor = scale * alpha / b.shape[-1] if alpha else scale
-        found[name] = LowRank(a, b * factor, lookup)
+        found[name] = LowRank(a, b * factor, embedding)
     return found
 
 
 def _values(spec: TensorSpec, content: bytes) -> torch.Tensor:
-    """f32, of a tensor's shape."""
+    """A tensor's values, f32 of its shape."""
     data = torch.frombuffer(bytearray(content[spec.offset : spec.offset + spec.nbytes]), dtype=torch.uint8)
     rows = data.reshape(*spec.shape[:-1], -1)
     return QuantizedTensor(rows, spec.qtype, spec.shape).dequantize()
 
 
 def found_in(path: Path) -> Path | None:
-    """The one GGUF file of a folder that holds no adapter of PEFT's; None where there is none. BadFile where there are several."""
+    """The GGUF file in a folder without a PEFT adapter; None when there is none. Raises BadFile for several."""
     files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
     if len(files) > 1:
-        raise BadFile(f"adapter {path}: holds {files[0].name} and {files[1].name}; name the file")
+        raise BadFile(f"adapter {path}: contains {files[0].name} and {files[1].name}; pass the file to use")
     return files[0] if files else None

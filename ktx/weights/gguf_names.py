@@ -1,7 +1,7 @@
-"""Parameter path of the transformers model -> tensors of a GGUF file, and what to undo.
+"""Maps parameter paths of the transformers model to GGUF tensors, with the conversion that has to be undone.
 
-Plain names come from gguf-py's TensorNameMap. Here is what it does not know, and the changes of value and order that
-llama.cpp's converter makes (its `conversion/` folder is the reference).
+Most names come from gguf-py's TensorNameMap. This module adds the names that it lacks, and inverts the changes of
+values and order that llama.cpp's converter makes (its `conversion/` folder is the reference).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of one file tensor: all, a slice, or (for 3-D tensors) a slice in every matrix."""
+    """Rows of one file tensor: all, or a slice (of every matrix in a 3-D tensor)."""
 
     tensor: str
     rows: slice | None = None
@@ -29,13 +29,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a parameter is made: parts whose rows follow each other, then a row order, or values to compute."""
+    """How to build a parameter: concatenate the rows of `parts`, then reorder rows or columns, or apply a function."""
 
     parts: tuple[Part, ...]
     shape: Shape
     order: Callable[[], torch.Tensor] | None = None  # row i of the result is row order[i] of the parts
-    columns: Callable[[], torch.Tensor] | None = None  # column i of the result is column columns[i] of the one part
-    value: Callable[[torch.Tensor], torch.Tensor] | None = None  # on the dequantised parts; then reshaped to `shape`
+    columns: Callable[[], torch.Tensor] | None = None  # column i of the result is column columns[i] of the only part
+    value: Callable[[torch.Tensor], torch.Tensor] | None = None  # applied to dequantized parts, reshaped to `shape`
 
 
 Tensors = Mapping[str, TensorSpec]
@@ -43,22 +43,22 @@ LAYER = re.compile(r"^(?:model|language_model|model\.language_model)\.layers\.(\
 
 
 class GGUFNames:
-    """Answers recipe(name) for one file and one configuration."""
+    """Builds recipes for the parameters of one configuration from the tensors of one file."""
 
     def __init__(self, arch: str, config: Any, tensors: Tensors):
         self.arch, self.config, self.tensors = arch, config, tensors
-        beyond = int(getattr(config, "num_nextn_predict_layers", None) or 0)  # for multi-token prediction
-        self.known = _name_map(arch, max(1, int(config.num_hidden_layers)) + beyond)
+        mtp_layers = int(getattr(config, "num_nextn_predict_layers", None) or 0)  # multi-token prediction
+        self.name_map = _name_map(arch, max(1, int(config.num_hidden_layers)) + mtp_layers)
 
     def recipe(self, name: str) -> Recipe | None:
-        """None when the file has nothing for this parameter."""
+        """The recipe for a parameter; None when the file does not contain it."""
         layer = LAYER.match(name)
         if layer:
             block, rest = f"blk.{layer[1]}.", layer[2]
-            for pattern, make in SPECIAL:
-                hit = pattern.match(rest)
-                if hit:
-                    found = make(self, block, hit)
+            for pattern, make_recipe in SPECIAL_NAMES:
+                match = pattern.match(rest)
+                if match:
+                    found = make_recipe(self, block, match)
                     if found is not None:
                         return found
         elif self.arch in PLUS_ONE and name == "model.norm.weight":
@@ -68,15 +68,17 @@ class GGUFNames:
     # ---- the common case
 
     def plain(self, name: str) -> Recipe | None:
+        """The recipe for a weight or bias that gguf-py's name map lists."""
         for suffix in (".weight", ".bias"):
             if name.endswith(suffix):
-                base = self.known.get_name(name.removesuffix(suffix))
+                base = self.name_map.get_name(name.removesuffix(suffix))
                 return self.one(base + suffix) if base else None
         return None
 
-    def one(self, tensor: str, **more: Any) -> Recipe | None:
+    def one(self, tensor: str, **options: Any) -> Recipe | None:
+        """A recipe of one whole file tensor. `options`: fields of `Recipe`; `shape` defaults to the tensor's."""
         spec = self.tensors.get(tensor)
-        return None if spec is None else Recipe((Part(tensor),), more.pop("shape", spec.shape), **more)
+        return None if spec is None else Recipe((Part(tensor),), options.pop("shape", spec.shape), **options)
 
     def shape(self, tensor: str) -> Shape:
         return self.tensors[tensor].shape
@@ -89,27 +91,28 @@ class GGUFNames:
 def _name_map(arch: str, layers: int) -> Any:
     import gguf
 
-    by_name = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    by_name = {name: arch_id for arch_id, name in gguf.MODEL_ARCH_NAMES.items()}
     if arch not in by_name:
         from ktx.errors import BadFile, did_you_mean
 
         raise BadFile(
-            f"general.architecture is {arch!r}, which gguf-py does not know{did_you_mean(arch, by_name)}; a newer gguf may"
+            f"general.architecture is {arch!r}, which gguf-py does not know{did_you_mean(arch, by_name)}; "
+            "a newer gguf package may"
         )
     return gguf.get_tensor_name_map(by_name[arch], layers)
 
 
 @lru_cache(maxsize=1)
-def _meanings() -> frozenset[str]:
+def _known_tensor_names() -> frozenset[str]:
     import gguf
 
     return frozenset(gguf.TENSOR_NAMES.values())
 
 
 def means_something(tensor: str) -> bool:
-    """Whether llama.cpp computes with a tensor of this name in some architecture; rotary tables of old files are not used."""
+    """Whether llama.cpp uses a tensor of this name in some architecture (rotary tables of old files are not used)."""
     base = re.sub(r"(?<=^blk\.)\d+(?=\.)", "{bid}", tensor).removesuffix(".weight").removesuffix(".bias")
-    return base in _meanings() and not base.endswith("attn_rot_embd")
+    return base in _known_tensor_names() and not base.endswith("attn_rot_embd")
 
 
 # ---- attention
@@ -125,13 +128,13 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _unpermuted(rows: int, heads: int) -> torch.Tensor:
-    """llama.cpp stores llama's q and k rows pairwise interleaved; transformers wants the halves of a head apart."""
+def _deinterleaved(rows: int, heads: int) -> torch.Tensor:
+    """The row order that undoes llama.cpp's interleaving of the two halves of each head in llama's q and k."""
     return torch.arange(rows).reshape(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
 
 
-def _separate_qkv(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    which, suffix = hit[1], hit[2]
+def _separate_qkv(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    which, suffix = match[1], match[2]
     tensor, fused = f"{block}attn_{which}.{suffix}", f"{block}attn_qkv.{suffix}"
     heads = _heads(names, which)
     order: Callable[[], torch.Tensor] | None = None
@@ -140,30 +143,30 @@ def _separate_qkv(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | 
         if names.arch != "llama" or which == "v":
             return names.one(tensor)
         if suffix == "bias":
-            return names.one(tensor, value=lambda v: v[_unpermuted(rows, heads)])
-        return names.one(tensor, order=lambda: _unpermuted(rows, heads))
+            return names.one(tensor, value=lambda v: v[_deinterleaved(rows, heads)])
+        return names.one(tensor, order=lambda: _deinterleaved(rows, heads))
     if not names.has(fused):
         return None
     kv_rows = _heads(names, "k") * _head_dim(names.config)
-    q_rows = names.shape(fused)[0] - 2 * kv_rows  # not heads * head_dim: Qwen3-Next's q carries a gate
+    q_rows = names.shape(fused)[0] - 2 * kv_rows  # not heads * head_dim, because Qwen3-Next's q includes a gate
     start = {"q": 0, "k": q_rows, "v": q_rows + kv_rows}[which]
     rows = q_rows if which == "q" else kv_rows
     if suffix == "bias":
         return Recipe((Part(fused),), (rows,), value=lambda v: v[start : start + rows])
     if names.arch == "llama" and which != "v":
-        order = lambda: _unpermuted(rows, heads)  # noqa: E731
+        order = lambda: _deinterleaved(rows, heads)  # noqa: E731
     return Recipe((Part(fused, slice(start, start + rows)),), (rows, names.shape(fused)[1]), order=order)
 
 
-def _fused_qkv(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    suffix = hit[1]
+def _fused_qkv(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    suffix = match[1]
     if names.has(f"{block}attn_qkv.{suffix}"):
         return names.one(f"{block}attn_qkv.{suffix}")
     return _stacked(names, [f"{block}attn_{which}.{suffix}" for which in "qkv"])
 
 
 def _stacked(names: GGUFNames, tensors: list[str]) -> Recipe | None:
-    """Matrices (or biases) on top of each other."""
+    """A recipe that concatenates the rows of matrices (or biases); None when one is missing."""
     if not names.has(*tensors):
         return None
     shapes = [names.shape(tensor) for tensor in tensors]
@@ -174,7 +177,8 @@ def _stacked(names: GGUFNames, tensors: list[str]) -> Recipe | None:
 # ---- MLA
 
 
-def _mla(config: Any) -> tuple[int, int, int, int]:
+def _mla_dims(config: Any) -> tuple[int, int, int, int]:
+    """(heads, kv_lora_rank, qk_nope_head_dim, v_head_dim)."""
     return (
         int(config.num_attention_heads),
         int(config.kv_lora_rank),
@@ -183,43 +187,43 @@ def _mla(config: Any) -> tuple[int, int, int, int]:
     )
 
 
-def _k_b(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    heads, rank, nope, value = _mla(names.config)
+def _k_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    heads, rank, nope, value = _mla_dims(names.config)
     if names.has(f"{block}attn_k_b.weight"):
         return names.one(f"{block}attn_k_b.weight", shape=(heads, rank, nope))
     up = lambda kv: kv.reshape(heads, nope + value, rank)[:, :nope].transpose(1, 2)  # noqa: E731
     return names.one(f"{block}attn_kv_b.weight", shape=(heads, rank, nope), value=up)
 
 
-def _v_b(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    heads, rank, nope, value = _mla(names.config)
+def _v_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    heads, rank, nope, value = _mla_dims(names.config)
     if names.has(f"{block}attn_v_b.weight"):
         return names.one(f"{block}attn_v_b.weight", shape=(heads, value, rank))
     order = lambda: torch.arange(heads * (nope + value)).reshape(heads, -1)[:, nope:].reshape(-1)  # noqa: E731
     return names.one(f"{block}attn_kv_b.weight", shape=(heads, value, rank), order=order)
 
 
-def _kv_b(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    heads, rank, nope, value = _mla(names.config)
+def _kv_b(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    heads, rank, nope, value = _mla_dims(names.config)
     if names.has(f"{block}attn_kv_b.weight"):
         return names.one(f"{block}attn_kv_b.weight")
     tensors = (f"{block}attn_k_b.weight", f"{block}attn_v_b.weight")
     if not names.has(*tensors):
         return None
-    cut = heads * rank * nope
+    k_size = heads * rank * nope
 
-    def both(flat: torch.Tensor) -> torch.Tensor:
-        k, v = flat[:cut].reshape(heads, rank, nope), flat[cut:].reshape(heads, value, rank)
+    def join(flat: torch.Tensor) -> torch.Tensor:
+        k, v = flat[:k_size].reshape(heads, rank, nope), flat[k_size:].reshape(heads, value, rank)
         return torch.cat([k.transpose(1, 2), v], 1)
 
-    return Recipe(tuple(Part(tensor) for tensor in tensors), (heads * (nope + value), rank), value=both)
+    return Recipe(tuple(Part(tensor) for tensor in tensors), (heads * (nope + value), rank), value=join)
 
 
 # ---- mixture of experts
 
 
-def _experts(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    which = hit[1]
+def _experts(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    which = match[1]
     tensor, fused = f"{block}ffn_{which}_exps.weight", f"{block}ffn_gate_up_exps.weight"
     if names.has(tensor):
         return names.one(tensor)
@@ -227,11 +231,10 @@ def _experts(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
         experts, rows, columns = names.shape(fused)
         half = slice(0, rows // 2) if which == "gate" else slice(rows // 2, rows)
         return Recipe((Part(fused, half),), (experts, rows // 2, columns))
-    singles = [
-        f"{block}ffn_{which}.{e}.weight" for e in range(_expert_count(names.config))
-    ]  # files of before March 2024
-    if singles and names.has(*singles):
-        return Recipe(tuple(Part(single) for single in singles), (len(singles), *names.shape(singles[0])))
+    # Files from before March 2024 have one tensor per expert.
+    per_expert = [f"{block}ffn_{which}.{e}.weight" for e in range(_expert_count(names.config))]
+    if per_expert and names.has(*per_expert):
+        return Recipe(tuple(Part(expert) for expert in per_expert), (len(per_expert), *names.shape(per_expert[0])))
     return None
 
 
@@ -242,95 +245,97 @@ def _expert_count(config: Any) -> int:
     return 0
 
 
-def _expert_bias(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    return names.one(f"{block}ffn_{hit[1]}_exps.bias")
+def _expert_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    return names.one(f"{block}ffn_{match[1]}_exps.bias")
 
 
-def _correction_bias(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
+def _correction_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     for tensor in (f"{block}exp_probs_b.bias", f"{block}exp_probs_b"):
         if names.has(tensor):
             experts = names.shape(tensor)[-1]
-            return names.one(tensor, shape=(1, experts) if "moe_statics" in hit[0] else (experts,))
+            return names.one(tensor, shape=(1, experts) if "moe_statics" in match[0] else (experts,))
     return None
 
 
-def _shared_gate(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
+def _shared_gate(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     tensor = f"{block}ffn_gate_inp_shexp.weight"
     return names.one(tensor, shape=(1, names.shape(tensor)[-1])) if names.has(tensor) else None
 
 
-def _fused_gate_up(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
+def _fused_gate_up(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     if names.has(f"{block}ffn_gate.weight", f"{block}ffn_up.weight"):
         return _stacked(names, [f"{block}ffn_gate.weight", f"{block}ffn_up.weight"])
-    return names.one(f"{block}ffn_up.weight")  # phi3's ffn_up holds both
+    return names.one(f"{block}ffn_up.weight")  # phi3's ffn_up contains both
 
 
 # ---- linear attention of Qwen3-Next and Qwen3.5, and their norms stored as 1 + w
 
-TILED = ("qwen35", "qwen35moe")  # value heads that share a key head are apart: the first of each, then the second ...
+# Architectures whose files order value heads by their index within a key head: the first value head of each key head,
+# then the second ones, ...
+TILED = ("qwen35", "qwen35moe")
 PLUS_ONE = ("qwen3next", *TILED)
 
 
-def _only(
-    archs: tuple[str, ...], make: Callable[[GGUFNames, str, re.Match[str]], Recipe | None]
+def _only_for(
+    archs: tuple[str, ...], make_recipe: Callable[[GGUFNames, str, re.Match[str]], Recipe | None]
 ) -> Callable[..., Recipe | None]:
-    return lambda names, block, hit: make(names, block, hit) if names.arch in archs else None
+    return lambda names, block, match: make_recipe(names, block, match) if names.arch in archs else None
 
 
-def _minus_one(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    base = names.known.get_name(f"model.layers.{block[4:-1]}.{hit[1]}")
-    return names.one(f"{base}.weight", value=lambda w: w - 1) if base else None  # the file has 1 + w
+def _minus_one(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    base = names.name_map.get_name(f"model.layers.{block[4:-1]}.{match[1]}")
+    return names.one(f"{base}.weight", value=lambda w: w - 1) if base else None
 
 
-def _conv1d(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
+def _conv1d(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     tensor = f"{block}ssm_conv1d.weight"
     if not names.has(tensor):
         return None
     channels, kernel = names.shape(tensor)
-    order = (lambda: _behind_keys(names.config)) if names.arch in TILED else None
+    order = (lambda: _qkv_order(names.config)) if names.arch in TILED else None
     return names.one(tensor, shape=(channels, 1, kernel), order=order)
 
 
-def _grouped(config: Any, width: int) -> torch.Tensor:
-    """Where a tiled file has the rows of the value heads, `width` each, in the model's order: those of a key head together."""
+def _value_head_order(config: Any, width: int) -> torch.Tensor:
+    """The row order that groups the value heads of a tiled file (`width` rows each) by key head, as the model does."""
     keys, values = int(config.linear_num_key_heads), int(config.linear_num_value_heads)
     return torch.arange(values * width).reshape(values // keys, keys, width).transpose(0, 1).reshape(-1)
 
 
-def _behind_keys(config: Any) -> torch.Tensor:
-    """Queries and keys as they are, then value heads grouped."""
-    before = 2 * int(config.linear_num_key_heads) * int(config.linear_key_head_dim)
-    return torch.cat([torch.arange(before), before + _grouped(config, int(config.linear_value_head_dim))])
+def _qkv_order(config: Any) -> torch.Tensor:
+    """Row order of a tiled q, k, v projection: queries and keys unchanged, value heads grouped by key head."""
+    qk_rows = 2 * int(config.linear_num_key_heads) * int(config.linear_key_head_dim)
+    return torch.cat([torch.arange(qk_rows), qk_rows + _value_head_order(config, int(config.linear_value_head_dim))])
 
 
-def _tiled_rows(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    """A projection whose rows are value heads, or end in them."""
+def _tiled_rows(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    """A projection whose rows are value heads, or end with them."""
     c = names.config
     tensor, order = {
-        "qkv": ("attn_qkv", lambda: _behind_keys(c)),
-        "z": ("attn_gate", lambda: _grouped(c, int(c.linear_value_head_dim))),
-        "a": ("ssm_alpha", lambda: _grouped(c, 1)),
-        "b": ("ssm_beta", lambda: _grouped(c, 1)),
-    }[hit[1]]
+        "qkv": ("attn_qkv", lambda: _qkv_order(c)),
+        "z": ("attn_gate", lambda: _value_head_order(c, int(c.linear_value_head_dim))),
+        "a": ("ssm_alpha", lambda: _value_head_order(c, 1)),
+        "b": ("ssm_beta", lambda: _value_head_order(c, 1)),
+    }[match[1]]
     return names.one(f"{block}{tensor}.weight", order=order)
 
 
-def _tiled_columns(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
+def _tiled_columns(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     c = names.config
-    return names.one(f"{block}ssm_out.weight", columns=lambda: _grouped(c, int(c.linear_value_head_dim)))
+    return names.one(f"{block}ssm_out.weight", columns=lambda: _value_head_order(c, int(c.linear_value_head_dim)))
 
 
-def _a_log(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    order = _grouped(names.config, 1) if names.arch in TILED else slice(None)
+def _a_log(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    order = _value_head_order(names.config, 1) if names.arch in TILED else slice(None)
     return names.one(f"{block}ssm_a", value=lambda a: torch.log(-a.reshape(-1)[order]))
 
 
-def _dt_bias(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
-    order = _grouped(names.config, 1) if names.arch in TILED else slice(None)
+def _dt_bias(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
+    order = _value_head_order(names.config, 1) if names.arch in TILED else slice(None)
     return names.one(f"{block}ssm_dt.bias", value=lambda dt: dt.reshape(-1)[order])
 
 
-def _qkvz(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
+def _qkvz(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe | None:
     if names.has(f"{block}ssm_in.weight"):
         return names.one(f"{block}ssm_in.weight")
     stacked = _stacked(names, [f"{block}attn_qkv.weight", f"{block}attn_gate.weight"])
@@ -344,24 +349,24 @@ def _qkvz(names: GGUFNames, block: str, hit: re.Match[str]) -> Recipe | None:
     )
 
     def order() -> torch.Tensor:  # file: all q, all k, all v, all z; model: q, k, v, z of each head
-        pieces, start = [], 0
+        blocks, start = [], 0
         for width in (k, k, v, v):
-            pieces.append(torch.arange(start, start + heads * width).reshape(heads, width))
+            blocks.append(torch.arange(start, start + heads * width).reshape(heads, width))
             start += heads * width
-        return torch.cat(pieces, 1).reshape(-1)
+        return torch.cat(blocks, 1).reshape(-1)
 
     return Recipe(stacked.parts, stacked.shape, order=order)
 
 
-SPECIAL: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[str]], Recipe | None]]] = [
-    (re.compile(pattern + "$"), make)
-    for pattern, make in (
+SPECIAL_NAMES: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[str]], Recipe | None]]] = [
+    (re.compile(pattern + "$"), make_recipe)
+    for pattern, make_recipe in (
         (r"self_attn\.([qkv])_proj\.(weight|bias)", _separate_qkv),
         (r"self_attn\.qkv_proj\.(weight|bias)", _fused_qkv),
         (r"self_attn\.k_b_proj\.weight", _k_b),
         (r"self_attn\.v_b_proj\.weight", _v_b),
         (r"self_attn\.kv_b_proj\.weight", _kv_b),
-        (r"self_attn\.sinks", lambda n, b, hit: n.one(f"{b}attn_sinks.weight")),
+        (r"self_attn\.sinks", lambda n, b, match: n.one(f"{b}attn_sinks.weight")),
         (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj", _experts),
         (r"(?:mlp|block_sparse_moe|feed_forward)\.experts\.(gate|up|down)_proj_bias", _expert_bias),
         (r"(?:mlp|block_sparse_moe).*e_score_correction_bias", _correction_bias),
@@ -371,54 +376,59 @@ SPECIAL: list[tuple[re.Pattern[str], Callable[[GGUFNames, str, re.Match[str]], R
         (r"linear_attn\.A_log", _a_log),
         (r"linear_attn\.conv1d\.weight", _conv1d),
         (r"linear_attn\.in_proj_qkvz\.weight", _qkvz),
-        (r"linear_attn\.in_proj_(qkv|z|a|b)\.weight", _only(TILED, _tiled_rows)),
-        (r"linear_attn\.out_proj\.weight", _only(TILED, _tiled_columns)),
+        (r"linear_attn\.in_proj_(qkv|z|a|b)\.weight", _only_for(TILED, _tiled_rows)),
+        (r"linear_attn\.out_proj\.weight", _only_for(TILED, _tiled_columns)),
         (
             r"((?:self_attn\.[qk]_norm|input_layernorm|post_attention_layernorm))\.weight",
-            _only(PLUS_ONE, _minus_one),
+            _only_for(PLUS_ONE, _minus_one),
         ),
     )
 ]
 
 
 def build(recipe: Recipe, read: Callable[[str], QuantizedTensor]) -> list[QuantizedTensor]:
-    """The recipe's parts, read and put right; one entry, or several of different types whose rows follow each other."""
+    """Reads a recipe's parts and undoes the conversion.
+
+    Returns one tensor, or several of different types whose rows are consecutive.
+    """
     parts = [read(part.tensor) if part.rows is None else read(part.tensor).rows(part.rows) for part in recipe.parts]
     if recipe.value is not None:
         flat = [part.dequantize() for part in parts]
         values = recipe.value(flat[0] if len(flat) == 1 else torch.cat([f.reshape(-1) for f in flat]))
         return [QuantizedTensor.of(values.reshape(recipe.shape))]
     if recipe.columns is not None:
-        return [_columns(parts[0], recipe.columns())]
+        return [_reorder_columns(parts[0], recipe.columns())]
     if recipe.order is not None:
-        return [_ordered(parts, recipe)]
+        return [_reorder_rows(parts, recipe)]
     if len(parts) == 1:
         return [parts[0].reshape(*recipe.shape) if parts[0].shape != recipe.shape else parts[0]]
     return parts
 
 
-def _ordered(parts: list[QuantizedTensor], recipe: Recipe) -> QuantizedTensor:
+def _reorder_rows(parts: list[QuantizedTensor], recipe: Recipe) -> QuantizedTensor:
     order, columns = recipe.order(), recipe.shape[-1]  # type: ignore[misc]
     if all(part.qtype is parts[0].qtype and part.scale is None for part in parts):
         data = torch.cat([part.data.reshape(-1, part.data.shape[-1]) for part in parts])[order]
         return QuantizedTensor(data.reshape(*recipe.shape[:-1], -1), parts[0].qtype, recipe.shape)
     values = torch.cat([part.dequantize().reshape(-1, columns) for part in parts])[order].reshape(recipe.shape)
-    return _half(values)  # types that differ cannot be interleaved packed: f16 keeps ten bits of mantissa for either
+    return _to_f16(values)  # packed rows of different types cannot be interleaved; f16 has ten bits of mantissa
 
 
-def _columns(part: QuantizedTensor, order: torch.Tensor) -> QuantizedTensor:
-    """Other columns of a matrix: its blocks as they are where each stays whole, else values in f16."""
+def _reorder_columns(part: QuantizedTensor, order: torch.Tensor) -> QuantizedTensor:
+    """Reorders the columns of a matrix: moves packed blocks if `order` keeps them intact, else converts to f16."""
     block = part.qtype.block
-    pieces = order.reshape(-1, block) if len(order) % block == 0 else order[:0].reshape(0, block)
-    if len(pieces) and bool(
-        (pieces - pieces[:, :1] == torch.arange(block)).all() and (pieces[:, 0] % block == 0).all()
+    col_blocks = order.reshape(-1, block) if len(order) % block == 0 else order[:0].reshape(0, block)
+    if len(col_blocks) and bool(
+        (col_blocks - col_blocks[:, :1] == torch.arange(block)).all() and (col_blocks[:, 0] % block == 0).all()
     ):
-        data = part.data.reshape(*part.data.shape[:-1], len(pieces), part.qtype.nbytes)[..., pieces[:, 0] // block, :]
+        data = part.data.reshape(*part.data.shape[:-1], len(col_blocks), part.qtype.nbytes)[
+            ..., col_blocks[:, 0] // block, :
+        ]
         return QuantizedTensor(data.reshape(part.data.shape), part.qtype, part.shape)
-    return _half(part.dequantize()[..., order])
+    return _to_f16(part.dequantize()[..., order])
 
 
-def _half(values: torch.Tensor) -> QuantizedTensor:
+def _to_f16(values: torch.Tensor) -> QuantizedTensor:
     data = values.half().contiguous().view(torch.uint8).reshape(*values.shape[:-1], values.shape[-1] * 2)
     return QuantizedTensor(data, _f16(), tuple(values.shape))
 

@@ -1,7 +1,8 @@
-"""LoRA adapters as PEFT writes them: adapter_config.json and adapter_model.safetensors.
+"""Reads LoRA adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-The format is PEFT's (peft.LoraConfig, peft.tuners.lora): W' = W + s B A, s = alpha / r, or alpha / sqrt(r) with `use_rslora`. Of a parameter that stacks experts A is
-[experts * r, in] and B [out, r * experts], of which columns of one expert are `experts` apart. What else an adapter can be (DoRA, biases, whole modules, ...) is refused by name.
+The format is PEFT's (peft.LoraConfig, peft.tuners.lora): W' = W + s B A, with s = alpha / r, or alpha / sqrt(r) with
+`use_rslora`. For a parameter that stacks experts A is [experts * r, in] and B is [out, r * experts]; the columns of one
+expert in B are `experts` apart. Other kinds of adapters (DoRA, biases, complete modules, ...) are rejected by name.
 """
 
 from __future__ import annotations
@@ -20,18 +21,17 @@ from ktx.errors import BadFile, UsageError
 from ktx.utils.json_file import read_object
 
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-MERGED = "merge it into its model (merge_and_unload of PEFT, llama-export-lora of llama.cpp), and load that"
+MERGED = "merge it into its model (PEFT's merge_and_unload, llama.cpp's llama-export-lora) and load the merged model"
 KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+?)(?P<inner>(?:\.base_layer)*)\.(?P<kind>lora_(?:embedding_)?)(?P<half>[AB])(?:\.weight)?"
+    r"(?:base_model\.model\.)?(?P<module>.+?)(?P<inner>(?:\.base_layer)*)"
+    r"\.(?P<kind>lora_(?:embedding_)?)(?P<half>[AB])(?:\.weight)?"
 )
-BASE = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer)?\.weight"
-)  # embeddings as the base model has them, which PEFT may write too
-# Keys of the configuration that change nothing of what a trained adapter computes, or that are read here.
-READ = frozenset(
+# Copies of the base model's embeddings, which PEFT may write too.
+BASE_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer)?\.weight")
+READ = frozenset(  # keys of the configuration that are read here
     {"peft_type", "r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "init_lora_weights", "bias"}
 )
-HARMLESS = frozenset(
+IGNORED = frozenset(  # keys of the configuration that do not affect a trained adapter's computation
     {
         *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"),
         *(
@@ -54,40 +54,44 @@ HARMLESS = frozenset(
         *("runtime_config", "qalora_group_size", "ensure_weight_tying", "velora_config"),
     }
 )
-# Beginnings that change the base model's weights too: what was trained on top of them is of no use without that.
-OWN_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Initializations that also change the base model's weights; the adapter is useless with the original weights.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """s B A of one matrix, or of all experts of a stacked one: `a` f32 [r, in] or [experts, r, in], `b` f32 [out, r] or [experts, out, r], with s in it."""
+    """The update s B A of one matrix, or of all experts of a stacked matrix.
+
+    `a` is f32 [r, in] or [experts, r, in]; `b` is f32 [out, r] or [experts, out, r], multiplied by s.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
-    embedding: bool = False  # a lookup: A's columns are tokens
-    projection: str = ""  # of stacked experts, where each was adapted by itself
+    embedding: bool = False  # the matrix is an embedding: A's columns are tokens
+    projection: str = ""  # of stacked experts, when their projections have separate adapters
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix that it is added to."""
+        """The shape of the matrix that the update is added to."""
         return (*self.b.shape[:-1], self.a.shape[-1])
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is known of an adapter that a model has."""
+    """A loaded adapter's name, path, scale and digest."""
 
     name: str
     path: str
     scale: float
-    digest: bytes  # of the file's content and of the scale: equal ones compute the same
+    digest: bytes  # of the file's content and the scale: adapters with equal digests compute the same
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """What a file holds: by module path the matrices, in the order of what they are added to (several parameters of stacked experts).
+    """The content of an adapter file.
 
-    `copies` are shapes of weights of the base model that it holds too, by module path: they are the model's own.
+    `matrices`: the updates by module path; several for the parameters of stacked experts, innermost wrapper first.
+    `copies`: shapes of the base model's weights that the file also contains, by module path.
     """
 
     adapter: Adapter
@@ -97,7 +101,7 @@ class AdapterFile:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a user names: a folder of PEFT's or the safetensors file in it, or a GGUF file; a name for it, and a factor."""
+    """A requested adapter: the path of a PEFT folder, its safetensors file or a GGUF file, with a name and a scale."""
 
     path: Path
     name: str
@@ -105,7 +109,10 @@ class Wish:
 
     @classmethod
     def of(cls, text: str | Path | Wish) -> Wish:
-        """[NAME=]PATH[=SCALE]; the name is the folder's or the GGUF file's by default. UsageError for a scale that is no number, or an empty name."""
+        """Parses [NAME=]PATH[=SCALE]; the default name is the folder's or the GGUF file's.
+
+        Raises UsageError when the scale is not a finite number or the name is empty.
+        """
         if isinstance(text, Wish):
             return text
         parts, scale = str(text).split("="), 1.0
@@ -113,19 +120,21 @@ class Wish:
             scale, parts = found, parts[:-1]
         if not math.isfinite(scale):
             raise UsageError(f"adapter {text}: the scale must be a number, found {scale}")
-        whole = Path("=".join(parts)).expanduser()
-        if len(parts) > 1 and not whole.exists():
+        unnamed = Path("=".join(parts)).expanduser()
+        if len(parts) > 1 and not unnamed.exists():
             name, path = parts[0], Path("=".join(parts[1:])).expanduser()
         else:
-            path = whole
+            path = unnamed
             folder = path.parent if path.name == WEIGHTS else path
             name = re.sub(r"\.(safetensors|gguf)$", "", folder.resolve().name, flags=re.IGNORECASE)
         if not name or not (parts[-1] if len(parts) > 1 else str(text)):
-            raise UsageError(f"adapter {text}: give [NAME=]PATH[=SCALE], of a folder with {CONFIG} or of a GGUF file")
+            raise UsageError(
+                f"adapter {text}: expected [NAME=]PATH[=SCALE], where PATH is a folder with {CONFIG} or a GGUF file"
+            )
         return cls(path, name, scale)
 
     def named(self, name: str | None, scale: float) -> Wish:
-        """The same by another name, where there is one, times another factor."""
+        """A copy with `name`, unless it is None or empty, and the scale multiplied by `scale`."""
         return Wish(self.path, name or self.name, self.scale * scale)
 
 
@@ -137,104 +146,115 @@ def _number(text: str) -> float | None:
 
 
 def read(wish: Wish) -> AdapterFile:
-    """Reads an adapter of PEFT's. BadFile for a file that is missing or broken, UsageError for an adapter that is none of LoRA's plain form."""
+    """Reads a PEFT adapter.
+
+    Raises:
+        BadFile: a file is missing or damaged.
+        UsageError: the adapter is not a plain LoRA.
+    """
     folder = wish.path if wish.path.is_dir() else wish.path.parent
     file = folder / WEIGHTS if wish.path.is_dir() else wish.path
     if not file.exists():
         pickled = (
-            f"; {PICKLED} is a pickle, which can run code: write it anew as safetensors" * (folder / PICKLED).exists()
+            f"; {PICKLED} is a pickle, which can run code: save it again as safetensors" * (folder / PICKLED).exists()
         )
         raise BadFile(f"adapter {wish.path}: no {file.name}{pickled}")
     if not (folder / CONFIG).exists():
-        raise BadFile(f"adapter {wish.path}: no {CONFIG} beside {file.name}, which says its scale")
+        raise BadFile(f"adapter {wish.path}: no {CONFIG} next to {file.name}; it contains the adapter's scale")
     config = read_object(folder / CONFIG, "adapter configuration")
-    where = str(wish.path)
-    _check(config, where)
+    path = str(wish.path)
+    _check(config, path)
     content = file.read_bytes()
     try:
         from safetensors.torch import load
 
         tensors = load(content)
     except Exception as error:
-        raise BadFile(f"{file}: is no safetensors file: {error}") from error
+        raise BadFile(f"{file}: is not a safetensors file: {error}") from error
     digest = hashlib.sha256(content)
     digest.update(
         repr((sorted((key, str(value)) for key, value in config.items() if key in READ), wish.scale)).encode()
     )
     copies = {
-        hit["module"]: tuple(tensors.pop(key).shape)
+        match["module"]: tuple(tensors.pop(key).shape)
         for key in list(tensors)
-        if "lora_" not in key and (hit := BASE.fullmatch(key))
+        if "lora_" not in key and (match := BASE_COPY.fullmatch(key))
     }
-    matrices = _matrices(tensors, config, wish.scale, where)
-    return AdapterFile(Adapter(wish.name, where, wish.scale, digest.digest()[:16]), matrices, copies)
+    matrices = _matrices(tensors, config, wish.scale, path)
+    return AdapterFile(Adapter(wish.name, path, wish.scale, digest.digest()[:16]), matrices, copies)
 
 
-def _check(config: Mapping[str, Any], where: str) -> None:
-    """UsageError for what is no plain LoRA, BadFile for patterns that are none."""
+def _check(config: Mapping[str, Any], path: str) -> None:
+    """Raises UsageError unless the configuration is of a plain LoRA, BadFile for invalid rank or alpha patterns."""
     kind = str(config.get("peft_type", "")).upper()
     if kind != "LORA":
-        raise UsageError(f"adapter {where}: peft_type {kind or 'is missing'}, LORA is computed; {MERGED}")
-    begun = config.get("init_lora_weights", True)
-    if isinstance(begun, str) and begun.lower().startswith(OWN_BASE):
+        raise UsageError(f"adapter {path}: peft_type {kind or 'is missing'}, only LORA is supported; {MERGED}")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(CHANGES_BASE):
         raise UsageError(
-            f"adapter {where}: init_lora_weights {begun!r} changes the base model too, and the file holds only what was added to that; convert it with"
-            " PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            f"adapter {path}: init_lora_weights {init!r} also changes the base model, and the file contains only the "
+            "update of the changed weights; convert it with PEFT: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
     if config.get("bias", "none") != "none":
-        raise UsageError(f"adapter {where}: bias {config['bias']!r} trains biases of the base model; {MERGED}")
+        raise UsageError(f"adapter {path}: bias {config['bias']!r} trains biases of the base model; {MERGED}")
     for key, value in config.items():
-        if key not in READ | HARMLESS and value:
-            raise UsageError(f"adapter {where}: {key} = {value!r} is not computed; {MERGED}")
-    _check_patterns(config, where)
+        if key not in READ | IGNORED and value:
+            raise UsageError(f"adapter {path}: {key} = {value!r} is not supported; {MERGED}")
+    _check_patterns(config, path)
 
 
 def _matrices(
-    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], scale: float, where: str
+    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], scale: float, path: str
 ) -> dict[str, list[LowRank]]:
-    """By module path: of a plain module one, of nested parameters those from inside out, as they were wrapped."""
+    """The updates by module path: one for a plain module, several for nested parameters, innermost wrapper first."""
     halves: dict[tuple[str, int, bool], dict[str, torch.Tensor]] = {}
     for key, values in tensors.items():
-        hit = KEY.fullmatch(key)
-        if hit is None:
-            raise UsageError(f"adapter {where}: tensor {key} is no half of a LoRA; {MERGED}")
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise UsageError(f"adapter {path}: tensor {key} is not a lora_A or lora_B; {MERGED}")
         if values.ndim != 2 or not values.is_floating_point():
             raise BadFile(
-                f"adapter {where}: {key} is {list(values.shape)} of {values.dtype}, it must be a matrix of floats"
+                f"adapter {path}: {key} is {list(values.shape)} of {values.dtype}, it must be a matrix of floats"
             )
-        about = hit["module"], -hit["inner"].count(".base_layer"), hit["kind"] == "lora_embedding_"
-        halves.setdefault(about, {})[hit["half"]] = values.float()
+        group = match["module"], -match["inner"].count(".base_layer"), match["kind"] == "lora_embedding_"
+        halves.setdefault(group, {})[match["half"]] = values.float()
     depths: dict[str, int] = {}
     for module, *_ in halves:
         depths[module] = depths.get(module, 0) + 1
     found: dict[str, list[LowRank]] = {}
-    for (module, _depth, embedding), both in sorted(halves.items()):
-        if len(both) < 2:
-            there = next(iter(both))
-            raise BadFile(f"adapter {where}: {module} has lora_{there} and no lora_{'BA'['AB'.index(there)]}")
-        if both["A"].shape[0] != both["B"].shape[1]:
+    for (module, _depth, embedding), pair in sorted(halves.items()):
+        if len(pair) < 2:
+            present = next(iter(pair))
+            raise BadFile(f"adapter {path}: {module} has lora_{present} but no lora_{'BA'['AB'.index(present)]}")
+        if pair["A"].shape[0] != pair["B"].shape[1]:
             raise BadFile(
-                f"adapter {where}: {module} has lora_A {list(both['A'].shape)} and lora_B {list(both['B'].shape)}, of different ranks"
+                f"adapter {path}: {module} has lora_A {list(pair['A'].shape)} and lora_B {list(pair['B'].shape)}, "
+                "of different ranks"
             )
-        name = _names(config, module, depths[module], where)[len(found.get(module, ()))]
+        name = _pattern_paths(config, module, depths[module], path)[len(found.get(module, ()))]
         rank = _pattern(config.get("rank_pattern"), name, config.get("r"))
         alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or both["A"].shape[0] % rank:
-            raise BadFile(f"adapter {where}: r is {rank!r}, and lora_A of {name} is {list(both['A'].shape)}")
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1 or pair["A"].shape[0] % rank:
+            raise BadFile(f"adapter {path}: r is {rank!r}, but lora_A of {name} is {list(pair['A'].shape)}")
         if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise BadFile(f"adapter {where}: lora_alpha is {alpha!r}, it must be a number")
+            raise BadFile(f"adapter {path}: lora_alpha is {alpha!r}, it must be a number")
         factor = scale * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        a, b = both["A"], both["B"] * factor
+        a, b = pair["A"], pair["B"] * factor
         if (stacked := a.shape[0] // rank) > 1:
             a, b = a.view(stacked, rank, -1), b.view(b.shape[0], rank, stacked).permute(2, 0, 1).contiguous()
         found.setdefault(module, []).append(LowRank(a.contiguous(), b.contiguous(), embedding))
     if not found:
-        raise BadFile(f"adapter {where}: holds no tensor")
+        raise BadFile(f"adapter {path}: contains no tensor")
     return found
 
 
-def _names(config: Mapping[str, Any], module: str, count: int, where: str) -> list[str]:
-    """What PEFT looks for in rank_pattern and alpha_pattern, of a module's `count` matrices from inside out: the module's path, of parameters (`target_parameters`) with the parameter's name."""
+def _pattern_paths(config: Mapping[str, Any], module: str, count: int, path: str) -> list[str]:
+    """The paths that PEFT matches against rank_pattern and alpha_pattern, for a module's `count` matrices.
+
+    A plain module's path is its own; that of a parameter (`target_parameters`) ends in the parameter's name. Innermost
+    wrapper first.
+    """
     targets = {str(target) for target in config.get("target_parameters") or ()}
     names = {target.rpartition(".")[2] for target in targets}
     own = [name for name in names if any(f".{module}.{name}".endswith(f".{target}") for target in targets)]
@@ -244,36 +264,37 @@ def _names(config: Mapping[str, Any], module: str, count: int, where: str) -> li
     if (
         len(
             {
-                (_pattern(config.get("rank_pattern"), path, None), _pattern(config.get("alpha_pattern"), path, None))
-                for path in paths
+                (_pattern(config.get("rank_pattern"), p, None), _pattern(config.get("alpha_pattern"), p, None))
+                for p in paths
             }
         )
         > 1
     ):
         raise BadFile(
-            f"adapter {where}: {module} has {count} matrices for {len(paths)} of its target_parameters, and rank_pattern or alpha_pattern tells these apart"
+            f"adapter {path}: {module} has {count} matrices for {len(paths)} of its target_parameters, but "
+            "rank_pattern or alpha_pattern gives these different values"
         )
     return paths[:1] * count
 
 
-def _pattern(patterns: Any, path: str, otherwise: Any) -> Any:
-    """The entry of rank_pattern or alpha_pattern for a path, as PEFT matches: a regular expression for the path or its end."""
+def _pattern(patterns: Any, path: str, default: Any) -> Any:
+    """The value of rank_pattern or alpha_pattern for a path; as in PEFT, keys are regular expressions for its end."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
-    return otherwise
+    return default
 
 
-def _check_patterns(config: Mapping[str, Any], where: str) -> None:
-    """BadFile for rank_pattern and alpha_pattern that are no regular expressions with numbers."""
+def _check_patterns(config: Mapping[str, Any], path: str) -> None:
+    """Raises BadFile unless rank_pattern and alpha_pattern are objects with valid regular expressions as keys."""
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
-            raise BadFile(f"adapter {where}: {key} is {patterns!r}, it must be an object from patterns to numbers")
+            raise BadFile(f"adapter {path}: {key} is {patterns!r}, it must be an object that maps patterns to numbers")
         for pattern in patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
                 raise BadFile(
-                    f"adapter {where}: {key} has {pattern!r}, which is no regular expression: {error}"
+                    f"adapter {path}: {key} has {pattern!r}, which is not a valid regular expression: {error}"
                 ) from error

@@ -165,16 +165,16 @@ Q = {"blk.0.attn_q.weight": ((4, 256), (256, 4))}
         ({}, {}, BadFile, "no tensor"),
         ({"blk.2.attn_q.weight": ((4, 256), (256, 4))}, {}, BadFile, "the model has 2 layers"),
         ({"blk.0.attn_q.weight": ((4, 128), (128, 4))}, {}, BadFile, r"q_proj is \[128, 128\] there"),
-        ({"blk.0.attn_q.weight": ((4, 256), (257, 4))}, {}, BadFile, "q_proj.weight is not of this model's shape"),
-        ({"blk.0.attn_q.weight": ((4, 256), (256, 5))}, {}, BadFile, "are no pair"),
+        ({"blk.0.attn_q.weight": ((4, 256), (257, 4))}, {}, BadFile, "q_proj.weight do not match this model's shape"),
+        ({"blk.0.attn_q.weight": ((4, 256), (256, 5))}, {}, BadFile, "which do not match"),
         ({"blk.0.attn_q.weight": ((2, 4, 256), (2, 256, 4))}, {}, BadFile, "shape|there"),
         ({"blk.0.attn_qkv.weight": ((4, 256), (100, 4))}, {}, BadFile, "shape|there"),
-        ({"blk.0.attn_sinks.weight": ((4, 256), (256, 4))}, {}, UsageError, "attn_sinks.weight is no matrix of this"),
-        ({"blk.0.ffn_gate_exps.weight": ((8, 4, 256), (8, 96, 4))}, {}, UsageError, "ffn_gate_exps.weight is no matrix"),
+        ({"blk.0.attn_sinks.weight": ((4, 256), (256, 4))}, {}, UsageError, "attn_sinks.weight does not match a matrix of this"),
+        ({"blk.0.ffn_gate_exps.weight": ((8, 4, 256), (8, 96, 4))}, {}, UsageError, "ffn_gate_exps.weight does not match a matrix"),
         ({"blk.0.attn_norm.weight": ((4, 256), (256, 4))}, {}, UsageError, "RMSNorm"),
         ({"blk.0.attn_q.weight": ((4, 256), (256, 4)), "blk.0.foo": ((4, 256), (256, 4))}, {}, UsageError, "blk.0.foo"),
         ({"token_embd.weight": ((322, 4), (256, 4))}, {}, BadFile, "a lookup of"),
-        ({"token_embd.weight": ((4, 320), (256, 4))}, {}, BadFile, "are no pair"),
+        ({"token_embd.weight": ((4, 320), (256, 4))}, {}, BadFile, "which do not match"),
     ],
 )  # fmt: skip
 def test_what_is_not_computed_is_refused(plain, tmp_path, halves, keys, kind, words):
@@ -196,8 +196,8 @@ def changed(path, before, after):
     "before, after, kind, words",
     [
         (b"adapter.lora.alpha", b"adapter.lora.aloha", None, ""),  # no alpha is 1
-        (b"attn_q.weight.lora_a", b"attn_q.weight.lora_c", UsageError, "lora_c is no half of a LoRA"),
-        (b"attn_q.weight.lora_b", b"attn_k.weight.lora_b", BadFile, "has lora_. and no lora_"),
+        (b"attn_q.weight.lora_a", b"attn_q.weight.lora_c", UsageError, "lora_c is not a lora_a or lora_b"),
+        (b"attn_q.weight.lora_b", b"attn_k.weight.lora_b", BadFile, "has lora_. but no lora_"),
         (b"llama", b"phi3\0", BadFile, "phi3"),
         (b"llama", b"qwen2", BadFile, "'qwen2', the model is a llama"),
         (b"llama", b"gemma", BadFile, "'gemma', the model is a llama"),
@@ -223,7 +223,7 @@ def test_norms_that_are_written_beside_an_adapter_are_refused(plain, tmp_path):
     writer.w.add_tensor("blk.0.attn_norm.weight", torch.ones(256).numpy())
     writer.w.write_header_to_file(), writer.w.write_kv_data_to_file(), writer.w.write_tensors_to_file()
     writer.w.close()
-    with pytest.raises(UsageError, match=r"attn_norm.weight is no half of a LoRA; merge it"):
+    with pytest.raises(UsageError, match=r"attn_norm.weight is not a lora_a or lora_b; merge it"):
         model.ktx.load_lora(tmp_path / "n.gguf")
 
 
@@ -245,7 +245,7 @@ def test_a_folder_of_one_file(plain, tmp_path):
     assert model.ktx.load_lora(folder) == "style" and Wish.of(folder / "style-f16.gguf").name == "style-f16"
     model.ktx.unload_lora("style")
     shutil.copy(folder / "style-f16.gguf", folder / "style-q8.gguf")
-    with pytest.raises(BadFile, match=r"style-f16.gguf and style-q8.gguf; name the file"):
+    with pytest.raises(BadFile, match=r"style-f16.gguf and style-q8.gguf; pass the file to use"):
         model.ktx.load_lora(folder)
 
 

@@ -406,7 +406,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({"lora_alpha": 1e300}, BadFile, "q_proj hold NaN or infinity, or do at this scale"),
         ({"rank_pattern": ["q_proj"]}, BadFile, r"rank_pattern is \['q_proj'\], it must be an object"),
         ({"rank_pattern": {"q_proj": "four"}}, BadFile, "r is 'four'"),
-        ({"alpha_pattern": {"(q_proj": 4}}, BadFile, r"alpha_pattern has '\(q_proj', which is no regular expression"),
+        ({"alpha_pattern": {"(q_proj": 4}}, BadFile, r"alpha_pattern has '\(q_proj', which is not a valid regular expression"),
         ({"alpha_pattern": 4}, BadFile, "alpha_pattern is 4"),
     ],
 )
@@ -418,7 +418,7 @@ def test_a_configuration_that_is_not_computed_is_refused(plain, changed, config,
 @pytest.mark.parametrize(
     "change, kind, words",
     [
-        (lambda t: {k: v for k, v in t.items() if k != FIRST}, BadFile, "has lora_B and no lora_A"),
+        (lambda t: {k: v for k, v in t.items() if k != FIRST}, BadFile, "has lora_B but no lora_A"),
         (lambda t: t | {FIRST: t[FIRST][:2].contiguous()}, BadFile, "ranks"),
         (
             lambda t: t | {FIRST: t[FIRST][:, :-1].contiguous()},
@@ -455,7 +455,7 @@ def test_files_that_are_not_there_or_broken(plain, changed, tmp_path):
         load(plain, None, lora=tmp_path / "nothing")
     folder = changed()
     (folder / WEIGHTS).write_bytes(b"no tensors")
-    with pytest.raises(BadFile, match="no safetensors file"):
+    with pytest.raises(BadFile, match="is not a safetensors file"):
         load(plain, None, lora=folder)
     (folder / WEIGHTS).unlink()
     (folder / "adapter_model.bin").write_bytes(b"")
