@@ -67,7 +67,7 @@ class JsonRoute(APIRoute):
                     request._json = parse_json(body)
                 answer = await cancel_on_disconnect(request, handler(request))
                 if ignored:
-                    answer.headers[parameters.HEADER] = ", ".join(ignored)
+                    answer.headers[parameters.IGNORED_HEADER] = ", ".join(ignored)
                 return answer
             except ClientDisconnected:
                 return Response(status_code=499)

@@ -1,6 +1,6 @@
-"""What stands before every route: keys, hosts, origins, the size of what is read, and an id. Plain ASGI, on the raw path.
+"""ASGI middleware in front of all routes: API keys, Host and Origin checks, body limits and the request id.
 
-Nothing is open that is not listed. A request is refused before its body is read.
+It works on the raw path. Only listed paths are public, and a request is rejected before its body is read.
 """
 
 from __future__ import annotations
@@ -19,51 +19,54 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ktx.server import request_id
 from ktx.server.errors import error_body
-from ktx.server.protocol.parameters import HEADER
+from ktx.server.protocol.parameters import IGNORED_HEADER
 from ktx.server.static import FILES
 
 PUBLIC_PATHS = {(method, path) for method in ("GET", "HEAD") for path in ("/health", *FILES)}
-OWNER = "ktx.owner"  # in a request's scope
+OWNER_KEY = "ktx.owner"  # of the ASGI scope
 MAX_BODY_BYTES = 16 << 20
-DRAINED, DRAINING = 64 << 20, 5.0  # bytes and seconds of a body that is too large and is read all the same
-BODY_TIMEOUT_S = 60.0  # seconds without a byte of a body that was announced
-MAX_JSON_VALUES = 500_000  # brackets and commas of a body outside its strings: each costs Python a hundred bytes
+MAX_DRAIN_BYTES, DRAIN_TIMEOUT_S = 64 << 20, 5.0  # limits for reading and discarding a body that is too large
+BODY_TIMEOUT_S = 60.0  # until the next part of a body arrives
+MAX_JSON_VALUES = 500_000  # brackets and commas outside strings; each value takes about 100 bytes in Python
 
 
 @dataclass(frozen=True)
 class AccessPolicy:
-    """Who may ask. Without keys everybody who reaches the port may, as long as the Host header says that they meant this server."""
+    """Who may send requests.
+
+    Without keys everyone who can reach the port may, if the Host header names this server (against DNS rebinding).
+    """
 
     keys: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()  # names besides localhost and addresses, which Host may say where there are no keys
-    origins: tuple[str, ...] = ()  # of web pages that may ask; "*" is all
+    hosts: tuple[str, ...] = ()  # allowed in Host in addition to localhost and IP addresses; checked without keys only
+    origins: tuple[str, ...] = ()  # of web pages that may send requests; "*": all
     local: frozenset[str] = field(default=frozenset({"localhost", "127.0.0.1", "::1"}))
 
     def authenticate(self, headers: Mapping[bytes, bytes]) -> bool:
-        """Whether a key of ours is in Authorization or X-Api-Key. Takes as long for a wrong key as for a right one."""
-        given = _key(headers)
-        right = [hmac.compare_digest(given, key.encode()) for key in self.keys]
-        return any(right)
+        """Returns whether Authorization or X-Api-Key holds a valid key; constant time against timing attacks."""
+        sent = _key(headers)
+        matches = [hmac.compare_digest(sent, key.encode()) for key in self.keys]
+        return any(matches)
 
     def owner(self, headers: Mapping[bytes, bytes]) -> bytes:
-        """Who asks, of those that are let in."""
+        """Returns a digest of the client's key; empty without keys."""
         return hashlib.sha256(_key(headers)).digest() if self.keys else b""
 
     def host(self, header: bytes) -> bool:
-        """Whether a Host header names this server: DNS rebinding sends a name of somebody else's."""
+        """Returns whether a Host header names this server. A DNS rebinding attack sends the attacker's host name."""
         name = header.decode("latin-1").strip().lower()
         name = name[1:].partition("]")[0] if name.startswith("[") else name.rpartition(":")[0] if ":" in name else name
         return not name or name in self.local or name in self.hosts or _is_address(name)
 
     def origin(self, origin: bytes, host: bytes) -> bool:
-        """Whether a page of this origin may ask: its own host's, or a listed one."""
-        said = origin.decode("latin-1").strip().rstrip("/")
-        return "*" in self.origins or said in self.origins or said.partition("://")[2].encode("latin-1") == host.strip()
+        """Returns whether pages of an origin may send requests: those of this host and of listed origins."""
+        name = origin.decode("latin-1").strip().rstrip("/")
+        return "*" in self.origins or name in self.origins or name.partition("://")[2].encode("latin-1") == host.strip()
 
 
 def owner_of(request: HTTPConnection) -> bytes:
-    """Whose key a request came with, as a digest; empty where there are no keys."""
-    return request.scope.get(OWNER, b"")
+    """Returns the digest of the key that a request was sent with; empty without keys."""
+    return request.scope.get(OWNER_KEY, b"")
 
 
 def _key(headers: Mapping[bytes, bytes]) -> bytes:
@@ -80,14 +83,20 @@ def _is_address(name: str) -> bool:
 
 
 class Rejected(Exception):
-    """A request that no route shall see."""
+    """The request is rejected before it reaches a route.
+
+    Args:
+        status: HTTP status.
+        message: text for the user.
+        code: machine-readable error code.
+    """
 
     def __init__(self, status: int, message: str, code: str = ""):
         self.status, self.message, self.code = status, message, code
 
 
 class AuthMiddleware:
-    """The outermost layer."""
+    """The outermost ASGI application. It reads the whole body and passes it on as one message."""
 
     def __init__(self, app: ASGIApp, access: AccessPolicy):
         self.app, self.access = app, access
@@ -98,131 +107,146 @@ class AuthMiddleware:
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        origin, name = headers.get(b"origin"), request_id.set_current(headers).encode()
-        send = _with(send, [(header, name) for header in request_id.RESPONSE_HEADERS])
+        origin, request_name = headers.get(b"origin"), request_id.set_current(headers).encode()
+        send = _add_headers(send, [(header, request_name) for header in request_id.RESPONSE_HEADERS])
         try:
             self._authorize(scope, headers)
             if scope["method"] == "OPTIONS" and origin:
                 return await _preflight(send, origin, headers)
-            body = await _body(receive, headers) if scope["method"] in ("POST", "PUT", "PATCH", "DELETE") else b""
-        except Rejected as refused:
-            more = [(b"www-authenticate", b"Bearer")] if refused.status == 401 else []
-            return await _answer(send, scope, refused, more)
-        known = [(request_id.CLIENT_HEADER, name)]
-        if body:  # many clients send JSON under another name, curl -d among them
-            known.append((b"content-type", b"application/json"))
+            body = await _read_body(receive, headers) if scope["method"] in ("POST", "PUT", "PATCH", "DELETE") else b""
+        except Rejected as error:
+            extra = [(b"www-authenticate", b"Bearer")] if error.status == 401 else []
+            return await _send_error(send, scope, error, extra)
+        replaced = [(request_id.CLIENT_HEADER, request_name)]
+        if body:  # many clients send JSON with another content type, such as `curl -d`
+            replaced.append((b"content-type", b"application/json"))
         scope = {
             **scope,
-            "headers": [*_without(scope["headers"], dict(known)), *known],
-            OWNER: self.access.owner(headers),
+            "headers": [*_remove_headers(scope["headers"], dict(replaced)), *replaced],
+            OWNER_KEY: self.access.owner(headers),
         }
-        await self.app(scope, _replay(body, receive), _with(send, _allowing(origin)) if origin else send)
+        await self.app(scope, _replay(body, receive), _add_headers(send, _cors_headers(origin)) if origin else send)
 
     def _authorize(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+        """Raises Rejected if the policy does not allow the request."""
         access, path, method = self.access, scope["path"], scope["method"]
         origin, host = headers.get(b"origin"), headers.get(b"host", b"")
         if not access.keys and not access.host(host):
             raise Rejected(
                 403,
-                f"the Host header says {host.decode('latin-1')!r}; --allowed_hosts lists the names this server goes by",
+                f"the Host header is {host.decode('latin-1')!r}, which is not a name of this server; add it to"
+                " --allowed_hosts",
             )
         if origin and origin != b"null" and not access.origin(origin, host):
             raise Rejected(
-                403, f"pages of {origin.decode('latin-1')} may not ask this server; --cors_origins lists those that may"
+                403,
+                f"pages of {origin.decode('latin-1')} may not send requests to this server; add the origin to"
+                " --cors_origins",
             )
         if origin == b"null" and "*" not in access.origins:
-            raise Rejected(403, "pages without an origin may not ask this server")
+            raise Rejected(403, "pages without an origin may not send requests to this server")
         if (
             access.keys
             and (method, path) not in PUBLIC_PATHS
             and not (method == "OPTIONS" and origin)
             and not access.authenticate(headers)
         ):
-            raise Rejected(401, "a key is needed: send Authorization: Bearer KEY", "invalid_api_key")
+            raise Rejected(401, "an API key is required: send the header Authorization: Bearer KEY", "invalid_api_key")
 
 
-def _without(headers: Iterable[tuple[bytes, bytes]], names: Container[bytes]) -> list[tuple[bytes, bytes]]:
-    return [(key, value) for key, value in headers if key not in names]
+def _remove_headers(headers: Iterable[tuple[bytes, bytes]], names: Container[bytes]) -> list[tuple[bytes, bytes]]:
+    return [(name, value) for name, value in headers if name not in names]
 
 
-async def _body(receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
-    """The whole body. Refused when it is too large, comes too slowly or not at all, or would take too much to read."""
-    announced = headers.get(b"content-length", b"0")
-    if not announced.isdigit() or int(announced) > MAX_BODY_BYTES:
+async def _read_body(receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
+    """Reads and returns the whole body.
+
+    Raises:
+        Rejected: the body is too large, arrives too slowly, is incomplete or has too many JSON values.
+    """
+    content_length = headers.get(b"content-length", b"0")
+    if not content_length.isdigit() or int(content_length) > MAX_BODY_BYTES:
         await _drain(receive)
         raise Rejected(413, f"the body has more than {MAX_BODY_BYTES >> 20} MB")
-    parts, size = [], 0
+    parts, num_bytes = [], 0
     while True:
         try:
             message = await asyncio.wait_for(receive(), BODY_TIMEOUT_S)
         except TimeoutError:
-            raise Rejected(408, f"nothing of the body came for {BODY_TIMEOUT_S:.0f} seconds") from None
+            raise Rejected(408, f"no data of the body arrived for {BODY_TIMEOUT_S:.0f} seconds") from None
         if message["type"] == "http.disconnect":
-            raise Rejected(400, "the connection ended inside the body")
+            raise Rejected(400, "the connection was closed before the body was complete")
         parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > MAX_BODY_BYTES:
+        num_bytes += len(parts[-1])
+        if num_bytes > MAX_BODY_BYTES:
             await _drain(receive)
             raise Rejected(413, f"the body has more than {MAX_BODY_BYTES >> 20} MB")
         if not message.get("more_body"):
             break
     body = b"".join(parts)
     if count_json_values(body) > MAX_JSON_VALUES:
-        raise Rejected(413, f"the body has more than {MAX_JSON_VALUES} values")
+        raise Rejected(413, f"the body has more than {MAX_JSON_VALUES} JSON values")
     return body
 
 
 async def _drain(receive: Receive) -> None:
-    """Reads on for a moment: a client that is still sending would not see the answer."""
-    left = DRAINED
+    """Reads and discards a body for a few seconds, because a client that is still sending would not read the error."""
+    remaining_bytes = MAX_DRAIN_BYTES
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DRAINING):
-            while left > 0 and (message := await receive())["type"] == "http.request" and message.get("more_body"):
-                left -= len(message.get("body", b""))
+        async with asyncio.timeout(DRAIN_TIMEOUT_S):
+            while (
+                remaining_bytes > 0
+                and (message := await receive())["type"] == "http.request"
+                and message.get("more_body")
+            ):
+                remaining_bytes -= len(message.get("body", b""))
 
 
 def count_json_values(body: bytes) -> int:
-    """Commas and opening brackets of JSON outside its strings, at least as many as it has; exact where it matters."""
-    upper = body.count(b",") + body.count(b"[") + body.count(b"{")
-    if upper <= MAX_JSON_VALUES:
-        return upper
+    """Counts the commas and opening brackets outside the strings of a JSON body.
+
+    At or below `MAX_JSON_VALUES` the result may be too high, because characters in strings are counted as well.
+    """
+    upper_bound = body.count(b",") + body.count(b"[") + body.count(b"{")
+    if upper_bound <= MAX_JSON_VALUES:
+        return upper_bound
     outside = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
     return sum(part.count(b",") + part.count(b"[") + part.count(b"{") for part in outside)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body that was read as the one message it is now, then whatever the connection says."""
-    left = [body]
+    """Returns a receive function that first returns the body as one message, then the connection's messages."""
+    pending = [body]
 
-    async def again() -> Message:
-        if left:
-            return {"type": "http.request", "body": left.pop(), "more_body": False}
+    async def replay() -> Message:
+        if pending:
+            return {"type": "http.request", "body": pending.pop(), "more_body": False}
         return await receive()
 
-    return again
+    return replay
 
 
-def _with(send: Send, more: list[tuple[bytes, bytes]]) -> Send:
-    """Sends more headers with the answer."""
+def _add_headers(send: Send, extra: list[tuple[bytes, bytes]]) -> Send:
+    """Returns a send function that adds headers to the response."""
 
-    async def told(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message["headers"], *more]}
+            message = {**message, "headers": [*message["headers"], *extra]}
         await send(message)
 
-    return told
+    return send_with_headers
 
 
-def _allowing(origin: bytes) -> list[tuple[bytes, bytes]]:
+def _cors_headers(origin: bytes) -> list[tuple[bytes, bytes]]:
     return [
         (b"access-control-allow-origin", origin),
-        (b"access-control-expose-headers", b", ".join((*request_id.RESPONSE_HEADERS, HEADER.encode()))),
+        (b"access-control-expose-headers", b", ".join((*request_id.RESPONSE_HEADERS, IGNORED_HEADER.encode()))),
         (b"vary", b"Origin"),
     ]
 
 
 async def _preflight(send: Send, origin: bytes, headers: Mapping[bytes, bytes]) -> None:
-    more = [
+    headers_out = [
         (b"access-control-allow-origin", origin),
         (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
         (
@@ -233,17 +257,17 @@ async def _preflight(send: Send, origin: bytes, headers: Mapping[bytes, bytes]) 
         (b"vary", b"Origin"),
         (b"content-length", b"0"),
     ]
-    await send({"type": "http.response.start", "status": 204, "headers": more})
+    await send({"type": "http.response.start", "status": 204, "headers": headers_out})
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _answer(send: Send, scope: Scope, refused: Rejected, more: list[tuple[bytes, bytes]]) -> None:
-    data = json.dumps(error_body(scope["path"], refused.status, refused.message, refused.code)).encode()
+async def _send_error(send: Send, scope: Scope, error: Rejected, extra: list[tuple[bytes, bytes]]) -> None:
+    data = json.dumps(error_body(scope["path"], error.status, error.message, error.code)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(data)).encode()),
         (b"connection", b"close"),
-        *more,
+        *extra,
     ]
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": data})

@@ -1,4 +1,4 @@
-"""Errors as each protocol's clients read them."""
+"""Error responses in the format of each protocol."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from ktx.errors import KtxError
 from ktx.server import request_id
 
-KINDS = {  # status: OpenAI's type, Anthropic's type
+ERROR_TYPES = {  # HTTP status -> OpenAI's error type, Anthropic's error type
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("authentication_error", "authentication_error"),
     403: ("permission_error", "permission_error"),
@@ -22,7 +22,16 @@ KINDS = {  # status: OpenAI's type, Anthropic's type
 
 
 class APIError(Exception):
-    """An answer that is an error. `param`: the field at fault; `code`: a word for programs; `details`: more for Anthropic's."""
+    """An error that is returned to the client.
+
+    Args:
+        status: HTTP status.
+        message: text for the user.
+        param: field of the request that is wrong.
+        code: machine-readable error code.
+        retry: seconds after which the client may retry (Retry-After).
+        details: additional fields of an error in Anthropic's format.
+    """
 
     def __init__(
         self,
@@ -39,14 +48,14 @@ class APIError(Exception):
 
 
 def to_api_error(error: Exception) -> APIError:
-    """What a client is told of an error of the engine's or a check's: its class says the status, not its words."""
+    """Converts an exception of the engine or of a check. Its class determines the status, not its message."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, KtxError) and error.status != 500:
         return APIError(error.status, str(error), code=error.code, retry=error.retry)
     if isinstance(error, (ValueError, KeyError)):
         return APIError(400, str(error))
-    return APIError(500, f"the server failed: {type(error).__name__}")
+    return APIError(500, f"internal server error: {type(error).__name__}")
 
 
 def error_body(
@@ -57,12 +66,12 @@ def error_body(
     param: str | None = None,
     details: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """An error's body in the form of the protocol that a path belongs to."""
-    openai, anthropic = KINDS.get(status, ("server_error", "api_error"))
+    """Returns the JSON body of an error in the format of the protocol that `path` belongs to."""
+    openai_type, anthropic_type = ERROR_TYPES.get(status, ("server_error", "api_error"))
     if path.startswith("/api/"):
         return {"error": message}
     if path.startswith("/v1/messages"):
-        more = {"details": details} if details else {}
-        error = {"type": anthropic, "message": message, **more}
+        extra = {"details": details} if details else {}
+        error = {"type": anthropic_type, "message": message, **extra}
         return {"type": "error", "error": error, "request_id": request_id.CURRENT.get()}
-    return {"error": {"message": message, "type": openai, "param": param, "code": code or None}}
+    return {"error": {"message": message, "type": openai_type, "param": param, "code": code or None}}

@@ -1,4 +1,7 @@
-"""LoRA adapters that come and go while the server runs: vLLM's /v1/load_lora_adapter and /v1/unload_lora_adapter, and llama.cpp's /lora-adapters."""
+"""Loads, unloads and lists LoRA adapters at run time.
+
+The routes are vLLM's /v1/load_lora_adapter and /v1/unload_lora_adapter, and llama.cpp's /lora-adapters.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,18 @@ T = TypeVar("T")
 
 
 async def load(state: ServerState, fields: LoadAdapter) -> Response:
-    """An adapter below --lora-dir, under a name of its own. Problem 404 for a path where nothing is, 400 for one that is no adapter of this model."""
+    """Loads an adapter from the folder --lora-dir under a new name.
+
+    Raises:
+        APIError: 404, the path does not exist; 400, it is not an adapter of this model, is outside of the folder or the
+            name is in use; 503, there is not enough memory.
+    """
     root = adapter_root(state)
     engine, _, _ = state.require_ready()
     name = _name(state, fields.lora_name)
     path = resolve_adapter_path(root, fields.lora_path)
 
-    async def loaded() -> None:
+    async def run_load() -> None:
         async with state.adapters_lock:
             if name in state.adapters and not fields.load_inplace:
                 raise APIError(400, f"The lora adapter {name!r} has already been loaded.", "lora_name")
@@ -43,101 +51,121 @@ async def load(state: ServerState, fields: LoadAdapter) -> Response:
             if name not in state.adapters:
                 state.add_adapter(name)
 
-    await run_to_completion(loaded())
-    log.info("adapter %s is loaded from %s", name, path)
+    await run_to_completion(run_load())
+    log.info("loaded the adapter %s from %s", name, path)
     return Response(f"Success: LoRA adapter '{name}' added successfully.", media_type="text/plain")
 
 
 async def unload(state: ServerState, fields: UnloadAdapter) -> Response:
-    """From now on no request finds the adapter; those that run or wait are answered by it to their end. Problem 404 for a name that is none's."""
+    """Unloads an adapter for new requests; requests that run or wait keep it until they end.
+
+    Raises:
+        APIError: 404, no adapter has the name.
+    """
     adapter_root(state)
     engine, _, _ = state.require_ready()
     name = fields.lora_name
 
-    async def unloaded() -> None:
+    async def run_unload() -> None:
         async with state.adapters_lock:
             if name not in state.adapters:
                 raise APIError(404, f"The lora adapter {name!r} cannot be found.", "lora_name")
-            state.adapters = {one: number for one, number in state.adapters.items() if one != name}
+            state.adapters = {known: adapter_id for known, adapter_id in state.adapters.items() if known != name}
             await asyncio.to_thread(engine.unload_lora, name)
 
-    await run_to_completion(unloaded())
-    log.info("adapter %s is unloaded", name)
+    await run_to_completion(run_unload())
+    log.info("unloaded the adapter %s", name)
     return Response(f"Success: LoRA adapter '{name}' removed successfully.", media_type="text/plain")
 
 
 def resolve_adapters(state: ServerState, model: str, lora: Sequence[LoraUse] | None) -> tuple[Use, ...]:
-    """The adapters that a request is answered by: llama.cpp's list, which goes with the model itself, or the one that is its model. Problem 400 for a number that is none's."""
-    named = state.adapter_of(model)
+    """Returns the adapters that a request uses.
+
+    Args:
+        state: the server's state.
+        model: the model name of the request, which may be an adapter's.
+        lora: llama.cpp's list of adapter ids and scales, which is only allowed with the base model.
+
+    Raises:
+        APIError: 400, an id is unknown, or `lora` is given although the model is an adapter.
+    """
+    own = state.adapter_of(model)
     if lora is None:
-        return tuple(map(Use, named))
-    if named:
-        raise APIError(400, f"lora: the model {model!r} is an adapter itself; name {state.models[0]!r}", "lora")
-    by_number = {number: name for name, number in state.adapters.items()}
-    scales = {one.id: one.scale for one in lora}  # of an adapter that stands there twice, the last
-    if unknown := [number for number in scales if number not in by_number]:
+        return tuple(map(Use, own))
+    if own:
+        raise APIError(400, f"lora: the model {model!r} is an adapter; use model {state.models[0]!r}", "lora")
+    by_id = {adapter_id: name for name, adapter_id in state.adapters.items()}
+    scales = {use.id: use.scale for use in lora}  # the last entry of an adapter wins
+    if unknown := [adapter_id for adapter_id in scales if adapter_id not in by_id]:
         raise APIError(400, f"lora: no adapter has the id {unknown[0]}; /lora-adapters lists them", "lora")
-    return tuple(Use(by_number[number], scale) for number, scale in sorted(scales.items()) if scale)
+    return tuple(Use(by_id[adapter_id], scale) for adapter_id, scale in sorted(scales.items()) if scale)
 
 
 def list_adapters(state: ServerState) -> list[dict[str, Any]]:
-    """As llama.cpp lists them. The scale is that of requests which name none: those are answered by the model alone."""
+    """Lists the adapters in llama.cpp's format.
+
+    The scale is the one of a request that names no adapter: 0, because the base model alone answers it.
+    """
     state.require_ready()
     return [
-        {"id": number, "path": state.path_of(name), "scale": 0.0, "task_name": "", "prompt_prefix": ""}
-        for name, number in state.adapters.items()
+        {"id": adapter_id, "path": state.path_of(name), "scale": 0.0, "task_name": "", "prompt_prefix": ""}
+        for name, adapter_id in state.adapters.items()
     ]
 
 
 async def run_to_completion(work: Awaitable[T]) -> T:
-    """Also where the client leaves: what the engine has and what is listed must not differ."""
+    """Awaits `work`, also after the client disconnects: the engine and the list of adapters must stay consistent."""
     return await asyncio.shield(asyncio.ensure_future(work))
 
 
 def adapter_root(state: ServerState) -> Path:
-    """The folder below which adapters may be. Problem 404 where the operator names none."""
+    """Returns the folder that adapters may be loaded from. Raises APIError (404) without --lora-dir."""
     if state.settings.lora_dir is None:
-        raise APIError(404, "requests load and unload adapters only where ktx serve is given --lora-dir DIR")
+        raise APIError(404, "this server does not load or unload adapters; start ktx serve with --lora-dir DIR")
     return state.settings.lora_dir
 
 
 def _name(state: ServerState, name: str) -> str:
-    """Problem 400 for one that could be taken for another model's."""
+    """Returns the name of a new adapter. Raises APIError (400) if it is invalid or a name of the model."""
     if not name.isprintable() or not name.strip() or name.endswith(LATEST_TAG):
-        raise APIError(400, f"{name!r} is no name for an adapter", "lora_name")
+        raise APIError(400, f"{name!r} is not a valid name for an adapter", "lora_name")
     if name in state.models:
-        raise APIError(400, f"{name!r} is the model's name; give another one", "lora_name")
+        raise APIError(400, f"{name!r} is the model's name; choose another one", "lora_name")
     return name
 
 
 def resolve_adapter_path(root: Path, text: str) -> Path:
-    """The place that a request names, absolute or from `root` on. Problem 400 for one outside of it, by symbolic links too, 404 where nothing is."""
-    outside = APIError(400, f"{text!r} is not below the folder of adapters (--lora-dir)", "lora_path")
+    """Returns the path of an adapter that a request names, absolute or relative to `root`.
+
+    Raises:
+        APIError: 400, the path or one of its files is outside of `root` (symbolic links are resolved) or cannot be
+            read; 404, it does not exist.
+    """
+    outside_error = APIError(400, f"{text!r} is not in the folder of adapters (--lora-dir)", "lora_path")
     root = root.resolve()
     try:
         path = root / text
-        whole = path.resolve()
-        path = (
-            whole if whole.is_dir() else path.parent.resolve() / path.name
-        )  # a link's own name, in a cache of the hub
-        if not all(place.is_relative_to(root) for place in (whole, path)):
-            raise outside
-        if not whole.exists():
+        resolved = path.resolve()
+        # A link to a file keeps its own name, because the files of the hub's cache are links.
+        path = resolved if resolved.is_dir() else path.parent.resolve() / path.name
+        if not all(candidate.is_relative_to(root) for candidate in (resolved, path)):
+            raise outside_error
+        if not resolved.exists():
             raise APIError(404, f"No adapter found for {text!r}", "lora_path")
         for file in _files(path):
             if not file.resolve().is_relative_to(root):
-                raise outside
+                raise outside_error
             if not file.is_file():
-                raise APIError(400, f"{text!r}: {file.name} is no file", "lora_path")
-    except RuntimeError as error:  # links in a ring, before Python 3.13
+                raise APIError(400, f"{text!r}: {file.name} is not a file", "lora_path")
+    except RuntimeError as error:  # a cycle of links, before Python 3.13
         raise APIError(404, f"No adapter found for {text!r}", "lora_path") from error
-    except (OSError, ValueError) as error:  # names that are too long or none, no access
+    except (OSError, ValueError) as error:  # a name that is too long or invalid, no access
         raise APIError(400, f"{text!r} cannot be read: {type(error).__name__}", "lora_path") from error
     return path
 
 
 def _files(path: Path) -> list[Path]:
-    """The files that an adapter is read from."""
+    """Returns the existing files that an adapter is read from."""
     folder = path if path.is_dir() else path.parent
     known = [folder / name for name in (CONFIG, WEIGHTS)]
     if path.is_dir():

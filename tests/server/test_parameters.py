@@ -14,7 +14,7 @@ from ktx.engine.sampler import Sampler, SamplingParams
 from ktx.engine.scripted import read_script, scripted_engine
 from ktx.server.protocol import ChatCompletionRequest, CompletionRequest, parameters
 from ktx.server.protocol.ollama import OllamaOptions
-from ktx.server.protocol.parameters import ALIASES, HEADER, IGNORED, PREFIXES, REFUSED
+from ktx.server.protocol.parameters import ALIASES, IGNORED_HEADER, IGNORED, PREFIXES, REFUSED
 from tests.server.conftest import NAME, QWEN, refused, sent, serving
 from tests.small_chat import tokenizer
 
@@ -54,7 +54,7 @@ def special(tmp_path_factory):
 
 def asked(http, path, **more):
     answer = http.post(path, json={"model": NAME, **ROUTES[path], **more})
-    return answer.status_code, answer.headers.get(HEADER, ""), answer.text
+    return answer.status_code, answer.headers.get(IGNORED_HEADER, ""), answer.text
 
 
 def texts(http, **more):
@@ -132,7 +132,7 @@ def test_ollamas_options(special):
     http, _, _ = special
     given = {"num_ctx": 8192, "num_gpu": 99, "temperature": 0.0, "num_predict": 3.0, "top_k": 1.0, "mirostat": 0}
     answer = http.post("/api/chat", json={"model": NAME, "messages": HELLO, "stream": False, "options": given})
-    assert answer.headers[HEADER] == "num_ctx, num_gpu" and answer.json()["eval_count"] == 3
+    assert answer.headers[IGNORED_HEADER] == "num_ctx, num_gpu" and answer.json()["eval_count"] == 3
     for more in ({"options": {"max_tokens": 2.0}}, {"max_tokens": 2.0}, {"options": {"num_predict": 2}}):
         assert sent(http, "/api/generate", prompt="greet", stream=False, **more)["eval_count"] == 2
     assert "mirostat: this server does not" in refused(http, "/api/chat", messages=HELLO, options={"mirostat": 2})
@@ -149,7 +149,7 @@ def test_a_page_of_another_origin_may_read_the_header(special):
     http, _, _ = special
     host = f"http://{http.base_url.host}:{http.base_url.port}"
     answer = http.post(CHAT, json={"model": NAME, **ROUTES[CHAT], "id_slot": 1}, headers={"origin": host})
-    assert HEADER in answer.headers["access-control-expose-headers"]
+    assert IGNORED_HEADER in answer.headers["access-control-expose-headers"]
 
 
 # ---- numbers

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-HEADER = "x-ignored-parameters"
+IGNORED_HEADER = "x-ignored-parameters"
 IGNORED_BY_REQUEST: ContextVar[list[str] | None] = ContextVar("ignored_parameters", default=None)  # of the current request
 NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
