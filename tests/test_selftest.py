@@ -288,7 +288,7 @@ def test_an_engine_proves_its_pages(folder, monkeypatch):
             runner_selection.runner_for(model, 2)
     monkeypatch.setattr(runner, "Span", lambda owner, past, count, *rest: span(owner + past, past, count, *rest))
     if model.config.model_type == "qwen3_next":
-        with pytest.raises(SelfTestFailed, match="goes on after 1 tokens"):
+        with pytest.raises(SelfTestFailed, match="continues after 1 tokens"):
             runner_selection.runner_for(model, 2)
     model.ktx.self_test = False
     assert type(runner_selection.runner_for(model, 2)) is ModelRunner

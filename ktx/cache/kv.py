@@ -1,8 +1,8 @@
-"""A transformers cache that grows by doubling and stores half precision, or eight bits.
+"""A transformers cache that grows by doubling and stores half precision or eight bits.
 
-A stock DynamicCache copies everything at each token; here a token is written in place. Layers that attend (also MLA's latent,
-whose two halves transformers hands over as keys and values) are stored whole, sliding windows too, so that a chat can take tokens back;
-recurrent layers (linear attention) stay transformers' own and cannot.
+A stock DynamicCache copies everything at each token; here a token is written in place. Attention layers (also MLA's
+latent, whose two parts transformers passes as keys and values) store all positions, with a sliding window too, so that
+a chat can remove tokens from the end. Recurrent layers (linear attention) stay transformers' own and cannot.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ktx.kernels.gradients import WITHOUT_CACHE, recorded, refuse
 from ktx.quant.types import QTYPES
 
 CPU = torch.device("cpu")
-FIRST = 256  # positions of the first allocation: as those that follow, whole pages (ktx.cache.page_pool)
-HUGE_PAGE = 2 << 20
-Q8_0 = "q8_0"  # blocks of 32 columns, an f16 scale before 32 int8: 1.06 bytes a column; torch sees bytes
-FP8 = "fp8"  # on a GPU e4m3 as it is, without a scale; on the CPU, which knows none, Q8_0
-BLOCKS = QTYPES["Q8_0"]
-KVType = torch.dtype | str | None  # a float type, Q8_0 or FP8, or None: whatever the model computes in
+MIN_CAPACITY = 256  # positions of the first allocation; it and the following ones are whole pages (ktx.cache.page_pool)
+HUGE_PAGE_BYTES = 2 << 20
+Q8_0 = "q8_0"  # blocks of 32 columns, an f16 scale before 32 int8: 1.06 bytes a column; stored as bytes
+FP8 = "fp8"  # on a GPU e4m3 without a scale; on the CPU, which has no e4m3, Q8_0
+Q8_0_TYPE = QTYPES["Q8_0"]
+KVType = torch.dtype | str | None  # a float type, Q8_0 or FP8; None: the model's compute type
 KV_TYPES: dict[str, KVType] = {
     "f16": torch.float16,
     "bf16": torch.bfloat16,
@@ -34,55 +34,60 @@ KV_TYPES: dict[str, KVType] = {
     "fp8": FP8,
 }
 E4M3 = torch.float8_e4m3fn
-E4M3_MOST = torch.finfo(E4M3).max
-ON_GPU: dict[KVType, torch.dtype] = {Q8_0: torch.float16, FP8: E4M3}  # no kernel there knows blocks
-NAMES = ("keys", "values")
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses keep states of other kinds beside keys
+E4M3_MAX = torch.finfo(E4M3).max
+ON_GPU: dict[KVType, torch.dtype] = {Q8_0: torch.float16, FP8: E4M3}  # GPU kernels do not read Q8_0 blocks
+KV_NAMES = ("keys", "values")
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # their subclasses store other states next to keys
 
 
-def kv_type(wish: KVType) -> KVType:
-    """What a user asked for (f16, bf16, f32, q8_0, fp8, auto, or a torch type) as one of KV_TYPES; None for auto. UsageError otherwise."""
-    if wish is None or wish == "auto":
+def kv_type(requested: KVType) -> KVType:
+    """Returns the storage type for a user's `kv_dtype` (f16, bf16, f32, q8_0, fp8, auto, or a torch dtype); None for
+    auto. UsageError for any other value.
+    """
+    if requested is None or requested == "auto":
         return None
-    if isinstance(wish, torch.dtype) and wish in KV_TYPES.values():
-        return wish
-    if not isinstance(wish, str) or wish not in KV_TYPES:
+    if isinstance(requested, torch.dtype) and requested in KV_TYPES.values():
+        return requested
+    if not isinstance(requested, str) or requested not in KV_TYPES:
         raise UsageError(
-            f"kv_dtype {str(wish)!r} is no type that keys and values are kept in{did_you_mean(str(wish), KV_TYPES)}; give auto or one of {' '.join(KV_TYPES)}"
+            f"kv_dtype {str(requested)!r} is not a storage type of the KV cache"
+            f"{did_you_mean(str(requested), KV_TYPES)}; give auto or one of {' '.join(KV_TYPES)}"
         )
-    return KV_TYPES[wish]
+    return KV_TYPES[requested]
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory that is not initialised; a long context's lies on huge pages where the system has them."""
+    """Returns uninitialized memory; large CPU buffers use huge pages where the system has them."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < HUGE_PAGE:
+    if device.type != "cpu" or nbytes < HUGE_PAGE_BYTES:
         return torch.empty(shape, dtype=dtype, device=device)
     return cpu.ops.empty_packed(nbytes).view(dtype).view(shape)
 
 
 def capacity(positions: int) -> int:
-    """Positions that a buffer for so many has."""
-    return max(FIRST, 1 << (positions - 1).bit_length())
+    """Returns the number of positions that a buffer for `positions` positions has."""
+    return max(MIN_CAPACITY, 1 << (positions - 1).bit_length())
 
 
-def stored_row(store: KVType, columns: int, own: torch.dtype, device: torch.device) -> tuple[int, torch.dtype]:
-    """Elements and type of a stored row; columns that are no whole blocks of Q8_0 are kept in f16."""
+def stored_row(store: KVType, columns: int, model_dtype: torch.dtype, device: torch.device) -> tuple[int, torch.dtype]:
+    """Returns the number of elements and the type of a stored row; columns that do not fill whole Q8_0 blocks are
+    stored as f16.
+    """
     if not isinstance(store, str):
-        return columns, store or own
+        return columns, store or model_dtype
     if device.type != "cpu":
         return columns, ON_GPU[store]
-    if columns % BLOCKS.block:
+    if columns % Q8_0_TYPE.block:
         return columns, torch.float16
-    return BLOCKS.row_bytes(columns), torch.uint8
+    return Q8_0_TYPE.row_bytes(columns), torch.uint8
 
 
 class GrowingLayer(DynamicLayer):
     """Keys and values [batch, heads, length, columns] as views of larger buffers.
 
-    A script may edit `keys` and `values` in place, or assign others, of another length or batch too, as it may in transformers' own layer. What is assigned waits
-    in `given` until the layer is used next. A buffer that was handed out (`lent`) is not written to again: the next token goes to a copy, as
-    transformers copies at each token.
+    A script may edit `keys` and `values` in place, or assign others, of another length or batch too, as in
+    transformers' own layer. Assigned tensors wait in `given` until the layer is used next. A buffer that a script has
+    read (`lent`) is not written to again: the next token is written to a copy, as transformers copies at each token.
     """
 
     is_sliding = False
@@ -97,9 +102,11 @@ class GrowingLayer(DynamicLayer):
 
     @classmethod
     def replace(cls, layer: Any, dtype: KVType) -> None:
-        """Makes transformers' layer with keys and values one that grows in place; who holds the layer holds this one."""
+        """Turns transformers' layer into one that grows in place, with the same content; references to the layer stay
+        valid.
+        """
         given = {0: layer.keys, 1: layer.values}
-        for name in NAMES:
+        for name in KV_NAMES:
             del layer.__dict__[name]
         object.__setattr__(layer, "__class__", cls)
         cls.__init__(layer, dtype)
@@ -108,121 +115,140 @@ class GrowingLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
         values = key_states if value_states is None else value_states
-        self._make(key_states, (key_states.shape[3], values.shape[3]), key_states.dtype)
+        self._allocate(key_states, (key_states.shape[3], values.shape[3]), key_states.dtype)
 
-    def _make(self, like: torch.Tensor, columns: tuple[int, int], dtype: torch.dtype) -> None:
+    def _allocate(self, like: torch.Tensor, columns: tuple[int, int], dtype: torch.dtype) -> None:
+        """Allocates the buffers for keys and values with these columns."""
         self.device, batch, heads = like.device, like.shape[0], like.shape[1]
-        wide = [stored_row(self.store_dtype, width, dtype, self.device) for width in columns]
-        self.dtype, self.columns = wide[0][1], columns
-        self.buffers = [empty((batch, heads, FIRST, width), kind, self.device) for width, kind in wide]
+        rows = [stored_row(self.store_dtype, width, dtype, self.device) for width in columns]
+        self.dtype, self.columns = rows[0][1], columns
+        self.buffers = [empty((batch, heads, MIN_CAPACITY, width), kind, self.device) for width, kind in rows]
         self.is_initialized = True
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends [batch, heads, new, columns] and returns everything stored so far. ValueError for another batch, or heads of another number or width."""
+        """Appends [batch, heads, new, columns] and returns everything stored so far. ValueError for another batch size,
+        or another number or width of heads.
+        """
         self.settle()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         for states, buffer, columns in zip((key_states, value_states), self.buffers, self.columns, strict=True):
             if states.shape[:2] != buffer.shape[:2] or states.shape[3] != columns:
                 raise ValueError(
-                    f"a cache of [batch, heads, positions, columns] = {[*buffer.shape[:2], self.length, columns]} cannot be continued by {list(states.shape)}"
+                    f"a cache of [batch, heads, positions, columns] = {[*buffer.shape[:2], self.length, columns]} "
+                    f"cannot be continued by {list(states.shape)}"
                 )
-        before, end = self.length, self.length + key_states.shape[2]
+        start, end = self.length, self.length + key_states.shape[2]
         self.reserve(key_states.shape[2])
         self.length = end
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
-            put(states, buffer[:, :, before:end])
+            put(states, buffer[:, :, start:end])
         return self._stored(0), self._stored(1)
 
     def reserve(self, new: int) -> None:
-        """For `new` positions more in `buffers`; who writes them makes `length` longer."""
+        """Ensures capacity for `new` more positions in `buffers`; the caller writes them and increments `length`."""
         if self.given:
             self.settle()
         if self.lent or self.length + new > self.buffers[0].shape[2]:
             self._grow(self.length + new)
 
     def settle(self) -> None:
-        """Takes over what was assigned to `keys` and `values`. UsageError when only one of them has another shape than the other."""
+        """Stores the tensors that were assigned to `keys` and `values`. UsageError when keys and values differ in
+        batch, heads or positions.
+        """
         if not self.given:
             return
         keys, values = (self.given[i] if i in self.given else self._stored(i) if self.buffers else None for i in (0, 1))
         if keys is None or values is None or keys.shape[:3] != values.shape[:3]:
             shapes = [None if states is None else list(states.shape) for states in (keys, values)]
             raise UsageError(
-                f"a cache layer's keys are {shapes[0]}, its values {shapes[1]}; assign both, of the same batch, heads and positions"
+                f"a cache layer's keys are {shapes[0]}, its values {shapes[1]}; "
+                "assign both, with the same batch, heads and positions"
             )
         if not self.buffers:
-            self._make(keys, (keys.shape[3], values.shape[3]), keys.dtype)
-        own, self.length, columns = self.buffers[0].dtype, keys.shape[2], list(self.columns)
-        for which, states in self.given.items():
-            columns[which] = states.shape[3]
-            width, kind = stored_row(self.store_dtype, states.shape[3], own, self.device)
+            self._allocate(keys, (keys.shape[3], values.shape[3]), keys.dtype)
+        model_dtype, self.length, columns = self.buffers[0].dtype, keys.shape[2], list(self.columns)
+        for index, states in self.given.items():
+            columns[index] = states.shape[3]
+            width, kind = stored_row(self.store_dtype, states.shape[3], model_dtype, self.device)
             buffer = empty((*states.shape[:2], capacity(self.length), width), kind, self.device)
             put(states.to(self.device), buffer[:, :, : self.length])
-            self.buffers[which] = buffer
+            self.buffers[index] = buffer
         self.columns, self.lent = (columns[0], columns[1]), self.lent and len(self.given) < 2
         self.given = {}
 
     def fits(
         self, batch: int, heads: int, columns: tuple[int, int], dtype: torch.dtype, device: torch.device = CPU
     ) -> bool:
-        """Whether keys and values of this shape can be appended; an empty layer is made for them on `device`."""
+        """Whether keys and values of this shape can be appended; an empty layer allocates its buffers for them on
+        `device`.
+        """
         if self.given:
             self.settle()
         if not self.is_initialized:
-            self._make(torch.empty(batch, heads, device=device, dtype=torch.float32), columns, dtype)
+            self._allocate(torch.empty(batch, heads, device=device, dtype=torch.float32), columns, dtype)
         keys, values = self.buffers
         return keys.shape[:2] == values.shape[:2] == (batch, heads) and self.columns == columns
 
     def keep_floats(self) -> None:
-        """Says, while the layer is empty, that its reader is on a GPU and knows no blocks."""
+        """Stores floats instead of Q8_0 blocks if the layer is empty, because GPU kernels read no blocks."""
         if not self.is_initialized:
             self.store_dtype = ON_GPU.get(self.store_dtype, self.store_dtype)
 
-    def _grow(self, need: int) -> None:
+    def _grow(self, positions: int) -> None:
+        """Copies the stored positions into buffers for `positions` positions."""
         for i, old in enumerate(self.buffers):
-            self.buffers[i] = empty((*old.shape[:2], capacity(need), old.shape[3]), old.dtype, old.device)
+            self.buffers[i] = empty((*old.shape[:2], capacity(positions), old.shape[3]), old.dtype, old.device)
             self.buffers[i][:, :, : self.length] = old[:, :, : self.length]
         self.lent = False
 
     def _stored(self, which: int) -> torch.Tensor:
+        """Returns the stored positions of the keys (0) or values (1)."""
         return self.buffers[which][:, :, : self.length]
 
-    def _shown(self, which: int) -> torch.Tensor | None:
-        """Keys or values as scripts see them, [batch, heads, length, columns]; None in a layer that has none yet. UsageError for blocks of eight bits."""
+    def _view(self, which: int) -> torch.Tensor | None:
+        """Returns keys or values for a script, [batch, heads, length, columns]; None in an empty layer. UsageError for
+        Q8_0.
+        """
         if which in self.given:
             return self.given[which]
         if not self.buffers:
             return None
         if self.buffers[which].dtype is torch.uint8:
             raise UsageError(
-                f"the {NAMES[which]} of this cache are blocks of eight bits (q8_0), which nobody can edit in place: read them by layer.floats(),"
-                f" replace them by assigning floats to layer.{NAMES[which]}, or take a cache of another kv_dtype"
+                f"the {KV_NAMES[which]} of this cache are blocks of eight bits (q8_0), "
+                "which cannot be edited in place: read them with layer.floats(), "
+                f"replace them by assigning floats to layer.{KV_NAMES[which]}, or use a cache of another kv_dtype"
             )
         self.lent = True
         return self._stored(which)
 
-    keys = property(lambda self: self._shown(0), lambda self, value: self._assign(0, value))  # type: ignore[assignment]
-    values = property(lambda self: self._shown(1), lambda self, value: self._assign(1, value))  # type: ignore[assignment]
+    keys = property(lambda self: self._view(0), lambda self, new: self._assign(0, new))  # type: ignore[assignment]
+    values = property(lambda self: self._view(1), lambda self, new: self._assign(1, new))  # type: ignore[assignment]
 
     def _assign(self, which: int, value: torch.Tensor | None) -> None:
-        """Notes what takes the place of keys or values when the layer is used next; None, or no numbers at all, empties the layer."""
+        """Stores a tensor that replaces keys or values when the layer is used next; None or an empty tensor empties the
+        layer.
+        """
         if value is None or (value.dim() == 1 and not value.numel()):
             self.reset()
         elif value.dim() != 4 or not value.is_floating_point():
             raise UsageError(
-                f"a cache layer's {NAMES[which]} are floats [batch, heads, positions, columns], not {value.dtype} {list(value.shape)}"
+                f"a cache layer's {KV_NAMES[which]} are floats [batch, heads, positions, columns], "
+                f"not {value.dtype} {list(value.shape)}"
             )
         else:
             self.given[which] = value
 
     def floats(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A copy of keys and values [batch, heads, length, columns] in a float type, whatever they are stored in. UsageError for an empty layer."""
+        """Returns copies of keys and values [batch, heads, length, columns] in a float type, whatever their storage
+        type. UsageError for an empty layer.
+        """
         self.settle()
         if not self.buffers:
-            raise UsageError("a cache layer without keys and values has no numbers yet")
+            raise UsageError("this cache layer is empty: it has no keys and values yet")
         keys, values = (values_of(self._stored(i).contiguous()).clone() for i in (0, 1))
         return keys, values
 
@@ -230,7 +256,7 @@ class GrowingLayer(DynamicLayer):
         return self.given[0].shape[2] if 0 in self.given else self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last tokens back: a negative number says how many, as transformers 5 counts."""
+        """Removes tokens from the end: a negative number says how many, as in transformers 5."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         self.settle()
@@ -240,7 +266,7 @@ class GrowingLayer(DynamicLayer):
         self.length, self.given = 0, {}
 
     def _rearrange(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Replaces both buffers by new ones."""
+        """Replaces both buffers by changed ones."""
         self.settle()
         if self.buffers:
             self.buffers, self.lent = [change(buffer) for buffer in self.buffers], False
@@ -256,7 +282,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def put(states: torch.Tensor, stored: torch.Tensor) -> None:
-    """Writes keys or values [batch, heads, new, columns] of any float type into a buffer's part."""
+    """Writes keys or values [batch, heads, new, columns] of any float type into a part of a buffer."""
     refuse("a cache that grows in place", WITHOUT_CACHE, states)
     if stored.dtype != torch.uint8:
         stored.copy_(within(states, stored.dtype))
@@ -265,20 +291,20 @@ def put(states: torch.Tensor, stored: torch.Tensor) -> None:
 
 
 def within(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Numbers that a type can hold; a cast to E4M3 may make NaN of larger ones, depending on torch's version."""
-    return states.clamp(-E4M3_MOST, E4M3_MOST) if dtype is E4M3 else states
+    """Clamps values to a type's range; for E4M3 a cast of larger ones may give NaN, depending on torch's version."""
+    return states.clamp(-E4M3_MAX, E4M3_MAX) if dtype is E4M3 else states
 
 
 def values_of(stored: torch.Tensor) -> torch.Tensor:
-    """Keys or values as a cache returned them, in a float type."""
+    """Returns keys or values, as a cache returned them, in a float type."""
     return cpu.ops.load_q8_0(stored) if stored.dtype == torch.uint8 else stored
 
 
 def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None:
-    """A cache's layer as one that grows in place; None for a cache that has none, or is no cache.
+    """Returns a cache's layer as one that grows in place; None where the cache has no such layer.
 
-    A layer of a stock DynamicCache, which copies the whole past for every token, becomes one with the same content,
-    which is quantised when `store` says so.
+    A layer of a stock DynamicCache, which copies the whole past for every token, is converted with its content, which
+    is quantized if `store` is Q8_0 or FP8.
     """
     layers: Any = getattr(cache, "layers", ())
     if index >= len(layers):
@@ -296,11 +322,13 @@ def growing(cache: Any, index: int, store: KVType = None) -> GrowingLayer | None
     if any(states is None or states.dim() != 4 or recorded(states) for states in (layer.keys, layer.values)):
         return None
     GrowingLayer.replace(layer, store if isinstance(store, str) else None)
-    return layer  # type: ignore[return-value]  # it has become one
+    return layer  # type: ignore[return-value]  # converted in place
 
 
 def as_stock(cache: Any, index: int) -> None:
-    """Takes `growing` back before autograd records what is appended: the layer of a stock DynamicCache is transformers' own again, with the same content."""
+    """Reverts `growing` before autograd records appended tokens: the layer of a stock DynamicCache becomes
+    transformers' own again, with the same content.
+    """
     layers: Any = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
     if (
@@ -318,7 +346,9 @@ def as_stock(cache: Any, index: int) -> None:
 
 
 class KVCache(Cache):
-    """What chat, bench and engine pass as a model's cache; `dtype` is one of KV_TYPES or its name, None keeps the model's own."""
+    """The KV cache of a model for chat, benchmarks and the engine; `dtype` is one of KV_TYPES or its name, None uses
+    the model's own.
+    """
 
     def __init__(self, config: Any, dtype: KVType = torch.float16):
         dtype = kv_type(dtype)
@@ -327,16 +357,17 @@ class KVCache(Cache):
 
     @property
     def can_crop(self) -> bool:
-        """False when a layer keeps a running state instead of positions."""
+        """False when a layer has a recurrent state instead of positions."""
         return all(isinstance(layer, GrowingLayer) for layer in self.layers)
 
     def truncate(self, length: int) -> None:
-        """Keeps the first `length` positions."""
+        """Removes all positions after the first `length`."""
         for layer in self.layers:
             if isinstance(layer, GrowingLayer):
                 layer.crop(min(0, length - layer.get_seq_length()))
 
     def nbytes(self) -> int:
+        """Returns the bytes of the allocated buffers."""
         return sum(
             buffer.numel() * buffer.element_size()
             for layer in self.layers

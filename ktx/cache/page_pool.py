@@ -1,8 +1,9 @@
-"""Which pages of a pool hold what, and for whom. Numbers only: the keys and values lie in ktx.cache.paged.
+"""Page allocator and prefix cache. Bookkeeping only: the keys and values are in ktx.cache.paged.
 
-A page that is full has a key, the hash of everything up to its end, so that any sequence which begins alike can share it. The last page
-of a sequence that has ended is rarely full: it is left as a tail, and one that goes on there takes it over. A page nobody uses stays
-findable until its room is wanted; the one that was used longest ago goes first.
+A full page has a hash of all tokens up to its end, so any sequence that begins with the same tokens can share it. The
+last page of a finished sequence is rarely full: it is cached as a partial page, and a sequence that continues there
+takes it over. A page without users stays cached until its capacity is needed; the least recently used one is evicted
+first.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ import numpy as np
 
 from ktx.errors import UsageError
 
-PAGE_TOKENS = 64  # positions of a page: one block of the attention kernels
-SNAPSHOTS = 8  # states of recurrent layers that are kept; one is tens of megabytes
+PAGE_TOKENS = 64  # tokens of a page: one block of the attention kernels
+SNAPSHOTS = 8  # maximum number of recurrent states that are cached; one is tens of megabytes
 
 
-def hash_page(before: bytes, ids: Sequence[int]) -> bytes:
-    """The key of a page that holds `ids`, after the page with the key `before` (b"" for the first)."""
-    return blake2b(before + np.asarray(ids, dtype="<i8").tobytes(), digest_size=16).digest()
+def hash_page(parent_hash: bytes, ids: Sequence[int]) -> bytes:
+    """Returns the hash of a page that holds `ids`, after the page with the hash `parent_hash` (b"" for the first
+    page).
+    """
+    return blake2b(parent_hash + np.asarray(ids, dtype="<i8").tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
 class PartialPage:
-    """A page that is not full: what it holds, after a page with the key `before`."""
+    """A page that is not full: its ids, and the hash `before` of the page before it."""
 
     page: int
     before: bytes
@@ -36,91 +39,98 @@ class PartialPage:
 
     @property
     def key(self) -> bytes:
-        """Of its snapshot."""
+        """The hash of its recurrent snapshot."""
         return hash_page(self.before, self.ids)
 
 
 class PagePool:
-    """`count` pages. A page is free, idle (it has a key or is a tail, and nobody uses it) or used by one or more sequences."""
+    """Allocates `count` pages. A page is free, idle (cached, without users) or used by one or more sequences."""
 
     def __init__(self, count: int):
         if count < 1:
-            raise UsageError(f"a cache needs at least one page, it has {count}")
+            raise UsageError(f"a KV cache needs at least one page, it has {count}")
         self.count = count
         self.free_pages = list(range(count - 1, -1, -1))
         self.ref_counts = [0] * count
         self.hash_of: dict[int, bytes] = {}
         self.page_of_hash: dict[bytes, int] = {}
-        self.idle: OrderedDict[int, None] = OrderedDict()  # longest unused first
-        self.tails: dict[bytes, PartialPage] = {}  # by what comes before them, the latest of each
+        self.idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.tails: dict[bytes, PartialPage] = {}  # by the hash of the page before them, the latest of each
         self.tail_of: dict[int, PartialPage] = {}
-        self.snapshots: OrderedDict[bytes, Any] = (
-            OrderedDict()
-        )  # what recurrent layers knew at the end of a page or tail
+        # recurrent states at the end of a full or partial page, by its hash
+        self.snapshots: OrderedDict[bytes, Any] = OrderedDict()
 
     @property
     def available(self) -> int:
-        """Pages that `take` can give."""
+        """Pages that `allocate` can return: free and idle ones."""
         return len(self.free_pages) + len(self.idle)
 
     @property
     def used(self) -> int:
+        """Pages with users."""
         return self.count - self.available
 
     def allocate(self, count: int) -> list[int] | None:
-        """`count` pages of unknown content for one user; None, and nothing changes, when there are not as many."""
+        """Returns `count` pages of undefined content with one user each, after evicting idle pages where needed; None,
+        without any change, when there are not enough.
+        """
         if count > self.available:
             return None
-        taken = []
+        allocated = []
         for _ in range(count):
             if not self.free_pages:
-                self._forget(next(iter(self.idle)))
+                self._evict(next(iter(self.idle)))
             page = self.free_pages.pop()
             self.ref_counts[page] = 1
-            taken.append(page)
-        return taken
+            allocated.append(page)
+        return allocated
 
-    def _forget(self, page: int) -> None:
+    def _evict(self, page: int) -> None:
+        """Evicts an idle page from the prefix cache."""
         del self.idle[page]
         if page in self.tail_of:
-            tail = self.tail_of.pop(page)
-            del self.tails[tail.before]
-            self.snapshots.pop(tail.key, None)
+            partial = self.tail_of.pop(page)
+            del self.tails[partial.before]
+            self.snapshots.pop(partial.key, None)
         else:
-            key = self.hash_of.pop(page)
-            del self.page_of_hash[key]
-            self.snapshots.pop(key, None)
+            page_hash = self.hash_of.pop(page)
+            del self.page_of_hash[page_hash]
+            self.snapshots.pop(page_hash, None)
         self.free_pages.append(page)
 
-    def cache_partial(self, tail: PartialPage) -> None:
-        """The only user of a page that is not full goes, and leaves what it holds to whoever goes on there."""
-        self.ref_counts[tail.page] -= 1
-        if tail.before in self.tails:
-            self._forget(self.tails[tail.before].page)
-        self.tails[tail.before] = self.tail_of[tail.page] = tail
-        self.idle[tail.page] = None
+    def cache_partial(self, partial: PartialPage) -> None:
+        """Frees a partial page with one user and leaves it in the prefix cache."""
+        self.ref_counts[partial.page] -= 1
+        if partial.before in self.tails:
+            self._evict(self.tails[partial.before].page)
+        self.tails[partial.before] = self.tail_of[partial.page] = partial
+        self.idle[partial.page] = None
 
-    def reuse_partial(self, tail: PartialPage) -> None:
-        """One who goes on writing it takes a tail."""
-        del self.idle[tail.page], self.tail_of[tail.page], self.tails[tail.before]
-        self.ref_counts[tail.page] = 1
+    def reuse_partial(self, partial: PartialPage) -> None:
+        """Gives a partial page to a sequence that continues writing it."""
+        del self.idle[partial.page], self.tail_of[partial.page], self.tails[partial.before]
+        self.ref_counts[partial.page] = 1
 
-    def find(self, key: bytes) -> int | None:
-        """The page with this content, without using it."""
-        return self.page_of_hash.get(key)
+    def find(self, page_hash: bytes) -> int | None:
+        """Returns the page with this hash, None if there is none; does not count as a user."""
+        return self.page_of_hash.get(page_hash)
 
     def touch(self, page: int) -> None:
-        """One more user of a page that has a key."""
+        """Adds a user to a cached page."""
         self.idle.pop(page, None)
         self.ref_counts[page] += 1
 
-    def register_hash(self, page: int, key: bytes) -> None:
-        """The page is full and will not change. If another already holds the same, that one stays the one to be found."""
-        if key not in self.page_of_hash and page not in self.hash_of:
-            self.hash_of[page], self.page_of_hash[key] = key, page
+    def register_hash(self, page: int, page_hash: bytes) -> None:
+        """Adds a full page, which no longer changes, to the prefix cache. If another page already has the hash, that
+        one stays the cached page.
+        """
+        if page_hash not in self.page_of_hash and page not in self.hash_of:
+            self.hash_of[page], self.page_of_hash[page_hash] = page_hash, page
 
     def free(self, pages: Iterable[int]) -> None:
-        """One user less of each. Of one sequence's pages the last are given to others first: a beginning serves more."""
+        """Removes one user of each page. The last pages of a sequence are evicted before its first ones, because a
+        shorter prefix is shared by more requests.
+        """
         for page in reversed(list(pages)):
             self.ref_counts[page] -= 1
             if self.ref_counts[page]:
@@ -130,31 +140,41 @@ class PagePool:
             else:
                 self.free_pages.append(page)
 
-    def save_snapshot(self, key: bytes, snapshot: Any) -> None:
-        """Recurrent layers' states at the end of a page; few are kept, the latest used."""
-        self.snapshots[key] = snapshot
-        self.snapshots.move_to_end(key)
+    def save_snapshot(self, page_hash: bytes, snapshot: Any) -> None:
+        """Caches recurrent states at the end of a page; beyond SNAPSHOTS the oldest one is evicted."""
+        self.snapshots[page_hash] = snapshot
+        self.snapshots.move_to_end(page_hash)
         while len(self.snapshots) > SNAPSHOTS:
             self.snapshots.popitem(last=False)
 
     def reset_prefix_cache(self) -> None:
-        """Forgets what nobody uses."""
+        """Evicts all pages without users."""
         for page in list(self.idle):
-            self._forget(page)
+            self._evict(page)
 
     def check_integrity(self, held: Iterable[Iterable[int]]) -> None:
-        """AssertionError unless every page is in exactly one state and `held`, the pages of each sequence, is who uses them."""
-        users = [0] * self.count
+        """Raises AssertionError unless every page is in exactly one state and `held`, the pages of each sequence,
+        matches the reference counts.
+        """
+        ref_counts = [0] * self.count
         for pages in held:
             for page in pages:
-                users[page] += 1
-        free, idle, used = set(self.free_pages), set(self.idle), {page for page in range(self.count) if users[page]}
-        assert users == self.ref_counts, "pages are used by others than who holds them"
+                ref_counts[page] += 1
+        free, idle, used = (
+            set(self.free_pages),
+            set(self.idle),
+            {page for page in range(self.count) if ref_counts[page]},
+        )
+        assert ref_counts == self.ref_counts, "reference counts do not match the sequences' pages"
         assert len(self.free_pages) == len(free), "a page is free twice"
         assert not free & idle and not free & used and not idle & used, "a page is in two states"
-        assert free | idle | used == set(range(self.count)), "a page is lost"
-        assert {page: key for key, page in self.page_of_hash.items()} == self.hash_of, "keys and pages do not agree"
-        assert idle <= set(self.hash_of) | set(self.tail_of), "an idle page has no key"
-        assert set(self.tail_of) <= idle - set(self.hash_of), "a tail is in use"
-        assert {tail.page: tail for tail in self.tails.values()} == self.tail_of, "tails and pages do not agree"
-        assert not free & set(self.hash_of), "a free page has a key"
+        assert free | idle | used == set(range(self.count)), "a page is in no state"
+        assert {page: page_hash for page_hash, page in self.page_of_hash.items()} == self.hash_of, (
+            "hashes and pages do not match"
+        )
+        assert idle <= set(self.hash_of) | set(self.tail_of), "an idle page is not cached"
+        assert set(self.tail_of) <= idle - set(self.hash_of), "a partial page in the prefix cache is in use"
+        assert {partial.page: partial for partial in self.tails.values()} == self.tail_of, (
+            "partial pages and their pages do not match"
+        )
+        assert not free & set(self.hash_of), "a free page is cached"
