@@ -1,4 +1,4 @@
-"""The web page: files that are read once and served as they are, to everybody. What they show they ask the other routes for."""
+"""The web page: static files that are read once and are public. The page gets its data from the other routes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ POLICY = {
     "base-uri": "'none'",
     "form-action": "'none'",
     "frame-ancestors": "'none'",
-    "require-trusted-types-for": "'script'",  # innerHTML and its like throw
+    "require-trusted-types-for": "'script'",  # assigning a string to innerHTML raises an error
     "trusted-types": "'none'",
 }
 HEADERS = {
@@ -61,22 +61,23 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-cache",  # asked for each time, and answered with 304
+    "cache-control": "no-cache",  # the browser revalidates every time and gets a 304
 }
 
 
 def routes() -> list[Route]:
-    """One for each file, for GET and HEAD."""
-    return [Route(path, _sender(PAGE_DIR / name), methods=["GET"]) for path, name in FILES.items()]
+    """Returns one route per file, for GET and HEAD."""
+    return [Route(path, _handler(PAGE_DIR / name), methods=["GET"]) for path, name in FILES.items()]
 
 
-def _sender(path: Path) -> Callable[[Request], Awaitable[Response]]:
+def _handler(path: Path) -> Callable[[Request], Awaitable[Response]]:
+    """Reads a file and returns the handler that sends it, or a 304 if its ETag matches."""
     data = path.read_bytes()
-    tag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
-    headers = HEADERS | {"etag": tag}
+    etag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+    headers = HEADERS | {"etag": etag}
 
     async def send(request: Request) -> Response:
-        if tag in request.headers.get("if-none-match", ""):
+        if etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         return Response(data, headers=headers, media_type=TYPES[path.suffix])
 

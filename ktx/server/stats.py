@@ -1,4 +1,7 @@
-"""/machine: what computes here, what lies where, and what the experts do. Numbers that grow; a page makes speeds of two answers."""
+"""Statistics of the machine for /machine: hardware, placement of the modules, memory, cache and experts.
+
+Most values are counters; the web page computes rates from two responses.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +22,26 @@ from ktx.kernels import cpu
 from ktx.ops.weight_traffic import plain_parameters, sizes
 from ktx.server.state import ServerState
 
-FLOATS = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+DTYPE_NAMES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
 class MachineStats:
-    """Answers for the engine that is served. What does not change is looked up once."""
+    """Collects the statistics of the server's engine. Values that do not change are computed once."""
 
     def __init__(self, state: ServerState):
         self.state, self.cpu = state, machine().cpu
-        self.known: tuple[Engine, list[dict[str, Any]]] | None = None
+        self.cached_modules: tuple[Engine, list[dict[str, Any]]] | None = None
 
     def snapshot(self) -> dict[str, Any]:
-        """Plain data; Problem 503 unless the model is loaded. None stands for what is not known."""
+        """Returns the statistics as plain data; None means unknown.
+
+        Raises:
+            APIError: 503, the model is not loaded.
+        """
         engine, _, _ = self.state.require_ready()
-        if self.known is None or self.known[0] is not engine:
-            self.known = engine, modules(engine.model)
-        done = engine.activity.snapshot()
+        if self.cached_modules is None or self.cached_modules[0] is not engine:
+            self.cached_modules = engine, modules(engine.model)
+        stats = engine.activity.snapshot()
         return {
             "model": self.state.names[0],
             "cpu": self.cpu,
@@ -42,62 +49,62 @@ class MachineStats:
             "threads": cpu.ops.threads(),
             "nodes": cpu.ops.nodes(),
             "uptime_seconds": round(time.monotonic() - self.state.progress.started, 3),
-            "modules": self.known[1],
+            "modules": self.cached_modules[1],
             "memory": _memory(engine),
             "cache": _cache(engine),
-            "experts": _experts(engine, done) if done.layers else None,
+            "experts": _experts(engine, stats) if stats.layers else None,
             "bandwidth": {
                 "measured_gbps": self.state.bandwidth,
-                "bytes": done.nbytes,
-                "seconds": done.seconds,
-                "expert_bytes": done.expert_bytes,
-                "expert_seconds": done.expert_seconds,
+                "bytes": stats.nbytes,
+                "seconds": stats.seconds,
+                "expert_bytes": stats.expert_bytes,
+                "expert_seconds": stats.expert_seconds,
             },
             "requests": {
                 "running": len(engine.scheduler.running),
                 "waiting": len(engine.scheduler.waiting),
-                "prompt_tokens": done.prompt_tokens,
-                "answer_tokens": done.answer_tokens,
+                "prompt_tokens": stats.prompt_tokens,
+                "answer_tokens": stats.answer_tokens,
             },
         }
 
 
 def modules(model: Any) -> list[dict[str, Any]]:
-    """Operators, and what has weights of its own and was left as it is; none of a model that is none."""
+    """Lists the operators and the unreplaced modules with weights; empty for a model that is not a torch module."""
     if not isinstance(model, nn.Module):
         return []
     return [
         {
-            "name": size.path,
-            "layer": layer_of(size.path),
-            "operator": type(size.module).__name__,
-            "device": _device(size.module),
-            "types": _types(size.module),
-            "bytes": size.held,
+            "name": entry.path,
+            "layer": layer_of(entry.path),
+            "operator": type(entry.module).__name__,
+            "device": _device(entry.module),
+            "types": _types(entry.module),
+            "bytes": entry.held,
         }
-        for size in sizes(model)
+        for entry in sizes(model)
     ]
 
 
 def _device(module: nn.Module) -> str:
-    """Where a module's own parameters are; packed weights are the CPU's."""
+    """Returns the device of a module's own parameters. Packed weights are on the CPU."""
     return next((str(parameter.device) for parameter in plain_parameters(module)), "cpu")
 
 
 def _types(module: nn.Module) -> str:
-    """Of what a module itself holds, packed or not."""
+    """Returns the names of the data types of a module's own weights, packed or not, joined with "/"."""
     groups = [value.values() if isinstance(value, dict) else value for value in vars(module).values()]
-    held = [one for group in groups for one in (group if isinstance(group, Iterable) else [group])]
-    packed = [one.qtype.name for one in held if isinstance(one, cpu.Packed)]
-    plain = [str(parameter.dtype) for parameter in plain_parameters(module)]
-    return "/".join(dict.fromkeys([*packed, *(FLOATS.get(name, name) for name in plain)]))
+    tensors = [tensor for group in groups for tensor in (group if isinstance(group, Iterable) else [group])]
+    packed = [tensor.qtype.name for tensor in tensors if isinstance(tensor, cpu.Packed)]
+    unpacked = [str(parameter.dtype) for parameter in plain_parameters(module)]
+    return "/".join(dict.fromkeys([*packed, *(DTYPE_NAMES.get(name, name) for name in unpacked)]))
 
 
 def _memory(engine: Engine) -> dict[str, Any]:
-    handle = getattr(engine.model, "ktx", None)
+    info = getattr(engine.model, "ktx", None)
     total, free = memory()
     return {
-        "weights_bytes": None if handle is None else handle.nbytes,
+        "weights_bytes": None if info is None else info.nbytes,
         "cache_bytes": engine.runner.nbytes(),
         "rss_bytes": resident(),
         "total_bytes": total,
@@ -106,7 +113,7 @@ def _memory(engine: Engine) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Returns the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -122,11 +129,11 @@ def _cache(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _experts(engine: Engine, done: StatsSnapshot) -> dict[str, Any]:
+def _experts(engine: Engine, stats: StatsSnapshot) -> dict[str, Any]:
     return {
-        "layers": list(done.layers),
-        "count": max(map(len, done.layers.values())),
+        "layers": list(stats.layers),
+        "count": max(map(len, stats.layers.values())),
         "top": max(module.top for _, module in engine.activity.experts),
-        "activations": list(done.layers.values()),
-        "seconds": done.node_seconds,
+        "activations": list(stats.layers.values()),
+        "seconds": stats.node_seconds,
     }
