@@ -217,7 +217,7 @@ def test_without_a_gpu_everything_is_on_the_cpu(v3):
 def test_what_does_not_fit_says_what_would(v3):
     budget = Budget((12 * GB,), 420 * GB, 64 << 10)
     with pytest.raises(
-        DoesNotFit, match=r"cuda:0 needs 1\d\.\d GB \(attention .*\), 12.0 GB are given, \d\.\d GB too few"
+        DoesNotFit, match=r"cuda:0 needs 1\d\.\d GB \(attention .*\), 12.0 GB are given, \d\.\d GB are missing"
     ) as error:
         fit(v3, budget)
     said = str(error.value)
@@ -240,7 +240,7 @@ def test_too_little_memory_names_memory_a_gpu_or_a_quant(v3):
     ram, vram, quant = changes(solve(v3, budget))
     assert not solve(v3, replace(budget, ram=size(ram.split()[1]))).exceeded()
     assert not solve(v3, replace(budget, vram=(size(vram.split()[1]),))).exceeded()
-    assert "bits a weight on cpu (these have 4.8)" in quant
+    assert "bits per weight on cpu (these have 4.8)" in quant
     both = list(changes(solve(v3, Budget((10 * GB,), 300 * GB, 8 << 10))))
     assert both[0].startswith("--vram 1") and "--ram 4" in both[0]
 

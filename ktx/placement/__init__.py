@@ -1,1 +1,1 @@
-"""Which modules go on which device: a memory model, workspaces, and the solver."""
+"""Placement of modules on devices: a memory model, workspaces, and the solver."""

@@ -1,4 +1,4 @@
-"""What a model's modules take on a device, from headers alone: weights as they will lie there, keys and values, columns of activations."""
+"""Memory model: bytes of a model's modules on each device, from headers alone: weights, KV cache, activations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ktx.ops.router import Router
 from ktx.quant.types import FP8_BLOCK, QTYPES, QType
 from ktx.weights.base import TensorSpec, WeightSource
 
-GROUPS = (  # what a module is part of, by the first expression that its path holds
+GROUPS = (  # group of a module: the first pattern that matches its path
     ("routed experts", r"(?:^|\.)experts(?:\.|$)"),
     ("shared experts", r"\.shared_expert"),
     ("embedding", r"(?:^|\.)embed_tokens"),
@@ -37,14 +37,14 @@ GROUPS = (  # what a module is part of, by the first expression that its path ho
     ("norms and the rest", ""),
 )
 EXPERTS, EMBEDDING, OUTPUT, ATTENTION = GROUPS[0][0], GROUPS[2][0], GROUPS[3][0], GROUPS[4][0]
-# Bytes of a number: parameters that are no matrices are f32; beside a GPU the model computes in bf16.
+# Bytes per value: parameters that are not matrices are f32; with a GPU the model computes in bf16.
 FLOAT, HALF = 4, 2
-Matrix = tuple[QType, tuple[int, ...]]  # a type and [.., n, k]
+Matrix = tuple[QType, tuple[int, ...]]  # quantization type and shape [..., n, k]
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Of a module's weights: `held`, and `read` for one token."""
+    """Bytes of a module's weights: `held` in memory, and `read` per decoded token."""
 
     held: int
     read: int
@@ -52,34 +52,38 @@ class Bytes:
 
 @dataclass(frozen=True)
 class ModuleMemory:
-    """A module with weights: its bytes on the CPU and on a GPU. Of experts, `top` of `experts` are chosen for a token."""
+    """Memory of a module with weights on the CPU and on a GPU.
+
+    Of a module with experts, the router selects `top` of `experts` per token.
+    """
 
     path: str
     group: str
     layer: int | None
     cpu: Bytes
     gpu: Bytes
-    weights: int  # how many numbers
-    largest: int  # numbers of its largest matrix; all matrices of a batched product count as one
-    columns: int  # that a token's activations have while it computes
+    weights: int  # number of weights
+    largest: int  # weights in its largest matrix; the matrices of a batched product count as one
+    columns: int  # activation values per token while it computes
     experts: int = 0
     top: int = 0
-    row: bool = False  # a token reads one row
-    pinned: bool = False  # to the CPU, by a rule
-    rearranged: bool = False  # on its way from the CPU's memory to a GPU, bit by bit
+    row: bool = False  # a token reads a single row
+    pinned: bool = False  # a rule places it on the CPU
+    rearranged: bool = False  # its packed bits are repacked when streamed to a GPU
 
     def on(self, gpu: bool) -> Bytes:
+        """Bytes of the weights on a GPU or on the CPU."""
         return self.gpu if gpu else self.cpu
 
     def of(self, count: int) -> ModuleMemory:
-        """So many of the experts, of which a token chooses as many as their share is."""
-        here, there = (
+        """Returns the memory of `count` of the experts; reads per token are scaled to their share."""
+        cpu_bytes, gpu_bytes = (
             (size.held * count // self.experts, size.read * count // self.experts) for size in (self.cpu, self.gpu)
         )
-        return replace(self, cpu=Bytes(*here), gpu=Bytes(*there), weights=self.weights * count // self.experts)
+        return replace(self, cpu=Bytes(*cpu_bytes), gpu=Bytes(*gpu_bytes), weights=self.weights * count // self.experts)
 
     def read(self, tokens: int, gpu: bool) -> int:
-        """Bytes that a forward over so many tokens reads; of experts as many as the tokens can choose, each another."""
+        """Bytes that a forward over `tokens` tokens reads, if each token selects different experts."""
         size = self.on(gpu)
         if self.experts:
             return size.held * min(self.experts, tokens * self.top) // self.experts
@@ -88,9 +92,10 @@ class ModuleMemory:
 
 @dataclass(frozen=True)
 class KVMemory:
-    """What a layer's attention keeps of sequences: pools of so many columns for a position and head, or a state of `state` bytes each.
+    """KV cache of an attention layer: `columns` values per position and head in each pool, or a state of `state` bytes.
 
-    `queries` heads attend, of a latent to itself; MLA expands a position to `expanded` columns for a prompt.
+    `queries` is the number of query heads. `latent` marks MLA, which expands each position to `expanded` values in
+    prefill.
     """
 
     path: str
@@ -110,14 +115,17 @@ class KVMemory:
         return self.heads * sum(width * dtype.itemsize for width, dtype in rows)
 
     def nbytes(self, context: int, batch: int, store: KVType, gpu: bool) -> int:
-        """For `batch` sequences of `context` positions in whole pages; of states those kept for shared beginnings too."""
+        """Bytes for `batch` sequences of `context` positions, rounded up to full pages.
+
+        A layer with a state adds the snapshots of the prefix cache.
+        """
         pages = batch * -(-context // PAGE_TOKENS)
         return pages * PAGE_TOKENS * self.row(store, gpu) + (self.state * (batch + SNAPSHOTS) if self.state else 0)
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """A model as its headers and its configuration tell it."""
+    """Memory of a model, from its headers and its configuration."""
 
     parts: list[ModuleMemory]
     kept: list[KVMemory]
@@ -134,70 +142,91 @@ class Footprint:
 
 
 def on_cpu(matrices: Sequence[Matrix]) -> int:
-    """Bytes of packed matrices in the CPU's memory."""
+    """Bytes of matrices packed for the CPU."""
     return sum(cpu.packed_nbytes(qtype, shape[-2], shape[-1], prod(shape[:-2])) for qtype, shape in matrices)
 
 
 def on_gpu(matrices: Sequence[Matrix]) -> int:
-    """Bytes of the same in planes on a GPU."""
-    return sum(prod(shape[:-1]) * qtype.row_bytes(shape[-1]) + _scales(qtype, shape) for qtype, shape in matrices)
+    """Bytes of the same matrices packed for a GPU (structure of arrays)."""
+    return sum(
+        prod(shape[:-1]) * qtype.row_bytes(shape[-1]) + _fp8_scale_bytes(qtype, shape) for qtype, shape in matrices
+    )
 
 
-def _scales(qtype: QType, shape: tuple[int, ...]) -> int:
+def _fp8_scale_bytes(qtype: QType, shape: tuple[int, ...]) -> int:
+    """Bytes of a matrix's f32 block scales; 0 unless it is fp8."""
     blocks = -(-shape[-2] // FP8_BLOCK) * -(-shape[-1] // FP8_BLOCK)
     return 4 * prod(shape[:-2]) * blocks if qtype.name == "F8_E4M3" else 0
 
 
 def footprint(model: Any, plan: Plan, source: WeightSource) -> Footprint:
-    """Of a skeleton on which rules were put, all on the CPU."""
+    """Returns the memory footprint of a meta-device model.
+
+    Args:
+        model: the model after injection.
+        plan: its plan, with all modules on the CPU.
+        source: the weight source.
+    """
     config = model.config
-    below = tuple(f"{step.path}." for step in plan if step.rule is not None and step.rule.device)
-    found = [_part(step, model.get_submodule(step.path), plan, source) for step in plan]
-    parts = [replace(part, pinned=f"{part.path}.".startswith(below)) for part in found if part is not None]
-    stock = DynamicCache(config=config).layers
-    named = [(path, module) for path, module in model.named_modules() if group_of(path) == ATTENTION]
-    own = [(path, module) for path, module in named if hasattr(module, "layer_idx")]
-    kept = [
-        _pools(path, module, config) if type(stock[module.layer_idx]) in PLAIN else _state(path, module)
-        for path, module in own
-        if module.layer_idx < len(stock)
+    pinned_prefixes = tuple(f"{step.path}." for step in plan if step.rule is not None and step.rule.device)
+    modules = [_module_memory(step, model.get_submodule(step.path), plan, source) for step in plan]
+    parts = [replace(part, pinned=f"{part.path}.".startswith(pinned_prefixes)) for part in modules if part is not None]
+    hf_layers = DynamicCache(config=config).layers
+    attention_modules = [(path, module) for path, module in model.named_modules() if group_of(path) == ATTENTION]
+    cached_modules = [(path, module) for path, module in attention_modules if hasattr(module, "layer_idx")]
+    kv_layers = [
+        _kv_pools(path, module, config)
+        if type(hf_layers[module.layer_idx]) in PLAIN
+        else _recurrent_state(path, module)
+        for path, module in cached_modules
+        if module.layer_idx < len(hf_layers)
     ]
-    kept = [replace(layer, pinned=f"{layer.path}.".startswith(below)) for layer in kept]
-    return Footprint(parts, kept, int(config.hidden_size), int(config.vocab_size))
+    kv_layers = [replace(layer, pinned=f"{layer.path}.".startswith(pinned_prefixes)) for layer in kv_layers]
+    return Footprint(parts, kv_layers, int(config.hidden_size), int(config.vocab_size))
 
 
 def group_of(path: str) -> str:
+    """Returns the group of a module by its path."""
     return next(name for name, pattern in GROUPS if re.search(pattern, path))
 
 
 # ---- weights
 
 
-def _part(step: Step, module: nn.Module, plan: Plan, source: WeightSource) -> ModuleMemory | None:
-    """None for a module without weights."""
-    own = {f"{step.path}.{name}" for name, _ in _tensors(module)}
-    floats = sum(prod(spec.shape) for spec in step.specs if _plain(spec, own, step))
-    packed = [matrix for spec in step.specs if not _plain(spec, own, step) for matrix in _matrices(step, spec, source)]
+def _module_memory(step: Step, module: nn.Module, plan: Plan, source: WeightSource) -> ModuleMemory | None:
+    """Returns the memory of a module, or None if it has no weights."""
+    own_names = {f"{step.path}.{name}" for name, _ in _tensors(module)}
+    num_floats = sum(prod(spec.shape) for spec in step.specs if _is_plain(spec, own_names, step))
+    packed = [
+        matrix
+        for spec in step.specs
+        if not _is_plain(spec, own_names, step)
+        for matrix in _matrices(step, spec, source)
+    ]
     if isinstance(module, MLA):
         packed = _absorbed(module, packed, step, source)
     tied = _tied(module, plan, source)
-    if not (floats or packed or tied):
+    if not (num_floats or packed or tied):
         return None
     matrices = packed or tied
-    here, there = floats * FLOAT + on_cpu(packed), floats * FLOAT + on_gpu(matrices)
-    cpu_size, gpu_size = Bytes(here, here + on_cpu(tied)), Bytes(there, there)
+    cpu_bytes, gpu_bytes = num_floats * FLOAT + on_cpu(packed), num_floats * FLOAT + on_gpu(matrices)
+    cpu_size, gpu_size = Bytes(cpu_bytes, cpu_bytes + on_cpu(tied)), Bytes(gpu_bytes, gpu_bytes)
     if isinstance(module, MLA):
-        read = packed[:2]
-        halves = floats * FLOAT + on_gpu(read)  # which expands by the matrix that absorbs
-        cpu_size, gpu_size = Bytes(here, floats * FLOAT + on_cpu(read)), Bytes(halves, halves)
-    if isinstance(module, Router | RMSNorm):  # the parameter itself, and what its kernel reads
-        copied = on_cpu([(QTYPES["F32"], tuple(module.weight.shape))]) if isinstance(module, Router) else 0
-        cpu_size = Bytes(here + copied, copied or here)
-        gpu_size = Bytes(floats * (HALF + FLOAT), floats * FLOAT)
-    row = group_of(step.path) == EMBEDDING
-    if row and step.specs:
-        rows = step.specs[0].shape[0]
-        cpu_size, gpu_size = Bytes(here, here // rows), Bytes(there, there // rows)
+        decode_matrices = packed[:2]
+        # A GPU expands with the absorbing matrix in prefill, so it holds no matrix of its own for that.
+        mla_gpu_bytes = num_floats * FLOAT + on_gpu(decode_matrices)
+        cpu_size, gpu_size = (
+            Bytes(cpu_bytes, num_floats * FLOAT + on_cpu(decode_matrices)),
+            Bytes(mla_gpu_bytes, mla_gpu_bytes),
+        )
+    if isinstance(module, Router | RMSNorm):  # the parameter itself, and the kernel's copy
+        router_copy = on_cpu([(QTYPES["F32"], tuple(module.weight.shape))]) if isinstance(module, Router) else 0
+        cpu_size = Bytes(cpu_bytes + router_copy, router_copy or cpu_bytes)
+        gpu_size = Bytes(num_floats * (HALF + FLOAT), num_floats * FLOAT)
+    is_embedding = group_of(step.path) == EMBEDDING
+    if is_embedding and step.specs:
+        num_rows = step.specs[0].shape[0]
+        cpu_size, gpu_size = Bytes(cpu_bytes, cpu_bytes // num_rows), Bytes(gpu_bytes, gpu_bytes // num_rows)
     experts, top = (module.num_experts, min(module.top, module.num_experts)) if isinstance(module, Experts) else (0, 0)
     return ModuleMemory(
         step.path,
@@ -205,12 +234,12 @@ def _part(step: Step, module: nn.Module, plan: Plan, source: WeightSource) -> Mo
         layer_of(step.path),
         cpu_size,
         gpu_size,
-        floats + sum(prod(shape) for _, shape in matrices),
+        num_floats + sum(prod(shape) for _, shape in matrices),
         0 if experts else max((prod(shape) for _, shape in matrices), default=0),
         columns_of(module),
         experts,
         top,
-        row,
+        is_embedding,
         rearranged=any(qtype.name in UNDO for qtype, _ in packed),
     )
 
@@ -219,13 +248,16 @@ def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
 
 
-def _plain(spec: TensorSpec, own: set[str], step: Step) -> bool:
-    """Whether a tensor becomes an ordinary one of floats: a parameter of the module itself, or a bias."""
+def _is_plain(spec: TensorSpec, own: set[str], step: Step) -> bool:
+    """Whether a tensor becomes a plain float tensor: a parameter of the module itself, or a bias."""
     return not step.new or spec.name in own or len(spec.shape) < 2 or spec.name.endswith("bias")
 
 
 def _matrices(step: Step, spec: TensorSpec, source: WeightSource) -> Iterator[Matrix]:
-    """A tensor as it is packed: row-wise parts of different types stay apart in a Linear; elsewhere they become floats."""
+    """Yields the matrices that a tensor is packed into.
+
+    Row-wise parts of different types stay separate in a Linear; elsewhere they become one f32 matrix.
+    """
     files = source.specs(spec.name)
     types = {file.qtype.name for file in files}
     if len(types) == 1:
@@ -237,22 +269,25 @@ def _matrices(step: Step, spec: TensorSpec, source: WeightSource) -> Iterator[Ma
 
 
 def _absorbed(module: MLA, matrices: list[Matrix], step: Step, source: WeightSource) -> list[Matrix]:
-    """W_UK transposed and W_UV, and W_UK for prompts, as MLA packs them: what it has to compute becomes f16, unless the file is f32."""
-    half = QTYPES["F32" if matrices[0][0].name == "F32" else "F16"]
-    found = []
+    """Returns the matrices that MLA packs: W_UK transposed, W_UV, and W_UK for prefill.
+
+    Matrices that MLA has to compute become f16, or f32 if the file is f32.
+    """
+    float_type = QTYPES["F32" if matrices[0][0].name == "F32" else "F16"]
+    packed = []
     for (qtype, shape), name in zip(matrices, step.tensors, strict=True):
         transposed = name.endswith("k_b_proj.weight") and source.specs(name)[0].shape != shape
-        scaled = qtype.name == "F8_E4M3"
-        found.append((half if transposed or scaled or qtype.name == "F32" else qtype, shape))
+        is_fp8 = qtype.name == "F8_E4M3"
+        packed.append((float_type if transposed or is_fp8 or qtype.name == "F32" else qtype, shape))
     if not module.absorb_for_prefill:
-        coarse = not matrices[0][0].is_float and module.kv_lora_rank % QTYPES["Q8_0"].block == 0
-        rows = (module.num_heads * module.qk_nope_head_dim, module.kv_lora_rank)
-        found.append((QTYPES["Q8_0"] if coarse else half, rows))
-    return found
+        is_quantized = not matrices[0][0].is_float and module.kv_lora_rank % QTYPES["Q8_0"].block == 0
+        expand_shape = (module.num_heads * module.qk_nope_head_dim, module.kv_lora_rank)
+        packed.append((QTYPES["Q8_0"] if is_quantized else float_type, expand_shape))
+    return packed
 
 
 def _tied(module: nn.Module, plan: Plan, source: WeightSource) -> list[Matrix]:
-    """The embedding's matrix, which an output layer without weights reads: on another device it needs its own."""
+    """Returns the embedding's matrix, which a tied output layer needs as its own copy on another device."""
     if not (isinstance(module, Linear) and module.tied_to):
         return []
     step = next(step for step in plan if module.tied_to in step.tensors)
@@ -261,12 +296,12 @@ def _tied(module: nn.Module, plan: Plan, source: WeightSource) -> list[Matrix]:
 
 
 def columns_of(module: nn.Module) -> int:
-    """That a token's activations have while the module computes."""
+    """Returns the number of activation values per token while a module computes."""
     if isinstance(module, Linear):
         return module.out_features
     if isinstance(module, Experts):
         return min(module.top, module.num_experts) * (3 * module.width + module.hidden)
-    if isinstance(module, MLA):  # absorbed queries and contexts
+    if isinstance(module, MLA):  # absorbed queries and attention outputs
         return module.num_heads * (2 * module.kv_lora_rank + module.v_head_dim)
     return 0
 
@@ -274,21 +309,22 @@ def columns_of(module: nn.Module) -> int:
 # ---- keys, values and states
 
 
-def _pools(path: str, module: Any, config: Any) -> KVMemory:
+def _kv_pools(path: str, module: Any, config: Any) -> KVMemory:
+    """Returns the KV cache of an attention module."""
     if isinstance(module, MLA):
         columns, expanded = (module.kv_lora_rank, module.qk_rope_head_dim), module.qk_nope_head_dim + module.v_head_dim
         return KVMemory(path, module.layer_idx, 1, columns, 0, module.num_heads, True, module.num_heads * expanded)
-    queries = int(config.num_attention_heads)
-    if hasattr(module, "kv_lora_rank"):  # transformers' own, which keeps every head
-        return KVMemory(path, module.layer_idx, queries, (module.qk_head_dim, module.v_head_dim), 0, queries)
-    width = int(getattr(module, "head_dim", None) or config.hidden_size // queries)
-    heads = int(getattr(config, "num_key_value_heads", None) or queries)
-    return KVMemory(path, module.layer_idx, heads, (width, width), 0, queries)
+    num_heads = int(config.num_attention_heads)
+    if hasattr(module, "kv_lora_rank"):  # transformers' own MLA, which caches every head
+        return KVMemory(path, module.layer_idx, num_heads, (module.qk_head_dim, module.v_head_dim), 0, num_heads)
+    head_dim = int(getattr(module, "head_dim", None) or config.hidden_size // num_heads)
+    num_kv_heads = int(getattr(config, "num_key_value_heads", None) or num_heads)
+    return KVMemory(path, module.layer_idx, num_kv_heads, (head_dim, head_dim), 0, num_heads)
 
 
-def _state(path: str, module: Any) -> KVMemory:
-    """A gated delta net's: the last inputs of its convolution, and a matrix a head, in f32."""
-    last = getattr(module, "conv_dim", 0) * getattr(module, "conv_kernel_size", 0)
-    heads = getattr(module, "num_v_heads", 0)
-    matrix = heads * getattr(module, "head_k_dim", 0) * getattr(module, "head_v_dim", 0)
-    return KVMemory(path, module.layer_idx, state=FLOAT * (last + matrix))
+def _recurrent_state(path: str, module: Any) -> KVMemory:
+    """Returns the state of a gated delta net: its convolution's last inputs and a matrix per head, in f32."""
+    conv_values = getattr(module, "conv_dim", 0) * getattr(module, "conv_kernel_size", 0)
+    num_heads = getattr(module, "num_v_heads", 0)
+    state_values = num_heads * getattr(module, "head_k_dim", 0) * getattr(module, "head_v_dim", 0)
+    return KVMemory(path, module.layer_idx, state=FLOAT * (conv_values + state_values))

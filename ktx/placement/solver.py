@@ -1,7 +1,8 @@
-"""Which modules go where when so much memory is given: a pure function of a model's footprint and budgets. No GPU is asked, none need be there.
+"""Placement solver: assigns modules to devices under memory budgets, from a model's footprint alone. It queries no GPU.
 
-Attention, norms, routers, shared experts, dense layers, the output layer, keys and values go to the GPUs, layers in turn from the first GPU to the last; then the routed
-experts of as many layers as there is room for; what is left stays on the CPU, and with it the embedding, of which a token reads one row.
+Attention, norms, routers, shared experts, dense layers, the output layer and the KV cache are placed on the GPUs, with
+the layers distributed in order from the first GPU to the last. Then the routed experts of as many layers as fit follow.
+The remaining experts stay on the CPU, and with them the embedding, of which a token reads a single row.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ from ktx.ops.gpu.offload import SLOTS
 from ktx.placement import workspace
 from ktx.placement.memory_model import EMBEDDING, EXPERTS, GROUPS, OUTPUT, Footprint, KVMemory, ModuleMemory
 
-RESERVE = 256 << 20  # on the CPU: what tables and one tensor in flight take beside the packed weights
-SLACK = 0.05  # and so much of their bytes
-CONTEXT = 512 << 20  # an allowance for what CUDA takes of each GPU: its context, kernels, cuBLAS's workspace
-CROSSING = 15e-6  # seconds until hidden states begin to arrive on another device
+RESERVE = 256 << 20  # bytes on the CPU for tables and one tensor in flight, in addition to the packed weights
+SLACK = 0.05  # reserve as a fraction of the packed weights
+CONTEXT = 512 << 20  # allowance in bytes per GPU for CUDA's context, kernels and cuBLAS's workspace
+CROSSING_LATENCY_S = 15e-6  # seconds until hidden states begin to arrive on another device
 KV, SCRATCH, SYSTEM = "keys and values", "scratch", "CUDA, reserve"
 CPU = "cpu"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that are given, `vram` of each GPU, and what they have to serve: `batch` sequences of `context` tokens, prompts `chunk` tokens at a time."""
+    """Memory budget in bytes, `vram` per GPU, and the workload that has to fit.
+
+    The workload is `batch` sequences of `context` tokens with a KV cache of type `kv`, prefilled in chunks of `chunk`
+    tokens.
+    """
 
     vram: tuple[int, ...]
     ram: int
@@ -49,15 +54,21 @@ class Budget:
 
     @property
     def gpus(self) -> list[str]:
+        """Names of the GPUs."""
         return [f"cuda:{i}" for i in range(len(self.vram))]
 
     def of(self, device: str) -> int:
+        """Budget of a device in bytes."""
         return self.ram if device == CPU else self.vram[self.gpus.index(device)]
 
 
 @dataclass(frozen=True)
 class Speeds:
-    """GB/s that each side reads its memory with, GB/s between them, GOPS of the CPU for prompts (0: not known), and where the numbers are from."""
+    """Memory bandwidths in GB/s and the CPU's prefill rate, each with its origin.
+
+    `cpu` and `gpu` are the bandwidths of the device memories, `link` that between the two, `rate` is the CPU's GOPS in
+    prefill (0: unknown).
+    """
 
     cpu: float
     gpu: float
@@ -70,9 +81,11 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Placement:
-    """A choice. `layers[i]` is layer i's device, `experts` the layers whose routed experts are there too; elsewhere they are on the CPU, but for `share[i]` of them.
+    """An assignment of modules to devices.
 
-    `stream`: there is room on the GPUs to bring experts there for prompts.
+    `layers[i]` is the device of layer i. `experts` are the layers whose routed experts are on that device too; other
+    experts are on the CPU, except for `share[i]` of layer i's. `stream` means that the GPUs have space for streaming
+    experts in prefill.
     """
 
     model: Footprint
@@ -85,10 +98,11 @@ class Placement:
 
     @property
     def names(self) -> list[str]:
-        """The devices: the CPU first."""
+        """Names of the devices, the CPU first."""
         return [CPU, *self.budget.gpus]
 
     def device(self, part: ModuleMemory | KVMemory) -> str:
+        """Device of a module or of a layer's KV cache."""
         group = getattr(part, "group", "")
         if part.pinned:
             return CPU
@@ -99,198 +113,213 @@ class Placement:
         return self.home(part)
 
     def home(self, part: ModuleMemory | KVMemory) -> str:
-        """Where a part's layer is."""
+        """Device of the layer that contains `part`."""
         if part.layer is not None:
             return self.layers[part.layer] if part.layer < len(self.layers) else self.last
         return self.last
 
     @property
     def last(self) -> str:
-        """Where the output layer is, and the norm before it."""
+        """Device of the output layer and of the norm before it."""
         return self.layers[-1] if self.layers else CPU
 
     @cached_property
     def devices(self) -> dict[str, str]:
-        """By module path."""
+        """Devices by module path."""
         return {part.path: device for part, device in self.placed_bytes}
 
     @cached_property
     def placed_bytes(self) -> list[tuple[ModuleMemory, str]]:
-        """What lies where; experts of which a share is on their layer's GPU are two parts."""
-        found = []
+        """Modules with their devices; experts that are split between two devices are two entries."""
+        placed = []
         for part in self.model.parts:
             device, count = self.device(part), self.share.get(part.layer or 0, 0) if part.experts else 0
             if count and device == CPU and not part.pinned:
-                beside = replace(part.of(count), path=f"{part.path}.on_gpu")
-                found += [(part.of(part.experts - count), CPU), (beside, self.home(part))]
+                gpu_part = replace(part.of(count), path=f"{part.path}.on_gpu")
+                placed += [(part.of(part.experts - count), CPU), (gpu_part, self.home(part))]
             else:
-                found.append((part, device))
-        return found
+                placed.append((part, device))
+        return placed
 
     @cached_property
     def bytes(self) -> dict[str, dict[str, int]]:
-        """What is where: by group, then by device."""
-        found: dict[str, Counter[str]] = {
+        """Bytes by group, then by device."""
+        totals: dict[str, Counter[str]] = {
             name: Counter() for name in [*(group for group, _ in GROUPS), KV, SCRATCH, SYSTEM]
         }
         for part, device in self.placed_bytes:
-            found[part.group][device] += part.on(device != CPU).held
+            totals[part.group][device] += part.on(device != CPU).held
         for layer in self.model.kept:
-            found[KV][self.device(layer)] += self.kv(layer)
+            totals[KV][self.device(layer)] += self.kv(layer)
         for device in self.names:
-            found[SCRATCH][device] = self.scratch(device)
-            weights = sum(found[group][device] for group, _ in GROUPS)
-            found[SYSTEM][device] = int(SLACK * weights) + RESERVE if device == CPU else CONTEXT
-        return {group: dict(bytes_of) for group, bytes_of in found.items()}
+            totals[SCRATCH][device] = self.scratch(device)
+            weights = sum(totals[group][device] for group, _ in GROUPS)
+            totals[SYSTEM][device] = int(SLACK * weights) + RESERVE if device == CPU else CONTEXT
+        return {group: dict(by_device) for group, by_device in totals.items()}
 
     def kv(self, layer: KVMemory) -> int:
+        """Bytes of a layer's KV cache."""
         budget = self.budget
         return layer.nbytes(budget.context, budget.batch, budget.kv, self.device(layer) != CPU)
 
     def scratch(self, device: str) -> int:
-        """Of a chunk of a prompt, or of a token of each sequence."""
-        parts = [part for part, where in self.placed_bytes if where == device]
-        kept = [layer for layer in self.model.kept if self.device(layer) == device]
+        """Bytes of workspace on a device, for a prefill chunk or for one decoded token per sequence."""
+        parts = [part for part, placed_on in self.placed_bytes if placed_on == device]
+        kv_layers = [layer for layer in self.model.kept if self.device(layer) == device]
         budget, tokens, gpu = self.budget, max(self.budget.chunk, self.budget.batch), device != CPU
-        need = workspace.activations(self.model, parts, tokens, gpu) if parts else 0
-        need += workspace.expanding(kept, budget.context)
-        need += workspace.logits(self.model, budget.batch) if any(part.group == OUTPUT for part in parts) else 0
+        num_bytes = workspace.activations(self.model, parts, tokens, gpu) if parts else 0
+        num_bytes += workspace.expanding(kv_layers, budget.context)
+        num_bytes += workspace.logits(self.model, budget.batch) if any(part.group == OUTPUT for part in parts) else 0
         if budget.vram:
-            need += workspace.crossing(self.model, tokens) * (1 if gpu else SLOTS * len(budget.vram))
+            num_bytes += workspace.crossing(self.model, tokens) * (1 if gpu else SLOTS * len(budget.vram))
         if gpu:
-            need += workspace.attention(kept, tokens, budget.batch) + workspace.dequantised(parts)
-            need += workspace.captured(self.model, parts, kept, budget.batch) if len(budget.vram) == 1 else 0
-            need += workspace.streamed(self.streamed(device)) if self.stream else 0
-        return need
+            num_bytes += workspace.attention(kv_layers, tokens, budget.batch) + workspace.dequantised(parts)
+            num_bytes += workspace.captured(self.model, parts, kv_layers, budget.batch) if len(budget.vram) == 1 else 0
+            num_bytes += workspace.streamed(self.streamed(device)) if self.stream else 0
+        return num_bytes
 
     def streamed(self, device: str) -> list[ModuleMemory]:
-        """The experts on the CPU of layers on a GPU."""
+        """Experts on the CPU whose layers are on the given GPU."""
         return [
-            part for part, where in self.placed_bytes if part.experts and where == CPU and self.home(part) == device
+            part
+            for part, placed_on in self.placed_bytes
+            if part.experts and placed_on == CPU and self.home(part) == device
         ]
 
     def total(self, device: str) -> int:
-        return sum(of.get(device, 0) for of in self.bytes.values())
+        """Bytes in use on a device."""
+        return sum(by_device.get(device, 0) for by_device in self.bytes.values())
 
     def exceeded(self) -> dict[str, int]:
-        """Bytes that devices lack."""
-        lacks = {device: self.total(device) - self.budget.of(device) for device in self.names}
-        return {device: lack for device, lack in lacks.items() if lack > 0}
+        """Bytes by which devices exceed their budgets."""
+        excess = {device: self.total(device) - self.budget.of(device) for device in self.names}
+        return {device: num_bytes for device, num_bytes in excess.items() if num_bytes > 0}
 
     @property
     def off_device_bytes(self) -> set[tuple[int, str]]:
-        """Layers, and which groups of theirs are on the CPU."""
+        """Pairs of layer and group that are on the CPU."""
         parts = [(part.layer, part.group) for part in self.model.parts if self.device(part) == CPU]
         return {(layer, group) for layer, group in parts if layer is not None}
 
-    # ---- what a token costs
+    # ---- cost of a decoded token
 
     def reads(self, device: str) -> int:
-        """Bytes that a token of each sequence makes a device read, at the end of its context."""
+        """Bytes that a device reads for one token of each sequence, at the end of the context."""
         budget, gpu = self.budget, device != CPU
-        weights = sum(part.read(budget.batch, gpu) for part, where in self.placed_bytes if where == device)
-        kept = [layer for layer in self.model.kept if self.device(layer) == device]
-        past = sum(layer.row(budget.kv, gpu) * budget.context + 2 * layer.state for layer in kept)
-        return weights + past * budget.batch
+        weights = sum(part.read(budget.batch, gpu) for part, placed_on in self.placed_bytes if placed_on == device)
+        kv_layers = [layer for layer in self.model.kept if self.device(layer) == device]
+        cache_bytes = sum(layer.row(budget.kv, gpu) * budget.context + 2 * layer.state for layer in kv_layers)
+        return weights + cache_bytes * budget.batch
 
     def crossings(self) -> int:
-        """How often hidden states change their device for a token."""
-        path, away = [self.embedding], Counter(layer for layer, _ in self.off_device_bytes)
+        """How often hidden states change the device for a token."""
+        route, num_cpu_groups = [self.embedding], Counter(layer for layer, _ in self.off_device_bytes)
         for layer, device in enumerate(self.layers):
-            path += [device, *[CPU, device] * away[layer]]
-        return sum(a != b for a, b in zip(path, path[1:], strict=False))
+            route += [device, *[CPU, device] * num_cpu_groups[layer]]
+        return sum(a != b for a, b in zip(route, route[1:], strict=False))
 
     def seconds(self, speeds: Speeds) -> dict[str, float]:
-        """Of one token for each sequence: reading on each device, and the ways between them."""
-        found = {name: self.reads(name) / 1e9 / (speeds.cpu if name == CPU else speeds.gpu) for name in self.names}
-        each = CROSSING + workspace.crossing(self.model, self.budget.batch) / 2 / 1e9 / DEFAULT_PCIE_GB_S
-        return found | {"crossings": self.crossings() * each}
+        """Seconds for one token of each sequence: reads by device, and transfers between devices."""
+        read_s = {name: self.reads(name) / 1e9 / (speeds.cpu if name == CPU else speeds.gpu) for name in self.names}
+        crossing_s = (
+            CROSSING_LATENCY_S + workspace.crossing(self.model, self.budget.batch) / 2 / 1e9 / DEFAULT_PCIE_GB_S
+        )
+        return read_s | {"crossings": self.crossings() * crossing_s}
 
     def streamed_from(self, speeds: Speeds) -> int:
-        """Tokens from which on experts are better brought to a GPU than computed by the CPU; 0 where they are not brought."""
+        """Min number of tokens from which streaming experts to a GPU beats computing them on the CPU; 0: never."""
         parts = [part for gpu in self.budget.gpus for part in self.streamed(gpu) if part.weights]
         if not self.stream or not speeds.rate or not parts:
             return 0
-        numbers = [part.weights * part.top // part.experts for part in parts]
-        found = [
-            min_tokens_to_stream(p.cpu.held, n, speeds.link, speeds.rate) for p, n in zip(parts, numbers, strict=True)
+        weights_per_token = [part.weights * part.top // part.experts for part in parts]
+        min_tokens = [
+            min_tokens_to_stream(part.cpu.held, num_weights, speeds.link, speeds.rate)
+            for part, num_weights in zip(parts, weights_per_token, strict=True)
         ]
-        return max(found)
+        return max(min_tokens)
 
     def shares(self) -> dict[str, int]:
-        """As a rule file's `gpu_experts`."""
+        """Returns the rule file's `gpu_experts`."""
         return {f"layers {layer}": count for layer, count in sorted(self.share.items())}
 
     def map(self) -> dict[str, str]:
-        """As a rule file's `devices`."""
+        """Returns the rule file's `devices`."""
         gpus = sorted(set(self.layers) - {CPU}, key=self.budget.gpus.index)
         if not gpus:
             return {"all": CPU}
-        found = {"all": gpus[0]}
+        devices = {"all": gpus[0]}
         for gpu in gpus[1:]:
-            found[f"layers {spans(i for i, device in enumerate(self.layers) if device == gpu)}"] = gpu
+            devices[f"layers {spans(i for i, device in enumerate(self.layers) if device == gpu)}"] = gpu
         if len(gpus) > 1:
-            found |= {"output": self.last, r"^(?:model\.)?norm$": self.last}
+            devices |= {"output": self.last, r"^(?:model\.)?norm$": self.last}
         if self.embedding == CPU:
-            found["embedding"] = CPU
+            devices["embedding"] = CPU
         elif self.embedding != gpus[0]:
-            found["embedding"] = self.embedding
-        routed = {part.layer for part in self.model.parts if part.group == EXPERTS and part.layer is not None}
-        if routed and not routed & self.experts:
-            found["experts"] = CPU
-        elif routed - self.experts:
-            found[f"experts {spans(routed - self.experts)}"] = CPU
-        return found
+            devices["embedding"] = self.embedding
+        expert_layers = {part.layer for part in self.model.parts if part.group == EXPERTS and part.layer is not None}
+        if expert_layers and not expert_layers & self.experts:
+            devices["experts"] = CPU
+        elif expert_layers - self.experts:
+            devices[f"experts {spans(expert_layers - self.experts)}"] = CPU
+        return devices
 
 
 def solve(model: Footprint, budget: Budget) -> Placement:
-    """The best placement; where none fits, the one that lacks least. Room to bring experts for prompts comes before experts that stay, and after all else."""
-    made = _chosen(model, budget, stream=True)
-    return made if not made.exceeded() else _chosen(model, budget, stream=False)
+    """Returns the best placement, or the one that exceeds its budget least if none fits.
+
+    Space for streaming experts in prefill takes precedence over experts that stay on a GPU, and comes after everything
+    else.
+    """
+    placement = _solve(model, budget, stream=True)
+    return placement if not placement.exceeded() else _solve(model, budget, stream=False)
 
 
-def _chosen(model: Footprint, budget: Budget, stream: bool) -> Placement:
+def _solve(model: Footprint, budget: Budget, stream: bool) -> Placement:
+    """Solves with or without space for streaming."""
     if not budget.vram:
         return Placement(model, budget, [CPU] * model.layers)
-    everywhere = frozenset(part.layer for part in model.parts if part.group == EXPERTS and part.layer is not None)
+    expert_layers = frozenset(part.layer for part in model.parts if part.group == EXPERTS and part.layer is not None)
     for embedding in (budget.gpus[0], CPU):
-        made = replace(_spread(model, budget, lambda part: True), experts=everywhere, embedding=embedding)
-        if not made.exceeded():
-            return made
-    made = replace(_spread(model, budget, lambda part: part.group != EXPERTS), stream=stream)
-    sizes = {part.layer: part.gpu.held for part in model.parts if part.group == EXPERTS}
-    rooms: dict[str, int] = {}  # of GPUs that have the scratch of experts
-    for layer in sorted(everywhere, key=lambda layer: (sizes[layer], layer)):
-        device = made.layers[layer]
-        if device not in rooms:
-            rooms[device] = budget.of(device) - _with(made, layer).total(device) + sizes[layer]
-        if sizes[layer] <= rooms[device]:
-            made, rooms[device] = _with(made, layer), rooms[device] - sizes[layer]
+        placement = replace(
+            _distribute_layers(model, budget, lambda part: True), experts=expert_layers, embedding=embedding
+        )
+        if not placement.exceeded():
+            return placement
+    placement = replace(_distribute_layers(model, budget, lambda part: part.group != EXPERTS), stream=stream)
+    layer_bytes = {part.layer: part.gpu.held for part in model.parts if part.group == EXPERTS}
+    free_bytes: dict[str, int] = {}  # by GPU, after the workspace of experts
+    for layer in sorted(expert_layers, key=lambda layer: (layer_bytes[layer], layer)):
+        device = placement.layers[layer]
+        if device not in free_bytes:
+            free_bytes[device] = budget.of(device) - _with_layer(placement, layer).total(device) + layer_bytes[layer]
+        if layer_bytes[layer] <= free_bytes[device]:
+            placement, free_bytes[device] = _with_layer(placement, layer), free_bytes[device] - layer_bytes[layer]
     for device in budget.gpus:
-        made = _filled(made, device)
-    return made
+        placement = _with_partial_layer(placement, device)
+    return placement
 
 
-def _filled(made: Placement, device: str) -> Placement:
-    """With as many experts of one more layer as there is room for on a GPU."""
-    parts = [part for part in made.streamed(device) if not part.pinned and part.layer is not None]
-    room = made.budget.of(device) - made.total(device)
-    if not parts or room <= 0:
-        return made
+def _with_partial_layer(placement: Placement, device: str) -> Placement:
+    """Adds as many experts of one more layer as fit on a GPU."""
+    parts = [part for part in placement.streamed(device) if not part.pinned and part.layer is not None]
+    free_bytes = placement.budget.of(device) - placement.total(device)
+    if not parts or free_bytes <= 0:
+        return placement
     part = min(parts, key=lambda part: (part.gpu.held, part.layer))
-    for count in range(min(part.experts - 1, part.experts * room // max(1, part.gpu.held)), 0, -1):
-        found = replace(made, share={**made.share, part.layer or 0: count})
-        if device not in found.exceeded():
-            return found
-    return made
+    for count in range(min(part.experts - 1, part.experts * free_bytes // max(1, part.gpu.held)), 0, -1):
+        candidate = replace(placement, share={**placement.share, part.layer or 0: count})
+        if device not in candidate.exceeded():
+            return candidate
+    return placement
 
 
-def _with(made: Placement, layer: int) -> Placement:
-    return replace(made, experts=made.experts | {layer})
+def _with_layer(placement: Placement, layer: int) -> Placement:
+    """Adds all experts of a layer."""
+    return replace(placement, experts=placement.experts | {layer})
 
 
-def _spread(model: Footprint, budget: Budget, counts: Callable[[ModuleMemory], bool]) -> Placement:
-    """Layers over the GPUs by what they weigh in each one's room."""
+def _distribute_layers(model: Footprint, budget: Budget, counts: Callable[[ModuleMemory], bool]) -> Placement:
+    """Distributes the layers over the GPUs by their bytes, in proportion to each GPU's budget."""
     weights = [0] * model.layers
     for part in model.parts:
         if counts(part) and part.group != EMBEDDING and not part.pinned:
@@ -304,58 +333,66 @@ def _spread(model: Footprint, budget: Budget, counts: Callable[[ModuleMemory], b
 
 
 def balanced(weights: Sequence[int], rooms: Sequence[int]) -> list[int]:
-    """Which room each weight is in, in turn, so that the fullest is as empty as it can be for its size."""
+    """Returns for each weight, in order, the index of its bin, such that the max relative fill is minimal.
 
-    def filled(share: float) -> list[int] | None:
-        found, room, left = list[int](), 0, share * rooms[0]
+    Args:
+        weights: bytes of each layer.
+        rooms: capacity of each bin.
+    """
+
+    def assign(share: float) -> list[int] | None:
+        assignment, index, free = list[int](), 0, share * rooms[0]
         for weight in weights:
-            while weight > left:
-                room += 1
-                if room == len(rooms):
+            while weight > free:
+                index += 1
+                if index == len(rooms):
                     return None
-                left = share * rooms[room]
-            found.append(room)
-            left -= weight
-        return found
+                free = share * rooms[index]
+            assignment.append(index)
+            free -= weight
+        return assignment
 
     low, high = 0.0, sum(weights) / min(rooms) + 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if filled(middle) is not None else (middle, high)
-    return filled(high) or [0] * len(weights)
+        low, high = (low, middle) if assign(middle) is not None else (middle, high)
+    return assign(high) or [0] * len(weights)
 
 
 def shares(model: Footprint, gpus: int, places: Sequence[PlacementEntry], rules: Sequence[Rule]) -> list[int]:
-    """Which of several GPUs each layer is on when they share its bytes evenly; what the map or a rule puts elsewhere is not counted."""
+    """Returns the GPU index of each layer if `gpus` GPUs share the layers evenly by bytes.
+
+    Modules that the device map or a rule places elsewhere do not count.
+    """
     elsewhere = [entry.pattern for entry in places if entry.device and not entry.several]
-    fixed = [rule.name for rule in rules if rule.device and rule.name is not None]
+    rule_patterns = [rule.name for rule in rules if rule.device and rule.name is not None]
     weights = [0] * model.layers
     for part in model.parts:
-        if part.group == EMBEDDING or any(pattern.search(part.path) for pattern in [*elsewhere, *fixed]):
+        if part.group == EMBEDDING or any(pattern.search(part.path) for pattern in [*elsewhere, *rule_patterns]):
             continue
         weights[-1 if part.layer is None else part.layer] += part.gpu.held
     return balanced(weights, [1 << 30] * gpus)
 
 
-def summary(made: Placement, speeds: Speeds | None) -> dict[str, Any]:
-    """Plain data."""
-    found: dict[str, Any] = {
-        "devices": made.map(),
-        "gpu_experts": made.shares(),
-        "context": made.budget.context,
-        "batch": made.budget.batch,
-        "bytes": {group: of for group, of in made.bytes.items() if any(of.values())},
-        "sum": {device: made.total(device) for device in made.names},
-        "budget": {device: made.budget.of(device) for device in made.names},
-        "a token reads": {device: made.reads(device) for device in made.names},
-        "crossings": made.crossings(),
+def summary(placement: Placement, speeds: Speeds | None) -> dict[str, Any]:
+    """Returns the placement as plain data for JSON."""
+    result: dict[str, Any] = {
+        "devices": placement.map(),
+        "gpu_experts": placement.shares(),
+        "context": placement.budget.context,
+        "batch": placement.budget.batch,
+        "bytes": {group: by_device for group, by_device in placement.bytes.items() if any(by_device.values())},
+        "sum": {device: placement.total(device) for device in placement.names},
+        "budget": {device: placement.budget.of(device) for device in placement.names},
+        "a token reads": {device: placement.reads(device) for device in placement.names},
+        "crossings": placement.crossings(),
     }
     if speeds is not None:
-        seconds = made.seconds(speeds)
-        found |= {
+        seconds = placement.seconds(speeds)
+        result |= {
             "GB/s": {CPU: speeds.cpu, "gpu": speeds.gpu},
             "seconds": seconds,
-            "stream_experts": made.streamed_from(speeds) or "off",
-            "tokens a second": made.budget.batch / sum(seconds.values()),
+            "stream_experts": placement.streamed_from(speeds) or "off",
+            "tokens a second": placement.budget.batch / sum(seconds.values()),
         }
-    return found
+    return result

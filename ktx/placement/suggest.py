@@ -1,4 +1,4 @@
-"""The placement that a budget allows, or what it lacks and the smallest changes that would do."""
+"""Fits a model into a memory budget, or reports what is missing and the smallest changes that would make it fit."""
 
 from __future__ import annotations
 
@@ -13,109 +13,118 @@ from ktx.hardware import format_bytes
 from ktx.placement.memory_model import Footprint
 from ktx.placement.solver import CPU, SLACK, Budget, Placement, solve
 
-STEP = 100_000_000  # bytes to which a budget is rounded up
-LEAST_SHARE = 0.2  # of its bytes below which no quant of a model is worth naming
+BUDGET_STEP_BYTES = 100_000_000  # suggested budgets are multiples of it
+MIN_QUANT_RATIO = 0.2  # of a model's bytes: smaller quants are not suggested
 
 
 def fit(model: Footprint, budget: Budget) -> Placement:
-    """The placement that a budget allows. DoesNotFit with the numbers, and the changes that would do."""
-    made = solve(model, budget)
-    if made.exceeded():
-        raise DoesNotFit(f"{_lacking(made)}. It would fit with {', or '.join(changes(made))}")
-    return made
+    """Returns the placement for a budget.
+
+    Raises:
+        DoesNotFit: states the missing bytes per device, and the changes that would make the model fit.
+    """
+    placement = solve(model, budget)
+    if placement.exceeded():
+        raise DoesNotFit(f"{_shortfall(placement)}. It would fit with {', or '.join(changes(placement))}")
+    return placement
 
 
-def _lacking(made: Placement) -> str:
+def _shortfall(placement: Placement) -> str:
+    """Describes by device what is needed, what is given, and what is missing."""
     lines = []
-    for device, lack in made.exceeded().items():
-        parts = sorted(((of.get(device, 0), group) for group, of in made.bytes.items()), reverse=True)
-        most = ", ".join(f"{group} {format_bytes(size)}" for size, group in parts[:4] if size)
-        given = format_bytes(made.budget.of(device))
+    for device, missing in placement.exceeded().items():
+        sizes = sorted(
+            ((by_device.get(device, 0), group) for group, by_device in placement.bytes.items()), reverse=True
+        )
+        largest = ", ".join(f"{group} {format_bytes(size)}" for size, group in sizes[:4] if size)
+        budget = format_bytes(placement.budget.of(device))
         lines.append(
-            f"{device} needs {format_bytes(made.total(device))} ({most}), {given} are given, {format_bytes(lack)} too few"
+            f"{device} needs {format_bytes(placement.total(device))} ({largest}),"
+            f" {budget} are given, {format_bytes(missing)} are missing"
         )
     return "; ".join(lines)
 
 
-def changes(made: Placement) -> Iterator[str]:
-    """Options, each of which alone would do."""
-    model, budget, over = made.model, made.budget, made.exceeded()
-    yield " ".join(_words(budget, _enough(made)))
-    if CPU in over and budget.vram and len(over) == 1 and (more := _more_vram(made)):
-        yield " ".join(_words(budget, more))
-    if context := _longest(made):
+def changes(placement: Placement) -> Iterator[str]:
+    """Yields options, each of which makes the model fit by itself."""
+    model, budget, exceeded = placement.model, placement.budget, placement.exceeded()
+    yield " ".join(_options(budget, _sufficient_budget(placement)))
+    if CPU in exceeded and budget.vram and len(exceeded) == 1 and (vram_budget := _more_vram(placement)):
+        yield " ".join(_options(budget, vram_budget))
+    if context := _max_context(placement):
         yield f"--ctx {context}"
     if budget.batch > 1 and not solve(model, replace(budget, batch=1)).exceeded():
         yield "--batch 1"
     if budget.kv != Q8_0 and not solve(model, replace(budget, kv=Q8_0)).exceeded():
         yield f"--kv-dtype {Q8_0}"
-    if len(over) == 1 and (quant := _smaller(made, next(iter(over)))):
+    if len(exceeded) == 1 and (quant := _smaller_quant(placement, next(iter(exceeded)))):
         yield quant
 
 
-def _words(old: Budget, new: Budget) -> Iterator[str]:
+def _options(old: Budget, new: Budget) -> Iterator[str]:
+    """Yields the options that differ between two budgets."""
     if new.vram != old.vram:
-        yield f"--vram {','.join(map(_size, new.vram))}"
+        yield f"--vram {','.join(map(_option_bytes, new.vram))}"
     if new.ram != old.ram:
-        yield f"--ram {_size(new.ram)}"
+        yield f"--ram {_option_bytes(new.ram)}"
 
 
-def _size(nbytes: int) -> str:
-    """As an option takes it."""
+def _option_bytes(nbytes: int) -> str:
+    """Formats bytes for an option."""
     return f"{nbytes / 1e9:.1f}G"
 
 
-def _rounded(nbytes: int) -> int:
-    return math.ceil(nbytes / STEP) * STEP
+def _round_up(nbytes: int) -> int:
+    return math.ceil(nbytes / BUDGET_STEP_BYTES) * BUDGET_STEP_BYTES
 
 
-def _enough(made: Placement) -> Budget:
-    """A budget that is as much larger as it has to be. Layers move when it changes, so it is tried."""
-    budget = made.budget
-    while over := made.exceeded():
+def _sufficient_budget(placement: Placement) -> Budget:
+    """Returns the smallest sufficient budget. It is found iteratively, because layers move when the budget changes."""
+    budget = placement.budget
+    while exceeded := placement.exceeded():
         vram = tuple(
-            _rounded(size + over.get(name, 0)) if name in over else size
+            _round_up(size + exceeded.get(name, 0)) if name in exceeded else size
             for name, size in zip(budget.gpus, budget.vram, strict=True)
         )
-        ram = budget.ram if vram != budget.vram or CPU not in over else _rounded(budget.ram + over[CPU])
+        ram = budget.ram if vram != budget.vram or CPU not in exceeded else _round_up(budget.ram + exceeded[CPU])
         budget = replace(budget, vram=vram, ram=ram)
-        made = solve(made.model, budget)
+        placement = solve(placement.model, budget)
     return budget
 
 
-def _more_vram(made: Placement) -> Budget | None:
-    """The least memory of each GPU that takes enough experts from the CPU; None where none does."""
-    low, high = 0, sum(part.gpu.held for part in made.model.parts) * 2 + sum(made.budget.vram)
+def _more_vram(placement: Placement) -> Budget | None:
+    """Returns the budget with the min memory per GPU that takes enough experts off the CPU, or None if none does."""
+    low, high = 0, sum(part.gpu.held for part in placement.model.parts) * 2 + sum(placement.budget.vram)
 
-    def budget(size: int) -> Budget:
-        return replace(made.budget, vram=tuple(max(size, old) for old in made.budget.vram))
+    def with_vram(size: int) -> Budget:
+        return replace(placement.budget, vram=tuple(max(size, current) for current in placement.budget.vram))
 
-    if solve(made.model, budget(high)).exceeded():
+    if solve(placement.model, with_vram(high)).exceeded():
         return None
-    while high - low > STEP:
+    while high - low > BUDGET_STEP_BYTES:
         middle = (low + high) // 2
-        low, high = (low, middle) if not solve(made.model, budget(middle)).exceeded() else (middle, high)
-    found = budget(_rounded(high))
-    return None if solve(made.model, found).exceeded() else found
+        low, high = (low, middle) if not solve(placement.model, with_vram(middle)).exceeded() else (middle, high)
+    rounded = with_vram(_round_up(high))
+    return None if solve(placement.model, rounded).exceeded() else rounded
 
 
-def _longest(made: Placement) -> int:
-    """The longest context, in whole pages, that would fit; 0 if none would."""
-    low, high = 0, made.budget.context // PAGE_TOKENS
+def _max_context(placement: Placement) -> int:
+    """Returns the longest context that fits, in full pages; 0 if none fits."""
+    low, high = 0, placement.budget.context // PAGE_TOKENS
     while low < high:
         middle = (low + high + 1) // 2
-        over = solve(made.model, replace(made.budget, context=middle * PAGE_TOKENS)).exceeded()
-        low, high = (low, middle - 1) if over else (middle, high)
+        exceeded = solve(placement.model, replace(placement.budget, context=middle * PAGE_TOKENS)).exceeded()
+        low, high = (low, middle - 1) if exceeded else (middle, high)
     return low * PAGE_TOKENS
 
 
-def _smaller(made: Placement, device: str) -> str:
-    """Bits a weight that the device's weights may have; empty where no quant is that small."""
-    parts = [part for part in made.model.parts if made.device(part) == device]
-    weights, numbers = sum(part.on(device != CPU).held for part in parts), sum(part.weights for part in parts)
-    lack = made.exceeded()[device] / (1 + SLACK if device == CPU else 1)
-    share = 1 - lack / weights if weights else 0.0
-    if share < LEAST_SHARE:
+def _smaller_quant(placement: Placement, device: str) -> str:
+    """Describes the bits per weight that would fit on a device; empty if no quant is that small."""
+    parts = [part for part in placement.model.parts if placement.device(part) == device]
+    weight_bytes, num_weights = sum(part.on(device != CPU).held for part in parts), sum(part.weights for part in parts)
+    missing = placement.exceeded()[device] / (1 + SLACK if device == CPU else 1)
+    ratio = 1 - missing / weight_bytes if weight_bytes else 0.0
+    if ratio < MIN_QUANT_RATIO:
         return ""
-    bits = 8 * weights / numbers
-    return f"a quant of {bits * share:.1f} bits a weight on {device} (these have {bits:.1f})"
+    bits = 8 * weight_bytes / num_weights
+    return f"a quant of {bits * ratio:.1f} bits per weight on {device} (these have {bits:.1f})"

@@ -1,4 +1,7 @@
-"""Bytes that forwards need on a device beside weights and caches. Upper bounds: what is never in use at once is added up all the same."""
+"""Workspaces: bytes that forwards need on a device in addition to weights and caches.
+
+The values are upper bounds: buffers that are never in use at the same time are added up nevertheless.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +20,27 @@ from ktx.kernels.gpu.split_kv import AttentionSchedule, Shape
 from ktx.ops.mla import EXPAND_BYTES
 from ktx.placement.memory_model import FLOAT, HALF, Footprint, KVMemory, ModuleMemory, columns_of, group_of
 
-MULTIPROCESSORS = 132  # of an H100: attention's scratch grows with them
+MULTIPROCESSORS = 132  # of an H100; attention's workspace grows with it
 RESIDUALS = 4  # hidden states in flight: residual, normed, a module's result, their sum
 
 
-def activations(of: Footprint, parts: Collection[ModuleMemory], tokens: int, gpu: bool) -> int:
-    """Hidden states, and all that the widest block of a layer makes of them: f32 on the CPU, bf16 on a GPU."""
+def activations(model: Footprint, parts: Collection[ModuleMemory], tokens: int, gpu: bool) -> int:
+    """Bytes of hidden states and of the activations of a layer's widest block: f32 on the CPU, bf16 on a GPU."""
     blocks: Counter[tuple[int | None, str]] = Counter()
     for part in parts:
-        if part.layer is not None:  # logits are counted by themselves
+        if part.layer is not None:  # logits are counted separately
             blocks[part.layer, part.group] += part.columns
-    columns = RESIDUALS * of.hidden + max(blocks.values(), default=0)
+    columns = RESIDUALS * model.hidden + max(blocks.values(), default=0)
     return tokens * columns * (HALF if gpu else FLOAT)
 
 
 def step_bytes(model: Any) -> dict[Device, int]:
-    """The same of one token, of a loaded model by device."""
+    """Bytes of activations per decoded token of a loaded model, by device."""
     blocks: Counter[tuple[Device, int, str]] = Counter()
     for path, module in model.named_modules():
         layer, columns = layer_of(path), columns_of(module)
         if layer is not None and columns:
-            blocks[getattr(module, "home", CPU), layer, group_of(path)] += columns
+            blocks[getattr(module, "placement", CPU), layer, group_of(path)] += columns
     widest: dict[Device, int] = {}
     for (device, _, _), columns in blocks.items():
         widest[device] = max(widest.get(device, 0), columns)
@@ -47,67 +50,68 @@ def step_bytes(model: Any) -> dict[Device, int]:
     }
 
 
-def logits(of: Footprint, rows: int) -> int:
-    """As they are computed, and once more for whoever chooses."""
-    return 2 * rows * of.vocabulary * FLOAT
+def logits(model: Footprint, rows: int) -> int:
+    """Bytes of logits as they are computed, and of a copy for the sampler."""
+    return 2 * rows * model.vocabulary * FLOAT
 
 
-def crossing(of: Footprint, tokens: int) -> int:
-    """Hidden states on their way to the CPU and back, and the experts that were chosen with their weights."""
-    return tokens * (2 * of.hidden * HALF + of.top * (8 + FLOAT))
+def crossing(model: Footprint, tokens: int) -> int:
+    """Bytes of hidden states on the way to the CPU and back, with the selected experts and their weights."""
+    return tokens * (2 * model.hidden * HALF + model.top * (8 + FLOAT))
 
 
 def streamed(parts: Collection[ModuleMemory]) -> int:
-    """A piece of the experts in the CPU's memory as they come to a GPU for prompts, and the same in planes; an expert is a piece at least.
+    """Bytes for streaming experts from CPU memory in prefill: a chunk of experts as packed for the CPU and for the GPU.
 
-    What puts bits back where packing found them has some room of its own.
+    A chunk holds at least one expert. Types that are repacked on the GPU need additional space.
     """
-    found = [
+    chunk_bytes = [
         sum(min(size, max(STREAMED, size // part.experts)) for size in (part.cpu.held, part.gpu.held))
         + part.rearranged * UNDOING
         for part in parts
         if part.experts and part.weights
     ]
-    return max(found, default=0)
+    return max(chunk_bytes, default=0)
 
 
-def expanding(kept: Collection[KVMemory], context: int) -> int:
-    """A latent gathered from its pages, as it is stored and as it is computed with, and the keys and values of the heads that MLA makes of it at once."""
-    found = [
+def expanding(kv_layers: Collection[KVMemory], context: int) -> int:
+    """Bytes of an MLA latent gathered from its pages, stored and converted, and of the expanded keys and values."""
+    sizes = [
         min(EXPAND_BYTES, context * layer.expanded * HALF) + 2 * context * sum(layer.columns) * HALF
-        for layer in kept
+        for layer in kv_layers
         if layer.latent
     ]
-    return max(found, default=0)
+    return max(sizes, default=0)
 
 
-def attention(kept: Collection[KVMemory], tokens: int, batch: int) -> int:
-    """Parts of sums that several programs of a GPU make of one tile, of a chunk or of `batch` single tokens."""
+def attention(kv_layers: Collection[KVMemory], tokens: int, batch: int) -> int:
+    """Bytes of split-KV partial results of a GPU's attention, for a prefill chunk or for `batch` single tokens."""
     shapes = {
         Shape(layer.queries, layer.heads, layer.columns[0], layer.columns[0 if layer.latent else 1], layer.latent)
-        for layer in kept
+        for layer in kv_layers
         if layer.columns
     }
-    found = [FLOAT * max(_floats([tokens], shape), _floats([1] * batch, shape)) for shape in shapes]
-    return max(found, default=0)
+    sizes = [FLOAT * max(_floats([tokens], shape), _floats([1] * batch, shape)) for shape in shapes]
+    return max(sizes, default=0)
 
 
-def captured(of: Footprint, parts: Collection[ModuleMemory], kept: Collection[KVMemory], batch: int) -> int:
-    """What CUDA graphs of steps with up to `batch` tokens keep for themselves: activations, those on their way to the CPU in each layer, parts of attention's sums, logits.
+def captured(model: Footprint, parts: Collection[ModuleMemory], kv_layers: Collection[KVMemory], batch: int) -> int:
+    """Bytes that CUDA graphs of decode steps with up to `batch` tokens retain.
 
-    Sizes share it. Their buffers of numbers and page tables are some hundred kilobytes and not counted.
+    They hold activations, transfers to the CPU in each layer, attention's partial results and logits. Graphs of all
+    sizes share this memory. Their buffers of token ids and page tables are some hundred kilobytes and are not counted.
     """
     layers = len({part.layer for part in parts if part.layer is not None})
-    need = activations(of, parts, batch, gpu=True) + layers * crossing(of, batch)
-    return need + attention(kept, 1, batch) + batch * of.vocabulary * HALF
+    num_bytes = activations(model, parts, batch, gpu=True) + layers * crossing(model, batch)
+    return num_bytes + attention(kv_layers, 1, batch) + batch * model.vocabulary * HALF
 
 
 def _floats(counts: Sequence[int], shape: Shape) -> int:
-    """Of scratch; the memory itself is not made."""
-    endless = torch.empty(1 << 40, dtype=torch.float32, device="meta")
-    return AttentionSchedule(counts, shape, "cpu", MULTIPROCESSORS, scratch=endless).floats
+    """Number of floats in attention's workspace; on the meta device, so that no memory is allocated."""
+    scratch = torch.empty(1 << 40, dtype=torch.float32, device="meta")
+    return AttentionSchedule(counts, shape, "cpu", MULTIPROCESSORS, scratch=scratch).floats
 
 
 def dequantised(parts: Collection[ModuleMemory]) -> int:
-    """The piece of the largest matrix that becomes bf16 for many tokens on a GPU."""
+    """Bytes of the bf16 chunk of the largest matrix that a GPU dequantizes for a large batch."""
     return HALF * min(PIECE, max((part.largest for part in parts), default=0))
