@@ -28,8 +28,6 @@ using namespace ktx;
 
 std::string isa() { return ISA_NAMES[picked_isa()]; }
 std::string best() { return ISA_NAMES[best_isa()]; }
-// Whether KTX_GEMM=fast changes what the picked kernels do.
-bool fast_() { return fast_gemm() && (picked_isa() == AVX512VNNI || picked_isa() == AVX512VBMI || picked_isa() == AVX512BF16); }
 int64_t threads_() { return threads(); }
 void set_threads_(int64_t n) {
   STD_TORCH_CHECK(n >= 1 && n <= 1024, "threads must be 1 to 1024, got ", n);
@@ -138,7 +136,7 @@ Tensor linear_(const Tensor& x, const Tensor& packed, int64_t code, int64_t n, i
   return y;
 }
 
-// See cpu/wide.h; `tokens` -1: nothing is known.
+// See cpu/driver/bf16_rows.h; `tokens` -1: not set.
 void wide_rows_(int64_t tokens, Ints ranges) {
   STD_TORCH_CHECK(ranges.size() % 2 == 0, "ranges are pairs of a first row and a count");
   int64_t end = 0;
@@ -207,7 +205,6 @@ STABLE_TORCH_LIBRARY(ktx, m) {
   m.def("probe_bf16(int threads, float seconds) -> float");
   m.def("packed_nbytes(int code, int n, int k) -> int");
   m.def("empty_packed(int nbytes, int[] ends=[]) -> Tensor");
-  m.def("fast_gemm() -> bool");
   m.def("idle_seconds() -> float");
   m.def("nodes() -> int");
   m.def("share_of(int groups, int node) -> int");
@@ -240,7 +237,6 @@ STABLE_TORCH_LIBRARY_IMPL(ktx, CompositeExplicitAutograd, m) {
   m.impl("packed_nbytes", TORCH_BOX(&packed_nbytes));
   m.impl("map_file", TORCH_BOX(&map_file_));
   m.impl("empty_packed", TORCH_BOX(&empty_packed));
-  m.impl("fast_gemm", TORCH_BOX(&fast_));
   m.impl("idle_seconds", TORCH_BOX(&idle_seconds_));
   m.impl("nodes", TORCH_BOX(&nodes_));
   m.impl("wide_rows", TORCH_BOX(&wide_rows_));

@@ -1,7 +1,7 @@
-// Which rows of a call are multiplied in bf16 over tile registers ("bf16"), where kernels have these.
+// Which rows of a call are multiplied in bf16 over AMX tile registers.
 //
-// That is several times faster than int8 products with a scale for each sub-block, and rounds differently, so which way a token goes must not depend on
-// what stands beside it: whole pages of a prompt go bf16, whatever they are cut into, and everything else does not.
+// That is several times faster than int8 products with a scale per sub-block, and rounds differently. A token's path must not depend on the other tokens
+// of the batch: full pages of a prompt take bf16, however the prompt is cut into chunks, and all other rows take int8.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -9,15 +9,15 @@
 #include "cpu/isa/kernels.h"
 
 namespace ktx {
-constexpr int64_t BF16_PAGE_TOKENS = 64;  // tokens of a page, as ktx/cache/page_pool.py has them
-// What the calling thread is told of the rows of its next calls: of those with `tokens` rows, the ranges (first, count) are bf16 and no others are.
+constexpr int64_t BF16_PAGE_TOKENS = 64;  // PAGE_TOKENS of ktx/cache/page_pool.py
+// Thread-local: in calls with `tokens` rows, exactly the rows of `ranges` (first, count) take bf16.
 struct Bf16Rows {
-  int64_t tokens = -1;  // -1: nothing is known. The pages that a call's rows fill are bf16: right for one sequence from a page's beginning on
+  int64_t tokens = -1;  // -1: not set. Full pages of the call's rows take bf16, which is right for one sequence that begins on a page border
   std::vector<int64_t> ranges;
 };
 Bf16Rows& bf16_rows();
 
-// f(first, count, bf16) for stretches of all rows of a call.
+// Calls f(first, count, bf16) for consecutive ranges that cover all rows of a call.
 template <class F> void for_bf16_ranges(int64_t tokens, bool all_bf16, F&& f) {
   const Bf16Rows& known = bf16_rows();
   if (!kernels().bf16_tiles) return f(int64_t(0), tokens, false);

@@ -1,5 +1,5 @@
-// Whole modules of a transformer in one call, for the few tokens of a decoding step: their arithmetic is short, so what counts is not
-// to come back to Python between its parts. Activations are f32; every part is the kernel that the module-by-module path calls.
+// Complete transformer modules in one call, for decode steps with few tokens, where returning to Python between kernels costs more than the
+// arithmetic. Activations are f32; each part is the kernel that the module-by-module path calls.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -10,7 +10,7 @@
 #include "cpu/driver/elementwise.h"
 
 namespace ktx {
-struct Projection {  // rows of one or several packed matrices, one after another; y and stride are set where it is used
+struct Projection {  // the rows of one or more packed matrices; y and stride are set at the call
   std::vector<LinearPart> parts;
   int64_t rows() const { int64_t n = 0; for (const LinearPart& p : parts) n += p.n; return n; }
 };
@@ -19,7 +19,7 @@ struct Norm {  // RMSNorm; weight null: none
   float eps;
   bool plus_one;
 };
-// run(b), on norm(b.x) and plus b.x when `before` has a weight.
+// run(b); with a norm: run(b) on norm(b.x), plus the residual b.x.
 template <class B>
 void with_norm_and_residual(B& b, const Norm& before, int64_t rows, int64_t width, void (*run)(const B&)) {
   if (!before.weight) return run(b);
@@ -31,16 +31,16 @@ void with_norm_and_residual(B& b, const Norm& before, int64_t rows, int64_t widt
   run(b);
   for (int64_t i = 0; i < rows * width; ++i) b.out[i] += x[i];
 }
-struct RopeTables {  // cos and sin [batch][length][turned]; `batch` their stride, 0 when one table serves all
+struct RopeTables {  // cos and sin [batch][length][rope_dim]; `batch` their stride, 0 when one table serves all
   const float *cos, *sin;
   int64_t rope_dim, batch;
   bool interleaved;
 };
-struct KVStore {  // where keys or values are kept: [batch or page][head][position][column], room for more positions than are used
+struct KVStore {  // storage of keys or values: [batch or page][head][position][column]
   Strided at;
   void write(int64_t batch, int64_t head, int64_t position, const float* row, int64_t columns) const;
 };
-struct KVSlots {  // where the tokens' keys and values go
+struct KVSlots {  // where the tokens' keys and values are stored
   int64_t past, length;  // of every batch
   const int64_t* slots;  // of a ragged call: page * positions of a page + position; else null
   int64_t page;

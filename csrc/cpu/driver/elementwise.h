@@ -1,4 +1,4 @@
-// Small operators that would otherwise be many calls of torch's: their cost is the call, not the arithmetic.
+// Small operators, each of which would be many torch calls: the cost is the calls, not the arithmetic.
 #pragma once
 #include <cstdint>
 
@@ -8,7 +8,7 @@
 namespace ktx {
 // y = x / sqrt(mean(x^2) + eps) * (weight or 1 + weight), row by row; x rows `stride` elements apart
 void rms_norm(const void* x, DType type, int64_t rows, int64_t width, int64_t stride, const float* weight, float eps, bool plus_one, void* y);
-// x [batch][head][position][width] with the strides of its three outer dimensions -> y dense; cos and sin f32 [batch][position][turned]
+// x [batch][head][position][width] with the strides of its three outer dimensions -> y dense; cos and sin f32 [batch][position][rope_dim]
 struct RopeCall {
   const void* x;
   void* y;
@@ -20,20 +20,20 @@ struct RopeCall {
 };
 void rope(const RopeCall& call);
 
-// Copies [batch][head][position][column] into another type: keys and values on their way into a cache, or out of it.
+// Copies [batch][head][position][column] to another dtype: keys and values on the way into or out of a KV cache.
 void convert_kv(const Strided& from, void* to, const Strided& places, int64_t batches, int64_t heads, int64_t positions, int64_t columns);
 
 enum class Scoring { SOFTMAX, SIGMOID, SOFTMAX_TOPK };
 enum class Groups { NONE, MAX, TOP2 };
 struct RouteCall {
   const float* logits;  // [tokens][experts]
-  const float* bias;    // [experts] or null: counts for the choice only
+  const float* bias;    // [experts] or null: affects the choice of experts only
   int64_t tokens, experts, top, n_group, topk_group;
   Scoring scoring;
   Groups groups;
   bool renorm;
   float scale;
-  int64_t* ids;    // [tokens][top], by falling score, the lower id first among equals
+  int64_t* ids;    // [tokens][top], by descending score; ties: lower id first
   float* weights;  // [tokens][top]
 };
 void route(const RouteCall& call);

@@ -12,12 +12,12 @@ struct ExpertMatrix {  // the matrices of all experts, one after another
   const uint8_t* packed;
   const float* bias;  // [experts][rows] or null
 };
-// What is counted of a layer's experts: every call adds to it, others may read meanwhile.
+// Counters of a layer's experts. Calls add atomically; other threads may read at any time.
 struct ExpertStats {
-  int64_t* activations = nullptr;  // [experts] choices of each; null: nothing is counted
-  int64_t* bytes = nullptr;        // of packed weights that were read: of every pass over them, those of its distinct experts
-  int64_t* nanoseconds = nullptr;  // from the calls' beginning to their end
-  int64_t* of_nodes = nullptr;     // [nodes] nanoseconds that a memory node's members multiplied in, on average over these members
+  int64_t* activations = nullptr;  // [experts] tokens routed to each; null: no counters
+  int64_t* bytes = nullptr;        // packed weight bytes read: the distinct experts of each pass
+  int64_t* nanoseconds = nullptr;  // wall time of the calls
+  int64_t* of_nodes = nullptr;     // [NUMA nodes] compute nanoseconds, averaged over the node's workers
 };
 struct ExpertsCall {
   const void* x;           // [tokens][hidden] of `type`

@@ -6,7 +6,7 @@
 #include "cpu/quant/dtype.h"
 
 namespace ktx {
-// x [tokens][k] and y [tokens][n] of `type`, rows dense; bias f32 [n] or null. `all_bf16`: every row is, see wide.h.
+// x [tokens][k] and y [tokens][n] of `type`, rows dense; bias f32 [n] or null. `all_bf16`: every row takes bf16, see bf16_rows.h.
 void linear(const void* x, DType type, int64_t tokens, const Layout& layout, const uint8_t* packed, int64_t n, int64_t k,
             const float* bias, void* y, bool all_bf16 = false);
 // One of several matrices that the same x is multiplied with.

@@ -1,4 +1,4 @@
-// Memory that only grows: the steady state allocates nothing.
+// Scratch memory that only grows, so that the steady state allocates nothing, and the activations that live in it.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -14,7 +14,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { std::free(base_); }
 
-  // Starts a new use: everything taken before is void. `bytes` bounds what will be taken, 64 more for each piece.
+  // Invalidates everything that was taken. `bytes`: upper bound of what will be taken, plus 64 for each piece.
   void reset(size_t bytes) {
     used_ = 0;
     if (bytes <= size_) return;
@@ -28,7 +28,7 @@ class Scratch {
   template <class T> T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
     used_ += (size_t(count) * sizeof(T) + 63) & ~size_t(63);
-    if (used_ > size_) throw std::bad_alloc();  // a driver asked for more than it announced
+    if (used_ > size_) throw std::bad_alloc();  // a driver took more than it reserved
     return piece;
   }
 
@@ -37,7 +37,7 @@ class Scratch {
   size_t size_ = 0, used_ = 0;
 };
 
-// Bytes that `rows` rows of k activations need, quantised and as floats.
+// Bytes of `rows` rows of k activations, quantized and as floats.
 inline size_t tokens_bytes(int64_t rows, int64_t k, bool ints, bool floats) {
   return (ints ? size_t(rows) * k * 2 + 7 * 64 : 0) + (floats ? size_t(rows) * k * 6 + 128 : 0);
 }

@@ -1,11 +1,11 @@
-// Activations come and go as f32, f16 or bf16; inside the drivers they are f32. Keys and values may also be kept as Q8_0.
+// Dtypes of activations: f32, f16 or bf16 at the drivers' borders, f32 inside. Keys and values may also be stored as Q8_0.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 namespace ktx {
-// Q8_0, for keys and values alone: blocks of 32 columns, an f16 scale before 32 int8 (ggml's block_q8_0). Its strides count bytes.
+// Q8_0, only for keys and values: blocks of 32 columns, an f16 scale before 32 int8 (ggml's block_q8_0). Its strides count bytes.
 enum class DType { F32, F16, BF16, Q8_0 };
 constexpr int64_t Q8_BLOCK = 32, Q8_BYTES = 34;
 
@@ -54,11 +54,11 @@ inline size_t size_of(DType type) { return type == DType::F32 ? 4 : type == DTyp
 // n values, whole blocks, as Q8_0. A block that holds an infinity or a NaN becomes NaN.
 inline void to_q8_0(const float* x, int64_t n, uint8_t* out) {
   for (; n > 0; n -= Q8_BLOCK, x += Q8_BLOCK, out += Q8_BYTES) {
-    float most = 0;
+    float amax = 0;
     bool finite = true;
-    for (int i = 0; i < Q8_BLOCK; ++i) finite &= std::isfinite(x[i]), most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
-    const uint16_t scale = finite ? to_f16(most / 127) : 0x7e00;
-    const float kept = from_f16(scale), inverse = finite && kept > 0 && std::isfinite(kept) ? 1 / kept : 0;
+    for (int i = 0; i < Q8_BLOCK; ++i) finite &= std::isfinite(x[i]), amax = std::fabs(x[i]) > amax ? std::fabs(x[i]) : amax;
+    const uint16_t scale = finite ? to_f16(amax / 127) : 0x7e00;
+    const float stored = from_f16(scale), inverse = finite && stored > 0 && std::isfinite(stored) ? 1 / stored : 0;
     std::memcpy(out, &scale, 2);
     for (int i = 0; i < Q8_BLOCK; ++i) {
       const float q = finite ? std::nearbyintf(x[i] * inverse) : 1;
@@ -74,16 +74,16 @@ inline void from_q8_0(const uint8_t* block, int64_t n, float* out) {
   }
 }
 
-// n values as f32: the source itself when it is f32 already, else converted into `room`.
-inline const float* as_floats(const void* x, DType type, int64_t n, float* room) {
+// n values as f32: the source itself when it is f32 already, else converted into `buffer`.
+inline const float* as_floats(const void* x, DType type, int64_t n, float* buffer) {
   if (type == DType::F32) return static_cast<const float*>(x);
   const uint16_t* h = static_cast<const uint16_t*>(x);
-  if (type == DType::Q8_0) from_q8_0(static_cast<const uint8_t*>(x), n, room);
+  if (type == DType::Q8_0) from_q8_0(static_cast<const uint8_t*>(x), n, buffer);
   else if (type == DType::BF16)
-    for (int64_t i = 0; i < n; ++i) room[i] = from_bf16(h[i]);
+    for (int64_t i = 0; i < n; ++i) buffer[i] = from_bf16(h[i]);
   else
-    for (int64_t i = 0; i < n; ++i) room[i] = from_f16(h[i]);
-  return room;
+    for (int64_t i = 0; i < n; ++i) buffer[i] = from_f16(h[i]);
+  return buffer;
 }
 inline void from_floats(const float* x, DType type, int64_t n, void* out) {
   uint16_t* h = static_cast<uint16_t*>(out);

@@ -17,14 +17,14 @@ const char* const ISA_NAMES[ISA_COUNT] = {"amxmodel", "scalar", "avx2", "avxvnni
 namespace {
 bool bit(uint32_t word, int i) { return (word >> i) & 1; }
 
-// Register state the operating system saves (XCR0): a CPU may know instructions that the kernel does not allow.
+// Register state that the operating system saves (XCR0): a CPU may have instructions that the kernel does not enable.
 uint64_t saved_state() {
   uint32_t low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (uint64_t(high) << 32) | low;
 }
 
-// Tile registers are large: Linux gives them to a process that asks (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+// Tile registers are large, so Linux enables them per process on request (arch_prctl ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 bool tiles_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 Isa probe() {
@@ -57,16 +57,6 @@ Isa limited_by_env(Isa best) {
 bool has_vex_vnni() {
   uint32_t a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 4);
-}
-
-bool fast_gemm() {
-  static const bool fast = [] {
-    const char* requested = std::getenv("KTX_GEMM");
-    if (!requested || !*requested || std::string(requested) == "exact") return false;
-    if (std::string(requested) == "fast") return true;
-    throw std::runtime_error("KTX_GEMM=" + std::string(requested) + " is not known: use exact or fast");
-  }();
-  return fast;
 }
 
 Isa best_isa() {

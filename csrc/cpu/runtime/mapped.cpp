@@ -43,7 +43,7 @@ bool remap_huge_pages(uint8_t* address, size_t length) {
     munmap(base, whole + HUGE_PAGE);
     return false;
   }
-  const size_t before = size_t(copy - static_cast<uint8_t*>(base));  // what was only there to be aligned
+  const size_t before = size_t(copy - static_cast<uint8_t*>(base));  // padding for alignment
   if (before) munmap(base, before);
   if (before < HUGE_PAGE) munmap(copy + whole, HUGE_PAGE - before);
   return true;

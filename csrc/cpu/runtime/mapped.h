@@ -1,4 +1,4 @@
-// Files as memory, and their way from a file's small pages to huge ones.
+// Memory-mapped files, and moving them from page cache pages to huge pages.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -7,17 +7,17 @@ namespace ktx {
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
 struct Mapped {
-  uint8_t* data;  // at a multiple of a huge page; null: it could not be done
+  uint8_t* data;  // aligned to a huge page; null: mapping failed
   size_t size;
-  void* base;  // what the mapping lies in
+  void* base;  // the reservation that contains the mapping
 };
-Mapped map_file(const char* path);  // private: nothing written there reaches the file
+Mapped map_file(const char* path);  // MAP_PRIVATE: writes do not reach the file
 void unmap(const Mapped& file);
 
-// The `length` bytes from `address` on of a mapped file, from now on in memory of their own on huge pages, at the same addresses: whoever reads them
-// notices nothing. What is no whole huge page at the end stays. False where nothing could be done.
+// Copies `length` bytes of a mapped file to anonymous huge pages and remaps them to the same addresses, so that readers are not disturbed. The part
+// behind the last full huge page stays. Returns false if the system refuses.
 bool remap_huge_pages(uint8_t* address, size_t length);
 
-// Brings pages in, as the system likes it; what it cannot is done on the first read.
+// Populates page tables with MADV_POPULATE_READ where the kernel has it; other pages are populated by the first read.
 void populate(const void* memory, size_t bytes);
 }  // namespace ktx

@@ -13,13 +13,13 @@
 
 namespace ktx {
 namespace {
-constexpr int PREFERRED = 1;  // MPOL_PREFERRED: elsewhere when the node is full
+constexpr int PREFERRED = 1;  // MPOL_PREFERRED: another node if this one is full
 constexpr int HIGHEST = 1023;
 constexpr size_t PAGE = 4096;
 
 struct Found {
-  std::vector<int> numbers;             // the system's numbers of the nodes
-  std::vector<std::vector<int>> cpus;   // usable ones of each
+  std::vector<int> numbers;             // node ids of the operating system
+  std::vector<std::vector<int>> cpus;   // usable CPUs of each
   int shares = 1;
   bool fake = false;
 };
@@ -83,7 +83,7 @@ void bind(void* memory, size_t bytes, int node) {
   mask[size_t(number) / (8 * sizeof(long))] = 1ul << (size_t(number) % (8 * sizeof(long)));
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory) & ~(PAGE - 1), end = reinterpret_cast<uintptr_t>(memory) + bytes;
   if (end <= begin) return;
-  syscall(SYS_mbind, begin, ((end - begin) + PAGE - 1) & ~(PAGE - 1), PREFERRED, mask, HIGHEST + 1, 0);  // refused in some containers: then first touch decides
+  syscall(SYS_mbind, begin, ((end - begin) + PAGE - 1) & ~(PAGE - 1), PREFERRED, mask, HIGHEST + 1, 0);  // some containers refuse it: first touch decides then
 }
 
 std::vector<int64_t> pages_on(const void* memory, size_t bytes) {

@@ -21,8 +21,8 @@
 
 namespace ktx {
 namespace {
-// Spinning is bounded: beside a busy neighbour an endless spin costs up to forty times the work itself.
-// Between two kernels of a token runs Python: longer than a wait inside a kernel, and a thread woken from sleep costs 50 us.
+// Spinning is bounded, because on a busy machine an endless spin costs up to forty times the work itself. Python runs between two kernels of a
+// token, which takes longer than a wait inside a kernel, and waking a sleeping thread costs 50 us.
 constexpr int SPINS_IN_RUN = 4000, SPINS_BETWEEN_RUNS = 20000;  // pause instructions: about 50 and 250 us
 
 void relax() { __builtin_ia32_pause(); }
@@ -34,7 +34,7 @@ void futex_wake(std::atomic<uint32_t>& word) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
 
-// A word that threads wait on: spin a little, then sleep.
+// A futex word: waiters spin for a while, then sleep.
 struct Signal {
   std::atomic<uint32_t> value{0};
   std::atomic<int> sleepers{0};
@@ -51,16 +51,16 @@ struct Signal {
   }
 };
 
-// What a run is at, in one word, so that each step is one exchange. A run waits for those who have come, never for those the system
-// has not woken yet: beside a busy neighbour that takes milliseconds, and the queues leave them nothing to do.
+// The state of a run in one word, so that each transition is one compare-exchange. A run waits only for workers that have joined: waking a worker takes
+// milliseconds on a busy machine, and a late worker finds the queues empty.
 struct State {
-  uint32_t run = 0;                           // its number
-  uint32_t joined : 11 = 0, arrived : 11 = 0;   // members inside, and those of them at the barrier
-  uint32_t phase : 9 = 0, closed : 1 = 1;     // barriers that have opened; closed: nobody comes any more
+  uint32_t run = 0;                           // run id
+  uint32_t joined : 11 = 0, arrived : 11 = 0;   // workers inside, and those at the barrier
+  uint32_t phase : 9 = 0, closed : 1 = 1;     // barriers passed; closed: no worker may join any more
 };
 static_assert(sizeof(State) == 8 && std::atomic<State>::is_always_lock_free);
 
-// The lowest logical cpu of the core that a cpu belongs to; itself where the system does not say.
+// The lowest logical CPU of the core of `cpu`, or `cpu` if sysfs does not have it.
 int first_sibling(int cpu) {
   char path[96];
   std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
@@ -81,7 +81,7 @@ int node_of(int cpu) {
   return 0;
 }
 
-// The first cpu of each node, then the second of each, and so on: a small team uses the memory of all nodes.
+// The first CPU of each node, then the second of each, and so on: a small pool uses the memory of all nodes.
 std::vector<int> interleave_nodes(const std::vector<int>& cpus) {
   std::vector<std::vector<int>> of(static_cast<size_t>(nodes()));
   for (int cpu : cpus) of[size_t(node_of(cpu))].push_back(cpu);
@@ -93,8 +93,8 @@ std::vector<int> interleave_nodes(const std::vector<int>& cpus) {
 }
 
 struct Cores {
-  std::vector<int> cpus;  // that this process may use, one of each core before the second ones, and nodes in turns
-  int num_cores = 0;          // how many cores they are
+  std::vector<int> cpus;  // usable CPUs: one of each core before the siblings, nodes interleaved
+  int num_cores = 0;          // physical cores
 };
 Cores allowed_cores() {
   Cores found;
@@ -115,7 +115,7 @@ Cores allowed_cores() {
 }
 
 thread_local bool in_run = false;
-thread_local uint32_t worker_phase = 0;  // barriers of this run that the member is behind
+thread_local uint32_t worker_phase = 0;  // barriers of this run that the worker has passed
 thread_local int node_of_worker = 0;
 
 class ThreadPool {
@@ -140,12 +140,12 @@ class ThreadPool {
     fn = f, context = c, error = nullptr;
     state.store({.run = state.load().run + 1, .joined = 1, .closed = 0});
     start.raise();
-    if (nodes() > 1 && !fake_nodes()) node_of_worker = node_of(sched_getcpu());  // the caller goes where the system puts it
+    if (nodes() > 1 && !fake_nodes()) node_of_worker = node_of(sched_getcpu());  // the caller is not pinned
     run_worker(0);
     for (uint32_t seen; seen = done.value.load(), state.load().joined;) done.wait_while(seen);
     if (error) std::rethrow_exception(error);
   }
-  // Whoever comes late finds the barriers before its time open, and nothing left in the queues before them.
+  // A worker that joins late passes the barriers that opened before, because the queues before them are empty.
   void barrier() {
     bool opened = false;
     const State now = change([&](State& s) {
@@ -165,10 +165,10 @@ class ThreadPool {
     cpu_set_t set;
     CPU_ZERO(&set);
     CPU_SET(core, &set);
-    pthread_setaffinity_np(worker.native_handle(), sizeof set, &set);  // refused in some containers: then unpinned
+    pthread_setaffinity_np(worker.native_handle(), sizeof set, &set);  // some containers refuse it: unpinned then
   }
   template <class F>
-  State change(F&& f) {  // the state behind it
+  State change(F&& f) {  // returns the new state
     for (State seen = state.load();;) {
       State next = seen;
       f(next);
@@ -186,7 +186,7 @@ class ThreadPool {
     in_run = false;
     leave(worker == 0);
   }
-  // The caller's part ends when the queues are empty, so nobody need begin behind it. Who has failed is not waited for at the barrier.
+  // The caller ends when the queues are empty, so no worker needs to join after it. A worker that failed is not waited for at the barrier.
   void leave(bool last_call) {
     bool opened = false;
     const State now = change([&](State& s) {
@@ -230,15 +230,15 @@ int requested_threads() {
 }
 
 constexpr double RUNNING = -1;
-std::atomic<double> last_run{0};  // when it ended
+std::atomic<double> last_run{0};  // end of the last run
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 std::mutex pool_mutex;
 int pool_size = 0;
 ThreadPool* pool = nullptr;  // never destroyed at exit: workers may still sleep in it
 
-// A forked child has the forking thread alone. The team's members are not in it, and neither is the thread that may have held the mutex; a run that
-// was under way is the parent's. The old team is left as it is: it cannot be joined. Its memory is small, and the child's next run makes a new one.
+// A forked child has the forking thread only: no workers, and not the thread that may have held the mutex. A run in progress is the parent's. The old
+// pool cannot be joined, so the child leaks it (it is small) and its next run creates a new one.
 void reset_after_fork() {
   new (&pool_mutex) std::mutex;
   pool = nullptr;
@@ -258,7 +258,7 @@ ThreadPool& current() {
 }  // namespace
 
 int threads() {
-  if (in_run) return pool->size;  // whoever runs holds the lock
+  if (in_run) return pool->size;  // the running thread holds the lock
   std::lock_guard<std::mutex> lock(pool_mutex);
   return pool_size ? pool_size : pool_size = requested_threads();
 }
@@ -270,7 +270,7 @@ void set_threads(int n) {
 }
 
 void run(void (*fn)(void*, int), void* context) {
-  if (in_run) throw std::runtime_error("ktx: a kernel called another kernel's team from inside");
+  if (in_run) throw std::runtime_error("ktx: a kernel called the thread pool from inside a run");
   std::lock_guard<std::mutex> lock(pool_mutex);
   const struct RunTimer {
     RunTimer() { last_run = RUNNING; }

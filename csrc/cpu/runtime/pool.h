@@ -1,4 +1,4 @@
-// One team of threads for every kernel: the caller is member 0, the others are pinned to cores of their own.
+// The thread pool of all kernels: the caller is worker 0, the other workers are pinned to one core each.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -7,33 +7,33 @@
 #include "cpu/runtime/numa.h"
 
 namespace ktx {
-int threads();            // size of the team, caller included
-double idle_seconds();    // since the last run; 0 inside one
-void set_threads(int n);  // 1..1024; takes effect for the next run
+int threads();            // pool size, caller included
+double idle_seconds();    // since the last run; 0 during a run
+void set_threads(int n);  // 1..1024; applies to the next run
 
-// Calls fn(context, member) on the caller and on every member that comes while the caller works, and returns when these are done. Work is
-// therefore shared by queues and never by a member's number. The first exception is rethrown here.
-// Calls from several threads are served one after another; a call from inside a run is an error.
+// Calls fn(context, worker) on the caller and on every worker that joins while the caller works, and returns when all of them are done. A worker may
+// not join at all, so work is shared by queues and never by worker index. Rethrows the first exception. Calls of several threads run one after
+// another; a call from inside a run is an error.
 void run(void (*fn)(void* context, int worker), void* context);
-void barrier();  // inside a run, at most 500 times: returns when all who have come are at it, or behind it, or have failed
+void barrier();  // at most 500 times a run: returns when every worker that joined has arrived, passed, or failed
 
 template <class F>
 void parallel(F&& f) {
   run([](void* context, int worker) { (*static_cast<F*>(context))(worker); }, &f);
 }
 
-// Items 0, 1, 2, ... handed out to whoever asks first.
+// Items 0, 1, 2, ... in the order of requests.
 struct Queue {
   std::atomic<int64_t> next{0};
   int64_t take() { return next.fetch_add(1, std::memory_order_relaxed); }
 };
 
-int current_node();  // of the member that asks
+int current_node();  // NUMA node of the calling worker
 
-// RowBlocks of work handed out in runs of neighbours, long ones first: a member reads long stretches of memory, and all end together. Each memory node
-// has a share of the units; its members take from that, and when nothing is left from the others'. They always know the run after the present one, so that they can
-// fetch its weights ahead.
-struct Range { int64_t first, count; };  // count 0: nothing is left
+// A work-stealing range of items. A pop returns consecutive items, long runs first and shorter ones towards the end, so that reads are long and all
+// workers end together. Each NUMA node has a share; its workers take from it, and steal from other shares when it is empty. for_each pops one range
+// ahead, so that a worker can prefetch the weights of its next range.
+struct Range { int64_t first, count; };  // count 0: the queue is empty
 
 struct StealingRange {
   struct Share {
@@ -48,11 +48,11 @@ struct StealingRange {
     shares[node].begin = begin, shares[node].end = end;
     shares[node].next.store(begin, std::memory_order_relaxed);
   }
-  int64_t length(const Share& s, int64_t at, int64_t segment_end) const {  // of the run that begins at `at`; `segment_end`: where its stretch of memory ends
+  int64_t length(const Share& s, int64_t at, int64_t segment_end) const {  // of the range at `at`; `segment_end`: end of its contiguous memory
     const int64_t part = (s.end - at) * nodes() / (4 * num_workers), most = part < max_length ? part : max_length;
     return most < 1 ? 1 : most < segment_end - at ? most : segment_end - at;
   }
-  template <class B>  // border(unit): the end of the stretch that the unit lies in
+  template <class B>  // segment_end(item): the end of the contiguous memory of the item
   Range take(int node, B&& segment_end) {
     for (int i = 0; i < nodes(); ++i) {
       Share& s = shares[(node + i) % nodes()];
@@ -66,14 +66,14 @@ struct StealingRange {
     }
     return {0, 0};
   }
-  template <class B>  // what a member probably gets first
+  template <class B>  // the range that a worker probably pops first
   Range peek(int worker, B&& segment_end) const {
     const Share& s = shares[current_node()];
     int64_t at = s.begin;
     for (int turn = worker / nodes(); turn > 0 && at < s.end; --turn) at += length(s, at, segment_end(at));
     return at < s.end ? Range{at, length(s, at, segment_end(at))} : Range{0, 0};
   }
-  template <class B, class F>  // f(run, the one after it)
+  template <class B, class F>  // f(range, the range after it)
   void for_each(B&& segment_end, F&& f) {
     const int node = current_node();
     for (Range run = take(node, segment_end); run.count;) {

@@ -40,7 +40,7 @@ uint64_t read_words(const uint64_t* p, size_t n) {
 constexpr int ROUNDS = 1000, CHAINS = 12;  // twelve independent chains hide the latency of the dot product
 }  // namespace
 
-// The loops are inline assembly: from intrinsics GCC copies every accumulator in and out and shows 2.6 times less.
+// The loops are inline assembly because GCC copies every accumulator of intrinsics in and out, which makes them 2.6 times slower.
 #define KTX_CHAIN12(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
 #define KTX_VNNI(i) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #i "\n"
 #define KTX_VEX_VNNI(i) "%{vex%} vpdpbusd %%ymm13, %%ymm14, %%ymm" #i "\n"
@@ -58,7 +58,7 @@ namespace {
 #pragma GCC target("avx512f,avx512vnni,avx512bf16")
 void vnni_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_VNNI), KTX_LOW, "xmm30", "xmm31"); }
 void bf16_rounds() { KTX_LOOP(KTX_CHAIN12(KTX_BF16), KTX_LOW, "xmm30", "xmm31"); }
-// What happens to lie in the registers may be denormal, which takes a hundred times as long.
+// Registers are cleared first: leftovers may be denormal, which is a hundred times slower.
 void fma512_rounds() {
   __asm__ volatile("vzeroall\nvpxord %%zmm30, %%zmm30, %%zmm30\nvpxord %%zmm31, %%zmm31, %%zmm31" : : : KTX_LOW, "xmm12", "xmm13", "xmm14", "xmm15", "xmm30", "xmm31");
   KTX_LOOP(KTX_CHAIN12(KTX_FMA512), KTX_LOW, "xmm30", "xmm31");
@@ -66,7 +66,7 @@ void fma512_rounds() {
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-int8,amx-bf16")
-// Four tiles of sums, three rounds: as many instructions as the other loops' chains.
+// Four accumulator tiles, three rounds: as many instructions as the chains of the other loops.
 #define KTX_TILES_OF(op) op " %%tmm6, %%tmm4, %%tmm0\n" op " %%tmm7, %%tmm4, %%tmm1\n" op " %%tmm6, %%tmm5, %%tmm2\n" op " %%tmm7, %%tmm5, %%tmm3\n"
 #define KTX_TILE_ROUNDS(op)                                                                     \
   alignas(64) uint8_t config[64] = {1};                                                         \
@@ -124,8 +124,8 @@ double rate(int threads, double seconds, Loop loop) {
 }  // namespace
 
 namespace {
-struct Fresh {  // memory that nobody has touched
-  size_t bytes, part;  // a thread's part
+struct Fresh {  // memory that was never written
+  size_t bytes, part;  // bytes per thread
   uint8_t* data;
   Fresh(int threads, int mebibytes) {
     if (threads < 1 || threads > 1024 || mebibytes < 1) throw std::runtime_error("threads and mebibytes must be positive");
