@@ -55,10 +55,8 @@ def gate_of_experts(experts: Any, where: str) -> Activation:
         raise UsageError(f"{where}: {type(experts).__name__} {reason}; {KEEP}")
     if not is_gated(experts):
         return _match_activation(lambda: [experts.act_fn(GATE)], experts, where, GATE)
-    layouts = (
-        torch.cat([GATE, UP]),
-        torch.stack([GATE, UP], -1).flatten(),
-    )  # the second layout, interleaved, is that of gpt-oss
+    # The second layout, interleaved, is that of gpt-oss.
+    layouts = (torch.cat([GATE, UP]), torch.stack([GATE, UP], -1).flatten())
     return _match_activation(lambda: [experts._apply_gate(both[None])[0] for both in layouts], experts, where)
 
 

@@ -1,8 +1,8 @@
-"""Attention weights, and attention functions other than the kernel's, for who asks for them.
+"""Attention weights, and attention functions other than the kernel of ktx.
 
-transformers' kernels of attention hand out no weights, and neither does ktx's. Weights are computed beside its result where a forward collects them
-(`output_attentions=True`), and where the model's configuration names the eager implementation. A function that the user has registered with transformers is called
-in place of the kernel.
+Like the attention kernels of transformers, the kernel of ktx returns no weights. They are computed in addition to its
+result if a forward collects them (`output_attentions=True`), or if the configuration of the model names the eager
+implementation. An attention function that the user has registered with transformers is called instead of the kernel.
 """
 
 from __future__ import annotations
@@ -21,52 +21,60 @@ from ktx.kernels.reference import visible
 from ktx.transformers_compat import attention_function, attention_name, collects
 
 log = logging.getLogger("ktx.model.notes")
-ATTENTIONS = "attentions"  # what transformers calls them
+ATTENTIONS = "attentions"  # the name of attention weights in transformers' outputs
 EAGER = "eager"
-KERNELS = ("", "ktx", "ktx_gpu", "sdpa")  # implementations that a kernel stands in for; "": as when the model was made
+KERNELS = ("", "ktx", "ktx_gpu", "sdpa")  # implementations that the kernels of ktx compute; "": unchanged since loading
 
 
 class Choice:
-    """Which implementation of attention a model's configuration names, now and when the model was made."""
+    """The attention implementation that a model's configuration names, compared with the one at construction."""
 
     def __init__(self, config: Any):
         self.config, self.first = config, attention_name(config)
 
     @property
     def name(self) -> str:
-        """What has been chosen since the model was made; "" for nothing."""
-        now: str = self.config._attn_implementation if torch.compiler.is_compiling() else attention_name(self.config)
-        return "" if now == self.first else now
+        """The implementation that the configuration names now; "" if it is the one that it named at construction."""
+        current: str = (
+            self.config._attn_implementation if torch.compiler.is_compiling() else attention_name(self.config)
+        )
+        return "" if current == self.first else current
 
     @property
     def foreign(self) -> bool:
-        """Whether a function that is none of ktx's computes attention."""
+        """Whether an attention function that is not part of ktx computes attention."""
         name = self.name
         return name not in KERNELS and name != EAGER
 
     def plain(self, cache: Any = None) -> bool:
-        """Whether a kernel computes attention and nobody wants to see the weights. An engine's forwards have none."""
+        """Whether a kernel computes attention and no attention weights are needed.
+
+        An engine's forwards, whose cache is a PagedCache, never return weights.
+        """
         name = self.name
         if type(cache) is PagedCache:
             return name in KERNELS or name == EAGER
         return name in KERNELS and not collects(ATTENTIONS)
 
     def shows(self, options: Mapping[str, Any], cache: Any = None) -> bool:
-        """Whether a call with these keyword arguments returns attention weights."""
-        asked = collects(ATTENTIONS) or bool(options.get("output_attentions")) or self.name == EAGER
-        return asked and type(cache) is not PagedCache
+        """Whether a call with the keyword arguments `options` returns attention weights."""
+        requested = collects(ATTENTIONS) or bool(options.get("output_attentions")) or self.name == EAGER
+        return requested and type(cache) is not PagedCache
 
 
 class OwnConfig:
-    """A model's configuration as a module of ktx's sees it: attention is implemented by the function `name`. All else is the model's, and what is set on it is set there."""
+    """A view of a model's configuration that names the attention function `name`.
+
+    All other attributes are those of the model's configuration, and assignments go there.
+    """
 
     def __init__(self, config: Any, name: str):
         self.__dict__.update(ktx_whole=config, ktx_name=name)
 
     @property
     def _attn_implementation(self) -> str:
-        found: str = self.__dict__["ktx_name"]
-        return found
+        name: str = self.__dict__["ktx_name"]
+        return name
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -89,35 +97,48 @@ def attention_weights(
     sinks: torch.Tensor | None = None,
     softcap: float = 0.0,
 ) -> torch.Tensor:
-    """query [B, H, S, D], key [B, Hkv, T, D] of any stored type -> [B, H, S, T] in the query's dtype; ranges, mask, sinks and softcap as ktx.kernels.reference.attention has them.
+    """Computes attention weights in plain torch.
 
-    A query that sees no key has the same weight for each, as in transformers' eager attention.
+    A query that sees no key gets equal weights for all keys, as in the eager attention of transformers.
+
+    Args:
+        query: [B, H, S, D].
+        key: [B, Hkv, T, D] in any cache dtype.
+        ranges: Intervals of visible keys, as in ktx.kernels.reference.attention.
+        mask: The dense mask, as in ktx.kernels.reference.attention.
+        scale: The factor of the scores.
+        sinks: Attention sinks f32 [H], or None.
+        softcap: The cap of the scores; 0 for none.
+
+    Returns:
+        The weights [B, H, S, T] in the dtype of `query`.
     """
-    _say_once()
+    _warn_once()
     keys = values_of(key).float()
     scores = query.float() @ keys.repeat_interleave(query.shape[1] // keys.shape[1], 1).transpose(2, 3) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    seen, extra = visible(query.shape[2], keys.shape[2], ranges, mask, query.device)
-    if extra is not None:
-        scores = scores + extra.float()
-    scores = scores.masked_fill(~seen, torch.finfo(torch.float32).min)
+    visible_keys, additive = visible(query.shape[2], keys.shape[2], ranges, mask, query.device)
+    if additive is not None:
+        scores = scores + additive.float()
+    scores = scores.masked_fill(~visible_keys, torch.finfo(torch.float32).min)
     if sinks is not None:
         scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
     return scores.softmax(-1)[..., : keys.shape[2]].to(query.dtype)
 
 
 def weighed(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What weights [B, H, S, T] make of value [B, Hkv, T, D] of any stored type -> [B, S, H, D] in the weights' dtype."""
+    """Applies weights [B, H, S, T] to value [B, Hkv, T, D] in any cache dtype -> [B, S, H, D] in the weights' dtype."""
     values = values_of(value).float()
     values = values.repeat_interleave(weights.shape[1] // values.shape[1], 1)
     return (weights.float() @ values).transpose(1, 2).contiguous().to(weights.dtype)
 
 
 @functools.cache
-def _say_once() -> None:
+def _warn_once() -> None:
     log.warning(
-        "attention weights are computed beside the kernel's results, in plain torch: slower, and [batch, heads, queries, keys] floats a layer"
+        "attention weights are computed in plain torch, in addition to the kernel's results: this is slower, and takes"
+        " [batch, heads, queries, keys] floats per layer"
     )
 
 
@@ -130,18 +151,35 @@ def by_function(
     mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What the attention function that transformers knows as `name` makes of queries, and of keys and values of any stored type. UsageError for pages of an engine."""
+    """Calls the attention function that is registered with transformers as `name`.
+
+    Args:
+        name: The registered name.
+        module: The attention module.
+        query: [B, H, S, D].
+        key: [B, Hkv, T, D] in any cache dtype; converted to the dtype of `query`.
+        value: [B, Hkv, T, D], likewise.
+        mask: The attention mask, as transformers created it.
+        **options: Further arguments of the function.
+
+    Returns:
+        The output [B, S, H, D], and the attention weights or None.
+
+    Raises:
+        UsageError: Keys and values are in the paged KV cache of an engine.
+    """
     if getattr(key, "ktx_batch", None) is not None:
         raise UsageError(
-            f"attn_implementation {name!r} reads no pages of an engine's cache; call model.set_attn_implementation('ktx') before an engine computes"
+            f"attn_implementation {name!r} cannot read the paged KV cache of an engine; call"
+            " model.set_attn_implementation('ktx') before using an engine"
         )
     states = (values_of(x).to(query.dtype) for x in (key, value))
-    found: tuple[torch.Tensor, torch.Tensor | None] = attention_function(name)(module, query, *states, mask, **options)
-    return found
+    result: tuple[torch.Tensor, torch.Tensor | None] = attention_function(name)(module, query, *states, mask, **options)
+    return result
 
 
 def known_implementation(name: Any) -> None:
-    """UsageError for what names no function of attention that is there; None names none."""
+    """Raises UsageError if `name` is not the name of a registered attention function; None is valid."""
     if name is None or name in (EAGER, *KERNELS[1:]):
         return
     try:
@@ -149,13 +187,15 @@ def known_implementation(name: Any) -> None:
     except KeyError as error:
         known = [EAGER, "sdpa", "ktx"]
         raise UsageError(
-            f"attn_implementation {name!r} is no function of attention that transformers knows{did_you_mean(str(name), known)}; give one of {', '.join(known)}, or"
-            " register it before (transformers.AttentionInterface.register)"
+            f"attn_implementation {name!r} is not an attention function registered with transformers"
+            f"{did_you_mean(str(name), known)}; give one of {', '.join(known)}, or register it first"
+            " (transformers.AttentionInterface.register)"
         ) from error
 
 
 def missing(path: str, kind: str) -> UsageError:
-    """The error of a module that was asked for attention weights and has none."""
+    """Returns the error for a module that did not return the requested attention weights."""
     return UsageError(
-        f"{path}: {kind} returned no attention weights, its attention is transformers' own with a kernel that has none; call model.set_attn_implementation('eager') first"
+        f"{path}: {kind} returned no attention weights, because transformers computes its attention with a kernel that"
+        " has none; call model.set_attn_implementation('eager') first"
     )

@@ -1,4 +1,7 @@
-"""Masks that are one interval of visible keys for each query: causal, sliding, left-padded and static-cache masks all are."""
+"""Attention masks that are one interval of visible keys for each query.
+
+Causal, sliding-window, left-padded and static-cache masks all are.
+"""
 
 from __future__ import annotations
 
@@ -9,50 +12,58 @@ from torch.utils._pytree import tree_map
 
 
 class Intervals(torch.Tensor):
-    """A mask bool [B, 1, S, T], true where a query sees a key, as `ranges` int32 [B, S, 2] on the CPU: the first key that it sees, and the one behind the last.
+    """A mask bool [B, 1, S, T], true where a query sees a key, stored as one interval of keys for each query.
 
-    ktx's attention reads the ranges. For any other code, a patched forward or a hook, it is the mask that transformers makes for its own kernels: whatever operation is
-    asked of it gets the matrix, and once something was written to the matrix that is what counts.
+    The attention of ktx reads `ranges`. To all other code, such as a patched forward or a hook, the tensor is the dense
+    mask that transformers creates for its own kernels: every operation gets the dense mask. Once the dense mask has
+    been modified, `ranges` no longer applies (`is_modified`).
+
+    Attributes:
+        ranges: int32 [B, S, 2] on the CPU: the first visible key of a query, and the one after the last.
+        dense: The dense mask, once it has been used.
     """
 
     ranges: torch.Tensor
-    whole: torch.Tensor | None
+    dense: torch.Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, ranges: torch.Tensor, keys: int, device: torch.device | str = "cpu") -> Intervals:
         shape = (ranges.shape[0], 1, ranges.shape[1], keys)
-        made: Intervals = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
-        made.ranges, made.whole = ranges, None
-        return made
+        mask: Intervals = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=torch.device(device))
+        mask.ranges, mask.dense = ranges, None
+        return mask
 
-    def matrix(self) -> torch.Tensor:
-        """The mask as a plain tensor, the same at each call."""
-        if self.whole is None:
-            self.whole = self._made()
-        return self.whole
+    def materialize(self) -> torch.Tensor:
+        """Returns the dense mask, the same tensor at each call."""
+        if self.dense is None:
+            self.dense = self._compute_dense()
+        return self.dense
 
-    def _made(self) -> torch.Tensor:
-        first, end = (self.ranges[:, None, :, i, None].to(self.device) for i in (0, 1))
+    def _compute_dense(self) -> torch.Tensor:
+        starts, ends = (self.ranges[:, None, :, i, None].to(self.device) for i in (0, 1))
         keys = torch.arange(self.shape[3], device=self.device)
-        return (keys >= first) & (keys < end)
+        return (keys >= starts) & (keys < ends)
 
-    def written(self) -> bool:
-        """Whether somebody has written other values to the matrix; what is below a tensor's operations counts no versions."""
-        return self.whole is not None and not torch.equal(self.whole, self._made())
+    def is_modified(self) -> bool:
+        """Whether the dense mask was written to.
+
+        Compares values, because operations below __torch_dispatch__ do not increment version counters.
+        """
+        return self.dense is not None and not torch.equal(self.dense, self._compute_dense())
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map(lambda x: x.matrix() if isinstance(x, cls) else x, (args, kwargs or {}))
+        args, kwargs = tree_map(lambda x: x.materialize() if isinstance(x, cls) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[int, torch.device]]:
         return ["ranges"], (self.shape[3], self.device)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, torch.Tensor], about: Any, size: Any, stride: Any) -> Intervals:
-        return Intervals(inner["ranges"], *about)
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> Intervals:
+        return Intervals(inner["ranges"], *context)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return Intervals, (self.ranges, self.shape[3], self.device)
@@ -61,25 +72,38 @@ class Intervals(torch.Tensor):
         return Intervals(self.ranges.clone(), self.shape[3], self.device)
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return f"Intervals({self.matrix()!r})"
+        return f"Intervals({self.materialize()!r})"
 
 
 def ranges_of(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The ranges int32 [B, S, 2] of a mask that is one interval for each query: Intervals as they were made, or int32 [B, 1, S, 2]; None for any other mask."""
+    """Returns the ranges int32 [B, S, 2] of a mask that is one interval for each query, else None.
+
+    Args:
+        mask: Intervals, which count unless modified, or ranges int32 [B, 1, S, 2], or any other mask.
+    """
     if isinstance(mask, Intervals):
-        return None if mask.written() else mask.ranges
+        return None if mask.is_modified() else mask.ranges
     if mask is None or mask.dtype != torch.int32:
         return None
-    known: torch.Tensor | None = getattr(mask, "ktx_ranges", None)  # one mask serves all layers of a forward
-    if known is None:
-        known = mask.ktx_ranges = mask[:, 0].contiguous()  # type: ignore[attr-defined]
-    return known
+    cached: torch.Tensor | None = getattr(mask, "ktx_ranges", None)  # all layers of a forward share one mask
+    if cached is None:
+        cached = mask.ktx_ranges = mask[:, 0].contiguous()  # type: ignore[attr-defined]
+    return cached
 
 
 def uncausal(
     ranges: torch.Tensor | None, mask: torch.Tensor | None, sizes: tuple[int, int, int]
 ) -> torch.Tensor | None:
-    """The ranges of a module whose `is_causal` was set to False, for a batch, queries and keys in `sizes`: all keys, where transformers gives its kernel no mask."""
+    """Returns the ranges for a module whose `is_causal` was set to False.
+
+    Args:
+        ranges: Ranges int32 [B, S, 2], or None.
+        mask: The dense mask, or None.
+        sizes: Batch size, number of queries and number of keys.
+
+    Returns:
+        Ranges that see all keys where transformers passes no mask to its kernel; otherwise `ranges`.
+    """
     batch, queries, keys = sizes
     if mask is not None or queries == 1:
         return ranges
@@ -91,17 +115,17 @@ def uncausal(
 
 
 def edits_of(mask: torch.Tensor | None) -> Any:
-    """Something that is the same as long as nobody can have written to a mask, as far as tensors count that."""
+    """Returns a value that compares equal between calls only if the mask cannot have been modified in between."""
     if isinstance(mask, Intervals):
-        return 0 if mask.whole is None else object()
+        return 0 if mask.dense is None else object()
     return 0 if mask is None or mask.is_inference() else mask._version
 
 
-def intervals_of(full: torch.Tensor) -> torch.Tensor:
-    """bool [B, 1, S, T] -> Intervals if every row is one interval (or empty), else the mask itself."""
-    count, first = full.sum(-1), full.int().argmax(-1)
-    last = full.shape[-1] - full.flip(-1).int().argmax(-1)
-    if not bool(((last - first == count) | (count == 0)).all()):
-        return full
-    ranges = torch.stack([first, torch.where(count == 0, first, last)], -1).to(torch.int32).cpu()
-    return Intervals(ranges[:, 0].contiguous(), full.shape[-1], full.device)
+def intervals_of(mask: torch.Tensor) -> torch.Tensor:
+    """Converts a mask bool [B, 1, S, T] to Intervals if each row is one interval or empty; returns others unchanged."""
+    count, first = mask.sum(-1), mask.int().argmax(-1)
+    end = mask.shape[-1] - mask.flip(-1).int().argmax(-1)
+    if not bool(((end - first == count) | (count == 0)).all()):
+        return mask
+    ranges = torch.stack([first, torch.where(count == 0, first, end)], -1).to(torch.int32).cpu()
+    return Intervals(ranges[:, 0].contiguous(), mask.shape[-1], mask.device)

@@ -263,11 +263,11 @@ def test_copies_choose_for_themselves(tmp_path):
 
 def test_it_is_said_once(tmp_path, caplog):
     model = load(write_model(tmp_path / "qwen3", "qwen3"), None)
-    attention_weights._say_once.cache_clear()
+    attention_weights._warn_once.cache_clear()
     with torch.no_grad():
         for _ in range(2):
             assert len(model(IDS[:, :6] % 100, output_attentions=True).attentions) == model.config.num_hidden_layers
-    assert caplog.text.count("beside the kernel's results") == 1
+    assert caplog.text.count("in addition to the kernel's results") == 1
 
 
 @torch.no_grad()
@@ -275,7 +275,7 @@ def test_a_module_that_has_none_says_so(tmp_path, monkeypatch):
     """Attention that stays transformers' own behind an operator: with its kernel there are no weights, with eager there are."""
     from ktx.ops import attention
 
-    monkeypatch.setattr(attention, "foreign_words", lambda module: ["positions"])
+    monkeypatch.setattr(attention, "unsupported_kwargs", lambda module: ["positions"])
     model = load(write_model(tmp_path / "llama", "llama"), None)
     model.set_attn_implementation("sdpa")
     ids = IDS[:, :6] % 100
@@ -300,7 +300,7 @@ def test_an_engine_answers_whatever_was_chosen_and_refuses_a_function_that_reads
     assert [getattr(event, "text", None) for event in answer()] == plain
     AttentionInterface.register("of_a_user", lambda *args, **kwargs: None)
     model.set_attn_implementation("of_a_user")
-    with pytest.raises(Exception, match="reads no pages"):
+    with pytest.raises(Exception, match="cannot read the paged KV cache"):
         answer()
 
 
@@ -338,9 +338,9 @@ def test_chosen_when_loading(tmp_path, family):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("eagre", "'eagre' is no function of attention that transformers knows.*did you mean 'eager'"),
-        ("", "'' is no function"),
-        (3, "3 is no function"),
+        ("eagre", "'eagre' is not an attention function registered with transformers.*did you mean 'eager'"),
+        ("", "'' is not an attention function"),
+        (3, "3 is not an attention function"),
         ("flash_attention_2", "flash_attention_2"),
     ],
 )
