@@ -88,7 +88,7 @@ def linear_lines(qtype: QType, tokens: tuple[int, ...], repeat: int, copied: flo
         x = torch.randn(count, COLUMNS, device="cuda", dtype=torch.bfloat16)
         some = copies if count <= 64 else copies[:4]
         taken = microseconds([lambda w=w, x=x: linear.linear(x, w) for w in some], repeat)  # type: ignore[misc]
-        in_fp8 = count > linear.MANY and fp8.takes(x, packed)
+        in_fp8 = count > linear.MAX_GEMM_TOKENS and fp8.takes(x, packed)
         yield line("linear", qtype, count, taken, packed.nbytes, 2 * count * ROWS * COLUMNS, copied) | {
             "error": relative(linear.linear(x, packed), x.double() @ exact.T),
             "bound": BOUND_FP8 if in_fp8 else BOUND,

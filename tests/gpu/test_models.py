@@ -175,7 +175,7 @@ def test_a_rule_says_whose_kernels_attend(dense, family, operator, monkeypatch):
     def rules(backend):
         return [replace(r, kwargs={"backend": backend} if r.replace == operator else {}) for r in twins.rules()]
 
-    with pytest.raises(UsageError, match="'flash' is no attention backend; there are triton flashinfer auto"):
+    with pytest.raises(UsageError, match="'flash' is not an attention backend; available: triton flashinfer auto"):
         twins.load(rules("flash"))
     if importlib.util.find_spec("flashinfer") is None:
         with pytest.raises(UsageError, match="FlashInfer: the package flashinfer-python is not installed"):

@@ -69,7 +69,7 @@ def main() -> None:
     print(json.dumps({"kernel": "combine"} | compiled(moe._combine, arch, *head, COUNT=True, WIDTH=1024)), flush=True)
     for name in sys.argv[2:]:
         one, some = matrices(name, 1), matrices(name, EXPERTS)
-        for tokens in (1, linear.MANY):
+        for tokens in (1, linear.MAX_GEMM_TOKENS):
             shape = linear.shape_of(tokens, N, K)
             sizes = tokens, N, K, one.row_blocks, K
             found = compiled(

@@ -368,7 +368,7 @@ def test_what_does_not_fit_a_plan_is_refused():
 def test_kernels_are_chosen_by_what_is_installed_and_fits():
     shape = Shape(16, 1, 512, 512, latent=True)
     assert kernels_for(shape).mla_attention is mla_attention and kernels_for(shape).attention is attention
-    with pytest.raises(UsageError, match="no attention backend; there are triton flashinfer auto"):
+    with pytest.raises(UsageError, match="not an attention backend; available: triton flashinfer auto"):
         kernels_for(shape, "flash")
     small = Shape(16, 1, 96, 96, latent=True)
     assert kernels_for(small, "auto", rope_columns=32).name == "triton"

@@ -1,1 +1,1 @@
-"""Kernels on a GPU, in Triton, and FlashInfer's where it is installed."""
+"""GPU kernels, written in Triton; FlashInfer's attention where it is installed."""

@@ -1,4 +1,4 @@
-"""Which kernels attend on a GPU: Triton's, or FlashInfer's where the package is installed and has one for the shape."""
+"""Choice of the attention kernels on a GPU: Triton's, or FlashInfer's where it is installed and supports the shape."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ BACKENDS = ("triton", "flashinfer", "auto")
 
 @dataclass(frozen=True)
 class Kernels:
-    """One meaning under three names: `work` as ktx.kernels.gpu.split_kv.Work, `attention` and `mla_attention` as those of Triton."""
+    """The attention kernels of a backend, which all have the same interface.
+
+    Attributes:
+        name: "triton" or "flashinfer".
+        work: the schedule, as ktx.kernels.gpu.split_kv.AttentionSchedule.
+        attention: as ktx.kernels.gpu.paged_attention.attention.
+        mla_attention: as ktx.kernels.gpu.mla_decode.mla_attention.
+    """
 
     name: str
     work: Callable[..., Any]
@@ -28,18 +35,22 @@ class Kernels:
 
 
 def known_backend(name: str) -> str:
-    """The name of a backend. UsageError for any other."""
+    """Returns the name of a backend.
+
+    Raises:
+        UsageError: if the name is unknown.
+    """
     if name not in BACKENDS:
-        raise UsageError(f"{name!r} is no attention backend; there are {' '.join(BACKENDS)}")
+        raise UsageError(f"{name!r} is not an attention backend; available: {' '.join(BACKENDS)}")
     return name
 
 
 def plans_on_host(backend: str) -> bool:
-    """Whether kernels of this backend may read lengths on the CPU, which a CUDA graph cannot hold."""
+    """Whether kernels of this backend may read sequence lengths on the CPU, which a CUDA graph cannot capture."""
     return backend != "triton" and importlib.util.find_spec("flashinfer") is not None
 
 
-@cache  # every layer asks at every step
+@cache  # every layer calls it at every step
 def kernels_for(
     shape: Shape,
     backend: str = "triton",
@@ -47,24 +58,35 @@ def kernels_for(
     sinks: bool = False,
     stored: torch.dtype = torch.bfloat16,
 ) -> Kernels:
-    """The kernels for keys and values of a type and shape, chosen when a model is built. `auto` is FlashInfer if it is there and can.
+    """Selects the attention kernels when a model is built.
 
-    UsageError for a backend that is unknown, not installed, or has no kernel for it.
+    Args:
+        shape: heads and columns.
+        backend: "triton", "flashinfer", or "auto" for FlashInfer where it is installed and supports the shape.
+        rope_columns: columns of q_rope and k_rope; 0 for none.
+        sinks: whether attention has sinks.
+        stored: dtype of the KV cache.
+
+    Raises:
+        UsageError: if the backend is unknown, not installed, or does not support the shape.
     """
     if known_backend(backend) != "triton":
-        reason = _flashinfer_refuses(shape, rope_columns, sinks, stored)
+        reason = _flashinfer_unsupported_reason(shape, rope_columns, sinks, stored)
         if not reason:
-            other = importlib.import_module("ktx.kernels.gpu.flashinfer")
-            return Kernels("flashinfer", other.Work, other.attention, other.mla_attention)
+            flashinfer = importlib.import_module("ktx.kernels.gpu.flashinfer")
+            return Kernels("flashinfer", flashinfer.Work, flashinfer.attention, flashinfer.mla_attention)
         if backend == "flashinfer":
-            raise UsageError(f"attention by FlashInfer: {reason}; choose triton or auto")
+            raise UsageError(f"attention backend FlashInfer: {reason}; use triton or auto")
     if importlib.util.find_spec("triton") is None:
-        raise UsageError("attention on a GPU needs Triton, which is not installed: pip install triton")
-    paged, mla = (importlib.import_module(f"ktx.kernels.{name}") for name in ("paged", "mla"))
-    return Kernels("triton", AttentionSchedule, paged.attention, mla.mla_attention)
+        raise UsageError("attention on a GPU needs Triton, which is not installed: run pip install triton")
+    paged_attention, mla_decode = (
+        importlib.import_module(f"ktx.kernels.gpu.{module}") for module in ("paged_attention", "mla_decode")
+    )
+    return Kernels("triton", AttentionSchedule, paged_attention.attention, mla_decode.mla_attention)
 
 
-def _flashinfer_refuses(shape: Shape, rope_columns: int, sinks: bool, stored: torch.dtype) -> str:
+def _flashinfer_unsupported_reason(shape: Shape, rope_columns: int, sinks: bool, stored: torch.dtype) -> str:
+    """Returns why FlashInfer cannot be used; "" if it can."""
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer-python is not installed"
     return str(importlib.import_module("ktx.kernels.gpu.flashinfer").refusal(shape, rope_columns, sinks, stored))

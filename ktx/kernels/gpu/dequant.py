@@ -1,4 +1,6 @@
-"""Packed weights to floats on a GPU: the table of decoders, whole matrices for a prompt's cuBLAS, single rows for an embedding."""
+"""Dequantization on a GPU: the decoder table, whole matrices (for cuBLAS in prefill) and single rows (for an
+embedding).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,20 @@ import triton.language as tl
 from ktx.kernels.gpu import dequant_blocks, dequant_iq, iq_codebooks
 from ktx.kernels.gpu.soa_layout import SoAWeight
 
-ROWS, SPAN = 16, 256  # of a program
+ROWS, SPAN = 16, 256  # tile of a program: rows, columns
 
 
 class Decoder(NamedTuple):
-    """A type's device function, whether it has a minimum, its code book, and how many columns a chunk's first (then its second) codes are if it can give them raw."""
+    """How a weight type is dequantized.
+
+    Attributes:
+        function: the device function, see dequant_blocks.py.
+        minimum: whether weights have a minimum.
+        book: name of the codebook; "" for none.
+        run: number of consecutive columns that come from the low nibbles of a chunk of words, before those from its
+            high nibbles; 0 if the function cannot
+            return raw codes, see bit_unpack.raw_nibbles.
+    """
 
     function: Any
     minimum: bool = False
@@ -52,21 +63,21 @@ DECODERS: dict[str, Decoder] = {
 
 
 def decoding(packed: SoAWeight, prefix: str = "") -> dict[str, Any]:
-    """What kernels need to know to decode these weights, as keyword arguments."""
+    """Returns the constants with which kernels decode these weights, as keyword arguments with a prefix."""
     decoder = DECODERS[packed.qtype.name]
-    found = {"BLOCK": packed.qtype.block, "DECODE": decoder.function, "MINIMUM": decoder.minimum, "RUN": decoder.run}
-    return {prefix + name: value for name, value in found.items()}
+    kwargs = {"BLOCK": packed.qtype.block, "DECODE": decoder.function, "MINIMUM": decoder.minimum, "RUN": decoder.run}
+    return {prefix + name: value for name, value in kwargs.items()}
 
 
 def book(packed: SoAWeight) -> torch.Tensor:
-    """The code book of these weights; types that have none get what is never read."""
+    """Returns the codebook of these weights; for types without one, a tensor that is never read."""
     name = DECODERS[packed.qtype.name].book
     return iq_codebooks.book(name, packed.data.device) if name else packed.data
 
 
 @triton.jit
 def weights_of(codes, scale, minimum, MINIMUM: tl.constexpr):
-    """What a decoder gives as f32 [rows, SPAN]."""
+    """Returns code * scale - minimum as f32 [rows, SPAN], from the results of a decoder."""
     ROWS: tl.constexpr = codes.shape[0]
     SPAN: tl.constexpr = codes.shape[1]
     values = tl.reshape(codes, [ROWS, SPAN // 16, 16]) * tl.reshape(scale, [ROWS, SPAN // 16, 1])
@@ -77,7 +88,10 @@ def weights_of(codes, scale, minimum, MINIMUM: tl.constexpr):
 
 @triton.jit
 def scale_row_of(row, n):
-    """The row among F8_E4M3's scales that a weight's row [of matrices of n rows] has: they stand for 128 rows."""
+    """Returns the row of F8_E4M3's scales for a weight row; one row of scales is for 128 weight rows.
+
+    Weight rows count the rows of all matrices, of n rows each.
+    """
     return row // n * tl.cdiv(n, 128) + row % n // 128
 
 
@@ -100,30 +114,38 @@ def _dequantize(
     MINIMUM: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    known = place < count
-    row = tl.load(index + place, mask=known, other=0) if INDEXED else first + tl.minimum(place, count - 1)
+    """Dequantizes a tile of rows: `count` rows from `first` on, or the rows that `index` names."""
+    out_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_mask = out_row < count
+    row = tl.load(index + out_row, mask=row_mask, other=0) if INDEXED else first + tl.minimum(out_row, count - 1)
     block_row = scale_row_of(row, n)
     codes, scale, minimum = DECODE(planes, book, row, block_row, tl.program_id(1) * SPAN, blocks, BLOCK, SPAN, False)
     column = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     values = weights_of(codes, scale, minimum, MINIMUM).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] * k + column[None, :], values, mask=known[:, None] & (column < k)[None, :])
+    tl.store(out + out_row[:, None] * k + column[None, :], values, mask=row_mask[:, None] & (column < k)[None, :])
 
 
 def dequantize(packed: SoAWeight, dtype: torch.dtype, first: int = 0, count: int | None = None) -> torch.Tensor:
-    """Rows of all matrices from `first` on, `count` of them (default: to the end) -> `dtype` [count, k]."""
+    """Dequantizes `count` rows of all matrices from `first` on (default: to the end) -> `dtype` [count, k]."""
     count = packed.matrices * packed.n - first if count is None else count
     return _rows(packed, packed.data, first, count, dtype, False)
 
 
 def rows(packed: SoAWeight, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Rows by number, index int64 [count] on the weights' device -> `dtype` [count, k]. A number past the end is not noticed."""
+    """Dequantizes rows by index -> `dtype` [count, k].
+
+    Args:
+        packed: the weights.
+        index: int64 [count], on the weights' device; an index out of range is not detected.
+        dtype: dtype of the result.
+    """
     return _rows(packed, index.contiguous(), 0, index.numel(), dtype, True)
 
 
 def _rows(
     packed: SoAWeight, index: torch.Tensor, first: int, count: int, dtype: torch.dtype, indexed: bool
 ) -> torch.Tensor:
+    """Launches the kernel; without `indexed`, `index` is not read."""
     out = torch.empty(count, packed.k, dtype=dtype, device=packed.data.device)
     if count:
         grid = (triton.cdiv(count, ROWS), triton.cdiv(packed.k, SPAN))

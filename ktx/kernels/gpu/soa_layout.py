@@ -1,9 +1,12 @@
-"""Packed weights on a GPU: the bytes of the file, each field of a block in a plane of its own.
+"""Packed weights on a GPU: the bytes of the file as a structure of arrays, each field of a block in a plane of its
+own.
 
-A ggml block has its scales beside its codes and an odd size (Q6_K 210 bytes, Q8_0 34), so a lane that loads 16 bytes would straddle blocks.
-Here a field of all blocks lies in one plane, uint8 [rows, blocks of a row, bytes of the field], rows of all matrices one after another,
-and planes follow each other by falling size: codes are read 16 bytes a lane from addresses that 16 divides, a warp whole lines, and every
-field is aligned to its own words. Not a bit changes and no byte is added: `Packed.blocks` gives the file's blocks back. A float type is one plane.
+A ggml block has its scales next to its codes and an unaligned size (Q6_K 210 bytes, Q8_0 34), so a lane that loads 16
+bytes would straddle blocks. Here one field of all blocks is a plane, uint8 [rows, blocks of a row, bytes of the
+field], with the rows of all matrices one after another, and the planes follow each other by descending size. So a lane
+reads 16 bytes of codes at addresses that are multiples of 16, a warp reads full cache lines, and every field is
+aligned to its own words. No bit changes and no byte is added: `SoAWeight.blocks` returns the blocks of the file. A
+float type is one plane.
 """
 
 from __future__ import annotations
@@ -20,16 +23,16 @@ from ktx.weights.base import QuantizedTensor
 
 
 class Field(NamedTuple):
-    """Bytes of a block, and the words they are read in."""
+    """The bytes of a field in a block, and the dtype they are read as."""
 
     start: int
     nbytes: int
     dtype: torch.dtype
 
 
-PIECE = 1 << 26  # weights that are dequantised at once; a plan counts it where there is no Triton
+PIECE = 1 << 26  # weights dequantized at once; here because a placement plan needs it where Triton is not installed
 BYTE, SIGNED, WORD, HALF = torch.uint8, torch.int8, torch.int32, torch.float16
-FIELDS: dict[str, tuple[Field, ...]] = {  # planes in their order; what a field holds is told in decode.py
+FIELDS: dict[str, tuple[Field, ...]] = {  # planes in their order; dequant_blocks.py and dequant_iq.py decode them
     "F32": (Field(0, 4, torch.float32),),
     "F16": (Field(0, 2, HALF),),
     "BF16": (Field(0, 2, torch.bfloat16),),
@@ -64,14 +67,25 @@ FIELDS: dict[str, tuple[Field, ...]] = {  # planes in their order; what a field 
 
 @dataclass
 class SoAWeight:
-    """One matrix, or several of one shape: `data` uint8, `matrices` x [n, k] of `qtype`, in planes. May lie on any device."""
+    """One or several matrices of equal shape in planes, on any device.
+
+    Attributes:
+        data: uint8, all planes.
+        qtype: the weight type.
+        n: rows of a matrix.
+        k: columns of a matrix.
+        matrices: number of matrices.
+        scale: f32 [matrices, ceil(n/128), ceil(k/128)], for F8_E4M3 only.
+        row_blocks: number of blocks of a row.
+        planes: views of `data`, one per field.
+    """
 
     data: torch.Tensor
     qtype: QType
     n: int
     k: int
     matrices: int = 1
-    scale: torch.Tensor | None = None  # F8_E4M3: f32 [matrices, ceil(n/128), ceil(k/128)]
+    scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.row_blocks = self.k // self.qtype.block
@@ -79,39 +93,42 @@ class SoAWeight:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the planes and scales."""
         return self.data.numel() + (0 if self.scale is None else self.scale.numel() * 4)
 
     def to(self, device: torch.device | str) -> SoAWeight:
+        """Copies the weights to a device."""
         scale = None if self.scale is None else self.scale.to(device)
         return SoAWeight(self.data.to(device), self.qtype, self.n, self.k, self.matrices, scale)
 
     def blocks(self) -> torch.Tensor:
-        """The rows as the file has them, uint8 [matrices, n, row_bytes]."""
+        """Returns the rows as a weight file stores them, uint8 [matrices, n, row_bytes]."""
         out = self.data.new_empty(self.matrices * self.n * self.row_blocks, self.qtype.nbytes)
         for field, plane in zip(FIELDS[self.qtype.name], self.planes, strict=False):
             out[:, field.start : field.start + field.nbytes] = plane.view(torch.uint8).view(-1, field.nbytes)
         return out.view(self.matrices, self.n, -1)
 
 
-def empty(qtype: QType, n: int, k: int, matrices: int, memory: torch.Tensor) -> SoAWeight:
-    """Planes in the first bytes of some memory, uint8, whatever these hold."""
+def empty(qtype: QType, n: int, k: int, matrices: int, buffer: torch.Tensor) -> SoAWeight:
+    """Returns planes in the first bytes of `buffer` (uint8), which are not initialized."""
     scale = None
     if qtype.name == "F8_E4M3":
-        scale = memory.new_empty((matrices, -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)), dtype=torch.float32)
-    return SoAWeight(memory[: matrices * n * qtype.row_bytes(k)], qtype, n, k, matrices, scale)
+        scale = buffer.new_empty((matrices, -(-n // FP8_BLOCK), -(-k // FP8_BLOCK)), dtype=torch.float32)
+    return SoAWeight(buffer[: matrices * n * qtype.row_bytes(k)], qtype, n, k, matrices, scale)
 
 
 def _planes(packed: SoAWeight) -> tuple[torch.Tensor, ...]:
-    """Views of the fields; for F8_E4M3 its scales are the second one."""
+    """Returns views of the fields; for F8_E4M3 the scales are the second plane."""
     count = packed.matrices * packed.n * packed.row_blocks
     if packed.data.numel() != count * packed.qtype.nbytes:
         raise KtxError(
-            f"{packed.matrices} x [{packed.n}, {packed.k}] of {packed.qtype} are {count * packed.qtype.nbytes} bytes, not {packed.data.numel()}"
+            f"{packed.matrices} x [{packed.n}, {packed.k}] of {packed.qtype} are {count * packed.qtype.nbytes} bytes,"
+            f" found {packed.data.numel()}"
         )
-    views, at = [], 0
+    views, offset = [], 0
     for field in FIELDS[packed.qtype.name]:
-        views.append(packed.data[at : at + count * field.nbytes].view(field.dtype))
-        at += count * field.nbytes
+        views.append(packed.data[offset : offset + count * field.nbytes].view(field.dtype))
+        offset += count * field.nbytes
     return tuple(views) if packed.scale is None else (*views, packed.scale)
 
 
@@ -120,43 +137,55 @@ def pack(
     to: QType | None = None,
     device: torch.device | str = "cuda",
 ) -> SoAWeight:
-    """Weights [n, k] or [matrices, n, k] (or one part a matrix, all of one type) -> planes on `device`.
+    """Packs weights into planes on a device.
 
-    `to` quantises on the way, as ktx.quant.quantize does. KtxError where the parts differ.
+    Args:
+        weight: [n, k] or [matrices, n, k], or a sequence of such parts of one type and shape.
+        to: quantizes to this type on the way, as ktx.quant.quantize does.
+        device: where the planes are allocated.
+
+    Raises:
+        KtxError: if the parts differ in shape or type.
     """
     parts = [weight] if isinstance(weight, QuantizedTensor) else list(weight)
     if len({(part.shape, part.qtype.name) for part in parts}) != 1:
         raise KtxError(
-            f"matrices of one packed tensor differ: {sorted({(p.shape, p.qtype.name) for p in parts}, key=str)}"
+            "the parts of a packed tensor differ in shape or type:"
+            f" {sorted({(p.shape, p.qtype.name) for p in parts}, key=str)}"
         )
     if to is not None:
         parts = [QuantizedTensor(to.quantize(part.dequantize()), to, part.shape) for part in parts]
     first = parts[0]
     n, k = first.shape[-2:]
-    qtype, each = first.qtype, 1 if len(first.shape) == 2 else first.shape[0]
-    row_bytes, count = qtype.row_bytes(k), each * len(parts)
+    qtype, matrices_per_part = first.qtype, 1 if len(first.shape) == 2 else first.shape[0]
+    row_bytes, count = qtype.row_bytes(k), matrices_per_part * len(parts)
     data = torch.empty(count * n * row_bytes, dtype=torch.uint8, device=device)
     packed = SoAWeight(data, qtype, n, k, count, _scales(parts, n, k, device))
-    blocks = each * n * packed.row_blocks
+    blocks = matrices_per_part * n * packed.row_blocks
     for i, part in enumerate(parts):
         raw = part.data.to(device).reshape(blocks, qtype.nbytes)
         for field, plane in zip(FIELDS[qtype.name], packed.planes, strict=False):
-            place = plane.view(torch.uint8).view(-1, field.nbytes)[i * blocks : (i + 1) * blocks]
-            place.copy_(raw[:, field.start : field.start + field.nbytes])
+            dst = plane.view(torch.uint8).view(-1, field.nbytes)[i * blocks : (i + 1) * blocks]
+            dst.copy_(raw[:, field.start : field.start + field.nbytes])
     return packed
 
 
-pack_experts = pack  # a GPU has one memory: rows of all experts lie as those of other matrices
+pack_experts = pack  # a GPU has one memory, so experts have the same layout as other matrices
 
 
 def _scales(parts: list[QuantizedTensor], n: int, k: int, device: torch.device | str) -> torch.Tensor | None:
-    """f32 [matrices, ceil(n/128), ceil(k/128)] of F8_E4M3, ones where the file has none; None for other types."""
+    """Returns the scales of F8_E4M3, f32 [matrices, ceil(n/128), ceil(k/128)]; ones if the file has none.
+
+    Other types have no scales: None.
+    """
     if parts[0].qtype.name != "F8_E4M3":
         return None
     shape = (-1, -(-n // FP8_BLOCK), -(-k // FP8_BLOCK))
-    each = 1 if len(parts[0].shape) == 2 else parts[0].shape[0]
-    given = [
-        torch.ones(each, *shape[1:], dtype=torch.float32) if p.scale is None else p.scale.float().reshape(shape)
+    matrices_per_part = 1 if len(parts[0].shape) == 2 else parts[0].shape[0]
+    scales = [
+        torch.ones(matrices_per_part, *shape[1:], dtype=torch.float32)
+        if p.scale is None
+        else p.scale.float().reshape(shape)
         for p in parts
     ]
-    return torch.cat(given).contiguous().to(device)
+    return torch.cat(scales).contiguous().to(device)
