@@ -86,7 +86,7 @@ def test_commands_on_a_pipe(folder, tmp_path):
         "/retry",
         "system: be brief",
         "temperature = 0.5",
-        "/sett is no command (did you mean '/set'?)",
+        "unknown command /sett (did you mean '/set'?)",
         "did you mean 'temperature'?",
         "top_p is 7",
         "took back: hello",
@@ -95,7 +95,7 @@ def test_commands_on_a_pipe(folder, tmp_path):
         "loaded 2 messages",
         "! /no/such: cannot be read",
         "thinking is folded",
-        "/nonsense is no command",
+        "unknown command /nonsense",
     ):
         assert words in told, words
     turns = json.loads(save.read_text())
@@ -233,7 +233,7 @@ def test_a_terminal_session(folder, tmp_path):
     t.expect("context left")
     t.expect(PROMPT)
     t.send("/nonsense\r")
-    t.expect("is no command")
+    t.expect("unknown command")
     t.expect(PROMPT)
     t.send("\x1b[200~pasted\nlines\x1b[201~")  # bracketed paste: one message, not two
     t.send("\r")

@@ -37,7 +37,7 @@ def lines(data, encoding="utf-8"):
     "data,read,told",
     [
         ("Größe\nb\n".encode(), ["Größe\n", "b\n"], []),
-        (LATIN + b"b\n", ["Gr��e\n", "b\n"], ["! line 1: bytes that are no UTF-8 were replaced by �"]),
+        (LATIN + b"b\n", ["Gr��e\n", "b\n"], ["! line 1: bytes that are not UTF-8 were replaced by �"]),
         (b"a\n\xff\xfe\n\xed\xa0\x80\nb", ["a\n", "��\n", "���\n", "b"], ["line 2", "line 3"]),
         ("a�\n".encode(), ["a�\n"], []),  # a replacement character of the sender's own
         ("Größe\r\nb\r\n".encode("utf-16"), ["Größe\n", "b\n"], []),
@@ -45,7 +45,7 @@ def lines(data, encoding="utf-8"):
         ("Größe\nb".encode("utf-32"), ["Größe\n", "b"], []),
         (b"\xef\xbb\xbfa\nb\n", ["a\n", "b\n"], []),
         ("a\nb\n".encode("utf-16-le") + b"\n", [], ["line 1 is left out", "line 2 is left out", "line 3 is left out"]),
-        (b"a\0b\nc\n", ["c\n"], ["! line 1 is left out: it holds NUL"]),
+        (b"a\0b\nc\n", ["c\n"], ["! line 1 is skipped: it contains NUL"]),
         (b"\xef\xbb", ["��"], ["line 1"]),
         (b"", [], []),
     ],
@@ -121,7 +121,7 @@ def test_the_turn_behind_a_wrong_byte_is_answered(folder):
     done = chat(folder, text=LATIN + b"a\0b\nthree\n")
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert done.stderr.count("first token") == 2
-    assert "line 1: bytes that are no UTF-8" in done.stderr and "line 2 is left out" in done.stderr
+    assert "line 1: bytes that are not UTF-8" in done.stderr and "line 2 is left out" in done.stderr
 
 
 def test_a_file_by_flag_that_is_no_text_is_one_line(folder, tmp_path):

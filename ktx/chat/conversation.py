@@ -1,4 +1,4 @@
-"""What a chat knows between turns: messages, settings, the session. No terminal here."""
+"""The state of a chat between turns: messages, sampling parameters, session. No terminal here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ktx.engine.sampler import SamplingParams
 from ktx.errors import BadFile, UsageError, did_you_mean
 
 ROLES = ("system", "user", "assistant")
-SETTABLE = [
+CHAT_PARAMETERS = [
     "temperature",
     "top_p",
     "top_k",
@@ -32,7 +32,7 @@ SETTABLE = [
 
 @dataclass
 class Conversation:
-    """Messages of one chat; `send` asks the model and keeps its answer, also one that was cut short."""
+    """The messages of one chat. `send` submits a message and stores the model's output, also one that was cancelled."""
 
     session: Session
     sampling: SamplingParams
@@ -45,31 +45,35 @@ class Conversation:
         self.system = clean(self.system)
 
     def messages(self) -> list[dict[str, str]]:
+        """Returns the system message and the turns."""
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
 
     def send(self, text: str) -> Iterator[Text | Finished]:
-        """The answer to a new message as a stream of events. Nothing is kept when the prompt is refused."""
+        """Submits a new message and yields the output's events. The message is not stored when the prompt is
+        refused.
+        """
         self.turns.append({"role": "user", "content": clean(text)})
         try:
             prompt = self.session.prompt(self.messages(), self.force_think)
-            answer = ""
+            output = ""
             for event in self.session.answer(prompt, self.sampling):
                 if isinstance(event, Finished):
                     self.last = event
                 elif event.kind == "answer":
-                    answer += event.text
+                    output += event.text
                 yield event
         except UsageError:
             self.turns.pop()
             raise
-        self.turns.append({"role": "assistant", "content": answer})
+        self.turns.append({"role": "assistant", "content": output})
 
     def clear(self) -> None:
+        """Removes all turns and empties the engine's prefix cache."""
         self.turns, self.last = [], None
         self.session.forget()
 
     def undo(self) -> str | None:
-        """Takes the last question and its answer back and returns the question."""
+        """Removes the last question and its answer and returns the question; None if there is none."""
         while self.turns:
             turn = self.turns.pop()
             if turn["role"] == "user":
@@ -77,38 +81,44 @@ class Conversation:
         return None
 
     def set(self, name: str, value: str) -> str:
-        """Changes one sampling setting; UsageError for an unknown name or a value out of range."""
+        """Sets one sampling parameter and returns a confirmation. UsageError for an unknown name or a value out of
+        range.
+        """
         name = name.replace("-", "_")
-        if name not in SETTABLE:
+        if name not in CHAT_PARAMETERS:
             raise UsageError(
-                f"no setting is called {name!r}{did_you_mean(name, SETTABLE)}; settings: {' '.join(SETTABLE)}"
+                f"unknown sampling parameter {name!r}{did_you_mean(name, CHAT_PARAMETERS)}; "
+                f"there are: {' '.join(CHAT_PARAMETERS)}"
             )
-        kind = int if name in ("top_k", "seed", "max_new_tokens") else float
+        convert = int if name in ("top_k", "seed", "max_new_tokens") else float
         try:
-            new: Any = None if name == "seed" and value.lower() in ("none", "off") else kind(value)
+            new: Any = None if name == "seed" and value.lower() in ("none", "off") else convert(value)
         except ValueError:
             raise UsageError(f"{name} needs a number, found {value!r}") from None
         self.sampling = replace(self.sampling, **{name: new})
         return f"{name} = {new}"
 
     def save(self, path: Path) -> None:
+        """Writes the conversation to a JSON file."""
         path.write_text(
             json.dumps({"system": self.system, "turns": self.turns}, ensure_ascii=False, indent=1) + "\n",
             encoding="utf-8",
         )
 
     def load(self, path: Path) -> int:
-        """Replaces the conversation by a saved one and returns its number of messages. BadFile when it is none."""
+        """Replaces the conversation by a saved one and returns its number of messages. BadFile when the file is not a
+        saved chat.
+        """
         try:
             saved: Any = json.loads(path.read_text(encoding="utf-8"))
             turns, system = saved["turns"], saved.get("system", "")
-            good = isinstance(system, str) and all(t["role"] in ROLES and isinstance(t["content"], str) for t in turns)
+            valid = isinstance(system, str) and all(t["role"] in ROLES and isinstance(t["content"], str) for t in turns)
         except OSError as error:
             raise BadFile(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-            raise BadFile(f"{path}: is no saved chat") from error
-        if not good:
-            raise BadFile(f"{path}: is no saved chat: roles must be {', '.join(ROLES)} and contents text")
+            raise BadFile(f"{path}: is not a saved chat") from error
+        if not valid:
+            raise BadFile(f"{path}: is not a saved chat: roles must be {', '.join(ROLES)} and contents must be text")
         self.clear()
         self.system = clean(system)
         self.turns = [{"role": t["role"], "content": clean(t["content"])} for t in turns]

@@ -1,4 +1,4 @@
-"""Text from bytes of unknown making: a pipe, a file, a flag of the command line."""
+"""Decodes text of unknown encoding: from a pipe, a file, a command-line argument."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 
 from ktx.errors import BadFile
 
-_MARKS = (  # what begins a file in an encoding; the longer ones first, for UTF-32's begins like UTF-16's
+_BYTE_ORDER_MARKS = (  # byte order mark -> encoding; the longer marks first, because UTF-32's begin like UTF-16's
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-NUL = "NUL characters, which no text has (UTF-16 without a byte order mark?)"
-REPLACED = "\N{REPLACEMENT CHARACTER}"
+NUL_TEXT = "NUL characters, which text does not have (UTF-16 without a byte order mark?)"
+REPLACEMENT_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
-def encoding_of(begin: bytes, usual: str = "utf-8") -> str:
-    """The encoding that a text's first bytes name by a byte order mark, else the usual one."""
-    return next((name for mark, name in _MARKS if begin.startswith(mark)), usual)
+def encoding_of(begin: bytes, default: str = "utf-8") -> str:
+    """Returns the encoding that a byte order mark at the beginning of a text names, else the default."""
+    return next((name for mark, name in _BYTE_ORDER_MARKS if begin.startswith(mark)), default)
 
 
 def read_text(path: str) -> str:
-    """A file's text, in UTF-8 or what its byte order mark says. BadFile where it is no text."""
+    """Returns a file's text, in UTF-8 or the encoding of its byte order mark. BadFile when it is not text."""
     try:
         data = Path(path).expanduser().read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -37,38 +37,40 @@ def read_text(path: str) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         name = encoding.removesuffix("-sig").upper()
-        raise BadFile(f"{path}: is no {name} text (byte {error.start})") from error
+        raise BadFile(f"{path}: is not {name} text (byte {error.start})") from error
     if "\0" in text:
-        raise BadFile(f"{path}: holds {NUL}")
+        raise BadFile(f"{path}: contains {NUL_TEXT}")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def lines_of(stream: Any, warn: Callable[[str], None]) -> Iterator[str]:
-    """The lines of a text stream as they come, with their ends.
+    """Yields the lines of a text stream as they arrive, with their line ends.
 
-    A byte that is no text of the stream's encoding is replaced, a line with NULs is left out; `warn` hears of both.
-    A stream that has no bytes below it (a StringIO) is read as it is.
+    A byte that is invalid in the stream's encoding is replaced, a line with NULs is skipped; both are reported to
+    `warn`. A stream without an underlying byte stream (a StringIO) is read as it is.
     """
     raw = getattr(stream, "buffer", None)
     encoding = getattr(stream, "encoding", None) or "utf-8"
     if raw is not None:
         encoding = encoding_of(raw.peek(4), "utf-8" if codecs.lookup(encoding).name == "ascii" else encoding)
-        wide = encoding in ("utf-16", "utf-32")
-        stream = io.TextIOWrapper(raw, encoding, errors="replace" if wide else "surrogateescape")
+        multibyte = encoding in ("utf-16", "utf-32")
+        stream = io.TextIOWrapper(raw, encoding, errors="replace" if multibyte else "surrogateescape")
     try:
         for number, line in enumerate(stream, 1):
             if "\0" in line:
-                warn(f"! line {number} is left out: it holds {NUL}")
+                warn(f"! line {number} is skipped: it contains {NUL_TEXT}")
                 continue
             text = clean(line)
             if text != line:
-                warn(f"! line {number}: bytes that are no {encoding.upper()} were replaced by {REPLACED}")
+                warn(f"! line {number}: bytes that are not {encoding.upper()} were replaced by {REPLACEMENT_CHARACTER}")
             yield text
     finally:
         if raw is not None:
-            stream.detach()  # else its end would close the bytes below, which are not its own
+            stream.detach()  # otherwise its end would close the byte stream, which it does not own
 
 
 def clean(text: str) -> str:
-    """Text without lone surrogates, which no tokenizer takes and no file holds: Python reads bytes that are no text as such."""
+    """Replaces lone surrogates, which no tokenizer accepts and no file can store: Python decodes invalid bytes to
+    them.
+    """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,4 +1,4 @@
-"""How a chat looks: streaming text, dim thinking, the line of numbers after an answer."""
+"""Formats a chat: streams text, dims reasoning, prints the statistics after an answer."""
 
 from __future__ import annotations
 
@@ -10,72 +10,80 @@ from typing import Any, TextIO
 from ktx.chat_formats import Text
 from ktx.engine.request import Finished
 
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+DIM_STYLE, RESET_STYLE = "\x1b[2m", "\x1b[0m"
 
 
 class Printer:
-    """Writes events to a stream; colours only on a terminal that wants them. `fold` shows thinking as a count."""
+    """Writes events to a stream; colors only on a terminal that supports them. `fold` replaces reasoning by its number
+    of characters.
+    """
 
     def __init__(self, out: TextIO, fold: bool = False):
         self.out, self.fold = out, fold
-        self.colour = out.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+        self.color = out.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
     def show(self, events: Iterable[Text | Finished]) -> Finished | None:
-        """Prints an answer as it comes and returns its Finished."""
-        kind, thought, done = "answer", 0, None
+        """Prints an output as it arrives and returns its Finished event."""
+        kind, num_reasoning_chars, finished = "answer", 0, None
         for event in events:
             if isinstance(event, Finished):
-                done = event
+                finished = event
                 continue
             if event.kind != kind:
-                self._switch(event.kind, thought)
+                self._switch(event.kind, num_reasoning_chars)
                 kind = event.kind
             if kind == "think":
-                thought += len(event.text)
+                num_reasoning_chars += len(event.text)
             if kind == "answer" or not self.fold:
                 self.out.write(event.text)
             self.out.flush()
         if kind == "think":
-            self._switch("answer", thought)
+            self._switch("answer", num_reasoning_chars)
         self.out.write("\n")
         self.out.flush()
-        return done
+        return finished
 
-    def _switch(self, kind: str, thought: int) -> None:
+    def _switch(self, kind: str, num_reasoning_chars: int) -> None:
+        """Prints the transition to reasoning ("think") or to the answer."""
         if kind == "think":
-            self.out.write((DIM if self.colour else "") + ("" if self.fold else "[thinking] "))
+            self.out.write((DIM_STYLE if self.color else "") + ("" if self.fold else "[thinking] "))
         else:
-            self.out.write(f"[thought for {thought} characters, /fold shows them]" if self.fold else "\n[/thinking]")
-            self.out.write((PLAIN if self.colour else "") + "\n\n")
+            self.out.write(
+                f"[thought for {num_reasoning_chars} characters, /fold shows them]" if self.fold else "\n[/thinking]"
+            )
+            self.out.write((RESET_STYLE if self.color else "") + "\n\n")
 
     def dim(self, text: str) -> None:
-        self.out.write(f"{DIM}{text}{PLAIN}\n" if self.colour else f"{text}\n")
+        """Prints a dimmed line."""
+        self.out.write(f"{DIM_STYLE}{text}{RESET_STYLE}\n" if self.color else f"{text}\n")
         self.out.flush()
 
 
 def stats_line(last: Finished, engine: Any, bandwidth: float | None) -> str:
-    """Prompt, answer, first token, cache, context, and how near the answer came to the memory's speed."""
-    used, model = last.usage, engine.model
-    left = engine.context - used.prompt - used.answer
-    parts = [
-        f"prompt {used.prompt - used.cached} tok {used.prompt_speed:.1f} tok/s",
-        f"answer {used.answer} tok {used.answer_speed:.1f} tok/s",
-        f"first token {used.first_token_seconds:.2f} s",
-        f"cached {used.cached}",
-        f"context left {left}",
+    """Returns the statistics of an output: prompt, answer, first token, prefix cache, context, and the weight bandwidth
+    relative to the memory's.
+    """
+    usage, model = last.usage, engine.model
+    context_left = engine.context - usage.prompt - usage.answer
+    fields = [
+        f"prompt {usage.prompt - usage.cached} tok {usage.prompt_speed:.1f} tok/s",
+        f"answer {usage.answer} tok {usage.answer_speed:.1f} tok/s",
+        f"first token {usage.first_token_seconds:.2f} s",
+        f"cached {usage.cached}",
+        f"context left {context_left}",
     ]
-    if used.answer_speed:
-        rate = model.ktx.bytes_per_token * used.answer_speed / 1e9
-        share = f" ({rate / bandwidth:.0%} of {bandwidth:.1f} GB/s read)" if bandwidth else ""
-        parts.append(f"weights at {rate:.1f} GB/s{share}")
+    if usage.answer_speed:
+        gb_per_s = model.ktx.bytes_per_token * usage.answer_speed / 1e9
+        share = f" ({gb_per_s / bandwidth:.0%} of {bandwidth:.1f} GB/s read)" if bandwidth else ""
+        fields.append(f"weights at {gb_per_s:.1f} GB/s{share}")
     if last.reason == "length":
-        parts.append("cut at --max_new_tokens" if left > 0 else "context is full")
+        fields.append("cut at --max_new_tokens" if context_left > 0 else "context is full")
     elif last.reason != "stop":
-        parts.append({"cancelled": "stopped"}.get(last.reason, f"failed: {last.error}"))
-    return " · ".join(parts)
+        fields.append({"cancelled": "stopped"}.get(last.reason, f"failed: {last.error}"))
+    return " · ".join(fields)
 
 
 def note(text: str) -> None:
-    """A message that is not part of any answer."""
+    """Prints a message that is not part of an answer to standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The interactive loop: reading turns, slash commands, Ctrl-C."""
+"""The interactive chat loop: reads turns, runs slash commands, handles Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktx.chat.conversation import SETTABLE, Conversation
+from ktx.chat.conversation import CHAT_PARAMETERS, Conversation
 from ktx.chat.reading import lines_of, read_text
 from ktx.chat.render import Printer, note, stats_line
 from ktx.errors import BadFile, KtxError, UsageError, did_you_mean
 
-BLOCK = '"""'
-HELP = {
-    "/help": "this list",
-    "/clear": "forget the conversation",
+BLOCK_QUOTES = '"""'
+COMMANDS = {
+    "/help": "list the commands",
+    "/clear": "clear the conversation",
     "/retry": "answer the last question again",
-    "/undo": "take the last question back",
-    "/system": "TEXT  set the system message (none: show it)",
-    "/set": "NAME VALUE  change temperature, top_p, seed, ... (none: show them)",
+    "/undo": "remove the last question and its answer",
+    "/system": "TEXT  set the system message (without TEXT: show it)",
+    "/set": "NAME VALUE  set temperature, top_p, seed, ... (without NAME: show them)",
     "/read": "FILE  send a file as the message",
-    "/save": "FILE  write the conversation",
-    "/load": "FILE  read one back",
-    "/fold": "hide or show thinking",
-    "/stats": "numbers of the last answer",
+    "/save": "FILE  save the conversation",
+    "/load": "FILE  load a saved conversation",
+    "/fold": "hide or show reasoning",
+    "/stats": "statistics of the last answer",
     "/exit": "leave (also Ctrl-D)",
 }
 
 
 @dataclass
 class Chat:
-    """A conversation on a terminal, or on pipes."""
+    """A conversation on a terminal or on pipes."""
 
     conversation: Conversation
     printer: Printer
@@ -46,14 +46,16 @@ class Chat:
     # ---- turns
 
     def say(self, text: str) -> None:
-        """One turn: the answer, then its line of numbers. Ctrl-C stops the answer and keeps the chat."""
+        """Runs one turn: prints the answer, then its statistics. Ctrl-C cancels the answer and the chat continues."""
         with self.stoppable():
-            done = self.printer.show(self.conversation.send(text))
-        if done is not None:
-            self.report(stats_line(done, self.engine, self.bandwidth))
+            finished = self.printer.show(self.conversation.send(text))
+        if finished is not None:
+            self.report(stats_line(finished, self.engine, self.bandwidth))
 
     def report(self, line: str) -> None:
-        """On a terminal below the answer; otherwise on standard error, so that a pipe holds answers only."""
+        """Prints a line below the answer on a terminal, otherwise on standard error, so that a pipe receives answers
+        only.
+        """
         if self.printer.out.isatty():
             self.printer.dim(f"[{line}]")
         else:
@@ -61,19 +63,23 @@ class Chat:
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
+        """Within this context, Ctrl-C cancels the answer; a second Ctrl-C raises KeyboardInterrupt."""
+
         def stop(signum: int, frame: Any) -> None:
             if self.conversation.session.cancelled:
                 raise KeyboardInterrupt
             self.conversation.session.cancel()
 
-        before = signal.signal(signal.SIGINT, stop)
+        previous_handler = signal.signal(signal.SIGINT, stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.signal(signal.SIGINT, previous_handler)
 
     def turn(self, text: str) -> bool:
-        """A line or block from the user; False to leave. What is wrong is told and the chat goes on."""
+        """Processes a line or block from the user; returns False to leave. Errors are printed and the chat
+        continues.
+        """
         try:
             if text.startswith("/"):
                 return self.command(text)
@@ -89,18 +95,20 @@ class Chat:
     # ---- commands
 
     def command(self, line: str) -> bool:
+        """Runs a slash command; returns False to leave. UsageError for an unknown one."""
         word, _, rest = line.strip().partition(" ")
-        if word not in HELP:
+        if word not in COMMANDS:
             raise UsageError(
-                f"{word} is no command{did_you_mean(word, HELP)}; /help lists them; begin with a space to send such a text"
+                f"unknown command {word}{did_you_mean(word, COMMANDS)}; /help lists the commands; "
+                "begin a message with a space to send text that begins with /"
             )
         action: Callable[[str], bool | None] = getattr(self, f"do_{word[1:]}")
         return action(rest.strip()) is not False
 
     def do_help(self, rest: str) -> None:
-        width = max(map(len, HELP))
-        note("\n".join(f"{name.ljust(width)}  {text}" for name, text in HELP.items()))
-        note(f"{BLOCK.ljust(width)}  begins and ends a message of several lines; a pasted text is one message")
+        width = max(map(len, COMMANDS))
+        note("\n".join(f"{name.ljust(width)}  {text}" for name, text in COMMANDS.items()))
+        note(f"{BLOCK_QUOTES.ljust(width)}  begins and ends a message of several lines; pasted text is one message")
 
     def do_exit(self, rest: str) -> bool:
         return False
@@ -111,7 +119,7 @@ class Chat:
 
     def do_undo(self, rest: str) -> None:
         question = self.conversation.undo()
-        note("nothing to undo" if question is None else f"took back: {question[:60]}")
+        note("nothing to undo" if question is None else f"removed: {question[:60]}")
 
     def do_retry(self, rest: str) -> None:
         question = self.conversation.undo()
@@ -130,16 +138,16 @@ class Chat:
             note(self.conversation.set(name, value.strip()))
         else:
             settings = vars(self.conversation.sampling)
-            note("\n".join(f"{name} = {settings[name]}" for name in SETTABLE))
+            note("\n".join(f"{name} = {settings[name]}" for name in CHAT_PARAMETERS))
 
     def do_read(self, rest: str) -> None:
         if not rest:
-            raise UsageError("/read needs the name of a file")
+            raise UsageError("/read needs a file name")
         self.say(read_text(rest))
 
     def do_save(self, rest: str) -> None:
         if not rest:
-            raise UsageError("/save needs the name of a file")
+            raise UsageError("/save needs a file name")
         try:
             self.conversation.save(Path(rest).expanduser())
         except OSError as error:
@@ -148,12 +156,12 @@ class Chat:
 
     def do_load(self, rest: str) -> None:
         if not rest:
-            raise UsageError("/load needs the name of a file")
+            raise UsageError("/load needs a file name")
         note(f"loaded {self.conversation.load(Path(rest).expanduser())} messages")
 
     def do_fold(self, rest: str) -> None:
         self.printer.fold = not self.printer.fold
-        note(f"thinking is {'folded' if self.printer.fold else 'shown'}")
+        note(f"reasoning is {'folded' if self.printer.fold else 'visible'}")
 
     def do_stats(self, rest: str) -> None:
         last = self.conversation.last
@@ -162,11 +170,11 @@ class Chat:
     # ---- input
 
     def interactive(self) -> None:
-        """Prompts until /exit or Ctrl-D; Ctrl-C at the prompt clears the line, and a second one leaves."""
-        ask, interrupted = _prompter(), False
+        """Reads messages until /exit or Ctrl-D; Ctrl-C at the prompt clears the line, and a second one leaves."""
+        read_message, interrupted = _prompter(), False
         while True:
             try:
-                text = ask()
+                text = read_message()
             except EOFError:
                 return
             except KeyboardInterrupt:
@@ -180,33 +188,35 @@ class Chat:
                 return
 
     def piped(self, stream: Any) -> None:
-        """Each line is a turn; a block between two lines of three quotes is one."""
+        """Processes each line of a stream as a turn; a block between two lines with three quotes is one turn."""
         for text in blocks(lines_of(stream, note)):
             if text.strip() and not self.turn(text):
                 return
 
 
 def blocks(lines: Any) -> Iterator[str]:
-    """Turns of a text stream: lines, and what lies between lines that begin and end a block with three quotes."""
-    held: list[str] | None = None
-    for raw in lines:
-        line = raw.rstrip("\n")
-        if held is None:
-            if not line.startswith(BLOCK):
+    """Yields the turns of a text stream: lines, and blocks between lines that begin and end with three quotes."""
+    block_lines: list[str] | None = None
+    for raw_line in lines:
+        line = raw_line.rstrip("\n")
+        if block_lines is None:
+            if not line.startswith(BLOCK_QUOTES):
                 yield line
                 continue
-            line, held = line[len(BLOCK) :], []
-        if line.rstrip().endswith(BLOCK):
-            yield "\n".join([*held, line.rstrip()[: -len(BLOCK)]]).strip("\n")
-            held = None
+            line, block_lines = line[len(BLOCK_QUOTES) :], []
+        if line.rstrip().endswith(BLOCK_QUOTES):
+            yield "\n".join([*block_lines, line.rstrip()[: -len(BLOCK_QUOTES)]]).strip("\n")
+            block_lines = None
         else:
-            held.append(line)
-    if held is not None:
-        yield "\n".join(held).strip("\n")
+            block_lines.append(line)
+    if block_lines is not None:
+        yield "\n".join(block_lines).strip("\n")
 
 
 def _prompter() -> Callable[[], str]:
-    """A function that reads one message: line editing, history, bracketed paste, blocks of three quotes."""
+    """Returns a function that reads one message, with line editing, history, bracketed paste, and blocks of three
+    quotes.
+    """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory, InMemoryHistory
@@ -216,23 +226,26 @@ def _prompter() -> Callable[[], str]:
         folder.mkdir(parents=True, exist_ok=True)
         history: Any = FileHistory(str(folder / "chat_history"))
     except OSError:
-        history = InMemoryHistory()  # a read-only home is no reason not to chat
-    commands = WordCompleter(list(HELP), sentence=True)
+        history = InMemoryHistory()  # a read-only home directory must not prevent a chat
+    commands = WordCompleter(list(COMMANDS), sentence=True)
     session: Any = PromptSession(
         history=history, completer=commands, complete_while_typing=False, enable_open_in_editor=False
     )
 
-    def ask() -> str:
+    def read_message() -> str:
         text = session.prompt(">>> ")
-        if text.startswith(BLOCK) and not (len(text) > len(BLOCK) and text.rstrip().endswith(BLOCK)):
+        if text.startswith(BLOCK_QUOTES) and not (
+            len(text) > len(BLOCK_QUOTES) and text.rstrip().endswith(BLOCK_QUOTES)
+        ):
             lines = [text]
-            while not lines[-1].rstrip().endswith(BLOCK) or len(lines) == 1:
+            while not lines[-1].rstrip().endswith(BLOCK_QUOTES) or len(lines) == 1:
                 lines.append(session.prompt("... "))
             text = "\n".join(lines)
-        return next(iter(blocks(text.split("\n"))), "") if text.startswith(BLOCK) else text
+        return next(iter(blocks(text.split("\n"))), "") if text.startswith(BLOCK_QUOTES) else text
 
-    return ask
+    return read_message
 
 
 def has_terminal() -> bool:
+    """Whether standard input and output are terminals."""
     return sys.stdin.isatty() and sys.stdout.isatty()
