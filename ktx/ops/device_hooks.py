@@ -1,8 +1,9 @@
-"""Tensors on their way between modules on different devices: moved once, where a module begins that lies elsewhere than what reaches it.
+"""Hooks that move tensors between modules on different devices, once per device boundary.
 
-What the model's body calls in turn (embedding, rotary tables, decoder layers, last norm, output layer) takes what it is given to its own
-device and leaves its result there. A module inside one of these that lies elsewhere than its parent gives its result back. Everything else has no hook.
-Beside a GPU the model computes in bf16, but layers on the CPU go on in f32, which the CPU's kernels want; types change where devices do.
+The modules that the model's decoder calls in sequence (embedding, rotary tables, decoder layers, last norm, output
+layer) move their inputs to their own device and leave their output there. A module inside one of these that is on
+another device than its parent also moves its output back. All other modules have no hook. With a GPU the model computes
+in bf16, but layers on the CPU compute in f32, the dtype of the CPU kernels; the dtype changes where the device does.
 """
 
 from __future__ import annotations
@@ -25,178 +26,203 @@ Devices = Mapping[nn.Module, Device]
 
 @dataclass(frozen=True)
 class DevicePlacement:
-    """Where a module computes, and in which type."""
+    """The device and dtype in which a module computes."""
 
     device: Device
     dtype: torch.dtype
 
 
-Homes = Mapping[nn.Module, DevicePlacement]
+Placements = Mapping[nn.Module, DevicePlacement]
 
 
 def install(model: Any, devices: Devices, dtype: torch.dtype) -> None:
-    """Hooks for a model in `dtype` whose modules lie where `devices` says (by default on the CPU); none for one that is on the CPU as a whole."""
+    """Installs the hooks of a model; none if it is on the CPU entirely.
+
+    Args:
+        model: the loaded model.
+        devices: the devices of modules; those that are not listed are on the CPU.
+        dtype: the model's dtype.
+    """
     if not any(device.gpu for device in devices.values()):
         return
-    homes = _homes(model, devices, dtype)
-    region: TransferScope | None = None
-    stations = list(_device_boundaries(model, homes))
-    for module, before in stations:
-        own = homes[module]
-        begins = region is None or region.home != own
-        region = TransferScope(own) if region is None or begins else region
-        if any(home != own for home in before):
-            module.register_forward_pre_hook(ToDevice(region, begins, is_rotary(module)), with_kwargs=True)
-    called = {module for module, _ in stations}
-    for module in called:
+    placements = _placements(model, devices, dtype)
+    scope: TransferScope | None = None
+    boundaries = list(_device_boundaries(model, placements))
+    for module, sources in boundaries:
+        placement = placements[module]
+        is_first = scope is None or scope.placement != placement
+        scope = TransferScope(placement) if scope is None or is_first else scope
+        if any(source != placement for source in sources):
+            module.register_forward_pre_hook(ToDevice(scope, is_first, is_rotary(module)), with_kwargs=True)
+    boundary_modules = {module for module, _ in boundaries}
+    for module in boundary_modules:
         for parent in module.modules():
             for child in parent.children():
-                if child not in called:
-                    _install_inside(child, homes[child], parent, homes[parent])
+                if child not in boundary_modules:
+                    _install_inside(child, placements[child], parent, placements[parent])
 
 
-def _install_inside(child: nn.Module, own: DevicePlacement, parent: nn.Module, around: DevicePlacement) -> None:
-    handed_over = isinstance(child, Experts) and isinstance(parent, MoE) and around.device.gpu and not own.device.gpu
-    shared = isinstance(child, Experts) and isinstance(parent, Experts)  # called by the block
-    if own.device == around.device or handed_over or shared:
+def _install_inside(
+    child: nn.Module, placement: DevicePlacement, parent: nn.Module, parent_placement: DevicePlacement
+) -> None:
+    is_offloaded = (
+        isinstance(child, Experts)
+        and isinstance(parent, MoE)
+        and parent_placement.device.gpu
+        and not placement.device.gpu
+    )
+    is_gpu_part = isinstance(child, Experts) and isinstance(parent, Experts)  # `on_gpu`, which the MoE block calls
+    if placement.device == parent_placement.device or is_offloaded or is_gpu_part:
         return
-    child.register_forward_pre_hook(ToDevice(TransferScope(own)), with_kwargs=True)
-    child.register_forward_hook(FromDevice(around))
+    child.register_forward_pre_hook(ToDevice(TransferScope(placement)), with_kwargs=True)
+    child.register_forward_hook(FromDevice(parent_placement))
 
 
-def _homes(model: Any, devices: Devices, dtype: torch.dtype) -> dict[nn.Module, DevicePlacement]:
-    """Of every module. One that takes hidden states is in f32 on the CPU if all in it can be, and so is all in it."""
+def _placements(model: Any, devices: Devices, dtype: torch.dtype) -> dict[nn.Module, DevicePlacement]:
+    """Returns the placement of every module.
+
+    A module on the CPU that takes hidden states is in f32, with all modules in it, if `_takes_f32` allows it.
+    """
     body = model.get_decoder()
-    found: dict[nn.Module, DevicePlacement] = {}
+    placements: dict[nn.Module, DevicePlacement] = {}
 
-    def visit(module: nn.Module, around: DevicePlacement | None) -> None:
-        if module in found:
+    def visit(module: nn.Module, parent_placement: DevicePlacement | None) -> None:
+        if module in placements:
             return
         device = devices.get(module, CPU)
         if device.gpu:
-            found[module] = DevicePlacement(device, dtype)
-        elif around is not None and not around.device.gpu:
-            found[module] = around
+            placements[module] = DevicePlacement(device, dtype)
+        elif parent_placement is not None and not parent_placement.device.gpu:
+            placements[module] = parent_placement
         else:
-            found[module] = DevicePlacement(device, torch.float32 if _takes_f32(module, devices) else dtype)
+            placements[module] = DevicePlacement(device, torch.float32 if _takes_f32(module, devices) else dtype)
         for child in module.children():
-            visit(child, found[module])
+            visit(child, placements[module])
 
     for module in model.modules():
         if module in (model, body, body.layers, model.get_input_embeddings()) or is_rotary(module):
-            found[module] = DevicePlacement(devices.get(module, CPU), dtype)
+            placements[module] = DevicePlacement(devices.get(module, CPU), dtype)
         else:
             visit(module, None)
-    return found
+    return placements
 
 
 def _takes_f32(module: nn.Module, devices: Devices) -> bool:
-    """Whether nothing in a module multiplies by parameters of its own in another type. Operators compute in what they are given."""
-    foreign = [m for m in module.modules() if not isinstance(m, Operator) and not devices.get(m, CPU).gpu]
-    own = [p for m in foreign for p in m.parameters(recurse=False)]
-    return all(p.dtype is torch.float32 for p in own if p.is_floating_point())
+    """Whether a module's CPU parameters are all f32, without operators', which compute in their input's dtype."""
+    torch_modules = [m for m in module.modules() if not isinstance(m, Operator) and not devices.get(m, CPU).gpu]
+    parameters = [p for m in torch_modules for p in m.parameters(recurse=False)]
+    return all(p.dtype is torch.float32 for p in parameters if p.is_floating_point())
 
 
-def _device_boundaries(model: Any, homes: Homes) -> Iterator[tuple[nn.Module, list[DevicePlacement]]]:
-    """What the body calls in turn, and the output layer, each with the homes that its tensors may come from."""
+def _device_boundaries(model: Any, placements: Placements) -> Iterator[tuple[nn.Module, list[DevicePlacement]]]:
+    """Yields the decoder's modules in the order of calls, and the output layer, with the placements of their inputs."""
     body, embedding, head = model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()
     others = [child for child in body.children() if child is not embedding and child is not body.layers]
     tables = [child for child in others if is_rotary(child)]
-    first = homes[embedding]
-    turned = [homes[table] for table in tables]
-    indices = DevicePlacement(CPU, first.dtype)  # tokens and positions
-    foreign = _has_foreign_attention(model)
+    embedding_placement = placements[embedding]
+    table_placements = [placements[table] for table in tables]
+    indices = DevicePlacement(CPU, embedding_placement.dtype)  # tokens and positions
+    needs_masks = _has_foreign_attention(model)
     yield embedding, [indices]
     for table in tables:
-        yield table, [indices, first]
-    last = first
+        yield table, [indices, embedding_placement]
+    previous = embedding_placement
     for layer in body.layers:
-        yield layer, [last, *turned, *([indices, first] if foreign else [])]
-        last = homes[layer]
+        yield layer, [previous, *table_placements, *([indices, embedding_placement] if needs_masks else [])]
+        previous = placements[layer]
     for child in others:
         if child not in tables:
-            yield child, [last]
-            last = homes[child]
+            yield child, [previous]
+            previous = placements[child]
     if head is not None:
-        yield head, [last, *([homes[model.mtp]] if hasattr(model, "mtp") else [])]
+        yield head, [previous, *([placements[model.mtp]] if hasattr(model, "mtp") else [])]
     if hasattr(model, "mtp"):
-        yield model.mtp, [indices, first, last, *turned]
+        yield model.mtp, [indices, embedding_placement, previous, *table_placements]
 
 
 def is_rotary(module: nn.Module) -> bool:
-    """Whether a module makes rotary tables: of what it is given it reads the positions, and the type of the rest."""
+    """Whether a module computes rotary tables; it reads the positions, but only the dtype of its other inputs."""
     return "RotaryEmbedding" in type(module).__name__
 
 
 def _has_foreign_attention(model: Any) -> bool:
-    """Whether attention of transformers' own may read masks that are matrices, and positions; ours reads intervals, on the CPU."""
+    """Whether the model has transformers' attention, which may read mask matrices and positions.
+
+    ktx's attention reads mask intervals, on the CPU.
+    """
     return any(
         "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
         for module in model.modules()
-        if not getattr(module, "ours", False)
+        if not getattr(module, "uses_ktx_kernel", False)
     )
 
 
 class TransferScope:
-    """Modules that are called one after another on a device, and what of their common arguments has been moved there in this forward."""
+    """A run of modules on one device; caches the common arguments that were moved there in this forward."""
 
-    def __init__(self, home: DevicePlacement):
-        self.home = home
-        self.known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(self, placement: DevicePlacement):
+        self.placement = placement
+        self.moved_tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def to_device(self, value: Any, keep: bool = False) -> Any:
-        """A value with its tensors at home; `keep`: others will be given the same."""
+        """Moves the tensors of a value; `keep` caches them, because later modules get the same arguments."""
         if isinstance(value, tuple | list):
             return type(value)(self.to_device(part, keep) for part in value)
         if not isinstance(value, torch.Tensor) or not keep:
-            return moved(value, self.home) if isinstance(value, torch.Tensor) else value
-        source, copy = self.known.get(id(value), (None, None))
-        if source is not value:
-            copy = moved(value, self.home)
-            if copy is not value:
-                self.known[id(value)] = value, copy
-        return copy
+            return move_to(value, self.placement) if isinstance(value, torch.Tensor) else value
+        cached, moved = self.moved_tensors.get(id(value), (None, None))
+        if cached is not value:
+            moved = move_to(value, self.placement)
+            if moved is not value:
+                self.moved_tensors[id(value)] = value, moved
+        return moved
 
 
-def moved(tensor: torch.Tensor, home: DevicePlacement) -> torch.Tensor:
-    """The tensor on a device, floats in its type. Masks that are intervals stay on the CPU, where the operators read them."""
+def move_to(tensor: torch.Tensor, placement: DevicePlacement) -> torch.Tensor:
+    """Moves a tensor to a placement, floats in its dtype. Mask intervals stay on the CPU, where operators read them."""
     if isinstance(tensor, Intervals) or (tensor.dtype == torch.int32 and tensor.dim() == 4):
         return tensor
-    there = tensor.to(home.device.torch, home.dtype if tensor.is_floating_point() else tensor.dtype)
-    if there is not tensor and hasattr(tensor, "ktx_counts"):
-        there.ktx_counts = tensor.ktx_counts  # type: ignore[attr-defined]
-    return there
+    moved = tensor.to(placement.device.torch, placement.dtype if tensor.is_floating_point() else tensor.dtype)
+    if moved is not tensor and hasattr(tensor, "ktx_counts"):
+        moved.ktx_counts = tensor.ktx_counts  # type: ignore[attr-defined]
+    return moved
 
 
 class ToDevice:
-    """A pre-hook: what the module is given comes to its region's device. `begins`: the region's first module."""
+    """A forward pre-hook that moves a module's inputs to its scope's device.
 
-    def __init__(self, region: TransferScope, begins: bool = True, rotary: bool = False):
-        self.region, self.begins, self.rotary = region, begins, rotary
+    Args:
+        scope: the scope.
+        is_first: whether the module is the scope's first, which clears the cache.
+        rotary: whether the module computes rotary tables, see `is_rotary`.
+    """
+
+    def __init__(self, scope: TransferScope, is_first: bool = True, rotary: bool = False):
+        self.scope, self.is_first, self.rotary = scope, is_first, rotary
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        _make_current(self.region.home.device)
-        if self.begins:
-            self.region.known.clear()
-        if self.rotary and args and isinstance(args[0], torch.Tensor):  # the states are not worth the way
-            args = (args[0].new_empty(0, device=self.region.home.device.torch), *args[1:])
-        return self.region.to_device(args), {
-            name: self.region.to_device(value, keep=True) for name, value in kwargs.items()
+        _make_current(self.scope.placement.device)
+        if self.is_first:
+            self.scope.moved_tensors.clear()
+        if self.rotary and args and isinstance(args[0], torch.Tensor):  # only the states' dtype is read: no copy
+            args = (args[0].new_empty(0, device=self.scope.placement.device.torch), *args[1:])
+        return self.scope.to_device(args), {
+            name: self.scope.to_device(value, keep=True) for name, value in kwargs.items()
         }
 
 
 class FromDevice:
-    """A hook: what the module gives goes to the home around it."""
+    """A forward hook that moves a module's output to the placement of its parent."""
 
-    def __init__(self, home: DevicePlacement):
-        self.region = TransferScope(home)
+    def __init__(self, placement: DevicePlacement):
+        self.scope = TransferScope(placement)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        _make_current(self.region.home.device)
-        return self.region.to_device(output)
+        _make_current(self.scope.placement.device)
+        return self.scope.to_device(output)
 
 
 def _make_current(device: Device) -> None:
-    """Triton launches on the current device."""
+    """Sets the current CUDA device, on which Triton launches."""
     if device.gpu and not device.pretended:
         torch.cuda.set_device(device.torch)

@@ -1,4 +1,4 @@
-"""Packed weights that are edited: `ktx.edit` gives a matrix in f32 and packs what was made of it, `ktx.dequantize` gives torch's own module back."""
+"""Edits packed weights: `ktx.edit` yields a matrix in f32 and packs it again, `ktx.dequantize` returns float modules."""
 
 from __future__ import annotations
 
@@ -21,20 +21,30 @@ from ktx.weights.base import QuantizedTensor
 
 
 def quantized(values: torch.Tensor, before: Sequence[QType], path: str, dtype: str | None) -> QuantizedTensor:
-    """Edited values [n, k] as they are packed: as `dtype` says, else as F32 where they were that, F16 where that holds them, F32 where it does not."""
+    """Quantizes edited values [n, k] for packing.
+
+    Args:
+        values: the values.
+        before: the types of the matrix before the edit.
+        path: the module's path, for messages.
+        dtype: the weight type. None: F32 if a part was F32 or a value exceeds F16's range, else F16.
+
+    Raises:
+        UsageError: `dtype` is not a weight type.
+    """
     values = values.float().contiguous()
     if dtype is None:
-        half = all(qtype.name != "F32" for qtype in before) and bool(
+        use_f16 = all(qtype.name != "F32" for qtype in before) and bool(
             values.abs().max() < torch.finfo(torch.float16).max
         )
-        dtype = "F16" if half else "F32"
+        dtype = "F16" if use_f16 else "F32"
     if dtype not in QTYPES:
-        raise UsageError(f"{path}: {dtype!r} is no type of weights{did_you_mean(dtype, QTYPES)}")
+        raise UsageError(f"{path}: {dtype!r} is not a weight type{did_you_mean(dtype, QTYPES)}")
     return QuantizedTensor(quantize(values, QTYPES[dtype]), QTYPES[dtype], tuple(values.shape))
 
 
 def fitting(path: str, values: Any, shape: Sequence[int]) -> torch.Tensor:
-    """Values on the CPU that take a weight's place; UsageError for others than a tensor of floats of its shape."""
+    """Returns new values of a weight on the CPU; UsageError unless they are a float tensor of the weight's shape."""
     if not isinstance(values, torch.Tensor):
         raise UsageError(f"{path}.weight takes a tensor, not {type(values).__name__}")
     if tuple(values.shape) != tuple(shape) or not values.is_floating_point():
@@ -42,52 +52,54 @@ def fitting(path: str, values: Any, shape: Sequence[int]) -> torch.Tensor:
     return values.detach().to("cpu")
 
 
-STATE = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers"}  # torch's own: hooks, children, mode
+STATE = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers"}  # torch's attributes: hooks, children, mode
 
 
 class OneMatrix(Parametrizable):
-    """An operator with one packed matrix. It shows it as `weight` and packs what is assigned to that; modules in `ties` share one."""
+    """An operator with one packed matrix, visible as `weight`; a tensor assigned to `weight` is packed.
+
+    Modules in `ties` share one matrix.
+    """
 
     derived = frozenset({"ties"})
     trains = True
     ties: list[OneMatrix]
-    lora: Lora | None = None  # while adapters of the forward are meant for it, see ktx.ops.lora
+    lora: Lora | None = None  # set while adapters of the forward apply to it, see ktx.ops.lora
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.changed(x) if PARAMETRIZATIONS in self._modules else self.product(x)
-        lora = self.lora  # another thread's step may take it away
+        lora = self.lora  # read once: another thread's step may set it to None
         return y if lora is None else lora(x, y)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """What its matrix makes of rows, or of token ids."""
+        """Multiplies rows by the packed matrix, or looks token ids up in it."""
         raise NotImplementedError
 
     def changed(self, x: torch.Tensor) -> torch.Tensor:
-        """The same with the parametrizations that others put on it."""
+        """Like `product`, with the parametrizations registered on `weight`."""
         raise NotImplementedError
 
     def rows(self) -> Floats:
-        """The matrix, in f32."""
+        """Returns the matrix as f32 values."""
         raise NotImplementedError
 
     def types(self) -> list[QType]:
-        """Of its parts."""
+        """Returns the weight types of its parts."""
         raise NotImplementedError
 
     def packed_from(self, weight: QuantizedTensor) -> Any:
-        """What it holds, made of rows."""
+        """Packs a matrix in the form that `assign` takes."""
         raise NotImplementedError
 
     def assign(self, packed: Any) -> None:
-        """Has it compute with another matrix."""
+        """Replaces the packed matrix."""
         raise NotImplementedError
 
     @property
     def weight(self) -> torch.Tensor:
-        """[rows, columns], read-only: see ktx.ops.float_views."""
-        if (
-            isinstance(self._buffers, OfferedParameters) and "weight" not in self._buffers
-        ):  # torch's parametrize has taken it away
+        """The matrix [rows, columns], read-only, see ktx.ops.float_views."""
+        # torch's parametrize has removed it.
+        if isinstance(self._buffers, OfferedParameters) and "weight" not in self._buffers:
             raise AttributeError("weight")
         return self.visible_parameters("weight", self.rows())
 
@@ -95,7 +107,7 @@ class OneMatrix(Parametrizable):
         if name == "weight" and not self.parametrized(name):
             self.assign(self.packed_from(as_weights(fitting(self.path, value, self.rows().shape))))
             self.ties[:] = [other for other in self.ties if other is not self]
-            self.ties = []  # a tied output layer and its embedding are no longer that, as in transformers
+            self.ties = []  # an assignment ends the tie of output layer and embedding, as in transformers
         else:
             super().__setattr__(name, value)
 
@@ -103,28 +115,28 @@ class OneMatrix(Parametrizable):
         return frozenset({"weight"})
 
     def replaced(self, name: str, values: torch.Tensor) -> Floats:
-        """Floats for this module and all that share its matrix."""
+        """Packs other values for this module and all that share its matrix."""
         if name != "weight":
             return super().replaced(name, values)
         self._give(as_weights(fitting(self.path, values, self.rows().shape)))
         return self.rows()
 
     def plain(self, dtype: torch.dtype | None) -> nn.Module:
-        """For ktx.dequantize: torch's own module."""
+        """For ktx.dequantize: returns a torch module with the weights in floats."""
         raise NotImplementedError
 
     def trained(self, name: str) -> None:
-        """This module becomes torch's own, in floats, and so do all that share its matrix."""
-        matrix: Any = None
+        """Turns this module, and all that share its matrix, into torch modules with float parameters."""
+        weight: Any = None
         for module in self.ties or [self]:
-            made = module.plain(None)
-            matrix = made.weight if matrix is None else matrix
-            made.weight = matrix
-            made._parameters |= module._parameters  # a bias is torch's own already
-            own = {name: value for name, value in module.__dict__.items() if name in STATE}
+            float_module = module.plain(None)
+            weight = float_module.weight if weight is None else weight
+            float_module.weight = weight
+            float_module._parameters |= module._parameters  # a bias is a torch parameter already
+            state = {name: value for name, value in module.__dict__.items() if name in STATE}
             module.__dict__.clear()
-            module.__dict__.update(made.__dict__ | own)
-            object.__setattr__(module, "__class__", type(made))
+            module.__dict__.update(float_module.__dict__ | state)
+            object.__setattr__(module, "__class__", type(float_module))
         Changes.count += 1
         getattr(self, name).requires_grad_(True)
 
@@ -134,13 +146,13 @@ class OneMatrix(Parametrizable):
             module.assign(packed)
 
     def matrix_of(self, name: str, expert: int | None) -> torch.Tensor:
-        """For ktx.edit."""
+        """For ktx.edit: returns the matrix f32 [rows, columns]. UsageError for another name, or an expert."""
         if name != "weight" or expert is not None:
             raise UsageError(f"{self.path}: a {type(self).__name__} has one matrix, `weight`, and no experts")
         return self.rows().values(torch.float32)
 
     def pack_again(self, values: torch.Tensor, name: str, expert: int | None, dtype: str | None) -> None:
-        """For ktx.edit: modules that share the matrix have the same one afterwards."""
+        """For ktx.edit: packs edited values, for all modules that share the matrix."""
         values = fitting(self.path, values, self.rows().shape)
         self._give(quantized(values, self.types(), self.path, dtype))
 
@@ -149,25 +161,43 @@ class OneMatrix(Parametrizable):
 def edit(
     module: nn.Module, name: str = "weight", *, expert: int | None = None, dtype: str | None = None
 ) -> Iterator[torch.Tensor]:
-    """`with ktx.edit(module) as weight:` gives the matrix f32 [n, k]; at the end what was made of it in place is packed and counts from the next forward on.
+    """Edits a packed weight in place: `with ktx.edit(module) as weight: weight.mul_(2)`.
 
-    Of experts `name` is gate_proj, up_proj or down_proj and `expert` a number, of an MLA attention `name` is kv_b_proj. `dtype` is the type to pack as (F32, F16, BF16, Q8_0, Q4_K, ...); by default a matrix becomes
-    F16 (F32 where it was that, or holds numbers that F16 does not), experts keep the type that all of a layer have in common. An embedding and the output
-    layer that is tied to it change together. UsageError for a module that has no packed weights, or no such one. If the block raises, nothing changes.
+    Yields the matrix as f32 [n, k]. At the end of the block it is packed, and the next forward uses it; if the block
+    raises, nothing changes. An embedding and an output layer that is tied to it change together.
+
+    Args:
+        module: a Linear, Embedding, Experts or MLA operator.
+        name: the weight: "weight"; of experts gate_proj, up_proj or down_proj; of an MLA attention kv_b_proj.
+        expert: id of the expert, for Experts.
+        dtype: the type to pack as (F32, F16, BF16, Q8_0, Q4_K, ...). By default a matrix becomes F16 (F32 if it was
+            F32, or has values outside F16's range); experts keep the type that all experts of a layer share.
+
+    Raises:
+        UsageError: the module has no packed weights, or no such one.
     """
-    take, put = getattr(module, "matrix_of", None), getattr(module, "pack_again", None)
-    if take is None or put is None:
+    read, write = getattr(module, "matrix_of", None), getattr(module, "pack_again", None)
+    if read is None or write is None:
         raise UsageError(
-            f"{type(module).__name__} has no packed weights: ktx.edit takes Linear, Embedding, Experts and MLA; other parameters are edited as torch's"
+            f"{type(module).__name__} has no packed weights: ktx.edit takes Linear, Embedding, Experts and MLA; edit"
+            " other parameters with torch"
         )
-    values: torch.Tensor = take(name, expert)
+    values: torch.Tensor = read(name, expert)
     yield values
-    put(values, name, expert, dtype)
+    write(values, name, expert, dtype)
 
 
 def dequantize(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """torch's own module with the weights of a Linear or an Embedding in floats (`dtype`: by default what the module computes in), to be put in its place."""
-    plain = getattr(module, "plain", None)
-    if plain is None:
-        raise UsageError(f"{type(module).__name__} is no packed Linear or Embedding: there is nothing to dequantise")
-    return plain(dtype).train(module.training)  # type: ignore[no-any-return]
+    """Returns a torch module with the weights of a packed Linear or Embedding in floats, to put in its place.
+
+    Args:
+        module: a Linear or Embedding operator.
+        dtype: of the weights; by default the dtype in which the module computes.
+
+    Raises:
+        UsageError: the module is not a packed Linear or Embedding.
+    """
+    convert = getattr(module, "plain", None)
+    if convert is None:
+        raise UsageError(f"{type(module).__name__} is not a packed Linear or Embedding: there is nothing to dequantize")
+    return convert(dtype).train(module.training)  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
-"""Expert deferral: what the experts that weigh least for a token make of it is added one layer later.
+"""Expert deferral: the output of a token's experts with the lowest routing weights is added one layer later.
 
-In a hybrid the CPU then computes them while the GPU is at the next layer's attention, and neither side waits for the other. The model computes
-something else than it was trained to, so it is off unless asked for; the last layer defers nothing.
+In hybrid placement the CPU computes these experts while the GPU computes the next layer's attention, so neither side
+waits for the other. The result differs from the function that the model was trained to compute, so deferral is off by
+default; the last layer defers nothing.
 """
 
 from __future__ import annotations
@@ -19,49 +20,61 @@ from ktx.ops.moe import MoE
 
 @dataclass
 class DeferredExperts:
-    """A layer's place in the chain: it puts off `count` experts of each token, and adds what the layer `before` put off."""
+    """A layer's link in the chain of deferred experts.
+
+    Attributes:
+        count: number of experts of each token that this layer defers.
+        before: the previous link, whose deferred output this layer adds; None for the first layer.
+        chain: all links.
+        left: waits for this layer's deferred output, which may be on another device than the next layer.
+    """
 
     count: int
     before: DeferredExperts | None
     chain: list[DeferredExperts] = field(repr=False)
-    left: Callable[[], torch.Tensor] | None = (
-        None  # gives what is under way for the next layer, which may lie elsewhere
-    )
+    left: Callable[[], torch.Tensor] | None = None
 
     def mixed(self, owner: MoE, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """As MoE.mixed, for flat [tokens, D]."""
+        """MoE.mixed with deferral: flat [tokens, D] with ids and weights [tokens, K] -> [tokens, D]."""
         if self.before is None:
-            for link in self.chain:  # of a forward that was given up between two layers
+            for link in self.chain:  # left over from a forward that was aborted between two layers
                 link.left = None
         order = torch.sort(weights, dim=-1, descending=True, stable=True).indices
-        first, last = order.split([ids.shape[1] - self.count, self.count], -1)
-        under_way = owner.begin(flat, ids.gather(1, first), weights.gather(1, first))
+        kept, deferred = order.split([ids.shape[1] - self.count, self.count], -1)
+        started = owner.begin(flat, ids.gather(1, kept), weights.gather(1, kept))
         parts = [owner.shared(flat)]
         if self.before is not None:
-            ended, self.before.left = self.before.left, None
-            assert ended is not None  # layers come in turn
-            parts.append(ended().to(flat))
+            wait_for_deferred, self.before.left = self.before.left, None
+            assert wait_for_deferred is not None  # layers run in order
+            parts.append(wait_for_deferred().to(flat))
         if self.count:
-            self.left = partial(owner.end, owner.begin(flat, ids.gather(1, last), weights.gather(1, last)))
-        out = owner.end(under_way)
+            self.left = partial(owner.end, owner.begin(flat, ids.gather(1, deferred), weights.gather(1, deferred)))
+        out = owner.end(started)
         for part in parts:
             out = out if part is None else out + part
         return out
 
 
 def install(model: Any, count: int) -> None:
-    """Lets every layer but the last put off `count` experts of a token, before the model is loaded. UsageError where that leaves none, or there are no layers for it."""
-    top = int(getattr(model.config, "num_experts_per_tok", 0) or 0)
-    layers = model.get_decoder().layers[: model.config.num_hidden_layers]  # behind them may be one that guesses tokens
+    """Makes every MoE layer except the last defer `count` experts of each token. Call it before the model is loaded.
+
+    Raises:
+        UsageError: no expert would be left, or there are not two MoE layers.
+    """
+    top_k = int(getattr(model.config, "num_experts_per_tok", 0) or 0)
+    layers = model.get_decoder().layers[: model.config.num_hidden_layers]  # MTP layers may follow
     blocks = [module for module in layers.modules() if isinstance(module, MoE)]
-    if not top or len(blocks) < 2:
+    if not top_k or len(blocks) < 2:
         raise UsageError(
-            f"defer_experts={count}: {model.config.model_type} has no two layers of experts that the rules make a MoE of"
+            f"defer_experts={count}: {model.config.model_type} has fewer than two MoE layers that the rules replace"
+            " with MoE operators"
         )
-    if not 0 < count < top:
-        raise UsageError(f"defer_experts={count}: must be 0 to {top - 1}, one less than the experts of a token")
+    if not 0 < count < top_k:
+        raise UsageError(
+            f"defer_experts={count}: must be 0 to {top_k - 1}, one less than the number of experts per token"
+        )
     chain: list[DeferredExperts] = []
     for block in blocks:
-        last = block is blocks[-1]
-        chain.append(DeferredExperts(0 if last else count, chain[-1] if chain else None, chain))
+        is_last = block is blocks[-1]
+        chain.append(DeferredExperts(0 if is_last else count, chain[-1] if chain else None, chain))
         block.link = chain[-1]

@@ -1,4 +1,4 @@
-"""LoRA adapters of stacked experts: what they add to the products of an expert with the rows that chose it."""
+"""LoRA adapters of stacked experts."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ktx.weights.lora import LowRank
 if TYPE_CHECKING:
     from ktx.ops.experts import Experts
 
-Some = tuple[Use, torch.Tensor | None]  # an adapter, and which of an expert's rows it is for; None: all
+Some = tuple[Use, torch.Tensor | None]  # an adapter, and the indices of an expert's rows that use it; None: all rows
 
 
 class ExpertFactors:
-    """s B A of one projection of all experts."""
+    """Packed A and B of one projection of all experts."""
 
     def __init__(self, a: torch.Tensor, b: torch.Tensor):
         self.a, self.b = packed(a), packed(b)
 
     def __call__(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
-        """rows [tokens, k] -> f32 [tokens, n]."""
+        """Computes B A of an expert: rows [tokens, k] -> f32 [tokens, n]."""
         return cpu.linear(cpu.linear(rows.float(), self.a.matrix(expert)), self.b.matrix(expert))
 
 
 class ExpertsLora(Lora):
-    """The adapters of a layer's experts: by name, and there by projection, the factors that are added to its products."""
+    """The adapters of a layer's experts; `factors` maps an adapter's name to a dict from projection to factors."""
 
     def __init__(self, mapping: Mapping, owner: Experts):
         super().__init__(mapping, owner)
@@ -37,49 +37,56 @@ class ExpertsLora(Lora):
 
     @staticmethod
     def nbytes(owner: Experts, several: Sequence[LowRank]) -> int:
-        found, shapes = 0, owner.adapted_shapes()
-        for one in several:
-            count = 1 if one.projection else len(shapes[one.shape])  # of projections, each with an A
-            experts, rows, rank = one.b.shape
-            found += count * (packed_bytes(one.a.shape) + packed_bytes((experts, rows // count, rank)))
-        return found
+        total, shapes = 0, owner.adapted_shapes()
+        for adapter in several:
+            count = 1 if adapter.projection else len(shapes[adapter.shape])  # projections; each stores its own A
+            experts, rows, rank = adapter.b.shape
+            total += count * (packed_bytes(adapter.a.shape) + packed_bytes((experts, rows // count, rank)))
+        return total
 
     def made(self, several: Sequence[LowRank]) -> dict[str, ExpertFactors]:
         found: dict[str, ExpertFactors] = {}
         shapes = self.owner.adapted_shapes()
-        for one in several:
-            halves = shapes[(one.projection, one.shape) if one.projection else one.shape]
-            for half, b in zip(halves, self.owner.halved(one.b, len(halves)), strict=True):
-                found[half] = ExpertFactors(one.a, b)
+        for adapter in several:
+            halves = shapes[(adapter.projection, adapter.shape) if adapter.projection else adapter.shape]
+            for half, b in zip(halves, self.owner.halved(adapter.b, len(halves)), strict=True):
+                found[half] = ExpertFactors(adapter.a, b)
         return found
 
     def chosen(self, tokens: torch.Tensor, count: int, per_expert: Sequence[int]) -> list[list[Some]]:
-        """Of each expert the adapters of the rows that chose it: `tokens` says, in the order of experts, whose of the `count` tokens a row is."""
-        whose: list[Uses] = [()] * count
-        for own, uses in self.mapping.of(count):
-            whose[own] = [uses] * len(range(*own.indices(count)))
+        """Returns for each expert the adapters of its rows.
+
+        Args:
+            tokens: token index of each row, sorted by expert.
+            count: number of tokens of the forward.
+            per_expert: number of rows of each expert.
+        """
+        uses_of_token: list[Uses] = [()] * count
+        for part, uses in self.mapping.of(count):
+            uses_of_token[part] = [uses] * len(range(*part.indices(count)))
         found: list[list[Some]] = []
-        for mine in tokens.split(list(per_expert)):
-            rows = [whose[token] for token in mine.tolist()]
-            known = dict.fromkeys(use for several in rows for use in several if use.name in self.factors)
-            found.append([(use, _where(use, rows)) for use in known])
+        for expert_tokens in tokens.split(list(per_expert)):
+            rows = [uses_of_token[token] for token in expert_tokens.tolist()]
+            adapters = dict.fromkeys(use for row_uses in rows for use in row_uses if use.name in self.factors)
+            found.append([(use, _rows_of(use, rows)) for use in adapters])
         return found
 
     def added(
         self, half: str, rows: torch.Tensor, expert: int, chosen: Sequence[Some], y: torch.Tensor
     ) -> torch.Tensor:
-        """y [tokens, n], a projection of an expert's rows [tokens, k], with what adapters add to it."""
-        for use, own in chosen:
+        """Returns y [tokens, n], the projection `half` of an expert's rows [tokens, k], plus the adapters' outputs."""
+        for use, indices in chosen:
             factors = self.factors[use.name].get(half)
             if factors is None:
                 continue
-            if own is None:
+            if indices is None:
                 y = y + times(use.factor, factors(rows, expert)).to(y.dtype)
             else:
-                y = y.index_add(0, own, times(use.factor, factors(rows[own], expert)).to(y.dtype))
+                y = y.index_add(0, indices, times(use.factor, factors(rows[indices], expert)).to(y.dtype))
         return y
 
 
-def _where(use: Use, rows: Sequence[Uses]) -> torch.Tensor | None:
-    own = [i for i, uses in enumerate(rows) if use in uses]
-    return None if len(own) == len(rows) else torch.tensor(own)
+def _rows_of(use: Use, rows: Sequence[Uses]) -> torch.Tensor | None:
+    """Returns the indices of the rows that use an adapter; None if all do."""
+    indices = [i for i, uses in enumerate(rows) if use in uses]
+    return None if len(indices) == len(rows) else torch.tensor(indices)

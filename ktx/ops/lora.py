@@ -1,7 +1,7 @@
-"""LoRA adapters on packed weights: y = W x + s B A x, of each row of a forward with the adapters of its own request.
+"""LoRA adapters on packed weights: y = W x + s B A x, where each row of a forward uses the adapters of its request.
 
-A module has an attribute `lora` while an adapter of the forward is meant for it, else None. Setting it counts as a change, so shortcuts (ktx.ops.guard) that do not call the
-module stand aside meanwhile, and only those.
+A module's attribute `lora` is set while an adapter of the forward applies to it, else None. Setting it counts as a
+change, so exactly the fast paths (ktx.ops.guard) that bypass the module are disabled meanwhile.
 """
 
 from __future__ import annotations
@@ -26,39 +26,47 @@ from ktx.weights.lora import LowRank
 
 
 class Use(NamedTuple):
-    """An adapter, and a factor on what it adds."""
+    """An adapter's name, and a scale on its output."""
 
     name: str
     factor: float = 1.0
 
 
-Uses = tuple[Use, ...]  # of adapters, whose sums are added
-Spans = list[tuple[int, Uses]]
+Uses = tuple[Use, ...]  # adapters whose outputs are all added
+Spans = list[tuple[int, Uses]]  # numbers of consecutive rows, and their adapters
 
 
 @dataclass
 class Mapping:
-    """Which rows of the forward under way are computed with which adapters; all modules of a model have the same one. `everywhere` counts outside of an engine's steps, also while one is under way on another thread."""
+    """Maps the rows of the running forward to adapters; all modules of a model share one mapping.
+
+    Attributes:
+        everywhere: the adapters of forwards outside of an engine's steps, also while another thread runs a step.
+    """
 
     everywhere: Uses = ()
 
     @property
     def spans(self) -> Spans | None:
-        """Counts of the tokens of this thread's step, in their order; None outside of one."""
+        """The tokens of this thread's step, in order; None outside of a step."""
         return self._step()[0]
 
     @property
     def kept(self) -> Spans | None:
-        """The same of those whose logits are computed."""
+        """The rows of this thread's step whose logits are computed, in order; None outside of a step."""
         return self._step()[1]
 
     def _step(self) -> tuple[Spans | None, Spans | None]:
-        whose, *spans = getattr(_under_way, "step", None) or (None, None, None)
-        return (spans[0], spans[1]) if whose is self else (None, None)
+        mapping, *spans = getattr(_state, "step", None) or (None, None, None)
+        return (spans[0], spans[1]) if mapping is self else (None, None)
 
     def of(self, rows: int) -> Iterator[tuple[slice, Uses]]:
-        """Rows that have adapters. UsageError for another number of rows than the step, or the part of it that is under way, has."""
-        first, count = getattr(_under_way, "part", None) or (0, -1)
+        """Yields slices of `rows` rows that have adapters.
+
+        Raises:
+            UsageError: the number of rows is not that of the step, nor of the running part of it.
+        """
+        first, count = getattr(_state, "part", None) or (0, -1)
         if self.spans is not None and count == rows:
             yield from _slices([(count, self.at(first))])
             return
@@ -72,134 +80,156 @@ class Mapping:
                 return
         if self.spans is not None:
             raise UsageError(
-                f"a module with a LoRA adapter is called with {rows} rows, the step has {sum(count for count, _ in self.spans)} tokens: whose they are is not known"
+                f"a module with a LoRA adapter is called with {rows} rows, but the step has"
+                f" {sum(count for count, _ in self.spans)} tokens: the rows cannot be mapped to requests"
             )
         if self.everywhere:
             yield slice(0, rows), self.everywhere
 
     def at(self, row: int) -> Uses:
-        """The adapters of one row of the step."""
+        """Returns the adapters of one row of the step."""
         if self.spans is None:
             return self.everywhere
         return next((uses for rows, uses in _slices(self.spans) if rows.start <= row < rows.stop), ())
 
     def among(self, places: torch.Tensor) -> list[tuple[slice, Uses]]:
-        """As `of`, for some of the step's rows, in rising order: slices of `places`."""
-        each = [self.at(row) for row in places.tolist()]
-        return list(_slices([(len(list(same)), uses) for uses, same in groupby(each)]))
+        """Like `of` for some of the step's rows: returns slices of `places`, row indices in ascending order."""
+        uses_of_row = [self.at(row) for row in places.tolist()]
+        return list(_slices([(len(list(run)), uses) for uses, run in groupby(uses_of_row)]))
 
     @contextmanager
     def step(self, spans: Sequence[tuple[int, Uses]], kept: Sequence[tuple[int, Uses]]) -> Iterator[None]:
-        """While an engine computes a step of tokens, on this thread."""
-        _under_way.step = self, list(spans), list(kept)
+        """Context of an engine's step on this thread.
+
+        Args:
+            spans: adapters of the step's tokens.
+            kept: adapters of the rows whose logits are computed.
+        """
+        _state.step = self, list(spans), list(kept)
         try:
             yield
         finally:
-            _under_way.step = None
+            _state.step = None
 
 
-_under_way = threading.local()
+_state = threading.local()
 
 
 @contextmanager
 def part(first: int, count: int) -> Iterator[None]:
-    """While modules are called with `count` of the step's rows, all of one sequence, from `first` on: on this thread."""
-    _under_way.part = first, count
+    """Context in which this thread calls modules with `count` of the step's rows, from `first` on, of one sequence."""
+    _state.part = first, count
     try:
         yield
     finally:
-        _under_way.part = None
+        _state.part = None
 
 
 def _slices(spans: Sequence[tuple[int, Uses]]) -> Iterator[tuple[slice, Uses]]:
-    """Neighbours with the same adapters together."""
-    at = 0
-    for uses, several in groupby(spans, key=lambda span: span[1]):
-        count = sum(count for count, _ in several)
+    """Yields slices of rows, merging neighbors with the same adapters."""
+    first = 0
+    for uses, run in groupby(spans, key=lambda span: span[1]):
+        count = sum(count for count, _ in run)
         if uses and count:
-            yield slice(at, at + count), uses
-        at += count
+            yield slice(first, first + count), uses
+        first += count
 
 
 class Factors:
-    """s B A of one matrix, where its module is. On the CPU both are packed: of our kernels a row's result depends on no other row."""
+    """A and B of one matrix, on its module's device.
 
-    def __init__(self, one: LowRank, home: Device):
-        self.embedding, self.gpu = one.embedding, home.gpu
-        self.a: Any = one.a.t().contiguous().to(home.torch) if one.embedding or home.gpu else packed(one.a)
-        self.b: Any = one.b.t().contiguous().to(home.torch) if home.gpu else packed(one.b)
+    On the CPU both are packed, because in ktx's kernels a row's result does not depend on the other rows.
+    """
+
+    def __init__(self, adapter: LowRank, device: Device):
+        self.embedding, self.gpu = adapter.embedding, device.gpu
+        self.a: Any = (
+            adapter.a.t().contiguous().to(device.torch) if adapter.embedding or device.gpu else packed(adapter.a)
+        )
+        self.b: Any = adapter.b.t().contiguous().to(device.torch) if device.gpu else packed(adapter.b)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """f32 [rows, out] of rows x [rows, in], of an embedding of token ids [rows]."""
+        """Computes B A: rows x [rows, in] (an embedding: token ids [rows]) -> f32 [rows, out]."""
         if self.embedding:
-            low = self.a[x]
+            projected = self.a[x]
         else:
-            low = x.float() @ self.a if self.gpu else cpu.linear(x.float(), self.a)
-        return low @ self.b if self.gpu else cpu.linear(low, self.b)
+            projected = x.float() @ self.a if self.gpu else cpu.linear(x.float(), self.a)
+        return projected @ self.b if self.gpu else cpu.linear(projected, self.b)
 
 
 def packed(values: torch.Tensor) -> cpu.Packed:
+    """Packs a tensor's values for the CPU kernels, in f32."""
     return cpu.pack(QuantizedTensor.of(values))
 
 
 def packed_bytes(shape: Sequence[int]) -> int:
-    """Memory of what `packed` makes of such a tensor."""
+    """Returns the bytes of `packed` for a tensor of this shape."""
     return int(cpu.ops.packed_nbytes(QTYPES["F32"].code, *shape[-2:])) * math.prod(shape[:-2])
 
 
 class Lora:
-    """The adapters of one module's matrix, by name."""
+    """The adapters of one module's matrix; `factors` maps an adapter's name to its factors."""
 
     def __init__(self, mapping: Mapping, owner: Any):
         self.mapping, self.home = mapping, home_of(owner)
-        self.of_operator = isinstance(owner, Operator)  # else of a module that is torch's own
+        self.of_operator = isinstance(owner, Operator)  # False: a torch module
         self.factors: dict[str, Any] = {}
 
     @staticmethod
     def nbytes(owner: Any, several: Sequence[LowRank]) -> int:
-        """Memory of what `made` makes for a module."""
-        (one,) = several
+        """Returns the bytes of `made` for a module."""
+        (adapter,) = several
         if home_of(owner).gpu:
-            return 4 * (one.a.numel() + one.b.numel())
-        return (4 * one.a.numel() if one.embedding else packed_bytes(one.a.shape)) + packed_bytes(one.b.shape)
+            return 4 * (adapter.a.numel() + adapter.b.numel())
+        return (4 * adapter.a.numel() if adapter.embedding else packed_bytes(adapter.a.shape)) + packed_bytes(
+            adapter.b.shape
+        )
 
     def made(self, several: Sequence[LowRank]) -> Any:
-        """What `factors` hold of an adapter's matrices, packed."""
-        (one,) = several
-        return Factors(one, self.home)
+        """Packs an adapter's matrices as a value of `factors`."""
+        (adapter,) = several
+        return Factors(adapter, self.home)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """`y` [..., out], what the matrix itself made of x [..., in] (an embedding: of token ids [...]), and what adapters add to it."""
+        """Returns y plus the adapters' outputs.
+
+        Args:
+            x: the module's input [..., in]; for an embedding, token ids [...].
+            y: the output of the packed matrix [..., out].
+        """
         rows = y.numel() // y.shape[-1]
         flat = x.reshape(rows, *x.shape[y.ndim - 1 :])
-        more: torch.Tensor | None = None
-        for own, uses in self.mapping.of(rows):
+        total: torch.Tensor | None = None
+        for indices, uses in self.mapping.of(rows):
             for use in uses:
                 if use.name in self.factors:
                     added = times(use.factor, self.factors[use.name](flat))
-                    more = plus(added.new_zeros(()) if more is None else more, added, own)
-        return y if more is None else y + more.view(y.shape).to(y.dtype)
+                    total = plus(added.new_zeros(()) if total is None else total, added, indices)
+        return y if total is None else y + total.view(y.shape).to(y.dtype)
 
     def listened(self, module: Any, args: tuple[Any, ...], y: torch.Tensor) -> torch.Tensor:
-        """As a hook on a module of torch's own."""
+        """The same as a forward hook of a torch module."""
         return self(args[0], y)
 
 
 def home_of(module: Any) -> Device:
-    """Where a module's weight is, an operator's or torch's own."""
-    home: Device | None = getattr(module, "home", None)
-    there = module.weight.device if home is None else home.torch
-    return home or (CPU if there.type in ("cpu", "meta") else Device(str(there), there, True))
+    """Returns the device of a module's weight, for operators and torch modules."""
+    placement: Device | None = getattr(module, "placement", None)
+    weight_device = module.weight.device if placement is None else placement.torch
+    return placement or (
+        CPU if weight_device.type in ("cpu", "meta") else Device(str(weight_device), weight_device, True)
+    )
 
 
 def times(factor: float, added: torch.Tensor) -> torch.Tensor:
+    """Scales an adapter's output; a factor of 1 returns the tensor itself."""
     return added if factor == 1 else factor * added
 
 
 def plus(known: torch.Tensor, added: torch.Tensor, own: slice) -> torch.Tensor:
-    """known + added [..., rows, columns], of the latter the rows `own` alone; in the type of what is known."""
+    """Returns known + added [..., rows, columns] in known's dtype, where only the rows `own` of `added` count."""
     if len(range(*own.indices(added.shape[-2]))) < added.shape[-2]:
-        only = torch.zeros_like(added)
-        only[..., own, :] = added[..., own, :]
-        added = only
+        masked = torch.zeros_like(added)
+        masked[..., own, :] = added[..., own, :]
+        added = masked
     return known + added.to(known.dtype)

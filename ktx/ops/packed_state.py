@@ -1,4 +1,4 @@
-"""Packed weights as a checkpoint of packed weights has them: see ktx.weights.packed."""
+"""Packed weights in the form of a checkpoint of packed weights, see ktx.weights.packed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from ktx.weights.base import QuantizedTensor
 
 @dataclass(frozen=True)
 class PackedState:
-    """A matrix [rows, columns], or several [matrices, rows, columns], in the type that it has in memory. `rows` gives all rows in order, some at a time."""
+    """A matrix, or a stack of matrices, in the type that it has in memory.
+
+    Attributes:
+        shape: [rows, columns] or [matrices, rows, columns].
+        qtype: the weight type.
+        rows: yields all rows in order, in chunks.
+    """
 
     shape: tuple[int, ...]
     qtype: QType
@@ -22,11 +28,11 @@ class PackedState:
 
 
 def matrix(packed: Any) -> PackedState:
-    """One matrix."""
+    """The state of one matrix."""
     return PackedState((packed.n, packed.k), packed.qtype, lambda: rows_of(packed))
 
 
 def stack(packed: Sequence[Any]) -> PackedState:
-    """Matrices of one shape and type, or several such stacks, one after another."""
-    first, count = packed[0], sum(each.matrices for each in packed)
+    """The state of matrices of one shape and type, or of several stacks of them, concatenated."""
+    first, count = packed[0], sum(part.matrices for part in packed)
     return PackedState((count, first.n, first.k), first.qtype, lambda: chain.from_iterable(map(rows_of, packed)))

@@ -1,4 +1,4 @@
-"""Bytes of weights, module by module: what each holds and what it reads."""
+"""Weight bytes per module: the bytes that it holds, and the bytes that a token reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from ktx.ops.linear import Linear
 
 @dataclass(frozen=True)
 class ModuleBytes:
-    """A module's own bytes, without its children's: `held`, none where another module holds the same, and `token`, what a single token makes kernels read."""
+    """A module's own bytes, without its children's.
+
+    Attributes:
+        path: the module's path.
+        module: the module.
+        held: bytes in memory; 0 for weights that another module in the list holds.
+        token: bytes that the kernels read for a single token.
+    """
 
     path: str
     module: nn.Module
@@ -25,29 +32,35 @@ class ModuleBytes:
 
 
 def sizes(model: nn.Module) -> list[ModuleBytes]:
-    """Operators, and other modules with parameters of their own; plain parameters count as they are."""
-    found, known = [], set[int]()
+    """Lists the bytes of operators and of other modules with parameters of their own."""
+    found, counted = [], set[int]()
     for path, module in model.named_modules():
         own = plain_parameters(module)
         held, token = module.weight_bytes() if isinstance(module, Operator) else (0, 0)
         held = 0 if isinstance(module, Linear) and module.tied_to and not module.copies else held
         for parameter in own:
-            held += 0 if id(parameter) in known else parameter.nbytes
+            held += 0 if id(parameter) in counted else parameter.nbytes
             token += parameter.nbytes // (len(parameter) if isinstance(module, nn.Embedding) else 1)
-            known.add(id(parameter))
+            counted.add(id(parameter))
         if own or isinstance(module, Operator):
             found.append(ModuleBytes(path, module, held, token))
     return found
 
 
 def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """A module's own parameters that torch holds: packed weights, which it shows among them, are not."""
+    """Returns a module's own torch parameters, without packed weights that the module lists among them."""
     return [parameter for parameter in module.parameters(recurse=False) if not isinstance(parameter, Dequantized)]
 
 
 @dataclass(frozen=True)
 class WeightTraffic:
-    """Bytes that forwards read besides those of experts: each `always`, a `row` for each token, and the `head` where logits are made."""
+    """Weight bytes that forwards read, without routed experts.
+
+    Attributes:
+        always: bytes per forward.
+        row: bytes per token (an embedding row).
+        head: bytes per forward that computes logits (the output layer).
+    """
 
     always: int = 0
     row: int = 0
@@ -55,18 +68,18 @@ class WeightTraffic:
 
     @classmethod
     def of(cls, model: Any) -> WeightTraffic:
-        """A matrix counts once a forward, however many tokens share it."""
+        """Sums up a model's modules. A matrix counts once per forward, because all its tokens share one read."""
         head = model.get_output_embeddings()
-        always = row = last = 0
+        always = row = head_bytes = 0
         for size in sizes(model):
             if isinstance(size.module, Embedding | nn.Embedding):
                 row += size.token
             elif size.module is head:
-                last += size.token
+                head_bytes += size.token
             elif not isinstance(size.module, Experts):
                 always += size.token
-        return cls(always, row, last)
+        return cls(always, row, head_bytes)
 
     def bytes(self, forwards: int, tokens: int, heads: int) -> int:
-        """Of so many forwards with so many tokens, of which `heads` made logits."""
+        """Returns the bytes read by `forwards` forwards of `tokens` tokens in all, `heads` of which computed logits."""
         return forwards * self.always + tokens * self.row + heads * self.head

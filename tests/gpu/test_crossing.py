@@ -68,8 +68,8 @@ STATIONS = (Layer, Embedding, RotaryEmbedding, RMSNorm, MLP)
 
 @pytest.fixture
 def journeys(monkeypatch):
-    found = Journeys(device_hooks.moved)
-    monkeypatch.setattr(device_hooks, "moved", found.moved)
+    found = Journeys(device_hooks.move_to)
+    monkeypatch.setattr(device_hooks, "move_to", found.moved)
     return found
 
 
@@ -135,10 +135,10 @@ def test_first_layers_on_the_cpu_and_attention_on_a_gpu_inside_one(twins):
 def test_masks_that_are_intervals_stay_and_lengths_go_along():
     mask = torch.zeros(1, 1, 3, 2, dtype=torch.int32)
     elsewhere = device_hooks.DevicePlacement(Device("cuda:0", torch.device("meta"), True), torch.float32)
-    assert device_hooks.moved(mask, elsewhere) is mask
+    assert device_hooks.move_to(mask, elsewhere) is mask
     positions = torch.arange(3)[None]
     positions.ktx_counts = [2, 1]
-    there = device_hooks.moved(positions, elsewhere)
+    there = device_hooks.move_to(positions, elsewhere)
     assert there.device.type == "meta" and there.ktx_counts == [2, 1]
 
 
@@ -170,7 +170,7 @@ def test_a_module_left_to_transformers_keeps_its_layer_in_the_models_type(twins,
 
     def homes():
         placements = {m: m.placement for m in halves.modules() if hasattr(m, "placement")}
-        return device_hooks._homes(halves, placements, halves.dtype)
+        return device_hooks._placements(halves, placements, halves.dtype)
 
     assert homes()[layer].dtype is torch.float32
     layer.mlp.kept = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
