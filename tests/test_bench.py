@@ -248,7 +248,7 @@ def test_token_ids_are_the_same_everywhere_and_various():
 def test_cat_speed_reads_every_byte(tmp_path, monkeypatch):
     file = tmp_path / "data"
     file.write_bytes(bytes(5 << 20))
-    monkeypatch.setattr(bench_ktx, "CAT_PIECE", 1 << 20)
+    monkeypatch.setattr(bench_ktx, "CAT_CHUNK_BYTES", 1 << 20)
     counter = iter([0.0, 1.0, 1.0, 3.0])
     monkeypatch.setattr(bench_ktx.time, "perf_counter", lambda: next(counter))
     assert bench_ktx.cat_speed([str(file)], 2) == (5 << 20) / 1e9  # the better pass took a second

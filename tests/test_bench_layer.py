@@ -111,7 +111,7 @@ def test_beside_a_peer_both_are_measured_in_turns(tmp_path, monkeypatch):
     [
         (("4,2,256",), 2, "four numbers"),
         (("4,5,256,256",), 2, "1 to all experts"),
-        ((LAYER, "--peer", "llama.cpp"), 2, "kt-kernel and ftllm"),
+        ((LAYER, "--peer", "llama.cpp"), 2, "kt-kernel or ftllm"),
         ((LAYER, "--formats", "int3"), 2, "int4"),
         ((LAYER, "--peer", "kt-kernel", "-p", "1"), 1, "pip install --no-deps kt-kernel"),
         ((LAYER, "--peer", "ftllm", "-p", "1"), 1, "pip install --no-deps ftllm"),

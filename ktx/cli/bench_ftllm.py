@@ -1,8 +1,11 @@
-"""The process of `ktx bench --peer ftllm`: the ftllm wheel (fastllm 1.9), the protocols of bench_ktx and of bench_layer.
+"""The process of `ktx bench --peer ftllm`: the ftllm wheel (fastllm 1.9).
 
-ftllm runs models only, so with --layer it gets a Qwen3-MoE of one layer: its attention is a single head with no output, its embedding so small that the last
-norm sees the experts alone, and its output layer 256 random directions in which results are compared. A prompt's time is that to its first token, a
-single token's that between two of an answer.
+It speaks the protocols of bench_ktx and, with --layer, of bench_layer.
+
+ftllm runs only complete models, so with --layer it gets a Qwen3-MoE of one layer: its attention is a single head with
+an output of zero, its embedding is so small that the final norm sees the experts alone, and its output layer projects
+on 256 random directions, in which results are compared. The time of a prompt is that to its first token, the time of a
+single token that between two tokens of an answer.
 """
 
 from __future__ import annotations
@@ -27,15 +30,23 @@ from ktx.cli.bench import parts, token_ids
 from ktx.cli.bench_layer import CHECKED, ENOUGH, Layer, serve, truth
 from ktx.kernels.check import relative
 
-VOCABULARY, DIRECTIONS, HEAD = 4096, 256, 64
-SMALL = 2.0**-12  # of the embedding, beside results of about one
-ANSWER = 33  # tokens of an answer that is timed
-CALM = 3.5  # seconds before an answer: its workers spin for three after their work, beside whoever is measured next
-ABSENT = ("PIL", "PIL.Image", "imageio", "tiktoken", "blobfile")  # imported by ftllm for pictures and other tokenizers
+VOCABULARY, DIRECTIONS, HEAD_DIM = 4096, 256, 64
+EMBEDDING_SCALE = 2.0**-12  # small against the experts' outputs of about 1
+ANSWER_TOKENS = 33  # of an answer that is timed
+SETTLE_S = (
+    3.5  # before a result is reported: ftllm's workers spin for 3 s after their work and would slow the next engine
+)
+STUBBED_MODULES = (
+    "PIL",
+    "PIL.Image",
+    "imageio",
+    "tiktoken",
+    "blobfile",
+)  # imported by ftllm for pictures and other tokenizers
 
 
-class Anything(types.ModuleType):
-    """Stands in for a package that is imported and not used."""
+class StubModule(types.ModuleType):
+    """Stub of a package that ftllm imports but does not use here."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -43,7 +54,7 @@ class Anything(types.ModuleType):
         return type(name, (), {})
 
 
-def there(name: str) -> bool:
+def is_importable(name: str) -> bool:
     try:
         importlib.import_module(name)
     except ImportError:
@@ -51,8 +62,8 @@ def there(name: str) -> bool:
     return True
 
 
-def stand_in(name: str) -> None:
-    module: Any = Anything(name)
+def install_stub(name: str) -> None:
+    module: Any = StubModule(name)
     module.__spec__, module.__path__ = importlib.machinery.ModuleSpec(name, None), []
     sys.modules[name] = module
     parent, _, leaf = name.rpartition(".")
@@ -61,7 +72,7 @@ def stand_in(name: str) -> None:
 
 
 def main() -> int:
-    """Loads a model and measures it; or writes that of a layer, and loads it in each format asked for."""
+    """Measures a model, or writes the one-layer model of --layer and measures it in each requested format."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--layer", type=Layer.read)
     parser.add_argument("--threads", type=int, required=True)
@@ -70,26 +81,26 @@ def main() -> int:
     args = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")  # the wheel prints to standard output
     os.dup2(2, 1)
-    for name in ABSENT:
-        if not there(name):
-            stand_in(name)
+    for name in STUBBED_MODULES:
+        if not is_importable(name):
+            install_stub(name)
     try:
         from ftllm import llm
-    except (ImportError, OSError) as missing:
-        text = f"ftllm is not there ({missing}): pip install --no-deps ftllm"
+    except (ImportError, OSError) as error:
+        text = f"ftllm is not installed ({error}): pip install --no-deps ftllm"
         print(json.dumps({"error": text, "exit": 1}), file=out, flush=True)
         return 1
     llm.set_device_map("cpu")
     llm.set_device_map("cpu", True)
     llm.set_cpu_threads(args.threads)
     if args.weights:
-        return whole(llm, args, out)
+        return run_model_tests(llm, args, out)
     folder = Path(tempfile.mkdtemp(prefix="ktx-bench-"))
     try:
         tensors = write(folder, args.layer)
 
         def build(name: str) -> Callable[[int], dict[str, float]]:
-            return loaded(llm, folder, args.layer, tensors, name)
+            return load_layer(llm, folder, args.layer, tensors, name)
 
         serve({"ready": True, "version": importlib.metadata.version("ftllm"), "formats": ["int8", "int4g"]}, build, out)
     finally:
@@ -98,20 +109,24 @@ def main() -> int:
 
 
 def write(folder: Path, layer: Layer) -> dict[str, Any]:
-    """The model as a Hugging Face folder in bf16; its tensors but for the experts'."""
+    """Writes the one-layer model to a Hugging Face folder in bf16.
+
+    Returns:
+        Its tensors by name, without those of the experts, which are in "weights" as gate, up and down.
+    """
     import torch
     from safetensors.torch import save_file
 
     from ktx import demo
 
-    source = torch.Generator().manual_seed(12)
+    rng = torch.Generator().manual_seed(12)
 
     def normal(*shape: int, scale: float = 1.0) -> Any:
-        return (torch.randn(shape, generator=source) * scale).bfloat16()
+        return (torch.randn(shape, generator=rng) * scale).bfloat16()
 
-    own = "model.layers.0."
+    prefix = "model.layers.0."
     tensors = {
-        "model.embed_tokens.weight": normal(VOCABULARY, layer.hidden, scale=SMALL),
+        "model.embed_tokens.weight": normal(VOCABULARY, layer.hidden, scale=EMBEDDING_SCALE),
         "model.norm.weight": torch.ones(layer.hidden).bfloat16(),
         "lm_head.weight": torch.cat(
             [
@@ -119,16 +134,19 @@ def write(folder: Path, layer: Layer) -> dict[str, Any]:
                 torch.zeros(VOCABULARY - DIRECTIONS, layer.hidden).bfloat16(),
             ]
         ),
-        f"{own}input_layernorm.weight": torch.ones(layer.hidden).bfloat16(),
-        f"{own}post_attention_layernorm.weight": torch.ones(layer.hidden).bfloat16(),
-        **{f"{own}self_attn.{n}_proj.weight": normal(HEAD, layer.hidden, scale=layer.hidden**-0.5) for n in "qkv"},
-        f"{own}self_attn.o_proj.weight": torch.zeros(layer.hidden, HEAD).bfloat16(),
-        **{f"{own}self_attn.{n}_norm.weight": torch.ones(HEAD).bfloat16() for n in "qk"},
-        f"{own}mlp.gate.weight": normal(layer.experts, layer.hidden, scale=layer.hidden**-0.5),
+        f"{prefix}input_layernorm.weight": torch.ones(layer.hidden).bfloat16(),
+        f"{prefix}post_attention_layernorm.weight": torch.ones(layer.hidden).bfloat16(),
+        **{
+            f"{prefix}self_attn.{n}_proj.weight": normal(HEAD_DIM, layer.hidden, scale=layer.hidden**-0.5)
+            for n in "qkv"
+        },
+        f"{prefix}self_attn.o_proj.weight": torch.zeros(layer.hidden, HEAD_DIM).bfloat16(),
+        **{f"{prefix}self_attn.{n}_norm.weight": torch.ones(HEAD_DIM).bfloat16() for n in "qk"},
+        f"{prefix}mlp.gate.weight": normal(layer.experts, layer.hidden, scale=layer.hidden**-0.5),
     }
     weights = layer.weights()
     experts = {
-        f"{own}mlp.experts.{e}.{name}_proj.weight": matrices[e]
+        f"{prefix}mlp.experts.{e}.{name}_proj.weight": matrices[e]
         for name, matrices in zip(("gate", "up", "down"), weights, strict=True)
         for e in range(layer.experts)
     }
@@ -136,11 +154,16 @@ def write(folder: Path, layer: Layer) -> dict[str, Any]:
         {k: v.contiguous() for k, v in (tensors | experts).items()}, folder / "model.safetensors", {"format": "pt"}
     )
     config = {
-        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": layer.hidden, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": HEAD, "num_experts": layer.experts, "num_experts_per_tok": layer.top,
-        "moe_intermediate_size": layer.width, "intermediate_size": layer.width, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
-        "vocab_size": VOCABULARY, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "bos_token_id": 0, "eos_token_id": VOCABULARY - 1, "attention_bias": False,
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+        "hidden_size": layer.hidden, "num_hidden_layers": 1,
+        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": HEAD_DIM,
+        "num_experts": layer.experts, "num_experts_per_tok": layer.top,
+        "moe_intermediate_size": layer.width, "intermediate_size": layer.width,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "bos_token_id": 0, "eos_token_id": VOCABULARY - 1, "attention_bias": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -148,109 +171,113 @@ def write(folder: Path, layer: Layer) -> dict[str, Any]:
     return {"weights": weights, **tensors}
 
 
-class Loaded:
-    """A model of ftllm's, asked by token ids."""
+class FtllmModel:
+    """A model in ftllm, called with token ids through its C API."""
 
-    def __init__(self, llm: Any, path: str, **words: str):
-        self.model, self.library = llm.model(path, dtype="float16", **words), llm.fastllm_lib
+    def __init__(self, llm: Any, path: str, **options: str):
+        self.model, self.library = llm.model(path, dtype="float16", **options), llm.fastllm_lib
         self.model.set_atype("float32")
         self.stops = self.model.stop_token_ctypes(None)
 
-    def ask(self, ids: list[int], answer: int, logits: bool = False) -> int:
+    def submit(self, ids: list[int], max_tokens: int, logits: bool = False) -> int:
+        """Starts a greedy request of at most `answer` tokens and returns its handle."""
         single = ctypes.c_float(1)
         return int(
             self.library.launch_response_llm_model(
-                self.model.model, len(ids), (ctypes.c_int * len(ids))(*ids), ctypes.c_int(answer), ctypes.c_int(0), ctypes.c_bool(False),
+                self.model.model, len(ids), (ctypes.c_int * len(ids))(*ids),
+                ctypes.c_int(max_tokens), ctypes.c_int(0), ctypes.c_bool(False),
                 single, ctypes.c_int(1), single, single, ctypes.c_bool(logits), *self.stops,
             )
         )  # fmt: skip
 
-    def stamps(self, ids: list[int], answer: int) -> list[float]:
-        """Seconds after which each token of an answer was there."""
-        found: list[float] = []
-        start, handle = time.perf_counter(), self.ask(ids, answer)
+    def token_times(self, ids: list[int], max_tokens: int) -> list[float]:
+        """Returns the seconds from the request to each token of its answer."""
+        times: list[float] = []
+        start, handle = time.perf_counter(), self.submit(ids, max_tokens)
         while True:
             while not self.library.can_fetch_response_llm_model(self.model.model, handle):
                 time.sleep(0.0001)
             if self.library.fetch_response_llm_model(self.model.model, handle) <= -1:
-                return found
-            found.append(time.perf_counter() - start)
+                return times
+            times.append(time.perf_counter() - start)
 
     def logits(self, ids: list[int], vocabulary: int) -> list[float]:
-        """Of the last token."""
+        """Returns the logits of the last token of `ids`."""
         buffer = (ctypes.c_float * (vocabulary * 4))()
-        handle = self.ask(ids, 1, True)
+        handle = self.submit(ids, 1, True)
         self.library.fetch_response_logits_llm_model(self.model.model, handle, buffer)
-        found = list(buffer)[:vocabulary]
+        values = list(buffer)[:vocabulary]
         while self.library.fetch_response_logits_llm_model(self.model.model, handle, buffer) != -1:
             continue
-        return found
+        return values
 
 
-def whole(llm: Any, args: argparse.Namespace, out: Any) -> int:
-    """Serves tests of a whole model: a GGUF, with the folder of its configuration, or a folder of safetensors."""
+def run_model_tests(llm: Any, args: argparse.Namespace, out: Any) -> int:
+    """Runs tests of a complete model: a GGUF with the folder of its configuration, or a folder of safetensors."""
     start = time.perf_counter()
-    words = {"ori_model_path": args.model} if args.weights.endswith(".gguf") else {}
+    options = {"ori_model_path": args.model} if args.weights.endswith(".gguf") else {}
     model, vocabulary = (
-        Loaded(llm, args.weights, **words),
+        FtllmModel(llm, args.weights, **options),
         json.loads((Path(args.model) / "config.json").read_text())["vocab_size"],
     )
-    model.stamps(token_ids(16, vocabulary), 2)  # repacks experts of a GGUF
+    model.token_times(token_ids(16, vocabulary), 2)  # warm-up, in which it repacks the experts of a GGUF
     print(json.dumps({"ready": True, "load_seconds": time.perf_counter() - start}), file=out, flush=True)
-    for turn, line in enumerate(sys.stdin):
+    for index, line in enumerate(sys.stdin):
         test = json.loads(line)["test"]
         kind, count, depth = parts(test)
         if kind == "pp" and depth:
             print(
-                json.dumps({"error": f"ftllm: {test}: prompts after others are not measured", "exit": 2}),
+                json.dumps({"error": f"ftllm: {test}: prefill after a context is not measured", "exit": 2}),
                 file=out,
                 flush=True,
             )
             continue
         prompt = token_ids(count if kind == "pp" else depth or 4, vocabulary)
-        prompt[0] = 3 + turn  # a prompt it has not seen: it keeps what it has
-        found = model.stamps(prompt, 2 if kind == "pp" else count + 1)
-        speed = count / found[0] if kind == "pp" else (len(found) - 1) / (found[-1] - found[0])
-        time.sleep(CALM)
+        prompt[0] = 3 + index  # a new prompt, because ftllm has a prefix cache
+        times = model.token_times(prompt, 2 if kind == "pp" else count + 1)
+        speed = count / times[0] if kind == "pp" else (len(times) - 1) / (times[-1] - times[0])
+        time.sleep(SETTLE_S)
         print(json.dumps({"test": test, "isa": "CPU", "tok_s": speed}), file=out, flush=True)
     out.flush()
     os._exit(0)
 
 
-def loaded(
+def load_layer(
     llm: Any, folder: Path, layer: Layer, tensors: dict[str, Any], name: str
 ) -> Callable[[int], dict[str, float]]:
-    """The layer's model with its experts in one of ftllm's types, and what measures it."""
+    """Loads the one-layer model with its experts in one of ftllm's types; returns a function that measures it."""
     import torch
 
-    model = Loaded(llm, str(folder), moe_dtype=name)
+    model = FtllmModel(llm, str(folder), moe_dtype=name)
 
     def measure(tokens: int) -> dict[str, float]:
-        source = torch.Generator().manual_seed(tokens)
+        rng = torch.Generator().manual_seed(tokens)
         times: list[float] = []
-        while len(times) < 2 or sum(times) < ENOUGH:  # a new prompt each time: none is found in a cache
-            ids = torch.randint(5, VOCABULARY - 5, (max(tokens, 4),), generator=source).tolist()
-            found = model.stamps(ids, 2 if tokens > 1 else ANSWER)
-            times.append(found[0] if tokens > 1 else (found[-1] - found[0]) / (len(found) - 1))
-        ids = torch.randint(5, VOCABULARY - 5, (CHECKED // 8,), generator=source).tolist()
-        got = torch.tensor([model.logits([i], VOCABULARY)[:DIRECTIONS] for i in ids])
-        time.sleep(CALM)
-        return {"ms": min(times[1:]) * 1e3, "relative_error": relative(got, exact(layer, tensors, ids))}
+        while len(times) < 2 or sum(times) < ENOUGH:  # a new prompt each time, because ftllm has a prefix cache
+            ids = torch.randint(5, VOCABULARY - 5, (max(tokens, 4),), generator=rng).tolist()
+            token_times = model.token_times(ids, 2 if tokens > 1 else ANSWER_TOKENS)
+            times.append(token_times[0] if tokens > 1 else (token_times[-1] - token_times[0]) / (len(token_times) - 1))
+        ids = torch.randint(5, VOCABULARY - 5, (CHECKED // 8,), generator=rng).tolist()
+        logits = torch.tensor([model.logits([i], VOCABULARY)[:DIRECTIONS] for i in ids])
+        time.sleep(SETTLE_S)
+        return {"ms": min(times[1:]) * 1e3, "relative_error": relative(logits, exact(layer, tensors, ids))}
 
     return measure
 
 
 def exact(layer: Layer, tensors: dict[str, Any], ids: list[int]) -> Any:
-    """The model's logits of single tokens in float32."""
+    """Computes the one-layer model's logits of single tokens in float32."""
     import torch
 
     def norm(x: Any) -> Any:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
 
     x = tensors["model.embed_tokens.weight"][ids].float()
-    inner = norm(x)
-    shares, chosen = (inner @ tensors["model.layers.0.mlp.gate.weight"].float().T).softmax(-1).topk(layer.top, -1)
-    y = truth(tensors["weights"], inner, chosen, shares / shares.sum(-1, keepdim=True))
+    normed = norm(x)
+    routing_weights, chosen = (
+        (normed @ tensors["model.layers.0.mlp.gate.weight"].float().T).softmax(-1).topk(layer.top, -1)
+    )
+    y = truth(tensors["weights"], normed, chosen, routing_weights / routing_weights.sum(-1, keepdim=True))
     return norm(x + y) @ tensors["lm_head.weight"][:DIRECTIONS].float().T
 
 

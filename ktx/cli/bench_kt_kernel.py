@@ -1,7 +1,8 @@
-"""The process of `ktx bench --layer ... --peer kt-kernel`: the expert kernels of the kt-kernel wheel (0.7), the protocol of bench_layer.
+"""The process of `ktx bench --layer ... --peer kt-kernel`: the expert kernels of the kt-kernel wheel (0.7).
 
-Its Python wrapper pins memory and needs CUDA; the classes below it do not. Where its workers take all cores its caller's waiting takes one away from them: a
-layer is also built with one worker less, and the better one counts.
+It speaks the protocol of bench_layer. kt-kernel's Python wrapper pins memory and needs CUDA; the classes below it do
+not. If its workers use all cores, its waiting caller takes one away from them: so each layer is also built with one
+worker fewer, and the better result counts.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from ktx.cli.bench_layer import CHECKED, Layer, engine_arguments, milliseconds, 
 from ktx.kernels.check import relative
 
 ROUND = 32  # numbers of tokens are rounded up to this: its kernels write whole tiles
-GROUP = 32  # of RAWINT4
-FLOATS = {"AMXINT8": "AMXInt8_MOE", "AMXINT4": "AMXInt4_MOE", "BF16": "AMXBF16_MOE"}  # given bf16, quantised by itself
+GROUP_SIZE = 32  # weights per scale of RAWINT4
+CLASSES = {
+    "AMXINT8": "AMXInt8_MOE",
+    "AMXINT4": "AMXInt4_MOE",
+    "BF16": "AMXBF16_MOE",
+}  # take bf16 weights and quantize them
 
 
 def main() -> int:
@@ -28,8 +33,8 @@ def main() -> int:
     try:
         import kt_kernel
         from kt_kernel import kt_kernel_ext as ext
-    except ImportError as missing:
-        text = f"kt-kernel is not there ({missing}): pip install --no-deps kt-kernel"
+    except ImportError as error:
+        text = f"kt-kernel is not installed ({error}): pip install --no-deps kt-kernel"
         print(json.dumps({"error": text, "exit": 1}), file=out, flush=True)
         return 1
     import torch
@@ -42,7 +47,7 @@ def main() -> int:
         pools.append(ext.CPUInfer(pool))
 
     def build(name: str) -> Callable[[int], dict[str, float]]:
-        layers = [made(ext, workers, layer, weights, name) for workers in pools]
+        layers = [build_layer(ext, workers, layer, weights, name) for workers in pools]
 
         def best(tokens: int) -> dict[str, float]:
             return min((measure(tokens) for measure in layers), key=lambda row: row["ms"])
@@ -50,53 +55,55 @@ def main() -> int:
         return best
 
     version = f"{kt_kernel.__version__} {kt_kernel.__cpu_variant__}"
-    serve({"ready": True, "version": version, "formats": [*FLOATS, "RAWINT4", "LLAMAFILE"]}, build, out)
+    serve({"ready": True, "version": version, "formats": [*CLASSES, "RAWINT4", "LLAMAFILE"]}, build, out)
     return 0
 
 
-def made(ext: Any, workers: Any, layer: Layer, weights: list[Any], name: str) -> Callable[[int], dict[str, float]]:
-    """A layer of one of its classes, and what measures it."""
+def build_layer(
+    ext: Any, workers: Any, layer: Layer, weights: list[Any], name: str
+) -> Callable[[int], dict[str, float]]:
+    """Builds a layer in one of kt-kernel's formats and returns a function that measures it with a number of tokens."""
     import torch
 
     from ktx.quant.types import QTYPES
 
-    most = 4096
+    max_tokens = 4096
     config = ext.moe.MOEConfig(layer.experts, layer.top, layer.hidden, layer.width, 0)
-    config.layer_idx, config.pool, config.max_len = 0, workers.backend_, most
-    names, kept = ("gate_proj", "up_proj", "down_proj"), [*weights]
-    if name in FLOATS:
+    config.layer_idx, config.pool, config.max_len = 0, workers.backend_, max_tokens
+    names, tensors = ("gate_proj", "up_proj", "down_proj"), [*weights]
+    if name in CLASSES:
         config.gate_scale = 0
-        cls = getattr(ext.moe, FLOATS[name])
+        cls = getattr(ext.moe, CLASSES[name])
     elif name == "RAWINT4":
         pairs = [int4(w) for w in weights]
-        kept = [codes for codes, _ in pairs]
-        for which, (_, scale) in zip(("gate_scale", "up_scale", "down_scale"), pairs, strict=True):
-            setattr(config, which, scale.data_ptr())
-        kept += [scale for _, scale in pairs]
-        config.quant_config.bits, config.quant_config.group_size, config.quant_config.zero_point = 4, GROUP, False
+        tensors = [codes for codes, _ in pairs]
+        for field, (_, scale) in zip(("gate_scale", "up_scale", "down_scale"), pairs, strict=True):
+            setattr(config, field, scale.data_ptr())
+        tensors += [scale for _, scale in pairs]
+        config.quant_config.bits, config.quant_config.group_size, config.quant_config.zero_point = 4, GROUP_SIZE, False
         cls = ext.moe.AMXInt4_KGroup_MOE
     else:
         types = ("Q4_K", "Q4_K", "Q6_K")
-        kept = [
-            QTYPES[t].quantize(w.flatten(0, 1).float()) for w, t in zip(weights, types, strict=True)
-        ]  # the blocks that ktx has
+        # the same blocks as ktx
+        tensors = [QTYPES[t].quantize(w.flatten(0, 1).float()) for w, t in zip(weights, types, strict=True)]
         config.gate_type, config.up_type, config.down_type = (getattr(ext.kvcache.ggml_type, t) for t in types)
         config.hidden_type = ext.kvcache.ggml_type.BF16
-        config.m_block, config.group_min_len, config.group_max_len = 32, 10, most
+        config.m_block, config.group_min_len, config.group_max_len = 32, 10, max_tokens
         cls = ext.moe.MOE
-    for which, data in zip(names, kept, strict=False):
-        setattr(config, which, data.data_ptr())
+    for field, data in zip(names, tensors, strict=False):
+        setattr(config, field, data.data_ptr())
     moe = cls(config)
     order = torch.arange(layer.experts, dtype=torch.int64)
     workers.submit(moe.load_weights_task(order.data_ptr()))
     workers.sync()
 
-    def measure(tokens: int, given: Any = kept) -> dict[str, float]:  # the layer may point into what it was given
+    # the default argument keeps the tensors alive, because the layer may point into them
+    def measure(tokens: int, tensors_alive: Any = tensors) -> dict[str, float]:
         x, ids, shares = layer.call(tokens)
         ids, shares, result = ids.contiguous(), shares.contiguous(), torch.zeros_like(x)
 
         def forward() -> None:
-            count = torch.tensor([tokens], dtype=torch.int32)  # the kernel may change it
+            count = torch.tensor([tokens], dtype=torch.int32)  # the kernel may write to it
             args = (
                 count.data_ptr(),
                 layer.top,
@@ -110,18 +117,22 @@ def made(ext: Any, workers: Any, layer: Layer, weights: list[Any], name: str) ->
             workers.sync()
 
         forward()
-        some = slice(0, CHECKED)
-        wrong = relative(result[some], truth(weights, x[some], ids[some], shares[some]))
-        return {"ms": milliseconds(forward), "relative_error": wrong}
+        checked = slice(0, CHECKED)
+        error = relative(result[checked], truth(weights, x[checked], ids[checked], shares[checked]))
+        return {"ms": milliseconds(forward), "relative_error": error}
 
     return measure
 
 
 def int4(w: Any) -> tuple[Any, Any]:
-    """Codes of four bits plus 8, the even column in the low half of a byte, and bf16 scales for GROUP columns."""
+    """Quantizes to 4 bits, as RAWINT4 stores them.
+
+    Returns:
+        Codes plus 8, the even column in the low half of a byte; and a bf16 scale per GROUP_SIZE columns.
+    """
     import torch
 
-    blocks = w.float().unflatten(-1, (-1, GROUP))
+    blocks = w.float().unflatten(-1, (-1, GROUP_SIZE))
     scale = (blocks.abs().amax(-1, keepdim=True) / 7).clamp_min(1e-8).bfloat16()
     codes = ((blocks / scale.float()).round().clamp(-8, 7) + 8).to(torch.uint8).flatten(-2).unflatten(-1, (-1, 2))
     return (codes[..., 0] | codes[..., 1] << 4).contiguous(), scale.squeeze(-1).contiguous()

@@ -1,6 +1,6 @@
-"""The process of `ktx bench` that runs ktx: loads a model, then answers requests on standard input with measurements.
+"""The process of `ktx bench` that runs ktx: loads a model, then runs the tests that it reads from standard input.
 
-A request is a JSON line {"test": "pp512"} or {"test": "tg32"}; the answer is a JSON line with tok_s and what bounds it.
+A request is a JSON line {"test": "pp512"} or {"test": "tg32"}; the result is a JSON line with tok_s and its limit.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 
 from ktx.cli.bench import parts, token_ids
 
-FRESH = 1024  # MiB of new memory to be written
-ERROR_ROWS = 256  # of a matrix, whose products are compared
-CAT_PIECE, CAT_PIECES = 1 << 26, 64  # at most 4 GiB are read for the comparison
+FRESH_MIB = 1024  # new memory that the first-write test touches
+ERROR_ROWS = 256  # rows of a matrix whose products are compared
+CAT_CHUNK_BYTES, MAX_CAT_CHUNKS = 1 << 26, 64  # at most 4 GiB of the files are read
 
 
 def main() -> int:
-    """Loads, announces the model on one line, then measures until standard input ends."""
+    """Loads the model, prints its facts as a JSON line, then measures until standard input ends."""
     parser = argparse.ArgumentParser()
     for name in ("--model", "--weights", "--rules"):
         parser.add_argument(name)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--options", type=json.loads, default={}, help="JSON: what else ktx.load is told")
+    parser.add_argument("--options", type=json.loads, default={}, help="JSON object of further arguments of ktx.load")
     args = parser.parse_args()
     from ktx.errors import KtxError
 
@@ -43,23 +43,23 @@ def main() -> int:
     except KtxError as error:
         print(json.dumps({"error": str(error), "exit": error.exit_code}), flush=True)
         return error.exit_code
-    h = model.ktx
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    info = model.ktx
+    peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     facts = {
         "ready": True,
-        "isa": h.isa,
-        "threads": h.threads,
-        "bytes": h.nbytes,
-        "bytes_per_token": h.bytes_per_token,
-        "load_seconds": h.seconds,
-        "load_gb_s": h.load_speed,
-        "cat_gb_s": cat_speed({spec.file for step in h.plan for spec in step.specs}, h.threads),
-        "pack_gb_s": pack_speed(h.plan, h.threads),
-        "fresh_gb_s": ops.probe_fresh(h.threads, FRESH),
+        "isa": info.isa,
+        "threads": info.threads,
+        "bytes": info.nbytes,
+        "bytes_per_token": info.bytes_per_token,
+        "load_seconds": info.seconds,
+        "load_gb_s": info.load_speed,
+        "cat_gb_s": cat_speed({spec.file for step in info.plan for spec in step.specs}, info.threads),
+        "pack_gb_s": pack_speed(info.plan, info.threads),
+        "fresh_gb_s": ops.probe_fresh(info.threads, FRESH_MIB),
         "probe_bytes": pass_bytes(),
         "cache_bytes": last_level_cache(),
-        "peak_rss": peak,
-        "rss_bound": int(h.nbytes * 1.15) + (1 << 30),
+        "peak_rss": peak_rss_bytes,
+        "rss_bound": int(info.nbytes * 1.15) + (1 << 30),
         "params": active_params(model),
         "errors": {kind: matrix_errors(model, together) for kind, together in (("pp", 64), ("tg", 1))},
     }
@@ -67,11 +67,14 @@ def main() -> int:
     forward(model, token_ids(16, model.config.vocab_size), 16)
     for line in sys.stdin:
         print(json.dumps(measure(model, json.loads(line)["test"])), flush=True)
-    os._exit(0)  # the team's threads need no farewell
+    os._exit(0)  # skips the shutdown of the thread pool
 
 
 def active_params(model: Any) -> int:
-    """Weights that a token of a prompt is multiplied with: all but the output layer, experts by their share."""
+    """Returns the number of weights that a prompt token is multiplied with.
+
+    Of the routed experts those of top-k count; the output layer does not, because it is computed for one token only.
+    """
     from ktx.ops.experts import Experts
     from ktx.ops.linear import Linear
     from ktx.ops.mla import MLA
@@ -88,32 +91,40 @@ def active_params(model: Any) -> int:
 
 
 def matrix_errors(model: Any, together: int) -> dict[str, float]:
-    """Of one matrix of each weight type, on Gaussian activations: relative RMS of the product against float64 on the same weights.
+    """Measures the error of one matrix product of each weight type, on Gaussian activations.
 
-    `together` tokens are multiplied at once. Of stacked matrices the first memory node's share of the first one is taken.
+    Of stacked matrices, the rows of the first matrix on the first NUMA node are used.
+
+    Args:
+        together: tokens that are multiplied in one call.
+
+    Returns:
+        The relative RMS error against float64 on the same weights, by type.
     """
     import torch
 
     from ktx.kernels import cpu
     from ktx.kernels.check import relative
 
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for packed in packed_matrices(model):
         groups = -(-packed.n // cpu.GROUP_ROWS)
-        share = groups if packed.matrices == 1 else cpu.ops.share_of(groups, 1)
-        if packed.qtype.name in found or not share:
+        node_groups = groups if packed.matrices == 1 else cpu.ops.share_of(groups, 1)
+        if packed.qtype.name in errors or not node_groups:
             continue
-        n = min(packed.n, share * cpu.GROUP_ROWS)
-        one = cpu.Packed(packed.data[: packed.nbytes // packed.matrices // groups * share], packed.qtype, n, packed.k)
-        rows = one.rows(torch.arange(min(n, ERROR_ROWS))).double()
+        n = min(packed.n, node_groups * cpu.GROUP_ROWS)
+        matrix = cpu.Packed(
+            packed.data[: packed.nbytes // packed.matrices // groups * node_groups], packed.qtype, n, packed.k
+        )
+        rows = matrix.rows(torch.arange(min(n, ERROR_ROWS))).double()
         x = torch.randn(64, packed.k, generator=torch.Generator().manual_seed(3))
-        got = torch.cat([cpu.linear(some, one) for some in x.split(together)])[:, : len(rows)]
-        found[packed.qtype.name] = relative(got, x.double() @ rows.T)
-    return found
+        product = torch.cat([cpu.linear(chunk, matrix) for chunk in x.split(together)])[:, : len(rows)]
+        errors[packed.qtype.name] = relative(product, x.double() @ rows.T)
+    return errors
 
 
 def packed_matrices(model: Any) -> Iterator[Any]:
-    """Every packed matrix of the model's linear layers and experts."""
+    """Yields every packed matrix of the model's linear layers and experts."""
     from ktx.ops.experts import Experts
     from ktx.ops.linear import Linear
 
@@ -125,19 +136,22 @@ def packed_matrices(model: Any) -> Iterator[Any]:
 
 
 def cat_speed(files: Iterable[str], threads: int) -> float:
-    """GB/s at which `threads` copies of `cat FILE >/dev/null` would read the cached files; the better of two passes."""
-    pieces = [
-        (file, at, min(CAT_PIECE, size - at))
+    """Returns the GB/s at which `threads` threads read the files from the page cache, like `cat FILE >/dev/null`.
+
+    The better of two passes counts.
+    """
+    chunks = [
+        (file, offset, min(CAT_CHUNK_BYTES, size - offset))
         for file in sorted(files)
         for size in [os.path.getsize(file)]
-        for at in range(0, size, CAT_PIECE)
-    ][:CAT_PIECES]
+        for offset in range(0, size, CAT_CHUNK_BYTES)
+    ][:MAX_CAT_CHUNKS]
 
-    def read(piece: tuple[str, int, int]) -> int:
-        file, at, size = piece
+    def read(chunk: tuple[str, int, int]) -> int:
+        file, offset, size = chunk
         buffer, done = bytearray(1 << 20), 0
         with open(file, "rb", buffering=0) as handle:
-            handle.seek(at)
+            handle.seek(offset)
             while done < size and (count := handle.readinto(memoryview(buffer)[: size - done])):
                 done += count
         return done
@@ -146,13 +160,16 @@ def cat_speed(files: Iterable[str], threads: int) -> float:
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(2):
             start = time.perf_counter()
-            total = sum(pool.map(read, pieces))
+            total = sum(pool.map(read, chunks))
             best = max(best, total / (time.perf_counter() - start) / 1e9)
     return best
 
 
 def pack_speed(plan: Any, threads: int) -> float:
-    """GB/s at which `threads` threads pack the plan's largest tensor type into memory that they have; the better of three passes."""
+    """Returns the GB/s at which `threads` threads pack the plan's largest tensor type into memory already touched.
+
+    The best of three passes counts.
+    """
     import torch
 
     from ktx.kernels.cpu import ops, packed_nbytes
@@ -160,15 +177,15 @@ def pack_speed(plan: Any, threads: int) -> float:
     nbytes: Counter[Any] = Counter()
     for spec in (spec for step in plan for spec in step.specs if len(spec.shape) > 1):
         nbytes[spec.qtype] += spec.nbytes
-    qtype, rows, columns = nbytes.most_common(1)[0][0], 1 << 15, 2048  # more than caches hold
+    qtype, rows, columns = nbytes.most_common(1)[0][0], 1 << 15, 2048  # larger than the caches
     scale = torch.ones(rows // 128, columns // 128) if qtype.name == "F8_E4M3" else None
-    source = [torch.zeros(rows, qtype.row_bytes(columns), dtype=torch.uint8) for _ in range(threads)]
-    target = [torch.zeros(packed_nbytes(qtype, rows, columns), dtype=torch.uint8) for _ in range(threads)]
+    sources = [torch.zeros(rows, qtype.row_bytes(columns), dtype=torch.uint8) for _ in range(threads)]
+    targets = [torch.zeros(packed_nbytes(qtype, rows, columns), dtype=torch.uint8) for _ in range(threads)]
 
     def pack(thread: int) -> int:
         for row in range(0, rows, 1024):
-            ops.pack(source[thread][row : row + 1024], qtype.code, rows, columns, target[thread], row, scale)
-        return source[thread].numel()
+            ops.pack(sources[thread][row : row + 1024], qtype.code, rows, columns, targets[thread], row, scale)
+        return sources[thread].numel()
 
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -180,7 +197,12 @@ def pack_speed(plan: Any, threads: int) -> float:
 
 
 def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...] | list[int] = ()) -> float:
-    """Seconds to run ids through the model, `step` at a time (None: as a prompt), after a prompt that does not count."""
+    """Returns the seconds that a forward of `ids` takes.
+
+    Args:
+        step: tokens per forward; None: the chunks of a prefill.
+        prompt: tokens to compute before, which are not timed.
+    """
     import torch
 
     from ktx.cache.kv import KVCache
@@ -189,21 +211,28 @@ def forward(model: Any, ids: list[int], step: int | None, prompt: tuple[int, ...
 
     budget = StepBudget()
     cache, tokens = KVCache(model.config, model.ktx.kv_dtype), torch.tensor([[*prompt, *ids]])
-    start, at = time.perf_counter(), 0
+    start, position = time.perf_counter(), 0
     with torch.inference_mode():
-        while at < tokens.shape[1]:
-            before = at < len(prompt)
-            piece = budget.tokens(at)
-            end = min(at + (piece if before else step or piece), len(prompt) if before else tokens.shape[1])
-            model(input_ids=tokens[:, at:end], **cache_argument(model, cache), logits_to_keep=1)
-            at = end
-            if at == len(prompt):
+        while position < tokens.shape[1]:
+            in_prompt = position < len(prompt)
+            chunk_tokens = budget.tokens(position)
+            end = min(
+                position + (chunk_tokens if in_prompt else step or chunk_tokens),
+                len(prompt) if in_prompt else tokens.shape[1],
+            )
+            model(input_ids=tokens[:, position:end], **cache_argument(model, cache), logits_to_keep=1)
+            position = end
+            if position == len(prompt):
                 start = time.perf_counter()
     return time.perf_counter() - start
 
 
 def measure(model: Any, test: str) -> dict[str, Any]:
-    """A prompt of N tokens ("ppN"), or N tokens after a short one ("tgN"), after D others ("@dD"), with the limit probed right before."""
+    """Runs one test, and measures its limit right before.
+
+    "ppN" is the prefill of N tokens, "tgN" the decode of N tokens after a short prompt; "@dD" after a context of D
+    tokens.
+    """
     from ktx.kernels.cpu import ops
     from ktx.kernels.microbench import read_bandwidth
 
@@ -211,10 +240,10 @@ def measure(model: Any, test: str) -> dict[str, Any]:
     threads, vocabulary = model.ktx.threads, model.config.vocab_size
     limit = ops.probe_int8(threads, 0.1) if kind == "pp" else read_bandwidth(threads).gb_s
     ids = token_ids(count, vocabulary)
-    before = token_ids(depth if kind == "pp" else depth or 4, vocabulary)
-    rate = count / forward(model, ids, None if kind == "pp" else 1, before)
-    used = rate * (2 * active_params(model) if kind == "pp" else model.ktx.bytes_per_token) / 1e9
-    return {"test": test, "tok_s": rate, "limit": limit, "used": used, "share": used / limit}
+    prompt = token_ids(depth if kind == "pp" else depth or 4, vocabulary)
+    tok_s = count / forward(model, ids, None if kind == "pp" else 1, prompt)
+    used = tok_s * (2 * active_params(model) if kind == "pp" else model.ktx.bytes_per_token) / 1e9
+    return {"test": test, "tok_s": tok_s, "limit": limit, "used": used, "share": used / limit}
 
 
 if __name__ == "__main__":

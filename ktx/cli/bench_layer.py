@@ -1,7 +1,7 @@
-"""`ktx bench --layer`: one mixture-of-experts layer with random weights, beside the kernels of a peer, with the error of each.
+"""`ktx bench --layer`: one MoE layer with random weights, on ktx's kernels and a peer's, with the error of each.
 
-An engine is a process that says which formats it has, then answers {"format", "tokens"} with milliseconds and its error: relative RMS
-against the layer in float32 on the weights before they were quantised, so that a coarser format shows.
+An engine is a process that reports its formats, then answers {"format", "tokens"} with milliseconds and its error:
+the relative RMS against the layer in float32 on the weights before quantization, which shows how coarse a format is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ktx.cli.bench import Engine, stamp
 from ktx.errors import UsageError, did_you_mean
 from ktx.kernels.check import relative
 
-PAIRS = {  # a peer's formats and the ones of ktx that have as many bits
+PAIRS = {  # peer -> its format -> ktx's format of as many bits
     "kt-kernel": {"AMXINT8": "int8", "AMXINT4": "int4", "RAWINT4": "int4g32", "LLAMAFILE": "Q4_K", "BF16": "BF16"},
     "ftllm": {"int8": "int8", "int4g": "int4g32"},
 }
 MODULES = {"kt-kernel": "ktx.cli.bench_kt_kernel", "ftllm": "ktx.cli.bench_ftllm"}
-FORMATS = {  # gate and up, down
+FORMATS = {  # name -> (type of gate and up, type of down)
     "int8": ("INT8_128", "INT8_128"),
     "int4": ("INT4_128", "INT4_128"),
     "int4g32": ("Q4_0", "Q4_0"),
@@ -33,12 +33,14 @@ FORMATS = {  # gate and up, down
     "Q8_0": ("Q8_0", "Q8_0"),
     "BF16": ("BF16", "BF16"),
 }
-ENOUGH = 0.4  # seconds a measurement takes at least
-CHECKED = 64  # tokens whose result is compared
+ENOUGH = 0.4  # minimum seconds of a measurement
+CHECKED = 64  # tokens whose output is compared
 
 
 @dataclass(frozen=True)
 class Layer:
+    """Dimensions of an MoE layer: experts, experts per token, hidden size, rows of an expert's gate and up."""
+
     experts: int
     top: int
     hidden: int
@@ -46,17 +48,17 @@ class Layer:
 
     @classmethod
     def read(cls, text: str) -> Layer:
-        """64,8,2048,1536: experts, how many a token takes, hidden columns, an expert's rows."""
+        """Parses "64,8,2048,1536": experts, experts per token, hidden size, width of an expert."""
         try:
             numbers = [int(part) for part in text.split(",")]
             experts, top, hidden, width = numbers
         except ValueError:
             raise argparse.ArgumentTypeError(
-                f"{text!r} must be four numbers: experts, experts a token, hidden columns, rows of an expert"
+                f"{text!r} must be four numbers: experts, experts per token, hidden size, width of an expert"
             ) from None
         if not 1 <= top <= experts or hidden < 1 or width < 1 or hidden % 256 or width % 256:
             raise argparse.ArgumentTypeError(
-                f"{text!r}: a token takes 1 to all experts, and columns are multiples of 256"
+                f"{text!r}: experts per token must be 1 to all experts, hidden size and width multiples of 256"
             )
         return cls(experts, top, hidden, width)
 
@@ -65,108 +67,115 @@ class Layer:
 
     @property
     def operations(self) -> int:
-        """Multiplications and additions of one token."""
+        """Number of multiplications and additions per token."""
         return 6 * self.top * self.hidden * self.width
 
     def weights(self) -> list[Any]:
-        """gate, up [experts, width, hidden] and down [experts, hidden, width] in bf16, the same in every process."""
+        """Returns gate, up [experts, width, hidden] and down [experts, hidden, width], bf16, equal in every process."""
         import torch
 
-        source = torch.Generator().manual_seed(11)
+        rng = torch.Generator().manual_seed(11)
         shapes = ((self.width, self.hidden), (self.width, self.hidden), (self.hidden, self.width))
         return [
             torch.stack(
-                [(torch.randn(shape, generator=source) * shape[1] ** -0.5).bfloat16() for _ in range(self.experts)]
+                [(torch.randn(shape, generator=rng) * shape[1] ** -0.5).bfloat16() for _ in range(self.experts)]
             )
             for shape in shapes
         ]
 
     def call(self, tokens: int) -> tuple[Any, Any, Any]:
-        """x bf16 [tokens, hidden], ids int64 and weights f32 [tokens, top]."""
+        """Returns random inputs: x bf16 [tokens, hidden], expert ids int64 and routing weights f32 [tokens, top]."""
         import torch
 
-        source = torch.Generator().manual_seed(tokens)
-        x = torch.randn(tokens, self.hidden, generator=source).bfloat16()
-        ids = torch.stack([torch.randperm(self.experts, generator=source)[: self.top] for _ in range(tokens)])
-        shares = torch.rand(tokens, self.top, generator=source)
+        rng = torch.Generator().manual_seed(tokens)
+        x = torch.randn(tokens, self.hidden, generator=rng).bfloat16()
+        ids = torch.stack([torch.randperm(self.experts, generator=rng)[: self.top] for _ in range(tokens)])
+        shares = torch.rand(tokens, self.top, generator=rng)
         return x, ids, shares / shares.sum(-1, keepdim=True)
 
 
 def truth(weights: list[Any], x: Any, ids: Any, shares: Any) -> Any:
-    """The layer in float32: sum over the chosen experts of share * down(silu(gate x) * up x)."""
+    """Computes the layer in float32: the sum over the chosen experts of share * down(silu(gate x) * up x)."""
     import torch
 
     out = torch.zeros(len(x), weights[2].shape[1])
     for e in ids.unique().tolist():
-        token, choice = torch.where(ids == e)
+        tokens, slots = torch.where(ids == e)
         gate, up, down = (w[e].float() for w in weights)
-        rows = x[token].float()
+        rows = x[tokens].float()
         y = (torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)) @ down.T
-        out.index_add_(0, token, y * shares[token, choice, None])
+        out.index_add_(0, tokens, y * shares[tokens, slots, None])
     return out
 
 
-def milliseconds(work: Callable[[], object]) -> float:
-    """Of one call, of as many as take ENOUGH."""
-    work()
+def milliseconds(call: Callable[[], object]) -> float:
+    """Returns the mean milliseconds of a call, over at least ENOUGH seconds."""
+    call()
     count, start = 0, time.perf_counter()
     while time.perf_counter() - start < ENOUGH or count < 2:
-        work()
+        call()
         count += 1
     return (time.perf_counter() - start) / count * 1e3
 
 
 def serve(facts: dict[str, Any], build: Callable[[str], Callable[[int], dict[str, float]]], out: Any = None) -> None:
-    """The engine's side: `build(format)` makes the layer, whose call with a number of tokens measures it."""
+    """Runs the engine's side of the protocol until standard input ends, then exits.
+
+    Args:
+        facts: what the engine reports first.
+        build: builds the layer in a format and returns a function that measures it with a number of tokens.
+        out: stream for the results (default: standard output).
+    """
     out = out or sys.stdout
     print(json.dumps(facts), file=out, flush=True)
-    made: dict[str, Callable[[int], dict[str, float]]] = {}
+    measures: dict[str, Callable[[int], dict[str, float]]] = {}
     for line in sys.stdin:
-        wish = json.loads(line)["test"]
-        if wish["format"] not in made:
-            made.clear()  # one format in memory at a time
-            made[wish["format"]] = build(wish["format"])
-        print(json.dumps(made[wish["format"]](wish["tokens"])), file=out, flush=True)
+        request = json.loads(line)["test"]
+        if request["format"] not in measures:
+            measures.clear()  # only one format is in memory at a time
+            measures[request["format"]] = build(request["format"])
+        print(json.dumps(measures[request["format"]](request["tokens"])), file=out, flush=True)
     out.flush()
-    os._exit(0)  # threads of engines need no farewell
+    os._exit(0)  # skips the shutdown of the engine's threads
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures formats and numbers of tokens, ktx and the peer in turns, and prints a table."""
+    """Measures each format with each number of tokens, alternating ktx and the peer, and prints a table."""
     layer: Layer = args.layer
     if not any(args.prompt):
         raise UsageError("-p 0 leaves nothing to measure: give --layer a number of tokens")
-    words = ["--layer", str(layer), "--threads", str(args.threads)]
-    pairs = PAIRS.get(args.peer or "", {})
-    if args.peer and not pairs:
-        raise UsageError(f"--layer has no {args.peer}: its peers are {' and '.join(PAIRS)}")
-    rows = list(pairs.items()) if args.peer else [("", name) for name in FORMATS]
+    arguments = ["--layer", str(layer), "--threads", str(args.threads)]
+    format_pairs = PAIRS.get(args.peer or "", {})
+    if args.peer and not format_pairs:
+        raise UsageError(f"--layer does not support --peer {args.peer}: give {' or '.join(PAIRS)}")
+    rows = list(format_pairs.items()) if args.peer else [("", name) for name in FORMATS]
     if args.formats:
-        wanted, known = args.formats.split(","), [name for _, name in rows]
-        for name in wanted:
+        requested, known = args.formats.split(","), [name for _, name in rows]
+        for name in requested:
             if name not in known:
                 raise UsageError(
-                    f"--formats {name} is not measured here{did_you_mean(name, known)}; there are {' '.join(known)}"
+                    f"--formats {name}: unknown format{did_you_mean(name, known)}; available: {' '.join(known)}"
                 )
-        rows = [row for row in rows if row[1] in wanted]
-    mine = Engine("ktx", __name__, words)
-    other = Engine(args.peer, MODULES[args.peer], words) if args.peer else None
+        rows = [row for row in rows if row[1] in requested]
+    ktx_engine = Engine("ktx", __name__, arguments)
+    peer = Engine(args.peer, MODULES[args.peer], arguments) if args.peer else None
     lines = []
     try:
-        facts = mine.start()
-        theirs = other.start() if other else {}
+        facts = ktx_engine.start()
+        peer_facts = peer.start() if peer else {}
         print(
-            f"{layer.experts} experts, {layer.top} a token, {layer.hidden} x {layer.width}; {stamp()['machine']}, {args.threads} threads; ktx {facts['isa']}"
-            + (f"; {args.peer} {theirs['version']}" if other else "")
+            f"{layer.experts} experts, {layer.top} per token, {layer.hidden} x {layer.width};"
+            f" {stamp()['machine']}, {args.threads} threads; ktx {facts['isa']}"
+            + (f"; {args.peer} {peer_facts['version']}" if peer else "")
         )
         print(f"{'tokens':>6}  {'engine':12}{'format':12}{'ms':>10}{'GOPS':>8}{'error':>9}{'ratio':>8}")
-        for named, name in rows:
+        for peer_format, name in rows:
             for tokens in filter(None, args.prompt):
-                lines += _row(layer, mine, other, name, named, tokens, args)
+                lines += _row(layer, ktx_engine, peer, name, peer_format, tokens, args)
     finally:
-        mine.stop()
-        if other:
-            other.stop()
+        ktx_engine.stop()
+        if peer:
+            peer.stop()
     if args.record:
         with open(args.record, "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -174,34 +183,45 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(
-    layer: Layer, mine: Engine, other: Engine | None, name: str, named: str, tokens: int, args: argparse.Namespace
+    layer: Layer,
+    ktx_engine: Engine,
+    peer: Engine | None,
+    name: str,
+    peer_format: str,
+    tokens: int,
+    args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    engines = [(mine, name), *([(other, named)] if other else [])]
-    found: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine, _ in engines}
+    engines = [(ktx_engine, name), *([(peer, peer_format)] if peer else [])]
+    measurements: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine, _ in engines}
     for _ in range(args.repeat):
-        for engine, word in engines:
-            found[engine.name].append(engine.measure({"format": word, "tokens": tokens}))
+        for engine, format_name in engines:
+            measurements[engine.name].append(engine.measure({"format": format_name, "tokens": tokens}))
     lines = []
-    for engine, word in engines:
-        ms = statistics.median(row["ms"] for row in found[engine.name])
+    for engine, format_name in engines:
+        ms = statistics.median(row["ms"] for row in measurements[engine.name])
         lines.append(
-            {"test": f"layer {layer}", "tokens": tokens, "engine": engine.name, "format": word, "ms": ms}
-            | {"gops": layer.operations * tokens / ms / 1e6, "relative_error": found[engine.name][0]["relative_error"]}
+            {"test": f"layer {layer}", "tokens": tokens, "engine": engine.name, "format": format_name, "ms": ms}
+            | {
+                "gops": layer.operations * tokens / ms / 1e6,
+                "relative_error": measurements[engine.name][0]["relative_error"],
+            }
             | stamp()
             | {"threads": args.threads, "rounds": args.repeat}
         )
-    if other:
+    if peer:
         lines[0]["ratio"] = lines[1]["ms"] / lines[0]["ms"]
     for line in lines:
         ratio = f"{line['ratio']:.2f}x" if "ratio" in line else ""
         print(
-            f"{tokens:>6}  {line['engine']:12}{line['format']:12}{line['ms']:>10.3f}{line['gops']:>8.0f}{line['relative_error']:>9.4f}{ratio:>8}",
+            f"{tokens:>6}  {line['engine']:12}{line['format']:12}{line['ms']:>10.3f}{line['gops']:>8.0f}"
+            f"{line['relative_error']:>9.4f}{ratio:>8}",
             flush=True,
         )
     return lines
 
 
 def engine_arguments() -> argparse.Namespace:
+    """Parses the arguments of an engine's process."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--layer", type=Layer.read, required=True)
     parser.add_argument("--threads", type=int, required=True)
@@ -236,15 +256,19 @@ def main() -> int:
         )
 
     def build(name: str) -> Callable[[int], dict[str, float]]:
-        wide, narrow = FORMATS[name]
-        gate, up, down = packed(weights[0], wide), packed(weights[1], wide), packed(weights[2], narrow)
+        gate_up_type, down_type = FORMATS[name]
+        gate, up, down = (
+            packed(weights[0], gate_up_type),
+            packed(weights[1], gate_up_type),
+            packed(weights[2], down_type),
+        )
 
         def measure(tokens: int) -> dict[str, float]:
             x, ids, shares = layer.call(tokens)
             out = cpu.experts(x, ids, shares, gate, up, down)
-            some = slice(0, CHECKED)
-            wrong = relative(out[some], truth(weights, x[some], ids[some], shares[some]))
-            return {"ms": milliseconds(lambda: cpu.experts(x, ids, shares, gate, up, down)), "relative_error": wrong}
+            checked = slice(0, CHECKED)
+            error = relative(out[checked], truth(weights, x[checked], ids[checked], shares[checked]))
+            return {"ms": milliseconds(lambda: cpu.experts(x, ids, shares, gate, up, down)), "relative_error": error}
 
         return measure
 

@@ -1,4 +1,4 @@
-"""The process of `ktx bench --peer llama.cpp` and of its fork ik_llama.cpp: their C interfaces, the protocol of bench_ktx."""
+"""The process of `ktx bench --peer llama.cpp` or `ik_llama.cpp`: their C API behind the protocol of bench_ktx."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from ktx.cli.bench import parts, token_ids
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, with its own defaults but for threads, length, repacking and the tokens computed at once."""
+    """llama.cpp through llama-cpp-python.
+
+    Parameters are llama.cpp's defaults except threads, context size, repacking and micro-batch size.
+    """
 
     package = "llama-cpp-python"
     state: Any = None
     vocabulary = 0
-    ubatch = 0  # tokens computed at once, which is all that a call is given
-    at = 0  # tokens in the context
+    ubatch = 0  # micro-batch size in tokens; no call gets more
+    position = 0  # tokens in the KV cache
 
     def __init__(self) -> None:
         import llama_cpp
@@ -28,6 +31,7 @@ class LlamaCpp:
         self.lib: Any = llama_cpp
 
     def load(self, args: argparse.Namespace) -> bool:
+        """Loads the model and creates a context; returns whether that succeeded."""
         lib = self.lib
         lib.llama_backend_init()
         model = lib.llama_model_load_from_file(args.weights.encode(), self.model_params(args))
@@ -47,19 +51,22 @@ class LlamaCpp:
         return params
 
     def clear(self) -> None:
-        self.at = 0
+        """Empties the KV cache."""
+        self.position = 0
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.state), True)
 
     def batch(self, tokens: Any) -> Any:
         return self.lib.llama_batch_get_one(tokens, len(tokens))
 
     def decode(self, ids: list[int]) -> None:
+        """Computes at most `ubatch` tokens."""
         tokens = (self.lib.llama_token * len(ids))(*ids)  # the batch only points to them
         if self.lib.llama_decode(self.state, self.batch(tokens)):
             raise RuntimeError("llama_decode failed")
-        self.at += len(ids)
+        self.position += len(ids)
 
     def wait(self) -> None:
+        """Waits until all decodes are done."""
         self.lib.llama_synchronize(self.state)
 
     def system_info(self) -> str:
@@ -67,7 +74,7 @@ class LlamaCpp:
 
 
 class IkLlamaCpp(LlamaCpp):
-    """ik_llama.cpp through ik-llama-cpp-python, whose interface is llama.cpp's of 2024: a batch says where it stands."""
+    """ik_llama.cpp through ik-llama-cpp-python, whose API is llama.cpp's of 2024: a batch has its position."""
 
     package = "ik-llama-cpp-python"
 
@@ -75,35 +82,37 @@ class IkLlamaCpp(LlamaCpp):
         from ik_llama_cpp import _ctypes_api
 
         self.lib = _ctypes_api
-        self.own: Any = _ctypes_api._lib  # what the package leaves out
-        self.own.llama_synchronize.argtypes = [ctypes.c_void_p]
-        self.own.llama_print_system_info.restype = ctypes.c_char_p
+        self.c_library: Any = _ctypes_api._lib  # for functions that the package does not bind
+        self.c_library.llama_synchronize.argtypes = [ctypes.c_void_p]
+        self.c_library.llama_print_system_info.restype = ctypes.c_char_p
 
     def model_params(self, args: argparse.Namespace) -> Any:
         params = self.lib.llama_model_default_params()
         params.repack_tensors, params.mla = bool(args.repack), self.lib.llama_context_default_params().mla_attn
-        params.use_mmap = not args.repack  # it repacks into memory of its own
+        params.use_mmap = not args.repack  # it repacks into newly allocated memory
         return params
 
     def clear(self) -> None:
-        self.at = 0
+        self.position = 0
         self.lib.llama_kv_cache_clear(self.state)
 
     def batch(self, tokens: Any) -> Any:
-        return self.lib.llama_batch(n_tokens=len(tokens), token=tokens, all_pos_0=self.at, all_pos_1=1, all_seq_id=0)
+        return self.lib.llama_batch(
+            n_tokens=len(tokens), token=tokens, all_pos_0=self.position, all_pos_1=1, all_seq_id=0
+        )
 
     def wait(self) -> None:
-        self.own.llama_synchronize(self.state)
+        self.c_library.llama_synchronize(self.state)
 
     def system_info(self) -> str:
-        return str(self.own.llama_print_system_info().decode())
+        return str(self.c_library.llama_print_system_info().decode())
 
 
 ENGINES = {"llama.cpp": LlamaCpp, "ik_llama.cpp": IkLlamaCpp}
 
 
 def main() -> int:
-    """Loads the GGUF with or without repacking, announces it, then measures until standard input ends."""
+    """Loads the GGUF with or without repacking, reports it, then measures until standard input ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--engine", choices=ENGINES)
     parser.add_argument("--weights")
@@ -111,14 +120,14 @@ def main() -> int:
         parser.add_argument(name, type=int)
     args = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
-    kind = ENGINES[args.engine]
+    engine_class = ENGINES[args.engine]
     try:
-        engine = kind()
+        engine = engine_class()
     except ImportError as error:
-        text = f"{args.engine} is not there ({error}): pip install {kind.package}"
+        text = f"{args.engine} is not installed ({error}): pip install {engine_class.package}"
         print(json.dumps({"error": text, "exit": 1}), file=out, flush=True)
         return 1
-    for stream in (1, 2):  # where they log
+    for stream in (1, 2):  # the libraries log to both
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     start = time.perf_counter()
     if not engine.load(args):
@@ -136,7 +145,7 @@ def main() -> int:
 
 
 def measure(engine: LlamaCpp, test: str) -> float:
-    """Tokens a second of one test, in a context that holds no more than its depth."""
+    """Returns the tokens per second of one test, with no more in the KV cache than its depth."""
     kind, count, depth = parts(test)
     engine.clear()
     prompt, ids = (
@@ -144,18 +153,22 @@ def measure(engine: LlamaCpp, test: str) -> float:
         token_ids(count, engine.vocabulary),
     )
     step = engine.ubatch if kind == "pp" else 1
-    for at in range(0, len(prompt), engine.ubatch):
-        engine.decode(prompt[at : at + engine.ubatch])
+    for offset in range(0, len(prompt), engine.ubatch):
+        engine.decode(prompt[offset : offset + engine.ubatch])
     engine.wait()
     start = time.perf_counter()
-    for at in range(0, count, step):
-        engine.decode(ids[at : at + step])
+    for offset in range(0, count, step):
+        engine.decode(ids[offset : offset + step])
     engine.wait()
     return count / (time.perf_counter() - start)
 
 
 def instruction_sets(text: str) -> str:
-    """What llama.cpp was built for: "AVX2 AVX512 AVX512_VNNI" of its line of NAME = 0 or 1."""
+    """Returns the instruction sets that llama.cpp was built for, such as "AVX2 AVX512 AVX512_VNNI".
+
+    Args:
+        text: llama.cpp's system info, entries of NAME = 0 or 1.
+    """
     entries = [entry.split(":")[-1].split("=") for entry in text.split("|") if "=" in entry]
     return " ".join(name.strip() for name, value in entries if value.strip() == "1" and "AVX" in name)
 
