@@ -1,6 +1,6 @@
-"""One answer, from the engine's events to what every protocol tells of it: text and reasoning while they come, whole calls, the end.
+"""Converts the engine's events of one request to deltas that all protocols share: text, reasoning, tool calls, finish.
 
-A call is told when it is whole: until then it may turn out to be none, and its text to be part of the answer.
+A tool call is emitted when it is complete, because until then it may turn out to be ordinary text of the answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_FLOAT = sys.float_info.max
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of the answer ("answer") or of the reasoning ("think"); `choices` are the tokens since the last event."""
+    """New text. `kind`: "answer" (content) or "think" (reasoning); `choices`: the tokens since the last delta."""
 
     text: str
     kind: str
@@ -30,32 +30,35 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """A whole call; `arguments` are the JSON text of an object."""
+    """A complete tool call. `arguments` is a JSON object as text; `choices`: the tokens since the last delta."""
 
-    number: int
+    index: int
     id: str
     name: str
     arguments: str
     choices: list[SampledToken]
 
     def parsed_arguments(self) -> dict[str, Any]:
-        """The arguments read. JSON has no infinity, so a number beyond all floats becomes the largest of them."""
+        """Returns the arguments as a dict. A number that overflows becomes the largest float: JSON has no infinity."""
         return json.loads(self.arguments, parse_float=lambda text: min(max(float(text), -MAX_FLOAT), MAX_FLOAT))
 
 
 @dataclass(frozen=True)
 class Finish:
-    """`reason`: stop, tool_calls, length, cancelled or error."""
+    """The end of a request. `reason`: stop, tool_calls, length, cancelled or error."""
 
     reason: str
     finished: Finished
-    thought: int  # tokens of reasoning
+    reasoning_tokens: int
     choices: list[SampledToken]
 
 
 @dataclass
 class OutputParser:
-    """Hears one request's events. The pieces it has told are kept for those who want the whole."""
+    """Parses the events of one request.
+
+    It also accumulates texts, calls and tokens for a response that is not streamed.
+    """
 
     parser: Parser
     choices: list[SampledToken] = field(default_factory=list)
@@ -64,10 +67,10 @@ class OutputParser:
     token_log: list[SampledToken] = field(default_factory=list)
     reasoning_tokens: int = 0
     end: Finish | None = None
-    _open: list[str] | None = None  # id, name and arguments of a call that is not whole
+    _open_call: list[str] | None = None  # id, name and arguments of an incomplete call
 
     def feed(self, event: Event) -> Iterator[TextDelta | ToolCallDelta | Finish]:
-        """What an event makes sure."""
+        """Yields the deltas that an event completes."""
         if isinstance(event, TokenEvent):
             self.choices.append(event.choice)
             yield from self._read(self.parser.feed(event.text))
@@ -75,64 +78,75 @@ class OutputParser:
         elif isinstance(event, Finished):
             yield from self._read(self.parser.feed(event.text) + self.parser.finish(event.reason != "stop"))
             reason = "tool_calls" if event.reason == "stop" and self.calls else event.reason
-            self.end = Finish(reason, event, self.reasoning_tokens, self._taken())
+            self.end = Finish(reason, event, self.reasoning_tokens, self._take_choices())
             yield self.end
 
     def _read(self, events: list[Any]) -> Iterator[TextDelta | ToolCallDelta]:
         for event in merged(events):
             if isinstance(event, CallStart):
-                self._open = [event.id, event.name, ""]
-            elif isinstance(event, CallArguments) and self._open:
-                self._open[2] += event.text
-            elif isinstance(event, CallEnd) and self._open:
+                self._open_call = [event.id, event.name, ""]
+            elif isinstance(event, CallArguments) and self._open_call:
+                self._open_call[2] += event.text
+            elif isinstance(event, CallEnd) and self._open_call:
                 call = ToolCallDelta(
-                    len(self.calls), self._open[0], self._open[1], self._open[2] or "{}", self._taken()
+                    len(self.calls),
+                    self._open_call[0],
+                    self._open_call[1],
+                    self._open_call[2] or "{}",
+                    self._take_choices(),
                 )
-                self._open = None
+                self._open_call = None
                 self.calls.append(call)
                 yield call
             elif isinstance(event, Text):
-                self._open = None  # it was no call, and this is its text
+                self._open_call = None  # the incomplete call was ordinary text, which this event holds
                 self.texts[event.kind] += event.text
-                yield TextDelta(event.text, event.kind, self._taken())
+                yield TextDelta(event.text, event.kind, self._take_choices())
 
-    def _taken(self) -> list[SampledToken]:
-        taken, self.choices = self.choices, []
-        self.token_log += taken
-        return taken
+    def _take_choices(self) -> list[SampledToken]:
+        choices, self.choices = self.choices, []
+        self.token_log += choices
+        return choices
 
 
 class LogprobFormatter:
-    """Single tokens as text and bytes. `as_ids`: vLLM's token_id:N in place of the text, which need not tell tokens apart."""
+    """Formats tokens and log probabilities as OpenAI's API does.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        as_ids: name tokens `token_id:N`, as vLLM does, because different tokens may have the same text.
+    """
 
     def __init__(self, tokenizer: Any, as_ids: bool = False):
         from tokenizers.decoders import ByteLevel
 
         self.tokenizer, self.as_ids = tokenizer, as_ids
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        self.bytes_of = _letters() if isinstance(getattr(backend, "decoder", None), ByteLevel) else {}
+        self.byte_of = _byte_level_alphabet() if isinstance(getattr(backend, "decoder", None), ByteLevel) else {}
 
     def text(self, token: int) -> str:
+        """Returns the text of a single token."""
         return self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def name(self, token: int) -> str:
+        """Returns the token's text, or token_id:N."""
         return f"token_id:{token}" if self.as_ids else self.text(token)
 
     def bytes(self, token: int) -> list[int]:
-        """A part of a character too, which has no text."""
+        """Returns the bytes of a token, also of one that is part of a character and has no text."""
         name = self.tokenizer.convert_ids_to_tokens(token) or ""
-        if self.bytes_of and all(letter in self.bytes_of for letter in name):
-            return [self.bytes_of[letter] for letter in name]
+        if self.byte_of and all(letter in self.byte_of for letter in name):
+            return [self.byte_of[letter] for letter in name]
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
             return [int(name[3:5], 16)]
         return list(self.text(token).encode("utf-8", "replace"))
 
     def entry(self, token: int, logprob: float | None) -> dict[str, Any]:
-        """As OpenAI's chat answers tell of a token."""
+        """Returns the entry of a token in OpenAI's chat format."""
         return {"token": self.name(token), "logprob": clamp_logprob(logprob), "bytes": self.bytes(token)}
 
     def content(self, choices: list[SampledToken]) -> dict[str, Any]:
-        """`logprobs` of a chat answer or a piece of it."""
+        """Returns the `logprobs` of a chat response or of a chunk of it."""
         return {
             "content": [
                 {**self.entry(choice.token, choice.logprob), "top_logprobs": [self.entry(*one) for one in choice.top]}
@@ -143,11 +157,15 @@ class LogprobFormatter:
 
 
 def clamp_logprob(logprob: float | None) -> float:
+    """Returns a finite log probability; `MIN_LOGPROB` for -infinity and None."""
     return MIN_LOGPROB if logprob is None or logprob < MIN_LOGPROB else logprob
 
 
-def _letters() -> dict[str, int]:
-    """The letters that GPT-2's byte-level vocabularies write bytes with: printable ones as they are, the others from 256 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+def _byte_level_alphabet() -> dict[str, int]:
+    """Returns character -> byte of GPT-2's byte-level vocabularies.
+
+    A printable byte is its own character; the others are mapped to characters from 256 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

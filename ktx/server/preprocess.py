@@ -1,4 +1,4 @@
-"""A checked request -> what the engine is asked: ids, settings, a grammar."""
+"""Converts a validated request of any protocol to the engine's input: token ids, sampling parameters, a grammar."""
 
 from __future__ import annotations
 
@@ -33,34 +33,35 @@ log = logging.getLogger("ktx.server")
 
 @dataclass
 class ChatInput:
-    """A chat-like request in the words that all protocols share."""
+    """A chat request in the form that all protocols share."""
 
     messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] = field(default_factory=list)  # OpenAI's form
-    tool_choice: str | list[str] = "auto"  # auto, none, required, or which functions: a name, or several to choose from
+    tools: list[dict[str, Any]] = field(default_factory=list)  # in OpenAI's format
+    tool_choice: str | list[str] = "auto"  # auto, none, required, a function's name, or a list of allowed names
     parallel_tool_calls: bool = True
-    template_kwargs: dict[str, Any] = field(default_factory=dict)  # for the template
+    template_kwargs: dict[str, Any] = field(default_factory=dict)  # passed to the chat template
     response_format: Format | None = None
-    thinking: bool | None = None  # None: as the model does by itself
-    answers_in_text: bool = True  # the prompt ends where the assistant speaks
-    continue_final_message: bool = False  # the answer goes on with the last message
-    template: str | None = None  # its name, where the model has several
-    truncate: int | None = None  # tokens of the prompt that are read, its last ones
+    thinking: bool | None = None  # None: the model's default
+    answers_in_text: bool = True  # the prompt ends with the start of an assistant message (add_generation_prompt)
+    continue_final_message: bool = False  # the answer continues the last message
+    template: str | None = None  # name of the chat template, for a model with several
+    truncate: int | None = None  # keep this many of the prompt's last tokens
 
 
 @dataclass
 class EngineInput:
-    """What goes to the engine, `count` times, and how the answers are read."""
+    """The input of `count` equal requests to the engine, and what the parser of their output needs."""
 
     rendered: RenderedPrompt
     sampling: SamplingParams
-    grammar: tuple[str, str] | None = None  # Lark rules, and the text behind which they begin
+    grammar: tuple[str, str] | None = None  # Lark rules, and the text after which they apply
     tools: list[dict[str, Any]] = field(default_factory=list)
     parse_calls: bool = False
     salt: bytes = b""
     count: int = 1
 
     def parser(self, state: ServerState) -> Parser:
+        """Returns a new parser for the output of one request."""
         assert state.prompts is not None
         rendered = self.rendered
         return Parser(
@@ -69,33 +70,54 @@ class EngineInput:
 
 
 def reasoning_kwargs(effort: str | None) -> dict[str, Any]:
-    """What templates of several families understand of OpenAI's reasoning_effort."""
+    """Converts OpenAI's reasoning_effort to the chat template kwargs of several model families."""
     if effort is None:
         return {}
     thinks = effort != "none"
-    told = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}.get(effort, effort)
-    return {"enable_thinking": thinks, "thinking": thinks, "reasoning_effort": told}
+    template_effort = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}.get(effort, effort)
+    return {"enable_thinking": thinks, "thinking": thinks, "reasoning_effort": template_effort}
 
 
 def restrict_tools(
     tools: list[dict[str, Any]], names: list[str], mode: str
 ) -> tuple[list[dict[str, Any]], str | list[str]]:
-    """What the model is told of and must choose from, where only some tools may be called. Problem 400 for names that none has."""
+    """Applies a tool_choice that allows only some tools.
+
+    Args:
+        tools: tools of the request, in OpenAI's format.
+        names: names of the allowed tools.
+        mode: "required" if the model must call one of them, else "auto".
+
+    Returns:
+        The tools that the prompt contains, and the tool choice. With "auto" the other tools are removed from the
+        prompt, because no grammar constrains output that may also be text.
+
+    Raises:
+        APIError: 400, a name is not one of the tools, or there are no names.
+    """
     known = [tool["function"]["name"] for tool in tools]
     if not names or not set(names) <= set(known):
-        raise APIError(400, f"tool_choice allows {names}, tools are {known}", "tool_choice")
+        raise APIError(400, f"tool_choice allows {names}, but the tools are {known}", "tool_choice")
     if mode == "required":
         return tools, names
-    return [
-        tool for tool in tools if tool["function"]["name"] in names
-    ], "auto"  # no grammar binds what may also be text
+    return [tool for tool in tools if tool["function"]["name"] in names], "auto"
 
 
 def build_sampling_params(
     state: ServerState, fields: SamplingFields | Mapping[str, Any], limit: int | None, **more: Any
 ) -> SamplingParams:
-    """The request's settings over the server's and the model's. `limit`: of new tokens; None: the server's, else what the context leaves."""
-    given = fields if isinstance(fields, Mapping) else fields.model_dump(exclude_none=True)
+    """Builds the sampling parameters of a request; defaults are the server's, then the model's.
+
+    Args:
+        state: the server's state.
+        fields: the request, or a dict of its parameters under OpenAI's names.
+        limit: max new tokens; None: the server's limit, else the rest of the context.
+        more: further fields of `SamplingParams`.
+
+    Raises:
+        APIError: 400, min_tokens is larger than the limit.
+    """
+    params = fields if isinstance(fields, Mapping) else fields.model_dump(exclude_none=True)
     names = (
         "temperature",
         "top_p",
@@ -110,116 +132,167 @@ def build_sampling_params(
         "min_tokens",
         "repeat_last_n",
     )
-    chosen = state.defaults | {name: given[name] for name in names if name in given}
-    chosen["top_k"] = max(0, chosen.get("top_k", 0))
-    stop = given.get("stop") or ()
-    bias = {int(token): float(value) for token, value in (given.get("logit_bias") or {}).items()}
+    values = state.defaults | {name: params[name] for name in names if name in params}
+    values["top_k"] = max(0, values.get("top_k", 0))
+    stop = params.get("stop") or ()
+    bias = {int(token): float(value) for token, value in (params.get("logit_bias") or {}).items()}
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    most = limit if limit is not None else state.settings.max_new_tokens or 1 << 30
-    if chosen.get("min_tokens", 0) > most:
-        raise APIError(400, f"min_tokens is {chosen['min_tokens']}, the answer has {most} at most", "min_tokens")
+    max_new_tokens = limit if limit is not None else state.settings.max_new_tokens or 1 << 30
+    if values.get("min_tokens", 0) > max_new_tokens:
+        raise APIError(
+            400,
+            f"min_tokens is {values['min_tokens']}, but the answer may have at most {max_new_tokens} tokens",
+            "min_tokens",
+        )
     return SamplingParams(
-        **chosen,
+        **values,
         stop=stop,
-        hidden=frozenset() if given.get("skip_special_tokens") is False else _hidden(state, stop),
-        include_stop=bool(given.get("include_stop_str_in_output")),
-        stop_ids=tuple(given.get("stop_token_ids") or ()),
+        hidden=frozenset() if params.get("skip_special_tokens") is False else _hidden_tokens(state, stop),
+        include_stop=bool(params.get("include_stop_str_in_output")),
+        stop_ids=tuple(params.get("stop_token_ids") or ()),
         logit_bias=bias,
-        max_new_tokens=most,
+        max_new_tokens=max_new_tokens,
         **more,
     )
 
 
-def _hidden(state: ServerState, stop: Sequence[str]) -> frozenset[int]:
-    """Special tokens that are not shown. One that a stop string is made of is read as text: else it would end nothing."""
+def _hidden_tokens(state: ServerState, stop: Sequence[str]) -> frozenset[int]:
+    """Returns the special tokens that are removed from the text.
+
+    A special token that overlaps a stop string stays, because the stop string could not match without it.
+    """
     _, prompts, _ = state.require_ready()
-    named = {token for word, token in prompts.special.items() if any(word in one or one in word for one in stop)}
-    return prompts.silent - named
+    in_stop_strings = {
+        token
+        for text, token in prompts.special.items()
+        if any(text in stop_string or stop_string in text for stop_string in stop)
+    }
+    return prompts.silent - in_stop_strings
 
 
 def cache_salt(fields: SamplingFields) -> bytes:
-    """Requests with different salts share no pages."""
+    """Returns the hash of the request's cache salt. Requests with different salts share no pages of the KV cache."""
     return hashlib.sha256(fields.cache_salt.encode()).digest()[:16] if fields.cache_salt else b""
 
 
 async def build_engine_input(
-    state: ServerState, talk: ChatInput, sampling: SamplingParams, count: int = 1, salt: bytes = b""
+    state: ServerState, chat_input: ChatInput, sampling: SamplingParams, count: int = 1, salt: bytes = b""
 ) -> EngineInput:
-    """A conversation as the engine is asked it."""
+    """Renders a chat request to tokens and compiles the grammar of its tool choice or response format.
+
+    Args:
+        state: the server's state.
+        chat_input: the request.
+        sampling: its sampling parameters.
+        count: number of answers.
+        salt: the hashed cache salt.
+
+    Raises:
+        APIError: the request is invalid, or rendering or compiling timed out.
+    """
     _, prompts, _ = state.require_ready()
-    tools = talk.tools if talk.tool_choice != "none" else []
-    formed = talk.response_format is not None and talk.response_format.type != "text"
-    if talk.continue_final_message and (formed or (tools and talk.tool_choice != "auto")):
-        kind, param = ("a format", "response_format") if formed else ("calls", "tool_choice")
-        raise APIError(400, f"an answer that goes on with the last message cannot be held to {kind}", param)
-    words = dict(talk.template_kwargs)
-    if talk.thinking is not None:
-        words = {"enable_thinking": talk.thinking, "thinking": talk.thinking} | words
-    force = state.settings.force_think and talk.thinking is not False and words.get("enable_thinking") is not False
-    how = (talk.messages, tools, words, force, talk.answers_in_text, talk.continue_final_message, talk.template)
-    rendered = await run_with_timeout(RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", prompts.render, *how)
+    tools = chat_input.tools if chat_input.tool_choice != "none" else []
+    has_format = chat_input.response_format is not None and chat_input.response_format.type != "text"
+    if chat_input.continue_final_message and (has_format or (tools and chat_input.tool_choice != "auto")):
+        kind, param = ("a response format", "response_format") if has_format else ("tool calls", "tool_choice")
+        raise APIError(400, f"an answer that continues the last message cannot be constrained to {kind}", param)
+    template_kwargs = dict(chat_input.template_kwargs)
+    if chat_input.thinking is not None:
+        template_kwargs = {"enable_thinking": chat_input.thinking, "thinking": chat_input.thinking} | template_kwargs
+    force_thinking = (
+        state.settings.force_think
+        and chat_input.thinking is not False
+        and template_kwargs.get("enable_thinking") is not False
+    )
+    render_args = (
+        chat_input.messages,
+        tools,
+        template_kwargs,
+        force_thinking,
+        chat_input.answers_in_text,
+        chat_input.continue_final_message,
+        chat_input.template,
+    )
+    rendered = await run_with_timeout(RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", prompts.render, *render_args)
     if tools:
         _check_tools(state, rendered.tools_not_rendered)
-    if talk.truncate is not None:
-        rendered = replace(rendered, ids=last_tokens(state, rendered.ids, talk.truncate, sampling))
-    asked = EngineInput(rendered, sampling, None, tools, bool(tools), salt, count)
-    if tools and talk.tool_choice != "auto":
+    if chat_input.truncate is not None:
+        rendered = replace(rendered, ids=last_tokens(state, rendered.ids, chat_input.truncate, sampling))
+    engine_input = EngineInput(rendered, sampling, None, tools, bool(tools), salt, count)
+    if tools and chat_input.tool_choice != "auto":
         names = (
             None
-            if talk.tool_choice == "required"
-            else [talk.tool_choice]
-            if isinstance(talk.tool_choice, str)
-            else talk.tool_choice
+            if chat_input.tool_choice == "required"
+            else [chat_input.tool_choice]
+            if isinstance(chat_input.tool_choice, str)
+            else chat_input.tool_choice
         )
         if prompts.dialect.format is None:
-            raise APIError(400, f"this model ({prompts.dialect.name}) cannot be made to call a function", "tool_choice")
-        forced = (prompts.dialect, tools, names, talk.parallel_tool_calls, prompts.special, rendered.thinking)
-        asked.grammar = (await run_with_timeout(COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", _forced, *forced), "")
-    elif talk.response_format is not None and formed:
-        after = ""
+            raise APIError(
+                400,
+                f"tool_choice: the format of this model's tool calls is unknown ({prompts.dialect.name}), so it cannot"
+                " be forced to call a function",
+                "tool_choice",
+            )
+        grammar_args = (
+            prompts.dialect,
+            tools,
+            names,
+            chat_input.parallel_tool_calls,
+            prompts.special,
+            rendered.thinking,
+        )
+        engine_input.grammar = (
+            await run_with_timeout(
+                COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", _forced_call_rules, *grammar_args
+            ),
+            "",
+        )
+    elif chat_input.response_format is not None and has_format:
+        trigger = ""
         if prompts.dialect.format is not None and prompts.dialect.format.style == "harmony":
-            after = "<|channel|>final<|message|>"
+            trigger = "<|channel|>final<|message|>"
         elif rendered.thinking:
-            after = prompts.dialect.think[1]
-        asked.grammar = await build_grammar(talk.response_format, after)
-    return asked
+            trigger = prompts.dialect.think[1]
+        engine_input.grammar = await build_grammar(chat_input.response_format, trigger)
+    return engine_input
 
 
-def _check_tools(state: ServerState, untold: bool) -> None:
-    """Says where tools have no effect: in the answer's header each time, in the log once for a model."""
+def _check_tools(state: ServerState, not_rendered: bool) -> None:
+    """Reports tools that have no effect: in a header of each response and once in the log."""
     _, prompts, _ = state.require_ready()
-    if untold:
+    if not_rendered:
         ignore("tools")
-        state.warn_once("the model's chat template writes nothing of tools: the model does not hear of them")
+        state.warn_once("the model's chat template does not render tools: the model does not see them")
     elif prompts.dialect.format is None:
-        state.warn_once("how this model writes calls is not known: its calls are text of the answer")
+        state.warn_once("the format of this model's tool calls is unknown: its calls are returned as text")
 
 
 def last_tokens(state: ServerState, ids: list[int], count: int, sampling: SamplingParams) -> list[int]:
-    """The last `count` tokens of a prompt; -1: as many as the context holds beside the answer."""
+    """Returns the last `count` tokens of a prompt; -1: as many as fit into the context together with the answer."""
     engine, _, _ = state.require_ready()
     if count < 0:
         count = max(1, engine.context - min(sampling.max_new_tokens, engine.context - 1))
     return ids[max(0, len(ids) - count) :]
 
 
-def _forced(dialect: ChatFormat, tools: list[dict[str, Any]], names: list[str] | None, *more: Any) -> str:
-    """Lark rules of nothing but calls, once the schemas of what may be called are known to be of bearable size."""
+def _forced_call_rules(dialect: ChatFormat, tools: list[dict[str, Any]], names: list[str] | None, *more: Any) -> str:
+    """Returns Lark rules that allow only tool calls. Checks the size of the functions' schemas first."""
     for tool in tools:
         if names is None or tool["function"]["name"] in names:
             check_schema(tool["function"].get("parameters") or {})
     return forced_call_grammar(dialect, tools, names, *more)
 
 
-async def build_grammar(format: Format | None, after: str = "") -> tuple[str, str] | None:
-    """What a response format asks for: rules, and the mark behind which they begin. None for plain text."""
+async def build_grammar(format: Format | None, trigger: str = "") -> tuple[str, str] | None:
+    """Returns the Lark rules of a response format and the text after which they apply; None for plain text."""
     if format is None or format.type == "text":
         return None
-    return await run_with_timeout(COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", format_rules, format), after
+    return await run_with_timeout(COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", format_rules, format), trigger
 
 
 def format_rules(format: Format) -> str:
-    """Lark rules of a response format."""
+    """Returns the Lark rules of a response format."""
     if format.type == "json_object":
         return rules_of_schema(True)
     if format.type == "json_schema":
@@ -229,20 +302,20 @@ def format_rules(format: Format) -> str:
 
 
 def structured_output(fields: StructuredOutputFields) -> Format | None:
-    """The one format that a request asks for, by OpenAI's name or by one of vLLM's."""
+    """Returns the format that a request constrains its answer to: OpenAI's response_format or one of vLLM's guides."""
 
-    def first(*given: Any) -> Any:
-        return next((one for one in given if one is not None), None)
+    def first(*candidates: Any) -> Any:
+        return next((candidate for candidate in candidates if candidate is not None), None)
 
-    more = fields.structured_outputs or Structured(json=None)
-    schema, regex = first(fields.guided_json, more.json_), first(fields.guided_regex, more.regex)
-    choice, grammar = first(fields.guided_choice, more.choice), first(fields.guided_grammar, more.grammar)
+    structured = fields.structured_outputs or Structured(json=None)
+    schema, regex = first(fields.guided_json, structured.json_), first(fields.guided_regex, structured.regex)
+    choice, grammar = first(fields.guided_choice, structured.choice), first(fields.guided_grammar, structured.grammar)
     if schema is not None:
         name = "guided_json" if fields.guided_json is not None else "structured_outputs"
         try:
             schema = json.loads(schema) if isinstance(schema, str) else schema
         except ValueError as error:
-            raise APIError(400, f"{name} is no JSON: {error}", name) from error
+            raise APIError(400, f"{name} is not valid JSON: {error}", name) from error
         return Format.model_validate({"type": "json_schema", "json_schema": {"schema": schema}})
     if regex is not None:
         return Format(type="regex", pattern=regex)
@@ -250,54 +323,70 @@ def structured_output(fields: StructuredOutputFields) -> Format | None:
         return Format(type="grammar", grammar=rules_of_choice(choice))
     if grammar is not None:
         return Format(type="grammar", grammar=grammar)
-    return Format(type="json_object") if more.json_object else fields.response_format
+    return Format(type="json_object") if structured.json_object else fields.response_format
 
 
 def check_context_length(state: ServerState, prompt: Sequence[int], limit: int | None) -> None:
-    """Problem 400 for a request that can never be answered: the numbers tell why."""
+    """Raises APIError (400) if the prompt and the `limit` of new tokens do not fit into the context."""
     engine, _, _ = state.require_ready()
-    most = engine.context
-    if len(prompt) + (limit or 0) > most:
-        wanted = f"{len(prompt)} in the prompt" + (f" and {limit} in the answer" if limit else "")
+    context_length = engine.context
+    if len(prompt) + (limit or 0) > context_length:
+        breakdown = f"{len(prompt)} in the prompt" + (f" and {limit} in the answer" if limit else "")
         raise APIError(
             400,
-            f"this model's context holds {most} tokens, the request asks for {len(prompt) + (limit or 0)}: {wanted}",
+            f"this model's context holds {context_length} tokens, the request needs {len(prompt) + (limit or 0)}:"
+            f" {breakdown}",
             "messages",
             ContextExceeded.code,
         )
 
 
 async def submit(
-    state: ServerState, asks: Sequence[EngineInput], model: str, lora: Sequence[LoraUse] | None = None
+    state: ServerState, engine_inputs: Sequence[EngineInput], model: str, lora: Sequence[LoraUse] | None = None
 ) -> RequestGroup:
-    """Queues all of them for the served name `model`, or with adapters by number, each as often as it says; the numbers run through. None of them runs when one cannot."""
+    """Queues the requests of all inputs, each `count` times; the group's indices run through all of them.
+
+    Either all requests are queued or none.
+
+    Args:
+        state: the server's state.
+        engine_inputs: the inputs.
+        model: the model name of the request, which selects the LoRA adapter.
+        lora: LoRA adapters by id, only with the base model.
+
+    Raises:
+        APIError: an adapter is unknown, a grammar is invalid or the engine refused a request.
+    """
     engine, _, grammars = state.require_ready()
     uses = resolve_adapters(state, model, lora)
     constraints = []
-    for ask in asks:
-        for _ in range(ask.count):
-            made = None
-            if ask.grammar is not None:
-                made = await run_with_timeout(
-                    COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", grammars.constraint, *ask.grammar
+    for engine_input in engine_inputs:
+        for _ in range(engine_input.count):
+            constraint = None
+            if engine_input.grammar is not None:
+                constraint = await run_with_timeout(
+                    COMPILE_TIMEOUT_S, COMPILE_THREADS, "the grammar", grammars.constraint, *engine_input.grammar
                 )
-            constraints.append(made)
-    chorus = RequestGroup(engine)
+            constraints.append(constraint)
+    group = RequestGroup(engine)
     if not state.settings.hide_input:
-        for ask in asks:
-            log.info("asked", extra={"prompt": ask.rendered.text or engine.tokenizer.decode(ask.rendered.ids)})
+        for engine_input in engine_inputs:
+            log.info(
+                "asked",
+                extra={"prompt": engine_input.rendered.text or engine.tokenizer.decode(engine_input.rendered.ids)},
+            )
     try:
-        number = 0
-        for ask in asks:
-            for i in range(ask.count):
-                sampling = ask.sampling
+        index = 0
+        for engine_input in engine_inputs:
+            for i in range(engine_input.count):
+                sampling = engine_input.sampling
                 if i and sampling.seed is not None:
                     sampling = replace(sampling, seed=sampling.seed + i)
-                chorus.submit(ask.rendered.ids, sampling, constraints[number], ask.salt, uses)
-                number += 1
+                group.submit(engine_input.rendered.ids, sampling, constraints[index], engine_input.salt, uses)
+                index += 1
     except BaseException as error:
-        chorus.close()
+        group.close()
         if isinstance(error, Exception):
             raise to_api_error(error) from error
         raise
-    return chorus
+    return group

@@ -99,11 +99,11 @@ def test_over_http_on_every_route():
 
 
 BROKEN = [
-    ("{% for m in messages %}{{ m.content", "line 1: is no Jinja template"),
-    ("{{ 1 }}\n{% if messages %}\n{{ messages[0].content }}", "line 3: is no Jinja template"),
+    ("{% for m in messages %}{{ m.content", "line 1: is not a valid Jinja template"),
+    ("{{ 1 }}\n{% if messages %}\n{{ messages[0].content }}", "line 3: is not a valid Jinja template"),
     ("{{ messages[0].content | shout }}", "No filter named 'shout'"),
-    ("{% for m in messages %}{{ m.content }}{% endfor %}\n{{ date_of() }}", "line 2: cannot write a conversation"),
-    ("{{ messages[0].content + 1 }}", "cannot write a conversation: TypeError"),
+    ("{% for m in messages %}{{ m.content }}{% endfor %}\n{{ date_of() }}", "line 2: cannot render a conversation"),
+    ("{{ messages[0].content + 1 }}", "cannot render a conversation: TypeError"),
     ("You are a helpful assistant.", "does not render the user's message"),
     ("{{ messages | length }}", "does not render the user's message"),
 ]
@@ -139,7 +139,7 @@ def test_a_file_that_is_no_text_is_refused_at_the_start(data, told, tmp_path, ca
 
 
 def test_a_broken_one_among_several():
-    with pytest.raises(BadFile, match=r"chat template \(tool_use\), line 1: is no Jinja"):
+    with pytest.raises(BadFile, match=r"chat template \(tool_use\), line 1: is not a valid Jinja"):
         PromptRenderer(words(NAMED | {"tool_use": "{% if"}))
 
 
@@ -156,9 +156,9 @@ def test_the_model_with_a_broken_template_of_its_own_ends_the_server(tmp_path, c
     folder = write_model(tmp_path / "m")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content")
     assert main(["serve", "--port", "0", "--model", str(folder), "--backend_type", "scripted"]) == 4
-    assert f"{folder}: the tokenizer's chat template, line 1: is no Jinja template" in capsys.readouterr().err
+    assert f"{folder}: the tokenizer's chat template, line 1: is not a valid Jinja template" in capsys.readouterr().err
     assert main(["chat", "--model", str(folder), "--weights", str(folder / "model.gguf"), "-p", "hi"]) == 4
-    assert "the tokenizer's chat template, line 1: is no Jinja template" in capsys.readouterr().err
+    assert "the tokenizer's chat template, line 1: is not a valid Jinja template" in capsys.readouterr().err
 
 
 def test_a_single_template_is_the_default():

@@ -104,7 +104,7 @@ async def chat(state: ServerState, fields: OllamaChat, request: Request) -> Resp
             told["tool_calls"] = [
                 {
                     "id": call.id,
-                    "function": {"index": call.number, "name": call.name, "arguments": call.parsed_arguments()},
+                    "function": {"index": call.index, "name": call.name, "arguments": call.parsed_arguments()},
                 }
                 for call in calls
             ]

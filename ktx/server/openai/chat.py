@@ -196,13 +196,13 @@ async def _stream(
                     yield chunk(number, {"reasoning_content": told.text, "reasoning": told.text}, told.choices)
             elif isinstance(told, ToolCallDelta):
                 head = {
-                    "index": told.number,
+                    "index": told.index,
                     "id": told.id,
                     "type": "function",
                     "function": {"name": told.name, "arguments": ""},
                 }
                 yield chunk(number, {"tool_calls": [head]}, told.choices)
-                yield chunk(number, {"tool_calls": [{"index": told.number, "function": {"arguments": told.arguments}}]})
+                yield chunk(number, {"tool_calls": [{"index": told.index, "function": {"arguments": told.arguments}}]})
             else:
                 streaming.raise_for_finish(told.finished)
                 yield chunk(number, {}, told.choices, told.reason)
