@@ -68,7 +68,7 @@ def test_shipped_families_have_none(tmp_path, family):
 
 def test_a_family_without_a_rule_file_is_told(stranger, caplog):
     (note,) = [note for note in ktx.plan(stranger).said if note.code == "generic"]
-    assert "no rule file knows granitemoe" in note.text
+    assert "no rule file for granitemoe" in note.text
     with caplog.at_level(logging.WARNING, "ktx.model.notes"):
         model = loaded(stranger)
     assert note in model.ktx.notes and note.text in caplog.text
@@ -117,9 +117,9 @@ def test_a_context_that_is_cut_is_told_as_long_as_it_is(qwen, caplog, options, h
 @pytest.mark.parametrize(
     "options, told",
     [
-        ({"weight_dtype": "int8"}, "Linear weights should become int8, but none is a float"),
-        ({"moe_dtype": "int4"}, "Experts weights should become int4, but none is a float"),
-        ({"kv_dtype": "fp8"}, "kv_dtype fp8: layers on the CPU keep q8_0"),
+        ({"weight_dtype": "int8"}, "Linear weights should become int8, but none of them is a float matrix"),
+        ({"moe_dtype": "int4"}, "Experts weights should become int4, but none of them is a float matrix"),
+        ({"kv_dtype": "fp8"}, "kv_dtype fp8: layers on the CPU use q8_0"),
     ],
 )
 def test_an_option_without_effect_is_told(qwen, options, told):
@@ -135,7 +135,7 @@ def test_an_option_with_effect_is_not(stranger):
 def test_blocks_that_a_gpu_does_not_keep_are_told(qwen, monkeypatch):
     monkeypatch.setenv("KTX_GPU", "fake:1")
     found = ktx.plan(qwen, qwen / "model.gguf", kv_dtype="q8_0", device="cuda").said
-    assert found == [Note("flag", "kv_dtype q8_0: layers on a GPU keep f16")]
+    assert found == [Note("flag", "kv_dtype q8_0: layers on a GPU use f16")]
     assert ktx.plan(qwen, qwen / "model.gguf", kv_dtype="fp8", device="cuda").said == []
 
 
@@ -147,7 +147,7 @@ def test_an_instruction_set_that_this_cpu_lacks_is_told(qwen, monkeypatch):
     monkeypatch.setenv("KTX_GEMM", "fast")
     found = [note.text for note in ktx.plan(qwen, qwen / "model.gguf").said]
     assert (
-        found[0] == "KTX_ISA=amx: this CPU has no more than avx2, which is used" and "KTX_GEMM=fast: avx2" in found[1]
+        found[0] == "KTX_ISA=amx: this CPU supports at most avx2, which is used" and "KTX_GEMM=fast: avx2" in found[1]
     )
     monkeypatch.setenv("KTX_ISA", "avx2")
     monkeypatch.setenv("KTX_GEMM", "exact")
@@ -172,7 +172,7 @@ def test_health_returns_them(qwen):
 
 def test_plan_prints_them(stranger, capsys):
     assert main(["plan", "--model", str(stranger)]) == 0
-    assert "note: no rule file knows granitemoe" in capsys.readouterr().out
+    assert "note: no rule file for granitemoe" in capsys.readouterr().out
     assert main(["plan", "--model", str(stranger), "--json"]) == 0
     assert "generic" in [note["code"] for note in json.loads(capsys.readouterr().out)["notes"]]
 

@@ -1,4 +1,7 @@
-"""What is worth a line about a loaded model: where it is slow, or computes something else than was asked. `model.ktx.notes`, `/health` and `ktx plan` show them."""
+"""Notes on a loaded model: slow parts, and options that take no effect.
+
+`model.ktx.notes`, `/health` and `ktx plan` list them.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +24,19 @@ from ktx.kernels import cpu
 from ktx.ops.base import target_qtype
 
 log = logging.getLogger("ktx.model.notes")
-CODES = {  # what a note is about
-    "generic": "no rule file knows the family",
-    "kept": "modules that stay plain torch, in f32",
+CODES = {  # subject of a note by its code
+    "generic": "no rule file for the model family",
+    "kept": "modules that stay plain torch modules in f32",
     "attention": "attention modules that stay transformers' own",
-    "serial": "an engine that computes requests one after another",
-    "context": "a context that is shorter than the model's",
-    "flag": "an option or a variable without effect, or with another one",
-    "weights": "how the checkpoint is quantised, and its tensors that no module reads",
-    "warning": "what was warned of while the model was planned",
-    "training": "packed weights that are not trained, or not counted",
+    "serial": "an engine that runs requests sequentially",
+    "context": "a context that is shorter than the model's max context",
+    "flag": "an option or variable that has no effect, or another one",
+    "weights": "the checkpoint's quantization, and tensors that no module reads",
+    "warning": "warnings issued while the model was planned",
+    "training": "packed weights that are not trained, or not counted as parameters",
 }
-WARNED = ("weights", "warning")  # of these users are warned when they are found
-SMALL = 0.01  # of all weights: kept modules with less are not worth a line
+WARNED = ("weights", "warning")  # issued as warnings when found, so not logged again
+MIN_PLAIN_FRACTION = 0.01  # of all weights: no note on plain torch modules with less
 
 
 class Note(NamedTuple):
@@ -44,7 +47,13 @@ class Note(NamedTuple):
 
 
 def tell(notes: list[Note], found: Sequence[Note], instead_of: Sequence[str] = ()) -> None:
-    """Adds notes to a model's and logs those that are new, unless they were warned of. Earlier ones of the codes `instead_of` go: they were another engine's."""
+    """Adds notes to a model's and logs the new ones, except those that were already issued as warnings.
+
+    Args:
+        notes: the model's notes, changed in place.
+        found: the notes to add.
+        instead_of: codes whose earlier notes are removed, for example those of a previous engine.
+    """
     new = [note for note in dict.fromkeys(found) if note not in notes]
     notes[:] = [note for note in notes if note.code not in instead_of or note in found] + new
     for note in new:
@@ -54,7 +63,7 @@ def tell(notes: list[Note], found: Sequence[Note], instead_of: Sequence[str] = (
 
 @contextmanager
 def heard() -> Iterator[list[Note]]:
-    """What users are warned of inside, as notes too: all warnings follow when it ends, however it does."""
+    """Collects the UserWarnings issued inside as notes; all warnings are issued on exit."""
     notes: list[Note] = []
     caught: list[warnings.WarningMessage] = []
     try:
@@ -69,25 +78,25 @@ def heard() -> Iterator[list[Note]]:
 
 
 def foreign_attention(model: nn.Module) -> list[str]:
-    """Paths of attention modules that stay transformers' own and read no cache of ours."""
+    """Paths of attention modules that stay transformers' own and cannot read ktx's KV caches."""
     return [
         name
         for name, module in model.named_modules()
         if type(module).__name__.endswith("Attention")
         and hasattr(module, "layer_idx")
-        and not getattr(module, "ours", False)
+        and not getattr(module, "uses_ktx_kernel", False)
     ]
 
 
 def spinning() -> list[Note]:
-    """On torch's threads, where ktx came too late to have them wait without spinning."""
+    """A note if torch was imported before ktx, so that its OpenMP threads spin while they wait."""
     if not ktx._torch_came_first or torch.get_num_threads() < 2:
         return []
     return [
         Note(
             "flag",
-            "torch was imported before ktx: its OpenMP threads spin after their work, on the cores where kernels run, and prompts take longer; import ktx first, or set"
-            " OMP_WAIT_POLICY=PASSIVE before Python starts",
+            "torch was imported before ktx: its OpenMP threads spin while idle, on the cores that run the kernels,"
+            " and prefill takes longer; import ktx first, or set OMP_WAIT_POLICY=PASSIVE before Python starts",
         )
     ]
 
@@ -95,66 +104,79 @@ def spinning() -> list[Note]:
 def notes_of(
     model: nn.Module, plan: Plan, rules: Rules, targets: Mapping[str, str | None], kv_dtype: object
 ) -> list[Note]:
-    """Notes on a model as its rules have made it; what its options ask for stands beside what they do."""
-    kind = str(model.config.model_type)  # type: ignore[union-attr]
-    found = []
-    if not rules.explicit and kind not in FILES:
-        found.append(
+    """Returns notes on a planned model.
+
+    Args:
+        model: the meta-device model after injection.
+        plan: its plan.
+        rules: the rules that were applied.
+        targets: quantized type of float weights by operator class.
+        kv_dtype: the requested type of the KV cache.
+    """
+    model_type = str(model.config.model_type)  # type: ignore[union-attr]
+    notes = []
+    if not rules.explicit and model_type not in FILES:
+        notes.append(
             Note(
                 "generic",
-                f"no rule file knows {kind}: generic.yaml replaces what it can, the rest is transformers' own and slower",
+                f"no rule file for {model_type}: generic.yaml replaces what it can,"
+                " the remaining modules stay transformers' own and are slower",
             )
         )
-    if foreign := foreign_attention(model):
-        found.append(
+    if paths := foreign_attention(model):
+        notes.append(
             Note(
                 "attention",
-                f"{len(foreign)} attention modules ({foreign[0]}) stay transformers' own: slower, caches keep the model's type, and an engine answers requests one after another",
+                f"{len(paths)} attention modules ({paths[0]}) stay transformers' own: they are slower,"
+                " caches use the model's type, and an engine runs requests sequentially",
             )
         )
-    found += _kept(plan)
-    found += _dropped(plan, targets, kv_dtype)
-    found += [Note("weights", text) for text in plan.notes]
-    return found
+    notes += _plain_modules(plan)
+    notes += _ignored_options(plan, targets, kv_dtype)
+    notes += [Note("weights", text) for text in plan.notes]
+    return notes
 
 
-def _kept(plan: Plan) -> Iterator[Note]:
-    """Modules with matrices that no operator replaced, one note a class."""
+def _plain_modules(plan: Plan) -> Iterator[Note]:
+    """Yields a note per class of modules with matrices that no operator replaced."""
     total = sum(step.memory for step in plan)
-    kept: dict[str, list[Any]] = {}
+    steps_by_class: dict[str, list[Any]] = {}
     for step in plan:
         if not step.new and any(len(shape) > 1 for shape in step.shapes.values()):
-            kept.setdefault(step.old, []).append(step)
-    for name, steps in kept.items():
+            steps_by_class.setdefault(step.old, []).append(step)
+    for name, steps in steps_by_class.items():
         nbytes = sum(step.memory for step in steps)
-        if nbytes > SMALL * total:
+        if nbytes > MIN_PLAIN_FRACTION * total:
             yield Note(
                 "kept",
-                f"{len(steps)} {name} ({steps[0].path}) stay plain torch: {format_bytes(nbytes)} in f32, which no kernel of ours computes",
+                f"{len(steps)} {name} ({steps[0].path}) stay plain torch: {format_bytes(nbytes)} in f32,"
+                " for which no ktx kernel is used",
             )
 
 
-def _dropped(plan: Plan, targets: Mapping[str, str | None], kv_dtype: object) -> Iterator[Note]:
-    """Options and variables that do nothing here, or not what they say."""
+def _ignored_options(plan: Plan, targets: Mapping[str, str | None], kv_dtype: object) -> Iterator[Note]:
+    """Yields a note per option or variable that has no effect, or another one."""
     for operator, target in targets.items():
         specs = [spec for step in plan if step.target == target for spec in step.specs if len(spec.shape) > 1]
         if target and not any(target_qtype(spec, target) for spec in specs):
             yield Note(
                 "flag",
-                f"{operator} weights should become {target}, but none is a float that could: they stay as the file has them",
+                f"{operator} weights should become {target}, but none of them is a float matrix of suitable shape:"
+                " they stay as in the file",
             )
     devices = set(plan.devices.values())
-    yield from _caches(devices, kv_dtype)
-    isa, wish = cpu.ops.isa(), os.environ.get("KTX_ISA", "")
-    if wish and wish != isa:
-        yield Note("flag", f"KTX_ISA={wish}: this CPU has no more than {isa}, which is used")
+    yield from _ignored_kv_dtype(devices, kv_dtype)
+    isa, requested = cpu.ops.isa(), os.environ.get("KTX_ISA", "")
+    if requested and requested != isa:
+        yield Note("flag", f"KTX_ISA={requested}: this CPU supports at most {isa}, which is used")
     if os.environ.get("KTX_GEMM") == "fast" and not cpu.ops.fast_gemm():
-        yield Note("flag", f"KTX_GEMM=fast: {isa} kernels know no other way than the exact one, which is used")
+        yield Note("flag", f"KTX_GEMM=fast: {isa} kernels have no fast variant, so the exact one is used")
 
 
-def _caches(devices: set[Device], kv_dtype: object) -> Iterator[Note]:
-    wish = str(kv_dtype)
-    if wish == "q8_0" and any(device.gpu for device in devices):
-        yield Note("flag", "kv_dtype q8_0: layers on a GPU keep f16")
-    if wish == "fp8" and not any(device.gpu for device in devices):
-        yield Note("flag", "kv_dtype fp8: layers on the CPU keep q8_0")
+def _ignored_kv_dtype(devices: set[Device], kv_dtype: object) -> Iterator[Note]:
+    """Yields a note if some layers cannot use the requested type of the KV cache."""
+    requested = str(kv_dtype)
+    if requested == "q8_0" and any(device.gpu for device in devices):
+        yield Note("flag", "kv_dtype q8_0: layers on a GPU use f16")
+    if requested == "fp8" and not any(device.gpu for device in devices):
+        yield Note("flag", "kv_dtype fp8: layers on the CPU use q8_0")

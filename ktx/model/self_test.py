@@ -1,9 +1,10 @@
-"""The first tokens prove a model: two tokens in one forward, then the second one again through the cache.
+"""Self-test of a loaded model: computes two tokens in one forward, then the second one again through the cache.
 
-Both forwards attend to keys and values as the same cache stores them, so its rounding is on both sides, and what is left of the difference is small
-enough for a single wrong layer to show. Hooks look at the first forward, which therefore goes child by child; the second goes the way that answers go.
-A token is too little to tell a broken model from a router that was undecided between two experts, so a difference has to show in most of several
-pairs of tokens before it counts.
+Both forwards attend to keys and values as the same cache stores them, so its rounding affects both sides, and the
+remaining difference is small enough to reveal a single wrong layer. Hooks observe the first forward, which therefore
+runs child by child; the second forward takes the path that decoding takes. A single token cannot distinguish a broken
+model from a router with two nearly equal experts, so a difference counts only if it shows in most of several token
+pairs.
 """
 
 from __future__ import annotations
@@ -32,30 +33,33 @@ from ktx.utils.torch_defaults import torch_defaults
 
 log = logging.getLogger("ktx.engine")
 
-TRIES = 5  # pairs of tokens; the first one that shows nothing wrong ends the test
-NEAR, NEAR_HALF = 1e-3, 5e-2  # of a row's length, what it may be away: computed in f32, and in half precision
-NOISY, MOST = (
-    3,
-    0.3,
-)  # times what a rounding error does to a token, which in many layers may be more; and the most that is let pass for it
-ALIKE = 1e-4  # the same, from where on rows of different tokens are no longer the same
-LEAST = 4  # columns of a module's result: fewer may be alike by chance
-Forward = Callable[
-    [list[int], int], torch.Tensor
-]  # (ids, past) -> logits [len(ids) - past, V] on the CPU of the tokens behind the first `past`, which were computed before
+MAX_PAIRS = 5  # token pairs; the test ends if the first one shows no fault
+# Max distance of two rows relative to their length: computed in f32, and in half precision.
+NEAR, NEAR_HALF = 1e-3, 5e-2
+# A difference passes up to this multiple of a rounding error's effect, which grows over many layers, and up to this
+# distance at most.
+MAX_NOISE_FACTOR, MAX_NOISE_DISTANCE = 3, 0.3
+MIN_DISTANCE = 1e-4  # min distance of rows of different tokens; closer rows count as equal
+MIN_COLUMNS = 4  # of a module's output: fewer may be equal by chance
+# (ids, past) -> logits [len(ids) - past, V] on the CPU, of the tokens after the first `past`, which are in the cache.
+Forward = Callable[[list[int], int], torch.Tensor]
 
-SelfTest = bool | Literal["engine"]  # whether a loaded model is tested; "engine": by the engine that is made of it
+SelfTest = bool | Literal["engine"]  # whether a loaded model is tested; "engine": only by its engine
 
 
 def asked(self_test: SelfTest) -> None:
-    """UsageError for what is no SelfTest."""
+    """Raises UsageError if the value is not a SelfTest."""
     if not (isinstance(self_test, bool) or self_test == "engine"):
-        raise UsageError(f"self_test={self_test!r}: takes True, False or 'engine'")
+        raise UsageError(f"self_test={self_test!r}: must be True, False or 'engine'")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What one pair of tokens showed, in words. `certain`: no other pair need be asked. Of a difference `far` is its size, `noise` what a rounding error makes."""
+    """The fault that one token pair showed.
+
+    `certain` faults need no other pair. Of a difference `far` is the relative distance, `noise` the distance that a
+    rounding error causes.
+    """
 
     text: str
     certain: bool = False
@@ -65,70 +69,83 @@ class Fault:
 
 @torch_defaults()
 def check(model: Any, forward: Forward | None = None) -> None:
-    """Raises SelfTestFailed when `forward` (default: with a KVCache) computes what cannot be right. Leaves no trace in counts, caches or random states."""
+    """Tests a model with a few tokens. Expert statistics, caches and random states are unchanged afterwards.
+
+    Args:
+        model: a loaded model.
+        forward: computes the logits. Default: the model with a KVCache.
+
+    Raises:
+        SelfTestFailed: the logits are wrong; the message names the first module that differs.
+    """
     if reason := fault(model, forward or Cached(model)):
         raise SelfTestFailed(
-            f"self-test of this {model.config.model_type}: {reason} ({versions()}); run `ktx verify` with the same model and weights to compare each layer with transformers; --no-self-test (self_test=False) uses it as it is"
+            f"self-test of this {model.config.model_type}: {reason} ({versions()});"
+            " run `ktx verify` with the same model and weights to compare each layer with transformers;"
+            " --no-self-test (self_test=False) uses the model as it is"
         )
 
 
 @torch.inference_mode()
 def fault(model: Any, forward: Forward) -> str:
-    """What is wrong with the logits of a few tokens, in words; empty if nothing is."""
+    """Returns what is wrong with the logits of a few tokens; empty if nothing is."""
     with undisturbed(model):
-        return judged(lambda number: _tried(model, forward, _pair(model.config.vocab_size, number)))
+        return judged(lambda number: _test_pair(model, forward, _token_pair(model.config.vocab_size, number)))
 
 
 def judged(attempt: Callable[[int], Fault | None]) -> str:
-    """The first fault that counts among those of attempts 0, 1, ...: a certain one, or one of those that most of TRIES show. Empty if the first attempt shows none."""
+    """Returns the text of the fault that counts among attempts 0, 1, ...; empty if the first attempt shows none.
+
+    A certain fault counts at once, any other one if most of MAX_PAIRS attempts show one.
+    """
     faults: list[Fault] = []
-    for number in range(TRIES):
-        found = attempt(number)
-        if found is None and not number:
+    for index in range(MAX_PAIRS):
+        fault_ = attempt(index)
+        if fault_ is None and not index:
             return ""
-        if found is not None:
-            faults.append(found)
-            if found.certain:
-                return found.text
-    if 2 * len(faults) <= TRIES:
+        if fault_ is not None:
+            faults.append(fault_)
+            if fault_.certain:
+                return fault_.text
+    if 2 * len(faults) <= MAX_PAIRS:
         return ""
     far, noise = (median(getattr(fault, name) for fault in faults) for name in ("far", "noise"))
-    return "" if far <= min(NOISY * noise, MOST) else faults[0].text
+    return "" if far <= min(MAX_NOISE_FACTOR * noise, MAX_NOISE_DISTANCE) else faults[0].text
 
 
 def tolerance(model: Any, logits: torch.Tensor) -> float:
-    """How far equal computations may be apart, relative to their length. A cache that quantises may be read before or behind it."""
+    """Max relative distance of equal computations. A quantized cache may be read before or after quantization."""
     exact = logits.dtype == model.dtype == torch.float32 and not isinstance(model.ktx.kv_dtype, str)
     return NEAR if exact else NEAR_HALF
 
 
 def away(mine: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Length of the difference of two rows over the second one's."""
+    """Distance of two rows relative to the length of the second one."""
     return float((mine.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-30))
 
 
 def versions() -> str:
-    """What computed it."""
+    """Versions of transformers and torch."""
     import transformers
 
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
 class Cached:
-    """Forwards with a KVCache, one sequence at a time, as scripts and benchmarks make them.
+    """Runs forwards with a KVCache, one sequence at a time, as scripts and benchmarks do.
 
-    A family that nobody here has read may take no such cache: it is given none and makes its own. Where its output has no cache either, tokens
-    behind others are computed with them.
+    A family without a rule file may not accept a KVCache; it then creates its own cache. If its output has no cache
+    either, all tokens are computed in every forward.
     """
 
     def __init__(self, model: Any):
         self.model, self.length = model, 0
         self.cache: Any = None
-        self.own, self.known = keeps_own_cache(model), model.config.model_type in FILES
-        self.goes_on = True
+        self.own, self.has_rules = keeps_own_cache(model), model.config.model_type in FILES
+        self.has_cache = True
 
     def __call__(self, ids: list[int], past: int) -> torch.Tensor:
-        if not self.goes_on:
+        if not self.has_cache:
             return self._forward(ids, 0)[past:]
         if past < self.length:
             self._rewind(ids, past)
@@ -144,19 +161,19 @@ class Cached:
 
     def _forward(self, ids: list[int], past: int) -> torch.Tensor:
         if past or self.own:
-            return self._computed(ids, past)
+            return self._call(ids, past)
         self.cache = KVCache(self.model.config, self.model.ktx.kv_dtype)
         try:
-            return self._computed(ids, past)
+            return self._call(ids, past)
         except Exception as error:
-            if self.known or isinstance(error, KtxError):
+            if self.has_rules or isinstance(error, KtxError):
                 raise
             reason = str(error).partition("\n")[0]
-            log.warning("this %s takes no KVCache (%s)", self.model.config.model_type, reason)
+            log.warning("this %s does not accept a KVCache (%s)", self.model.config.model_type, reason)
             self.own, self.cache = True, None
-            return self._computed(ids, past)
+            return self._call(ids, past)
 
-    def _computed(self, ids: list[int], past: int) -> torch.Tensor:
+    def _call(self, ids: list[int], past: int) -> torch.Tensor:
         out = self.model(
             input_ids=torch.tensor([ids]),
             position_ids=torch.arange(past, past + len(ids))[None],
@@ -165,161 +182,187 @@ class Cached:
         )
         offload.check(self.model)
         self.cache, self.length = cache_of(out), past + len(ids)
-        self.goes_on = self.known or self.cache is not None
+        self.has_cache = self.has_rules or self.cache is not None
         logits: torch.Tensor = out.logits[0].cpu()
         return logits
 
 
-def _pair(size: int, number: int) -> list[int]:
-    """Two ids from where a vocabulary has ordinary tokens, other ones for each number."""
+def _token_pair(size: int, number: int) -> list[int]:
+    """Returns two ids from a part of the vocabulary with ordinary tokens; each number gives another pair."""
     first, second = size * (30 + 7 * number) // 100, size * (61 - 11 * number) // 100
     return [first, second if second != first else (first + 1) % size]
 
 
-def _tried(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
-    alike: list[str] = []
+def _test_pair(model: Any, forward: Forward, ids: list[int]) -> Fault | None:
+    """Returns the fault that a token pair shows, or None."""
+    equal_modules: list[str] = []
     try:
-        with _looking(_telling(model), 2, lambda path, rows: alike.append(path) if torch.equal(*rows) else None):
-            whole = forward(ids, 0)
-        step = forward(ids, 1)
+        with _hooked(
+            _distinguishing_modules(model),
+            2,
+            lambda path, rows: equal_modules.append(path) if torch.equal(*rows) else None,
+        ):
+            both_logits = forward(ids, 0)
+        second_logits = forward(ids, 1)
     except KtxError:
         raise
-    except Exception as error:  # modeling code that is given what it does not expect
+    except Exception as error:  # modeling code may raise any type
         return Fault(f"a forward with a cache raises {type(error).__name__}: {str(error).partition(chr(10))[0]}", True)
-    rows = whole.float()
-    if not (rows.isfinite().all() and step.isfinite().all()):
-        made = _rows(model, lambda: forward(ids, 0), 2)
-        where = next((path for path, found in made.items() if not found.isfinite().all()), "")
-        return Fault(f"logits are not finite{where and f', from {where} on'}", True)
-    if not alike or not _zeros(model, alike[0]):
-        if bool((rows.amax(-1) - rows.amin(-1) <= ALIKE * rows.abs().amax(-1)).any()):
-            return Fault("all logits of a token are alike")
-        if away(rows[0], rows[1]) < ALIKE:
-            return Fault("logits of different tokens are alike")
-        if alike:
-            return Fault(f"{alike[0]} gives the same for different tokens, as weights of zero would")
-    far, bound = away(step[-1], rows[-1]), tolerance(model, whole)
-    if far <= bound:
+    rows = both_logits.float()
+    if not (rows.isfinite().all() and second_logits.isfinite().all()):
+        outputs = _module_outputs(model, lambda: forward(ids, 0), 2)
+        first_bad = next((path for path, output in outputs.items() if not output.isfinite().all()), "")
+        return Fault(f"logits are not finite{first_bad and f', from {first_bad} on'}", True)
+    if not equal_modules or not _has_zero_matrix(model, equal_modules[0]):
+        if bool((rows.amax(-1) - rows.amin(-1) <= MIN_DISTANCE * rows.abs().amax(-1)).any()):
+            return Fault("all logits of a token are equal")
+        if away(rows[0], rows[1]) < MIN_DISTANCE:
+            return Fault("logits of different tokens are equal")
+        if equal_modules:
+            return Fault(f"{equal_modules[0]} returns the same output for different tokens, as with zero weights")
+    distance, bound = away(second_logits[-1], rows[-1]), tolerance(model, both_logits)
+    if distance <= bound:
         return None
-    noise = 0.0 if _exact(model) else _noise(model, lambda: forward(ids, 0), rows[-1])
-    place = _place(model, forward, ids, bound)
+    noise = 0.0 if _is_batch_invariant(model) else _noise(model, lambda: forward(ids, 0), rows[-1])
+    location = _first_difference(model, forward, ids, bound)
     return Fault(
-        f"a token that is computed through the cache is {far:.1%} away from the same token computed with the one before it (at most {bound:.1%}), {place}",
-        far=far,
+        f"a token computed through the cache differs by {distance:.1%} from the same token computed in one forward with"
+        f" the one before it (at most {bound:.1%}), {location}",
+        far=distance,
         noise=noise,
     )
 
 
-def _zeros(model: Any, path: str) -> bool:
-    """Whether the file itself has a matrix of zeros below a path inside the model, as models made by hand do: that their results are alike is no fault."""
+def _has_zero_matrix(model: Any, path: str) -> bool:
+    """Whether the file itself has a matrix of zeros below a module, as hand-made models do.
+
+    Equal outputs of such a module are not a fault.
+    """
     plan = model.ktx.plan
     if model.get_submodule(path) is model.get_output_embeddings():
         return False
     names = [name for step in plan if step.path == path or step.path.startswith(f"{path}.") for name in step.tensors]
     matrices = [name for name in names if (spec := plan.source.spec(name)) is not None and len(spec.shape) > 1]
-    found = next((name for name in matrices if not plan.source.get(name).dequantize().any()), None)
-    if found is not None:
-        log.warning("%s holds nothing but zeros in the file: the self-test does not ask whether results differ", found)
-    return found is not None
+    zero_name = next((name for name in matrices if not plan.source.get(name).dequantize().any()), None)
+    if zero_name is not None:
+        log.warning("%s is all zeros in the file: the self-test does not check whether outputs differ", zero_name)
+    return zero_name is not None
 
 
-def _exact(model: Any) -> bool:
-    """Whether a token is the same bits whatever is computed with it, as our operators have it on a CPU: none is transformers' own or goes on from a state."""
+def _is_batch_invariant(model: Any) -> bool:
+    """Whether a token's result has the same bits in any batch, as with ktx's operators on a CPU.
+
+    Not so if an attention module is transformers' own or a layer continues from a state.
+    """
     if model.dtype != torch.float32 or isinstance(model.ktx.kv_dtype, str) or keeps_own_cache(model):
         return False
-    attends = [m for m in model.modules() if "attention" in type(m).__name__.lower() and hasattr(m, "layer_idx")]
-    return KVCache(model.config).can_crop and all(getattr(module, "ours", False) for module in attends)
+    attention_modules = [
+        module
+        for module in model.modules()
+        if "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
+    ]
+    return KVCache(model.config).can_crop and all(
+        getattr(module, "uses_ktx_kernel", False) for module in attention_modules
+    )
 
 
 def _noise(model: Any, forward: Callable[[], torch.Tensor], row: torch.Tensor) -> float:
-    """How far the last token's logits move from `row` when embeddings change by a rounding error: such a change turns roundings to eight bits, and these a router."""
-    moved = []
+    """Returns how far the last token's logits move from `row` if embeddings change by a rounding error.
+
+    Such a change alters roundings to 8 bits, and these the router's choice.
+    """
+    distances = []
     for sign in (1, -1):
 
-        def change(module: Any, given: Any, made: torch.Tensor, sign: int = sign) -> torch.Tensor:
-            pattern = torch.ones(made.shape[-1], device=made.device)
+        def perturb(module: Any, args: Any, embeddings: torch.Tensor, sign: int = sign) -> torch.Tensor:
+            pattern = torch.ones(embeddings.shape[-1], device=embeddings.device)
             pattern[::2] = -1
-            return made * (1 + sign * 2 * torch.finfo(made.dtype).eps * pattern).to(made.dtype)
+            return embeddings * (1 + sign * 2 * torch.finfo(embeddings.dtype).eps * pattern).to(embeddings.dtype)
 
-        hook = model.get_input_embeddings().register_forward_hook(change)
+        hook = model.get_input_embeddings().register_forward_hook(perturb)
         try:
-            moved.append(away(forward()[-1], row))
+            distances.append(away(forward()[-1], row))
         finally:
             hook.remove()
-    return max(moved)
+    return max(distances)
 
 
-def _place(model: Any, forward: Forward, ids: list[int], bound: float) -> str:
-    """Where the two ways part, in words."""
-    whole = _rows(model, lambda: forward(ids, 0), 2)
-    step = _rows(model, lambda: forward(ids, 1), 1)
-    for path, row in step.items():
-        if path in whole and not away(row[-1], whole[path][-1]) <= bound:
+def _first_difference(model: Any, forward: Forward, ids: list[int], bound: float) -> str:
+    """Describes the first module whose output differs between the two forwards."""
+    both_rows = _module_outputs(model, lambda: forward(ids, 0), 2)
+    second_rows = _module_outputs(model, lambda: forward(ids, 1), 1)
+    for path, row in second_rows.items():
+        if path in both_rows and not away(row[-1], both_rows[path][-1]) <= bound:
             return f"from {path} on"
-    return "though module by module they agree: where several are one call (ktx.ops.fusion.fused, ktx.ops.fusion.layer)"
+    return (
+        "though each module agrees by itself: the difference is in fused calls"
+        " (ktx.ops.fusion.fused, ktx.ops.fusion.layer)"
+    )
 
 
-def _rows(model: nn.Module, forward: Callable[[], Any], tokens: int) -> dict[str, torch.Tensor]:
-    """What every module makes of each of the last `tokens` tokens, in the order of their ends."""
-    made: dict[str, torch.Tensor] = {}
-    modules = {path: m for path, m in model.named_modules() if path and not isinstance(m, Expansion)}  # pages have none
-    with _looking(modules, tokens, lambda path, rows: made.update({path: rows.cpu().float()})):
+def _module_outputs(model: nn.Module, forward: Callable[[], Any], tokens: int) -> dict[str, torch.Tensor]:
+    """Returns the output [tokens, D] of every module for the last `tokens` tokens, in order of completion."""
+    outputs: dict[str, torch.Tensor] = {}
+    # skipped: a paged cache has no outputs of it
+    modules = {path: module for path, module in model.named_modules() if path and not isinstance(module, Expansion)}
+    with _hooked(modules, tokens, lambda path, rows: outputs.update({path: rows.cpu().float()})):
         forward()
-    return made
+    return outputs
 
 
 @contextmanager
-def _looking(modules: Mapping[str, nn.Module], tokens: int, look: Callable[[str, torch.Tensor], Any]) -> Iterator[None]:
-    """While it is entered, `look` is given what each of the modules makes, if that is floats [tokens, D]."""
+def _hooked(modules: Mapping[str, nn.Module], tokens: int, look: Callable[[str, torch.Tensor], Any]) -> Iterator[None]:
+    """While entered, calls `look` with the output of each module, if it is a float tensor of `tokens` rows."""
 
     def hook(path: str) -> Callable[[Any, Any, Any], None]:
-        def hear(module: Any, given: Any, made: Any) -> None:
-            rows = made[0] if isinstance(made, tuple) and made else made
+        def on_output(module: Any, args: Any, output: Any) -> None:
+            rows = output[0] if isinstance(output, tuple) and output else output
             if isinstance(rows, torch.Tensor) and rows.is_floating_point() and rows.dim() > 1:
-                columns = rows.shape[-1]
-                if columns >= LEAST and rows.numel() == tokens * columns:
-                    look(path, rows.reshape(tokens, columns))
+                num_columns = rows.shape[-1]
+                if num_columns >= MIN_COLUMNS and rows.numel() == tokens * num_columns:
+                    look(path, rows.reshape(tokens, num_columns))
 
-        return hear
+        return on_output
 
-    hooks = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
+    handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
     try:
         yield
     finally:
-        for made in hooks:
-            made.remove()
+        for output in handles:
+            output.remove()
 
 
-def _telling(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules whose results differ from token to token wherever their weights are not zero: those with matrices, and the parts of layers."""
+def _distinguishing_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules whose outputs differ between tokens unless weights are zero: with matrices, or parts of layers."""
     parts: set[nn.Module] = set()
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             parts.update(part for layer in module for part in layer.children())
-        shared = (
-            isinstance(module, Experts) and module.num_experts < module.total
-        )  # it may have been chosen by no token
-        if (module in parts or isinstance(module, nn.Linear | Operator)) and not shared:
+        # Of split experts none may have been selected.
+        is_split = isinstance(module, Experts) and module.num_experts < module.total
+        if (module in parts or isinstance(module, nn.Linear | Operator)) and not is_split:
             found[path] = module
     return {path: module for path, module in found.items() if not isinstance(module, RotaryEmbedding)}
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Counts of experts and rotary tables are what they were before, behind it."""
-    kept, tables = [], [(m, m.table) for m in model.modules() if isinstance(m, RotaryEmbedding)]
+    """Restores expert statistics and rotary tables on exit."""
+    saved, tables = [], [(module, module.table) for module in model.modules() if isinstance(module, RotaryEmbedding)]
     for module in model.modules():
         if isinstance(module, Experts):
-            chosen = module.chosen
-            kept.append((module, module.counts.clone(), None if chosen is None else chosen.clone(), module.waited))
+            gpu_counts = module.chosen
+            saved.append(
+                (module, module.counts.clone(), None if gpu_counts is None else gpu_counts.clone(), module.waited)
+            )
     try:
         yield
     finally:
-        for module, counts, chosen, waited in kept:
+        for module, counts, gpu_counts, wait_s in saved:
             module.counts.copy_(counts)
-            if chosen is not None and module.chosen is not None:
-                module.chosen.copy_(chosen)
-            module.waited = waited
+            if gpu_counts is not None and module.chosen is not None:
+                module.chosen.copy_(gpu_counts)
+            module.waited = wait_s
         for rotary, table in tables:
             rotary.table = table
