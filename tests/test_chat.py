@@ -89,12 +89,12 @@ def test_commands_on_a_pipe(folder, tmp_path):
         "unknown command /sett (did you mean '/set'?)",
         "did you mean 'temperature'?",
         "top_p is 7",
-        "took back: hello",
+        "removed: hello",
         "saved 2 messages",
         "nothing to undo",
         "loaded 2 messages",
         "! /no/such: cannot be read",
-        "thinking is folded",
+        "reasoning is folded",
         "unknown command /nonsense",
     ):
         assert words in told, words

@@ -44,7 +44,7 @@ def lines(data, encoding="utf-8"):
         (b"\xfe\xff" + "Größe\nb".encode("utf-16-be"), ["Größe\n", "b"], []),
         ("Größe\nb".encode("utf-32"), ["Größe\n", "b"], []),
         (b"\xef\xbb\xbfa\nb\n", ["a\n", "b\n"], []),
-        ("a\nb\n".encode("utf-16-le") + b"\n", [], ["line 1 is left out", "line 2 is left out", "line 3 is left out"]),
+        ("a\nb\n".encode("utf-16-le") + b"\n", [], ["line 1 is skipped", "line 2 is skipped", "line 3 is skipped"]),
         (b"a\0b\nc\n", ["c\n"], ["! line 1 is skipped: it contains NUL"]),
         (b"\xef\xbb", ["��"], ["line 1"]),
         (b"", [], []),
@@ -121,7 +121,7 @@ def test_the_turn_behind_a_wrong_byte_is_answered(folder):
     done = chat(folder, text=LATIN + b"a\0b\nthree\n")
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert done.stderr.count("first token") == 2
-    assert "line 1: bytes that are not UTF-8" in done.stderr and "line 2 is left out" in done.stderr
+    assert "line 1: bytes that are not UTF-8" in done.stderr and "line 2 is skipped" in done.stderr
 
 
 def test_a_file_by_flag_that_is_no_text_is_one_line(folder, tmp_path):

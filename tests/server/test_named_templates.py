@@ -64,7 +64,7 @@ def test_without_a_default_a_name_is_needed():
     only = {"tool_use": TOOL_USE}
     assert prompt(only, TOOLS) == right(only, TOOLS)
     assert prompt(only, name="tool_use") == right(only, name="tool_use")
-    with pytest.raises(UsageError, match=r"no default: name one as chat_template \(tool_use\)"):
+    with pytest.raises(UsageError, match=r"no default: choose one with chat_template \(tool_use\)"):
         prompt(only)
     with pytest.raises(UsageError, match=r"this model has no chat_template 'toll_use' \(it has: tool_use\).*did you mean"):
         prompt(only, name="toll_use")
