@@ -324,9 +324,9 @@ def test_a_norm_is_what_it_computes_not_what_it_is_called(tmp_path):
 @pytest.mark.parametrize(
     "name,operator,said",
     [
-        ("embed_tokens$", "Embedding", "Gemma3TextScaledWordEmbedding, Embedding stands in for plain nn.Embedding"),
+        ("embed_tokens$", "Embedding", "Gemma3TextScaledWordEmbedding: Embedding replaces only plain nn.Embedding"),
         ("layernorm$", "RotaryEmbedding", "needs inv_freq"),
-        ("mlp$", "Attention", "no place in a cache"),
+        ("mlp$", "Attention", "no cache index"),
         ("self_attn$", "RMSNorm", "needs a weight and an epsilon"),
     ],
 )

@@ -1,7 +1,8 @@
-"""Attention for every family: transformers' own module around our kernel.
+"""Attention for every model family: the module of transformers with the attention kernel of ktx.
 
-The kernel is registered as the attention implementation "ktx". Its mask is not a matrix but an interval of visible keys for each query (ktx.ops.masks), and
-the kernel skips what is outside. A mask that is none (holes, custom functions) stays transformers' bool matrix.
+The kernel is registered with transformers as the attention implementation "ktx". Its mask is not a dense matrix but an
+interval of visible keys for each query (ktx.ops.masks), and the kernel skips the keys outside. A mask that cannot be
+written as intervals (holes, custom mask functions) stays the dense bool mask of transformers.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from ktx.ops.norm import RMSNorm
 from ktx.transformers_compat import CACHE_NAMES
 
 NAME = "ktx"
-FUSABLE = (  # attention that is: project, normalise q and k if it has norms, turn halves, store, attend, project
+FUSABLE = (  # attention that is: project, normalize q and k if there are norms, RoPE on halves, cache, attend, project
     "LlamaAttention",
     "MistralAttention",
     "MixtralAttention",
@@ -58,7 +59,9 @@ FUSABLE = (  # attention that is: project, normalise q and k if it has norms, tu
     "GptOssAttention",
 )
 
-KNOWN_KWARGS = (  # what a module may hand to its attention function beside tensors and mask: `attend` knows it, or it changes nothing here
+# Arguments, besides tensors and mask, that a module may pass to its attention function: `attend` handles them, or they
+# have no effect on the result.
+KNOWN_KWARGS = (
     *("scaling", "dropout", "softcap", "s_aux", "sliding_window", "is_causal", "position_ids", "output_attentions"),
     *(
         "cu_seq_lens_q",
@@ -84,9 +87,26 @@ def attend(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """transformers' attention function: query [B, H, S, D], key and value [B, Hkv, T, D] -> [B, S, H, D], and weights [B, H, S, T] where somebody asks for them.
+    """The attention function "ktx", with the signature that transformers expects.
 
-    Key and value may be the pools of a PagedCache: the mask is then what its batch says.
+    Args:
+        module: The attention module.
+        query: [B, H, S, D].
+        key: [B, Hkv, T, D], or the page pool of a PagedCache, whose batch then defines the visible keys.
+        value: [B, Hkv, T, D], or the page pool of a PagedCache.
+        attention_mask: Intervals, a dense mask [B, 1 or H, S, T], or None.
+        scaling: The factor of the scores; None: D ** -0.5.
+        dropout: The probability that an attention weight is dropped, in training.
+        softcap: The cap of the scores; None or 0 for none.
+        s_aux: Attention sinks [H].
+        **kwargs: Further arguments of the module, see KNOWN_KWARGS.
+
+    Returns:
+        The output [B, S, H, D], and the attention weights [B, H, S, T] if they are requested, else None.
+
+    Raises:
+        UsageError: On a PagedCache: the module is not causal, or attention weights are to be dropped.
+        ValueError: There are more queries than keys, and no mask.
     """
     choice = choice_of(module)
     if choice.foreign:
@@ -100,7 +120,7 @@ def attend(
         ranges, mask = batch.ranges(window_of(module)), None
     else:
         ranges, mask = split_mask(attention_mask, query.shape[0], query.shape[2], key.shape[2])
-        # Sinks are for eager attention alone in transformers, which goes by the mask.
+        # In transformers only eager attention supports sinks, and it uses the mask alone, not `is_causal`.
         if s_aux is None and not hides(module, choice, attention_mask, kwargs):
             ranges = uncausal(ranges, mask, (query.shape[0], query.shape[2], key.shape[2]))
         ranges = None if ranges is None else ranges.to(query.device)
@@ -110,53 +130,56 @@ def attend(
     backward_only(query)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks = None if s_aux is None else s_aux.float().contiguous()
-    about = {} if batch is None else {"sequences": batch.sequences, "pages": batch.pages}
+    paging = {} if batch is None else {"sequences": batch.sequences, "pages": batch.pages}
     cap = float(softcap or 0.0)
     if dropout > 0 and batch is not None:
         raise not_dropped(dropout, "an engine's forward")
-    trained = batch is None and recorded(query, key, value) and choice.shows(kwargs)  # weights have a gradient too
+    trained = batch is None and recorded(query, key, value) and choice.shows(kwargs)  # the weights need a gradient too
     if dropout > 0 or trained:
         weights = F.dropout(attention_weights(query, key, ranges, mask, float(scale), sinks, cap), dropout)
         return weighed(weights, value), weights if choice.shows(kwargs) else None
-    out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **about)
+    out = kernel(query, _dense(key), _dense(value), ranges, mask, float(scale), sinks, cap, **paging)
     if batch is not None or not choice.shows(kwargs):
         return out, None
     return out, attention_weights(query, key, ranges, mask, float(scale), sinks, cap)
 
 
 def not_dropped(dropout: float, where: str) -> UsageError:
-    """The error of what cannot drop attention weights, in training."""
+    """Returns the error for attention dropout in training where it is not supported."""
     return UsageError(
-        f"attention_dropout={dropout}: {where} drops nothing; call model.eval(), or set attention_dropout of the attention modules and of the model's configuration to 0"
+        f"attention_dropout={dropout}: {where} does not support attention dropout; call model.eval(), or set"
+        " attention_dropout of the attention modules and of the model's configuration to 0"
     )
 
 
 def choice_of(module: nn.Module) -> Choice:
-    """Of a module of ktx's, or of transformers' own that calls ktx's function by its name."""
-    found: Any = module.__dict__.get("choice")
-    return Choice(module.config) if found is None else found
+    """Returns the Choice of a ktx module, or of a transformers module that uses the attention function \"ktx\"."""
+    choice: Any = module.__dict__.get("choice")
+    return Choice(module.config) if choice is None else choice
 
 
 def is_causal(module: nn.Module, options: Mapping[str, Any]) -> bool:
-    """Whether a prompt's tokens do not see those behind them, as transformers' usual kernel finds it where it is given no mask."""
-    given = options.get("is_causal")
-    return bool(getattr(module, "is_causal", True) if given is None else given)
+    """Whether attention without a mask is causal, as in transformers' SDPA: by the argument, else the attribute."""
+    argument = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if argument is None else argument)
 
 
 def hides(module: nn.Module, choice: Choice, mask: torch.Tensor | None, options: Mapping[str, Any]) -> bool:
-    """Whether they do not see those in one forward: eager attention goes by the mask alone."""
+    """Whether tokens of a forward do not see later tokens; eager attention depends on the mask alone."""
     return mask is not None if choice.name == EAGER else is_causal(module, options)
 
 
 def causal_pages(module: Any) -> UsageError:
-    """The error of a module that is not causal on an engine's pages."""
-    at = getattr(module, "path", type(module).__name__)
+    """Returns the error for a module that is not causal on the paged KV cache of an engine."""
+    path = getattr(module, "path", type(module).__name__)
     return UsageError(
-        f"{at}.is_causal is False: an engine computes prompts in parts, each token after those before it; call the model itself"
+        f"{path}.is_causal is False: an engine prefills prompts in chunks, so a token cannot see later tokens; call the"
+        " model itself"
     )
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
+    """Returns `x` with contiguous rows, as the kernels require."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -172,25 +195,32 @@ def interval_mask(
     device: Any = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor:
-    """transformers' mask function, whose arguments have no defaults: one that is asked by another name must not be replaced by one. Intervals where the mask is an interval for each query, else bool [B, 1, S, T]."""
+    """The mask function that transformers calls for the implementation "ktx".
+
+    The arguments that transformers passes have no defaults on purpose: if a version renames one, the call must fail
+    instead of using a default.
+
+    Returns:
+        Intervals if the mask is one interval for each query, else a dense mask bool [B, 1, S, T].
+    """
     q_offset = int(q_offset)
-    compiling = torch.compiler.is_compiling()  # a graph has no numbers to look at: there the mask is a matrix
+    compiling = torch.compiler.is_compiling()  # values are unknown in a graph, so the mask is dense there
     if mask_function is causal_mask_function and not compiling:
         keys = int(kv_length)
-        seen = None if attention_mask is None else attention_mask.cpu()
-        if seen is None and 0 < q_length <= MAX_FUSED_TOKENS:  # a step of an answer: one operation instead of ten
-            after = q_offset + 1 - int(kv_offset)
-            ends = [[0, min(after + i, keys)] for i in range(q_length)]
-            return Intervals(torch.tensor([ends] * batch_size, dtype=torch.int32, device="cpu"), keys, device)
-        first = _left_padding(seen, batch_size, kv_offset, kv_length)
-        if first is not None:
-            last = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length, device="cpu").clamp(
+        padding_mask = None if attention_mask is None else attention_mask.cpu()
+        if padding_mask is None and 0 < q_length <= MAX_FUSED_TOKENS:  # decode: one operation instead of ten
+            first_end = q_offset + 1 - int(kv_offset)
+            intervals = [[0, min(first_end + i, keys)] for i in range(q_length)]
+            return Intervals(torch.tensor([intervals] * batch_size, dtype=torch.int32, device="cpu"), keys, device)
+        starts = _left_padding(padding_mask, batch_size, kv_offset, kv_length)
+        if starts is not None:
+            ends = torch.arange(q_offset + 1 - kv_offset, q_offset + 1 - kv_offset + q_length, device="cpu").clamp(
                 max=keys
             )
-            ranges = torch.stack([first[:, None].expand(-1, q_length), last.expand(batch_size, -1)], -1)
+            ranges = torch.stack([starts[:, None].expand(-1, q_length), ends.expand(batch_size, -1)], -1)
             return Intervals(ranges.to(torch.int32), keys, device)
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    full = sdpa_mask(
+    mask = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -201,17 +231,17 @@ def interval_mask(
         device=device,
         **kwargs,
     )
-    assert full is not None  # skipping was not allowed
-    return full if compiling else intervals_of(full)
+    assert mask is not None  # because skipping is disabled
+    return mask if compiling else intervals_of(mask)
 
 
 def _left_padding(mask: torch.Tensor | None, batch: int, offset: int, length: int) -> torch.Tensor | None:
-    """First key of each sequence; None when its padding is not all on the left."""
+    """Returns the first visible key of each sequence, or None if a sequence has padding that is not on the left."""
     if mask is None:
         return torch.zeros(batch, dtype=torch.int64, device="cpu")
-    seen = mask[:, offset : offset + length].bool()
-    first = seen.int().argmax(1)
-    left = seen.sum(1) + first == seen.shape[1]
+    visible = mask[:, offset : offset + length].bool()
+    first = visible.int().argmax(1)
+    left = visible.sum(1) + first == visible.shape[1]
     return first if bool(left.all()) else None
 
 
@@ -220,21 +250,34 @@ AttentionMaskInterface.register(NAME, interval_mask)
 
 
 def unsupported_kwargs(module: nn.Module) -> list[str]:
-    """What a module's forward tells its attention function, or asks of the function's name, that our kernel would not heed: sparse indices, position biases."""
+    """Returns what a module's forward requires of its attention function that the kernel does not support.
+
+    That is keyword arguments outside KNOWN_KWARGS (sparse indices, position biases), and the names "eager" and "sdpa"
+    if the forward compares the implementation with them. Both are read from the constants of its code.
+    """
     code: CodeType = inspect.unwrap(type(module).forward).__code__
     tuples = [const for const in code.co_consts if isinstance(const, tuple)]
-    words = {word for const in tuples if "scaling" in const for word in const if isinstance(word, str)}
-    asked = {
+    argument_names = {name for const in tuples if "scaling" in const for name in const if isinstance(name, str)}
+    implementations = {
         const for const in [*code.co_consts, *(c for const in tuples for c in const)] if const in ("eager", "sdpa")
     }
-    return sorted((words - set(KNOWN_KWARGS)) | asked)
+    return sorted((argument_names - set(KNOWN_KWARGS)) | implementations)
 
 
 class Attention(Operator):
-    """The transformers module itself, computing with our kernel: projections, norms, rotary code and gates are its own.
+    """The attention module of transformers with the kernel of ktx; projections, norms, RoPE and gates stay its own.
 
-    A module without a configuration has no attention to choose (linear attention): it stays as it is, and so does one whose attention is told
-    what the kernel does not know (`foreign_words`); `ours` says whether the kernel computes. Option: `backend` (triton, flashinfer, auto) says whose kernels attend on a GPU.
+    A module without a configuration, such as linear attention, has no attention function to choose, so it computes as
+    in transformers. So does a module that passes arguments that the kernel does not support (`unsupported_kwargs`).
+
+    Option: `backend` (triton, flashinfer, auto) selects the attention kernels on a GPU.
+
+    Attributes:
+        kv_dtype: The dtype of cached keys and values.
+        block: The fused attention step, if this module supports it.
+        uses_ktx_kernel: Whether the kernel of ktx computes the attention.
+        choice: The attention implementation that the model's configuration names.
+        implementation: The name under which the kernel is registered.
     """
 
     remade = ("block",)
@@ -243,13 +286,14 @@ class Attention(Operator):
     block: AttentionBlock | None
     uses_ktx_kernel: bool
     choice: Choice
-    implementation = NAME  # of the kernels' function
+    implementation = NAME
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, backend: str = "triton", **kwargs: Any) -> Attention:
         if not hasattr(old, "layer_idx"):
             raise UsageError(
-                f"{ctx.path} is a {type(old).__name__}, which is no attention: it has no place in a cache (layer_idx)"
+                f"{ctx.path} is a {type(old).__name__}, which is not cached attention: it has no cache index"
+                " (layer_idx)"
             )
         new: Attention = adopt(cls, old, ctx)
         new.kv_dtype, new.block, new.usual = ctx.kv_dtype, None, type(old).__name__ in FUSABLE
@@ -274,27 +318,32 @@ class Attention(Operator):
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
         if self.placement.gpu:
             return super().by_class(*args, **kwargs)
-        return self.computed(*self.call.split(args, kwargs))  # ends there
+        return self.computed(*self.call.split(args, kwargs))  # which calls the forward of the replaced class
 
     def computed(self, given: dict[str, Any], cache: Any) -> Any:
-        """The forward, its arguments by name and its cache apart."""
+        """Computes the forward.
+
+        Args:
+            given: The arguments by name, without the cache.
+            cache: The cache, or None.
+        """
         if (block := current(self)) is not None:
-            done = block(cache=cache, **given)
-            if done is not None:
-                return done, None
+            fused = block(cache=cache, **given)
+            if fused is not None:
+                return fused, None
         if recorded(given.get("hidden_states")):
             as_stock(cache, self.layer_idx)
-        stored = cache
+        casting = cache
         if self.uses_ktx_kernel and self.kv_dtype is not None and cache is not None and type(cache) is not PagedCache:
-            stored = CastingCache(cache, float_type(self.kv_dtype, torch.float16))
-        out = super().forward(**self.call.joined(given, stored))
+            casting = CastingCache(cache, float_type(self.kv_dtype, torch.float16))
+        out = super().forward(**self.call.joined(given, casting))
         if "choice" in self.__dict__ and self.choice.shows(given, cache) and not _has_weights(out):
             raise missing(self.path, type(self).__name__)
         return out
 
 
 def _has_weights(out: Any) -> bool:
-    """Whether an attention module's result is one with weights."""
+    """Whether the output of an attention module contains attention weights."""
     return isinstance(out, tuple) and len(out) > 1 and out[1] is not None
 
 
@@ -302,7 +351,7 @@ PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_nor
 
 
 class AttentionBlock:
-    """The usual attention in one kernel call, on a cache that grows in place."""
+    """Fuses the attention of a FUSABLE module into one kernel call, on a cache that grows in place."""
 
     def __init__(self, owner: Attention, matrices: WeightDescriptor):
         self.owner, self.halved = owner, owner.half_tables
@@ -311,9 +360,9 @@ class AttentionBlock:
         self.heads, self.columns = children["k_proj"].out_features // owner.head_dim, (owner.head_dim, owner.head_dim)
         self.drops = getattr(owner, "attention_dropout", 0.0) > 0
         sinks = getattr(owner, "sinks", None)
-        copied = [norm.copied() for norm in norms if norm is not None]
-        copied += [children[name].copied_bias() for name in PROJECTIONS]
-        self.guard = Guard([owner], below(owner), [*copied, sinks])
+        copied_tensors = [norm.copied() for norm in norms if norm is not None]
+        copied_tensors += [children[name].copied_bias() for name in PROJECTIONS]
+        self.guard = Guard([owner], below(owner), [*copied_tensors, sinks])
         self.made = FusedStep(
             "gqa_step",
             matrices.packed,
@@ -328,14 +377,14 @@ class AttentionBlock:
         )
 
     def takes(self, hidden: torch.Tensor, cache: Any) -> bool:
-        """Whether hidden [B, S, D] has few tokens, nobody wants to see how they attend, and nothing is to be dropped."""
+        """Whether hidden [B, S, D] has at most MAX_FUSED_TOKENS tokens and needs no attention weights or dropout."""
         if self.drops and self.owner.training:
             return False
         return hidden.shape[0] * hidden.shape[1] <= MAX_FUSED_TOKENS and self.owner.choice.plain(cache)
 
     @classmethod
     def of(cls, owner: Attention) -> AttentionBlock | None:
-        """None where a projection or a norm is something else than ours."""
+        """Builds the block of `owner`; None if one of its projections or norms is not an operator of ktx."""
         children: dict[str, Any] = owner._modules
         norms = [children.get(name) for name in NORMS]
         if any(not plain_linear(children.get(name)) for name in PROJECTIONS):
@@ -359,14 +408,26 @@ class AttentionBlock:
         before: PreNorm = NO_NORM,
         **kwargs: Any,
     ) -> torch.Tensor | None:
-        """hidden_states f32 [B, S, D] -> [B, S, D], with `before` plus hidden_states; None when this call has to go the long way."""
+        """Computes the attention in one kernel call.
+
+        Args:
+            hidden_states: f32 [B, S, D].
+            position_embeddings: The rotary tables.
+            attention_mask: The mask, as transformers passes it.
+            cache: The cache.
+            before: The norm of the input; if it has one, the input is added to the output (residual).
+            **kwargs: Further arguments of the forward, ignored.
+
+        Returns:
+            f32 [B, S, D], or None if this call needs the unfused forward.
+        """
         if position_embeddings is None or not self.takes(hidden_states, cache):
             return None
         return run_attention(self, hidden_states, position_embeddings, attention_mask, cache, before)
 
 
 class CastingCache:
-    """A transformers cache that is handed keys and values in another type than the model computes in."""
+    """Wraps a transformers cache and casts keys and values to `dtype` before they are stored."""
 
     def __init__(self, cache: Any, dtype: torch.dtype):
         self.cache, self.dtype = cache, dtype

@@ -1,4 +1,4 @@
-"""Embeddings looked up in packed rows."""
+"""Embeddings with packed weights."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ktx.ops.parameters import whole
 from ktx.quant.types import QType
 from ktx.weights.base import QuantizedTensor, WeightSource
 
-INTEGERS = (torch.int64, torch.int32)  # that torch's embedding takes
+ID_DTYPES = (torch.int64, torch.int32)  # the dtypes of token ids that nn.Embedding accepts
 
 
 class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
-    """Token ids -> rows, dequantised as they are read. A tied output layer uses the same packed rows."""
+    """Looks up token ids in a packed weight and dequantizes their rows; a tied output layer shares the weight."""
 
     def __init__(self, path: str, rows: int, width: int, padding: int | None, dtype: torch.dtype):
-        nn.Module.__init__(self)  # not nn.Embedding's, which makes a matrix
+        nn.Module.__init__(self)  # not that of nn.Embedding, which allocates the weight
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.path, self.num_embeddings, self.embedding_dim, self.padding_idx, self.dtype = (
             path,
@@ -37,13 +37,14 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
             dtype,
         )
         self.packed: cpu.Packed | None = None
-        self.ties = []  # all modules that share one matrix
+        self.ties = []  # all modules that share the weight
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Embedding:
         if not is_plain(old, nn.Embedding):
             raise UsageError(
-                f"{ctx.path} is a {type(old).__name__}, Embedding stands in for plain nn.Embedding only; leave it as it is"
+                f"{ctx.path} is a {type(old).__name__}: Embedding replaces only plain nn.Embedding; leave the module as"
+                " it is"
             )
         return cls(ctx.path, old.num_embeddings, old.embedding_dim, old.padding_idx, ctx.dtype)
 
@@ -63,18 +64,20 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
         assert self.packed is not None, f"{self.path} is not loaded"
         if self.max_norm is not None:
             raise UsageError(
-                f"{self.path}.max_norm is {self.max_norm}: a lookup would write to packed rows; set it to None and edit the rows in"
-                " `with ktx.edit(module) as weight:`, or put ktx.dequantize(module) in the module's place"
+                f"{self.path}.max_norm is {self.max_norm}: a lookup would modify the packed weight; set it to None and"
+                " edit the weight in `with ktx.edit(module) as weight:`, or replace the module with"
+                " ktx.dequantize(module)"
             )
-        if ids.dtype not in INTEGERS:
-            raise UsageError(f"{self.path} takes token ids of int64 or int32, not of {ids.dtype}: ids.long()")
+        if ids.dtype not in ID_DTYPES:
+            raise UsageError(f"{self.path} takes token ids in int64 or int32, not in {ids.dtype}; pass ids.long()")
         try:
             rows = self.packed.rows(ids.reshape(-1).to(torch.int64).contiguous())
         except RuntimeError as error:
             if bool(((ids >= 0) & (ids < self.packed.n)).all()):
                 raise
             raise IndexError(
-                f"{self.path} has the token ids 0 to {self.packed.n - 1}, it was given {int(ids.min())} to {int(ids.max())}"
+                f"{self.path} has the token ids 0 to {self.packed.n - 1}, the input has {int(ids.min())} to"
+                f" {int(ids.max())}"
             ) from error
         return rows.to(self.dtype).reshape(*ids.shape, self.packed.k)
 
@@ -83,7 +86,7 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
         return {"weight": self.rows()}
 
     def rows(self) -> Floats:
-        """Its weight f32 [num_embeddings, embedding_dim]."""
+        """Returns a dequantizing view of the weight, f32 [num_embeddings, embedding_dim]."""
         assert self.packed is not None, f"{self.path} is not loaded"
         return matrix([self.packed])
 
@@ -95,7 +98,7 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
         self.packed = self.packed_from(as_weights(values["weight"]))
 
     def packed_from(self, weight: QuantizedTensor) -> Any:
-        """What it holds, made of rows."""
+        """Packs the weight."""
         return cpu.pack(weight)
 
     def types(self) -> list[QType]:
@@ -106,11 +109,11 @@ class Embedding(OneMatrix, nn.Embedding):  # type: ignore[override]
         self.packed = packed
 
     def plain(self, dtype: torch.dtype | None) -> nn.Embedding:
-        """For ktx.dequantize."""
+        """Returns an nn.Embedding with the dequantized weight, for ktx.dequantize; `dtype` defaults to `self.dtype`."""
         weight = self.rows().values(dtype or self.dtype).to(self.placement.torch)
-        made = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)  # type: ignore[no-untyped-call]
-        return made  # type: ignore[no-any-return]
+        embedding = nn.Embedding.from_pretrained(weight, padding_idx=self.padding_idx)  # type: ignore[no-untyped-call]
+        return embedding  # type: ignore[no-any-return]
 
     def weight_bytes(self) -> tuple[int, int]:
-        held = 0 if self.packed is None else self.packed.nbytes
-        return held, held // self.num_embeddings
+        num_bytes = 0 if self.packed is None else self.packed.nbytes
+        return num_bytes, num_bytes // self.num_embeddings

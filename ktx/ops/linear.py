@@ -1,4 +1,4 @@
-"""Linear on packed weights."""
+"""Linear layers with packed weights."""
 
 from __future__ import annotations
 
@@ -23,29 +23,32 @@ from ktx.weights.base import QuantizedTensor, WeightSource
 
 
 class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
-    """y = x W^T + b with W as the file has it; several row-wise parts when the file keeps the rows in tensors of different types.
+    """y = x W^T + b, with W packed in the quantized type of the file.
 
-    `weight` is dequantised where it is read (ktx.ops.edit); a tensor that is assigned to it is packed. The bias is torch's own parameter.
+    W consists of several row-wise parts if the file stores its rows in tensors of different types. Reading `weight`
+    dequantizes it (ktx.ops.edit); a tensor that is assigned to it is packed. The bias is a torch parameter.
     """
 
     remade = ("converted",)
     reads = frozenset({"parts", "bias"})
 
     def __init__(self, path: str, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
-        nn.Module.__init__(self)  # not nn.Linear's, which makes a matrix
+        nn.Module.__init__(self)  # not that of nn.Linear, which allocates the weight
         self.path, self.in_features, self.out_features, self.dtype = path, in_features, out_features, dtype
         self.has_bias, self.tied_to = bias, ""
-        self.copies = False  # a tied layer on another device than the embedding has its matrix twice
+        self.copies = (
+            False  # whether a tied layer is on another device than the embedding and holds its own copy of the weight
+        )
         self.register_parameter("bias", None)
         self.parts: list[cpu.Packed] = []
         self.quant_target: str | None = None
-        self.ties = []  # all modules that share one matrix
+        self.ties = []  # all modules that share the weight
 
     @classmethod
     def from_hf(cls, old: nn.Module, ctx: Context, **kwargs: Any) -> Linear:
         if not is_plain(old, nn.Linear):
             raise UsageError(
-                f"{ctx.path} is a {type(old).__name__}, Linear stands in for plain nn.Linear only; leave it as it is"
+                f"{ctx.path} is a {type(old).__name__}: Linear replaces only plain nn.Linear; leave the module as it is"
             )
         return cls(ctx.path, old.in_features, old.out_features, old.bias is not None, ctx.dtype)
 
@@ -54,40 +57,41 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         return [name, f"{self.path}.bias"] if self.has_bias else [name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        named = {self.tensors()[0]: (self.out_features, self.in_features)}
-        return named | ({f"{self.path}.bias": (self.out_features,)} if self.has_bias else {})
+        shapes = {self.tensors()[0]: (self.out_features, self.in_features)}
+        return shapes | ({f"{self.path}.bias": (self.out_features,)} if self.has_bias else {})
 
     def load(self, source: WeightSource) -> None:
-        if not self.parts:  # a tied output layer is given the embedding's
+        if not self.parts:  # else this is a tied output layer, which already has the parts of the embedding
             name = self.tensors()[0]
             self.parts = cached_pack(lambda: [packed_as(part, self.quant_target) for part in source.parts(name)])
         self.load_bias(source)
 
     def load_bias(self, source: WeightSource) -> None:
-        """The bias is torch's own parameter, in the type that the model computes in."""
+        """Loads the bias as a torch parameter in the dtype that the model computes in."""
         if self.has_bias:
             values = source.get(f"{self.path}.bias").dequantize().reshape(-1).to(self.placement.torch, self.dtype)
             self.bias = nn.Parameter(values.contiguous(), requires_grad=False)
-            self.bias._is_hf_initialized = True  # type: ignore[attr-defined] # transformers' initialiser leaves it alone
+            # The weight initializer of transformers skips it then.
+            self.bias._is_hf_initialized = True  # type: ignore[attr-defined]
 
     @property
     def bias_in_f32(self) -> torch.Tensor | None:
-        """The bias as kernels that copy it take it: f32 [out_features], without gradient."""
+        """The bias in f32 [out_features], detached, for kernels that copy it."""
         return None if self.bias is None else in_f32(self, self.bias)
 
     def copied_bias(self) -> torch.Tensor | None:
-        """The bias, if that is a copy of it."""
+        """Returns the bias if `bias_in_f32` is a copy of it, else None."""
         return None if self.bias is None else copied(self.bias)
 
     def _added(self) -> torch.Tensor | None:
-        """The bias f32, with its gradient where it is trained."""
+        """Returns the bias in f32; attached to the autograd graph if it is trained."""
         bias = self.bias
         return bias if bias is None else bias.float() if recorded(bias) else in_f32(self, bias)
 
-    def changed(self, x: torch.Tensor) -> torch.Tensor:
-        changed = ParametrizedProduct.of(self, "weight")
-        y = changed.product(x, 0)
-        if changed.added:
+    def parametrized(self, x: torch.Tensor) -> torch.Tensor:
+        parametrized = ParametrizedProduct.of(self, "weight")
+        y = parametrized.product(x, 0)
+        if parametrized.added:
             return y + self.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -102,7 +106,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         return {"weight": self.rows()}
 
     def rows(self) -> Floats:
-        """Its weight f32 [out_features, in_features]."""
+        """Returns a dequantizing view of the weight, f32 [out_features, in_features]."""
         return matrix(self.parts)
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
@@ -113,7 +117,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         self.parts = [packed_as(as_weights(values["weight"]), self.quant_target, self.packed_from)]
 
     def packed_from(self, weight: QuantizedTensor, to: QType | None = None) -> Any:
-        """A part made of rows, as the type `to`."""
+        """Packs a part of the weight, quantized to `to` if given."""
         return cpu.pack(weight, to)
 
     def types(self) -> list[QType]:
@@ -123,19 +127,19 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         self.parts = [packed]
 
     def plain(self, dtype: torch.dtype | None) -> nn.Linear:
-        """For ktx.dequantize."""
-        made = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        made.weight = nn.Parameter(
+        """Returns an nn.Linear with the dequantized weight, for ktx.dequantize; `dtype` defaults to `self.dtype`."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(
             self.rows().values(dtype or self.dtype).to(self.placement.torch), requires_grad=False
         )
         if self.bias is not None:
             bias = self.bias.detach().to(dtype or self.dtype, copy=True)
-            made.bias = nn.Parameter(bias, requires_grad=False)
-        return made
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear
 
     def weight_bytes(self) -> tuple[int, int]:
-        held = sum(part.nbytes for part in self.parts)
-        return held, held
+        num_bytes = sum(part.nbytes for part in self.parts)
+        return num_bytes, num_bytes
 
     def extra_repr(self) -> str:
         types = "+".join(part.qtype.name for part in self.parts) or "not loaded"

@@ -1,4 +1,4 @@
-"""Attention with a running state (linear attention): transformers' own module, each sequence of a batch with its own state."""
+"""Recurrent layers (linear attention): the module of transformers, with one state for each sequence of a batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from ktx.ops.forward_signature import Call
 
 
 class Recurrent(Operator):
-    """Computes as the module it replaces, which takes its state from a cache; on a PagedCache one sequence after another."""
+    """Computes as the module it replaces, which reads its state from a cache.
+
+    On a PagedCache it computes one sequence after another, each with its own state.
+    """
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Recurrent:
         if not hasattr(old, "layer_idx"):
-            raise UsageError(f"{ctx.path} is a {type(old).__name__}, which has no place in a cache (layer_idx)")
+            raise UsageError(f"{ctx.path} is a {type(old).__name__}, which has no cache index (layer_idx)")
         if not Call.of(old).cache:
             raise contract.differs(
-                old, ctx.path, "has no argument for a cache in its forward, so its state would be lost"
+                old, ctx.path, "has no argument for a cache in its forward, so the operator would lose its state"
             )
         new: Recurrent = adopt(cls, old, ctx)
         return new
@@ -35,16 +38,16 @@ class Recurrent(Operator):
         cache.check_cancelled()
         assert cache.batch is not None
         hidden_states = given["hidden_states"]
-        done, at = [], 0
+        outputs, start = [], 0
         for span in cache.batch.spans:
-            first, marks = at - span.past, span.marks
+            sequence_start, snapshot_lengths = start - span.past, span.marks
             for size in span.pieces:
-                with cpu.wide_part(at, size), lora.part(at, size):
-                    piece = {"hidden_states": hidden_states[:, at : at + size], "attention_mask": None}
-                    done.append(super().forward(**self.call.joined(given | piece, cache.state(span.owner))))
-                at += size
-                if at - first in marks:
-                    cache.mark(span.owner, at - first, self.layer_idx)
-        return torch.cat(done, 1)
+                with cpu.wide_part(start, size), lora.part(start, size):
+                    chunk = {"hidden_states": hidden_states[:, start : start + size], "attention_mask": None}
+                    outputs.append(super().forward(**self.call.joined(given | chunk, cache.state(span.owner))))
+                start += size
+                if start - sequence_start in snapshot_lengths:
+                    cache.mark(span.owner, start - sequence_start, self.layer_idx)
+        return torch.cat(outputs, 1)
 
-    by_class = forward  # calls it, sequence by sequence
+    by_class = forward  # already calls the forward of the replaced class, sequence by sequence

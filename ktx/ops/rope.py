@@ -1,4 +1,4 @@
-"""Rotary tables computed once and looked up by position."""
+"""Rotary position embeddings (RoPE) that cache their cos/sin tables."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ import torch
 from ktx.errors import UsageError
 from ktx.ops.base import Context, Operator, adopt
 
-SHORTEST = 256  # positions of a table
+MIN_TABLE_POSITIONS = 256  # the minimum length of a table
 
 
 class RotaryEmbedding(Operator):
-    """The transformers module with a memory: positions seen before are not computed again.
+    """The RoPE module of transformers with a cached table of cos and sin, looked up by position.
 
-    Tables whose frequencies depend on the length (dynamic NTK, long-rope), and positions that no table has (fractions, negative ones, beyond what the
-    model was made for), are left to transformers' own forward.
+    The forward of transformers computes the rest: frequencies that depend on the sequence length (dynamic NTK,
+    longrope), and positions outside of any table (fractional, negative, or beyond the maximum length of the model).
+
+    Attributes:
+        table: The number of positions, the tables, and the frequencies and the scaling that they were computed from.
+        fixed: Whether the frequencies do not depend on the sequence length.
     """
 
     remade = ("table",)
-    table: (
-        tuple[int, Any, torch.Tensor, float] | None
-    )  # positions, tables, and the frequencies and scaling that they are of
+    table: tuple[int, Any, torch.Tensor, float] | None
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> RotaryEmbedding:
         if not hasattr(old, "inv_freq"):
-            raise UsageError(f"{ctx.path} is a {type(old).__name__}, RotaryEmbedding needs inv_freq")
+            raise UsageError(f"{ctx.path} is a {type(old).__name__}: RotaryEmbedding needs inv_freq")
         new: RotaryEmbedding = adopt(cls, old, ctx)
         new.table, new.fixed = None, getattr(old, "rope_type", "") in ("default", "linear", "yarn", "llama3")
         return new
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a graph has no positions to look up
+        if torch.compiler.is_compiling():  # position values are unknown in a graph
             return super().forward(x, position_ids, *args, **kwargs)
         if not self.fixed or args or kwargs or position_ids.dim() != 2:
             counts = getattr(position_ids, "ktx_counts", None)
@@ -42,16 +44,16 @@ class RotaryEmbedding(Operator):
             parts = position_ids.split(counts, 1)
             tables = [super(RotaryEmbedding, self).forward(x, part, *args, **kwargs) for part in parts]
             return tuple(torch.cat(values, 1) for values in zip(*tables, strict=True))
-        if (need := self._most(position_ids)) is None:
+        if (length := self._table_length(position_ids)) is None:
             return super().forward(x, position_ids)
         scaling = float(getattr(self, "attention_scaling", 1.0))
         if (
             self.table is None
-            or need > self.table[0]
+            or length > self.table[0]
             or scaling != self.table[3]
             or not torch.equal(self.inv_freq, self.table[2])
         ):
-            size = max(SHORTEST, 1 << (need - 1).bit_length())
+            size = max(MIN_TABLE_POSITIONS, 1 << (length - 1).bit_length())
             positions = torch.arange(size, device=position_ids.device)[None]
             self.table = size, super().forward(x.float(), positions), self.inv_freq.clone(), scaling
         values = self.table[1]
@@ -59,10 +61,10 @@ class RotaryEmbedding(Operator):
             return values[0][position_ids]
         return tuple(v[0][position_ids].to(x.dtype) for v in values)
 
-    def _most(self, position_ids: torch.Tensor) -> int | None:
-        """The length of a table that has all these positions; None where none has them, or one would be too long."""
+    def _table_length(self, position_ids: torch.Tensor) -> int | None:
+        """Returns the table length that covers all positions; None if no table has them or it would be too long."""
         if position_ids.dtype not in (torch.int64, torch.int32) or not position_ids.numel():
             return None
         low, high = (int(end) for end in position_ids.aminmax())
-        fits = low >= 0 and high < max(SHORTEST, int(getattr(self, "max_seq_len_cached", 0) or 0))
+        fits = low >= 0 and high < max(MIN_TABLE_POSITIONS, int(getattr(self, "max_seq_len_cached", 0) or 0))
         return high + 1 if fits else None

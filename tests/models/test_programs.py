@@ -151,14 +151,14 @@ def test_token_ids_that_there_are_not(two, tokens):
         ids = IDS[:, :tokens].clone()
         ids[0, -1] = bad
         for model in (right, mine):
-            with pytest.raises(IndexError, match="index out of range|token ids 0 to 319, it was given"):
+            with pytest.raises(IndexError, match="index out of range|token ids 0 to 319, the input has"):
                 model(input_ids=ids)
-    with pytest.raises(UsageError, match="int64 or int32, not of torch.float32"):
+    with pytest.raises(UsageError, match="int64 or int32, not in torch.float32"):
         mine(input_ids=IDS[:, :tokens].float())
     mine.model.embed_tokens.embedding_dim = 128  # says nothing to who looks rows up
     assert relative(mine(input_ids=IDS[:, :tokens].int()).logits, right(input_ids=IDS[:, :tokens]).logits) < NEAR
     mine.model.embed_tokens.max_norm = 0.5
-    with pytest.raises(UsageError, match="max_norm is 0.5: a lookup would write"):
+    with pytest.raises(UsageError, match="max_norm is 0.5: a lookup would modify"):
         mine(input_ids=IDS[:, :tokens])
 
 
