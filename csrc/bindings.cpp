@@ -1,5 +1,5 @@
-// The weight kernels as torch operators. With bindings_attention.cpp the only files that know torch, and only its stable ABI:
-// one binary serves every torch from 2.11 on and every Python from 3.11 on.
+// The weight kernels as torch operators. Only bindings*.cpp include torch, and only its stable ABI: one binary works with every torch from 2.11 and every
+// Python from 3.11.
 #include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -53,13 +53,13 @@ int64_t packed_nbytes(int64_t code, int64_t n, int64_t k) {
   return int64_t(packed_bytes(layout_of(code, k), n, k));
 }
 
-// `ends`: where the shares of the memory nodes end; their pages are asked for on those nodes.
+// `ends`: ends of the NUMA nodes' shares; their pages are placed on those nodes.
 Tensor empty_packed(int64_t nbytes, Ints ends) {
   STD_TORCH_CHECK(nbytes > 0, "nbytes must be positive, got ", nbytes);
   const size_t size = size_t(nbytes);
   void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   STD_TORCH_CHECK(memory != MAP_FAILED, "no memory for ", nbytes, " bytes of packed weights");
-  madvise(memory, size, MADV_HUGEPAGE);  // fewer page faults and TLB misses where the system allows it
+  madvise(memory, size, MADV_HUGEPAGE);  // fewer page faults and TLB misses, if the system allows it
   int64_t begin = 0;
   for (size_t node = 0; node < ends.size(); begin = ends[node++]) {
     STD_TORCH_CHECK(ends[node] >= begin && ends[node] <= nbytes, "ends must rise up to nbytes");
@@ -70,7 +70,7 @@ Tensor empty_packed(int64_t nbytes, Ints ends) {
                                   ScalarType::Byte, [size](void* p) { munmap(p, size); });
 }
 
-// A file's bytes, see cpu/mapped.h.
+// The bytes of a file, see cpu/runtime/mapped.h.
 Tensor map_file_(StringHandle handle) {
   const std::string path = text_of(handle);
   const Mapped file = map_file(path.c_str());
@@ -177,7 +177,7 @@ Tensor experts_(const Tensor& x, const Tensor& ids, const Tensor& weights, const
   return out;
 }
 
-// c [rows, 64] += a [rows, bytes] times b [bytes/4, 64], all uint8, on tiles of AMX or on their model; see cpu/kernels.h.
+// c [rows, 64] += a [rows, bytes] times b [bytes/4, 64], all uint8, on AMX tiles or emulated; see cpu/isa/kernels.h.
 Tensor tile_dot(StringHandle kind_word, const Tensor& a, const Tensor& b, const Tensor& c, bool model) {
   const std::string kind = text_of(kind_word);
   for (const Tensor* t : {&a, &b, &c}) STD_TORCH_CHECK(t->dim() == 2 && t->is_contiguous() && t->scalar_type() == ScalarType::Byte, "tiles must be contiguous uint8 [rows, bytes]");

@@ -1,4 +1,4 @@
-// What all binding files need.
+// Shared by all binding files: checks of tensors and conversions of arguments.
 #pragma once
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
@@ -53,7 +53,7 @@ inline const float* floats(const Tensor& t, int64_t count, const char* what) {
 
 inline const float* optional_floats(const Optional& t, int64_t count, const char* what) { return t ? floats(*t, count, what) : nullptr; }
 
-// int64 [experts + 2 + nodes]: what is counted, one after another as in ExpertStats.
+// int64 [experts + 2 + nodes]: the fields of ExpertStats in order.
 inline ExpertStats optional_stats(const Optional& t, int64_t experts) {
   if (!t) return {};
   STD_TORCH_CHECK(t->scalar_type() == ScalarType::Long && t->is_contiguous() && t->numel() == experts + 2 + nodes(), "counts must be ", experts + 2 + nodes(), " contiguous int64");
@@ -61,14 +61,14 @@ inline ExpertStats optional_stats(const Optional& t, int64_t experts) {
   return {first, first + experts, first + experts + 1, first + experts + 2};
 }
 
-// A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense. Keys and values may be Q8_0 blocks, bytes to torch.
+// A [batch, head, position, column] tensor (a 3-D one has a single head); columns must be dense. Keys and values may be Q8_0 blocks (uint8 in torch).
 inline Strided strided(const Tensor& t, const char* what, bool kept = false) {
   STD_TORCH_CHECK((t.dim() == 3 || t.dim() == 4) && (t.size(t.dim() - 1) == 1 || t.stride(t.dim() - 1) == 1), what, " must have dense columns");
   const bool heads = t.dim() == 4, blocks = kept && t.scalar_type() == ScalarType::Byte;
   return {t.const_data_ptr(), blocks ? DType::Q8_0 : dtype_of(t), t.stride(0), heads ? t.stride(1) : 0, t.stride(heads ? 2 : 1)};
 }
 
-// How many columns the last dimension of keys or values stands for.
+// Number of columns in the last dimension of keys or values.
 inline int64_t columns_of(const Tensor& t, const char* what) {
   const int64_t last = t.size(t.dim() - 1);
   if (t.scalar_type() != ScalarType::Byte) return last;
@@ -100,7 +100,7 @@ inline void set_masks(AttentionCall& c, const Optional& ranges, const Optional& 
   }
 }
 
-// Keys on pages: sequences int64 [count, 3] are first query, queries and keys; pages int32 [count, most] theirs in order. `pool` holds the keys.
+// Keys on pages: sequences int64 [count, 3] are first query, queries and keys; pages int32 [count, max_pages] in order. `pool` has the keys.
 struct Ragged {
   std::vector<Sequence> sequences;
   int64_t page = 0;
@@ -131,7 +131,7 @@ inline const int64_t* slots_of(const Optional& slots, int64_t tokens, const Tens
   return at;
 }
 
-// An argument of the type str, which is ours to delete. torch's own way to a std::string (in 2.13) leaves a copy behind at each call.
+// A str argument, which the callee must delete. torch's own conversion to std::string leaks a copy per call (2.13).
 inline std::string text_of(StringHandle handle) {
   size_t length = 0;
   const char* data = nullptr;

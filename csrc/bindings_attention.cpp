@@ -1,4 +1,4 @@
-// Attention and the small operators as torch operators; see bindings.cpp.
+// Attention and the elementwise operators as torch operators; see bindings.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -115,7 +115,7 @@ void store_slots_(const Tensor& x, Tensor& pool, const Tensor& slots) {
   const int64_t tokens = x.size(2), page = pool.size(2);
   const int64_t* at = slots_of(slots, tokens, pool);
   const Strided from = strided(x, "x"), to = strided(pool, "pool", true);
-  for (int64_t first = 0, end; first < tokens; first = end) {  // tokens that stand one after another on a page are one call
+  for (int64_t first = 0, end; first < tokens; first = end) {  // one call per run of consecutive slots on a page
     for (end = first + 1; end < tokens && at[end] == at[end - 1] + 1 && at[end] % page; ++end) {}
     const Strided piece{static_cast<const uint8_t*>(from.data) + first * from.position * int64_t(size_of(from.type)), from.type, 0, from.head, from.position};
     uint8_t* place = static_cast<uint8_t*>(pool.mutable_data_ptr()) + (at[first] / page * to.batch + at[first] % page * to.position) * int64_t(size_of(to.type));

@@ -1,5 +1,6 @@
-// Whole modules, and rows of them, as torch operators; see bindings.cpp. A module is made into a step once: its matrices come as a list, each with
-// its type's code and its rows in a list beside it. A call then names steps by number and brings tokens, which is little to hand over.
+// Fused modules, and sequences of them, as torch operators; see bindings.cpp. A module is registered as a step once: a list of its packed matrices and
+// a flat list of their descriptors (number of parts; type code and rows of each; see WeightDescriptor in ktx/ops/fusion/fused.py). A call then passes
+// step ids and tokens only, so that it has few arguments to convert.
 #include <pthread.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,11 +19,11 @@ using namespace ktx;
 using Tensors = std::vector<Tensor>;
 using Doubles = std::vector<double>;
 
-// Takes matrices from the front of the lists.
+// Reads matrices from the front of the lists.
 class Matrices {
  public:
   Matrices(const Tensors& packed, const Ints& about) : packed_(packed), about_(about) {}
-  // `about` holds how many parts the projection has, then a code and a number of rows for each.
+  // `about` (the descriptor): the number of parts of the projection, then type code and rows of each.
   Projection projection(int64_t k, const char* what) {
     Projection found;
     for (int64_t left = next(what); left > 0; --left) {
@@ -69,10 +70,10 @@ KVStore cached(const Tensor& t, int64_t batches, int64_t heads, int64_t position
   return {strided(t, what, true)};
 }
 
-// Where a block's tokens go and what they attend to: `past` positions of every batch and what is appended to them, or slots and sequences on pages.
+// Where a block's tokens are stored and what they attend to: `past` positions of each batch and the new tokens, or slots and sequences on pages.
 struct Past {
   KVSlots slots;
-  int64_t batches, positions;  // of the tensors that keep them, at least
+  int64_t batches, positions;  // minimum sizes of the cache tensors
   std::optional<Ragged> ragged;
   Past(const Tensor& x, int64_t past, const Tensor& kept, const Optional& sequences, const Optional& pages, const Optional& slots) : slots{past, x.size(1), nullptr, 0} {
     batches = x.size(0), positions = past + x.size(1);
@@ -89,14 +90,15 @@ struct Past {
   }
 };
 
-// What a call brings to the steps that it names.
+// Arguments that the steps of a call share.
 struct Call {
   const Tensor& x;  // f32 [batches, length, hidden], of the first step; later ones have the same shape
   const Optional &cos, &sin, &ranges, &mask, &sequences, &pages, &slots;
   int64_t past, batches, length;
 };
 
-// What is known before any token comes. It holds the tensors whose memory it reads, and their addresses, which torch changes in place when it shares a tensor with another process.
+// A step: everything that does not depend on tokens. It owns the tensors that it reads, and remembers their addresses, because torch moves the memory of a
+// tensor in place when it shares the tensor with another process.
 class Step {
  public:
   Step(int64_t hidden, const Optional& before, double eps, bool plus_one) : hidden(hidden), before_{optional_floats(before, hidden, "before"), float(eps), plus_one} { hold({&before}); }
@@ -106,7 +108,7 @@ class Step {
       if (tensor.const_data_ptr() != address) return true;
     return false;
   }
-  virtual size_t keeps() const { return 0; }  // tensors of a cache that it writes
+  virtual size_t keeps() const { return 0; }  // number of cache tensors that it writes
   virtual void run(const Call& call, Tensor* kept, const float* x, float* out) const = 0;
   const int64_t hidden;
 
@@ -124,7 +126,7 @@ class Step {
   std::vector<std::pair<Tensor, const void*>> held_;
 };
 
-// What a call says to a block that attends and keeps its tokens in a cache like `kept`; to be held while the block runs.
+// Sets the arguments of a block that attends and stores its tokens in a cache like `kept`. The result must live until the block has run.
 template <class B>
 Past place(B& b, const Call& call, const Tensor& kept, bool interleaved) {
   STD_TORCH_CHECK(kept.dim() == 4 && call.cos && call.sin, "a cache [batch, heads, positions, columns], cos and sin are needed");
@@ -250,7 +252,7 @@ class MoeStep : public Step {
   MoeBlock block_{};
 };
 
-// Steps by number, each made anew when memory that it reads has moved. A call holds those that it runs, so they may be forgotten meanwhile.
+// The registry of steps by id. A step is rebuilt if memory that it reads has moved. A call holds shared pointers to its steps, so they may be erased meanwhile.
 class Steps {
  public:
   using Make = std::function<std::shared_ptr<const Step>()>;
@@ -261,7 +263,7 @@ class Steps {
     return last_;
   }
   void forget(int64_t number) {
-    Known gone;  // its tensors are freed behind the lock
+    Known gone;  // its tensors are freed after the lock is released
     std::lock_guard<std::mutex> lock(mutex_);
     if (const auto at = known_.find(number); at != known_.end()) gone = std::move(at->second), known_.erase(at);
   }
@@ -289,10 +291,10 @@ class Steps {
   int64_t last_ = 0;
 };
 Steps& known() {
-  static Steps* steps = new Steps;  // never destroyed at exit: torch may be gone by then
+  static Steps* steps = new Steps;  // never destroyed at exit, because torch may be unloaded first
   return *steps;
 }
-// A fork waits for whoever adds, forgets or looks up a step, which takes microseconds: the child finds all of them, and the lock open.
+// A fork takes the lock (held for microseconds), so the child inherits a consistent registry and an open lock.
 [[maybe_unused]] const int at_fork = pthread_atfork([] { known().lock(); }, [] { known().unlock(); }, [] { known().unlock(); });
 
 void check_sizes(const Ints& sizes, size_t count, size_t positive) {
@@ -325,7 +327,7 @@ int64_t moe_step(Tensors packed, Ints about, Ints sizes, const Optional& router_
 
 void forget_step(int64_t number) { known().forget(number); }
 
-// Steps one after another on x; each of `outs` gets what an equal share of them, one or two, makes of the one before it. `kept`: of each step that attends, the two tensors of its cache.
+// Runs steps in order on x. Each of `outs` receives the result of one or two consecutive steps. `kept`: two cache tensors per step that attends.
 void run_steps(const Tensor& x, Tensors outs, Ints numbers, Tensors kept, int64_t past, const Optional& cos, const Optional& sin, const Optional& ranges, const Optional& mask,
                const Optional& sequences, const Optional& pages, const Optional& slots) {
   const auto is_activation = [](const Tensor& t) { return t.dim() == 3 && t.is_contiguous() && t.scalar_type() == ScalarType::Float; };

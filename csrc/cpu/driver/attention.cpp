@@ -1,7 +1,6 @@
-// An item of work is (sequence, key/value head, block of queries, part of the keys): the queries of all heads that share the
-// key/value head make one block, so a key is converted to f32 once for all of them. When there are too few items for the team (one
-// token on a long context), the keys are cut into parts whose partial softmaxes are merged at the end. Keys and values kept in half precision are
-// multiplied in bf16 where the machine can.
+// A work item is (sequence, KV head, block of queries, part of the keys). The queries of all heads that share a KV head form one block, so a key is
+// converted to f32 once for all of them. With too few items for the pool (one token on a long context) the keys are split into parts whose partial
+// softmaxes are merged at the end (split-KV). Half-precision keys and values are multiplied in bf16 if the instruction set has it.
 #include "cpu/driver/attention.h"
 
 #include <math.h>
@@ -27,12 +26,12 @@ const AttentionKernels& attention_kernels() {
   return *table[picked_isa()];
 }
 
-// A row's softmax is made of softmaxes over PART_KEYS keys each, merged in their order, whoever computes them: its result is the same bits alone or beside others,
-// in a long piece of a prompt or as the last token.
+// The softmax of a row is merged from softmaxes over PART_KEYS keys each, in order, whichever worker computes them. So the result has the same bits
+// alone or in a batch, in a long chunk of a prompt or as the last token.
 constexpr int PART_KEYS = 8 * BLOCK_KEYS;
 
-// A sequence of the call and how it is cut: for each key/value head (times split), blocks of queries, and for each of them all parts of the keys, or where
-// that makes too few items each part alone.
+// A sequence of the call and its partition: for each KV head (times split), blocks of queries; for each block all parts of the keys in one item, or one
+// item per part if there are too few items.
 struct SequenceRun {
   Sequence own;
   int64_t batch, blocks, parts;
@@ -44,13 +43,13 @@ struct AttentionJob {
   const AttentionCall& c;
   const AttentionKernels& k;
   const Bf16Kernels* bf16;  // null: in f32
-  int64_t split, group;      // blocks a key/value head's query heads make, and heads in each
+  int64_t split, group;      // blocks per KV head, and query heads per block
   int64_t block_tokens = 0, items = 0, partials = 0, merges = 0;
   const SequenceRun *first_run = nullptr, *last_run = nullptr;
-  float *partial_max = nullptr, *partial_sum = nullptr, *partial_out = nullptr;  // [partial][BLOCK_ROWS] (x dv) of sequences whose keys are cut
+  float *partial_max = nullptr, *partial_sum = nullptr, *partial_out = nullptr;  // [partial][BLOCK_ROWS] (x dv) of sequences with split keys
   Queue queue{}, merge{};
 
-  struct Place { const SequenceRun* run; int64_t kv, token, tokens, part; };  // kv counts key/value heads times split, token those of the sequence
+  struct Place { const SequenceRun* run; int64_t kv, token, tokens, part; };  // kv: KV head times split; token: of the sequence
   Place place(int64_t item) const {
     const SequenceRun& run = *(std::upper_bound(first_run, last_run, item, [](int64_t i, const SequenceRun& r) { return i < r.first_item; }) - 1);
     const int64_t own = item - run.first_item, token = own / run.parts % run.blocks * block_tokens;
@@ -60,13 +59,13 @@ struct AttentionJob {
   static const uint8_t* at(const Strided& t, int64_t batch, int64_t head, int64_t position) {
     return static_cast<const uint8_t*>(t.data) + (batch * t.batch + head * t.head + position * t.position) * int64_t(size_of(t.type));
   }
-  // Keys or values from a position on: up to the end of its block of BLOCK_KEYS they lie in one piece.
+  // Keys or values from a position on, contiguous up to the end of its block of BLOCK_KEYS.
   const uint8_t* kv_row(const Strided& t, const SequenceRun& run, int64_t head, int64_t position) const {
     if (!c.page) return at(t, run.batch, head, position);
     return at(t, run.own.pages[position / c.page], head, position % c.page);
   }
 
-  // The keys [first, last) that any query of the tokens sees; whole blocks before them.
+  // The keys [first, last) that any query of the tokens attends to; `first` is a multiple of BLOCK_KEYS.
   void bounds(const SequenceRun& run, int64_t token, int64_t tokens, int64_t& first, int64_t& last) const {
     first = 0, last = run.own.keys;
     if (c.seen || c.added) return;
@@ -114,7 +113,7 @@ struct AttentionJob {
     return buffers;
   }
 
-  // The same as bf16 with columns `stride` apart; where they lie, if they are bf16 in whole tiles already.
+  // The same as bf16, rows `stride` apart; in place if they are bf16 in full tiles already.
   const uint16_t* rows_as_bf16(const Strided& a, int64_t da, const Strided& b, int64_t db, const SequenceRun& run, int64_t head, int64_t first, int count,
                             uint16_t* buffers, int64_t& stride) const {
     if (!b.data && a.type == DType::BF16 && count % 8 == 0) {
@@ -129,8 +128,7 @@ struct AttentionJob {
     return buffers;
   }
 
-  // Where positions lie that come up soon: a block is read once, and from memory. Past the end or if they are not one stretch of half precision, something
-  // near.
+  // The address of a later position, to prefetch. Returns `near` past the end or if rows are not contiguous half precision.
   const void* prefetch_address(const Strided& t, int64_t columns, const SequenceRun& run, int64_t head, int64_t position, int64_t last, const void* near) const {
     return position < last && t.position == columns ? kv_row(t, run, head, position) : near;
   }
@@ -140,12 +138,12 @@ struct AttentionJob {
     return c.v.data == c.k.data && c.v.type == c.k.type && c.v.batch == c.k.batch && c.v.head == c.k.head && c.v.position == c.k.position && c.dv <= c.dk;
   }
 
-  struct Buffers {  // of a member; k has room for eight keys more, and holds bf16 as well as f32, v too
+  struct Buffers {  // of a worker; k has space for eight more keys; k and v hold bf16 or f32
     float *q, *k, *v, *scores;
     uint32_t *pair_q, *probs;
   };
 
-  // Rows of up to eight keys; room for those that are missing is left as it is: their scores are not used.
+  // Rows of up to eight keys. Missing rows stay uninitialized: their scores are not used.
   void latent_rows(const SequenceRun& run, int64_t head, int64_t first, int64_t last, uint16_t* to) const {
     for (int64_t i = first; i < std::min(first + 8, last); ++i, to += c.dk + c.dr) {
       bf16->row(kv_row(c.k, run, head, i), c.k.type, int(c.dk), to);
@@ -153,13 +151,13 @@ struct AttentionJob {
     }
   }
 
-  // Scores of the eight keys of a block whose rows are there, from `j` of the block on, and the rows of the eight that follow. The first rows of the
-  // next block are made before this block's values are used: they wait behind its end.
+  // Scores of eight keys from `j` of the block on, and the converted rows of the next eight. The first rows of the next block are converted before the
+  // values of this block are used, and stored behind its end.
   void latent_step(const Buffers& buffers, const SequenceRun& run, int64_t head, int lanes, int64_t key, int j, int64_t last, float* scores) const {
     const int64_t d = c.dk + c.dr, next = key + 8;
     const bool whole = next + 8 <= last;
     uint16_t* these = reinterpret_cast<uint16_t*>(buffers.k) + j * d;
-    const int64_t from = whole ? next : key;  // without eight more, one of these is converted eight times and thrown away
+    const int64_t from = whole ? next : key;  // with fewer than eight left: converts this row eight times and discards it
     const int64_t size = int64_t(size_of(c.k.type));
     const LatentConversion step{kv_row(c.k, run, head, from), kv_row(c.k_rope, run, head, from), whole ? c.k.position * size : 0, whole ? c.k_rope.position * size : 0,
                           c.k.type, int(c.dk), int(c.dr), these + 8 * d};
@@ -167,7 +165,7 @@ struct AttentionJob {
     if (!whole) latent_rows(run, head, next, last, these + 8 * d);
   }
 
-  // What a block of queries sees of the keys [first, last) of one part; those up to `end` come after it.
+  // Attention of a block of queries to the keys [first, last) of one part; keys up to `end` follow.
   void attend_part(const Place& at, const Buffers& buffers, int64_t first, int64_t last, int64_t end, SoftmaxState state) const {
     const auto [of, kv, token, tokens, part] = at;
     const SequenceRun& run = *of;
@@ -218,7 +216,7 @@ struct AttentionJob {
     }
   }
 
-  // An item: its part alone, or all parts and the result.
+  // One item: a single part, or all parts and the result.
   void attend(int64_t item, const Buffers& buffers, SoftmaxState all, SoftmaxState piece, float* ordered) const {
     const Place here = place(item);
     const SequenceRun& run = *here.run;
@@ -241,7 +239,7 @@ struct AttentionJob {
     write(item, all, ordered);
   }
 
-  // The softmax of all keys of two that follow one another.
+  // Merges the softmaxes of two consecutive key ranges.
   void merge_partials(SoftmaxState all, SoftmaxState more, int rows_here) const {
     for (int r = 0; r < rows_here; ++r) {
       if (more.row_max[r] == NEG_INF) continue;

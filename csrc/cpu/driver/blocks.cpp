@@ -14,7 +14,7 @@ thread_local std::vector<LinearPart> all_parts;
 
 struct ProjectionOutput { const Projection& projection; float* y; };  // y [tokens][projection.rows()]
 
-// Projections of one x: quantised once, one queue of work.
+// Projections of one x: quantized once, one work queue.
 void project(const float* x, int64_t tokens, int64_t k, std::initializer_list<ProjectionOutput> goals) {
   all_parts.clear();
   for (const ProjectionOutput& goal : goals) {
@@ -32,12 +32,12 @@ void normalize(const Norm& norm, float* x, int64_t rows, int64_t width) {
   if (norm.weight) rms_norm(x, DType::F32, rows, width, width, norm.weight, norm.eps, norm.plus_one, x);
 }
 
-// x [batch][length][head][stride] from column `at` on -> y [batch][head][length][width], the first columns turned.
+// x [batch][length][head][stride] from column `at` on -> y [batch][head][length][width], the first rope_dim columns rotated.
 void apply_rope(const RopeTables& r, const float* x, int64_t at, int64_t batches, int64_t length, int64_t heads, int64_t stride, int64_t width, float* y) {
   rope({x + at, y, DType::F32, batches, heads, length, width, r.rope_dim, length * heads * stride, stride, heads * stride, r.cos, r.sin, r.batch, r.interleaved});
 }
 
-// [a][b][width] -> [b][a][width]; the same memory when one of them is 1
+// [a][b][width] -> [b][a][width]; in place if a or b is 1
 const float* transposed(const float* x, int64_t a, int64_t b, int64_t width, float* buffer) {
   if (a == 1 || b == 1) return x;
   for (int64_t i = 0; i < a; ++i)
@@ -131,7 +131,7 @@ void moe_block(const MoeBlock& b) {
   std::fill_n(share, tokens, 1.0f);
   if (!b.shared_gate.parts.empty()) {
     project(b.x, tokens, hidden, {{b.shared_gate, share}});
-    for (int64_t t = 0; t < tokens; ++t) share[t] = float(1.0 / (1.0 + exp(-double(share[t]))));  // in f64, as ops/moe.py: the same number for any count of tokens
+    for (int64_t t = 0; t < tokens; ++t) share[t] = float(1.0 / (1.0 + exp(-double(share[t]))));  // in f64 as ops/moe.py, so that the result does not depend on the number of tokens
   }
   std::fill_n(ids, tokens, int64_t(0));
   ExpertsCall s = b.shared;

@@ -12,7 +12,7 @@
 
 namespace ktx {
 namespace {
-constexpr int64_t MIN_PARALLEL_ELEMENTS = 1 << 15;  // below so many elements waking the team costs more than it saves
+constexpr int64_t MIN_PARALLEL_ELEMENTS = 1 << 15;  // waking the pool costs more than it saves below this
 
 template <class F>
 void each_row(int64_t rows, int64_t width, F&& body) {
@@ -28,7 +28,7 @@ void each_row(int64_t rows, int64_t width, F&& body) {
   });
 }
 
-struct RowBuffers {  // f32 rows of a thread
+struct RowBuffers {  // thread-local f32 rows
   std::vector<float> a, b;
   void fit(int64_t width) {
     if (int64_t(a.size()) < width) a.resize(width), b.resize(width);
@@ -36,7 +36,7 @@ struct RowBuffers {  // f32 rows of a thread
 };
 thread_local RowBuffers buffers;
 
-// Eight partial sums, so that the compiler may keep them in vector registers.
+// Eight partial sums, which the compiler keeps in a vector register.
 float mean_square(const float* x, int64_t n) {
   float part[8] = {};
   int64_t i = 0;
@@ -96,7 +96,7 @@ void softmax(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] /= sum;
 }
 
-// The indices of the `count` largest of n values, by falling value, the lower index first among equals.
+// The indices of the `count` largest of n values, by descending value; ties: lower index first.
 void largest(const float* values, int64_t n, int64_t count, std::vector<int64_t>& order) {
   order.resize(n);
   std::iota(order.begin(), order.end(), 0);

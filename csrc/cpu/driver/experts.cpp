@@ -1,6 +1,6 @@
-// Two phases with a barrier after each: (gate, up, activation, requantise) and (down, weighted sum), after the activations have
-// been quantised once. Work is one queue of (expert, block of rows); an expert with few tokens takes the fused kernels, one with
-// many the tiles. A memory node has a share of the rows of every matrix, and a share of the queue that reads them.
+// Activations are quantized once; then two phases with a barrier between: (gate, up, activation, quantize) and (down, weighted sum). Each phase is one
+// queue of (expert, block of rows). Experts with few tokens take the GEMV kernels, others the GEMM. A NUMA node has a share of the rows of every matrix
+// and the part of the queue that reads them.
 #include "cpu/driver/experts.h"
 
 #include <algorithm>
@@ -14,24 +14,24 @@
 
 namespace ktx {
 namespace {
-constexpr int64_t MAX_JOB_TOKENS = 2048, MAX_EXPERT_TOKENS = 512;  // tokens at once, and how many of them for one expert: see linear.cpp
-constexpr int GATE_UP_GROUPS = 4;  // row groups of gate and up in a unit of work: 64 rows, so two blocks of 32 for down
-constexpr int64_t MAX_GEMV_RANGE = 64;  // units of few tokens that a member takes at once
-// Of many tokens: neighbours in the rows of a tile that two members write share lines, so four, while a projection's sums are no more than 256 KiB.
+constexpr int64_t MAX_JOB_TOKENS = 2048, MAX_EXPERT_TOKENS = 512;  // per job, and per expert: see MAX_CALL_TOKENS in linear.cpp
+constexpr int GATE_UP_GROUPS = 4;  // row groups of gate and up per item: 64 rows are two blocks of 32 columns for down
+constexpr int64_t MAX_GEMV_RANGE = 64;  // items per pop with few tokens
+// Items per pop with many tokens: adjacent items write the same cache lines of a tile, so four, as long as the sums of a projection fit 256 KiB.
 constexpr int64_t MAX_GEMM_RANGE = 4, MAX_SUMS = 4096;
 thread_local Scratch shared_scratch, worker_scratch;
 thread_local std::vector<int64_t> load_order, id_order;
 
 int64_t now() { return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-// Callers may be several, and readers do not ask.
+// Atomic, because several threads may add, and readers take no lock.
 void add(int64_t& to, int64_t more) { std::atomic_ref<int64_t>(to).fetch_add(more, std::memory_order_relaxed); }
 
-// RowBlocks of `groups` row groups of matrices that share their number of rows, node by node: of each matrix in turn those that a node holds.
+// Items of `groups` row groups of matrices with equal numbers of rows, ordered by NUMA node, then by matrix.
 struct RowBlocks {
   int64_t groups = 1, matrices = 0;
-  int64_t first[MAX_NODES + 1];  // group where a node's share begins
-  int64_t begin[MAX_NODES + 1];  // its first unit
+  int64_t first[MAX_NODES + 1];  // first group of a node's share
+  int64_t begin[MAX_NODES + 1];  // first item of a node's share
 
   void set(int64_t all_groups, int64_t groups_of_unit, int64_t count) {
     groups = groups_of_unit, matrices = count, begin[0] = 0;
@@ -48,7 +48,7 @@ struct RowBlocks {
     const int64_t each = blocks_per_matrix(node), at = unit - begin[node];
     return {at / each, first[node] + at % each * groups, first[node + 1], node};
   }
-  int64_t end_of_matrix(int64_t unit) const {  // the unit after a matrix's last on this node
+  int64_t end_of_matrix(int64_t unit) const {  // one past the last item of the matrix on this node
     int node = 0;
     while (unit >= begin[node + 1]) ++node;
     const int64_t each = blocks_per_matrix(node);
@@ -67,15 +67,15 @@ struct MoEJob {
   // slots: the (token, choice) pairs sorted by expert
   int64_t *offset, *slot_token, *slot_of;  // [experts+1], [slots], [tokens*top] (-1: skipped)
   float* slot_weight;
-  std::vector<int64_t> &experts_by_load, &experts_by_id;  // experts with tokens: most tokens first, and by number
+  std::vector<int64_t> &experts_by_load, &experts_by_id;  // experts with tokens: by descending number of tokens, and by id
   ActTiles gate_up_input, down_input;  // activations of all slots: input of gate/up, input of down
-  RowBlocks gate_up_blocks, down_blocks;  // of gate and up: matrices are active experts; of down: one matrix stands for all experts
+  RowBlocks gate_up_blocks, down_blocks;  // gate and up: one matrix per active expert; down: one matrix for all experts
   RowView quantized;  // [tokens] rows
-  bool single_token;          // one token, at most once an expert
-  int64_t all_tiles;  // of all active experts' inputs
+  bool single_token;          // one token, each expert at most once
+  int64_t all_tiles;  // tiles of the inputs of all active experts
   Queue rows, tiles;
   StealingRange gate_up_queue, down_queue;
-  std::atomic<int64_t> worker_ns[MAX_NODES] = {}, num_workers[MAX_NODES] = {};  // of a memory node: nanoseconds of its members, and how many these are
+  std::atomic<int64_t> worker_ns[MAX_NODES] = {}, num_workers[MAX_NODES] = {};  // per NUMA node: compute time of its workers, and their number
 
   int count(int64_t e) const { return int(offset[e + 1] - offset[e]); }
   bool ints_in() const { return gate_up_input.q; }
@@ -86,7 +86,7 @@ struct MoEJob {
     for (int64_t i = 0; i < pairs; ++i)
       if (ids[i] >= 0 && ids[i] < c.experts) ++offset[ids[i] + 1];
     for (int64_t e = 0; e < c.experts; ++e) offset[e + 1] += offset[e];
-    int64_t* next = slot_of + pairs;  // room for one counter an expert
+    int64_t* next = slot_of + pairs;  // one counter per expert
     std::copy(offset, offset + c.experts, next);
     for (int64_t i = 0; i < pairs; ++i) {
       const bool valid = ids[i] >= 0 && ids[i] < c.experts;
@@ -100,14 +100,14 @@ struct MoEJob {
     std::sort(experts_by_load.begin(), experts_by_load.end(), [&](int64_t a, int64_t b) { return count(a) != count(b) ? count(a) > count(b) : a < b; });
   }
 
-  // Every token once, into rows; then whole tiles of slots, because two members that write words of one line would fight for it.
+  // Quantizes each token once, then fills tiles. A worker fills complete tiles, because two workers that write one cache line would contend for it.
   void quantize_inputs(Scratch& own) {
     float* buffer = own.take<float>(c.hidden);
     if (ints_in()) {
       for (int64_t t; (t = rows.take()) < tokens;) k.quantize(values_of(t, buffer), 16, c.hidden, row_of(t));
       barrier();
     }
-    size_t at = 0;  // the expert of the tile, and how many tiles the experts before it have
+    size_t at = 0;  // index of the tile's expert, and the tiles of the experts before it
     for (int64_t tile, before = 0; (tile = tiles.take()) < all_tiles;) {
       while (tile - before >= input(at).tiles) before += input(at++).tiles;
       const ActTiles to = input(at);
@@ -124,9 +124,9 @@ struct MoEJob {
   RowView row_of(int64_t t) const {
     return {quantized.q + t * c.hidden, quantized.scale + t * (c.hidden / 32), quantized.sum16 + t * (c.hidden / 16)};
   }
-  ActTiles input(size_t i) const { return slice(gate_up_input, offset[experts_by_load[i]], count(experts_by_load[i]), k); }  // of the i-th active expert
+  ActTiles input(size_t i) const { return slice(gate_up_input, offset[experts_by_load[i]], count(experts_by_load[i]), k); }  // of the i-th expert by load
 
-  // A lone token is the same input for all of its experts, and quantising it takes less time than waiting for somebody else's.
+  // A single token is the same input for all of its experts. Each worker quantizes it, which is faster than waiting for another worker.
   ActTiles single_token_input(Scratch& own) const {
     ActTiles one = slice(take_tokens(own, 1, c.hidden, gate_up_input.q, gate_up_input.f, false), 0, 1, k);
     const float* values = values_of(0, own.take<float>(c.hidden));
@@ -138,7 +138,7 @@ struct MoEJob {
     return one;
   }
 
-  // A node's rows of all experts, then the next node's.
+  // Packed order: the rows of all experts on the first node, then on the next.
   const uint8_t* block(const ExpertMatrix& m, int64_t e, const RowBlocks& units, const RowBlocks::Place& p, int64_t columns) const {
     const int64_t first = units.first[p.node], held = units.first[p.node + 1] - first;
     return m.packed + (c.experts * first + e * held + p.group - first) * int64_t(group_bytes(*m.layout, columns));
@@ -158,7 +158,7 @@ struct MoEJob {
         for (int i = 0; i < 16 && (group + g) * 16 + i < rows_of; ++i) sums[(g * in.n + t) * 16 + i] += bias[g * 16 + i];
   }
 
-  // Rows group*16 .. of one expert's inner activations, into down's input.
+  // Rows group*16 .. of an expert's activations, into the input of down.
   void quantize_down_input(int64_t e, int64_t group, int groups, const float* h, const RowView& row, float* line) {
     const int n = count(e);
     const ActTiles to = slice(down_input, offset[e], n, k);
@@ -206,7 +206,7 @@ struct MoEJob {
       const int64_t first = p.group;
       const int groups = int(std::min<int64_t>(run.count * down_blocks.groups, p.last - first));
       std::fill(total, total + columns * tokens, 0.0f);
-      for (size_t i = 0; i < experts_by_id.size(); ++i) {  // a token's experts are added up in one order, whoever else asks for them
+      for (size_t i = 0; i < experts_by_id.size(); ++i) {  // by id, so that the sum over a token's experts does not depend on the batch
         const int64_t e = experts_by_id[i];
         const uint8_t* next = i + 1 < experts_by_id.size() ? down_weights(run.first, experts_by_id[i + 1])
                                                      : then.count ? down_weights(then.first, experts_by_id[0]) : nullptr;

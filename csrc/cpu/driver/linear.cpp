@@ -24,11 +24,11 @@ Bf16Rows& bf16_rows() {
 }
 
 namespace {
-constexpr int64_t MAX_GEMV_SUMS = 4096;  // tokens times groups of 16 rows that a member takes at once: their sums are 256 KiB
-constexpr int64_t MAX_CALL_TOKENS = 512;  // tokens at once: their int8 rows stay in the second-level cache while weights pass by
+constexpr int64_t MAX_GEMV_SUMS = 4096;  // tokens times row groups per pop: 256 KiB of sums
+constexpr int64_t MAX_CALL_TOKENS = 512;  // tokens per pass: their int8 rows stay in the second-level cache while weights stream
 thread_local Scratch shared_scratch, worker_scratch;
 
-// A matrix of a call, and the row of x where its tokens begin.
+// A NUMA node's share of a matrix of the call, and the first row of x.
 struct MatrixShare {
   const Layout* layout;
   const uint8_t* packed;
@@ -40,10 +40,10 @@ struct MatrixShare {
   int64_t groups() const { return (n + 15) / 16; }
 };
 thread_local std::vector<MatrixShare> shares;
-thread_local std::vector<int64_t> first_item;  // of each piece, and the end
-thread_local size_t first_share[MAX_NODES + 1];  // of each node's share, and the end
+thread_local std::vector<int64_t> first_item;  // of each share, and the end
+thread_local size_t first_share[MAX_NODES + 1];  // first share of each node, and the end
 
-// A node's share of a matrix's rows.
+// Adds the rows of `whole` that `node` holds.
 void add_share(const MatrixShare& whole, int64_t k, int node) {
   const int64_t first = node_begin(whole.groups(), node), last = node_begin(whole.groups(), node + 1);
   if (first == last) return;
@@ -53,7 +53,7 @@ void add_share(const MatrixShare& whole, int64_t k, int node) {
   shares.push_back(mine);
 }
 
-// Matrices of one width, each with `tokens` rows of x: rows of their own, or the same for all.
+// Matrices with k columns, each times `tokens` rows of x: separate rows, or the same rows for all.
 struct Call {
   const Kernels& kernels;
   const std::vector<MatrixShare>& shares;
@@ -61,14 +61,14 @@ struct Call {
   int64_t k;
   DType type;
   const uint8_t* x;
-  int64_t sets;  // how many times `tokens` rows x has
+  int64_t sets;  // x has sets * tokens rows
   int tokens;
   ActTiles all;    // activations of all sets
   int64_t groups_per_item;
   Queue rows{};
   StealingRange items{};
 
-  void prepare(Scratch& own) {  // whole tiles a member: two that write words of one line would fight for it
+  void prepare(Scratch& own) {  // complete tiles per worker, because two workers that write one cache line would contend for it
     float* buffer = own.take<float>(k);
     const RowView row = all.q ? take_row(own, k) : RowView{};
     const int tiles = slice(all, 0, tokens, kernels).tiles;
@@ -83,13 +83,13 @@ struct Call {
     if (to.f || to.bf16) kernels.scatter_floats(values, to, t, 0, k);
     if (to.q) kernels.quantize(values, 16, k, row), kernels.scatter(row, to, t, 0, k);
   }
-  // A lone token is quantised by everybody: that takes less time than waiting for somebody else's.
+  // Each worker quantizes a single token itself, which is faster than waiting for another worker.
   ActTiles single_token_input(Scratch& own) const {
     const ActTiles one = slice(take_tokens(own, 1, k, all.q, all.f, false), 0, 1, kernels);
     scatter_row(one, {0, 1, 0}, 0, all.q ? take_row(own, k) : RowView{}, own.take<float>(k));
     return one;
   }
-  // Groups of [token][16] -> y, with bias; a token's row at once, for each lies on a page of its own.
+  // Groups of [token][16] -> y, with bias. Row by row, because each row of y is on another page.
   void finish(const MatrixShare& p, int64_t group, int64_t count, const float* sums) const {
     const int64_t row = group * 16, whole = std::min(count, (p.n - row) / 16);
     for (int t = 0; t < tokens; ++t, sums += 16) {
@@ -135,7 +135,7 @@ void multiply_shares(const void* x, DType type, int64_t sets, int tokens, int64_
   for (const MatrixShare& p : shares) (p.layout->is_float ? floats : ints) = true, groups += p.groups();
   const int pool_size = threads();
   const int64_t rows = sets * tokens;
-  const int64_t groups_per_item = tokens > 16 && groups >= 64 * pool_size ? 8 : groups >= 8 * pool_size ? 2 : 1;  // a tile takes two groups; eight are written to y at once
+  const int64_t groups_per_item = tokens > 16 && groups >= 64 * pool_size ? 8 : groups >= 8 * pool_size ? 2 : 1;  // a GEMM tile has two groups; eight are written to y at once
   const int64_t max_length = tokens > 16 ? 1 : MAX_GEMV_SUMS / (tokens * groups_per_item);
   first_item.assign(1, 0);
   for (const MatrixShare& p : shares) first_item.push_back(first_item.back() + (p.groups() + groups_per_item - 1) / groups_per_item);
@@ -207,7 +207,7 @@ void quantize_rows(const Layout& layout, const float* x, int64_t count, int64_t 
 
 void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const int64_t* rows, int64_t count, float* out) {
   const size_t stride = group_bytes(layout, k);
-  std::vector<int64_t> runs;  // where rows of one group begin that follow one another: a group is unpacked once for all of them
+  std::vector<int64_t> runs;  // starts of runs of rows in one group: a group is unpacked once per run
   for (int64_t i = 0; i < count; ++i)
     if (!i || rows[i] / 16 != rows[i - 1] / 16) runs.push_back(i);
   runs.push_back(count);
@@ -217,7 +217,7 @@ void unpack_rows(const Layout& layout, const uint8_t* packed, int64_t k, const i
     float* lanes = worker_scratch.take<float>(k * 16);
     for (int64_t run; (run = queue.take()) + 1 < int64_t(runs.size());) {
       kernels().unpack(layout, packed + rows[runs[run]] / 16 * stride, k, lanes);
-      for (int64_t from = 0; from < k; from += 128)  // columns whose lanes stay in the first-level cache
+      for (int64_t from = 0; from < k; from += 128)  // the lanes of 128 columns stay in the first-level cache
         for (int64_t i = runs[run]; i < runs[run + 1]; ++i)
           for (int64_t c = from; c < std::min(k, from + 128); ++c) out[i * k + c] = lanes[c * 16 + rows[i] % 16];
     }

@@ -1,4 +1,4 @@
-// Activations.
+// Activations: quantization, the order that the GEMMs read, sums back to rows, and activation functions.
 static void quantize(const float* x, int64_t step, int64_t k, RowView out) {
   for (int64_t b = 0; b < k / 32; ++b, x += 2 * step) {
     const F lo = loadf(x), hi = loadf(x + step);

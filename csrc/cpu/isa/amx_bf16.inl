@@ -1,8 +1,8 @@
-// Many tokens over tile registers in bf16: a span of weights of any type is expanded to pairs of bf16, scales and minimums included, so that sums stay
-// in their tile until the span ends and nothing has to be scaled after. Weights and activations lose 0.1 to 0.2 % each by rounding to eight bits.
+// GEMM over AMX tile registers in bf16: a span of weights of any type is dequantized to pairs of bf16, scales and minimums included, so that sums stay
+// in their tile until the span ends. Rounding to eight bits of mantissa costs weights and activations 0.1 to 0.2 % each.
 
 constexpr int PRODUCT_COLUMNS = 32;  // columns of a product
-constexpr int GROUPS_AT_ONCE = 4;  // expanded at once: tokens come from the second-level cache for all of them, which is what many tokens wait for
+constexpr int GROUPS_AT_ONCE = 4;  // dequantized at once: loads of activations from the second-level cache, the bottleneck here, serve all of them
 static_assert(GROUPS_AT_ONCE * SPAN * 16 * 2 <= WORK_BYTES, "groups of a span in bf16");
 
 // A span of a group as pairs of bf16, [column/2][16 rows].
@@ -54,8 +54,8 @@ template <class L> struct Bf16FromFloats {
   }
 };
 
-// R groups times N tiles of tokens (of rows[0] and rows[1] tokens) over `steps` products, four sums at once at most: a chain of products alone would wait
-// for itself. Sums go on from `out` unless it is the first span.
+// R groups times N tiles of tokens (of rows[0] and rows[1] tokens) over `steps` products, at most four independent sums to hide latency.
+// Sums continue from `out` unless this is the first span.
 template <int R, int N>
 static void amx_bf16_block(const uint32_t* w, int steps, const uint32_t* x0, const uint32_t* x1, const int* rows, bool first, float* out0, float* out1, size_t stride) {
   static_assert(R * N <= 4, "four tiles hold sums");

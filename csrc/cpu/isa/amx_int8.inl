@@ -1,16 +1,16 @@
-// Many tokens over tile registers (tiles_amx.inl, tiles_model.inl). The expanded span [column/4][16 rows][4] is a tile of weights as it stands;
-// activations lie as [column/32][token][32], so the columns of a sub-block of 16 tokens are a tile. A tile of sums is one sub-block's, because
-// each has its scales: it goes through memory into sixteen vectors of totals.
+// GEMM over AMX tile registers in int8 (amx_tiles.inl, amx_tiles_emulated.inl). A dequantized span [column/4][16 rows][4] has the layout of a weight
+// tile; activations are [column/32][token][32], so the columns of a sub-block of 16 tokens are a tile. A tile of sums covers one sub-block, because each
+// has its own scales: it goes through memory into sixteen vectors of totals.
 
 constexpr int TILE_TOKENS = 16;
 
 struct Sums { alignas(64) int32_t at[TILE_TOKENS][16]; };
-constexpr int TILES_IN_FLIGHT = 4;  // tiles of sums: while four are multiplied the four before them are added, for a tile's way to memory takes longer than its products
+constexpr int TILES_IN_FLIGHT = 4;  // tiles of sums: while four are multiplied, the previous four are added, because storing a tile takes longer than its products
 
-// Sixteen vectors by name: as an array they would live in memory, for the tiles' assembly stands between their uses.
+// Sixteen named vectors: GCC would keep an array in memory, because the inline assembly of the tiles is between its uses.
 #define KTX_EACH_TOKEN(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
 
-// One group of rows times T tokens (T: rounded up to a multiple of four; what lies past the end is not stored).
+// One group of rows times T tokens (T is a multiple of four; tokens past the end are not stored).
 template <class D, int T>
 static void amx_int8_group(const Span& span, int length, const int8_t* q, int tokens, const float* scales, const float* parts, float* out) {
 #define X(t) F total##t = t < T && t < tokens ? loadf(out + t * 16) : zero();
@@ -75,7 +75,7 @@ template <class D> static void amx_int8_gemm(const Layout& l, const uint8_t* pac
   tiles_end();
 }
 
-// What is tested against the other back end: one product.
+// One product, for the test that compares instructions with emulation.
 static void tile_product(TileKind kind, int rows, int bytes, const void* a, const void* b, void* c) {
   tiles_begin(rows, rows, bytes);
   tile_load<0>(c, 64), tile_load<4>(a, bytes), tile_load<6>(b, 64);

@@ -1,6 +1,6 @@
-// Tile registers of AMX: 0 to 3 hold sums, 4 and 5 activations (rows of tokens), 6 and 7 weights. Inline assembly: the intrinsics take
-// only literal numbers, which a template's arguments are not.
-struct TileConfig {  // what ldtilecfg reads
+// Tile registers of AMX: 0 to 3 hold sums, 4 and 5 activations (rows of tokens), 6 and 7 weights. Inline assembly, because
+// the intrinsics take literals only, which template arguments are not.
+struct TileConfig {  // the operand of ldtilecfg
   uint8_t palette = 1, start = 0, zeros[14] = {};
   uint16_t bytes[16] = {};
   uint8_t rows[16] = {};

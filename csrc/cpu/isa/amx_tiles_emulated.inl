@@ -1,5 +1,5 @@
-// The tile registers of tiles_amx.inl in software, for machines that have none: the same bits come out. Source of the arithmetic: Intel's
-// description of TDPBSSD, TDPBUSD and TDPBF16PS in the Software Developer's Manual, volume 2.
+// The tile registers of amx_tiles.inl in software, with the same results bit for bit. Source: Intel's description of TDPBSSD, TDPBUSD and TDPBF16PS
+// in the Software Developer's Manual, volume 2.
 struct Tile {
   int rows = 0, bytes = 0;
   uint8_t data[16][64];
@@ -41,7 +41,7 @@ template <class A, class B> static void dot_bytes(Tile& c, const Tile& a, const 
 template <int C, int A, int B> AI void tile_dot_bytes() { dot_bytes<int8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
 template <int C, int A, int B> AI void tile_dot_unsigned() { dot_bytes<uint8_t, int8_t>(tiles()[C], tiles()[A], tiles()[B]); }
 
-inline float flushed(float x) {  // subnormal numbers count as zero
+inline float flushed(float x) {  // flushes subnormals to zero
   uint32_t bits;
   __builtin_memcpy(&bits, &x, 4);
   bits = bits & 0x7f800000u ? bits : bits & 0x80000000u;
@@ -54,7 +54,7 @@ inline float bf16_at(const uint8_t* p) {
   __builtin_memcpy(&x, &bits, 4);
   return flushed(x);
 }
-// TDPBF16PS: even and odd products are summed apart, each step rounded once, and the two sums are added to the element.
+// TDPBF16PS: even and odd products are summed separately, each step rounded once, and both sums are added to the element.
 static void dot_bf16(Tile& c, const Tile& a, const Tile& b) {
   for (int m = 0; m < c.rows; ++m)
     for (int n = 0; n < 16; ++n) {

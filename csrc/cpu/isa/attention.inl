@@ -1,4 +1,4 @@
-// Attention on f32 blocks, over the verbs of one instruction set. Rows of keys and values are contiguous.
+// Attention on f32 blocks, over the primitives of one instruction set. Rows of keys and values are contiguous.
 
 static void convert(const void* from, DType type, int64_t n, float* to) {
   const uint8_t* p = static_cast<const uint8_t*>(from);
@@ -82,7 +82,7 @@ static void online_softmax(float* scores, int queries, int keys, int dv, Softmax
     F sum = zero();
     for (int c = 0; c < BLOCK_KEYS; c += 16) {
       const F x = loadf(row + c);
-      // exp_ clamps its argument, so what is masked (-inf) is set to zero here: x > -1e30 as a 0/1 factor
+      // exp_ clamps its argument, so masked scores (-inf) are set to zero here: x > -1e30 as a 0/1 factor
       const F seen = minf(maxf(addf(x, setf(1e30f)), setf(0)), setf(1));
       const F prob = mulf(exp_(maxf(addf(x, setf(-row_max)), setf(-126.0f))), seen);
       storef(row + c, prob);

@@ -1,6 +1,6 @@
-// Attention in bf16 with f32 sums, for keys and values that are kept in half precision.
-// A lane is a row (a query of a head): scores come out as [key][row], so that neither products nor softmax add lanes up. A 32-bit word is a pair of columns
-// (of keys) or a pair of keys (of values), what one step of vdpbf16ps multiplies and adds.
+// Attention in bf16 with f32 sums, for keys and values that are stored in half precision.
+// A lane is a row (a query of a head): scores are [key][row], so that neither products nor softmax sum over lanes. A 32-bit word is a pair of columns (of
+// keys) or a pair of keys (of values): one step of vdpbf16ps.
 
 // q f32 [rows][d] -> [d/2][lanes*16] pairs; lanes past `rows` are zero
 static void queries_as_bf16(const float* q, int rows, int d, int lanes, uint32_t* to) {
@@ -49,7 +49,7 @@ static void to_bf16(const void* from, DType type, int d, uint16_t* to) {
   _mm512_mask_storeu_epi16(to + i, rest, bf16_pairs(low, high));
 }
 
-// L vectors of rows times C keys; keys are `stride` columns apart. Asked for all at once, what comes next would stop the loads of this.
+// L vectors of rows times C keys; keys are `stride` columns apart. Prefetches of the next block are spread evenly, because a burst would stall the loads.
 template <int L, int C>
 AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int d, float* scores, const uint8_t* next, const uint8_t* next_too) {
   F acc[L * C];
@@ -72,7 +72,7 @@ AI void score_tile_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t
     for (int c = 0; c < C; ++c) storef(scores + (c * lanes + l) * 16, acc[l * C + c]);
 }
 
-// scores[key][lanes*16] for `keys` rounded up to 8: what lies past the end is garbage
+// scores[key][lanes*16] for `keys` rounded up to 8: scores past `keys` are undefined
 static void score_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t stride, int keys, int d, float* scores, const void* const* next) {
   const uint8_t *n0 = static_cast<const uint8_t*>(next[0]), *n1 = static_cast<const uint8_t*>(next[1]);
   int l = 0;
@@ -82,8 +82,7 @@ static void score_bf16(const uint32_t* q, int lanes, const uint16_t* k, int64_t 
   for (; l < lanes; ++l) score_tile_bf16<1, 8>(q + l * 16, lanes, k, stride, d, scores + l * 16, n0, n1);
 }
 
-// Eight keys of a latent; between the products the next eight are converted. These steps run beside the multiplier and would else take a seventh
-// of the time.
+// Eight MLA latent keys; the next eight are converted between the products, on other ports. Separate conversion would take a seventh of the time.
 template <int L, DType TYPE> static void score_latent_as(const uint32_t* q, const uint16_t* k, const LatentConversion& s, float* scores) {
   F acc[L * 8];
 #pragma GCC unroll 16
@@ -122,7 +121,7 @@ static void score_latent(const uint32_t* q, int lanes, const uint16_t* k, const 
   (lanes == 1 ? one : two)[int(s.type)](q, k, s, scores);
 }
 
-// scores [keys][lanes*16] -> shares [keys/2][lanes*16] in pairs of keys; out and sum are rescaled to the new maximum
+// scores [keys][lanes*16] -> probs [keys/2][lanes*16] in pairs of keys; out and sum are rescaled to the new maximum
 static void online_softmax_bf16(const float* scores, int lanes, int rows, int keys, int dv, SoftmaxState state, uint32_t* probs) {
   const F least = setf(-1e30f);
   for (int l = 0; l < lanes; ++l) {
@@ -131,7 +130,7 @@ static void online_softmax_bf16(const float* scores, int lanes, int rows, int ke
     for (int c = 0; c < keys; ++c) row_max = maxf(loadf(scores + (c * lanes + l) * 16), row_max);
     storef(state.row_max + l * 16, row_max);
     const F top = mulf(maxf(row_max, least), setf(-1));
-    const auto prob_of = [&](int c) {  // a NaN stays one, what is masked (-inf) is zero
+    const auto prob_of = [&](int c) {  // keeps NaN; masked (-inf) becomes zero
       const F x = loadf(scores + (c * lanes + l) * 16);
       const __mmask16 seen = _mm512_cmp_ps_mask(x, least, _CMP_NLE_UQ);
       return _mm512_maskz_mov_ps(seen, exp_(addf(x, top)));
@@ -156,8 +155,8 @@ static void online_softmax_bf16(const float* scores, int lanes, int rows, int ke
   }
 }
 
-// R rows times C chunks of 32 columns. Columns of two keys are paired by unpacking, which runs beside the multiplier and leaves each chunk in the
-// order of COLUMN_ORDER; permutations that would keep the order take the multiplier's time.
+// R rows times C chunks of 32 columns. Columns of two keys are paired by unpacking, which runs on another port than the products and leaves
+// each chunk in COLUMN_ORDER; permutations that keep the order would compete with the products.
 const uint8_t COLUMN_ORDER[32] = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31};
 
 template <int R, int C> AI void pv_step_bf16(const uint32_t* probs, const uint16_t* even, const uint16_t* odd, F* acc) {
@@ -180,7 +179,7 @@ template <int R, int C> AI void pv_tile_bf16(const uint32_t* probs, int step, co
 #pragma GCC unroll 4
     for (int c = 0; c < 2 * C; ++c) acc[r * 2 * C + c] = loadf(out + int64_t(r) * dv + c * 16);
   for (int t = 0; t + 2 <= keys; t += 2, v += 2 * stride, probs += step) pv_step_bf16<R, C>(probs, v, v + stride, acc);
-  if (keys % 2) pv_step_bf16<R, C>(probs, v, v, acc);  // the last stands for its partner, whose share is zero
+  if (keys % 2) pv_step_bf16<R, C>(probs, v, v, acc);  // the last key is its own partner, with probability zero
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4

@@ -1,5 +1,6 @@
-// Products with float weights in bf16.
-// `columns` of a group as pairs of bf16, the 16 rows of a pair `step` words after those before.
+// Products with float weights in bf16: weights are exact, activations are rounded to eight bits of mantissa (0.1 %), sums are f32.
+
+// `columns` of a group as pairs of bf16, the 16 rows of a pair `step` words apart.
 template <class L> AI void expand_pairs(const uint8_t* here, int columns, uint32_t* w, int step) {
   int i = 0;
   for (; i + 4 <= columns; i += 4, w += 2 * step, here += 64 * L::BYTES) {
@@ -10,7 +11,7 @@ template <class L> AI void expand_pairs(const uint8_t* here, int columns, uint32
   if (i < columns) store_pairs(w, L::pairs(here));
 }
 
-// One tile of tokens: pairs are made in registers.
+// GEMV: pairs are formed in registers.
 template <class L, int T>
 static void bf16_gemv(const uint8_t* group, int64_t k, const uint32_t* x, float* out, const Prefetcher& prefetcher) {
   F total[T];
@@ -23,7 +24,7 @@ static void bf16_gemv(const uint8_t* group, int64_t k, const uint32_t* x, float*
 #pragma GCC unroll 6
     for (int t = 0; t < T; ++t) sum[t] = second[t] = zero();
     int64_t i = from;
-    for (; i + 4 <= to; i += 4) {  // two chains: one would wait for itself
+    for (; i + 4 <= to; i += 4) {  // two chains hide latency
       Pairs a, b;
       prefetcher.lines(group + i * 16 * L::BYTES, 64 * L::BYTES);
       L::four(group + i * 16 * L::BYTES, a, b);
@@ -54,7 +55,7 @@ template <int R, int T> AI void add_pairs(const uint32_t* w, const uint32_t* x, 
   }
 }
 
-// Many tokens in bf16: weights lose nothing, activations what rounding to eight bits takes (0.1 %), sums are f32. Summed in the order of few tokens.
+// GEMM: sums in the same order as the GEMV.
 template <int R, int T> static void bf16_gemm_tile(const uint32_t* w, int pairs, const uint32_t* x, int step, const F* scale, float* out, size_t stride) {
   F total[R * T], second[R * T];
 #pragma GCC unroll 12

@@ -1,9 +1,9 @@
-// One decoder a weight type, over the verbs of the instruction set that includes this file.
+// One decoder per weight type, over the SIMD primitives of the instruction set that includes this file.
 //
 // A decoder turns a block of 16 rows into sub-blocks of SUB consecutive k: SUB/4 vectors `w` (lane = row, byte = k), a scale and,
-// with MINIMUM, a minimum. The value of a weight is  scale * (code - OFFSET) - minimum;  SIGNED codes are int8, others 0..127. MAX_CODE: how far a
-// code is from zero at most.
-// Field order inside `words` is that of the layout table.
+// with MINIMUM, a minimum. The value of a weight is  scale * (code - OFFSET) - minimum;  SIGNED codes are int8, others 0..127. MAX_CODE: the
+// largest absolute code. WITH_OFFSET: signed codes already have the offset that `dot` expects. WHOLE_UNITS: decodes two sub-blocks at once.
+// The order of fields in `words` is that of the layout table (quant/layout.cpp).
 
 struct Block {
   const uint8_t *n0, *n1;  // narrow fields of this block, 16 rows each
@@ -15,17 +15,16 @@ AI V low4(V x) { return and_(x, set8(15)); }
 AI V nibbles(V x, int high) { return low4(high ? shr(x, 4) : x); }
 AI V byte(V x, int i) { return and_(shr(x, 8 * i), set(0xff)); }
 struct None {};
-// What a decoder is unless it says otherwise: one with WITH_OFFSET gives signed codes as `dot` takes them.
-struct SignedCodes { static constexpr bool WITH_OFFSET = false, WHOLE_UNITS = false; };
-struct OffsetCodes { static constexpr bool WITH_OFFSET = true, WHOLE_UNITS = false; };
-struct RowBlocks { static constexpr bool WITH_OFFSET = true, WHOLE_UNITS = true; };  // two sub-blocks at once, whose indices share a word
+struct DecoderDefaults { static constexpr bool WITH_OFFSET = false, WHOLE_UNITS = false; };
+struct OffsetDecoder { static constexpr bool WITH_OFFSET = true, WHOLE_UNITS = false; };
+struct OffsetUnitDecoder { static constexpr bool WITH_OFFSET = true, WHOLE_UNITS = true; };  // two sub-blocks share a word of indices
 AI constexpr int8_t offset_code(int x) { return int8_t(SIGNED_OFFSET ? x ^ 0x80 : x); }
 
 #define KTX_FORMAT(name, block, sub_size, is_signed, offset, has_minimum, largest)                                       \
   static constexpr int CODE = ktx::name, BLOCK = block, SUB = sub_size, OFFSET = offset, MAX_CODE = largest;                 \
   static constexpr bool SIGNED = is_signed, MINIMUM = has_minimum;
 
-struct DQ4_0 : SignedCodes {
+struct DQ4_0 : DecoderDefaults {
   KTX_FORMAT(Q4_0, 32, 32, false, 8, false, 15)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -35,7 +34,7 @@ struct DQ4_0 : SignedCodes {
   }
 };
 
-struct DQ4_1 : SignedCodes {
+struct DQ4_1 : DecoderDefaults {
   KTX_FORMAT(Q4_1, 32, 32, false, 0, true, 15)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -52,13 +51,13 @@ AI void five_bits(const Block& b, V* w) {
     w[i] = or_(nibbles(b.word(i & 3), i >> 2), high);
   }
 }
-struct DQ5_0 : SignedCodes {
+struct DQ5_0 : DecoderDefaults {
   KTX_FORMAT(Q5_0, 32, 32, false, 16, false, 31)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
   AI static void part(const Head&, const Block& b, int, V* w, F& scale, F&) { scale = load_f16(b.n0), five_bits(b, w); }
 };
-struct DQ5_1 : SignedCodes {
+struct DQ5_1 : DecoderDefaults {
   KTX_FORMAT(Q5_1, 32, 32, false, 0, true, 31)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -67,7 +66,7 @@ struct DQ5_1 : SignedCodes {
   }
 };
 
-struct DQ8_0 : SignedCodes {
+struct DQ8_0 : DecoderDefaults {
   KTX_FORMAT(Q8_0, 32, 32, true, 0, false, 127)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -77,8 +76,8 @@ struct DQ8_0 : SignedCodes {
   }
 };
 
-// Types of our own, made on loading: one f16 scale for 64 or 128 weights.
-template <int GROUP> struct Int8 : SignedCodes {
+// ktx types, quantized while loading: one f16 scale per 64 or 128 weights.
+template <int GROUP> struct Int8 : DecoderDefaults {
   static constexpr int CODE = ktx::INT8_128, BLOCK = GROUP, SUB = 32, OFFSET = 0, MAX_CODE = 127;
   static constexpr bool SIGNED = true, MINIMUM = false;
   typedef F Head;
@@ -88,7 +87,7 @@ template <int GROUP> struct Int8 : SignedCodes {
     for (int i = 0; i < 8; ++i) w[i] = b.word(8 * s + i);
   }
 };
-template <int GROUP> struct Int4 : SignedCodes {  // 32 weights in 16 bytes: byte i holds i and i + 16
+template <int GROUP> struct Int4 : DecoderDefaults {  // 32 weights in 16 bytes: byte i holds i and i + 16
   static constexpr int CODE = GROUP == 64 ? ktx::INT4_64 : ktx::INT4_128, BLOCK = GROUP, SUB = 32, OFFSET = 8, MAX_CODE = 15;
   static constexpr bool SIGNED = false, MINIMUM = false;
   typedef F Head;
@@ -102,7 +101,7 @@ typedef Int8<128> DINT8_128;
 typedef Int4<64> DINT4_64;
 typedef Int4<128> DINT4_128;
 
-struct DQ2_K : SignedCodes {  // words: 16 of codes, 4 of scales (low nibble) and minimums (high nibble)
+struct DQ2_K : DecoderDefaults {  // words: 16 of codes, 4 of scales (low nibble) and minimums (high nibble)
   KTX_FORMAT(Q2_K, 256, 16, false, 0, true, 3)
   struct Head { F d, dmin; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1)}; }
@@ -114,7 +113,7 @@ struct DQ2_K : SignedCodes {  // words: 16 of codes, 4 of scales (low nibble) an
   }
 };
 
-struct DQ3_K : SignedCodes {  // words: 16 of low codes, 8 of high bits, 3 of scales
+struct DQ3_K : DecoderDefaults {  // words: 16 of low codes, 8 of high bits, 3 of scales
   KTX_FORMAT(Q3_K, 256, 16, false, 4, false, 7)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -146,7 +145,7 @@ struct KScales {
 
 AI V moved(V word, int from, int to) { return from > to ? shr(word, from - to) : shl(word, to - from); }
 
-struct DQ4_K : SignedCodes {  // words: 32 of codes, 3 of scales
+struct DQ4_K : DecoderDefaults {  // words: 32 of codes, 3 of scales
   KTX_FORMAT(Q4_K, 256, 32, false, 0, true, 15)
   struct Head { F d, dmin; KScales scales; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(32), b.word(33), b.word(34)}}; }
@@ -156,7 +155,7 @@ struct DQ4_K : SignedCodes {  // words: 32 of codes, 3 of scales
   }
 };
 
-struct DQ5_K : SignedCodes {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
+struct DQ5_K : DecoderDefaults {  // words: 32 of low codes, 8 of fifth bits, 3 of scales
   KTX_FORMAT(Q5_K, 256, 32, false, 0, true, 31)
   struct Head { F d, dmin; KScales scales; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), load_f16(b.n1), {b.word(40), b.word(41), b.word(42)}}; }
@@ -166,7 +165,7 @@ struct DQ5_K : SignedCodes {  // words: 32 of low codes, 8 of fifth bits, 3 of s
   }
 };
 
-struct DQ6_K : SignedCodes {  // words: 32 of low nibbles, 16 of high pairs, 4 of signed scales
+struct DQ6_K : DecoderDefaults {  // words: 32 of low nibbles, 16 of high pairs, 4 of signed scales
   KTX_FORMAT(Q6_K, 256, 16, false, 32, false, 63)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -185,7 +184,7 @@ static const int8_t VALUES_IQ4_NL[16] = {offset_code(-127), offset_code(-104), o
 static const int8_t VALUES_MXFP4[16] = {offset_code(0), offset_code(1), offset_code(2), offset_code(3), offset_code(4), offset_code(6), offset_code(8), offset_code(12),  // twice the e2m1 values
                                         offset_code(0), offset_code(-1), offset_code(-2), offset_code(-3), offset_code(-4), offset_code(-6), offset_code(-8), offset_code(-12)};
 
-struct DIQ4_NL : OffsetCodes {
+struct DIQ4_NL : OffsetDecoder {
   KTX_FORMAT(IQ4_NL, 32, 32, true, 0, false, 127)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -195,7 +194,7 @@ struct DIQ4_NL : OffsetCodes {
   }
 };
 
-struct DIQ4_XS : OffsetCodes {  // narrow: d, high scale bits; words: 32 of codes, 1 of low scale nibbles
+struct DIQ4_XS : OffsetDecoder {  // narrow: d, high scale bits; words: 32 of codes, 1 of low scale nibbles
   KTX_FORMAT(IQ4_XS, 256, 32, true, 0, false, 127)
   struct Head { F d; V low, high; };
   AI static Head head(const Block& b) { return {load_f16(b.n0), b.word(32), load_u16(b.n1)}; }
@@ -206,7 +205,7 @@ struct DIQ4_XS : OffsetCodes {  // narrow: d, high scale bits; words: 32 of code
   }
 };
 
-struct DMXFP4 : OffsetCodes {
+struct DMXFP4 : OffsetDecoder {
   KTX_FORMAT(MXFP4, 32, 32, true, 0, false, 12)
   typedef None Head;
   AI static Head head(const Block&) { return {}; }
@@ -220,7 +219,7 @@ struct DMXFP4 : OffsetCodes {
   AI static V lane_is(V e, int value) { return and_(equal8(e, set(uint32_t(value))), set(1)); }  // for lanes below 256
 };
 
-struct DTQ2_0 : SignedCodes {
+struct DTQ2_0 : DecoderDefaults {
   KTX_FORMAT(TQ2_0, 256, 32, false, 1, false, 3)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -262,7 +261,7 @@ template <int FROM, int COUNT> AI void eight_trits(V bytes, V* w) {
 AI V eight_trit(V bytes, int n) { return shl(trit(bytes, n), 3); }
 #endif
 
-struct DTQ1_0 : SignedCodes {  // words: 12 of five trits a byte, 1 of four trits a byte
+struct DTQ1_0 : DecoderDefaults {  // words: 12 of five trits a byte, 1 of four trits a byte
   KTX_FORMAT(TQ1_0, 256, 16, false, 1, false, 2)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -279,8 +278,8 @@ struct DTQ1_0 : SignedCodes {  // words: 12 of five trits a byte, 1 of four trit
 
 AI F half_steps(F d, V nibble, float step) { return mulf(mulf(d, addf(setf(0.5f), to_float(nibble))), setf(step)); }
 
-// ---- code books. An index names an entry of 16 bits that holds the places of its weights in a table of values (grids.h). Packing has
-// put the bytes of four indices in the order 0 2 1 3, and the signs of four weights of 16 rows into 64 bits (layout.cpp).
+// ---- code books. An index selects a 16-bit entry, which holds the indices of its weights into a table of values (iq_codebooks.h). Packing
+// puts the bytes of four indices in the order 0 2 1 3, and the signs of four weights of 16 rows into 64 bits (quant/layout.cpp).
 
 // `look_up` takes four indices: their low bytes, and BITS more bits each in a lane of their own, those of index i from STRIDE*i on.
 #ifdef KTX_VBMI
@@ -297,7 +296,7 @@ struct Entries { V pair[2]; };  // entries 0 and 1, 2 and 3
 #define KTX_BOOK(name, entries) struct B##name { static constexpr int N = entries; static constexpr const uint16_t* TABLE = GRID_##name; };
 template <int BY> AI V shifted(V x) { return BY >= 0 ? shl(x, BY >= 0 ? BY : 0) : shr(x, BY >= 0 ? 0 : -BY); }
 template <class B, int STRIDE> AI Entries look_up(V low, V more) {
-  constexpr uint32_t BITS = B::N / 256 - 1;  // of what the low byte lacks
+  constexpr uint32_t BITS = B::N / 256 - 1;  // missing in the low byte
   V first = and_(low, set(0x00ff00ff)), second = and_(shr16(low, 8), set(0x00ff00ff));
   if (BITS) {
     first = or_(first, or_(and_(shifted<8>(more), set(BITS << 8)), and_(shifted<24 - STRIDE>(more), set(BITS << 24))));
@@ -318,7 +317,7 @@ AI uint64_t mask_at(const uint8_t* line, int vector) {
   __builtin_memcpy(&m, line + 8 * vector, 8);
   return m;
 }
-// Signs of eight weights of which seven are stored: their number is even. The eighth's bit holds something else, given back in `spare`.
+// Signs of eight weights of which seven are stored: an even number is negative. The eighth bit has another use and is returned in `spare`.
 struct Signs { uint64_t first, second, spare; };
 AI Signs even_signs(const uint8_t* line, int eight) {
   constexpr uint64_t LOW = 0x1111111111111111ull;
@@ -328,7 +327,7 @@ AI Signs even_signs(const uint8_t* line, int eight) {
   return {first, second | (odd & LOW) << 3, stored >> 3 & LOW};
 }
 
-// Tables repeat, so that bits above a field do not matter where the machine lets them through.
+// Tables repeat, so that bits above a field are ignored.
 static const int8_t VALUES_IQ2[16] = {offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0, offset_code(8), offset_code(25), offset_code(43), 0};
 static const int8_t VALUES_IQ3_XXS[16] = {offset_code(4), offset_code(12), offset_code(20), offset_code(28), offset_code(36), offset_code(44), offset_code(52), offset_code(62),
                                           offset_code(4), offset_code(12), offset_code(20), offset_code(28), offset_code(36), offset_code(44), offset_code(52), offset_code(62)};
@@ -343,7 +342,7 @@ AI V of_four(const int8_t* values, const Entries& e, int entry, uint64_t minus) 
   return negated(repeated_table<7>(values, four_fields(e, entry)), minus);
 }
 
-struct DIQ2_XXS : OffsetCodes {  // words: per 32 k, four grid indices, then signs; the spare bits are a scale
+struct DIQ2_XXS : OffsetDecoder {  // words: per 32 k, four grid indices, then signs; the spare bits are a scale
   KTX_FORMAT(IQ2_XXS, 256, 32, true, 0, false, 43)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -359,7 +358,7 @@ struct DIQ2_XXS : OffsetCodes {  // words: per 32 k, four grid indices, then sig
   }
 };
 
-struct DIQ2_XS : RowBlocks {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
+struct DIQ2_XS : OffsetUnitDecoder {  // words: per 32 k, four low index bytes, then signs; the spare bits are the ninth of the indices; 2 of scales
   KTX_FORMAT(IQ2_XS, 256, 16, true, 0, false, 43)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -374,7 +373,7 @@ struct DIQ2_XS : RowBlocks {  // words: per 32 k, four low index bytes, then sig
   }
 };
 
-struct DIQ2_S : RowBlocks {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
+struct DIQ2_S : OffsetUnitDecoder {  // words: 8 of low index bytes, 8 of signs, 2 of high index bits, 2 of scales
   KTX_FORMAT(IQ2_S, 256, 16, true, 0, false, 43)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -386,7 +385,7 @@ struct DIQ2_S : RowBlocks {  // words: 8 of low index bytes, 8 of signs, 2 of hi
   }
 };
 
-struct DIQ3_XXS : OffsetCodes {  // words: 16 of grid indices, 8 of signs whose spare bits are a scale
+struct DIQ3_XXS : OffsetDecoder {  // words: 16 of grid indices, 8 of signs whose spare bits are a scale
   KTX_FORMAT(IQ3_XXS, 256, 32, true, 0, false, 62)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -404,7 +403,7 @@ struct DIQ3_XXS : OffsetCodes {  // words: 16 of grid indices, 8 of signs whose 
   }
 };
 
-struct DIQ3_S : OffsetCodes {  // words: 16 of low index bytes, 8 of signs, 2 of ninth index bits, 1 of scales
+struct DIQ3_S : OffsetDecoder {  // words: 16 of low index bytes, 8 of signs, 2 of ninth index bits, 1 of scales
   KTX_FORMAT(IQ3_S, 256, 32, true, 0, false, 15)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -419,8 +418,8 @@ struct DIQ3_S : OffsetCodes {  // words: 16 of low index bytes, 8 of signs, 2 of
   }
 };
 
-// ---- IQ1: a weight is d * (2 * scale + 1) * (digit - 1 + delta), delta = +-1/8; carried in eighths, 8 * digit - 8 +- 1. Packing has spelled the
-// entries out (layout.cpp).
+// ---- IQ1: a weight is d * (2 * scale + 1) * (digit - 1 + delta), delta = +-1/8; codes are in eighths, 8 * digit - 8 +- 1. Packing expands the
+// entries (quant/layout.cpp).
 
 AI void unit_digits(const Block& b, int u, V* w) {  // of 32 k, eight times each
   const int pair = u / 2;
@@ -434,7 +433,7 @@ AI void unit_digits(const Block& b, int u, V* w) {  // of 32 k, eight times each
 AI F odd_steps(F d, V bits) { return mulf(mulf(d, to_float(or_(shl(and_(bits, set(7)), 1), set(1)))), setf(0.125f)); }
 AI V minus_nine_or_seven(V sign) { return sub8(set8(offset_code(-7)), and_(sub(set(0), and_(sign, set(1))), set8(2))); }
 
-struct DIQ1_S : OffsetCodes {  // words: 13 of digits, 1 of (scale, sign of delta) nibbles
+struct DIQ1_S : OffsetDecoder {  // words: 13 of digits, 1 of (scale, sign of delta) nibbles
   KTX_FORMAT(IQ1_S, 256, 32, true, 0, false, 9)
   typedef F Head;
   AI static Head head(const Block& b) { return load_f16(b.n0); }
@@ -446,7 +445,7 @@ struct DIQ1_S : OffsetCodes {  // words: 13 of digits, 1 of (scale, sign of delt
   }
 };
 
-struct DIQ1_M : RowBlocks {  // words: 13 of digits, 1 of signs of delta, one for eight weights, 2 of scales that carry d in their top nibbles
+struct DIQ1_M : OffsetUnitDecoder {  // words: 13 of digits, 1 of signs of delta, one for eight weights, 2 of scales that carry d in their top nibbles
   KTX_FORMAT(IQ1_M, 256, 16, true, 0, false, 9)
   typedef F Head;
   AI static Head head(const Block& b) {

@@ -1,5 +1,6 @@
-// Products with float weights.
-// Two columns of 16 rows. STEP: what the values must be multiplied with; it goes into the scales. IN_BF16: bf16 holds them exactly.
+// Products with float weights in f32.
+
+// Two columns of 16 rows. STEP: a factor of all values, applied to the scales. IN_BF16: bf16 holds them exactly.
 struct LF32 {
   enum { BYTES = 4, IN_BF16 = false };
   static constexpr float STEP = 1;
@@ -19,7 +20,7 @@ struct LBF16 {
   AI static void four(const uint8_t* p, Pairs& a, Pairs& b) { a = columns_paired(p), b = columns_paired(p + 64); }
 #endif
 };
-struct LF8 {  // e4m3 as the f16 with the same bits in its upper byte, less one place of exponent: 2^8 mends the bias (subnormals too)
+struct LF8 {  // e4m3 as the f16 with the same bits in its upper byte, one exponent bit short: 2^8 corrects the bias (subnormals too)
   enum { BYTES = 1, IN_BF16 = true };
   static constexpr float STEP = 256;
   AI static void pair(const uint8_t* p, F& a, F& b) { e4m3_as_f16(p, a, b); }
@@ -45,14 +46,14 @@ template <class L> AI void last_column(const uint8_t* p, F& a, F& b) {
   __builtin_memcpy(two, p, 16 * L::BYTES);
   L::pair(two, a, b);
 }
-AI const float* scales_of(const uint8_t* group, int64_t k) { return reinterpret_cast<const float*>(group + (k * 16 + 63) / 64 * 64); }  // of e4m3, after its codes
+AI const float* scales_of(const uint8_t* group, int64_t k) { return reinterpret_cast<const float*>(group + (k * 16 + 63) / 64 * 64); }  // of e4m3, behind the codes
 template <class L> AI F float_scale(const uint8_t* group, int64_t k, int64_t from) {
   return L::BYTES == 1 ? mulf(loadf(scales_of(group, k) + from / 128 * 16), setf(L::STEP)) : setf(1);
 }
-constexpr int FLOAT_TILE = KTX_TILE_TOKENS < 6 ? KTX_TILE_TOKENS : 6;  // tokens whose sums are in registers
-constexpr int FLOAT_SPAN = 128;  // columns that share a scale, and that are expanded at once
+constexpr int FLOAT_TILE = KTX_TILE_TOKENS < 6 ? KTX_TILE_TOKENS : 6;  // tokens with sums in registers
+constexpr int FLOAT_SPAN = 128;  // columns that share a scale and are dequantized at once
 
-// One tile of tokens: weights are expanded in registers.
+// GEMV: weights are dequantized in registers.
 template <class L, int T>
 static void float_gemv(const uint8_t* group, int64_t k, const float* x, float* out, const Prefetcher& prefetcher) {
   F total[T];
@@ -86,7 +87,7 @@ static void float_gemv(const uint8_t* group, int64_t k, const float* x, float* o
   for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
 }
 
-// Many tokens: a span of weights is expanded once, [column][group][16], and used by every tile.
+// GEMM: a span of weights is dequantized once, [column][group][16], and used by every tile.
 template <int R, int T>
 static void float_gemm_tile(const float* w, int columns, const float* x, int step, const F* scale, float* out, size_t stride) {
   F total[R * T];

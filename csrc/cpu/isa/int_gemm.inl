@@ -1,4 +1,5 @@
-// Products with integer weights.
+// Products with integer weights, in int8 with f32 sums: GEMV and GEMM.
+
 template <int N> struct Int { static constexpr int value = N; };
 
 AI Block block_at(const Layout& l, const uint8_t* group, int64_t k, int64_t b) {
@@ -8,8 +9,8 @@ AI Block block_at(const Layout& l, const uint8_t* group, int64_t k, int64_t b) {
 }
 
 template <class D> struct Traits {
-  static constexpr int OFF = D::SIGNED ? SIGNED_OFFSET : D::OFFSET;  // what the carried codes have too much
-  static constexpr int UNITS = D::BLOCK / 32;  // of 32 k, which share an activation scale
+  static constexpr int OFF = D::SIGNED ? SIGNED_OFFSET : D::OFFSET;  // the offset of codes in registers
+  static constexpr int UNITS = D::BLOCK / 32;  // of 32 columns with one activation scale
   static constexpr int PARTS = 32 / D::SUB;    // sub-blocks of a unit
 };
 
@@ -20,7 +21,7 @@ template <class D> AI void decode(const typename D::Head& head, const Block& b, 
     for (int p = 0; p < Traits<D>::PARTS; ++p) D::part(head, b, unit * Traits<D>::PARTS + p, w + p * (D::SUB / 4), scale[p], minimum[p]);
 }
 
-// Where a sum of products starts when the codes are OFF too large.
+// The start of a sum of products whose codes are OFF too large.
 template <int OFF> AI V offset_by(const int32_t* minus_sum) {
   static_assert((OFF & (OFF - 1)) == 0, "offsets are powers of two");
   return OFF ? shl(broadcast(minus_sum), __builtin_ctz(OFF | 1 << 30)) : set(0);
@@ -28,7 +29,7 @@ template <int OFF> AI V offset_by(const int32_t* minus_sum) {
 
 #ifndef KTX_SUMS_IN_16_BITS
 constexpr int sums_in_16_bits(int) { return 1; }
-// The sum of `steps` dot products a lane.
+// The sum of `steps` dot products per lane.
 template <bool SIGNED, int SUMS> struct DotSum {
   V total;
   AI explicit DotSum(V first = V()) : total(first) {}
@@ -37,7 +38,7 @@ template <bool SIGNED, int SUMS> struct DotSum {
 #endif
 #undef KTX_SUMS_IN_16_BITS
 
-// ---- few tokens: weights are expanded in registers and used at once --------------------------------------------------
+// ---- GEMV: weights are dequantized in registers and used at once -------------------------------------------------------
 
 template <class D, int T>
 static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float* out, const Prefetcher& prefetcher) {
@@ -51,7 +52,7 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
   const size_t plane = narrow_plane(l, x.k), words = size_t(l.word_count()) * 64, narrow = size_t(l.narrow_bytes) * 16;
   Block b = {group, group + plane, group + l.narrows * plane};
   const int64_t unit_bytes = int64_t(words + l.narrows * narrow) / R::UNITS;
-  const uint8_t *fetched = group, *reached = group;  // all of the group in its order, at the pace of the units
+  const uint8_t *fetched = group, *reached = group;  // prefetches the group in order, at the pace of the units
   for (int64_t i = 0; i < blocks; ++i) {
     prefetcher.page(b.words);
     const typename D::Head head = D::head(b);
@@ -78,8 +79,8 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
       }
       q += 32 * T, sums += R::PARTS * T, parts += R::PARTS * T, scales += T;
     };
-#ifndef KTX_SCALAR_LANES  // where a lane is a loop, GCC 12 drops stores of the unrolled units
-    if (T == 1) {  // shifts by numbers that are known: a token alone leaves the multiplier idle, decoding is what takes time
+#ifndef KTX_SCALAR_LANES  // GCC 12 drops stores of unrolled units if a lane is a loop
+    if (T == 1) {  // unrolled for constant shifts: with a single token dequantization is the bottleneck, not the products
 #pragma GCC unroll 8
       for (int u = 0; u < R::UNITS; ++u) unit(u);
     } else
@@ -93,15 +94,15 @@ static void gemv(const Layout& l, const uint8_t* group, const ActTiles& x, float
   for (int t = 0; t < T; ++t) storef(out + t * 16, total[t]);
 }
 
-// ---- many tokens: a span of weights is expanded once into L1 and used by every tile -----------------------------------
+// ---- GEMM: a span of weights is dequantized once into L1 and used by every tile ----------------------------------------
 
-struct Span {  // one group's expanded weights
+struct Span {  // dequantized weights of one group
   uint8_t w[SPAN / 4 * 64];
   float scale[SPAN / 16 * 16], minimum[SPAN / 16 * 16];
 };
 static_assert(2 * sizeof(Span) <= WORK_BYTES, "work buffer");
 
-// The span of column `from`: of this group, or behind its end the first of `next` with its narrow fields.
+// The memory of the span at column `from` of this group; past its end, the first span of `next` with its narrow fields.
 template <class D> AI PrefetchRange next_span(const Layout& l, const uint8_t* group, int64_t k, int64_t from, const uint8_t* next, int steps) {
   if (from >= k && !next) return PrefetchRange();
   const uint8_t *words = from < k ? block_at(l, group, k, from / D::BLOCK).words : block_at(l, next, k, 0).words, *begin = from < k ? words : next;
@@ -181,7 +182,7 @@ static void gemm_tile(const Span* spans, int length, const int8_t* q, const floa
     for (int t = 0; t < T; ++t) storef(out + r * stride + t * 16, total[r * T + t]);
 }
 
-// The tile kernel depends on the type only through these traits, so types of one shape share the code.
+// The tile kernel depends on these traits only, so types with the same traits share the code.
 template <int SUB_, bool SIGNED_, int OFFSET_, bool MINIMUM_, int SUMS_ = 1> struct Shape {
   static constexpr int SUB = SUB_, OFFSET = OFFSET_, BLOCK = SUB_, SUMS = SUMS_;
   static constexpr bool SIGNED = SIGNED_, MINIMUM = MINIMUM_;
@@ -206,7 +207,7 @@ static void gemm(const Layout& l, const uint8_t* packed, const ActTiles& x, floa
   __builtin_memset(out, 0, R * stride * sizeof(float));
   for (int64_t from = 0; from < x.k; from += SPAN) {
     const int length = x.k - from < SPAN ? int(x.k - from) : SPAN;
-    PrefetchRange ranges[R];  // a few lines beside each tile: a processor drops what it has no room to wait for
+    PrefetchRange ranges[R];  // a few lines per tile, because a CPU drops prefetches when its buffers are full
     for (int r = 0; r < R; ++r) {
       expand<D>(l, packed + r * group, x.k, from, length, spans[r]);
       ranges[r] = next_span<D>(l, packed + r * group, x.k, from + length, next ? next + r * group : nullptr, x.tiles);

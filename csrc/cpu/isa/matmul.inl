@@ -118,15 +118,15 @@ template <class L> static void unpack_floats(const Layout&, const uint8_t* group
     F a, b;
     if (i + 2 <= k) L::pair(group + i * 16 * L::BYTES, a, b);
     else last_column<L>(group + i * 16 * L::BYTES, a, b);
-    const F scale = float_scale<L>(group, k, i);  // two columns of one pair share it
+    const F scale = float_scale<L>(group, k, i);  // shared by both columns of a pair
     storef(out + i * 16, mulf(a, scale));
     if (i + 1 < k) storef(out + (i + 1) * 16, mulf(b, scale));
   }
 }
 
-// ---- one row a weight type ------------------------------------------------------------------------------------------
+// ---- one row per weight type ----------------------------------------------------------------------------------------
 
-// An instruction set that adds to another compiles the types that gain by it; KTX_BASE_KERNELS are the kernels of the other, which have the rest.
+// An instruction set that extends another compiles only the types that gain; KTX_BASE_KERNELS serve the others.
 #ifndef KTX_BASE_KERNELS
 #define KTX_INT_TYPES(X)                                                                                                          \
   X(Q4_0) X(Q4_1) X(Q5_0) X(Q5_1) X(Q8_0) X(Q2_K) X(Q3_K) X(Q4_K) X(Q5_K) X(Q6_K) X(IQ4_NL) X(IQ4_XS) X(MXFP4) X(TQ1_0)      \
@@ -153,7 +153,7 @@ static TypeKernels kernels_of(int code) {
 #ifdef KTX_BASE_KERNELS
   return {code, KTX_BASE_KERNELS.multiply, KTX_BASE_KERNELS.unpack};
 #else
-  __builtin_trap();  // the drivers check the code before they come here
+  __builtin_trap();  // unreachable: the drivers check the code
 #endif
 }
 static void multiply(const Layout& l, const uint8_t* packed, int groups, const ActTiles& x, float* out, uint8_t* work,

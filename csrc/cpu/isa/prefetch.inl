@@ -1,11 +1,10 @@
 // Software prefetch of packed weights.
-// Weights that are read once are fetched this far ahead; and the page after next is touched, because in a large model every page is a miss of the
-// page tables as well. Past the end of what was asked for, fetching goes on at the beginning of what comes next. A few lines at a time: a
-// processor drops what it has no room to wait for.
+// Distances of prefetches. One byte 16 KiB ahead warms the TLB, because in a large model each page is a TLB miss too. Past the end of the current
+// weights, prefetching continues at the beginning of the next weights. Prefetches are spread, because a CPU drops them when its buffers are full.
 constexpr int64_t LINE_DISTANCE_BYTES = 4096, SPAN_DISTANCE_BYTES = 6144, PAGE_DISTANCE_BYTES = 16384;
-struct PrefetchRange {  // memory that will be read soon, fetched in so many steps
+struct PrefetchRange {  // memory that will be read soon, prefetched in `steps` calls
   const uint8_t *at, *end;
-  int64_t lines;  // of a step
+  int64_t lines;  // per call
   AI explicit PrefetchRange(const uint8_t* begin = nullptr, int64_t bytes = 0, int steps = 1)
       : at(begin), end(begin + bytes), lines(((bytes + 63) / 64 + steps - 1) / steps) {}
   AI void fetch() {
@@ -18,7 +17,7 @@ struct Prefetcher {
   int64_t jump;
   AI Prefetcher(const uint8_t* end, const uint8_t* next) : end(end), jump(next ? next - end : -PAGE_DISTANCE_BYTES) {}
   AI const uint8_t* from(const uint8_t* p) const { return p + (p >= end ? jump : 0); }
-  AI int64_t lines(const uint8_t* p, int64_t bytes) const {  // used once: not into the second-level cache; how many bytes, in whole lines
+  AI int64_t lines(const uint8_t* p, int64_t bytes) const {  // non-temporal; returns the bytes that were prefetched, in full lines
     const uint8_t* to = from(p + LINE_DISTANCE_BYTES);
     int64_t at = 0;
     for (; at < bytes; at += 64) __builtin_prefetch(to + at, 0, 0);

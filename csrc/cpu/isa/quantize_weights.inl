@@ -1,5 +1,6 @@
-// Weights quantized while loading.
-// Codes low..high of n weights (a multiple of 16) with this scale, and their squared error; larger weights count for more.
+// Quantization of weights while loading.
+
+// Codes low..high of n weights (a multiple of 16) with this scale, and their squared error, weighted by the square of the weight.
 AI F round_to(const float* x, F inverse, float low, float high) { return minf(maxf(to_float(to_int(mulf(loadf(x), inverse))), setf(low)), setf(high)); }
 AI float weighted_error(const float* x, int n, float scale, float low, float high, float mean) {
   const F d = setf(scale), inverse = setf(scale != 0 ? 1 / scale : 0.0f);
@@ -11,7 +12,7 @@ AI float weighted_error(const float* x, int n, float scale, float low, float hig
   return sum_lanes(error);
 }
 
-// One block of symmetric codes: the scale (f16) around the obvious one with the least error, then int8, or nibbles plus 8.
+// One block of symmetric codes: the f16 scale with the least error near extreme / low, then int8, or nibbles plus 8.
 static void quantize_block(const float* x, int n, bool four, uint8_t* out) {
   float extreme = 0, mean = 0;
   for (int i = 0; i < n; ++i) extreme = x[i] * x[i] > extreme * extreme ? x[i] : extreme, mean += x[i] * x[i];

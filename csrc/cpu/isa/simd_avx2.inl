@@ -141,7 +141,7 @@ AI void store_f16(void* p, F x) {
   __m128i* q = static_cast<__m128i*>(p);
   _mm_storeu_si128(q, _mm256_cvtps_ph(x.a, 0)), _mm_storeu_si128(q + 1, _mm256_cvtps_ph(x.b, 0));
 }
-AI __m128i bf16_halves(__m256 x) {  // to nearest even; what is not a number stays so
+AI __m128i bf16_halves(__m256 x) {  // rounds to nearest even, keeps NaN
   const __m256i bits = _mm256_castps_si256(x), even = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), even)), none = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   return low_halves(_mm256_srli_epi32(_mm256_blendv_epi8(rounded, none, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q))), 16));
@@ -156,7 +156,7 @@ AI void store_s8(int8_t* p, V x) {
 }
 
 #ifdef KTX_VNNI
-// Signed weights are carried with 128 added, as in verbs_avx512.inl. The prefix says which of two encodings a machine knows.
+// Signed weights have 128 added, as in simd_avx512.inl. The prefix selects the VEX or EVEX encoding.
 AI __m256i dot256(__m256i acc, __m256i w, __m256i x) {
   __asm__(KTX_VNNI " vpdpbusd %2, %1, %0" : "+x"(acc) : "x"(w), "x"(x));
   return acc;
@@ -186,9 +186,9 @@ AI V add_lanes(V sum, V x) {
   __asm__("vpaddd %1, %0, %0" : "+x"(sum.b) : "x"(x.b));
   return sum;
 }
-// How many products of codes up to `most` 16 bits hold, as a power of two: they are widened together.
-constexpr int sums_in_16_bits(int most) { return most <= 16 ? 8 : most <= 32 ? 4 : most <= 64 ? 2 : 1; }
-// A sum that is widened once is added by an intrinsic, from which the compiler drops a zero start (Q2_K, one token: 10 % slower without).
+// The number of products of codes up to `max_code` that fit 16 bits, as a power of two: they are widened together.
+constexpr int sums_in_16_bits(int max_code) { return max_code <= 16 ? 8 : max_code <= 32 ? 4 : max_code <= 64 ? 2 : 1; }
+// A sum that is widened once is added by an intrinsic, where the compiler removes a zero start (Q2_K, one token: 10 % slower without).
 template <bool SIGNED, int SUMS> struct DotSum {
   V total, narrow;
   AI explicit DotSum(V first = V()) : total(first), narrow(first) {}

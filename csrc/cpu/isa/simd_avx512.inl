@@ -6,7 +6,7 @@ AI V load(const void* p) { return _mm512_loadu_si512(p); }
 AI void store(void* p, V v) { _mm512_storeu_si512(p, v); }
 AI V set(uint32_t x) { return _mm512_set1_epi32(int(x)); }
 AI V set8(int x) { return _mm512_set1_epi8(char(x)); }
-AI V broadcast(const void* p) {  // asm: GCC would rather fold it into the dot product, which then costs two issue slots
+AI V broadcast(const void* p) {  // asm: GCC would fold it into the dot product, which costs two issue slots then
   V v;
   __asm__("vpbroadcastd %1, %0" : "=v"(v) : "m"(*static_cast<const int*>(p)));
   return v;
@@ -42,7 +42,7 @@ template <int N> AI V lookup(const uint16_t* table, V index) {
   else return _mm512_mask_mov_epi16(lookup<N / 2>(table, index), _mm512_test_epi16_mask(index, _mm512_set1_epi16(N / 2)), lookup<N / 2>(table + N / 2, index));
 }
 #ifdef KTX_VBMI
-// Byte tables: one permutation looks 64 indices up in 128 entries. The indices of a lane's entries lie in the order 0 2 1 3.
+// Byte tables: one permutation looks 64 indices up in 128 entries. The indices of a lane's entries are in the order 0 2 1 3.
 template <int STRIDE> AI V spread_bits(V more) {  // the bits of entry i, from STRIDE*i on in each lane, to the bottom of its byte
   constexpr long long LANE = 0 | 2 * STRIDE << 8 | 1 * STRIDE << 16 | 3 * STRIDE << 24, NEXT = LANE | 0x20202020;
   return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(LANE | NEXT << 32), more);
@@ -51,7 +51,7 @@ template <int N> AI V permuted(const uint8_t* table, V index, const __mmask64* b
   if constexpr (N == 128) return _mm512_permutex2var_epi8(load(table), index, load(table + 64));
   else return _mm512_mask_mov_epi8(permuted<N / 2>(table, index, bits), bits[__builtin_ctz(N) - 8], permuted<N / 2>(table + N / 2, index, bits));
 }
-template <int N> struct Selected {  // 64 indices into N entries: low bytes, and what they lack
+template <int N> struct Selected {  // 64 indices into N entries: low bytes, and the missing high bits
   V low;
   __mmask64 bits[4];
   AI Selected(V low, V more) : low(low), bits{_mm512_movepi8_mask(low)} {
@@ -61,7 +61,7 @@ template <int N> struct Selected {  // 64 indices into N entries: low bytes, and
   }
   AI V of(const uint8_t* table) const { return permuted<N>(table, low, bits); }
 };
-struct Trits {  // the first four digits of a byte (see `trit` in formats.inl) in two bits each, and eight times the fifth
+struct Trits {  // the first four digits of a byte (see `trit` in dequant.inl) in two bits each, and eight times the fifth
   alignas(64) uint8_t four[256], fifth[256];
   constexpr Trits() : four{}, fifth{} {
     for (int byte = 0; byte < 256; ++byte) {
@@ -86,7 +86,7 @@ AI V four_bit_fields(V first, V second, int entry) {  // two fields of each
   return _mm512_mask_multishift_epi64_epi8(_mm512_multishift_epi64_epi8(by, first), 0xccccccccccccccccull, by, second);
 }
 #endif
-AI V negated(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set; also of weights that carry 128 more
+AI V negated(V w, uint64_t mask) {  // where the mask's bit 4*lane + byte is set; also of weights with 128 added
   return _mm512_mask_sub_epi8(w, mask, _mm512_setzero_si512(), w);
 }
 template <int LOW> AI V repeated_table(const int8_t* table, V x) {  // table[x & LOW] of each byte; the table repeats after LOW + 1
@@ -146,14 +146,14 @@ AI void e4m3_as_f16(const uint8_t* p, F& a, F& b) {  // 32 bytes; the f16 are 2^
 }
 AI F f16_lanes(V a) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a)); }  // low halves of the lanes
 AI void store_f16(void* p, F a) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(a, 0)); }
-AI void store_bf16(void* p, F a) {  // to nearest even; what is not a number stays so
+AI void store_bf16(void* p, F a) {  // rounds to nearest even, keeps NaN
   const V bits = as_int(a), rounded = add(bits, add(set(0x7fff), and_(shr(bits, 16), set(1))));
   const V kept = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), or_(bits, set(0x400000)));
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(shr(kept, 16)));
 }
 AI void store_s8(int8_t* p, V a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a)); }
 
-// Dot product of four bytes a lane. Signed weights are carried with 128 added (see `with_offset`), so there is one instruction.
+// Dot product of four bytes per lane. Signed weights have 128 added (see `with_offset`), so one instruction serves both.
 AI V dot(V acc, V weights, V x) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(x));
   return acc;

@@ -1,4 +1,4 @@
-// Sixteen 32-bit lanes in plain arrays: what the other two are checked against, and what any x86-64 runs.
+// Sixteen 32-bit lanes in plain arrays: the specification of the primitives, and the code for any x86-64.
 struct V { uint32_t v[16]; };
 struct F { float v[16]; };
 #define KTX_LANES for (int i = 0; i < 16; ++i)
@@ -94,7 +94,7 @@ AI float f16_value(uint32_t h) {
   uint32_t bits = rest + ((127 - 15) << 23);
   float f;
   if ((h & 0x7c00u) == 0x7c00u) bits += (128 - 16) << 23;  // infinities and NaN
-  if ((h & 0x7c00u) == 0) {                                // subnormal: let the FPU normalise it
+  if ((h & 0x7c00u) == 0) {                                // subnormal: the FPU normalizes it
     bits += 1 << 23;
     __builtin_memcpy(&f, &bits, 4);
     f -= 6.103515625e-05f;

@@ -6,7 +6,7 @@
 
 namespace ktx {
 namespace {
-// Offsets are those of the ggml block structures (gguf-py's constants and dequantisers name the same fields).
+// Offsets are those of the ggml block structures (gguf-py's constants and dequantizers name the same fields).
 const Layout LAYOUTS[] = {
     //  code     name      elems bytes  narrow           words (in the decoder's order)
     {F32, "F32", 1, 4, 0, 0, {0, 0}, {}, true},
@@ -46,9 +46,9 @@ uint32_t load32(const uint8_t* p) {
   return word;
 }
 
-// The fifth bits of Q5_0 and Q5_1 lie as bit 4*i+b for byte b of vector i; as bit 8*b+i one shift and one mask serve a vector.
+// The fifth bits of Q5_0 and Q5_1: the file has bit 4*i+b for byte b of vector i; with bit 8*b+i one shift and one mask serve a vector.
 uint32_t fifth_bits(uint32_t bits) {
-  // Swaps the roles of (i, b) by exchanging neighbouring index bits: i2 i1 i0 b1 b0 -> b1 b0 i2 i1 i0 in two perfect shuffles.
+  // Swaps the roles of (i, b) by exchanging adjacent index bits: i2 i1 i0 b1 b0 -> b1 b0 i2 i1 i0 in two perfect shuffles.
   auto swap = [](uint32_t x, uint32_t mask, int by) { const uint32_t t = (x ^ (x >> by)) & mask; return x ^ t ^ (t << by); };
   for (int round = 0; round < 3; ++round) {  // a perfect shuffle rotates the five index bits by one
     bits = swap(bits, 0x0000ff00u, 8), bits = swap(bits, 0x00f000f0u, 4), bits = swap(bits, 0x0c0c0c0cu, 2), bits = swap(bits, 0x22222222u, 1);
@@ -78,13 +78,13 @@ void signs_by_vector(uint8_t* line) {
     for (int r = 0; r < 16; ++r) masks[v] |= uint64_t(rows[r] >> (4 * v) & 15) << (4 * r);
   std::memcpy(line, masks, 64);
 }
-// Four times seven signs and four bits of a scale, which take the places of the eighth signs.
+// Four times seven signs and four bits of a scale, stored in place of the eighth signs.
 uint32_t with_spare_bits(uint32_t x) {
   uint32_t out = 0;
   for (int i = 0; i < 4; ++i) out |= (x >> (7 * i) & 127) << (8 * i) | (x >> (28 + i) & 1) << (8 * i + 7);
   return out;
 }
-// IQ2_XS, 32 weights: four times nine bits of index and seven signs -> low index bytes, and signs with the ninth bits in the spare places.
+// IQ2_XS, 32 weights: four times nine bits of index and seven signs -> low index bytes, and signs with the ninth bits in the spare bits.
 void part_pairs(uint8_t* lines) {
   uint32_t rows[2][16];
   std::memcpy(rows, lines, 128);
@@ -100,9 +100,9 @@ void part_pairs(uint8_t* lines) {
   signs_by_vector(lines + 64);
 }
 
-// IQ1: entries of a book of 2048 become the digits 0 to 2 that they stand for, five in a byte: sixteen bits for eight weights instead of eleven, which
-// are taken apart five times as fast as they are looked up. Bytes are written as TQ1_0's: a fraction of 243, rounded up to one of 256.
-struct Spelling {  // of each entry, its weights as bytes
+// IQ1: code book entries (of 2048) are expanded to ternary digits, five per byte: sixteen bits for eight weights instead of eleven, but unpacking digits
+// is five times as fast as a lookup. Bytes are encoded like TQ1_0: a fraction of 243, rounded up to one of 256.
+struct Spelling {  // the weights of each entry as bytes
   uint32_t fours[2048][2];
   Spelling() {
     for (int e = 0; e < 2048; ++e)
@@ -150,7 +150,7 @@ template <bool S> void spell_out(uint8_t* lines) {
   std::memcpy(lines, words, (S ? 14 : 16) * 64);
 }
 
-// What the decoder of a type wants beside words of 16 rows: its bits in another order (see formats.inl).
+// Reorders the bits of types whose decoder needs another order (see isa/dequant.inl).
 void arrange(int code, uint8_t* words) {
   switch (code) {
     case Q5_0: case Q5_1: each_word(words + 64 * 4, fifth_bits); break;
