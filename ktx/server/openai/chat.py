@@ -31,52 +31,57 @@ from ktx.server.state import ServerState
 
 
 async def answer(state: ServerState, fields: ChatCompletionRequest, request: Request) -> Response:
+    """Answers a chat completion request, as one body or as a stream."""
     model = state.resolve_model(fields.model)
     state.require_ready()
     limit = fields.max_completion_tokens or fields.max_tokens
-    logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
-    sampling = build_sampling_params(state, fields, limit, logprobs=logprobs)
-    talk = ChatInput(
+    num_logprobs = (fields.top_logprobs or 0) if fields.logprobs else None
+    sampling = build_sampling_params(state, fields, limit, logprobs=num_logprobs)
+    chat_input = ChatInput(
         [to_template_message(message) for message in fields.messages],
         *_tools(fields),
         fields.parallel_tool_calls is not False,
-        _words(fields),
+        _template_kwargs(fields),
         structured_output(fields),
         answers_in_text=fields.add_generation_prompt is not False,
         continue_final_message=fields.continues,
         template=fields.chat_template,
         truncate=fields.truncate_prompt_tokens,
     )
-    ask = await build_engine_input(state, talk, sampling, fields.n or 1, cache_salt(fields))
-    check_context_length(state, ask.rendered.ids, limit)
-    chorus = await submit(state, [ask], model, fields.lora)
+    engine_input = await build_engine_input(state, chat_input, sampling, fields.n or 1, cache_salt(fields))
+    check_context_length(state, engine_input.rendered.ids, limit)
+    group = await submit(state, [engine_input], model, fields.lora)
     base = {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "created": int(time.time()),
         "model": model,
         "system_fingerprint": state.fingerprint,
     }
-    turns = [OutputParser(ask.parser(state)) for _ in range(ask.count)]
-    tokens = LogprobFormatter(chorus.engine.tokenizer, bool(fields.return_tokens_as_token_ids))
-    wants = bool(fields.logprobs)
-    hide = fields.include_reasoning is False or bool(fields.reasoning and fields.reasoning.exclude)
+    parsers = [OutputParser(engine_input.parser(state)) for _ in range(engine_input.count)]
+    formatter = LogprobFormatter(group.engine.tokenizer, bool(fields.return_tokens_as_token_ids))
+    wants_logprobs = bool(fields.logprobs)
+    hide_reasoning = fields.include_reasoning is False or bool(fields.reasoning and fields.reasoning.exclude)
     if not fields.stream:
-        return await streaming.json_response(chorus, _whole(chorus, turns, base, tokens, wants, hide))
-    pieces = _stream(chorus, turns, base, tokens, wants, hide, fields.stream_options or StreamOptions())
-    return streaming.sse_response(pieces, chorus, request.url.path, state.settings.keepalive_s, "[DONE]")
+        return await streaming.json_response(
+            group, _complete(group, parsers, base, formatter, wants_logprobs, hide_reasoning)
+        )
+    events = _stream(
+        group, parsers, base, formatter, wants_logprobs, hide_reasoning, fields.stream_options or StreamOptions()
+    )
+    return streaming.sse_response(events, group, request.url.path, state.settings.keepalive_s, "[DONE]")
 
 
-def _words(fields: ChatCompletionRequest) -> dict[str, Any]:
-    """What the template is told of thinking and whatever else."""
-    said = fields.reasoning
-    told = reasoning_kwargs(fields.reasoning_effort or (said.effort if said else None))
-    if said and said.enabled is not None:
-        told |= {"enable_thinking": said.enabled, "thinking": said.enabled}
-    return told | fields.template_kwargs
+def _template_kwargs(fields: ChatCompletionRequest) -> dict[str, Any]:
+    """Returns the chat template kwargs of a request: those of its reasoning options and its own."""
+    reasoning = fields.reasoning
+    template_kwargs = reasoning_kwargs(fields.reasoning_effort or (reasoning.effort if reasoning else None))
+    if reasoning and reasoning.enabled is not None:
+        template_kwargs |= {"enable_thinking": reasoning.enabled, "thinking": reasoning.enabled}
+    return template_kwargs | fields.template_kwargs
 
 
 def _tools(fields: ChatCompletionRequest) -> tuple[list[dict[str, Any]], str | list[str]]:
-    """What the model is told of, and what it may or must call of it."""
+    """Returns the tools for the prompt and the tool choice."""
     tools, choice = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()], fields.tool_choice
     if isinstance(choice, AllowedChoice):
         names = [tool.function.name for tool in choice.allowed_tools.tools]
@@ -85,134 +90,141 @@ def _tools(fields: ChatCompletionRequest) -> tuple[list[dict[str, Any]], str | l
 
 
 def to_template_message(message: Message) -> dict[str, Any]:
-    """As for_template takes it; parts that are no text are refused there."""
-    told = message.model_dump(exclude_none=True)
-    content = told.get("content")
+    """Converts a message to the form that `PromptRenderer` takes; the renderer refuses parts that are not text."""
+    converted = message.model_dump(exclude_none=True)
+    content = converted.get("content")
     if isinstance(content, list):
-        told["content"] = [_part(part) for part in content]
-    if told["role"] == "function":
-        told["role"] = "tool"
-    return told
+        converted["content"] = [_part(part) for part in content]
+    if converted["role"] == "function":
+        converted["role"] = "tool"
+    return converted
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
     if part.get("type") != "refusal":
         return part
     if not isinstance(part.get("refusal"), str):
-        raise APIError(400, "messages: a part of type 'refusal' without its text", "messages")
+        raise APIError(400, "messages: a part of type 'refusal' needs the field refusal with its text", "messages")
     return {"type": "text", "text": part["refusal"]}
 
 
-def usage_dict(ask_tokens: int, turns: list[OutputParser]) -> dict[str, Any]:
-    ends = [turn.end for turn in turns if turn.end is not None]
-    said = sum(end.finished.usage.answer for end in ends)
+def usage_dict(num_prompt_tokens: int, parsers: list[OutputParser]) -> dict[str, Any]:
+    """Returns the `usage` of all choices of a request."""
+    ends = [parser.end for parser in parsers if parser.end is not None]
+    num_output_tokens = sum(end.finished.usage.answer for end in ends)
     return {
-        "prompt_tokens": ask_tokens,
-        "completion_tokens": said,
-        "total_tokens": ask_tokens + said,
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
         "prompt_tokens_details": {"cached_tokens": max((end.finished.usage.cached for end in ends), default=0)},
         "completion_tokens_details": {"reasoning_tokens": sum(end.reasoning_tokens for end in ends)},
     }
 
 
-def _prompt_tokens(chorus: RequestGroup) -> int:
-    return len(chorus.requests[0].prompt)
+def _prompt_tokens(group: RequestGroup) -> int:
+    return len(group.requests[0].prompt)
 
 
-async def _whole(
-    chorus: RequestGroup,
-    turns: list[OutputParser],
+async def _complete(
+    group: RequestGroup,
+    parsers: list[OutputParser],
     base: dict[str, Any],
-    tokens: LogprobFormatter,
+    formatter: LogprobFormatter,
     logprobs: bool,
-    hide: bool,
+    hide_reasoning: bool,
 ) -> dict[str, Any]:
-    async for number, event in chorus:
-        for told in turns[number].feed(event):
-            if isinstance(told, Finish):
-                streaming.raise_for_finish(told.finished)
+    async for index, event in group:
+        for delta in parsers[index].feed(event):
+            if isinstance(delta, Finish):
+                streaming.raise_for_finish(delta.finished)
     choices = []
-    for i, turn in enumerate(turns):
-        assert turn.end is not None
+    for i, parser in enumerate(parsers):
+        assert parser.end is not None
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": turn.texts["answer"] or ("" if not turn.calls else None),
+            "content": parser.texts["answer"] or ("" if not parser.calls else None),
             "refusal": None,
         }
-        if turn.texts["think"] and not hide:
-            message |= {"reasoning_content": turn.texts["think"], "reasoning": turn.texts["think"]}
-        if turn.calls:
+        if parser.texts["think"] and not hide_reasoning:
+            message |= {"reasoning_content": parser.texts["think"], "reasoning": parser.texts["think"]}
+        if parser.calls:
             message["tool_calls"] = [
                 {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in turn.calls
+                for call in parser.calls
             ]
         choices.append(
             {
                 "index": i,
                 "message": message,
-                "logprobs": tokens.content(turn.token_log) if logprobs else None,
-                "finish_reason": turn.end.reason,
+                "logprobs": formatter.content(parser.token_log) if logprobs else None,
+                "finish_reason": parser.end.reason,
             }
         )
     return {
         **base,
         "object": "chat.completion",
         "choices": choices,
-        "usage": usage_dict(_prompt_tokens(chorus), turns),
+        "usage": usage_dict(_prompt_tokens(group), parsers),
         "service_tier": "default",
     }
 
 
 async def _stream(
-    chorus: RequestGroup,
-    turns: list[OutputParser],
+    group: RequestGroup,
+    parsers: list[OutputParser],
     base: dict[str, Any],
-    tokens: LogprobFormatter,
+    formatter: LogprobFormatter,
     logprobs: bool,
-    hide: bool,
+    hide_reasoning: bool,
     options: StreamOptions,
 ) -> AsyncIterator[tuple[None, Any]]:
-    """One id for all chunks, the role in the first of each choice, one finish a choice, usage last if it was asked for."""
-    usage, said = bool(options.include_usage), [0 for _ in turns]
+    """Yields the chunks of a streamed response.
+
+    All have the same id. The first chunk of each choice has the role, the last its finish reason; a chunk with the
+    usage comes last if the request has `include_usage`.
+    """
+    include_usage, num_tokens = bool(options.include_usage), [0 for _ in parsers]
 
     def chunk(
-        number: int, delta: dict[str, Any], choices: list[Any] | None = None, finish: str | None = None
+        index: int, delta: dict[str, Any], choices: list[Any] | None = None, finish: str | None = None
     ) -> tuple[None, Any]:
-        told = tokens.content(choices) if logprobs and choices else None
-        one = {"index": number, "delta": delta, "logprobs": told, "finish_reason": finish}
-        so_far = streaming.usage_so_far(chorus, number, said[number]) if options.continuous_usage_stats else None
-        more = {"usage": so_far} if usage else {}
-        return None, {**base, "object": "chat.completion.chunk", "choices": [one], **more}
+        token_logprobs = formatter.content(choices) if logprobs and choices else None
+        choice = {"index": index, "delta": delta, "logprobs": token_logprobs, "finish_reason": finish}
+        usage = streaming.usage_so_far(group, index, num_tokens[index]) if options.continuous_usage_stats else None
+        usage_field = {"usage": usage} if include_usage else {}
+        return None, {**base, "object": "chat.completion.chunk", "choices": [choice], **usage_field}
 
-    for number in range(len(turns)):
-        yield chunk(number, {"role": "assistant", "content": ""})
-    async for number, event in chorus:
-        said[number] += isinstance(event, TokenEvent)
-        for told in turns[number].feed(event):
-            if isinstance(told, TextDelta):
-                if told.kind == "answer":
-                    yield chunk(number, {"content": told.text}, told.choices)
-                elif not hide:
-                    yield chunk(number, {"reasoning_content": told.text, "reasoning": told.text}, told.choices)
-            elif isinstance(told, ToolCallDelta):
+    for index in range(len(parsers)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    async for index, event in group:
+        num_tokens[index] += isinstance(event, TokenEvent)
+        for output in parsers[index].feed(event):
+            if isinstance(output, TextDelta):
+                if output.kind == "answer":
+                    yield chunk(index, {"content": output.text}, output.choices)
+                elif not hide_reasoning:
+                    yield chunk(index, {"reasoning_content": output.text, "reasoning": output.text}, output.choices)
+            elif isinstance(output, ToolCallDelta):
                 head = {
-                    "index": told.index,
-                    "id": told.id,
+                    "index": output.index,
+                    "id": output.id,
                     "type": "function",
-                    "function": {"name": told.name, "arguments": ""},
+                    "function": {"name": output.name, "arguments": ""},
                 }
-                yield chunk(number, {"tool_calls": [head]}, told.choices)
-                yield chunk(number, {"tool_calls": [{"index": told.index, "function": {"arguments": told.arguments}}]})
+                yield chunk(index, {"tool_calls": [head]}, output.choices)
+                yield chunk(
+                    index, {"tool_calls": [{"index": output.index, "function": {"arguments": output.arguments}}]}
+                )
             else:
-                streaming.raise_for_finish(told.finished)
-                yield chunk(number, {}, told.choices, told.reason)
-    if usage:
+                streaming.raise_for_finish(output.finished)
+                yield chunk(index, {}, output.choices, output.reason)
+    if include_usage:
         yield (
             None,
             {
                 **base,
                 "object": "chat.completion.chunk",
                 "choices": [],
-                "usage": usage_dict(_prompt_tokens(chorus), turns),
+                "usage": usage_dict(_prompt_tokens(group), parsers),
             },
         )

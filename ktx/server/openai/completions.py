@@ -1,4 +1,4 @@
-"""/v1/completions: text that goes on, for one prompt or many, and what the model thinks of a text (echo)."""
+"""/v1/completions: continues one or several prompts; with echo and logprobs it scores the prompt."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ from ktx.server.protocol.openai import CompletionRequest
 from ktx.server.state import ServerState
 from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with_timeout
 
-DEFAULT_MAX_TOKENS = 16  # OpenAI's number of new tokens where none is named
+DEFAULT_MAX_TOKENS = 16  # OpenAI's default
 
 
 async def answer(state: ServerState, fields: CompletionRequest, request: Request) -> Response:
+    """Answers a completion request, as one body or as a stream."""
     model = state.resolve_model(fields.model)
     engine, _, _ = state.require_ready()
     limit = fields.max_tokens if fields.max_tokens is not None else DEFAULT_MAX_TOKENS
@@ -46,11 +47,11 @@ async def answer(state: ServerState, fields: CompletionRequest, request: Request
     grammar = await build_grammar(structured_output(fields))
     for ids in prompts:
         check_context_length(state, ids, limit)
-    asks = [
+    engine_inputs = [
         EngineInput(RenderedPrompt("", ids, False), sampling, grammar, salt=cache_salt(fields), count=fields.n or 1)
         for ids in prompts
     ]
-    chorus = await submit(state, asks, model, fields.lora)
+    group = await submit(state, engine_inputs, model, fields.lora)
     base = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -58,140 +59,156 @@ async def answer(state: ServerState, fields: CompletionRequest, request: Request
         "model": model,
         "system_fingerprint": state.fingerprint,
     }
-    tokens = LogprobFormatter(engine.tokenizer, bool(fields.return_tokens_as_token_ids))
+    formatter = LogprobFormatter(engine.tokenizer, bool(fields.return_tokens_as_token_ids))
     if not fields.stream:
-        return await streaming.json_response(chorus, _whole(chorus, base, tokens, fields, prompts))
+        return await streaming.json_response(group, _complete(group, base, formatter, fields, prompts))
     return streaming.sse_response(
-        _stream(chorus, base, tokens, fields, prompts), chorus, request.url.path, state.settings.keepalive_s, "[DONE]"
+        _stream(group, base, formatter, fields, prompts), group, request.url.path, state.settings.keepalive_s, "[DONE]"
     )
 
 
 def _ids(tokenizer: Any, fields: CompletionRequest) -> list[list[int]]:
-    """The prompts as ids: a text, several, ids, or several lists of them."""
+    """Returns the token ids of each prompt. The request has one text, several texts, one list of ids or several."""
     prompt: Any = fields.prompt
-    many = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt else prompt
+    prompts = [prompt] if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)) or not prompt else prompt
     special = fields.add_special_tokens is not False
     return [
-        list(tokenizer(one, add_special_tokens=special)["input_ids"]) if isinstance(one, str) else list(one)
-        for one in many
+        list(tokenizer(item, add_special_tokens=special)["input_ids"]) if isinstance(item, str) else list(item)
+        for item in prompts
     ]
 
 
 class LegacyLogprobs:
-    """`logprobs` of a completion: four lists side by side. `at` is where the next token's text begins."""
+    """Formats the `logprobs` of a completion: four parallel lists. `offset` is where the next token's text starts."""
 
-    def __init__(self, tokens: LogprobFormatter, wanted: bool):
-        self.tokens, self.wanted, self.at = tokens, wanted, 0
+    def __init__(self, formatter: LogprobFormatter, enabled: bool):
+        self.formatter, self.enabled, self.offset = formatter, enabled, 0
 
     def of(self, choices: list[SampledToken]) -> dict[str, Any] | None:
-        if not self.wanted:
+        """Returns the lists of the next tokens; None if the request has no logprobs."""
+        if not self.enabled:
             return None
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for choice in choices:
-            text = self.tokens.text(choice.token)
-            first = choice.logprob is None  # of a prompt: nothing stands before it
+            text = self.formatter.text(choice.token)
+            is_first = choice.logprob is None  # the first token of a prompt has no probability
             top: dict[str, float] = {}
             for token, logprob in choice.top:
-                top.setdefault(self.tokens.name(token), clamp_logprob(logprob))
+                top.setdefault(self.formatter.name(token), clamp_logprob(logprob))
             for name, value in zip(
                 lists,
                 (
-                    self.tokens.name(choice.token),
-                    None if first else clamp_logprob(choice.logprob),
-                    None if first else top,
-                    self.at,
+                    self.formatter.name(choice.token),
+                    None if is_first else clamp_logprob(choice.logprob),
+                    None if is_first else top,
+                    self.offset,
                 ),
                 strict=True,
             ):
                 lists[name].append(value)
-            self.at += len(text)
+            self.offset += len(text)
         return lists
 
 
-def ending(event: Finished) -> list[SampledToken]:
-    """The token that ended an answer is told with the others' log-probabilities: who asked for one token, as lm-eval does, counts on one."""
+def finish_token(event: Finished) -> list[SampledToken]:
+    """Returns the token that ended the output, as a list; empty if no token did.
+
+    It is reported in `logprobs`, because a client that requests one token, such as lm-eval, expects one entry.
+    """
     return [event.choice] if event.choice is not None else []
 
 
-def _usage(chorus: RequestGroup, prompts: list[list[int]], ends: dict[int, Finished]) -> dict[str, Any]:
-    asked, said = sum(map(len, prompts)), sum(end.usage.answer for end in ends.values())
-    cached = sum(end.usage.cached for end in ends.values())
+def _usage(group: RequestGroup, prompts: list[list[int]], finished: dict[int, Finished]) -> dict[str, Any]:
+    num_prompt_tokens, num_output_tokens = (
+        sum(map(len, prompts)),
+        sum(event.usage.answer for event in finished.values()),
+    )
+    num_cached = sum(event.usage.cached for event in finished.values())
     return {
-        "prompt_tokens": asked,
-        "completion_tokens": said,
-        "total_tokens": asked + said,
-        "prompt_tokens_details": {"cached_tokens": min(cached, asked)},
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_output_tokens,
+        "total_tokens": num_prompt_tokens + num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": min(num_cached, num_prompt_tokens)},
     }
 
 
-async def _whole(
-    chorus: RequestGroup,
+async def _complete(
+    group: RequestGroup,
     base: dict[str, Any],
-    tokens: LogprobFormatter,
+    formatter: LogprobFormatter,
     fields: CompletionRequest,
     prompts: list[list[int]],
 ) -> dict[str, Any]:
-    count = len(chorus.requests)
-    texts, choices, ends = [""] * count, [list[SampledToken]() for _ in range(count)], dict[int, Finished]()
-    async for number, event in chorus:
+    num_choices = len(group.requests)
+    texts, choices, finished = (
+        [""] * num_choices,
+        [list[SampledToken]() for _ in range(num_choices)],
+        dict[int, Finished](),
+    )
+    async for index, event in group:
         if isinstance(event, PromptLogprobs):
-            choices[number] = list(event.choices)
+            choices[index] = list(event.choices)
         elif isinstance(event, TokenEvent):
-            texts[number] += event.text
-            choices[number].append(event.choice)
+            texts[index] += event.text
+            choices[index].append(event.choice)
         else:
             streaming.raise_for_finish(event)
-            texts[number] += event.text
-            choices[number] += ending(event)
-            ends[number] = event
-    each = fields.n or 1
+            texts[index] += event.text
+            choices[index] += finish_token(event)
+            finished[index] = event
+    choices_per_prompt = fields.n or 1
     if fields.echo:
-        decode = tokens.tokenizer.decode
-        begun = [decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in prompts]
-        texts = [begun[i // each] + text for i, text in enumerate(texts)]
-    wanted = fields.logprobs is not None
-    told = [
+        decode = formatter.tokenizer.decode
+        prompt_texts = [decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) for ids in prompts]
+        texts = [prompt_texts[i // choices_per_prompt] + text for i, text in enumerate(texts)]
+    wants_logprobs = fields.logprobs is not None
+    choice_dicts = [
         {
             "index": i,
             "text": texts[i],
-            "logprobs": LegacyLogprobs(tokens, wanted).of(choices[i]),
-            "finish_reason": ends[i].reason,
+            "logprobs": LegacyLogprobs(formatter, wants_logprobs).of(choices[i]),
+            "finish_reason": finished[i].reason,
         }
-        for i in range(count)
+        for i in range(num_choices)
     ]
-    return {**base, "choices": told, "usage": _usage(chorus, prompts, ends)}
+    return {**base, "choices": choice_dicts, "usage": _usage(group, prompts, finished)}
 
 
 async def _stream(
-    chorus: RequestGroup,
+    group: RequestGroup,
     base: dict[str, Any],
-    tokens: LogprobFormatter,
+    formatter: LogprobFormatter,
     fields: CompletionRequest,
     prompts: list[list[int]],
 ) -> AsyncIterator[tuple[None, Any]]:
-    usage = bool(fields.stream_options and fields.stream_options.include_usage)
-    running = usage and bool(fields.stream_options and fields.stream_options.continuous_usage_stats)
-    said = [0 for _ in chorus.requests]
-    told = [LegacyLogprobs(tokens, fields.logprobs is not None) for _ in chorus.requests]
-    held: list[list[SampledToken]] = [[] for _ in chorus.requests]
-    ends: dict[int, Finished] = {}
+    include_usage = bool(fields.stream_options and fields.stream_options.include_usage)
+    continuous_usage = include_usage and bool(fields.stream_options and fields.stream_options.continuous_usage_stats)
+    num_tokens = [0 for _ in group.requests]
+    logprob_formatters = [LegacyLogprobs(formatter, fields.logprobs is not None) for _ in group.requests]
+    pending: list[list[SampledToken]] = [[] for _ in group.requests]
+    finished: dict[int, Finished] = {}
 
-    def chunk(number: int, text: str, finish: str | None = None) -> tuple[None, Any]:
-        choices, held[number] = held[number], []
-        one = {"index": number, "text": text, "logprobs": told[number].of(choices), "finish_reason": finish}
-        so_far = streaming.usage_so_far(chorus, number, said[number]) if running else None
-        return None, {**base, "choices": [one], **({"usage": so_far} if usage else {})}
+    def chunk(index: int, text: str, finish: str | None = None) -> tuple[None, Any]:
+        choices, pending[index] = pending[index], []
+        choice = {
+            "index": index,
+            "text": text,
+            "logprobs": logprob_formatters[index].of(choices),
+            "finish_reason": finish,
+        }
+        usage_dict = streaming.usage_so_far(group, index, num_tokens[index]) if continuous_usage else None
+        return None, {**base, "choices": [choice], **({"usage": usage_dict} if include_usage else {})}
 
-    async for number, event in chorus:
+    async for index, event in group:
         if isinstance(event, TokenEvent):
-            said[number] += 1
-            held[number].append(event.choice)
+            num_tokens[index] += 1
+            pending[index].append(event.choice)
             if event.text:
-                yield chunk(number, event.text)
+                yield chunk(index, event.text)
         elif isinstance(event, Finished):
             streaming.raise_for_finish(event)
-            held[number] += ending(event)
-            ends[number] = event
-            yield chunk(number, event.text, event.reason)
-    if usage:
-        yield None, {**base, "choices": [], "usage": _usage(chorus, prompts, ends)}
+            pending[index] += finish_token(event)
+            finished[index] = event
+            yield chunk(index, event.text, event.reason)
+    if include_usage:
+        yield None, {**base, "choices": [], "usage": _usage(group, prompts, finished)}

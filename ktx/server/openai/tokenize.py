@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /tokenizer_info, as vLLM has them and lm-eval asks for them."""
+"""/tokenize, /detokenize and /tokenizer_info, in vLLM's format, which lm-eval uses."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with
 
 
 async def tokenize(state: ServerState, fields: TokenizeRequest) -> dict[str, Any]:
+    """Returns the token ids of a text or of the prompt of a chat."""
     engine, _, _ = state.require_ready()
     if fields.model is not None:
         state.resolve_model(fields.model)
     if fields.messages is not None:
-        talk = ChatInput(
+        chat_input = ChatInput(
             [to_template_message(message) for message in fields.messages],
             [tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
             template_kwargs=fields.template_kwargs,
@@ -25,7 +26,7 @@ async def tokenize(state: ServerState, fields: TokenizeRequest) -> dict[str, Any
             continue_final_message=fields.continues,
             template=fields.chat_template,
         )
-        ids = (await build_engine_input(state, talk, build_sampling_params(state, {}, 1))).rendered.ids
+        ids = (await build_engine_input(state, chat_input, build_sampling_params(state, {}, 1))).rendered.ids
     else:
         special = fields.add_special_tokens is not False
         ids = await run_with_timeout(
@@ -34,21 +35,22 @@ async def tokenize(state: ServerState, fields: TokenizeRequest) -> dict[str, Any
             "the text",
             lambda: list(engine.tokenizer(fields.prompt, add_special_tokens=special)["input_ids"]),
         )
-    words = (
+    token_strs = (
         {"token_strs": engine.tokenizer.convert_ids_to_tokens(ids)}
         if fields.return_token_strs
         else {"token_strs": None}
     )
-    return {"count": len(ids), "max_model_len": engine.context, "tokens": ids, **words}
+    return {"count": len(ids), "max_model_len": engine.context, "tokens": ids, **token_strs}
 
 
 async def detokenize(state: ServerState, fields: DetokenizeRequest) -> dict[str, Any]:
+    """Returns the text of token ids. Raises APIError (400) for an id outside of the vocabulary."""
     engine, _, _ = state.require_ready()
     if fields.model is not None:
         state.resolve_model(fields.model)
     vocabulary = engine.model.config.vocab_size
-    if bad := [token for token in fields.tokens if token >= vocabulary]:
-        raise APIError(400, f"the model has {vocabulary} tokens, tokens holds {bad[0]}", "tokens")
+    if invalid := [token for token in fields.tokens if token >= vocabulary]:
+        raise APIError(400, f"the model has {vocabulary} tokens, so {invalid[0]} in tokens is not a token id", "tokens")
     text = await run_with_timeout(
         RENDER_TIMEOUT_S,
         RENDER_THREADS,
@@ -59,6 +61,7 @@ async def detokenize(state: ServerState, fields: DetokenizeRequest) -> dict[str,
 
 
 def info(state: ServerState) -> dict[str, Any]:
+    """Returns the properties of the tokenizer."""
     engine, prompts, _ = state.require_ready()
     tokenizer = engine.tokenizer
     names = ("bos_token", "eos_token", "pad_token", "unk_token")
