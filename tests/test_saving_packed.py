@@ -322,7 +322,7 @@ def test_commands_read_the_folder_alone(tmp_path, capsys):
     mine.save_pretrained(tmp_path, packed=True)
     for words in (["plan"], ["verify", "--tokens", "8"], ["chat", "-p", "Hello", "--max-new-tokens", "4"]):
         assert main([words[0], "--model", str(tmp_path), *words[1:]]) == 0
-    assert "quantised: ktx" in capsys.readouterr().out
+    assert "quantized: ktx" in capsys.readouterr().out
 
 
 FOREIGN = """
@@ -363,13 +363,13 @@ def rewritten(folder, change):
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 DAMAGES = {
-    "is of version '2'; this ktx reads packed weights of version 1": lambda s, t, x: s.update({"ktx.version": "2"}),
-    f"{NAME} is of the type 'Q8_1', which this ktx does not know.*Q8_0": lambda s, t, x: t.update({NAME: "Q8_1"}),
+    "has version '2'; this ktx reads packed weights of version 1": lambda s, t, x: s.update({"ktx.version": "2"}),
+    f"{NAME} has the type 'Q8_1', which this ktx does not support.*Q8_0": lambda s, t, x: t.update({NAME: "Q8_1"}),
     f"{NAME} is 320 x 272 of U8, not rows of Q4_K": lambda s, t, x: t.update({NAME: "Q4_K"}),
     f"{NAME} is 320 x 256 of F32, not rows of Q8_0": lambda s, t, x: x.update({NAME: torch.zeros(320, 256)}),
-    "names a type for nothing, which it does not hold": lambda s, t, x: t.update({"nothing": "Q8_0"}),
+    "its ktx.types lists nothing, which the file does not contain": lambda s, t, x: t.update({"nothing": "Q8_0"}),
     r"up_proj.weight is missing": lambda s, t, x: (t.pop(NAME), x.pop(NAME)),
-    "are no JSON object": lambda s, t, x: s.update({"ktx.types": "["}),
+    "is not a JSON object": lambda s, t, x: s.update({"ktx.types": "["}),
     r"up_proj.weight is 320 x 272, the model needs 320 x 256": lambda s, t, x: t.pop(NAME),
     "its config.json declares packed weights": lambda s, t, x: s.pop("ktx.version"),
 }
@@ -388,7 +388,7 @@ def test_what_is_not_understood_is_refused(tmp_path, words):
     [
         ({"version": 2}, "ktx with version 2, not 1"),
         ({"version": None}, "ktx with version null, not 1"),
-        ({"bits": 4}, "ktx with bits 4, a parameter that ktx does not know"),
+        ({"bits": 4}, "ktx with bits 4, an unknown parameter"),
     ],
 )
 def test_another_quantization_config_is_refused(tmp_path, said, words):
@@ -405,7 +405,7 @@ def test_a_file_of_another_kind_among_them(tmp_path):
     mine = of_gguf("llama", tmp_path / "loaded")
     mine.save_pretrained(tmp_path / "packed", packed=True)
     save_file({"a": torch.ones(1)}, tmp_path / "packed" / "others.safetensors")
-    with pytest.raises(BadFile, match="others.safetensors: holds no packed weights as its neighbours do"):
+    with pytest.raises(BadFile, match="others.safetensors: is not packed, unlike the other files of its checkpoint"):
         load(tmp_path / "packed", None)
 
 

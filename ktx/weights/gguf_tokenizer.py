@@ -1,4 +1,7 @@
-"""Tokenizer and ends of an answer from GGUF metadata alone, as llama.cpp reads them (its src/llama-vocab.cpp is the reference)."""
+"""Builds the tokenizer and the end-of-generation tokens from GGUF metadata.
+
+llama.cpp's src/llama-vocab.cpp is the reference.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from ktx.weights.pretokenizers import NOT_BYTE_LEVEL, PRE, Pre
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 BPE, SPM = "gpt2", "llama"
-OTHERS = {  # values of tokenizer.ggml.model that are known and not built here
+UNSUPPORTED_MODELS = {  # known values of tokenizer.ggml.model that are not supported
     "bert": "WordPiece",
     "t5": "unigram",
     "rwkv": "RWKV",
@@ -23,37 +26,40 @@ OTHERS = {  # values of tokenizer.ggml.model that are known and not built here
     "no_vocab": "no vocabulary",
     "none": "no vocabulary",
 }
-DEFAULT_IDS = {SPM: {"bos": 1, "eos": 2, "unknown": 0}, BPE: {"bos": 11, "eos": 11}}  # where a file names none
-ENDS = frozenset(  # tokens that end an answer by their text
-    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> "
-    "[EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[".split()
+# llama.cpp's defaults when the file has no tokenizer.ggml.*_token_id
+DEFAULT_IDS = {SPM: {"bos": 1, "eos": 2, "unknown": 0}, BPE: {"bos": 11, "eos": 11}}
+EOG_TEXTS = frozenset(  # tokens that end generation, recognized by their text
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> "
+    "<EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> "
+    "[e~[".split()
 )
-FIM_ENDS = {  # fill-in-the-middle: marks of padding, repository and file end an answer too
+FIM_EOG_TEXTS = {  # fill-in-the-middle tokens for padding, repository and file end generation too
     "fim_pad": "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]".split(),
     "fim_rep": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>".split(),
     "fim_sep": ["<|file_sep|>"],
 }
-SAMPLING = {  # keys under general.sampling -> transformers' names
+SAMPLING_KEYS = {  # keys under general.sampling -> transformers' names
     "temp": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
     "min_p": "min_p",
     "penalty_repeat": "repetition_penalty",
 }
-NO_SAMPLING = ("sequence", "penalty_last_n", "xtc_threshold", "mirostat_tau", "mirostat_eta")  # nothing by themselves
-NO_ENDS = (  # a token that ends nothing where the file has both of these
+# Keys that have no effect by themselves
+NO_EFFECT_KEYS = ("sequence", "penalty_last_n", "xtc_threshold", "mirostat_tau", "mirostat_eta")
+NOT_EOG = (  # (token, others): the token does not end generation when the vocabulary contains all the others
     ("<|end|>", ("<|return|>", "<|call|>")),
     ("<|end|>", ("<|return|>", "<|calls|>")),
     ("<|end|>", ("<|call|>", "<|flush|>")),
     ("<|end|>", ("<|calls|>", "<|flush|>")),
     ("</s>", ("<|tool_response>",)),
 )
-REMEDY = "give --model a folder with tokenizer.json"
+REMEDY = "pass --model a folder with tokenizer.json"
 
 
 @dataclass
 class Vocabulary:
-    """The tokens of a file, what they are, and the ids that have a meaning."""
+    """A file's tokens, their types and their ids. `kinds`: GGUF token types, one per token."""
 
     metadata: Mapping[str, Any]
     file: str
@@ -64,194 +70,212 @@ class Vocabulary:
 
     @classmethod
     def of(cls, metadata: Mapping[str, Any], file: str) -> Vocabulary:
-        """BadFile where the arrays contradict each other."""
+        """Reads the vocabulary. Raises BadFile when its arrays contradict each other."""
         tokens = [
-            token or f"[EMPTY_{number}]" for number, token in enumerate(metadata.get("tokenizer.ggml.tokens", []))
+            token or f"[EMPTY_{token_id}]" for token_id, token in enumerate(metadata.get("tokenizer.ggml.tokens", []))
         ]
         kinds = list(metadata.get("tokenizer.ggml.token_type", [])) or [NORMAL] * len(tokens)
         if len(kinds) < len(tokens):
             raise BadFile(f"{file}: has {len(tokens)} tokens but {len(kinds)} token types; convert it again")
         ids: dict[str, int] = {}
-        for number, token in enumerate(tokens):
-            if ids.setdefault(token, number) != number:
-                raise BadFile(f"{file}: the token {token!r} has two ids, {ids[token]} and {number}; convert it again")
+        for token_id, token in enumerate(tokens):
+            if ids.setdefault(token, token_id) != token_id:
+                raise BadFile(f"{file}: the token {token!r} has two ids, {ids[token]} and {token_id}; convert it again")
         return cls(metadata, file, str(metadata.get("tokenizer.ggml.model")), tokens, kinds, ids)
 
     def id(self, key: str) -> int | None:
-        """The id under tokenizer.ggml.KEY_token_id, else the one that llama.cpp takes; None where there is none."""
-        number = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(number, int) and 0 <= number < len(self.tokens):
-            return number
-        if number is not None:
+        """The id in tokenizer.ggml.KEY_token_id, else llama.cpp's default; None when there is neither."""
+        token_id = self.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if isinstance(token_id, int) and 0 <= token_id < len(self.tokens):
+            return token_id
+        if token_id is not None:
             warnings.warn(
-                f"{self.file}: tokenizer.ggml.{key}_token_id is {number}, the file has {len(self.tokens)} tokens; ignored",
+                f"{self.file}: tokenizer.ggml.{key}_token_id is {token_id}, the file has {len(self.tokens)} tokens; "
+                "ignored",
                 stacklevel=2,
             )
-        usual = DEFAULT_IDS.get(self.model, {}).get(key)
-        if usual is None or usual >= len(self.tokens):
+        default_id = DEFAULT_IDS.get(self.model, {}).get(key)
+        if default_id is None or default_id >= len(self.tokens):
             return None
-        return usual if self.model == SPM or self.kinds[usual] == CONTROL else None  # 11 is Falcon's own mark
+        # The BPE default 11 is Falcon's; it applies only when the token is a control token.
+        return default_id if self.model == SPM or self.kinds[default_id] == CONTROL else None
 
     def token(self, key: str) -> str | None:
-        number = self.id(key)
-        return None if number is None else self.tokens[number]
+        """The text of the token with `id(key)`."""
+        token_id = self.id(key)
+        return None if token_id is None else self.tokens[token_id]
 
     def named(self, texts: Any) -> list[int]:
-        """Ids of the texts that are tokens."""
+        """Ids of those texts that are tokens, sorted."""
         return sorted(self.ids[text] for text in texts if text in self.ids)
 
     @property
     def ends(self) -> list[int]:
-        """Every id that ends an answer; the first is the end mark, if there is one."""
+        """Ids of all tokens that end generation; the EOS token first, if there is one."""
         eos = self.id("eos")
-        found = {number for key in ("eos", "eot", "eom") if (number := self.id(key)) is not None}
-        found |= set(self.named(ENDS))
-        for key, texts in FIM_ENDS.items():
-            number = self.id(key)
-            found |= set(self.named(texts)[:1]) if number is None else {number}
-        for text, others in NO_ENDS:
+        found = {token_id for key in ("eos", "eot", "eom") if (token_id := self.id(key)) is not None}
+        found |= set(self.named(EOG_TEXTS))
+        for key, texts in FIM_EOG_TEXTS.items():
+            token_id = self.id(key)
+            found |= set(self.named(texts)[:1]) if token_id is None else {token_id}
+        for text, others in NOT_EOG:
             if text in self.ids and all(other in self.ids for other in others):
                 found.discard(self.ids[text])
-        return sorted(found, key=lambda number: (number != eos, number))
+        return sorted(found, key=lambda token_id: (token_id != eos, token_id))
 
     @property
     def controls(self) -> set[int]:
-        """Ids of tokens that are no text."""
-        marked = {number for number, kind in enumerate(self.kinds[: len(self.tokens)]) if kind in (CONTROL, UNKNOWN)}
-        return marked | set(self.ends)
+        """Ids of tokens that are not text."""
+        control = {i for i, kind in enumerate(self.kinds[: len(self.tokens)]) if kind in (CONTROL, UNKNOWN)}
+        return control | set(self.ends)
 
     @property
     def pre(self) -> Pre:
-        """How BPE cuts a text. BadFile for a name that nobody knows."""
+        """The pre-tokenizer. Raises BadFile when it is unknown or not byte-level."""
         name = self.metadata.get("tokenizer.ggml.pre")
         if name is None:
             warnings.warn(
-                f"{self.file}: does not say how text is cut before BPE (tokenizer.ggml.pre); the default is taken, as llama.cpp does: "
-                "answers may be worse; convert the model again",
+                f"{self.file}: the pre-tokenizer is missing (tokenizer.ggml.pre); using the default, as llama.cpp "
+                "does: output may be worse; convert the model again",
                 stacklevel=2,
             )
             name = "default"
         if name in NOT_BYTE_LEVEL:
-            raise BadFile(f"{self.file}: tokenizer.ggml.pre is {name!r}, BPE on characters, not built here; {REMEDY}")
+            raise BadFile(
+                f"{self.file}: tokenizer.ggml.pre is {name!r}, BPE on characters, which is not supported; {REMEDY}"
+            )
         if name not in PRE:
             raise BadFile(
-                f"{self.file}: tokenizer.ggml.pre is {name!r}, a way to cut text that ktx does not know{did_you_mean(str(name), PRE)}; {REMEDY}"
+                f"{self.file}: tokenizer.ggml.pre is {name!r}, an unknown pre-tokenizer{did_you_mean(str(name), PRE)}; "
+                f"{REMEDY}"
             )
         return PRE[name]
 
     def marked(self, key: str, default: bool) -> int | None:
-        """The mark that tokenizer.ggml.add_KEY_token asks for. BadFile where it is asked for and there is none."""
+        """The id of the token that tokenizer.ggml.add_KEY_token adds to every text; None when it adds none.
+
+        Raises BadFile when the token is missing.
+        """
         if not self.metadata.get(f"tokenizer.ggml.add_{key}_token", default):
             return None
-        number = self.id("seperator" if key == "sep" else key)  # the format spells it so
-        if number is None:
+        token_id = self.id("seperator" if key == "sep" else key)  # the format's spelling
+        if token_id is None:
             name = "seperator" if key == "sep" else key
             raise BadFile(
-                f"{self.file}: every text gets the mark {key} (tokenizer.ggml.add_{key}_token, or tokenizer.ggml.pre by itself), "
-                f"but tokenizer.ggml.{name}_token_id is missing; {REMEDY}"
+                f"{self.file}: the {key} token is added to every text (by tokenizer.ggml.add_{key}_token or the "
+                f"default of tokenizer.ggml.pre), but tokenizer.ggml.{name}_token_id is missing; {REMEDY}"
             )
-        return number
+        return token_id
 
 
 def end_tokens(metadata: Mapping[str, Any], file: str) -> list[int]:
-    """Ids that end an answer, the end mark first; empty where the file has no tokenizer."""
+    """Ids of the tokens that end generation, the EOS token first; empty when the file has no tokenizer."""
     return Vocabulary.of(metadata, file).ends if "tokenizer.ggml.tokens" in metadata else []
 
 
 def sampling_in(metadata: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """Settings of transformers' GenerationConfig that a file recommends; a warning names those that ktx does not have."""
+    """The sampling parameters that a file recommends, by transformers' GenerationConfig names.
+
+    Warns about recommended parameters that ktx does not support.
+    """
     prefix = "general.sampling."
-    said = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    left = [f"{prefix}{key}" for key, value in said.items() if value and key not in (*SAMPLING, *NO_SAMPLING)]
-    if left:
-        warnings.warn(f"{file}: recommends {', '.join(left)}, which ktx does not have; left out", stacklevel=2)
-    found = {SAMPLING[key]: value for key, value in said.items() if key in SAMPLING}
+    recommended = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+    unsupported = [
+        f"{prefix}{key}" for key, value in recommended.items() if value and key not in (*SAMPLING_KEYS, *NO_EFFECT_KEYS)
+    ]
+    if unsupported:
+        warnings.warn(f"{file}: recommends {', '.join(unsupported)}, which ktx does not support; ignored", stacklevel=2)
+    found = {SAMPLING_KEYS[key]: value for key, value in recommended.items() if key in SAMPLING_KEYS}
     if not found.get("temperature", 1.0):
         return {"do_sample": False}
     return found | {"do_sample": True} if found else {}
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], file: str) -> Any:
-    """A fast tokenizer made of the file's tokens, merges and chat templates (which transformers renders in its sandbox).
+    """Builds a fast tokenizer from the file's tokens, merges and chat templates.
 
-    BadFile where the file has none, or one of a kind that is not built here.
+    transformers renders the chat templates in its sandbox.
+
+    Raises:
+        BadFile: the file has no tokenizer, or one of an unsupported kind.
     """
     from transformers import PreTrainedTokenizerFast
 
     kind = metadata.get("tokenizer.ggml.model")
     if kind not in (BPE, SPM) or "tokenizer.ggml.tokens" not in metadata:
-        what = f" ({OTHERS[kind]})" if kind in OTHERS else ""
-        raise BadFile(f"{file}: has no tokenizer ktx can build (tokenizer.ggml.model is {kind!r}{what}); {REMEDY}")
+        what = f" ({UNSUPPORTED_MODELS[kind]})" if kind in UNSUPPORTED_MODELS else ""
+        raise BadFile(f"{file}: has no supported tokenizer (tokenizer.ggml.model is {kind!r}{what}); {REMEDY}")
     if list(metadata.get("tokenizer.ggml.suppress_tokens", [])):
-        raise BadFile(f"{file}: tokenizer.ggml.suppress_tokens forbids tokens, which ktx does not do; {REMEDY}")
+        raise BadFile(f"{file}: tokenizer.ggml.suppress_tokens is not supported; {REMEDY}")
     vocabulary = Vocabulary.of(metadata, file)
     backend = _byte_level(vocabulary) if kind == BPE else _sentencepiece(vocabulary)
     _add_special(backend, vocabulary)
-    named = {
+    special = {
         f"{name}_token": token
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
         if (token := vocabulary.token(key)) is not None
     }
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizer.chat_template = _templates(metadata)
     return tokenizer
 
 
 def _templates(metadata: Mapping[str, Any]) -> str | dict[str, str] | None:
-    """The chat template, or several by name, as transformers has them."""
+    """The chat template, or several by name, in transformers' form."""
     key = "tokenizer.chat_template"
-    own = metadata.get(key)
-    default = {"default": own} if isinstance(own, str) else {}
-    more = {
+    unnamed = metadata.get(key)
+    default = {"default": unnamed} if isinstance(unnamed, str) else {}
+    named = {
         name.removeprefix(f"{key}."): value
         for name, value in metadata.items()
         if name.startswith(f"{key}.") and isinstance(value, str)
     }
-    return default | more if more else default.get("default")
+    return default | named if named else default.get("default")
 
 
 def _add_special(backend: Any, vocabulary: Vocabulary) -> None:
+    """Adds control tokens and user-defined tokens to the backend."""
     from tokenizers import AddedToken
 
     name = str(vocabulary.metadata.get("general.name", "")).lower()
-    phi3 = "phi-3" in name or "phi3" in name  # white space behind its marks goes with them
+    phi3 = "phi-3" in name or "phi3" in name  # its special tokens absorb the white space after them
 
-    def added(number: int, special: bool) -> Any:
-        token = vocabulary.tokens[number]
+    def added(token_id: int, special: bool) -> Any:
+        token = vocabulary.tokens[token_id]
         strip = phi3 and token not in ("<unk>", "<s>", "<|endoftext|>")
         return AddedToken(token, special=special, normalized=False, rstrip=strip)
 
     controls = vocabulary.controls
-    backend.add_special_tokens([added(number, True) for number in sorted(controls)])
-    own = (number for number, kind in enumerate(vocabulary.kinds[: len(vocabulary.tokens)]) if kind == USER_DEFINED)
-    backend.add_tokens([added(number, False) for number in own if number not in controls])
+    backend.add_special_tokens([added(i, True) for i in sorted(controls)])
+    user_defined = (i for i, kind in enumerate(vocabulary.kinds[: len(vocabulary.tokens)]) if kind == USER_DEFINED)
+    backend.add_tokens([added(i, False) for i in user_defined if i not in controls])
 
 
 def _byte_level(vocabulary: Vocabulary) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     merges = []
-    for number, merge in enumerate(vocabulary.metadata.get("tokenizer.ggml.merges", [])):
+    for i, merge in enumerate(vocabulary.metadata.get("tokenizer.ggml.merges", [])):
         left, space, right = merge.partition(" ")
         if not space or not left or not right:
-            raise BadFile(f"{vocabulary.file}: tokenizer.ggml.merges[{number}] is {merge!r}, not two pieces")
+            raise BadFile(f"{vocabulary.file}: tokenizer.ggml.merges[{i}] is {merge!r}, expected two parts")
         merges.append((left, right))
     pre = vocabulary.pre
     try:
         backend = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=pre.whole_words))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise BadFile(f"{vocabulary.file}: its tokens and merges do not fit each other: {error}") from error
-    steps = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in pre.cuts]
+        raise BadFile(f"{vocabulary.file}: its tokens and merges do not match: {error}") from error
+    splits = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in pre.cuts]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    _mark(backend, vocabulary, begins=pre.begins)
+    _add_bos_eos(backend, vocabulary, begins=pre.begins)
     return backend
 
 
 def _sentencepiece(vocabulary: Vocabulary) -> Any:
-    """llama's SPM: BPE whose merges follow from the scores, with bytes for what has no piece."""
+    """llama's SentencePiece: BPE with merges derived from the scores, and byte tokens for unknown characters."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     tokens, ids = vocabulary.tokens, vocabulary.ids
@@ -271,24 +295,27 @@ def _sentencepiece(vocabulary: Vocabulary) -> Any:
     backend.normalizer = normalizers.Sequence([*space, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(content=" ", left=1)] if space else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    _mark(backend, vocabulary, begins=True)
+    _add_bos_eos(backend, vocabulary, begins=True)
     return backend
 
 
-def _mark(backend: Any, vocabulary: Vocabulary, begins: bool) -> None:
-    """Has a text begin and end with its marks; of two texts the second follows the separator, or begins as the first."""
+def _add_bos_eos(backend: Any, vocabulary: Vocabulary, begins: bool) -> None:
+    """Configures the BOS and EOS tokens around a text; between two texts the separator, or else BOS.
+
+    `begins`: whether BOS is added when the metadata does not decide it.
+    """
     from tokenizers import processors
 
     bos, eos, sep = vocabulary.marked("bos", begins), vocabulary.marked("eos", False), vocabulary.marked("sep", False)
-    marks = {name: number for name, number in (("bos", bos), ("eos", eos), ("sep", sep)) if number is not None}
-    if not marks:
+    added = {name: token_id for name, token_id in (("bos", bos), ("eos", eos), ("sep", sep)) if token_id is not None}
+    if not added:
         return
-    begin, end = [name for name in ("bos",) if name in marks], [name for name in ("eos",) if name in marks]
+    begin, end = [name for name in ("bos",) if name in added], [name for name in ("eos",) if name in added]
     between = ["sep"] if sep is not None else begin
     backend.post_processor = processors.TemplateProcessing(
         single=[*begin, "$A", *end],
         pair=[*begin, "$A", *end, *between, "$B", *end],
         special_tokens=[
-            {"id": name, "ids": [number], "tokens": [vocabulary.tokens[number]]} for name, number in marks.items()
+            {"id": name, "ids": [token_id], "tokens": [vocabulary.tokens[token_id]]} for name, token_id in added.items()
         ],
     )

@@ -1,6 +1,6 @@
-"""Parameters that a checkpoint keeps in other tensors than today's modeling code, put together by transformers' own operations.
+"""Builds parameters that a checkpoint stores differently from the current modeling code, by transformers' operations.
 
-Experts are not among them: their matrices stay as they are in the file, see ktx.weights.safetensors.
+Experts are excluded: their matrices keep their stored layout, see ktx.weights.safetensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from ktx.transformers_compat import converted
 
 @dataclass(frozen=True)
 class ConvertedTensor:
-    """A parameter and the checkpoint's tensors that it is made of: `groups` by the pattern that names them, in the converter's order."""
+    """A parameter and the checkpoint tensors that it is converted from.
+
+    `groups`: tensor names by source pattern, in the converter's order.
+    """
 
     name: str
     converter: Any
@@ -27,13 +30,16 @@ class ConvertedTensor:
         return [name for names in self.groups.values() for name in names]
 
     def values(self, read: Callable[[str], torch.Tensor], config: Any) -> torch.Tensor:
-        """What the operations make of the tensors that `read` gives."""
+        """Converts the tensors that `read` returns to the parameter's values."""
         tensors = {pattern: [read(name) for name in names] for pattern, names in self.groups.items()}
         return converted(self.converter, self.name, tensors, config)
 
 
 def made_of(names: Iterable[str], converters: list[Any]) -> dict[str, ConvertedTensor]:
-    """Parameters that converters of one target make of tensors with these names; one that finds only some of its patterns makes none."""
+    """The parameters that can be converted from tensors with these names.
+
+    Only converters with one target are used; a parameter needs tensors for all source patterns of its converter.
+    """
     converters = [converter for converter in converters if len(converter.target_patterns) == 1]
     found: dict[tuple[str, int], dict[str, list[str]]] = {}
     for name in sorted(names, key=_by_number):
@@ -42,10 +48,10 @@ def made_of(names: Iterable[str], converters: list[Any]) -> dict[str, ConvertedT
             if pattern is not None:
                 found.setdefault((target, i), {p: [] for p in converter.source_patterns})[pattern].append(name)
                 break
-    whole = {key: groups for key, groups in found.items() if all(groups.values())}
-    return {target: ConvertedTensor(target, converters[i], groups) for (target, i), groups in whole.items()}
+    complete = {key: groups for key, groups in found.items() if all(groups.values())}
+    return {target: ConvertedTensor(target, converters[i], groups) for (target, i), groups in complete.items()}
 
 
 def _by_number(name: str) -> list[tuple[int, str]]:
-    """Orders names as their numbers are: expert 10 after expert 9."""
+    """A sort key that orders numbers in names by value: expert 10 after expert 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -1,4 +1,7 @@
-"""tokenizer.ggml.pre: how a text is cut before byte-level BPE. Names as llama.cpp's, cuts as the tokenizers' authors publish them."""
+"""The pre-tokenizers of byte-level BPE, by the names of tokenizer.ggml.pre.
+
+Names are llama.cpp's; the regular expressions are those that the tokenizers' authors publish.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Pre:
-    """Regular expressions that cut one after the other, each what those before it left, and what else goes with a name."""
+    """A pre-tokenizer: regular expressions applied in order, each to the pieces that the previous ones produced."""
 
     cuts: tuple[str, ...]
-    whole_words: bool = False  # a piece that is a token needs no merges
-    begins: bool = False  # a text begins with the begin mark unless the file says otherwise
+    whole_words: bool = False  # a piece that is a token is not split into merges (ignore_merges)
+    begins: bool = False  # BOS is added unless the file disables it
 
 
 SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -24,7 +27,7 @@ THREE_FROM_THE_RIGHT = r"{0}{{1,3}}(?=(?:{0}{{3}})*(?!{0}))"
 
 
 def _cased(upper: str, lower: str, suffix: str = "") -> str:
-    """Words that end where capitals begin."""
+    """A regular expression for words that end before a capital letter."""
     return rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{suffix}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{suffix}"
 
 
@@ -35,14 +38,17 @@ GPT_4O_MARKS = (
     _cased(r"[\p{L}\p{M}&&[^a-z]]", r"[\p{L}\p{M}&&[^A-Z]]", f"{SUFFIX}?") + GPT_4O[GPT_4O.index(r"|\p{N}{1,3}") :]
 )
 NOT_HAN = r"&&[^\p{Han}]]"
-KIMI_K2 = rf"[\p{{Han}}]+|{_cased(UPPER[:-1] + NOT_HAN, LOWER[:-1] + NOT_HAN, f'{SUFFIX}?')}|\p{{N}}{{1,3}}|{SYMBOLS}|{SPACES}"
+KIMI_K2 = (
+    rf"[\p{{Han}}]+|{_cased(UPPER[:-1] + NOT_HAN, LOWER[:-1] + NOT_HAN, f'{SUFFIX}?')}"
+    rf"|\p{{N}}{{1,3}}|{SYMBOLS}|{SPACES}"
+)
 DEEPSEEK_SYMBOLS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
 DEEPSEEK_3 = (
     r"\p{N}{1,3}",
     r"[一-龥぀-ゟ゠-ヿ]+",
     rf"{DEEPSEEK_SYMBOLS}| ?[\p{{P}}\p{{S}}]+[\r\n]*|{SPACES}",
 )
-CASED_LETTERS = (  # DeepSeek's own list; as escapes, because editors normalise some of these
+CASED_LETTERS = (  # DeepSeek's own list; escaped, because editors normalize some of these characters
     "A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
     "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
     "\u0531-\u0556\u10a0-\u10c5\u13a0-\u13f5\u13f8-\u13fd\u1c90-\u1cba\u1cbd-\u1cbf\u1d00-\u1d2b\u1d6b-\u1d77"
@@ -58,14 +64,14 @@ CJK = r"[一-龥ࠀ-一가-퟿]+"
 DEEPSEEK_LLM = (r"[\r\n]", rf"\s?[{CASED_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", CJK, r"\p{N}+")
 BLOOM = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
-_CUTS: tuple[tuple[str, Pre], ...] = (  # names -> what they mean
+_BY_NAMES: tuple[tuple[str, Pre], ...] = (  # (space-separated names, their pre-tokenizer)
     (
         "default",
         Pre((r"[\p{P}\$\+<=>\^~\|]+", GPT_2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     ),
     (
-        "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe gigachat a.x-4.0 mellum modern-bert "
-        "mpt olmo jais trillion granite-docling exaone4",
+        "gpt-2 phi-2 jina-es jina-de jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe gigachat a.x-4.0 mellum "
+        "modern-bert mpt olmo jais trillion granite-docling exaone4",
         Pre((GPT_2,)),
     ),
     (
@@ -79,7 +85,8 @@ _CUTS: tuple[tuple[str, Pre], ...] = (  # names -> what they mean
         "qwen35",
         Pre(
             (
-                rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}",
+                rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}"
+                rf"| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{SPACES}",
             )
         ),
     ),
@@ -89,7 +96,8 @@ _CUTS: tuple[tuple[str, Pre], ...] = (  # names -> what they mean
         "bailingmoe bailingmoe2 llada-moe",
         Pre(
             (
-                r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
+                r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+                r"|\s*[\r\n]|\s+(?!\S)|\s+",
             )
         ),
     ),
@@ -109,8 +117,8 @@ _CUTS: tuple[tuple[str, Pre], ...] = (  # names -> what they mean
         "exaone-moe",
         Pre(
             (
-                rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?"
-                r"|\s*[\r\n]|\s+(?!\S)|\s+",
+                rf"{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
             )
         ),
     ),
@@ -154,7 +162,9 @@ _CUTS: tuple[tuple[str, Pre], ...] = (  # names -> what they mean
         Pre(
             (
                 THREE_FROM_THE_RIGHT.format(r"\p{N}"),
-                "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af\u1100-\u11ff]+",
+                "[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\u3040-\u309f\u30a0-\u30ff\uff65-\uff9f\u2f00-\u2fdf"
+                "\u0e40-\u0e7f\u0e80-\u0eff\u1780-\u17ff\u1000-\u109f\uaa60-\uaa7f\ua9e0-\ua9ff\uac00-\ud7af"
+                "\u1100-\u11ff]+",
                 DEEPSEEK_3[2],
             )
         ),
@@ -182,5 +192,5 @@ _CUTS: tuple[tuple[str, Pre], ...] = (  # names -> what they mean
         ),
     ),
 )
-PRE: dict[str, Pre] = {name: pre for names, pre in _CUTS for name in names.split()}
+PRE: dict[str, Pre] = {name: pre for names, pre in _BY_NAMES for name in names.split()}
 NOT_BYTE_LEVEL = ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace")  # BPE on characters

@@ -1,6 +1,7 @@
-"""How a checkpoint says that its weights are quantised, and whether that is what we compute: one table, read before anything is loaded.
+"""Checks a checkpoint's quantization configuration against one table of supported schemes, before anything is loaded.
 
-Every key of a scheme must say exactly what the kernels do. A method, a value or a key that is not in the table is refused by name.
+Every key of a scheme must describe exactly what the kernels compute. A method, key or value that is not in the table is
+an error that names it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from ktx.utils.json_file import read_object
 from ktx.weights.accounting import REMEDY
 
 ABSENT = object()
-NAMES = object()  # a list of modules, or none: what is quantised is seen by the tensors' types
+# A list of module names, null or missing: which modules are quantized follows from the tensors' types.
+MODULE_LIST = object()
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """A quantisation that is computed: what it is, and what each key of its configuration may say, NAMES or one of the values (ABSENT: the key may be missing)."""
+    """A supported quantization.
+
+    `what`: its description. `keys`: the accepted values of each configuration key, as a tuple (with ABSENT: the key may
+    be missing) or MODULE_LIST.
+    """
 
     what: str
     keys: Mapping[str, Any]
@@ -30,23 +36,19 @@ class Scheme:
 
 SCHEMES: Mapping[str, Scheme] = {
     "fp8": Scheme(
-        f"e4m3 with a scale for {FP8_BLOCK} x {FP8_BLOCK} weights",
+        f"e4m3 with one scale per {FP8_BLOCK} x {FP8_BLOCK} weights",
         {
             "quant_method": ("fp8",),
             "fmt": ("e4m3", ABSENT),
             "weight_block_size": ([FP8_BLOCK, FP8_BLOCK], ABSENT),  # transformers' default is the same
             "activation_scheme": ("dynamic", ABSENT),
-            "scale_fmt": (
-                "float",
-                "ue8m0",
-                None,
-                ABSENT,
-            ),  # of scales that are floats in the file; others are refused there
+            # The format of scales stored as floats; scales of other types are rejected when they are read.
+            "scale_fmt": ("float", "ue8m0", None, ABSENT),
             "expert_dtype": ("fp8", None, ABSENT),
             "kv_cache_scheme": (None, ABSENT),
             "modules_to_convert": (None, [], ABSENT),  # embeddings with one scale
-            "modules_to_not_convert": NAMES,
-            "ignored_layers": NAMES,
+            "modules_to_not_convert": MODULE_LIST,
+            "ignored_layers": MODULE_LIST,
             "dequantize": (True, False, None, ABSENT),
         },
     ),
@@ -56,8 +58,8 @@ SCHEMES: Mapping[str, Scheme] = {
     ),
 }
 
-REFUSED: Mapping[str, str] = {  # methods that are known and not computed
-    "aqlm": "AQLM, additive code books",
+REFUSED: Mapping[str, str] = {  # known methods that are not supported
+    "aqlm": "AQLM, additive codebooks",
     "auto-round": "AutoRound",
     "awq": "AWQ",
     "bitnet": "BitNet",
@@ -66,7 +68,7 @@ REFUSED: Mapping[str, str] = {  # methods that are known and not computed
     "eetq": "EETQ",
     "exl2": "ExLlamaV2",
     "exl3": "ExLlamaV3",
-    "fbgemm_fp8": "FBGEMM, FP8 with a scale for each row",
+    "fbgemm_fp8": "FBGEMM, FP8 with one scale per row",
     "fouroversix": "Four Over Six",
     "fp_quant": "FP-Quant",
     "gemma": "Gemma's own",
@@ -86,14 +88,11 @@ REFUSED: Mapping[str, str] = {  # methods that are known and not computed
     "vptq": "VPTQ",
 }
 
-PARTS = (
-    "text_config",
-    "language_config",
-    "llm_config",
-    "thinker_config",
-)  # configurations of a language model in another one
-KEYS = ("quantization_config", "compression_config", "quantization")  # of a config.json: the present name, two others
-FILES: Mapping[str, str] = {  # files of their own: the method that they speak of
+# Keys of a multimodal config.json that contain the language model's configuration
+SUB_CONFIGS = ("text_config", "language_config", "llm_config", "thinker_config")
+# Keys of a config.json that contain the quantization: the current name and two others
+CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
+METHOD_FILES: Mapping[str, str] = {  # separate configuration files, and their method
     "hf_quant_config.json": "modelopt",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
@@ -101,78 +100,86 @@ FILES: Mapping[str, str] = {  # files of their own: the method that they speak o
 
 
 def scheme_of(config: Mapping[str, Any], where: str, *folders: Path) -> str:
-    """A line on the scheme that a configuration and the files of its folders speak of; empty when there is none. BadFile for one that is not computed.
+    """A one-line description of a checkpoint's quantization; empty when it is not quantized.
 
-    `config` is a raw config.json, of which `where` is the place.
+    Args:
+        config: the raw config.json.
+        where: the name of `config` in messages.
+        folders: folders that may contain separate quantization configurations (METHOD_FILES).
+
+    Raises:
+        BadFile: the scheme is not supported.
     """
-    found = [_checked(said, place) for place, said in _said(config, where)]
+    found = [_check(quantization, place) for place, quantization in _quantizations(config, where)]
     for folder in dict.fromkeys(folders):
-        for name, method in FILES.items():
-            if (file := folder / name).is_file() and (said := _of_file(file, method)):
-                found.append(_checked(said, str(file)))
+        for name, method in METHOD_FILES.items():
+            if (file := folder / name).is_file() and (quantization := _read_file(file, method)):
+                found.append(_check(quantization, str(file)))
     return found[0] if found else ""
 
 
-def _said(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
-    """Each part of a configuration that says something of a quantisation, with its place."""
-    for part in ("", *PARTS):
-        of: Any = config.get(part) if part else config
-        for key in KEYS if isinstance(of, Mapping) else ():
-            if of.get(key):
-                yield f"{where}: {part}{'.' * bool(part)}{key}", of[key]
+def _quantizations(config: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    """Yields the place and the value of every quantization entry in a configuration."""
+    for sub_config in ("", *SUB_CONFIGS):
+        section: Any = config.get(sub_config) if sub_config else config
+        for key in CONFIG_KEYS if isinstance(section, Mapping) else ():
+            if section.get(key):
+                yield f"{where}: {sub_config}{'.' * bool(sub_config)}{key}", section[key]
 
 
-def _of_file(file: Path, method: str) -> dict[str, Any] | None:
-    """What such a file says, with its method; None when that is that nothing is quantised."""
-    found = read_object(file, "quantisation")
-    said = found.get("quantization", found) if method == "modelopt" else found
+def _read_file(file: Path, method: str) -> dict[str, Any] | None:
+    """The entry of a separate quantization file, with its method; None when it quantizes nothing."""
+    content = read_object(file, "quantization")
+    quantization = content.get("quantization", content) if method == "modelopt" else content
     if (
         method == "modelopt"
-        and isinstance(said, dict)
-        and not any(value for key, value in said.items() if "algo" in key)
+        and isinstance(quantization, dict)
+        and not any(value for key, value in quantization.items() if "algo" in key)
     ):
         return None
-    return {"quant_method": method} | (said if isinstance(said, dict) else {"quantization": said})
+    return {"quant_method": method} | (
+        quantization if isinstance(quantization, dict) else {"quantization": quantization}
+    )
 
 
-def _checked(said: Any, place: str) -> str:
-    """The line on a scheme that is computed; BadFile for any other."""
-    if not isinstance(said, Mapping):
-        raise BadFile(f"{place}: holds {type(said).__name__}, not the keys of a quantisation")
-    method = said.get("quant_method")
-    if not method and (said.get("load_in_8bit") or said.get("load_in_4bit")):
+def _check(quantization: Any, place: str) -> str:
+    """The description of a supported scheme. Raises BadFile for any other."""
+    if not isinstance(quantization, Mapping):
+        raise BadFile(f"{place}: expected the keys of a quantization, found {type(quantization).__name__}")
+    method = quantization.get("quant_method")
+    if not method and (quantization.get("load_in_8bit") or quantization.get("load_in_4bit")):
         method = "bitsandbytes"
     scheme = SCHEMES.get(method) if isinstance(method, str) else None
-    supported = "; ".join(f"ktx computes {name} ({known.what})" for name, known in SCHEMES.items())
+    supported = "; ".join(f"ktx supports {name} ({known.what})" for name, known in SCHEMES.items())
     if scheme is None:
-        raise BadFile(f"{place}: {_named(method)}{_shown(said)}; {supported}; {REMEDY}")
-    for key, value in said.items():
+        raise BadFile(f"{place}: {_method_problem(method)}{_values(quantization)}; {supported}; {REMEDY}")
+    for key, value in quantization.items():
         if key not in scheme.keys:
             raise BadFile(
-                f"{place}: {method} with {key} {_short(value)}, a parameter that ktx does not know"
+                f"{place}: {method} with {key} {_short(value)}, an unknown parameter"
                 f"{did_you_mean(key, scheme.keys)}; {supported}; {REMEDY}"
             )
     for key, allowed in scheme.keys.items():
-        value = said.get(key, ABSENT)
-        if not (_names(value) if allowed is NAMES else _is_one(value, allowed)):
+        value = quantization.get(key, ABSENT)
+        if not (_is_module_list(value) if allowed is MODULE_LIST else _is_one(value, allowed)):
             raise BadFile(
-                f"{place}: {method} with {key} {_short(value)}, not {_wanted(allowed)}; {supported}; {REMEDY}"
+                f"{place}: {method} with {key} {_short(value)}, not {_expected(allowed)}; {supported}; {REMEDY}"
             )
-    return f"quantised: {method}, {scheme.what} ({place})"
+    return f"quantized: {method}, {scheme.what} ({place})"
 
 
-def _named(method: Any) -> str:
+def _method_problem(method: Any) -> str:
     if method in (None, ""):
-        return "names no quant_method"
+        return "quant_method is missing"
     if isinstance(method, str) and method in REFUSED:
         return f"quant_method {method} ({REFUSED[method]}) is not supported"
     return f"quant_method {_short(method)} is unknown{did_you_mean(str(method), [*SCHEMES, *REFUSED])}"
 
 
-def _shown(said: Mapping[str, Any]) -> str:
-    """Plain values of a configuration, for an error."""
-    plain = [f"{key} {_short(value)}" for key, value in said.items() if key != "quant_method" and value is not None]
-    return f" ({', '.join(plain[:8])}{', ...' if len(plain) > 8 else ''})" if plain else ""
+def _values(quantization: Mapping[str, Any]) -> str:
+    """The values of a quantization entry for an error message, at most eight."""
+    values = [f"{key} {_short(v)}" for key, v in quantization.items() if key != "quant_method" and v is not None]
+    return f" ({', '.join(values[:8])}{', ...' if len(values) > 8 else ''})" if values else ""
 
 
 def _short(value: Any) -> str:
@@ -184,11 +191,15 @@ def _is_one(value: Any, allowed: tuple[Any, ...]) -> bool:
     return any(value is one or (type(value) is type(one) and value == one) for one in allowed)
 
 
-def _names(value: Any) -> bool:
+def _is_module_list(value: Any) -> bool:
     return (
         value is ABSENT or value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
     )
 
 
-def _wanted(allowed: Any) -> str:
-    return "a list of modules" if allowed is NAMES else " or ".join(_short(one) for one in allowed if one is not ABSENT)
+def _expected(allowed: Any) -> str:
+    return (
+        "a list of modules"
+        if allowed is MODULE_LIST
+        else " or ".join(_short(one) for one in allowed if one is not ABSENT)
+    )

@@ -108,7 +108,7 @@ def test_every_name_makes_a_tokenizer_that_loses_nothing():
 
 
 @pytest.mark.parametrize("pre,words", [
-    ("no-such-name", "tokenizer.ggml.pre is 'no-such-name'.*give --model a folder with tokenizer.json"),
+    ("no-such-name", "tokenizer.ggml.pre is 'no-such-name'.*pass --model a folder with tokenizer.json"),
     ("qwen3", "did you mean 'qwen"),
     ("", "tokenizer.ggml.pre is ''"),
     ("gemma4", "BPE on characters"),
@@ -120,7 +120,7 @@ def test_an_unknown_cut_is_refused(pre, words):
 
 
 def test_a_file_that_does_not_say_is_warned_of_and_cut_by_the_default():
-    with pytest.warns(UserWarning, match="does not say how text is cut"):
+    with pytest.warns(UserWarning, match="the pre-tokenizer is missing"):
         assert pieces("1234", pre=None) == ["123", "4"]
 
 
@@ -179,7 +179,7 @@ def test_marks_of_two_texts():
     ],
 )
 def test_a_mark_that_is_missing_is_refused(own):
-    with pytest.raises(BadFile, match="every text gets the mark .* is missing"):
+    with pytest.raises(BadFile, match="token is added to every text .* is missing"):
         tokenizer_from_gguf(keys(**{**own, "marks": MARKS[:3]}), "m.gguf")
 
 
@@ -346,7 +346,7 @@ def test_settings_that_a_file_recommends(said, expected):
 
 
 def test_settings_that_ktx_does_not_have_are_named():
-    with pytest.warns(UserWarning, match=r"recommends general.sampling.mirostat, which ktx does not have"):
+    with pytest.warns(UserWarning, match=r"recommends general.sampling.mirostat, which ktx does not support"):
         assert sampling_in({"general.sampling.mirostat": 2}, "m.gguf") == {}
 
 
