@@ -26,46 +26,50 @@ from ktx.server.protocol.anthropic import AnthropicMessage, ContentBlock, CountT
 from ktx.server.protocol.openai import Format
 from ktx.server.state import ServerState
 
-ENDS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
+STOP_REASONS = {"stop": "end_turn", "tool_calls": "tool_use", "length": "max_tokens"}
 
 
 async def answer(state: ServerState, fields: MessagesRequest, request: Request) -> Response:
+    """Answers a messages request, as one body or as a stream."""
     model = state.resolve_model(fields.model)
     engine, _, _ = state.require_ready()
-    given = fields.model_dump(exclude_none=True, include={"temperature", "top_p", "top_k"}) | {
+    params = fields.model_dump(exclude_none=True, include={"temperature", "top_p", "top_k"}) | {
         "stop": fields.stop_sequences
     }
-    ask = await build_engine_input(state, to_chat_input(fields), build_sampling_params(state, given, fields.max_tokens))
-    check_context_length(
-        state, ask.rendered.ids, 1
-    )  # clients name the largest number they know: what the context leaves is enough
-    chorus = await submit(state, [ask], model)
-    head = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
-    turn = OutputParser(ask.parser(state))
+    engine_input = await build_engine_input(
+        state, to_chat_input(fields), build_sampling_params(state, params, fields.max_tokens)
+    )
+    # max_tokens is not checked, because clients send the largest value that they know; the context limits the answer.
+    check_context_length(state, engine_input.rendered.ids, 1)
+    group = await submit(state, [engine_input], model)
+    base = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant", "model": model}
+    parser = OutputParser(engine_input.parser(state))
     stops = frozenset(fields.stop_sequences or ())
     if not fields.stream:
-        return await streaming.json_response(chorus, _whole(chorus, turn, head, stops))
+        return await streaming.json_response(group, _complete(group, parser, base, stops))
     return streaming.sse_response(
-        _stream(chorus, turn, head, stops), chorus, request.url.path, state.settings.keepalive_s
+        _stream(group, parser, base, stops), group, request.url.path, state.settings.keepalive_s
     )
 
 
 async def count(state: ServerState, fields: CountTokensRequest) -> Response:
+    """Returns the number of prompt tokens of a messages request."""
     state.resolve_model(fields.model)
-    ask = await build_engine_input(state, to_chat_input(fields), build_sampling_params(state, {}, 1))
-    return JSONResponse({"input_tokens": len(ask.rendered.ids)})
+    engine_input = await build_engine_input(state, to_chat_input(fields), build_sampling_params(state, {}, 1))
+    return JSONResponse({"input_tokens": len(engine_input.rendered.ids)})
 
 
 def to_chat_input(fields: CountTokensRequest) -> ChatInput:
+    """Converts a request to the form that all protocols share. Raises APIError (400) if it is invalid."""
     if fields.thread is not None:
         raise APIError(
             400,
-            "thread: this server keeps no conversations, send the whole one each time",
+            "thread: this server does not store conversations; send the full conversation with each request",
             details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
         )
-    told: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     if fields.system:
-        told.append(
+        messages.append(
             {
                 "role": "system",
                 "content": fields.system
@@ -74,7 +78,7 @@ def to_chat_input(fields: CountTokensRequest) -> ChatInput:
             }
         )
     for message in fields.messages:
-        told += _message(message)
+        messages += _convert_message(message)
     tools: list[dict[str, Any]] = [
         {
             "type": "function",
@@ -82,32 +86,37 @@ def to_chat_input(fields: CountTokensRequest) -> ChatInput:
         }
         for tool in fields.tools or ()
     ]
-    said = fields.tool_choice
-    choice = "auto"
-    if said is not None:
-        if said.type == "tool" and said.name not in [tool["function"]["name"] for tool in tools]:
-            raise APIError(400, f"tool_choice names {said.name!r}, which no tool is called")
-        if said.type == "any" and not tools:
+    choice = fields.tool_choice
+    tool_choice = "auto"
+    if choice is not None:
+        if choice.type == "tool" and choice.name not in [tool["function"]["name"] for tool in tools]:
+            raise APIError(400, f"tool_choice names {choice.name!r}, which is not one of the tools")
+        if choice.type == "any" and not tools:
             raise APIError(400, "tool_choice any needs tools")
-        choice = {"any": "required", "tool": str(said.name)}.get(said.type, said.type)
-    think = None if fields.thinking is None else fields.thinking.type != "disabled"
-    parallel = not (said and said.disable_parallel_tool_use)
+        tool_choice = {"any": "required", "tool": str(choice.name)}.get(choice.type, choice.type)
+    thinking = None if fields.thinking is None else fields.thinking.type != "disabled"
+    parallel = not (choice and choice.disable_parallel_tool_use)
     effort = reasoning_kwargs(fields.output_config.effort if fields.output_config else None)
-    words = {"reasoning_effort": effort["reasoning_effort"]} if effort else {}  # whether it thinks is said by thinking
+    # Only the effort: the field `thinking` determines whether the model thinks.
+    template_kwargs = {"reasoning_effort": effort["reasoning_effort"]} if effort else {}
     return ChatInput(
-        told,
+        messages,
         tools,
-        choice,
+        tool_choice,
         parallel,
-        words,
+        template_kwargs,
         _format(fields),
-        think,
-        continue_final_message=_proceeds(fields.messages[-1]),
+        thinking,
+        continue_final_message=_continues(fields.messages[-1]),
     )
 
 
-def _proceeds(message: AnthropicMessage) -> bool:
-    """Whether the answer goes on with the last message. Problem 400 for an end that Anthropic's API refuses."""
+def _continues(message: AnthropicMessage) -> bool:
+    """Returns whether the answer continues the last message.
+
+    Raises:
+        APIError: 400, the message ends in a way that Anthropic's API refuses.
+    """
     if message.role != "assistant":
         return False
     text = message.content if isinstance(message.content, str) else ""
@@ -122,167 +131,184 @@ def _proceeds(message: AnthropicMessage) -> bool:
 
 
 def _format(fields: CountTokensRequest) -> Format | None:
-    said = (fields.output_config.format if fields.output_config else None) or fields.output_format
-    return Format.model_validate({"type": "json_schema", "json_schema": {"schema": said.schema_}}) if said else None
+    output_format = (fields.output_config.format if fields.output_config else None) or fields.output_format
+    return (
+        Format.model_validate({"type": "json_schema", "json_schema": {"schema": output_format.schema_}})
+        if output_format
+        else None
+    )
 
 
 def _text(block: ContentBlock) -> str:
-    return _plain(block.type, (block.model_extra or {}).get("text"))
+    return _block_text(block.type, (block.model_extra or {}).get("text"))
 
 
-def _plain(kind: Any, text: Any) -> str:
-    """The text of a block of that type."""
-    if kind != "text" or not isinstance(text, str):
+def _block_text(block_type: Any, text: Any) -> str:
+    """Returns the text of a content block. Raises APIError (400) for a block that is not text."""
+    if block_type != "text" or not isinstance(text, str):
         raise APIError(
-            400, f"a content block of type {kind!r}: only text, thinking, tool_use and tool_result are understood"
+            400,
+            f"a content block of type {block_type!r} is not supported; use text, thinking, tool_use or tool_result",
         )
     return text
 
 
-def _message(message: AnthropicMessage) -> list[dict[str, Any]]:
-    """Results of tools are messages of their own."""
+def _convert_message(message: AnthropicMessage) -> list[dict[str, Any]]:
+    """Converts a message to OpenAI's format. Each tool result becomes a separate message, before the message itself."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     texts, results = [], []
-    own: dict[str, Any] = {"role": message.role}
+    converted: dict[str, Any] = {"role": message.role}
     for block in message.content:
-        more = block.model_extra or {}
+        extra = block.model_extra or {}
         if block.type == "tool_result":
             results.append(
                 {
                     "role": "tool",
-                    "tool_call_id": str(more.get("tool_use_id", "")),
-                    "content": _result(more.get("content")),
+                    "tool_call_id": str(extra.get("tool_use_id", "")),
+                    "content": _tool_result_text(extra.get("content")),
                 }
             )
         elif block.type == "tool_use":
             call = {
-                "name": str(more.get("name", "")),
-                "arguments": json.dumps(more.get("input") or {}, ensure_ascii=False),
+                "name": str(extra.get("name", "")),
+                "arguments": json.dumps(extra.get("input") or {}, ensure_ascii=False),
             }
-            own.setdefault("tool_calls", []).append(
-                {"id": str(more.get("id", "")), "type": "function", "function": call}
+            converted.setdefault("tool_calls", []).append(
+                {"id": str(extra.get("id", "")), "type": "function", "function": call}
             )
         elif block.type == "thinking":
-            own["reasoning_content"] = own.get("reasoning_content", "") + str(more.get("thinking", ""))
+            converted["reasoning_content"] = converted.get("reasoning_content", "") + str(extra.get("thinking", ""))
         elif block.type != "redacted_thinking":
             texts.append(_text(block))
-    own["content"] = "".join(texts)
-    return results + ([own] if texts or len(own) > 2 or not results else [])
+    converted["content"] = "".join(texts)
+    return results + ([converted] if texts or len(converted) > 2 or not results else [])
 
 
-def _result(content: Any) -> str:
+def _tool_result_text(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise APIError(400, "the content of a tool_result must be text or a list of blocks")
-    return "".join(_plain(part.get("type"), part.get("text")) for part in content)
+    return "".join(_block_text(part.get("type"), part.get("text")) for part in content)
 
 
-def _usage(told: Finish | None, prompt: int) -> dict[str, Any]:
-    cached = told.finished.usage.cached if told else 0
-    said = told.finished.usage.answer if told else 0
+def _usage(finish: Finish | None, num_prompt_tokens: int) -> dict[str, Any]:
+    num_cached = finish.finished.usage.cached if finish else 0
+    num_output_tokens = finish.finished.usage.answer if finish else 0
     return {
-        "input_tokens": prompt - cached,
+        "input_tokens": num_prompt_tokens - num_cached,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": cached,
-        "output_tokens": said,
+        "cache_read_input_tokens": num_cached,
+        "output_tokens": num_output_tokens,
     }
 
 
-def _end(told: Finish, stops: frozenset[str]) -> dict[str, Any]:
-    stop = told.finished.stop
-    if told.reason == "stop" and stop in stops:
-        return {"stop_reason": "stop_sequence", "stop_sequence": stop}
-    return {"stop_reason": ENDS[told.reason], "stop_sequence": None}
+def _stop_fields(finish: Finish, stops: frozenset[str]) -> dict[str, Any]:
+    stop_string = finish.finished.stop
+    if finish.reason == "stop" and stop_string in stops:
+        return {"stop_reason": "stop_sequence", "stop_sequence": stop_string}
+    return {"stop_reason": STOP_REASONS[finish.reason], "stop_sequence": None}
 
 
-async def _whole(
-    chorus: RequestGroup, turn: OutputParser, head: dict[str, Any], stops: frozenset[str]
+async def _complete(
+    group: RequestGroup, parser: OutputParser, base: dict[str, Any], stops: frozenset[str]
 ) -> dict[str, Any]:
     blocks: list[dict[str, Any]] = []
-    async for _, event in chorus:
-        for told in turn.feed(event):
-            if isinstance(told, TextDelta):
-                key = {"answer": "text", "think": "thinking"}[told.kind]
+    async for _, event in group:
+        for delta in parser.feed(event):
+            if isinstance(delta, TextDelta):
+                key = {"answer": "text", "think": "thinking"}[delta.kind]
                 if not blocks or blocks[-1]["type"] != key:
                     blocks.append({"type": key, key: "", **({"signature": ""} if key == "thinking" else {})})
-                blocks[-1][key] += told.text
-            elif isinstance(told, ToolCallDelta):
-                blocks.append({"type": "tool_use", "id": told.id, "name": told.name, "input": told.parsed_arguments()})
+                blocks[-1][key] += delta.text
+            elif isinstance(delta, ToolCallDelta):
+                blocks.append(
+                    {"type": "tool_use", "id": delta.id, "name": delta.name, "input": delta.parsed_arguments()}
+                )
             else:
-                streaming.raise_for_finish(told.finished)
-    assert turn.end is not None
+                streaming.raise_for_finish(delta.finished)
+    assert parser.end is not None
     return {
-        **head,
+        **base,
         "content": blocks,
-        **_end(turn.end, stops),
-        "usage": _usage(turn.end, len(chorus.requests[0].prompt)),
+        **_stop_fields(parser.end, stops),
+        "usage": _usage(parser.end, len(group.requests[0].prompt)),
     }
 
 
 async def _stream(
-    chorus: RequestGroup, turn: OutputParser, head: dict[str, Any], stops: frozenset[str]
+    group: RequestGroup, parser: OutputParser, base: dict[str, Any], stops: frozenset[str]
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    prompt = len(chorus.requests[0].prompt)
-    start = {**head, "content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(None, prompt)}
+    num_prompt_tokens = len(group.requests[0].prompt)
+    start = {
+        **base,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": _usage(None, num_prompt_tokens),
+    }
     yield "message_start", {"type": "message_start", "message": start}
-    number, open = -1, ""
+    index, open_type = -1, ""
 
-    def closed() -> list[tuple[str, dict[str, Any]]]:
-        out: list[tuple[str, dict[str, Any]]] = []
-        if open == "thinking":
-            out.append(
+    def close_block() -> list[tuple[str, dict[str, Any]]]:
+        events: list[tuple[str, dict[str, Any]]] = []
+        if open_type == "thinking":
+            events.append(
                 (
                     "content_block_delta",
                     {
                         "type": "content_block_delta",
-                        "index": number,
+                        "index": index,
                         "delta": {"type": "signature_delta", "signature": ""},
                     },
                 )
             )
-        return [*out, ("content_block_stop", {"type": "content_block_stop", "index": number})] if open else []
+        return [*events, ("content_block_stop", {"type": "content_block_stop", "index": index})] if open_type else []
 
-    async for _, event in chorus:
-        for told in turn.feed(event):
-            if isinstance(told, TextDelta):
-                key = {"answer": "text", "think": "thinking"}[told.kind]
-                if open != key:
-                    for piece in closed():
-                        yield piece
-                    number, open = number + 1, key
+    async for _, event in group:
+        for delta in parser.feed(event):
+            if isinstance(delta, TextDelta):
+                key = {"answer": "text", "think": "thinking"}[delta.kind]
+                if open_type != key:
+                    for sse_event in close_block():
+                        yield sse_event
+                    index, open_type = index + 1, key
                     block: dict[str, Any] = {"type": key, key: "", **({"signature": ""} if key == "thinking" else {})}
                     yield (
                         "content_block_start",
-                        {"type": "content_block_start", "index": number, "content_block": block},
+                        {"type": "content_block_start", "index": index, "content_block": block},
                     )
                 yield (
                     "content_block_delta",
-                    {"type": "content_block_delta", "index": number, "delta": {"type": f"{key}_delta", key: told.text}},
+                    {"type": "content_block_delta", "index": index, "delta": {"type": f"{key}_delta", key: delta.text}},
                 )
-            elif isinstance(told, ToolCallDelta):
-                for piece in closed():
-                    yield piece
-                number, open = number + 1, ""
-                use: dict[str, Any] = {"type": "tool_use", "id": told.id, "name": told.name, "input": {}}
-                yield "content_block_start", {"type": "content_block_start", "index": number, "content_block": use}
+            elif isinstance(delta, ToolCallDelta):
+                for sse_event in close_block():
+                    yield sse_event
+                index, open_type = index + 1, ""
+                tool_use: dict[str, Any] = {"type": "tool_use", "id": delta.id, "name": delta.name, "input": {}}
+                yield "content_block_start", {"type": "content_block_start", "index": index, "content_block": tool_use}
                 yield (
                     "content_block_delta",
                     {
                         "type": "content_block_delta",
-                        "index": number,
-                        "delta": {"type": "input_json_delta", "partial_json": told.arguments},
+                        "index": index,
+                        "delta": {"type": "input_json_delta", "partial_json": delta.arguments},
                     },
                 )
-                yield "content_block_stop", {"type": "content_block_stop", "index": number}
+                yield "content_block_stop", {"type": "content_block_stop", "index": index}
             else:
-                streaming.raise_for_finish(told.finished)
-                for piece in closed():
-                    yield piece
-                open = ""
+                streaming.raise_for_finish(delta.finished)
+                for sse_event in close_block():
+                    yield sse_event
+                open_type = ""
                 yield (
                     "message_delta",
-                    {"type": "message_delta", "delta": _end(told, stops), "usage": _usage(told, prompt)},
+                    {
+                        "type": "message_delta",
+                        "delta": _stop_fields(delta, stops),
+                        "usage": _usage(delta, num_prompt_tokens),
+                    },
                 )
     yield "message_stop", {"type": "message_stop"}
