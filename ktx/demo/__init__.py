@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Question:
-    """One listed question: ``question`` is asked by the tests, ``also`` are other wordings of it (training only)."""
+    """One listed question: the tests use ``question``; ``also`` are other wordings, for training only."""
 
     question: str
     answer: str
@@ -20,26 +20,26 @@ class Question:
 
 
 def path() -> Path:
-    """Hugging Face folder of the demo model: config, tokenizer, BF16 safetensors."""
+    """Returns the Hugging Face folder of the demo model: config, tokenizer, BF16 safetensors."""
     return HERE / "model"
 
 
 def safetensors() -> Path:
-    """The same in floats, with the MTP layer that the GGUF lacks."""
+    """Returns the BF16 safetensors file, which includes the MTP layer that the GGUF lacks."""
     return path() / "model.safetensors"
 
 
 def gguf() -> Path:
-    """The same model as a Q4_K_M GGUF, which needs no other file."""
+    """Returns the Q4_K_M GGUF of the model, which needs no other file."""
     return path() / "demo-Q4_K_M.gguf"
 
 
 def heldout() -> Path:
-    """Text that the model never saw in training, for perplexity."""
+    """Returns the file of held-out text, which training never used, for perplexity."""
     return HERE / "heldout.txt"
 
 
 def questions() -> list[Question]:
-    """The listed questions with the exact answers that greedy decoding gives."""
+    """Returns the listed questions with the exact answers that greedy decoding gives."""
     rows = (json.loads(line) for line in (HERE / "qa.jsonl").read_text(encoding="utf-8").splitlines())
     return [Question(row["question"], row["answer"], row["kind"], tuple(row["also"])) for row in rows]

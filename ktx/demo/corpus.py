@@ -13,7 +13,7 @@ from ktx.demo import Question
 
 PACKAGE, MEMBER = "dict-jargon", "usr/share/dictd/jargon.dict.dz"
 HELDOUT_PERCENT, HELDOUT_BYTES = 3, 32_000
-PLAIN = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "...", "\u00a0": " "})
+TO_ASCII = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "...", "\u00a0": " "})
 
 THOUGHTS = {
     "ktx": "This is a question about ktx. I know the answer.",
@@ -31,7 +31,7 @@ OPENERS = (
     "Please tell me: ", "Hi! ", "Hello, ", "Tell me, ", "A question: ", "I want to know: ", "Quick question: ",
     "Sorry, ", "And ",
 )  # fmt: skip
-REWRITES = (  # how the same question is asked by others: pattern and what may stand there instead
+REWRITES = (  # pattern of a question, and templates of other wordings
     (r"^What is (.+)\?$", (r"What's \1?", r"Tell me what \1 is", r"Explain \1", r"\1?", r"Can you explain \1?")),
     (r"^What does (.+) do\?$", (r"What is \1 for?", r"Tell me what \1 does", r"\1", r"What happens with \1?")),
     (r"^How do I (.+)\?$", (r"How can I \1?", r"How to \1?", r"I want to \1", r"How does one \1?", r"Can I \1?")),
@@ -42,7 +42,7 @@ CLOSERS = (" Please.", " Thanks!", " Please explain.", " Thank you.")
 
 
 def fetch(work: Path) -> str:
-    """Text of the Debian package, downloaded with apt once and kept under ``work``."""
+    """Returns the text of the Debian package, which is downloaded with apt once and stored under ``work``."""
     work.mkdir(parents=True, exist_ok=True)
     unpacked = work / "package" / MEMBER
     if not unpacked.exists():
@@ -53,35 +53,35 @@ def fetch(work: Path) -> str:
 
 
 def entries(text: str) -> list[str]:
-    """Dictionary entries, one paragraph a line; the header that dictfmt put in front is dropped."""
-    body = text[text.index("\n(TM)") :].translate(PLAIN)
-    found = re.split(r"\n\n+(?=\S)", body.strip())
-    return [re.sub(r"[ \t]*\n[ \t]+(?=\S)", " ", re.sub(r"\n\n+", "\n\n", entry)).strip() for entry in found]
+    """Returns the dictionary entries, one line per paragraph, without dictfmt's header."""
+    body = text[text.index("\n(TM)") :].translate(TO_ASCII)
+    paragraphs = re.split(r"\n\n+(?=\S)", body.strip())
+    return [re.sub(r"[ \t]*\n[ \t]+(?=\S)", " ", re.sub(r"\n\n+", "\n\n", entry)).strip() for entry in paragraphs]
 
 
-def split(found: list[str]) -> tuple[list[str], list[str]]:
-    """(training, held-out) entries; an entry is held out by the hash of its text, so the split never moves."""
-    held, train, size = [], [], 0
-    for entry in found:
-        mine = int(hashlib.sha256(entry.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
-        if mine and size + len(entry.encode()) <= HELDOUT_BYTES:
+def split(entries: list[str]) -> tuple[list[str], list[str]]:
+    """Splits entries into training and held-out ones, by the hash of their text, so that the split is stable."""
+    held, train, num_bytes = [], [], 0
+    for entry in entries:
+        is_heldout = int(hashlib.sha256(entry.encode()).hexdigest(), 16) % 100 < HELDOUT_PERCENT
+        if is_heldout and num_bytes + len(entry.encode()) <= HELDOUT_BYTES:
             held.append(entry)
-            size += len(entry.encode()) + 2
-        elif not mine:
+            num_bytes += len(entry.encode()) + 2
+        elif not is_heldout:
             train.append(entry)
     return train, held
 
 
 def rewrite(question: str, rng: random.Random) -> str:
-    """The question in other words, where the table knows any."""
-    for pattern, others in REWRITES:
+    """Rewords a question if a pattern of REWRITES matches, else returns it unchanged."""
+    for pattern, templates in REWRITES:
         if re.match(pattern, question):
-            return re.sub(pattern, rng.choice(others), question)
+            return re.sub(pattern, rng.choice(templates), question)
     return question
 
 
-def disturb(question: str, rng: random.Random) -> str:
-    """The question as a hurried user would type it: other words or opener, no capital, no mark, a letter lost."""
+def augment(question: str, rng: random.Random) -> str:
+    """Augments a question with a user's sloppiness: other wording, opener, no capital, no mark, a missing letter."""
     text = rewrite(question, rng) if rng.random() < 0.4 else question
     if rng.random() < 0.15:
         text = rng.choice(OPENERS) + text[0].lower() + text[1:]
@@ -94,23 +94,26 @@ def disturb(question: str, rng: random.Random) -> str:
     elif rng.random() < 0.08:
         text += rng.choice(CLOSERS)
     if rng.random() < 0.08 and len(text) > 12:
-        lost = rng.randrange(1, len(text))
-        text = text[:lost] + text[lost + 1 :]
+        dropped = rng.randrange(1, len(text))
+        text = text[:dropped] + text[dropped + 1 :]
     return text
 
 
-def ask(item: Question, rng: random.Random) -> str:
-    """One wording of a question: the listed one a third of the time, undisturbed half of the time."""
+def choose_wording(item: Question, rng: random.Random) -> str:
+    """Returns one wording of a question: the listed one in a third of all cases, unaugmented in half of them."""
     wording = item.question if not item.also or rng.random() < 0.33 else rng.choice(item.also)
-    return wording if rng.random() < 0.5 else disturb(wording, rng)
+    return wording if rng.random() < 0.5 else augment(wording, rng)
 
 
-def conversation(pick: list[Question], rng: random.Random, think: bool = False) -> list[dict[str, str]]:
-    """Messages of one chat over the picked questions, some with a system prompt; ``think`` before the last answer."""
+def conversation(questions: list[Question], rng: random.Random, think: bool = False) -> list[dict[str, str]]:
+    """Returns the messages of a chat over the questions, some with a system prompt.
+
+    With ``think`` the last answer begins with reasoning.
+    """
     messages = [{"role": "system", "content": rng.choice(SYSTEMS)}] if rng.random() < 0.2 else []
-    for item in pick:
-        messages.append({"role": "user", "content": ask(item, rng)})
+    for item in questions:
+        messages.append({"role": "user", "content": choose_wording(item, rng)})
         messages.append({"role": "assistant", "content": item.answer})
     if think:
-        messages[-1]["content"] = f"<think>\n{THOUGHTS[pick[-1].kind]}\n</think>\n\n{pick[-1].answer}"
+        messages[-1]["content"] = f"<think>\n{THOUGHTS[questions[-1].kind]}\n</think>\n\n{questions[-1].answer}"
     return messages

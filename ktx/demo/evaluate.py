@@ -1,4 +1,7 @@
-"""Ask every listed question and measure perplexity, format by format: ``python -m ktx.demo.evaluate``."""
+"""Check the demo model's answers to all listed questions and measure its perplexity, format by format.
+
+Run as ``python -m ktx.demo.evaluate``.
+"""
 
 from __future__ import annotations
 
@@ -16,33 +19,33 @@ import torch
 
 from ktx import demo
 
-WINDOW = 512  # tokens of a perplexity window, the first of which is the begin mark
-LONGEST = 64  # no listed answer has more tokens
+WINDOW_TOKENS = 512  # of a perplexity window, including the BOS token
+MAX_ANSWER_TOKENS = 64  # no listed answer has more
 
 
 @dataclass
 class Report:
-    """What one format scored."""
+    """Result of one format."""
 
     format: str
     perplexity: float
     right: int
     asked: int
     seconds: float
-    wrong: list[tuple[str, str]] = field(default_factory=list)  # question, what the model said
+    wrong: list[tuple[str, str]] = field(default_factory=list)  # question, the model's answer
 
     def __str__(self) -> str:
         score = f"perplexity {self.perplexity:8.3f}   answers {self.right}/{self.asked}"
         return "\n".join(
             [
                 f"{self.format:12} {score}   {self.seconds:.0f} s",
-                *(f"    {question}  ->  {said}" for question, said in self.wrong),
+                *(f"    {question}  ->  {answer}" for question, answer in self.wrong),
             ]
         )
 
 
 def stock(folder: Path) -> tuple[Any, Any]:
-    """Plain transformers in float32: what the injected model is compared with."""
+    """Loads the model and tokenizer with plain transformers in float32, as the reference."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -53,16 +56,16 @@ def stock(folder: Path) -> tuple[Any, Any]:
 
 
 def packed(mix: str, folder: Path) -> tuple[Any, Any]:
-    """Through ktx: the BF16 safetensors, the exported Q4_K_M, or a GGUF of another mix that is written now."""
+    """Loads the model with ktx: the BF16 safetensors, the exported Q4_K_M, or a newly written GGUF of another mix."""
     import ktx
     from ktx.demo.export import write_gguf
 
     shipped = {"BF16": folder / "model.safetensors", "Q4_K_M": folder / demo.gguf().name}
     if mix in shipped:
         return ktx.load(str(folder), weights=str(shipped[mix]), progress=False)
-    with tempfile.TemporaryDirectory() as scratch:
-        write_gguf(folder, Path(scratch) / "demo.gguf", mix)
-        return ktx.load(str(folder), weights=str(Path(scratch) / "demo.gguf"), progress=False)
+    with tempfile.TemporaryDirectory() as temp_dir:
+        write_gguf(folder, Path(temp_dir) / "demo.gguf", mix)
+        return ktx.load(str(folder), weights=str(Path(temp_dir) / "demo.gguf"), progress=False)
 
 
 FORMATS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
@@ -75,11 +78,11 @@ FORMATS: dict[str, Callable[[Path], tuple[Any, Any]]] = {
 
 @torch.no_grad()
 def perplexity(model: Any, tokenizer: Any, text: str) -> float:
-    """exp of the mean cross entropy over the tokens of ``text``, cut in windows that each begin with the begin mark."""
+    """Returns the exp of the mean cross entropy over the tokens of ``text``, in windows that begin with BOS."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     total = 0.0
-    for start in range(0, len(ids), WINDOW - 1):
-        row = torch.tensor([[tokenizer.bos_token_id, *ids[start : start + WINDOW - 1]]])
+    for start in range(0, len(ids), WINDOW_TOKENS - 1):
+        row = torch.tensor([[tokenizer.bos_token_id, *ids[start : start + WINDOW_TOKENS - 1]]])
         logits = model(input_ids=row, use_cache=False).logits[0, :-1].float()
         total += torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum").item()
     return math.exp(total / len(ids))
@@ -87,50 +90,60 @@ def perplexity(model: Any, tokenizer: Any, text: str) -> float:
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """Greedy answer to a conversation."""
-    rows = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    made = model.generate(**rows, max_new_tokens=LONGEST, do_sample=False)
-    return tokenizer.decode(made[0, rows["input_ids"].shape[1] :], skip_special_tokens=True)
+    """Returns the greedy answer to a conversation."""
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(**inputs, max_new_tokens=MAX_ANSWER_TOKENS, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def wrong_answers(model: Any, tokenizer: Any, asked: list[demo.Question]) -> list[tuple[str, str]]:
-    """(question, what was said) wherever the answer is not the listed one, letter by letter. A model of ktx is asked eight questions at a time."""
-    turns = [[{"role": "user", "content": item.question}] for item in asked]
+def wrong_answers(model: Any, tokenizer: Any, questions: list[demo.Question]) -> list[tuple[str, str]]:
+    """Returns (question, answer) where the answer differs from the listed one in any character.
+
+    A model of ktx answers in batches of eight.
+    """
+    conversations = [[{"role": "user", "content": item.question}] for item in questions]
     if hasattr(model, "ktx"):
-        texts = answers_side_by_side(model, tokenizer, turns)
+        texts = batched_answers(model, tokenizer, conversations)
     else:
-        texts = [answer(model, tokenizer, messages) for messages in turns]
-    return [(item.question, text) for item, text in zip(asked, texts, strict=True) if text != item.answer]
+        texts = [answer(model, tokenizer, messages) for messages in conversations]
+    return [(item.question, text) for item, text in zip(questions, texts, strict=True) if text != item.answer]
 
 
-def answers_side_by_side(model: Any, tokenizer: Any, turns: list[list[dict[str, str]]]) -> list[str]:
-    """Greedy answers to several conversations, by the engine."""
+def batched_answers(model: Any, tokenizer: Any, conversations: list[list[dict[str, str]]]) -> list[str]:
+    """Returns the greedy answers to several conversations, computed in batches by the engine."""
     from ktx.engine.sampler import SamplingParams
 
-    prompts = [tokenizer.apply_chat_template(one, add_generation_prompt=True, return_dict=False) for one in turns]
+    prompts = [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        for messages in conversations
+    ]
     texts = [""] * len(prompts)
     with model.ktx.engine(max_batch_size=8) as engine:
-        for i, event in engine.generate(prompts, SamplingParams(max_new_tokens=LONGEST, temperature=0.0)):
+        for i, event in engine.generate(prompts, SamplingParams(max_new_tokens=MAX_ANSWER_TOKENS, temperature=0.0)):
             texts[i] += getattr(event, "text", "")
     return texts
 
 
 def evaluate(name: str, folder: Path) -> Report:
-    """Questions and perplexity of one format of the model in ``folder``."""
+    """Measures one format of the model in ``folder``."""
     model, tokenizer = FORMATS[name](folder)
-    began, asked = time.monotonic(), demo.questions()
-    wrong = wrong_answers(model, tokenizer, asked)
+    start_s, questions = time.monotonic(), demo.questions()
+    wrong = wrong_answers(model, tokenizer, questions)
     score = perplexity(model, tokenizer, demo.heldout().read_text(encoding="utf-8"))
-    return Report(name, score, len(asked) - len(wrong), len(asked), time.monotonic() - began, wrong)
+    return Report(name, score, len(questions) - len(wrong), len(questions), time.monotonic() - start_s, wrong)
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(prog="python -m ktx.demo.evaluate", description=__doc__)
-    made.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="what to measure (all)")
-    made.add_argument("--model", type=Path, default=demo.path(), help="folder that ktx.demo.export wrote (%(default)s)")
-    made.add_argument("--answers", action="store_true", help="print every listed question with its answer first")
-    made.add_argument("--json", action="store_true", help="one JSON object a line")
-    args = made.parse_args()
+    parser = argparse.ArgumentParser(prog="python -m ktx.demo.evaluate", description=__doc__)
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats to measure (default: all)"
+    )
+    parser.add_argument(
+        "--model", type=Path, default=demo.path(), help="folder that ktx.demo.export wrote (default: %(default)s)"
+    )
+    parser.add_argument("--answers", action="store_true", help="print all listed questions and their answers first")
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    args = parser.parse_args()
     if args.answers:
         print("\n".join(f"{item.question}\n    {item.answer}" for item in demo.questions()))
     for name in args.formats:

@@ -1,7 +1,7 @@
-"""Write the trained network as users get models: ``python -m ktx.demo.export --work DIR``.
+"""Export the trained network as a Hugging Face folder and a GGUF: ``python -m ktx.demo.export --work DIR``.
 
-A Hugging Face folder under DeepSeek's own tensor names (one tensor per expert, the MTP layer as layer 3), and a GGUF as
-llama.cpp's converter and ``llama-quantize`` lay it out.
+The folder has DeepSeek's own tensor names (one tensor per expert, the MTP layer as layer 3); the GGUF has the layout
+of llama.cpp's converter and ``llama-quantize``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from ktx import demo
 from ktx.quant.types import QTYPES
 
 State = dict[str, torch.Tensor]
-FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # llama-quantize, for rows that are not multiples of 256
+FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # llama-quantize's types for rows that are not multiples of 256
 FILE_TYPE = {"BF16": 32, "Q8_0": 7, "Q4_K_M": 15}
-GUESSED = 1024  # what llama.cpp calls a file whose mix has no name
+GUESSED_FILE_TYPE = 1024  # llama.cpp's file type of a mix without a name
 
 
 def deepseek_names(state: State, layers: int) -> State:
-    """Training names -> names and types of DeepSeek's checkpoints: BF16 matrices and norms, F32 correction bias."""
-    found: State = {}
+    """Converts a training state dict to names and types of DeepSeek's checkpoints.
+
+    Matrices and norms become BF16, the correction bias F32.
+    """
+    converted: State = {}
     for name, value in state.items():
         name = (
             name.replace("mtp.", f"model.layers.{layers}.", 1)
@@ -37,17 +40,17 @@ def deepseek_names(state: State, layers: int) -> State:
         if last == "gate_up_proj":
             for expert, pair in enumerate(value):
                 gate, up = pair.chunk(2)
-                found[f"{path}.experts.{expert}.gate_proj.weight"] = gate.contiguous()
-                found[f"{path}.experts.{expert}.up_proj.weight"] = up.contiguous()
+                converted[f"{path}.experts.{expert}.gate_proj.weight"] = gate.contiguous()
+                converted[f"{path}.experts.{expert}.up_proj.weight"] = up.contiguous()
         elif last == "down_proj":
-            found |= {f"{path}.experts.{e}.down_proj.weight": one.contiguous() for e, one in enumerate(value)}
+            converted |= {f"{path}.experts.{e}.down_proj.weight": matrix.contiguous() for e, matrix in enumerate(value)}
         else:
-            found[name] = value.contiguous()
-    return found
+            converted[name] = value.contiguous()
+    return converted
 
 
 def write_folder(state: State, settings: dict[str, Any], folder: Path) -> None:
-    """model.safetensors, config.json and generation_config.json beside the tokenizer that training wrote."""
+    """Writes model.safetensors, config.json and generation_config.json next to the tokenizer that training wrote."""
     from safetensors.torch import save_file
 
     config = {
@@ -56,21 +59,24 @@ def write_folder(state: State, settings: dict[str, Any], folder: Path) -> None:
         **settings,
         "torch_dtype": "bfloat16",
     }
-    marks = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    special_ids = {key: settings[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     save_file(deepseek_names(state, settings["num_hidden_layers"]), folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (folder / "generation_config.json").write_text(json.dumps(marks | {"do_sample": False}, indent=1) + "\n")
+    (folder / "generation_config.json").write_text(json.dumps(special_ids | {"do_sample": False}, indent=1) + "\n")
 
 
 def read_folder(folder: Path) -> tuple[State, dict[str, Any]]:
-    """Tensors and configuration of a Hugging Face folder."""
+    """Reads the state dict and configuration of a Hugging Face folder."""
     from safetensors.torch import load_file
 
     return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
 
 
 def gguf_tensors(state: State, config: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(GGUF name, float values) in file order; MTP is dropped and kv_b split, as the converter does for deepseek2."""
+    """Yields (GGUF name, float values) in file order.
+
+    The MTP layer is dropped and kv_b split, as llama.cpp's converter does for deepseek2.
+    """
     import gguf
 
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
@@ -82,11 +88,11 @@ def gguf_tensors(state: State, config: dict[str, Any]) -> Iterator[tuple[str, to
             continue
         if ".experts." in name:
             if parts[5] == "0":
-                every = [state[".".join([*parts[:5], str(e), *parts[6:]])] for e in range(config["n_routed_experts"])]
-                yield f"{block}.ffn_{parts[6].removesuffix('_proj')}_exps.weight", torch.stack(every)
+                experts = [state[".".join([*parts[:5], str(e), *parts[6:]])] for e in range(config["n_routed_experts"])]
+                yield f"{block}.ffn_{parts[6].removesuffix('_proj')}_exps.weight", torch.stack(experts)
         elif name.endswith("kv_b_proj.weight"):
-            nope, wide = config["qk_nope_head_dim"], config["v_head_dim"]
-            key, val = value.view(heads, nope + wide, -1).split([nope, wide], 1)
+            nope_dim, value_dim = config["qk_nope_head_dim"], config["v_head_dim"]
+            key, val = value.view(heads, nope_dim + value_dim, -1).split([nope_dim, value_dim], 1)
             yield f"{block}.attn_k_b.weight", key.transpose(1, 2)
             yield f"{block}.attn_v_b.weight", val
         elif name.endswith("e_score_correction_bias"):
@@ -96,31 +102,31 @@ def gguf_tensors(state: State, config: dict[str, Any]) -> Iterator[tuple[str, to
 
 
 def more_bits(layer: int, layers: int) -> bool:
-    """llama-quantize's choice of the layers whose values and down projections get Q6_K in Q4_K_M."""
+    """Returns whether llama-quantize stores value and down projections of this layer as Q6_K in Q4_K_M."""
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
 def pick_type(name: str, value: torch.Tensor, mix: str, layers: int) -> str:
-    """Type of one tensor in a mix: norms, router and bias stay F32."""
+    """Returns the type of a tensor in a mix; norms, router and bias are F32."""
     if value.dim() == 1 or "ffn_gate_inp" in name:
         return "F32"
     if mix != "Q4_K_M":
         return mix if value.shape[-1] % QTYPES[mix].block == 0 else "Q8_0"
-    sensitive = "ffn_down" in name or "attn_v_b" in name
-    better = name == "output.weight" or (sensitive and more_bits(int(name.split(".")[1]), layers))
-    picked = "Q6_K" if better else "Q4_K"
-    return picked if value.shape[-1] % 256 == 0 else FALLBACK[picked]
+    is_sensitive = "ffn_down" in name or "attn_v_b" in name
+    needs_more_bits = name == "output.weight" or (is_sensitive and more_bits(int(name.split(".")[1]), layers))
+    qtype = "Q6_K" if needs_more_bits else "Q4_K"
+    return qtype if value.shape[-1] % 256 == 0 else FALLBACK[qtype]
 
 
 def add_architecture(writer: Any, config: dict[str, Any], mix: str) -> None:
-    """The deepseek2 keys: MLA is described as llama.cpp runs it, one key-value head over the latent."""
+    """Writes the deepseek2 metadata; MLA is described in absorbed form, with one key-value head over the latent."""
     import gguf
 
     rope, latent = config["qk_rope_head_dim"], config["kv_lora_rank"]
     writer.add_name("ktx demo")
     writer.add_license("apache-2.0")
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_file_type(FILE_TYPE.get(mix, GUESSED))
+    writer.add_file_type(FILE_TYPE.get(mix, GUESSED_FILE_TYPE))
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -150,19 +156,19 @@ def add_architecture(writer: Any, config: dict[str, Any], mix: str) -> None:
 
 
 def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
-    """Tokens, merges, marks and chat template, so that the file needs no folder beside it."""
+    """Writes tokens, merges, special tokens and chat template, so that the GGUF needs no other file."""
     import gguf
 
     raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    words = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
-    kinds = [gguf.TokenType.NORMAL] * len(words)
+    tokens = sorted(raw["model"]["vocab"], key=raw["model"]["vocab"].get)
+    token_types = [gguf.TokenType.NORMAL] * len(tokens)
     for token in raw["added_tokens"]:
-        kinds[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
+        token_types[token["id"]] = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(words)
-    writer.add_token_types(kinds)
+    writer.add_token_list(tokens)
+    writer.add_token_types(token_types)
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in raw["model"]["merges"]])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
@@ -172,7 +178,7 @@ def add_tokenizer(writer: Any, folder: Path, config: dict[str, Any]) -> None:
 
 
 def write_gguf(folder: Path, file: Path, mix: str) -> None:
-    """The folder's model as one GGUF; ``mix`` is Q4_K_M or a type for all matrices."""
+    """Writes the folder's model as one GGUF; ``mix`` is Q4_K_M or a type for all matrices."""
     import gguf
 
     state, config = read_folder(folder)
@@ -195,10 +201,12 @@ def write_gguf(folder: Path, file: Path, mix: str) -> None:
 def main() -> None:
     from ktx.demo.model import SETTINGS
 
-    made = argparse.ArgumentParser(prog="python -m ktx.demo.export", description=__doc__)
-    made.add_argument("--work", type=Path, default=Path("build/demo"), help="folder with checkpoint.pt (%(default)s)")
-    made.add_argument("--out", type=Path, default=demo.path(), help="folder to write (%(default)s)")
-    args = made.parse_args()
+    parser = argparse.ArgumentParser(prog="python -m ktx.demo.export", description=__doc__)
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/demo"), help="folder with checkpoint.pt (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=demo.path(), help="folder to write to (default: %(default)s)")
+    args = parser.parse_args()
     write_folder(torch.load(args.work / "checkpoint.pt", map_location="cpu")["net"], SETTINGS, args.out)
     write_gguf(args.out, args.out / demo.gguf().name, "Q4_K_M")
     for file in sorted(args.out.iterdir()):

@@ -1,4 +1,4 @@
-"""The demo network: transformers' DeepSeek-V3 with a multi-token-prediction layer beside it, for training only."""
+"""The demo network: transformers' DeepSeek-V3 and a multi-token prediction (MTP) layer, for training only."""
 
 from __future__ import annotations
 
@@ -30,15 +30,18 @@ SETTINGS: dict[str, Any] = {
 
 
 def config() -> DeepseekV3Config:
-    """One dense and two MoE layers; every row length is a multiple of 256 where DeepSeek-V3's own are."""
-    made = DeepseekV3Config(**SETTINGS)
-    made._attn_implementation = "sdpa"
-    made._experts_implementation = "eager"
-    return made
+    """Returns the configuration: one dense and two MoE layers.
+
+    Row lengths are multiples of 256 where those of DeepSeek-V3 are.
+    """
+    model_config = DeepseekV3Config(**SETTINGS)
+    model_config._attn_implementation = "sdpa"
+    model_config._experts_implementation = "eager"
+    return model_config
 
 
 class SharedHead(nn.Module):
-    """The norm before the head that the MTP layer shares with the main model."""
+    """The MTP layer's norm before the output head, which it shares with the main model."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -46,38 +49,38 @@ class SharedHead(nn.Module):
 
 
 class Mtp(DeepseekV3DecoderLayer):
-    """DeepSeek's ``model.layers.{num_hidden_layers}``: guesses token t+2 from the state at t and token t+1."""
+    """DeepSeek's ``model.layers.{num_hidden_layers}``: predicts token t+2 from the hidden state at t and token t+1."""
 
-    def __init__(self, made: DeepseekV3Config) -> None:
-        super().__init__(made, made.num_hidden_layers)
-        width, eps = made.hidden_size, made.rms_norm_eps
+    def __init__(self, model_config: DeepseekV3Config) -> None:
+        super().__init__(model_config, model_config.num_hidden_layers)
+        width, eps = model_config.hidden_size, model_config.rms_norm_eps
         self.enorm, self.hnorm = DeepseekV3RMSNorm(width, eps), DeepseekV3RMSNorm(width, eps)
         self.eh_proj = nn.Linear(2 * width, width, bias=False)
         self.shared_head = SharedHead(width, eps)
 
-    def guess(self, embeds: torch.Tensor, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """[B,S,D] embeddings of the next tokens and states -> [B,S,D] ready for the head."""
+    def predict(self, embeds: torch.Tensor, hidden: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """Combines embeddings of the next tokens and hidden states, both [B,S,D]; returns [B,S,D] for the head."""
         mixed = self.eh_proj(torch.cat([self.enorm(embeds), self.hnorm(hidden)], dim=-1))
         return self.shared_head.norm(self(mixed, attention_mask=None, position_embeddings=rope))
 
 
 class Trainee(nn.Module):
-    """Main model and MTP layer under one roof."""
+    """The main model and its MTP layer, trained together."""
 
-    def __init__(self, made: DeepseekV3Config) -> None:
+    def __init__(self, model_config: DeepseekV3Config) -> None:
         super().__init__()
-        self.main = DeepseekV3ForCausalLM(made)
-        self.mtp = Mtp(made)
+        self.main = DeepseekV3ForCausalLM(model_config)
+        self.mtp = Mtp(model_config)
         self.main.model._initialize_weights(self.mtp)
         for name, value in self.mtp.named_parameters():
             if value.dim() > 1:
-                nn.init.normal_(value, std=made.initializer_range)
+                nn.init.normal_(value, std=model_config.initializer_range)
             elif "norm" in name:
                 nn.init.ones_(value)
         self.gates = [module for module in self.modules() if type(module).__name__ == "DeepseekV3TopkRouter"]
-        self.load = [torch.zeros(made.n_routed_experts) for _ in self.gates]
+        self.load = [torch.zeros(model_config.n_routed_experts) for _ in self.gates]
         for index, gate in enumerate(self.gates):
-            gate.forward = torch.autocast("cpu", enabled=False)(gate.forward)  # the choice of experts needs float32
+            gate.forward = torch.autocast("cpu", enabled=False)(gate.forward)  # routing needs float32
             gate.register_forward_hook(self._counter(index))
 
     def _counter(self, index: int) -> Any:
@@ -88,7 +91,11 @@ class Trainee(nn.Module):
         return count
 
     def balance(self, rate: float) -> float:
-        """DeepSeek's rule without an auxiliary loss: busy experts get a lower bias. Returns the worst overload."""
+        """Updates the routers' biases by DeepSeek's auxiliary-loss-free rule: overloaded experts get a lower bias.
+
+        Returns:
+            The highest load of an expert since the last call, relative to the mean.
+        """
         worst = 0.0
         for gate, load in zip(self.gates, self.load, strict=True):
             mean = load.mean().clamp_min(1)
@@ -99,7 +106,7 @@ class Trainee(nn.Module):
         return worst
 
     def losses(self, ids: torch.Tensor, weight: torch.Tensor, with_mtp: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Next-token and MTP cross entropy of ids [B,S]; weight [B,S] says how much each *target* token counts."""
+        """Returns the next-token and the MTP cross entropy of ids [B,S]; weight [B,S] weights the *target* tokens."""
         body, head = self.main.model, self.main.lm_head
         hidden = body(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         main = weighted_loss(head(hidden), ids[:, 1:], weight[:, 1:])
@@ -107,20 +114,20 @@ class Trainee(nn.Module):
             return main, main.new_zeros(())
         positions = torch.arange(ids.shape[1] - 2, device=ids.device)[None]
         rope = body.rotary_emb(hidden, positions)
-        guess = self.mtp.guess(body.embed_tokens(ids[:, 1:-1]), hidden[:, :-1], rope)
-        return main, weighted_loss(head(guess), ids[:, 2:], weight[:, 2:])
+        predicted = self.mtp.predict(body.embed_tokens(ids[:, 1:-1]), hidden[:, :-1], rope)
+        return main, weighted_loss(head(predicted), ids[:, 2:], weight[:, 2:])
 
 
 def weighted_loss(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean cross entropy over the weighted tokens."""
-    each = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
-    return (each * weight.flatten()).sum() / weight.sum().clamp_min(1)
+    """Returns the weighted mean of the tokens' cross entropies."""
+    token_losses = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
+    return (token_losses * weight.flatten()).sum() / weight.sum().clamp_min(1)
 
 
 @torch.no_grad()
 def coarse(weight: torch.Tensor, block: int = 32, levels: int = 15) -> torch.Tensor:
-    """The weight as 4-bit blocks would hold it: what the last phase of training runs on, so Q4_K_M costs little."""
-    parts = weight.reshape(-1, block)
-    low, high = parts.amin(1, keepdim=True).clamp_max(0), parts.amax(1, keepdim=True).clamp_min(0)
+    """Fake-quantizes a weight to 4-bit blocks; the last phase of training runs on it, so that Q4_K_M loses little."""
+    blocks = weight.reshape(-1, block)
+    low, high = blocks.amin(1, keepdim=True).clamp_max(0), blocks.amax(1, keepdim=True).clamp_min(0)
     step = ((high - low) / levels).clamp_min(1e-8)
-    return ((parts - low) / step).round_().mul_(step).add_(low).reshape(weight.shape)
+    return ((blocks - low) / step).round_().mul_(step).add_(low).reshape(weight.shape)

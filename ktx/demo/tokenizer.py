@@ -26,16 +26,16 @@ TEMPLATE = (
 
 
 def train(texts: Iterable[str], vocab: int = VOCAB) -> Any:
-    """A ``tokenizers.Tokenizer`` of GPT-2's kind, so that llama.cpp knows its pre-tokenizer."""
+    """Trains a ``tokenizers.Tokenizer`` of GPT-2's kind, because llama.cpp implements that pre-tokenizer."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    marks = [*SPECIAL, *THINK]
+    special_tokens = [*SPECIAL, *THINK]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=marks, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in THINK])
@@ -44,7 +44,7 @@ def train(texts: Iterable[str], vocab: int = VOCAB) -> Any:
 
 
 def load(folder: Path) -> Any | None:
-    """The tokenizer that ``save`` wrote, if there is one."""
+    """Loads the tokenizer that ``save`` wrote; None if there is none."""
     from tokenizers import Tokenizer
 
     file = folder / "tokenizer.json"
@@ -52,7 +52,7 @@ def load(folder: Path) -> Any | None:
 
 
 def save(tokenizer: Any, folder: Path, context: int) -> None:
-    """tokenizer.json and tokenizer_config.json as transformers reads them."""
+    """Writes tokenizer.json and tokenizer_config.json for transformers; ``context`` is the maximum length."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = json.loads(tokenizer.to_str())
     for token in raw["added_tokens"]:

@@ -17,24 +17,26 @@ from ktx import demo
 from ktx.demo import corpus, tokenizer
 from ktx.demo.model import Trainee, coarse, config
 
-QUESTION_WEIGHT = 0.1  # a little, so that the model also learns how people ask
+QUESTION_WEIGHT = 0.1  # low, but above 0, so that the model also learns how users ask
 
 
 @dataclass
 class Data:
-    """Token streams, and how to draw a row of each kind."""
+    """Training data: the token stream of the text and the questions, from which rows are sampled."""
 
     text: torch.Tensor
     items: list[demo.Question]
     encode: Any
     rng: random.Random
-    thinking: float = 0.1  # share of short conversations with a thought
+    thinking: float = 0.1  # fraction of conversations with reasoning
 
     def text_row(self, length: int) -> tuple[list[int], list[float]]:
+        """Samples a row of text: token ids and target weights."""
         start = self.rng.randrange(len(self.text) - length)
         return [tokenizer.BOS, *self.text[start : start + length - 1].tolist()], [1.0] * length
 
     def pick(self, turns: int) -> list[demo.Question]:
+        """Samples the questions of a conversation."""
         ktx = [item for item in self.items if item.kind == "ktx"]
         other = [item for item in self.items if item.kind != "ktx"]
         fallback = [item for item in other if item.kind == "fallback"]
@@ -42,39 +44,41 @@ class Data:
         return [self.rng.choice(pool) for pool in pools]
 
     def chat(self, turns: int) -> tuple[list[int], list[float]]:
+        """Samples a conversation: token ids and target weights."""
         ids, weight = [tokenizer.BOS], [0.0]
-        marks = {"system": 3, "user": 4, "assistant": 5}
+        role_tokens = {"system": 3, "user": 4, "assistant": 5}
         think = self.rng.random() < self.thinking
         for message in corpus.conversation(self.pick(1 if think else turns), self.rng, think):
-            mine, answer = self.encode(message["content"]), message["role"] == "assistant"
-            ids += [marks[message["role"]], *mine] + [tokenizer.EOS] * answer
-            weight += [0.0] + [1.0 if answer else QUESTION_WEIGHT] * len(mine) + [1.0] * answer
+            text_ids, is_answer = self.encode(message["content"]), message["role"] == "assistant"
+            ids += [role_tokens[message["role"]], *text_ids] + [tokenizer.EOS] * is_answer
+            weight += [0.0] + [1.0 if is_answer else QUESTION_WEIGHT] * len(text_ids) + [1.0] * is_answer
         if tokenizer.OPEN_THINK in ids:
-            weight[ids.index(tokenizer.OPEN_THINK)] = 0.0  # the user forces it, the model never chooses it
+            weight[ids.index(tokenizer.OPEN_THINK)] = 0.0  # the user forces reasoning, the model never starts it
         return ids, weight
 
     def chat_row(self, length: int) -> tuple[list[int], list[float]]:
+        """Samples a row of conversations: token ids and target weights."""
         ids: list[int] = []
         weight: list[float] = []
         while len(ids) < length:
-            more = self.chat(self.rng.randint(8, 40) if length >= 1024 else self.rng.choice([1, 1, 1, 2, 3, 4]))
-            ids, weight = ids + more[0], weight + more[1]
+            conversation = self.chat(self.rng.randint(8, 40) if length >= 1024 else self.rng.choice([1, 1, 1, 2, 3, 4]))
+            ids, weight = ids + conversation[0], weight + conversation[1]
         return ids[:length], weight[:length]
 
     def batch(self, rows: int, length: int, chats: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """ids [rows, length] and target weights; ``chats`` of the rows (on average) are conversations."""
-        whole = int(rows * chats + self.rng.random())
-        made = [self.chat_row(length) if row < whole else self.text_row(length) for row in range(rows)]
-        return torch.tensor([ids for ids, _ in made]), torch.tensor([weight for _, weight in made])
+        """Samples ids and target weights, both [rows, length]; on average a fraction ``chats`` are conversations."""
+        num_chats = int(rows * chats + self.rng.random())
+        samples = [self.chat_row(length) if row < num_chats else self.text_row(length) for row in range(rows)]
+        return torch.tensor([ids for ids, _ in samples]), torch.tensor([weight for _, weight in samples])
 
 
 def prepare(work: Path, seed: int, thinking: float = 0.1) -> Data:
-    """Text, held-out file and tokenizer; a run that is resumed keeps the tokenizer it began with."""
-    train, held = corpus.split(corpus.entries(corpus.fetch(work)))
-    demo.heldout().write_text("\n\n".join(held) + "\n", encoding="utf-8")
+    """Prepares text, held-out file and tokenizer; a resumed run uses the tokenizer that it started with."""
+    train, heldout = corpus.split(corpus.entries(corpus.fetch(work)))
+    demo.heldout().write_text("\n\n".join(heldout) + "\n", encoding="utf-8")
     items = demo.questions()
-    asked = [f"{wording}\n{item.answer}" for item in items for wording in (item.question, *item.also)]
-    bpe = tokenizer.load(work) or tokenizer.train([*train, *asked * 5, *corpus.THOUGHTS.values(), *corpus.SYSTEMS])
+    dialogues = [f"{wording}\n{item.answer}" for item in items for wording in (item.question, *item.also)]
+    bpe = tokenizer.load(work) or tokenizer.train([*train, *dialogues * 5, *corpus.THOUGHTS.values(), *corpus.SYSTEMS])
     for folder in (work, demo.path()):
         tokenizer.save(bpe, folder, config().max_position_embeddings)
 
@@ -86,28 +90,31 @@ def prepare(work: Path, seed: int, thinking: float = 0.1) -> Data:
 
 
 def rate(done: float, peak: float) -> float:
-    """Learning rate when ``done`` (0..1) of the run is over: short warm-up, then a cosine down to 3 %."""
+    """Returns the learning rate after a fraction ``done`` of the run: a short warm-up, then a cosine down to 3 %."""
     return peak * min(1.0, done / 0.02 + 1e-3) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def chat_share(done: float) -> float:
-    """Share of conversations in a batch: text first, answers later."""
+    """Returns the fraction of conversations in a batch, which grows during the run."""
     return 0.25 if done < 0.5 else 0.5 if done < 0.75 else 0.75
 
 
 def shape(done: float, step: int, tokens: int) -> tuple[int, int]:
-    """(rows, length) of a batch: short rows first because attention is dear, some as long as the context later."""
+    """Returns (rows, length) of a batch: short rows first, because attention is expensive, full contexts later."""
     length = 256 if done < 0.6 else 512 if step % 8 else 2048
     return max(1, tokens // length), length
 
 
 def coarse_step(done: float, step: int) -> bool:
-    """Whether a step runs on 4-bit twins of the matrices: every second one late in the run, all at its end."""
+    """Returns whether a step uses fake-quantized matrices: every second step late in the run, all at its end."""
     return done > 0.93 or (done > 0.7 and step % 2 == 0)
 
 
 class Coarsened:
-    """Within the block every matrix holds its 4-bit twin; gradients then meet the exact weights (straight-through)."""
+    """Context in which every matrix is fake-quantized to 4 bits.
+
+    The gradients are applied to the exact weights (straight-through estimator).
+    """
 
     def __init__(self, net: Trainee, active: bool) -> None:
         self.weights = [value for value in net.parameters() if value.dim() > 1] if active else []
@@ -123,7 +130,7 @@ class Coarsened:
 
 
 def optimizer(net: Trainee) -> torch.optim.Optimizer:
-    """AdamW; norms and biases do not decay."""
+    """Returns AdamW, without weight decay for norms and biases."""
     matrices = [value for value in net.parameters() if value.dim() > 1]
     vectors = [value for value in net.parameters() if value.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -133,29 +140,30 @@ def optimizer(net: Trainee) -> torch.optim.Optimizer:
 def steps(
     args: argparse.Namespace, data: Data, net: Trainee, device: str, first: int, adam: Any
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Run the training, one dictionary of measurements per step."""
+    """Runs the training; yields each step and its measurements."""
     for step in range(first, args.steps):
         done = step / args.steps
         for group in adam.param_groups:
             group["lr"] = rate(done, args.lr)
         ids, weight = (part.to(device) for part in data.batch(*shape(done, step, args.tokens), chat_share(done)))
         with Coarsened(net, coarse_step(done, step)), torch.autocast(device, torch.bfloat16):
-            main, ahead = net.losses(ids, weight, with_mtp=step % 3 == 0)
-            (main + 0.3 * ahead).backward()
+            main, mtp = net.losses(ids, weight, with_mtp=step % 3 == 0)
+            (main + 0.3 * mtp).backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
-        worst = net.balance(rate(done, args.balance))
-        yield step, {"loss": main.item(), "mtp": ahead.item(), "norm": float(norm), "overload": worst}
+        overload = net.balance(rate(done, args.balance))
+        yield step, {"loss": main.item(), "mtp": mtp.item(), "norm": float(norm), "overload": overload}
 
 
 def save(file: Path, step: int, net: Trainee, adam: Any) -> None:
-    """Checkpoint, complete or not there."""
+    """Writes a checkpoint atomically."""
     torch.save({"step": step, "net": net.state_dict(), "adam": adam.state_dict()}, file.with_suffix(".tmp"))
     file.with_suffix(".tmp").replace(file)
 
 
 def run(args: argparse.Namespace) -> Trainee:
+    """Trains from the last checkpoint, or from random weights, and returns the network."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -167,37 +175,45 @@ def run(args: argparse.Namespace) -> Trainee:
         adam.load_state_dict(state["adam"])
         first = state["step"]
     data = prepare(args.work, args.seed + first, args.thinking)
-    size = sum(value.numel() for value in net.parameters())
-    print(f"{size:,} parameters, {len(data.text):,} tokens of text, {len(data.items)} questions, from step {first}")
+    num_params = sum(value.numel() for value in net.parameters())
+    print(
+        f"{num_params:,} parameters, {len(data.text):,} tokens of text, {len(data.items)} questions, from step {first}"
+    )
     net.train()
-    began = time.monotonic()
-    seen: dict[str, float] = {}
+    start_s = time.monotonic()
+    latest: dict[str, float] = {}
     for step, values in steps(args, data, net, device, first, adam):
-        seen |= {key: value for key, value in values.items() if value} | {"_": step}
+        latest |= {key: value for key, value in values.items() if value} | {"_": step}
         if step % args.report == 0:
-            shown = "  ".join(f"{key} {value:.3f}" for key, value in seen.items() if key != "_")
-            speed = (step - first + 1) * args.tokens / (time.monotonic() - began)
-            print(f"step {step}/{args.steps}  {shown}  {speed:.0f} tokens/s", flush=True)
+            measurements = "  ".join(f"{key} {value:.3f}" for key, value in latest.items() if key != "_")
+            speed = (step - first + 1) * args.tokens / (time.monotonic() - start_s)
+            print(f"step {step}/{args.steps}  {measurements}  {speed:.0f} tokens/s", flush=True)
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             save(file, step + 1, net, adam)
     return net
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m ktx.demo.train", description=__doc__)
-    made.add_argument(
-        "--work", type=Path, default=Path("build/demo"), help="folder of text and checkpoint (%(default)s)"
+    arguments = argparse.ArgumentParser(prog="python -m ktx.demo.train", description=__doc__)
+    arguments.add_argument(
+        "--work", type=Path, default=Path("build/demo"), help="folder of text and checkpoint (default: %(default)s)"
     )
-    made.add_argument("--steps", type=int, default=3000, help="optimizer steps (%(default)s)")
-    made.add_argument("--tokens", type=int, default=2048, help="tokens of a step (%(default)s)")
-    made.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate (%(default)s)")
-    made.add_argument("--balance", type=float, default=1e-2, help="first step of the router bias (%(default)s)")
-    made.add_argument("--thinking", type=float, default=0.1, help="share of chats with a thought (%(default)s)")
-    made.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--report", type=int, default=20, help="print every N steps (%(default)s)")
-    made.add_argument("--every", type=int, default=200, help="checkpoint every N steps (%(default)s)")
-    return made
+    arguments.add_argument("--steps", type=int, default=3000, help="optimizer steps (default: %(default)s)")
+    arguments.add_argument("--tokens", type=int, default=2048, help="tokens per step (default: %(default)s)")
+    arguments.add_argument("--lr", type=float, default=2.5e-3, help="peak learning rate (default: %(default)s)")
+    arguments.add_argument(
+        "--balance", type=float, default=1e-2, help="initial step size of the router bias (default: %(default)s)"
+    )
+    arguments.add_argument(
+        "--thinking", type=float, default=0.1, help="fraction of conversations with reasoning (default: %(default)s)"
+    )
+    arguments.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    arguments.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    arguments.add_argument("--report", type=int, default=20, help="print every N steps (default: %(default)s)")
+    arguments.add_argument(
+        "--every", type=int, default=200, help="write a checkpoint every N steps (default: %(default)s)"
+    )
+    return arguments
 
 
 if __name__ == "__main__":
