@@ -162,17 +162,17 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     cases = [
         ({"push_to_hub": True}, "push_to_hub is not known.*huggingface_hub"),
         ({"max_shard": 3}, "max_shard is not known"),
-        ({"max_shard_size": "5 apples"}, "max_shard_size '5 apples' is no size"),
-        ({"dtype": torch.int8}, "dtype torch.int8 is not written"),
+        ({"max_shard_size": "5 apples"}, "max_shard_size '5 apples' is not a size"),
+        ({"dtype": torch.int8}, "dtype torch.int8 is not supported"),
         ({"safe_serialization": False}, "safetensors"),
-        ({"variant": "../other"}, "variant '../other' is no part"),
-        ({"variant": "../other", "packed": True}, "variant '../other' is no part"),
+        ({"variant": "../other"}, "variant '../other' cannot be part"),
+        ({"variant": "../other", "packed": True}, "variant '../other' cannot be part"),
         ({"dtype": torch.bfloat16, "state_dict": {}}, "dtype is of the model's own weights"),
     ]
     for options, words in cases:
         with pytest.raises(UsageError, match=words):
             mine.save_pretrained(tmp_path / "refused", **options)
-    with pytest.raises(UsageError, match="name is empty"):
+    with pytest.raises(UsageError, match="path of the folder is empty"):
         mine.save_pretrained("")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):

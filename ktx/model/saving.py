@@ -1,4 +1,7 @@
-"""A loaded model written as a checkpoint of floats that transformers and ktx.load read: dequantised a span at a time, straight to its place in a file."""
+"""Saves a loaded model as a float checkpoint for transformers and ktx.load.
+
+Weights are dequantized in pieces, which are written directly to their offsets in the files.
+"""
 
 from __future__ import annotations
 
@@ -30,36 +33,47 @@ def save(
     save_original_format: bool = True,
     progress: bool | ProgressSink = True,
 ) -> None:
-    """Weights, configuration, generation settings, and the tokenizer unless the folder has one.
+    """Writes weights, configuration, generation configuration, and the tokenizer unless the folder has one.
 
-    `dtype` is of the floats that are written (default: what the model computes in), but for those that the family keeps in f32. What is dequantised at once is
-    at most 64 Mi numbers, or one expert's matrix or one of MLA's. UsageError for a module that cannot say its weights in floats, DoesNotFit where the disk
-    has too little space; the folder is then as it was.
+    At most 64 Mi weights are dequantized at once, or one expert's matrix, or one matrix of MLA.
+
+    Args:
+        model: a loaded model.
+        folder: the target folder.
+        dtype: type of the written floats, except for those that the family keeps in f32. Default: the compute type.
+        max_shard_size, variant, save_original_format: as in transformers' save_pretrained.
+        progress: as in ktx.load.
+
+    Raises:
+        UsageError: an argument is invalid, or a module cannot return its weights as floats.
+        DoesNotFit: the disk has too little space; the folder is unchanged.
     """
     dtype = dtype or model.dtype
     if dtype not in WRITABLE:
-        raise UsageError(f"save_pretrained: dtype {dtype} is not written; give one of {', '.join(map(str, WRITABLE))}")
+        raise UsageError(f"save_pretrained: dtype {dtype} is not supported; use one of {', '.join(map(str, WRITABLE))}")
     target, state = Folder.of(folder, max_shard_size, variant), state_of(model)
     for name in left_out(model, state):
         del state[name]
     form: Form = written_form(model) if save_original_format else dict
     own_types = dtype_plan(model, dtype)
-    whole = form(
+    written = form(
         {
-            name: torch.empty(value.shape, dtype=_type(own_types, name, value, dtype), device="meta")
+            name: torch.empty(value.shape, dtype=_written_dtype(own_types, name, value, dtype), device="meta")
             for name, value in state.items()
         }
     )
-    places = {name: Place(tuple(value.shape), value.dtype) for name, value in whole.items()}
+    places = {name: Place(tuple(value.shape), value.dtype) for name, value in written.items()}
     pieces = (
         (name, first * prod(places[name].shape[1:]), values) for name, first, values in _pieces(places, state, form)
     )
-    remedy = "give dtype=torch.bfloat16, packed=True, or another disk"
+    remedy = "use dtype=torch.bfloat16, packed=True, or another disk"
     target.write(model, config_of(model, dtype), places, pieces, lambda names: {"format": "pt"}, remedy, progress)
 
 
-def _type(own_types: dict[str, torch.dtype], name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What a tensor is written as."""
+def _written_dtype(
+    own_types: dict[str, torch.dtype], name: str, value: torch.Tensor, dtype: torch.dtype
+) -> torch.dtype:
+    """Returns the type that a tensor is written in."""
     if not value.is_floating_point():
         return value.dtype
     return next((own for pattern, own in own_types.items() if re.search(pattern, name)), dtype)
@@ -68,52 +82,55 @@ def _type(own_types: dict[str, torch.dtype], name: str, value: torch.Tensor, dty
 def _pieces(
     places: dict[str, Place], state: dict[str, torch.Tensor], form: Form
 ) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """A checkpoint's tensors in pieces: name, index in the first dimension, values."""
-    alone = _alone(places, state, form)
-    if alone is None:  # some are made of several: all at once
+    """Yields a checkpoint's tensors in pieces: name, index in the first dimension, values."""
+    independent = _independent(places, state, form)
+    if independent is None:  # a written tensor combines several parameters: convert all at once
         for name, values in form({name: _values(value) for name, value in state.items()}).items():
             yield name, 0, values
         return
     for name, value in state.items():
-        same, own = alone[name]
+        unchanged_name, written_shapes = independent[name]
         floats = value.floats if isinstance(value, Dequantized) else None
-        if same is not None and floats is not None:
+        if unchanged_name is not None and floats is not None:
             for first, last in floats.spans():
-                yield same, first, floats.read(first, last)
-        elif floats is not None and _by_expert(own, floats):
+                yield unchanged_name, first, floats.read(first, last)
+        elif floats is not None and _by_expert(written_shapes, floats):
             for first, last in floats.spans():
-                for made, values in form({name: floats.read(first, last)}).items():
-                    yield _later(made, first), 0, values
+                for written_name, values in form({name: floats.read(first, last)}).items():
+                    yield _shift_expert(written_name, first), 0, values
         else:
-            for made, values in form({name: _values(value)}).items():
-                yield made, 0, values
+            for written_name, values in form({name: _values(value)}).items():
+                yield written_name, 0, values
 
 
-def _alone(
+def _independent(
     places: dict[str, Place], state: dict[str, torch.Tensor], form: Form
 ) -> dict[str, tuple[str | None, dict[str, tuple[int, ...]]]] | None:
-    """Of each parameter what is made of it: its name where it stays as it is, and all names with their shapes; None where a tensor is made of several."""
-    found = {}
+    """Returns for each parameter its name if it is written unchanged, and the shapes of what it is written as by name.
+
+    Returns None if a written tensor combines several parameters.
+    """
+    result = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name, value in state.items():
-        given = torch.empty(value.shape, device="meta")
-        made = form({name: given})
-        own = {key: tuple(values.shape) for key, values in made.items()}
-        same = next((key for key, values in made.items() if values is given), None)
-        found[name] = same, own
-        shapes |= own
-    return found if shapes == {name: place.shape for name, place in places.items()} else None
+        meta_tensor = torch.empty(value.shape, device="meta")
+        written = form({name: meta_tensor})
+        own_shapes = {key: tuple(values.shape) for key, values in written.items()}
+        unchanged_name = next((key for key, values in written.items() if values is meta_tensor), None)
+        result[name] = unchanged_name, own_shapes
+        shapes |= own_shapes
+    return result if shapes == {name: place.shape for name, place in places.items()} else None
 
 
 def _by_expert(own: dict[str, tuple[int, ...]], floats: Floats) -> bool:
-    """Whether a parameter of all experts becomes tensors of each, by its number."""
+    """Whether a parameter with all experts is written as one tensor per expert, named by its number."""
     numbers = [int(found[2]) for name in own if (found := EXPERT.search(name))]
     return len(numbers) == len(own) and set(numbers) == set(range(floats.shape[0]))
 
 
-def _later(name: str, count: int) -> str:
-    """The name of a tensor of an expert that comes so many after."""
-    return EXPERT.sub(lambda found: f"{found[1]}{int(found[2]) + count}{found[3]}", name)
+def _shift_expert(name: str, count: int) -> str:
+    """Returns a tensor's name with its expert's number increased by `count`."""
+    return EXPERT.sub(lambda match: f"{match[1]}{int(match[2]) + count}{match[3]}", name)
 
 
 def _values(value: torch.Tensor) -> torch.Tensor:

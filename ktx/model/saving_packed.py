@@ -1,4 +1,4 @@
-"""A loaded model written as a checkpoint of packed weights, each in the type that it has in memory, as ktx.weights.packed reads it."""
+"""Saves a loaded model as a checkpoint of packed weights, each in its type in memory, for ktx.weights.packed."""
 
 from __future__ import annotations
 
@@ -33,18 +33,29 @@ def save_packed(
     variant: str | None = None,
     progress: bool | ProgressSink = True,
 ) -> None:
-    """Weights, configuration, generation settings, and the tokenizer unless the folder has one; ktx.load of the folder computes the same bits.
+    """Writes weights, configuration, generation configuration, and the tokenizer unless the folder has one.
 
-    A matrix is written as rows of blocks of its type, some rows at a time; everything else in the floats that it is. UsageError for a module that cannot say
-    its packed weights, and for tensors that a model loaded from there would not have; DoesNotFit where the disk has too little space. The folder is then as it was.
+    A model that ktx.load loads from the folder computes the same bits. A matrix is written as rows of blocks of its
+    type, some rows at a time; all other tensors are written in their float type.
+
+    Args:
+        model: a loaded model.
+        folder: the target folder.
+        max_shard_size, variant: as in transformers' save_pretrained.
+        progress: as in ktx.load.
+
+    Raises:
+        UsageError: a module cannot return its packed weights, or a loaded model would not have some of the tensors.
+        DoesNotFit: the disk has too little space; the folder is unchanged.
     """
     target = Folder.of(folder, max_shard_size, variant)
-    if target.path.is_dir() and (others := ggufs_in(target.path)):
+    if target.path.is_dir() and (ggufs := ggufs_in(target.path)):
         raise UsageError(
-            f"save_pretrained: {target.path} holds {others[0].name}, beside which ktx.load would not know what to load; give another folder"
+            f"save_pretrained: {target.path} holds {ggufs[0].name}, so ktx.load could not tell which weights to load;"
+            " use another folder"
         )
     state = _state(model)
-    _check(model, state)
+    _check_names(model, state)
     stored: dict[str, PackedState] = {}
     plain: dict[str, torch.Tensor] = {}
     for name, value in state.items():
@@ -54,17 +65,17 @@ def save_packed(
             stored |= {part_of(name, i, len(value)): part for i, part in enumerate(value)}
     places = {name: Place(tuple(value.shape), value.dtype) for name, value in plain.items()}
     for name, matrix in stored.items():
-        *before, rows, columns = matrix.shape
-        places[name] = Place((*before, rows, matrix.qtype.row_bytes(columns)), torch.uint8)
+        *leading, rows, columns = matrix.shape
+        places[name] = Place((*leading, rows, matrix.qtype.row_bytes(columns)), torch.uint8)
         if matrix.qtype.name == "F8_E4M3":
-            scales = (*before, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
+            scales = (*leading, -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
             places[scale_of(name)] = Place(scales, torch.float32)
 
     def metadata(names: Iterable[str]) -> dict[str, str]:
         return about({name: stored[name].qtype.name for name in names if name in stored})
 
     config = config_of(model, model.dtype, quantization_config())
-    target.write(model, config, places, _pieces(plain, stored), metadata, "give another disk", progress)
+    target.write(model, config, places, _pieces(plain, stored), metadata, "use another disk", progress)
 
 
 def _pieces(plain: dict[str, torch.Tensor], stored: dict[str, PackedState]) -> Pieces:
@@ -75,48 +86,52 @@ def _pieces(plain: dict[str, torch.Tensor], stored: dict[str, PackedState]) -> P
 
 
 def _rows(name: str, matrix: PackedState) -> Iterator[tuple[str, int, torch.Tensor]]:
-    at, scales = 0, 0
-    for some in matrix.rows():
-        yield name, at, some.data
-        at += some.data.numel()
-        if some.scale is not None:
-            yield scale_of(name), scales, some.scale
-            scales += some.scale.numel()
+    """Yields a matrix in pieces of some rows, with its block scales."""
+    data_offset, scale_offset = 0, 0
+    for rows in matrix.rows():
+        yield name, data_offset, rows.data
+        data_offset += rows.data.numel()
+        if rows.scale is not None:
+            yield scale_of(name), scale_offset, rows.scale
+            scale_offset += rows.scale.numel()
 
 
 def _state(model: Any) -> State:
-    """Packed weights and all other tensors by the names that a model that is loaded asks for."""
+    """Returns packed weights and all other tensors by the names that a loaded model reads."""
     floats = state_of(model)
-    found: State = {name: value for name, value in floats.items() if not isinstance(value, Dequantized)}
+    state: State = {name: value for name, value in floats.items() if not isinstance(value, Dequantized)}
     for path, module in model.named_modules():
         if is_parametrized(module):
             raise UsageError(
-                f"save_pretrained: {path} is parametrized, a file has nothing for that; torch.nn.utils.parametrize.remove_parametrizations puts values in its place"
+                f"save_pretrained: {path} is parametrized, which a file cannot express;"
+                " torch.nn.utils.parametrize.remove_parametrizations replaces the parametrization by its values"
             )
         if isinstance(module, Operator):
             prefix = f"{path}." if path else ""
-            found |= {in_checkpoint(f"{prefix}{name}"): value for name, value in module.packed_state().items()}
+            state |= {in_checkpoint(f"{prefix}{name}"): value for name, value in module.packed_state().items()}
     for name in left_out(model, floats):
-        head = model.get_submodule(name.rpartition(".")[0]) if name in found else None
+        head = model.get_submodule(name.rpartition(".")[0]) if name in state else None
         if not isinstance(head, Tied) or all(part.qtype.is_float for part in head.parts):
-            found.pop(name, None)  # of one that is quantised the embedding, in floats, says too little
-    return found
+            state.pop(name, None)  # kept for a quantized head, whose values the float embedding lacks
+    return state
 
 
-def _check(model: Any, state: State) -> None:
-    """UsageError for tensors that no module would ask for, whatever layer they are of: of adapters, or of modules in another's place."""
-    asked = {_alike(name) for step in model.ktx.plan for name in step.tensors}
-    asked |= {f"{name}{EXPANDED}" for name in asked}
-    asked |= {
-        _alike(name) for pair in dict(getattr(model, "all_tied_weights_keys", None) or {}).items() for name in pair
+def _check_names(model: Any, state: State) -> None:
+    """Raises UsageError for tensors that no module would read in any layer: of adapters, or of replaced modules."""
+    read_names = {_any_layer(name) for step in model.ktx.plan for name in step.tensors}
+    read_names |= {f"{name}{EXPANDED}" for name in read_names}
+    read_names |= {
+        _any_layer(name) for pair in dict(getattr(model, "all_tied_weights_keys", None) or {}).items() for name in pair
     }
-    unknown = [name for name in state if _alike(name) not in asked]
+    unknown = [name for name in state if _any_layer(name) not in read_names]
     if unknown:
         raise UsageError(
-            f"save_pretrained: a model loaded from this configuration has no {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''}; merge adapters first"
-            " (merge_and_unload), and take back modules that were put around others or in their place"
+            "save_pretrained: a model loaded from this configuration has no"
+            f" {', '.join(unknown[:3])}{' ...' if len(unknown) > 3 else ''};"
+            " merge adapters first (merge_and_unload), and undo wrapped or replaced modules"
         )
 
 
-def _alike(name: str) -> str:
+def _any_layer(name: str) -> str:
+    """Returns a name without its layer and expert numbers."""
     return re.sub(r"\.\d+(?=\.)", ".*", name)

@@ -199,10 +199,10 @@ def one_by_one(model):
 
 
 FROZEN = {
-    "nothing": (lambda model: None, "nothing of this model is trained: its weights are packed"),
+    "nothing": (lambda model: None, "no weights of this model are trained: they are packed"),
     "what torch lists": (
         lambda model: [p.requires_grad_(True) for p in model.parameters()],
-        "all parameters that torch lists of the model are trained, the packed weights there are not",
+        "all parameters that torch lists of the model are trained, but their packed weights are not",
     ),
     "transformers' own container": (
         lambda model: model.model.requires_grad_(True),
@@ -272,7 +272,7 @@ def test_checkpointing_without_anything_to_train_is_told(tmp_path):
     mine.enable_input_require_grads()
     mine.train()
     mine(input_ids=PROMPT, labels=PROMPT, use_cache=False).loss.backward()
-    assert len(said(mine)) == 1 and "nothing of this model is trained" in said(mine)[0]
+    assert len(said(mine)) == 1 and "no weights of this model are trained" in said(mine)[0]
 
 
 def test_what_peft_counts_is_told(tmp_path):
@@ -281,8 +281,8 @@ def test_what_peft_counts_is_told(tmp_path):
     (theirs, everything), (ours, listed) = (model.get_nb_trainable_parameters() for model in made)
     assert ours == theirs and made[1].num_parameters() == everything
     assert said(mine) == [
-        f"{everything - listed:,} packed numbers are not among torch's parameters: PEFT's print_trainable_parameters() leaves them out of all params,"
-        " model.num_parameters() counts them"
+        f"{everything - listed:,} packed weights are not among torch's parameters: PEFT's print_trainable_parameters() leaves them out"
+        " of all params, model.num_parameters() counts them"
     ]
     made[1].train()
     made[1](input_ids=PROMPT, labels=PROMPT, use_cache=False).loss.backward()
@@ -463,7 +463,7 @@ def test_an_optimiser_of_frozen_parameters(tmp_path):
     with pytest.raises(RuntimeError, match="does not require grad"):
         mine(input_ids=PROMPT, labels=PROMPT).loss.backward()
     steps.step()
-    assert "nothing of this model is trained" in said(mine)[0]
+    assert "no weights of this model are trained" in said(mine)[0]
     assert torch.equal(computed(mine.eval()), before)
     assert any(isinstance(module, Experts) for module in mine.modules()) and type(mine.lm_head) is Linear
 
