@@ -1,4 +1,7 @@
-"""Ollama's /api: chat, generate, tags, show, ps, version. Durations are nanoseconds, streams are lines of JSON, and streaming is the default."""
+"""Ollama's /api routes: chat, generate, tags, show, ps, version.
+
+Durations are in nanoseconds, streams are lines of JSON, and streaming is the default.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +36,16 @@ from ktx.server.protocol.openai import Format
 from ktx.server.state import ServerState
 from ktx.server.worker_threads import RENDER_THREADS, RENDER_TIMEOUT_S, run_with_timeout
 
-VERSION = "0.13.0"  # of Ollama's API that these routes follow
+VERSION = "0.13.0"  # version of Ollama whose API these routes implement
 
 
-def _settings(fields: OllamaShared) -> tuple[dict[str, Any], int | None]:
-    given = fields.options.model_dump(exclude_none=True) if fields.options else {}
-    limit = given.pop("num_predict", fields.max_tokens)
-    if "repeat_penalty" in given:
-        given["repetition_penalty"] = given.pop("repeat_penalty")
-    return given, limit if limit is not None and limit > 0 else None
+def _sampling(fields: OllamaShared) -> tuple[dict[str, Any], int | None]:
+    """Returns the sampling parameters under OpenAI's names, and the max number of new tokens (None: no limit)."""
+    params = fields.options.model_dump(exclude_none=True) if fields.options else {}
+    limit = params.pop("num_predict", fields.max_tokens)
+    if "repeat_penalty" in params:
+        params["repetition_penalty"] = params.pop("repeat_penalty")
+    return params, limit if limit is not None and limit > 0 else None
 
 
 def _format(fields: OllamaShared) -> Format | None:
@@ -52,15 +56,21 @@ def _format(fields: OllamaShared) -> Format | None:
     return Format.model_validate({"type": "json_schema", "json_schema": {"schema": fields.format}})
 
 
-def _logprobs(fields: OllamaShared) -> int | None:
+def _num_logprobs(fields: OllamaShared) -> int | None:
     return (fields.top_logprobs or 0) if fields.logprobs else None
 
 
-def _loaded(fields: OllamaShared, piece: dict[str, Any]) -> Response:
-    """The answer to an empty request, which is how its clients load a model, and unload one with keep_alive 0. Problem 400 for that."""
+def _load_response(fields: OllamaShared, delta_fields: dict[str, Any]) -> Response:
+    """Answers a request without a prompt, with which clients load a model, or unload it with keep_alive 0.
+
+    Raises:
+        APIError: 400, keep_alive is 0.
+    """
     if re.fullmatch(r"0+(\.0+)?[a-z]*", str(fields.keep_alive)):
-        raise APIError(400, "keep_alive: this server keeps its model as long as it runs")
-    return JSONResponse({"model": fields.model, "created_at": _now(), **piece, "done": True, "done_reason": "load"})
+        raise APIError(400, "keep_alive: this server cannot unload its model; it stays loaded until the server stops")
+    return JSONResponse(
+        {"model": fields.model, "created_at": _now(), **delta_fields, "done": True, "done_reason": "load"}
+    )
 
 
 def _now() -> str:
@@ -68,151 +78,184 @@ def _now() -> str:
 
 
 async def chat(state: ServerState, fields: OllamaChat, request: Request) -> Response:
+    """Answers /api/chat."""
     name = state.resolve_model(fields.model)
     state.require_ready()
     if not fields.messages:
-        return _loaded(fields, {"message": {"role": "assistant", "content": ""}})
+        return _load_response(fields, {"message": {"role": "assistant", "content": ""}})
     messages = []
     for message in fields.messages:
-        told = message.model_dump(exclude_none=True)
-        if "thinking" in told:
-            told["reasoning_content"] = told.pop("thinking")
-        if "tool_name" in told:
-            told["name"] = told.pop("tool_name")
-        for call in told.get("tool_calls", ()):
+        converted = message.model_dump(exclude_none=True)
+        if "thinking" in converted:
+            converted["reasoning_content"] = converted.pop("thinking")
+        if "tool_name" in converted:
+            converted["name"] = converted.pop("tool_name")
+        for call in converted.get("tool_calls", ()):
             call["type"] = "function"
             call["function"]["arguments"] = json.dumps(call["function"].get("arguments") or {}, ensure_ascii=False)
-        messages.append(told)
-    given, limit = _settings(fields)
+        messages.append(converted)
+    params, limit = _sampling(fields)
     tools = [tool.model_dump(exclude_none=True) for tool in fields.tools or ()]
-    words = {"reasoning_effort": fields.think} if isinstance(fields.think, str) else {}
-    talk = ChatInput(
+    template_kwargs = {"reasoning_effort": fields.think} if isinstance(fields.think, str) else {}
+    chat_input = ChatInput(
         messages,
         tools,
-        template_kwargs=words,
+        template_kwargs=template_kwargs,
         response_format=_format(fields),
         thinking=None if fields.think is None else bool(fields.think),
         continue_final_message=fields.messages[-1].role == "assistant",
     )
-    ask = await build_engine_input(state, talk, build_sampling_params(state, given, limit, logprobs=_logprobs(fields)))
+    engine_input = await build_engine_input(
+        state, chat_input, build_sampling_params(state, params, limit, logprobs=_num_logprobs(fields))
+    )
 
-    def piece(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
-        told: dict[str, Any] = {"role": "assistant", "content": text if kind == "answer" else ""}
+    def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text if kind == "answer" else ""}
         if kind == "think":
-            told["thinking"] = text
+            message["thinking"] = text
         if calls:
-            told["tool_calls"] = [
+            message["tool_calls"] = [
                 {
                     "id": call.id,
                     "function": {"index": call.index, "name": call.name, "arguments": call.parsed_arguments()},
                 }
                 for call in calls
             ]
-        return {"message": told}
+        return {"message": message}
 
-    return await _answer(state, ask, fields, name, piece, request, fields.think is not False)
+    return await _answer(state, engine_input, fields, name, format_delta, request, fields.think is not False)
 
 
 async def generate(state: ServerState, fields: OllamaGenerate, request: Request) -> Response:
+    """Answers /api/generate; with `raw` the prompt is not rendered by the chat template."""
     name = state.resolve_model(fields.model)
     engine, _, _ = state.require_ready()
     if not fields.prompt:
-        return _loaded(fields, {"response": ""})
-    given, limit = _settings(fields)
-    sampling = build_sampling_params(state, given, limit, logprobs=_logprobs(fields))
+        return _load_response(fields, {"response": ""})
+    params, limit = _sampling(fields)
+    sampling = build_sampling_params(state, params, limit, logprobs=_num_logprobs(fields))
     if fields.raw:
         ids = await run_with_timeout(
             RENDER_TIMEOUT_S, RENDER_THREADS, "the prompt", lambda: list(engine.tokenizer(fields.prompt)["input_ids"])
         )
-        ask = EngineInput(RenderedPrompt(fields.prompt, ids, False), sampling, await build_grammar(_format(fields)))
+        engine_input = EngineInput(
+            RenderedPrompt(fields.prompt, ids, False), sampling, await build_grammar(_format(fields))
+        )
     else:
         messages = [{"role": "system", "content": fields.system}] if fields.system else []
-        think = None if fields.think is None else bool(fields.think)
-        ask = await build_engine_input(
+        thinking = None if fields.think is None else bool(fields.think)
+        engine_input = await build_engine_input(
             state,
             ChatInput(
-                [*messages, {"role": "user", "content": fields.prompt}], response_format=_format(fields), thinking=think
+                [*messages, {"role": "user", "content": fields.prompt}],
+                response_format=_format(fields),
+                thinking=thinking,
             ),
             sampling,
         )
 
-    def piece(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
+    def format_delta(kind: str, text: str, calls: list[ToolCallDelta]) -> dict[str, Any]:
         return {"response": text if kind == "answer" else "", **({"thinking": text} if kind == "think" else {})}
 
-    return await _answer(state, ask, fields, name, piece, request, fields.think is not False)
+    return await _answer(state, engine_input, fields, name, format_delta, request, fields.think is not False)
 
 
-Piece = Callable[[str, str, list[ToolCallDelta]], dict[str, Any]]
+# (kind of the text: "answer" or "think", text, tool calls) -> fields of the response
+DeltaFormatter = Callable[[str, str, list[ToolCallDelta]], dict[str, Any]]
 
 
 async def _answer(
-    state: ServerState, ask: EngineInput, fields: OllamaShared, name: str, piece: Piece, request: Request, thinks: bool
+    state: ServerState,
+    engine_input: EngineInput,
+    fields: OllamaShared,
+    name: str,
+    format_delta: DeltaFormatter,
+    request: Request,
+    include_thinking: bool,
 ) -> Response:
-    check_context_length(state, ask.rendered.ids, 1)
-    chorus = await submit(state, [ask], name)
-    turn = OutputParser(ask.parser(state))
-    tokens = LogprobFormatter(chorus.engine.tokenizer) if fields.logprobs else None
+    check_context_length(state, engine_input.rendered.ids, 1)
+    group = await submit(state, [engine_input], name)
+    parser = OutputParser(engine_input.parser(state))
+    formatter = LogprobFormatter(group.engine.tokenizer) if fields.logprobs else None
     if fields.stream is False:
-        return await streaming.json_response(chorus, _whole(chorus, turn, name, piece, thinks, tokens))
-    return streaming.ndjson_response(_stream(chorus, turn, name, piece, thinks, tokens), chorus)
+        return await streaming.json_response(
+            group, _complete(group, parser, name, format_delta, include_thinking, formatter)
+        )
+    return streaming.ndjson_response(_stream(group, parser, name, format_delta, include_thinking, formatter), group)
 
 
-def _told(tokens: LogprobFormatter | None, choices: list[SampledToken]) -> dict[str, Any]:
-    return {"logprobs": tokens.content(choices)["content"]} if tokens and choices else {}
+def _logprob_fields(formatter: LogprobFormatter | None, choices: list[SampledToken]) -> dict[str, Any]:
+    return {"logprobs": formatter.content(choices)["content"]} if formatter and choices else {}
 
 
-def _done(told: Finish, prompt: int) -> dict[str, Any]:
-    usage = told.finished.usage
+def _finish_fields(finish: Finish, num_prompt_tokens: int) -> dict[str, Any]:
+    usage = finish.finished.usage
     return {
         "done": True,
-        "done_reason": "length" if told.reason == "length" else "stop",
+        "done_reason": "length" if finish.reason == "length" else "stop",
         "total_duration": int(usage.seconds * 1e9),
         "load_duration": 0,
-        "prompt_eval_count": prompt,
+        "prompt_eval_count": num_prompt_tokens,
         "prompt_eval_duration": int((usage.first_token_seconds - usage.queued_seconds) * 1e9),
         "eval_count": usage.answer,
         "eval_duration": int((usage.seconds - usage.first_token_seconds) * 1e9),
     }
 
 
-async def _whole(
-    chorus: RequestGroup, turn: OutputParser, name: str, piece: Piece, thinks: bool, tokens: LogprobFormatter | None
+async def _complete(
+    group: RequestGroup,
+    parser: OutputParser,
+    name: str,
+    format_delta: DeltaFormatter,
+    include_thinking: bool,
+    formatter: LogprobFormatter | None,
 ) -> dict[str, Any]:
-    async for _, event in chorus:
-        for told in turn.feed(event):
-            if isinstance(told, Finish):
-                streaming.raise_for_finish(told.finished)
-    assert turn.end is not None
-    body = piece("answer", turn.texts["answer"], turn.calls)
-    if turn.texts["think"] and thinks:
-        body.get("message", body)["thinking"] = turn.texts["think"]
-    done = _done(turn.end, len(chorus.requests[0].prompt))
-    return {"model": name, "created_at": _now(), **body, **_told(tokens, turn.token_log), **done}
+    async for _, event in group:
+        for delta in parser.feed(event):
+            if isinstance(delta, Finish):
+                streaming.raise_for_finish(delta.finished)
+    assert parser.end is not None
+    body = format_delta("answer", parser.texts["answer"], parser.calls)
+    if parser.texts["think"] and include_thinking:
+        body.get("message", body)["thinking"] = parser.texts["think"]
+    done = _finish_fields(parser.end, len(group.requests[0].prompt))
+    return {"model": name, "created_at": _now(), **body, **_logprob_fields(formatter, parser.token_log), **done}
 
 
 async def _stream(
-    chorus: RequestGroup, turn: OutputParser, name: str, piece: Piece, thinks: bool, tokens: LogprobFormatter | None
+    group: RequestGroup,
+    parser: OutputParser,
+    name: str,
+    format_delta: DeltaFormatter,
+    include_thinking: bool,
+    formatter: LogprobFormatter | None,
 ) -> AsyncIterator[dict[str, Any]]:
-    async for _, event in chorus:
-        for told in turn.feed(event):
-            head, more = {"model": name, "created_at": _now()}, _told(tokens, told.choices)
-            if isinstance(told, TextDelta):
-                if told.kind == "answer" or thinks:
-                    yield {**head, **piece(told.kind, told.text, []), **more, "done": False}
-            elif isinstance(told, ToolCallDelta):
-                yield {**head, **piece("answer", "", [told]), **more, "done": False}
+    async for _, event in group:
+        for delta in parser.feed(event):
+            base, logprobs = {"model": name, "created_at": _now()}, _logprob_fields(formatter, delta.choices)
+            if isinstance(delta, TextDelta):
+                if delta.kind == "answer" or include_thinking:
+                    yield {**base, **format_delta(delta.kind, delta.text, []), **logprobs, "done": False}
+            elif isinstance(delta, ToolCallDelta):
+                yield {**base, **format_delta("answer", "", [delta]), **logprobs, "done": False}
             else:
-                streaming.raise_for_finish(told.finished)
-                yield {**head, **piece("answer", "", []), **more, **_done(told, len(chorus.requests[0].prompt))}
+                streaming.raise_for_finish(delta.finished)
+                yield {
+                    **base,
+                    **format_delta("answer", "", []),
+                    **logprobs,
+                    **_finish_fields(delta, len(group.requests[0].prompt)),
+                }
 
 
 def details(state: ServerState, name: str) -> dict[str, Any]:
+    """Returns size, digest and details of a model or adapter."""
     engine, _, _ = state.require_ready()
     adapter = state.adapter_of(name)
     config = engine.model.config
-    held = getattr(getattr(engine.model, "ktx", None), "nbytes", 0)
+    nbytes = getattr(getattr(engine.model, "ktx", None), "nbytes", 0)
     return {
-        "size": held,
+        "size": nbytes,
         "digest": hashlib.sha256("\0".join((state.models[0], *adapter)).encode()).hexdigest(),
         "details": {
             "parent_model": state.models[0] if adapter else "",
@@ -226,6 +269,7 @@ def details(state: ServerState, name: str) -> dict[str, Any]:
 
 
 def tags(state: ServerState) -> dict[str, Any]:
+    """Lists the models, for /api/tags."""
     state.require_ready()
     return {
         "models": [
@@ -241,20 +285,23 @@ def tags(state: ServerState) -> dict[str, Any]:
 
 
 def ps(state: ServerState) -> dict[str, Any]:
+    """Lists the loaded models, for /api/ps."""
     engine, _, _ = state.require_ready()
-    more = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": engine.context}
+    extra = {"expires_at": "2318-01-01T00:00:00Z", "size_vram": 0, "context_length": engine.context}
     return {
         "models": [
-            {"name": f"{name}{LATEST_TAG}", "model": f"{name}{LATEST_TAG}", **details(state, name), **more} for name in state.names
+            {"name": f"{name}{LATEST_TAG}", "model": f"{name}{LATEST_TAG}", **details(state, name), **extra}
+            for name in state.names
         ]
     }
 
 
 def show(state: ServerState, fields: OllamaShow) -> dict[str, Any]:
+    """Describes a model, for /api/show."""
     name = state.resolve_model(fields.model or fields.name or "")
     engine, prompts, _ = state.require_ready()
-    kind = engine.model.config.model_type
-    can = (
+    model_type = engine.model.config.model_type
+    capabilities = (
         ["completion"]
         + (["tools"] if prompts.dialect.format else [])
         + (["thinking"] if prompts.dialect.think[0] else [])
@@ -265,10 +312,10 @@ def show(state: ServerState, fields: OllamaShow) -> dict[str, Any]:
         "template": prompts.template or "",
         "details": details(state, name)["details"],
         "model_info": {
-            "general.architecture": kind,
+            "general.architecture": model_type,
             "general.basename": name.removesuffix(LATEST_TAG),
-            f"{kind}.context_length": engine.context,
+            f"{model_type}.context_length": engine.context,
         },
-        "capabilities": can,
+        "capabilities": capabilities,
         "modified_at": state.created_iso,
     }
