@@ -88,7 +88,7 @@ def linear_lines(qtype: QType, tokens: tuple[int, ...], repeat: int, copied: flo
         x = torch.randn(count, COLUMNS, device="cuda", dtype=torch.bfloat16)
         some = copies if count <= 64 else copies[:4]
         taken = microseconds([lambda w=w, x=x: linear.linear(x, w) for w in some], repeat)  # type: ignore[misc]
-        in_fp8 = count > linear.MAX_GEMM_TOKENS and fp8.takes(x, packed)
+        in_fp8 = count > linear.MAX_GEMM_TOKENS and fp8.supports(x, packed)
         yield line("linear", qtype, count, taken, packed.nbytes, 2 * count * ROWS * COLUMNS, copied) | {
             "error": relative(linear.linear(x, packed), x.double() @ exact.T),
             "bound": BOUND_FP8 if in_fp8 else BOUND,
@@ -114,7 +114,7 @@ def experts_lines(qtype: QType, tokens: tuple[int, ...], repeat: int, copied: fl
         wide = x.double()
         inner = reference.activate(wide @ values[0].T, wide @ values[1].T, "silu")
         exact = inner @ values[2].T * weights.double().sum(1, keepdim=True)  # all experts are one
-        read = nbytes * (count * TOP if count * TOP <= moe.FEW_PAIRS else ids.unique().numel())
+        read = nbytes * (count * TOP if count * TOP <= moe.MAX_GEMV_PAIRS else ids.unique().numel())
         yield line("experts", qtype, count, taken, read, 6 * count * TOP * WIDTH * HIDDEN, copied) | {
             "error": relative(moe.experts(x, ids, weights, gate, up, down), exact),
             "bound": BOUND_EXPERTS,

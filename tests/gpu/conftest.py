@@ -24,6 +24,6 @@ def _wide_tiles():
     """Triton's interpreter needs as long for a small tile as for a wide one. What the tiles of a GPU compute is for tests/kernels."""
     with pytest.MonkeyPatch.context() as patch:
         if quant_matmul.INTERPRETED.value:
-            patch.setattr(quant_matmul, "FEW_WEIGHTS", 1 << 17)
-            patch.setattr(quant_matmul, "MANY_ROWS", 256)
+            patch.setattr(quant_matmul, "GEMV_WEIGHTS", 1 << 17)
+            patch.setattr(quant_matmul, "GEMM_ROWS", 256)
         yield

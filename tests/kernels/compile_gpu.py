@@ -86,7 +86,7 @@ def main() -> None:
                 **decoding(one),
             )
             print(json.dumps({"kernel": "linear", "type": name, "tokens": tokens} | found), flush=True)
-            pairs = moe.FEW_PAIRS * (1 if tokens == 1 else 16)
+            pairs = moe.MAX_GEMV_PAIRS * (1 if tokens == 1 else 16)
             ids = torch.zeros(1, dtype=torch.int64)
             head = x, x, (ids,) * 4, ids, 0, EXPERTS
             part = some.planes, book(some), None

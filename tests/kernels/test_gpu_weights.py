@@ -135,7 +135,7 @@ def test_columns_split_among_programs(name, monkeypatch):
         x = torch.randn(tokens, 2560)
         found = []
         for programs in (1, 256):
-            monkeypatch.setattr(quant_matmul, "PROGRAMS", programs)
+            monkeypatch.setattr(quant_matmul, "MIN_PROGRAMS", programs)
             found.append(linear.linear(x.to(DEVICE), packed, bias.to(DEVICE)).cpu())
             assert relative(found[-1], exact_linear(x, weight) + bias.double()) < SUMS
         assert not torch.equal(*found)  # sums of another order: they were split
@@ -185,7 +185,7 @@ def test_weights_are_quantised_on_the_way(name):
 @pytest.fixture
 def few_pairs(monkeypatch):
     """Fewer go one by one, so that small tests meet both ways."""
-    monkeypatch.setattr(moe, "FEW_PAIRS", 6)
+    monkeypatch.setattr(moe, "MAX_GEMV_PAIRS", 6)
 
 
 MIXTURES = [("Q4_K", "Q4_K", "Q5_0"), ("IQ2_XXS", "Q6_K", "IQ4_NL"), ("F8_E4M3",) * 3, ("BF16", "INT4_64", "F16")]
@@ -250,7 +250,7 @@ def test_experts_in_half_precision_and_all_tokens_on_one(tokens, few_pairs):
 def test_groups_of_pairs_cover_each_pair_once():
     for top, experts, size in ((1, 1, 16), (3, 7, 16), (8, 64, 32)):
         ids = torch.randint(-1, experts + 1, (90, top))
-        (pairs, expert, first, end), groups = moe.grouped(ids, 0, experts, size)
+        (pairs, expert, first, end), groups = moe.group_pairs(ids, 0, experts, size)
         seen = []
         for group in range(groups):
             e = int(expert[group])
@@ -384,7 +384,7 @@ def test_a_cuda_graph_holds_a_layer(tokens):
 def test_fp8_by_blocks_in_cublas():
     weight = sample("F8_E4M3", 1536, 7168 - 128)
     packed, x = pack(weight, device="cuda"), torch.randn(200, 7168 - 128, device="cuda").bfloat16()
-    if not fp8.takes(x, packed):
+    if not fp8.supports(x, packed):
         pytest.skip(f"{torch.cuda.get_device_name()} and CUDA {torch.version.cuda} multiply no blocks of FP8")
     exact = x.double() @ weight.dequantize().cuda().double().T
     assert relative(fp8.linear(x, packed), exact) < 4e-2

@@ -1,6 +1,4 @@
-"""Dequantization on a GPU: the decoder table, whole matrices (for cuBLAS in prefill) and single rows (for an
-embedding).
-"""
+"""Dequantization on a GPU: decoder table, whole matrices (for cuBLAS in prefill), rows (for an embedding)."""
 
 from __future__ import annotations
 

@@ -1,13 +1,19 @@
-"""What the bytes of a packed row mean on a GPU: a device function for each weight type, on the planes of planes.py.
+"""Device functions that decode each weight type on a GPU, on the planes of soa_layout.py.
 
-A decoder takes `first` (a column, multiple of SPAN), SPAN columns (a power of two, multiple of the block and of 16) and rows, and gives
-    codes f32 [rows, SPAN], scale f32 [rows, SPAN / 16], minimum f32 [rows, SPAN / 16]
-so that a weight is code * scale - minimum, 16 columns sharing the latter two: products are summed up before they are scaled. An offset of all
-codes (the 8 of Q4_0) is a minimum too. Types without one give their scale in its place (dequant.py tells which). Past the end of a row all are zero.
+A decoder decodes rows from the column `first` on (a multiple of SPAN), SPAN columns (a power of two, and a multiple of
+the block and of 16), and returns codes f32 [rows, SPAN], scale f32 [rows, SPAN / 16] and minimum f32 [rows, SPAN /
+16].
 
-`row` int64 [rows] counts the rows of all matrices, `block_row` their rows of 128 x 128 scales (F8_E4M3); `blocks` are a row's. `book` is a code book.
-With RAW the types that have a `run` in dequant.py give codes as they stand in their word, see streams.raw_nibbles; others take no notice.
-Formats: ggml-quants.c of llama.cpp by way of gguf-py, own ones ktx.quant.types. The types with large code books are in code_books.py.
+A weight is code * scale - minimum. Scale and minimum are shared by 16 columns, so products are summed before they are
+scaled. An offset of all codes (the 8 of Q4_0) is a minimum too. Types without a minimum return their scale in its
+place (`dequant.Decoder.minimum` is False). Past the end of a row everything is zero.
+
+`row` int64 [rows] counts the rows of all matrices, `block_row` their rows of 128 x 128 scales (F8_E4M3); `blocks` is
+the number of blocks of a row; `book` is the codebook. With RAW, the types with a `run` in dequant.py return codes in
+the bit position of their word, see bit_unpack.raw_nibbles; others ignore it.
+
+Formats: ggml-quants.c of llama.cpp by way of gguf-py; ktx.quant.types for ktx's own types. dequant_iq.py has the types
+with large codebooks.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from ktx.kernels.gpu.bit_unpack import (
 
 @triton.jit
 def floats(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """F32, F16 and BF16."""
     codes = stream(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.float32)
     ones = tl.full([codes.shape[0], SPAN // 16], 1.0, tl.float32)
     return codes, ones, ones
@@ -37,16 +44,20 @@ def floats(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 @triton.jit
 def f8_e4m3(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """By arithmetic, because cards before 8.9 convert no FP8: the seven bits are the upper ones of an f32 that is 2^120 times too small."""
-    byte = stream(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.int32)
-    codes = (((byte & 128) << 24) | ((byte & 127) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    codes = tl.where((byte & 127) == 127, float("nan"), codes)
+    """F8_E4M3, by arithmetic because GPUs before compute capability 8.9 cannot convert FP8.
+
+    The seven bits are the upper ones of an f32 that is too small by a factor of 2^120.
+    """
+    bits = stream(planes[0], row, first + tl.arange(0, SPAN), blocks).to(tl.int32)
+    codes = (((bits & 128) << 24) | ((bits & 127) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    codes = tl.where((bits & 127) == 127, float("nan"), codes)
     scale = stream(planes[1], block_row, first // 128 + tl.arange(0, SPAN // 16) // 8, tl.cdiv(blocks, 128))
     return codes, scale, scale
 
 
 @triton.jit
 def eight_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """Q8_0 and INT8_128."""
     codes = stream(planes[0], row, first + tl.arange(0, SPAN), blocks * BLOCK).to(tl.float32)
     scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale
@@ -54,6 +65,7 @@ def eight_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr,
 
 @triton.jit
 def four_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """Q4_0, INT4_64 and INT4_128."""
     codes = nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
     scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale * 8
@@ -61,62 +73,65 @@ def four_bits(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, 
 
 @triton.jit
 def q4_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """Q4_1: a scale and a minimum per block."""
     codes = nibble_codes(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4, RAW)
-    scale, least = two_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
-    return codes, scale, -least
+    scale, minimum = two_per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
+    return codes, scale, -minimum
 
 
 @triton.jit
 def five_bits(planes, row, start, blocks, SPAN: tl.constexpr):
-    """The codes of Q5_0 and Q5_1: bit c of a block's word is column c's fifth."""
-    at = tl.arange(0, SPAN // 8)
-    words = stream(planes[0], row, start * 4 + at, blocks * 4)
-    high = stream(planes[1], row, start + at // 4, blocks) >> (at % 4 * 4)[None, :]
-    place = tl.arange(0, 8)
-    codes = (spread(words, place * 4) & 15) | ((spread(high, place // 2 + place % 2 * 16) & 1) << 4)
+    """Loads the codes of Q5_0 and Q5_1: bit c of a block's word of high bits is the fifth bit of column c."""
+    word = tl.arange(0, SPAN // 8)
+    words = stream(planes[0], row, start * 4 + word, blocks * 4)
+    high = stream(planes[1], row, start + word // 4, blocks) >> (word % 4 * 4)[None, :]
+    code = tl.arange(0, 8)
+    codes = (spread(words, code * 4) & 15) | ((spread(high, code // 2 + code % 2 * 16) & 1) << 4)
     return in_order(codes, 4).to(tl.float32)
 
 
 @triton.jit
 def q5_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """Q5_0: 16 is the offset of all codes."""
     scale = per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN)
     return five_bits(planes, row, first // BLOCK, blocks, SPAN), scale, scale * 16
 
 
 @triton.jit
 def q5_1(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    scale, least = two_per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
-    return five_bits(planes, row, first // BLOCK, blocks, SPAN), scale, -least
+    """Q5_1: a scale and a minimum per block."""
+    scale, minimum = two_per_block(planes[2], row, first // BLOCK, blocks, BLOCK, SPAN, 16)
+    return five_bits(planes, row, first // BLOCK, blocks, SPAN), scale, -minimum
 
 
 @triton.jit
 def two_bits(plane, row, start, blocks, SPAN: tl.constexpr):
-    """The codes of Q2_K, Q3_K and TQ2_0, int32 [rows, W, 16] not yet in order."""
+    """Loads the codes of Q2_K, Q3_K and TQ2_0, int32 [rows, W, 16], not yet ordered by column."""
     words = stream(plane, row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16)
     return spread(words, tl.arange(0, 16) * 2) & 3
 
 
 @triton.jit
 def q2_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """Q2_K: four bits of scale and of minimum per 16 columns."""
     start = first // BLOCK
     codes = in_order(two_bits(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
-    both = stream(planes[1], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.int32)
-    scale, least = two_per_block(planes[2], row, start, blocks, BLOCK, SPAN, 16)
-    return codes, scale * (both & 15).to(tl.float32), least * (both >> 4).to(tl.float32)
+    packed_scales = stream(planes[1], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.int32)
+    scale, minimum = two_per_block(planes[2], row, start, blocks, BLOCK, SPAN, 16)
+    return codes, scale * (packed_scales & 15).to(tl.float32), minimum * (packed_scales >> 4).to(tl.float32)
 
 
 @triton.jit
 def q3_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """Q3_K: two bits of code and a bit of a mask; 4 is the offset of all codes."""
     start = first // BLOCK
-    at = tl.arange(0, SPAN // 16)  # a word of codes; its half of the block says which bits of the mask are its
-    mask = stream(planes[1], row, start * 8 + at // 16 * 8 + at % 8, blocks * 8) >> (at // 8 % 2 * 4)[None, :]
-    place = tl.arange(0, 16)
-    high = spread(mask, place // 4 * 8 + place % 4) & 1
+    word = tl.arange(0, SPAN // 16)  # a word of codes; its half of the block determines its bits of the mask
+    mask = stream(planes[1], row, start * 8 + word // 16 * 8 + word % 8, blocks * 8) >> (word // 8 % 2 * 4)[None, :]
+    code = tl.arange(0, 16)
+    high = spread(mask, code // 4 * 8 + code % 4) & 1
     codes = in_order(two_bits(planes[0], row, start, blocks, SPAN) | (high << 2), 8).to(tl.float32)
-    block, i = (
-        start * 12 + at // 16 * 12,
-        at % 16,
-    )  # six bits a scale: the lower four of two scales, or the upper two of four, a byte
+    # Scales have six bits: a byte holds the lower four bits of two scales, or the upper two bits of four.
+    block, i = start * 12 + word // 16 * 12, word % 16
     low = stream(planes[2], row, block + i % 8, blocks * 12).to(tl.int32) >> (i // 8 * 4)[None, :]
     top = stream(planes[2], row, block + 8 + i % 4, blocks * 12).to(tl.int32) >> (i // 4 * 2)[None, :]
     factor = ((low & 15) | ((top & 3) << 4)) - 32
@@ -126,21 +141,25 @@ def q3_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 @triton.jit
 def six_bit_scales(scales, halves, row, start, blocks, SPAN: tl.constexpr):
-    """Scale and minimum of Q4_K and Q5_K: eight of six bits each in twelve bytes, the upper bits of the last four above the first four."""
-    part = tl.arange(0, SPAN // 32)
-    block, i = start * 12 + part // 8 * 12, part % 8
-    late = (i >= 4)[None, :]
-    own = stream(scales, row, block + i, blocks * 12).to(tl.int32)
-    later = stream(scales, row, block + i + 4, blocks * 12).to(tl.int32)
-    above = stream(scales, row, block + i % 4, blocks * 12).to(tl.int32)
-    factor = tl.where(late, (later & 15) | ((above >> 2) & 48), own & 63)
-    lower = tl.where(late, (later >> 4) | ((own >> 2) & 48), later & 63)
-    scale, least = two_per_block(halves, row, start, blocks, 256, SPAN, 32)
-    return twice(scale * factor.to(tl.float32)), twice(least * lower.to(tl.float32))
+    """Loads scale and minimum of Q4_K and Q5_K: eight of six bits each in twelve bytes.
+
+    The upper two bits of the last four are stored above the first four.
+    """
+    group = tl.arange(0, SPAN // 32)
+    block, i = start * 12 + group // 8 * 12, group % 8
+    is_upper_half = (i >= 4)[None, :]
+    at_i = stream(scales, row, block + i, blocks * 12).to(tl.int32)
+    at_i_plus_4 = stream(scales, row, block + i + 4, blocks * 12).to(tl.int32)
+    at_i_mod_4 = stream(scales, row, block + i % 4, blocks * 12).to(tl.int32)
+    factor = tl.where(is_upper_half, (at_i_plus_4 & 15) | ((at_i_mod_4 >> 2) & 48), at_i & 63)
+    offset = tl.where(is_upper_half, (at_i_plus_4 >> 4) | ((at_i >> 2) & 48), at_i_plus_4 & 63)
+    scale, minimum = two_per_block(halves, row, start, blocks, 256, SPAN, 32)
+    return twice(scale * factor.to(tl.float32)), twice(minimum * offset.to(tl.float32))
 
 
 @triton.jit
 def q4_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """Q4_K."""
     start = first // BLOCK
     codes = nibble_codes(planes[0], row, start, blocks, BLOCK, SPAN, 8, RAW)
     scale, minimum = six_bit_scales(planes[1], planes[2], row, start, blocks, SPAN)
@@ -149,10 +168,11 @@ def q4_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 @triton.jit
 def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """Q5_K."""
     start = first // BLOCK
-    at = tl.arange(0, SPAN // 8)
-    words = stream(planes[0], row, start * 32 + at, blocks * 32)
-    high = stream(planes[1], row, start * 8 + at // 32 * 8 + at % 8, blocks * 8) >> (at // 8 % 4 * 2)[None, :]
+    word = tl.arange(0, SPAN // 8)
+    words = stream(planes[0], row, start * 32 + word, blocks * 32)
+    high = stream(planes[1], row, start * 8 + word // 32 * 8 + word % 8, blocks * 8) >> (word // 8 % 4 * 2)[None, :]
     codes = with_high_bits(words, high, 1, 1, 8, RAW)
     scale, minimum = six_bit_scales(planes[2], planes[3], row, start, blocks, SPAN)
     return codes, scale, minimum
@@ -160,10 +180,11 @@ def q5_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 @triton.jit
 def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """Q6_K: a signed scale per 16 columns; 32 is the offset of all codes."""
     start = first // BLOCK
-    at = tl.arange(0, SPAN // 8)  # 16 words of low bits go with 8 words of high bits, which are read twice
-    words = stream(planes[0], row, start * 32 + at, blocks * 32)
-    high = stream(planes[1], row, start * 16 + at // 16 * 8 + at % 8, blocks * 16) >> (at // 8 % 2 * 2)[None, :]
+    word = tl.arange(0, SPAN // 8)  # 8 words of high bits belong to 16 words of low bits, and are read twice
+    words = stream(planes[0], row, start * 32 + word, blocks * 32)
+    high = stream(planes[1], row, start * 16 + word // 16 * 8 + word % 8, blocks * 16) >> (word // 8 % 2 * 2)[None, :]
     codes = with_high_bits(words, high, 2, 4, 16, RAW)
     factor = stream(planes[2], row, start * 16 + tl.arange(0, SPAN // 16), blocks * 16).to(tl.float32)
     scale = per_block(planes[3], row, start, blocks, BLOCK, SPAN) * factor
@@ -172,7 +193,10 @@ def q6_k(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN:
 
 @triton.jit
 def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Five digits of base three a byte as a fixed-point fraction: 160 columns in 32 bytes, 80 in 16, 16 in 4 of four digits."""
+    """TQ1_0: five base-3 digits per byte, stored as a fixed-point fraction.
+
+    160 columns are in 32 bytes, 80 in 16 bytes, and 16 in 4 bytes of four digits.
+    """
     column = tl.arange(0, SPAN)
     c = column % 256
     byte = tl.where(c < 160, c % 32, tl.where(c < 240, 32 + c % 16, 48 + c % 4))
@@ -187,6 +211,7 @@ def tq1_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 @triton.jit
 def tq2_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """TQ2_0: two bits per code; the scale is also the minimum."""
     start = first // BLOCK
     codes = in_order(two_bits(planes[0], row, start, blocks, SPAN), 8).to(tl.float32)
     scale = per_block(planes[1], row, start, blocks, BLOCK, SPAN)
@@ -195,6 +220,7 @@ def tq2_0(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN
 
 @triton.jit
 def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """IQ4_NL: codes index a codebook of 16 values."""
     codes = tl.load(book + nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
     scale = per_block(planes[1], row, first // BLOCK, blocks, BLOCK, SPAN)
     return codes, scale, scale
@@ -202,11 +228,12 @@ def iq4_nl(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 @triton.jit
 def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
+    """IQ4_XS: as IQ4_NL, with a six-bit scale per 32 columns."""
     start = first // BLOCK
     codes = tl.load(book + nibbles(planes[0], row, start, blocks, 256, SPAN, 4)).to(tl.float32)
-    part = tl.arange(0, SPAN // 32)
-    low = stream(planes[1], row, start * 4 + part // 2, blocks * 4).to(tl.int32) >> (part % 2 * 4)[None, :]
-    top = stream(planes[3], row, start + part // 8, blocks).to(tl.int32) >> (part % 8 * 2)[None, :]
+    group = tl.arange(0, SPAN // 32)
+    low = stream(planes[1], row, start * 4 + group // 2, blocks * 4).to(tl.int32) >> (group % 2 * 4)[None, :]
+    top = stream(planes[3], row, start + group // 8, blocks).to(tl.int32) >> (group % 8 * 2)[None, :]
     factor = ((low & 15) | ((top & 3) << 4)) - 32
     scale = per_block(planes[2], row, start, blocks, BLOCK, SPAN) * twice(factor.to(tl.float32))
     return codes, scale, scale
@@ -214,8 +241,8 @@ def iq4_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPA
 
 @triton.jit
 def mxfp4(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Codes are doubled, so the scale is 2^(e - 128); the two least of them are no normal f32."""
+    """MXFP4. Codes are doubled, so the scale is 2^(e - 128); for the two smallest exponents it is a subnormal f32."""
     codes = tl.load(book + nibbles(planes[0], row, first // BLOCK, blocks, BLOCK, SPAN, 4)).to(tl.float32)
-    e = stream(planes[1], row, first // BLOCK + tl.arange(0, SPAN // 16) // 2, blocks).to(tl.int32)
-    scale = tl.where(e < 2, 0x00200000 << (e & 1), (e - 1) << 23).to(tl.float32, bitcast=True)
+    exponent = stream(planes[1], row, first // BLOCK + tl.arange(0, SPAN // 16) // 2, blocks).to(tl.int32)
+    scale = tl.where(exponent < 2, 0x00200000 << (exponent & 1), (exponent - 1) << 23).to(tl.float32, bitcast=True)
     return codes, scale, scale

@@ -1,7 +1,7 @@
-"""Code books of the IQ types as tensors, made of gguf-py's grids.
+"""Codebooks of the IQ types as tensors, from gguf-py's grids.
 
-A book is int32 with an entry of 16 bits a word: eight weights in two bits each or four in four bits each, the first lowest, which name places
-in the short list of values that occur.
+A codebook is int32, one entry of 16 bits per element: the indices of eight weights of two bits each, or of four
+weights of four bits each, the first in the lowest bits. An index selects one of the few values that occur in the grid.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-VALUES = {  # books that are plain lists of 16 values, f32
+VALUES = {  # codebooks that are plain lists of 16 values, f32
     "IQ4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     "MXFP4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
 }
@@ -19,14 +19,14 @@ VALUES = {  # books that are plain lists of 16 values, f32
 
 @lru_cache(maxsize=64)
 def book(name: str, device: torch.device) -> torch.Tensor:
-    """A code book on a device."""
+    """Returns a codebook on a device."""
     if name in VALUES:
         return torch.tensor(VALUES[name], dtype=torch.float32, device=device)
     from gguf import quants
 
-    grid_of = getattr(quants, "IQ1_S" if name == "IQ1" else name)
-    grid_of.init_grid()
-    grid = grid_of.grid.reshape(grid_of.grid_shape)
-    width = 16 // grid.shape[1]
-    places = np.searchsorted(np.unique(grid), grid) << (width * np.arange(grid.shape[1]))
-    return torch.from_numpy(places.sum(1).astype(np.int32)).to(device)
+    quant_class = getattr(quants, "IQ1_S" if name == "IQ1" else name)
+    quant_class.init_grid()
+    grid = quant_class.grid.reshape(quant_class.grid_shape)
+    bits = 16 // grid.shape[1]
+    entries = np.searchsorted(np.unique(grid), grid) << (bits * np.arange(grid.shape[1]))
+    return torch.from_numpy(entries.sum(1).astype(np.int32)).to(device)

@@ -104,7 +104,7 @@ def linear(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None = None) -> t
         y = _linear_float(x_flat, w, bias)
     elif tokens <= MAX_GEMM_TOKENS:
         y = _linear_packed(x_flat, w, bias)
-    elif fp8.takes(x, w):
+    elif fp8.supports(x, w):
         y = fp8.linear(x_flat[0], w, bias)
     else:
         y = _linear_dequantized(x_flat[0], w, bias)
@@ -125,8 +125,8 @@ def shape_of(tokens: int, n: int, k: int, matrices: int = 1) -> dict[str, Any]:
     """Returns the product and its tile for a number of tokens, as keyword arguments of the kernel."""
     padded_tokens = triton.next_power_of_2(max(1, tokens))
     if tokens > MAX_GEMV_TOKENS:
-        return {"TOKENS": min(quant_matmul.MANY_TOKENS, max(16, padded_tokens)), **quant_matmul.many_tile()}
-    return {"TOKENS": padded_tokens, **quant_matmul.few_tile(n, k, matrices)}
+        return {"TOKENS": min(quant_matmul.GEMM_TOKENS, max(16, padded_tokens)), **quant_matmul.gemm_tile()}
+    return {"TOKENS": padded_tokens, **quant_matmul.gemv_tile(n, k, matrices)}
 
 
 def _linear_packed(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -140,7 +140,7 @@ def _linear_packed(x: torch.Tensor, w: SoAWeight, bias: torch.Tensor | None) -> 
     x, shape = x.contiguous(), shape_of(tokens, w.n, w.k, matrices)
     groups = matrices * triton.cdiv(tokens, shape["TOKENS"])
     num_programs, steps = triton.cdiv(w.n, shape["ROWS"]) * matrices, triton.cdiv(w.k, shape["SPAN"])
-    num_splits = max(1, min(steps, quant_matmul.PROGRAMS // num_programs))
+    num_splits = max(1, min(steps, quant_matmul.MIN_PROGRAMS // num_programs))
     split_columns = triton.cdiv(steps, num_splits) * shape["SPAN"]
     num_splits = triton.cdiv(w.k, split_columns)
     out = torch.empty(

@@ -1,8 +1,11 @@
-"""Experts on a GPU, in Triton, on packed weights: all of a layer or a share of them (`first`), in two grouped products and a weighted sum.
+"""Routed experts on a GPU, in Triton, on packed weights: two grouped products and a weighted sum.
 
-A pair is a token and one of its choices. Few pairs are multiplied one by one, each by its expert's rows (`products.few`). Many are sorted by expert
-and cut into groups of one expert each (`products.many`); the number of groups is bounded by the shapes alone, and a program whose group is empty ends at once. Pairs of experts
-outside the share cost nothing and count nothing: another device adds them. No launch looks at a value on the device, so a CUDA graph may hold all of it.
+A call computes all experts of a layer, or those from `first` on. A pair is a token and one of its selected experts.
+Small numbers of pairs are multiplied one by one, each by the rows of its expert (`quant_matmul.gemv`). Larger numbers
+are sorted by expert and divided into groups of one expert each (`quant_matmul.gemm`); the number of groups is bounded
+by the shapes alone, and a program whose group is empty ends at once. Pairs of experts that are not on this device cost
+and contribute nothing: another device adds them. No launch reads a value on the device, so a CUDA graph can capture
+all of it.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from ktx.kernels.gpu.dequant import book, decoding
 from ktx.kernels.gpu.soa_layout import SoAWeight
 from ktx.kernels.gradients import none_on_gpu
 
-FEW_PAIRS = 64  # most pairs that are multiplied one by one
+MAX_GEMV_PAIRS = 64  # largest number of pairs that are multiplied one by one
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai")
 
 
 @triton.jit
 def activate(gate, up, ACT: tl.constexpr, alpha, limit):
-    """reference.activate in f32."""
+    """Computes reference.activate in f32."""
     if ACT == "swiglu_oai":
         gate = tl.minimum(gate, limit)
         y = gate * tl.sigmoid(alpha * gate) * (tl.minimum(tl.maximum(up, -limit), limit) + 1)
@@ -42,34 +45,38 @@ def activate(gate, up, ACT: tl.constexpr, alpha, limit):
 
 
 @triton.jit
-def group_of(
+def load_group(
     pairs, group_expert, group_first, expert_end, ids, first, experts, SORTED: tl.constexpr, PAIRS: tl.constexpr
 ):
-    """A program's expert (none from `experts` on), its pairs [PAIRS] and which of them are pairs."""
+    """Loads a program's group.
+
+    Returns:
+        Its expert (`experts` or more if there is none), its pairs [PAIRS], and the mask of valid pairs.
+    """
     group = tl.program_id(1)
     if SORTED:
         expert = tl.load(group_expert + group).to(tl.int64)
-        at = tl.load(group_first + group) + tl.arange(0, PAIRS)
-        known = at < tl.load(expert_end + expert)
-        pair = tl.load(pairs + at, mask=known, other=0).to(tl.int64)
+        index = tl.load(group_first + group) + tl.arange(0, PAIRS)
+        pair_mask = index < tl.load(expert_end + expert)
+        pair = tl.load(pairs + index, mask=pair_mask, other=0).to(tl.int64)
     else:
         expert = tl.load(ids + group).to(tl.int64) - first
         expert = tl.where(expert < 0, experts, expert)
-        known = tl.arange(0, PAIRS) == 0
+        pair_mask = tl.arange(0, PAIRS) == 0
         pair = group.to(tl.int64) + tl.zeros([PAIRS], tl.int64)
-    return expert, pair, known
+    return expert, pair, pair_mask
 
 
 @triton.jit
-def product(
-    x, token, known, expert, planes, book, bias, n, k, blocks,
+def expert_matmul(
+    x, token, token_mask, expert, planes, book, bias, n, k, blocks,
     HAS_BIAS: tl.constexpr, PRODUCT: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
     BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """Rows of x by a program's rows of an expert's matrix, with the bias: f32 [PAIRS, ROWS]."""
+    """Multiplies rows of x by a program's rows of an expert's matrix and adds the bias: f32 [PAIRS, ROWS]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = expert * n + tl.minimum(row, n - 1)
-    y = PRODUCT(x, token, known, planes, book, inside, n, k, blocks, 0, k, SPAN, BLOCK, DECODE, MINIMUM, RUN)
+    weight_row = expert * n + tl.minimum(row, n - 1)
+    y = PRODUCT(x, token, token_mask, planes, book, weight_row, n, k, blocks, 0, k, SPAN, BLOCK, DECODE, MINIMUM, RUN)
     if HAS_BIAS:
         y += tl.load(bias + expert * n + row, mask=row < n, other=0.0)[None, :]
     return y
@@ -85,20 +92,22 @@ def _gate_up(
     UP_BLOCK: tl.constexpr, UP_DECODE: tl.constexpr, UP_MINIMUM: tl.constexpr, UP_RUN: tl.constexpr,
 ):  # fmt: skip
     """act(gate(x)) * up(x) of pairs -> out [pairs, n]."""
-    expert, pair, known = group_of(sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS)
+    expert, pair, pair_mask = load_group(
+        sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS
+    )
     if expert < experts:
         token = pair // top
-        g = product(
-            x, token, known, expert, gate, gate_book, gate_bias, n, k, gate_blocks,
+        g = expert_matmul(
+            x, token, pair_mask, expert, gate, gate_book, gate_bias, n, k, gate_blocks,
             HAS_BIAS, PRODUCT, ROWS, SPAN, GATE_BLOCK, GATE_DECODE, GATE_MINIMUM, GATE_RUN,
         )  # fmt: skip
-        u = product(
-            x, token, known, expert, up, up_book, up_bias, n, k, up_blocks,
+        u = expert_matmul(
+            x, token, pair_mask, expert, up, up_book, up_bias, n, k, up_blocks,
             HAS_BIAS, PRODUCT, ROWS, SPAN, UP_BLOCK, UP_DECODE, UP_MINIMUM, UP_RUN,
         )  # fmt: skip
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         y = activate(g, u, ACT, alpha, limit).to(out.dtype.element_ty)
-        tl.store(out + pair[:, None] * n + row[None, :], y, mask=known[:, None] & (row < n)[None, :])
+        tl.store(out + pair[:, None] * n + row[None, :], y, mask=pair_mask[:, None] & (row < n)[None, :])
 
 
 @triton.jit
@@ -108,32 +117,37 @@ def _down(
     PAIRS: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
     BLOCK: tl.constexpr, DECODE: tl.constexpr, MINIMUM: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """x [pairs, k] by each pair's expert -> out [pairs, n]."""
-    expert, pair, known = group_of(sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS)
+    """Multiplies x [pairs, k] by the matrix of each pair's expert -> out [pairs, n]."""
+    expert, pair, pair_mask = load_group(
+        sorting[0], sorting[1], sorting[2], sorting[3], ids, first, experts, SORTED, PAIRS
+    )
     if expert < experts:
-        y = product(
-            x, pair, known, expert, planes, book, bias, n, k, blocks,
+        y = expert_matmul(
+            x, pair, pair_mask, expert, planes, book, bias, n, k, blocks,
             HAS_BIAS, PRODUCT, ROWS, SPAN, BLOCK, DECODE, MINIMUM, RUN,
         )  # fmt: skip
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        some = known[:, None] & (row < n)[None, :]
-        tl.store(out + pair[:, None] * n + row[None, :], y.to(out.dtype.element_ty), mask=some)
+        mask = pair_mask[:, None] & (row < n)[None, :]
+        tl.store(out + pair[:, None] * n + row[None, :], y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _combine(y, ids, weights, out, chosen, first, experts, top, n, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """Sum over a token's choices inside the share, in their order -> out [tokens, n]; adds these choices to `chosen`, by their numbers."""
+def _combine(y, ids, weights, out, expert_counts, first, experts, top, n, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Sums over a token's selected experts on this device, in their order -> out [tokens, n].
+
+    With COUNT it adds one to `expert_counts` for each of these experts.
+    """
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], tl.float32)
-    for choice in range(top):
-        pair = token * top + choice
+    for slot in range(top):
+        pair = token * top + slot
         expert = tl.load(ids + pair) - first
-        inside = (expert >= 0) & (expert < experts)
-        part = tl.load(y + pair * n + column, mask=column < tl.where(inside, n, 0), other=0.0)
-        total += tl.where(inside, tl.load(weights + pair), 0.0) * part
+        is_local = (expert >= 0) & (expert < experts)
+        value = tl.load(y + pair * n + column, mask=column < tl.where(is_local, n, 0), other=0.0)
+        total += tl.where(is_local, tl.load(weights + pair), 0.0) * value
         if COUNT:
-            tl.atomic_add(chosen + first + expert, 1, mask=inside & (tl.program_id(1) == 0), sem="relaxed")
+            tl.atomic_add(expert_counts + first + expert, 1, mask=is_local & (tl.program_id(1) == 0), sem="relaxed")
     tl.store(out + token * n + column, total.to(out.dtype.element_ty), mask=column < n)
 
 
@@ -153,10 +167,24 @@ def experts(
     first: int = 0,
     chosen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [tokens, hidden], ids int64 and weights f32 [tokens, top] -> [tokens, hidden] in x's dtype; see reference.experts.
+    """Computes routed experts; see reference.experts.
 
-    The packed matrices (and biases) are those of the experts from `first` on; choices of others are skipped. `chosen`, int64 on the device, counts by an
-    expert's number how often it was chosen.
+    Args:
+        x: [tokens, hidden].
+        ids: int64 [tokens, top].
+        weights: f32 [tokens, top].
+        gate, up, down: the matrices of the experts from `first` on; other experts are skipped.
+        gate_bias, up_bias, down_bias: f32, of the same experts.
+        act: one of ACTIVATIONS; `alpha` and `limit` are its parameters.
+        first: index of the first expert on this device.
+        chosen: int64 on the device, to which the kernel adds how often each expert was selected.
+
+    Returns:
+        [tokens, hidden] in x's dtype.
+
+    Raises:
+        KtxError: if shapes do not fit or the activation is not supported.
+        NoGradient: if autograd records x or weights.
     """
     _check(x, ids, weights, gate, up, down, gate_bias, up_bias, act)
     tokens, top = ids.shape
@@ -164,20 +192,21 @@ def experts(
     if not tokens or not top:
         return out.zero_()
     x, ids, weights, pairs = x.contiguous(), ids.contiguous(), weights.contiguous(), tokens * top
-    size = shape_of(pairs, gate.matrices, gate.n, gate.k)
-    sorting, groups = grouped(ids, first, gate.matrices, size["PAIRS"]) if size["SORTED"] else ((ids,) * 4, pairs)
-    inner = torch.empty(pairs, gate.n, dtype=x.dtype, device=x.device)
-    _gate_up[(triton.cdiv(gate.n, size["ROWS"]), groups)](
-        x, inner, sorting, ids, first, gate.matrices, top,
+    shape = shape_of(pairs, gate.matrices, gate.n, gate.k)
+    sorting, groups = group_pairs(ids, first, gate.matrices, shape["PAIRS"]) if shape["SORTED"] else ((ids,) * 4, pairs)
+    hidden = torch.empty(pairs, gate.n, dtype=x.dtype, device=x.device)
+    _gate_up[(triton.cdiv(gate.n, shape["ROWS"]), groups)](
+        x, hidden, sorting, ids, first, gate.matrices, top,
         gate.planes, book(gate), gate_bias, gate.row_blocks, up.planes, book(up), up_bias, up.row_blocks,
         gate.n, gate.k, alpha, limit,
-        ACT=act, HAS_BIAS=gate_bias is not None, **size, **decoding(gate, "GATE_"), **decoding(up, "UP_"),
+        ACT=act, HAS_BIAS=gate_bias is not None, **shape, **decoding(gate, "GATE_"), **decoding(up, "UP_"),
     )  # fmt: skip
-    size = shape_of(pairs, gate.matrices, down.n, down.k)
+    shape = shape_of(pairs, gate.matrices, down.n, down.k)
     y = torch.empty(pairs, down.n, dtype=torch.float32, device=x.device)
-    _down[(triton.cdiv(down.n, size["ROWS"]), groups)](
-        inner, y, sorting, ids, first, gate.matrices, down.planes, book(down), down_bias, down.row_blocks, down.n, down.k,
-        HAS_BIAS=down_bias is not None, **size, **decoding(down),
+    _down[(triton.cdiv(down.n, shape["ROWS"]), groups)](
+        hidden, y, sorting, ids, first, gate.matrices,
+        down.planes, book(down), down_bias, down.row_blocks, down.n, down.k,
+        HAS_BIAS=down_bias is not None, **shape, **decoding(down),
     )  # fmt: skip
     _combine[(tokens, triton.cdiv(down.n, 1024))](
         y, ids, weights, out, chosen, first, gate.matrices, top, down.n, COUNT=chosen is not None, WIDTH=1024
@@ -186,36 +215,41 @@ def experts(
 
 
 def shape_of(pairs: int, experts: int, n: int, k: int) -> dict[str, Any]:
-    """The kernels' way with that many pairs, as keyword arguments."""
-    if pairs <= FEW_PAIRS:
-        return {"SORTED": False, "PAIRS": 1, **quant_matmul.few_tile(n, k, pairs)}
-    size = triton.next_power_of_2(max(1, pairs // experts))
-    return {"SORTED": True, "PAIRS": min(quant_matmul.MANY_TOKENS, max(16, size)), **quant_matmul.many_tile()}
+    """Returns how the kernels compute a number of pairs, as keyword arguments."""
+    if pairs <= MAX_GEMV_PAIRS:
+        return {"SORTED": False, "PAIRS": 1, **quant_matmul.gemv_tile(n, k, pairs)}
+    padded_pairs = triton.next_power_of_2(max(1, pairs // experts))
+    return {"SORTED": True, "PAIRS": min(quant_matmul.GEMM_TOKENS, max(16, padded_pairs)), **quant_matmul.gemm_tile()}
 
 
 class Sorting(NamedTuple):
-    """Pairs by expert, those outside the share last, and the groups they are cut into."""
+    """Pairs sorted by expert, those of other devices last, and the groups they are divided into."""
 
-    pairs: torch.Tensor  # [pairs]: their numbers, sorted
-    expert: torch.Tensor  # [groups]: the share's number of experts for those that are empty
-    first: torch.Tensor  # [groups]: where in `pairs` a group begins
-    end: torch.Tensor  # [experts + 1]: where an expert's pairs end
+    pairs: torch.Tensor  # [pairs]: indices of the pairs, sorted
+    expert: torch.Tensor  # [groups]: the group's expert; the number of experts for an empty group
+    first: torch.Tensor  # [groups]: start of the group in `pairs`
+    end: torch.Tensor  # [experts + 1]: end of the expert's pairs in `pairs`
 
 
-def grouped(ids: torch.Tensor, first: int, experts: int, size: int) -> tuple[tuple[torch.Tensor, ...], int]:
-    """Sorts pairs and cuts them into groups of at most `size` of one expert; also the number of groups there are room for."""
-    local = ids.reshape(-1) - first
-    local = torch.where((local >= 0) & (local < experts), local, experts)
-    by_expert, pairs = torch.sort(local, stable=True)
-    numbers = torch.arange(experts + 1, device=ids.device)
-    end = torch.searchsorted(by_expert, numbers, right=True)
+def group_pairs(ids: torch.Tensor, first: int, experts: int, max_pairs: int) -> tuple[tuple[torch.Tensor, ...], int]:
+    """Sorts pairs by expert and divides them into groups of at most `max_pairs` pairs of one expert.
+
+    Returns:
+        The tensors of `Sorting`, and the number of groups, including empty ones.
+    """
+    local_ids = ids.reshape(-1) - first
+    local_ids = torch.where((local_ids >= 0) & (local_ids < experts), local_ids, experts)
+    by_expert, pairs = torch.sort(local_ids, stable=True)
+    expert_index = torch.arange(experts + 1, device=ids.device)
+    end = torch.searchsorted(by_expert, expert_index, right=True)
     begin = torch.cat([end.new_zeros(1), end[:-1]])
-    last = torch.cumsum((end - begin + size - 1)[:experts] // size, 0)  # groups up to and with this expert
-    groups = min(len(local), len(local) // size + experts)
+    # Groups up to and including this expert's.
+    last_group = torch.cumsum((end - begin + max_pairs - 1)[:experts] // max_pairs, 0)
+    groups = min(len(local_ids), len(local_ids) // max_pairs + experts)
     group = torch.arange(groups, device=ids.device)
-    expert = torch.searchsorted(last, group, right=True)
-    before = torch.cat([last.new_zeros(1), last])[expert]
-    start = begin[expert] + (group - before) * size
+    expert = torch.searchsorted(last_group, group, right=True)
+    first_group = torch.cat([last_group.new_zeros(1), last_group])[expert]
+    start = begin[expert] + (group - first_group) * max_pairs
     return tuple(Sorting(pairs, expert, start, end)), groups
 
 
@@ -225,13 +259,15 @@ def _check(
 ) -> None:  # fmt: skip
     none_on_gpu("Experts", x, weights)
     if act not in ACTIVATIONS:
-        raise KtxError(f"{act} is no activation that experts are computed with; there are {', '.join(ACTIVATIONS)}")
+        raise KtxError(f"activation {act} is not supported for experts; available: {', '.join(ACTIVATIONS)}")
     shapes = (gate.n, gate.k, gate.matrices), (up.n, up.k, up.matrices), (down.k, down.n, down.matrices)
     if len(set(shapes)) > 1:
-        raise KtxError(f"gate, up and down (transposed) have rows, columns, experts {shapes}: they must be the same")
+        raise KtxError(f"gate, up and down (transposed) have rows, columns, experts {shapes}: they must be equal")
     if x.dim() != 2 or x.shape[1] != gate.k:
         raise KtxError(f"x has shape {list(x.shape)}, the experts take [tokens, {gate.k}]")
     if ids.shape != weights.shape or ids.dim() != 2 or len(ids) != len(x):
-        raise KtxError(f"ids {list(ids.shape)} and weights {list(weights.shape)} for {len(x)} tokens")
+        raise KtxError(
+            f"ids {list(ids.shape)} and weights {list(weights.shape)} for {len(x)} tokens: both must be [tokens, top]"
+        )
     if (gate_bias is None) != (up_bias is None):
-        raise KtxError("gate and up have biases both or neither")
+        raise KtxError("gate and up must have biases both or neither")

@@ -1,4 +1,4 @@
-"""RMSNorm on a GPU, in one launch: `reference.rms_norm`."""
+"""RMSNorm on a GPU in one launch; see `reference.rms_norm`."""
 
 from __future__ import annotations
 
@@ -9,40 +9,53 @@ import triton.language as tl
 from ktx.errors import KtxError
 from ktx.kernels.gradients import none_on_gpu
 
-AT_ONCE = 4096  # numbers of a program, if a row has fewer
+MIN_ELEMENTS = 4096  # elements of a program if a row has fewer
 
 
 @triton.jit
 def _rms_norm(x, weight, out, rows, columns, eps, PLUS_ONE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
-    at = row[:, None] * columns + column[None, :]
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    offsets = row[:, None] * columns + column[None, :]
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    values = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
     gain = tl.load(weight + column, mask=column < columns, other=0.0)[None, :]
     y = values * tl.rsqrt(tl.sum(values * values, 1) / columns + eps)[:, None]
     if PLUS_ONE:
         y *= 1 + gain
-    else:  # as transformers does: rounded before it is weighed
+    else:  # rounded before the multiplication by the weight, as in transformers
         y = gain * y.to(out.dtype.element_ty).to(tl.float32)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offsets, y.to(out.dtype.element_ty), mask=mask)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, plus_one: bool = False) -> torch.Tensor:
-    """x [..., columns] normalised over its last dimension, times weight f32 [columns] (or one more than that), in x's dtype."""
+    """Normalizes x [..., columns] over its last dimension and multiplies by the weight, in x's dtype.
+
+    Args:
+        x: the activations.
+        weight: f32 [columns].
+        eps: added to the mean square.
+        plus_one: whether the factor is 1 + weight.
+
+    Raises:
+        KtxError: if the weight has another shape or dtype.
+        NoGradient: if autograd records x.
+    """
     columns = x.shape[-1]
     if weight.shape != (columns,) or weight.dtype is not torch.float32:
-        raise KtxError(f"the weight is {list(weight.shape)} {weight.dtype}, rows of {columns} need as many f32")
+        raise KtxError(
+            f"the weight is {list(weight.shape)} {weight.dtype}: rows of {columns} columns need as many float32 values"
+        )
     none_on_gpu("RMSNorm", x)
     x = x.contiguous()
     out = torch.empty_like(x)
     rows = x.numel() // columns
     if rows:
         block = triton.next_power_of_2(columns)
-        each = min(max(1, AT_ONCE // block), triton.next_power_of_2(rows))
-        warps = min(16, max(1, block * each // 512))
+        rows_per_program = min(max(1, MIN_ELEMENTS // block), triton.next_power_of_2(rows))
+        warps = min(16, max(1, block * rows_per_program // 512))
         sizes = rows, columns, eps
-        _rms_norm[(triton.cdiv(rows, each),)](
-            x, weight, out, *sizes, PLUS_ONE=plus_one, ROWS=each, BLOCK=block, num_warps=warps
+        _rms_norm[(triton.cdiv(rows, rows_per_program),)](
+            x, weight, out, *sizes, PLUS_ONE=plus_one, ROWS=rows_per_program, BLOCK=block, num_warps=warps
         )
     return out

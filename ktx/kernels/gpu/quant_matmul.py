@@ -1,8 +1,10 @@
-"""Products of activations with packed rows on a GPU, the inside of the kernels in gpu_linear.py and moe.py.
+"""Products of activations with packed rows on a GPU: the inner part of the kernels in linear.py and moe.py.
 
-`few` multiplies and adds on the plain pipes: what a weight costs there is little more than taking it out of its word, so one token's product is limited by
-memory. `many` rebuilds a tile of weights in the activations' type for the tensor cores. Both sum over the columns [begin, end) in an order that other tokens do not
-change as long as the tile has as many of them (1, 2, 4 or 16, 32, 64); between two tiles the compiler may add up lanes in another one.
+`gemv` multiplies and adds on the CUDA cores: the cost of a weight is little more than its extraction from a word, so
+the product for one token is limited by memory bandwidth. `gemm` rebuilds a tile of weights in the activations' dtype
+for the tensor cores. Both sum over the columns [begin, end) in an order that other tokens do not change as long as the
+tile has equally many of them (1, 2, 4 or 16, 32, 64); for another tile size the compiler may sum lanes in another
+order.
 """
 
 from __future__ import annotations
@@ -15,37 +17,39 @@ import triton.language as tl
 from ktx.kernels.gpu.bit_unpack import twice
 from ktx.kernels.gpu.dequant import scale_row_of, weights_of
 
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # numpy multiplies no bf16
-LIFT, LOWER = (
-    tl.constexpr(2.0**64),
-    tl.constexpr(2.0**85),
-)  # what raw codes take: together 2^149, one over the least f32
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))  # numpy cannot multiply bf16
+# Factors for raw codes; their product is 2^149, the reciprocal of the smallest f32.
+LIFT, LOWER = tl.constexpr(2.0**64), tl.constexpr(2.0**85)
+
+# Weights of a step of `gemv`, 64 a lane, so that activations are read once for eight rows; and its possible columns.
+GEMV_WEIGHTS, GEMV_SPANS = 8192, (1024, 512, 256)
+GEMM_TOKENS, GEMM_ROWS, GEMM_SPAN = 64, 32, 256  # tile of a step of `gemm`, at most
+MIN_PROGRAMS = 256  # enough programs to use the full memory bandwidth of any GPU
 
 
-FEW_WEIGHTS, SPANS = (
-    8192,
-    (1024, 512, 256),
-)  # rows x columns of a step of `few`: 64 weights a lane, so that activations are read once for eight rows
-MANY_TOKENS, MANY_ROWS, MANY_SPAN = 64, 32, 256  # of a step of `many`, at most
-PROGRAMS = 256  # that keep any card's memory busy
+def gemv_tile(n: int, k: int, num_matrices: int = 1) -> dict[str, Any]:
+    """Returns the tile of `gemv` for matrices [n, k], of which `num_matrices` are multiplied at once.
 
-
-def few_tile(n: int, k: int, products: int = 1) -> dict[str, Any]:
-    """The tile of `few` for matrices [n, k], so many at a time; it does not depend on tokens, so their bits do not."""
-    span = min(SPANS, key=lambda span: (-(-k // span) * span, -span))
-    rows = FEW_WEIGHTS // span
-    if triton.cdiv(n, rows) * products < PROGRAMS:
+    It does not depend on the number of tokens, so the bits of a token's result do not either.
+    """
+    span = min(GEMV_SPANS, key=lambda span: (-(-k // span) * span, -span))
+    rows = GEMV_WEIGHTS // span
+    if triton.cdiv(n, rows) * num_matrices < MIN_PROGRAMS:
         rows //= 2
     return {"PRODUCT": gemv, "ROWS": rows, "SPAN": span}
 
 
-def many_tile() -> dict[str, Any]:
-    return {"PRODUCT": gemm, "ROWS": MANY_ROWS, "SPAN": MANY_SPAN, "num_stages": 1}
+def gemm_tile() -> dict[str, Any]:
+    """Returns the tile of `gemm`."""
+    return {"PRODUCT": gemm, "ROWS": GEMM_ROWS, "SPAN": GEMM_SPAN, "num_stages": 1}
 
 
 @triton.jit
-def lift_of(SPAN: tl.constexpr, RUN: tl.constexpr):
-    """What activations are multiplied with so that raw codes (streams.raw_nibbles), whose place in a word is their power of two, weigh the same."""
+def raw_code_factors(SPAN: tl.constexpr, RUN: tl.constexpr):
+    """Returns the factors by which activations are multiplied so that raw codes count equally.
+
+    The position of a raw code in its word determines its power of two, see bit_unpack.raw_nibbles.
+    """
     column = tl.arange(0, SPAN)
     return tl.where(column % 2 == 0, LIFT, LIFT / 256) * tl.where(column // RUN % 2 == 0, 1.0, 0.0625)
 
@@ -54,7 +58,7 @@ def lift_of(SPAN: tl.constexpr, RUN: tl.constexpr):
 def gemv(
     x,
     token,
-    known,
+    token_mask,
     planes,
     book,
     row,
@@ -69,7 +73,7 @@ def gemv(
     MINIMUM: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """Rows `token` int64 [T] of x [.., k] where `known`, times weight rows `row` int64 [R]: f32 [T, R]."""
+    """Multiplies rows `token` int64 [T] of x [.., k] under `token_mask` by weight rows `row` int64 [R]: f32 [T, R]."""
     TOKENS: tl.constexpr = token.shape[0]
     ROWS: tl.constexpr = row.shape[0]
     block_row = scale_row_of(row, n)
@@ -77,13 +81,13 @@ def gemv(
     for first in range(begin, end, SPAN):
         codes, scale, minimum = DECODE(planes, book, row, block_row, first, blocks, BLOCK, SPAN, RUN > 0)
         column = first + tl.arange(0, SPAN)
-        some = known[:, None] & (column < k)[None, :]
-        values = tl.load(x + token[:, None] * k + column[None, :], mask=some, other=0.0).to(tl.float32)
+        mask = token_mask[:, None] & (column < k)[None, :]
+        values = tl.load(x + token[:, None] * k + column[None, :], mask=mask, other=0.0).to(tl.float32)
         if MINIMUM:
             sums = tl.sum(tl.reshape(values, [TOKENS, SPAN // 8, 8]), 2)
             total -= tl.reshape(sums, [TOKENS, 1, SPAN // 8]) * tl.reshape(twice(minimum), [1, ROWS, SPAN // 8])
         if RUN > 0:
-            values, scale = values * lift_of(SPAN, RUN)[None, :], scale * LOWER
+            values, scale = values * raw_code_factors(SPAN, RUN)[None, :], scale * LOWER
         products = tl.reshape(values, [TOKENS, 1, SPAN]) * tl.reshape(codes, [1, ROWS, SPAN])
         dots = tl.sum(tl.reshape(products, [TOKENS, ROWS, SPAN // 8, 8]), 3)
         total += dots * tl.reshape(twice(scale), [1, ROWS, SPAN // 8])
@@ -94,7 +98,7 @@ def gemv(
 def gemm(
     x,
     token,
-    known,
+    token_mask,
     planes,
     book,
     row,
@@ -109,14 +113,14 @@ def gemm(
     MINIMUM: tl.constexpr,
     RUN: tl.constexpr,
 ):
-    """As `few` for T and R of 16 and more. Weights are rounded to x's type."""
+    """Multiplies as `gemv` does, for T and R of at least 16. Weights are rounded to the dtype of x."""
     block_row = scale_row_of(row, n)
     total = tl.zeros([token.shape[0], row.shape[0]], tl.float32)
     for first in range(begin, end, SPAN):
         codes, scale, minimum = DECODE(planes, book, row, block_row, first, blocks, BLOCK, SPAN, False)
         column = first + tl.arange(0, SPAN)
-        some = known[:, None] & (column < k)[None, :]
-        values = tl.load(x + token[:, None] * k + column[None, :], mask=some, other=0.0)
+        mask = token_mask[:, None] & (column < k)[None, :]
+        values = tl.load(x + token[:, None] * k + column[None, :], mask=mask, other=0.0)
         weights = weights_of(codes, scale, minimum, MINIMUM).to(values.dtype)
         if INTERPRETED:
             values, weights = values.to(tl.float32), weights.to(tl.float32)

@@ -1,5 +1,4 @@
-"""Packed weights on a GPU: the bytes of the file as a structure of arrays, each field of a block in a plane of its
-own.
+"""Packed weights on a GPU: the bytes of the file as a structure of arrays, with a plane for each field of a block.
 
 A ggml block has its scales next to its codes and an unaligned size (Q6_K 210 bytes, Q8_0 34), so a lane that loads 16
 bytes would straddle blocks. Here one field of all blocks is a plane, uint8 [rows, blocks of a row, bytes of the
