@@ -1,4 +1,4 @@
-"""Edits packed weights: `ktx.edit` yields a matrix in f32 and packs it again, `ktx.dequantize` returns float modules."""
+"""Edits packed weights: `ktx.edit` yields a matrix in f32 and packs it, `ktx.dequantize` returns float modules."""
 
 from __future__ import annotations
 

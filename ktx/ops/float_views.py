@@ -1,4 +1,4 @@
-"""Packed weights as the floats that they stand for, under the names that the replaced module has for them."""
+"""Tensors that view packed weights as floats, under the parameter names of the replaced module."""
 
 from __future__ import annotations
 
@@ -17,19 +17,25 @@ from ktx.kernels import cpu
 from ktx.utils.spawn_pickle import for_pickle
 
 CPU = torch.device("cpu")
-SPAN = 1 << 26  # numbers that are dequantised at once
+MAX_SPAN_VALUES = 1 << 26  # values that are dequantized at once
 
 
 @dataclass(frozen=True)
 class Floats:
-    """A parameter: its shape, and its values f32 [last - first, ...] from one index of the first dimension to another. `place` is where its first packed bytes are."""
+    """The float values of a packed parameter.
+
+    Attributes:
+        shape: of the parameter.
+        read: (first, last) -> f32 [last - first, ...], a range of the first dimension.
+        place: identifies the packed memory: the address of its first bytes, or another unique number.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[int, int], torch.Tensor]
     place: int
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """All of it, a span at a time."""
+        """Returns all values, dequantized in spans."""
         if not self.shape:
             return self.read(0, 1).to(dtype)
         out = torch.empty(self.shape, dtype=dtype, device="cpu")
@@ -38,19 +44,19 @@ class Floats:
         return out
 
     def spans(self) -> list[tuple[int, int]]:
-        """Where to cut the first dimension, so that a piece has at most SPAN numbers."""
-        length, step = self.shape[0], max(1, SPAN // max(1, math.prod(self.shape[1:])))
+        """Splits the first dimension into ranges of at most MAX_SPAN_VALUES values, at least one index each."""
+        length, step = self.shape[0], max(1, MAX_SPAN_VALUES // max(1, math.prod(self.shape[1:])))
         return [(first, min(first + step, length)) for first in range(0, length, step)]
 
 
 def plain(values: torch.Tensor) -> Floats:
-    """What is not packed but no parameter either: biases."""
+    """Views an unpacked tensor that is no parameter, such as a bias."""
     read = lambda first, last: values[first:last] if values.dim() else values  # noqa: E731
     return Floats(tuple(values.shape), read, values.data_ptr())
 
 
 def out_of_reach(shape: tuple[int, ...], about: str, place: int) -> Floats:
-    """A parameter whose values cannot be had: its shape, and a UsageError for who reads it."""
+    """A parameter whose values cannot be read: reading raises UsageError(about)."""
 
     def refuse(first: int, last: int) -> torch.Tensor:
         raise UsageError(about)
@@ -59,18 +65,18 @@ def out_of_reach(shape: tuple[int, ...], about: str, place: int) -> Floats:
 
 
 def rows_of(parts: Sequence[cpu.Packed], first: int, last: int) -> torch.Tensor:
-    """f32 rows of a matrix in parts."""
-    found, at = [], 0
+    """Returns f32 rows of a matrix that is stored in row-wise parts."""
+    rows, offset = [], 0
     for part in parts:
-        begin, end = max(first - at, 0), min(last - at, part.n)
+        begin, end = max(first - offset, 0), min(last - offset, part.n)
         if begin < end:
-            found.append(part.rows(torch.arange(begin, end, device="cpu")))
-        at += part.n
-    return found[0] if len(found) == 1 else torch.cat(found)
+            rows.append(part.rows(torch.arange(begin, end, device="cpu")))
+        offset += part.n
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def matrix(parts: Sequence[cpu.Packed]) -> Floats:
-    """[rows, columns], rows of one part after those of another."""
+    """Views a matrix [rows, columns] that is stored in row-wise parts."""
     return Floats(
         (sum(part.n for part in parts), parts[0].k),
         lambda first, last: rows_of(parts, first, last),
@@ -79,45 +85,55 @@ def matrix(parts: Sequence[cpu.Packed]) -> Floats:
 
 
 def experts(halves: Sequence[cpu.Packed], interleaved: bool = False, transposed: bool = False) -> Floats:
-    """[experts, rows, columns] of one projection, or of two in one: rows behind each other, or in turns."""
-    count, n, k = halves[0].matrices, halves[0].n * len(halves), halves[0].k
+    """Views one projection, or two in one parameter, as [experts, rows, columns].
 
-    def one(number: int) -> torch.Tensor:
-        own = [packed.matrix(number).rows(torch.arange(packed.n, device="cpu")) for packed in halves]
-        values = own[0] if len(own) == 1 else torch.stack(own, 1).flatten(0, 1) if interleaved else torch.cat(own)
+    Args:
+        halves: the packed projections.
+        interleaved: whether the rows of two projections alternate; False: they are concatenated.
+        transposed: whether the parameter is [experts, columns, rows].
+    """
+    count, num_rows, columns = halves[0].matrices, halves[0].n * len(halves), halves[0].k
+
+    def matrix_of(expert: int) -> torch.Tensor:
+        rows = [packed.matrix(expert).rows(torch.arange(packed.n, device="cpu")) for packed in halves]
+        values = rows[0] if len(rows) == 1 else torch.stack(rows, 1).flatten(0, 1) if interleaved else torch.cat(rows)
         return values.T if transposed else values
 
-    shape = (count, k, n) if transposed else (count, n, k)
-    read = lambda first, last: torch.stack([one(number) for number in range(first, last)])  # noqa: E731
+    shape = (count, columns, num_rows) if transposed else (count, num_rows, columns)
+    read = lambda first, last: torch.stack([matrix_of(expert) for expert in range(first, last)])  # noqa: E731
     return Floats(shape, read, halves[0].data.data_ptr())
 
 
 READ_ONLY = (
-    "{} is packed and cannot be written to: edit it in `with ktx.edit(module) as weight:`, write to module.weight.data as a whole, assign a tensor to"
-    " module.weight, give other values to model.load_state_dict({{...}}, strict=False), or put ktx.dequantize(module) in the module's place"
+    "{} is packed and cannot be written to: edit it in `with ktx.edit(module) as weight:`, write to all of"
+    " module.weight.data, assign a tensor to module.weight, pass other values to"
+    " model.load_state_dict({{...}}, strict=False), or replace the module with ktx.dequantize(module)"
 )
-FROZEN = "{} is packed and is not trained: let its module's weight be (module.requires_grad_(True)), or train an adapter of it"
+FROZEN = (
+    "{} is packed and cannot be trained: train its module's weight (module.requires_grad_(True)), or an adapter of it"
+)
 ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.baddbmm.default)
-_places = itertools.count(-1, -1)  # of what is packed nowhere
+_places = itertools.count(-1, -1)  # unique numbers for `Floats.place` of values that are not packed
 _held: WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = WeakValueDictionary()
 
 
 class Dequantized(torch.Tensor):
-    """A packed weight as a tensor that takes no memory: every operation on its values dequantises them.
+    """A packed weight as a tensor without memory of its own: every operation on its values dequantizes them.
 
-    UsageError for what would write to it. Its `data` can be written to as a whole (`weight.data += delta`, as adapters are merged), which packs the new values at once; not a part of it.
-    A module's own one is a parameter to who asks isinstance(weight, nn.Parameter): programs that exchange weights do, and leave alone what is none.
+    An operation that would write to it raises UsageError. Its `data` can be written to in full (`weight.data += delta`,
+    as adapters are merged), which packs the new values at once, but not in part. isinstance(weight, nn.Parameter) is
+    true for a module's own weight, because programs that replace weights skip tensors that are not parameters.
     """
 
     floats: Floats
     label: str  # for messages
-    replace: Callable[[torch.Tensor], Floats] | None = None  # packs other values, and says them; a view has none
-    train: Callable[[], None] | None = None  # has its module compute with a parameter in its place
-    whole: Dequantized | None = None  # of which it is the `data`
-    held: torch.Tensor | None = None
+    replace: Callable[[torch.Tensor], Floats] | None = None  # packs other values and returns them; None for a view
+    train: Callable[[], None] | None = None  # replaces it by a trainable parameter of its module
+    whole: Dequantized | None = None  # the tensor whose `data` this is
+    held: torch.Tensor | None = None  # the dequantized values, if they are in memory
     _is_param: bool
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -131,24 +147,24 @@ class Dequantized(torch.Tensor):
         replace: Callable[[torch.Tensor], Floats] | None = None,
         train: Callable[[], None] | None = None,
     ) -> Dequantized:
-        made: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=device)
-        made.floats, made.label, made.replace, made.train = floats, label, replace, train
-        made._is_param = replace is not None  # what torch says of parameters that are no nn.Parameter by class
-        return made
+        tensor: Dequantized = torch.Tensor._make_wrapper_subclass(cls, floats.shape, dtype=dtype, device=device)
+        tensor.floats, tensor.label, tensor.replace, tensor.train = floats, label, replace, train
+        tensor._is_param = replace is not None  # torch's mark of parameters whose class is not nn.Parameter
+        return tensor
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__()
 
     def dequantized(self) -> torch.Tensor:
-        """The values as a plain tensor."""
+        """Returns the values as a plain tensor."""
         return self.floats.values(self.dtype).to(self.device) if self.held is None else self.held
 
     @property  # type: ignore[override]
     def data(self) -> torch.Tensor:
-        """The same; what is assigned to it, or written to it as a whole, is packed."""
-        given: Dequantized = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
-        given.replace, given.whole = self.replace, None if self.replace is None else self
-        return given
+        """The same values; a tensor assigned to it, or an operation that writes to all of it, is packed."""
+        alias: Dequantized = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        alias.replace, alias.whole = self.replace, None if self.replace is None else self
+        return alias
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
@@ -156,7 +172,7 @@ class Dequantized(torch.Tensor):
             self._pack(values)
 
     def requires_grad_(self, requires_grad: bool = True) -> Dequantized:
-        """As torch's. One that is to be trained becomes a parameter of its module, in floats; UsageError where it cannot."""
+        """As torch's; a weight to be trained becomes a float parameter of its module. UsageError where it cannot."""
         if requires_grad:
             if self.train is None:
                 raise UsageError(FROZEN.format(self.label))
@@ -176,15 +192,15 @@ class Dequantized(torch.Tensor):
         if self.replace is None:
             raise UsageError(READ_ONLY.format(self.label))
         floats = self.replace(values)
-        for one in (self, self.whole):
-            if one is not None:
-                one.floats, one.held = floats, None
+        for tensor in (self, self.whole):
+            if tensor is not None:
+                tensor.floats, tensor.held = floats, None
 
     def _written(self, func: Any, args: Any, kwargs: Any) -> Dequantized:
-        """Packs what an operation makes that writes to all of this one's values."""
+        """Runs an operation that writes to all values of this tensor, and packs the result."""
         values = self.dequantized().clone()
         args, kwargs = tree_map_only(
-            Dequantized, lambda one: values if one is self else one.dequantized(), (args, kwargs)
+            Dequantized, lambda tensor: values if tensor is self else tensor.dequantized(), (args, kwargs)
         )
         func(*args, **kwargs)
         self._pack(values)
@@ -194,10 +210,10 @@ class Dequantized(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         if func in ALIASES:
-            given = args[0]
-            return cls(given.floats, given.dtype, given.label, given.device)
-        if func in SUMS and (made := cls._sum(func, args, kwargs)) is not None:
-            return made
+            source = args[0]
+            return cls(source.floats, source.dtype, source.label, source.device)
+        if func in SUMS and (total := cls._sum(func, args, kwargs)) is not None:
+            return total
         name = "this weight"
         for i, argument in enumerate(func._schema.arguments):
             value = args[i] if i < len(args) else kwargs.get(argument.name)
@@ -213,15 +229,17 @@ class Dequantized(torch.Tensor):
                     return value._written(func, args, kwargs)
         args, kwargs = tree_map_only(Dequantized, Dequantized.dequantized, (args, kwargs))
         out = func(*args, **kwargs)
-        if any(
-            result.alias_info is not None for result in func._schema.returns
-        ):  # what is written to a view would be lost
+        if any(result.alias_info is not None for result in func._schema.returns):
+            # A write to a view of the dequantized values would be lost.
             out = tree_map_only(torch.Tensor, lambda view: cls._of_view(view, name), out)
         return out
 
     @classmethod
     def _sum(cls, func: Any, args: Any, kwargs: Any) -> Dequantized | None:
-        """Stacked matrices plus others of their number, as PEFT's parametrizations add them: torch's parametrize has them computed to look at their shape. None for any other sum."""
+        """Adds matrices lazily to a stack of as many, as PEFT's parametrizations do; None for any other sum.
+
+        torch's parametrize computes the sum only to read its shape.
+        """
         base, *others = args
         if not isinstance(base, Dequantized) or base.dim() != 3 or base.held is not None:
             return None
@@ -236,46 +254,48 @@ class Dequantized(torch.Tensor):
         )
         if not fits or any(other.is_inference() or other.dtype != base.dtype for other in others):
             return None
-        given = [(other, other._version) for other in others]
+        versions = [(other, other._version) for other in others]
 
         def read(first: int, last: int) -> torch.Tensor:
-            if any(other._version != before for other, before in given):
-                raise UsageError(f"what was added to {base.label} has changed since: add it again")
+            if any(other._version != before for other, before in versions):
+                raise UsageError(f"a tensor that was added to {base.label} has changed since: add it again")
             own = base.floats.read(first, last).to(base.dtype)
             with torch.no_grad():
-                made: torch.Tensor = func(own, *(other[first:last] for other, _ in given), **kwargs)
-            return made.float()
+                total: torch.Tensor = func(own, *(other[first:last] for other, _ in versions), **kwargs)
+            return total.float()
 
         return cls(Floats(base.floats.shape, read, next(_places)), base.dtype, f"a sum with {base.label}", base.device)
 
     @classmethod
     def _of_view(cls, view: torch.Tensor, name: str) -> Dequantized:
-        made = cls(plain(view), view.dtype, f"a view of {name}", view.device)
-        made.held = view if view.is_contiguous() else None
-        return made
+        tensor = cls(plain(view), view.dtype, f"a view of {name}", view.device)
+        tensor.held = view if view.is_contiguous() else None
+        return tensor
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         """A read-only array."""
-        found = self.dequantized().numpy(*args, **kwargs)
-        found.flags.writeable = False
-        return found
+        array = self.dequantized().numpy(*args, **kwargs)
+        array.flags.writeable = False
+        return array
 
     def tolist(self) -> Any:
         return self.dequantized().tolist()  # type: ignore[no-untyped-call]
 
     def untyped_storage(self) -> Any:
-        """That of the values once they are in memory, which safetensors' save_model compares with `data_ptr`; before, what tells which weights are the same."""
-        held = _held.get((self.floats.place, self.dtype)) if self.held is None else self.held
-        return _Place(self.floats.place, self.nbytes) if held is None else held.untyped_storage()
+        """The storage of the dequantized values once they are in memory, which safetensors' save_model compares with
+        `data_ptr`; before that, an identifier of the packed memory, equal for tied weights.
+        """
+        values = _held.get((self.floats.place, self.dtype)) if self.held is None else self.held
+        return _Place(self.floats.place, self.nbytes) if values is None else values.untyped_storage()
 
     def data_ptr(self) -> int:
-        """Of the values, which are in memory from now on as long as this tensor is; a tied weight's are its twin's."""
+        """The address of the dequantized values, which this tensor caches from now on; tied weights share them."""
         if self.held is None:
             key = self.floats.place, self.dtype
-            held = _held.get(key)
-            if held is None:
-                held = _held[key] = self.dequantized()
-            self.held = held
+            values = _held.get(key)
+            if values is None:
+                values = _held[key] = self.dequantized()
+            self.held = values
         return self.held.data_ptr()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -290,7 +310,7 @@ class Dequantized(torch.Tensor):
 
 @dataclass(frozen=True)
 class _Place:
-    """What tells programs that look for shared memory which weights are the same."""
+    """A storage for programs that search for shared memory: equal for weights in the same packed memory."""
 
     place: int
     size: int

@@ -1,11 +1,13 @@
-"""Whether a shortcut still stands for what it was made of.
+"""Checks whether a fast path is still valid for the modules that it bypasses.
 
-A shortcut is one kernel call in place of several modules: a block, a group of layers, a captured graph. It has copied what the modules said when it was
-made, and does not call them. So it may run only while nobody has patched, exchanged or edited one, and nobody listens to one.
+A fast path (`Shortcut`) is one kernel call in place of several modules: a block, a group of layers, a captured graph.
+It has copied the modules' settings and does not call them. So it may run only while none of these modules has been
+patched, replaced or edited, and none has a hook.
 
-Asking costs little, for it is asked at every call, when the weights have just driven everything else out of the caches. Operators count what is set on them
-(`Changes`), torch counts handles of hooks, tensors count what is written to them in place; modules are looked at again when a count has moved. Modules that
-are no operators (activations, mostly) count nothing, so each call looks at these, but no closer than at which objects they have (`Uncounted`).
+The check is cheap, because it runs at every call, when the weights have just evicted everything else from the caches.
+Operators count attribute changes (`Changes`), torch counts the handles of hooks, and tensors count in-place writes;
+modules are inspected again only when a count has changed. Modules that are not operators (activations, mostly) count
+nothing, so each call checks these, but only whether they have the same objects (`UncountedModule`).
 """
 
 from __future__ import annotations
@@ -32,48 +34,53 @@ from ktx.transformers_compat import is_recorder, records
 
 GLOBAL = _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
 SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype)
-IGNORED = frozenset(  # torch's own, of which parameters, buffers, children and hooks are looked at by themselves
-    {*nn.Module().__dict__, "training", "path", "home", "is_ready"}
-)
+# Attributes that `State` skips. Of torch's own, parameters, buffers, children and hooks are checked separately.
+IGNORED = frozenset({*nn.Module().__dict__, "training", "path", "placement", "is_ready"})
 
 
 class State:
-    """What a module was: its class, its settings, which tensors and which children it has."""
+    """A snapshot of a module: its class, its settings, its tensors and its children."""
 
     def __init__(self, module: nn.Module):
         self.module = module
         class_patches.watch(module)
-        self.said = self._said()
+        self.snapshot = self._take_snapshot()
 
-    def _said(self) -> dict[Any, Any]:
+    def _take_snapshot(self) -> dict[Any, Any]:
         module = self.module
         derived = {*module.derived, *module.remade} if isinstance(module, Operator) else ()
-        said: dict[Any, Any] = {type: type(module)}
+        snapshot: dict[Any, Any] = {type: type(module)}
         for name, value in module.__dict__.items():
             if name not in IGNORED and name not in derived:
-                said[name] = value
+                snapshot[name] = value
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                said[name] = None if tensor is None else (tensor, tensor.data_ptr(), tensor.dtype)
-        return said | module._modules
+                snapshot[name] = None if tensor is None else (tensor, tensor.data_ptr(), tensor.dtype)
+        return snapshot | module._modules
 
     def same(self) -> bool:
-        now = self._said()
-        return now.keys() == self.said.keys() and all(_same(value, self.said[name]) for name, value in now.items())
+        """Whether the module is unchanged since the snapshot."""
+        now = self._take_snapshot()
+        return now.keys() == self.snapshot.keys() and all(
+            _same(value, self.snapshot[name]) for name, value in now.items()
+        )
 
     def allows(self) -> bool:
-        """Whether a shortcut made anew heeds all that has changed: what the operator says that it reads, and operators in the place of operators."""
-        module, now = self.module, self._said()
+        """Whether a rebuilt fast path would reflect all changes.
+
+        That is the case for attributes that the operator lists in `reads`, and for operators replaced by operators.
+        """
+        module, now = self.module, self._take_snapshot()
         reads = module.reads if isinstance(module, Operator) else frozenset()
-        for name in now.keys() | self.said.keys():
-            mine, before = now.get(name), self.said.get(name)
-            exchanged = isinstance(mine, Operator) and isinstance(before, Operator)
-            if name not in reads and not exchanged and not _same(mine, before):
+        for name in now.keys() | self.snapshot.keys():
+            current, previous = now.get(name), self.snapshot.get(name)
+            operator_replaced = isinstance(current, Operator) and isinstance(previous, Operator)
+            if name not in reads and not operator_replaced and not _same(current, previous):
                 return False
         return True
 
     def patched(self) -> bool:
-        """Whether a method was put on the module itself, as `module.forward = ...` does."""
+        """Whether a method was assigned to the module itself, as `module.forward = ...` does."""
         module, kind = self.module, type(self.module)
         return any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items())
 
@@ -86,8 +93,8 @@ def _same(mine: Any, theirs: Any) -> bool:
     return isinstance(mine, SCALARS) and type(mine) is type(theirs) and mine == theirs
 
 
-class Uncounted:
-    """Modules that do not count what is set on them: their classes, and the objects that they have, as they were.
+class UncountedModule:
+    """A snapshot of a module that does not count changes: its class, and the identities of its objects."""
 
     One pass of C functions over flat tuples: the check runs at each token, and layers have several such modules each.
     """
@@ -123,7 +130,13 @@ class Uncounted:
 
 
 class Guard:
-    """Of a shortcut in `owners`, which call it, for the modules `inside`, which it does not call. It has copied the values of `copied`."""
+    """Validity check of a fast path.
+
+    Args:
+        owners: the modules that call the fast path.
+        inside: the modules that it bypasses.
+        copied: tensors whose values it has copied.
+    """
 
     def __init__(
         self,
@@ -131,13 +144,13 @@ class Guard:
         inside: Iterable[nn.Module] = (),
         copied: Iterable[torch.Tensor | None] = (),
     ):
-        class_patches.follow()  # what states say is of now
+        class_patches.follow()  # before the snapshots
         self.inside = [State(module) for module in inside]
         self.states = [*map(State, owners), *self.inside]
         modules = [state.module for state in self.states]
         self.children = [(m._modules, tuple(m._modules.values())) for m in modules if m._modules]
         self.parameters = [m._parameters for m in modules if any(p is not None for p in m._parameters.values())]
-        self.uncounted = Uncounted(module for module in modules if not isinstance(module, Operator))
+        self.uncounted_modules = [UncountedModule(module) for module in modules if not isinstance(module, Operator)]
         self.hooks = [hooks for state in self.inside for hooks in _hooks(state.module)]
         self.copied = [(tensor, edits(tensor)) for tensor in copied if tensor is not None]
         self.handles, self.changes, self.recorders = -1, -1, False
@@ -145,19 +158,20 @@ class Guard:
 
     @classmethod
     def over(cls, guards: Iterable[Guard]) -> Guard:
-        """One that holds when all of them do."""
-        made = cls(())
+        """Merges guards into one that holds when all of them do."""
+        merged = cls(())
         for guard in guards:
-            made.inside += guard.inside
-            made.states += guard.states
-            made.children += guard.children
-            made.parameters += guard.parameters
-            made.uncounted += guard.uncounted
-            made.hooks += guard.hooks
-            made.copied += guard.copied
-        return made
+            merged.inside += guard.inside
+            merged.states += guard.states
+            merged.children += guard.children
+            merged.parameters += guard.parameters
+            merged.uncounted_modules += guard.uncounted_modules
+            merged.hooks += guard.hooks
+            merged.copied += guard.copied
+        return merged
 
     def holds(self) -> bool:
+        """Whether the fast path is valid for this call."""
         for modules, children in self.children:
             if tuple(modules.values()) != children:
                 return False
@@ -165,9 +179,13 @@ class Guard:
             if edits(tensor) != before:
                 return False
         if torch.is_grad_enabled() and any(recorded(*own.values()) for own in self.parameters):
-            return False  # a parameter is trained
+            return False  # a parameter requires a gradient
         handles, changes = RemovableHandle.next_id, Changes.count
-        if handles != self.handles or changes != self.changes or self.uncounted.moved():
+        if (
+            handles != self.handles
+            or changes != self.changes
+            or any(map(UncountedModule.moved, self.uncounted_modules))
+        ):
             if self._listened() or not all(state.same() for state in self.states):
                 return False
             if any(state.patched() for state in self.inside) or any(
@@ -178,12 +196,16 @@ class Guard:
         return not (self.recorders and records())
 
     def _listened(self) -> bool:
-        """Hooks by which transformers collects outputs stay on modules once a forward has wanted some: they count while a forward does."""
-        heard = (hook for hooks in self.hooks for hook in hooks.values())
-        return any(GLOBAL) or not all(map(is_recorder, heard))
+        """Whether a hook is registered, other than transformers' output recorders.
+
+        Recorders stay on modules after the first forward that collects outputs; `holds` counts them only while a
+        forward collects outputs.
+        """
+        registered = (hook for hooks in self.hooks for hook in hooks.values())
+        return any(GLOBAL) or not all(map(is_recorder, registered))
 
     def worth_another(self) -> bool:
-        """Whether a shortcut made anew might hold, once for each time that something was changed."""
+        """Whether a rebuilt fast path might hold; True at most once after each change."""
         now = (Changes.count, RemovableHandle.next_id, *(edits(tensor) for tensor, _ in self.copied))
         if now == self.tried or self._listened():
             return False
@@ -196,40 +218,49 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 class Shortcut(Protocol):
-    """What an operator keeps in an attribute and asks before the long way."""
+    """A fast path, stored in an attribute of an operator and tried before the module-by-module forward."""
 
     guard: Guard
 
     @classmethod
     def of(cls, owner: Any) -> Any:
-        """Made of what the owner and its children are now; None where no kernel does that."""
+        """Builds the fast path of an owner and its children; None where no kernel supports them."""
 
 
 def watched() -> bool:
-    """Whether a mode of torch's sees all operations (FlopCounterMode, FakeTensorMode, torch.jit.trace): then each module does its own."""
+    """Whether a torch mode intercepts all operations (FlopCounterMode, FakeTensorMode, torch.jit.trace).
+
+    Then no fast path is used, so that the mode sees each module's operations.
+    """
     return bool(torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
 def current(owner: nn.Module, name: str = "block") -> Any:
-    """The shortcut in an attribute of its owner if it stands for what its modules are now, made anew where settings or weights have changed; else None."""
-    made = owner.__dict__.get(name)
-    if made is None or torch.compiler.is_compiling():  # a graph holds the kernels that children call
+    """Returns the valid fast path in an attribute of its owner; None if there is none.
+
+    It is rebuilt if settings or weights have changed.
+    """
+    fast_path = owner.__dict__.get(name)
+    if fast_path is None or torch.compiler.is_compiling():  # a compiled graph contains the children's kernels
         return None
     if name != "inside" and watched():
         return None
-    if made.guard.holds():
-        return made
-    if not made.guard.worth_another():
+    if fast_path.guard.holds():
+        return fast_path
+    if not fast_path.guard.worth_another():
         return None
-    again = type(made).of(owner)
-    if again is None or not again.guard.holds():
+    rebuilt = type(fast_path).of(owner)
+    if rebuilt is None or not rebuilt.guard.holds():
         return None
-    owner.__dict__[name] = again  # not by setattr, which counts as a change
-    return again
+    owner.__dict__[name] = rebuilt  # not by setattr, which counts as a change
+    return rebuilt
 
 
 class Inside:
-    """That nobody listens to a module inside another, or has patched or exchanged one: for an operator whose own way does not call them all."""
+    """Validity check without a kernel call, for an operator whose forward bypasses modules inside.
+
+    It holds while none of them has a hook, is patched or replaced.
+    """
 
     def __init__(self, owner: nn.Module):
         self.guard = Guard([owner], below(owner))
@@ -240,12 +271,12 @@ class Inside:
 
 
 def listened(owner: nn.Module) -> bool:
-    """Whether that is not so (its attribute `inside`); in a graph nobody listens."""
+    """Whether a module inside `owner` has a hook, is patched or replaced; always False in torch.compile."""
     if owner.__dict__.get("inside") is None or torch.compiler.is_compiling():
         return False
     return current(owner, "inside") is None
 
 
 def below(owner: nn.Module) -> list[nn.Module]:
-    """All modules inside one."""
+    """Returns all modules inside `owner`, without itself."""
     return [module for module in owner.modules() if module is not owner]

@@ -1,7 +1,9 @@
-"""Packed weights where torch and PEFT look for parameters of a module, and parametrizations that others put on them.
+"""Makes packed weights visible as parameters to torch and PEFT, and applies parametrizations registered on them.
 
-A module that is asked for its own parameters names its packed weights among them, as read-only tensors (ktx.ops.float_views), though `model.parameters()` does not: so PEFT finds what
-`target_parameters` and `modules_to_save` name. `torch.nn.utils.parametrize` takes them away, for as long as PEFT's forward lasts, and the operator computes with what is added.
+A module's own `named_parameters()` lists its packed weights as read-only tensors (ktx.ops.float_views), although
+`model.parameters()` does not; so PEFT finds the weights in `target_parameters` and `modules_to_save`.
+`torch.nn.utils.parametrize` removes them for the duration of PEFT's forward, and the operator applies the
+parametrizations.
 """
 
 from __future__ import annotations
@@ -23,48 +25,53 @@ from ktx.ops.float_views import Dequantized, Floats
 log = logging.getLogger("ktx.ops.parameters")
 PARAMETRIZATIONS = "parametrizations"  # torch's name for the child
 EXCHANGED = (
-    "{}.{} is packed, and no parameter that could be taken out of its module (as torch.func.functional_call and torch.nn.utils.weight_norm do): write to it in"
-    " `with ktx.edit(module) as weight:`, or put ktx.dequantize(module) in a linear layer's place; torch.nn.utils.parametrizations need neither"
+    "{}.{} is packed and cannot be removed from its module as a parameter (as torch.func.functional_call and"
+    " torch.nn.utils.weight_norm do): write to it in `with ktx.edit(module) as weight:`, or replace a linear layer with"
+    " ktx.dequantize(module); torch.nn.utils.parametrizations need neither"
 )
 OFFLOADED = (
-    "{}.{} is packed and stays where it was loaded: accelerate can neither offload nor move it (cpu_offload, disk_offload, dispatch_model, AlignDevicesHook(offload=True));"
-    " leave that out and say where modules are when the model is loaded: ktx.load(..., device=...)"
+    "{}.{} is packed and stays where it was loaded: accelerate can neither offload nor move it (cpu_offload,"
+    " disk_offload, dispatch_model, AlignDevicesHook(offload=True)); omit that and set the modules' devices when the"
+    " model is loaded: ktx.load(..., device=...)"
 )
-_said: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str]] = set()  # (kind of operator, weight) pairs that `_warn_once` has logged
 
 
 class Frozen(dict[str, Any]):
-    """The parameters of an operator. UsageError for who wants to take packed weights, `names`, out of them."""
+    """The parameters of an operator; UsageError for a lookup or removal of the packed weights `names`."""
 
     names: frozenset[str] = frozenset()
     path: str = ""
 
     def __missing__(self, name: str) -> Any:
-        raise _not_there(name, self.names, self.path)
+        raise _missing_error(name, self.names, self.path)
 
     def __delitem__(self, name: str) -> None:
         if name not in self:
-            raise _not_there(name, self.names, self.path)
+            raise _missing_error(name, self.names, self.path)
         super().__delitem__(name)
 
 
-def _not_there(name: str, packed: frozenset[str], path: str) -> Exception:
+def _missing_error(name: str, packed: frozenset[str], path: str) -> Exception:
     return UsageError(EXCHANGED.format(path, name)) if name in packed else KeyError(name)
 
 
 class Owner(Protocol):
-    """A module that has packed weights. `replaced` packs others."""
+    """A module that has packed weights."""
 
     path: str
-    home: Device
+    placement: Device
 
-    def replaced(self, name: str, values: torch.Tensor) -> Any: ...
+    def replaced(self, name: str, values: torch.Tensor) -> Any:
+        """Packs other values for a weight."""
+        ...
 
 
 class OfferedParameters(dict[str, Any]):
-    """The buffers of an operator, `owner`, among which `names` of packed weights are found too. No copy, cast or list of buffers sees these.
+    """The buffers of an operator, in which `in` also finds the `names` of packed weights; iteration does not list them.
 
-    Values that are put there, as accelerate loads a checkpoint, are packed. UsageError for a weight that is to be elsewhere.
+    So copies, casts and lists of buffers skip them. Values assigned to a name are packed (accelerate loads checkpoints
+    this way); UsageError for values on another device.
     """
 
     names: frozenset[str] = frozenset()
@@ -74,7 +81,7 @@ class OfferedParameters(dict[str, Any]):
         return name in self.names or super().__contains__(name)
 
     def __missing__(self, name: str) -> Any:
-        raise _not_there(name, self.names, self.owner.path)
+        raise _missing_error(name, self.names, self.owner.path)
 
     def __delitem__(self, name: str) -> None:
         if name in self.names:
@@ -85,21 +92,21 @@ class OfferedParameters(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         if name not in self.names:
             super().__setitem__(name, value)
-        elif value is None or value.device != self.owner.home.torch:
+        elif value is None or value.device != self.owner.placement.torch:
             raise UsageError(OFFLOADED.format(self.owner.path, name))
         elif not isinstance(value, Dequantized):
             self.owner.replaced(name, value)
 
 
 class Parametrizable(Operator):
-    """An operator that names its packed weights among its own parameters, and on the CPU heeds what others put on them."""
+    """An operator that lists its packed weights among its own parameters, and on the CPU applies parametrizations."""
 
     def offered(self) -> frozenset[str]:
-        """The names of such weights."""
+        """Returns the names of these weights."""
         return frozenset()
 
     def visible_parameters(self, name: str, floats: Floats) -> Dequantized:
-        """A packed weight as a parameter."""
+        """Returns a packed weight as a parameter."""
         return Dequantized(
             floats,
             self.dtype,
@@ -110,14 +117,15 @@ class Parametrizable(Operator):
         )
 
     def replaced(self, name: str, values: torch.Tensor) -> Floats:
-        """Packs other values for a weight, and says them."""
+        """Packs other values for a weight and returns the packed values as floats."""
         self.take({name: values})
         return self.floats()[name]
 
     def trained(self, name: str) -> None:
-        """Makes a packed weight a parameter that is trained."""
+        """Turns a packed weight into a trainable parameter. UsageError: this operator cannot."""
         raise UsageError(
-            f"{self.path}.{name} is packed and is not trained itself: train an adapter of it (LoraConfig(target_parameters=[...])), or keep the module in floats by a rule"
+            f"{self.path}.{name} is packed and cannot be trained itself: train an adapter of it"
+            " (LoraConfig(target_parameters=[...])), or keep the module in floats with a rule"
         )
 
     def enliven(self) -> None:
@@ -131,25 +139,26 @@ class Parametrizable(Operator):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As torch's, behind its packed weights."""
+        """As torch's, with the packed weights first."""
         if isinstance(self._buffers, OfferedParameters):
-            names = self._buffers.names  # who trains one of them makes other buffers
+            names = self._buffers.names  # read once: training one of them replaces the buffers
             for name, floats in self.floats().items():
                 if name in names:
                     yield f"{prefix}.{name}" if prefix else name, self.visible_parameters(name, floats)  # type: ignore[misc]
-        yield from nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)  # it may be torch's own now
+        # Not super(): the caller may have turned the module into a torch module.
+        yield from nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
 
     def __delattr__(self, name: str) -> None:
-        """As torch's parametrize takes a weight away. UsageError on a GPU, where kernels do not heed what is put on it."""
+        """Called by torch's parametrize to remove a weight. UsageError on a GPU: its kernels ignore parametrizations."""
         if self.placement.gpu and isinstance(self._buffers, OfferedParameters) and name in self._buffers.names:
             raise UsageError(
-                f"{self.path}.{name} is on {self.placement}, where it cannot have an adapter of its own (target_parameters) or another parametrization;"
-                " put the module on the CPU (device: cpu)"
+                f"{self.path}.{name} is on {self.placement}, where it cannot have an adapter of its own"
+                " (target_parameters) or another parametrization; place the module on the CPU (device: cpu)"
             )
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As torch's; a weight whose parametrizations are taken away comes back so, because it is a parameter to who asks isinstance."""
+        """As torch's; torch calls it when parametrizations of a packed weight are removed, as it is an nn.Parameter."""
         if isinstance(param, Dequantized) and isinstance(self._buffers, OfferedParameters) and name in self.offered():
             Changes.count += 1
             self._buffers.names |= {name}
@@ -157,51 +166,63 @@ class Parametrizable(Operator):
             super().register_parameter(name, param)
 
     def parametrized(self, name: str) -> bool:
-        """Whether others have put something on one of its weights."""
-        own: Any = self._modules.get(PARAMETRIZATIONS, ())
-        return name in own
+        """Whether a weight has parametrizations."""
+        parametrizations: Any = self._modules.get(PARAMETRIZATIONS, ())
+        return name in parametrizations
 
 
-Product = Callable[[torch.Tensor, int], torch.Tensor]
+Product = Callable[[torch.Tensor, int], torch.Tensor]  # (rows [tokens, k], index of the matrix) -> [tokens, n]
 
 
 class ParametrizedProduct(NamedTuple):
-    """What parametrizations make of a weight [n, k], or of stacked ones: products of rows [tokens, k] with it, [tokens, n], by number. `added`: to the products of the weight as it is packed."""
+    """Products with a parametrized weight [n, k], or with stacked ones [matrices, n, k].
+
+    Attributes:
+        product: computes rows [tokens, k] -> [tokens, n] for a matrix.
+        added: whether the result is to be added to the product with the packed weight, or replaces it.
+    """
 
     product: Product
     added: bool
 
     @classmethod
     def of(cls, owner: Parametrizable, name: str, transposed: bool = False) -> ParametrizedProduct:
-        """PEFT's low ranks and sums of them are added; of anything else the whole weight is computed."""
-        parts = [_added(each, transposed) for each in owner.parametrizations[name]]
-        known = [part for part in parts if part is not None]
-        large = [each.delta_weight for each in owner.parametrizations[name] if hasattr(each, "delta_weight")]
-        if len(known) == len(parts):
-            if large:
-                _say(
-                    owner, name, "several adapters at once, or one that is not of low rank, are added as a whole", large
+        """Builds the products; PEFT's low-rank updates are added, for anything else the full weight is computed."""
+        products = [_added(parametrization, transposed) for parametrization in owner.parametrizations[name]]
+        added_products = [product for product in products if product is not None]
+        full_deltas = [
+            parametrization.delta_weight
+            for parametrization in owner.parametrizations[name]
+            if hasattr(parametrization, "delta_weight")
+        ]
+        if len(added_products) == len(products):
+            if full_deltas:
+                _warn_once(
+                    owner,
+                    name,
+                    "several adapters at once, or one that is not low-rank, are added as a full matrix",
+                    full_deltas,
                 )
-            return cls(lambda rows, i: torch.stack([part(rows, i) for part in known]).sum(0), True)
+            return cls(lambda rows, i: torch.stack([product(rows, i) for product in added_products]).sum(0), True)
         return cls(_dense(whole(owner, name), transposed), False)
 
 
 def whole(owner: Parametrizable, name: str) -> torch.Tensor:
-    """A parametrized weight, all of it."""
+    """Returns a parametrized weight, computed in full."""
     values: torch.Tensor = getattr(owner, name)
-    _say(owner, name, "a parametrization of it is computed as a whole", [values])
+    _warn_once(owner, name, "a parametrization of it is computed as a full matrix", [values])
     return values
 
 
-def _added(each: Any, transposed: bool) -> Product | None:
-    """What one of PEFT's parametrizations adds to the products; None for any other."""
-    if not type(each).__module__.startswith("peft."):
+def _added(parametrization: Any, transposed: bool) -> Product | None:
+    """Returns the product that one of PEFT's parametrizations adds; None for any other parametrization."""
+    if not type(parametrization).__module__.startswith("peft."):
         return None
-    if type(each).__name__ == "_LoraParameterProxy":
-        return _dense(each.delta_weight, transposed)
-    if type(each).__name__ != "_LoraFactorsProxy":
+    if type(parametrization).__name__ == "_LoraParameterProxy":
+        return _dense(parametrization.delta_weight, transposed)
+    if type(parametrization).__name__ != "_LoraFactorsProxy":
         return None
-    left, right, scaling = _matrices(each.lhs), _matrices(each.rhs), each.scaling
+    left, right, scaling = _matrices(parametrization.lhs), _matrices(parametrization.rhs), parametrization.scaling
 
     def product(rows: torch.Tensor, i: int) -> torch.Tensor:
         first, second = (left[i], right[i]) if transposed else (right[i].T, left[i].T)
@@ -211,19 +232,20 @@ def _added(each: Any, transposed: bool) -> Product | None:
 
 
 def _matrices(values: Any) -> tuple[torch.Tensor, ...]:
-    """One by one, of stacked ones or of a single matrix."""
+    """Returns the matrices of a stack, or a single matrix."""
     return values.unbind(0) if values.dim() == 3 else (values,)  # type: ignore[no-any-return]
 
 
 def _dense(values: Any, transposed: bool) -> Product:
+    """Returns the product with full matrices."""
     matrices = _matrices(values)
     return lambda rows, i: rows @ (matrices[i] if transposed else matrices[i].T).to(rows.dtype)
 
 
-def _say(owner: Operator, name: str, what: str, tensors: list[torch.Tensor]) -> None:
-    """One line, once for a kind of weight."""
+def _warn_once(owner: Operator, name: str, what: str, tensors: list[torch.Tensor]) -> None:
+    """Logs a warning, once per kind of weight."""
     kind = type(owner).__name__.removeprefix("Parametrized"), name
-    if kind not in _said:
-        _said.add(kind)
-        held = format_bytes(sum(values.nbytes for values in tensors))
-        log.warning("%s.%s: %s, which is slow and takes %s in each forward", owner.path, name, what, held)
+    if kind not in _logged:
+        _logged.add(kind)
+        size = format_bytes(sum(values.nbytes for values in tensors))
+        log.warning("%s.%s: %s, which is slow and takes %s in each forward", owner.path, name, what, size)

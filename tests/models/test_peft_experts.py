@@ -272,7 +272,7 @@ def test_other_parametrizations(two, folder, caplog):
     with caplog.at_level(logging.WARNING, "ktx"):
         computed(two[1])
         assert relative(computed(two[1]), computed(two[0])) < NEAR
-    assert len([r for r in caplog.records if "is computed as a whole, which is slow and takes" in r.message]) == 1
+    assert len([r for r in caplog.records if "is computed as a full matrix, which is slow and takes" in r.message]) == 1
     for model in two:
         model(input_ids=PROMPT, use_cache=False).logits.square().mean().backward()
     right, mine = (experts_of(model).parametrizations[name][0].more.grad for model in two)
@@ -295,7 +295,7 @@ def test_experts_name_their_parameters_when_they_are_asked(two):
     listed = dict(two[1].named_parameters())
     assert not any(name.endswith(tuple(f"experts.{own}" for own in theirs)) for name in listed)
     assert two[1].num_parameters() == two[0].num_parameters()
-    with pytest.raises(UsageError, match="packed and is not trained itself.*target_parameters"):
+    with pytest.raises(UsageError, match="packed and cannot be trained itself.*target_parameters"):
         mine.requires_grad_(True)
     with pytest.raises(AttributeError):
         mine.other_proj  # noqa: B018
