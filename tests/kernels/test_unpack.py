@@ -47,7 +47,7 @@ def test_each_memory_nodes_rows_come_by_themselves(name):
 @pytest.mark.parametrize("name", ["IQ1_S", "IQ3_XXS"])
 def test_bits_are_put_back_some_matrices_at_a_time(name, monkeypatch):
     data, wanted, found = both(name, 50, 512, 5)
-    monkeypatch.setattr("ktx.kernels.gpu.repack_from_cpu.AT_ONCE", 2 * data[0].numel())
+    monkeypatch.setattr("ktx.kernels.gpu.repack_from_cpu.CHUNK_BYTES", 2 * data[0].numel())
     unpack(data, found)
     assert torch.equal(found.data, wanted.data)
 

@@ -50,11 +50,11 @@ def nibbles(plane, row, start, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, 
 
 @triton.jit
 def raw_nibbles(words):
-    """Masks four-bit codes without shifting them: [rows, W, 8] of words and of words shifted by 16, code i at bit i
-    % 4 * 4.
+    """Masks four-bit codes without shifting them: int32 [rows, W, 8].
 
-    Read as f32 they are subnormal numbers, the code times 2^(i % 4 * 4 - 149), which are multiplied exactly and as
-    fast as normal numbers. This saves one instruction per weight, and its conversion. quant_matmul.raw_code_factors
+    The first four codes are from the words, the others from the words shifted by 16; code i is at bit i % 4 * 4. Read
+    as f32 they are subnormal numbers, the code times 2^(i % 4 * 4 - 149), which are multiplied exactly and as fast as
+    normal numbers. This saves one instruction per weight, and its conversion. quant_matmul.raw_code_factors
     compensates the powers of two.
     """
     index = tl.arange(0, 8)

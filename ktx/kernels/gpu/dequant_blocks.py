@@ -152,9 +152,9 @@ def six_bit_scales(scales, halves, row, start, blocks, SPAN: tl.constexpr):
     at_i_plus_4 = stream(scales, row, block + i + 4, blocks * 12).to(tl.int32)
     at_i_mod_4 = stream(scales, row, block + i % 4, blocks * 12).to(tl.int32)
     factor = tl.where(is_upper_half, (at_i_plus_4 & 15) | ((at_i_mod_4 >> 2) & 48), at_i & 63)
-    offset = tl.where(is_upper_half, (at_i_plus_4 >> 4) | ((at_i >> 2) & 48), at_i_plus_4 & 63)
+    min_factor = tl.where(is_upper_half, (at_i_plus_4 >> 4) | ((at_i >> 2) & 48), at_i_plus_4 & 63)
     scale, minimum = two_per_block(halves, row, start, blocks, 256, SPAN, 32)
-    return twice(scale * factor.to(tl.float32)), twice(minimum * offset.to(tl.float32))
+    return twice(scale * factor.to(tl.float32)), twice(minimum * min_factor.to(tl.float32))
 
 
 @triton.jit

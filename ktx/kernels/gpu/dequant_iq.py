@@ -1,4 +1,8 @@
-"""The IQ types on a GPU: decoders as in decode.py, over the code books of books.py. The values that an entry names places of come of arithmetic."""
+"""Device functions that decode the IQ types with large codebooks on a GPU; see dequant_blocks.py and
+iq_codebooks.py.
+
+An entry of a codebook holds indices of values; the values are computed from the indices.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +13,42 @@ from ktx.kernels.gpu.bit_unpack import per_block, stream
 
 
 @triton.jit
-def places(book, index, EACH: tl.constexpr):
-    """The entries of indices [rows, E] -> places of their weights [rows, E, EACH]."""
+def load_indices(book, index, WIDTH: tl.constexpr):
+    """Loads codebook entries [rows, E] and returns the value index of each weight: [rows, E, WIDTH]."""
     ROWS: tl.constexpr = index.shape[0]
     ENTRIES: tl.constexpr = index.shape[1]
     entry = tl.reshape(tl.load(book + index), [ROWS, ENTRIES, 1])
-    return (entry >> (tl.arange(0, EACH) * (16 // EACH))[None, None, :]) & (3 if EACH == 8 else 15)
+    return (entry >> (tl.arange(0, WIDTH) * (16 // WIDTH))[None, None, :]) & (3 if WIDTH == 8 else 15)
 
 
 @triton.jit
-def signed(values, signs):
-    """int32 [rows, E, EACH] with the signs of [rows, E] (bit i for weight i) -> f32 columns [rows, E x EACH]."""
+def apply_signs(values, signs):
+    """Applies signs [rows, E] (bit i for weight i) to int32 [rows, E, WIDTH] -> f32 [rows, E * WIDTH]."""
     ROWS: tl.constexpr = values.shape[0]
     ENTRIES: tl.constexpr = values.shape[1]
-    EACH: tl.constexpr = values.shape[2]
-    bit = (tl.reshape(signs, [ROWS, ENTRIES, 1]) >> tl.arange(0, EACH)[None, None, :]) & 1
-    return tl.reshape(tl.where(bit == 1, -values, values).to(tl.float32), [ROWS, ENTRIES * EACH])
+    WIDTH: tl.constexpr = values.shape[2]
+    bit = (tl.reshape(signs, [ROWS, ENTRIES, 1]) >> tl.arange(0, WIDTH)[None, None, :]) & 1
+    return tl.reshape(tl.where(bit == 1, -values, values).to(tl.float32), [ROWS, ENTRIES * WIDTH])
 
 
 @triton.jit
-def eighth(seven):
-    """Seven signs of eight; the eighth makes their number even."""
-    odd = seven ^ (seven >> 4)
-    odd = odd ^ (odd >> 2)
-    odd = odd ^ (odd >> 1)
-    return seven | ((odd & 1) << 7)
+def with_eighth_sign(signs):
+    """Adds the eighth sign to seven signs; it makes the number of negative signs even."""
+    parity = signs ^ (signs >> 4)
+    parity = parity ^ (parity >> 2)
+    parity = parity ^ (parity >> 1)
+    return signs | ((parity & 1) << 7)
 
 
 @triton.jit
-def of_three(place):
-    """The values of IQ2's books: 8, 25, 43."""
-    return 8 + 17 * place + (place >> 1)
+def iq2_values(index):
+    """Returns the values of IQ2's codebooks: 8, 25, 43."""
+    return 8 + 17 * index + (index >> 1)
 
 
 @triton.jit
 def nibble_scale(plane, half, row, start, blocks, SPAN: tl.constexpr):
-    """The scales of IQ2_XS and IQ2_S: four bits for 16 columns."""
+    """Loads the scales of IQ2_XS and IQ2_S: four bits per 16 columns."""
     group = tl.arange(0, SPAN // 16)
     factor = (stream(plane, row, start * 8 + group // 2, blocks * 8).to(tl.int32) >> (group % 2 * 4)[None, :]) & 15
     return per_block(half, row, start, blocks, 256, SPAN) * (0.5 + factor.to(tl.float32)) * 0.25
@@ -52,12 +56,15 @@ def nibble_scale(plane, half, row, start, blocks, SPAN: tl.constexpr):
 
 @triton.jit
 def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Pairs of words for 32 columns: four indices; four times seven signs below a scale of four bits."""
+    """IQ2_XXS: two words per 32 columns.
+
+    The first word holds four codebook indices, the second four times seven signs below a scale of four bits.
+    """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
-    part, i = entry // 4, entry % 4
-    index = (stream(planes[0], row, start * 16 + part * 2, blocks * 16) >> (i * 8)[None, :]) & 255
-    seven = (stream(planes[0], row, start * 16 + part * 2 + 1, blocks * 16) >> (i * 7)[None, :]) & 127
-    codes = signed(of_three(places(book, index, 8)), eighth(seven))
+    group, i = entry // 4, entry % 4
+    index = (stream(planes[0], row, start * 16 + group * 2, blocks * 16) >> (i * 8)[None, :]) & 255
+    signs = (stream(planes[0], row, start * 16 + group * 2 + 1, blocks * 16) >> (i * 7)[None, :]) & 127
+    codes = apply_signs(iq2_values(load_indices(book, index, 8)), with_eighth_sign(signs))
     factor = (stream(planes[0], row, start * 16 + tl.arange(0, SPAN // 16) // 2 * 2 + 1, blocks * 16) >> 28) & 15
     scale = per_block(planes[1], row, start, blocks, BLOCK, SPAN) * (0.5 + factor.to(tl.float32)) * 0.25
     return codes, scale, scale
@@ -65,33 +72,38 @@ def iq2_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
 @triton.jit
 def iq2_xs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Nine bits of index and seven signs for eight columns."""
+    """IQ2_XS: nine bits of codebook index and seven signs per eight columns."""
     start = first // BLOCK
     word = stream(planes[0], row, start * 32 + tl.arange(0, SPAN // 8), blocks * 32).to(tl.int32)
-    codes = signed(of_three(places(book, word & 511, 8)), eighth((word >> 9) & 127))
+    codes = apply_signs(iq2_values(load_indices(book, word & 511, 8)), with_eighth_sign((word >> 9) & 127))
     scale = nibble_scale(planes[1], planes[2], row, start, blocks, SPAN)
     return codes, scale, scale
 
 
 @triton.jit
 def iq2_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Ten bits of index, two of them apart, and eight signs for eight columns."""
+    """IQ2_S: ten bits of codebook index, two of them stored separately, and eight signs per eight columns."""
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
-    top = stream(planes[2], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 2)[None, :]
-    index = stream(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((top & 3) << 8)
+    high_bits = stream(planes[2], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 2)[None, :]
+    index = stream(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 3) << 8)
     signs = stream(planes[1], row, start * 32 + entry, blocks * 32).to(tl.int32)
-    codes = signed(of_three(places(book, index, 8)), signs)
+    codes = apply_signs(iq2_values(load_indices(book, index, 8)), signs)
     scale = nibble_scale(planes[3], planes[4], row, start, blocks, SPAN)
     return codes, scale, scale
 
 
 @triton.jit
 def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """An index for four columns; a word for 32: four times seven signs below a scale of four bits. Values 4, 12, ... 52, 62."""
+    """IQ3_XXS: a codebook index per four columns, and a word per 32 columns.
+
+    The word holds four times seven signs below a scale of four bits. The values are 4, 12, ... 52, 62.
+    """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 4)
-    place = places(book, stream(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32), 4)
-    seven = (stream(planes[1], row, start * 8 + entry // 8, blocks * 8) >> (entry // 2 % 4 * 7)[None, :]) & 127
-    codes = signed(4 + 8 * place + tl.where(place == 7, 2, 0), eighth(seven) >> (entry % 2 * 4)[None, :])
+    value_index = load_indices(book, stream(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32), 4)
+    signs = (stream(planes[1], row, start * 8 + entry // 8, blocks * 8) >> (entry // 2 % 4 * 7)[None, :]) & 127
+    codes = apply_signs(
+        4 + 8 * value_index + tl.where(value_index == 7, 2, 0), with_eighth_sign(signs) >> (entry % 2 * 4)[None, :]
+    )
     factor = (stream(planes[1], row, start * 8 + tl.arange(0, SPAN // 16) // 2, blocks * 8) >> 28) & 15
     scale = per_block(planes[2], row, start, blocks, BLOCK, SPAN) * (0.5 + factor.to(tl.float32)) * 0.5
     return codes, scale, scale
@@ -99,47 +111,63 @@ def iq3_xxs(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SP
 
 @triton.jit
 def iq3_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Nine bits of index for four columns, one of them apart; a sign a column; four bits of scale for 32. Values 1, 3, ... 15."""
+    """IQ3_S: nine bits of codebook index per four columns, one of them stored separately.
+
+    Each column has a sign, and 32 columns a scale of four bits. The values are 1, 3, ... 15.
+    """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 4)
-    top = (stream(planes[2], row, start * 8 + entry // 8, blocks * 8).to(tl.int32) >> (entry % 8)[None, :]) & 1
-    place = places(book, stream(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32) | (top << 8), 4)
+    high_bits = (stream(planes[2], row, start * 8 + entry // 8, blocks * 8).to(tl.int32) >> (entry % 8)[None, :]) & 1
+    value_index = load_indices(
+        book, stream(planes[0], row, start * 64 + entry, blocks * 64).to(tl.int32) | (high_bits << 8), 4
+    )
     signs = stream(planes[1], row, start * 32 + entry // 2, blocks * 32).to(tl.int32) >> (entry % 2 * 4)[None, :]
-    part = tl.arange(0, SPAN // 16) // 2
-    factor = (stream(planes[3], row, start * 4 + part // 2, blocks * 4).to(tl.int32) >> (part % 2 * 4)[None, :]) & 15
+    group = tl.arange(0, SPAN // 16) // 2
+    factor = (stream(planes[3], row, start * 4 + group // 2, blocks * 4).to(tl.int32) >> (group % 2 * 4)[None, :]) & 15
     scale = per_block(planes[4], row, start, blocks, BLOCK, SPAN) * (1 + 2 * factor).to(tl.float32)
-    return signed(1 + 2 * place, signs), scale, scale
+    return apply_signs(1 + 2 * value_index, signs), scale, scale
 
 
 @triton.jit
 def iq1_s(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """Places less one are -1, 0, 1. A half word for 32 columns: three upper bits of each of four indices, three of scale, and the sign of an eighth that all get."""
+    """IQ1_S: eleven bits of codebook index per eight columns; indices minus one are the values -1, 0, 1.
+
+    A 16-bit word per 32 columns holds the upper three bits of each of four codebook indices, three bits of scale, and
+    the sign of an offset of one eighth that is added to all 32 values.
+    """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
-    top = stream(planes[1], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 3)[None, :]
-    index = stream(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((top & 7) << 8)
-    codes = tl.reshape(places(book, index, 8).to(tl.float32), [row.shape[0], SPAN])
-    about = stream(planes[1], row, start * 8 + tl.arange(0, SPAN // 16) // 2, blocks * 8).to(tl.int32)
-    scale = per_block(planes[2], row, start, blocks, BLOCK, SPAN) * (2 * ((about >> 12) & 7) + 1).to(tl.float32)
-    return codes, scale, scale * tl.where(about < 0, 1.125, 0.875)
+    high_bits = stream(planes[1], row, start * 8 + entry // 4, blocks * 8).to(tl.int32) >> (entry % 4 * 3)[None, :]
+    index = stream(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 7) << 8)
+    codes = tl.reshape(load_indices(book, index, 8).to(tl.float32), [row.shape[0], SPAN])
+    header = stream(planes[1], row, start * 8 + tl.arange(0, SPAN // 16) // 2, blocks * 8).to(tl.int32)
+    scale = per_block(planes[2], row, start, blocks, BLOCK, SPAN) * (2 * ((header >> 12) & 7) + 1).to(tl.float32)
+    return codes, scale, scale * tl.where(header < 0, 1.125, 0.875)
 
 
 @triton.jit
 def iq1_m(planes, book, row, block_row, first, blocks, BLOCK: tl.constexpr, SPAN: tl.constexpr, RAW: tl.constexpr):
-    """As IQ1_S, the upper bits and the eighth's sign in four bits for eight columns; a half float's nibbles stand above scales of three bits for 16."""
+    """IQ1_M: as IQ1_S, with the upper bits of the index and the sign of the offset in four bits per eight columns.
+
+    Scales have three bits per 16 columns; the nibbles of an f16 scale of the block are stored above them.
+    """
     start, entry = first // BLOCK, tl.arange(0, SPAN // 8)
-    top = stream(planes[1], row, start * 16 + entry // 2, blocks * 16).to(tl.int32) >> (entry % 2 * 4)[None, :]
-    place = places(book, stream(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((top & 7) << 8), 8)
-    less = tl.where((top & 8) != 0, 1.125, 0.875)
-    codes = tl.reshape(place.to(tl.float32) - tl.reshape(less, [row.shape[0], SPAN // 8, 1]), [row.shape[0], SPAN])
+    high_bits = stream(planes[1], row, start * 16 + entry // 2, blocks * 16).to(tl.int32) >> (entry % 2 * 4)[None, :]
+    value_index = load_indices(
+        book, stream(planes[0], row, start * 32 + entry, blocks * 32).to(tl.int32) | ((high_bits & 7) << 8), 8
+    )
+    offset = tl.where((high_bits & 8) != 0, 1.125, 0.875)
+    codes = tl.reshape(
+        value_index.to(tl.float32) - tl.reshape(offset, [row.shape[0], SPAN // 8, 1]), [row.shape[0], SPAN]
+    )
     group = tl.arange(0, SPAN // 16)
     block = start * 4 + group // 16 * 4
     factor = (stream(planes[2], row, block + group % 16 // 4, blocks * 4).to(tl.int32) >> (group % 4 * 3)[None, :]) & 7
-    bits = nibble_of_half(planes[2], row, block, 0, blocks) | nibble_of_half(planes[2], row, block, 1, blocks)
-    bits |= nibble_of_half(planes[2], row, block, 2, blocks) | nibble_of_half(planes[2], row, block, 3, blocks)
+    bits = scale_nibble(planes[2], row, block, 0, blocks) | scale_nibble(planes[2], row, block, 1, blocks)
+    bits |= scale_nibble(planes[2], row, block, 2, blocks) | scale_nibble(planes[2], row, block, 3, blocks)
     scale = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * (2 * factor + 1).to(tl.float32)
     return codes, scale, scale
 
 
 @triton.jit
-def nibble_of_half(plane, row, block, AT: tl.constexpr, blocks):
-    """The top nibble of a block's half word AT, where it stands in the block's half float."""
-    return ((stream(plane, row, block + AT, blocks * 4).to(tl.int32) >> 12) & 15) << (4 * AT)
+def scale_nibble(plane, row, block, INDEX: tl.constexpr, blocks):
+    """Returns the top nibble of a block's 16-bit word INDEX, in its position in the block's f16 scale."""
+    return ((stream(plane, row, block + INDEX, blocks * 4).to(tl.int32) >> 12) & 15) << (4 * INDEX)

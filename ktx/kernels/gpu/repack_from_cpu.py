@@ -1,8 +1,9 @@
-"""The CPU's packed order of weights taken to a GPU's planes, by strided copies on the device: exact, and no table of its own.
+"""Conversion of weights packed for the CPU to the planes of a GPU, by exact strided copies on the device.
 
-The CPU keeps groups of 16 rows (csrc/cpu/layout.h): a plane for each narrow field, then 32-bit words of 16 rows side by side. A field of planes.py is
-either narrow there or whole words, in the same order, so both orders follow from FIELDS. What packing did to the bits of words is undone first, some of
-the matrices at a time (rearrange.py).
+There is no table per type: the CPU's order has groups of 16 rows (csrc/cpu/quant/layout.h), with a plane for each
+narrow field, then 32-bit words of 16 rows next to each other. A field of soa_layout.py is either narrow there or
+consists of complete words in the same order, so both orders follow from FIELDS. First the bits of words are restored
+(repack_bits.py), some matrices at a time.
 """
 
 from __future__ import annotations
@@ -11,73 +12,94 @@ from collections.abc import Iterator
 
 import torch
 
-from ktx.kernels.gpu.repack_bits import AT_ONCE, MORE, UNDO
+from ktx.kernels.gpu.repack_bits import CHUNK_BYTES, EXTRA_WORDS, UNDO
 from ktx.kernels.gpu.soa_layout import FIELDS, HALF, SoAWeight
 from ktx.quant.types import FP8_BLOCK
 
-LANES, LINE = 16, 64  # rows of a group, and bytes to which a plane of it is filled up
-STREAMED = (
-    512 << 20
-)  # packed bytes of experts that come to a GPU at once (ktx.ops.gpu.expert_streaming), at least one expert
-WIDTHS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # of what is copied at once
+GROUP_ROWS, PLANE_ALIGNMENT = 16, 64  # rows of a group, and bytes to which a plane of a group is padded
+# Packed bytes of experts that are streamed to a GPU at once (ktx.ops.gpu.expert_streaming), at least one expert.
+STREAMED = 512 << 20
+WORD_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by the bytes of an element of a copy
 
 
 def unpack(data: torch.Tensor, into: SoAWeight, first: int = 0) -> None:
-    """Groups of rows of every matrix of `into`, from group `first` on: uint8 [matrices, groups, bytes of a group], on the device of `into`."""
-    begin = first * LANES
-    rows = min(into.n - begin, data.shape[1] * LANES)
-    whole, rest = divmod(rows, LANES)
-    for source, plane in _fields(data, into):  # [matrices, groups, 16, ...] and [matrices, n, ...]
-        target = plane[:, begin : begin + rows]
-        if whole:
-            target[:, : whole * LANES].unflatten(1, (whole, LANES)).copy_(source[:, :whole])
-        if rest:
-            target[:, whole * LANES :].copy_(source[:, whole, :rest])
+    """Unpacks groups of rows of every matrix into planes.
+
+    Args:
+        data: uint8 [matrices, groups, bytes of a group], on the device of `into`.
+        into: the planes.
+        first: index of the first group.
+    """
+    first_row = first * GROUP_ROWS
+    num_rows = min(into.n - first_row, data.shape[1] * GROUP_ROWS)
+    num_groups, remainder = divmod(num_rows, GROUP_ROWS)
+    for src, plane in _fields(data, into):  # [matrices, groups, 16, ...] and [matrices, n, ...]
+        dst = plane[:, first_row : first_row + num_rows]
+        if num_groups:
+            dst[:, : num_groups * GROUP_ROWS].unflatten(1, (num_groups, GROUP_ROWS)).copy_(src[:, :num_groups])
+        if remainder:
+            dst[:, num_groups * GROUP_ROWS :].copy_(src[:, num_groups, :remainder])
     if into.scale is not None:
         _scales(data, into, first)
 
 
 def _fields(data: torch.Tensor, into: SoAWeight) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each field as the CPU keeps it, turned to rows of blocks, and its plane in the same words."""
+    """Yields each field in the CPU's order, viewed as rows of blocks, and its plane in words of equal size."""
     blocks, fields = into.row_blocks, FIELDS[into.qtype.name]
     planes = [plane.view(torch.uint8).view(into.matrices, into.n, blocks, -1) for plane in into.planes[: len(fields)]]
     if into.qtype.is_float:
-        word = WIDTHS[into.qtype.nbytes]
-        held = data[..., : into.k * LANES * into.qtype.nbytes].view(word).unflatten(-1, (into.k, LANES))
-        yield held.transpose(-1, -2), planes[0].view(word)[..., 0]
+        dtype = WORD_DTYPES[into.qtype.nbytes]
+        field_data = (
+            data[..., : into.k * GROUP_ROWS * into.qtype.nbytes].view(dtype).unflatten(-1, (into.k, GROUP_ROWS))
+        )
+        yield field_data.transpose(-1, -2), planes[0].view(dtype)[..., 0]
         return
-    at, words = 0, []
+    offset, words = 0, []
     for field, plane in zip(fields, planes, strict=True):
         if field.dtype is not HALF and field.nbytes >= 4:
             words.append(plane.view(torch.int32))
             continue
-        width = min(2, field.nbytes)
-        for part in range(field.nbytes // width):
-            held = data[..., at : at + blocks * LANES * width].view(WIDTHS[width]).unflatten(-1, (blocks, LANES))
-            yield held.transpose(-1, -2), plane.view(WIDTHS[width])[..., part]
-            at += -(-blocks * LANES * width // LINE) * LINE
-    count = sum(plane.shape[-1] for plane in words) + MORE.get(into.qtype.name, 0)
-    held = data[..., at:].view(torch.int32).unflatten(-1, (blocks, count, LANES))
+        element_bytes = min(2, field.nbytes)
+        for part in range(field.nbytes // element_bytes):
+            field_data = (
+                data[..., offset : offset + blocks * GROUP_ROWS * element_bytes]
+                .view(WORD_DTYPES[element_bytes])
+                .unflatten(-1, (blocks, GROUP_ROWS))
+            )
+            yield field_data.transpose(-1, -2), plane.view(WORD_DTYPES[element_bytes])[..., part]
+            offset += -(-blocks * GROUP_ROWS * element_bytes // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
+    count = sum(plane.shape[-1] for plane in words) + EXTRA_WORDS.get(into.qtype.name, 0)
+    field_data = data[..., offset:].view(torch.int32).unflatten(-1, (blocks, count, GROUP_ROWS))
     undo = UNDO.get(into.qtype.name)
-    each = into.matrices if undo is None else max(1, AT_ONCE * into.matrices // (held.numel() * 4))
-    for some in range(0, into.matrices, each):
-        taken = held[some : some + each]
+    num_at_once = into.matrices if undo is None else max(1, CHUNK_BYTES * into.matrices // (field_data.numel() * 4))
+    for first_matrix in range(0, into.matrices, num_at_once):
+        restored = field_data[first_matrix : first_matrix + num_at_once]
         if undo is not None:
-            taken = undo(taken)
-        taken = taken.permute(0, 1, 4, 2, 3)  # [matrices, groups, 16, blocks, words of a block]
-        begin = 0
+            restored = undo(restored)
+        restored = restored.permute(0, 1, 4, 2, 3)  # [matrices, groups, 16, blocks, words of a block]
+        first_word = 0
         for plane in words:
-            yield taken[..., begin : begin + plane.shape[-1]], plane[some : some + each]
-            begin += plane.shape[-1]
+            yield (
+                restored[..., first_word : first_word + plane.shape[-1]],
+                plane[first_matrix : first_matrix + num_at_once],
+            )
+            first_word += plane.shape[-1]
 
 
 def _scales(data: torch.Tensor, into: SoAWeight, first: int) -> None:
-    """Of F8_E4M3: the CPU repeats a scale for every row, planes have one for 128 rows and columns."""
+    """Copies the scales of F8_E4M3.
+
+    The CPU's order repeats a scale for every row; planes have one for 128 rows and columns.
+    """
     assert into.scale is not None
-    columns, each = into.scale.shape[-1], FP8_BLOCK // LANES
-    at = -(-into.k * LANES // LINE) * LINE
-    held = data[..., at : at + columns * LANES * 4].view(torch.float32).unflatten(-1, (columns, LANES))[..., 0]
-    skipped = -first % each
-    some = held[:, skipped::each]
-    begin = (first + skipped) // each
-    into.scale[:, begin : begin + some.shape[1]].copy_(some)
+    columns, groups_per_scale = into.scale.shape[-1], FP8_BLOCK // GROUP_ROWS
+    offset = -(-into.k * GROUP_ROWS // PLANE_ALIGNMENT) * PLANE_ALIGNMENT
+    scales = (
+        data[..., offset : offset + columns * GROUP_ROWS * 4]
+        .view(torch.float32)
+        .unflatten(-1, (columns, GROUP_ROWS))[..., 0]
+    )
+    skipped = -first % groups_per_scale
+    selected = scales[:, skipped::groups_per_scale]
+    first_row = (first + skipped) // groups_per_scale
+    into.scale[:, first_row : first_row + selected.shape[1]].copy_(selected)
