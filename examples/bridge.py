@@ -1,8 +1,8 @@
-"""Attention patterns and a patched head of a model that ktx has loaded, by TransformerLens, whose bridge takes it as transformers' own.
+"""Reads an attention pattern and ablates a head with TransformerLens, whose bridge accepts a model loaded by ktx.
 
     python examples/bridge.py [--model DIR --weights FILE] [--text TEXT] [--layer 1 --head 0]
 
-Without --model it is the bundled demo model. Needs transformer_lens.
+Without --model it uses the bundled demo model. Needs transformer_lens.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ import ktx
 import ktx.demo
 
 
-def bridged(model: Any, tokenizer: Any) -> Any:
-    """The bridge around a model that is there."""
+def make_bridge(model: Any, tokenizer: Any) -> Any:
+    """Returns a bridge around an already loaded model."""
     name = model.config.name_or_path or "model"
     return TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=tokenizer, device="cpu")
 
 
-def looked_at(bridge: Any, ids: torch.Tensor, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A head's pattern [queries, keys], and the last token's logits with the head and without it."""
+def ablate(bridge: Any, ids: torch.Tensor, layer: int, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns a head's attention pattern [queries, keys], and the last token's logits with and without the head."""
     pattern = f"blocks.{layer}.attn.hook_pattern"
 
-    def silent(weights: torch.Tensor, hook: Any) -> torch.Tensor:
+    def zero_head(weights: torch.Tensor, hook: Any) -> torch.Tensor:
         weights[:, head] = 0
         return weights
 
     with torch.no_grad():
-        usual, cache = bridge.run_with_cache(ids, names_filter=pattern)
-        changed = bridge.run_with_hooks(ids, fwd_hooks=[(pattern, silent)])
-    return cache[pattern][0, head], usual[0, -1], changed[0, -1]
+        original, cache = bridge.run_with_cache(ids, names_filter=pattern)
+        ablated = bridge.run_with_hooks(ids, fwd_hooks=[(pattern, zero_head)])
+    return cache[pattern][0, head], original[0, -1], ablated[0, -1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ktx.demo.path()), metavar="DIR")
-    parser.add_argument("--weights", metavar="FILE", help="default: the demo model's, else what is in --model")
-    parser.add_argument("--text", default="A rule file is a list of", metavar="TEXT")
-    parser.add_argument("--layer", type=int, default=1, metavar="N")
-    parser.add_argument("--head", type=int, default=0, metavar="N")
+    parser.add_argument("--model", default=str(ktx.demo.path()), metavar="DIR", help="model folder (default: demo)")
+    parser.add_argument("--weights", metavar="FILE", help="GGUF or safetensors (default: those in --model)")
+    parser.add_argument("--text", default="A rule file is a list of", metavar="TEXT", help="prompt")
+    parser.add_argument("--layer", type=int, default=1, metavar="N", help="index of the layer (default: 1)")
+    parser.add_argument("--head", type=int, default=0, metavar="N", help="index of the head (default: 0)")
     args = parser.parse_args()
     demo = args.model == str(ktx.demo.path())
     model, tokenizer = ktx.load(args.model, args.weights or (ktx.demo.gguf() if demo else None))
     ids = tokenizer(args.text, return_tensors="pt").input_ids
-    pattern, usual, changed = looked_at(bridged(model, tokenizer), ids, args.layer, args.head)
-    print(f"last token looks at {tokenizer.decode([ids[0, pattern[-1].argmax()].item()])!r}")
-    for name, logits in (("with the head", usual), ("without", changed)):
+    pattern, original, ablated = ablate(make_bridge(model, tokenizer), ids, args.layer, args.head)
+    print(f"the last token looks at {tokenizer.decode([ids[0, pattern[-1].argmax()].item()])!r}")
+    for name, logits in (("with the head", original), ("without", ablated)):
         print(f"{name}: {tokenizer.decode([int(logits.argmax())])!r}")
 
 

@@ -1,8 +1,8 @@
-"""Scores of lm-evaluation-harness on a model that ktx has loaded, handed to its `hf` model as transformers' are.
+"""Scores answers with lm-evaluation-harness, whose `hf` model accepts a model loaded by ktx.
 
     python examples/evaluate.py [--model DIR --weights FILE]
 
-Without --model it is the bundled demo model. Needs lm_eval (pip install 'ktx-moe[eval]').
+Without --model it uses the bundled demo model. Needs lm_eval (pip install 'ktx-moe[eval]').
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ QUESTIONS = (
 
 
 def scores(model: Any, tokenizer: Any) -> list[list[float]]:
-    """Log-likelihood of each answer to each question."""
-    judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
-    asked = [(question, answer) for question, answers in QUESTIONS for answer in answers]
-    requests = [Instance("loglikelihood", {}, arguments, i) for i, arguments in enumerate(asked)]
-    made = iter(judge.loglikelihood(requests, disable_tqdm=True))
-    return [[next(made)[0] for _ in answers] for _, answers in QUESTIONS]
+    """Returns the log-likelihood of each answer to each question."""
+    evaluator = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    pairs = [(question, answer) for question, answers in QUESTIONS for answer in answers]
+    requests = [Instance("loglikelihood", {}, arguments, i) for i, arguments in enumerate(pairs)]
+    likelihoods = iter(evaluator.loglikelihood(requests, disable_tqdm=True))
+    return [[next(likelihoods)[0] for _ in answers] for _, answers in QUESTIONS]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ktx.demo.path()), metavar="DIR")
-    parser.add_argument("--weights", metavar="FILE", help="default: the demo model's, else what is in --model")
+    parser.add_argument("--model", default=str(ktx.demo.path()), metavar="DIR", help="model folder (default: demo)")
+    parser.add_argument("--weights", metavar="FILE", help="GGUF or safetensors (default: those in --model)")
     args = parser.parse_args()
     demo = args.model == str(ktx.demo.path())
     model, tokenizer = ktx.load(args.model, args.weights or (ktx.demo.gguf() if demo else None))
-    for (question, answers), found in zip(QUESTIONS, scores(model, tokenizer), strict=True):
+    for (question, answers), answer_scores in zip(QUESTIONS, scores(model, tokenizer), strict=True):
         print(question)
-        for answer, score in zip(answers, found, strict=True):
+        for answer, score in zip(answers, answer_scores, strict=True):
             print(f"{score:9.2f} {answer}")
 
 

@@ -1,8 +1,8 @@
-"""Activations of a model that ktx has loaded, read and set by nnsight: what a layer adds, and the answer without it.
+"""Reads and sets activations with nnsight on a model loaded by ktx: the output of an MLP, and the logits without it.
 
     python examples/tracing.py [--model DIR --weights FILE] [--text TEXT] [--layer 1]
 
-Without --model it is the bundled demo model. Needs nnsight.
+Without --model it uses the bundled demo model. Needs nnsight.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ import ktx
 import ktx.demo
 
 
-def without(model: Any, tokenizer: Any, text: str, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a layer's feed-forward part gives, and the last token's logits with it and with zeros in its place."""
+def ablate_mlp(model: Any, tokenizer: Any, text: str, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the output of a layer's MLP, and the last token's logits with it and with zeros in its place."""
     traced = LanguageModel(model, tokenizer=tokenizer)
     with torch.no_grad(), traced.trace(text):
-        added = traced.model.layers[number].mlp.output.save()
-        usual = traced.output.logits[0, -1].save()
+        mlp_output = traced.model.layers[layer].mlp.output.save()
+        original = traced.output.logits[0, -1].save()
     with torch.no_grad(), traced.trace(text):
-        traced.model.layers[number].mlp.output[:] = 0
-        changed = traced.output.logits[0, -1].save()
-    return added, usual, changed
+        traced.model.layers[layer].mlp.output[:] = 0
+        ablated = traced.output.logits[0, -1].save()
+    return mlp_output, original, ablated
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ktx.demo.path()), metavar="DIR")
-    parser.add_argument("--weights", metavar="FILE", help="default: the demo model's, else what is in --model")
-    parser.add_argument("--text", default="A rule file is a list of", metavar="TEXT")
-    parser.add_argument("--layer", type=int, default=1, metavar="N")
+    parser.add_argument("--model", default=str(ktx.demo.path()), metavar="DIR", help="model folder (default: demo)")
+    parser.add_argument("--weights", metavar="FILE", help="GGUF or safetensors (default: those in --model)")
+    parser.add_argument("--text", default="A rule file is a list of", metavar="TEXT", help="prompt")
+    parser.add_argument("--layer", type=int, default=1, metavar="N", help="index of the layer (default: 1)")
     args = parser.parse_args()
     demo = args.model == str(ktx.demo.path())
     model, tokenizer = ktx.load(args.model, args.weights or (ktx.demo.gguf() if demo else None))
-    added, usual, changed = without(model, tokenizer, args.text, args.layer)
-    print(f"layer {args.layer} adds {added.norm():.3f}")
-    for name, logits in (("with it", usual), ("without", changed)):
+    mlp_output, original, ablated = ablate_mlp(model, tokenizer, args.text, args.layer)
+    print(f"layer {args.layer} adds {mlp_output.norm():.3f}")
+    for name, logits in (("with it", original), ("without", ablated)):
         print(f"{name}: {tokenizer.decode([int(logits.argmax())])!r}")
 
 

@@ -1,8 +1,8 @@
-"""Trains a LoRA adapter with PEFT on a model that ktx has loaded; its packed weights stay as they are.
+"""Trains a LoRA adapter with PEFT on a model loaded by ktx, whose packed weights stay unchanged.
 
     python examples/train_lora.py [--model DIR --weights FILE] [--text FILE] [--steps 50] [--out adapter]
 
-Without --model it is the bundled demo model. A text is taken paragraph by paragraph.
+Without --model it uses the bundled demo model. Each paragraph of the text is one training sequence.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ TEXTS = (
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "q_a_proj", "kv_a_proj_with_mqa", "o_proj")
 
 
-def adapted(model: Any) -> Any:
-    """The model with an adapter, which is all that can be trained, on the projections of its attention."""
+def add_adapter(model: Any) -> Any:
+    """Returns the model with an adapter on its attention projections; only the adapter is trainable."""
     names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
     torch.manual_seed(0)
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=[n for n in ATTENTION if n in names]))
 
 
 def train(model: Any, batches: Sequence[torch.Tensor], steps: int, rate: float = 2e-3) -> list[float]:
-    """The loss of each step; batches [sequences, tokens] take turns."""
+    """Trains on the batches [sequences, tokens] in turn and returns the loss of each step."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
@@ -50,22 +50,22 @@ def train(model: Any, batches: Sequence[torch.Tensor], steps: int, rate: float =
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ktx.demo.path()), metavar="DIR")
-    parser.add_argument("--weights", metavar="FILE", help="default: the demo model's, else what is in --model")
-    parser.add_argument("--text", type=Path, metavar="FILE")
-    parser.add_argument("--steps", type=int, default=50, metavar="N")
-    parser.add_argument("--out", default="adapter", metavar="DIR")
+    parser.add_argument("--model", default=str(ktx.demo.path()), metavar="DIR", help="model folder (default: demo)")
+    parser.add_argument("--weights", metavar="FILE", help="GGUF or safetensors (default: those in --model)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="training text (default: two sentences)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="optimizer steps (default 50)")
+    parser.add_argument("--out", default="adapter", metavar="DIR", help="folder to write (default: adapter)")
     args = parser.parse_args()
     demo = args.model == str(ktx.demo.path())
     model, tokenizer = ktx.load(args.model, args.weights or (ktx.demo.gguf() if demo else None))
     texts = args.text.read_text(encoding="utf-8").split("\n\n") if args.text else TEXTS
     batches = [tokenizer(text, return_tensors="pt").input_ids for text in texts if text.strip()]
-    batches = [ids for ids in batches if ids.shape[1] > 1]  # a lone token predicts nothing
+    batches = [ids for ids in batches if ids.shape[1] > 1]  # a single token has no target
     if not batches:
         parser.error(f"--text {args.text}: no paragraph of two tokens or more")
-    trained = adapted(model)
-    losses = train(trained, batches, args.steps)
-    trained.save_pretrained(args.out)
+    peft_model = add_adapter(model)
+    losses = train(peft_model, batches, args.steps)
+    peft_model.save_pretrained(args.out)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, {args.out}: adapter_model.safetensors")
 
 

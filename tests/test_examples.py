@@ -86,7 +86,7 @@ def test_a_pipeline_answers_as_on_transformers_model(two):
 def test_integrated_gradients_are_transformers(two):
     right, mine, tokenizer = two
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
-    theirs, ours = (example("attribution").attributed(model, ids, 4) for model in (right, mine))
+    theirs, ours = (example("attribution").attribute(model, ids, 4) for model in (right, mine))
     assert ours[1] == theirs[1] and relative(ours[0], theirs[0]) < 1e-3
     assert ours[2] == pytest.approx(theirs[2], rel=1e-2, abs=1e-3)
 
@@ -124,7 +124,7 @@ def test_scores_of_an_evaluation_are_transformers(two):
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_traces_are_transformers(two, number):
     right, mine, tokenizer = two
-    theirs, ours = (example("tracing").without(model, tokenizer, TEXT, number) for model in (right, mine))
+    theirs, ours = (example("tracing").ablate_mlp(model, tokenizer, TEXT, number) for model in (right, mine))
     assert all(relative(a, b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
     assert relative(ours[1], ours[2]) > 1e-3
 
@@ -135,7 +135,7 @@ def test_weights_that_a_bridge_folds_count(tmp_path, family):
     right = tiny(family, tie_word_embeddings=False)
     right.save_pretrained(tmp_path)
     mine, tokenizer = load(tmp_path, None, kv_dtype="f32"), AutoTokenizer.from_pretrained(ktx.demo.path())
-    bridges = [example("bridge").bridged(model, tokenizer) for model in (right, mine)]
+    bridges = [example("bridge").make_bridge(model, tokenizer) for model in (right, mine)]
     before = bridges[0](IDS[:, :12])
     for bridge in bridges:
         bridge.enable_compatibility_mode()
@@ -175,7 +175,7 @@ def test_a_bridge_shows_and_changes_what_transformers_does(two):
     right, mine, tokenizer = two
     module = example("bridge")
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
-    theirs, ours = (module.looked_at(module.bridged(model, tokenizer), ids, 1, 0) for model in (right, mine))
+    theirs, ours = (module.ablate(module.make_bridge(model, tokenizer), ids, 1, 0) for model in (right, mine))
     assert all(relative(a, b) < 1e-4 for a, b in zip(ours, theirs, strict=True))
     assert relative(ours[1], ours[2]) > 1e-5
 

@@ -153,9 +153,9 @@ def test_training_goes_as_in_transformers(tmp_path):
     model, tok = ktx.load(ktx.demo.path(), ktx.demo.gguf(), progress=False)
     model.save_pretrained(tmp_path, dtype=torch.float32)
     batches = [tok(text, return_tensors="pt").input_ids for text in lora.TEXTS]
-    mine = lora.train(lora.adapted(ktx.load(tmp_path, progress=False)[0]), batches, 50)
+    mine = lora.train(lora.add_adapter(ktx.load(tmp_path, progress=False)[0]), batches, 50)
     right = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    expected = lora.train(lora.adapted(right), batches, 50)
+    expected = lora.train(lora.add_adapter(right), batches, 50)
     assert expected[-1] < 0.2 * expected[0]
     assert all(abs(a - b) <= 0.02 * b for a, b in zip(mine, expected, strict=True))
 
