@@ -160,14 +160,14 @@ def test_a_layer_that_guesses_tokens_is_written_behind_the_last(tmp_path):
 def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     _, mine = of_floats("llama", tmp_path / "loaded")
     cases = [
-        ({"push_to_hub": True}, "push_to_hub is not known.*huggingface_hub"),
-        ({"max_shard": 3}, "max_shard is not known"),
+        ({"push_to_hub": True}, "push_to_hub is not supported.*huggingface_hub"),
+        ({"max_shard": 3}, "max_shard is not supported"),
         ({"max_shard_size": "5 apples"}, "max_shard_size '5 apples' is not a size"),
         ({"dtype": torch.int8}, "dtype torch.int8 is not supported"),
         ({"safe_serialization": False}, "safetensors"),
         ({"variant": "../other"}, "variant '../other' cannot be part"),
         ({"variant": "../other", "packed": True}, "variant '../other' cannot be part"),
-        ({"dtype": torch.bfloat16, "state_dict": {}}, "dtype is of the model's own weights"),
+        ({"dtype": torch.bfloat16, "state_dict": {}}, "dtype applies to the model's own weights"),
     ]
     for options, words in cases:
         with pytest.raises(UsageError, match=words):

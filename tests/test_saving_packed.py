@@ -425,10 +425,10 @@ def test_what_cannot_be_written_is_refused(tmp_path, monkeypatch):
     mine = of_gguf("llama", tmp_path / "loaded")
     before = set((tmp_path / "loaded").iterdir())
     cases = [
-        ({"dtype": torch.float16}, "each weight in the type that it has; leave dtype out"),
-        ({"state_dict": {}}, "packed is of the model's own weights"),
-        ({"max_shard_size": "a lot"}, "is no size"),
-        ({"push_to_hub": True}, "push_to_hub is not known"),
+        ({"dtype": torch.float16}, "each weight in its own type; leave out dtype"),
+        ({"state_dict": {}}, "packed applies to the model's own weights"),
+        ({"max_shard_size": "a lot"}, "is not a size"),
+        ({"push_to_hub": True}, "push_to_hub is not supported"),
     ]
     for options, words in cases:
         with pytest.raises(UsageError, match=words):

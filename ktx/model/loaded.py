@@ -1,4 +1,7 @@
-"""What a loaded model does otherwise than its transformers class: it is copied, pickled, counted and written with the weights that operators hold packed."""
+"""The class of a loaded model, which extends its transformers class for packed weights.
+
+It changes copying, pickling, counting parameters and saving.
+"""
 
 from __future__ import annotations
 
@@ -32,36 +35,40 @@ else:
     PreTrainedModel = object
 
 BERT_EMBEDDING = "embeddings.word_embeddings"
-_HEIRS: dict[type[nn.Module], type[nn.Module]] = {}
+_LOADED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class Model(PreTrainedModel):
-    """Before a transformers class in the bases of a loaded model's class, which has the name and module of that."""
+    """Mixin in front of a transformers class; the combined class has the name and module of that class."""
 
     ktx: Any
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        made_of = type(self).__dict__.get("made_of")
-        if made_of is None:  # somebody's subclass
+        hf_class = type(self).__dict__.get("made_of")
+        if hf_class is None:  # a user's subclass
             return super().__reduce_ex__(protocol)
-        return _bare, (made_of, getattr(self.__dict__.get("ktx"), "files", None)), self.__getstate__()
+        return _empty_model, (hf_class, getattr(self.__dict__.get("ktx"), "files", None)), self.__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _watch(self)
-        handle = self.__dict__.get("ktx")
-        if handle is not None:
-            self.__dict__["ktx"] = handle.of(self)
-            if handle.files is not None:
-                handle.files.close()
+        _watch_modules(self)
+        info = self.__dict__.get("ktx")
+        if info is not None:
+            self.__dict__["ktx"] = info.of(self)
+            if info.files is not None:
+                info.files.close()
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "peft_config":  # PEFT has put adapters on it
+        if name == "peft_config":  # PEFT has added adapters
             training_notes.counted(self)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """As torch's. Packed weights that are to be trained become parameters in floats; UsageError, before anything has changed, where some of them cannot."""
+        """As torch's; packed weights that are to be trained become float parameters.
+
+        Raises:
+            UsageError: some of them cannot; nothing is changed then.
+        """
         if requires_grad:
             unpack(self)
         return super().requires_grad_(requires_grad)
@@ -81,19 +88,26 @@ class Model(PreTrainedModel):
         progress: bool | ProgressSink = True,
         **kwargs: Any,
     ) -> None:
-        """As transformers', in floats of `dtype` (see ktx.model.saving.save), or `packed`: each weight in the type that it has in memory, for ktx.load (ktx.model.saving_packed.save_packed).
+        """As transformers' save_pretrained. Adapters and a given `state_dict` are written by transformers itself.
 
-        Adapters, and a state that is given, are transformers' own to write. `progress` is as ktx.load has it.
+        Args:
+            dtype: type of the written floats (ktx.model.saving.save).
+            packed: writes each weight in its type in memory, for ktx.load (ktx.model.saving_packed.save_packed).
+            progress: as in ktx.load.
+
+        Raises:
+            UsageError: an argument is not supported for packed weights.
+            DoesNotFit: the disk has too little space.
         """
         if packed and dtype is not None:
             raise UsageError(
-                "save_pretrained: packed=True writes each weight in the type that it has; leave dtype out, or packed"
+                "save_pretrained: packed=True writes each weight in its own type; leave out dtype or packed"
             )
         if state_dict is not None or getattr(self, "_hf_peft_config_loaded", False):
             given = "dtype" if dtype is not None else "packed" if packed else ""
             if given:
                 raise UsageError(
-                    f"save_pretrained: {given} is of the model's own weights, not of a state_dict or an adapter"
+                    f"save_pretrained: {given} applies to the model's own weights, not to a state_dict or an adapter"
                 )
             options: dict[str, Any] = {
                 "variant": variant,
@@ -107,9 +121,10 @@ class Model(PreTrainedModel):
         if not kwargs.pop("safe_serialization", True):
             raise UsageError("save_pretrained: weights are written as safetensors; leave safe_serialization out")
         if push_to_hub or kwargs:
-            odd = "push_to_hub" if push_to_hub else next(iter(kwargs))
+            unsupported = "push_to_hub" if push_to_hub else next(iter(kwargs))
             raise UsageError(
-                f"save_pretrained: {odd} is not known for a model on packed weights; write it to a folder and upload that with huggingface_hub"
+                f"save_pretrained: {unsupported} is not supported for a model with packed weights;"
+                " write it to a folder and upload that with huggingface_hub"
             )
         if is_main_process and packed:
             save_packed(self, save_directory, max_shard_size, variant, progress)
@@ -117,28 +132,31 @@ class Model(PreTrainedModel):
             save(self, save_directory, dtype, max_shard_size, variant, save_original_format, progress)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """As torch's. PEFT looks for the embedding by the name that BERT has for it, else among parameters, of which packed weights are none: it is found by that name."""
+        """As torch's, but finds the input embedding by BERT's name too.
+
+        PEFT looks for the embedding by that name, else among the parameters, to which packed weights do not belong.
+        """
         if target == BERT_EMBEDDING and not hasattr(self, target.partition(".")[0]):
             return self.get_input_embeddings()
         return super().get_submodule(target)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's: packed weights that are given are packed anew, as the floats they come in."""
+        """As torch's; given weights of packed modules are packed in the float type that they have."""
         given = dict(state_dict)
         for target, origin in dict(self.all_tied_weights_keys or {}).items():
             if target in given and origin not in given:
                 given[origin] = given[target]
-        done = super().load_state_dict(given, strict, assign)
-        if not strict:  # whose keys the caller reads
-            done.missing_keys.extend(name for name in given if name not in state_dict)
-        self._remake()
-        return done
+        result = super().load_state_dict(given, strict, assign)
+        if not strict:  # the caller reads the missing keys
+            result.missing_keys.extend(name for name in given if name not in state_dict)
+        self._rebuild()
+        return result
 
-    def _remake(self) -> None:
-        """After weights have changed: output layers are tied again, and what was made of weights is made anew."""
+    def _rebuild(self) -> None:
+        """Ties output layers and rebuilds everything derived from weights, after weights have changed."""
         for target, origin in dict(self.all_tied_weights_keys or {}).items():
-            found: list[Any] = [self.get_submodule(name.rpartition(".")[0]) for name in (target, origin)]
-            head, embedding = found
+            modules: list[Any] = [self.get_submodule(name.rpartition(".")[0]) for name in (target, origin)]
+            head, embedding = modules
             tied = isinstance(head, Linear) and any(other is embedding for other in head.ties)
             if tied and isinstance(embedding, Embedding):
                 head.parts = [embedding.packed]
@@ -148,40 +166,46 @@ class Model(PreTrainedModel):
         layer.group_layers(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        for module in self.modules():  # before one of them is changed
+        for module in self.modules():  # all checks run before any module changes
             if isinstance(module, Operator):
                 module.cast_by(fn)
-        done = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)
         layer.group_layers(self)
-        return done
+        return result
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As transformers': of what is packed the numbers that it stands for; a tied matrix counts once, none is trainable."""
+        """As transformers'; packed weights count as the values that they represent.
+
+        A tied matrix counts once, and no packed weight is trainable.
+        """
         count: int = super().num_parameters(only_trainable, exclude_embeddings)
         if only_trainable:
             return count
         for module in self.modules():
             if isinstance(module, Operator) and not (isinstance(module, Embedding) and exclude_embeddings):
-                tied = isinstance(module, Linear) and module.tied_to
+                is_tied = isinstance(module, Linear) and module.tied_to
                 count += sum(
-                    prod(floats.shape) for name, floats in module.floats().items() if not (tied and name == "weight")
+                    prod(floats.shape) for name, floats in module.floats().items() if not (is_tied and name == "weight")
                 )
         return count
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes: of packed weights as they are packed, of parameters, and of buffers."""
-        held = sum(size.held for size in sizes(self))
-        return held + return_buffers * sum(buffer.nbytes for buffer in self.buffers())
+        """Bytes of packed weights, parameters and buffers."""
+        weight_bytes = sum(size.held for size in sizes(self))
+        return weight_bytes + return_buffers * sum(buffer.nbytes for buffer in self.buffers())
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> Any:
-        """As transformers'. Embedding and output layer become plain torch modules with the floats that they were packed from, in the type that the model computes in."""
+        """As transformers'; embedding and output layer become plain torch modules first.
+
+        Their weights are the floats that were packed, in the compute type.
+        """
         if new_num_tokens is not None or pad_to_multiple_of is not None:
-            self._plain_embeddings()
+            self._unpack_embeddings()
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
-    def _plain_embeddings(self) -> None:
+    def _unpack_embeddings(self) -> None:
         embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
         if isinstance(embedding, Embedding):
             self.set_input_embeddings(embedding.plain(None))
@@ -192,48 +216,52 @@ class Model(PreTrainedModel):
             self.set_output_embeddings(new)
 
 
-def _heir(old: type[nn.Module]) -> type[nn.Module]:
-    if old not in _HEIRS:
-        names = {name: getattr(old, name) for name in ("__module__", "__qualname__", "__doc__")}
-        names |= {"made_of": old, "forward": _forward_of(old)}
-        _HEIRS[old] = type(old.__name__, (Model, old), names)
-    return _HEIRS[old]
+def _loaded_class(hf_class: type[nn.Module]) -> type[nn.Module]:
+    """Returns the class that combines Model with a transformers class."""
+    if hf_class not in _LOADED_CLASSES:
+        attributes = {name: getattr(hf_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+        attributes |= {"made_of": hf_class, "forward": _forward_of(hf_class)}
+        _LOADED_CLASSES[hf_class] = type(hf_class.__name__, (Model, hf_class), attributes)
+    return _LOADED_CLASSES[hf_class]
 
 
-def _forward_of(old: Any) -> Any:
-    """That of the replaced class, after a look at what scripts have put on classes, and in training before one at what is trained."""
+def _forward_of(hf_class: Any) -> Any:
+    """Returns the forward of the transformers class, preceded by checks.
 
-    @functools.wraps(old.forward)
+    It follows patches that scripts put on classes, checks adapters, and in training checks for frozen weights.
+    """
+
+    @functools.wraps(hf_class.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return old.forward(self, *args, **kwargs)
+            return hf_class.forward(self, *args, **kwargs)
         class_patches.follow()
-        handle = self.__dict__.get("ktx")
-        if handle is not None and handle.adapters.known:
-            handle.adapters.check(self)
+        info = self.__dict__.get("ktx")
+        if info is not None and info.adapters.known:
+            info.adapters.check(self)
         if self.training and torch.is_grad_enabled():
             training_notes.look(self, kwargs | dict(enumerate(args)))
-        return old.forward(self, *args, **kwargs)
+        return hf_class.forward(self, *args, **kwargs)
 
-    forward.__signature__ = inspect.signature(old.forward)  # type: ignore[attr-defined]
+    forward.__signature__ = inspect.signature(hf_class.forward)  # type: ignore[attr-defined]
     return forward
 
 
-def _watch(model: nn.Module) -> None:
+def _watch_modules(model: nn.Module) -> None:
     for module in model.modules():
         class_patches.watch(module)
 
 
-def _bare(old: type[nn.Module], files: Files | None) -> Any:
-    """A model without anything in it, for one that is copied or read from a pickle; then all its weights are loaded first."""
+def _empty_model(hf_class: type[nn.Module], files: Files | None) -> Any:
+    """Returns a model without state, for a copy or a pickle; loads the packed weights of a pickle first."""
     if files is not None:
         files.open()
-    made = _heir(old)
-    return made.__new__(made)
+    loaded_class = _loaded_class(hf_class)
+    return loaded_class.__new__(loaded_class)
 
 
 def become(model: nn.Module) -> None:
-    """Makes a loaded model one of these. Its operators are evaluated as it is, which parametrizations that are put on them go by."""
+    """Sets a loaded model's class, and its operators' training flag to the model's, which parametrizations read."""
     model.train(model.training)
-    _watch(model)
-    model.__class__ = _heir(type(model))
+    _watch_modules(model)
+    model.__class__ = _loaded_class(type(model))
