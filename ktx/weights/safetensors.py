@@ -1,7 +1,8 @@
-"""Hugging Face checkpoints as a WeightSource: one file, shards, or a folder; F32, F16, BF16 and block-FP8 are read, other types accounted for.
+"""SafetensorsSource: a Hugging Face checkpoint (file, shards or folder) as a WeightSource.
 
-The header is parsed here and not by the safetensors library, because a WeightSource needs offsets into the mapped file and a
-damaged or hostile header must be told before anything is mapped. Format: safetensors' README.
+Modules read F32, F16, BF16 and block-FP8; tensors of other types are only accounted for. The header is parsed here and
+not by the safetensors library, because a WeightSource needs offsets into the mapped file, and a damaged or hostile
+header must be detected before anything is mapped. Format: safetensors' README.
 """
 
 from __future__ import annotations
@@ -26,46 +27,49 @@ from ktx.weights.base import QuantizedTensor, TensorSpec, concat_rows
 from ktx.weights.gguf import PAGE
 from ktx.weights.hf_conversion import ConvertedTensor, made_of
 
-DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # that modules read of a file of numbers
-OTHERS = {  # that a file may hold: elements and bytes of a block
+DTYPES = ("F32", "F16", "BF16", "F8_E4M3")  # types that modules can read
+OTHER_DTYPES = {  # the format's other types -> (elements, bytes) of a block
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), (1, 1)),
     **dict.fromkeys(("I16", "U16"), (1, 2)),
     **dict.fromkeys(("I32", "U32"), (1, 4)),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), (1, 8)),
     **{"F4": (2, 1), "F6_E2M3": (4, 3), "F6_E3M2": (4, 3)},
 }
-STORED = {name: QTYPES[name] for name in DTYPES} | {name: QType(name, -1, *block) for name, block in OTHERS.items()}
-MAX_HEADER = 100 << 20  # the format's own limit
+ALL_DTYPES = {name: QTYPES[name] for name in DTYPES} | {
+    name: QType(name, -1, *block) for name, block in OTHER_DTYPES.items()
+}
+MAX_HEADER_BYTES = 100 << 20  # the format's own limit
 EXPERT = re.compile(r"^(.+\.experts)\.(gate|up|down)_proj(_bias)?$")
-MIXTRAL = {"gate": "w1", "up": "w3", "down": "w2"}
+MIXTRAL_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
 
 MTP = "multi-token prediction"
-# what modules of the text model have no use for; the first that is found in a name counts
-BESIDE = tuple(
-    (re.compile(rf"(?:^|\.)(?:{words})(?:\.|$)"), why)
-    for words, why in (
+# Parts of a checkpoint that the text model does not use, with the reason; the first pattern that matches a name counts.
+UNUSED_PARTS = tuple(
+    (re.compile(rf"(?:^|\.)(?:{names})(?:\.|$)"), reason)
+    for names, reason in (
         (r"mtp\w*|nextn\w*", MTP),
         (
-            r"visual|vision|vision_\w+|vit|image_\w+|img_\w+|multi_?modal_projector|mm_\w+|mlp1|connector|aligner|embed_vision",
-            "of pictures, text is computed alone",
+            r"visual|vision|vision_\w+|vit|image_\w+|img_\w+|multi_?modal_projector|mm_\w+|mlp1|connector|aligner|"
+            r"embed_vision",
+            "for images, only text is supported",
         ),
-        (r"audio|audio_\w+|embed_audio|speech_\w+|talker|code2wav|token2wav", "of sound, text is computed alone"),
+        (r"audio|audio_\w+|embed_audio|speech_\w+|talker|code2wav|token2wav", "for audio, only text is supported"),
     )
 )
 COMPUTED = tuple(
-    (re.compile(pattern), why)
-    for pattern, why in (
-        (r"(?:^|\.)(?:\w*inv_freq|(?:cos|sin)_cached|rope\.freqs)$", "a table that is computed"),
-        (r"(?:^|[._])(?:attn|attention)\.(?:masked_)?bias$", "a mask that is computed"),
-        (r"(?:^|\.)position_ids$", "positions that are computed"),
+    (re.compile(pattern), reason)
+    for pattern, reason in (
+        (r"(?:^|\.)(?:\w*inv_freq|(?:cos|sin)_cached|rope\.freqs)$", "a computed table"),
+        (r"(?:^|[._])(?:attn|attention)\.(?:masked_)?bias$", "a computed mask"),
+        (r"(?:^|\.)position_ids$", "computed positions"),
     )
 )
 
 
 class SafetensorsSource:
-    """Headers when made; views of the mapping afterwards."""
+    """Reads the headers on construction; tensors are views of the mapped files."""
 
-    types: Collection[str] = DTYPES  # that modules can read
+    types: Collection[str] = DTYPES  # types that modules can read
 
     def __init__(self, path: Path, config: Any):
         self.path, self.config = str(path), config
@@ -97,15 +101,15 @@ class SafetensorsSource:
     def _specs_of(self, file: Path) -> list[TensorSpec]:
         return read_safetensors_header(file)
 
-    # ---- what is there
+    # ---- names and shapes
 
     @cached_property
     def made(self) -> dict[str, ConvertedTensor]:
-        """Parameters that are kept in other tensors; most checkpoints have none but experts, which nobody asks for here."""
+        """Parameters converted from other tensors; most checkpoints have only experts, which are read directly."""
         return made_of(self.tensors, self._converters)
 
     def _sources(self, name: str) -> list[str]:
-        """The checkpoint's tensors behind a parameter, in row order; empty when there are none."""
+        """The names of the tensors that a parameter is built from, in row order; empty when there are none."""
         if name in self.tensors:
             return [name]
         expert = EXPERT.match(name)
@@ -120,7 +124,7 @@ class SafetensorsSource:
         fused = ("down_proj" if which == "down" else "gate_up_proj") + ("_bias" if bias else "")
         if f"{experts}.{fused}" in self.tensors:
             return [f"{experts}.{fused}"]
-        for key in (f"{which}_proj", MIXTRAL[which]):
+        for key in (f"{which}_proj", MIXTRAL_NAMES[which]):
             names: list[str] = []
             while f"{experts}.{len(names)}.{key}.weight" in self.tensors:
                 names.append(f"{experts}.{len(names)}.{key}.weight")
@@ -143,7 +147,7 @@ class SafetensorsSource:
         return TensorSpec(name, shape, first.qtype, nbytes, first.file, first.offset)
 
     def _shape_of(self, name: str, sources: list[str]) -> tuple[int, ...]:
-        if self._is_made(name, sources):
+        if self._is_converted(name, sources):
             empty = partial(torch.empty, device="meta")
             return tuple(self.made[name].values(lambda key: empty(self.tensors[key].shape), self.config).shape)
         shape = self.tensors[sources[0]].shape
@@ -164,26 +168,29 @@ class SafetensorsSource:
         return (len(sources), *shape)
 
     def _transposed(self, name: str) -> bool:
-        """gpt-oss keeps experts as [experts, columns, rows], gate and up interleaved."""
+        """Whether stored matrices are transposed.
+
+        gpt-oss's experts are [experts, columns, rows], with gate and up interleaved.
+        """
         return self.config.model_type == "gpt_oss" and EXPERT.match(name) is not None and not name.endswith("_bias")
 
-    def _is_made(self, name: str, sources: list[str]) -> bool:
+    def _is_converted(self, name: str, sources: list[str]) -> bool:
         return sources != [name] and "made" in self.__dict__ and name in self.made and not EXPERT.match(name)
 
-    # ---- what it holds
+    # ---- values
 
     def parts(self, name: str) -> list[QuantizedTensor]:
-        """Row-wise parts of a parameter; per-expert tensors come as one part an expert."""
+        """A parameter as blocks of rows; tensors stored per expert are one part per expert."""
         sources = self._sources(name)
         if not sources:
             raise BadFile(f"{self.path}: no tensor for {name}")
         if sources == [name] and not EXPERT.match(name):
             return [self.read(name)]
-        if self._is_made(name, sources):
+        if self._is_converted(name, sources):
             values = self.made[name].values(lambda key: self.read(key).dequantize(), self.config)
             return [_as_type(values, self.read(sources[0]))]
         if ".self_attn." in name:
-            return [self._half_of_kv_b(name, sources[0])]
+            return [self._from_kv_b(name, sources[0])]
         if re.search(r"\.experts\.\d+\.", sources[0]):
             return [self.read(source) for source in sources]
         return [self._from_fused(name, sources[0])]
@@ -192,32 +199,32 @@ class SafetensorsSource:
         parts = self.parts(name)
         return concat_rows(parts, self._shape_of(name, self._sources(name)))
 
-    def _half_of_kv_b(self, name: str, source: str) -> QuantizedTensor:
+    def _from_kv_b(self, name: str, source: str) -> QuantizedTensor:
         c = self.config
         heads, rank, nope, value = c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.v_head_dim
-        whole = self.read(source)
+        kv_b = self.read(source)
         if name.endswith(".k_b_proj.weight"):
-            values = whole.dequantize().reshape(heads, nope + value, rank)[:, :nope]
+            values = kv_b.dequantize().reshape(heads, nope + value, rank)[:, :nope]
             return QuantizedTensor.of(values.transpose(1, 2))
         rows = torch.arange(heads * (nope + value)).reshape(heads, -1)[:, nope:].reshape(-1)
-        return whole.rows(rows).reshape(heads, value, rank)
+        return kv_b.rows(rows).reshape(heads, value, rank)
 
     def _from_fused(self, name: str, source: str) -> QuantizedTensor:
-        whole, which = self.read(source), EXPERT.match(name)[2]  # type: ignore[index]
+        fused, which = self.read(source), EXPERT.match(name)[2]  # type: ignore[index]
         bias = source.endswith("_bias")
         if self.config.model_type == "gpt_oss":
-            values = whole.dequantize()
+            values = fused.dequantize()
             values = values if bias else values.transpose(1, 2)
             if which != "down":
                 values = values[:, (0 if which == "gate" else 1) :: 2]
-            return _as_type(values, whole)
+            return _as_type(values, fused)
         if which == "down":
-            return whole
-        half = whole.shape[1] // 2
-        return whole.rows(slice(0, half) if which == "gate" else slice(half, 2 * half))
+            return fused
+        half = fused.shape[1] // 2
+        return fused.rows(slice(0, half) if which == "gate" else slice(half, 2 * half))
 
     def read(self, name: str) -> QuantizedTensor:
-        """A checkpoint tensor under its present name."""
+        """A checkpoint tensor by its key in `tensors`, with its FP8 scales."""
         spec = self.tensors[name]
         flat = torch.frombuffer(self._map(spec.file), dtype=torch.uint8, count=spec.nbytes, offset=spec.offset)
         data = flat.reshape(*spec.shape[:-1], -1) if len(spec.shape) > 1 else flat
@@ -226,19 +233,19 @@ class SafetensorsSource:
     def _scale(self, name: str, spec: TensorSpec) -> torch.Tensor | None:
         if spec.qtype.name != "F8_E4M3":
             return None
-        if wrong := self._scale_flaw(name, spec):
-            raise BadFile(f"{spec.file}: {name} {wrong}")
+        if problem := self._scale_flaw(name, spec):
+            raise BadFile(f"{spec.file}: {name} {problem}")
         return self.read(scale_of(name)).dequantize()
 
     def _scale_flaw(self, name: str, spec: TensorSpec) -> str:
-        """What is wrong with the scales of an FP8 tensor."""
-        key, reads = scale_of(name), f"ktx reads F8_E4M3 with a scale for {FP8_BLOCK} x {FP8_BLOCK} weights"
+        """The problem with the scales of an FP8 tensor, as text that follows its name; empty when there is none."""
+        key, supported = scale_of(name), f"ktx reads F8_E4M3 with one scale per {FP8_BLOCK} x {FP8_BLOCK} weights"
         if key not in self.tensors:
-            return f"is F8_E4M3 but {key} is missing; {reads}"
+            return f"is F8_E4M3 but {key} is missing; {supported}"
         found, blocks = self.tensors[key], (*spec.shape[:-2], *(-(-size // FP8_BLOCK) for size in spec.shape[-2:]))
         if len(spec.shape) < 2 or found.shape != blocks:
-            return f"is {_shape(spec.shape)} of F8_E4M3, but {key} is {_shape(found.shape)}; {reads}"
-        return "" if found.qtype.name in ("F32", "F16", "BF16") else f"has {key} of {found.qtype}; {reads}, a float"
+            return f"is {_shape(spec.shape)} of F8_E4M3, but {key} is {_shape(found.shape)}; {supported}"
+        return "" if found.qtype.name in ("F32", "F16", "BF16") else f"has {key} of {found.qtype}; {supported}, a float"
 
     def prefetch(self, names: Iterable[str]) -> None:
         for name in names:
@@ -262,30 +269,31 @@ class SafetensorsSource:
         for source in self._sources(name):
             spec = self.tensors[source]
             if spec.qtype.name not in self.types:
-                return f"is of {spec.qtype}; ktx reads {' '.join(self.types)}"
-            if wrong := self._scale_flaw(source, spec) if spec.qtype.name == "F8_E4M3" else "":
-                return wrong
+                return f"is {spec.qtype}; ktx reads {' '.join(self.types)}"
+            if problem := self._scale_flaw(source, spec) if spec.qtype.name == "F8_E4M3" else "":
+                return problem
         return ""
 
     def judge(self, key: str, reads: Reads) -> Verdict:
         name, layer = self.tensors[key].name, re.match(r"(?:.+?\.)?layers\.(\d+)\.", key)
         if layer and int(layer[1]) >= int(self.config.num_hidden_layers):
             mtp = f"{layer[0]}eh_proj.weight" in self.tensors
-            why = MTP if mtp else f"behind the {self.config.num_hidden_layers} layers of the configuration"
-            return Verdict(why, pattern=f"{layer[0]}*")
-        for pattern, why in BESIDE:
+            reason = MTP if mtp else f"after the {self.config.num_hidden_layers} layers of the configuration"
+            return Verdict(reason, pattern=f"{layer[0]}*")
+        for pattern, reason in UNUSED_PARTS:
             if found := pattern.search(name):
-                return Verdict(why, pattern=f"{name[: found.end()].rstrip('.')}.*")
-        for pattern, why in COMPUTED:
+                return Verdict(reason, pattern=f"{name[: found.end()].rstrip('.')}.*")
+        for pattern, reason in COMPUTED:
             if pattern.search(key):
-                return Verdict(why)
+                return Verdict(reason)
         return companion(key, reads, self.tensors) or Verdict()
 
     def differences(self, config: Any) -> list[str]:
         spec = self.tensors.get("model.embed_tokens.weight")
         if spec is not None and spec.shape != (config.vocab_size, config.hidden_size):
             return [
-                f"embeddings: {spec.shape} in the file, ({config.vocab_size}, {config.hidden_size}) in the configuration"
+                f"embeddings: {spec.shape} in the file, ({config.vocab_size}, {config.hidden_size}) in the "
+                "configuration"
             ]
         return []
 
@@ -298,23 +306,23 @@ class SafetensorsSource:
 
 
 def scale_of(name: str) -> str:
-    """DeepSeek's name for the scales of a tensor's blocks."""
+    """The name of the tensor with the block scales of tensor `name`, in DeepSeek's convention."""
     return f"{name}_scale_inv"
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape)) or "a number"
+    return " x ".join(map(str, shape)) or "a scalar"
 
 
 def _as_type(values: torch.Tensor, like: QuantizedTensor) -> QuantizedTensor:
-    """Values as the weights that they were made of, if those are plain floats; else in F32."""
+    """Converts values to the type of `like` if it is a plain float type, else to F32."""
     if like.qtype is QTYPES["F32"] or like.scale is not None:
         return QuantizedTensor.of(values)
     return QuantizedTensor(like.qtype.quantize(values.contiguous()), like.qtype, tuple(values.shape))
 
 
 def shards(path: Path) -> list[Path]:
-    """The files of a checkpoint; BadFile names the first shard that is missing."""
+    """The files of a checkpoint. Raises BadFile for an invalid index or a missing shard."""
     if path.is_dir():
         indices = sorted(path.glob("*.safetensors.index.json"))
         if not indices:
@@ -325,11 +333,11 @@ def shards(path: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise BadFile(f"{path}: is no safetensors index: it needs a JSON object with a weight_map") from error
+        raise BadFile(f"{path}: is not a safetensors index: expected a JSON object with a weight_map") from error
     files = [path.parent / str(name) for name in names]
     for file in files:
         if file.resolve().parent != path.parent.resolve() and not file.is_symlink():
-            raise BadFile(f"{path}: names the shard {file.name!r} outside its folder")
+            raise BadFile(f"{path}: lists the shard {file.name!r}, which is outside the index's folder")
         if not file.exists():
             raise BadFile(
                 f"{path}: the shard {file.name} is missing ({sum(not f.exists() for f in files)} of {len(files)} are)"
@@ -338,21 +346,21 @@ def shards(path: Path) -> list[Path]:
 
 
 def read_safetensors_header(path: Path) -> list[TensorSpec]:
-    """Tensors of one file; BadFile for anything that cannot be."""
+    """The tensors of one file. Raises BadFile when its header is invalid."""
     raw, size = header_of(path)
     return parse_safetensors_header(raw, str(path), size)
 
 
 def header_of(path: Path) -> tuple[bytes, int]:
-    """A file's header, and the file's size. BadFile for one that is cut, or none."""
+    """A file's header bytes and the file's size in bytes. Raises BadFile for a truncated file or another format."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(MAX_HEADER, size - 8):
+            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise BadFile(
-                    f"{path}: is no safetensors file, or truncated: its header claims {length} of {size} bytes"
+                    f"{path}: is not a safetensors file, or is truncated: its header claims {length} of {size} bytes"
                 )
             raw = file.read(length)
     except OSError as error:
@@ -361,48 +369,50 @@ def header_of(path: Path) -> tuple[bytes, int]:
 
 
 def parse_safetensors_header(raw: bytes, path: str, size: int) -> list[TensorSpec]:
-    """Tensors named by a header of a file of `size` bytes."""
+    """The tensors in a header; `size` is the size of the file in bytes. Raises BadFile when the header is invalid."""
     try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
+        header = json.loads(raw, object_pairs_hook=_reject_duplicates)
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{path}: its safetensors header is damaged: {str(error)[:100]}") from error
     if not isinstance(header, dict):
-        raise BadFile(f"{path}: its safetensors header is no JSON object")
+        raise BadFile(f"{path}: its safetensors header is not a JSON object")
     start = 8 + len(raw)
     return [_entry(path, name, entry, start, size) for name, entry in header.items() if name != "__metadata__"]
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a name appears twice")
     return result
 
 
-def _entry(path: str, name: str, entry: Any, start: int, size: int) -> TensorSpec:
+def _entry(path: str, name: str, entry: Any, data_start: int, size: int) -> TensorSpec:
+    """Validates one header entry. `data_start`: the offset of the data section; `size`: the file's size, in bytes."""
     if (
         not isinstance(entry, dict)
         or not isinstance(entry.get("shape"), list)
         or not isinstance(entry.get("data_offsets"), list)
     ):
         raise BadFile(f"{path}: tensor {name} has no dtype, shape and data_offsets")
-    numbers = [*entry["shape"], *entry["data_offsets"]]
+    sizes = [*entry["shape"], *entry["data_offsets"]]
     if (
         len(entry["data_offsets"]) != 2
-        or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers)
+        or not all(type(n) is int and 0 <= n < 1 << 62 for n in sizes)
         or len(entry["shape"]) > 8
     ):
         raise BadFile(
             f"{path}: tensor {name} has shape {entry['shape']} and data_offsets {entry['data_offsets']}"[:300]
         )
-    qtype = STORED.get(str(entry.get("dtype")))
+    qtype = ALL_DTYPES.get(str(entry.get("dtype")))
     if qtype is None:
         raise BadFile(
-            f"{path}: tensor {name} has dtype {str(entry.get('dtype'))[:40]!r}, which is none of the format's"
+            f"{path}: tensor {name} has dtype {str(entry.get('dtype'))[:40]!r}, which the format does not have"
         )
-    shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-    if (last - first) * qtype.block != prod(shape) * qtype.nbytes or start + last > size:
+    shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
+    if (end - start) * qtype.block != prod(shape) * qtype.nbytes or data_start + end > size:
         raise BadFile(
-            f"{path}: tensor {name} {shape} of {qtype} does not fit bytes {first} to {last} of {size - start}: truncated?"
+            f"{path}: tensor {name} {shape} of {qtype} does not fit bytes {start} to {end} of {size - data_start}: "
+            "truncated?"
         )
-    return TensorSpec(name, shape, qtype, last - first, path, start + first)
+    return TensorSpec(name, shape, qtype, end - start, path, data_start + start)

@@ -234,7 +234,7 @@ def test_a_good_header(good):
         ("n_dims", "<I", 9, "9 dimensions"),
         ("n_dims", "<I", 0, "0 dimensions"),
         ("dim0", "<Q", 0, "is empty"),
-        ("dim0", "<Q", 33, "multiples of 32"),
+        ("dim0", "<Q", 33, "needs a multiple of 32"),
         ("dim0", "<Q", 1 << 62, "truncated"),
         ("dim1", "<Q", (1 << 64) - 1, "truncated"),
         ("type", "<I", 250, "ggml type 250"),

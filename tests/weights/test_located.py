@@ -148,7 +148,7 @@ def composite(family, folder, top, part, tied):
 def test_an_output_layer_is_tied_where_the_top_says_so(tmp_path, monkeypatch, family, top, part, tied):
     monkeypatch.setattr("ktx.loader.load.read_tokenizer", lambda *args, **kwargs: None)
     model = composite(family, tmp_path, top, part, tied)
-    with pytest.warns(UserWarning, match=r"21 tensors that no module reads: model.visual.\* \(21\), of pictures"):
+    with pytest.warns(UserWarning, match=r"21 tensors that no module reads: model.visual.\* \(21\), for images"):
         loaded = ktx.load(tmp_path, progress=False)[0]
     assert loaded.config.tie_word_embeddings == bool(top or part)
     with torch.inference_mode():

@@ -190,12 +190,12 @@ NAME = "model.layers.0.mlp.up_proj.weight"  # 300 x 256
     [
         ({f"{NAME}_scale_inv": None}, f"{NAME} is F8_E4M3 but {NAME}_scale_inv is missing"),
         ({f"{NAME}_scale_inv": None, f"{NAME}_scale": torch.ones(1)}, f"no module reads {NAME}_scale"),
-        ({f"{NAME}_scale_inv": torch.ones(())}, "is 300 x 256 of F8_E4M3, but .*scale_inv is a number"),
+        ({f"{NAME}_scale_inv": torch.ones(())}, "is 300 x 256 of F8_E4M3, but .*scale_inv is a scalar"),
         ({f"{NAME}_scale_inv": torch.ones(300, 1)}, "is 300 x 1; ktx reads"),
         ({f"{NAME}_scale_inv": torch.ones(5, 4)}, "is 5 x 4; ktx reads"),  # blocks of 64
         ({f"{NAME}_scale_inv": torch.ones(3, 2).to(torch.float8_e8m0fnu)}, "of F8_E8M0"),
         ({"model.norm.weight": torch.ones(256).to(torch.float8_e4m3fn)}, "model.norm.weight is F8_E4M3 but"),
-        ({NAME: torch.ones(300, 256).to(torch.float8_e5m2)}, "up_proj.weight is of F8_E5M2"),
+        ({NAME: torch.ones(300, 256).to(torch.float8_e5m2)}, "up_proj.weight is F8_E5M2"),
     ],
 )
 def test_scales_of_another_form_are_refused_before_loading(fp8, tmp_path, change, words):
