@@ -1,4 +1,6 @@
-"""How each model family writes reasoning and calls: read from its text, forced by a grammar, put into its template."""
+"""Chat formats: how each model family writes reasoning and tool calls. Output is parsed, calls are forced by a grammar,
+and messages are converted for the chat template.
+"""
 
 from ktx.chat_formats.calls import new_id
 from ktx.chat_formats.events import CallArguments, CallEnd, CallStart, Event, Text, merged

@@ -1,4 +1,4 @@
-"""Llama's calls without a mark: a JSON object, or Python's f(a=1), at the start of a line."""
+"""Reads Llama's calls without marks: a JSON object, or Python's f(a=1), at the start of a line."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.-]{0,255}")
 _KEY = re.compile(r"[A-Za-z_]\w{0,255}")
 
 
-def read_bare(source: TextReader, calls: Calls, format: CallFormat, mark: str) -> Iterator[Event | None]:
-    """From behind `mark`: `{` of an object, or `[` of a list of objects or of Python calls."""
-    ends = marks_of(*format.ends, *format.sections, "```")
+def read_bare(source: TextReader, calls: Calls, call_format: CallFormat, mark: str) -> Iterator[Event | None]:
+    """Reads calls after `mark`: `{` of an object, or `[` of a list of objects or of Python calls."""
+    ends = marks_of(*call_format.ends, *call_format.sections, "```")
     if mark[-1] == "{":
         source.at -= 1
         yield from ObjectCall(source, calls, ends, False).read()
@@ -34,7 +34,7 @@ def read_bare(source: TextReader, calls: Calls, format: CallFormat, mark: str) -
 
 
 def _between(source: TextReader) -> Iterator[Event | None]:
-    """What separates objects that are not in a list."""
+    """Reads the separator between objects that are not in a list."""
     space = yield from source.space()
     if (char := (yield from source.char())) and char in ",;":
         source.at += 1
@@ -43,7 +43,7 @@ def _between(source: TextReader) -> Iterator[Event | None]:
 
 
 def _python_calls(source: TextReader, calls: Calls) -> Iterator[Event | None]:
-    """[f(a=1), g()], from behind the bracket."""
+    """Reads [f(a=1), g()], from after the bracket."""
     while True:
         yield from _python_call(source, calls)
         yield from source.space()
@@ -55,12 +55,13 @@ def _python_calls(source: TextReader, calls: Calls) -> Iterator[Event | None]:
 
 
 def _python_call(source: TextReader, calls: Calls) -> Iterator[Event | None]:
+    """Reads one call f(a=1)."""
     name, mark = yield from source.upto(marks_of("("), 256)
     if not mark or not _FUNCTION.fullmatch(name):
         raise Broken
     source.at += 1
     yield calls.begin(name)
-    lead = "{"
+    prefix = "{"
     while True:
         yield from source.space()
         if (yield from source.accept(marks_of(")"))):
@@ -70,13 +71,13 @@ def _python_call(source: TextReader, calls: Calls) -> Iterator[Event | None]:
             raise Broken
         source.at += 1
         yield from source.space()
-        yield calls.put(f"{lead}{json.dumps(key.strip())}: ")
-        lead = ", "
+        yield calls.put(f"{prefix}{json.dumps(key.strip())}: ")
+        prefix = ", "
         value = Value(source)
         for piece in value.pieces():
             yield None if piece is None else calls.put(piece)
         yield from source.space()
         if not value.done or (not (yield from source.accept(marks_of(","))) and (yield from source.char()) != ")"):
             raise Broken
-    yield calls.put("{}" if lead == "{" else "}")
+    yield calls.put("{}" if prefix == "{" else "}")
     yield calls.end()

@@ -1,4 +1,4 @@
-"""The calls of one answer: their numbers and ids, and which functions there are."""
+"""The tool calls of one output: their indices and ids, and the functions of the request."""
 
 from __future__ import annotations
 
@@ -12,58 +12,71 @@ from ktx.chat_formats.events import CallArguments, CallEnd, CallStart, Event
 from ktx.chat_formats.json_repair import Value, collect, strict
 from ktx.chat_formats.reader import Broken, Marks, TextReader
 
-_LETTERS = string.ascii_letters + string.digits
+_ID_CHARS = string.ascii_letters + string.digits
 _PREFIX = "functions."
-MOST = 1000  # calls of one answer: nobody runs more, and a model that writes more has lost its way
+MAX_CALLS = 1000  # calls of one output: a model that writes more repeats itself
 
 
 def new_id() -> str:
-    """An id as OpenAI's look."""
-    return "call_" + "".join(secrets.choice(_LETTERS) for _ in range(24))
+    """Returns a random id in OpenAI's form."""
+    return "call_" + "".join(secrets.choice(_ID_CHARS) for _ in range(24))
 
 
 def schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Function name -> JSON schema of its arguments; a tool is OpenAI's {"type", "function"} or the function alone."""
+    """Returns function name -> JSON schema of its arguments; a tool is OpenAI's {"type", "function"} or the function
+    alone.
+    """
     functions = [tool.get("function") or tool for tool in tools]
-    found = {function["name"]: function.get("parameters") for function in functions if function.get("name")}
-    return {name: dict(schema) if isinstance(schema, Mapping) else {} for name, schema in found.items()}
+    parameters = {function["name"]: function.get("parameters") for function in functions if function.get("name")}
+    return {name: dict(schema) if isinstance(schema, Mapping) else {} for name, schema in parameters.items()}
 
 
 class Calls:
-    """Makes the events of calls."""
+    """Creates the events of calls.
+
+    Args:
+        tools: the request's tools.
+        ids: returns a new call id.
+    """
 
     def __init__(self, tools: Iterable[Mapping[str, Any]], ids: Callable[[], str] = new_id):
         self.schemas, self.ids = schemas(tools), ids
         self.index, self.open = -1, False
 
     def begin(self, name: str, id: str = "") -> CallStart:
-        if self.index + 1 >= MOST:
+        """Starts a call; without `id` it gets a new one. Broken beyond the maximum number of calls."""
+        if self.index + 1 >= MAX_CALLS:
             raise Broken
         self.index, self.open = self.index + 1, True
         return CallStart(self.index, id or self.ids(), self.known(name))
 
     def put(self, text: str) -> CallArguments:
+        """Returns a fragment of the current call's arguments."""
         return CallArguments(self.index, text)
 
     def end(self) -> CallEnd:
+        """Ends the current call."""
         self.open = False
         return CallEnd(self.index)
 
     def whole(self, name: str, arguments: str = "{}", id: str = "") -> Iterator[Event]:
+        """Yields the events of a complete call."""
         yield self.begin(name, id)
         yield self.put(arguments)
         yield self.end()
 
     def known(self, name: str) -> str:
-        """The function's name as the request has it: models write functions.name for name, and the other way round."""
+        """Returns the function's name as the request has it: models write functions.name for name, and vice versa."""
         if name in self.schemas:
             return name
-        bare = name.removeprefix(_PREFIX)
-        return next((known for known in (bare, _PREFIX + name) if known in self.schemas), bare)
+        short_name = name.removeprefix(_PREFIX)
+        return next((candidate for candidate in (short_name, _PREFIX + name) if candidate in self.schemas), short_name)
 
 
 def object_text(text: str) -> str:
-    """The arguments that a whole JSON value stands for: an object, one inside a string, or nothing at all. Broken else."""
+    """Returns the JSON object that a complete JSON value stands for: an object, one inside a string, or nothing. Broken
+    otherwise.
+    """
     if text.startswith('"'):
         inner = json.loads(text).strip()
         text = "" if not inner else strict(inner) or "no object"
@@ -75,7 +88,9 @@ def object_text(text: str) -> str:
 
 
 def stream_object(source: TextReader, ends: Marks) -> Iterator[str | None]:
-    """The object that comes, in pieces; brackets left open before `ends` or the stream's end are closed. Broken else."""
+    """Yields the next object in pieces; brackets left open before `ends` or the stream's end are closed. Broken
+    otherwise.
+    """
     value = Value(source)
     yield from value.pieces()
     if value.done:
@@ -87,7 +102,7 @@ def stream_object(source: TextReader, ends: Marks) -> Iterator[str | None]:
 
 
 def read_arguments(source: TextReader, ends: Marks) -> Iterator[str | None]:
-    """What stands where arguments belong, as the text of one object: streamed when it is one."""
+    """Yields the arguments as the text of one object: in pieces if they are an object."""
     char = yield from source.char()
     if char == "{":
         yield from stream_object(source, ends)
@@ -101,7 +116,7 @@ def read_arguments(source: TextReader, ends: Marks) -> Iterator[str | None]:
 
 
 def stream_call(source: TextReader, calls: Calls, ends: Marks, name: str, id: str = "") -> Iterator[Event | None]:
-    """A call whose name is known, from its arguments on."""
+    """Yields the events of a call whose name is known; the reader is at its arguments."""
     started = False
     for piece in read_arguments(source, ends):
         if piece is None:

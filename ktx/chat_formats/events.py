@@ -1,4 +1,4 @@
-"""What a parser tells: pieces of text, and calls of functions piece by piece."""
+"""Events that a parser emits: pieces of text, and tool calls piece by piece."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of output; `kind` is "answer" or "think"."""
+    """A piece of output; `kind` is "answer" (content) or "think" (reasoning)."""
 
     text: str
     kind: str = "answer"
@@ -16,7 +16,7 @@ class Text:
 
 @dataclass(frozen=True)
 class CallStart:
-    """The model calls function `name`; its arguments follow."""
+    """The start of a call of function `name`; its arguments follow."""
 
     index: int
     id: str
@@ -25,7 +25,7 @@ class CallStart:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """A fragment of the call's arguments: all fragments of an ended call together are one JSON object."""
+    """A fragment of a call's arguments: all fragments of a finished call together are one JSON object."""
 
     index: int
     text: str
@@ -33,7 +33,9 @@ class CallArguments:
 
 @dataclass(frozen=True)
 class CallEnd:
-    """The call is whole. A call that never ends is none: the stream was cut, or its text turned out to be no call."""
+    """The call is complete. A call without this event is not one: the stream was cut, or its text turned out not to be
+    a call.
+    """
 
     index: int
 
@@ -42,7 +44,9 @@ Event = Text | CallStart | CallArguments | CallEnd
 
 
 def merged(events: Iterable[Event]) -> list[Event]:
-    """The same events with neighbours joined: what does not depend on how the stream was cut."""
+    """Joins neighboring events of the same text or call, so that the result does not depend on how the stream was
+    split.
+    """
     out: list[Event] = []
     for event in events:
         last = out[-1] if out else None

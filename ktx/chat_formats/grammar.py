@@ -1,6 +1,7 @@
-"""A grammar that lets a model write nothing but calls, in its own way of writing: for tool_choice "required" or a name.
+"""Builds a grammar that allows only tool calls, in the model's own syntax: for tool_choice "required" or a function
+name.
 
-The language is llguidance's Lark. What the grammar accepts, the parser reads back.
+The language is llguidance's Lark. The parser can read everything that the grammar accepts.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from ktx.chat_formats.calls import schemas
 from ktx.chat_formats.registry import CallFormat, ChatFormat
 from ktx.chat_formats.schema import kinds, property_schema
 
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # no model gets lost in spaces
+# fixed separators, because free white space lets a model emit spaces without end
+_JSON_FORMAT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Lark:
-    """The rules of one grammar."""
+    """The rules of one grammar. `special`: text of single-token marks -> token id."""
 
     def __init__(self, special: Mapping[str, int]):
         self.special, self.rules, self.names = special, list[str](), dict[str, str]()
@@ -26,37 +28,41 @@ class Lark:
         self.split = re.compile(f"({'|'.join(map(re.escape, marks))})" if marks else r"((?!))")
 
     def words(self, text: str) -> str:
-        """Fixed text; marks that are tokens of the vocabulary as those tokens."""
+        """Returns an expression for fixed text; single-token marks become token ids."""
         parts = [part for part in self.split.split(text) if part]
         return " ".join(f"<[{self.special[part]}]>" if part in self.special else _quoted(part) for part in parts)
 
-    def rule(self, body: str, letter: str = "r", how: str = "") -> str:
-        """The rule's name, a terminal's with a capital."""
+    def rule(self, body: str, prefix: str = "r", attributes: str = "") -> str:
+        """Adds a rule and returns its name; a capital letter makes it a terminal."""
         if body not in self.names:
-            self.names[body] = f"{letter}{len(self.names)}"
-            self.rules.append(f"{self.names[body]}{how}: {body}")
+            self.names[body] = f"{prefix}{len(self.names)}"
+            self.rules.append(f"{self.names[body]}{attributes}: {body}")
         return self.names[body]
 
     def json(self, schema: Any, root: Mapping[str, Any]) -> str:
+        """Adds a rule for a JSON value of a schema, with the definitions of `root`."""
         schema = dict(schema) if isinstance(schema, Mapping) else {}
         schema |= {key: root[key] for key in ("$defs", "definitions") if key in root}
-        return self.rule(f"%json {json.dumps({**schema, 'x-guidance': _JSON}, ensure_ascii=False)}")
+        return self.rule(f"%json {json.dumps({**schema, 'x-guidance': _JSON_FORMAT}, ensure_ascii=False)}")
 
-    def free(self, close: str, without: Iterable[str]) -> str:
-        """Any text up to and with `close`, that none of the other marks stands in.
+    def free(self, close: str, excluded: Iterable[str]) -> str:
+        """Returns an expression for any text up to and including `close`, without the other marks in it.
 
-        A lexeme takes all it can, so one that ends with words must be lazy and take those words itself.
+        A lexeme is greedy, so one that ends with fixed text must be lazy and include that text.
         """
         mark = close.strip()
-        marks = "|".join(_regex(other) for other in dict.fromkeys(without) if other and other != mark)
-        others = f" & ~/(?s:.*)({marks})(?s:.*)/" if marks else ""
+        marks = "|".join(
+            _regex(other_mark) for other_mark in dict.fromkeys(excluded) if other_mark and other_mark != mark
+        )
+        exclusion = f" & ~/(?s:.*)({marks})(?s:.*)/" if marks else ""
         if mark in self.special:
-            return f"{self.rule('/(?s:.*)/' + others, 'T')} {self.words(close)}"
-        words = close.rstrip()
-        once = f"/(?s:.*){_regex(words)}/ & ~/(?s:.*){_regex(mark)}(?s:.+)/{others}"
-        return f"{self.rule(self.rule(once, 'T'), 'r', '[lazy]')} {self.words(close[len(words) :])}"
+            return f"{self.rule('/(?s:.*)/' + exclusion, 'T')} {self.words(close)}"
+        closing_text = close.rstrip()
+        lexeme = f"/(?s:.*){_regex(closing_text)}/ & ~/(?s:.*){_regex(mark)}(?s:.+)/{exclusion}"
+        return f"{self.rule(self.rule(lexeme, 'T'), 'r', '[lazy]')} {self.words(close[len(closing_text) :])}"
 
     def text(self, start: str) -> str:
+        """Returns the grammar's text."""
         return "\n".join(["%llguidance {}", f"start: {start}", *self.rules]) + "\n"
 
 
@@ -68,73 +74,92 @@ def forced_call_grammar(
     special: Mapping[str, int] | None = None,
     thinking: bool = False,
 ) -> str:
-    """One call, or several if `parallel`, of the named functions or any. `special`: the marks that are single tokens.
+    """Returns a Lark grammar of one call, or of several.
 
-    `thinking`: the prompt has opened the reasoning block, which the model may write and must close first. ValueError
-    where nothing can be called, KeyError for a name that no tool has.
+    Args:
+        dialect: the model's chat format.
+        tools: the request's tools.
+        names: the functions that may be called; None: any.
+        parallel: allows several calls.
+        special: the marks that are single tokens, with their ids.
+        thinking: the prompt has opened the reasoning block, which the model may write and must close first.
+
+    Raises:
+        ValueError: nothing can be called.
+        KeyError: no tool has one of the names.
     """
-    format, known = dialect.format, schemas(tools)
-    if format is None:
-        raise ValueError(f"the dialect {dialect.name} has no calls")
-    chosen = {name: known[name] for name in (known if names is None else names)}
-    if not chosen:
+    call_format, parameters = dialect.format, schemas(tools)
+    if call_format is None:
+        raise ValueError(f"the chat format {dialect.name} has no tool calls")
+    selected = {name: parameters[name] for name in (parameters if names is None else names)}
+    if not selected:
         raise ValueError("no functions to call")
     lark = Lark(special or {})
-    before, call, between, after = _STYLES[format.style](lark, format)
-    one = lark.rule(" | ".join(call(name, schema) for name, schema in chosen.items()))
-    more = f" ({lark.words(between)} {one})*" if parallel and between is not None else ""
-    thought = _thought(lark, dialect) if thinking else ""
-    return lark.text(f"{thought} {lark.words(before)} {one}{more} {lark.words(after)}".strip())
+    before, call, between, after = _STYLES[call_format.style](lark, call_format)
+    any_call = lark.rule(" | ".join(call(name, schema) for name, schema in selected.items()))
+    further_calls = f" ({lark.words(between)} {any_call})*" if parallel and between is not None else ""
+    reasoning = _reasoning(lark, dialect) if thinking else ""
+    return lark.text(f"{reasoning} {lark.words(before)} {any_call}{further_calls} {lark.words(after)}".strip())
 
 
-def _thought(lark: Lark, dialect: ChatFormat) -> str:
-    format = dialect.format
-    assert format is not None
-    closing = dialect.think[1] or "<|end|>"
-    before, behind = ("<|channel|>analysis<|message|>", "<|start|>assistant") if not dialect.think[1] else ("", "\n\n")
-    body = lark.free(closing, (*format.starts, *format.sections))
-    return f"{lark.words(before)} {body} {lark.words(behind)}".strip()
+def _reasoning(lark: Lark, chat_format: ChatFormat) -> str:
+    """Returns an expression for the reasoning up to the end of its block."""
+    call_format = chat_format.format
+    assert call_format is not None
+    close_mark = chat_format.think[1] or "<|end|>"
+    before, after = (
+        ("<|channel|>analysis<|message|>", "<|start|>assistant") if not chat_format.think[1] else ("", "\n\n")
+    )
+    body = lark.free(close_mark, (*call_format.starts, *call_format.sections))
+    return f"{lark.words(before)} {body} {lark.words(after)}".strip()
 
 
 Call = Callable[[str, Mapping[str, Any]], str]
-Style = tuple[str, Call, str | None, str]  # before a run of calls, a call, between two (None: never two), after them
+# text before the calls, a call, text between two calls (None: only one call), text after them
+Style = tuple[str, Call, str | None, str]
 
 
 def _arguments(lark: Lark, schema: Mapping[str, Any]) -> str:
+    """Returns an expression for a JSON object of arguments."""
     return lark.json({"type": "object", **schema}, schema)
 
 
-def _around(lark: Lark, before: str, after: str) -> Call:
-    """A call whose arguments are JSON between fixed words, in which {} stands for the name."""
+def _json_calls(lark: Lark, prefix: str, suffix: str) -> Call:
+    """Returns a function for calls whose arguments are JSON between fixed texts, in which {} stands for the name."""
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
-        return f"{lark.words(before.replace('{}', name))} {_arguments(lark, schema)} {lark.words(after)}"
+        return f"{lark.words(prefix.replace('{}', name))} {_arguments(lark, schema)} {lark.words(suffix)}"
 
     return call
 
 
-def _object(key: str) -> str:
+def _object_head(key: str) -> str:
+    """Returns the beginning of a call object, in which {} stands for the name."""
     return '{"name": "{}", "' + key + '": '
 
 
-def _hermes(lark: Lark, format: CallFormat) -> Style:
-    return "", _around(lark, "<tool_call>\n" + _object("arguments"), "}\n</tool_call>"), "\n", ""
+def _hermes(lark: Lark, call_format: CallFormat) -> Style:
+    """Calls as JSON objects between <tool_call> tags."""
+    return "", _json_calls(lark, "<tool_call>\n" + _object_head("arguments"), "}\n</tool_call>"), "\n", ""
 
 
-def _list(lark: Lark, format: CallFormat) -> Style:
-    return format.starts[0] + "[", _around(lark, _object("arguments"), "}"), ", ", "]"
+def _list(lark: Lark, call_format: CallFormat) -> Style:
+    """Calls as a JSON list after a mark."""
+    return call_format.starts[0] + "[", _json_calls(lark, _object_head("arguments"), "}"), ", ", "]"
 
 
-def _bare(lark: Lark, format: CallFormat) -> Style:
-    return "", _around(lark, _object("parameters"), "}"), "; ", ""
+def _bare(lark: Lark, call_format: CallFormat) -> Style:
+    """Calls as JSON objects without marks."""
+    return "", _json_calls(lark, _object_head("parameters"), "}"), "; ", ""
 
 
-def _named(lark: Lark, format: CallFormat) -> Style:
-    start, separator = format.starts[0], format.separators[0]
-    end = format.ends[0] if format.ends else ""
-    section_end = format.ends[1] if format.sections else ""
-    if not format.named_ids:
-        call = _around(lark, start + "{}" + separator, end)
+def _named(lark: Lark, call_format: CallFormat) -> Style:
+    """Calls as a name and JSON arguments between marks."""
+    start, separator = call_format.starts[0], call_format.separators[0]
+    end = call_format.ends[0] if call_format.ends else ""
+    section_end = call_format.ends[1] if call_format.sections else ""
+    if not call_format.named_ids:
+        call = _json_calls(lark, start + "{}" + separator, end)
     else:
         number = "/[0-9]{1,3}/"
 
@@ -142,46 +167,65 @@ def _named(lark: Lark, format: CallFormat) -> Style:
             head, tail = lark.words(f"{start}functions.{name}:"), lark.words(separator)
             return f"{head} {number} {tail} {_arguments(lark, schema)} {lark.words(end)}"
 
-    return "".join(format.sections), call, "", section_end
+    return "".join(call_format.sections), call, "", section_end
 
 
-def _fenced(lark: Lark, format: CallFormat) -> Style:
-    call = _around(
-        lark, format.starts[0] + "function" + format.separators[0] + "{}\n```json\n", "\n```" + format.ends[0]
+def _fenced(lark: Lark, call_format: CallFormat) -> Style:
+    """Calls as a name and JSON arguments in a Markdown code block."""
+    call = _json_calls(
+        lark,
+        call_format.starts[0] + "function" + call_format.separators[0] + "{}\n```json\n",
+        "\n```" + call_format.ends[0],
     )
-    return format.sections[0], call, "\n", format.ends[1]
+    return call_format.sections[0], call, "\n", call_format.ends[1]
 
 
-def _harmony(lark: Lark, format: CallFormat) -> Style:
-    """The arguments end the turn, so there is one call."""
+def _harmony(lark: Lark, call_format: CallFormat) -> Style:
+    """gpt-oss's call. The arguments end the turn, so there is only one call."""
     head = "<|channel|>commentary to=functions.{} <|constrain|>json<|message|>"
-    return "", _around(lark, head, ""), None, ""
+    return "", _json_calls(lark, head, ""), None, ""
 
 
-def _tags(lark: Lark, format: CallFormat) -> Style:
-    line, quote = ("\n", "") if format.lines else ("", '"')
-    name_is = "=" if format.lines else ' name="'
-    quote_string = quote + (' string="{}"' if format.typed else "")
-    parameter = format.tag_parameter[0] + name_is, quote_string + ">" + line, line + format.tag_parameter[1] + "\n"
-    head = format.tag_call[0] + name_is, quote + ">\n", format.tag_call[1]
-    if format.lines:
-        call = _worded(lark, format, ("<tool_call>\n" + head[0], head[1], head[2] + "\n</tool_call>"), parameter)
+def _tags(lark: Lark, call_format: CallFormat) -> Style:
+    """Calls with arguments between tags."""
+    line, quote = ("\n", "") if call_format.lines else ("", '"')
+    name_is = "=" if call_format.lines else ' name="'
+    quote_string = quote + (' string="{}"' if call_format.typed else "")
+    parameter = (
+        call_format.tag_parameter[0] + name_is,
+        quote_string + ">" + line,
+        line + call_format.tag_parameter[1] + "\n",
+    )
+    head = call_format.tag_call[0] + name_is, quote + ">\n", call_format.tag_call[1]
+    if call_format.lines:
+        call = _tagged_calls(
+            lark, call_format, ("<tool_call>\n" + head[0], head[1], head[2] + "\n</tool_call>"), parameter
+        )
         return "", call, "\n", ""
-    # a lexeme takes all it can, so the line break belongs to the call: "\n" alone would never win against "\n</..."
-    call = _worded(lark, format, (head[0], head[1], head[2] + "\n"), parameter)
-    return format.sections[0] + "\n", call, "", format.ends[0]
+    # A lexeme is greedy, so the line break belongs to the call: "\n" alone would never win against "\n</...".
+    call = _tagged_calls(lark, call_format, (head[0], head[1], head[2] + "\n"), parameter)
+    return call_format.sections[0] + "\n", call, "", call_format.ends[0]
 
 
-def _pairs(lark: Lark, format: CallFormat) -> Style:
-    key, value = format.pair_key, format.pair_value
+def _pairs(lark: Lark, call_format: CallFormat) -> Style:
+    """Calls with arguments as tagged keys and tagged values."""
+    key, value = call_format.pair_key, call_format.pair_value
     parameter = key[0], key[1] + "\n" + value[0], value[1] + "\n"
-    return "", _worded(lark, format, (format.starts[0], "\n", format.ends[0]), parameter), "\n", ""
+    return "", _tagged_calls(lark, call_format, (call_format.starts[0], "\n", call_format.ends[0]), parameter), "\n", ""
 
 
-def _worded(lark: Lark, format: CallFormat, head: tuple[str, str, str], parameter: tuple[str, str, str]) -> Call:
-    """A call in tags: every argument the schema names, in its order, those not required left out or not."""
-    marks = (*format.starts, *format.ends, *format.sections, *format.tag_call, *format.tag_parameter)
-    free = (*marks, *format.pair_key, *format.pair_value)
+def _tagged_calls(
+    lark: Lark, call_format: CallFormat, head: tuple[str, str, str], parameter: tuple[str, str, str]
+) -> Call:
+    """Returns a function for calls in tags: the schema's arguments in its order, those not required optional."""
+    marks = (
+        *call_format.starts,
+        *call_format.ends,
+        *call_format.sections,
+        *call_format.tag_call,
+        *call_format.tag_parameter,
+    )
+    free = (*marks, *call_format.pair_key, *call_format.pair_value)
 
     def call(name: str, schema: Mapping[str, Any]) -> str:
         parts = [lark.words(head[0] + name + head[1])]
@@ -197,7 +241,7 @@ def _worded(lark: Lark, format: CallFormat, head: tuple[str, str, str], paramete
 
 
 def _value(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, marks: Iterable[str]) -> str:
-    """A value and what closes it."""
+    """Returns an expression for a value and its closing tag."""
     allowed = kinds(schema)
     if "string" not in allowed:
         return f"{lark.json(schema, root)} {lark.words(close)}"
@@ -207,24 +251,27 @@ def _value(lark: Lark, schema: Any, root: Mapping[str, Any], close: str, marks: 
     return lark.free(close, marks)
 
 
-def _pythonic(lark: Lark, format: CallFormat) -> Style:
+def _pythonic(lark: Lark, call_format: CallFormat) -> Style:
+    """Calls in Python's syntax, in a list."""
+
     def call(name: str, schema: Mapping[str, Any]) -> str:
-        """Arguments that are required first: a comma stands between two, so their order is fixed."""
+        """Puts required arguments first: a comma separates two arguments, so their order is fixed."""
         required = [key for key in schema.get("properties") or {} if key in (schema.get("required") or ())]
         optional = [key for key in schema.get("properties") or {} if key not in required]
 
-        def one(key: str) -> str:
+        def argument(key: str) -> str:
             value = property_schema(schema, key)
             words = '("True" | "False")' if kinds(value) == {"boolean"} else lark.json(value, schema)
             return f"{_quoted(key + '=')} {words}"
 
         comma = _quoted(", ")
-        first = f" {comma} ".join(map(one, required))
+        first = f" {comma} ".join(map(argument, required))
         if first:
-            inner = first + "".join(f" ({comma} {one(key)})?" for key in optional)
+            inner = first + "".join(f" ({comma} {argument(key)})?" for key in optional)
         else:
             starts = [
-                one(key) + "".join(f" ({comma} {one(k)})?" for k in optional[n + 1 :]) for n, key in enumerate(optional)
+                argument(key) + "".join(f" ({comma} {argument(k)})?" for k in optional[n + 1 :])
+                for n, key in enumerate(optional)
             ]
             inner = f"({' | '.join(starts)})?" if starts else ""
         return f"{_quoted(name + '(')} {inner} {_quoted(')')}"
@@ -233,10 +280,12 @@ def _pythonic(lark: Lark, format: CallFormat) -> Style:
 
 
 def _quoted(text: str) -> str:
+    """Returns a Lark string literal."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _regex(text: str) -> str:
+    """Returns a Lark regular expression for fixed text."""
     return re.escape(text).replace("/", r"\/").replace('"', r"\"").replace(r"\ ", " ").replace("\\\n", r"\n")
 
 

@@ -1,8 +1,8 @@
-"""JSON as models write it, turned into JSON as it should be, while it comes.
+"""Repairs JSON as models write it, while it arrives.
 
-What is valid passes as it is. Mended on the way: Python's literals and quotes, bare keys, line breaks and stray
-backslashes in strings, commas too many, brackets left open. Not mended is what could mean two things, such as a quote
-inside a string: the value is then `stuck` and its reader decides.
+Valid JSON passes unchanged. Repaired are Python's literals and quotes, bare keys, line breaks and stray backslashes in
+strings, extra commas, and brackets left open. Ambiguous text is not repaired, such as a quote inside a string: then the
+value is `stuck` and its reader decides.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 from ktx.chat_formats.reader import TextReader, Wait
 
-DEPTH = 128  # brackets inside brackets: no arguments are deeper, and a client's own JSON reader must survive them
-WORD = 1000  # characters of a number or bare word
+MAX_DEPTH = 128  # maximum nesting: arguments are not deeper, and a client's JSON reader must be able to parse them
+MAX_WORD_CHARS = 1000  # maximum characters of a number or bare word
 
 _NUMBER = r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?"
 _TOKEN = re.compile(
@@ -23,7 +23,7 @@ _TOKEN = re.compile(
     r"|(?P<mark>[{}\[\],:])"
 )
 _ESCAPES = r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})'
-_PLAIN = {  # but for control characters; possessive: no character is tried twice
+_PLAIN = {  # string content without control characters; possessive: no character is tried twice
     '"': re.compile(rf'(?:[^"\\]++|{_ESCAPES})++'),
     "'": re.compile(rf"(?:[^'\"\\]++|{_ESCAPES})++"),
 }
@@ -44,25 +44,25 @@ _WORDS = {
 }
 _CLOSE = {"{": "}", "[": "]"}
 
-# what may come next
+# the token that may follow
 ITEM, ITEM_OR_END, KEY, KEY_OR_END, COLON, NEXT = "item", "item or ]", "key", "key or }", ":", ", or end"
 
 
 class Value:
-    """One value, read from `source` piece by piece; `done` when it is whole."""
+    """One value, read from `source` in pieces; `done` when it is complete."""
 
     def __init__(self, source: TextReader):
         self.source = source
-        self.closers: list[str] = []  # what would close the open brackets, the outermost first
-        self.want, self.quote, self.word = ITEM, "", ""
-        self.held = ""  # a comma and the space behind it: shown only when something follows
+        self.closers: list[str] = []  # the closing brackets of the open ones, the outermost first
+        self._expected, self._quote, self._word = ITEM, "", ""
+        self._held_comma = ""  # a comma and the space after it: emitted only if something follows
         self.out: list[str] = []
         self.done = self.stuck = False
 
     def pieces(self) -> Iterator[str | None]:
-        """The value's text in pieces, None where more of the stream is needed; ends at the value's end or a problem."""
+        """Yields the value's text in pieces, None where more text is needed; ends at the value's end or an error."""
         while True:
-            self._take()
+            self._read()
             if self.out:
                 yield "".join(self.out)
                 self.out.clear()
@@ -73,76 +73,84 @@ class Value:
     @property
     def closable(self) -> bool:
         """Whether only closing brackets are missing."""
-        return not (self.quote or self.word) and (self.want in (NEXT, KEY_OR_END, ITEM_OR_END) or bool(self.held))
+        return not (self._quote or self._word) and (
+            self._expected in (NEXT, KEY_OR_END, ITEM_OR_END) or bool(self._held_comma)
+        )
 
     def closing(self) -> str:
+        """Returns the missing closing brackets."""
         return "".join(reversed(self.closers))
 
-    def _take(self) -> None:
+    def _read(self) -> None:
+        """Reads as much as the buffer holds."""
         source = self.source
         while not (self.done or self.stuck):
-            before = source.at
-            if before >= len(source.text):
+            position = source.at
+            if position >= len(source.text):
                 break
-            if self.quote:
+            if self._quote:
                 self._string()
-            elif self.word:
+            elif self._word:
                 self._bare()
             else:
                 self._token()
-            if source.at == before and not source.ended and (self.quote or self.word):
-                return  # an escape or a word that is not whole yet
-        if source.ended and self.word and not self.stuck:
+            if source.at == position and not source.ended and (self._quote or self._word):
+                return  # an incomplete escape or word
+        if source.ended and self._word and not self.stuck:
             self._finish_word()
 
     def _token(self) -> None:
+        """Reads one token."""
         match = _TOKEN.match(self.source.text, self.source.at)
         if match is None:
-            self._odd()
+            self._irregular_token()
             return
         text = match.group()
         kind = match.lastgroup
-        if kind == "word" and len(text) > WORD:
-            self.source.at += WORD + 1  # as far as `_bare` goes
+        if kind == "word" and len(text) > MAX_WORD_CHARS:
+            self.source.at += MAX_WORD_CHARS + 1  # the position that `_bare` reaches
             self.stuck = True
             return
         if kind == "mark":
             self._bracket(text)
             return
         if kind == "space":
-            if self.held:
-                self.held += text
+            if self._held_comma:
+                self._held_comma += text
             else:
                 self.out.append(text)
-        elif kind == "string" and self.want in (KEY, KEY_OR_END):
-            self._put(text)
-            self.want = COLON
-        elif self.want in (ITEM, ITEM_OR_END):
-            self._put(text)
-            self._after()
-        elif kind == "word" and self.want in (KEY, KEY_OR_END):
-            self._put(f'"{text}"')
-            self.want = COLON
+        elif kind == "string" and self._expected in (KEY, KEY_OR_END):
+            self._emit(text)
+            self._expected = COLON
+        elif self._expected in (ITEM, ITEM_OR_END):
+            self._emit(text)
+            self._end_value()
+        elif kind == "word" and self._expected in (KEY, KEY_OR_END):
+            self._emit(f'"{text}"')
+            self._expected = COLON
         else:
             self.stuck = True
             return
         self.source.at = match.end()
 
-    def _odd(self) -> None:
-        """Not a whole token of JSON: the start of a string, a word that is cut or is none, or a problem."""
+    def _irregular_token(self) -> None:
+        """Handles text that is not a complete JSON token: the start of a string, an incomplete or bare word, or an
+        error.
+        """
         char = self.source.text[self.source.at]
-        if self.want in (COLON, NEXT):
+        if self._expected in (COLON, NEXT):
             self.stuck = True
         elif char in "\"'":
-            self._put('"')
-            self.quote = char
+            self._emit('"')
+            self._quote = char
             self.source.at += 1
         else:
             self._bare()
 
     def _string(self) -> None:
+        """Reads a part of a string."""
         source, at = self.source, self.source.at
-        match = _PLAIN[self.quote].match(source.text, at)
+        match = _PLAIN[self._quote].match(source.text, at)
         if match:
             self.out.append(_CONTROLS.sub(_escaped, match.group()))
             source.at = match.end()
@@ -151,21 +159,22 @@ class Value:
         if char == "\\":
             self._escape()
             return
-        if char != self.quote:
-            many = _QUOTES.match(source.text, at)
-            assert many is not None
-            self.out.append(_escaped(many))
-            source.at = many.end()
+        if char != self._quote:
+            controls_or_quotes = _QUOTES.match(source.text, at)
+            assert controls_or_quotes is not None
+            self.out.append(_escaped(controls_or_quotes))
+            source.at = controls_or_quotes.end()
         else:
             source.at += 1
             self.out.append('"')
-            self.quote = ""
-            if self.want in (KEY, KEY_OR_END):
-                self.want = COLON
+            self._quote = ""
+            if self._expected in (KEY, KEY_OR_END):
+                self._expected = COLON
             else:
-                self._after()
+                self._end_value()
 
     def _escape(self) -> None:
+        """Reads an escape sequence."""
         source = self.source
         text = source.text[source.at : source.at + 6]
         if re.fullmatch(r"\\(u[0-9a-fA-F]{0,3})?", text) and len(text) < 6 and source.at + 6 > len(source.text):
@@ -179,72 +188,76 @@ class Value:
         elif text[1] == "'":
             self.out.append("'")
             source.at += 2
-        else:  # \d, \(, a backslash before a line break: the model meant the backslash itself
+        else:  # \d, \(, a backslash before a line break: the backslash itself is meant
             self.out.append("\\\\")
             source.at += 1
 
     def _bare(self) -> None:
-        """A number or word, up to what cannot belong to it."""
+        """Reads a number or word, up to a character that cannot belong to it."""
         source = self.source
-        match = _WORD.match(source.text, source.at, source.at + WORD + 1 - len(self.word))
+        match = _WORD.match(source.text, source.at, source.at + MAX_WORD_CHARS + 1 - len(self._word))
         if match:
-            self.word += match.group()
+            self._word += match.group()
             source.at = match.end()
-        if len(self.word) > WORD or not self.word:
+        if len(self._word) > MAX_WORD_CHARS or not self._word:
             self.stuck = True
         elif source.at < len(source.text):
             self._finish_word()
 
     def _finish_word(self) -> None:
-        word, self.word = self.word, ""
-        key = self.want in (KEY, KEY_OR_END)
+        """Emits a complete number or word as JSON."""
+        word, self._word = self._word, ""
+        key = self._expected in (KEY, KEY_OR_END)
         text = (json.dumps(word) if _NAME.fullmatch(word) else None) if key else _scalar(word)
         if text is None:
             self.stuck = True
             return
-        self._put(text)
+        self._emit(text)
         if key:
-            self.want = COLON
+            self._expected = COLON
         else:
-            self._after()
+            self._end_value()
 
     def _bracket(self, char: str) -> None:
-        if char in "{[" and self.want in (ITEM, ITEM_OR_END) and len(self.closers) < DEPTH:
-            self._put(char)
+        """Reads a bracket, comma or colon."""
+        if char in "{[" and self._expected in (ITEM, ITEM_OR_END) and len(self.closers) < MAX_DEPTH:
+            self._emit(char)
             self.closers.append(_CLOSE[char])
-            self.want = KEY_OR_END if char == "{" else ITEM_OR_END
+            self._expected = KEY_OR_END if char == "{" else ITEM_OR_END
         elif char in "}]" and char in self.closers and self.closable:
-            while self.closers[-1] != char:  # an inner bracket was forgotten
+            while self.closers[-1] != char:  # an inner closing bracket is missing
                 self.out.append(self.closers.pop())
             self.out.append(self.closers.pop())
-            self.held = ""
-            self._after()
-        elif char == "," and self.want == NEXT and self.closers:
-            self.held = ","
-            self.want = KEY if self.closers[-1] == "}" else ITEM
-        elif char == ":" and self.want == COLON:
+            self._held_comma = ""
+            self._end_value()
+        elif char == "," and self._expected == NEXT and self.closers:
+            self._held_comma = ","
+            self._expected = KEY if self.closers[-1] == "}" else ITEM
+        elif char == ":" and self._expected == COLON:
             self.out.append(char)
-            self.want = ITEM
+            self._expected = ITEM
         else:
             self.stuck = True
             return
         self.source.at += 1
 
-    def _put(self, text: str) -> None:
-        self.out.append(self.held + text)
-        self.held = ""
+    def _emit(self, text: str) -> None:
+        """Emits text after a held comma."""
+        self.out.append(self._held_comma + text)
+        self._held_comma = ""
 
-    def _after(self) -> None:
-        self.want, self.done = NEXT, not self.closers
+    def _end_value(self) -> None:
+        """Records that a value is complete."""
+        self._expected, self.done = NEXT, not self.closers
 
 
-def _escaped(found: re.Match[str]) -> str:
-    """Characters as they are written inside a string of JSON."""
-    return json.dumps(found.group())[1:-1]
+def _escaped(match: re.Match[str]) -> str:
+    """Returns characters as they are escaped inside a JSON string."""
+    return json.dumps(match.group())[1:-1]
 
 
 def _scalar(word: str) -> str | None:
-    """A bare word as JSON, None when it is nothing."""
+    """Returns a bare word as JSON, None if it is not a value."""
     if re.fullmatch(_NUMBER, word) or word in ("true", "false", "null"):
         return word
     if word in _WORDS:
@@ -257,7 +270,7 @@ def _scalar(word: str) -> str | None:
 
 
 def strict(text: str) -> str | None:
-    """The one JSON value that `text` is, mended; None when it is none."""
+    """Returns the single JSON value of `text`, repaired; None if it is not one."""
     source = TextReader()
     source.feed(text.strip())
     source.ended = True
@@ -269,7 +282,7 @@ def strict(text: str) -> str | None:
 
 
 def collect(source: TextReader) -> Wait[str | None]:
-    """One value in one piece; None when it is none."""
+    """Reads one value and returns its text; None if it is not one."""
     value, out = Value(source), list[str]()
     for piece in value.pieces():
         if piece is None:

@@ -1,4 +1,4 @@
-"""OpenAI's chat messages as the chat templates of a family want them."""
+"""Converts OpenAI's chat messages into the form that a family's chat template expects."""
 
 from __future__ import annotations
 
@@ -17,72 +17,80 @@ _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 Message = dict[str, Any]
 
 
-def for_template(messages: Iterable[Mapping[str, Any]], dialect: ChatFormat) -> list[Message]:
-    """New messages; ValueError where one holds what is not text."""
-    history = _History(dialect)
-    told = [history.message(message) for message in messages]
-    return _one_call_each(told) if dialect.one_call else told
+def for_template(messages: Iterable[Mapping[str, Any]], chat_format: ChatFormat) -> list[Message]:
+    """Returns converted messages; ValueError when one contains anything but text."""
+    history = _History(chat_format)
+    converted = [history.message(message) for message in messages]
+    return _split_calls(converted) if chat_format.one_call else converted
 
 
 class _History:
-    """What later messages need of earlier ones: the ids of calls as the template has them, and whose results are whose."""
+    """What later messages need of earlier ones: call ids in the template's form, and the function names of calls."""
 
-    def __init__(self, dialect: ChatFormat):
-        self.dialect = dialect
+    def __init__(self, chat_format: ChatFormat):
+        self.dialect = chat_format
         self.ids: dict[str, str] = {}
         self.names: dict[str, str] = {}
         self.count = 0
 
     def message(self, message: Mapping[str, Any]) -> Message:
+        """Converts one message."""
         role = message.get("role")
-        told: Message = {"role": role, "content": text_of(message.get("content"))}
+        converted: Message = {"role": role, "content": text_of(message.get("content"))}
         if role == "developer" and not self.dialect.developer:
-            told["role"] = "system"
+            converted["role"] = "system"
         if message.get("name"):
-            told["name"] = message["name"]
+            converted["name"] = message["name"]
         if role == "assistant":
-            self._assistant(message, told)
+            self._assistant(message, converted)
         elif role == "tool":
-            self._result(message, told)
-        return told
+            self._result(message, converted)
+        return converted
 
-    def _assistant(self, message: Mapping[str, Any], told: Message) -> None:
+    def _assistant(self, message: Mapping[str, Any], converted: Message) -> None:
+        """Adds the reasoning and the calls of an assistant message."""
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if reasoning:
-            told["reasoning_content"] = text_of(reasoning)
+            converted["reasoning_content"] = text_of(reasoning)
             if self.dialect.thinking_key:
-                told[self.dialect.thinking_key] = told["reasoning_content"]
+                converted[self.dialect.thinking_key] = converted["reasoning_content"]
         if message.get("tool_calls"):
-            told["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
-            told["content"] = told["content"] or (None if self.dialect.argument_text else "")
+            converted["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
+            converted["content"] = converted["content"] or (None if self.dialect.argument_text else "")
 
     def _call(self, call: Mapping[str, Any]) -> Message:
+        """Converts one call."""
         function = call.get("function") or {}
-        name, id = str(function.get("name", "")), str(call.get("id") or "")
-        self.ids[id], self.names[id] = self._id(id, name), name
+        name, call_id = str(function.get("name", "")), str(call.get("id") or "")
+        self.ids[call_id], self.names[call_id] = self._id(call_id, name), name
         arguments = function.get("arguments")
-        told = _text(arguments) if self.dialect.argument_text else _object(arguments)
-        return {"id": self.ids[id], "type": "function", "function": {"name": name, "arguments": told}}
+        converted_arguments = _arguments_text(arguments) if self.dialect.argument_text else _arguments_object(arguments)
+        return {
+            "id": self.ids[call_id],
+            "type": "function",
+            "function": {"name": name, "arguments": converted_arguments},
+        }
 
-    def _id(self, id: str, name: str) -> str:
-        """The id in the family's form; one that came from elsewhere gets a new one, always the same."""
+    def _id(self, call_id: str, name: str) -> str:
+        """Returns the id in the family's form; an id of another form gets a new one, always the same."""
         self.count += 1
-        if self.dialect.ids == "named" and not _NAMED_ID.fullmatch(id):
+        if self.dialect.ids == "named" and not _NAMED_ID.fullmatch(call_id):
             return f"functions.{name}:{self.count - 1}"
-        if self.dialect.ids == "short" and not _SHORT_ID.fullmatch(id):
-            return hashlib.sha256(id.encode()).hexdigest()[:9]
-        return id
+        if self.dialect.ids == "short" and not _SHORT_ID.fullmatch(call_id):
+            return hashlib.sha256(call_id.encode()).hexdigest()[:9]
+        return call_id
 
-    def _result(self, message: Mapping[str, Any], told: Message) -> None:
-        id = str(message.get("tool_call_id") or "")
-        told["tool_call_id"] = self.ids.get(id, id)
-        name = told.get("name") or self.names.get(id)
+    def _result(self, message: Mapping[str, Any], converted: Message) -> None:
+        """Adds the call id and the function name of a tool result."""
+        call_id = str(message.get("tool_call_id") or "")
+        converted["tool_call_id"] = self.ids.get(call_id, call_id)
+        name = converted.get("name") or self.names.get(call_id)
         if name:
-            told["name"] = name
+            converted["name"] = name
 
 
 def text_of(content: Any) -> str:
-    """A message's text: a string, or parts that are all text."""
+    """Returns a message's text: a string, or parts that are all text. ValueError for another part."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -94,20 +102,20 @@ def text_of(content: Any) -> str:
         elif isinstance(part, str):
             parts.append(part)
         else:
-            kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise ValueError(f"content part of type {kind!r}: only text is understood")
+            type_ = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise ValueError(f"content part of type {type_!r}: only text is supported")
     return "".join(parts)
 
 
-def _text(arguments: Any) -> str:
-    """Arguments as JSON text, as the client sent them if it did."""
+def _arguments_text(arguments: Any) -> str:
+    """Returns arguments as JSON text, unchanged if they are text."""
     if isinstance(arguments, str):
         return arguments.strip() or "{}"
     return json.dumps(arguments or {}, ensure_ascii=False)
 
 
-def _object(arguments: Any) -> dict[str, Any]:
-    """Arguments as an object. What is none is kept as the only argument: templates ask for items()."""
+def _arguments_object(arguments: Any) -> dict[str, Any]:
+    """Returns arguments as an object. Anything else becomes the only argument, because templates call items()."""
     if isinstance(arguments, str) and arguments.strip():
         text = strict(arguments)
         arguments = json.loads(text) if text is not None else arguments
@@ -116,28 +124,30 @@ def _object(arguments: Any) -> dict[str, Any]:
     return {"arguments": arguments} if arguments else {}
 
 
-def _one_call_each(messages: list[Message]) -> list[Message]:
-    """For templates that refuse several calls in one message: each call with its results behind it."""
-    told: list[Message] = []
-    at = 0
-    while at < len(messages):
-        message = messages[at]
-        at += 1
+def _split_calls(messages: list[Message]) -> list[Message]:
+    """For templates that refuse several calls in one message: each call in a message of its own, followed by its
+    results.
+    """
+    converted: list[Message] = []
+    index = 0
+    while index < len(messages):
+        message = messages[index]
+        index += 1
         calls = message.get("tool_calls") or ()
         if len(calls) < 2:
-            told.append(message)
+            converted.append(message)
             continue
         results = []
-        while at < len(messages) and messages[at]["role"] == "tool":
-            results.append(messages[at])
-            at += 1
-        for n, call in enumerate(calls):
-            told.append(
+        while index < len(messages) and messages[index]["role"] == "tool":
+            results.append(messages[index])
+            index += 1
+        for position, call in enumerate(calls):
+            converted.append(
                 {**message, "tool_calls": [call]}
-                if n == 0
+                if position == 0
                 else {"role": "assistant", "content": "", "tool_calls": [call]}
             )
-            told += [result for result in results if result["tool_call_id"] == call["id"]]
+            converted += [result for result in results if result["tool_call_id"] == call["id"]]
         ids = [call["id"] for call in calls]
-        told += [result for result in results if result["tool_call_id"] not in ids]
-    return told
+        converted += [result for result in results if result["tool_call_id"] not in ids]
+    return converted

@@ -1,7 +1,7 @@
-"""The model's text, read while it comes: reasoning, answer and calls told apart.
+"""Parses a model's output while it arrives into reasoning, content and tool calls.
 
-The events do not depend on how the text was cut. What cannot be understood as a call is shown as the text it is. The
-work is bounded: every character is read once, but for those of broken calls, which are read again within limits.
+The events do not depend on how the text was split. Text that is not a valid call is emitted as text. The work is
+bounded: each character is read once, except for those of broken calls, which are read again within limits.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 from ktx.chat_formats.bare_calls import read_bare
-from ktx.chat_formats.calls import MOST, Calls, new_id
+from ktx.chat_formats.calls import MAX_CALLS, Calls, new_id
 from ktx.chat_formats.events import CallEnd, CallStart, Event, Text
 from ktx.chat_formats.harmony import Harmony
 from ktx.chat_formats.reader import Broken, TextReader, marks_of
@@ -18,20 +18,26 @@ from ktx.chat_formats.registry import CallFormat, ChatFormat
 from ktx.chat_formats.tagged_calls import read_marked
 from ktx.chat_formats.whitespace import WhitespaceFilter
 
-MAX_REREAD_CHARS = 1 << 16  # characters of broken calls that are searched for calls within them
-MAX_BROKEN_CALLS = 1000  # broken calls after which the rest is text
-BARE = "{", "["  # what calls without a mark begin with, at the start of a line
+MAX_REREAD_CHARS = 1 << 16  # characters of broken calls that are searched again for calls within them
+MAX_BROKEN_CALLS = 1000  # broken calls after which the rest of the output is text
+BARE = "{", "["  # first characters of calls without a mark, at the start of a line
 
 
 class Parser:
-    """Reads one answer of one request.
+    """Parses the output of one request.
 
-    `thinking`: the prompt has opened the reasoning block. `said`: what the prompt says in the block where it ends, the
-    beginning of the text that comes. `parse_calls`: whether calls are looked for, by default where there are tools.
-    What looks like a call inside the reasoning block is reasoning, unless the family calls from there: nobody runs what
-    a model only thinks about.
-    Arguments are told while they come, so it may turn out late that they are no JSON: the call then has no CallEnd, and
-    all its text follows as Text. Whoever collects a message leaves out calls without CallEnd.
+    Calls inside the reasoning block are reasoning, unless the family calls from there: calls that a model only reasons
+    about must not be run.
+    Arguments are emitted while they arrive, so a call may turn out late to be invalid: then it has no CallEnd, and all
+    its text follows as Text. A client that assembles a message leaves out calls without CallEnd.
+
+    Args:
+        dialect: the model's chat format.
+        tools: the request's tools.
+        thinking: the prompt has opened the reasoning block.
+        parse_calls: whether to parse calls; None: if there are tools.
+        ids: returns a new call id.
+        said: text at the prompt's end that the output continues.
     """
 
     def __init__(
@@ -48,21 +54,21 @@ class Parser:
         self.format: CallFormat | None = dialect.format if self.parse_calls else None
         self.source, self.calls = TextReader(), Calls(tools, ids)
         self.output = WhitespaceFilter("think" if thinking else "answer", said)
-        self.seen = thinking or bool(said)  # whether there was any reasoning, or none will come any more
-        self.begins = said.endswith("\n")  # what comes first begins a line
-        self.again, self.broken = MAX_REREAD_CHARS, 0
+        self._reasoning_seen = thinking or bool(said)  # whether there was reasoning, or none can follow
+        self._at_line_start = said.endswith("\n")  # the output begins at the start of a line
+        self._reread_chars, self._num_broken = MAX_REREAD_CHARS, 0
         self.open_call = False  # after finish(cut=True): the stream ended inside a call
-        self._look()
+        self._set_marks()
         harmony = dialect.format is not None and dialect.format.style == "harmony"
-        self.reading = Harmony(self).read() if harmony else self._read()
+        self._events = Harmony(self).read() if harmony else self._read()
 
     def feed(self, text: str) -> list[Event]:
-        """What `text` makes sure."""
+        """Appends text and returns the events that are certain."""
         self.source.feed(text)
         return list(self._ready())
 
     def finish(self, cut: bool = False) -> list[Event]:
-        """The rest. `cut`: the model did not end by itself, so a call that is not whole stays open."""
+        """Returns the remaining events. `cut`: the model did not end the output, so an incomplete call stays open."""
         if cut and self.calls.open:
             self.open_call = True
             return []
@@ -70,15 +76,17 @@ class Parser:
         return list(self._ready())
 
     def _ready(self) -> Iterator[Event]:
-        for event in self.reading:
+        """Yields events until the reader needs more text."""
+        for event in self._events:
             if event is None:
                 return
             yield event
 
     def _read(self) -> Iterator[Event | None]:
-        while mark := (yield from self._text()):
+        """Yields the events of an output."""
+        while mark := (yield from self._read_text()):
             if mark in self.dialect.think:
-                yield from self._reasoning(mark)
+                yield from self._read_reasoning(mark)
             elif self.format and mark in self.format.ends + ("```",):
                 if self.output.behind_call:
                     self.output.end_mark()
@@ -90,20 +98,20 @@ class Parser:
                 yield from self.call(mark, read_bare if mark[-1] in BARE else read_marked)
         yield from self.output.rest()
 
-    def _text(self) -> Generator[Event | None, None, str]:
-        """Shows text; returns the mark behind it, empty at the end."""
+    def _read_text(self) -> Generator[Event | None, None, str]:
+        """Emits text and returns the mark after it, empty at the end."""
         source = self.source
         while True:
             thinking = self.output.kind == "think" and not self.dialect.calls_in_thought
-            if self._bare and not thinking and (self.output.fresh or self.begins):
-                self.begins = False
+            if self._bare and not thinking and (self.output.fresh or self._at_line_start):
+                self._at_line_start = False
                 yield from self.output.show((yield from source.space()))
                 char = yield from source.char()
                 if char in BARE and char:
                     source.at += 1
                     return char
-            behind = self._marks_behind if self.output.behind_call else self._marks
-            text, mark = source.until(marks_of(*self.dialect.think) if thinking else behind)
+            marks_behind = self._marks_behind if self.output.behind_call else self._marks
+            text, mark = source.until(marks_of(*self.dialect.think) if thinking else marks_behind)
             yield from self.output.show(text)
             if mark[:1] == "\n":
                 yield from self.output.show("\n")
@@ -112,49 +120,51 @@ class Parser:
             if not source.ended:
                 yield None
 
-    def _look(self) -> None:
-        """What is looked for: in text, and behind a call, where a mark may end it."""
-        format, self._bare = self.format, False
+    def _set_marks(self) -> None:
+        """Sets the marks to search for: in text, and after a call, where a mark may end it."""
+        call_format, self._bare = self.format, False
         self._marks = self._marks_behind = marks_of(*self.dialect.think)
-        if format is not None:
-            self._bare = format.style in ("bare", "pythonic")
+        if call_format is not None:
+            self._bare = call_format.style in ("bare", "pythonic")
             bare = ("\n{", "\n[", "```json") if self._bare else ()
-            self._marks = marks_of(*self.dialect.think, *format.starts, *format.sections, *bare)
-            self._marks_behind = marks_of(*self._marks.all, *format.ends, *(bare and ("```",)))
+            self._marks = marks_of(*self.dialect.think, *call_format.starts, *call_format.sections, *bare)
+            self._marks_behind = marks_of(*self._marks.all, *call_format.ends, *(bare and ("```",)))
 
-    def _reasoning(self, mark: str) -> Iterator[Event]:
-        """Opens or closes the block, or shows a mark that is only spoken of."""
+    def _read_reasoning(self, mark: str) -> Iterator[Event]:
+        """Opens or closes the reasoning block, or emits a mark that is part of the text."""
         output, opens = self.output, mark == self.dialect.think[0]
         if opens and output.kind == "answer":
-            real = output.fresh or (not self.seen and output.last == "\n")
+            is_mark = output.fresh or (not self._reasoning_seen and output.last == "\n")
         elif opens:
-            real = output.fresh
+            is_mark = output.fresh
         elif output.kind == "answer":
-            real = output.fresh or not self.seen
+            is_mark = output.fresh or not self._reasoning_seen
         else:
-            real = True
-        if not real:
+            is_mark = True
+        if not is_mark:
             yield from output.show(mark)
             return
-        nothing_to_close = not opens and output.kind == "answer" and not output.fresh
-        self.seen = True
-        if nothing_to_close:  # the tag is left out, the text around it stays as it is
+        stray_close = not opens and output.kind == "answer" and not output.fresh
+        self._reasoning_seen = True
+        if stray_close:  # the mark is dropped, the text around it stays as it is
             return
         yield from output.turn("think" if opens else "answer")
 
     def call(self, mark: str, reader: Callable[..., Iterator[Event | None]]) -> Iterator[Event | None]:
-        """What `reader` makes of the text behind `mark`; the text itself when that is no call."""
+        """Runs `reader` on the text after `mark` and yields its events; emits the text itself when that is not a
+        call.
+        """
         source = self.source
         source.keep(len(mark.lstrip("\n")))
         layout = ""
         try:
             for event in reader(source, self.calls, self.format, mark):
                 if isinstance(event, CallStart):
-                    if source.cut:  # begun by the end of a stream that was cut
+                    if source.cut:  # the call began at the end of a cut stream
                         self.calls.index, self.calls.open = self.calls.index - 1, False
                         raise Broken
                     layout = self.output.drop()
-                elif isinstance(event, Text):  # white space behind a call
+                elif isinstance(event, Text):  # white space after a call
                     yield from self.output.show(event.text)
                     continue
                 yield event
@@ -164,19 +174,19 @@ class Parser:
                     layout = ""
         except Broken:
             yield from self.output.show(layout)
-            yield from self._no_call()
+            yield from self._emit_broken_call()
         source.release()
 
-    def _no_call(self) -> Iterator[Event]:
-        """The text of a call that is none. What lies within it is read again, for it may hold a call."""
+    def _emit_broken_call(self) -> Iterator[Event]:
+        """Emits the text of a broken call. The text within it is read again, because it may contain a call."""
         raw, lead = self.source.raw(), self.source.lead
         self.calls.open = False
-        self.broken += 1
-        if self.broken >= MAX_BROKEN_CALLS or self.calls.index + 1 >= MOST:
+        self._num_broken += 1
+        if self._num_broken >= MAX_BROKEN_CALLS or self.calls.index + 1 >= MAX_CALLS:
             self.format = None
-            self._look()
-        if raw and len(raw) - lead <= self.again:
-            self.again -= len(raw) - lead
+            self._set_marks()
+        if raw and len(raw) - lead <= self._reread_chars:
+            self._reread_chars -= len(raw) - lead
             self.source.again(raw)
             raw = raw[:lead]
         yield from self.output.show(raw)

@@ -1,4 +1,4 @@
-"""Every family's way of writing, one row each: reasoning marks, and the marks of calls."""
+"""The chat format of each model family, one row each: reasoning marks, and the marks of tool calls."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CallFormat:
-    """The marks around a call; what a family does not use is empty."""
+    """The marks around a tool call; those that a family does not use are empty."""
 
-    style: str  # how the model writes a call: object, list, named, fenced, tags, pairs, bare, pythonic or harmony
+    style: str  # syntax of a call: object, list, named, fenced, tags, pairs, bare, pythonic or harmony
     starts: tuple[str, ...]  # each begins a call
-    ends: tuple[str, ...] = ()  # each ends a call, a section, or a part of one: layout behind a call
-    sections: tuple[str, ...] = ()  # begin a run of calls: layout when a call follows
+    ends: tuple[str, ...] = ()  # each ends a call, a section, or a part of one: layout after a call
+    sections: tuple[str, ...] = ()  # each begins a section of calls: layout when a call follows
     separators: tuple[str, ...] = ()  # between a call's name and its arguments
     id_mark: str = ""  # between a call's name and its id
     tag_call: tuple[str, str] = ("", "")  # <function=name> ... </function>: open, close
     tag_parameter: tuple[str, str] = ("", "")  # <parameter=key>value</parameter>
-    typed: bool = False  # a parameter's tag says whether it is a string: string="true"
-    lines: bool = False  # a parameter's value stands on lines of its own: one line break at each side is layout
+    typed: bool = False  # a parameter's tag marks strings: string="true"
+    lines: bool = False  # a parameter's value is on lines of its own: one line break at each side is layout
     pair_key: tuple[str, str] = ("", "")  # <arg_key>key</arg_key><arg_value>value</arg_value>
     pair_value: tuple[str, str] = ("", "")
     named_ids: bool = False  # a call's name is its id: functions.name:0
@@ -26,30 +26,38 @@ class CallFormat:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How one family writes."""
+    """The chat format of one model family."""
 
     name: str
     format: CallFormat | None = None
     think: tuple[str, str] = ("<think>", "</think>")
-    calls_in_thought: bool = False  # calls without closing the reasoning block first, by marks that are control tokens
-    prompt_opens: bool = False  # the generation prompt ends inside the reasoning block, unless it is told otherwise
-    marks: tuple[str, ...] = field(default=(), compare=False)  # all of them stand in the family's chat template
-    model_types: tuple[str, ...] = field(default=(), compare=False)  # config.json's, where the template says nothing
-    # what its chat template wants of messages
-    argument_text: bool = False  # arguments as JSON text, not as an object, and None for no content beside calls
-    developer: bool = False  # knows the role
-    thinking_key: str = ""  # the key of reasoning, besides reasoning_content
+    # calls may begin without closing the reasoning block, if their marks are control tokens
+    calls_in_thought: bool = False
+    prompt_opens: bool = False  # the generation prompt ends inside the reasoning block by default
+    marks: tuple[str, ...] = field(default=(), compare=False)  # the family's chat template contains all of them
+    # model_type of config.json, used where no template has the marks
+    model_types: tuple[str, ...] = field(default=(), compare=False)
+    # the form of messages that its chat template expects
+    argument_text: bool = False  # arguments are JSON text instead of an object, and empty content with calls is None
+    developer: bool = False  # supports the role "developer"
+    thinking_key: str = ""  # a key for reasoning in addition to reasoning_content
     ids: str = ""  # "named": functions.name:0; "short": nine letters and digits
-    one_call: bool = False  # refuses several calls in one message
+    one_call: bool = False  # does not support several calls in one message
 
     @property
     def written(self) -> tuple[str, ...]:
-        """All marks that its models write around reasoning and calls."""
-        format = self.format
-        if format is None:
+        """All marks around reasoning and calls."""
+        call_format = self.format
+        if call_format is None:
             return tuple(mark for mark in self.think if mark)
-        calls = (*format.starts, *format.ends, *format.sections, *format.separators, format.id_mark)
-        tags = (*format.tag_call, *format.tag_parameter, *format.pair_key, *format.pair_value)
+        calls = (
+            *call_format.starts,
+            *call_format.ends,
+            *call_format.sections,
+            *call_format.separators,
+            call_format.id_mark,
+        )
+        tags = (*call_format.tag_call, *call_format.tag_parameter, *call_format.pair_key, *call_format.pair_value)
         return tuple(mark for mark in (*self.think, *calls, *tags) if mark)
 
 
@@ -58,7 +66,8 @@ _FUNCTION, _PARAMETER = ("<function", "</function>"), ("<parameter", "</paramete
 _KEY, _VALUE = ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>")
 _TURN = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 
-# Models that share <tool_call> now and then write it the other's way, so all three read JSON, and the first two tags.
+# Models that share <tool_call> sometimes write another one's syntax, so all three also read JSON, and the first two
+# read tags.
 HERMES = CallFormat("object", _TOOL_CALL[:1], _TOOL_CALL[1:], tag_call=_FUNCTION, tag_parameter=_PARAMETER)
 TAGS = CallFormat(
     "tags",
@@ -178,7 +187,9 @@ DIALECTS: dict[str, ChatFormat] = {row.name: row for row in reversed(_ROWS)}
 
 
 def dialect_for(chat_template: str | None, model_type: str | None = None) -> ChatFormat:
-    """The dialect whose marks the template writes, else the model type's, else plain reasoning."""
+    """Returns the format whose marks the template contains, else the model type's, else "plain", which has reasoning
+    only.
+    """
     if chat_template:
         for row in _ROWS:
             if row.marks and all(mark in chat_template for mark in row.marks):
@@ -186,7 +197,7 @@ def dialect_for(chat_template: str | None, model_type: str | None = None) -> Cha
     return next((row for row in _ROWS if model_type and model_type in row.model_types), DIALECTS["plain"])
 
 
-def opened(prompt: str, dialect: ChatFormat) -> bool:
+def opened(prompt: str, chat_format: ChatFormat) -> bool:
     """Whether a rendered prompt ends inside the reasoning block."""
-    mark = dialect.think[0]
-    return bool(mark) and prompt.rstrip().endswith(mark)
+    open_mark = chat_format.think[0]
+    return bool(open_mark) and prompt.rstrip().endswith(open_mark)

@@ -1,4 +1,4 @@
-"""Words between tags as JSON, by the function's schema: a tag says no type."""
+"""Converts the text between tags to JSON by the function's schema, because a tag has no type."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _KINDS: dict[type, frozenset[str]] = {
 
 
 def property_schema(parameters: Mapping[str, Any] | None, key: str) -> Any:
-    """The schema of one argument; True (anything) where the function's schema says nothing about it."""
+    """Returns the schema of one argument; True (anything) where the function's schema does not define it."""
     if not isinstance(parameters, Mapping):
         return True
     properties = parameters.get("properties")
     if isinstance(properties, Mapping) and key in properties:
-        return _followed(properties[key], parameters)
-    return _followed(parameters.get("additionalProperties", True), parameters)
+        return _resolve_ref(properties[key], parameters)
+    return _resolve_ref(parameters.get("additionalProperties", True), parameters)
 
 
-def _followed(schema: Any, root: Mapping[str, Any]) -> Any:
-    """The schema behind a local "$ref"; a few steps, for references can run in circles."""
+def _resolve_ref(schema: Any, root: Mapping[str, Any]) -> Any:
+    """Resolves a local "$ref", in at most eight steps, because references can be circular."""
     for _ in range(8):
         reference = schema.get("$ref") if isinstance(schema, Mapping) else None
         if not isinstance(reference, str) or not reference.startswith("#/"):
@@ -43,15 +43,15 @@ def _followed(schema: Any, root: Mapping[str, Any]) -> Any:
 
 
 def kinds(schema: Any, depth: int = 4) -> frozenset[str]:
-    """The JSON types that a schema lets through."""
+    """Returns the JSON types that a schema allows."""
     if not isinstance(schema, Mapping):
-        return frozenset(("string",)) if schema is False else _ALL  # False: no such argument, so no reason to convert
+        return frozenset(("string",)) if schema is False else _ALL  # False: an undefined argument is not converted
     allowed = _ALL
     kind = schema.get("type")
     if isinstance(kind, str):
         allowed = frozenset((kind,))
     elif isinstance(kind, list):
-        allowed = frozenset(k for k in kind if isinstance(k, str))
+        allowed = frozenset(type_name for type_name in kind if isinstance(type_name, str))
     elif isinstance(schema.get("properties"), Mapping):
         allowed = frozenset(("object",))
     values = (
@@ -59,34 +59,35 @@ def kinds(schema: Any, depth: int = 4) -> frozenset[str]:
     )
     if values is not None and kind is None:
         allowed &= frozenset().union(*(_KINDS.get(type(value), _ALL) for value in values))
-    for word in ("anyOf", "oneOf") if depth else ():
-        if isinstance(schema.get(word), list):
-            allowed &= frozenset().union(*(kinds(part, depth - 1) for part in schema[word]))
+    for keyword in ("anyOf", "oneOf") if depth else ():
+        if isinstance(schema.get(keyword), list):
+            allowed &= frozenset().union(*(kinds(part, depth - 1) for part in schema[keyword]))
     if depth and isinstance(schema.get("allOf"), list):
         allowed = allowed.intersection(*(kinds(part, depth - 1) for part in schema["allOf"]))
     return allowed | {"integer"} if "number" in allowed else allowed
 
 
 def only_string(schema: Any) -> bool:
-    """Whether a word can be nothing but a string, so that it may flow before its end is known."""
+    """Whether a value can only be a string, so that it can be streamed before its end is known."""
     return kinds(schema) <= {"string"}
 
 
 def convert(text: str, schema: Any) -> str:
-    """The JSON text of one argument."""
+    """Returns the JSON text of one argument."""
     allowed = kinds(schema)
     if allowed - {"string"}:
-        word = text.strip()
-        found = strict(word) if word else None
-        if word.lower() in ("true", "false", "null", "none"):
-            found = {"none": "null"}.get(word.lower(), word.lower())
-        if found is not None and found[0] != '"' and _fits(found, allowed):
-            return found
+        stripped = text.strip()
+        json_text = strict(stripped) if stripped else None
+        if stripped.lower() in ("true", "false", "null", "none"):
+            json_text = {"none": "null"}.get(stripped.lower(), stripped.lower())
+        if json_text is not None and json_text[0] != '"' and _has_type(json_text, allowed):
+            return json_text
     return json.dumps(text, ensure_ascii=False)
 
 
-def _fits(found: str, allowed: frozenset[str]) -> bool:
-    value = json.loads(found)
+def _has_type(json_text: str, allowed: frozenset[str]) -> bool:
+    """Whether a JSON value has one of the allowed types."""
+    value = json.loads(json_text)
     if isinstance(value, float) and value.is_integer() and "integer" in allowed:
         return True
     return bool(_KINDS[type(value)] & allowed)

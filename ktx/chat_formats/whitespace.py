@@ -1,6 +1,8 @@
-"""What of the text is shown: all of it but marks, and the white space around blocks, which is layout.
+"""Filters white space from the output: text is emitted without marks and without the white space around blocks, which
+is layout.
 
-White space around calls is shown where text stands on both sides of them: "Let me look.", a call and "Done." stay apart.
+White space around calls is emitted where text stands on both sides of them: "Let me look.", a call and "Done." stay
+apart.
 """
 
 from __future__ import annotations
@@ -12,25 +14,32 @@ from ktx.chat_formats.reader import SPACE
 
 
 class WhitespaceFilter:
-    """Text on its way out. White space waits for what follows: before a mark it is layout and not shown."""
+    """Filters the text of an output. White space is held until the next text: before a mark it is layout and is
+    dropped.
+
+    Args:
+        kind: "answer" or "think": the kind of the first text.
+        said: text in the prompt that the output continues.
+    """
 
     def __init__(self, kind: str, said: str = ""):
         self.kind = kind
         self.pending: list[str] = []
-        self.fresh = not said  # nothing has been shown since a mark
-        self.leading = "\n"  # what is layout behind that mark
-        self.last = said[-1:] or "\n"  # the character before what comes next
-        self.spoken = bool(said) and kind == "answer"  # whether there is text of the answer before calls
-        self.gap = ""  # white space around the calls since then
-        self.outer = 0  # characters of it that are known to stand outside of a call's own marks
-        self.called = False  # a call was the last thing
+        self.fresh = not said  # no text was emitted since a mark
+        self.leading = "\n"  # characters that are layout after that mark
+        self.last = said[-1:] or "\n"  # the character before the next text
+        self._has_content = bool(said) and kind == "answer"  # whether there is content before calls
+        self._gap = ""  # white space around calls since the last content
+        self._num_outside = 0  # characters of `_gap` that are known to be outside of a call's own marks
+        self._call_last = False  # whether a call came last
 
     def show(self, text: str) -> Iterator[Text]:
+        """Emits text, and holds trailing white space."""
         if self.fresh and not self.pending:
-            shown = text.lstrip(self.leading)
-            if self.called:
-                self.gap += text[: len(text) - len(shown)]
-            text = shown
+            stripped = text.lstrip(self.leading)
+            if self._call_last:
+                self._gap += text[: len(text) - len(stripped)]
+            text = stripped
         if not text:
             return
         self.last = text[-1]
@@ -38,51 +47,52 @@ class WhitespaceFilter:
         if body:
             body = "".join(self.pending) + body
             if self.kind == "answer":
-                body = (self.gap if self.spoken else "") + body
-                self.spoken, self.gap = True, ""
-            self.pending, self.fresh, self.called = [], False, False
+                body = (self._gap if self._has_content else "") + body
+                self._has_content, self._gap = True, ""
+            self.pending, self.fresh, self._call_last = [], False, False
             yield Text(body, self.kind)
             text = text[len(text.rstrip(SPACE)) :]
         if text:
             self.pending.append(text)
 
     def wait(self, mark: str) -> None:
-        """A mark that is layout if a call follows."""
+        """Holds a mark that is layout if a call follows."""
         self.pending.append(mark)
         self.last = "\n"
 
     def drop(self) -> str:
-        """A call follows: what waited was layout. Given back for the case that the call breaks."""
+        """Drops held text, because a call follows, and returns it for the case that the call is broken."""
         layout, self.pending = "".join(self.pending), []
         return layout
 
     def turn(self, kind: str, leading: str = "\n") -> Iterator[Text]:
-        """Behind a mark of reasoning; `kind` is what follows, `leading` is layout before it."""
+        """Starts text of another kind after a mark of reasoning; characters in `leading` are layout before it."""
         if any(piece.strip(SPACE) for piece in self.pending):
             yield from self.rest()
         self.kind, self.pending, self.fresh, self.leading, self.last = kind, [], True, leading, "\n"
-        self.called = False
+        self._call_last = False
 
     def after_call(self, layout: str) -> None:
-        """Behind a call; `layout` is what was dropped before it."""
-        self.gap += layout[: len(layout) - len(layout.lstrip(SPACE))]
-        self.outer = len(self.gap)
+        """Records the end of a call; `layout` is the text that `drop` returned before it."""
+        self._gap += layout[: len(layout) - len(layout.lstrip(SPACE))]
+        self._num_outside = len(self._gap)
         self.pending, self.fresh, self.leading, self.last = [], True, SPACE, "\n"
-        self.called = True
+        self._call_last = True
 
     def end_mark(self) -> None:
-        """Behind a mark that ends a call which has been read: white space before it was the call's."""
-        self.gap = self.gap[: self.outer]
+        """Records a mark after a call that ends it: white space before the mark belongs to the call."""
+        self._gap = self._gap[: self._num_outside]
 
     def rest(self) -> Iterator[Text]:
-        """What waited, when nothing follows."""
+        """Emits the held text at the end."""
         text, self.pending = "".join(self.pending), []
         if text:
             if self.kind == "answer":
-                text = (self.gap if self.spoken and text.strip(SPACE) else "") + text
-                self.gap = ""
+                text = (self._gap if self._has_content and text.strip(SPACE) else "") + text
+                self._gap = ""
             yield Text(text, self.kind)
 
     @property
     def behind_call(self) -> bool:
+        """Whether no text follows the last call yet."""
         return self.fresh and self.leading == SPACE
