@@ -163,7 +163,7 @@ def test_nothing_runs_in_the_background(http):
 
 def test_an_answer_whose_client_left_is_not_kept(slow):
     base, served = slow
-    before = len(served.response_store.answers)
+    before = len(served.response_store.responses)
     with httpx.Client(base_url=base, timeout=30) as http:
         with http.stream(
             "POST", "/v1/responses", json={"model": NAME, "input": "long story", "stream": True}
@@ -172,7 +172,7 @@ def test_an_answer_whose_client_left_is_not_kept(slow):
         with pytest.raises(httpx.ReadTimeout):
             http.post("/v1/responses", json={"model": NAME, "input": "long story"}, timeout=0.3)
     time.sleep(0.5)
-    assert len(served.response_store.answers) == before
+    assert len(served.response_store.responses) == before
 
 
 def test_a_server_that_keeps_nothing_says_so(tmp_path_factory):
@@ -281,7 +281,7 @@ def test_the_oldest_go_first():
     assert set(kept.items(b"", ["in_a", "in_d", "msg_e", "none"])) == {"in_d", "msg_e"}
     for name in "cde":
         assert kept.delete(b"", name)
-    assert not kept.nbytes and not kept.places
+    assert not kept.nbytes and not kept.by_item
 
 
 def test_a_conversation_costs_each_turn_once():
@@ -289,35 +289,35 @@ def test_a_conversation_costs_each_turn_once():
     kept, last = ResponseStore(2000), None
     for i in range(1000):
         kept.put(b"", answer(str(i), "y" * 1000), [item(str(i), "x" * 1000)], last)
-        last = kept.find(b"", str(i)).link
+        last = kept.find(b"", str(i)).turn
     assert len(last.items()) == 2000 and 2_000_000 < kept.nbytes < 3_000_000
 
 
 def test_bytes_are_bounded_whoever_holds_them():
     """One conversation, of which the newest answer holds all turns; then many that hold nothing of each other."""
-    kept, last = ResponseStore(10_000, nbytes=1 << 20), None
+    kept, last = ResponseStore(10_000, max_bytes=1 << 20), None
     for i in range(300):
         kept.put(b"", answer(str(i), "y" * 10_000), [item(str(i))], last)
         assert kept.nbytes <= 1 << 20
         found = kept.find(b"", str(i))
-        last = found.link if found else None
+        last = found.turn if found else None
     for i in range(1000, 1300):
         kept.put(b"", answer(str(i), "y" * 10_000), [item(str(i))], None)
         assert kept.nbytes <= 1 << 20
-    assert len(kept.answers) > 50
-    for name in list(kept.answers):
+    assert len(kept.responses) > 50
+    for name in list(kept.responses):
         kept.delete(b"", name)
-    assert not kept.nbytes and not kept.places
+    assert not kept.nbytes and not kept.by_item
 
 
 def test_who_goes_on_from_what_is_dropped_meanwhile_keeps_it():
     kept = ResponseStore(1)
     kept.put(b"", answer("a"), [item("a")], None)
-    link = kept.find(b"", "a").link
+    link = kept.find(b"", "a").turn
     kept.put(b"", answer("b"), [item("b")], None)
     assert kept.find(b"", "a") is None
     kept.put(b"", answer("c"), [item("c")], link)
-    assert [one["id"] for one in kept.find(b"", "c").before()] == ["in_a", "msg_a", "in_c"]
+    assert [one["id"] for one in kept.find(b"", "c").input_history()] == ["in_a", "msg_a", "in_c"]
     kept.delete(b"", "c")
     assert not kept.nbytes
 

@@ -118,7 +118,7 @@ def test_models_are_listed_with_their_parent(client):
     "words, told",
     [
         (["--lora", "m=somewhere"], "'m' is the model's name"),
-        (["--lora", "a=x", "--lora-modules", "a=y"], "two LoRA adapters are called 'a'"),
+        (["--lora", "a=x", "--lora-modules", "a=y"], "two LoRA adapters are named 'a'"),
         (["--lora", "a=x=nan"], "scale"),
         (["--lora", "x", "--backend-type", "scripted"], "scripted"),
     ],

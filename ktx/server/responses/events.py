@@ -1,4 +1,4 @@
-"""An answer of /v1/responses: the items it holds, and the events that tell of them while they grow."""
+"""Builds the output items of a response of /v1/responses and the events of its stream."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ktx.server.output import Finish, LogprobFormatter, OutputParser, TextDelta,
 
 @dataclass(frozen=True)
 class ItemShape:
-    """Where a text stands in its item, and what its events are called."""
+    """Names of the fields and events of one kind of text item."""
 
-    place: str  # the list in the item
-    index: str
-    type: str
-    part: str
-    text: str
+    list_key: str  # field of the item that holds its parts
+    index_key: str  # field of the events that holds the index of the part
+    part_type: str
+    part_event: str  # prefix of the names of the part's events
+    text_event: str  # prefix of the names of the text's events
 
 
 ITEM_SHAPES = {
@@ -38,53 +38,71 @@ ITEM_SHAPES = {
 
 
 class ResponseEvents:
-    """The events of one answer, numbered; the items they build are what the whole answer holds.
+    """Creates the numbered events of one response, and the items that the complete response holds.
 
-    `summary`: the client shows summaries of reasoning. There are none, so the reasoning itself stands in their place.
+    Args:
+        base: the response object without its output.
+        parser: parser of the request's output.
+        formatter: formats log probabilities; None if the request has none.
+        num_prompt_tokens: tokens of the prompt.
+        summary: whether the client displays summaries of the reasoning. The model writes none, so the reasoning itself
+            is sent as the summary.
+        namespaces: namespace and own name of each function that has a namespace, by its qualified name.
     """
 
     def __init__(
         self,
         base: dict[str, Any],
-        turn: OutputParser,
-        tokens: LogprobFormatter | None,
-        asked: int,
+        parser: OutputParser,
+        formatter: LogprobFormatter | None,
+        num_prompt_tokens: int,
         summary: bool,
-        spaces: dict[str, tuple[str, str]],
+        namespaces: dict[str, tuple[str, str]],
     ):
-        self.base, self.turn, self.tokens, self.asked, self.spaces = base, turn, tokens, asked, spaces
-        self.forms = ITEM_SHAPES | ({"think": ITEM_SHAPES["summary"]} if summary else {})
-        self.number = -1
+        self.base, self.parser, self.formatter, self.num_prompt_tokens, self.namespaces = (
+            base,
+            parser,
+            formatter,
+            num_prompt_tokens,
+            namespaces,
+        )
+        self.shapes = ITEM_SHAPES | ({"think": ITEM_SHAPES["summary"]} if summary else {})
+        self.sequence_number = -1
         self.items: list[dict[str, Any]] = []
-        self.open = ""  # kind of the item that is being written: answer or think
+        self.open_kind = ""  # kind of the incomplete item: answer or think
         self.text = ""
         self.logprobs: list[Any] = []
 
-    def event(self, kind: str, **more: Any) -> tuple[str, dict[str, Any]]:
-        self.number += 1
-        return kind, {"type": kind, "sequence_number": self.number, **more}
+    def event(self, kind: str, **fields: Any) -> tuple[str, dict[str, Any]]:
+        """Returns the next event: its name and its body."""
+        self.sequence_number += 1
+        return kind, {"type": kind, "sequence_number": self.sequence_number, **fields}
 
     def to_response(self) -> dict[str, Any]:
-        """The answer as it is now."""
+        """Returns the response object with the items so far."""
         return {**self.base, "output": list(self.items)}
 
     @property
     def ended(self) -> bool:
+        """Whether the response has its final status."""
         return self.base["status"] in ("completed", "incomplete")
 
-    def state(self, kind: str) -> tuple[str, dict[str, Any]]:
+    def state_event(self, kind: str) -> tuple[str, dict[str, Any]]:
+        """Returns an event that holds the whole response object."""
         return self.event(kind, response=self.to_response())
 
-    def place(self, form: ItemShape) -> dict[str, Any]:
-        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, form.index: 0}
+    def location(self, shape: ItemShape) -> dict[str, Any]:
+        """Returns the fields of an event that locate the text in the output."""
+        return {"item_id": self.items[-1]["id"], "output_index": len(self.items) - 1, shape.index_key: 0}
 
-    def part(self, form: ItemShape) -> dict[str, Any]:
-        more = {"annotations": [], "logprobs": list(self.logprobs)} if self.open == "answer" else {}
-        return {"type": form.type, "text": self.text, **more}
+    def part(self, shape: ItemShape) -> dict[str, Any]:
+        """Returns the part that holds the current text."""
+        fields = {"annotations": [], "logprobs": list(self.logprobs)} if self.open_kind == "answer" else {}
+        return {"type": shape.part_type, "text": self.text, **fields}
 
     def _begin(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
-        self.open, self.text, self.logprobs = kind, "", []
-        form = self.forms[kind]
+        self.open_kind, self.text, self.logprobs = kind, "", []
+        shape = self.shapes[kind]
         if kind == "answer":
             item: dict[str, Any] = {
                 "id": f"msg_{uuid.uuid4().hex}",
@@ -105,87 +123,92 @@ class ResponseEvents:
         self.items.append(item)
         return [
             self.event("response.output_item.added", output_index=len(self.items) - 1, item=dict(item)),
-            self.event(f"{form.part}.added", **self.place(form), part=self.part(form)),
+            self.event(f"{shape.part_event}.added", **self.location(shape), part=self.part(shape)),
         ]
 
     def close(self, status: str = "completed") -> list[tuple[str, dict[str, Any]]]:
-        if not self.open:
+        """Completes the open text item, if there is one, and returns its events."""
+        if not self.open_kind:
             return []
-        item, form = self.items[-1], self.forms[self.open]
-        place, part = self.place(form), self.part(form)
-        more = {"logprobs": self.logprobs} if self.open == "answer" else {}
-        item |= {form.place: [part], "status": status}
-        self.open = ""
+        item, shape = self.items[-1], self.shapes[self.open_kind]
+        location, part = self.location(shape), self.part(shape)
+        fields = {"logprobs": self.logprobs} if self.open_kind == "answer" else {}
+        item |= {shape.list_key: [part], "status": status}
+        self.open_kind = ""
         return [
-            self.event(f"{form.text}.done", **place, text=self.text, **more),
-            self.event(f"{form.part}.done", **place, part=part),
+            self.event(f"{shape.text_event}.done", **location, text=self.text, **fields),
+            self.event(f"{shape.part_event}.done", **location, part=part),
             self.event("response.output_item.done", output_index=len(self.items) - 1, item=dict(item)),
         ]
 
-    def say(self, told: TextDelta) -> list[tuple[str, dict[str, Any]]]:
-        out = []
-        if self.open != told.kind:
-            out = self.close() + self._begin(told.kind)
-        self.text += told.text
-        form, more = self.forms[told.kind], {}
-        if told.kind == "answer":
-            more = {"logprobs": self.tokens.content(told.choices)["content"] if self.tokens else []}
-            self.logprobs += more["logprobs"]
-        return [*out, self.event(f"{form.text}.delta", **self.place(form), delta=told.text, **more)]
+    def on_text(self, delta: TextDelta) -> list[tuple[str, dict[str, Any]]]:
+        """Returns the events of new text; text of another kind starts a new item."""
+        events = []
+        if self.open_kind != delta.kind:
+            events = self.close() + self._begin(delta.kind)
+        self.text += delta.text
+        shape, fields = self.shapes[delta.kind], {}
+        if delta.kind == "answer":
+            fields = {"logprobs": self.formatter.content(delta.choices)["content"] if self.formatter else []}
+            self.logprobs += fields["logprobs"]
+        return [*events, self.event(f"{shape.text_event}.delta", **self.location(shape), delta=delta.text, **fields)]
 
-    def call(self, told: ToolCallDelta) -> list[tuple[str, dict[str, Any]]]:
-        out = self.close()
-        space, name = self.spaces.get(told.name, (None, told.name))
+    def on_tool_call(self, call: ToolCallDelta) -> list[tuple[str, dict[str, Any]]]:
+        """Returns the events of a tool call, which is one complete item."""
+        events = self.close()
+        namespace, name = self.namespaces.get(call.name, (None, call.name))
         item = {
             "id": f"fc_{uuid.uuid4().hex}",
             "type": "function_call",
             "status": "in_progress",
-            "call_id": told.id,
+            "call_id": call.id,
             "name": name,
             "arguments": "",
-            **({"namespace": space} if space else {}),
+            **({"namespace": namespace} if namespace else {}),
         }
-        at = len(self.items)
-        whole = {**item, "status": "completed", "arguments": told.arguments}
-        self.items.append(whole)
-        place = {"item_id": item["id"], "output_index": at}
+        index = len(self.items)
+        completed = {**item, "status": "completed", "arguments": call.arguments}
+        self.items.append(completed)
+        location = {"item_id": item["id"], "output_index": index}
         return [
-            *out,
-            self.event("response.output_item.added", output_index=at, item=item),
-            self.event("response.function_call_arguments.delta", **place, delta=told.arguments),
-            self.event("response.function_call_arguments.done", **place, name=name, arguments=told.arguments),
-            self.event("response.output_item.done", output_index=at, item=whole),
+            *events,
+            self.event("response.output_item.added", output_index=index, item=item),
+            self.event("response.function_call_arguments.delta", **location, delta=call.arguments),
+            self.event("response.function_call_arguments.done", **location, name=name, arguments=call.arguments),
+            self.event("response.output_item.done", output_index=index, item=completed),
         ]
 
-    def end(self, told: Finish) -> list[tuple[str, dict[str, Any]]]:
-        streaming.raise_for_finish(told.finished)
-        cut = told.reason == "length"
-        out = self.close("incomplete" if cut else "completed")
-        if not self.items:  # an answer without a word is one all the same
-            out += self._begin("answer") + self.close("incomplete" if cut else "completed")
-        usage = told.finished.usage
+    def on_finish(self, finish: Finish) -> list[tuple[str, dict[str, Any]]]:
+        """Sets the final status and the usage, and returns the last events. Raises APIError if the request failed."""
+        streaming.raise_for_finish(finish.finished)
+        truncated = finish.reason == "length"
+        events = self.close("incomplete" if truncated else "completed")
+        if not self.items:  # an empty answer has an empty message
+            events += self._begin("answer") + self.close("incomplete" if truncated else "completed")
+        usage = finish.finished.usage
         self.base |= {
-            "status": "incomplete" if cut else "completed",
-            "completed_at": None if cut else int(time.time()),
-            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "status": "incomplete" if truncated else "completed",
+            "completed_at": None if truncated else int(time.time()),
+            "incomplete_details": {"reason": "max_output_tokens"} if truncated else None,
             "usage": {
-                "input_tokens": self.asked,
+                "input_tokens": self.num_prompt_tokens,
                 "input_tokens_details": {"cached_tokens": usage.cached},
                 "output_tokens": usage.answer,
-                "output_tokens_details": {"reasoning_tokens": told.reasoning_tokens},
-                "total_tokens": self.asked + usage.answer,
+                "output_tokens_details": {"reasoning_tokens": finish.reasoning_tokens},
+                "total_tokens": self.num_prompt_tokens + usage.answer,
             },
         }
-        return [*out, self.state("response.incomplete" if cut else "response.completed")]
+        return [*events, self.state_event("response.incomplete" if truncated else "response.completed")]
 
     def feed(self, event: Any) -> list[tuple[str, dict[str, Any]]]:
-        out: list[tuple[str, dict[str, Any]]] = []
-        for told in self.turn.feed(event):
-            out += (
-                self.say(told)
-                if isinstance(told, TextDelta)
-                else self.call(told)
-                if isinstance(told, ToolCallDelta)
-                else self.end(told)
+        """Returns the stream events of one event of the engine."""
+        events: list[tuple[str, dict[str, Any]]] = []
+        for delta in self.parser.feed(event):
+            events += (
+                self.on_text(delta)
+                if isinstance(delta, TextDelta)
+                else self.on_tool_call(delta)
+                if isinstance(delta, ToolCallDelta)
+                else self.on_finish(delta)
             )
-        return out
+        return events

@@ -1,4 +1,4 @@
-"""/v1/responses. Source of shapes: OpenAI's reference and the Open Responses schema."""
+"""/v1/responses. Sources of the formats: OpenAI's reference and the Open Responses schema."""
 
 from __future__ import annotations
 
@@ -40,114 +40,125 @@ from ktx.server.responses.input import normalize_item, qualified_name, resolve_i
 from ktx.server.responses.store import Item
 from ktx.server.state import ServerState
 
-INCLUDED = (
-    "message.output_text.logprobs",
-    "reasoning.encrypted_content",
-)  # the second is never there, and may be asked for
+# reasoning.encrypted_content is accepted, but always null.
+SUPPORTED_INCLUDES = ("message.output_text.logprobs", "reasoning.encrypted_content")
 
 
 async def answer(state: ServerState, fields: ResponsesRequest, request: Request) -> Response:
+    """Answers a responses request, as one body or as a stream, and stores the response."""
     model = state.resolve_model(fields.model)
     state.require_ready()
-    for word in fields.include or ():
-        if word not in INCLUDED:
-            raise APIError(400, f"include knows {', '.join(INCLUDED)}, not {word!r}", "include")
-    wanted = INCLUDED[0] in (fields.include or ()) or bool(fields.top_logprobs)
+    for name in fields.include or ():
+        if name not in SUPPORTED_INCLUDES:
+            raise APIError(400, f"include supports {', '.join(SUPPORTED_INCLUDES)}, not {name!r}", "include")
+    wants_logprobs = SUPPORTED_INCLUDES[0] in (fields.include or ()) or bool(fields.top_logprobs)
     sampling = build_sampling_params(
         state,
         fields.model_dump(exclude_none=True, include={"temperature", "top_p"}),
         fields.max_output_tokens,
-        logprobs=(fields.top_logprobs or 0) if wanted else None,
+        logprobs=(fields.top_logprobs or 0) if wants_logprobs else None,
     )
     owner = owner_of(request)
-    before, came, previous = resolve_input(state.response_store, owner, fields)
-    talk, spaces = _talk(fields, before, came)
-    ask = await build_engine_input(state, talk, sampling)
-    check_context_length(state, ask.rendered.ids, fields.max_output_tokens)
-    chorus = await submit(state, [ask], model)
-    writer = ResponseEvents(
+    previous_items, new_items, previous = resolve_input(state.response_store, owner, fields)
+    chat_input, namespaces = _to_chat_input(fields, previous_items, new_items)
+    engine_input = await build_engine_input(state, chat_input, sampling)
+    check_context_length(state, engine_input.rendered.ids, fields.max_output_tokens)
+    group = await submit(state, [engine_input], model)
+    events = ResponseEvents(
         _base(fields, model, sampling, bool(state.response_store.max_responses) and fields.store is not False),
-        OutputParser(ask.parser(state)),
-        LogprobFormatter(chorus.engine.tokenizer) if wanted else None,
-        len(ask.rendered.ids),
+        OutputParser(engine_input.parser(state)),
+        LogprobFormatter(group.engine.tokenizer) if wants_logprobs else None,
+        len(engine_input.rendered.ids),
         bool(fields.reasoning and (fields.reasoning.summary or fields.reasoning.generate_summary)),
-        spaces,
+        namespaces,
     )
 
-    def keep() -> None:
-        """Once the answer has ended, and before its client may ask for it."""
-        if writer.ended and writer.base["store"]:
-            state.response_store.put(owner, writer.to_response(), [normalize_item(item) for item in came], previous)
+    def store_response() -> None:
+        """Stores the response once it is complete, before the client learns that it is and may refer to it."""
+        if events.ended and events.base["store"]:
+            state.response_store.put(
+                owner, events.to_response(), [normalize_item(item) for item in new_items], previous
+            )
 
     if not fields.stream:
-        return await streaming.json_response(chorus, _whole(chorus, writer, keep))
-    return streaming.sse_response(_stream(chorus, writer, keep), chorus, request.url.path, state.settings.keepalive_s)
+        return await streaming.json_response(group, _complete(group, events, store_response))
+    return streaming.sse_response(
+        _stream(group, events, store_response), group, request.url.path, state.settings.keepalive_s
+    )
 
 
 async def count(state: ServerState, fields: ResponseTokensRequest, request: Request) -> dict[str, Any]:
-    """How many tokens the prompt of such a request has."""
+    """Returns the number of prompt tokens of a responses request."""
     if fields.model is not None:
         state.resolve_model(fields.model)
-    before, came, _ = resolve_input(state.response_store, owner_of(request), fields)
-    talk, _ = _talk(fields, before, came)
-    ask = await build_engine_input(state, talk, SamplingParams())
-    return {"object": "response.input_tokens", "input_tokens": len(ask.rendered.ids)}
+    previous_items, new_items, _ = resolve_input(state.response_store, owner_of(request), fields)
+    chat_input, _ = _to_chat_input(fields, previous_items, new_items)
+    engine_input = await build_engine_input(state, chat_input, SamplingParams())
+    return {"object": "response.input_tokens", "input_tokens": len(engine_input.rendered.ids)}
 
 
-def _talk(
-    fields: ResponseTokensRequest, before: list[Item], came: list[Item]
+def _to_chat_input(
+    fields: ResponseTokensRequest, previous_items: list[Item], new_items: list[Item]
 ) -> tuple[ChatInput, dict[str, tuple[str, str]]]:
-    """What the engine is asked, and the namespace and own name of each function that has one."""
-    tools, spaces = _tools(fields)
-    tools, choice = _chosen(fields, tools)
-    words = reasoning_kwargs(fields.reasoning.effort if fields.reasoning else None)
-    messages = to_messages(fields.instructions, before, came)
-    return ChatInput(messages, tools, choice, fields.parallel_tool_calls is not False, words, _format(fields)), spaces
+    """Converts a request to the form that all protocols share.
+
+    Also returns the namespace and own name of each function that has a namespace, by its qualified name.
+    """
+    tools, namespaces = _tools(fields)
+    tools, choice = _tool_choice(fields, tools)
+    template_kwargs = reasoning_kwargs(fields.reasoning.effort if fields.reasoning else None)
+    messages = to_messages(fields.instructions, previous_items, new_items)
+    return ChatInput(
+        messages, tools, choice, fields.parallel_tool_calls is not False, template_kwargs, _format(fields)
+    ), namespaces
 
 
 def _tools(fields: ResponseTokensRequest) -> tuple[list[dict[str, Any]], dict[str, tuple[str, str]]]:
-    """What the model is told of, and the namespace and own name of each function that has one."""
+    """Returns the tools in OpenAI's chat format, and the namespace and own name of each function in a namespace."""
     tools: list[dict[str, Any]] = []
-    spaces: dict[str, tuple[str, str]] = {}
+    namespaces: dict[str, tuple[str, str]] = {}
     for tool in fields.tools or ():
-        space = tool.name if isinstance(tool, ResponseNamespace) else None
-        for one in tool.tools if isinstance(tool, ResponseNamespace) else [tool]:
-            if isinstance(one, ResponseTool):
-                name = qualified_name(space, one.name)
-                if space:
-                    spaces[name] = (space, one.name)
-                told = one.model_dump(exclude_none=True, exclude={"type"}) | {"name": name}
-                tools.append({"type": "function", "function": told})
-    return tools, spaces
+        namespace = tool.name if isinstance(tool, ResponseNamespace) else None
+        for function_tool in tool.tools if isinstance(tool, ResponseNamespace) else [tool]:
+            if isinstance(function_tool, ResponseTool):
+                name = qualified_name(namespace, function_tool.name)
+                if namespace:
+                    namespaces[name] = (namespace, function_tool.name)
+                function = function_tool.model_dump(exclude_none=True, exclude={"type"}) | {"name": name}
+                tools.append({"type": "function", "function": function})
+    return tools, namespaces
 
 
-def _chosen(fields: ResponseTokensRequest, tools: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str | list[str]]:
-    """What the model is told of, and what it may or must call of it. Problem 400 for names that no tool has."""
-    said = fields.tool_choice
-    if isinstance(said, ResponseAllowed):
-        return restrict_tools(tools, [tool.name for tool in said.tools], said.mode)
-    choice = said.name if isinstance(said, ResponseChoice) else said or "auto"
+def _tool_choice(
+    fields: ResponseTokensRequest, tools: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], str | list[str]]:
+    """Returns the tools for the prompt and the tool choice. Raises APIError (400) if it names an unknown tool."""
+    requested = fields.tool_choice
+    if isinstance(requested, ResponseAllowed):
+        return restrict_tools(tools, [tool.name for tool in requested.tools], requested.mode)
+    choice = requested.name if isinstance(requested, ResponseChoice) else requested or "auto"
     names = [tool["function"]["name"] for tool in tools]
     if choice == "required" and not names or choice not in ("auto", "none", "required", *names):
-        raise APIError(400, f"tool_choice is {choice!r}, tools are {names}", "tool_choice")
+        raise APIError(400, f"tool_choice is {choice!r}, but the tools are {names}", "tool_choice")
     return tools, choice
 
 
 def _format(fields: ResponseTokensRequest) -> Format | None:
-    said = dict((fields.text.format if fields.text else None) or {})
-    if not said or said.get("type") == "text":
+    params = dict((fields.text.format if fields.text else None) or {})
+    if not params or params.get("type") == "text":
         return None
-    if said.get("type") == "json_schema":
-        said = {"type": "json_schema", "json_schema": {key: value for key, value in said.items() if key != "type"}}
+    if params.get("type") == "json_schema":
+        params = {"type": "json_schema", "json_schema": {key: value for key, value in params.items() if key != "type"}}
     try:
-        return Format.model_validate(said)
+        return Format.model_validate(params)
     except ValidationError as error:
         raise APIError(400, f"text.format: {error.errors()[0]['msg']}", "text.format") from error
 
 
 def _base(fields: ResponsesRequest, model: str, sampling: Any, store: bool) -> dict[str, Any]:
-    told = fields.model_dump(exclude_none=True)
-    tools = [tool for tool in told.get("tools", ()) if tool["type"] != "web_search"]
+    """Returns the response object of a request that has just started."""
+    params = fields.model_dump(exclude_none=True)
+    tools = [tool for tool in params.get("tools", ()) if tool["type"] != "web_search"]
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -166,7 +177,7 @@ def _base(fields: ResponsesRequest, model: str, sampling: Any, store: bool) -> d
         "previous_response_id": fields.previous_response_id,
         "prompt_cache_key": fields.prompt_cache_key,
         "safety_identifier": fields.safety_identifier,
-        "reasoning": {"effort": None, "summary": None} | told.get("reasoning", {}),
+        "reasoning": {"effort": None, "summary": None} | params.get("reasoning", {}),
         "service_tier": "default",
         "store": store,
         "temperature": sampling.temperature,
@@ -174,8 +185,8 @@ def _base(fields: ResponsesRequest, model: str, sampling: Any, store: bool) -> d
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "top_logprobs": fields.top_logprobs or 0,
-        "text": {"format": {"type": "text"}} | told.get("text", {}),
-        "tool_choice": told.get("tool_choice", "auto"),
+        "text": {"format": {"type": "text"}} | params.get("text", {}),
+        "tool_choice": params.get("tool_choice", "auto"),
         "tools": [{"description": None, "parameters": None, "strict": None} | tool for tool in tools],
         "truncation": "disabled",
         "usage": None,
@@ -184,24 +195,24 @@ def _base(fields: ResponsesRequest, model: str, sampling: Any, store: bool) -> d
     }
 
 
-async def _whole(chorus: RequestGroup, writer: ResponseEvents, keep: Callable[[], None]) -> dict[str, Any]:
-    async for _, event in chorus:
-        writer.feed(event)
-    keep()
-    return writer.to_response()
+async def _complete(group: RequestGroup, events: ResponseEvents, store_response: Callable[[], None]) -> dict[str, Any]:
+    async for _, event in group:
+        events.feed(event)
+    store_response()
+    return events.to_response()
 
 
 async def _stream(
-    chorus: RequestGroup, writer: ResponseEvents, keep: Callable[[], None]
+    group: RequestGroup, events: ResponseEvents, store_response: Callable[[], None]
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
-    yield writer.state("response.created")
-    yield writer.state("response.in_progress")
+    yield events.state_event("response.created")
+    yield events.state_event("response.in_progress")
     try:
-        async for _, event in chorus:
-            said = writer.feed(event)
-            keep()
-            for told in said:
-                yield told
+        async for _, event in group:
+            emitted = events.feed(event)
+            store_response()
+            for emitted_event in emitted:
+                yield emitted_event
     except APIError as problem:
-        writer.base |= {"status": "failed", "error": {"code": "server_error", "message": problem.message}}
-        yield writer.state("response.failed")
+        events.base |= {"status": "failed", "error": {"code": "server_error", "message": problem.message}}
+        yield events.state_event("response.failed")

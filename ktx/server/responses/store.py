@@ -1,4 +1,7 @@
-"""Answers of /v1/responses that later requests go on from or look at: the newest ones, in memory, each for the key that asked for it."""
+"""The in-memory store of responses of /v1/responses, which later requests can continue or retrieve.
+
+It keeps the newest responses; each is visible only to the API key that created it.
+"""
 
 from __future__ import annotations
 
@@ -8,126 +11,149 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-MAX_STORE_BYTES = 64 << 20  # of all that is kept
-NAME = 256  # of them for an id, which lies in several tables
+MAX_STORE_BYTES = 64 << 20  # max size of the store
+ID_BYTES = 256  # counted per item id, because several tables hold it
 Item = dict[str, Any]
 
 
 @dataclass(eq=False)
 class StoredTurn:
-    """A turn of a conversation, JSON lists of items: what came and what was answered, behind the turn before it.
+    """A turn of a conversation: the items of the request and of the response (JSON lists), and the previous turn.
 
-    `users`: the kept answer that it belongs to, and the turns behind it. It stays as long as it has any.
+    `ref_count` counts the stored response that the turn belongs to, and the later turns that refer to it; the turn is
+    freed when it reaches zero.
     """
 
     input_items: bytes
     output: bytes
-    ids: int
+    num_ids: int
     previous: StoredTurn | None
-    users: int = 0
+    ref_count: int = 0
 
     @property
     def nbytes(self) -> int:
-        return len(self.input_items) + len(self.output) + NAME * self.ids
+        """Size of the turn without the previous ones, in bytes."""
+        return len(self.input_items) + len(self.output) + ID_BYTES * self.num_ids
 
     def chain(self) -> Iterator[StoredTurn]:
-        """This turn and those before it, the newest first."""
-        link: StoredTurn | None = self
-        while link is not None:
-            yield link
-            link = link.previous
+        """Yields this turn and the previous ones, the newest first."""
+        turn: StoredTurn | None = self
+        while turn is not None:
+            yield turn
+            turn = turn.previous
 
-    def own(self) -> list[Item]:
+    def own_items(self) -> list[Item]:
+        """Returns the items of this turn."""
         return [*json.loads(self.input_items), *json.loads(self.output)]
 
     def items(self) -> list[Item]:
-        """The conversation up to the end of this turn."""
-        return [item for link in reversed(list(self.chain())) for item in link.own()]
+        """Returns the items of the conversation up to the end of this turn."""
+        return [item for turn in reversed(list(self.chain())) for item in turn.own_items()]
 
 
 @dataclass(eq=False)
 class StoredResponse:
-    """A kept answer: its object without the items, which are the link's output."""
+    """A stored response: its JSON object without the output items, which the turn holds."""
 
     owner: bytes
-    rest: bytes
-    link: StoredTurn
-    ids: tuple[str, ...]
+    body: bytes
+    turn: StoredTurn
+    item_ids: tuple[str, ...]
 
     def to_dict(self) -> Item:
-        return json.loads(self.rest) | {"output": json.loads(self.link.output)}
+        """Returns the response object."""
+        return json.loads(self.body) | {"output": json.loads(self.turn.output)}
 
-    def before(self) -> list[Item]:
-        """What was answered: the turns before it, and what came with the request."""
-        earlier = self.link.previous.items() if self.link.previous else []
-        return [*earlier, *json.loads(self.link.input_items)]
+    def input_history(self) -> list[Item]:
+        """Returns the items that the response answered: those of the previous turns and of its own request."""
+        earlier = self.turn.previous.items() if self.turn.previous else []
+        return [*earlier, *json.loads(self.turn.input_items)]
 
 
 class ResponseStore:
-    """At most so many answers and bytes; the oldest go first. `owner` is whose key asked: nobody else finds what it has. For one thread."""
+    """Stores responses up to a number and a size; the oldest are evicted first. Not thread-safe.
 
-    def __init__(self, most: int, nbytes: int = MAX_STORE_BYTES):
-        self.max_responses, self.max_bytes, self.nbytes = most, nbytes, 0
-        self.answers: OrderedDict[str, StoredResponse] = OrderedDict()
-        self.places: dict[tuple[bytes, str], StoredResponse] = {}  # of items by their id: the newest that has it
+    `owner` is the digest of an API key; responses of other owners are not found.
 
-    def put(self, owner: bytes, answer: Item, asked: list[Item], previous: StoredTurn | None) -> None:
-        """`asked`: the items that came with the request. Every item has an id."""
-        output = answer["output"]
-        ids = tuple(dict.fromkeys(item["id"] for item in (*asked, *output)))
-        link = StoredTurn(_bytes(asked), _bytes(output), len(ids), previous)
-        kept = StoredResponse(owner, _bytes(answer | {"output": []}), link, ids)
-        self._hold(link)
-        self.answers[answer["id"]] = kept
-        self.nbytes += len(kept.rest)
-        self.places |= dict.fromkeys(((owner, name) for name in ids), kept)
-        while len(self.answers) > self.max_responses or self.nbytes > self.max_bytes:
-            self._drop(next(iter(self.answers)))
+    Args:
+        max_responses: max number of responses; 0: the store is disabled.
+        max_bytes: max size in bytes.
+    """
 
-    def find(self, owner: bytes, name: str) -> StoredResponse | None:
-        found = self.answers.get(name)
-        return found if found is not None and found.owner == owner else None
+    def __init__(self, max_responses: int, max_bytes: int = MAX_STORE_BYTES):
+        self.max_responses, self.max_bytes, self.nbytes = max_responses, max_bytes, 0
+        self.responses: OrderedDict[str, StoredResponse] = OrderedDict()
+        self.by_item: dict[tuple[bytes, str], StoredResponse] = {}  # (owner, item id) -> newest response with it
 
-    def delete(self, owner: bytes, name: str) -> bool:
-        """Whether there was such an answer. Turns behind it keep what they go on from."""
-        if self.find(owner, name) is None:
+    def put(self, owner: bytes, response: Item, input_items: list[Item], previous: StoredTurn | None) -> None:
+        """Stores a response and evicts the oldest ones if the store is full.
+
+        Args:
+            owner: digest of the API key.
+            response: the response object.
+            input_items: items of the request; each has an id.
+            previous: the turn that the request continues.
+        """
+        output = response["output"]
+        item_ids = tuple(dict.fromkeys(item["id"] for item in (*input_items, *output)))
+        turn = StoredTurn(_to_json(input_items), _to_json(output), len(item_ids), previous)
+        stored = StoredResponse(owner, _to_json(response | {"output": []}), turn, item_ids)
+        self._acquire(turn)
+        self.responses[response["id"]] = stored
+        self.nbytes += len(stored.body)
+        self.by_item |= dict.fromkeys(((owner, item_id) for item_id in item_ids), stored)
+        while len(self.responses) > self.max_responses or self.nbytes > self.max_bytes:
+            self._drop(next(iter(self.responses)))
+
+    def find(self, owner: bytes, response_id: str) -> StoredResponse | None:
+        """Returns the response with an id; None if the owner has none."""
+        response = self.responses.get(response_id)
+        return response if response is not None and response.owner == owner else None
+
+    def delete(self, owner: bytes, response_id: str) -> bool:
+        """Deletes a response and returns whether it existed. Later turns keep the turns that they continue."""
+        if self.find(owner, response_id) is None:
             return False
-        self._drop(name)
+        self._drop(response_id)
         return True
 
-    def items(self, owner: bytes, names: Iterable[str]) -> dict[str, Item]:
-        """Those of the named items that are kept."""
-        wanted = {name: self.places[owner, name] for name in names if (owner, name) in self.places}
+    def items(self, owner: bytes, item_ids: Iterable[str]) -> dict[str, Item]:
+        """Returns the stored items with the given ids, by id."""
+        holders = {item_id: self.by_item[owner, item_id] for item_id in item_ids if (owner, item_id) in self.by_item}
         found: dict[str, Item] = {}
-        for answer in dict.fromkeys(wanted.values()):
-            found |= {item["id"]: item for item in answer.link.own() if wanted.get(item["id"]) is answer}
+        for response in dict.fromkeys(holders.values()):
+            found |= {item["id"]: item for item in response.turn.own_items() if holders.get(item["id"]) is response}
         return found
 
-    def _drop(self, name: str) -> None:
-        gone = self.answers.pop(name)
-        self.nbytes -= len(gone.rest)
-        for item in gone.ids:
-            if self.places.get((gone.owner, item)) is gone:
-                del self.places[gone.owner, item]
-        self._release(gone.link)
+    def _drop(self, response_id: str) -> None:
+        dropped = self.responses.pop(response_id)
+        self.nbytes -= len(dropped.body)
+        for item_id in dropped.item_ids:
+            if self.by_item.get((dropped.owner, item_id)) is dropped:
+                del self.by_item[dropped.owner, item_id]
+        self._release(dropped.turn)
 
-    def _hold(self, link: StoredTurn | None) -> None:
-        """One user more. Who goes on from an answer may end when that is no longer kept: its turns are kept again."""
-        while link is not None:
-            link.users += 1
-            if link.users > 1:
+    def _acquire(self, turn: StoredTurn | None) -> None:
+        """Adds a reference to a turn; the first one also adds a reference to the previous turn.
+
+        A request may end after the response that it continues was evicted; its turns are then counted again.
+        """
+        while turn is not None:
+            turn.ref_count += 1
+            if turn.ref_count > 1:
                 break
-            self.nbytes += link.nbytes
-            link = link.previous
+            self.nbytes += turn.nbytes
+            turn = turn.previous
 
-    def _release(self, link: StoredTurn | None) -> None:
-        while link is not None:
-            link.users -= 1
-            if link.users:
+    def _release(self, turn: StoredTurn | None) -> None:
+        """Removes a reference to a turn; the last one also removes the reference to the previous turn."""
+        while turn is not None:
+            turn.ref_count -= 1
+            if turn.ref_count:
                 break
-            self.nbytes -= link.nbytes
-            link = link.previous
+            self.nbytes -= turn.nbytes
+            turn = turn.previous
 
 
-def _bytes(value: Any) -> bytes:
+def _to_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
