@@ -14,7 +14,7 @@ from ktx.cache.kv import GrowingLayer, KVCache
 from ktx.cache.paged import BatchMetadata, PagedCache, SequenceSpan
 from ktx.kernels.cpu import ops
 from ktx.ops.fusion import layer as layer_module
-from ktx.ops.fusion.layer import AT_ONCE, MISSES, Layer
+from ktx.ops.fusion.layer import GROUP_LAYERS, MAX_MISSES, Layer
 from tests.models.test_blocks import decode, modules, without
 from tests.models.test_families import IDS, Pair, logits
 
@@ -64,7 +64,7 @@ def test_a_token_is_one_call_and_a_long_piece_several(model, calls):
     cache = KVCache(model.config, None)
     logits(model, IDS[:, :40], past_key_values=cache)
     assert calls == []
-    for at, count, expected in ((40, 1, [11]), (41, 4, [11]), (45, 30, [AT_ONCE, 11 - AT_ONCE])):
+    for at, count, expected in ((40, 1, [11]), (41, 4, [11]), (45, 30, [GROUP_LAYERS, 11 - GROUP_LAYERS])):
         calls.clear()
         logits(model, IDS[:, at : at + count], past_key_values=cache)
         assert calls == expected
@@ -88,7 +88,7 @@ def test_the_same_bits_on_pages(model, calls):
         return torch.cat(out, 1)
 
     together = computed()
-    assert calls == [AT_ONCE, 11 - AT_ONCE, 11] * 2
+    assert calls == [GROUP_LAYERS, 11 - GROUP_LAYERS, 11] * 2
     with one_by_one(model):
         assert torch.equal(together, computed())
 
@@ -184,7 +184,7 @@ class Alone:
 @torch.no_grad()
 def test_a_script_that_asks_for_one_layer_gets_one(model, calls):
     alone = Alone(model)
-    outs = [alone(0, alone.hidden) for _ in range(MISSES + 2)]
+    outs = [alone(0, alone.hidden) for _ in range(MAX_MISSES + 2)]
     lengths = [layer.get_seq_length() for layer in alone.cache.layers]
     assert lengths == [2 * len(outs)] + [0] * 10
     assert calls == [11]  # from then on its cache is longer than the others'
@@ -195,14 +195,14 @@ def test_a_script_that_asks_for_one_layer_gets_one(model, calls):
 
 def test_who_changes_hidden_states_every_time_is_not_run_ahead_of(model, calls, monkeypatch):
     """But for once in a while: the hook may be gone."""
-    monkeypatch.setattr(layer_module, "REST", 6)
+    monkeypatch.setattr(layer_module, "DISABLED_CALLS", 6)
     handle = model.model.layers[4].register_forward_hook(lambda module, args, out: out * 1.0)
     decode(model, steps=5)
-    assert len(calls) - calls.count(11 - AT_ONCE) == MISSES and calls.count(11 - AT_ONCE) == 7
+    assert len(calls) - calls.count(11 - GROUP_LAYERS) == MAX_MISSES and calls.count(11 - GROUP_LAYERS) == 7
     handle.remove()
     calls.clear()
     decode(model, steps=5)
-    assert calls == [11 - AT_ONCE] + [11] * 6
+    assert calls == [11 - GROUP_LAYERS] + [11] * 6
 
 
 def test_who_keeps_hidden_states_keeps_no_others(model):

@@ -1,1 +1,1 @@
-"""Several modules in one kernel call."""
+"""Fused steps: several modules computed by one kernel call."""

@@ -1,7 +1,8 @@
-"""What lets a module compute in one kernel call what its children would compute one by one.
+"""Fused steps, which compute in one kernel call what the children of a module would compute one by one.
 
-The children stay modules of their own. A block's `Guard` says at every call whether they still are what it was made of, and whether nobody listens to them or trains them; else, and where autograd
-records what it is given, the module goes the long way, child by child.
+The children remain ordinary modules. At every call the `Guard` of a fused block checks that they are unchanged since it
+was built, and that no hooks observe them and no training updates them. If the check fails, or if autograd records the
+input, the module calls its children one by one (the unfused forward).
 """
 
 from __future__ import annotations
@@ -22,30 +23,39 @@ from ktx.ops.base import is_ours
 from ktx.ops.linear import Linear
 from ktx.ops.masks import Intervals, edits_of, ranges_of
 
-PreNorm = tuple[
-    torch.Tensor | None, float, bool
-]  # a norm that a block begins with: weight f32, epsilon, whether one is added to the weight
+# The norm at the start of a fused block: weight f32 (None for no norm), epsilon, whether 1 is added to the weight.
+PreNorm = tuple[torch.Tensor | None, float, bool]
 NO_NORM: PreNorm = (None, 0.0, False)
-MAX_FUSED_TOKENS = 32  # tokens of a call up to which one call beats several: beyond, the work outweighs the way to it
+# Up to so many tokens a fused call is faster than several calls; for more, the call overhead is small next to the work.
+MAX_FUSED_TOKENS = 32
 
 
 class FusedStep:
-    """The step of a block, made when it is first asked for; once more with the norm that a layer begins with."""
+    """Creates the kernel step of a fused block on first use, with and without the norm of its input.
+
+    Args:
+        make: The kernel function that creates the step (ktx.kernels.fused_steps).
+        *args: Its arguments: the weights and options of the block.
+    """
 
     def __init__(self, make: str, *args: Any):
         self.make, self.args = make, args
         self.steps: dict[bool, tuple[Any, FusedStepHandle]] = {}
 
     def step(self, before: PreNorm = NO_NORM) -> FusedStepHandle:
+        """Returns the step that starts with the norm `before`."""
         weight, *rest = before
-        norm = None if weight is None else (weight.data_ptr(), *rest)
-        known = self.steps.get(weight is None)
-        if known is None or known[0] != norm:  # the step holds the weight, whose address is nobody else's
-            known = self.steps[weight is None] = norm, FusedStepHandle(self.make, *self.args, *before)
-        return known[1]
+        norm_key = None if weight is None else (weight.data_ptr(), *rest)
+        cached = self.steps.get(weight is None)
+        if cached is None or cached[0] != norm_key:  # the step keeps the weight alive, so its address is unique
+            cached = self.steps[weight is None] = norm_key, FusedStepHandle(self.make, *self.args, *before)
+        return cached[1]
 
     def __call__(self, x: torch.Tensor, before: PreNorm = NO_NORM) -> torch.Tensor:
-        """x f32 [B, S, D] -> [B, S, D], with `before` plus x itself; for blocks that keep nothing."""
+        """Runs the step on x f32 [B, S, D] -> [B, S, D]; for blocks without a cache.
+
+        If `before` is a norm, x is added to the result (residual).
+        """
         x = x.contiguous()
         out = torch.empty_like(x)
         run(x, [self.step(before)], [out])
@@ -53,23 +63,30 @@ class FusedStep:
 
 
 class WeightDescriptor:
-    """Packed matrices as the block kernels take them: a list of tensors, and a list of counts, type codes and rows."""
+    """Describes packed matrices to the fused kernels.
+
+    Attributes:
+        packed: The packed tensors.
+        descriptor: Counts of parts, type codes and numbers of rows, in the order in which the kernel parses them.
+        hidden: The number of columns of the first matrix.
+    """
 
     def __init__(self) -> None:
         self.packed: list[torch.Tensor] = []
         self.descriptor: list[int] = []
-        self.hidden = 0  # columns of the first one
+        self.hidden = 0
 
     def projection(self, parts: Iterable[cpu.Packed]) -> None:
-        """Rows of one or several matrices; none for a projection that the module does not have."""
-        known = list(parts)
-        self.descriptor.append(len(known))
-        for part in known:
+        """Adds a projection of one or several row-wise parts; no parts for a projection that the module lacks."""
+        part_list = list(parts)
+        self.descriptor.append(len(part_list))
+        for part in part_list:
             self.descriptor.append(part.qtype.code)
             self.descriptor.append(part.n)
             self._add(part)
 
     def experts(self, weights: cpu.Packed) -> None:
+        """Adds one projection of all experts, or of all heads."""
         self.descriptor.append(weights.qtype.code)
         self._add(weights)
 
@@ -79,35 +96,55 @@ class WeightDescriptor:
 
 
 def plain_linear(child: Any) -> bool:
-    """Whether a child is our Linear itself, not something that was put around it."""
+    """Whether a child is a loaded Linear of ktx, and not a module that wraps or replaces it."""
     return is_ours(child, Linear) and bool(child.parts)
 
 
 class FusedAttention(Protocol):
-    """A block that attends: its module, the heads that it keeps, and the columns of what it keeps of each."""
+    """A fused attention block.
+
+    Attributes:
+        owner: The attention module.
+        heads: The number of cached heads.
+        columns: The cached columns of a head in the two KV buffers.
+        halved: Whether the rotary tables lack their second half, which equals the first.
+        made: The step of the block.
+    """
 
     owner: Any
     heads: int
     columns: tuple[int, int]
-    halved: bool  # whether its tables of cosines come without their second half
+    halved: bool
     made: FusedStep
 
 
 @dataclass(frozen=True)
 class KVTarget:
-    """Where blocks write keys and values, two buffers each, after how many others, and what their tokens see of them."""
+    """The KV cache buffers that fused attention blocks write to, and the keys that their tokens see.
+
+    Attributes:
+        buffers: Two buffers for each block.
+        past: The number of tokens that are already cached.
+        ranges: Intervals of visible keys int32 [B, S, 2], or None.
+        mask: The dense mask, or None.
+        ragged: The sequences, pages and slots of a batch on the paged KV cache.
+        layers: The cache layers of the blocks, if the cache grows in place; the new tokens become part of a layer when
+            `store_converted` is called.
+        numbers: The indices of these layers in the cache.
+        edits: The version of the mask (`edits_of`).
+    """
 
     buffers: list[torch.Tensor]
     past: int
     ranges: torch.Tensor | None
     mask: torch.Tensor | None
     ragged: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None] = (None, None, None)
-    layers: Sequence[GrowingLayer] = ()  # of a cache that grows: what is written counts when `keep` says so
-    numbers: Sequence[int] = ()  # of these layers in the cache
-    edits: Any = 0  # of the mask that tokens see by
+    layers: Sequence[GrowingLayer] = ()
+    numbers: Sequence[int] = ()
+    edits: Any = 0
 
     def about(self, embeddings: Any, halved: bool) -> tuple[Any, ...]:
-        """What `run` is told of it."""
+        """Returns the arguments of `ktx.kernels.fused_steps.run` for this target and these rotary tables."""
         return (
             self.buffers,
             self.past,
@@ -118,16 +155,25 @@ class KVTarget:
         )
 
     def fits(self, index: int, cache: Any, mask: torch.Tensor | None) -> bool:
-        """Whether nobody else has written to a block's layer or to the mask meanwhile, put another layer in its place, or was shown what it holds."""
+        """Whether the mask and the cache layer of a block are unchanged since this target was created.
+
+        False if other code has written to the mask or the layer, replaced the layer, or read its tensors.
+
+        Args:
+            index: The index of the block.
+            cache: The cache.
+            mask: The mask.
+        """
         if edits_of(mask) != self.edits:
             return False
         if not self.layers:
             return True
         layer = self.layers[index]
-        own = cache.layers[self.numbers[index]]
-        return own is layer and layer.length == self.past and not layer.given and not layer.lent
+        current = cache.layers[self.numbers[index]]
+        return current is layer and layer.length == self.past and not layer.given and not layer.lent
 
     def store_converted(self, index: int, new: int) -> None:
+        """Adds the `new` tokens that a block has written to the length of its cache layer."""
         if self.layers:
             self.layers[index].length += new
 
@@ -135,27 +181,37 @@ class KVTarget:
 def kv_target(
     hidden: torch.Tensor, cache: Any, blocks: Sequence[FusedAttention], mask: torch.Tensor | None
 ) -> KVTarget | None:
-    """Room in the cache's layers for the tokens of `hidden` f32 [B, S, D], made for blocks that fill them; None when they cannot."""
+    """Reserves capacity in the KV cache for the tokens of `hidden`.
+
+    Args:
+        hidden: The hidden states f32 [B, S, D].
+        cache: The cache.
+        blocks: The fused attention blocks that will write to it, in the order of their layers.
+        mask: The attention mask.
+
+    Returns:
+        The target of the blocks, or None if they cannot write to this cache or do not support the input.
+    """
     if hidden.dtype is not torch.float32 or hidden.device.type != "cpu" or recorded(hidden, mask):
         return None
     first = blocks[0].owner
-    kept = float_type(first.kv_dtype, hidden.dtype)
+    dtype = float_type(first.kv_dtype, hidden.dtype)
     buffers: list[torch.Tensor] = []
     if type(cache) is PagedCache:
         batch = cache.batch
         for block in blocks:
             pages: Any = cache.layers[block.owner.layer_idx]
-            if batch is None or not pages.fits(block.heads, block.columns, kept):
+            if batch is None or not pages.fits(block.heads, block.columns, dtype):
                 return None
             buffers += pages.buffers
         assert batch is not None
         cache.check_cancelled()
         ragged = batch.sequences, batch.pages, batch.slots
         return KVTarget(buffers, 0, batch.ranges(window_of(first)), None, ragged, edits=edits_of(mask))
-    layers, numbers = [], [block.owner.layer_idx for block in blocks]
-    for block, number in zip(blocks, numbers, strict=True):
-        layer = growing(cache, number, first.kv_dtype)
-        if layer is None or not layer.fits(hidden.shape[0], block.heads, block.columns, kept):
+    layers, indices = [], [block.owner.layer_idx for block in blocks]
+    for block, index in zip(blocks, indices, strict=True):
+        layer = growing(cache, index, first.kv_dtype)
+        if layer is None or not layer.fits(hidden.shape[0], block.heads, block.columns, dtype):
             return None
         layers.append(layer)
     past, new = layers[0].length, hidden.shape[1]
@@ -164,30 +220,55 @@ def kv_target(
     for layer in layers:
         layer.reserve(new)
         buffers += layer.buffers
-    seen = split_mask(mask, hidden.shape[0], new, past + new)
-    return KVTarget(buffers, past, *seen, layers=layers, numbers=numbers, edits=edits_of(mask))
+    visible = split_mask(mask, hidden.shape[0], new, past + new)
+    return KVTarget(buffers, past, *visible, layers=layers, numbers=indices, edits=edits_of(mask))
 
 
 def run_attention(
     block: FusedAttention, hidden: torch.Tensor, embeddings: Any, mask: torch.Tensor | None, cache: Any, before: PreNorm
 ) -> torch.Tensor | None:
-    """A block's result for hidden f32 [B, S, D] -> [B, S, D], with `before` plus hidden itself; None where the cache is none it can write to."""
-    room = kv_target(hidden, cache, [block], mask)
-    if room is None:
+    """Runs a fused attention block.
+
+    Args:
+        block: The block.
+        hidden: The hidden states f32 [B, S, D].
+        embeddings: The rotary tables.
+        mask: The attention mask.
+        cache: The cache.
+        before: The norm of the input; if it has one, `hidden` is added to the result (residual).
+
+    Returns:
+        f32 [B, S, D], or None if the block cannot write to the cache or does not support the input.
+    """
+    target = kv_target(hidden, cache, [block], mask)
+    if target is None:
         return None
     hidden = hidden.contiguous()
     out = torch.empty_like(hidden)
-    run(hidden, [block.made.step(before)], [out], *room.about(embeddings, block.halved))
-    room.store_converted(0, hidden.shape[1])
+    run(hidden, [block.made.step(before)], [out], *target.about(embeddings, block.halved))
+    target.store_converted(0, hidden.shape[1])
     return out
 
 
 def split_mask(
     mask: torch.Tensor | None, batch: int, queries: int, keys: int
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What transformers hands over as a mask -> (ranges, mask) as the kernels take them. UsageError for a mask of other keys than there are.
+    """Converts a mask of transformers to the (ranges, mask) arguments of the kernels.
 
-    Without one, several queries are those of the first keys, as transformers' SDPA has it: it leaves out the mask of a prompt in a static cache, whose other keys are not written yet.
+    Without a mask, several queries are taken to be those of the first keys, as in transformers' SDPA: transformers
+    passes no mask for a prompt in a static cache, whose other keys are not written yet.
+
+    Args:
+        mask: Intervals, ranges int32 [B, 1, S, 2], a dense mask, or None.
+        batch: The batch size.
+        queries: The number of queries.
+        keys: The number of keys.
+
+    Returns:
+        The ranges int32 [B, S, 2] or None, and the dense mask (bool, or f32 to add) or None.
+
+    Raises:
+        UsageError: The mask is for another number of keys.
     """
     if mask is None:
         return (first_keys(batch, queries) if 1 < queries < keys else None), None
@@ -195,62 +276,70 @@ def split_mask(
     if ranges is not None:
         if not isinstance(mask, Intervals) or mask.shape[3] == keys:
             return ranges, None
-        _sees_all(ranges, mask.shape[3], keys)
+        _check_single_token_mask(ranges, mask.shape[3], keys)
         return None, None
     if mask.shape[-1] != keys:
-        raise _other_length(mask.shape[-1], keys)
+        raise _mask_length_error(mask.shape[-1], keys)
     return None, mask if mask.dtype == torch.bool else mask.float()
 
 
 def first_keys(batch: int, queries: int) -> torch.Tensor:
-    """Ranges int32 [B, S, 2] of queries that each see the keys up to their own, from the first one on."""
+    """Returns causal ranges int32 [B, S, 2]: query i sees the keys 0 to i."""
     ends = torch.arange(1, queries + 1, dtype=torch.int32, device="cpu")
     return torch.stack([torch.zeros_like(ends), ends], -1).expand(batch, -1, -1).contiguous()
 
 
-def _sees_all(ranges: torch.Tensor, meant: int, keys: int) -> None:
-    """UsageError unless ranges [B, 1, 2], made for `meant` keys, have a lone token see them all: then it sees all of a layer that has others."""
-    if ranges.shape[1] != 1 or not bool((ranges[..., 0] == 0).all()) or not bool((ranges[..., 1] == meant).all()):
-        raise _other_length(meant, keys)
+def _check_single_token_mask(ranges: torch.Tensor, mask_keys: int, keys: int) -> None:
+    """Raises UsageError unless the ranges are those of a single token that sees all of `mask_keys` keys.
+
+    Such a token sees all keys of a layer that has another number of keys, too.
+    """
+    if ranges.shape[1] != 1 or not bool((ranges[..., 0] == 0).all()) or not bool((ranges[..., 1] == mask_keys).all()):
+        raise _mask_length_error(mask_keys, keys)
 
 
-def _other_length(meant: int, keys: int) -> UsageError:
+def _mask_length_error(mask_keys: int, keys: int) -> UsageError:
     return UsageError(
-        f"the mask is for {meant} keys, this layer's cache has {keys} with the new ones: its keys were replaced by some of another length than in other"
-        " layers. transformers makes one mask for all layers of a kind; give all of them as many keys, feed tokens one by one, or pass a mask of your own"
+        f"the mask is for {mask_keys} keys, this layer's cache has {keys} with the new ones: its keys were replaced by"
+        " keys of another length than those of other layers. transformers creates one mask for all layers of a type;"
+        " use the same number of keys in all layers, feed tokens one by one, or pass your own mask"
     )
 
 
 def window_of(module: Any) -> int:
-    """How many keys a layer's attention looks back at, 0 for all: by the kind of the layer, else by the configuration as a whole."""
+    """Returns the sliding window of a layer in tokens, 0 for none, by its layer type or else by the configuration."""
     config = getattr(module, "config", None)
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        kind = kinds[module.layer_idx]
-        if kind not in ("full_attention", "sliding_attention"):
-            raise UsageError(f"layer {module.layer_idx} has {kind}, which several requests cannot share yet")
-        window = window if kind == "sliding_attention" else None
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types:
+        layer_type = layer_types[module.layer_idx]
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise UsageError(
+                f"layer {module.layer_idx} has {layer_type}, which is not supported in batches of several requests"
+            )
+        window = window if layer_type == "sliding_attention" else None
     return int(window or 0)
 
 
-def float_type(kv_dtype: KVType, own: torch.dtype) -> torch.dtype:
-    """The type in which keys and values are handed to a cache; one that quantises gets them in f16."""
-    return torch.float16 if isinstance(kv_dtype, str) else own if kv_dtype is None else kv_dtype
+def float_type(kv_dtype: KVType, model_dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype in which keys and values are passed to a cache; f16 for a cache that quantizes them."""
+    return torch.float16 if isinstance(kv_dtype, str) else model_dtype if kv_dtype is None else kv_dtype
 
 
 def rotary_tables(embeddings: Any, halved: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin f32 [B, S, turned] from transformers' pair, or from deepseek_v2's complex [B, S, turned / 2].
+    """Returns cos and sin f32 [B, S, rotary columns].
 
-    `halved`: the pair comes without its second half, which is as the first.
+    Args:
+        embeddings: The pair (cos, sin) of transformers, or deepseek_v2's complex tensor [B, S, rotary columns / 2].
+        halved: Whether the pair lacks its second half, which equals the first.
     """
-    whole = isinstance(embeddings, torch.Tensor)
-    owner, parts = (embeddings, (embeddings.real, embeddings.imag)) if whole else (embeddings[0], embeddings)
+    is_complex = isinstance(embeddings, torch.Tensor)
+    owner, parts = (embeddings, (embeddings.real, embeddings.imag)) if is_complex else (embeddings[0], embeddings)
     compiling = torch.compiler.is_compiling()
-    known = None if compiling else getattr(owner, "ktx_tables", None)  # one pair serves all layers of a forward
-    if known is None:
-        twice = whole or halved
-        known = tuple((torch.cat([part, part], -1) if twice else part).float().contiguous() for part in parts)
+    cached = None if compiling else getattr(owner, "ktx_tables", None)  # all layers of a forward share the tables
+    if cached is None:
+        duplicate = is_complex or halved
+        cached = tuple((torch.cat([part, part], -1) if duplicate else part).float().contiguous() for part in parts)
         if not compiling:
-            owner.ktx_tables = known
-    return known
+            owner.ktx_tables = cached
+    return cached

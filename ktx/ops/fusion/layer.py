@@ -1,4 +1,9 @@
-"""Decoder layers in few kernel calls: norm, attention and sum, then norm, experts and sum; and several layers at once."""
+"""Fused decoder layers: attention with norm and residual, feed-forward with norm and residual, and groups of layers.
+
+Consecutive layers form a fused group. The forward of the first layer computes the whole group in one kernel call and
+attaches to each output tensor what the next layer computes from it. The forward of each following layer returns this
+precomputed output if its inputs are the identical, unmodified tensors; otherwise it computes the layer itself.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +26,8 @@ from ktx.ops.mlp import MLP
 from ktx.ops.moe import MoE
 from ktx.ops.norm import RMSNorm
 
-PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-PRE_NORM_LAYERS = (  # layers that are: x = x + attention(norm(x)), then x = x + mlp(norm(x))
+CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+PRE_NORM_LAYERS = (  # layers that compute x = x + attention(norm(x)), then x = x + mlp(norm(x))
     "DeepseekV2DecoderLayer",
     "DeepseekV3DecoderLayer",
     "Dots1DecoderLayer",
@@ -38,23 +43,31 @@ PRE_NORM_LAYERS = (  # layers that are: x = x + attention(norm(x)), then x = x +
     "Qwen3DecoderLayer",
     "Qwen3MoeDecoderLayer",
 )
-AT_ONCE, TOKEN_LAYERS = (
-    8,
-    64,
-)  # layers of a call, and tokens times layers up to which there may be more: who wants to stop a forward waits for a call's end
-MISSES, REST = 3, 100  # calls in a row whose results were not asked for, and how many then compute layers one by one
+# Layers of one kernel call. Few tokens may have more layers in a call, up to this product of tokens and layers; it is
+# bounded because a forward can only be cancelled between calls.
+GROUP_LAYERS, MAX_TOKEN_LAYERS = 8, 64
+# After so many calls in a row whose precomputed outputs were not used, groups are disabled for the next calls.
+MAX_MISSES, DISABLED_CALLS = 3, 100
 
 
 class Layer(Operator):
-    """Its children stay modules of their own and are called one by one whenever a block of theirs cannot do it, or somebody listens to one."""
+    """A decoder layer that computes its children in fused steps.
+
+    The children remain ordinary modules. They are called one by one if a fused step does not support the call, or if a
+    hook is registered on one of them.
+
+    Attributes:
+        block: The fused steps of this layer, if it supports them.
+        stretch: The fused group that starts with this layer, if there is one.
+    """
 
     remade = ("block", "stretch")
     block: Block | None
-    stretch: FusedLayerGroup | None  # of which it is the first layer
+    stretch: FusedLayerGroup | None
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Layer:
-        known_class(old, PRE_NORM_LAYERS, ctx, "it is not known whether {} adds up as others do")
+        known_class(old, PRE_NORM_LAYERS, ctx, "ktx does not know how {} combines attention and feed-forward")
         contract.layer(old, ctx.path)
         new: Layer = adopt(cls, old, ctx)
         new.block, new.stretch = None, None
@@ -65,70 +78,66 @@ class Layer(Operator):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         given, cache = self.call.split((hidden_states, *args), kwargs)
-        if (
-            torch.compiler.is_compiling()
-        ):  # a graph holds the kernels that children call; what a tensor carries is not in it
+        if torch.compiler.is_compiling():  # a graph contains the kernels of the children, but no attributes of tensors
             return super().forward(**self.call.joined(given, cache))
-        asked = LayerInputs(given.get("attention_mask"), given.get("position_embeddings"), cache)
-        ahead = hidden_states.__dict__.get("ktx_ahead")
-        if ahead is not None and ahead.layer is self and ahead.take_if_valid(hidden_states, asked):
-            return ahead.out
+        inputs = LayerInputs(given.get("attention_mask"), given.get("position_embeddings"), cache)
+        precomputed = hidden_states.__dict__.get("ktx_ahead")
+        if precomputed is not None and precomputed.layer is self and precomputed.take_if_valid(hidden_states, inputs):
+            return precomputed.out
         if (block := current(self)) is not None:
-            done = None if self.stretch is None else self.stretch(hidden_states, asked)
-            done = block(hidden_states, asked) if done is None else done
-            if done is not None:
-                return done
+            out = None if self.stretch is None else self.stretch(hidden_states, inputs)
+            out = block(hidden_states, inputs) if out is None else out
+            if out is not None:
+                return out
         return super().forward(**self.call.joined(given, cache))
 
 
 class Block:
-    """A layer as two calls: its attention with the norm before it, and what follows with its norm."""
+    """The two fused steps of a layer: attention with its norm, and feed-forward with its norm."""
 
     def __init__(self, owner: Layer, norms: list[RMSNorm]):
         self.owner = owner
         self.guard = Guard(
             [owner],
-            [child for name in PARTS if (child := owner._modules[name]) is not None],
+            [child for name in CHILDREN if (child := owner._modules[name]) is not None],
             [norm.copied() for norm in norms],
         )
         self.before: list[PreNorm] = [(norm.in_f32, norm.epsilon, norm.plus_one) for norm in norms]
 
     @classmethod
     def of(cls, owner: Layer) -> Block | None:
-        """None where a norm or the attention is none of ours."""
+        """Builds the block of `owner`; None if its norms or its attention are not operators of ktx."""
         children: dict[str, Any] = owner._modules
-        norms: list[Any] = [children.get(PARTS[0]), children.get(PARTS[2])]
+        norms: list[Any] = [children.get(CHILDREN[0]), children.get(CHILDREN[2])]
         if not all(map(RMSNorm.is_cpu_norm, norms)) or not isinstance(children.get("self_attn"), Attention | MLA):
             return None
         return None if children.get("mlp") is None else cls(owner, norms)
 
     def parts(self) -> tuple[Any, Any]:
-        """The blocks of attention and feed-forward as they are now; None where there is none that holds."""
+        """Returns the current fused blocks of attention and feed-forward; None for one that is missing or invalid."""
         children: dict[str, Any] = self.owner._modules
         mlp = children["mlp"]
         return current(children["self_attn"]), current(mlp) if isinstance(mlp, MoE | MLP) else None
 
-    def __call__(self, hidden_states: torch.Tensor, asked: LayerInputs) -> torch.Tensor | None:
-        """hidden_states f32 [B, S, D] -> [B, S, D]; None when this call has to go the long way."""
-        attention, feed = self.parts()
+    def __call__(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None:
+        """Computes the layer: hidden_states f32 [B, S, D] -> [B, S, D]; None if the call needs the unfused forward."""
+        attention, mlp = self.parts()
         if attention is None:
             return None
-        first, second = self.before
-        x: torch.Tensor | None = attention(hidden_states, asked.embeddings, asked.mask, cache=asked.cache, before=first)
+        attention_norm, mlp_norm = self.before
+        x: torch.Tensor | None = attention(
+            hidden_states, inputs.embeddings, inputs.mask, cache=inputs.cache, before=attention_norm
+        )
         if x is None:
             return None
-        if (
-            feed is not None
-            and x.shape[0] * x.shape[1] <= MAX_FUSED_TOKENS
-            and not (feed.drops and self.owner.training)
-        ):
-            return feed.made(x, second)  # type: ignore[no-any-return]
+        if mlp is not None and x.shape[0] * x.shape[1] <= MAX_FUSED_TOKENS and not (mlp.drops and self.owner.training):
+            return mlp.made(x, mlp_norm)  # type: ignore[no-any-return]
         children: dict[str, Any] = self.owner._modules
         return x + children["mlp"](children["post_attention_layernorm"](x))  # type: ignore[no-any-return]
 
 
 class LayerInputs(NamedTuple):
-    """What a layer is told beside hidden states, as far as its attention goes by it."""
+    """The inputs of a layer, besides hidden states, that its attention depends on."""
 
     mask: torch.Tensor | None
     embeddings: Any
@@ -137,48 +146,66 @@ class LayerInputs(NamedTuple):
 
 @dataclass(slots=True)
 class PrecomputedOutput:
-    """What the layer behind a result makes of it, computed before it was asked; the result's tensor carries it."""
+    """The precomputed output of a layer, attached to its input tensor, which is the output of the layer before it.
+
+    Attributes:
+        layer: The layer that computes `out`.
+        out: The precomputed output.
+        version: The version counter of the input tensor; if it has increased, the input was modified.
+        asked: The other inputs that `out` was computed from.
+        room: The KV cache that the group has written to.
+        index: The index of the layer in the group.
+        stretch: The group.
+    """
 
     layer: Layer
     out: torch.Tensor
-    version: int  # of the result, which nobody may have written to
+    version: int
     asked: LayerInputs
     room: KVTarget
     index: int
     stretch: FusedLayerGroup
 
-    def take_if_valid(self, hidden_states: torch.Tensor, asked: LayerInputs) -> bool:
-        """Whether this is what the layer is asked for. If so its keys and values count, and the result lets go of what was made of it."""
+    def take_if_valid(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> bool:
+        """Whether `out` is the output for these inputs; if so, consumes it.
+
+        Consuming it adds the new keys and values to the cache layer and detaches `out` from the input tensor, so it can
+        be called successfully only once.
+
+        Args:
+            hidden_states: The input tensor that carries this object.
+            inputs: The other inputs of the layer.
+        """
         mask, embeddings, cache = self.asked
         if (
             hidden_states._version != self.version
             or recorded(hidden_states)
-            or asked.mask is not mask
-            or asked.cache is not cache
-            or not _same(asked.embeddings, embeddings)
+            or inputs.mask is not mask
+            or inputs.cache is not cache
+            or not _same_tables(inputs.embeddings, embeddings)
             or not self.room.fits(self.index, cache, mask)
         ):
             return False
         self.room.store_converted(self.index, hidden_states.shape[1])
         self.stretch.left -= 1
-        del hidden_states.ktx_ahead  # type: ignore[attr-defined]  # who keeps hidden states keeps no more than these
+        del hidden_states.ktx_ahead  # type: ignore[attr-defined]  # stored hidden states must not retain later ones
         return True
 
 
-def _trained(layers: list[LayerBlocks]) -> bool:
-    """Whether modules that drop or add noise in training are in it."""
+def _is_training(layers: list[LayerBlocks]) -> bool:
+    """Whether any module of the layers is in training mode, in which it may apply dropout or add noise."""
     return any(module.training for parts in layers for module in parts.layer.modules())
 
 
-def _same(mine: Any, theirs: Any) -> bool:
-    """Whether tables are the same tensors; their pair may have been made anew."""
-    if mine is theirs:
+def _same_tables(left: Any, right: Any) -> bool:
+    """Whether rotary tables are the same tensors, possibly in a new tuple."""
+    if left is right:
         return True
-    return isinstance(mine, tuple) and isinstance(theirs, tuple) and all(map(operator.is_, mine, theirs))
+    return isinstance(left, tuple) and isinstance(right, tuple) and all(map(operator.is_, left, right))
 
 
 class LayerBlocks(NamedTuple):
-    """A layer's blocks, as they were when its stretch was made."""
+    """The fused blocks of a layer at the time its group was built, and a guard over all of them."""
 
     layer: Layer
     block: Block
@@ -188,35 +215,46 @@ class LayerBlocks(NamedTuple):
 
     @classmethod
     def of(cls, layer: Layer) -> LayerBlocks | None:
+        """Returns the current blocks of a layer; None if one is missing or invalid."""
         block = current(layer)
         if block is None:
             return None
-        attention, feed = block.parts()
-        if attention is None or feed is None:
+        attention, mlp = block.parts()
+        if attention is None or mlp is None:
             return None
-        return cls(layer, block, attention, feed, Guard.over((block.guard, attention.guard, feed.guard)))
+        return cls(layer, block, attention, mlp, Guard.over((block.guard, attention.guard, mlp.guard)))
 
     def hold(self) -> bool:
-        layer, block, attention, feed, guard = self
+        """Whether these are still the valid blocks of the layer."""
+        layer, block, attention, mlp, guard = self
         if layer.block is not block or not guard.holds():
             return False
         children: dict[str, Any] = layer._modules
-        return children["self_attn"].block is attention and children["mlp"].block is feed
+        return children["self_attn"].block is attention and children["mlp"].block is mlp
 
 
 class FusedLayerGroup:
-    """Layers in a row. When the first is asked one call computes all; the others, asked for just that, hand out what is there.
+    """Consecutive layers that the first one computes in one kernel call; the others return their precomputed outputs.
 
-    Nobody can tell but by the time: a layer that is given other hidden states than the one before it returned (a hook or a script has
-    changed them), another mask or cache computes them itself, and its cache has grown by what was asked for and no more. Where that happens
-    again and again the stretch rests.
+    Results and caches are the same as without groups. A layer whose hidden states are not the unmodified output of the
+    layer before it (a hook or a script has changed them), or whose mask or cache differs, computes its output itself.
+    A cache layer grows only by the tokens of outputs that are used. If outputs stay unused in several calls in a row,
+    the group is disabled for a while.
+
+    Attributes:
+        left: The number of precomputed outputs of the last call that have not been used yet.
+        missed: The number of calls in a row that left outputs unused.
+        resting: The number of calls for which the group stays disabled.
+        layers: The blocks of the layers.
+        drops: Whether a layer applies dropout in training.
+        steps: The kernel steps, two for each layer.
     """
 
     def __init__(self, layers: list[LayerBlocks]):
         self.left, self.missed, self.resting = 0, 0, 0
-        self._take(layers)
+        self._set_layers(layers)
 
-    def _take(self, layers: list[LayerBlocks]) -> None:
+    def _set_layers(self, layers: list[LayerBlocks]) -> None:
         self.layers, self.changes = layers, Changes.count
         self.blocks = [parts.attention for parts in layers]
         self.drops = any(parts.attention.drops or parts.feed.drops for parts in layers)
@@ -226,64 +264,75 @@ class FusedLayerGroup:
             for made, before in zip((attention.made, feed.made), block.before, strict=True)
         ]
 
-    def _renewed(self) -> bool:
-        """Takes the blocks that were made of layers whose settings or weights have changed, once for each change; False where there are none."""
+    def _rebuilt(self) -> bool:
+        """Rebuilds the group from the current blocks of its layers, once per change of settings or weights.
+
+        Returns:
+            Whether it was rebuilt; False if nothing has changed or a layer has no valid blocks.
+        """
         if self.changes == Changes.count:
             return False
         self.changes = Changes.count
         layers = [LayerBlocks.of(parts.layer) for parts in self.layers]
-        whole = [parts for parts in layers if parts is not None]
-        if len(whole) < len(layers):
+        valid = [parts for parts in layers if parts is not None]
+        if len(valid) < len(layers):
             return False
-        self._take(whole)
+        self._set_layers(valid)
         return True
 
-    def __call__(self, hidden_states: torch.Tensor, asked: LayerInputs) -> torch.Tensor | None:
-        """hidden_states f32 [B, S, D] -> what the first layer makes of it; None when layers have to be computed one by one."""
+    def __call__(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor | None:
+        """Computes the layers from hidden_states f32 [B, S, D] and attaches the outputs of all layers but the first.
+
+        Returns:
+            The output of the first layer; None if the layers have to be computed one by one.
+        """
         first, tokens = self.blocks[0], hidden_states.shape[0] * hidden_states.shape[1]
-        if not 0 < tokens <= MAX_FUSED_TOKENS or asked.embeddings is None or not self._pays():
+        if not 0 < tokens <= MAX_FUSED_TOKENS or inputs.embeddings is None or not self._is_enabled():
             return None
-        layers = self.layers[: max(1, TOKEN_LAYERS // AT_ONCE // tokens) * AT_ONCE]
-        if not first.takes(hidden_states, asked.cache) or self.drops and _trained(layers):
+        layers = self.layers[: max(1, MAX_TOKEN_LAYERS // GROUP_LAYERS // tokens) * GROUP_LAYERS]
+        if not first.takes(hidden_states, inputs.cache) or self.drops and _is_training(layers):
             return None
         if not all(parts.hold() for parts in layers):
-            if not self._renewed():
+            if not self._rebuilt():
                 return None
             first, layers = self.blocks[0], self.layers[: len(layers)]
-        room = kv_target(hidden_states, asked.cache, self.blocks[: len(layers)], asked.mask)
-        if room is None:
+        target = kv_target(hidden_states, inputs.cache, self.blocks[: len(layers)], inputs.mask)
+        if target is None:
             return None
-        with torch.inference_mode(False):  # tensors that count who writes to them
+        with torch.inference_mode(False):  # inference tensors have no version counter
             outs = [torch.empty(hidden_states.shape, dtype=torch.float32, device="cpu") for _ in layers]
         run(
-            hidden_states.contiguous(), self.steps[: 2 * len(layers)], outs, *room.about(asked.embeddings, first.halved)
+            hidden_states.contiguous(),
+            self.steps[: 2 * len(layers)],
+            outs,
+            *target.about(inputs.embeddings, first.halved),
         )
         for i in range(1, len(outs)):
-            ahead = PrecomputedOutput(layers[i].layer, outs[i], outs[i - 1]._version, asked, room, i, self)
-            outs[i - 1].ktx_ahead = ahead  # type: ignore[attr-defined]
-        room.store_converted(0, hidden_states.shape[1])
+            precomputed = PrecomputedOutput(layers[i].layer, outs[i], outs[i - 1]._version, inputs, target, i, self)
+            outs[i - 1].ktx_ahead = precomputed  # type: ignore[attr-defined]
+        target.store_converted(0, hidden_states.shape[1])
         self.left = len(outs) - 1
         return outs[0]
 
-    def _pays(self) -> bool:
-        """Whether results are asked for, as far as the last calls tell."""
+    def _is_enabled(self) -> bool:
+        """Whether the group is enabled: the last calls did not leave precomputed outputs unused; counts this call."""
         self.missed = self.missed + 1 if self.left else 0
         self.left = 0
-        if self.missed == MISSES:
-            self.resting = REST
+        if self.missed == MAX_MISSES:
+            self.resting = DISABLED_CALLS
         self.resting -= self.resting > 0
         return not self.resting
 
 
 class Row(nn.ModuleList):
-    """Layers whose copies, and those read from a pickle, are joined again."""
+    """A ModuleList of layers that groups them again after a copy or an unpickling."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         group_layers(self)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """As torch's, of packed weights too."""
+        """As in torch; True also unpacks packed weights."""
         if requires_grad:
             unpack(self)
         return super().requires_grad_(requires_grad)
@@ -293,7 +342,7 @@ class Row(nn.ModuleList):
 
 
 def group_layers(model: nn.Module) -> None:
-    """Makes stretches of a loaded model's layers that follow one another."""
+    """Groups consecutive layers of a loaded model that attend in the same way (`_grouping_key`)."""
     class_patches.follow()
     for module in model.modules():
         if not isinstance(module, nn.ModuleList):
@@ -303,24 +352,23 @@ def group_layers(model: nn.Module) -> None:
         row: list[LayerBlocks] = []
         for child in [*module, None]:
             parts = LayerBlocks.of(child) if isinstance(child, Layer) else None
-            if row and (parts is None or _manner(parts) != _manner(row[0])):
-                for i in range(0, len(row) - 1, AT_ONCE):
-                    row[i].layer.stretch = FusedLayerGroup(
-                        row[i:]
-                    )  # to the row's end; calls of many tokens go to the next
+            if row and (parts is None or _grouping_key(parts) != _grouping_key(row[0])):
+                for i in range(0, len(row) - 1, GROUP_LAYERS):
+                    # A group extends to the end of the row; calls of many tokens use only its first layers.
+                    row[i].layer.stretch = FusedLayerGroup(row[i:])
                 row = []
             if parts is not None:
                 row.append(parts)
 
 
-def _manner(parts: LayerBlocks) -> tuple[Any, ...]:
-    """What layers of a stretch have in common: they attend in one way, to the same keys."""
+def _grouping_key(parts: LayerBlocks) -> tuple[Any, ...]:
+    """Returns what layers of a group must have in common: the same kind of attention, to the same keys."""
     attention = parts.attention.owner
-    kinds = getattr(getattr(attention, "config", None), "layer_types", None)
+    layer_types = getattr(getattr(attention, "config", None), "layer_types", None)
     expands = getattr(attention, "w_uk", None) is not None
     return (
         type(parts.attention),
-        kinds and kinds[attention.layer_idx],
+        layer_types and layer_types[attention.layer_idx],
         attention.kv_dtype,
         parts.attention.halved,
         expands,
