@@ -1,7 +1,8 @@
-"""Experts of a model that transformers has loaded, computed by the CPU's kernels: what `experts_implementation="ktx"` calls.
+"""Computes the experts of a model loaded by transformers with ktx's CPU kernels: `experts_implementation="ktx"`.
 
-The module keeps its parameters; a packed copy of them is made at the first forward and anew when they, or the module's settings, have changed. Where a
-parameter is trained, backward is transformers' own on the parameters themselves.
+The module keeps its parameters. The first forward packs a copy of them, and a later forward packs them again if they or
+the module's settings have changed. If a parameter requires a gradient, backward is transformers' computation on the
+parameters themselves.
 """
 
 from __future__ import annotations
@@ -31,24 +32,34 @@ from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import QuantizedTensor
 
 HELD = "_ktx_experts"  # the attribute of an experts module that holds its packed copy
-OTHERS = "take another experts_implementation (eager, grouped_mm)"
+OTHERS = "use another experts_implementation (eager, grouped_mm)"
 
 
 def experts(dtype: str | None = None) -> str:
-    """A name for transformers' `experts_implementation`, by which experts are packed as `dtype` (Q8_0, Q4_K, BF16, ...; None: as the parameters' own type). UsageError for an unknown one."""
+    """Returns a name for transformers' `experts_implementation` and registers it.
+
+    Args:
+        dtype: the weight type that experts are packed as (Q8_0, Q4_K, BF16, ...); None: the parameters' own type.
+
+    Raises:
+        UsageError: the weight type is unknown.
+    """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     if dtype is None:
         return NAME
     if dtype not in QTYPES:
-        raise UsageError(f"experts: {dtype!r} is no type of weights{did_you_mean(dtype, QTYPES)}")
+        raise UsageError(f"experts: {dtype!r} is not a weight type{did_you_mean(dtype, QTYPES)}")
     functions: Any = ALL_EXPERTS_FUNCTIONS
     functions.register(f"{NAME}:{dtype}", functools.partial(forward, dtype))
     return f"{NAME}:{dtype}"
 
 
 class PackedExperts:
-    """A module's packed copy, and what the module was when it was made. Copies and pickles of the module have an empty one."""
+    """A module's packed copy, and the module's state at packing time.
+
+    Copies and pickles of the module get an empty one.
+    """
 
     operator: Experts | None = None
     dtype: str | None = None
@@ -61,17 +72,21 @@ class PackedExperts:
 
     @classmethod
     def of(cls, module: Any) -> PackedExperts:
-        """The one that a module has; a shallow copy of the module has another."""
+        """Returns the instance of a module, creating it if needed; a shallow copy of the module gets its own."""
         held: PackedExperts | None = module.__dict__.get(HELD)
         if held is None or held.module is not module:
             held = module.__dict__[HELD] = cls(module)
         return held
 
     def current(self, dtype: str | None) -> Experts:
-        """The module's parameters as a type, packed where they are not. UsageError for a module that no kernel computes."""
-        made = self.operator
-        if made is not None and self._stands(dtype):
-            return made
+        """Returns the operator with the module's parameters packed as `dtype`, packing them if they have changed.
+
+        Raises:
+            UsageError: no kernel supports the module.
+        """
+        operator = self.operator
+        if operator is not None and self._stands(dtype):
+            return operator
         with self.lock:
             if self.operator is None or not self._stands(dtype):
                 self._make(self.module, dtype)
@@ -79,67 +94,71 @@ class PackedExperts:
             return self.operator
 
     def _stands(self, dtype: str | None) -> bool:
-        """Whether the copy is of this type and the module is what it was."""
+        """Whether the copy has this weight type and the module is unchanged since it was packed."""
         return (
             self.dtype == dtype and self.state.same() and all(edits(tensor) == count for tensor, count in self.counted)
         )
 
     @torch_defaults()
     def _make(self, module: Any, dtype: str | None) -> None:
-        self.operator, where = None, type(module).__name__
+        self.operator, class_name = None, type(module).__name__
         try:
-            made = Experts.from_hf(module, Context(where, module.config, torch.device("cpu"), torch.float32))
-        except UsageError as error:  # which has the remedy of rules
+            operator = Experts.from_hf(module, Context(class_name, module.config, torch.device("cpu"), torch.float32))
+        except UsageError as error:  # its remedy is a rule, which transformers' models do not have
             raise UsageError(str(error).replace(KEEP, OTHERS)) from error
-        given = _parameters(module, made)
-        made.pack(
-            {name: tensor.detach() for name, tensor in given.items()},
-            lambda values: _packed(values, dtype, where),
+        parameters = _parameters(module, operator)
+        operator.pack(
+            {name: tensor.detach() for name, tensor in parameters.items()},
+            lambda values: _packed(values, dtype, class_name),
         )
-        made.ready()
-        made.is_ready = True
-        for tensor in given.values():  # what is written to their data counts too
+        operator.ready()
+        operator.is_ready = True
+        for tensor in parameters.values():  # so that writes to their `data` are counted too
             tensor.__class__ = Live
-        self.dtype, self.names = dtype, list(given)
-        self.state, self.counted = State(module), [(tensor, edits(tensor)) for tensor in given.values()]
-        self.operator = made
+        self.dtype, self.names = dtype, list(parameters)
+        self.state, self.counted = State(module), [(tensor, edits(tensor)) for tensor in parameters.values()]
+        self.operator = operator
 
 
 def _empty(dtype: str | None) -> PackedExperts:
-    """Of a pickle, whose reader may not have asked for the name that the model's configuration has."""
+    """Creates the instance of a pickle, and registers the name in the model's configuration for the reading process."""
     experts(dtype)
     return PackedExperts()
 
 
-def _parameters(module: nn.Module, made: Experts) -> dict[str, torch.Tensor]:
-    """By name, those that the operator packs."""
-    found: dict[str, torch.Tensor] = {}
-    for name in made.stacked():
-        for own in (name, f"{name}_bias") if made.has_bias else (name,):
-            tensor = module._parameters.get(own)
-            at = f"{made.path}.{own}"
+def _parameters(module: nn.Module, operator: Experts) -> dict[str, torch.Tensor]:
+    """Returns the parameters that the operator packs, by name; UsageError for one that it cannot pack."""
+    parameters: dict[str, torch.Tensor] = {}
+    for name in operator.stacked():
+        for full_name in (name, f"{name}_bias") if operator.has_bias else (name,):
+            tensor = module._parameters.get(full_name)
+            path = f"{operator.path}.{full_name}"
             if tensor is None:
                 raise UsageError(
-                    f"{at} is no parameter of its module (an adapter or a parametrization computes it?); {OTHERS}"
+                    f"{path} is not a parameter of its module (does an adapter or a parametrization compute it?);"
+                    f" {OTHERS}"
                 )
             if type(tensor) not in (nn.Parameter, Live):
-                raise UsageError(f"{at} is a {type(tensor).__name__}, ktx packs plain parameters; {OTHERS}")
+                raise UsageError(f"{path} is a {type(tensor).__name__}, ktx packs plain parameters; {OTHERS}")
             if tensor.device.type != "cpu":
-                raise UsageError(f"{at} is on {tensor.device}, ktx computes experts on the CPU; {OTHERS}")
+                raise UsageError(f"{path} is on {tensor.device}, ktx computes experts on the CPU; {OTHERS}")
             if tensor.dtype not in COMPUTED:
-                raise UsageError(f"{at} is of {tensor.dtype}, ktx packs {', '.join(map(str, COMPUTED))}; {OTHERS}")
-            found[own] = tensor
-    return found
+                raise UsageError(
+                    f"{path} has dtype {tensor.dtype}, ktx packs {', '.join(map(str, COMPUTED))}; {OTHERS}"
+                )
+            parameters[full_name] = tensor
+    return parameters
 
 
-def _packed(values: torch.Tensor, dtype: str | None, where: str) -> cpu.Packed:
-    """Matrices [experts, n, k] as a type."""
+def _packed(values: torch.Tensor, dtype: str | None, class_name: str) -> cpu.Packed:
+    """Packs matrices [experts, n, k] as a weight type."""
     if dtype is None:
         return cpu.pack_experts(as_weights(values))
     qtype = QTYPES[dtype]
     if values.shape[-1] % qtype.block:
         raise UsageError(
-            f"{where}: rows of {values.shape[-1]} weights are no whole blocks of {qtype.block}, which {dtype} has; take another type"
+            f"{class_name}: rows of {values.shape[-1]} weights are not whole blocks of {qtype.block}, which {dtype}"
+            " requires; use another weight type"
         )
     rows = torch.stack([quantize(matrix.float(), qtype) for matrix in values])
     return cpu.pack_experts(QuantizedTensor(rows, qtype, tuple(values.shape)))
@@ -153,17 +172,30 @@ def forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """By transformers' contract for experts: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D]. A choice of no expert, as experts in parallel processes have, adds nothing."""
+    """Computes experts by transformers' contract: (hidden [T, D], ids [T, K], weights [T, K]) -> [T, D].
+
+    An id outside the module's experts, as in expert parallelism, adds nothing.
+
+    Args:
+        dtype: the weight type to pack as; None: the parameters' own type.
+        module: transformers' experts module.
+        hidden_states: [T, D], on the CPU.
+        top_k_index: expert ids [T, K].
+        top_k_weights: routing weights [T, K].
+
+    Raises:
+        UsageError: ktx cannot compute the module or the tensors.
+    """
     if torch.compiler.is_exporting():
-        raise UsageError(f"{type(module).__name__}: torch.export has no form of what ktx packs; {OTHERS}")
-    held = PackedExperts.of(module)
-    operator = held.current(dtype)
+        raise UsageError(f"{type(module).__name__}: torch.export cannot export experts packed by ktx; {OTHERS}")
+    packed_experts = PackedExperts.of(module)
+    operator = packed_experts.current(dtype)
     if hidden_states.dtype not in COMPUTED or hidden_states.device.type != "cpu":
         raise UsageError(
-            f"{type(module).__name__}: hidden states are {hidden_states.dtype} on {hidden_states.device}, ktx computes"
+            f"{type(module).__name__}: hidden states are {hidden_states.dtype} on {hidden_states.device}, ktx supports"
             f" {', '.join(map(str, COMPUTED))} on the CPU; {OTHERS}"
         )
-    parameters = [module._parameters[name] for name in held.names]
+    parameters = [module._parameters[name] for name in packed_experts.names]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
         made: torch.Tensor = Trained.apply(  # type: ignore[no-untyped-call]
             operator, module, hidden_states, top_k_index, top_k_weights, *parameters
@@ -174,7 +206,10 @@ def forward(
 
 
 class Trained(torch.autograd.Function):
-    """The packed copy forward, and backward transformers' own computation, for hidden states, choices' weights and parameters."""
+    """Forward with the packed copy; backward through transformers' computation.
+
+    Gradients are those of hidden states, routing weights and parameters.
+    """
 
     @staticmethod
     @custom_fwd(device_type="cpu")
@@ -185,15 +220,15 @@ class Trained(torch.autograd.Function):
         return out
 
     @staticmethod
-    @custom_bwd(device_type="cpu")  # as autocast was in forward
+    @custom_bwd(device_type="cpu")  # with the autocast state of the forward
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         hidden, ids, weights, *parameters = ctx.saved_tensors
-        usual: Callable[..., torch.Tensor] = inspect.unwrap(type(ctx.module).forward)
+        original_forward: Callable[..., torch.Tensor] = inspect.unwrap(type(ctx.module).forward)
         with torch.enable_grad():
-            given = [hidden.detach().requires_grad_(), weights.detach().requires_grad_()]
-            out = usual(ctx.module, given[0], ids, given[1])
+            inputs = [hidden.detach().requires_grad_(), weights.detach().requires_grad_()]
+            out = original_forward(ctx.module, inputs[0], ids, inputs[1])
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        made = iter(torch.autograd.grad(out, [*given, *trained], grad.to(out.dtype), allow_unused=True))
-        first = [next(made), None, next(made)]
-        return None, None, *first, *(next(made) if parameter.requires_grad else None for parameter in parameters)
+        grads = iter(torch.autograd.grad(out, [*inputs, *trained], grad.to(out.dtype), allow_unused=True))
+        input_grads = [next(grads), None, next(grads)]
+        return None, None, *input_grads, *(next(grads) if parameter.requires_grad else None for parameter in parameters)

@@ -1,4 +1,4 @@
-"""The whole mixture-of-experts block: router, experts, shared experts."""
+"""The complete MoE block: router, routed experts, shared experts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from ktx.ops.router import Router
 if TYPE_CHECKING:
     from ktx.ops.expert_deferral import DeferredExperts
 
-RETURNS_ROUTER = ("GptOssMLP",)  # blocks that return (hidden states, router scores)
+RETURNS_ROUTER = ("GptOssMLP",)  # classes of blocks that return (hidden states, router scores)
 
 
 class MoE(Operator):
-    """One forward for every family's block: it looks for gate or router, experts, shared_expert(s) and shared_expert_gate.
+    """One forward for the MoE blocks of all families.
 
-    Where somebody listens to a module inside, or has exchanged one, it is transformers' own forward that calls them, in its order and with its shapes.
+    It uses the children gate or router, experts, shared_expert(s) and shared_expert_gate. If a module inside has a hook
+    or was replaced, transformers' forward runs instead and calls the modules in its order and with its shapes.
     """
 
     remade = ("inside", "block")
@@ -33,7 +34,7 @@ class MoE(Operator):
     inside: Inside | None
     reads = frozenset({"e_score_correction_bias"})
     block: MoEBlock | None
-    link: DeferredExperts | None = None  # where the layer puts experts off, see ktx.ops.expert_deferral
+    link: DeferredExperts | None = None  # set where the layer defers experts, see ktx.ops.expert_deferral
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MoE:
@@ -51,14 +52,18 @@ class MoE(Operator):
         self.block = None if self.returns_router or self.link is not None else MoEBlock.of(self)
 
     def listened(self) -> bool:
-        """Whether a module inside is listened to or exchanged, and transformers' own forward can compute with what is there; experts that are put off it cannot."""
+        """Whether a module inside has a hook or was replaced and transformers' forward can run.
+
+        It cannot run with deferred experts.
+        """
         return self.link is None and listened(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.training and getattr(self, "jitter_noise", 0.0) > 0:
             if self.link is not None:
                 raise UsageError(
-                    f"{self.path}: router_jitter_noise is {self.jitter_noise}, and experts that are put off get none of it: call model.eval(), or load the model without defer_experts"
+                    f"{self.path}: router_jitter_noise is {self.jitter_noise}, which deferred experts do not support:"
+                    " call model.eval(), or load the model without defer_experts"
                 )
             return super().forward(hidden_states, *args, **kwargs)  # which adds it
         shape = hidden_states.shape
@@ -76,38 +81,39 @@ class MoE(Operator):
     def by_class(self, *args: Any, **kwargs: Any) -> Any:
         if self.link is not None:
             raise UsageError(
-                f"{self.path}: a method was put on a class of MoE blocks, which are not called where experts are put off; load the model without defer_experts"
+                f"{self.path}: a method of a class of MoE blocks was patched, which deferred experts do not call;"
+                " load the model without defer_experts"
             )
         return super().by_class(*args, **kwargs)
 
     def mixed(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """What the chosen experts and the shared ones make of flat [tokens, D]."""
+        """Computes routed and shared experts: flat [tokens, D], ids and weights [tokens, K] -> [tokens, D]."""
         if self.link is not None:
             return self.link.mixed(self, flat, ids, weights)
-        under_way, extra = self.begin(flat, ids, weights), self.shared(flat)
-        out = self.end(under_way)
-        return out if extra is None else out + extra
+        started, shared_out = self.begin(flat, ids, weights), self.shared(flat)
+        out = self.end(started)
+        return out if shared_out is None else out + shared_out
 
     def begin(self, flat: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Any:
-        """Sets the chosen experts to work; `end` gives what they make, [tokens, D]. Here they are done at once."""
+        """Starts the routed experts; `end` returns their output [tokens, D]. On the CPU they run synchronously."""
         return self.experts(flat, ids, weights)
 
-    def end(self, under_way: Any) -> torch.Tensor:
-        """What `begin` began."""
-        made: torch.Tensor = under_way
-        return made
+    def end(self, started: Any) -> torch.Tensor:
+        """Waits for the experts that `begin` started and returns their output [tokens, D]."""
+        out: torch.Tensor = started
+        return out
 
     def shared(self, flat: torch.Tensor) -> torch.Tensor | None:
-        """The part of the experts that every token passes, by its gate if it has one."""
+        """Computes the shared experts of flat [tokens, D], scaled by their gate if there is one; None without any."""
         shared = getattr(self, "shared_experts", None) or getattr(self, "shared_expert", None)
         if shared is None:
             return None
-        extra, gate = shared(flat), getattr(self, "shared_expert_gate", None)
-        return extra if gate is None else torch.sigmoid(gate(flat).double()).to(extra.dtype) * extra  # as the block's
+        out, gate = shared(flat), getattr(self, "shared_expert_gate", None)
+        return out if gate is None else torch.sigmoid(gate(flat).double()).to(out.dtype) * out  # as the block's
 
 
 def takes(flat: torch.Tensor) -> bool:
-    """Whether one call computes tokens f32 [tokens, D] of the CPU's: so few that the way to it counts."""
+    """Whether the fused step takes flat [tokens, D]: f32 on the CPU, no gradient, few tokens (overhead counts)."""
     return (
         flat.shape[0] <= MAX_FUSED_TOKENS
         and flat.dtype is torch.float32
@@ -137,7 +143,7 @@ class MoEBlock:
 
     @classmethod
     def of(cls, owner: MoE) -> MoEBlock | None:
-        """None where a part is something else than ours, or the shared experts are not one plain layer."""
+        """Builds the step; None where a child is not a ktx operator, or the shared experts are not one plain layer."""
         children: dict[str, Any] = owner._modules
         router: Any = children.get("gate") or children.get("router")
         experts = children["experts"]
@@ -170,5 +176,5 @@ class MoEBlock:
         return cls(owner, router, experts, width, matrices)
 
     def __call__(self, flat: torch.Tensor, before: PreNorm = NO_NORM) -> torch.Tensor:
-        """flat f32 [tokens, D] -> [tokens, D]; with `before` plus flat itself."""
+        """Computes flat f32 [tokens, D] -> [tokens, D]; `before` normalizes the input and adds flat to the output."""
         return self.made(flat[None], before)[0]

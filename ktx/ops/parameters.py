@@ -149,7 +149,7 @@ class Parametrizable(Operator):
         yield from nn.Module.named_parameters(self, prefix, recurse, remove_duplicate)
 
     def __delattr__(self, name: str) -> None:
-        """Called by torch's parametrize to remove a weight. UsageError on a GPU: its kernels ignore parametrizations."""
+        """Called by torch's parametrize to remove a weight. UsageError on a GPU: kernels ignore parametrizations."""
         if self.placement.gpu and isinstance(self._buffers, OfferedParameters) and name in self._buffers.names:
             raise UsageError(
                 f"{self.path}.{name} is on {self.placement}, where it cannot have an adapter of its own"

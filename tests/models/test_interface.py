@@ -307,7 +307,7 @@ def test_what_is_not_computed_is_named(monkeypatch):
         computed(model)
     monkeypatch.setattr(module, "has_post_expert_norm", False, raising=False)
     nn.utils.parametrize.register_parametrization(module, "down_proj", nn.Identity())
-    with pytest.raises(UsageError, match="down_proj is no parameter"):
+    with pytest.raises(UsageError, match="down_proj is not a parameter"):
         computed(model)
     with pytest.raises(UsageError, match="float64"):
         computed(tiny_in_f64())
@@ -492,7 +492,7 @@ def test_back_and_forth(two):
 
 
 def test_export_is_refused_by_name(two):
-    with pytest.raises(UsageError, match="torch.export has no form of what ktx packs; take another"):
+    with pytest.raises(UsageError, match="torch.export cannot export experts packed by ktx; use another"):
         torch.export.export(two[1], (PROMPT,), strict=False)
 
 
