@@ -1,4 +1,4 @@
-"""The LoRA adapters of a loaded model: which there are, and which of them count now."""
+"""LoRA adapters of a loaded model: loads them, matches them to modules, and activates them."""
 
 from __future__ import annotations
 
@@ -31,159 +31,187 @@ from ktx.weights.gguf_files import is_gguf
 from ktx.weights.gguf_lora import GGUFAdapter
 from ktx.weights.lora import MERGED, WEIGHTS, Adapter, AdapterFile, LowRank, Wish
 
-RETIRED = "\0"  # in no name that is given to an adapter
+RETIRED = "\0"  # separator in the name of a retired adapter; no user-given name contains it
 Adapted = str | Path | Wish
-Fitted = list[tuple[Any, list[LowRank]]]  # modules, and what is added to their weights
-Packed = list[tuple[Any, Lora, Any]]  # the same, packed
-Step = list[tuple[int, Uses]]  # counts of tokens, and the adapters that they are computed with
-_showing = Lock()
+Fitted = list[tuple[Any, list[LowRank]]]  # modules with the low-rank matrices for their weights
+Packed = list[tuple[Any, Lora, Any]]  # modules with their packed low-rank matrices
+Step = list[tuple[int, Uses]]  # numbers of tokens with the adapters that apply to them
+_attach_lock = Lock()
 
 
 @dataclass
 class Adapters:
-    """By name. Those `in_use` count in every forward that no engine makes, and for an engine's requests that name none."""
+    """The adapters of a model by name.
+
+    Those `in_use` apply to every forward outside an engine, and to an engine's requests that name no adapter.
+    """
 
     known: dict[str, Adapter] = field(default_factory=dict)
     mapping: Mapping = field(default_factory=Mapping)
-    loras: dict[nn.Module, Lora] = field(default_factory=dict)  # by the module that has the attribute
-    hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # on modules that are torch's own
-    # Parents, names and modules of them, once they were looked for.
+    # By module; an operator refers to it as its attribute `lora`
+    loras: dict[nn.Module, Lora] = field(default_factory=dict)
+    hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # forward hooks on torch's own modules
+    # Parent, name and module of each module with an adapter; None until it is looked up.
     places: list[tuple[nn.Module, str, nn.Module]] | None = None
-    retired: int = 0  # how many adapters have lost their name
-    stepping: frozenset[Use] = frozenset()  # what an engine's latest step was computed with
+    retired: int = 0  # number of retired adapters, for their names
+    stepping: frozenset[Use] = frozenset()  # adapters of the engine's latest step
 
     @property
     def in_use(self) -> Uses:
+        """Adapters that apply to forwards outside an engine."""
         return self.mapping.everywhere
 
     def add(self, adapter: Adapter, modules: Fitted) -> None:
-        """Hangs an adapter on modules of the model, as `fitted` names them. UsageError for a name that another one has."""
+        """Packs and attaches an adapter to the modules of `fitted`. Raises UsageError if its name is taken."""
         self.hang(adapter, self.packed(modules))
 
     def packed(self, modules: Fitted) -> Packed:
-        """What `hang` takes; on any thread, also while an engine computes."""
-        found: Packed = []
+        """Packs an adapter for `hang`. May run on any thread, also while an engine computes."""
+        result: Packed = []
         for module, matrices in modules:
             lora = kind_of(module)(self.mapping, module)
-            found.append((module, lora, lora.made(matrices)))
-        return found
+            result.append((module, lora, lora.made(matrices)))
+        return result
 
     def hang(self, adapter: Adapter, modules: Packed) -> None:
-        """Hangs an adapter on modules of the model. UsageError for a name that another one has."""
+        """Attaches a packed adapter to its modules. Raises UsageError if its name is taken."""
         if adapter.name in self.known:
-            raise UsageError(f"adapter {adapter.path}: there is one called {adapter.name!r} already; give another name")
+            raise UsageError(
+                f"adapter {adapter.path}: an adapter named {adapter.name!r} is loaded already; use another name"
+            )
         for module, lora, factors in modules:
             self.loras.setdefault(module, lora).factors[adapter.name] = factors
         self.places = None
         self.known[adapter.name] = adapter
 
     def drop(self, name: str) -> None:
-        """UsageError for a name that there is not."""
+        """Detaches and frees an adapter. Raises UsageError if no adapter has this name."""
         self.checked([name])
         self.use([used for used in self.in_use if used.name != name])
         for module, lora in list(self.loras.items()):
             lora.factors.pop(name, None)
             if not lora.factors:
-                self._hide(module)
+                self._disable(module)
                 del self.loras[module]
         self.places = None
         del self.known[name]
 
     def retire(self, name: str) -> str:
-        """Leaves an adapter to those who have it: the name by which they find it from now on, and nobody else. UsageError for a name that there is not."""
+        """Renames an adapter so that only the requests that use it already can find it; returns its new name.
+
+        Raises UsageError if no adapter has this name.
+        """
         self.checked([name])
         self.use([used for used in self.in_use if used.name != name])
         self.retired += 1
-        other = f"{name}{RETIRED}{self.retired}"
+        retired_name = f"{name}{RETIRED}{self.retired}"
         for lora in self.loras.values():
             if name in lora.factors:
-                lora.factors[other] = lora.factors.pop(name)
-        self.known[other] = self.known.pop(name)
-        return other
+                lora.factors[retired_name] = lora.factors.pop(name)
+        self.known[retired_name] = self.known.pop(name)
+        return retired_name
 
     @property
     def named(self) -> dict[str, Adapter]:
-        """Those that can be asked for."""
+        """The adapters that a request can name."""
         return {name: adapter for name, adapter in self.known.items() if RETIRED not in name}
 
     def checked(self, names: Sequence[str | Use]) -> Uses:
-        """Adapters by name, or with a factor. UsageError for a name that there is not."""
+        """Returns adapters with their factors, without duplicates. Raises UsageError for an unknown name."""
         uses = tuple(dict.fromkeys(Use(one) if isinstance(one, str) else one for one in names))
         for name, _ in uses:
             if name not in self.known:
-                there = f"; there are {', '.join(self.named)}" if self.named else "; none is loaded"
-                raise UsageError(f"no LoRA adapter is called {name!r}{did_you_mean(name, self.named)}{there}")
+                loaded = f"; loaded are {', '.join(self.named)}" if self.named else "; none is loaded"
+                raise UsageError(f"there is no LoRA adapter named {name!r}{did_you_mean(name, self.named)}{loaded}")
         return uses
 
     def digest(self, uses: Uses) -> bytes:
-        """Different for adapters that compute different things; empty for none."""
-        each = [
+        """Returns a digest that differs for adapters that compute different results; empty for none."""
+        digests = [
             self.known[name].digest + (b"" if factor == 1 else repr(float(factor)).encode()) for name, factor in uses
         ]
-        return hashlib.sha256(b"".join(each)).digest()[:16] if uses else b""
+        return hashlib.sha256(b"".join(digests)).digest()[:16] if uses else b""
 
     def use(self, names: Sequence[str | Use]) -> None:
+        """Activates adapters for forwards outside an engine, and for requests that name none."""
         self.mapping.everywhere = self.checked(names)
-        self._show(self.stepping)
+        self._activate(self.stepping)
 
     @contextmanager
     def step(self, tokens: Step, kept: Step) -> Iterator[None]:
-        """While an engine computes a step: whose its tokens are, and those whose logits are wanted. Shortcuts that stand aside for adapters do so until another step has others, because changing that costs a look at all modules."""
+        """While entered, applies to each token of an engine's step the adapters of its request.
+
+        Fast paths that adapters disable stay disabled until a step has other adapters, because switching them visits
+        all modules.
+
+        Args:
+            tokens: numbers of tokens with their adapters, in the order of the batch.
+            kept: the same for the tokens whose logits are computed.
+        """
         if not self.known:
             yield
             return
-        self._show(frozenset(use for _, uses in tokens for use in uses))
+        self._activate(frozenset(use for _, uses in tokens for use in uses))
         with self.mapping.step(tokens, kept):
             yield
 
     def check(self, model: nn.Module) -> None:
-        """UsageError, before a forward, where a module that an adapter of it hangs in was exchanged or has become torch's own: nothing would be added to its products."""
+        """Checks before a forward that the modules with active adapters are still in the model.
+
+        Raises:
+            UsageError: a module was replaced or became a plain torch module, so its adapter would have no effect.
+        """
         names = {use.name for use in (*self.stepping, *self.in_use)}
         if not names:
             return
         if self.places is None:
             self.places = [
-                (parent, name, own)
+                (parent, name, child)
                 for parent in model.modules()
-                for name, own in parent._modules.items()
-                if own is not None and own in self.loras
+                for name, child in parent._modules.items()
+                if child is not None and child in self.loras
             ]
-        there = {own for parent, name, own in self.places if parent._modules.get(name) is own}
-        for module, lora in list(self.loras.items()):  # an engine may hang another one meanwhile
-            is_same = module in there and isinstance(module, Operator) == lora.of_operator
+        present = {child for parent, name, child in self.places if parent._modules.get(name) is child}
+        for module, lora in list(self.loras.items()):  # a copy: an engine may attach an adapter meanwhile
+            is_same = module in present and isinstance(module, Operator) == lora.of_operator
             if is_same or not names.intersection(lora.factors):
                 continue
-            at = getattr(module, "path", None) or next(
-                (name for _, name, own in self.places if own is module), "a module"
+            path = getattr(module, "path", None) or next(
+                (name for _, name, child in self.places if child is module), "a module"
             )
             raise UsageError(
-                f"{at} was exchanged, or put in floats, since adapter {min(names.intersection(lora.factors))!r} was loaded, which would not count there:"
-                " call model.ktx.unload_lora(name), and model.ktx.load_lora(path) to have it on what is there now"
+                f"{path} was replaced, or converted to floats, after adapter"
+                f" {min(names.intersection(lora.factors))!r} was loaded, so the adapter would"
+                " have no effect there: call model.ktx.unload_lora(name) and"
+                " model.ktx.load_lora(path) to attach it to the current module"
             )
 
     def rest(self) -> None:
-        """After an engine's last step."""
-        self._show(frozenset())
+        """Called after an engine's last step."""
+        self._activate(frozenset())
 
-    def _show(self, stepping: frozenset[Use]) -> None:
-        """Has the modules that adapters of an engine's steps, or those in use, hang in heed them: forwards of other threads may be under way beside a step."""
-        with _showing:
+    def _activate(self, stepping: frozenset[Use]) -> None:
+        """Enables the modules with adapters of the engine's step or in use, and disables the others.
+
+        It is locked, because forwards of other threads may run during a step.
+        """
+        with _attach_lock:
             self.stepping = stepping
             names = {use.name for use in (*stepping, *self.in_use)}
             for module, lora in list(self.loras.items()):
                 if any(name in lora.factors for name in names):
-                    self._unhide(module, lora)
+                    self._enable(module, lora)
                 else:
-                    self._hide(module)
+                    self._disable(module)
 
-    def _unhide(self, module: nn.Module, lora: Lora) -> None:
+    def _enable(self, module: nn.Module, lora: Lora) -> None:
         if not isinstance(module, Operator):
             if module not in self.hooks:
                 self.hooks[module] = module.register_forward_hook(lora.listened)
         elif "lora" not in module.__dict__:
             module.lora = lora  # type: ignore[assignment]
 
-    def _hide(self, module: nn.Module) -> None:
+    def _disable(self, module: nn.Module) -> None:
         if module in self.hooks:
             self.hooks.pop(module).remove()
         elif "lora" in module.__dict__:
@@ -191,41 +219,54 @@ class Adapters:
 
 
 def kind_of(module: nn.Module) -> type[Lora]:
-    kinds: tuple[tuple[type[nn.Module], type[Lora]], ...] = ((MLA, LatentLora), (Experts, ExpertsLora))
-    return next((lora for of, lora in kinds if isinstance(module, of)), Lora)
+    """Returns the class of a module's adapter."""
+    classes: tuple[tuple[type[nn.Module], type[Lora]], ...] = ((MLA, LatentLora), (Experts, ExpertsLora))
+    return next((lora for module_class, lora in classes if isinstance(module, module_class)), Lora)
 
 
 def sizes(modules: Fitted) -> dict[Device, int]:
-    """Bytes of memory that an adapter takes, by device."""
-    found: dict[Device, int] = {}
-    for module, several in modules:
-        home = home_of(module)
-        found[home] = found.get(home, 0) + kind_of(module).nbytes(module, several)
-    return found
+    """Bytes of an adapter by device."""
+    result: dict[Device, int] = {}
+    for module, matrices in modules:
+        device = home_of(module)
+        result[device] = result.get(device, 0) + kind_of(module).nbytes(module, matrices)
+    return result
 
 
 def check_memory(modules: Fitted) -> None:
-    """DoesNotFit, with the numbers, for an adapter that needs more memory than is free."""
-    for device, need in sizes(modules).items():
-        free = (device.memory if device.gpu else memory())[1]
-        if need > free:
+    """Raises DoesNotFit if an adapter needs more memory than is free."""
+    for device, needed in sizes(modules).items():
+        available = (device.memory if device.gpu else memory())[1]
+        if needed > available:
             raise DoesNotFit(
-                f"the adapter needs {format_bytes(need)} of memory on {device}, {format_bytes(free)} are free"
+                f"the adapter needs {format_bytes(needed)} of memory on {device}, {format_bytes(available)} are free"
             )
 
 
 def wishes(lora: Adapted | Sequence[Adapted] | None) -> list[Wish]:
-    """What was asked for, with different names."""
-    several = [] if lora is None else [lora] if isinstance(lora, str | Path | Wish) else list(lora)
-    found = [Wish.of(one) for one in several]
-    names = [wish.name for wish in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UsageError(f"two LoRA adapters are called {twice!r}; name them: NAME=PATH")
-    return found
+    """Parses the adapters of an argument or an option.
+
+    Args:
+        lora: one or several of [NAME=]PATH[=SCALE], a path, or a Wish.
+
+    Raises:
+        UsageError: two adapters have the same name.
+    """
+    items = [] if lora is None else [lora] if isinstance(lora, str | Path | Wish) else list(lora)
+    result = [Wish.of(item) for item in items]
+    names = [adapter.name for adapter in result]
+    if duplicate := next((name for name in names if names.count(name) > 1), None):
+        raise UsageError(f"two LoRA adapters are named {duplicate!r}; give them names: NAME=PATH")
+    return result
 
 
 def read(wish: Wish) -> AdapterFile | GGUFAdapter:
-    """Reads an adapter of PEFT's or llama.cpp's. BadFile for a file that is missing or broken, UsageError for an adapter that is no plain LoRA."""
+    """Reads an adapter's file, PEFT's or llama.cpp's.
+
+    Raises:
+        BadFile: the file is missing or broken.
+        UsageError: the adapter is not a plain LoRA adapter.
+    """
     path = wish.path
     if not path.exists():
         raise BadFile(f"adapter {path}: no such file or folder")
@@ -235,62 +276,83 @@ def read(wish: Wish) -> AdapterFile | GGUFAdapter:
 
 
 def fitted(model: Any, file: AdapterFile | GGUFAdapter) -> Fitted:
-    """The modules that get an adapter's matrices. UsageError or BadFile for one that there is not, that is of another kind, or whose weight has another shape."""
+    """Matches an adapter's matrices to the model's modules.
+
+    Raises:
+        BadFile: the model has no such module, or its weight has another shape.
+        UsageError: a module does not support adapters.
+    """
     if isinstance(file, GGUFAdapter):
         file = file.named(model.config, _weights(model))
-    where, found = file.adapter.path, []
+    adapter_path, result = file.adapter.path, []
     rename, _ = checkpoint_renaming(model.config)
-    here = {
-        path if _at(model, path) else rename(f"{path}.weight").removesuffix(".weight"): several
-        for path, several in file.matrices.items()
+    by_path = {
+        path if _at(model, path) else rename(f"{path}.weight").removesuffix(".weight"): low_rank
+        for path, low_rank in file.matrices.items()
     }
-    if len(here) < len(file.matrices):
-        raise BadFile(f"adapter {where}: it names a module twice, by an old and by a new name")
-    for path, matrices in stacked(here, model).items():
+    if len(by_path) < len(file.matrices):
+        raise BadFile(f"adapter {adapter_path}: it names a module twice, by its old and its new name")
+    for path, matrices in stacked(by_path, model).items():
         module = _at(model, path)
         if module is None:
-            raise BadFile(f"adapter {where}: the model has no module {path}; it was trained on another one")
-        shapes, lookup = _shapes(module)
+            raise BadFile(f"adapter {adapter_path}: the model has no module {path}; it was trained on another one")
+        shapes, is_lookup = _shapes(module)
         if not shapes:
-            home = " on a GPU" if isinstance(module, Operator) and module.placement.gpu else ""
-            raise UsageError(f"adapter {where}: {path} ({type(module).__name__}{home}) takes no LoRA adapter; {MERGED}")
-        known = [one.shape if not one.projection else (one.projection, one.shape) for one in matrices]
-        if len(set(known)) < len(known) or any(
-            key not in shapes or one.embedding is not lookup for key, one in zip(known, matrices, strict=True)
+            location = " on a GPU" if isinstance(module, Operator) and module.placement.gpu else ""
+            raise UsageError(
+                f"adapter {adapter_path}: {path} ({type(module).__name__}{location}) does not support LoRA adapters;"
+                f" {MERGED}"
+            )
+        keys = [matrix.shape if not matrix.projection else (matrix.projection, matrix.shape) for matrix in matrices]
+        if len(set(keys)) < len(keys) or any(
+            key not in shapes or matrix.embedding is not is_lookup for key, matrix in zip(keys, matrices, strict=True)
         ):
-            there = " and ".join(f"{'a lookup of ' * one.embedding}{list(one.shape)}" for one in matrices)
-            own = " and ".join(f"{'a lookup of ' * lookup}{list(key)}" for key in shapes if not isinstance(key[0], str))
-            raise BadFile(f"adapter {where}: {path} is {there} there, the model's is {own}")
-        if not all(bool(half.isfinite().all()) for one in matrices for half in (one.a, one.b)):
-            raise BadFile(f"adapter {where}: its matrices of {path} hold NaN or infinity, or do at this scale")
-        found.append((module, matrices))
+            file_shapes = " and ".join(
+                f"{'a lookup of ' * matrix.embedding}{list(matrix.shape)}" for matrix in matrices
+            )
+            model_shapes = " and ".join(
+                f"{'a lookup of ' * is_lookup}{list(key)}" for key in shapes if not isinstance(key[0], str)
+            )
+            raise BadFile(
+                f"adapter {adapter_path}: {path} is {file_shapes} in the adapter, but {model_shapes} in the model"
+            )
+        if not all(bool(factor.isfinite().all()) for matrix in matrices for factor in (matrix.a, matrix.b)):
+            raise BadFile(
+                f"adapter {adapter_path}: its matrices of {path} contain NaN or infinity, or do so at this scale"
+            )
+        result.append((module, matrices))
     for path, shape in file.copies.items():
         module = _at(model, path)
         embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-        right = _shapes(module)[0] if module is embeddings or module is head else []
-        if not right:
+        head_shapes = _shapes(module)[0] if module is embeddings or module is head else []
+        if not head_shapes:
             raise UsageError(
-                f"adapter {where}: it holds the whole weight of {path}, which is none of the model's embeddings; {MERGED}"
+                f"adapter {adapter_path}: it contains the full weight of {path},"
+                f" which is not an embedding of the model; {MERGED}"
             )
-        expected = next(iter(right))[::-1] if module is embeddings else next(iter(right))
+        expected = next(iter(head_shapes))[::-1] if module is embeddings else next(iter(head_shapes))
         if expected != shape:
             raise BadFile(
-                f"adapter {where}: it was trained with {path} of {list(shape)}, the model's is {list(expected)}: other tokens; {MERGED}"
+                f"adapter {adapter_path}: it was trained with {path} of {list(shape)}, the model's is {list(expected)}:"
+                f" the vocabularies differ; {MERGED}"
             )
-    return found
+    return result
 
 
 def _weights(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Of each matrix of the model, as files are asked for it: its module's path, of stacked experts the projection too."""
-    found: dict[str, tuple[str, str]] = {}
+    """Returns for each matrix its module's path, by the name that files have for it.
+
+    Of stacked experts the projection is returned too, else an empty string.
+    """
+    result: dict[str, tuple[str, str]] = {}
     for path, module in model.named_modules():
         if isinstance(module, Experts):
-            found |= {f"{path}.{name}": (path, name) for name in module.projections}
+            result |= {f"{path}.{name}": (path, name) for name in module.projections}
         else:
-            found[f"{path}.weight"] = path, ""
+            result[f"{path}.weight"] = path, ""
         if isinstance(module, MLA):
-            found[f"{path}.kv_b_proj.weight"] = f"{path}.kv_b_proj", ""
-    return found
+            result[f"{path}.kv_b_proj.weight"] = f"{path}.kv_b_proj", ""
+    return result
 
 
 ONE_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)")
@@ -298,47 +360,52 @@ MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def stacked(matrices: Matrices[str, list[LowRank]], model: nn.Module) -> dict[str, list[LowRank]]:
-    """The same with experts that were adapted one by one together, as their layer has them: those that were not are zeros."""
-    found: dict[str, list[LowRank]] = {}
-    apart: dict[tuple[str, str], dict[int, LowRank]] = {}
-    for path, several in matrices.items():
-        hit = ONE_EXPERT.fullmatch(path)
-        if hit is None or not isinstance(_at(model, hit["experts"]), Experts):
-            found[path] = several
+    """Combines adapters of single experts into one per layer's projection; experts without an adapter get zeros.
+
+    Other matrices are returned unchanged.
+    """
+    result: dict[str, list[LowRank]] = {}
+    by_expert: dict[tuple[str, str], dict[int, LowRank]] = {}
+    for path, low_rank in matrices.items():
+        match = ONE_EXPERT.fullmatch(path)
+        if match is None or not isinstance(_at(model, match["experts"]), Experts):
+            result[path] = low_rank
         else:
-            name = MIXTRAL.get(hit["projection"], hit["projection"])
-            apart.setdefault((hit["experts"], name), {})[int(hit["number"])] = several[0]
-    for (path, name), ones in apart.items():
+            name = MIXTRAL.get(match["projection"], match["projection"])
+            by_expert.setdefault((match["experts"], name), {})[int(match["number"])] = low_rank[0]
+    for (path, name), experts in by_expert.items():
         owner = _at(model, path)
         assert isinstance(owner, Experts)
-        found.setdefault(path, []).append(_together(ones, name, owner.total, path))
-    return found
+        result.setdefault(path, []).append(_stack_experts(experts, name, owner.total, path))
+    return result
 
 
-def _together(ones: dict[int, LowRank], projection: str, total: int, path: str) -> LowRank:
-    first, rank = next(iter(ones.values())), max(one.a.shape[0] for one in ones.values())
-    if projection not in PROJECTIONS or max(ones) >= total or len({one.shape for one in ones.values()}) > 1:
+def _stack_experts(experts: dict[int, LowRank], projection: str, total: int, path: str) -> LowRank:
+    """Stacks the matrices of single experts; ranks are padded with zeros."""
+    first, rank = next(iter(experts.values())), max(matrix.a.shape[0] for matrix in experts.values())
+    if projection not in PROJECTIONS or max(experts) >= total or len({matrix.shape for matrix in experts.values()}) > 1:
         raise BadFile(
-            f"{path}: an adapter of {projection} of experts {min(ones)} to {max(ones)}; there are {total}, with {' '.join(PROJECTIONS)}"
+            f"{path}: the adapter has {projection} of experts {min(experts)} to {max(experts)};"
+            f" the model has {total} experts with {' '.join(PROJECTIONS)}"
         )
     a, b = first.a.new_zeros(total, rank, first.a.shape[-1]), first.b.new_zeros(total, first.b.shape[0], rank)
-    for number, one in ones.items():
-        a[number, : one.a.shape[0]], b[number, :, : one.b.shape[1]] = one.a, one.b
+    for number, matrix in experts.items():
+        a[number, : matrix.a.shape[0]], b[number, :, : matrix.b.shape[1]] = matrix.a, matrix.b
     return LowRank(a, b, projection=projection)
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:
-    """The module of a path, of an MLA's kv_b_proj the MLA; None where there is none."""
-    above, _, name = path.rpartition(".")
+    """Returns the module at a path, for an MLA's kv_b_proj the MLA, or None."""
+    parent_path, _, name = path.rpartition(".")
     try:
-        owner = model.get_submodule(above)
+        owner = model.get_submodule(parent_path)
         return owner if name == "kv_b_proj" and isinstance(owner, MLA) else owner.get_submodule(name)
     except AttributeError:
         return None
 
 
 def _shapes(module: Any) -> tuple[Collection[Any], bool]:
-    """Of the weights that adapters can be added to here, and whether that is a lookup of tokens; none where they cannot."""
+    """Returns the shapes of a module's adaptable weights, and whether it is a token lookup; none if unsupported."""
     if isinstance(module, MLA):
         rows = module.num_heads * (module.qk_nope_head_dim + module.v_head_dim)
         return ([] if module.placement.gpu else [(rows, module.kv_lora_rank)]), False

@@ -203,7 +203,7 @@ def test_adapters_come_and_go_in_a_running_engine(folder, right):
         two, cached = ask(engine, [(prompt, "style"), (prompt, ())])
         engine.unload_lora("style")
         for missing in (lambda: engine.unload_lora("style"), lambda: ask(engine, [(prompt, "style")])):
-            with pytest.raises(UsageError, match="none is loaded|no LoRA adapter is called"):
+            with pytest.raises(UsageError, match="none is loaded|no LoRA adapter named"):
                 missing()
         assert ended().ids[:6] == one[0]
         assert ask(engine, [(prompt, ())])[0] == plain
@@ -403,7 +403,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({"r": 0}, BadFile, "r is 0"),
         ({"r": 8}, BadFile, "r is 8"),
         ({"lora_alpha": "much"}, BadFile, "lora_alpha"),
-        ({"lora_alpha": 1e300}, BadFile, "q_proj hold NaN or infinity, or do at this scale"),
+        ({"lora_alpha": 1e300}, BadFile, "q_proj contain NaN or infinity, or do so at this scale"),
         ({"rank_pattern": ["q_proj"]}, BadFile, r"rank_pattern is \['q_proj'\], it must be an object"),
         ({"rank_pattern": {"q_proj": "four"}}, BadFile, "r is 'four'"),
         ({"alpha_pattern": {"(q_proj": 4}}, BadFile, r"alpha_pattern has '\(q_proj', which is not a valid regular expression"),
@@ -423,11 +423,11 @@ def test_a_configuration_that_is_not_computed_is_refused(plain, changed, config,
         (
             lambda t: t | {FIRST: t[FIRST][:, :-1].contiguous()},
             BadFile,
-            r"q_proj is \[256, 255\] there, the model's is \[256, 256\]",
+            r"q_proj is \[256, 255\] in the adapter, but \[256, 256\] in the model",
         ),
         (lambda t: t | {FIRST: t[FIRST].to(torch.int8)}, BadFile, "int8"),
         (lambda t: t | {"something.else": torch.ones(2, 2)}, UsageError, "something.else"),
-        (lambda t: t | {"model.norm.weight": torch.ones(256)}, UsageError, "whole weight of model.norm"),
+        (lambda t: t | {"model.norm.weight": torch.ones(256)}, UsageError, "full weight of model.norm"),
         (lambda t: t | {"lm_head.weight": torch.ones(322, 256)}, BadFile, r"lm_head of \[322, 256\]"),
         (lambda t: {k.replace("layers.1", "layers.7"): v for k, v in t.items()}, BadFile, "no module model.layers.7"),
         (lambda t: {k.replace("q_proj", "rotary"): v for k, v in t.items()}, BadFile, "no module"),
@@ -508,12 +508,12 @@ def test_names(plain):
     with pytest.raises(UsageError, match="already"):
         mine.ktx.load_lora(plain / "one")
     for wrong in (lambda: mine.ktx.use_lora("ones"), lambda: mine.ktx.unload_lora("ones")):
-        with pytest.raises(UsageError, match=re.escape("no LoRA adapter is called 'ones' (did you mean 'one'?)")):
+        with pytest.raises(UsageError, match=re.escape("no LoRA adapter named 'ones' (did you mean 'one'?)")):
             wrong()
     with pytest.raises(UsageError, match="two LoRA adapters"):
         load(plain, None, lora=[plain / "one", plain / "one"])
     mine.ktx.tokenizer = tokenizer()
-    with mine.ktx.engine(cache_lens=512) as engine, pytest.raises(UsageError, match="no LoRA adapter is called 'x'"):
+    with mine.ktx.engine(cache_lens=512) as engine, pytest.raises(UsageError, match="no LoRA adapter named 'x'"):
         engine.submit([1], SamplingParams(), print, lora="x")
 
 
@@ -553,16 +553,16 @@ def test_an_adapter_of_a_module_that_is_gone_is_refused(plain, change, before):
     model.ktx.use_lora()
     model(input_ids=first)
     model.ktx.use_lora("one")
-    with pytest.raises(UsageError, match=r"v_proj was exchanged, or put in floats.*'one'.*unload_lora"):
+    with pytest.raises(UsageError, match=r"v_proj was replaced, or converted to floats.*'one'.*unload_lora"):
         model(input_ids=first)
-    with pytest.raises(UsageError, match="v_proj was exchanged"):
+    with pytest.raises(UsageError, match="v_proj was replaced"):
         model.ktx.engine()
     model.ktx.use_lora()
     with model.ktx.engine() as engine:
         finished = [
             event for _, event in engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=2), lora=("one",))
         ][-1]
-        assert finished.reason == "error" and "v_proj was exchanged" in finished.error
+        assert finished.reason == "error" and "v_proj was replaced" in finished.error
     model.ktx.unload_lora("one")
     if change != "exchange":
         model.ktx.load_lora(plain / "one", "one")
