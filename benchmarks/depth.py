@@ -1,7 +1,7 @@
-"""What a long past costs a token: `python benchmarks/depth.py [--model DIR] [-d 8192] [--kv-dtype q8_0]`.
+"""Measures decode speed after a long context: `python benchmarks/depth.py [--model DIR] [-d 8192] [--kv-dtype q8_0]`.
 
-The cache is filled with random numbers, which costs seconds where computing them would take minutes, and a token's time does not depend on them. Tokens
-after none and after many others take turns.
+The KV cache is filled with random values, which takes seconds where a prefill would take minutes; the time of a token
+does not depend on the values. Tokens with an empty and with the long context alternate.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ktx  # noqa: E402  # before torch, whose idle threads then sleep
 import ktx.demo  # noqa: E402
 
-BEFORE = 4  # tokens that are computed first, so that the cache knows its shapes
+WARMUP_TOKENS = 4  # tokens that are computed first, so that the cache's buffers exist
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints one line a round and the medians."""
+    """Prints a line per round and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hugging Face folder or GGUF (default: the demo model)")
-    parser.add_argument("-d", "--depth", type=int, default=8192, metavar="TOKENS")
-    parser.add_argument("-n", "--tokens", type=int, default=12, help="a round")
-    parser.add_argument("-r", "--repeat", type=int, default=5)
-    parser.add_argument("--kv-dtype", default="f16")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument(
+        "-d", "--depth", type=int, default=8192, metavar="TOKENS", help="length of the context (default 8192)"
+    )
+    parser.add_argument("-n", "--tokens", type=int, default=12, help="tokens per round (default 12)")
+    parser.add_argument("-r", "--repeat", type=int, default=5, help="rounds; the median is reported (default 5)")
+    parser.add_argument("--kv-dtype", default="f16", help="type of the KV cache, as in ktx bench (default f16)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     import torch
 
@@ -53,24 +55,34 @@ def main(argv: list[str] | None = None) -> int:
 
     rounds = []
     for _ in range(args.repeat):
-        near, far = map(milliseconds, caches)
-        rounds.append((near, far, near / far))
+        empty_ms, deep_ms = map(milliseconds, caches)
+        rounds.append((empty_ms, deep_ms, empty_ms / deep_ms))
         if not args.json:
-            print(f"after none {near:.1f} ms, after {args.depth} {far:.1f}: {near / far:.0%} of the speed", flush=True)
-    near, far, share = (statistics.median(column) for column in zip(*rounds, strict=True))
+            print(
+                f"empty context {empty_ms:.1f} ms, {args.depth} tokens {deep_ms:.1f}:"
+                f" {empty_ms / deep_ms:.0%} of the speed",
+                flush=True,
+            )
+    empty_ms, deep_ms, speed_ratio = (statistics.median(column) for column in zip(*rounds, strict=True))
     if args.json:
         print(
             json.dumps(
-                {"depth": args.depth, "near_ms": near, "far_ms": far, "share": share, "bytes": caches[1].nbytes()}
+                {
+                    "depth": args.depth,
+                    "near_ms": empty_ms,
+                    "far_ms": deep_ms,
+                    "share": speed_ratio,
+                    "bytes": caches[1].nbytes(),
+                }
             )
         )
     else:
-        print(f"median {share:.0%}; the cache holds {caches[1].nbytes() / 1e6:.1f} MB")
+        print(f"median {speed_ratio:.0%}; the cache holds {caches[1].nbytes() / 1e6:.1f} MB")
     return 0
 
 
 def filled(model: Any, depth: int) -> Any:
-    """A cache with a few computed positions, and `depth` of random numbers."""
+    """Returns a KV cache with a few computed positions and `depth` random ones."""
     import torch
 
     from ktx.cache.kv import GrowingLayer, KVCache
@@ -78,7 +90,7 @@ def filled(model: Any, depth: int) -> Any:
 
     cache = KVCache(model.config, model.ktx.kv_dtype)
     with torch.inference_mode():
-        model(input_ids=torch.arange(5, 5 + BEFORE)[None], **cache_argument(model, cache))
+        model(input_ids=torch.arange(5, 5 + WARMUP_TOKENS)[None], **cache_argument(model, cache))
         for layer in cache.layers if depth else ():
             if isinstance(layer, GrowingLayer):
                 batch, heads = layer.buffers[0].shape[:2]

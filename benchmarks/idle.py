@@ -1,8 +1,9 @@
-"""What an idle process costs, and what its first token costs after it: `python benchmarks/idle.py [--model DIR]`.
+"""Measures an idle process and its first token after the pause: `python benchmarks/idle.py [--model DIR]`.
 
-CPU time used while nothing is asked, as a share of one core, and the time of the first token after the pause less that of a token among others.
-A virtual machine pays for a pause by itself: its host parks cores and gives their caches away. So before each of these pauses lies another,
-after which torch adds up as many bytes as a token reads: what that takes longer than usual is the machine's own share.
+Reports the CPU time while idle, as a fraction of one core, and how much longer the first token after the pause takes
+than a token in steady state. On a virtual machine a pause has a cost of its own, because the host parks cores and
+gives their caches away. So each pause is preceded by another one, after which torch sums as many bytes as a token
+reads: the time that this takes longer than in steady state is the machine's part.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints one line a pause and the medians."""
+    """Prints a line per pause and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Hugging Face folder or GGUF (default: the demo model)")
-    parser.add_argument("--pause", type=float, default=10.0, metavar="SECONDS", help="default 10")
-    parser.add_argument("-r", "--repeat", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--pause", type=float, default=10.0, metavar="SECONDS", help="length of a pause (default 10)")
+    parser.add_argument(
+        "-r", "--repeat", type=int, default=3, help="number of pauses; the median is reported (default 3)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
     import torch
 
@@ -37,41 +40,48 @@ def main(argv: list[str] | None = None) -> int:
     weights = None if args.model else str(ktx.demo.gguf())
     model, _ = ktx.load(args.model or str(ktx.demo.path()), weights, progress=False)
     cache = KVCache(model.config)
-    plain = torch.ones(max(1, model.ktx.bytes_per_token // 8), dtype=torch.int64)
+    buffer = torch.ones(max(1, model.ktx.bytes_per_token // 8), dtype=torch.int64)
 
-    def token() -> float:
+    def token_ms() -> float:
         start = time.perf_counter()
         with torch.inference_mode():
             model(input_ids=torch.tensor([[5]]), **cache_argument(model, cache))
         return (time.perf_counter() - start) * 1e3
 
-    def read() -> float:
+    def read_ms() -> float:
         start = time.perf_counter()
-        plain.sum()
+        buffer.sum()
         return (time.perf_counter() - start) * 1e3
 
     for _ in range(10):
-        token()
+        token_ms()
     rows = []
     for _ in range(args.repeat):
-        read_steady = statistics.median(read() for _ in range(20))
+        steady_read_ms = statistics.median(read_ms() for _ in range(20))
         time.sleep(args.pause)
-        machine = read() - read_steady
-        steady = statistics.median(token() for _ in range(20))
-        used = time.process_time()
+        machine_extra_ms = read_ms() - steady_read_ms
+        steady_ms = statistics.median(token_ms() for _ in range(20))
+        cpu_share = time.process_time()
         time.sleep(args.pause)
-        used = (time.process_time() - used) / args.pause
-        first = token() - steady
-        rows.append({"idle_core_share": used, "token_ms": steady, "first_extra_ms": first, "machine_extra_ms": machine})
-    found = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        cpu_share = (time.process_time() - cpu_share) / args.pause
+        first_extra_ms = token_ms() - steady_ms
+        rows.append(
+            {
+                "idle_core_share": cpu_share,
+                "token_ms": steady_ms,
+                "first_extra_ms": first_extra_ms,
+                "machine_extra_ms": machine_extra_ms,
+            }
+        )
+    medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(medians))
         return 0
-    for row in [*rows, found]:
-        name = "median" if row is found else f"{args.pause:g} s idle"
+    for row in [*rows, medians]:
+        name = "median" if row is medians else f"{args.pause:g} s idle"
         print(
             f"{name:12}{row['idle_core_share']:>9.2%} of a core"
-            f"{row['token_ms']:>10.2f} ms a token, the first {row['first_extra_ms']:+.2f} ms; "
+            f"{row['token_ms']:>10.2f} ms per token, the first {row['first_extra_ms']:+.2f} ms; "
             f"a plain read of as many bytes {row['machine_extra_ms']:+.2f} ms"
         )
     return 0
