@@ -1,4 +1,4 @@
-"""The routes."""
+"""The server's application: all routes, the parsing of JSON bodies and the error handlers."""
 
 from __future__ import annotations
 
@@ -48,16 +48,17 @@ from ktx.server.stats import MachineStats
 from ktx.server.streaming import ClientDisconnected, cancel_on_disconnect
 
 log = logging.getLogger("ktx.server")
-MAX_JSON_DEPTH = 128  # of brackets in a body
+MAX_JSON_DEPTH = 128  # nesting of arrays and objects in a body
 
 
 class JsonRoute(APIRoute):
-    """Reads the body as JSON before anything is made of it, whatever its sender calls it. Ends what it does for a client that leaves."""
+    """A route that parses its body as JSON, whatever its content type, and is cancelled when the client disconnects."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wraps FastAPI's handler."""
         handler = super().get_route_handler()
 
-        async def read(request: Request) -> Response:
+        async def handle(request: Request) -> Response:
             ignored: list[str] = []
             parameters.IGNORED_BY_REQUEST.set(ignored)
             try:
@@ -65,38 +66,41 @@ class JsonRoute(APIRoute):
                     return await handler(request)
                 if body := await request.body():
                     request._json = parse_json(body)
-                answer = await cancel_on_disconnect(request, handler(request))
+                response = await cancel_on_disconnect(request, handler(request))
                 if ignored:
-                    answer.headers[parameters.IGNORED_HEADER] = ", ".join(ignored)
-                return answer
+                    response.headers[parameters.IGNORED_HEADER] = ", ".join(ignored)
+                return response
             except ClientDisconnected:
                 return Response(status_code=499)
             except (RequestValidationError, HTTPException):
                 raise
-            except (
-                Exception
-            ) as error:  # told here: Starlette would raise it again behind the answer, and the connection end
-                return _problem(request, error)
+            # Handled here, because Starlette would raise it again after the response and close the connection.
+            except Exception as error:
+                return _handle_error(request, error)
 
-        return read
+        return handle
 
 
 def parse_json(body: bytes) -> Any:
-    """Problem 400 for what is no JSON, is nested too deeply, or holds halves of characters."""
+    """Parses a JSON body.
+
+    Raises:
+        APIError: 400, the body is not valid UTF-8 or JSON, is nested too deeply, or contains a single surrogate.
+    """
     try:
-        value = json.loads(body, parse_constant=_number, parse_float=_number)
+        value = json.loads(body, parse_constant=_parse_number, parse_float=_parse_number)
     except UnicodeDecodeError as error:
-        raise APIError(400, f"the body is no UTF-8: {error.reason} at byte {error.start}") from error
+        raise APIError(400, f"the body is not valid UTF-8: {error.reason} at byte {error.start}") from error
     except RecursionError as error:
         raise APIError(400, f"the body is nested deeper than {MAX_JSON_DEPTH} levels") from error
     except ValueError as error:
-        raise APIError(400, f"the body is no JSON: {error}") from error
-    level, depth = [value], 0
-    while level := [
-        inner
-        for one in level
-        if isinstance(one, dict | list)
-        for inner in (one.values() if isinstance(one, dict) else one)
+        raise APIError(400, f"the body is not valid JSON: {error}") from error
+    values, depth = [value], 0
+    while values := [
+        child
+        for container in values
+        if isinstance(container, dict | list)
+        for child in (container.values() if isinstance(container, dict) else container)
     ]:
         depth += 1
         if depth > MAX_JSON_DEPTH:
@@ -105,25 +109,25 @@ def parse_json(body: bytes) -> Any:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise APIError(400, "the body holds half of a surrogate pair, which is no character") from error
+            raise APIError(400, "the body contains half of a surrogate pair, which is not a character") from error
     return value
 
 
-def _number(text: str) -> float:
-    """ValueError for what JSON has no number for, such as NaN, which Python reads and could not write again."""
+def _parse_number(text: str) -> float:
+    """Parses a number; raises ValueError for NaN and infinity, which Python's parser accepts but JSON does not have."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:32]} is no number of JSON's, or too large")
+        raise ValueError(f"{text[:32]} is not a JSON number, or too large")
     return value
 
 
 def make_app(state: ServerState, access: AccessPolicy | None = None) -> AuthMiddleware:
-    """The whole server as one ASGI application."""
+    """Returns the server's ASGI application: the routes behind the authentication middleware."""
     return AuthMiddleware(make_routes(state)[0], access or AccessPolicy())
 
 
 def make_routes(state: ServerState) -> tuple[FastAPI, Metrics]:
-    """What stands behind the guard."""
+    """Returns the application behind the authentication middleware, and its metrics."""
     app = FastAPI(title="ktx", version=ktx.__version__, docs_url=None, redoc_url=None)
     metrics = Metrics(state)
     state.on_finished = metrics.finished
@@ -131,18 +135,18 @@ def make_routes(state: ServerState) -> tuple[FastAPI, Metrics]:
     _openai(routes, state)
     _adapters(routes, state)
     _responses(routes, state)
-    _others(routes, state)
-    _state(routes, state, metrics)
+    _anthropic_and_ollama(routes, state)
+    _monitoring(routes, state, metrics)
     app.include_router(routes)
     app.router.routes.extend(static.routes())
-    app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
-    app.add_exception_handler(HTTPException, _http)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _handle_invalid_request)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _handle_http_error)  # type: ignore[arg-type]
     return app, metrics
 
 
 def _openai(routes: APIRouter, state: ServerState) -> None:
     def model(name: str) -> dict[str, Any]:
-        """As OpenAI tells of it, with vLLM's length, and as Anthropic does: both have this path."""
+        """Returns the model with the fields of OpenAI, vLLM (max_model_len) and Anthropic, which share this path."""
         engine, _, _ = state.require_ready()
         return {
             "id": name,
@@ -162,8 +166,8 @@ def _openai(routes: APIRouter, state: ServerState) -> None:
     @routes.get("/v1/models")
     @routes.get("/v1/models/", include_in_schema=False)
     async def models() -> dict[str, Any]:
-        more = {"has_more": False, "first_id": state.names[0], "last_id": state.names[-1]}
-        return {"object": "list", "data": [model(name) for name in state.names], **more}
+        page_fields = {"has_more": False, "first_id": state.names[0], "last_id": state.names[-1]}
+        return {"object": "list", "data": [model(name) for name in state.names], **page_fields}
 
     @routes.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
@@ -179,7 +183,7 @@ def _openai(routes: APIRouter, state: ServerState) -> None:
 
     @routes.post("/v1/embeddings")
     async def embeddings() -> Any:
-        raise APIError(501, "this is a chat model, it makes no embeddings")
+        raise APIError(501, "this is a chat model; it provides no embeddings")
 
     @routes.post("/tokenize")
     async def tokenize(fields: TokenizeRequest) -> dict[str, Any]:
@@ -211,7 +215,8 @@ def _adapters(routes: APIRouter, state: ServerState) -> None:
     async def scale_adapters() -> Any:
         raise APIError(
             501,
-            "adapters are not scaled for all requests at once: name one as the request's model, or give the request lora [{id, scale}]",
+            "the scale of an adapter cannot be set for all requests; use the adapter as the request's model, or add"
+            " lora [{id, scale}] to the request",
         )
 
 
@@ -240,14 +245,16 @@ def _responses(routes: APIRouter, state: ServerState) -> None:
         order: Literal["asc", "desc"] = "desc",
         after: Annotated[str | None, Query(max_length=256)] = None,
     ) -> Any:
-        return stored_responses.input_items(state.response_store, owner_of(request), name, limit, order == "desc", after)
+        return stored_responses.input_items(
+            state.response_store, owner_of(request), name, limit, order == "desc", after
+        )
 
     @routes.post("/v1/responses/{name}/cancel")
     async def cancel(name: str, request: Request) -> Any:
         return stored_responses.cancel(state.response_store, owner_of(request), name)
 
 
-def _others(routes: APIRouter, state: ServerState) -> None:
+def _anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
     @routes.post("/v1/messages")
     async def anthropic(fields: MessagesRequest, request: Request) -> Any:
         return await messages.answer(state, fields, request)
@@ -271,7 +278,7 @@ def _others(routes: APIRouter, state: ServerState) -> None:
     @routes.post("/api/embed")
     @routes.post("/api/embeddings")
     async def ollama_embeddings() -> Any:
-        raise APIError(501, "this is a chat model, it makes no embeddings")
+        raise APIError(501, "this is a chat model; it provides no embeddings")
 
     @routes.head("/api/tags", include_in_schema=False)
     @routes.get("/api/tags")
@@ -288,7 +295,7 @@ def _others(routes: APIRouter, state: ServerState) -> None:
         return {"version": ollama.VERSION}
 
 
-def _state(routes: APIRouter, state: ServerState, metrics: Metrics) -> None:
+def _monitoring(routes: APIRouter, state: ServerState, metrics: Metrics) -> None:
     machine = MachineStats(state)
 
     @routes.head("/health", include_in_schema=False)
@@ -306,42 +313,45 @@ def _state(routes: APIRouter, state: ServerState, metrics: Metrics) -> None:
         return Response(to_json(machine.snapshot()), media_type="application/json")
 
 
-def _respond(request: Request, problem: APIError) -> JSONResponse:
-    message = problem.message.encode("utf-8", "replace").decode()[:4096]
-    headers = {"retry-after": str(problem.retry)} if problem.retry else None
-    body = error_body(request.url.path, problem.status, message, problem.code, problem.param, problem.details)
-    return JSONResponse(body, problem.status, headers)
+def _error_response(request: Request, error: APIError) -> JSONResponse:
+    message = error.message.encode("utf-8", "replace").decode()[:4096]
+    headers = {"retry-after": str(error.retry)} if error.retry else None
+    body = error_body(request.url.path, error.status, message, error.code, error.param, error.details)
+    return JSONResponse(body, error.status, headers)
 
 
-def _problem(request: Request, error: Exception) -> JSONResponse:
-    problem = to_api_error(error)
-    if problem.status == 500:
+def _handle_error(request: Request, error: Exception) -> JSONResponse:
+    api_error = to_api_error(error)
+    if api_error.status == 500:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _respond(request, problem)
+    return _error_response(request, api_error)
 
 
-async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """The first thing that is wrong, by its place. Of several types that a field may have, the nearest fit is told."""
-    found = error.errors()
-    unknown = [one for one in found if one["type"] == "extra_forbidden"]
-    first = max(found, key=lambda one: len(one["loc"])) if not unknown else unknown[0]
-    place = ".".join(str(part) for part in first["loc"] if part != "body")
-    if unknown:
-        message = f"{place}: this server knows no such field"
+async def _handle_invalid_request(request: Request, error: RequestValidationError) -> JSONResponse:
+    """Reports the first invalid field.
+
+    A field with several types has one error per type; the one with the longest path is the closest match.
+    """
+    errors = error.errors()
+    unknown_fields = [item for item in errors if item["type"] == "extra_forbidden"]
+    first = max(errors, key=lambda item: len(item["loc"])) if not unknown_fields else unknown_fields[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "body")
+    if unknown_fields:
+        message = f"{param}: this server has no such field"
     elif first["type"] == "parameter":
-        message, place = str(first["msg"]), first["ctx"]["name"]
+        message, param = str(first["msg"]), first["ctx"]["name"]
     elif first["type"] == "missing":
-        message = f"{place}: is missing"
+        message = f"{param}: is missing"
     elif first["type"] == "none_required":
-        message = f"{place}: this server does not offer it"
+        message = f"{param}: this server does not support it"
     else:
-        words = str(first["msg"]).removeprefix("Value error, ")
-        message = f"{place}: {words}" if place else words
-    return _respond(request, APIError(400, message, place or None))
+        reason = str(first["msg"]).removeprefix("Value error, ")
+        message = f"{param}: {reason}" if param else reason
+    return _error_response(request, APIError(400, message, param or None))
 
 
-async def _http(request: Request, error: HTTPException) -> JSONResponse:
+async def _handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
     message = str(error.detail)
     if error.status_code == 404:
-        message = f"there is nothing at {request.url.path}"
-    return _respond(request, APIError(error.status_code, message))
+        message = f"no such route: {request.url.path}"
+    return _error_response(request, APIError(error.status_code, message))

@@ -324,7 +324,7 @@ def test_words_that_look_like_control_tokens_stay_words(http):
         (ask("x", temperature="0.5"), "temperature", "valid number"),
         (ask("x", n=100), "n", "less than or equal to 8"),
         (ask("x", tempurature=1), "tempurature", "no such field"),
-        (ask("x", audio={"voice": "a"}), "audio", "does not offer"),
+        (ask("x", audio={"voice": "a"}), "audio", "does not support"),
         (ask("x", stream_options={"include_usage": True}), None, "stream: true"),
         (ask("x", max_tokens=1 << 20), "messages", "context holds 32768"),
         (ask("x" * 40000), "messages", "context holds"),

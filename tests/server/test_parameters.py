@@ -101,7 +101,7 @@ def test_every_refused_parameter(special, path):
         for value in (None, *row.nothing):
             assert asked(http, path, **{name: value})[:2] == (200, ""), (name, value)
         status, _, text = asked(http, path, **{name: 7})
-        assert status == 400 and f"{name}: this server does not offer it" in text, name
+        assert status == 400 and f"{name}: this server does not support it" in text, name
         if path == CHAT:
             assert json.loads(text)["error"]["param"] == name
 
