@@ -69,7 +69,7 @@ def test_each_class(pair, monkeypatch):
             patch.setattr(kind, "forward", scaled(kind.forward))
             wanted = computed(pair.reference)
             if kind.__name__.endswith("Experts"):
-                with pytest.raises(UsageError, match=f"a method was put on {kind.__name__}, which packed experts"):
+                with pytest.raises(UsageError, match=f"a method of {kind.__name__} was patched, which packed experts"):
                     computed(pair.model)
                 continue
             assert relative(computed(pair.model), wanted) < 1e-4, kind

@@ -410,8 +410,8 @@ def test_quantised_matrices_that_are_edited(tmp_path):
     "ask,said",
     [
         (lambda m: ktx.edit(last(m).mlp.experts), "experts have gate_proj up_proj down_proj, not 'weight'"),
-        (lambda m: ktx.edit(last(m).mlp.experts, "up_proj", expert=8), "expert=8, here are 0 to 7"),
-        (lambda m: ktx.edit(last(m).mlp.experts, "up_proj"), "expert=None, here are"),
+        (lambda m: ktx.edit(last(m).mlp.experts, "up_proj", expert=8), "expert=8, this module has experts 0 to 7"),
+        (lambda m: ktx.edit(last(m).mlp.experts, "up_proj"), "expert=None, this module has experts"),
         (lambda m: ktx.edit(last(m).self_attn.q_proj, "bias"), "has one matrix, `weight`"),
         (lambda m: ktx.edit(last(m).input_layernorm), "has no packed weights"),
         (lambda m: ktx.edit(last(m).self_attn.q_proj, dtype="Q9"), "'Q9' is not a weight type"),

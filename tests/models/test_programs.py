@@ -324,9 +324,9 @@ def test_scalars_of_experts(two):
         scalars = {n: v for n, v in vars(theirs).items() if isinstance(v, bool | int | float) and n[0] != "_"}
         assert len(scalars) > 4 and all(getattr(ours, name) == value for name, value in scalars.items())
         ours.is_transposed = theirs.is_transposed
-        with pytest.raises(UsageError, match="packed experts go by that"):
+        with pytest.raises(UsageError, match="packed experts depend on it"):
             ours.is_transposed = not theirs.is_transposed
-        with pytest.raises(UsageError, match="packed experts go by that"):
+        with pytest.raises(UsageError, match="packed experts depend on it"):
             ours.has_bias = not theirs.has_bias
 
 
