@@ -1,1 +1,1 @@
-"""Model hubs: which files of a repository are wanted, and how they come."""
+"""Model hubs: selects the files of a repository and downloads them."""

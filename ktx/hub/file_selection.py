@@ -1,4 +1,7 @@
-"""Which files of a repository are wanted: its weights in one form, and what a model needs beside them. No network here."""
+"""Selects the files of a repository to download: the weights in one format, and the other files that a model needs.
+
+No network access.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,19 @@ from pathlib import PurePosixPath
 
 from ktx.errors import BadFile, UsageError
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # formats whose reader runs code that is in the file
-WEIGHTS = (".safetensors", ".gguf", *PICKLES)
-BESIDE = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "README.md")
-NO_MODEL = re.compile(r"^(mmproj|imatrix)|[._-]imatrix\b", re.I)  # GGUF files that hold something else
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # reading these can run code in the file
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", *PICKLE_SUFFIXES)
+OTHER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*", "README.md")
+NOT_MODEL = re.compile(r"^(mmproj|imatrix)|[._-]imatrix\b", re.I)  # GGUF files that are not models
 SPLIT = re.compile(r"^(.+)-(\d{5,6})-of-(\d{5,6})$")
-QUANTISATION = re.compile(
+QUANTIZATION = re.compile(
     r"(?:^|[._-])((?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|BF16|F(?:P)?(?:16|32)))(?=$|[._-])", re.I
 )
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a repository; hubs name the digest of large ones only."""
+    """A file of a repository; `size` in bytes. Hubs report `sha256` for large files only."""
 
     path: str
     size: int
@@ -31,12 +34,13 @@ class File:
 
     @property
     def kind(self) -> str:
+        """The suffix in lower case."""
         return PurePosixPath(self.path).suffix.lower()
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """One GGUF model of a repository: a file, or the parts of a split one in their order."""
+    """One GGUF model of a repository: a file, or the parts of a split file in order. `stem`: path without suffix."""
 
     name: str
     stem: str
@@ -49,7 +53,7 @@ class Quantization:
 
 @dataclass
 class FileSelection:
-    """What is fetched, and the pickle files that are left where they are."""
+    """The files to download, and the pickle files that are skipped."""
 
     weights: list[File] = field(default_factory=list)
     beside: list[File] = field(default_factory=list)
@@ -61,7 +65,7 @@ class FileSelection:
 
 
 class AmbiguousQuant(UsageError):
-    """A repository of several quantisations, of which none is named."""
+    """The repository contains several quantizations and the request matches none or more than one of them."""
 
     def __init__(self, message: str, found: Sequence[Quantization]):
         super().__init__(message)
@@ -71,77 +75,89 @@ class AmbiguousQuant(UsageError):
 def choose(
     repo: str, files: Sequence[File], tag: str = "", include: Sequence[str] = (), exclude: Sequence[str] = ()
 ) -> FileSelection:
-    """The wanted files: of quantisation `tag`, of the globs `include`, or of the one form of weights there is, never of `exclude`.
+    """Selects the files to download.
 
-    Raises Several when there are many quantisations and none is named, UsageError when nothing fits, BadFile when a file's
-    name leads out of the folder.
+    Args:
+        repo: the repository's name, for messages.
+        files: all files of the repository.
+        tag: the name of a GGUF quantization.
+        include: globs of files to download; without these and `tag`, safetensors or else the only GGUF model.
+        exclude: globs of files to skip.
+
+    Raises:
+        AmbiguousQuant: there are several quantizations and none is selected.
+        UsageError: no file matches.
+        BadFile: a file's name leads out of the target folder.
     """
     for file in files:
         if file.path.startswith("/") or "\\" in file.path or ".." in file.path.split("/"):
-            raise BadFile(f"{repo}: names a file {file.path!r}, which lies outside of it; nothing is fetched")
+            raise BadFile(
+                f"{repo}: lists the file {file.path!r}, which is outside of the repository; nothing downloaded"
+            )
     allowed = [file for file in files if not fits(file, exclude)]
-    asked = {PurePosixPath(glob).suffix.lower() for glob in include}
-    pickles = [file for file in allowed if file.kind in PICKLES and file.kind not in asked]
+    included_suffixes = {PurePosixPath(glob).suffix.lower() for glob in include}
+    pickles = [file for file in allowed if file.kind in PICKLE_SUFFIXES and file.kind not in included_suffixes]
     safe = [file for file in allowed if file not in pickles]
     for glob in [*include, *exclude]:
         if not any(fits(file, [glob]) for file in files):
-            warnings.warn(f"{repo}: {glob} fits no file", stacklevel=2)
+            warnings.warn(f"{repo}: {glob} matches no file", stacklevel=2)
     if include:
-        wanted = [file for file in safe if fits(file, include)]
-        if not wanted:
-            raise UsageError(f"{repo}: no file fits {' or '.join(include)}; it holds {_some(files)}")
+        selected = [file for file in safe if fits(file, include)]
+        if not selected:
+            raise UsageError(f"{repo}: no file matches {' or '.join(include)}; it contains {_first_names(files)}")
     else:
-        wanted = _weights(repo, safe, pickles, tag)
-    weights = [file for file in wanted if file.kind in WEIGHTS]
-    beside = {file for file in safe if weights and "/" not in file.path and fits(file, BESIDE)}
-    others = {file for file in wanted if file not in weights}
+        selected = _weights(repo, safe, pickles, tag)
+    weights = [file for file in selected if file.kind in WEIGHT_SUFFIXES]
+    beside = {file for file in safe if weights and "/" not in file.path and fits(file, OTHER_FILES)}
+    others = {file for file in selected if file not in weights}
     return FileSelection(weights, sorted(others | beside, key=lambda file: file.path), pickles)
 
 
 def fits(file: File, globs: Sequence[str]) -> bool:
-    """Whether a glob names the file by its path or its last part; a folder with / at its end means all that is in it."""
+    """Whether a glob matches the file's path or its name; a glob that ends with / matches everything in that folder."""
     names = (file.path, PurePosixPath(file.path).name)
     return any(fnmatchcase(name, glob + "*" if glob.endswith("/") else glob) for glob in globs for name in names)
 
 
 def _weights(repo: str, files: Sequence[File], pickles: Sequence[File], tag: str) -> list[File]:
-    """Of a repository whose user named no file: a quantisation, else safetensors, else the only GGUF."""
+    """The weights when no glob is given: quantization `tag`, else safetensors, else the only GGUF model."""
     found, tensors = quantisations(files), _safetensors(files)
     if tag:
         return list(_tagged(repo, found, tag).files)
     if tensors:
         return tensors
     if len(found) > 1:
-        raise AmbiguousQuant(f"{repo} holds {len(found)} quantisations: name one of the table", found)
+        raise AmbiguousQuant(f"{repo} contains {len(found)} quantizations: choose one of the table", found)
     if found:
         return list(found[0].files)
     if pickles:
         raise UsageError(
-            f"{repo}: its weights are pickle files alone ({_some(pickles)}), which run code when they are read; ktx reads"
-            f' safetensors and GGUF. --include "*{pickles[0].kind}" fetches them all the same'
+            f"{repo}: its weights are only pickle files ({_first_names(pickles)}), which can run code when they are"
+            f' read; ktx reads safetensors and GGUF. --include "*{pickles[0].kind}" downloads them anyway'
         )
     raise UsageError(
-        f"{repo}: holds neither safetensors nor GGUF, only {_some(files)}; --include GLOB fetches other files"
+        f"{repo}: contains neither safetensors nor GGUF, only {_first_names(files)}; --include GLOB downloads other"
+        " files"
     )
 
 
 def _safetensors(files: Sequence[File]) -> list[File]:
-    """Those of the top folder, and of two copies there the one that transformers reads; else all."""
+    """The safetensors in the top folder, of two copies there the one that transformers reads; if none, all of them."""
     tensors = [file for file in files if file.kind == ".safetensors"]
     top = [file for file in tensors if "/" not in file.path]
     return [file for file in top if file.path.startswith("model")] or top or tensors
 
 
 def quantisations(files: Sequence[File]) -> list[Quantization]:
-    """The GGUF models of a repository, the smaller first."""
+    """The GGUF models of a repository, smallest first."""
     groups: dict[str, list[File]] = {}
     for file in files:
         path = PurePosixPath(file.path)
-        if file.kind == ".gguf" and not NO_MODEL.search(path.name):
+        if file.kind == ".gguf" and not NOT_MODEL.search(path.name):
             split = SPLIT.match(path.stem)
             groups.setdefault(str(path.parent / (split[1] if split else path.stem)), []).append(file)
     names = [_name(stem) for stem in groups]
-    made = [
+    found = [
         Quantization(
             name if names.count(name) == 1 else PurePosixPath(stem).name,
             stem,
@@ -149,37 +165,37 @@ def quantisations(files: Sequence[File]) -> list[Quantization]:
         )
         for name, (stem, group) in zip(names, groups.items(), strict=True)
     ]
-    return sorted(made, key=lambda one: (one.size, one.name))
+    return sorted(found, key=lambda quantization: (quantization.size, quantization.name))
 
 
 def _name(stem: str) -> str:
-    """The last quantisation that a file's name tells, else its folder's, else the whole name."""
+    """The last quantization type in a file's name, else in its folder's name, else the complete file name."""
     path = PurePosixPath(stem)
     for part in (path.name, path.parent.name):
-        if found := QUANTISATION.findall(part):
+        if found := QUANTIZATION.findall(part):
             return found[-1].upper()
     return path.name
 
 
 def _tagged(repo: str, found: Sequence[Quantization], tag: str) -> Quantization:
-    """The quantisation called `tag`, in capitals or not, with or without the UD- that Unsloth puts before some."""
+    """The quantization named `tag`, ignoring case, with or without Unsloth's prefix UD-."""
     if not found:
-        raise UsageError(f"{repo}: holds no GGUF, so no quantisation {tag!r}; leave :{tag} out")
-    wanted = tag.upper()
-    for names in ((wanted,), (f"UD-{wanted}",)):
-        fitting = [one for one in found if one.name.upper() in names or _name(one.stem) in names]
-        if fitting:
+        raise UsageError(f"{repo}: contains no GGUF, so no quantization {tag!r}; leave :{tag} out")
+    requested = tag.upper()
+    for names in ((requested,), (f"UD-{requested}",)):
+        matching = [one for one in found if one.name.upper() in names or _name(one.stem) in names]
+        if matching:
             break
-    if len(fitting) != 1:
-        holds = f"holds {len(fitting)} models that are" if fitting else "holds nothing that is"
-        raise AmbiguousQuant(f"{repo}: {holds} {tag}: name one of the table", fitting or found)
-    first = PurePosixPath(fitting[0].files[0].path)
+    if len(matching) != 1:
+        problem = f"contains {len(matching)} models named" if matching else "contains no model named"
+        raise AmbiguousQuant(f"{repo}: {problem} {tag}: choose one of the table", matching or found)
+    first = PurePosixPath(matching[0].files[0].path)
     split = SPLIT.match(first.stem)
-    if split and len(fitting[0].files) != int(split[3]):
-        raise BadFile(f"{repo}: holds {len(fitting[0].files)} of the {int(split[3])} parts of {fitting[0].name}")
-    return fitting[0]
+    if split and len(matching[0].files) != int(split[3]):
+        raise BadFile(f"{repo}: contains {len(matching[0].files)} of the {int(split[3])} parts of {matching[0].name}")
+    return matching[0]
 
 
-def _some(files: Sequence[File]) -> str:
+def _first_names(files: Sequence[File]) -> str:
     names = [file.path for file in files[:3]]
     return ", ".join(names) + (f" and {len(files) - 3} more" if len(files) > 3 else "") if names else "nothing"

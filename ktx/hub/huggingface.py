@@ -1,7 +1,8 @@
-"""The Hugging Face hub, or a mirror (HF_ENDPOINT). huggingface_hub lists, signs in and keeps the files; a large file that was cut goes on where it was.
+"""The Hugging Face hub, or a mirror (HF_ENDPOINT), with resumable downloads of large files.
 
-That library begins a broken file anew since its second version, which costs hours of a file of 40 GB. So the large ones are
-fetched here, with its own `http_get`, into a file that stays, and are put where the library then finds them.
+huggingface_hub lists repositories, authenticates and manages the cache. Since its second version it restarts an
+interrupted file from the beginning, which costs hours for a file of 40 GB. So large files are downloaded here, with its
+own `http_get`, into a persistent partial file that is then moved to where the library expects it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from ktx.errors import BadFile, KtxError, UsageError
 from ktx.hub.file_selection import File
 from ktx.hub.listing import Listing, Plan
 
-WORKERS = 4  # files at once
-PIECE = 1 << 20  # bytes that are written at once: what a cut loses of a file
-SMALL = 10_000_000  # bytes of what the library may fetch without a word
+WORKERS = 4  # concurrent downloads
+CHUNK_BYTES = 1 << 20  # bytes written at once; an interrupted download loses at most this much
+NO_PROGRESS_MAX_BYTES = 10_000_000  # the library downloads files up to this size without a progress bar
 
 
 class HuggingFace:
-    """HF_TOKEN, or what `hf auth login` has stored, is sent to the hub and to nobody else."""
+    """The Hugging Face hub. HF_TOKEN, or the token stored by `hf auth login`, is sent only to the hub."""
 
     def __init__(self) -> None:
         from huggingface_hub import constants
@@ -35,7 +36,7 @@ class HuggingFace:
 
         logging.set_verbosity_error()
         disable_progress_bars()
-        constants.DOWNLOAD_CHUNK_SIZE = PIECE
+        constants.DOWNLOAD_CHUNK_SIZE = CHUNK_BYTES
         self.endpoint, self.largest = constants.ENDPOINT, constants.MAX_HTTP_DOWNLOAD_SIZE
         self.cache = Path(constants.HF_HUB_CACHE)
 
@@ -53,8 +54,8 @@ class HuggingFace:
 
     def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> Plan:
         place = to or self.cache
-        if to is not None and not to.exists():  # the library would make the folder to look into it
-            self._may_read(listing, wanted[-1])
+        if to is not None and not to.exists():  # a dry run of the library would create the folder
+            self._check_access(listing, wanted[-1])
             missing = {file.path for file in wanted}
         else:
             missing = {
@@ -63,7 +64,7 @@ class HuggingFace:
                 if one.will_download
             }
         files = tuple(file for file in wanted if file.path in missing)
-        parts = (_part(self._target(listing, file, to), file) for file in files if self._by_us(file))
+        parts = (_partial_path(self._target(listing, file, to), file) for file in files if self._is_ours(file))
         return Plan(files, place, sum(part.stat().st_size for part in parts if part.exists()))
 
     def fetch(
@@ -71,27 +72,27 @@ class HuggingFace:
     ) -> Path:
         from huggingface_hub.utils import enable_progress_bars
 
-        large = list({self._target(listing, file, to): file for file in plan.files if self._by_us(file)}.values())
-        if any(file.size > SMALL and file not in large for file in plan.files):
+        large = list({self._target(listing, file, to): file for file in plan.files if self._is_ours(file)}.values())
+        if any(file.size > NO_PROGRESS_MAX_BYTES and file not in large for file in plan.files):
             enable_progress_bars()
         stop = threading.Event()
         try:
-            _all(large, lambda file: self._fetch(listing, file, to, advance, stop), stop)
+            _fetch_all(large, lambda file: self._fetch(listing, file, to, advance, stop), stop)
         except KtxError:
             raise
         except Exception as error:
             raise self.told(error, listing.repo, listing.revision) from error
-        # By the branch's name, which the library then remembers for those who ask without a network.
+        # With the branch's name and not the commit, because the library stores the name for later offline use.
         folder = Path(self._snapshot(listing, listing.asked, wanted, to))
         advance(sum(file.size for file in plan.files if file not in large))
         return folder
 
-    def _by_us(self, file: File) -> bool:
-        """Small files are not worth it, and those beyond 50 GB come by Xet alone."""
+    def _is_ours(self, file: File) -> bool:
+        """Whether a file is downloaded here: small files are not, and files beyond 50 GB are only available by Xet."""
         return file.sha256 is not None and file.size <= self.largest
 
     def _target(self, listing: Listing, file: File, to: Path | None) -> Path:
-        """Where the library looks for a file: under its name in a folder, under its digest in the cache."""
+        """Where the library expects a file: at its path in the folder `to`, or under its digest in the cache."""
         from huggingface_hub.file_download import repo_folder_name
 
         if to is not None:
@@ -111,7 +112,7 @@ class HuggingFace:
         except Exception as error:
             raise self.told(error, listing.repo, listing.revision) from error
 
-    def _may_read(self, listing: Listing, file: File) -> None:
+    def _check_access(self, listing: Listing, file: File) -> None:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         try:
@@ -123,27 +124,27 @@ class HuggingFace:
         self, listing: Listing, file: File, to: Path | None, advance: Callable[[int], None], stop: threading.Event
     ) -> None:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub._local_folder import write_download_metadata  # else the library reads all of it again
+        from huggingface_hub._local_folder import write_download_metadata  # or else the library hashes the file again
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
 
         target = self._target(listing, file, to)
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = _part(target, file)
+        part = _partial_path(target, file)
         with open(part, "a+b") as raw:
             try:
                 fcntl.flock(raw, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise KtxError(f"{part}: another download writes it; wait for it, or end it") from error
+                raise KtxError(f"{part}: another download is writing this file; wait for it, or stop it") from error
             if raw.seek(0, os.SEEK_END) > file.size:
                 raw.truncate(0)
             while True:
                 growing = Growing(raw, advance, stop)
-                continued = growing.tell()
+                resumed_bytes = growing.tell()
                 http_get(
                     hf_hub_url(listing.repo, file.path, revision=listing.revision),
                     growing,  # type: ignore[arg-type]
-                    resume_size=continued,
+                    resume_size=resumed_bytes,
                     headers=build_hf_headers(),
                     expected_size=file.size,
                     displayed_filename=file.path,
@@ -151,50 +152,54 @@ class HuggingFace:
                 if growing.digest.hexdigest() == file.sha256:
                     break
                 raw.truncate(0)
-                if not continued:
+                if not resumed_bytes:
                     raise BadFile(
-                        f"{file.path}: what came is not what the hub promises (SHA-256); begin it anew with the same command"
+                        f"{file.path}: the SHA-256 of the downloaded file differs from the hub's; the same command"
+                        " downloads it again"
                     )
-                advance(-file.size)  # what an earlier download left may be what is wrong
+                advance(-file.size)  # the data of the earlier download may be wrong: start from the beginning
             os.replace(part, target)
         if to is not None:
             write_download_metadata(to, file.path, listing.revision, str(file.sha256))
 
     def told(self, error: Exception, repo: str, revision: str | None) -> KtxError:
-        """What a user can do about an error of the library."""
+        """Converts an error of the library to a KtxError with a remedy."""
         from huggingface_hub import errors, get_token
 
-        token = "the account of your token has not been let in" if get_token() else "set HF_TOKEN to a token of it"
+        token = "the account of your token has no access" if get_token() else "set HF_TOKEN to a token of that account"
         known: list[tuple[type[Exception], type[KtxError], str]] = [
             (
                 errors.GatedRepoError,
                 BadFile,
-                f"is gated: accept its terms at {self.endpoint}/{repo} with an account; {token} ({self.endpoint}/settings/tokens)",
+                f"is gated: accept its terms at {self.endpoint}/{repo} with an account; {token}"
+                f" ({self.endpoint}/settings/tokens)",
             ),
             (
                 errors.RepositoryNotFoundError,
                 BadFile,
-                f"{self.endpoint} has no such repository, or shows it only to some: check the name, or set HF_TOKEN to a token that may read it",
+                f"{self.endpoint} has no such repository, or it is private: check the name, or set HF_TOKEN to a token"
+                " that may read it",
             ),
             (errors.RevisionNotFoundError, BadFile, f"has no revision {revision!r}"),
-            (errors.HFValidationError, UsageError, "is no repository's name; write OWNER/NAME"),
+            (errors.HFValidationError, UsageError, "is not a valid repository name; expected OWNER/NAME"),
             (errors.OfflineModeIsEnabled, UsageError, "HF_HUB_OFFLINE is set, which forbids downloads; unset it"),
         ]
         chain = [error, *filter(None, (error.__cause__, error.__context__))]
-        for kind, made, message in known:
-            if any(isinstance(one, kind) for one in chain):
-                return made(f"{repo}: {message}")
+        for kind, ktx_error, message in known:
+            if any(isinstance(cause, kind) for cause in chain):
+                return ktx_error(f"{repo}: {message}")
         response = getattr(error, "response", None)
         if response is not None and response.status_code == 401:
             return UsageError(f"{repo}: {self.endpoint} does not accept the token; check HF_TOKEN, or unset it")
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        first_line = next((line for line in str(error).splitlines() if line.strip()), "")
         return KtxError(
-            f"{repo}: {self.endpoint}: {type(error).__name__}: {first[:200]}; the same command goes on where this one stopped, and HF_ENDPOINT may name a mirror"
+            f"{repo}: {self.endpoint}: {type(error).__name__}: {first_line[:200]}; the same command resumes the"
+            " download, and HF_ENDPOINT may name a mirror"
         )
 
 
 class Growing:
-    """A file that `http_get` writes: everything in it is hashed and told, and nothing more is taken after `stop`."""
+    """A file for `http_get` that hashes its content, reports progress, and rejects writes after `stop` is set."""
 
     def __init__(self, file: Any, advance: Callable[[int], None], stop: threading.Event):
         self.file, self.advance, self.stop = file, advance, stop
@@ -216,44 +221,47 @@ class Growing:
     def tell(self) -> int:
         return self.file.tell()
 
-    def seek(self, place: int) -> int:
-        return self.file.seek(place)
+    def seek(self, position: int) -> int:
+        return self.file.seek(position)
 
     def truncate(self) -> int:
-        """Of a server that begins at the first byte again."""
-        place, end = self.file.tell(), self.file.seek(0, os.SEEK_END)
-        self.file.truncate(place)
-        self.advance(place - end)
+        """Truncates at the current position; `http_get` calls it when the server restarts from the first byte."""
+        position, end = self.file.tell(), self.file.seek(0, os.SEEK_END)
+        self.file.truncate(position)
+        self.advance(position - end)
         self.digest = self._digest()
-        return self.file.seek(place)
+        return self.file.seek(position)
 
 
-def _part(target: Path, file: File) -> Path:
-    """The beginning of a file; its name tells which contents, so that a changed repository does not continue the old one."""
+def _partial_path(target: Path, file: File) -> Path:
+    """The path of the partial file; it includes the digest, so a changed file does not resume an old download."""
     return target.with_name(f"{target.name}.{str(file.sha256)[:8]}.incomplete")
 
 
-def _all(files: Sequence[File], fetch: Callable[[File], None], stop: threading.Event) -> None:
-    """Fetches on a few threads; the first error, or Ctrl-C, stops the others. Threads that a silent server holds are left behind."""
-    waiting: queue.SimpleQueue[File | None] = queue.SimpleQueue()
-    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+def _fetch_all(files: Sequence[File], fetch: Callable[[File], None], stop: threading.Event) -> None:
+    """Downloads files on WORKERS threads; the first error, or Ctrl-C, stops all of them.
+
+    Threads that still wait for a server then are abandoned (daemon threads).
+    """
+    pending: queue.SimpleQueue[File | None] = queue.SimpleQueue()
+    results: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     for file in [*files, *[None] * WORKERS]:
-        waiting.put(file)
+        pending.put(file)
 
     def work() -> None:
         try:
-            while (file := waiting.get()) is not None and not stop.is_set():
+            while (file := pending.get()) is not None and not stop.is_set():
                 fetch(file)
-            ended.put(None)
-        except BaseException as error:  # whoever waits for this thread must hear of it
-            ended.put(error)
+            results.put(None)
+        except BaseException as error:  # the calling thread raises it
+            results.put(error)
 
     threads = [threading.Thread(target=work, name="ktx-download", daemon=True) for _ in range(WORKERS)]
     for thread in threads:
         thread.start()
     try:
         for _ in threads:
-            if (error := ended.get()) is not None:
+            if (error := results.get()) is not None:
                 raise error
     finally:
         stop.set()

@@ -1,4 +1,4 @@
-"""What a hub says of a repository, and what a hub can do. No network here."""
+"""The interface of hub clients: `Listing`, `Plan` and the protocol `Hub`. No network access."""
 
 from __future__ import annotations
 
@@ -12,36 +12,44 @@ from ktx.hub.file_selection import File
 
 @dataclass(frozen=True)
 class Listing:
-    """A repository at one revision."""
+    """The files of a repository at one revision."""
 
     repo: str
-    asked: str | None  # the branch, tag or commit that the user named
-    revision: str  # what that is now: a commit where the hub has them
+    asked: str | None  # the branch, tag or commit that the user requested
+    revision: str  # what it resolves to: a commit if the hub has commits
     files: tuple[File, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What of the wanted files is to be fetched, of how many bytes, and how many of those came in an earlier try."""
+    """The selected files that are not on disk yet."""
 
     files: tuple[File, ...]
-    place: Path  # a folder, perhaps not there yet, of the disk that they go to
-    began: int
+    place: Path  # the target folder, which may not exist yet
+    began: int  # bytes of `files` that an interrupted download has already stored
 
     @property
     def total(self) -> int:
+        """The size of `files` in bytes."""
         return sum(file.size for file in self.files)
 
 
 class Hub(Protocol):
-    """A hub; each method raises a KtxError whose message says what to do."""
+    """A hub client; each method raises a KtxError with a remedy."""
 
-    def look(self, repo: str, revision: str | None) -> Listing: ...
+    def look(self, repo: str, revision: str | None) -> Listing:
+        """Lists the files of a repository; the default branch when `revision` is None."""
+        ...
 
-    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> Plan: ...
+    def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> Plan:
+        """Plans the download of the `wanted` files to folder `to`, or to the hub's cache when it is None."""
+        ...
 
     def fetch(
         self, listing: Listing, wanted: Sequence[File], plan: Plan, to: Path | None, advance: Callable[[int], None]
     ) -> Path:
-        """The folder that then holds all wanted files; `advance` hears of bytes as they come."""
+        """Downloads the planned files and returns the folder that contains all wanted files.
+
+        `advance` is called with the number of bytes received since its last call.
+        """
         ...

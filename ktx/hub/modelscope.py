@@ -1,4 +1,4 @@
-"""ModelScope's hub, by its own client (modelscope-hub), which goes on with broken files by itself."""
+"""The ModelScope hub, through its own client (modelscope-hub), which resumes interrupted downloads itself."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from ktx.utils.versions import install
 
 
 class ModelScope:
-    """MODELSCOPE_API_TOKEN is its token, MODELSCOPE_ENDPOINT another address. UsageError when the client is missing."""
+    """The ModelScope hub. MODELSCOPE_API_TOKEN is the access token, MODELSCOPE_ENDPOINT the URL of a mirror.
+
+    Raises UsageError when the client is not installed.
+    """
 
     def __init__(self) -> None:
-        os.environ.setdefault("TQDM_DISABLE", "1")  # its bars beside ours
+        os.environ.setdefault("TQDM_DISABLE", "1")  # disables the client's progress bars
         try:
             from modelscope_hub import HubApi, get_default_config
         except ImportError as error:
@@ -29,14 +32,14 @@ class ModelScope:
     def look(self, repo: str, revision: str | None) -> Listing:
         try:
             found = self.api.list_repo_files(repo, "model", revision=revision)
-        except Exception as error:  # beside its own errors it lets those of its libraries through
+        except Exception as error:  # the client also raises its libraries' errors
             raise self.told(error, repo) from error
         files = tuple(File(one.path, one.size, one.sha256) for one in found if not one.is_dir)
         return Listing(repo, revision, revision or "master", files)
 
     def plan(self, listing: Listing, wanted: Sequence[File], to: Path | None) -> Plan:
         place = to or self.cache
-        files = tuple(file for file in wanted if to is None or not _there(to / file.path, file))
+        files = tuple(file for file in wanted if to is None or not _is_complete(to / file.path, file))
         parts = [place / f"{file.path}.incomplete" for file in files if to is not None]
         return Plan(files, place, sum(part.stat().st_size for part in parts if part.exists()))
 
@@ -45,7 +48,7 @@ class ModelScope:
     ) -> Path:
         from modelscope_hub import ProgressCallback
 
-        class Told(ProgressCallback):
+        class Progress(ProgressCallback):
             def update(self, size: int) -> None:
                 advance(size)
 
@@ -58,33 +61,31 @@ class ModelScope:
                     revision=listing.revision,
                     local_dir=to,
                     file_list=entries,
-                    progress_callbacks=[Told],
+                    progress_callbacks=[Progress],
                 )
             )
         except Exception as error:
             raise self.told(error, listing.repo) from error
 
     def told(self, error: Exception, repo: str) -> KtxError:
-        """What a user can do about an error of the client."""
+        """Converts an error of the client to a KtxError with a remedy."""
         import modelscope_hub.errors as errors
 
         known: list[tuple[Any, type[KtxError], str]] = [
             (
                 (errors.AuthenticationError, errors.PermissionDeniedError),
                 BadFile,
-                "ModelScope does not let you in: set MODELSCOPE_API_TOKEN to a token that may read it",
+                "ModelScope denies access: set MODELSCOPE_API_TOKEN to a token that may read the repository",
             ),
             (errors.NotExistError, BadFile, "ModelScope has no such repository or revision; check the name"),
-            (errors.InvalidParameter, UsageError, "is no repository's name; write OWNER/NAME"),
+            (errors.InvalidParameter, UsageError, "is not a valid repository name; expected OWNER/NAME"),
         ]
-        for kind, made, message in known:
+        for kind, ktx_error, message in known:
             if isinstance(error, kind):
-                return made(f"{repo}: {message}")
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
-        return KtxError(
-            f"{repo}: {type(error).__name__}: {first[:200]}; the same command goes on where this one stopped"
-        )
+                return ktx_error(f"{repo}: {message}")
+        first_line = next((line for line in str(error).splitlines() if line.strip()), "")
+        return KtxError(f"{repo}: {type(error).__name__}: {first_line[:200]}; the same command resumes the download")
 
 
-def _there(path: Path, file: File) -> bool:
+def _is_complete(path: Path, file: File) -> bool:
     return path.is_file() and path.stat().st_size == file.size

@@ -121,7 +121,7 @@ def test_a_dry_run_fetches_nothing(there, here, tmp_path):
 
 def test_one_of_many_quantisations_is_to_be_named(there, tmp_path):
     status, out, err = download(there, tmp_path, "o/gguf")
-    assert status == 2 and not out and "holds 2 quantisations" in err
+    assert status == 2 and not out and "contains 2 quantizations" in err
     assert 'o/gguf:Q4_K_M or --include "*Q4_K_M*"' in err and "Q8_0" in err and "29.0 kB" in err
     for words in (["o/gguf:q4_k_m"], ["o/gguf", "--include", "*Q4_K_M*"]):
         status, out, err = download(there, tmp_path, *words, "--to", words[0].partition(":")[2] or "g")
@@ -218,17 +218,17 @@ def test_a_disk_that_is_too_small_is_said_before(there, here):
 @pytest.mark.parametrize(
     "words,token,status,told",
     [
-        (["o/none"], None, 4, "has no such repository, or shows it only to some"),
+        (["o/none"], None, 4, "has no such repository, or it is private"),
         (["o/none"], "hf_right", 4, "has no such repository"),
         (["o/secret"], None, 4, "set HF_TOKEN"),
         (["o/gated"], None, 4, "is gated: accept its terms at http"),
-        (["o/gated"], None, 4, "set HF_TOKEN to a token of it"),
-        (["o/closed"], "hf_right", 4, "the account of your token has not been let in"),
+        (["o/gated"], None, 4, "set HF_TOKEN to a token of that account"),
+        (["o/closed"], "hf_right", 4, "the account of your token has no access"),
         (["o/tensors"], "hf_wrong", 2, "does not accept the token"),
         (["o/tensors", "--revision", "nope"], None, 4, "has no revision 'nope'"),
-        (["a/b/c"], None, 2, "write OWNER/NAME"),
-        (["o/gguf:Q3_K"], None, 2, "holds nothing that is Q3_K"),
-        (["o/gguf", "--include", "*.onnx"], None, 2, "no file fits *.onnx"),
+        (["a/b/c"], None, 2, "expected OWNER/NAME"),
+        (["o/gguf:Q3_K"], None, 2, "contains no model named Q3_K"),
+        (["o/gguf", "--include", "*.onnx"], None, 2, "no file matches *.onnx"),
         (["o/gguf:Q8_0", "--include", "*"], None, 2, "give one of them"),
     ],
 )
