@@ -1,1 +1,1 @@
-"""The plug-in interfaces of transformers."""
+"""Plug-ins for the interfaces of transformers and torch."""

@@ -1,7 +1,10 @@
-"""What transformers knows of ktx from `import ktx` on, whichever of the two is imported first: `experts_implementation="ktx"`, and the quantisation method "ktx"; and torch's counter of operations.
+"""Registers ktx with transformers and torch on `import ktx`, whichever of them is imported first.
 
-`import ktx` may cost neither torch nor transformers, so names are registered when the modules with these tables are imported, and what stands behind
-them is imported when it is asked for.
+This covers `experts_implementation="ktx"`, the quantization method "ktx", and torch's FLOP counter. `import ktx` must
+import neither
+torch nor transformers, so names are registered when the modules with these tables are imported, and their
+implementations are imported on
+first use.
 """
 
 from __future__ import annotations
@@ -19,17 +22,20 @@ NAME = "ktx"
 
 
 def computed(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """What transformers calls in the place of an experts module's forward; see ktx.ops.experts_interface."""
-    above = importlib.import_module("ktx.ops.experts_interface")  # it stands above this module
-    return above.forward(None, module, *args, **kwargs)
+    """The function that transformers calls instead of an experts module's forward; see ktx.ops.experts_interface."""
+    implementation = importlib.import_module("ktx.ops.experts_interface")  # late: it is a layer above this module
+    return implementation.forward(None, module, *args, **kwargs)
 
 
-def _experts(table: Any) -> None:
+def _register_experts(table: Any) -> None:
     table.ALL_EXPERTS_FUNCTIONS.register(NAME, computed)
 
 
-def _quantisation(table: Any) -> None:
-    """Stand-ins for KtxConfig and KtxQuantizer of ktx.integrations.from_pretrained; and of two configurations the one that is given counts where it is a KtxConfig."""
+def _register_quantization(table: Any) -> None:
+    """Registers proxies of KtxConfig and KtxQuantizer, which are imported on first use.
+
+    A KtxConfig given to from_pretrained takes precedence over the checkpoint's own quantization_config.
+    """
 
     class Config(table.QuantizationConfigMixin):  # type: ignore[misc]
         @classmethod
@@ -44,64 +50,68 @@ def _quantisation(table: Any) -> None:
 
     table.register_quantization_config(NAME)(Config)
     table.register_quantizer(NAME)(Quantizer)
-    usual = table.AutoHfQuantizer.merge_quantization_configs
+    original = table.AutoHfQuantizer.merge_quantization_configs
 
-    @functools.wraps(usual)
-    def merged(quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        given = quantization_config_from_args
-        if isinstance(given, dict) and given.get("quant_method") == NAME:
-            given = Config.from_dict(given)
-        return given if getattr(given, "quant_method", None) == NAME else usual(quantization_config, given)
+    @functools.wraps(original)
+    def merge(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        from_args = quantization_config_from_args
+        if isinstance(from_args, dict) and from_args.get("quant_method") == NAME:
+            from_args = Config.from_dict(from_args)
+        return (
+            from_args if getattr(from_args, "quant_method", None) == NAME else original(quantization_config, from_args)
+        )
 
-    table.AutoHfQuantizer.merge_quantization_configs = staticmethod(merged)
+    table.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge)
 
 
-def _operations(table: Any) -> None:
-    if "ktx.kernels.cpu" in sys.modules:  # else these do it when they are loaded
+def _register_flops(table: Any) -> None:
+    if "ktx.kernels.cpu" in sys.modules:  # otherwise that module registers them when it is imported
         importlib.import_module("ktx.kernels.flops").register()
 
 
-TABLES: dict[str, tuple[str, Callable[[Any], None]]] = {  # modules of others: what they define, what is done then
-    "transformers.integrations.moe": ("use_experts_implementation", _experts),
-    "transformers.quantizers.auto": ("get_hf_quantizer", _quantisation),
-    "torch.utils.flop_counter": ("register_flop_formula", _operations),
+# module: a name that it defines, and the function to call then
+TABLES: dict[str, tuple[str, Callable[[Any], None]]] = {
+    "transformers.integrations.moe": ("use_experts_implementation", _register_experts),
+    "transformers.quantizers.auto": ("get_hf_quantizer", _register_quantization),
+    "torch.utils.flop_counter": ("register_flop_formula", _register_flops),
 }
-_waiting: dict[str, Callable[[Any], None]] = {}
+_pending: dict[str, Callable[[Any], None]] = {}
 
 
 class _Finder:
-    """Finds these modules as others do, each once, and has their tables filled after they are imported."""
+    """Finds the pending modules, each once, and registers ktx after they are executed."""
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
-        if (fill := _waiting.pop(name, None)) is None:
+        if (register := _pending.pop(name, None)) is None:
             return None
-        if not _waiting:
+        if not _pending:
             sys.meta_path.remove(cls)
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.loader is not None:
-            _then(spec, fill)
+            _call_after(spec, register)
         return spec
 
 
-def _then(spec: ModuleSpec, fill: Callable[[Any], None]) -> None:
+def _call_after(spec: ModuleSpec, register: Callable[[Any], None]) -> None:
+    """Makes the loader of `spec` call a function after it has executed the module."""
     loader: Any = spec.loader
-    usual = loader.exec_module
+    original = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
-        usual(module)
-        fill(module)
+        original(module)
+        register(module)
 
     loader.exec_module = exec_module
 
 
 def install() -> None:
-    """Fills the tables that are there, and sees to it that the others will be."""
-    for name, (defined, fill) in TABLES.items():
+    """Registers ktx with modules that are imported already, and with the others when they are imported."""
+    for name, (defined, register) in TABLES.items():
         table = sys.modules.get(name)
         if hasattr(table, defined):
-            fill(table)
+            register(table)
         else:
-            _waiting[name] = fill
-    if _waiting:
+            _pending[name] = register
+    if _pending:
         sys.meta_path.insert(0, _Finder)

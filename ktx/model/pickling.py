@@ -1,4 +1,4 @@
-"""The files that a loaded model's packed weights came from, as pickles of it refer to them, and loading from these once more."""
+"""Pickles of a loaded model: they refer to the weight files, from which the packed weights are loaded again."""
 
 from __future__ import annotations
 
@@ -24,49 +24,50 @@ from ktx.loader.build import placement_options, prepare
 from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import WeightSource
 
-WHOLE = 256 << 20  # bytes up to which a digest is of the whole file
-PIECES, PIECE = 256, 64 << 10  # of a larger one: as many pieces spread over it, and its time of change
+FULL_DIGEST_BYTES = 256 << 20  # max size of a file that is digested completely
+NUM_SAMPLES, SAMPLE_BYTES = 256, 64 << 10  # digested samples of a larger file, in addition to its modification time
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of weights as it was when the model was loaded."""
+    """A weight file as it was when the model was loaded."""
 
     path: str
     size: int
-    changed: int  # nanoseconds
-    digest: str = ""  # of its content, when a pickle is made
+    changed: int  # modification time in ns
+    digest: str = ""  # of its content; set when the model is pickled
 
     @classmethod
     def of(cls, path: str) -> File:
-        about = os.stat(path)
-        return cls(str(Path(path).resolve()), about.st_size, about.st_mtime_ns)
+        """Returns the current state of a file."""
+        stat = os.stat(path)
+        return cls(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
 
     def now(self, why: str) -> File:
-        """The file as it is now. BadFile when it is gone."""
+        """Returns the current state of this file. Raises BadFile if it cannot be read; `why` is part of the message."""
         try:
             return File.of(self.path)
         except OSError as error:
             raise BadFile(f"{self.path}: {why}, and cannot be read: {error.strerror}") from error
 
     def summed(self) -> File:
-        """With the digest of its content."""
+        """Returns the file with the digest of its content."""
         digest = hashlib.sha256(str(self.size).encode())
         with open(self.path, "rb") as file:
-            if self.size <= WHOLE:
-                while piece := file.read(PIECE):
-                    digest.update(piece)
+            if self.size <= FULL_DIGEST_BYTES:
+                while chunk := file.read(SAMPLE_BYTES):
+                    digest.update(chunk)
             else:
                 digest.update(str(self.changed).encode())
-                for i in range(PIECES):
-                    file.seek((self.size - PIECE) * i // (PIECES - 1))
-                    digest.update(file.read(PIECE))
+                for i in range(NUM_SAMPLES):
+                    file.seek((self.size - SAMPLE_BYTES) * i // (NUM_SAMPLES - 1))
+                    digest.update(file.read(SAMPLE_BYTES))
         return replace(self, digest=digest.hexdigest())
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model was prepared by, `ktx.loader.build.prepare` knows the words; `placed` are the arguments of `placed_by`."""
+    """Arguments of `ktx.loader.build.prepare` for a model; `placed` are those of `placement_options`."""
 
     weights: str
     config: Any
@@ -80,10 +81,10 @@ class Recipe:
     cache_dir: str | None
 
     def prepare(self) -> tuple[nn.Module, Plan, WeightSource]:
-        """Model, plan and source anew."""
-        with warnings.catch_warnings():  # what is to be said of it was said when it was loaded
+        """Builds model, plan and weight source again."""
+        with warnings.catch_warnings():  # they were issued when the model was loaded
             warnings.simplefilter("ignore")
-            built, made, source, _ = prepare(
+            model, plan, source, _ = prepare(
                 self.weights,
                 self.weights,
                 self.rules,
@@ -96,29 +97,33 @@ class Recipe:
                 placement_options(*self.placed),
                 self.config,
             )
-            made.check(source)
-        return built, made, source
+            plan.check(source)
+        return model, plan, source
 
 
 class Files:
-    """Where packed weights come from. A pickle of a model holds one, and refers to it by an operator's name and a number.
+    """The weight files of a model, as a pickle refers to them.
 
-    When it is read again it loads what is asked for: all at once for a whole model, otherwise operator by operator. BadFile for a file that is gone
-    or has changed since the model was loaded.
+    Each packed weight in a pickle refers to this object by its operator's name and a number. When the pickle is read, a
+    full model loads
+    all weights at once; otherwise they are loaded operator by operator.
+
+    Raises:
+        BadFile: a file is missing or has changed since the model was loaded.
     """
 
     def __init__(self, recipe: Recipe, paths: Iterable[str]):
         self.recipe, self.files = recipe, [File.of(path) for path in sorted(paths)]
-        self.names: set[str] = set()  # of operators whose packed weights refer here
-        self._begin()
+        self.names: set[str] = set()  # operators whose packed weights refer to this object
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.read_back = False
         self.found: dict[tuple[str, int], cpu.Packed] = {}
         self.prepared: tuple[nn.Module, Plan, WeightSource] | None = None
 
     def known(self, name: str, made: list[cpu.Packed]) -> list[cpu.Packed]:
-        """As ktx.kernels.packed_cache asks: weights that an operator has loaded."""
+        """Registers an operator's packed weights (ktx.kernels.packed_cache.Origin); returns them."""
         for number, packed in enumerate(made):
             packed.origin = self, name, number
             if self.read_back:
@@ -135,42 +140,42 @@ class Files:
     def __getstate__(self) -> dict[str, Any]:
         files = []
         for file in self.files:
-            now = file.now("a pickle of the model refers to it")
-            if now != replace(file, digest=""):
+            current = file.now("a pickle of the model refers to it")
+            if current != replace(file, digest=""):
                 raise BadFile(
-                    f"{file.path}: has changed since the model was loaded, a pickle cannot refer to it; load the model again, or"
-                    " write it to a folder of its own with model.save_pretrained"
+                    f"{file.path}: has changed since the model was loaded, so a pickle cannot refer to it;"
+                    " load the model again, or write it to its own folder with model.save_pretrained"
                 )
-            files.append(file if file.digest else now.summed())
+            files.append(file if file.digest else current.summed())
         self.files = files
         return {"recipe": self.recipe, "files": files, "names": self.names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._begin()
+        self._reset()
         self.read_back = True
         files = []
         for file in self.files:
-            now = file.now("the pickled model's weights are in this file")
-            if now.size != file.size or now.summed().digest != file.digest:
+            current = file.now("the pickled model's weights are in this file")
+            if current.size != file.size or current.summed().digest != file.digest:
                 raise BadFile(
-                    f"{file.path}: has changed since the model was pickled, which refers to it; put back what it was, or load the model"
-                    " with ktx.load and pickle it again"
+                    f"{file.path}: has changed since the model was pickled, and the pickle refers to it;"
+                    " restore the file, or load the model with ktx.load and pickle it again"
                 )
-            files.append(replace(now, digest=file.digest))
+            files.append(replace(current, digest=file.digest))
         self.files = files
 
     def open(self) -> None:
-        """Loads everything, if a pickle is being read."""
+        """Loads the weights of all operators if a pickle is being read."""
         if self.read_back:
             self._load(self.names)
 
     def close(self) -> None:
-        """After a whole model has been read."""
+        """Frees the loaded weights after a full model has been read."""
         self.found, self.prepared = {}, None
 
     def taken(self, name: str, number: int) -> cpu.Packed:
-        """Weights of an operator, loaded."""
+        """Returns a packed weight of an operator; loads the operator if necessary."""
         key = name, number
         if key not in self.found:
             self._load({name.partition("#")[0]})
@@ -178,31 +183,32 @@ class Files:
 
     @torch_defaults()
     def _load(self, names: Collection[str]) -> None:
+        """Loads the packed weights of the named operators."""
         if self.prepared is None:
             self.prepared = self.recipe.prepare()
-        built, made, source = self.prepared
-        steps = [step for step in made if step.path in names]
+        model, plan, source = self.prepared
+        steps = [step for step in plan if step.path in names]
         steps.sort(key=lambda step: min(((spec.file, spec.offset) for spec in step.specs), default=("", 0)))
-        store = self._store(made, source) if names is self.names else None
+        store = self._store(plan, source) if names is self.names else None
 
-        def one(step: Step) -> None:
-            operator: Any = copy.copy(built.get_submodule(step.path))
+        def load_step(step: Step) -> None:
+            operator: Any = copy.copy(model.get_submodule(step.path))
             with loading(step.path, store, self):
                 operator.load(source)
             source.release(step.tensors)
 
         with ThreadPoolExecutor(cpu.num_threads()) as pool:
-            list(pool.map(one, steps))
+            list(pool.map(load_step, steps))
         if store is not None:
             store.commit()
 
-    def _store(self, made: Plan, source: WeightSource) -> PackedCache | None:
-        """The packed weights on disk where they are there, else the memory for all of them is looked for."""
-        above = importlib.import_module("ktx.loader.load")  # it stands above this module
-        above.check_memory(made)
+    def _store(self, plan: Plan, source: WeightSource) -> PackedCache | None:
+        """Returns the packed cache on disk if it exists, else None; checks that the memory suffices."""
+        load_module = importlib.import_module("ktx.loader.load")  # late: it is a layer above this module
+        load_module.check_memory(plan)
         if self.recipe.cache_dir is None:
             return None
-        store: PackedCache = above.store_of(self.recipe.cache_dir, made, source)
+        store: PackedCache = load_module.store_of(self.recipe.cache_dir, plan, source)
         if not store.found:
             store.abort()
         return store if store.found else None
