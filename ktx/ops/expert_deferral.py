@@ -40,8 +40,8 @@ class DeferredExperts:
             for link in self.chain:  # left over from a forward that was aborted between two layers
                 link.left = None
         order = torch.sort(weights, dim=-1, descending=True, stable=True).indices
-        kept, deferred = order.split([ids.shape[1] - self.count, self.count], -1)
-        started = owner.begin(flat, ids.gather(1, kept), weights.gather(1, kept))
+        immediate, deferred = order.split([ids.shape[1] - self.count, self.count], -1)
+        started = owner.begin(flat, ids.gather(1, immediate), weights.gather(1, immediate))
         parts = [owner.shared(flat)]
         if self.before is not None:
             wait_for_deferred, self.before.left = self.before.left, None

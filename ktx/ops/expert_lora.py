@@ -36,22 +36,22 @@ class ExpertsLora(Lora):
         self.owner = owner
 
     @staticmethod
-    def nbytes(owner: Experts, several: Sequence[LowRank]) -> int:
+    def nbytes(owner: Experts, adapters: Sequence[LowRank]) -> int:
         total, shapes = 0, owner.adapted_shapes()
-        for adapter in several:
+        for adapter in adapters:
             count = 1 if adapter.projection else len(shapes[adapter.shape])  # projections; each stores its own A
             experts, rows, rank = adapter.b.shape
             total += count * (packed_bytes(adapter.a.shape) + packed_bytes((experts, rows // count, rank)))
         return total
 
-    def made(self, several: Sequence[LowRank]) -> dict[str, ExpertFactors]:
-        found: dict[str, ExpertFactors] = {}
+    def made(self, adapters: Sequence[LowRank]) -> dict[str, ExpertFactors]:
+        factors: dict[str, ExpertFactors] = {}
         shapes = self.owner.adapted_shapes()
-        for adapter in several:
+        for adapter in adapters:
             halves = shapes[(adapter.projection, adapter.shape) if adapter.projection else adapter.shape]
             for half, b in zip(halves, self.owner.halved(adapter.b, len(halves)), strict=True):
-                found[half] = ExpertFactors(adapter.a, b)
-        return found
+                factors[half] = ExpertFactors(adapter.a, b)
+        return factors
 
     def chosen(self, tokens: torch.Tensor, count: int, per_expert: Sequence[int]) -> list[list[Some]]:
         """Returns for each expert the adapters of its rows.
@@ -64,12 +64,12 @@ class ExpertsLora(Lora):
         uses_of_token: list[Uses] = [()] * count
         for part, uses in self.mapping.of(count):
             uses_of_token[part] = [uses] * len(range(*part.indices(count)))
-        found: list[list[Some]] = []
+        per_expert_adapters: list[list[Some]] = []
         for expert_tokens in tokens.split(list(per_expert)):
             rows = [uses_of_token[token] for token in expert_tokens.tolist()]
-            adapters = dict.fromkeys(use for row_uses in rows for use in row_uses if use.name in self.factors)
-            found.append([(use, _rows_of(use, rows)) for use in adapters])
-        return found
+            used = dict.fromkeys(use for row_uses in rows for use in row_uses if use.name in self.factors)
+            per_expert_adapters.append([(use, _rows_of(use, rows)) for use in used])
+        return per_expert_adapters
 
     def added(
         self, half: str, rows: torch.Tensor, expert: int, chosen: Sequence[Some], y: torch.Tensor

@@ -152,8 +152,8 @@ class Experts(Parametrizable):
     def _complete(self) -> None:
         """Completes the weights after loading: without a gate projection, up_proj serves as both (shared memory)."""
         if self.weights and len(self.projections) < len(PROJECTIONS):
-            twice = {"gate_proj": self.weights["up_proj"]}
-            self.weights = twice | self.weights | twice
+            shared = {"gate_proj": self.weights["up_proj"]}
+            self.weights = shared | self.weights | shared
 
     def _pack(self, source: WeightSource, path: str) -> Any:
         return packed_as(self._held(source.parts(path)), self.quant_target, cpu.pack_experts)
@@ -394,29 +394,29 @@ class Experts(Parametrizable):
         self.check_loaded()
         if self.placement.gpu and self.num_experts < self.total:  # the operator on the CPU lists the layer
             return {}
-        found: dict[str, Floats] = {}
+        floats: dict[str, Floats] = {}
         for name, halves in self.stacked().items():
             if self.placement.gpu or self.on_gpu is not None:
-                found |= self._out_of_reach(name, len(halves))
+                floats |= self._out_of_reach(name, len(halves))
                 continue
-            found[name] = experts([self.weights[half] for half in halves], self.interleaved, self.transposed)
+            floats[name] = experts([self.weights[half] for half in halves], self.interleaved, self.transposed)
             biases = [bias for half in halves if (bias := self.biases[half]) is not None]
             if biases:
-                found[f"{name}_bias"] = plain(self._both(biases))
-        return found
+                floats[f"{name}_bias"] = plain(self._both(biases))
+        return floats
 
     def packed_state(self) -> dict[str, list[PackedState] | torch.Tensor]:
         self.check_loaded()
         if self.placement.gpu and self.num_experts < self.total:  # the operator on the CPU lists the layer
             return {}
-        shares = [share for share in (self.on_gpu, self) if share is not None and share.num_experts]
-        found: dict[str, list[PackedState] | torch.Tensor] = {}
+        parts = [part for part in (self.on_gpu, self) if part is not None and part.num_experts]
+        states: dict[str, list[PackedState] | torch.Tensor] = {}
         for name in self.projections:
-            found[name] = [stored.stack([share.weights[name] for share in shares])]
-            biases = [bias.cpu() for share in shares if (bias := share.biases[name]) is not None]
+            states[name] = [stored.stack([part.weights[name] for part in parts])]
+            biases = [bias.cpu() for part in parts if (bias := part.biases[name]) is not None]
             if biases:
-                found[f"{name}_bias"] = torch.cat(biases)
-        return found
+                states[f"{name}_bias"] = torch.cat(biases)
+        return states
 
     def _out_of_reach(self, name: str, halves: int) -> dict[str, Floats]:
         """Returns the unreadable entries of `floats` for a stacked parameter with experts on a GPU."""
@@ -499,6 +499,6 @@ class Experts(Parametrizable):
 
 def of_layers(model: Any) -> list[tuple[str, Experts]]:
     """Returns the experts operators by module path, one per layer."""
-    found = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts)]
-    shares = {id(module.on_gpu) for _, module in found}
-    return [(path, module) for path, module in found if id(module) not in shares]
+    modules = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts)]
+    gpu_parts = {id(module.on_gpu) for _, module in modules}
+    return [(path, module) for path, module in modules if id(module) not in gpu_parts]

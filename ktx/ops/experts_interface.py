@@ -73,10 +73,10 @@ class PackedExperts:
     @classmethod
     def of(cls, module: Any) -> PackedExperts:
         """Returns the instance of a module, creating it if needed; a shallow copy of the module gets its own."""
-        held: PackedExperts | None = module.__dict__.get(HELD)
-        if held is None or held.module is not module:
-            held = module.__dict__[HELD] = cls(module)
-        return held
+        packed_experts: PackedExperts | None = module.__dict__.get(HELD)
+        if packed_experts is None or packed_experts.module is not module:
+            packed_experts = module.__dict__[HELD] = cls(module)
+        return packed_experts
 
     def current(self, dtype: str | None) -> Experts:
         """Returns the operator with the module's parameters packed as `dtype`, packing them if they have changed.

@@ -55,11 +55,11 @@ def plain(values: torch.Tensor) -> Floats:
     return Floats(tuple(values.shape), read, values.data_ptr())
 
 
-def out_of_reach(shape: tuple[int, ...], about: str, place: int) -> Floats:
-    """A parameter whose values cannot be read: reading raises UsageError(about)."""
+def out_of_reach(shape: tuple[int, ...], message: str, place: int) -> Floats:
+    """A parameter whose values cannot be read: reading raises UsageError(message)."""
 
     def refuse(first: int, last: int) -> torch.Tensor:
-        raise UsageError(about)
+        raise UsageError(message)
 
     return Floats(shape, refuse, place)
 
@@ -259,9 +259,9 @@ class Dequantized(torch.Tensor):
         def read(first: int, last: int) -> torch.Tensor:
             if any(other._version != before for other, before in versions):
                 raise UsageError(f"a tensor that was added to {base.label} has changed since: add it again")
-            own = base.floats.read(first, last).to(base.dtype)
+            base_values = base.floats.read(first, last).to(base.dtype)
             with torch.no_grad():
-                total: torch.Tensor = func(own, *(other[first:last] for other, _ in versions), **kwargs)
+                total: torch.Tensor = func(base_values, *(other[first:last] for other, _ in versions), **kwargs)
             return total.float()
 
         return cls(Floats(base.floats.shape, read, next(_places)), base.dtype, f"a sum with {base.label}", base.device)

@@ -81,52 +81,32 @@ class State:
 
     def patched(self) -> bool:
         """Whether a method was assigned to the module itself, as `module.forward = ...` does."""
-        module, kind = self.module, type(self.module)
-        return any(callable(value) and hasattr(kind, name) for name, value in module.__dict__.items())
+        module, cls = self.module, type(self.module)
+        return any(callable(value) and hasattr(cls, name) for name, value in module.__dict__.items())
 
 
-def _same(mine: Any, theirs: Any) -> bool:
-    if mine is theirs:
+def _same(current: Any, previous: Any) -> bool:
+    if current is previous:
         return True
-    if isinstance(mine, tuple) and isinstance(theirs, tuple):
-        return len(mine) == len(theirs) and all(map(_same, mine, theirs))
-    return isinstance(mine, SCALARS) and type(mine) is type(theirs) and mine == theirs
+    if isinstance(current, tuple) and isinstance(previous, tuple):
+        return len(current) == len(previous) and all(map(_same, current, previous))
+    return isinstance(current, SCALARS) and type(current) is type(previous) and current == previous
 
 
 class UncountedModule:
     """A snapshot of a module that does not count changes: its class, and the identities of its objects."""
 
-    One pass of C functions over flat tuples: the check runs at each token, and layers have several such modules each.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module] = ()):
-        self.modules = tuple(modules)
-        self.kinds, self.own = tuple(map(type, self.modules)), tuple(m.__dict__ for m in self.modules)
-        self.sizes = tuple(map(len, self.own))
-        had = [
-            (place, name, value)
-            for m in self.modules
-            for place in (m._parameters, m._buffers, m.__dict__)
-            for name, value in place.items()
-            if name not in IGNORED
+    def __init__(self, module: nn.Module):
+        self.module, self.kind, self.own, self.size = module, type(module), module.__dict__, len(module.__dict__)
+        dicts = (module._parameters, module._buffers, module.__dict__)
+        self.had = [
+            (objects, name, value) for objects in dicts for name, value in objects.items() if name not in IGNORED
         ]
-        self.places = tuple(place for place, _, _ in had)
-        self.names = tuple(name for _, name, _ in had)
-        self.values = tuple(value for _, _, value in had)
-
-    def __add__(self, other: Uncounted) -> Uncounted:
-        """Both, as they were."""
-        both = Uncounted()
-        for name, mine in self.__dict__.items():
-            both.__dict__[name] = mine + other.__dict__[name]
-        return both
 
     def moved(self) -> bool:
-        return not (
-            tuple(map(type, self.modules)) == self.kinds
-            and tuple(map(len, self.own)) == self.sizes
-            and all(map(is_, map(dict.get, self.places, self.names), self.values))
-        )
+        if type(self.module) is not self.kind or len(self.own) != self.size:
+            return True
+        return any(objects.get(name) is not value for objects, name, value in self.had)
 
 
 class Guard:
@@ -178,7 +158,7 @@ class Guard:
         for tensor, before in self.copied:
             if edits(tensor) != before:
                 return False
-        if torch.is_grad_enabled() and any(recorded(*own.values()) for own in self.parameters):
+        if torch.is_grad_enabled() and any(recorded(*parameters.values()) for parameters in self.parameters):
             return False  # a parameter requires a gradient
         handles, changes = RemovableHandle.next_id, Changes.count
         if (

@@ -39,8 +39,8 @@ class LatentLora(Lora):
         self.owner = owner
 
     @staticmethod
-    def nbytes(owner: MLA, several: Sequence[LowRank]) -> int:
-        (adapter,) = several
+    def nbytes(owner: MLA, adapters: Sequence[LowRank]) -> int:
+        (adapter,) = adapters
         rank, heads = adapter.b.shape[-1], owner.num_heads
         shapes = [
             adapter.a.shape,
@@ -50,26 +50,26 @@ class LatentLora(Lora):
         ]
         return sum(map(packed_bytes, shapes)) + 4 * adapter.b.numel()
 
-    def made(self, several: Sequence[LowRank]) -> HeadFactors:
-        (adapter,) = several
+    def made(self, adapters: Sequence[LowRank]) -> HeadFactors:
+        (adapter,) = adapters
         return HeadFactors(adapter, self.owner)
 
     def whole(self, row: int) -> Latents | None:
         """Returns the adapters for tokens of the sequence that has row `row` of the step; None if there are none."""
         return self._of([(slice(None), self.mapping.at(row))])
 
-    def among(self, places: torch.Tensor) -> Latents | None:
-        """Returns the adapters for the rows `places` of the step, in ascending order; None if there are none."""
-        return self._of(self.mapping.among(places))
+    def among(self, row_indices: torch.Tensor) -> Latents | None:
+        """Returns the adapters for rows of the step, given by ascending indices; None if there are none."""
+        return self._of(self.mapping.among(row_indices))
 
     def _of(self, rows: Sequence[tuple[slice, Uses]]) -> Latents | None:
-        found = [
+        uses_of_rows = [
             (part, self.factors[use.name], use.factor)
             for part, uses in rows
             for use in uses
             if use.name in self.factors
         ]
-        return Latents(found) if found else None
+        return Latents(uses_of_rows) if uses_of_rows else None
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,19 @@ class Latents:
 
     rows: Sequence[tuple[slice, HeadFactors, float]]
 
-    def queries(self, q: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """Returns `known` [H, rows, rank] plus the adapters' part of the absorbed queries q [H, rows, nope]."""
+    def queries(self, q: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Returns `base` [H, rows, rank] plus the adapters' part of the absorbed queries q [H, rows, nope]."""
         for part, factors, factor in self.rows:
             added = cpu.linear(cpu.linear_batched(q.float(), factors.k_t), factors.a_t)
-            known = plus(known, times(factor, added), part)
-        return known
+            base = plus(base, times(factor, added), part)
+        return base
 
-    def values(self, context: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """Returns `known` [H, rows, v] plus the adapters' part of the values from context [H, rows, rank]."""
+    def values(self, context: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        """Returns `base` [H, rows, v] plus the adapters' part of the values from context [H, rows, rank]."""
         for part, factors, factor in self.rows:
             added = cpu.linear_batched(cpu.linear(context.float(), factors.a), factors.v)
-            known = plus(known, times(factor, added), part)
-        return known
+            base = plus(base, times(factor, added), part)
+        return base
 
     def expanded(
         self, latent: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: range

@@ -52,7 +52,7 @@ class Mapping:
         return self._step()[0]
 
     @property
-    def kept(self) -> Spans | None:
+    def logits_spans(self) -> Spans | None:
         """The rows of this thread's step whose logits are computed, in order; None outside of a step."""
         return self._step()[1]
 
@@ -72,7 +72,7 @@ class Mapping:
             return
         if self.spans is not None and not any(uses for _, uses in self.spans):
             return
-        for spans in (self.spans, self.kept):
+        for spans in (self.spans, self.logits_spans):
             if spans is None:
                 continue
             if sum(count for count, _ in spans) == rows:
@@ -92,20 +92,20 @@ class Mapping:
             return self.everywhere
         return next((uses for rows, uses in _slices(self.spans) if rows.start <= row < rows.stop), ())
 
-    def among(self, places: torch.Tensor) -> list[tuple[slice, Uses]]:
-        """Like `of` for some of the step's rows: returns slices of `places`, row indices in ascending order."""
-        uses_of_row = [self.at(row) for row in places.tolist()]
+    def among(self, row_indices: torch.Tensor) -> list[tuple[slice, Uses]]:
+        """Like `of` for some of the step's rows: returns slices of `row_indices`, which are ascending."""
+        uses_of_row = [self.at(row) for row in row_indices.tolist()]
         return list(_slices([(len(list(run)), uses) for uses, run in groupby(uses_of_row)]))
 
     @contextmanager
-    def step(self, spans: Sequence[tuple[int, Uses]], kept: Sequence[tuple[int, Uses]]) -> Iterator[None]:
+    def step(self, spans: Sequence[tuple[int, Uses]], logits_spans: Sequence[tuple[int, Uses]]) -> Iterator[None]:
         """Context of an engine's step on this thread.
 
         Args:
             spans: adapters of the step's tokens.
-            kept: adapters of the rows whose logits are computed.
+            logits_spans: adapters of the rows whose logits are computed.
         """
-        _state.step = self, list(spans), list(kept)
+        _state.step = self, list(spans), list(logits_spans)
         try:
             yield
         finally:
@@ -176,18 +176,18 @@ class Lora:
         self.factors: dict[str, Any] = {}
 
     @staticmethod
-    def nbytes(owner: Any, several: Sequence[LowRank]) -> int:
+    def nbytes(owner: Any, adapters: Sequence[LowRank]) -> int:
         """Returns the bytes of `made` for a module."""
-        (adapter,) = several
+        (adapter,) = adapters
         if home_of(owner).gpu:
             return 4 * (adapter.a.numel() + adapter.b.numel())
         return (4 * adapter.a.numel() if adapter.embedding else packed_bytes(adapter.a.shape)) + packed_bytes(
             adapter.b.shape
         )
 
-    def made(self, several: Sequence[LowRank]) -> Any:
+    def made(self, adapters: Sequence[LowRank]) -> Any:
         """Packs an adapter's matrices as a value of `factors`."""
-        (adapter,) = several
+        (adapter,) = adapters
         return Factors(adapter, self.home)
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -226,10 +226,10 @@ def times(factor: float, added: torch.Tensor) -> torch.Tensor:
     return added if factor == 1 else factor * added
 
 
-def plus(known: torch.Tensor, added: torch.Tensor, own: slice) -> torch.Tensor:
-    """Returns known + added [..., rows, columns] in known's dtype, where only the rows `own` of `added` count."""
-    if len(range(*own.indices(added.shape[-2]))) < added.shape[-2]:
+def plus(base: torch.Tensor, added: torch.Tensor, indices: slice) -> torch.Tensor:
+    """Returns base + added [..., rows, columns] in the dtype of `base`; only the rows `indices` of `added` count."""
+    if len(range(*indices.indices(added.shape[-2]))) < added.shape[-2]:
         masked = torch.zeros_like(added)
-        masked[..., own, :] = added[..., own, :]
+        masked[..., indices, :] = added[..., indices, :]
         added = masked
-    return known + added.to(known.dtype)
+    return base + added.to(base.dtype)

@@ -222,10 +222,10 @@ def _added(parametrization: Any, transposed: bool) -> Product | None:
         return _dense(parametrization.delta_weight, transposed)
     if type(parametrization).__name__ != "_LoraFactorsProxy":
         return None
-    left, right, scaling = _matrices(parametrization.lhs), _matrices(parametrization.rhs), parametrization.scaling
+    lhs, rhs, scaling = _matrices(parametrization.lhs), _matrices(parametrization.rhs), parametrization.scaling
 
     def product(rows: torch.Tensor, i: int) -> torch.Tensor:
-        first, second = (left[i], right[i]) if transposed else (right[i].T, left[i].T)
+        first, second = (lhs[i], rhs[i]) if transposed else (rhs[i].T, lhs[i].T)
         return (rows @ first.to(rows.dtype)) @ second.to(rows.dtype) * scaling
 
     return product
@@ -242,10 +242,10 @@ def _dense(values: Any, transposed: bool) -> Product:
     return lambda rows, i: rows @ (matrices[i] if transposed else matrices[i].T).to(rows.dtype)
 
 
-def _warn_once(owner: Operator, name: str, what: str, tensors: list[torch.Tensor]) -> None:
+def _warn_once(owner: Operator, name: str, reason: str, tensors: list[torch.Tensor]) -> None:
     """Logs a warning, once per kind of weight."""
-    kind = type(owner).__name__.removeprefix("Parametrized"), name
-    if kind not in _logged:
-        _logged.add(kind)
+    key = type(owner).__name__.removeprefix("Parametrized"), name
+    if key not in _logged:
+        _logged.add(key)
         size = format_bytes(sum(values.nbytes for values in tensors))
-        log.warning("%s.%s: %s, which is slow and takes %s in each forward", owner.path, name, what, size)
+        log.warning("%s.%s: %s, which is slow and takes %s in each forward", owner.path, name, reason, size)

@@ -33,18 +33,18 @@ class ModuleBytes:
 
 def sizes(model: nn.Module) -> list[ModuleBytes]:
     """Lists the bytes of operators and of other modules with parameters of their own."""
-    found, counted = [], set[int]()
+    modules, counted = [], set[int]()
     for path, module in model.named_modules():
-        own = plain_parameters(module)
-        held, token = module.weight_bytes() if isinstance(module, Operator) else (0, 0)
-        held = 0 if isinstance(module, Linear) and module.tied_to and not module.copies else held
-        for parameter in own:
-            held += 0 if id(parameter) in counted else parameter.nbytes
-            token += parameter.nbytes // (len(parameter) if isinstance(module, nn.Embedding) else 1)
+        parameters = plain_parameters(module)
+        held_bytes, token_bytes = module.weight_bytes() if isinstance(module, Operator) else (0, 0)
+        held_bytes = 0 if isinstance(module, Linear) and module.tied_to and not module.copies else held_bytes
+        for parameter in parameters:
+            held_bytes += 0 if id(parameter) in counted else parameter.nbytes
+            token_bytes += parameter.nbytes // (len(parameter) if isinstance(module, nn.Embedding) else 1)
             counted.add(id(parameter))
-        if own or isinstance(module, Operator):
-            found.append(ModuleBytes(path, module, held, token))
-    return found
+        if parameters or isinstance(module, Operator):
+            modules.append(ModuleBytes(path, module, held_bytes, token_bytes))
+    return modules
 
 
 def plain_parameters(module: nn.Module) -> list[nn.Parameter]:
