@@ -18,7 +18,7 @@ from ktx.errors import ContextExceeded
 from ktx.server.errors import APIError, to_api_error
 from ktx.server.lora import resolve_adapters
 from ktx.server.protocol.openai import Format, LoraUse, SamplingFields, Structured, StructuredOutputFields
-from ktx.server.protocol.parameters import ignore
+from ktx.server.protocol.parameters import note_ignored
 from ktx.server.state import ServerState
 from ktx.server.worker_threads import (
     COMPILE_THREADS,
@@ -262,7 +262,7 @@ def _check_tools(state: ServerState, not_rendered: bool) -> None:
     """Reports tools that have no effect: in a header of each response and once in the log."""
     _, prompts, _ = state.require_ready()
     if not_rendered:
-        ignore("tools")
+        note_ignored("tools")
         state.warn_once("the model's chat template does not render tools: the model does not see them")
     elif prompts.dialect.format is None:
         state.warn_once("the format of this model's tool calls is unknown: its calls are returned as text")

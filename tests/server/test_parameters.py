@@ -14,7 +14,7 @@ from ktx.engine.sampler import Sampler, SamplingParams
 from ktx.engine.scripted import read_script, scripted_engine
 from ktx.server.protocol import ChatCompletionRequest, CompletionRequest, parameters
 from ktx.server.protocol.ollama import OllamaOptions
-from ktx.server.protocol.parameters import ALIASES, IGNORED_HEADER, IGNORED, PREFIXES, REFUSED
+from ktx.server.protocol.parameters import ALIASES, IGNORED, IGNORED_HEADER, PREFIXES, REFUSED
 from tests.server.conftest import NAME, QWEN, refused, sent, serving
 from tests.small_chat import tokenizer
 
@@ -98,7 +98,7 @@ def test_every_ignored_parameter(special, path):
 def test_every_refused_parameter(special, path):
     http, _, _ = special
     for name, row in REFUSED.items():
-        for value in (None, *row.nothing):
+        for value in (None, *row.neutral_values):
             assert asked(http, path, **{name: value})[:2] == (200, ""), (name, value)
         status, _, text = asked(http, path, **{name: 7})
         assert status == 400 and f"{name}: this server does not support it" in text, name
@@ -265,7 +265,7 @@ def test_other_names(special):
     assert texts(http, text="greet", regex="[0-9]{3}", max_tokens=9, temperature=0)[0].isdigit()
     schema = {"type": "integer", "minimum": 5, "maximum": 5}
     assert texts(http, text="greet", json_schema=schema, max_tokens=9, temperature=0)[0] == "5"
-    assert "say two things" in refused(http, CHAT, messages=HELLO, n_predict=4, max_tokens=5)
+    assert "have different values" in refused(http, CHAT, messages=HELLO, n_predict=4, max_tokens=5)
     assert texts(http, text="greet", repeat_penalty=1.0, repeat_last_n=64)[0] == "Good day, to you!"
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
-from ktx.server.protocol.parameters import known
+from ktx.server.protocol.parameters import select_fields
 
 MAX_TEXT_CHARS = 16 << 20
 Name = Annotated[str, Field(max_length=256)]
@@ -53,7 +53,7 @@ class Request(StrictModel):
 
     effective: ClassVar[frozenset[str]] = frozenset()  # that have an effect here though the table says they have none
 
-    _known = model_validator(mode="before")(classmethod(known))  # type: ignore[arg-type]
+    _known = model_validator(mode="before")(classmethod(select_fields))  # type: ignore[arg-type]
 
 
 # ---- sampling, which several routes share
