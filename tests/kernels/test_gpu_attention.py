@@ -22,7 +22,7 @@ from ktx.kernels.gpu.attention_backend import kernels_for
 from ktx.kernels.gpu.mla_decode import as_pages, mla_attention
 from ktx.kernels.gpu.paged_attention import attention
 from ktx.kernels.gpu.rope_and_cache import rope_and_cache_kv, rope_and_cache_mla
-from ktx.kernels.gpu.split_kv import AttentionSchedule, Shape, Tile, programs_in_line, tiles_for
+from ktx.kernels.gpu.split_kv import AttentionSchedule, Shape, Tile, num_programs_per_range, tiles_for
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -208,9 +208,9 @@ def test_a_context_in_parts_is_the_context_in_one_and_the_same_bits_each_time():
     one, many = (
         planned(ragged, shape, pools, tiles=(Tile(32, 16, 4, 2, min_blocks=least),), slots=23) for least in (1000, 1)
     )
-    assert (many.lines[0].programs[:, 0] < many.lines[0].programs[:, 1]).sum() == 16
+    assert (many.ranges[0].programs[:, 0] < many.ranges[0].programs[:, 1]).sum() == 16
     assert (
-        many.lines[0].merges[:, 0] >= 0
+        many.ranges[0].merges[:, 0] >= 0
     ).sum() == 2  # the third sequence's two tokens are one tile, the second's is not shared
     alone, merged = (mla_attention(q, qr, ckv[:, 0], kpe[:, 0], plan, 0.1) for plan in (one, many))
     torch.testing.assert_close(merged, alone, rtol=2e-3, atol=2e-3)
@@ -296,7 +296,7 @@ def test_units_are_shared_out_without_gaps():
     ):
         work = AttentionSchedule(counts, Shape(8, 2, 32, 32), "cpu", num_sms=11, tiles=SMALL)
         rows = list(zip(counts, lengths, strict=True))
-        for line in work.plan(sequences_of(rows), torch.zeros(len(rows), 20, dtype=torch.int32), window).lines:
+        for line in work.plan(sequences_of(rows), torch.zeros(len(rows), 20, dtype=torch.int32), window).ranges:
             starts, programs = line.starts.tolist(), line.programs.tolist()
             assert programs[0][0] == 0 and max(end for _, end, _, _ in programs) == starts[-1]
             assert all(a[1] == b[0] for a, b in zip(programs, programs[1:], strict=False))
@@ -308,10 +308,10 @@ def test_units_are_shared_out_without_gaps():
                     shared[i].add(number)
             wanted = [[i, min(own), max(own)] for i, own in enumerate(shared) if len(own) > 1]
             assert [row for row in line.merges.tolist() if row[0] >= 0] == wanted
-            tile, part = line.part.tile, line.part
+            tile, part = line.group.tile, line.group
             for (sequence, row), units in zip(part.items.tolist(), line.starts.diff().tolist(), strict=True):
                 count, keys = rows[sequence]
-                first, last = row // part.width, min((row + tile.rows - 1) // part.width, count - 1)
+                first, last = row // part.heads_per_block, min((row + tile.rows - 1) // part.heads_per_block, count - 1)
                 begin = max(keys - count + first + 1 - window, 0) if window else 0
                 seen = {key // tile.keys for key in range(begin, keys - count + last + 1)}
                 assert units == len(seen)
@@ -322,13 +322,16 @@ def test_every_row_has_one_tile():
         shape = Shape(heads, kv_heads, 64, 64, latent=kv_heads == 1)
         counts = (1, 5, 1, 0, 70)
         work, seen = AttentionSchedule(counts, shape, "cpu", num_sms=132), set()
-        for part in work.parts:
-            assert part.blocks * part.width >= shape.group and part.width <= part.tile.rows
+        for part in work.groups:
+            assert part.head_blocks * part.heads_per_block >= shape.group and part.heads_per_block <= part.tile.rows
             for sequence, first in part.items.tolist():
                 for row in range(first, first + part.tile.rows):
-                    token = row // part.width
+                    token = row // part.heads_per_block
                     if token < counts[sequence]:
-                        own = [(sequence, token, b * part.width + row % part.width) for b in range(part.blocks)]
+                        own = [
+                            (sequence, token, b * part.heads_per_block + row % part.heads_per_block)
+                            for b in range(part.head_blocks)
+                        ]
                         assert not seen & set(own)
                         seen |= set(own)
         assert {row for row in seen if row[2] < shape.group} == {
@@ -337,9 +340,9 @@ def test_every_row_has_one_tile():
 
 
 def test_programs_fill_the_multiprocessors():
-    assert [programs_in_line(beside, 132) for beside in (1, 2, 8, 128)] == [132, 66, 16, 1]
+    assert [num_programs_per_range(beside, 132) for beside in (1, 2, 8, 128)] == [132, 66, 16, 1]
     for beside in range(1, 140):
-        programs = programs_in_line(beside, 132)
+        programs = num_programs_per_range(beside, 132)
         assert programs * beside / (-(-programs * beside // 132) * 132) >= 0.75
 
 
@@ -358,7 +361,7 @@ def test_what_does_not_fit_a_plan_is_refused():
         "5 query heads": lambda: Shape(5, 2, 32, 32),
         "keys are its values": lambda: Shape(4, 1, 32, 16, latent=True),
         "none negative": lambda: AttentionSchedule([], shape, DEVICE),
-        "made for 1 sequences": lambda: plan.work.plan(plan.sequences.repeat(2, 1), plan.pages),
+        "made for 1 sequences": lambda: plan.schedule.plan(plan.sequences.repeat(2, 1), plan.pages),
         "too small": lambda: AttentionSchedule([2], shape, DEVICE, num_sms=3, scratch=torch.zeros(4)),
     }.items():
         with pytest.raises(ValueError, match=name):

@@ -74,7 +74,7 @@ def kernels_for(
         reason = _flashinfer_unsupported_reason(shape, rope_columns, sinks, stored)
         if not reason:
             flashinfer = importlib.import_module("ktx.kernels.gpu.flashinfer")
-            return Kernels("flashinfer", flashinfer.Work, flashinfer.attention, flashinfer.mla_attention)
+            return Kernels("flashinfer", flashinfer.AttentionSchedule, flashinfer.attention, flashinfer.mla_attention)
         if backend == "flashinfer":
             raise UsageError(f"attention backend FlashInfer: {reason}; use triton or auto")
     if importlib.util.find_spec("triton") is None:
@@ -89,4 +89,6 @@ def _flashinfer_unsupported_reason(shape: Shape, rope_columns: int, sinks: bool,
     """Returns why FlashInfer cannot be used; "" if it can."""
     if importlib.util.find_spec("flashinfer") is None:
         return "the package flashinfer-python is not installed"
-    return str(importlib.import_module("ktx.kernels.gpu.flashinfer").refusal(shape, rope_columns, sinks, stored))
+    return str(
+        importlib.import_module("ktx.kernels.gpu.flashinfer").unsupported_reason(shape, rope_columns, sinks, stored)
+    )

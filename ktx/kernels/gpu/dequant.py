@@ -22,8 +22,7 @@ class Decoder(NamedTuple):
         minimum: whether weights have a minimum.
         book: name of the codebook; "" for none.
         run: number of consecutive columns that come from the low nibbles of a chunk of words, before those from its
-            high nibbles; 0 if the function cannot
-            return raw codes, see bit_unpack.raw_nibbles.
+            high nibbles; 0 if the function cannot return raw codes, see bit_unpack.raw_nibbles.
     """
 
     function: Any

@@ -1,5 +1,4 @@
-"""Device functions that decode the IQ types with large codebooks on a GPU; see dequant_blocks.py and
-iq_codebooks.py.
+"""Decoders of the IQ types with large codebooks, as in dequant_blocks.py, on the codebooks of iq_codebooks.py.
 
 An entry of a codebook holds indices of values; the values are computed from the indices.
 """

@@ -1,6 +1,7 @@
-"""FlashInfer's attention on pages behind the names of ktx.kernels.gpu.paged_attention and ktx.kernels.gpu.mla_decode; checked by `make gpu-check` alone.
+"""FlashInfer's paged attention, with the interface of paged_attention.py and mla_decode.py.
 
-FlashInfer plans on the host: `Work.plan` fetches the lengths (one wait a forward, none a layer), so a plan cannot be inside a CUDA graph.
+Only `make gpu-check` tests it. FlashInfer plans on the host: `AttentionSchedule.plan` copies the lengths to the CPU,
+which synchronizes once a forward and not once a layer, so a CUDA graph cannot capture a plan.
 """
 
 from __future__ import annotations
@@ -15,28 +16,43 @@ import torch
 from ktx.kernels.gpu.split_kv import Shape
 from ktx.kernels.gradients import none_on_gpu
 
-LATENT = (512, 64)  # columns of a latent and of its rotated part that FlashInfer has kernels for
-WORKSPACE = 128 << 20
+MLA_COLUMNS = (512, 64)  # latent and rotated columns that FlashInfer's MLA kernels support
+WORKSPACE_BYTES = 128 << 20
 
 
-def refusal(shape: Shape, rope_columns: int = 0, sinks: bool = False, stored: torch.dtype = torch.bfloat16) -> str:
-    """Why FlashInfer cannot do this; empty if it can."""
+def unsupported_reason(
+    shape: Shape, rope_columns: int = 0, sinks: bool = False, stored: torch.dtype = torch.bfloat16
+) -> str:
+    """Returns why FlashInfer cannot compute this; "" if it can."""
     if sinks:
-        return "attention sinks are not among what this wrapper passes on"
+        return "attention sinks are not supported by this wrapper"
     if shape.latent:
-        fits = (shape.key_columns, rope_columns) == LATENT and stored in (torch.float16, torch.bfloat16)
-        return "" if fits else f"its MLA kernels take latents of {LATENT[0]} + {LATENT[1]} columns in f16 or bf16"
+        fits = (shape.key_columns, rope_columns) == MLA_COLUMNS and stored in (torch.float16, torch.bfloat16)
+        return (
+            ""
+            if fits
+            else f"its MLA kernels take latents of {MLA_COLUMNS[0]} + {MLA_COLUMNS[1]} columns in float16 or bfloat16"
+        )
     if rope_columns:
-        return "its kernels on pages take keys in one piece"
+        return "its paged kernels do not take separate rotated columns"
     fits = (shape.key_columns, shape.value_columns) in ((64, 64), (128, 128), (256, 256))
-    return "" if fits else f"its kernels take no heads of {shape.key_columns} and {shape.value_columns} columns"
+    return "" if fits else f"its kernels do not support heads of {shape.key_columns} and {shape.value_columns} columns"
 
 
 @dataclass
 class Plan:
-    """Where the tokens (`queries`: sums of their counts, on the host) and pages of each sequence lie; `ready` keeps a planned wrapper for each scale and type."""
+    """The sequences of a call.
 
-    work: Work
+    Attributes:
+        schedule: the schedule that created the plan.
+        queries: int32 [n + 1] on the host, the first query of each sequence and the end.
+        pages: int32 [n, max pages], the pages of each sequence.
+        lengths: int32 [n], number of keys of each sequence.
+        window: size of the sliding window, 0 for none.
+        ready: planned wrappers by scale and dtypes.
+    """
+
+    schedule: AttentionSchedule
     queries: torch.Tensor
     pages: torch.Tensor
     lengths: torch.Tensor
@@ -44,8 +60,11 @@ class Plan:
     ready: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
 
-class Work:
-    """As ktx.kernels.gpu.split_kv.Work; tiles are FlashInfer's own, and `scratch` may be that of another Work."""
+class AttentionSchedule:
+    """The counterpart of ktx.kernels.gpu.split_kv.AttentionSchedule.
+
+    FlashInfer chooses its own tiles, so `tiles` is ignored. `scratch` may be that of another instance.
+    """
 
     def __init__(
         self,
@@ -56,13 +75,17 @@ class Work:
         scratch: torch.Tensor | None = None,
     ):
         self.counts, self.shape, self.device = list(counts), shape, torch.device(device)
-        self.scratch = torch.empty(WORKSPACE, dtype=torch.uint8, device=device) if scratch is None else scratch
+        self.scratch = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device) if scratch is None else scratch
 
     def plan(self, sequences: torch.Tensor, pages: torch.Tensor, window: int = 0) -> Plan:
-        """As ktx.kernels.gpu.split_kv.Work.plan; waits for the device."""
+        """As ktx.kernels.gpu.split_kv.AttentionSchedule.plan.
+
+        Raises:
+            ValueError: for a sliding window with MLA.
+        """
         if self.shape.latent and window:
             raise ValueError("FlashInfer's MLA has no sliding window")
-        return Plan(self, _sums(torch.tensor(self.counts)), pages, sequences[:, 2].int(), window)
+        return Plan(self, _exclusive_sums(torch.tensor(self.counts)), pages, sequences[:, 2].int(), window)
 
 
 def attention(
@@ -79,16 +102,22 @@ def attention(
     v_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ktx.kernels.gpu.paged_attention.attention, for what `refusal` has no objection to."""
+    """As ktx.kernels.gpu.paged_attention.attention.
+
+    Raises:
+        ValueError: if FlashInfer does not support the shape or dtype, see `unsupported_reason`.
+    """
     none_on_gpu("attention", q, k, v, sinks, q_rope, k_rope)
-    if reason := refusal(plan.work.shape, 0 if q_rope is None else q_rope.shape[3], sinks is not None, k.dtype):
+    if reason := unsupported_reason(
+        plan.schedule.shape, 0 if q_rope is None else q_rope.shape[3], sinks is not None, k.dtype
+    ):
         raise ValueError(f"FlashInfer: {reason}")
     key = (scale, softcap, q.dtype, k.dtype, k.shape[2])
     if key not in plan.ready:
-        plan.ready[key] = _heads(plan, q, k, scale, softcap)
+        plan.ready[key] = _plan_attention(plan, q, k, scale, softcap)
     rows = q[0].transpose(0, 1).contiguous()
-    done = plan.ready[key].run(rows, (k, v), k_scale=k_scale, v_scale=v_scale)[None]
-    return done if out is None else out.copy_(done)
+    result = plan.ready[key].run(rows, (k, v), k_scale=k_scale, v_scale=v_scale)[None]
+    return result if out is None else out.copy_(result)
 
 
 def mla_attention(
@@ -101,43 +130,53 @@ def mla_attention(
     kv_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As ktx.kernels.gpu.mla_decode.mla_attention, for what `refusal` has no objection to."""
+    """As ktx.kernels.gpu.mla_decode.mla_attention.
+
+    Raises:
+        ValueError: if FlashInfer does not support the shape or dtype, see `unsupported_reason`.
+    """
     none_on_gpu("attention", q_nope, q_rope, ckv, kpe)
-    if reason := refusal(plan.work.shape, kpe.shape[2], stored=ckv.dtype):
+    if reason := unsupported_reason(plan.schedule.shape, kpe.shape[2], stored=ckv.dtype):
         raise ValueError(f"FlashInfer: {reason}")
     key = (scale, q_nope.dtype, ckv.dtype, ckv.shape[1])
     if key not in plan.ready:
-        plan.ready[key] = _latent(plan, q_nope, ckv, kpe, scale)
+        plan.ready[key] = _plan_mla(plan, q_nope, ckv, kpe, scale)
     rows = (x[0].transpose(0, 1).contiguous() for x in (q_nope, q_rope))
-    done = plan.ready[key].run(*rows, ckv, kpe)[None]
-    return done if out is None else out.copy_(done)
+    result = plan.ready[key].run(*rows, ckv, kpe)[None]
+    return result if out is None else out.copy_(result)
 
 
-def _sums(counts: torch.Tensor) -> torch.Tensor:
+def _exclusive_sums(counts: torch.Tensor) -> torch.Tensor:
+    """Returns the exclusive prefix sums and the total, int32 [n + 1]."""
     return torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).int()
 
 
-def _pages(plan: Plan, page: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where each sequence's pages begin in one list, the list, and the lengths: the first and the last on the host."""
+def _page_lists(plan: Plan, page_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the pages of all sequences for FlashInfer.
+
+    Returns:
+        Start of each sequence in the list of pages (on the host), the list, and the lengths (on the host).
+    """
     lengths = plan.lengths.cpu()
-    need = (lengths + page - 1) // page
-    wanted = torch.arange(plan.pages.shape[1], device=plan.pages.device) < need.to(plan.pages.device)[:, None]
-    return _sums(need), plan.pages[wanted], lengths
+    num_pages = (lengths + page_size - 1) // page_size
+    page_mask = torch.arange(plan.pages.shape[1], device=plan.pages.device) < num_pages.to(plan.pages.device)[:, None]
+    return _exclusive_sums(num_pages), plan.pages[page_mask], lengths
 
 
-def _heads(plan: Plan, q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> Any:
-    shape, page = plan.work.shape, k.shape[2]
-    begins, pages, lengths = _pages(plan, page)
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(plan.work.scratch, "HND")
+def _plan_attention(plan: Plan, q: torch.Tensor, k: torch.Tensor, scale: float, softcap: float) -> Any:
+    """Plans attention for separate keys and values."""
+    shape, page_size = plan.schedule.shape, k.shape[2]
+    page_starts, pages, lengths = _page_lists(plan, page_size)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(plan.schedule.scratch, "HND")
     wrapper.plan(
         plan.queries,
-        begins,
+        page_starts,
         pages,
-        (lengths - 1) % page + 1,
+        (lengths - 1) % page_size + 1,
         shape.heads,
         shape.kv_heads,
         shape.key_columns,
-        page,
+        page_size,
         head_dim_vo=shape.value_columns,
         causal=True,
         sm_scale=scale,
@@ -149,13 +188,14 @@ def _heads(plan: Plan, q: torch.Tensor, k: torch.Tensor, scale: float, softcap: 
     return wrapper
 
 
-def _latent(plan: Plan, q: torch.Tensor, ckv: torch.Tensor, kpe: torch.Tensor, scale: float) -> Any:
-    begins, pages, lengths = _pages(plan, ckv.shape[1])
-    wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(plan.work.scratch)
-    on_device = (x.to(plan.work.device) for x in (plan.queries, begins, pages, lengths))
+def _plan_mla(plan: Plan, q: torch.Tensor, ckv: torch.Tensor, kpe: torch.Tensor, scale: float) -> Any:
+    """Plans attention on latents."""
+    page_starts, pages, lengths = _page_lists(plan, ckv.shape[1])
+    wrapper = flashinfer.mla.BatchMLAPagedAttentionWrapper(plan.schedule.scratch)
+    on_device = (x.to(plan.schedule.device) for x in (plan.queries, page_starts, pages, lengths))
     wrapper.plan(
         *on_device,
-        plan.work.shape.heads,
+        plan.schedule.shape.heads,
         ckv.shape[2],
         kpe.shape[2],
         ckv.shape[1],

@@ -1,8 +1,9 @@
-"""Multi-head latent attention by Triton, absorbed: every head attends to the same latent, as `reference.mla_attention` defines it.
+"""Absorbed multi-head latent attention (MLA) in Triton, in which every head attends to the same latent.
 
-A block of the latent is fetched once and is keys and values, for all heads that fit a program; 128 heads are two programs side by side,
-of which the second finds the block in the second-level cache. Prompts may be expanded instead: that is ktx.kernels.gpu.paged_attention.attention with
-`q_rope` and `k_rope` on keys and values made of the latent, see `as_pages`.
+It computes `reference.mla_attention`. A block of the latent is loaded once and is keys and values, for all heads that
+fit in a program. 128 heads are two programs next to each other, of which the second finds the block in the L2 cache.
+Prompts can be computed in expanded form instead: ktx.kernels.gpu.paged_attention.attention with `q_rope` and `k_rope`,
+on keys and values that are expanded from the latent, see `as_pages`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,26 @@ def mla_attention(
     kv_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q_nope [1, H, T, R] already times W_UK, q_rope [1, H, T, P], pools ckv [pages, PAGE, R], kpe [pages, PAGE, P] -> [1, T, H, R].
+    """Absorbed MLA, as reference.mla_attention with the plan's sequences and pages.
 
-    As reference.mla_attention with the plan's sequences and pages; e4m3 pools hold the latent over `kv_scale`.
+    Args:
+        q_nope: [1, H, T, R], already multiplied by W_UK.
+        q_rope: [1, H, T, P].
+        ckv: pool [pages, PAGE, R], the latent.
+        kpe: pool [pages, PAGE, P], the rotated key columns.
+        plan: the sequences and pages, of a shape with latent=True.
+        scale: factor of the scores.
+        kv_scale: e4m3 pools store values / kv_scale.
+        out: [1, T, H, R], receives the result; allocated by default.
+
+    Returns:
+        [1, T, H, R] in q_nope's dtype.
+
+    Raises:
+        ValueError: if the plan is for separate keys and values, or a tensor does not fit.
     """
-    if not plan.work.shape.latent:
-        raise ValueError("the plan is for keys and values apart: make its shape with latent=True")
+    if not plan.schedule.shape.latent:
+        raise ValueError("the plan is for separate keys and values: create its Shape with latent=True")
     latent = ckv[:, None]
     return attention(
         q_nope,
@@ -45,9 +60,15 @@ def mla_attention(
 
 
 def as_pages(rows: torch.Tensor, heads: int, page: int = 64) -> torch.Tensor:
-    """A dense matrix [positions, heads * columns] as a pool [pages, heads, page, columns] in order; positions are whole pages."""
+    """Views a dense matrix [positions, heads * columns] as a pool [pages, heads, page, columns].
+
+    The pages are in order.
+
+    Raises:
+        ValueError: if the positions are not a multiple of `page`, or the columns not of `heads`.
+    """
     if len(rows) % page or rows.shape[1] % heads:
         raise ValueError(
-            f"{tuple(rows.shape)} is no whole number of pages of {page} positions with {heads} heads: pad the rows"
+            f"{tuple(rows.shape)} is not a multiple of pages of {page} positions with {heads} heads: pad the rows"
         )
     return rows.unflatten(1, (heads, -1)).unflatten(0, (-1, page)).transpose(1, 2)

@@ -1,8 +1,9 @@
-"""Attention on pages by Triton: queries of many sequences at once, keys and values in pools, as `reference.attention` defines it.
+"""Paged attention in Triton, for queries of many sequences at once, as `reference.attention` defines it.
 
-One kernel serves keys and values apart (GQA, and MLA's expanded form with its shared rotated columns) and a latent that is both (MLA's
-absorbed form, see ktx.kernels.gpu.mla_decode). It works through the line of units that ktx.kernels.gpu.split_kv shares out; a tile that several programs
-share is left in scratch in parts, each with its own maximum, for ktx.kernels.gpu.reduce_splits.
+One kernel computes separate keys and values (GQA, and MLA's expanded form with its shared rotated columns) and a
+latent that is both (MLA's absorbed form, see ktx.kernels.gpu.mla_decode). A program computes its range of the work
+units that ktx.kernels.gpu.split_kv divides. A tile that several programs share is stored in scratch memory as partial
+results, each with its own maximum, which ktx.kernels.gpu.reduce_splits merges.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from ktx.kernels.gpu.split_kv import Plan, WorkRange
 from ktx.kernels.gradients import none_on_gpu
 
 LOG2E = 1.4426950408889634
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-STORED = (*FLOATS, torch.float8_e4m3fn)
+QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CACHE_DTYPES = (*QUERY_DTYPES, torch.float8_e4m3fn)
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def _attend(
     out,
     sinks,
     partial,
-    weight,
+    log_weights,
     sequences,
     pages,
     items,
@@ -40,7 +41,7 @@ def _attend(
     value_scale,
     softcap,
     window,
-    most_pages,
+    max_pages,
     q_strides,
     qr_strides,
     k_strides,
@@ -48,7 +49,7 @@ def _attend(
     v_strides,
     out_strides,
     GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
+    HEADS_PER_BLOCK: tl.constexpr,
     K_COLUMNS: tl.constexpr,
     K_BLOCK: tl.constexpr,
     ROPE: tl.constexpr,
@@ -66,8 +67,13 @@ def _attend(
     ONE_PAGE: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    NUMBER: tl.constexpr,
+    COMPUTE_DTYPE: tl.constexpr,
 ):
+    """Computes a program's range of work units, tile by tile.
+
+    A tile that one program computes completely is written to `out`; the parts of a shared tile are written to
+    `partial`.
+    """
     block, program, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin, end = tl.load(programs + 4 * program), tl.load(programs + 4 * program + 1)
     first_item, last_item = tl.load(programs + 4 * program + 2), tl.load(programs + 4 * program + 3)
@@ -82,94 +88,104 @@ def _attend(
         first = tl.load(sequences + 3 * sequence)
         count = tl.load(sequences + 3 * sequence + 1)
         past = tl.load(sequences + 3 * sequence + 2) - count
-        token, in_group = (first_row + row) // WIDTH, block * WIDTH + (first_row + row) % WIDTH
+        token, in_group = (
+            (first_row + row) // HEADS_PER_BLOCK,
+            block * HEADS_PER_BLOCK + (first_row + row) % HEADS_PER_BLOCK,
+        )
         head = kv_head * GROUP + in_group
-        real = (token < count) & (in_group < GROUP)
-        at = (first + token).to(tl.int64)
-        q_at = q + (at * q_strides[0] + head * q_strides[1])[:, None] + column[None, :]
-        query = tl.load(q_at, mask=real[:, None] & (column < K_COLUMNS)[None, :], other=0.0).to(NUMBER)
+        row_mask = (token < count) & (in_group < GROUP)
+        q_row = (first + token).to(tl.int64)
+        q_at = q + (q_row * q_strides[0] + head * q_strides[1])[:, None] + column[None, :]
+        query = tl.load(q_at, mask=row_mask[:, None] & (column < K_COLUMNS)[None, :], other=0.0).to(COMPUTE_DTYPE)
         if ROPE:
-            qr_at = q_rope + (at * qr_strides[0] + head * qr_strides[1])[:, None] + rope_column[None, :]
-            query_rope = tl.load(qr_at, mask=real[:, None] & (rope_column < ROPE)[None, :], other=0.0).to(NUMBER)
+            qr_at = q_rope + (q_row * qr_strides[0] + head * qr_strides[1])[:, None] + rope_column[None, :]
+            query_rope = tl.load(qr_at, mask=row_mask[:, None] & (rope_column < ROPE)[None, :], other=0.0).to(
+                COMPUTE_DTYPE
+            )
 
-        # Keys that some row sees, those that all rows see, and the piece of the former that is this program's.
-        last_token = tl.minimum((first_row + ROWS - 1) // WIDTH, count - 1)
-        highest, all_up_to = past + last_token + 1, past + first_row // WIDTH + 1
-        lowest, all_from = 0, 0
+        # start_key to end_key are visible to some row, common_start to common_end to all rows; this program computes
+        # the key blocks first_unit to end_unit of the former.
+        last_token = tl.minimum((first_row + ROWS - 1) // HEADS_PER_BLOCK, count - 1)
+        end_key, common_end = past + last_token + 1, past + first_row // HEADS_PER_BLOCK + 1
+        start_key, common_start = 0, 0
         if WINDOW:
-            lowest, all_from = tl.maximum(all_up_to - window, 0), tl.maximum(highest - window, 0)
-        base = lowest // KEYS * KEYS
-        low, high = tl.maximum(begin, start) - start, tl.minimum(end, stop) - start
+            start_key, common_start = tl.maximum(common_end - window, 0), tl.maximum(end_key - window, 0)
+        first_block_key = start_key // KEYS * KEYS
+        first_unit, end_unit = tl.maximum(begin, start) - start, tl.minimum(end, stop) - start
 
-        most = tl.full([ROWS], float("-inf"), tl.float32)
+        row_max = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.full([ROWS], 0.0, tl.float32)
         sums = tl.full([ROWS, V_BLOCK], 0.0, tl.float32)
-        from_key, to_key = base + low * KEYS, tl.minimum(base + high * KEYS, highest)
-        table = pages + sequence * most_pages
+        range_start, range_end = (
+            first_block_key + first_unit * KEYS,
+            tl.minimum(first_block_key + end_unit * KEYS, end_key),
+        )
+        page_table = pages + sequence * max_pages
         if ONE_PAGE:
-            ahead = tl.load(table + from_key // PAGE, mask=from_key < to_key, other=0)
-        for first_key in range(from_key, to_key, KEYS):
+            next_page = tl.load(page_table + range_start // PAGE, mask=range_start < range_end, other=0)
+        for first_key in range(range_start, range_end, KEYS):
             keys = first_key + key
-            inside = (keys >= lowest) & (keys < highest)
-            if ONE_PAGE:  # the next page's number is on its way while this one is used
-                page, in_page = ahead.to(tl.int64), first_key % PAGE
-                ahead = tl.load(table + (first_key + KEYS) // PAGE, mask=first_key + KEYS < to_key, other=0)
-                k_rows = k + page * k_strides[0] + in_page * K_ROW + (key * K_ROW)[:, None]
-                kr_rows = k_rope + page * kr_strides[0] + in_page * KR_ROW + (key * KR_ROW)[:, None]
-                v_rows = v + page * v_strides[0] + in_page * V_ROW + (key * V_ROW)[:, None]
+            key_mask = (keys >= start_key) & (keys < end_key)
+            if ONE_PAGE:  # prefetch the next page index while this page is used
+                page_index, page_offset = next_page.to(tl.int64), first_key % PAGE
+                next_page = tl.load(page_table + (first_key + KEYS) // PAGE, mask=first_key + KEYS < range_end, other=0)
+                k_rows = k + page_index * k_strides[0] + page_offset * K_ROW + (key * K_ROW)[:, None]
+                kr_rows = k_rope + page_index * kr_strides[0] + page_offset * KR_ROW + (key * KR_ROW)[:, None]
+                v_rows = v + page_index * v_strides[0] + page_offset * V_ROW + (key * V_ROW)[:, None]
             else:
-                page = tl.load(table + keys // PAGE, mask=inside, other=0).to(tl.int64)
-                k_rows = k + (page * k_strides[0] + keys % PAGE * K_ROW)[:, None]
-                kr_rows = k_rope + (page * kr_strides[0] + keys % PAGE * KR_ROW)[:, None]
-                v_rows = v + (page * v_strides[0] + keys % PAGE * V_ROW)[:, None]
-            k_mask = inside[:, None] & (column < K_COLUMNS)[None, :]
-            keys_tile = tl.load(k_rows + column[None, :], mask=k_mask, other=0.0).to(NUMBER)
+                page_index = tl.load(page_table + keys // PAGE, mask=key_mask, other=0).to(tl.int64)
+                k_rows = k + (page_index * k_strides[0] + keys % PAGE * K_ROW)[:, None]
+                kr_rows = k_rope + (page_index * kr_strides[0] + keys % PAGE * KR_ROW)[:, None]
+                v_rows = v + (page_index * v_strides[0] + keys % PAGE * V_ROW)[:, None]
+            k_mask = key_mask[:, None] & (column < K_COLUMNS)[None, :]
+            keys_tile = tl.load(k_rows + column[None, :], mask=k_mask, other=0.0).to(COMPUTE_DTYPE)
             scores = tl.dot(query, tl.trans(keys_tile), input_precision="ieee") * scale
             if ROPE:
-                rope_mask = inside[:, None] & (rope_column < ROPE)[None, :]
-                rope_tile = tl.load(kr_rows + rope_column[None, :], mask=rope_mask, other=0.0).to(NUMBER)
+                rope_mask = key_mask[:, None] & (rope_column < ROPE)[None, :]
+                rope_tile = tl.load(kr_rows + rope_column[None, :], mask=rope_mask, other=0.0).to(COMPUTE_DTYPE)
                 scores += tl.dot(query_rope, tl.trans(rope_tile), input_precision="ieee") * scale
             if SOFTCAP:
                 # c * tanh(s / c), by an exponential that cannot overflow to NaN
                 scores = softcap * (2 / (1 + tl.exp2(scores * (-2 * 1.4426950408889634) / softcap)) - 1)
-            # The branch also lets the compiler lay out this product for itself: it would otherwise give all warps the rows of the
-            # next one, and with 64 rows half of the warps would compute what the others do.
-            if (first_key < all_from) | (first_key + KEYS > all_up_to):
-                up_to = past + token + 1
-                seen = keys[None, :] < up_to[:, None]
+            # The branch also lets the compiler choose a layout for this product alone. Otherwise it would distribute
+            # rows to warps as in the next product, and with 64 rows half of the warps would compute the same as the
+            # others.
+            if (first_key < common_start) | (first_key + KEYS > common_end):
+                causal_end = past + token + 1
+                visible = keys[None, :] < causal_end[:, None]
                 if WINDOW:
-                    seen &= keys[None, :] >= (up_to - window)[:, None]
-                scores = tl.where(seen, scores, float("-inf"))
-            new_most = tl.maximum(most, tl.max(scores, 1))
-            level = tl.where(new_most == float("-inf"), 0.0, new_most)
-            share = tl.exp2(scores - level[:, None])
-            fade = tl.exp2(most - level)
-            total = total * fade + tl.sum(share, 1)
+                    visible &= keys[None, :] >= (causal_end - window)[:, None]
+                scores = tl.where(visible, scores, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            probs = tl.exp2(scores - safe_max[:, None])
+            rescale = tl.exp2(row_max - safe_max)
+            total = total * rescale + tl.sum(probs, 1)
             if LATENT:
-                sums = tl.dot(share.to(NUMBER), keys_tile, sums * fade[:, None], input_precision="ieee")
+                sums = tl.dot(probs.to(COMPUTE_DTYPE), keys_tile, sums * rescale[:, None], input_precision="ieee")
             else:
-                v_mask = inside[:, None] & (value_column < V_COLUMNS)[None, :]
-                values = tl.load(v_rows + value_column[None, :], mask=v_mask, other=0.0).to(NUMBER)
-                sums = tl.dot(share.to(NUMBER), values, sums * fade[:, None], input_precision="ieee")
-            most = new_most
+                v_mask = key_mask[:, None] & (value_column < V_COLUMNS)[None, :]
+                values = tl.load(v_rows + value_column[None, :], mask=v_mask, other=0.0).to(COMPUTE_DTYPE)
+                sums = tl.dot(probs.to(COMPUTE_DTYPE), values, sums * rescale[:, None], input_precision="ieee")
+            row_max = new_max
 
-        if (low == 0) & (high == stop - start):
+        if (first_unit == 0) & (end_unit == stop - start):
             if SINKS:
-                sink = tl.load(sinks + head, mask=real, other=0.0) * 1.4426950408889634
-                level = tl.maximum(most, sink)
-                total = total * tl.exp2(most - level) + tl.exp2(sink - level)
-                sums *= tl.exp2(most - level)[:, None]
+                sink = tl.load(sinks + head, mask=row_mask, other=0.0) * 1.4426950408889634
+                safe_max = tl.maximum(row_max, sink)
+                total = total * tl.exp2(row_max - safe_max) + tl.exp2(sink - safe_max)
+                sums *= tl.exp2(row_max - safe_max)[:, None]
             result = sums * (value_scale / tl.where(total == 0, 1.0, total))[:, None]
-            out_at = out + (at * out_strides[0] + head * out_strides[1])[:, None] + value_column[None, :]
-            out_mask = real[:, None] & (value_column < V_COLUMNS)[None, :]
+            out_at = out + (q_row * out_strides[0] + head * out_strides[1])[:, None] + value_column[None, :]
+            out_mask = row_mask[:, None] & (value_column < V_COLUMNS)[None, :]
             tl.store(out_at, result.to(out.dtype.element_ty), mask=out_mask)
         else:
-            slot = 2 * program + tl.where(low == 0, 1, 0)
-            place = ((slot * tl.num_programs(2) + kv_head) * tl.num_programs(0) + block) * ROWS + row
+            slot = 2 * program + tl.where(first_unit == 0, 1, 0)
+            partial_offset = ((slot * tl.num_programs(2) + kv_head) * tl.num_programs(0) + block) * ROWS + row
             divisor = tl.where(total == 0, 1.0, total)
-            partial_at = partial + place[:, None] * V_COLUMNS + value_column[None, :]
+            partial_at = partial + partial_offset[:, None] * V_COLUMNS + value_column[None, :]
             tl.store(partial_at, sums / divisor[:, None], mask=(value_column < V_COLUMNS)[None, :])
-            tl.store(weight + place, tl.where(total == 0, float("-inf"), most + tl.log2(divisor)))
+            tl.store(log_weights + partial_offset, tl.where(total == 0, float("-inf"), row_max + tl.log2(divisor)))
 
 
 def attention(
@@ -186,24 +202,44 @@ def attention(
     v_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q [1, H, T, Dk] and pools k [pages, Hkv, PAGE, Dk], v [pages, Hkv, PAGE, Dv] -> [1, T, H, Dv] in q's dtype, or into `out`.
+    """Paged attention, as reference.attention with the plan's sequences, pages and window.
 
-    As reference.attention with the plan's sequences, pages and window. Pools are f16, bf16, f32, or e4m3 times `k_scale` (keys, `k_rope` too)
-    and `v_scale`. Queries in f32 need a plan with the tiles for it. Rows may have any strides, columns must be dense. ValueError names what does not fit.
+    Rows may have any strides, but columns must be dense.
+
+    Args:
+        q: [1, H, T, Dk], f16, bf16 or f32; f32 needs a plan with the tiles for it.
+        k: pool [pages, Hkv, PAGE, Dk], f16, bf16, f32 or e4m3.
+        v: pool [pages, Hkv, PAGE, Dv], of the same dtype.
+        plan: the sequences and pages.
+        scale: factor of the scores.
+        sinks: f32 [H].
+        softcap: as in reference.attention.
+        q_rope: [1, H, T, P], more columns of q.
+        k_rope: pool [pages, 1 or Hkv, PAGE, P], more columns of k.
+        k_scale: e4m3 pools of keys (and k_rope) store values / k_scale.
+        v_scale: e4m3 pools of values store values / v_scale.
+        out: [1, T, H, Dv], receives the result; allocated by default.
+
+    Returns:
+        [1, T, H, Dv] in q's dtype.
+
+    Raises:
+        ValueError: if a tensor does not fit the plan.
+        NoGradient: if autograd records an input.
     """
     none_on_gpu("attention", q, k, v, sinks, q_rope, k_rope)
-    shape = plan.work.shape
+    shape = plan.schedule.shape
     out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]) if out is None else out
     _check(q, k, v, q_rope, k_rope, out, plan)
     if not (q_rope is None or k_rope is None):
         k_rope = k_rope.expand(-1, shape.kv_heads, -1, -1)
-    for line in plan.lines:
-        _run(line, plan, q, k, v, q_rope, k_rope, out, sinks, scale * k_scale * LOG2E, v_scale, softcap)
+    for work_range in plan.ranges:
+        _run(work_range, plan, q, k, v, q_rope, k_rope, out, sinks, scale * k_scale * LOG2E, v_scale, softcap)
     return out
 
 
 def _run(
-    line: WorkRange,
+    work_range: WorkRange,
     plan: Plan,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -216,66 +252,73 @@ def _run(
     value_scale: float,
     softcap: float,
 ) -> None:
-    part, shape = line.part, plan.work.shape
-    tile, turned = part.tile, (q, k) if q_rope is None or k_rope is None else (q_rope, k_rope)
-    wide = shape.value_columns
-    rows = 2 * part.programs * shape.kv_heads * part.blocks * tile.rows
-    partial, weight = plan.work.scratch[: rows * wide], plan.work.scratch[rows * wide : rows * (wide + 1)]
+    """Launches the kernel and the merge for one group of tiles."""
+    group, shape = work_range.group, plan.schedule.shape
+    tile, rope_pair = group.tile, (q, k) if q_rope is None or k_rope is None else (q_rope, k_rope)
+    value_columns = shape.value_columns
+    rows = 2 * group.programs * shape.kv_heads * group.head_blocks * tile.rows
+    partial, log_weights = (
+        plan.schedule.scratch[: rows * value_columns],
+        plan.schedule.scratch[rows * value_columns : rows * (value_columns + 1)],
+    )
     rope = 0 if q_rope is None else q_rope.shape[3]
-    _attend[part.blocks, part.programs, shape.kv_heads](
+    _attend[group.head_blocks, group.programs, shape.kv_heads](
         q,
-        turned[0],
+        rope_pair[0],
         k,
-        turned[1],
+        rope_pair[1],
         v,
         out,
         q if sinks is None else sinks,
         partial,
-        weight,
+        log_weights,
         plan.sequences,
         plan.pages,
-        part.items,
-        line.starts,
-        line.programs,
+        group.items,
+        work_range.starts,
+        work_range.programs,
         scale,
         value_scale,
         softcap * LOG2E,
         plan.window,
         plan.pages.stride(0),
         (q.stride(2), q.stride(1)),
-        (turned[0].stride(2), turned[0].stride(1)),
+        (rope_pair[0].stride(2), rope_pair[0].stride(1)),
         k.stride()[:2],
-        turned[1].stride()[:2],
+        rope_pair[1].stride()[:2],
         v.stride()[:2],
         out.stride()[1:3],
         GROUP=shape.group,
-        WIDTH=part.width,
+        HEADS_PER_BLOCK=group.heads_per_block,
         K_COLUMNS=shape.key_columns,
         K_BLOCK=_block(shape.key_columns),
         ROPE=rope,
         ROPE_BLOCK=_block(rope or 16),
-        V_COLUMNS=wide,
-        V_BLOCK=_block(wide),
+        V_COLUMNS=value_columns,
+        V_BLOCK=_block(value_columns),
         LATENT=shape.latent,
         SINKS=sinks is not None,
         SOFTCAP=softcap != 0,
         WINDOW=plan.window != 0,
         K_ROW=k.stride(2),
-        KR_ROW=turned[1].stride(2),
+        KR_ROW=rope_pair[1].stride(2),
         V_ROW=v.stride(2),
         PAGE=k.shape[2],
         ONE_PAGE=k.shape[2] % tile.keys == 0,
         ROWS=tile.rows,
         KEYS=tile.keys,
-        NUMBER=_number(q.dtype),
+        COMPUTE_DTYPE=_compute_dtype(q.dtype),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    merge(line, plan, out, sinks, partial, weight, value_scale)
+    merge(work_range, plan, out, sinks, partial, log_weights, value_scale)
 
 
-def _number(dtype: torch.dtype) -> tl.dtype:
-    """What is multiplied: the queries' type. The interpreter would multiply the codes of bf16 as integers."""
+def _compute_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Returns the dtype of the products, which is that of the queries.
+
+    In the interpreter it is f32 for bf16, because it would multiply bf16 codes as integers.
+    """
     if dtype == torch.float32:
         return tl.float32
     if dtype == torch.bfloat16:
@@ -284,7 +327,7 @@ def _number(dtype: torch.dtype) -> tl.dtype:
 
 
 def _block(columns: int) -> int:
-    """Columns of a tile: a power of two, and no fewer than a matrix instruction takes."""
+    """Returns the columns of a tile: a power of two, and at least as many as an MMA instruction needs."""
     return max(16, triton.next_power_of_2(columns))
 
 
@@ -297,26 +340,26 @@ def _check(
     out: torch.Tensor,
     plan: Plan,
 ) -> None:
-    """ValueError unless all of it is what the plan was made for."""
-    shape, tokens = plan.work.shape, plan.work.tokens
+    """Raises ValueError unless all tensors fit the plan."""
+    shape, tokens = plan.schedule.shape, plan.schedule.tokens
     if (q_rope is None) != (k_rope is None):
-        raise ValueError("q_rope and k_rope come together")
-    wanted = {
-        "q": (q, (1, shape.heads, tokens, shape.key_columns), FLOATS),
-        "k": (k, (len(k), shape.kv_heads, k.shape[2], shape.key_columns), STORED),
+        raise ValueError("q_rope and k_rope must come together")
+    expected = {
+        "q": (q, (1, shape.heads, tokens, shape.key_columns), QUERY_DTYPES),
+        "k": (k, (len(k), shape.kv_heads, k.shape[2], shape.key_columns), CACHE_DTYPES),
         "v": (v, (len(k), shape.kv_heads, k.shape[2], shape.value_columns), (k.dtype,)),
         "out": (out, (1, tokens, shape.heads, shape.value_columns), (q.dtype,)),
     }
     if q_rope is not None and k_rope is not None:
-        wide = k_rope.shape[3]
+        rope_columns = k_rope.shape[3]
         heads = 1 if k_rope.shape[1] == 1 else shape.kv_heads
-        wanted["q_rope"] = q_rope, (1, shape.heads, tokens, wide), (q.dtype,)
-        wanted["k_rope"] = k_rope, (len(k), heads, k.shape[2], wide), (k.dtype,)
-    for name, (tensor, size, dtypes) in wanted.items():
-        if tuple(tensor.shape) != size or tensor.dtype not in dtypes or tensor.stride(-1) != 1:
+        expected["q_rope"] = q_rope, (1, shape.heads, tokens, rope_columns), (q.dtype,)
+        expected["k_rope"] = k_rope, (len(k), heads, k.shape[2], rope_columns), (k.dtype,)
+    for name, (tensor, expected_shape, dtypes) in expected.items():
+        if tuple(tensor.shape) != expected_shape or tensor.dtype not in dtypes or tensor.stride(-1) != 1:
             raise ValueError(
-                f"{name} is {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}; the plan wants {size},"
-                f" {' or '.join(str(dtype) for dtype in dtypes)}, with dense columns"
+                f"{name} is {tuple(tensor.shape)} {tensor.dtype} with strides {tensor.stride()}; the plan expects"
+                f" {expected_shape}, {' or '.join(str(dtype) for dtype in dtypes)}, with dense columns"
             )
         if tensor.device != q.device:
-            raise ValueError(f"{name} lies on {tensor.device}, q on {q.device}")
+            raise ValueError(f"{name} is on {tensor.device}, q on {q.device}")

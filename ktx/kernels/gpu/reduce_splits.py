@@ -1,6 +1,7 @@
-"""What several programs made of one tile, added up: each part has its own maximum and sum, and its place in scratch.
+"""Merge of the partial results of several programs for one tile in split-KV attention.
 
-The parts are taken in the order of their keys, so the bits are the same each time.
+Each partial result has its own maximum and sum, and a slot in scratch memory. They are merged in the order of their
+keys, so that the bits are equal in every run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import triton.language as tl
 
 from ktx.kernels.gpu.split_kv import Plan, WorkRange
 
-FEW, MANY = (64, 32), (512, 8)  # columns and parts that a program takes at once: 8 and 16 KB
+SMALL_TILE, LARGE_TILE = (64, 32), (512, 8)  # columns and splits that a program loads at once: 8 and 16 KB
 
 
 @triton.jit
@@ -19,90 +20,110 @@ def _merge(
     out,
     sinks,
     partial,
-    weight,
+    log_weights,
     sequences,
     items,
     merges,
     value_scale,
     out_strides,
-    BLOCKS: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr,
     GROUP: tl.constexpr,
-    WIDTH: tl.constexpr,
+    HEADS_PER_BLOCK: tl.constexpr,
     V_COLUMNS: tl.constexpr,
     SINKS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """One row's columns of a tile that several programs share: a program leaves the end of a tile in its even slot, the beginning in the odd one."""
-    merge, row, rest = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    slices: tl.constexpr = (V_COLUMNS + COLUMNS - 1) // COLUMNS
-    beside = rest // slices
-    kv_head, block = beside // BLOCKS, beside % BLOCKS
+    """Merges one row and some columns of a tile that several programs share.
+
+    A program stores the end of a tile in its even slot, the beginning of a tile in its odd slot.
+    """
+    merge, row, remainder = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    column_blocks: tl.constexpr = (V_COLUMNS + COLUMNS - 1) // COLUMNS
+    head_block_index = remainder // column_blocks
+    kv_head, block = head_block_index // HEAD_BLOCKS, head_block_index % HEAD_BLOCKS
     item = tl.load(merges + 3 * merge)
     if item >= 0:
         first, last = tl.load(merges + 3 * merge + 1), tl.load(merges + 3 * merge + 2)
         sequence, first_row = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-        token, in_group = (first_row + row) // WIDTH, block * WIDTH + (first_row + row) % WIDTH
+        token, in_group = (
+            (first_row + row) // HEADS_PER_BLOCK,
+            block * HEADS_PER_BLOCK + (first_row + row) % HEADS_PER_BLOCK,
+        )
         if (token < tl.load(sequences + 3 * sequence + 1)) & (in_group < GROUP):
-            column = rest % slices * COLUMNS + tl.arange(0, COLUMNS)
-            most, total = float("-inf"), 0.0
+            column = remainder % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
+            row_max, total = float("-inf"), 0.0
             if SINKS:
-                most, total = tl.load(sinks + kv_head * GROUP + in_group) * 1.4426950408889634, 1.0
+                row_max, total = tl.load(sinks + kv_head * GROUP + in_group) * 1.4426950408889634, 1.0
             sums = tl.full([COLUMNS], 0.0, tl.float32)
-            for part in range(first, last + 1, PARTS):
-                program = part + tl.arange(0, PARTS)
+            for split in range(first, last + 1, SPLITS):
+                program = split + tl.arange(0, SPLITS)
                 slot = 2 * program + tl.where(program == first, 1, 0)
-                place = ((slot * (tl.num_programs(2) // slices // BLOCKS) + kv_head) * BLOCKS + block) * ROWS + row
-                there = program <= last
-                size = tl.load(weight + place, mask=there, other=float("-inf"))
-                values_at = partial + place[:, None] * V_COLUMNS + column[None, :]
-                values = tl.load(values_at, mask=there[:, None] & (column < V_COLUMNS)[None, :], other=0.0)
-                new_most = tl.maximum(most, tl.max(size, 0))
-                level = tl.where(new_most == float("-inf"), 0.0, new_most)
-                share, fade = tl.exp2(size - level), tl.exp2(most - level)
-                sums = sums * fade + tl.sum(share[:, None] * values, 0)
-                total = total * fade + tl.sum(share, 0)
-                most = new_most
+                offset = (
+                    (slot * (tl.num_programs(2) // column_blocks // HEAD_BLOCKS) + kv_head) * HEAD_BLOCKS + block
+                ) * ROWS + row
+                split_mask = program <= last
+                log_sums = tl.load(log_weights + offset, mask=split_mask, other=float("-inf"))
+                values_at = partial + offset[:, None] * V_COLUMNS + column[None, :]
+                values = tl.load(values_at, mask=split_mask[:, None] & (column < V_COLUMNS)[None, :], other=0.0)
+                new_max = tl.maximum(row_max, tl.max(log_sums, 0))
+                safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+                factor, rescale = tl.exp2(log_sums - safe_max), tl.exp2(row_max - safe_max)
+                sums = sums * rescale + tl.sum(factor[:, None] * values, 0)
+                total = total * rescale + tl.sum(factor, 0)
+                row_max = new_max
             result = sums * (value_scale / tl.where(total == 0, 1.0, total))
-            at = (tl.load(sequences + 3 * sequence) + token).to(tl.int64)
-            out_at = out + at * out_strides[0] + (kv_head * GROUP + in_group) * out_strides[1] + column
+            out_row = (tl.load(sequences + 3 * sequence) + token).to(tl.int64)
+            out_at = out + out_row * out_strides[0] + (kv_head * GROUP + in_group) * out_strides[1] + column
             tl.store(out_at, result.to(out.dtype.element_ty), mask=column < V_COLUMNS)
 
 
 def merge(
-    line: WorkRange,
+    work_range: WorkRange,
     plan: Plan,
     out: torch.Tensor,
     sinks: torch.Tensor | None,
     partial: torch.Tensor,
-    weight: torch.Tensor,
+    log_weights: torch.Tensor,
     value_scale: float,
 ) -> None:
-    """Writes the rows of out [1, T, H, Dv] whose tiles are shared; `partial` holds their parts, `weight` the logarithms of the parts' sums."""
-    part, shape = line.part, plan.work.shape
-    if not part.merges:
+    """Merges the tiles that several programs share, and writes their rows of `out`.
+
+    Args:
+        work_range: the group of tiles and its division among programs.
+        plan: the plan of the call.
+        out: [1, T, H, Dv].
+        sinks: f32 [H] or None.
+        partial: the partial results in scratch memory.
+        log_weights: the base-2 logarithms of the sums of the partial results.
+        value_scale: factor of the result.
+    """
+    group, shape = work_range.group, plan.schedule.shape
+    if not group.max_merges:
         return
-    beside = shape.kv_heads * part.blocks
-    columns, parts = MANY if part.merges * part.tile.rows * beside > 8 * plan.work.num_sms else FEW
+    num_head_blocks = shape.kv_heads * group.head_blocks
+    columns, splits = (
+        LARGE_TILE if group.max_merges * group.tile.rows * num_head_blocks > 8 * plan.schedule.num_sms else SMALL_TILE
+    )
     columns = min(columns, triton.next_power_of_2(shape.value_columns))
-    _merge[part.merges, part.tile.rows, beside * triton.cdiv(shape.value_columns, columns)](
+    _merge[group.max_merges, group.tile.rows, num_head_blocks * triton.cdiv(shape.value_columns, columns)](
         out,
         out if sinks is None else sinks,
         partial,
-        weight,
+        log_weights,
         plan.sequences,
-        part.items,
-        line.merges,
+        group.items,
+        work_range.merges,
         value_scale,
         out.stride()[1:3],
-        BLOCKS=part.blocks,
+        HEAD_BLOCKS=group.head_blocks,
         GROUP=shape.group,
-        WIDTH=part.width,
+        HEADS_PER_BLOCK=group.heads_per_block,
         V_COLUMNS=shape.value_columns,
         SINKS=sinks is not None,
-        ROWS=part.tile.rows,
+        ROWS=group.tile.rows,
         COLUMNS=columns,
-        PARTS=parts,
+        SPLITS=splits,
         num_warps=4,
     )

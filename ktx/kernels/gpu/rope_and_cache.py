@@ -1,7 +1,8 @@
-"""Rotary embedding and the write to the cache in one Triton kernel: `reference.store_heads` and `reference.store_latent`.
+"""Rotary embedding and the write to the cache in one Triton kernel: `reference.store_heads` and
+`reference.store_latent`.
 
-A program takes one token and some heads. Slots are positions in a pool, page times PAGE plus the place in it; a token whose slot is
-negative is not stored, so that a CUDA graph may be replayed with fewer tokens than it was made for.
+A program takes one token and some heads. Slots are positions in a pool, page times PAGE plus the place in it; a token
+whose slot is negative is not stored, so that a CUDA graph may be replayed with fewer tokens than it was made for.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def _put_rotated(
     HALF: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """A token's heads, of which x is the first, rotated in their first TURNED columns: pairs (2i, 2i + 1) or halves come in, halves go out."""
+    """A token's heads, of which x is the first, rotated in their first TURNED columns: pairs (2i, 2i + 1) or halves
+    come in, halves go out.
+    """
     i = tl.arange(0, HALF)
     inside = i < TURNED // 2
     mask = there[:, None] & inside[None, :]
@@ -207,8 +210,8 @@ def rope_and_cache_kv(
     v_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q [1, H, T, Dk] rotated (into `out`, which may be q); k [1, Hkv, T, Dk] rotated and v [1, Hkv, T, Dv] to their `slots` int64 [T]
-    of the pools [pages, Hkv, PAGE, columns]. As reference.store_heads.
+    """q [1, H, T, Dk] rotated (into `out`, which may be q); k [1, Hkv, T, Dk] rotated and v [1, Hkv, T, Dv] to their
+    `slots` int64 [T] of the pools [pages, Hkv, PAGE, columns]. As reference.store_heads.
     """
     none_on_gpu("attention", q, k, v)
     (_, heads, tokens, wide), kv_heads, turned = q.shape, k.shape[1], cos.shape[2]
@@ -255,8 +258,9 @@ def rope_and_cache_mla(
     kv_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """latent [1, T, R], by `norm` [R] normalised if given, and k_rope [1, T, P] rotated, to their `slots` of the pools ckv
-    [pages, PAGE, R] and kpe [pages, PAGE, P]; q_rope [1, H, T, P] rotated is returned (or in `out`). As reference.store_latent.
+    """latent [1, T, R], by `norm` [R] normalised if given, and k_rope [1, T, P] rotated, to their `slots` of the pools
+    ckv [pages, PAGE, R] and kpe [pages, PAGE, P]; q_rope [1, H, T, P] rotated is returned (or in `out`). As
+    reference.store_latent.
     """
     none_on_gpu("MLA", latent, k_rope, q_rope)
     heads, tokens, turned = q_rope.shape[1], q_rope.shape[2], q_rope.shape[3]

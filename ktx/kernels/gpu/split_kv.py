@@ -1,11 +1,14 @@
-"""Which program of a GPU attention kernel attends to what: rows to tiles, keys to units, units to programs.
+"""Split-KV scheduling: which program of a GPU attention kernel computes which rows and keys.
 
-A row is one query head of one token. A tile is some rows of one sequence that share a key/value head: heads of a token, then of the
-next. A unit is a tile at one block of keys. The units of all tiles stand in a line of which every program takes an equal piece, so that
-long and short sequences, chunks and decodes keep all multiprocessors busy; what several programs made of one tile is merged in order.
+A row is one query head of one token. A tile is some rows of one sequence that share a key/value head: the heads of a
+token, then those of the next token. A work unit is a tile and one block of keys. The work units of all tiles form a
+sequence, of which every program computes an equal range, so that long and short sequences, prefill chunks and decode
+steps keep all multiprocessors busy. Where several programs compute parts of one tile, reduce_splits.py merges the
+parts in order.
 
-`Work` is made for the tokens of each sequence and fixes grids and memory; `plan` computes on the device what depends on their
-lengths, without waiting for it. A CUDA graph may hold the plan and all calls that use it, and be replayed for other lengths and pages.
+`AttentionSchedule` is created for the number of tokens of each sequence and determines grids and memory. `plan`
+computes on the device what depends on the sequences' lengths, without synchronization. A CUDA graph can capture the
+plan and all calls that use it, and be replayed for other lengths and pages.
 """
 
 from __future__ import annotations
@@ -20,9 +23,15 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """How much a program holds: `rows` queries against `keys` keys, `stages` blocks of keys in flight.
+    """The tile of a program and its resources.
 
-    `resident` programs of `warps` warps fit a multiprocessor; one gets at least `least` units, because what it makes has to be merged.
+    Attributes:
+        rows: number of rows.
+        keys: number of keys of a block.
+        warps: number of warps of a program.
+        stages: number of key blocks in flight.
+        ctas_per_sm: number of programs that fit on a multiprocessor at once.
+        min_blocks: smallest number of work units of a program, because its results have to be merged.
     """
 
     rows: int
@@ -33,51 +42,69 @@ class Tile:
     min_blocks: int = 2
 
 
-# A multiprocessor of an H100 has 227 KB of shared memory, 64 K registers, and matrix units that take 64 rows at a time (wgmma). Fewer rows
-# go to the older 16-row instruction, which is fast enough where memory is the limit.
+# A multiprocessor of an H100 has 227 KB of shared memory, 64 K registers, and tensor cores that take 64 rows at a time
+# (wgmma). Tiles with fewer rows use the older 16-row instruction, which is fast enough where memory bandwidth is the
+# limit.
 #
-# Latents: a key has 576 columns, so a block of 32 keys is 36 KB, of 64 is 72 KB, and so are 64 queries. Sums of 64 rows by 512 columns in
-# f32 are half of all registers: eight warps and one program. 64 rows, 64 keys twice and the shares between the two products are
-# 224 KB; nothing is spilled in the inner loop. 16 and 32 rows have room for a third
-# block; with more keys than rows, their warps share out the columns of both products.
-LATENT = (
+# Latents: a key has 576 columns, so a block of 32 keys takes 36 KB, a block of 64 keys 72 KB, and so do 64 queries. The
+# sums of 64 rows by 512 columns in f32 take half of all registers: eight warps and one program. 64 rows, two blocks of
+# 64 keys and the probabilities between the two products take 224 KB; the inner loop spills no registers. With 16 and 32
+# rows a third block fits; as there are more keys than rows, the warps divide the columns of both products.
+LATENT_TILES = (
     Tile(rows=16, keys=64, warps=8, stages=3),
     Tile(rows=32, keys=64, warps=8, stages=3),
     Tile(rows=64, keys=64, warps=8, stages=2),
 )
-# Keys and values of at most 128 columns: a block of 64 of both is 32 KB. Programs of 16 rows take 70 KB, of 64 rows 80 KB; 128 rows
-# have 128 registers a thread for sums alone.
-HEADS = (
+# Keys and values of at most 128 columns: a block of 64 of both takes 32 KB. Programs of 16 rows take 70 KB, of 64 rows
+# 80 KB; 128 rows need 128 registers a thread for the sums alone.
+HEAD_TILES = (
     Tile(rows=16, keys=64, warps=4, stages=3, ctas_per_sm=3, min_blocks=4),
     Tile(rows=64, keys=64, warps=4, stages=2, ctas_per_sm=2, min_blocks=4),
     Tile(rows=128, keys=64, warps=8, stages=3, ctas_per_sm=1, min_blocks=8),
 )
-# Of more columns: twice that.
-WIDE_HEADS = (
+# Keys and values of more columns: twice that.
+WIDE_HEAD_TILES = (
     Tile(rows=16, keys=32, warps=4, stages=3, ctas_per_sm=2, min_blocks=8),
     Tile(rows=64, keys=32, warps=8, stages=2, ctas_per_sm=1, min_blocks=8),
     Tile(rows=128, keys=32, warps=8, stages=2, ctas_per_sm=1, min_blocks=8),
 )
 
-# In f32 a number takes twice the room and no tensor core multiplies it. 16 rows and two blocks of 32 keys of a latent are 184 KB, 64 rows and two
-# blocks of 64 keys and values of 128 columns 160 KB.
-EXACT = (Tile(rows=16, keys=32, warps=4, stages=2, min_blocks=16),)
-EXACT_HEADS = (
+# An f32 value takes twice the memory and no tensor core multiplies it. 16 rows and two blocks of 32 keys of a latent
+# take 184 KB, 64 rows and two blocks of 64 keys and values of 128 columns 160 KB.
+F32_LATENT_TILES = (Tile(rows=16, keys=32, warps=4, stages=2, min_blocks=16),)
+F32_HEAD_TILES = (
     Tile(rows=16, keys=64, warps=4, stages=2, min_blocks=8),
     Tile(rows=64, keys=64, warps=8, stages=2, min_blocks=8),
 )
 
 
 def tiles_for(columns: int, latent: bool, exact: bool = False) -> tuple[Tile, ...]:
-    """The tiles for keys of so many columns (the rotated ones that lie apart not counted), fewest rows first; `exact`: of f32."""
+    """Returns the tiles for keys of a number of columns, in the order of their rows.
+
+    Args:
+        columns: columns of a key, without separately stored rotated columns.
+        latent: whether a latent is both key and value.
+        exact: whether queries are f32.
+    """
     if exact:
-        return EXACT if latent or columns > 128 else EXACT_HEADS
-    return LATENT if latent else HEADS if columns <= 128 else WIDE_HEADS
+        return F32_LATENT_TILES if latent or columns > 128 else F32_HEAD_TILES
+    return LATENT_TILES if latent else HEAD_TILES if columns <= 128 else WIDE_HEAD_TILES
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What all sequences of a call have in common. A `latent` is key and value at once."""
+    """Heads and columns, which are equal for all sequences of a call.
+
+    Attributes:
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        key_columns: columns of a key.
+        value_columns: columns of a value.
+        latent: whether a latent is both key and value.
+
+    Raises:
+        ValueError: if the numbers do not fit together.
+    """
 
     heads: int
     kv_heads: int
@@ -89,39 +116,52 @@ class Shape:
         if self.heads < 1 or self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads")
         if self.latent and (self.kv_heads != 1 or self.key_columns != self.value_columns):
-            raise ValueError("a latent is one head whose keys are its values")
+            raise ValueError("a latent needs one key/value head whose keys are its values")
 
     @property
     def group(self) -> int:
+        """Query heads per key/value head."""
         return self.heads // self.kv_heads
 
 
 @dataclass(frozen=True)
-class Part:
-    """The sequences that one kind of tile serves: `items` int32 [tiles, 2] are a tile's sequence and first row.
+class TileGroup:
+    """The sequences that are computed with one kind of tile.
 
-    A program is one of `programs` in the line, of `blocks` that share the query heads of a key/value head, `width` each, and of these.
+    The query heads of a key/value head are divided among `head_blocks` programs, of `heads_per_block` heads each.
+
+    Attributes:
+        tile: the kind of tile.
+        items: int32 [tiles, 2], sequence and first row of each tile.
+        head_blocks: number of blocks of query heads.
+        heads_per_block: query heads of a block.
+        programs: number of programs that divide the work units.
     """
 
     tile: Tile
     items: torch.Tensor
-    blocks: int
-    width: int
+    head_blocks: int
+    heads_per_block: int
     programs: int
 
     @property
-    def merges(self) -> int:
-        """How many tiles can be shared by several programs at most."""
+    def max_merges(self) -> int:
+        """The largest number of tiles that several programs can share."""
         return min(len(self.items), self.programs - 1)
 
 
 @dataclass(frozen=True)
 class WorkRange:
-    """A part's units shared out. `starts` int32 [tiles + 1]: where each tile's units begin; `programs` int32 [programs, 4]: first unit, the
-    one behind the last, first tile, last tile; `merges` int32 [merges, 3]: a tile or -1, and the first and last program that share it.
+    """The work units of a group, divided among programs.
+
+    Attributes:
+        group: the tiles.
+        starts: int32 [tiles + 1], the first work unit of each tile.
+        programs: int32 [programs, 4], first work unit, end, first tile and last tile of each program.
+        merges: int32 [merges, 3], a tile or -1, and the first and last program that share it.
     """
 
-    part: Part
+    group: TileGroup
     starts: torch.Tensor
     programs: torch.Tensor
     merges: torch.Tensor
@@ -129,18 +169,36 @@ class WorkRange:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel call needs to know about its sequences; all layers with the same `shape` and `window` share it."""
+    """The sequences of a kernel call; all layers with the same `shape` and `window` share it.
 
-    work: AttentionSchedule
+    Attributes:
+        schedule: the schedule that created the plan.
+        sequences: int32 [n, 3], first row, new tokens, and keys including those.
+        pages: int32 [n, max pages], the pages of each sequence.
+        window: size of the sliding window, 0 for none.
+        ranges: the work of each group of tiles.
+    """
+
+    schedule: AttentionSchedule
     sequences: torch.Tensor
     pages: torch.Tensor
     window: int
-    lines: list[WorkRange]
+    ranges: list[WorkRange]
 
 
 class AttentionSchedule:
-    """The tiles of sequences with `counts` new tokens each. `slots` is how many multiprocessors there are (default: those of the device);
-    `tiles` replaces the table's. `scratch` is f32 memory of at least `floats` numbers, made if not given; one call at a time uses it.
+    """Tiles, grids and scratch memory for sequences with given numbers of new tokens.
+
+    Args:
+        counts: number of new tokens of each sequence.
+        shape: heads and columns.
+        device: the GPU.
+        num_sms: number of multiprocessors; 0 for those of the device.
+        tiles: kinds of tiles, in place of those of `tiles_for`.
+        scratch: f32 memory of at least `floats` elements, which one call at a time uses; allocated by default.
+
+    Raises:
+        ValueError: if there are no sequences, a count is negative, or the scratch memory is too small.
     """
 
     def __init__(
@@ -148,96 +206,131 @@ class AttentionSchedule:
         counts: Sequence[int],
         shape: Shape,
         device: torch.device | str,
-        slots: int = 0,
+        num_sms: int = 0,
         tiles: Sequence[Tile] = (),
         scratch: torch.Tensor | None = None,
     ):
         if not counts or min(counts) < 0:
-            raise ValueError(f"counts of new tokens are {list(counts)}: there must be some, and none negative")
-        self.shape, self.device, self.tokens, self.sequences = shape, torch.device(device), sum(counts), len(counts)
-        self.num_sms = slots or multiprocessors(self.device)
-        self.parts = self._parts(counts, tiles or tiles_for(shape.key_columns, shape.latent))
+            raise ValueError(f"counts of new tokens are {list(counts)}: there must be at least one, and none negative")
+        self.shape, self.device, self.num_tokens, self.num_sequences = (
+            shape,
+            torch.device(device),
+            sum(counts),
+            len(counts),
+        )
+        self.num_sms = num_sms or num_multiprocessors(self.device)
+        self.groups = self._tile_groups(counts, tiles or tiles_for(shape.key_columns, shape.latent))
         if scratch is None:
             scratch = torch.empty(self.floats, dtype=torch.float32, device=self.device)
         if scratch.dtype != torch.float32 or scratch.numel() < self.floats:
-            raise ValueError(f"scratch of {scratch.numel()} {scratch.dtype} is too small: {self.floats} f32 are needed")
+            raise ValueError(
+                f"scratch of {scratch.numel()} {scratch.dtype} is too small: {self.floats} float32 are needed"
+            )
         self.scratch = scratch
 
-    def _parts(self, counts: Sequence[int], tiles: Sequence[Tile]) -> list[Part]:
-        chosen: dict[Tile, list[int]] = {}
+    def _tile_groups(self, counts: Sequence[int], tiles: Sequence[Tile]) -> list[TileGroup]:
+        """Assigns each sequence the smallest tile that holds its rows, or the largest tile."""
+        sequences_by_tile: dict[Tile, list[int]] = {}
         for sequence, count in enumerate(counts):
             rows = count * self.shape.group
             tile = next((tile for tile in tiles if tile.rows >= rows), tiles[-1])
             if count:
-                chosen.setdefault(tile, []).append(sequence)
-        return [self._part(tile, chosen[tile], counts) for tile in tiles if tile in chosen]
+                sequences_by_tile.setdefault(tile, []).append(sequence)
+        return [self._tile_group(tile, sequences_by_tile[tile], counts) for tile in tiles if tile in sequences_by_tile]
 
-    def _part(self, tile: Tile, sequences: list[int], counts: Sequence[int]) -> Part:
-        blocks = math.ceil(self.shape.group / tile.rows)
-        width = math.ceil(self.shape.group / blocks)
-        items = [(s, row) for s in sequences for row in range(0, counts[s] * width, tile.rows)]
-        programs = programs_in_line(blocks * self.shape.kv_heads, self.num_sms * tile.ctas_per_sm)
-        return Part(tile, torch.tensor(items, dtype=torch.int32).to(self.device), blocks, width, programs)
+    def _tile_group(self, tile: Tile, sequences: list[int], counts: Sequence[int]) -> TileGroup:
+        head_blocks = math.ceil(self.shape.group / tile.rows)
+        heads_per_block = math.ceil(self.shape.group / head_blocks)
+        items = [
+            (sequence, row) for sequence in sequences for row in range(0, counts[sequence] * heads_per_block, tile.rows)
+        ]
+        programs = num_programs_per_range(head_blocks * self.shape.kv_heads, self.num_sms * tile.ctas_per_sm)
+        return TileGroup(
+            tile, torch.tensor(items, dtype=torch.int32).to(self.device), head_blocks, heads_per_block, programs
+        )
 
     @cached_property
     def floats(self) -> int:
-        """Numbers of scratch: a program leaves at most the end of one tile and the beginning of another to be merged."""
-        each = [part.tile.rows * part.programs * part.blocks for part in self.parts]
-        return 2 * max(each, default=0) * self.shape.kv_heads * (self.shape.value_columns + 1)
+        """Number of f32 elements of scratch memory.
+
+        A program leaves at most the end of one tile and the beginning of another to be merged.
+        """
+        rows_per_group = [group.tile.rows * group.programs * group.head_blocks for group in self.groups]
+        return 2 * max(rows_per_group, default=0) * self.shape.kv_heads * (self.shape.value_columns + 1)
 
     def plan(self, sequences: torch.Tensor, pages: torch.Tensor, window: int = 0) -> Plan:
-        """`sequences` [n, 3] (first row, new tokens, keys with these) and `pages` int32 [n, most], both on the device; a sliding
-        `window` counts the token itself. New tokens must be those that this was made for: the device cannot be asked.
+        """Plans a call on the device, without synchronization.
+
+        Args:
+            sequences: int [n, 3] on the device: first row, new tokens, and keys including those. The numbers of new
+                tokens must be those of the schedule; they are not checked because that would synchronize.
+            pages: int32 [n, max pages] on the device.
+            window: size of a sliding window, which includes the token itself; 0 for none.
+
+        Raises:
+            ValueError: if there are other numbers of sequences than in the schedule.
         """
-        if sequences.shape != (self.sequences, 3) or len(pages) != self.sequences:
+        if sequences.shape != (self.num_sequences, 3) or len(pages) != self.num_sequences:
             raise ValueError(
-                f"sequences of the shape {tuple(sequences.shape)} on pages of the shape {tuple(pages.shape)}: this was"
-                f" made for {self.sequences} sequences, [{self.sequences}, 3] and [{self.sequences}, most pages]"
+                f"sequences of shape {tuple(sequences.shape)} on pages of shape {tuple(pages.shape)}: the schedule was"
+                f" made for {self.num_sequences} sequences, [{self.num_sequences}, 3] and"
+                f" [{self.num_sequences}, max pages]"
             )
-        lines = [self._line(part, sequences.long(), window) for part in self.parts]
-        return Plan(self, sequences.int().contiguous(), pages, window, lines)
+        ranges = [self._work_range(group, sequences.long(), window) for group in self.groups]
+        return Plan(self, sequences.int().contiguous(), pages, window, ranges)
 
-    def _line(self, part: Part, sequences: torch.Tensor, window: int) -> WorkRange:
-        units = self._units(part, sequences, window)
-        starts = torch.cat([units.new_zeros(1), units.cumsum(0)])
+    def _work_range(self, group: TileGroup, sequences: torch.Tensor, window: int) -> WorkRange:
+        """Divides the work units of a group among its programs."""
+        num_units = self._num_units(group, sequences, window)
+        starts = torch.cat([num_units.new_zeros(1), num_units.cumsum(0)])
         total = starts[-1]
-        each = torch.clamp((total + part.programs - 1) // part.programs, min=part.tile.min_blocks)
-        begin = torch.minimum(torch.arange(part.programs, device=self.device) * each, total)
-        end = torch.minimum(begin + each, total)
-        first = torch.searchsorted(starts, begin, right=True) - 1
-        last = torch.where(begin < end, torch.searchsorted(starts, end - 1, right=True) - 1, first - 1)
-        programs = torch.stack([begin, end, first, last], 1)
-        if part.merges == len(units):
-            merged = torch.arange(len(units), device=self.device)
-            wanted = (starts[1:] - 1) // each > starts[:-1] // each
-        else:  # more tiles than programs: those in which a program but the first begins, once each
-            merged = torch.clamp(first[1:], max=len(units) - 1)
-            wanted = (begin[:-1] <= starts[merged]) & (starts[merged] < begin[1:]) & (begin[1:] < total)
-        shared = torch.stack([starts[merged] // each, (starts[merged + 1] - 1) // each], 1)
-        merges = torch.cat([torch.where(wanted, merged, -1)[:, None], shared], 1)
-        return WorkRange(part, starts.int(), programs.int(), merges.int())
+        units_per_program = torch.clamp((total + group.programs - 1) // group.programs, min=group.tile.min_blocks)
+        start = torch.minimum(torch.arange(group.programs, device=self.device) * units_per_program, total)
+        end = torch.minimum(start + units_per_program, total)
+        first = torch.searchsorted(starts, start, right=True) - 1
+        last = torch.where(start < end, torch.searchsorted(starts, end - 1, right=True) - 1, first - 1)
+        programs = torch.stack([start, end, first, last], 1)
+        if group.max_merges == len(num_units):
+            tiles = torch.arange(len(num_units), device=self.device)
+            is_shared = (starts[1:] - 1) // units_per_program > starts[:-1] // units_per_program
+        else:  # more tiles than programs: the tiles in which a program other than the first starts, once each
+            tiles = torch.clamp(first[1:], max=len(num_units) - 1)
+            is_shared = (start[:-1] <= starts[tiles]) & (starts[tiles] < start[1:]) & (start[1:] < total)
+        program_range = torch.stack(
+            [starts[tiles] // units_per_program, (starts[tiles + 1] - 1) // units_per_program], 1
+        )
+        merges = torch.cat([torch.where(is_shared, tiles, -1)[:, None], program_range], 1)
+        return WorkRange(group, starts.int(), programs.int(), merges.int())
 
-    def _units(self, part: Part, sequences: torch.Tensor, window: int) -> torch.Tensor:
-        """Blocks of keys that each tile looks at, at least one; int64 [tiles]."""
-        sequence, row = part.items.long().unbind(1)
+    def _num_units(self, group: TileGroup, sequences: torch.Tensor, window: int) -> torch.Tensor:
+        """Returns the number of key blocks of each tile, at least one; int64 [tiles]."""
+        sequence, row = group.items.long().unbind(1)
         _, count, keys = sequences[sequence].unbind(1)
-        first = row // part.width
-        last = torch.minimum((row + part.tile.rows - 1) // part.width, count - 1)
+        first_token = row // group.heads_per_block
+        last_token = torch.minimum((row + group.tile.rows - 1) // group.heads_per_block, count - 1)
         past = keys - count
-        begin = torch.clamp(past + first + 1 - window, min=0) if window else torch.zeros_like(past)
-        size = part.tile.keys
-        return torch.clamp((past + last + size) // size - begin // size, min=1)
+        first_key = torch.clamp(past + first_token + 1 - window, min=0) if window else torch.zeros_like(past)
+        block_size = group.tile.keys
+        return torch.clamp((past + last_token + block_size) // block_size - first_key // block_size, min=1)
 
 
-def programs_in_line(beside: int, slots: int) -> int:
-    """Programs that share the line of units when `beside` others do the same for other heads: as many as run at once, or a few
-    times as many if that leaves fewer places empty in the last round.
+def num_programs_per_range(num_ranges: int, num_slots: int) -> int:
+    """Returns the number of programs that divide the work units, if `num_ranges` such divisions run at once.
+
+    There is one division per key/value head and block of query heads. The number is as many programs as run at once,
+    or up to four times as many if this leaves fewer of the `num_slots` slots empty in the last wave.
     """
-    least = max(1, slots // beside)
-    share = {n: n * beside / (math.ceil(n * beside / slots) * slots) for n in range(least, 4 * least + 1)}
-    return next((n for n, used in share.items() if used >= 0.9), max(share, key=lambda n: share[n]))
+    min_programs = max(1, num_slots // num_ranges)
+    utilization = {
+        programs: programs * num_ranges / (math.ceil(programs * num_ranges / num_slots) * num_slots)
+        for programs in range(min_programs, 4 * min_programs + 1)
+    }
+    return next(
+        (programs for programs, ratio in utilization.items() if ratio >= 0.9),
+        max(utilization, key=lambda programs: utilization[programs]),
+    )
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Of a CUDA device; 4 elsewhere, where only Triton's interpreter runs."""
+def num_multiprocessors(device: torch.device) -> int:
+    """Number of multiprocessors of a CUDA device; 4 for other devices, where only Triton's interpreter runs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
