@@ -58,10 +58,10 @@ def test_versions_that_were_not_tested_are_named(monkeypatch, capsys):
     monkeypatch.setattr(versions, "installed", lambda name: others.get(name) or before(name))
     found = doctor.report(quick=True)
     assert found["versions"]["transformers"] == "9.1"
-    assert [line for line in found["warnings"] if "than what ktx was tested with" in line] == [
-        f"transformers 9.1 is newer than what ktx was tested with ({versions.tested('transformers')}): "
+    assert [line for line in found["warnings"] if "than the versions ktx was tested with" in line] == [
+        f"transformers 9.1 is newer than the versions ktx was tested with ({versions.tested('transformers')}): "
         f"pip install '{versions.admitted('transformers')}'",
-        f"numpy 1.2.3 is older than what ktx was tested with ({versions.tested('numpy')}): pip install '{versions.admitted('numpy')}'",
+        f"numpy 1.2.3 is older than the versions ktx was tested with ({versions.tested('numpy')}): pip install '{versions.admitted('numpy')}'",
     ]
     doctor.show(found)
     out = capsys.readouterr().out

@@ -427,7 +427,7 @@ def test_too_little_memory_is_said_before_loading(qwen, monkeypatch):
         ("/no/such/folder", None, "no such"),
         ("FOLDER", "/no/such/file.gguf", "no such file or folder"),
         ("EMPTY", "FOLDER/m.gguf", "has no config.json"),
-        ("BROKEN", "FOLDER/m.gguf", "is no JSON"),
+        ("BROKEN", "FOLDER/m.gguf", "is not valid JSON"),
         ("FOLDER", "FOLDER/config.json", "is not a GGUF file"),
         ("FOLDER", "EMPTY", "no .gguf and no .safetensors"),
     ],

@@ -254,7 +254,7 @@ def test_a_version_outside(monkeypatch, version, said):
     assert len(found) == (said is not None)
     if said:
         assert found == [
-            f"transformers {version} is {said} than what ktx was tested with (5.17 to 5.23): pip install 'transformers>=5.17,<5.24'"
+            f"transformers {version} is {said} than the versions ktx was tested with (5.17 to 5.23): pip install 'transformers>=5.17,<5.24'"
         ]
 
 

@@ -1,1 +1,1 @@
-"""Support of the process: versions, fork handlers, torch's defaults, JSON files."""
+"""Process utilities: package versions, fork handlers, torch defaults, JSON files, pickles of spawned processes."""

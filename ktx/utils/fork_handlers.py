@@ -1,4 +1,8 @@
-"""What a forked child begins with. It has the forking thread alone: a lock that another thread held stays locked for ever, and work for another is never done."""
+"""Recreates locks and thread pools in a forked child.
+
+A forked child has only the forking thread: a lock that another thread held stays locked forever, and work queued for
+another thread is never done.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +14,29 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 from weakref import WeakSet
 
-_known: WeakSet[Renewed] = WeakSet()
+_instances: WeakSet[Renewed] = WeakSet()
 
 
 class Renewed:
-    """`renew` is called when the object is made, and in every forked child before any other code of ours runs there."""
+    """Base of objects that are recreated in a forked child.
+
+    `renew` is called on construction, and in every forked child before any other code of ktx runs there.
+    """
 
     def __init__(self) -> None:
         self.renew()
-        _known.add(self)
+        _instances.add(self)
 
     def renew(self) -> None:
-        """Makes what belongs to a process's own threads."""
+        """Creates the state that belongs to the current process's threads."""
         raise NotImplementedError
 
 
 class Lock(Renewed):
-    """A lock that is open in a forked child. Only for what is whole at every step under it, such as a dict that grows."""
+    """A lock that is released in a forked child.
+
+    Only for state that is consistent at every step under the lock, such as a dict that only grows.
+    """
 
     def renew(self) -> None:
         self.lock = threading.Lock()
@@ -39,7 +49,7 @@ class Lock(Renewed):
 
 
 class Threads(Renewed, Executor):
-    """A ThreadPoolExecutor; a forked child has one of its own, and nothing of what its parent's had to do."""
+    """A ThreadPoolExecutor that a forked child replaces by a new one, without the parent's pending work."""
 
     def __init__(self, count: int, name: str):
         self.count, self.name = count, name
@@ -53,16 +63,19 @@ class Threads(Renewed, Executor):
 
 
 def _renew_all() -> None:
-    for each in list(_known):
-        each.renew()
+    for instance in list(_instances):
+        instance.renew()
 
 
-def _no_threads_for_torch() -> None:
-    """torch's own operators run on one thread in a forked child, because libgomp waits there for its parent's threads for ever; our kernels make a team of their own."""
+def _limit_torch_threads() -> None:
+    """Limits torch's own operators to one thread in a forked child.
+
+    libgomp would wait forever for the parent's threads; ktx's kernels create their own thread pool.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() > 1:
         torch.set_num_threads(1)
 
 
 os.register_at_fork(after_in_child=_renew_all)
-os.register_at_fork(after_in_child=_no_threads_for_torch)
+os.register_at_fork(after_in_child=_limit_torch_threads)

@@ -1,4 +1,4 @@
-"""JSON files that hold one object, as configurations do."""
+"""Reads JSON files that contain one object, such as configurations."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from typing import Any
 from ktx.errors import BadFile
 
 
-def read_object(file: Path, of: str) -> dict[str, Any]:
-    """The keys of a `of`, such as a configuration. BadFile for a file that cannot be read, is no JSON, or holds something else."""
+def read_object(file: Path, what: str) -> dict[str, Any]:
+    """Reads the object in a JSON file.
+
+    Args:
+        file: the path.
+        what: what the object describes, for messages, such as "configuration".
+
+    Raises:
+        BadFile: the file cannot be read, is not JSON, or contains something else than an object.
+    """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadFile(f"{file}: is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadFile(f"{file}: holds {type(found).__name__}, not the keys of a {of}")
-    return found
+        raise BadFile(f"{file}: is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise BadFile(f"{file}: contains {type(content).__name__}, not the keys of a {what}")
+    return content

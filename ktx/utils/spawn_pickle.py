@@ -1,7 +1,8 @@
-"""Tensors that are made for a pickle alone, as processes that are being spawned get them.
+"""Passes temporary tensors to spawned processes by value.
 
-torch hands a spawned process the descriptor of a tensor's shared memory by its number, and closes it with the tensor: of one that nothing but the pickle needs it is closed, and
-its number taken by another, before the process has begun.
+torch passes a tensor to a spawned process as the file descriptor of its shared memory, and closes the descriptor when
+the tensor is freed. A temporary tensor that only the pickle refers to is freed, and its descriptor number reused,
+before the process has started.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ import torch
 
 
 def for_pickle(values: torch.Tensor) -> torch.Tensor | Passed:
-    """A tensor that nothing else holds, for a pickle under way: by value where a process is being spawned."""
+    """Wraps a temporary tensor for the pickle in progress: by value when a process is being spawned, else unchanged."""
     return values if get_spawning_popen() is None else Passed(values)
 
 
 class Passed:
-    """A tensor whose pickle holds its bytes; it is read as the tensor."""
+    """A tensor that is pickled as its bytes; unpickling returns the tensor."""
 
     def __init__(self, values: torch.Tensor):
         self.values = values
 
     def __reduce__(self) -> Any:
         raw = self.values.contiguous().reshape(-1).view(torch.uint8).numpy()
-        return _passed, (raw, self.values.dtype, tuple(self.values.shape))
+        return _unpickle, (raw, self.values.dtype, tuple(self.values.shape))
 
 
-def _passed(raw: numpy.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+def _unpickle(raw: numpy.ndarray[Any, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(raw).view(dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""torch's defaults while a model is made, whatever the caller has set: f32, the CPU, no inference tensors. They are put back at the end."""
+"""Sets torch's defaults (f32, CPU, no inference mode) while a model is built, and restores the caller's."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ import torch
 from ktx.utils.fork_handlers import Lock
 
 _lock = Lock()
-_before: list[torch.dtype] = []  # the process's default type, once for each thread that is inside
+_saved_dtypes: list[torch.dtype] = []  # the process's original default dtype, once per thread inside the context
 
 
 class torch_defaults(ContextDecorator):  # noqa: N801 - used as a function
-    """A context and a decorator. The default type is the process's, so of several threads the first one in keeps it and the last one out puts it back; the rest is the thread's own."""
+    """A context manager and decorator.
+
+    The default dtype is global to the process, so the first thread that enters saves it and the last thread that leaves
+    restores it. Default device and inference mode are per thread.
+    """
 
     def _recreate_cm(self) -> torch_defaults:
         return torch_defaults()
 
     def __enter__(self) -> torch_defaults:
         self.stack = ExitStack()
-        self.stack.callback(_leave)
+        self.stack.callback(_restore_dtype)
         with _lock:
-            _before.append(_before[0] if _before else torch.get_default_dtype())
+            _saved_dtypes.append(_saved_dtypes[0] if _saved_dtypes else torch.get_default_dtype())
             torch.set_default_dtype(torch.float32)
-        if torch.get_default_device().type != "cpu":  # a device as context intercepts every call of torch
+        if torch.get_default_device().type != "cpu":  # only then, because a device context intercepts every torch call
             self.stack.enter_context(torch.device("cpu"))
         self.stack.enter_context(torch.inference_mode(False))
         return self
@@ -36,8 +40,8 @@ class torch_defaults(ContextDecorator):  # noqa: N801 - used as a function
         self.stack.close()
 
 
-def _leave() -> None:
+def _restore_dtype() -> None:
     with _lock:
-        before = _before.pop()
-        if not _before:
-            torch.set_default_dtype(before)
+        original = _saved_dtypes.pop()
+        if not _saved_dtypes:
+            torch.set_default_dtype(original)

@@ -1,4 +1,7 @@
-"""What ktx is called where packages are, how its extras are installed, and which versions of others it was tested with. No torch: `ktx doctor` reads it where that is broken."""
+"""The distribution's name, how to install its extras, and the dependency versions that ktx was tested with.
+
+Must not import torch: `ktx doctor` uses this module when torch is broken.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-DISTRIBUTION = "ktx-moe"  # `ktx` on the package index is somebody else's: no message of ours may send anybody there
+DISTRIBUTION = "ktx-moe"  # `ktx` on PyPI is another project: no message may tell a user to install it
 CHECKOUT = Path(__file__).resolve().parents[2]
 
-# Package -> the oldest version that we accept and the newest that the suite was run on, to the part that counts: 5.23 stands for 5.23.1 too.
-# pyproject.toml has the same bounds, tests/test_packaging.py compares them and the lock.
+# Package -> (oldest accepted version, newest version that the tests ran on). Only the given components are compared:
+# 5.23 includes 5.23.1. pyproject.toml has the same bounds; tests/test_packaging.py compares them and the lock.
 TESTED = {
     "torch": ("2.11", "2.15"),
     "transformers": ("5.17", "5.24"),
@@ -41,7 +44,7 @@ TESTED = {
 
 
 def install(extra: str) -> str:
-    """The command that adds an extra (`serve`, `ray`, ...) to this installation: a checkout, or a wheel."""
+    """The pip command that adds an extra (`serve`, `ray`, ...) to this installation, a checkout or a wheel."""
     if (CHECKOUT / "pyproject.toml").is_file():
         command = f"pip install -e '.[{extra}]'"
         return command if Path.cwd() == CHECKOUT else f"{command} in {CHECKOUT}"
@@ -49,7 +52,7 @@ def install(extra: str) -> str:
 
 
 def _wheel() -> str:
-    """The wheel that this was installed from, or the name that `make wheel` gives it."""
+    """The wheel that ktx was installed from, or the file name that `make wheel` creates."""
     import ktx
 
     try:
@@ -64,13 +67,13 @@ def _wheel() -> str:
 
 
 def numbers(version: str) -> tuple[int, ...]:
-    """The release of a version: 2.13.0+cpu is (2, 13, 0)."""
-    found = re.match(r"\d+(?:\.\d+)*", version)
-    return tuple(map(int, found[0].split("."))) if found else ()
+    """The release components of a version: 2.13.0+cpu is (2, 13, 0)."""
+    match = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else ()
 
 
 def installed(name: str) -> str | None:
-    """The version of a package here; None without it."""
+    """The installed version of a package; None when it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -78,30 +81,31 @@ def installed(name: str) -> str | None:
 
 
 def tested(name: str) -> str:
-    """In words, for errors and reports: `5.17 to 5.23`."""
+    """The tested versions as text for messages: `5.17 to 5.23`."""
     oldest, newest = TESTED[name]
     return oldest if oldest == newest else f"{oldest} to {newest}"
 
 
 def admitted(name: str) -> str:
-    """pip's words for the tested versions: `transformers>=5.17,<5.24`."""
+    """The tested versions as a pip requirement: `transformers>=5.17,<5.24`."""
     oldest, newest = TESTED[name]
     *front, last = numbers(newest)
     return f"{name}>={oldest},<{'.'.join(map(str, [*front, last + 1]))}"
 
 
 def outside(name: str, version: str) -> str | None:
-    """`older` or `newer` when a version was not tested."""
-    here, (oldest, newest) = numbers(version), map(numbers, TESTED[name])
-    if here < oldest:
+    """`older` or `newer` when a version is outside the tested range; None when it is inside."""
+    release, (oldest, newest) = numbers(version), map(numbers, TESTED[name])
+    if release < oldest:
         return "older"
-    return "newer" if here[: len(newest)] > newest else None
+    return "newer" if release[: len(newest)] > newest else None
 
 
 def untested() -> list[str]:
-    """A line for each installed package of another version than we tested, with the remedy."""
+    """One line with a remedy for each installed package whose version is outside the tested range."""
     return [
-        f"{name} {version} is {how} than what ktx was tested with ({tested(name)}): pip install '{admitted(name)}'"
+        f"{name} {version} is {how} than the versions ktx was tested with ({tested(name)}): "
+        f"pip install '{admitted(name)}'"
         for name in TESTED
         if (version := installed(name)) and (how := outside(name, version))
     ]

@@ -145,7 +145,7 @@ def test_a_parameter_that_says_something_else_is_refused(plain, config, words):
         ("hf_quant_config", {"quantization": "NVFP4"}, "modelopt.*NVFP4"),
         ("quantize_config", {"bits": 4, "group_size": 128, "desc_act": True}, "gptq.*desc_act true"),
         ("quant_config", {"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, "awq.*w_bit 4"),
-        ("quantize_config", [4], "holds list"),
+        ("quantize_config", [4], "contains list"),
     ],
 )
 def test_files_of_their_own(plain, name, content, words):
@@ -157,7 +157,7 @@ def test_files_that_quantise_nothing(plain):
     nothing = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": None, "kv_cache_quant_algo": None}}
     assert ktx.plan(said(plain, {"quantization_config": None}, hf_quant_config=nothing)).notes == []
     (plain / "hf_quant_config.json").write_text("{")
-    with pytest.raises(BadFile, match="hf_quant_config.json: is no JSON"):
+    with pytest.raises(BadFile, match="hf_quant_config.json: is not valid JSON"):
         ktx.plan(plain)
 
 
