@@ -1,8 +1,9 @@
-"""`make gpu-check`: what a machine with a CUDA GPU has to show, in under ten minutes.
+"""`make gpu-check`: tests and benchmarks for a machine with a CUDA GPU, in under ten minutes.
 
 Runs on the installed wheel or the checkout: the CPU kernels on this host (its CPU may have instructions that the
-developers' machines lack), the model families, operators and models on the GPU, its kernels against its limits, and a model of DeepSeek-V2-Lite's shapes on the
-CPU, on the GPU, and on both, with steps as CUDA graphs and a picture of one. Appends one line to benchmarks/results/; what the stages measured goes there too.
+developers' machines lack), the model families, operators and models on the GPU, the GPU kernels against the GPU's
+limits, and a model of DeepSeek-V2-Lite's shapes on the CPU, on the GPU, and on both, with decode steps as CUDA graphs
+and a trace of one step. Appends a line to benchmarks/results/, where the stages also write their measurements.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 RECORD, HYBRID, GRAPHS = (str(RESULTS / f"gpu_{name}.jsonl") for name in ("attention", "hybrid", "graphs"))
 TRACE = str(RESULTS / "gpu_trace.png")
-STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing is marked gpu)
+STAGES = (  # name, command, exit codes that pass (pytest exits with 5 when no test is marked gpu)
     ("cpu kernels", ["-m", "ktx.kernels.check"], (0,)),
     ("families and demo model", ["-m", "pytest", "-q", "tests/models", "tests/test_demo.py", "tests/kernels"], (0,)),
     ("gpu tests", ["-m", "pytest", "-q", "-m", "gpu", "tests"], (0, 5)),
@@ -40,6 +41,7 @@ STAGES = (  # name, command, exit codes that pass (pytest exits 5 when nothing i
 
 
 def machine() -> dict[str, str]:
+    """Returns the versions and the devices of this machine."""
     import torch
     import transformers
 
@@ -53,8 +55,11 @@ def machine() -> dict[str, str]:
 
 
 def main() -> int:
+    """Runs all stages. Exit status 1 if one fails or there is no CUDA device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(RESULTS / "gpu_check.jsonl"), help="file the record is appended to")
+    parser.add_argument(
+        "--out", default=str(RESULTS / "gpu_check.jsonl"), help="file to append the record to (default: %(default)s)"
+    )
     args = parser.parse_args()
     record = machine()
     if not record["gpu"]:
@@ -65,13 +70,13 @@ def main() -> int:
         return 1
     print(" · ".join(f"{key} {value}" for key, value in record.items()), flush=True)
     stages = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, command, passing in STAGES:
+    with tempfile.TemporaryDirectory() as model_dir:
+        for name, command, passing_codes in STAGES:
             print(f"\n== {name}", flush=True)
             start = time.perf_counter()
-            words = [word.replace("{scratch}", scratch) for word in command]
-            code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
-            stages[name] = {"ok": code in passing, "exit": code, "seconds": round(time.perf_counter() - start, 1)}
+            arguments = [argument.replace("{scratch}", model_dir) for argument in command]
+            code = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
+            stages[name] = {"ok": code in passing_codes, "exit": code, "seconds": round(time.perf_counter() - start, 1)}
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()

@@ -75,10 +75,10 @@ def test_a_step_is_drawn_with_what_is_busy_in_it(tmp_path, monkeypatch):
     spans = [("kernel", 2000, 1000), ("kernel", 2500, 1500), ("gpu_memcpy", 4000, 100), ("kernel", 500, 100)]
     events = [mark, {"ph": "M", "name": "thread_name"}]
     events += [{"ph": "X", "cat": cat, "name": "k", "tid": 7, "ts": ts, "dur": dur} for cat, ts, dur in spans]
-    found = trace.read(events, 5_000_000, [(7_000_000, 11_000_000), (4_000_000, 4_500_000)], False)
+    found = trace.parse_events(events, 5_000_000, [(7_000_000, 11_000_000), (4_000_000, 4_500_000)], False)
     assert found.length == 10 and found.rows[trace.EXPERTS] == [(2, 6)]
     assert (found.busy(trace.GPU), found.busy(trace.COPIES), found.busy(trace.EXPERTS)) == (2, pytest.approx(0.1), 4)
-    assert found.limit == pytest.approx(1.1 * 4 + 1) and "step 10.00 ms · GPU 2.00 ms" in trace.told(found)
+    assert found.limit == pytest.approx(1.1 * 4 + 1) and "step 10.00 ms · GPU 2.00 ms" in trace.summary(found)
     trace.draw(found, "a step", str(tmp_path / "deep" / "trace.png"))
     assert (tmp_path / "deep" / "trace.png").read_bytes().startswith(b"\x89PNG")
 
@@ -92,7 +92,7 @@ def test_experts_are_timed_where_they_run_beside_the_profilers_clock():
         way.result(way.submit(lambda hidden, *_: time.sleep(0.05) or hidden, *given))
 
     run = Job.run
-    found = trace.profiled(step, pretended=True)
+    found = trace.profile_step(step, fake_gpu=True)
     ((begin, end),) = found.rows[trace.EXPERTS]
     assert 0 <= begin and 45 <= end - begin and end <= found.length + 1 and Job.run is run
     assert 0 < found.busy(trace.GPU) < found.length
