@@ -1,8 +1,8 @@
-"""Rotary embedding and the write to the cache in one Triton kernel: `reference.store_heads` and
-`reference.store_latent`.
+"""Rotary embedding fused with the write to the KV cache, in Triton.
 
-A program takes one token and some heads. Slots are positions in a pool, page times PAGE plus the place in it; a token
-whose slot is negative is not stored, so that a CUDA graph may be replayed with fewer tokens than it was made for.
+It computes `reference.store_heads` and `reference.store_latent`. A program handles one token and some heads. Slots are
+positions in a pool: page * PAGE + position in the page. A token with a negative slot is not stored, so that a CUDA
+graph can be replayed with fewer tokens than it was captured for.
 """
 
 from __future__ import annotations
@@ -13,58 +13,62 @@ import triton.language as tl
 
 from ktx.kernels.gradients import none_on_gpu
 
-AT_ONCE = 16  # heads of a program
+HEADS_PER_PROGRAM = 16
 
 
 @triton.jit
-def _as_stored(x, inverse, target):
-    """x in the pool's type; e4m3 holds x / scale, within its range."""
-    if target.dtype.element_ty == tl.float8e4nv:
-        x = tl.minimum(tl.maximum(x.to(tl.float32) * inverse, -448.0), 448.0)  # its largest numbers
-    return x.to(target.dtype.element_ty)
+def _to_pool_dtype(x, inverse_scale, pool):
+    """Converts x to the pool's dtype; e4m3 stores x * inverse_scale, clamped to its range."""
+    if pool.dtype.element_ty == tl.float8e4nv:
+        x = tl.minimum(tl.maximum(x.to(tl.float32) * inverse_scale, -448.0), 448.0)  # largest value of e4m3
+    return x.to(pool.dtype.element_ty)
 
 
 @triton.jit
-def _put_rotated(
+def _store_rotated(
     x,
-    target,
-    x_head,
-    target_head,
+    dst,
+    x_head_stride,
+    dst_head_stride,
     tables,
-    inverse,
+    inverse_scale,
     head,
-    there,
+    head_mask,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
     HALF: tl.constexpr,
-    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
-    """A token's heads, of which x is the first, rotated in their first TURNED columns: pairs (2i, 2i + 1) or halves
-    come in, halves go out.
+    """Stores a token's heads, of which x is the first, with their first ROPE_DIM columns rotated.
+
+    With INTERLEAVED columns 2i and 2i + 1 of the input are paired, otherwise column i and i + ROPE_DIM / 2; the output
+    is in the order of halves.
     """
     i = tl.arange(0, HALF)
-    inside = i < TURNED // 2
-    mask = there[:, None] & inside[None, :]
-    low_column, high_column = i, i + TURNED // 2
-    if PAIRS:
+    column_mask = i < ROPE_DIM // 2
+    mask = head_mask[:, None] & column_mask[None, :]
+    low_column, high_column = i, i + ROPE_DIM // 2
+    if INTERLEAVED:
         low_column, high_column = 2 * i, 2 * i + 1
-    low = tl.load(x + head[:, None] * x_head + low_column[None, :], mask=mask, other=0.0).to(tl.float32)
-    high = tl.load(x + head[:, None] * x_head + high_column[None, :], mask=mask, other=0.0).to(tl.float32)
-    cos_low = tl.load(tables[0] + i, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin_low = tl.load(tables[1] + i, mask=inside, other=0.0).to(tl.float32)[None, :]
-    cos_high = tl.load(tables[0] + TURNED // 2 + i, mask=inside, other=0.0).to(tl.float32)[None, :]
-    sin_high = tl.load(tables[1] + TURNED // 2 + i, mask=inside, other=0.0).to(tl.float32)[None, :]
-    turned_low = (low * cos_low - high * sin_low).to(x.dtype.element_ty)
-    turned_high = (high * cos_high + low * sin_high).to(x.dtype.element_ty)
-    to = target + head[:, None] * target_head + i[None, :]
-    tl.store(to, _as_stored(turned_low, inverse, target), mask=mask)
-    tl.store(to + TURNED // 2, _as_stored(turned_high, inverse, target), mask=mask)
-    if COLUMNS > TURNED:
+    low = tl.load(x + head[:, None] * x_head_stride + low_column[None, :], mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(x + head[:, None] * x_head_stride + high_column[None, :], mask=mask, other=0.0).to(tl.float32)
+    cos_low = tl.load(tables[0] + i, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    sin_low = tl.load(tables[1] + i, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    cos_high = tl.load(tables[0] + ROPE_DIM // 2 + i, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    sin_high = tl.load(tables[1] + ROPE_DIM // 2 + i, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    rotated_low = (low * cos_low - high * sin_low).to(x.dtype.element_ty)
+    rotated_high = (high * cos_high + low * sin_high).to(x.dtype.element_ty)
+    dst_columns = dst + head[:, None] * dst_head_stride + i[None, :]
+    tl.store(dst_columns, _to_pool_dtype(rotated_low, inverse_scale, dst), mask=mask)
+    tl.store(dst_columns + ROPE_DIM // 2, _to_pool_dtype(rotated_high, inverse_scale, dst), mask=mask)
+    if COLUMNS > ROPE_DIM:
         column = tl.arange(0, BLOCK)
-        mask = there[:, None] & ((column >= TURNED) & (column < COLUMNS))[None, :]
-        rest = tl.load(x + head[:, None] * x_head + column[None, :], mask=mask, other=0.0)
-        tl.store(target + head[:, None] * target_head + column[None, :], _as_stored(rest, inverse, target), mask=mask)
+        mask = head_mask[:, None] & ((column >= ROPE_DIM) & (column < COLUMNS))[None, :]
+        rest = tl.load(x + head[:, None] * x_head_stride + column[None, :], mask=mask, other=0.0)
+        tl.store(
+            dst + head[:, None] * dst_head_stride + column[None, :], _to_pool_dtype(rest, inverse_scale, dst), mask=mask
+        )
 
 
 @triton.jit
@@ -78,9 +82,9 @@ def _store_heads(
     cos,
     sin,
     slots,
-    k_inverse,
-    v_inverse,
-    table,
+    k_inverse_scale,
+    v_inverse_scale,
+    table_stride,
     q_strides,
     k_strides,
     v_strides,
@@ -93,48 +97,61 @@ def _store_heads(
     BLOCK: tl.constexpr,
     V_COLUMNS: tl.constexpr,
     V_BLOCK: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
     HALF: tl.constexpr,
-    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     PAGE: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr,
 ):
-    token, job = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    of_queries: tl.constexpr = (HEADS + AT_ONCE - 1) // AT_ONCE
-    tables = (cos + token * table, sin + token * table)
-    if job < of_queries:
-        head = job * AT_ONCE + tl.arange(0, AT_ONCE)
-        own, to = q + token * q_strides[0], out + token * out_strides[0]
-        _put_rotated(
-            own, to, q_strides[1], out_strides[1], tables, 1.0, head, head < HEADS, COLUMNS, BLOCK, TURNED, HALF, PAIRS
+    """Rotates a group of query heads, or rotates and stores a group of key heads and stores their values."""
+    token, head_group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    query_groups: tl.constexpr = (HEADS + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
+    tables = (cos + token * table_stride, sin + token * table_stride)
+    if head_group < query_groups:
+        head = head_group * HEADS_PER_PROGRAM + tl.arange(0, HEADS_PER_PROGRAM)
+        q_token, out_token = q + token * q_strides[0], out + token * out_strides[0]
+        _store_rotated(
+            q_token,
+            out_token,
+            q_strides[1],
+            out_strides[1],
+            tables,
+            1.0,
+            head,
+            head < HEADS,
+            COLUMNS,
+            BLOCK,
+            ROPE_DIM,
+            HALF,
+            INTERLEAVED,
         )
     else:
         slot = tl.load(slots + token).to(tl.int64)
-        head = (job - of_queries) * AT_ONCE + tl.arange(0, AT_ONCE)
-        there = head < tl.where(slot >= 0, KV_HEADS, 0)
-        own_k = k + token * k_strides[0]
-        k_to = k_pool + slot // PAGE * k_pool_strides[0] + slot % PAGE * k_pool_strides[2]
-        _put_rotated(
-            own_k,
-            k_to,
+        head = (head_group - query_groups) * HEADS_PER_PROGRAM + tl.arange(0, HEADS_PER_PROGRAM)
+        head_mask = head < tl.where(slot >= 0, KV_HEADS, 0)
+        k_token = k + token * k_strides[0]
+        k_slot = k_pool + slot // PAGE * k_pool_strides[0] + slot % PAGE * k_pool_strides[2]
+        _store_rotated(
+            k_token,
+            k_slot,
             k_strides[1],
             k_pool_strides[1],
             tables,
-            k_inverse,
+            k_inverse_scale,
             head,
-            there,
+            head_mask,
             COLUMNS,
             BLOCK,
-            TURNED,
+            ROPE_DIM,
             HALF,
-            PAIRS,
+            INTERLEAVED,
         )
         column = tl.arange(0, V_BLOCK)
-        mask = there[:, None] & (column < V_COLUMNS)[None, :]
-        v_at = v + token * v_strides[0] + head[:, None] * v_strides[1] + column[None, :]
-        v_to = v_pool + slot // PAGE * v_pool_strides[0] + slot % PAGE * v_pool_strides[2]
-        values = _as_stored(tl.load(v_at, mask=mask, other=0.0), v_inverse, v_pool)
-        tl.store(v_to + head[:, None] * v_pool_strides[1] + column[None, :], values, mask=mask)
+        mask = head_mask[:, None] & (column < V_COLUMNS)[None, :]
+        v_rows = v + token * v_strides[0] + head[:, None] * v_strides[1] + column[None, :]
+        v_slot = v_pool + slot // PAGE * v_pool_strides[0] + slot % PAGE * v_pool_strides[2]
+        values = _to_pool_dtype(tl.load(v_rows, mask=mask, other=0.0), v_inverse_scale, v_pool)
+        tl.store(v_slot + head[:, None] * v_pool_strides[1] + column[None, :], values, mask=mask)
 
 
 @triton.jit
@@ -150,10 +167,10 @@ def _store_latent(
     sin,
     slots,
     eps,
-    inverse,
-    table,
-    latent_token,
-    k_token,
+    inverse_scale,
+    table_stride,
+    latent_stride,
+    k_stride,
     q_strides,
     out_strides,
     ckv_strides,
@@ -161,39 +178,64 @@ def _store_latent(
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
     BLOCK: tl.constexpr,
-    TURNED: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
     HALF: tl.constexpr,
-    PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     NORM: tl.constexpr,
     PAGE: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr,
 ):
-    token, job = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    tables = (cos + token * table, sin + token * table)
-    head = tl.arange(0, AT_ONCE)
-    if job > 0:
-        head += (job - 1) * AT_ONCE
-        own, to = q_rope + token * q_strides[0], out + token * out_strides[0]
-        _put_rotated(
-            own, to, q_strides[1], out_strides[1], tables, 1.0, head, head < HEADS, TURNED, 16, TURNED, HALF, PAIRS
+    """Rotates a group of query heads, or normalizes and stores the latent and rotates and stores its key columns."""
+    token, head_group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    tables = (cos + token * table_stride, sin + token * table_stride)
+    head = tl.arange(0, HEADS_PER_PROGRAM)
+    if head_group > 0:
+        head += (head_group - 1) * HEADS_PER_PROGRAM
+        q_token, out_token = q_rope + token * q_strides[0], out + token * out_strides[0]
+        _store_rotated(
+            q_token,
+            out_token,
+            q_strides[1],
+            out_strides[1],
+            tables,
+            1.0,
+            head,
+            head < HEADS,
+            ROPE_DIM,
+            16,
+            ROPE_DIM,
+            HALF,
+            INTERLEAVED,
         )
     else:
         slot = tl.load(slots + token).to(tl.int64)
-        there = head < tl.where(slot >= 0, 1, 0)
-        kpe_to = kpe + slot // PAGE * kpe_strides[0] + slot % PAGE * kpe_strides[1]
-        _put_rotated(
-            k_rope + token * k_token, kpe_to, 0, 0, tables, inverse, head, there, TURNED, 16, TURNED, HALF, PAIRS
+        head_mask = head < tl.where(slot >= 0, 1, 0)
+        kpe_slot = kpe + slot // PAGE * kpe_strides[0] + slot % PAGE * kpe_strides[1]
+        _store_rotated(
+            k_rope + token * k_stride,
+            kpe_slot,
+            0,
+            0,
+            tables,
+            inverse_scale,
+            head,
+            head_mask,
+            ROPE_DIM,
+            16,
+            ROPE_DIM,
+            HALF,
+            INTERLEAVED,
         )
         column = tl.arange(0, BLOCK)
         mask = column < tl.where(slot >= 0, RANK, 0)
-        x = tl.load(latent + token * latent_token + column, mask=mask, other=0.0)
+        x = tl.load(latent + token * latent_stride + column, mask=mask, other=0.0)
         if NORM:
-            wide = x.to(tl.float32)
-            wide *= tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
+            x_f32 = x.to(tl.float32)
+            x_f32 *= tl.rsqrt(tl.sum(x_f32 * x_f32, 0) / RANK + eps)
             gain = tl.load(norm + column, mask=mask, other=0.0).to(tl.float32)
-            x = (gain * wide.to(x.dtype).to(tl.float32)).to(x.dtype)
-        ckv_to = ckv + slot // PAGE * ckv_strides[0] + slot % PAGE * ckv_strides[1]
-        tl.store(ckv_to + column, _as_stored(x, inverse, ckv), mask=mask)
+            x = (gain * x_f32.to(x.dtype).to(tl.float32)).to(x.dtype)
+        ckv_slot = ckv + slot // PAGE * ckv_strides[0] + slot % PAGE * ckv_strides[1]
+        tl.store(ckv_slot + column, _to_pool_dtype(x, inverse_scale, ckv), mask=mask)
 
 
 def rope_and_cache_kv(
@@ -210,19 +252,38 @@ def rope_and_cache_kv(
     v_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """q [1, H, T, Dk] rotated (into `out`, which may be q); k [1, Hkv, T, Dk] rotated and v [1, Hkv, T, Dv] to their
-    `slots` int64 [T] of the pools [pages, Hkv, PAGE, columns]. As reference.store_heads.
+    """Rotates q and k, and writes k and v to their slots of the KV cache, as reference.store_heads.
+
+    Args:
+        q: [1, H, T, Dk].
+        k: [1, Hkv, T, Dk].
+        v: [1, Hkv, T, Dv].
+        cos, sin: [1, T, R].
+        slots: int64 [T], positions in the pools; negative ones are skipped.
+        k_pool, v_pool: [pages, Hkv, PAGE, columns].
+        interleaved: whether columns 2i and 2i + 1 are paired.
+        k_scale, v_scale: e4m3 pools store values / scale.
+        out: receives q rotated; may be q itself unless `interleaved`. Allocated by default.
+
+    Returns:
+        q rotated, [1, H, T, Dk].
+
+    Raises:
+        ValueError: if shapes or strides do not fit.
+        NoGradient: if autograd records an input.
     """
     none_on_gpu("attention", q, k, v)
-    (_, heads, tokens, wide), kv_heads, turned = q.shape, k.shape[1], cos.shape[2]
-    _fits({"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "k_pool": k_pool, "v_pool": v_pool}, tokens, turned, wide)
+    (_, heads, tokens, columns), kv_heads, rope_dim = q.shape, k.shape[1], cos.shape[2]
+    _check(
+        {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "k_pool": k_pool, "v_pool": v_pool}, tokens, rope_dim, columns
+    )
     if interleaved and out is not None and out.data_ptr() == q.data_ptr():
-        raise ValueError("pairs come out as halves, in another order: give another `out` than q")
+        raise ValueError("interleaved pairs are returned as halves, in another order: `out` must not be q")
     out = torch.empty_like(q) if out is None else out
-    jobs = triton.cdiv(heads, AT_ONCE) + triton.cdiv(kv_heads, AT_ONCE)
+    head_groups = triton.cdiv(heads, HEADS_PER_PROGRAM) + triton.cdiv(kv_heads, HEADS_PER_PROGRAM)
     tensors = (q, k, v, out, k_pool, v_pool, cos, sin, slots)
     strides = [(x.stride(2), x.stride(1)) for x in (q, k, v, out)] + [x.stride()[:3] for x in (k_pool, v_pool)]
-    _store_heads[tokens, jobs](
+    _store_heads[tokens, head_groups](
         *tensors,
         1 / k_scale,
         1 / v_scale,
@@ -230,15 +291,15 @@ def rope_and_cache_kv(
         *strides,
         HEADS=heads,
         KV_HEADS=kv_heads,
-        COLUMNS=wide,
-        BLOCK=triton.next_power_of_2(wide),
+        COLUMNS=columns,
+        BLOCK=triton.next_power_of_2(columns),
         V_COLUMNS=v.shape[3],
         V_BLOCK=triton.next_power_of_2(v.shape[3]),
-        TURNED=turned,
-        HALF=triton.next_power_of_2(turned // 2),
-        PAIRS=interleaved,
+        ROPE_DIM=rope_dim,
+        HALF=triton.next_power_of_2(rope_dim // 2),
+        INTERLEAVED=interleaved,
         PAGE=k_pool.shape[2],
-        AT_ONCE=AT_ONCE,
+        HEADS_PER_PROGRAM=HEADS_PER_PROGRAM,
     )
     return out
 
@@ -258,22 +319,41 @@ def rope_and_cache_mla(
     kv_scale: float = 1.0,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """latent [1, T, R], by `norm` [R] normalised if given, and k_rope [1, T, P] rotated, to their `slots` of the pools
-    ckv [pages, PAGE, R] and kpe [pages, PAGE, P]; q_rope [1, H, T, P] rotated is returned (or in `out`). As
-    reference.store_latent.
+    """Writes MLA's latent and rotated key columns to the KV cache and rotates q_rope, as reference.store_latent.
+
+    Args:
+        latent: [1, T, R], normalized by `norm` if given.
+        k_rope: [1, T, P], to be rotated.
+        q_rope: [1, H, T, P], to be rotated.
+        cos, sin: [1, T, P].
+        slots: int64 [T], positions in the pools; negative ones are skipped.
+        ckv: pool [pages, PAGE, R].
+        kpe: pool [pages, PAGE, P].
+        norm: [R], weight of the RMSNorm.
+        eps: of the RMSNorm.
+        interleaved: whether columns 2i and 2i + 1 are paired.
+        kv_scale: e4m3 pools store values / kv_scale.
+        out: receives q_rope rotated; may be q_rope itself unless `interleaved`. Allocated by default.
+
+    Returns:
+        q_rope rotated, [1, H, T, P].
+
+    Raises:
+        ValueError: if shapes or strides do not fit.
+        NoGradient: if autograd records an input.
     """
     none_on_gpu("MLA", latent, k_rope, q_rope)
-    heads, tokens, turned = q_rope.shape[1], q_rope.shape[2], q_rope.shape[3]
+    heads, tokens, rope_dim = q_rope.shape[1], q_rope.shape[2], q_rope.shape[3]
     named = {"latent": latent, "k_rope": k_rope, "q_rope": q_rope, "cos": cos, "sin": sin, "ckv": ckv, "kpe": kpe}
-    _fits(named, tokens, cos.shape[2], turned)
-    if cos.shape[2] != turned:
-        raise ValueError(f"cos has {cos.shape[2]} columns, q_rope {turned}")
+    _check(named, tokens, cos.shape[2], rope_dim)
+    if cos.shape[2] != rope_dim:
+        raise ValueError(f"cos has {cos.shape[2]} columns, q_rope {rope_dim}")
     if interleaved and out is not None and out.data_ptr() == q_rope.data_ptr():
-        raise ValueError("pairs come out as halves, in another order: give another `out` than q_rope")
+        raise ValueError("interleaved pairs are returned as halves, in another order: `out` must not be q_rope")
     out = torch.empty_like(q_rope) if out is None else out
     tensors = (latent, k_rope, q_rope, latent if norm is None else norm, out, ckv, kpe, cos, sin, slots)
     strides = [(x.stride(2), x.stride(1)) for x in (q_rope, out)] + [x.stride()[:2] for x in (ckv, kpe)]
-    _store_latent[tokens, 1 + triton.cdiv(heads, AT_ONCE)](
+    _store_latent[tokens, 1 + triton.cdiv(heads, HEADS_PER_PROGRAM)](
         *tensors,
         eps,
         1 / kv_scale,
@@ -284,24 +364,24 @@ def rope_and_cache_mla(
         HEADS=heads,
         RANK=latent.shape[2],
         BLOCK=triton.next_power_of_2(latent.shape[2]),
-        TURNED=turned,
-        HALF=triton.next_power_of_2(turned // 2),
-        PAIRS=interleaved,
+        ROPE_DIM=rope_dim,
+        HALF=triton.next_power_of_2(rope_dim // 2),
+        INTERLEAVED=interleaved,
         NORM=norm is not None,
         PAGE=ckv.shape[1],
-        AT_ONCE=AT_ONCE,
+        HEADS_PER_PROGRAM=HEADS_PER_PROGRAM,
     )
     return out
 
 
-def _fits(tensors: dict[str, torch.Tensor], tokens: int, turned: int, columns: int) -> None:
-    """ValueError unless columns are dense and tables have a row for each token."""
+def _check(tensors: dict[str, torch.Tensor], tokens: int, rope_dim: int, columns: int) -> None:
+    """Raises ValueError unless columns are dense and cos and sin have a row for each token."""
     for name, tensor in tensors.items():
         if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} with strides {tensor.stride()} has columns that are not dense")
-        if name in ("cos", "sin") and (tensor.shape[1] != tokens or tensor.shape[2] != turned):
+            raise ValueError(f"{name} has strides {tensor.stride()}: its columns must be dense")
+        if name in ("cos", "sin") and (tensor.shape[1] != tokens or tensor.shape[2] != rope_dim):
             raise ValueError(
-                f"{name} of the shape {tuple(tensor.shape)} has no row of {turned} for each of {tokens} tokens"
+                f"{name} has shape {tuple(tensor.shape)}, no row of {rope_dim} columns for each of {tokens} tokens"
             )
-    if turned % 2 or turned > columns:
-        raise ValueError(f"{turned} columns cannot be rotated of {columns}")
+    if rope_dim % 2 or rope_dim > columns:
+        raise ValueError(f"{rope_dim} of {columns} columns cannot be rotated: the number must be even and not larger")
