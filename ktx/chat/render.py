@@ -74,8 +74,8 @@ def stats_line(last: Finished, engine: Any, bandwidth: float | None) -> str:
     ]
     if usage.answer_speed:
         gb_per_s = model.ktx.bytes_per_token * usage.answer_speed / 1e9
-        share = f" ({gb_per_s / bandwidth:.0%} of {bandwidth:.1f} GB/s read)" if bandwidth else ""
-        fields.append(f"weights at {gb_per_s:.1f} GB/s{share}")
+        bandwidth_share = f" ({gb_per_s / bandwidth:.0%} of {bandwidth:.1f} GB/s read)" if bandwidth else ""
+        fields.append(f"weights at {gb_per_s:.1f} GB/s{bandwidth_share}")
     if last.reason == "length":
         fields.append("cut at --max_new_tokens" if context_left > 0 else "context is full")
     elif last.reason != "stop":

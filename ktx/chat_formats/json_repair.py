@@ -149,18 +149,18 @@ class Value:
 
     def _string(self) -> None:
         """Reads a part of a string."""
-        source, at = self.source, self.source.at
-        match = _PLAIN[self._quote].match(source.text, at)
+        source, position = self.source, self.source.at
+        match = _PLAIN[self._quote].match(source.text, position)
         if match:
             self.out.append(_CONTROLS.sub(_escaped, match.group()))
             source.at = match.end()
             return
-        char = source.text[at]
+        char = source.text[position]
         if char == "\\":
             self._escape()
             return
         if char != self._quote:
-            controls_or_quotes = _QUOTES.match(source.text, at)
+            controls_or_quotes = _QUOTES.match(source.text, position)
             assert controls_or_quotes is not None
             self.out.append(_escaped(controls_or_quotes))
             source.at = controls_or_quotes.end()

@@ -28,7 +28,7 @@ class _History:
     """What later messages need of earlier ones: call ids in the template's form, and the function names of calls."""
 
     def __init__(self, chat_format: ChatFormat):
-        self.dialect = chat_format
+        self.chat_format = chat_format
         self.ids: dict[str, str] = {}
         self.names: dict[str, str] = {}
         self.count = 0
@@ -37,7 +37,7 @@ class _History:
         """Converts one message."""
         role = message.get("role")
         converted: Message = {"role": role, "content": text_of(message.get("content"))}
-        if role == "developer" and not self.dialect.developer:
+        if role == "developer" and not self.chat_format.developer:
             converted["role"] = "system"
         if message.get("name"):
             converted["name"] = message["name"]
@@ -52,11 +52,11 @@ class _History:
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         if reasoning:
             converted["reasoning_content"] = text_of(reasoning)
-            if self.dialect.thinking_key:
-                converted[self.dialect.thinking_key] = converted["reasoning_content"]
+            if self.chat_format.thinking_key:
+                converted[self.chat_format.thinking_key] = converted["reasoning_content"]
         if message.get("tool_calls"):
             converted["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
-            converted["content"] = converted["content"] or (None if self.dialect.argument_text else "")
+            converted["content"] = converted["content"] or (None if self.chat_format.argument_text else "")
 
     def _call(self, call: Mapping[str, Any]) -> Message:
         """Converts one call."""
@@ -64,7 +64,9 @@ class _History:
         name, call_id = str(function.get("name", "")), str(call.get("id") or "")
         self.ids[call_id], self.names[call_id] = self._id(call_id, name), name
         arguments = function.get("arguments")
-        converted_arguments = _arguments_text(arguments) if self.dialect.argument_text else _arguments_object(arguments)
+        converted_arguments = (
+            _arguments_text(arguments) if self.chat_format.argument_text else _arguments_object(arguments)
+        )
         return {
             "id": self.ids[call_id],
             "type": "function",
@@ -74,9 +76,9 @@ class _History:
     def _id(self, call_id: str, name: str) -> str:
         """Returns the id in the family's form; an id of another form gets a new one, always the same."""
         self.count += 1
-        if self.dialect.ids == "named" and not _NAMED_ID.fullmatch(call_id):
+        if self.chat_format.ids == "named" and not _NAMED_ID.fullmatch(call_id):
             return f"functions.{name}:{self.count - 1}"
-        if self.dialect.ids == "short" and not _SHORT_ID.fullmatch(call_id):
+        if self.chat_format.ids == "short" and not _SHORT_ID.fullmatch(call_id):
             return hashlib.sha256(call_id.encode()).hexdigest()[:9]
         return call_id
 

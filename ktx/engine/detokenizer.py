@@ -29,17 +29,17 @@ class Detokenizer:
         if token in self.hidden:
             return ""
         self.ids.append(token)
-        before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
-        if now.endswith("�") or len(now) <= len(before):
+        emitted_text, text = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
+        if text.endswith("�") or len(text) <= len(emitted_text):
             return ""
         self.start, self.shown = self.shown, len(self.ids)
-        return now[len(before) :]
+        return text[len(emitted_text) :]
 
     def flush(self) -> str:
         """Returns the text that was held back; call it after the last token."""
-        before, now = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
+        emitted_text, text = self._decode(self.ids[self.start : self.shown]), self._decode(self.ids[self.start :])
         self.start = self.shown = len(self.ids)
-        return now[len(before) :]
+        return text[len(emitted_text) :]
 
 
 class StopChecker:

@@ -22,8 +22,8 @@ class OutputState:
         self.detokenizer = Detokenizer(tokenizer, request.sampling.hidden)
         self.stop_checker = StopChecker(request.sampling.stop, request.sampling.include_stop)
         self.stop_text = ""  # text of the end token, where `include_stop` emits it
-        own = frozenset(request.sampling.stop_ids)
-        self.stop_ids = own if request.sampling.ignore_eos else stop_ids | own
+        request_stop_ids = frozenset(request.sampling.stop_ids)
+        self.stop_ids = request_stop_ids if request.sampling.ignore_eos else stop_ids | request_stop_ids
         self.stopped_by: str | int | None = None
         self.end_token: SampledToken | None = None  # the end token
         self.prompt_tokens: list[SampledToken] = [SampledToken(request.prompt[0])] if request.sampling.echo else []

@@ -55,9 +55,9 @@ class PromptRenderer:
         self.tokenizer = tokenizer
         self.templates = named_templates(template or getattr(tokenizer, "chat_template", None))
         folder = getattr(tokenizer, "name_or_path", "")
-        own = f"{folder}: the tokenizer's chat template" if folder else "the tokenizer's chat template"
-        where = "--chat-template" if template else own
-        check_templates(self.templates, where, getattr(tokenizer, "special_tokens_map", {}))
+        tokenizer_source = f"{folder}: the tokenizer's chat template" if folder else "the tokenizer's chat template"
+        source = "--chat-template" if template else tokenizer_source
+        check_templates(self.templates, source, getattr(tokenizer, "special_tokens_map", {}))
         self.dialect: ChatFormat = dialect_for("\n".join(self.templates.values()), model_type)
         self.writes_tools: set[str | None] = set()  # templates that have rendered tools
         added = getattr(tokenizer, "added_tokens_decoder", None) or {}

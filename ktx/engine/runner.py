@@ -92,15 +92,15 @@ class ModelRunner:
                 error,
             )
 
-    def largest_step(self, max_tokens: int, share: float = 1.0) -> int:
-        """Returns the tokens of a step whose activations fit into `share` of the memory that weights and caches leave
-        free.
+    def largest_step(self, max_tokens: int, memory_share: float = 1.0) -> int:
+        """Returns the tokens of a step whose activations fit into `memory_share` of the memory that weights and caches
+        leave free.
 
         It is `max_tokens`, halved until the step fits, but at least MIN_STEP_TOKENS.
         """
         for device, bytes_per_token in step_bytes(self.model).items():
             free_bytes = device.memory[1] if device.gpu else memory()[1] - self.nbytes()
-            while max_tokens > MIN_STEP_TOKENS and max_tokens * bytes_per_token > share * free_bytes:
+            while max_tokens > MIN_STEP_TOKENS and max_tokens * bytes_per_token > memory_share * free_bytes:
                 max_tokens = max(MIN_STEP_TOKENS, max_tokens // 2)
         return max_tokens
 

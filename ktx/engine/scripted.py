@@ -41,7 +41,7 @@ class ScriptedRunner(ModelRunner):
             time.sleep(self.seconds)
         return {chunk.request: self._logits(chunk) for chunk in chunks}
 
-    def largest_step(self, max_tokens: int, share: float = 1.0) -> int:
+    def largest_step(self, max_tokens: int, memory_share: float = 1.0) -> int:
         return max_tokens
 
     def _logits(self, chunk: ScheduledChunk) -> torch.Tensor:

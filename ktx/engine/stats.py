@@ -68,15 +68,15 @@ class EngineStats:
     def snapshot(self) -> StatsSnapshot:
         """Returns the counters up to now."""
         pairs = list(zip(self.experts, self.before, strict=True))
-        experts = [ExpertStats.read(module.counted() - before) for (_, module), (before, _) in pairs]
-        waited = sum(module.waited - before for (_, module), (_, before) in pairs)
+        experts = [ExpertStats.read(module.counted() - start) for (_, module), (start, _) in pairs]
+        waited_s = sum(module.waited - start for (_, module), (_, start) in pairs)
         expert_bytes = sum(stats.nbytes for stats in experts)
         return StatsSnapshot(
             nbytes=self.nbytes + expert_bytes,
             seconds=self.seconds,
             expert_bytes=expert_bytes,
             expert_seconds=sum(stats.seconds for stats in experts),
-            gpu_wait_seconds=waited,
+            gpu_wait_seconds=waited_s,
             node_seconds=tuple(map(sum, zip(*(stats.node_seconds for stats in experts), strict=True))),
             layers={layer: stats.activations for (layer, _), stats in zip(self.experts, experts, strict=True)},
             prompt_tokens=self.prompt_tokens,

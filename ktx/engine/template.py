@@ -25,12 +25,16 @@ def named_templates(template: Any) -> dict[str, str]:
     if isinstance(template, str):
         return {DEFAULT: template}
     try:
-        found = dict(template) if isinstance(template, Mapping) else {one["name"]: one["template"] for one in template}
+        templates = (
+            dict(template)
+            if isinstance(template, Mapping)
+            else {entry["name"]: entry["template"] for entry in template}
+        )
     except (TypeError, KeyError, ValueError) as error:
         raise BadFile(_type_error(template)) from error
-    if not all(isinstance(name, str) and isinstance(text, str) for name, text in found.items()):
+    if not all(isinstance(name, str) and isinstance(text, str) for name, text in templates.items()):
         raise BadFile(_type_error(template))
-    return found
+    return templates
 
 
 def _type_error(template: Any) -> str:
