@@ -35,7 +35,7 @@ from ktx.ops.lora import Use, Uses
 from ktx.weights.lora import Wish
 
 log = logging.getLogger("ktx.engine")
-FALLBACK_CONTEXT = 1 << 15
+FALLBACK_CONTEXT_TOKENS = 1 << 15
 STALL_TIMEOUT_S = 30.0  # a busy engine counts as stuck when no layer has finished for so long
 MAX_RESTARTS = 3  # restarts of the engine's thread before the engine stops for good
 
@@ -104,7 +104,7 @@ class Engine:
     def __init__(self, model: Any, tokenizer: Any, options: Options | None = None, runner: ModelRunner | None = None):
         self.model, self.tokenizer, self.options = model, tokenizer, options or Options()
         pages = runner.pages if runner else pages_for(self.options.cache_lens)
-        limit = getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT
+        limit = getattr(model.config, "max_position_embeddings", None) or FALLBACK_CONTEXT_TOKENS
         self.context = min(self.options.max_context or limit, limit, pages * PAGE_TOKENS)
         self.stop_ids = stop_ids(model, tokenizer)
         self.runner = runner or runner_for(model, pages, self.options.max_batch_size * self.options.cuda_graphs)

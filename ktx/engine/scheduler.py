@@ -131,9 +131,7 @@ class Scheduler:
         self._free(request)
 
     def _free(self, request: Request) -> None:
-        """Frees a request's pages. Its last page, if partial, stays in the prefix cache with the number of its
-        tokens.
-        """
+        """Frees a request's pages. A last page that is not full stays in the prefix cache as a partial page."""
         page_index, remainder = divmod(request.num_computed, PAGE_TOKENS)
         cacheable = bool(remainder) and self._cacheable(request)
         snapshot = self.on_snapshot(request, request.num_computed) if cacheable and self.recurrent else None
