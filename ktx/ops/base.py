@@ -54,8 +54,8 @@ class Operator(nn.Module):
     Attributes:
         consumes: Names of the children whose weights the operator loads itself.
         trains: Whether `trained` turns its packed weights into parameters.
-        derived: Attributes that guards of fused paths (ktx.ops.guard) ignore, because no fused path depends on them.
-        reads: Settings and tensors that a rebuilt fused path takes into account.
+        derived: Attributes that the guards of fast paths (ktx.ops.guard) ignore, because no fast path depends on them.
+        reads: Settings and tensors that a rebuilt fast path takes into account.
         stays: Whether it accepts hidden states from another device than its own, whatever the device of its parent.
         remade: Attributes that `ready` computes from others; a copy drops and recomputes them.
         gpu_form: Dotted path of the class that replaces this one on a GPU; its own path if it supports both.

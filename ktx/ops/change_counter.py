@@ -1,4 +1,4 @@
-"""What counts that operators and their weights are changed, so that what was made of them can be made anew."""
+"""Counters of changes of operators and their weights, so that fast paths built from them can be rebuilt."""
 
 from __future__ import annotations
 
@@ -9,68 +9,83 @@ from torch import nn
 
 
 class Changes:
-    """How often anything was set on any operator of this process."""
+    """Counts how often an attribute was set or deleted on any operator of this process."""
 
     count = 0
 
 
 class Live(nn.Parameter):
-    """A parameter that counts what is written to its `data` too, and says when it is given other data: copies were made of its values."""
+    """A parameter that also counts writes to its `data` and replacements of it, because copies of its values exist.
+
+    Attributes:
+        alias: The tensor that `data` returns.
+        earlier: The number of edits of tensors that `data` returned before.
+    """
 
     alias: torch.Tensor | None
-    earlier: int = 0  # edits of what `data` was before
+    earlier: int = 0
 
     def __new__(cls, data: torch.Tensor, requires_grad: bool = True) -> Live:
-        """As torch's, of another one's values too."""
+        """As in torch; `data` may be another Live parameter."""
         values = data.detach() if isinstance(data, Live) else data
         return super().__new__(cls, values, requires_grad)  # type: ignore[no-any-return]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(
-            protocol
-        )  # its module makes it one of these again
+        # Its module turns the copy into a Live parameter again.
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
 
     @property  # type: ignore[override]
     def data(self) -> torch.Tensor:
-        """As torch's, but the same tensor each time: what is written to it counts in its version, not in the parameter's."""
-        given = self.__dict__.get("alias")
-        if given is None or given.data_ptr() != self.data_ptr() or given.dtype != self.dtype:
-            self._forget()
-            given = self.__dict__["alias"] = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
-        return given
+        """As in torch, but the same tensor each time: writes to it increment its version, not the parameter's."""
+        alias = self.__dict__.get("alias")
+        if alias is None or alias.data_ptr() != self.data_ptr() or alias.dtype != self.dtype:
+            self._discard_alias()
+            alias = self.__dict__["alias"] = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return alias
 
     @data.setter
     def data(self, values: torch.Tensor) -> None:
         Changes.count += 1
-        self._forget()
+        self._discard_alias()
         torch.Tensor.data.__set__(self, values)  # type: ignore[attr-defined]
 
-    def _forget(self) -> None:
-        """The tensor that `data` was, whose edits count on: other values may come at the same address, or be these (`weight.data += 1`)."""
-        given = self.__dict__.pop("alias", None)
-        self.earlier += 1 if given is None else 1 + given._version
+    def _discard_alias(self) -> None:
+        """Discards the tensor that `data` returned, and adds its edits to `earlier`.
+
+        They still count, because the new values may be at the same address, or be the same ones (`weight.data += 1`).
+        """
+        alias = self.__dict__.pop("alias", None)
+        self.earlier += 1 if alias is None else 1 + alias._version
 
 
 def copied(values: torch.Tensor) -> torch.Tensor | None:
-    """The same tensor, if `in_f32` copies it."""
+    """Returns the tensor itself if `in_f32` copies it, else None."""
     return None if values.dtype is torch.float32 and values.is_contiguous() else values
 
 
 def in_f32(owner: nn.Module, values: torch.Tensor) -> torch.Tensor:
-    """A parameter as kernels take it, in f32: its own memory where it is that, so that what is written to it counts at once. Else a copy in the owner's attribute `converted`, made anew when it was written to or exchanged."""
+    """Returns a parameter in contiguous f32, as the kernels require.
+
+    A contiguous f32 parameter is returned detached and shares memory, so writes to it take effect at once. Any other is
+    copied to the owner's attribute `converted`, and copied again once it was modified or replaced.
+
+    Args:
+        owner: The module that stores the copy.
+        values: The parameter.
+    """
     plain = values.detach()
     if copied(values) is None:
         return plain
-    now = plain.data_ptr(), edits(values)
-    known = owner.__dict__.get("converted")
-    if known is None or known[0] is not values or known[1] != now:
-        known = owner.__dict__["converted"] = values, now, plain.float().contiguous()
-    return known[2]  # type: ignore[no-any-return]
+    version = plain.data_ptr(), edits(values)
+    cached = owner.__dict__.get("converted")
+    if cached is None or cached[0] is not values or cached[1] != version:
+        cached = owner.__dict__["converted"] = values, version, plain.float().contiguous()
+    return cached[2]  # type: ignore[no-any-return]
 
 
 def edits(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to in place, through `data` too where it is a Live one."""
-    if tensor.is_inference():  # nothing counts what is written to those
+    """Returns how often a tensor was written to in place, including writes through `data` if it is a Live parameter."""
+    if tensor.is_inference():  # inference tensors have no version counter
         return 0
-    given: torch.Tensor | None = tensor.__dict__.get("alias")
-    return tensor._version + (0 if given is None else given._version) + getattr(tensor, "earlier", 0)
+    alias: torch.Tensor | None = tensor.__dict__.get("alias")
+    return tensor._version + (0 if alias is None else alias._version) + getattr(tensor, "earlier", 0)

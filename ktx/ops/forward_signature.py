@@ -1,4 +1,4 @@
-"""How the forward that an operator stands in for is called: its parameters, and which of them is the cache."""
+"""The signature of the forward that an operator replaces: its parameters, and which of them takes the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from ktx.transformers_compat import cache_aliases, cache_name
 
 @dataclass(frozen=True)
 class Call:
-    """The parameters of a module class's forward. `cache` is the one that takes the cache ("" where there is none), `aliases` older names of it."""
+    """The signature of the forward of a module class.
+
+    Attributes:
+        owner: The name of the class.
+        names: The names of the positional parameters, without self.
+        cache: The parameter that takes the cache; "" if there is none.
+        aliases: Older names of that parameter.
+    """
 
     owner: str
     names: tuple[str, ...]
@@ -23,29 +30,41 @@ class Call:
 
     @staticmethod
     def of(module: nn.Module) -> Call:
-        """Of the forward of a module's class."""
+        """Returns the signature for the class of `module`."""
         kind: Any = type(module)
         return Call.of_class(kind)
 
     @classmethod
     @functools.cache
-    def of_class(cls, module: Any) -> Call:
-        parameters = inspect.signature(module.forward).parameters.values()
+    def of_class(cls, module_class: Any) -> Call:
+        """Returns the signature for a module class."""
+        parameters = inspect.signature(module_class.forward).parameters.values()
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         names = tuple(parameter.name for parameter in parameters if parameter.kind in kinds)[1:]  # without self
-        name = cache_name(module)
-        return cls(module.__name__, names, name, cache_aliases(name))
+        name = cache_name(module_class)
+        return cls(module_class.__name__, names, name, cache_aliases(name))
 
     def split(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-        """A call's arguments by name without its cache, and the cache; `kwargs` is changed. TypeError as Python's own for a call that fits no forward."""
+        """Splits the arguments of a call into named arguments and the cache.
+
+        Args:
+            args: The positional arguments.
+            kwargs: The keyword arguments; modified and returned.
+
+        Returns:
+            All arguments by name, without the cache, and the cache or None.
+
+        Raises:
+            TypeError: There are too many positional arguments, or an argument is given twice.
+        """
         if args:
             if len(args) > len(self.names):
                 raise TypeError(
-                    f"{self.owner}.forward takes {len(self.names)} positional arguments, {len(args)} were given"
+                    f"{self.owner}.forward takes {len(self.names)} positional arguments but {len(args)} were given"
                 )
             for name, value in zip(self.names, args, strict=False):
                 if name in kwargs:
-                    raise TypeError(f"{self.owner}.forward got several values for the argument {name!r}")
+                    raise TypeError(f"{self.owner}.forward got multiple values for argument {name!r}")
                 kwargs[name] = value
         cache = kwargs.pop(self.cache, None)
         for alias in self.aliases:
@@ -54,5 +73,5 @@ class Call:
         return kwargs, cache
 
     def joined(self, given: dict[str, Any], cache: Any) -> dict[str, Any]:
-        """What `split` took apart, as the forward itself wants it."""
+        """Returns the keyword arguments of the forward from what `split` returned."""
         return given | {self.cache: cache} if self.cache else given

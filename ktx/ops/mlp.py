@@ -1,4 +1,4 @@
-"""A gated feed-forward layer in one kernel call."""
+"""Gated feed-forward layers as one kernel call."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ PROJECTIONS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Fused:
-    """The three matrices of a layer, for the experts kernel with one expert."""
+    """The three matrices of a feed-forward layer, for the experts kernel with a single expert.
+
+    Attributes:
+        act: The activation.
+        guard: The validity check of this fast path.
+        matrices: gate, up and down.
+        biases: The biases f32 of gate, up and down, or None.
+    """
 
     act: str
     guard: Guard
@@ -29,34 +36,41 @@ class Fused:
 
     @classmethod
     def of(cls, owner: MLP) -> Fused | None:
-        """None where a projection is no plain Linear, its rows lie in several tensors, or another activation was put there."""
+        """Builds it from `owner`; None if a projection is not a plain Linear, or gate and up are not one part each."""
         modules: dict[str, Any] = {name: child for name, child in owner._modules.items() if name in PROJECTIONS}
         if any(not plain_linear(child) or len(child.parts) != 1 for child in modules.values()):
             return None
         rows = {name: (child.parts[0], child.bias_in_f32) for name, child in modules.items()}
-        copied = [child.copied_bias() for child in modules.values()]
+        copied_biases = [child.copied_bias() for child in modules.values()]
         if "gate_up_proj" in rows:
-            (both, bias), half = rows["gate_up_proj"], rows["gate_up_proj"][0].n // 2
-            if half % cpu.GROUP_ROWS:
-                return None  # rows are packed in groups, of which one is half gate and half up
-            cut = both.nbytes // 2
+            (packed, bias), half_rows = rows["gate_up_proj"], rows["gate_up_proj"][0].n // 2
+            if half_rows % cpu.GROUP_ROWS:
+                return None  # because one packed group of rows would be half gate and half up
+            half_bytes = packed.nbytes // 2
             for i, name in enumerate(("gate_proj", "up_proj")):
-                part = None if bias is None else bias[i * half : (i + 1) * half]
-                rows[name] = cpu.Packed(both.data[i * cut : (i + 1) * cut], both.qtype, half, both.k), part
-        (gate, a), (up, b), (down, c) = (rows[name] for name in ("gate_proj", "up_proj", "down_proj"))
-        return cls(owner.act, Guard([owner], below(owner), copied), (gate, up, down), (a, b, c))
+                part = None if bias is None else bias[i * half_rows : (i + 1) * half_rows]
+                rows[name] = (
+                    cpu.Packed(packed.data[i * half_bytes : (i + 1) * half_bytes], packed.qtype, half_rows, packed.k),
+                    part,
+                )
+        (gate, gate_bias), (up, up_bias), (down, down_bias) = (
+            rows[name] for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        return cls(
+            owner.act, Guard([owner], below(owner), copied_biases), (gate, up, down), (gate_bias, up_bias, down_bias)
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        only, one = (
+        expert_ids, expert_weights = (
             torch.zeros(flat.shape[0], 1, dtype=torch.int64, device="cpu"),
             torch.ones(flat.shape[0], 1, dtype=torch.float32, device="cpu"),
         )
-        return cpu.experts(flat, only, one, *self.matrices, *self.biases, self.act).view(x.shape)
+        return cpu.experts(flat, expert_ids, expert_weights, *self.matrices, *self.biases, self.act).view(x.shape)
 
 
 class MLPBlock:
-    """A layer without biases as a step of several, see ktx.ops.fusion.layer."""
+    """A feed-forward layer without biases as a fused step, see ktx.ops.fusion.layer."""
 
     drops = False
 
@@ -64,8 +78,8 @@ class MLPBlock:
         self.guard, matrices = fused.guard, WeightDescriptor()
         for weights in fused.matrices:
             matrices.experts(weights)
-        matrices.projection([])  # no gate of its own
-        sizes = [matrices.hidden, 0, 0, fused.matrices[0].n]  # no experts
+        matrices.projection([])  # no shared_expert_gate
+        sizes = [matrices.hidden, 0, 0, fused.matrices[0].n]  # no routed experts
         router = None, None, 1, "softmax", "none", 1, 1, False, 1.0
         self.made = FusedStep(
             "moe_step", matrices.packed, matrices.descriptor, sizes, *router, fused.act, 0.0, 0.0, None
@@ -78,9 +92,15 @@ class MLPBlock:
 
 
 class MLP(Operator):
-    """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections stay modules of their own.
+    """down(act(gate(x)) * up(x)), also with gate and up in one matrix (phi3). The projections remain modules.
 
-    Where somebody listens to one of its children, or has exchanged one, they are called one by one as transformers does, the activation too. A listener changes no bit of the result.
+    If a child has a hook or was replaced, the children are called one by one as in transformers, including the
+    activation. A hook that does not modify anything leaves the result bit for bit the same.
+
+    Attributes:
+        inside: The guard of the children.
+        fused: The whole layer as one kernel call, if that is supported.
+        block: The layer as a fused step of a decoder layer, if that is supported.
     """
 
     remade = ("inside", "fused", "block")
@@ -92,13 +112,16 @@ class MLP(Operator):
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MLP:
         if not hasattr(old, "down_proj") or not (hasattr(old, "gate_proj") or hasattr(old, "gate_up_proj")):
             raise UsageError(
-                f"{ctx.path} is a {type(old).__name__}, MLP needs gate_proj and up_proj (or gate_up_proj), and down_proj"
+                f"{ctx.path} is a {type(old).__name__}: MLP needs gate_proj and up_proj (or gate_up_proj), and"
+                " down_proj"
             )
         contract.parameters(old, ctx.path, contract.ONE)
         new: MLP = adopt(cls, old, ctx)
         new.act, new.inside, new.fused, new.block = gate_of_mlp(old, ctx.path).act, None, None, None
         if new.act not in PLAIN:
-            raise UsageError(f"{ctx.path}: {type(old).__name__} clamps its gate, which only the experts kernel does")
+            raise UsageError(
+                f"{ctx.path}: {type(old).__name__} clamps its gate, which only the experts kernel supports"
+            )
         return new
 
     def ready(self) -> None:
@@ -110,22 +133,22 @@ class MLP(Operator):
         return self.by_children(x) if listened(self) else self.computed(x)
 
     def by_children(self, x: torch.Tensor) -> torch.Tensor:
-        """The same with every child called as a module."""
-        others = [child for name, child in self._modules.items() if name not in PROJECTIONS]
-        if len(others) != 1:
-            found: torch.Tensor = super().forward(x)
-            return found
-        (activation,) = others
+        """Computes the layer by calling every child as a module, including the activation."""
+        activations = [child for name, child in self._modules.items() if name not in PROJECTIONS]
+        if len(activations) != 1:
+            result: torch.Tensor = super().forward(x)
+            return result
+        (activation,) = activations
         if hasattr(self, "gate_up_proj"):
             gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, -1))
-            seen = activation(gate)  # type: ignore[misc]
+            activated = activation(gate)  # type: ignore[misc]
         else:
             gate = self.gate_proj(x)
-            seen, up = activation(gate), self.up_proj(x)  # type: ignore[misc]
-        return self.down_proj(cpu.gated(gate, up, self.act) if as_usual(seen, gate, self.act) else seen * up)
+            activated, up = activation(gate), self.up_proj(x)  # type: ignore[misc]
+        return self.down_proj(cpu.gated(gate, up, self.act) if as_usual(activated, gate, self.act) else activated * up)
 
     def computed(self, x: torch.Tensor) -> torch.Tensor:
-        """The same child by child, while nobody listens to one."""
+        """Computes the layer by calling the projections, with the activation as a kernel."""
         if hasattr(self, "gate_up_proj"):
             gate, up = (half.contiguous() for half in self.gate_up_proj(x).chunk(2, -1))
         else:

@@ -1,7 +1,8 @@
-"""The layer for multi-token prediction that some checkpoints hold behind their last one (DeepSeek-V3, arXiv 2412.19437, section 2.2).
+"""The multi-token prediction (MTP) layer that some checkpoints have after their last layer.
 
-It guesses token t + 2 from the model's state at t and token t + 1. Embedding and output layer are the model's. For rules and files it is
-`model.layers.N`, N being how many layers the model has; once loaded it is `model.mtp`, where a forward of the model does not meet it.
+DeepSeek-V3, arXiv 2412.19437, section 2.2. It predicts token t + 2 from the model's hidden state at t and token t + 1.
+It shares the embedding and the output layer with the model. Rules and files address it as `model.layers.N`, where N is
+the number of layers of the model; after loading it is `model.mtp`, which the forward of the model does not call.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ from torch import nn
 from ktx.errors import UsageError
 from ktx.weights.base import WeightSource
 
-COUNTS = ("num_nextn_predict_layers", "num_mtp_layers")
-KINDS = ("layer_types", "mlp_layer_types")  # lists by layer, of which a layer behind the last is like the last
+# Names of the configuration attribute that holds the number of MTP layers.
+MTP_COUNT_NAMES = ("num_nextn_predict_layers", "num_mtp_layers")
+# Configuration lists with one entry per layer; the MTP layer gets the entry of the last layer.
+PER_LAYER_LISTS = ("layer_types", "mlp_layer_types")
 
 
 def mtp_layers(config: Any) -> int:
-    """How many such layers a configuration speaks of."""
-    return int(next((getattr(config, name) for name in COUNTS if getattr(config, name, None)), 0))
+    """Returns the number of MTP layers in a configuration."""
+    return int(next((getattr(config, name) for name in MTP_COUNT_NAMES if getattr(config, name, None)), 0))
 
 
 class SharedHead(nn.Module):
-    """What comes before the output layer, under DeepSeek's name."""
+    """The norm before the output layer, under the name that it has in DeepSeek's checkpoints."""
 
     def __init__(self, norm: nn.Module):
         super().__init__()
@@ -33,39 +36,57 @@ class SharedHead(nn.Module):
 
 
 class MTP(nn.Module):
-    """The layer with its two norms and the matrix that joins a state and an embedding."""
+    """The MTP layer with its two input norms and the projection that combines a hidden state and an embedding."""
 
     def __init__(self, index: int, layer: nn.Module):
         super().__init__()
-        self.layers = nn.ModuleDict({str(index): layer})  # by its number in the checkpoint
+        self.layers = nn.ModuleDict({str(index): layer})  # by its index in the checkpoint
 
     @property
     def layer(self) -> Any:
         return next(iter(self.layers.values()))
 
     def forward(self, embeds: torch.Tensor, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Embeddings of the tokens that follow and states, both [B, S, D] -> [B, S, D], ready for the output layer and for another step."""
+        """Computes the hidden states of the next draft tokens.
+
+        Args:
+            embeds: The embeddings of the tokens that follow, [B, S, D].
+            hidden: The hidden states of the tokens, [B, S, D].
+            **kwargs: Further arguments of the decoder layer.
+
+        Returns:
+            [B, S, D], the input of the output layer and of the next MTP step.
+        """
         layer = self.layer
         out = layer(layer.eh_proj(torch.cat([layer.enorm(embeds), layer.hnorm(hidden)], -1)), **kwargs)
         return layer.shared_head.norm(out[0] if isinstance(out, tuple) else out)
 
 
 def append(model: Any, source: WeightSource) -> None:
-    """Puts the layer behind a skeleton's last one, where rules and weights find it. UsageError when there is none to be had."""
+    """Appends the MTP layer to the layers of a model on the meta device, where rules and weights address it.
+
+    Args:
+        model: The model on the meta device.
+        source: The weights.
+
+    Raises:
+        UsageError: The configuration or the file has no MTP layer.
+    """
     layers, config = model.get_decoder().layers, copy.deepcopy(model.config)
     if not mtp_layers(config):
         raise UsageError(
-            f"speculative mtp: a {config.model_type} of this configuration has no MTP layer ({COUNTS[0]}); take prompt_lookup"
+            f"speculative mtp: this configuration of {config.model_type} has no MTP layer ({MTP_COUNT_NAMES[0]}); use"
+            " prompt_lookup"
         )
     index = len(layers)
     if source.spec(f"model.layers.{index}.eh_proj.weight") is None:
         raise UsageError(
-            f"speculative mtp: {source.path} holds no MTP layer (model.layers.{index}.eh_proj.weight). llama.cpp's converter leaves DeepSeek's out:"
-            " load the safetensors, or take prompt_lookup"
+            f"speculative mtp: {source.path} has no MTP layer (model.layers.{index}.eh_proj.weight). llama.cpp's"
+            " converter omits that of DeepSeek: load the safetensors, or use prompt_lookup"
         )
-    for name in KINDS:
-        if isinstance(kinds := getattr(config, name, None), list):
-            setattr(config, name, [*kinds, kinds[-1]])
+    for name in PER_LAYER_LISTS:
+        if isinstance(per_layer := getattr(config, name, None), list):
+            setattr(config, name, [*per_layer, per_layer[-1]])
     width, last = config.hidden_size, layers[-1]
     with torch.device("meta"):
         layer = type(last)(config, index)
@@ -76,11 +97,11 @@ def append(model: Any, source: WeightSource) -> None:
 
 
 def detach(model: Any) -> MTP:
-    """Makes the loaded layer `model.mtp`, which is returned."""
+    """Moves the loaded MTP layer from the layers of the model to `model.mtp`, and returns it."""
     layers = model.get_decoder().layers
     index = len(layers) - 1
     layer = layers[index]
     del layers[index]
     model.mtp = MTP(index, layer)
-    made: MTP = model.mtp
-    return made
+    mtp: MTP = model.mtp
+    return mtp

@@ -1,4 +1,4 @@
-"""The router of a mixture of experts: a matrix product in f32, then one call that scores, groups, chooses and weighs."""
+"""The router of an MoE layer: a matrix product in f32, then one kernel that selects the top-k experts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,22 @@ from ktx.weights.base import QuantizedTensor
 
 @dataclass(frozen=True)
 class RoutingSpec:
-    """How a family routes; True means: as the module's own attribute says."""
+    """How the routers of a family compute.
+
+    Attributes:
+        scoring: The function from logits to scores: softmax, sigmoid, or softmax over the top-k (softmax_topk).
+        groups: How groups of experts are ranked: by their best expert (max), by the sum of their two best (top2), or
+            not at all (none).
+        renorm: Whether the weights of the top-k are normalized to sum 1, or the name of the attribute that says so.
+        scaled: Whether the weights are multiplied by `routed_scaling_factor`.
+        own_dtype: Whether the weights are returned in the dtype of the hidden states, instead of f32.
+    """
 
     scoring: str
     groups: str = "none"
-    renorm: bool | str = False  # or the attribute that tells
+    renorm: bool | str = False
     scaled: bool = False
-    own_dtype: bool = False  # weights come back in the hidden states' dtype
+    own_dtype: bool = False
 
 
 STYLES: dict[str, RoutingSpec] = {
@@ -47,11 +56,17 @@ STYLES: dict[str, RoutingSpec] = {
 
 
 class Router(Operator):
-    """Stands in for the routers of STYLES; same weights, same return (logits, weights, ids)."""
+    """Replaces the routers in STYLES, with the same parameters and the same return value (logits, weights, ids).
+
+    Attributes:
+        packed: The packed weight.
+        inside: The guard of the router's children, if it has any (ERNIE).
+        version: The version of the weight that was packed.
+    """
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Router:
-        name = known_class(old, STYLES, ctx, "no routing style is known for {}")
+        name = known_class(old, STYLES, ctx, "the router {} is not supported")
         new: Router = adopt(cls, old, ctx)
         new.style = STYLES[name]
         if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
@@ -67,15 +82,15 @@ class Router(Operator):
         | {style.renorm for style in STYLES.values() if isinstance(style.renorm, str)}
     )
     packed: cpu.Packed | None
-    inside: Inside | None  # of the router's children, where it has any (ERNIE)
-    version: tuple[int, ...]  # of the weight that was packed
+    inside: Inside | None
+    version: tuple[int, ...]
 
     def matrix(self) -> cpu.Packed:
-        """The weight packed, once more when it has been written to or exchanged."""
-        now = id(self.weight), self.weight.data_ptr(), edits(self.weight)
-        if self.packed is None or now != self.version:
+        """Returns the packed weight, and packs it again if it was modified or replaced."""
+        version = id(self.weight), self.weight.data_ptr(), edits(self.weight)
+        if self.packed is None or version != self.version:
             self.packed = cpu.pack(QuantizedTensor.of(self.weight.detach().float().contiguous()))
-            self.version = now
+            self.version = version
         return self.packed
 
     def ready(self) -> None:
@@ -84,17 +99,17 @@ class Router(Operator):
 
     @property
     def in_f32(self) -> torch.Tensor | None:
-        """Its bias f32 [experts], if it has one."""
+        """The bias of the logits in f32 [experts], or None."""
         bias = getattr(self, "bias", None)
         return None if bias is None else bias.detach().float().contiguous()
 
     def copied(self) -> list[torch.Tensor]:
-        """What a shortcut that takes it has copies of."""
+        """Returns the tensors that a fast path copies."""
         bias, correction = getattr(self, "bias", None), self.correction_of(None)
         return [self.weight, *(t for t in (bias, correction) if t is not None)]
 
     def route_args(self) -> tuple[Any, ...]:
-        """top_k, scoring, group mode, groups, chosen groups, renormalise, scale: what the route kernels take."""
+        """Returns arguments of the route kernels: top_k, scoring, group mode, n_group, topk_group, renorm, scale."""
         style, grouped = self.style, self.style.groups != "none"
         renorm = getattr(self, style.renorm) if isinstance(style.renorm, str) else style.renorm
         return (
@@ -108,12 +123,15 @@ class Router(Operator):
         )
 
     def correction(self, given: torch.Tensor | None) -> torch.Tensor | None:
-        """The bias that counts for the choice only: an argument (MiniMax), a buffer of its own, or of a child (ERNIE)."""
+        """Returns the bias f32 [experts] that affects only which experts are selected, or None.
+
+        It is an argument of the forward (MiniMax), a buffer of the router, or a buffer of a child (ERNIE).
+        """
         given = self.correction_of(given)
         return None if given is None else given.detach().float().reshape(-1).contiguous()
 
     def correction_of(self, given: torch.Tensor | None) -> torch.Tensor | None:
-        """The same as the model holds it."""
+        """Returns the tensor of the model that `correction` converts."""
         if given is None:
             given = getattr(self, "e_score_correction_bias", None)
         if given is None and hasattr(self, "moe_statics"):
@@ -124,17 +142,16 @@ class Router(Operator):
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
         if listened(self):
-            found: tuple[torch.Tensor, ...] = super().forward(hidden)
-            return found
+            result: tuple[torch.Tensor, ...] = super().forward(hidden)
+            return result
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         bias = getattr(self, "bias", None)
-        if torch.compiler.is_compiling() or recorded(
-            self.weight, bias
-        ):  # a graph holds the weight, not what was made of it
+        # A compiled graph contains the weight itself, not the packed copy.
+        if torch.compiler.is_compiling() or recorded(self.weight, bias):
             logits = F.linear(flat, self.weight.float(), None if bias is None else bias.float())
         else:
             logits = cpu.linear(flat, self.matrix(), self.in_f32)
-        top, scoring, mode, groups, chosen, renorm, scale = self.route_args()
+        top_k, scoring, group_mode, groups, topk_groups, renorm, scale = self.route_args()
         correction = self.correction(e_score_correction_bias)
-        ids, weights = cpu.route(logits, top, scoring, correction, groups, chosen, mode, renorm, scale)
+        ids, weights = cpu.route(logits, top_k, scoring, correction, groups, topk_groups, group_mode, renorm, scale)
         return logits, weights.to(hidden.dtype) if self.style.own_dtype else weights, ids

@@ -197,7 +197,7 @@ def test_kinds_and_numbers_are_checked(loaded):
 
 
 def test_a_file_without_the_layer_says_so(tmp_path):
-    with pytest.raises(UsageError, match=r"holds no MTP layer \(model.layers.3.eh_proj.weight\)"):
+    with pytest.raises(UsageError, match=r"has no MTP layer \(model.layers.3.eh_proj.weight\)"):
         ktx.load(ktx.demo.path(), ktx.demo.gguf(), progress=False, mtp=True)
     folder = write_model(tmp_path / "llama")
     with pytest.raises(UsageError, match="has no MTP layer"):

@@ -88,7 +88,7 @@ def test_a_call_that_fits_no_forward_is_pythons_error(tmp_path):
     model = Pair(tmp_path, "llama", "F32").model
     given = call_of_a_layer(model, 2)
     layer = model.model.layers[0]
-    with pytest.raises(TypeError, match="several values.*attention_mask"):
+    with pytest.raises(TypeError, match="multiple values.*attention_mask"):
         layer(given["hidden_states"], None, attention_mask=None)
     with pytest.raises(TypeError, match="positional arguments"):
         layer(given["hidden_states"], *[None] * 20)
