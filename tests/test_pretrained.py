@@ -308,7 +308,7 @@ def test_a_version_without_what_is_read_is_said(floats, monkeypatch, name):
     assert torch.equal(answer(loaded(floats)), answer(load(floats, None, kv_dtype="f32")))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", without(name))
     with pytest.raises(
-        KtxError, match=rf"has no {name}, which KtxConfig reads; take ktx.load, or pip install 'transformers>"
+        KtxError, match=rf"has no {name}, which KtxConfig reads; use ktx.load, or pip install 'transformers>"
     ):
         loaded(floats)
 
@@ -321,7 +321,7 @@ def test_outside_of_from_pretrained():
 @pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForSequenceClassification", "own"])
 def test_other_classes_are_refused_by_name(floats, kind):
     made = type("OwnForCausalLM", (Qwen3MoeForCausalLM,), {}) if kind == "own" else getattr(transformers, kind)
-    with pytest.raises(UsageError, match="KtxConfig loads a Qwen3MoeForCausalLM of this configuration, no .*call Auto"):
+    with pytest.raises(UsageError, match="KtxConfig loads a Qwen3MoeForCausalLM for this configuration, not a .*call Auto"):
         made.from_pretrained(floats, quantization_config=quiet())
 
 
@@ -336,7 +336,7 @@ def test_explicit_classes_and_pipelines(floats, gguf):
     assert torch.equal(answer(piped("text-generation", floats)), right)
     made = piped("text-generation", gguf, device_map="auto", dtype=torch.bfloat16)
     assert torch.equal(answer(made), answer(load(gguf, gguf / "model.gguf", kv_dtype="f32", dtype=torch.bfloat16)))
-    with pytest.raises(UsageError, match="no Qwen3MoeModel"):
+    with pytest.raises(UsageError, match="not a Qwen3MoeModel"):
         piped("feature-extraction", floats)
 
 

@@ -1,10 +1,8 @@
 """Registers ktx with transformers and torch on `import ktx`, whichever of them is imported first.
 
 This covers `experts_implementation="ktx"`, the quantization method "ktx", and torch's FLOP counter. `import ktx` must
-import neither
-torch nor transformers, so names are registered when the modules with these tables are imported, and their
-implementations are imported on
-first use.
+import neither torch nor transformers, so names are registered when the modules with these tables are imported, and
+their implementations are imported on first use.
 """
 
 from __future__ import annotations

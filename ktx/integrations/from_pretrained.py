@@ -1,10 +1,13 @@
-"""`AutoModelForCausalLM.from_pretrained(folder, quantization_config=KtxConfig(...))`: ktx.load behind transformers' interface for quantisers.
+"""ktx.load as a transformers quantizer: `from_pretrained(folder, quantization_config=KtxConfig(...))`.
 
-transformers builds a model on the meta device, shows it to the quantiser, reads a checkpoint into it and shows it again. Here its modules are taken
-away before the checkpoint is read, which is an empty file by then, and what ktx.load makes takes the model's place afterwards. A quantiser is shown four of the
-call's arguments; the others are local variables of the call, so that each is heeded or refused. Where a version of transformers has no such variable any more, that is an error.
+transformers builds a model on the meta device, passes it to the quantizer, loads a checkpoint into it and passes it to
+the quantizer again. Here the modules are removed before the checkpoint, an empty file, is loaded, and afterwards the
+model that ktx.load returns takes the model's place. A quantizer receives only four of the call's arguments; the others
+are read from the call's local variables, so that each argument is either used or refused. If a version of transformers
+has no such variable, that is an error.
 
-Of a hub id ktx fetches the files, by the arguments that transformers takes for that, and transformers looks for its checkpoint in a cache that holds the empty one alone.
+For a hub id ktx fetches the files with the arguments that transformers accepts for that, and transformers looks for its
+checkpoint in a cache that contains only the empty one.
 """
 
 from __future__ import annotations
@@ -47,41 +50,36 @@ else:
     from transformers.quantizers import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-EMPTY = "ktx.safetensors"  # what transformers reads in place of a checkpoint
-HUB = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "token",
-    "tqdm_class",
-)  # how a hub id's files come
-DOWNLOADS = ("download_kwargs_with_commit", "download_kwargs")  # that a checkpoint is looked for by: in 5.17, in 5.23
-NEEDED = (  # local variables of from_pretrained in every version that ktx was tested with
+EMPTY_CHECKPOINT = "ktx.safetensors"  # what transformers loads instead of a checkpoint
+# Arguments for fetching a hub id's files.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token", "tqdm_class")
+# Local variables with the arguments for finding a checkpoint: in 5.17, in 5.23.
+DOWNLOAD_LOCALS = ("download_kwargs_with_commit", "download_kwargs")
+NEEDED = (  # local variables of from_pretrained in every tested version
     *("cls", "pretrained_model_name_or_path", "subfolder", "dtype", "trust_remote_code", "generation_config"),
-    *HUB,
+    *HUB_ARGUMENTS,
 )
-PLACES = "KtxConfig(device=..., moe_device=..., devices=...) says where modules are"
-SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # device maps that leave the choice to accelerate
-REFUSED: dict[
-    str, tuple[tuple[Any, ...], str]
-] = {  # arguments of from_pretrained: values that ask for nothing, and what to do instead
-    "state_dict": ((None,), "weights come from files: KtxConfig(weights=...)"),
-    "gguf_file": ((None,), "name the file by KtxConfig(weights=FILE)"),
-    "variant": ((None,), "name the file by KtxConfig(weights=FILE)"),
+PLACEMENT_HINT = "use KtxConfig(device=..., moe_device=..., devices=...) for placement"
+# Device maps for which accelerate chooses the devices
+AUTO_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+# Unsupported arguments of from_pretrained: values that have no effect, and the alternative.
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "state_dict": ((None,), "weights are loaded from files: use KtxConfig(weights=...)"),
+    "gguf_file": ((None,), "use KtxConfig(weights=FILE)"),
+    "variant": ((None,), "use KtxConfig(weights=FILE)"),
     "use_safetensors": ((None, True), "ktx reads safetensors and GGUF"),
     "disable_mmap": ((None, False), "ktx maps its files"),
     "proxies": ((None,), "set HTTPS_PROXY"),
-    "code_revision": ((None,), "code is of the revision of the weights"),
-    "ignore_mismatched_sizes": ((False,), "ktx loads weights of the right sizes only"),
-    "key_mapping": ((None,), "ktx knows the names of tensors by family (docs/models.md)"),
-    "max_memory": ((None,), PLACES),
-    "offload_folder": ((None,), PLACES),
-    "offload_buffers": ((False,), PLACES),
-    "device_mesh": ((None,), PLACES),
-    "distributed_config": ((None,), PLACES),
-    "tp_plan": ((None,), PLACES),
-    "tp_size": ((None,), PLACES),
+    "code_revision": ((None,), "code is loaded from the revision of the weights"),
+    "ignore_mismatched_sizes": ((False,), "ktx loads only weights of matching sizes"),
+    "key_mapping": ((None,), "ktx maps tensor names by model family (docs/models.md)"),
+    "max_memory": ((None,), PLACEMENT_HINT),
+    "offload_folder": ((None,), PLACEMENT_HINT),
+    "offload_buffers": ((False,), PLACEMENT_HINT),
+    "device_mesh": ((None,), PLACEMENT_HINT),
+    "distributed_config": ((None,), PLACEMENT_HINT),
+    "tp_plan": ((None,), PLACEMENT_HINT),
+    "tp_size": ((None,), PLACEMENT_HINT),
     "fusion_config": ((None,), "ktx's operators compute the model"),
     "use_kernels": ((False,), "ktx's operators compute the model"),
     "kernel_config": ((None,), "ktx's operators compute the model"),
@@ -91,9 +89,10 @@ REFUSED: dict[
 
 @dataclass(repr=False)
 class KtxConfig(QuantizationConfigMixin):
-    """What `ktx.load` is to do when `from_pretrained` is given this as `quantization_config`; the arguments are those of ktx.load.
+    """Options of `ktx.load` for `from_pretrained`, passed as `quantization_config`.
 
-    The folder, `dtype`, `trust_remote_code` and a `config` are from_pretrained's own arguments. `weights` default to what is in the folder.
+    The arguments are those of ktx.load, except the folder, `dtype`, `trust_remote_code` and `config`, which are
+    arguments of from_pretrained itself. Default of `weights`: those in the folder.
     """
 
     weights: str | Path | None = None
@@ -119,162 +118,176 @@ class KtxConfig(QuantizationConfigMixin):
     quant_method: str = field(default=NAME, init=False)
 
     def options(self) -> dict[str, Any]:
-        """Arguments of ktx.load."""
-        return {of.name: getattr(self, of.name) for of in dataclasses.fields(self) if of.init}
+        """Returns the arguments for ktx.load."""
+        return {option.name: getattr(self, option.name) for option in dataclasses.fields(self) if option.init}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """From the dictionary that a `quantization_config` may be, too; also from that of a packed checkpoint, whose version is looked at where its files are read."""
-        made = cls(**{name: value for name, value in config_dict.items() if name not in ("quant_method", "version")})
-        unused: dict[str, Any] = made.update(**kwargs)  # type: ignore[attr-defined]
-        return (made, unused) if return_unused_kwargs else made
+        """Builds a KtxConfig from a dictionary, of a `quantization_config` argument or of a packed checkpoint.
+
+        The version of a packed checkpoint is checked when its files are read.
+        """
+        config = cls(**{name: value for name, value in config_dict.items() if name not in ("quant_method", "version")})
+        unused: dict[str, Any] = config.update(**kwargs)  # type: ignore[attr-defined]
+        return (config, unused) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it; objects as their text."""
+        """Returns a dictionary for JSON, with other objects as text."""
         return {"quant_method": NAME} | {name: _plain(value) for name, value in self.options().items()}
 
 
 def _plain(value: Any) -> Any:
+    """Returns a value for JSON."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else str(value)
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
 
 
 class KtxQuantizer(HfQuantizer):
-    """Between transformers' from_pretrained and ktx.load; transformers makes one a call."""
+    """Connects transformers' from_pretrained with ktx.load; transformers creates one per call."""
 
     is_trainable = True
-    config: Any = None  # the configuration that counts
-    device: str | None = None  # by device_map
-    downloads: Any = None  # how transformers looks for files of a hub id
+    config: Any = None  # the configuration in effect
+    device: str | None = None  # set by device_map
+    downloads: Any = None  # transformers' arguments for finding files of a hub id
 
     def __init__(self, quantization_config: KtxConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self.asked = quantization_config
+        self.ktx_config = quantization_config
         self.call = _call()
-        for name, (usual, instead) in REFUSED.items():
+        for name, (ignored_values, alternative) in REFUSED.items():
             given = self.call.get(name)
-            if name in self.call and not any(given is value for value in usual):
-                raise UsageError(f"from_pretrained: {name} does nothing with KtxConfig; {instead}")
+            if name in self.call and not any(given is value for value in ignored_values):
+                raise UsageError(f"from_pretrained: {name} has no effect with KtxConfig; {alternative}")
         if self.call["pretrained_model_name_or_path"] is None:
-            raise UsageError("from_pretrained: KtxConfig needs a folder or a hub id in the place of None")
+            raise UsageError("from_pretrained: KtxConfig needs a folder or a hub id, not None")
         self.name = str(self.call["pretrained_model_name_or_path"])
 
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
 
     def update_device_map(self, device_map: Any) -> None:
-        """Whole models go to a device by it; transformers itself has nothing to place."""
+        """Reads the device of a full model; transformers itself places nothing."""
         if device_map is None:
             return
-        if self.asked.device is not None:
-            raise UsageError("from_pretrained: device_map and KtxConfig(device=...) say the same; give one of them")
-        if isinstance(device_map, str) and device_map in SPREAD:
+        if self.ktx_config.device is not None:
+            raise UsageError(
+                "from_pretrained: device_map and KtxConfig(device=...) both set the device; use one of them"
+            )
+        if isinstance(device_map, str) and device_map in AUTO_DEVICE_MAPS:
             if gpus():
-                raise UsageError(f"from_pretrained: device_map={device_map!r} is not known to ktx; {PLACES}")
+                raise UsageError(
+                    f"from_pretrained: device_map={device_map!r} is not supported by ktx; {PLACEMENT_HINT}"
+                )
             return
         if not isinstance(device_map, Mapping) or set(device_map) != {""}:
-            raise UsageError(f"from_pretrained: device_map places modules one by one; {PLACES}")
+            raise UsageError(f"from_pretrained: device_map places modules one by one; {PLACEMENT_HINT}")
         (device,) = device_map.values()
         self.device = f"cuda:{device}" if isinstance(device, int) else str(device)
 
     def update_attn_implementation(self, config: Any) -> Any:
-        return self._begin(config)
+        return self._prepare(config)
 
-    def update_tp_plan(self, config: Any) -> Any:  # transformers 5.17 has not the other one
-        return self._begin(config)
+    def update_tp_plan(self, config: Any) -> Any:  # transformers 5.17 has only this one
+        return self._prepare(config)
 
-    def _begin(self, config: Any) -> Any:
-        """Keeps what was asked for in a configuration, and has transformers look for no checkpoint."""
-        own = copy.deepcopy(config)
-        del own.quantization_config
-        self.attention, self.experts = own._attn_implementation, own._experts_implementation
-        own._attn_implementation = own._experts_implementation = None
-        own.name_or_path = self.name
-        self.config = text_part(own)
-        if getattr(self.config, "quantization_config", None) is not None:  # of the part
+    def _prepare(self, config: Any) -> Any:
+        """Stores the requested configuration, and makes transformers look for no checkpoint."""
+        requested = copy.deepcopy(config)
+        del requested.quantization_config
+        self.attention, self.experts = requested._attn_implementation, requested._experts_implementation
+        requested._attn_implementation = requested._experts_implementation = None
+        requested.name_or_path = self.name
+        self.config = text_part(requested)
+        if getattr(self.config, "quantization_config", None) is not None:  # the text part's
             del self.config.quantization_config
         self._check_class()
         self.place = tempfile.TemporaryDirectory(prefix="ktx-")
-        self.empty = Path(self.place.name, EMPTY)
-        self.folder = self._located()
-        self._tie()
+        self.empty = Path(self.place.name, EMPTY_CHECKPOINT)
+        self.folder = self._fetch()
+        self._set_tied_embeddings()
         save_file({}, self.empty)
-        config.transformers_weights = EMPTY
+        config.transformers_weights = EMPTY_CHECKPOINT
         if getattr(config, "dtype", None) is None:
-            config.dtype = torch.float32  # else it would be looked up in the checkpoint
+            config.dtype = torch.float32  # otherwise transformers reads it from the checkpoint
         return config
 
-    def _tie(self) -> None:
-        """Of a model of text and pictures an AutoModel hands over the text's configuration, without what the whole says of the output layer."""
+    def _set_tied_embeddings(self) -> None:
+        """Sets tie_word_embeddings of a multimodal model, which AutoModel drops from the text model's configuration."""
         if not (self.folder / "config.json").exists() or "text_config" not in config_dict(str(self.folder)):
             return
-        whole = read_config(self.folder, bool(self.call["trust_remote_code"]))
-        if type(whole) is type(self.config) and whole.tie_word_embeddings:
+        full_config = read_config(self.folder, bool(self.call["trust_remote_code"]))
+        if type(full_config) is type(self.config) and full_config.tie_word_embeddings:
             self.config.tie_word_embeddings = True
 
     def _check_class(self) -> None:
-        """UsageError for a class that is not the one that writes text by this configuration, before anything is fetched."""
-        asked, wanted = self.call["cls"], writer_of_text(self.config)
-        if self._by_its_code() or asked is wanted:
+        """Raises UsageError for a class that is not the configuration's causal LM class, before any download."""
+        requested, expected = self.call["cls"], writer_of_text(self.config)
+        if self._uses_remote_code() or requested is expected:
             return
-        if wanted is None:
+        if expected is None:
             raise UsageError(
-                f"from_pretrained: transformers has no language model by itself for a {self.config.model_type}; KtxConfig loads language models"
+                f"from_pretrained: transformers has no built-in language model for model_type {self.config.model_type};"
+                " KtxConfig loads language models"
             )
         raise UsageError(
-            f"from_pretrained: KtxConfig loads a {wanted.__name__} of this configuration, no {asked.__name__};"
-            " call AutoModelForCausalLM.from_pretrained"
+            f"from_pretrained: KtxConfig loads a {expected.__name__} for this configuration,"
+            f" not a {requested.__name__}; call AutoModelForCausalLM.from_pretrained"
         )
 
-    def _by_its_code(self) -> bool:
-        """Whether the class comes with the model."""
-        known = getattr(self.config, "auto_map", None) or {}
-        return bool(self.call["trust_remote_code"]) and "AutoModelForCausalLM" in known
+    def _uses_remote_code(self) -> bool:
+        """Whether the model's class is from the model's own code."""
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        return bool(self.call["trust_remote_code"]) and "AutoModelForCausalLM" in auto_map
 
-    def _located(self) -> Path:
-        """The folder of the model's files. Those of a hub id are fetched, or come from its cache; transformers then looks for a checkpoint in an own cache."""
-        below = self.call["subfolder"] or ""
+    def _fetch(self) -> Path:
+        """Returns the folder of the model's files; files of a hub id are fetched or read from its cache.
+
+        transformers then looks for a checkpoint in a cache of its own.
+        """
+        subfolder = self.call["subfolder"] or ""
         if os.path.isdir(self.name):
-            return Path(self.name, below)
-        root = hub_folder(self.name, self.asked.weights is None, below, **{name: self.call[name] for name in HUB})
+            return Path(self.name, subfolder)
+        root = hub_folder(
+            self.name, self.ktx_config.weights is None, subfolder, **{name: self.call[name] for name in HUB_ARGUMENTS}
+        )
         from huggingface_hub.file_download import repo_folder_name
 
-        downloads = next((self.call[name] for name in DOWNLOADS if name in self.call), None)
+        downloads = next((self.call[name] for name in DOWNLOAD_LOCALS if name in self.call), None)
         if not isinstance(downloads, dict):
-            raise _changed(DOWNLOADS)
+            raise _changed(DOWNLOAD_LOCALS)
         cache = Path(self.place.name, repo_folder_name(repo_id=self.name, repo_type="model"))
-        self.empty = cache / "snapshots" / root.name / below / EMPTY
+        self.empty = cache / "snapshots" / root.name / subfolder / EMPTY_CHECKPOINT
         revision = cache / "refs" / str(downloads["revision"] or "main")
         for path in (self.empty, revision):
             path.parent.mkdir(parents=True, exist_ok=True)
         revision.write_text(root.name)
-        self.downloads, self.usual_downloads = downloads, dict(downloads)
+        self.downloads, self.saved_downloads = downloads, dict(downloads)
         downloads |= {"cache_dir": self.place.name, "local_files_only": True, "force_download": False}
         if "commit_hash" in downloads:
             downloads["commit_hash"] = root.name
-        if self._by_its_code():  # from the same revision
+        if self._uses_remote_code():  # load the code from the same revision
             self.config.name_or_path = str(root)
-            known = self.config.auto_map
-            self.config.auto_map = {name: _below(of, self.name) for name, of in known.items()}
-        return root / below
+            auto_map = self.config.auto_map
+            self.config.auto_map = {name: _below(reference, self.name) for name, reference in auto_map.items()}
+        return root / subfolder
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str], **kwargs: Any) -> None:
-        """Leaves nothing that a checkpoint could be read for."""
+        """Removes everything that a checkpoint could be loaded into."""
         if self.downloads is not None:
-            self.downloads |= self.usual_downloads
+            self.downloads |= self.saved_downloads
         checkpoint_files[:] = [str(self.empty)]
-        for held in (model._modules, model._parameters, model._buffers):
-            held.clear()
+        for container in (model._modules, model._parameters, model._buffers):
+            container.clear()
         model.all_tied_weights_keys = {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """The model becomes what ktx.load makes."""
+        """Loads the model with ktx.load and moves its state into transformers' model object."""
         self.place.cleanup()
-        options = self.asked.options() | ({"device": self.device} if self.device else {})
-        made, _ = load.load(
+        options = self.ktx_config.options() | ({"device": self.device} if self.device else {})
+        loaded, _ = load.load(
             self.folder,
             dtype=self._dtype(),
             trust_remote_code=bool(self.call.get("trust_remote_code")),
@@ -282,19 +295,21 @@ class KtxQuantizer(HfQuantizer):
             tokenizer=False,
             **options,
         )
-        made.config.name_or_path = self.name
-        if type(made).__name__ != type(model).__name__:
+        loaded.config.name_or_path = self.name
+        if type(loaded).__name__ != type(model).__name__:
             raise UsageError(
-                f"from_pretrained: ktx loaded a {type(made).__name__}, not the {type(model).__name__} that was asked for; take ktx.load"
+                f"from_pretrained: ktx loaded a {type(loaded).__name__}, not the requested {type(model).__name__};"
+                " use ktx.load"
             )
-        made.ktx.tokenizer = self._tokenizer(made)
-        self._check_experts(made)
-        given = {"generation_config": model.generation_config} if self.call.get("generation_config") else {}
-        own = {name: model.__dict__[name] for name in ("generate",) if name in model.__dict__}  # of the folder's code
-        model.__class__ = type(made)
+        loaded.ktx.tokenizer = self._tokenizer(loaded)
+        self._check_experts(loaded)
+        generation = {"generation_config": model.generation_config} if self.call.get("generation_config") else {}
+        # Set by the folder's code
+        own_methods = {name: model.__dict__[name] for name in ("generate",) if name in model.__dict__}
+        model.__class__ = type(loaded)
         model.__dict__.clear()
-        model.__dict__.update(made.__dict__ | own | given)
-        model.__dict__["ktx"] = made.ktx.of(model)
+        model.__dict__.update(loaded.__dict__ | own_methods | generation)
+        model.__dict__["ktx"] = loaded.ktx.of(model)
         model.generation_config.disable_compile = True
         if self.attention is not None:
             model.set_attn_implementation(self.attention)
@@ -302,62 +317,73 @@ class KtxQuantizer(HfQuantizer):
             model.set_experts_implementation(self.experts)
 
     def _dtype(self) -> torch.dtype | None:
-        """What the model computes in; "auto", which is transformers' default, is ktx's choice."""
-        wish = self.call.get("dtype")
-        if wish == "auto":
+        """Returns the compute type; None, ktx's choice, for "auto", which is transformers' default."""
+        requested = self.call.get("dtype")
+        if requested == "auto":
             return None
-        dtype = getattr(torch, wish, None) if isinstance(wish, str) else wish
+        dtype = getattr(torch, requested, None) if isinstance(requested, str) else requested
         if not isinstance(dtype, torch.dtype):
-            raise UsageError(f"from_pretrained: dtype={wish!r} is no torch type; KtxConfig's models compute in one")
+            raise UsageError(
+                f"from_pretrained: dtype={requested!r} is not a torch dtype; pass the dtype that the model computes in"
+            )
         return dtype
 
-    def _tokenizer(self, made: Any) -> Any:
-        """For the model's engine; None where there is none, which from_pretrained does not need."""
+    def _tokenizer(self, loaded: Any) -> Any:
+        """Returns the tokenizer for the model's engine, or None if there is none; from_pretrained needs none."""
         try:
-            source = open_weights(made.ktx.weights, self.config)
+            source = open_weights(loaded.ktx.weights, self.config)
             return read_tokenizer(self.folder, source, bool(self.call.get("trust_remote_code")))
         except BadFile:
             return None
 
-    def _check_experts(self, made: Any) -> None:
-        if self.experts not in (None, NAME) and (found := of_layers(made)):
+    def _check_experts(self, loaded: Any) -> None:
+        """Raises UsageError for an experts_implementation that ktx's experts would ignore."""
+        if self.experts not in (None, NAME) and (expert_modules := of_layers(loaded)):
             raise UsageError(
-                f"from_pretrained: experts_implementation={self.experts!r}, but {found[0][0]} is computed by ktx;"
-                " leave it out, or keep transformers' experts by a rule (docs/rules.md)"
+                f"from_pretrained: experts_implementation={self.experts!r},"
+                f" but {expert_modules[0][0]} is computed by ktx;"
+                " leave it out, or keep transformers' experts with a rule (docs/rules.md)"
             )
 
 
 def _call() -> dict[str, Any]:
-    """What the from_pretrained under way was given: its local variables. UsageError outside of one, KtxError where it has others than ktx knows."""
-    frame, found = inspect.currentframe(), dict[str, Any]()
+    """Returns the local variables, and thereby the arguments, of the current call of from_pretrained.
+
+    Raises:
+        UsageError: no call of from_pretrained is on the stack.
+        KtxError: a variable that ktx reads does not exist in this version of transformers.
+    """
+    frame, call_locals = inspect.currentframe(), dict[str, Any]()
     while frame is not None:
         if frame.f_code.co_name == "from_pretrained":
-            known = frame.f_locals
-            if not found and frame.f_globals.get("__name__") == "transformers.modeling_utils":
-                found = dict(known)
-            elif found and "code_revision" in known:  # of an AutoModel
-                found["code_revision"] = known["code_revision"]
+            frame_locals = frame.f_locals
+            if not call_locals and frame.f_globals.get("__name__") == "transformers.modeling_utils":
+                call_locals = dict(frame_locals)
+            elif call_locals and "code_revision" in frame_locals:  # from AutoModel's from_pretrained
+                call_locals["code_revision"] = frame_locals["code_revision"]
         frame = frame.f_back
-    if not found:
+    if not call_locals:
         raise UsageError(
-            "KtxConfig is an argument of from_pretrained: AutoModelForCausalLM.from_pretrained(DIR, quantization_config=...)"
+            "KtxConfig is an argument of from_pretrained:"
+            " AutoModelForCausalLM.from_pretrained(DIR, quantization_config=...)"
         )
-    if missing := [name for name in NEEDED if name not in found]:
+    if missing := [name for name in NEEDED if name not in call_locals]:
         raise _changed(missing)
-    return found
+    return call_locals
 
 
 def _changed(missing: Sequence[str]) -> KtxError:
+    """Returns the error for variables that this version of transformers does not have."""
     import transformers
 
     return KtxError(
-        f"from_pretrained of transformers {transformers.__version__} has no {', '.join(missing)}, which KtxConfig reads; take ktx.load,"
-        f" or pip install '{admitted('transformers')}'"
+        f"from_pretrained of transformers {transformers.__version__} has no {', '.join(missing)},"
+        f" which KtxConfig reads; use ktx.load, or pip install '{admitted('transformers')}'"
     )
 
 
 def _below(reference: Any, name: str) -> Any:
-    """A reference to code in a model's own repository without its name; several of them too."""
+    """Removes the repository's name from a reference to code in the model's own repository, or from several."""
     if isinstance(reference, (list, tuple)):
-        return [_below(each, name) for each in reference]
+        return [_below(item, name) for item in reference]
     return reference.removeprefix(f"{name}--") if isinstance(reference, str) else reference

@@ -96,7 +96,8 @@ def _assign_tensor(module: nn.Module, name: str, values: torch.Tensor, dtype: to
     param = module._parameters.get(name)
     if param is not None:
         module._parameters[name] = nn.Parameter(values.reshape(param.shape).to(dtype), requires_grad=False)
-        module._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr] # transformers' initializer skips it
+        # transformers' initializer skips it then.
+        module._parameters[name]._is_hf_initialized = True  # type: ignore[union-attr]
     else:
         buffer = module._buffers[name]
         assert buffer is not None

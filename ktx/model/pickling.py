@@ -105,8 +105,7 @@ class Files:
     """The weight files of a model, as a pickle refers to them.
 
     Each packed weight in a pickle refers to this object by its operator's name and a number. When the pickle is read, a
-    full model loads
-    all weights at once; otherwise they are loaded operator by operator.
+    full model loads all weights at once; otherwise they are loaded operator by operator.
 
     Raises:
         BadFile: a file is missing or has changed since the model was loaded.
