@@ -296,7 +296,7 @@ def test_what_a_file_alone_cannot_say_is_refused(tmp_path):
     assert load(tmp_path / "scaled.gguf", None) is not None  # the table counts, as for llama.cpp
     plain = tiny("llama")
     write_gguf(tmp_path / "su.gguf", plain, "F32", mangle={"rope.scaling.type": "su"})
-    with pytest.raises(BadFile, match="rope scaling 'su' is not known; give --model"):
+    with pytest.raises(BadFile, match="rope scaling 'su' is not supported; pass the Hugging Face folder to --model"):
         load(tmp_path / "su.gguf", None)
     write_gguf(tmp_path / "oss.gguf", tiny("gpt_oss"), "F32")
     with pytest.raises(BadFile, match="a gpt-oss file cannot be used alone"):
