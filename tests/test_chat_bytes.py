@@ -79,7 +79,7 @@ def test_files(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
         file.write_bytes("Größe\r\nb".encode(encoding))
         assert read_text(str(file)) == "Größe\nb"
-    for data, told in ((LATIN, "no UTF-8 text"), (b"\xff\xfea", "no UTF-16 text"), (b"a\0b", "NUL")):
+    for data, told in ((LATIN, "not UTF-8 text"), (b"\xff\xfea", "not UTF-16 text"), (b"a\0b", "NUL")):
         file.write_bytes(data)
         with pytest.raises(BadFile, match=told):
             read_text(str(file))
