@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's, Anthropic's and Ollama's routes over one engine."""
+"""The HTTP server: OpenAI's, Anthropic's and Ollama's APIs on one engine."""

@@ -1,1 +1,1 @@
-"""Anthropic's messages route."""
+"""Anthropic's Messages API."""

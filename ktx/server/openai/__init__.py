@@ -1,1 +1,1 @@
-"""OpenAI's chat and completions routes."""
+"""OpenAI's chat completions and completions APIs, and vLLM's tokenize routes."""

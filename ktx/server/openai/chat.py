@@ -1,4 +1,4 @@
-"""/v1/chat/completions."""
+"""/v1/chat/completions: OpenAI's chat completions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may hold, a file a protocol."""
+"""Request models of each protocol, and the tables of other servers' parameters."""
 
 from ktx.server.protocol import parameters
 from ktx.server.protocol.anthropic import CountTokensRequest, MessagesRequest

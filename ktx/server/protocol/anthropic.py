@@ -1,4 +1,4 @@
-"""What a request of Anthropic's API may hold. The same rules as in `openai`."""
+"""Request models of Anthropic's API; the same rules as in `openai`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from ktx.server.protocol.openai import (
     Stops,
     StrictModel,
     Text,
-    own_tool,
+    check_tool_type,
 )
 
 
 class ContentBlock(StrictModel):
+    """A block of a message's content, with the further fields of its type."""
+
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     type: Annotated[str, Field(max_length=64)]
 
@@ -37,11 +39,11 @@ class AnthropicTool(StrictModel):
     type: Literal["custom"] | None = None
     cache_control: Object | None = None
     strict: bool | None = None
-    eager_input_streaming: bool | None = None  # calls are told when they are whole, here as there without it
+    eager_input_streaming: bool | None = None  # no effect: calls are sent when they are complete
     defer_loading: Literal[False] | None = None
     allowed_callers: list[Literal["direct"]] | None = None
 
-    _own = model_validator(mode="before")(own_tool)
+    _check_tool_type = model_validator(mode="before")(check_tool_type)
 
 
 class AnthropicChoice(StrictModel):
@@ -67,6 +69,8 @@ class OutputConfig(StrictModel):
 
 
 class CountTokensRequest(Request):
+    """The body of /v1/messages/count_tokens."""
+
     model: Name
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=10_000)]
     system: Text | Annotated[list[ContentBlock], Field(max_length=4096)] | None = None
@@ -74,14 +78,16 @@ class CountTokensRequest(Request):
     tool_choice: AnthropicChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None  # its name while it was a beta
+    output_format: OutputFormat | None = None  # the name of output_config.format during its beta
     cache_control: Object | None = None
     context_management: Object | None = None
     mcp_servers: Annotated[list[Any], Field(max_length=0)] | None = None
-    thread: Object | None = None  # refused with the words that clients know, see messages.py
+    thread: Object | None = None  # refused with the error that clients expect, see messages.py
 
 
 class MessagesRequest(CountTokensRequest):
+    """The body of /v1/messages."""
+
     max_tokens: MaxTokens
     stop_sequences: Stops | None = None
     temperature: float | None = Field(None, ge=0, le=1)

@@ -1,4 +1,4 @@
-"""What a request of Ollama's API may hold. The same rules as in `openai`."""
+"""Request models of Ollama's API; the same rules as in `openai`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from pydantic import AfterValidator, Field
 from ktx.server.protocol.openai import MaxTokens, Name, Object, Request, Stop, Stops, StrictModel, Text, Tool
 
 
-def no_images(images: list[Any] | None) -> None:
+def refuse_images(images: list[Any] | None) -> None:
+    """Raises ValueError for images."""
     if images:
-        raise ValueError("this is a text model, it sees no images")
+        raise ValueError("this is a text model; it does not accept images")
 
 
-NoImages = Annotated[list[Any] | None, AfterValidator(no_images)]
+NoImages = Annotated[list[Any] | None, AfterValidator(refuse_images)]
 
 
 class OllamaOptions(Request):
-    """Settings of an answer. Those of Ollama's runner (threads, layers on a GPU) are in the table of what is ignored."""
+    """Sampling parameters. Options of Ollama's model runner (threads, GPU layers) are in the table IGNORED."""
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
@@ -35,17 +36,19 @@ class OllamaOptions(Request):
 
 
 class OllamaShared(Request):
+    """Fields of /api/chat and /api/generate."""
+
     model: Name
     stream: bool | None = None
     format: Literal["", "json"] | Object | None = None
     options: OllamaOptions | None = None
-    max_tokens: MaxTokens | None = None  # num_predict, as clients of several servers call it
+    max_tokens: MaxTokens | None = None  # an alias of num_predict
     keep_alive: Any = None
     think: bool | Literal["low", "medium", "high"] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     truncate: bool | None = None  # a prompt that is too long is refused either way
-    shift: bool | None = None  # an answer that reaches the context's end is told to be cut either way
+    shift: bool | None = None  # an answer that reaches the end of the context has the finish reason "length" either way
     debug_render_only: Literal[False] | None = Field(None, alias="_debug_render_only")
 
 
@@ -72,11 +75,15 @@ class OllamaMessage(StrictModel):
 
 
 class OllamaChat(OllamaShared):
+    """The body of /api/chat."""
+
     messages: Annotated[list[OllamaMessage], Field(max_length=10_000)] = []
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
 
 
 class OllamaGenerate(OllamaShared):
+    """The body of /api/generate."""
+
     prompt: Text = ""
     suffix: Literal[""] | None = None
     system: Text | None = None
@@ -87,10 +94,12 @@ class OllamaGenerate(OllamaShared):
 
 
 class OllamaShow(StrictModel):
+    """The body of /api/show."""
+
     model: Name | None = None
     name: Name | None = None
     verbose: bool | None = None
-    # its command line sends these, empty
+    # Ollama's command line sends these fields, empty.
     system: Literal[""] | None = None
     template: Literal[""] | None = None
     options: Object | None = None

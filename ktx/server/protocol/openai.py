@@ -1,6 +1,7 @@
-"""What a request may hold. Every number, string and list has a bound, and a field that is not listed is refused by name.
+"""Request models of OpenAI's API, and the types that all protocols share.
 
-Fields of OpenAI's API that make no sense for a text model on one machine are listed where they may say "nothing of it" and refused otherwise.
+Every number, string and list has a limit, and an unknown field is refused by name. Fields of OpenAI's API that make no
+sense for a text model on one machine are accepted only with a value that disables them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ Choices = Annotated[list[Annotated[str, Field(min_length=1, max_length=4096)]], 
 MaxTokens = Annotated[int, Field(ge=1, lt=1 << 31)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]{1,128}$")]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-Tier = Literal["auto", "default", "flex", "scale", "priority"]  # there is one here, which answers call "default"
-Retention = Literal["in-memory", "in_memory", "24h"]  # of a prompt: here pages stay until others need the room
-TEMPLATE_KWARGS = (  # what a request may tell a chat template
+Tier = Literal["auto", "default", "flex", "scale", "priority"]  # this server has only "default"
+Retention = Literal["in-memory", "in_memory", "24h"]  # of a prompt; here pages stay cached until they are evicted
+TEMPLATE_KWARGS = (  # chat template kwargs that a request may set
     "enable_thinking",
     "thinking",
     "thinking_budget",
@@ -38,28 +39,35 @@ TEMPLATE_KWARGS = (  # what a request may tell a chat template
 
 
 class StrictModel(BaseModel):
-    """Types are not guessed: "0.7" is no number. But 8.0 is 8: JSON has one kind of number, and some clients write all of them so."""
+    """A model that does not convert types and refuses unknown fields.
+
+    The exception: 8.0 is accepted as the integer 8, because JSON has one number type and some clients write all numbers
+    as floats.
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def whole_number(cls, value: Any) -> Any:
+    def convert_integral_float(cls, value: Any) -> Any:
+        """Converts a float without a fraction to an int."""
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Request(StrictModel):
-    """The fields of a route, which also knows other servers' parameters."""
+    """The body of a route, which may also contain parameters of other servers (see `parameters`)."""
 
-    effective: ClassVar[frozenset[str]] = frozenset()  # that have an effect here though the table says they have none
+    effective: ClassVar[frozenset[str]] = frozenset()  # parameters of the table IGNORED that have an effect here
 
-    _known = model_validator(mode="before")(classmethod(select_fields))  # type: ignore[arg-type]
+    _select_fields = model_validator(mode="before")(classmethod(select_fields))  # type: ignore[arg-type]
 
 
-# ---- sampling, which several routes share
+# ---- sampling parameters, shared by several routes
 
 
 class SamplingFields(Request):
+    """Sampling parameters."""
+
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=1 << 30)  # 0 and -1: all
@@ -76,7 +84,7 @@ class SamplingFields(Request):
     stop_token_ids: Annotated[Ids, Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, lt=1 << 31)
-    repeat_last_n: int | None = Field(None, ge=-1, lt=1 << 31)  # tokens that penalties look back over; -1: all
+    repeat_last_n: int | None = Field(None, ge=-1, lt=1 << 31)  # number of last tokens that penalties apply to; -1: all
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -97,7 +105,7 @@ class Schema(StrictModel):
 
 
 class Format(StrictModel):
-    """How the answer is built; regex and lark are what vLLM calls guided decoding."""
+    """The format of the answer; regex and grammar (Lark) come from vLLM's structured outputs."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
     json_schema: Schema | None = None
@@ -105,7 +113,8 @@ class Format(StrictModel):
     grammar: Text | None = None
 
     @model_validator(mode="after")
-    def whole(self) -> Format:
+    def check_type_fields(self) -> Format:
+        """Checks that the field of the type is present."""
         needed = {"json_schema": "json_schema", "regex": "pattern", "grammar": "grammar"}.get(self.type)
         if needed and getattr(self, needed) is None:
             raise ValueError(f"type {self.type} needs {needed}")
@@ -114,11 +123,11 @@ class Format(StrictModel):
         return self
 
 
-def own_tool(tool: Any) -> Any:
-    """ValueError for a tool that its provider would run, or that is called with free text."""
+def check_tool_type(tool: Any) -> Any:
+    """Raises ValueError for a tool that is not a function: one that the server would run or that takes free text."""
     kind = tool.get("type") if isinstance(tool, dict) else None
     if isinstance(kind, str) and kind not in ("function", "custom" if "input_schema" in tool else "function"):
-        raise ValueError(f"a tool of type {kind!r} cannot be used here: this server runs no tools, and calls functions")
+        raise ValueError(f"a tool of type {kind!r} cannot be used here: only functions that the client runs")
     return tool
 
 
@@ -132,9 +141,9 @@ class Function(StrictModel):
 class Tool(StrictModel):
     type: Literal["function"]
     function: Function
-    cache_control: Object | None = Field(None, exclude=True)  # what is computed is kept by itself
+    cache_control: Object | None = Field(None, exclude=True)  # the prefix cache is automatic
 
-    _own = model_validator(mode="before")(own_tool)
+    _check_tool_type = model_validator(mode="before")(check_tool_type)
 
 
 class NamedFunction(StrictModel):
@@ -156,8 +165,8 @@ class AllowedChoice(StrictModel):
     allowed_tools: AllowedTools
 
 
-def kind_of_choice(choice: Any) -> str:
-    """Of what was sent, or of what was read from it."""
+def choice_tag(choice: Any) -> str:
+    """Returns the discriminator tag of a tool_choice, before or after validation."""
     kind = choice.get("type") if isinstance(choice, dict) else getattr(choice, "type", "word")
     return kind if kind in ("word", "allowed_tools") else "function"
 
@@ -166,18 +175,18 @@ AnyChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")]
     | Annotated[NamedTool, Tag("function")]
     | Annotated[AllowedChoice, Tag("allowed_tools")],
-    Discriminator(kind_of_choice),
+    Discriminator(choice_tag),
 ]
 
 
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
-    continuous_usage_stats: bool | None = None  # vLLM's: what a choice has come to, with each of its pieces
+    continuous_usage_stats: bool | None = None  # vLLM's: each chunk has the usage so far
 
 
 class Structured(StrictModel):
-    """vLLM's newer name for the guides; one of them."""
+    """vLLM's structured_outputs, which replaces its guided_* fields; exactly one field is set."""
 
     json_: Object | Text | None = Field(None, alias="json")
     regex: Text | None = None
@@ -187,6 +196,8 @@ class Structured(StrictModel):
 
 
 class StructuredOutputFields(SamplingFields):
+    """Fields that chat completions and completions share, among them the constraints on the output."""
+
     response_format: Format | None = None
     structured_outputs: Structured | None = None
     lora: Annotated[list[LoraUse], Field(max_length=64)] | None = None
@@ -197,7 +208,7 @@ class StructuredOutputFields(SamplingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=8)
-    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=1 << 31)  # the prompt's last ones; -1: as many as fit
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, lt=1 << 31)  # keep the last ones; -1: as many as fit
     return_tokens_as_token_ids: bool | None = None
     user: Annotated[str, Field(max_length=1024)] | None = None
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
@@ -208,15 +219,16 @@ class StructuredOutputFields(SamplingFields):
     prompt_cache_options: Object | None = None
 
     @model_validator(mode="after")
-    def one_guide(self) -> StructuredOutputFields:
+    def check_one_guide(self) -> StructuredOutputFields:
+        """Checks that at most one constraint on the output is set."""
         guides = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
-        given = [name for name in guides if getattr(self, name) is not None]
+        used = [name for name in guides if getattr(self, name) is not None]
         if self.structured_outputs is not None:
-            given += [f"structured_outputs.{name}" for name in self.structured_outputs.model_dump(exclude_none=True)]
+            used += [f"structured_outputs.{name}" for name in self.structured_outputs.model_dump(exclude_none=True)]
         if self.response_format is not None and self.response_format.type != "text":
-            given.append("response_format")
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} cannot both hold")
+            used.append("response_format")
+        if len(used) > 1:
+            raise ValueError(f"{' and '.join(used)} cannot be combined")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
         return self
@@ -255,12 +267,12 @@ class Message(StrictModel):
     reasoning_content: Text | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=512)] | None = None
     tool_call_id: Name | None = None
-    prefix: bool | None = Field(None, exclude=True)  # DeepSeek's: the answer goes on with this message, the last one
+    prefix: bool | None = Field(None, exclude=True)  # DeepSeek's: the answer continues this message, which is the last
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
     cache_control: Object | None = Field(None, exclude=True)
-    # what clients add to an answer and hand back with it; it says again what the other fields say
+    # Clients add these to a response and send them back; they only repeat the other fields.
     id: Name | None = Field(None, exclude=True)
     parsed: Any = Field(None, exclude=True)
     provider_specific_fields: Any = Field(None, exclude=True)
@@ -268,21 +280,22 @@ class Message(StrictModel):
     images: Annotated[list[Any], Field(max_length=0)] | None = Field(None, exclude=True)
 
     @model_validator(mode="after")
-    def text(self) -> Message:
+    def check_content(self) -> Message:
+        """Checks that a message that needs content has it."""
         if self.role in ("system", "developer", "user") and self.content is None:
             raise ValueError(f"a {self.role} message needs content")
         return self
 
 
 class Switch(StrictModel):
-    """Whether the model thinks, in the words of GLM's API and DeepSeek's."""
+    """Turns thinking on or off, as in GLM's and DeepSeek's APIs."""
 
     type: Literal["enabled", "disabled", "auto"]
     clear_thinking: bool | None = None
 
 
 class ContinueFields(Request):
-    """How messages become a prompt: its template's words and its end, in vLLM's words and in others'."""
+    """Fields that determine how messages become a prompt: chat template kwargs, and how the prompt ends."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)] | None = None
     add_generation_prompt: bool | None = None
@@ -290,57 +303,61 @@ class ContinueFields(Request):
     enable_thinking: bool | None = None
     thinking: Switch | bool | None = None
     chat_template_kwargs: Object | None = None
-    chat_template: Text | None = None  # the name of one of the model's; a template itself never comes from a request
+    chat_template: Text | None = None  # name of one of the model's templates; a request cannot contain a template
 
     @property
     def continues(self) -> bool:
-        """The answer goes on with the last message."""
+        """Whether the answer continues the last message."""
         return bool(self.continue_final_message or (self.messages and self.messages[-1].prefix))
 
     @field_validator("chat_template_kwargs")
     @classmethod
     def check_template_kwargs(cls, value: Object | None) -> Object | None:
-        for key, word in (value or {}).items():
+        """Checks names and types of the chat template kwargs."""
+        for key, item in (value or {}).items():
             if key not in TEMPLATE_KWARGS:
-                raise ValueError(f"{key!r} cannot be told to the template; what can: {', '.join(TEMPLATE_KWARGS)}")
-            if not isinstance(word, str | int | float | bool | None) or (isinstance(word, str) and len(word) > 4096):
-                raise ValueError(f"{key!r} must be a short string, a number or a truth value")
+                raise ValueError(f"{key!r} is not a supported template argument; use {', '.join(TEMPLATE_KWARGS)}")
+            if not isinstance(item, str | int | float | bool | None) or (isinstance(item, str) and len(item) > 4096):
+                raise ValueError(f"{key!r} must be a string of at most 4096 characters, a number, a boolean or null")
         return value
 
     @property
     def template_kwargs(self) -> Object:
-        """What the template is told, the most particular last."""
-        thinks, told = self.enable_thinking, {}
+        """The chat template kwargs; chat_template_kwargs overrides `thinking`, which overrides `enable_thinking`."""
+        enabled, kwargs = self.enable_thinking, {}
         if isinstance(self.thinking, Switch):
-            thinks = {"enabled": True, "disabled": False}.get(self.thinking.type, thinks)
+            enabled = {"enabled": True, "disabled": False}.get(self.thinking.type, enabled)
             if self.thinking.clear_thinking is not None:
-                told["clear_thinking"] = self.thinking.clear_thinking
+                kwargs["clear_thinking"] = self.thinking.clear_thinking
         elif self.thinking is not None:
-            thinks = self.thinking
-        if thinks is not None:
-            told |= {"enable_thinking": thinks, "thinking": thinks}
-        return told | (self.chat_template_kwargs or {})
+            enabled = self.thinking
+        if enabled is not None:
+            kwargs |= {"enable_thinking": enabled, "thinking": enabled}
+        return kwargs | (self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
-    def one_end(self) -> ContinueFields:
+    def check_continuation(self) -> ContinueFields:
+        """Checks that only the last message is continued, and that no new one is started as well."""
         if any(message.prefix for message in (self.messages or ())[:-1]):
-            raise ValueError("prefix: only the last message can go on")
+            raise ValueError("prefix: only the last message can be continued")
         if self.continues and self.add_generation_prompt:
-            raise ValueError("an answer that goes on with the last message needs add_generation_prompt: false")
+            raise ValueError("an answer that continues the last message needs add_generation_prompt: false")
         return self
 
 
 class Reasoning(StrictModel):
-    """OpenRouter's words for it."""
+    """OpenRouter's reasoning options."""
 
     effort: Effort | None = None
     enabled: bool | None = None
     exclude: bool | None = None
     max_tokens: None = None
-    summary: Literal["auto", "concise", "detailed"] | None = None  # nothing is summed up: it is told whole
+    summary: Literal["auto", "concise", "detailed"] | None = None  # no effect: the full reasoning is returned
 
 
 class ChatCompletionRequest(StructuredOutputFields, ContinueFields):
+    """The body of /v1/chat/completions."""
+
     model: Name
     messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
     max_tokens: MaxTokens | None = None
@@ -352,14 +369,14 @@ class ChatCompletionRequest(StructuredOutputFields, ContinueFields):
     parallel_tool_calls: bool | None = None
     reasoning_effort: Effort | None = None
     reasoning: Reasoning | None = None
-    add_special_tokens: Literal[False] | None = None  # vLLM's: the template writes what begins a text
+    add_special_tokens: Literal[False] | None = None  # vLLM's: the template adds the BOS token
     best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None  # vLLM's: what an answer goes on with is not said again
+    echo: Literal[False] | None = None  # vLLM's: a continued message is not repeated
     modalities: list[Literal["text"]] | None = None
-    store: bool | None = None  # for a place to look at answers later, which is not here
+    store: bool | None = None  # no effect: chat completions are not stored
     verbosity: Literal["low", "medium", "high"] | None = None
     include_reasoning: bool | None = None
-    # known, and refused by their types unless they say nothing
+    # known, but only accepted if they are null
     audio: None = None
     functions: None = None
     function_call: None = None
@@ -367,12 +384,13 @@ class ChatCompletionRequest(StructuredOutputFields, ContinueFields):
     web_search_options: None = None
 
     @model_validator(mode="after")
-    def fitting(self) -> ChatCompletionRequest:
+    def check_consistency(self) -> ChatCompletionRequest:
+        """Checks fields that depend on each other."""
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         names = [tool.function.name for tool in self.tools or ()]
         if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which no tool is called")
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not one of the tools")
         if self.tool_choice == "required" and not names:
             raise ValueError("tool_choice required needs tools")
         return self
@@ -382,6 +400,8 @@ class ChatCompletionRequest(StructuredOutputFields, ContinueFields):
 
 
 class CompletionRequest(StructuredOutputFields):
+    """The body of /v1/completions."""
+
     model: Name
     prompt: (
         Text
@@ -397,15 +417,18 @@ class CompletionRequest(StructuredOutputFields):
     suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
-    def fitting(self) -> CompletionRequest:
+    def check_consistency(self) -> CompletionRequest:
+        """Checks fields that depend on each other."""
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of other than n is not offered")
+            raise ValueError("best_of other than n is not supported")
         if self.echo and self.stream:
             raise ValueError("echo cannot be streamed")
         return self
 
 
 class TokenizeRequest(ContinueFields):
+    """The body of /tokenize: a prompt or messages."""
+
     model: Name | None = None
     prompt: Text | None = None
     add_special_tokens: bool | None = None
@@ -413,23 +436,30 @@ class TokenizeRequest(ContinueFields):
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
 
     @model_validator(mode="after")
-    def one(self) -> TokenizeRequest:
+    def check_one_input(self) -> TokenizeRequest:
+        """Checks that there is either a prompt or messages."""
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give either prompt or messages")
         return self
 
 
 class LoadAdapter(StrictModel):
+    """The body of /v1/load_lora_adapter."""
+
     lora_name: Annotated[str, Field(min_length=1, max_length=256)]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
-    load_inplace: bool | None = None  # in the place of one that has the name
+    load_inplace: bool | None = None  # replace a loaded adapter of the same name
 
 
 class UnloadAdapter(StrictModel):
+    """The body of /v1/unload_lora_adapter."""
+
     lora_name: Annotated[str, Field(min_length=1, max_length=256)]
-    lora_int_id: None = None  # vLLM's own number, of which this server has none
+    lora_int_id: None = None  # vLLM's id, which this server does not have
 
 
 class DetokenizeRequest(Request):
+    """The body of /detokenize."""
+
     model: Name | None = None
     tokens: Ids

@@ -1,4 +1,4 @@
-"""What a request to /v1/responses may hold."""
+"""Request models of OpenAI's Responses API; the same rules as in `openai`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ktx.server.protocol.openai import (
     StrictModel,
     Text,
     Tier,
-    kind_of_choice,
-    own_tool,
+    choice_tag,
+    check_tool_type,
 )
 
-MAX_ITEMS = 10_000  # of a conversation
+MAX_ITEMS = 10_000  # items of a conversation
 
 
 class ResponseText(StrictModel):
@@ -42,11 +42,11 @@ class ResponseTool(StrictModel):
     parameters: Object | None = None
     strict: bool | None = None
 
-    _own = model_validator(mode="before")(own_tool)
+    _check_tool_type = model_validator(mode="before")(check_tool_type)
 
 
 class ResponseNamespace(StrictModel):
-    """Functions under a common name, which calls of them repeat."""
+    """A namespace of functions; their calls have its name in the field `namespace`."""
 
     type: Literal["namespace"]
     name: FunctionName
@@ -55,14 +55,14 @@ class ResponseNamespace(StrictModel):
 
 
 class ResponseSearch(StrictModel):
-    """Leave to search the web, which nobody here can: the model is not told of it, nor is it among the answer's tools."""
+    """Web search, which is accepted and not supported: it is part of neither the prompt nor the response's tools."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     type: Literal["web_search"]
 
 
-def kind_of_tool(tool: Any) -> str:
-    """Of what was sent, or of what was read from it."""
+def tool_tag(tool: Any) -> str:
+    """Returns the discriminator tag of a tool, before or after validation."""
     kind = tool.get("type") if isinstance(tool, dict) else getattr(tool, "type", None)
     return kind if kind in ("namespace", "web_search") else "function"
 
@@ -71,7 +71,7 @@ AnyResponseTool = Annotated[
     Annotated[ResponseTool, Tag("function")]
     | Annotated[ResponseNamespace, Tag("namespace")]
     | Annotated[ResponseSearch, Tag("web_search")],
-    Discriminator(kind_of_tool),
+    Discriminator(tool_tag),
 ]
 
 
@@ -90,12 +90,12 @@ AnyResponseChoice = Annotated[
     Annotated[Literal["none", "auto", "required"], Tag("word")]
     | Annotated[ResponseChoice, Tag("function")]
     | Annotated[ResponseAllowed, Tag("allowed_tools")],
-    Discriminator(kind_of_choice),
+    Discriminator(choice_tag),
 ]
 
 
 class ResponseTokensRequest(Request):
-    """What the length of a prompt depends on."""
+    """The body of /v1/responses/input_tokens: the fields that the prompt depends on."""
 
     effective = frozenset({"store", "metadata"})
 
@@ -113,6 +113,8 @@ class ResponseTokensRequest(Request):
 
 
 class ResponsesRequest(ResponseTokensRequest):
+    """The body of /v1/responses."""
+
     model: Name
     max_output_tokens: MaxTokens | None = None
     temperature: float | None = Field(None, ge=0, le=2)
