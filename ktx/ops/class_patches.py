@@ -1,8 +1,9 @@
-"""Methods that scripts put on classes: `LlamaMLP.forward = patched`, `type(layer.mlp).forward = patched`, `torch.nn.SiLU.forward = patched`.
+"""Support for scripts that patch methods of classes: `LlamaMLP.forward = patched`, `torch.nn.SiLU.forward = patched`.
 
-Python calls no one when a class changes. So each forward of a model begins with a look at all classes of modules that shortcuts stand for (about a microsecond): when a method is
-another one, that counts as a change of all modules. An operator whose replaced class has been patched calls that class's forward from then on. What was put there before a model
-was loaded is known by the file that it was written in.
+Python has no hook for changes of a class. So each forward of a model first compares the methods of all classes whose
+modules fast paths bypass (about a microsecond). A changed method counts as a change of all modules. An operator whose
+replaced class is patched calls the forward of that class from then on. A method that was patched before the model was
+loaded is recognized by the file that it was defined in.
 """
 
 from __future__ import annotations
@@ -24,98 +25,105 @@ LIBRARIES = tuple(
     for name in ("torch", "transformers")
     if (spec := find_spec(name)) and spec.origin
 )
-patched: set[type] = set()  # classes of transformers' and torch's, by whose methods operators go
-_watched: dict[tuple[type, str], Any] = {}  # methods as they were when their class was first seen
-_places: list[tuple[type, str]] = []
-_seen: list[Any] = []
-_kinds: set[type] = set()
-_own: dict[type, Any] = {}  # of operators that call another forward: what was in its place
+patched: set[type] = set()  # the classes of transformers and torch that are patched now
+# Original methods by class and name; None for a method that was patched before its class was watched.
+_original_methods: dict[tuple[type, str], Any] = {}
+_watched_methods: list[tuple[type, str]] = []  # the keys of _original_methods
+_last_methods: list[Any] = []  # the methods at the last check, in the order of _watched_methods
+_watched_classes: set[type] = set()
+# Operator classes that now call the forward of the replaced class -> the forward that they define, or None.
+_own_forwards: dict[type, Any] = {}
 
 
-def replaced_by(kind: type) -> type | None:
-    """The class that an operator's class replaces, as far as it inherits from it; None for others."""
-    if not issubclass(kind, Operator):
+def replaced_by(cls: type) -> type | None:
+    """Returns the transformers class that the class of an adopted operator inherits from; None for other classes."""
+    if not issubclass(cls, Operator):
         return None
-    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
     return next((base for base in bases if not issubclass(base, Operator)), None)
 
 
 def watch(module: nn.Module) -> None:
-    """From now on its class is looked at, and the one that it replaces."""
-    kind = type(module)
-    other = module.__dict__.get("replaces")
-    if kind in _kinds and (other is None or other in _kinds):
+    """Watches the class of a module, and the class that the module replaces, from now on."""
+    cls = type(module)
+    replaced = module.__dict__.get("replaces")
+    if cls in _watched_classes and (replaced is None or replaced in _watched_classes):
         return
-    _kinds.update({kind, *([] if other is None else [other])})
-    _put(kind, "forward")
-    for old in (replaced_by(kind), other):
-        if old is not None:
-            for name in _methods(old):
-                _put(old, name, _is_its_own(old, name))
+    _watched_classes.update({cls, *([] if replaced is None else [replaced])})
+    _watch_method(cls, "forward")
+    for watched in (replaced_by(cls), replaced):
+        if watched is not None:
+            for name in _method_names(watched):
+                _watch_method(watched, name, _is_original(watched, name))
 
 
-def _put(kind: type, name: str, usual: bool = True) -> None:
-    if (kind, name) not in _watched:
-        method = _watched[kind, name] = getattr(kind, name) if usual else None
-        _places.append((kind, name))
-        _seen.append(method)  # of one that is not usual None, so that the next look finds it
+def _watch_method(cls: type, name: str, original: bool = True) -> None:
+    """Adds a method to the watched ones; `original` is False if it is already patched."""
+    if (cls, name) not in _original_methods:
+        method = _original_methods[cls, name] = getattr(cls, name) if original else None
+        _watched_methods.append((cls, name))
+        _last_methods.append(method)  # None for a patched one, so that the next check finds a difference
 
 
-def _is_its_own(kind: Any, name: str) -> bool:
-    """Whether a method was written where its class was, with decorators of transformers' or torch's: not put there before the model was loaded."""
-    owner = next(base for base in kind.__mro__ if name in vars(base))
-    homes = (getattr(sys.modules.get(owner.__module__), "__file__", None) or "", *LIBRARIES)
-    method: Any = getattr(kind, name)
+def _is_original(cls: Any, name: str) -> bool:
+    """Whether a method, with all functions that it wraps, is defined in its class's file, in transformers or in torch."""
+    owner = next(base for base in cls.__mro__ if name in vars(base))
+    files = (getattr(sys.modules.get(owner.__module__), "__file__", None) or "", *LIBRARIES)
+    method: Any = getattr(cls, name)
     while method is not None:
         code = getattr(method, "__code__", None)
-        if code is None or not code.co_filename.startswith(homes):
+        if code is None or not code.co_filename.startswith(files):
             return False
         method = getattr(method, "__wrapped__", None)
     return True
 
 
-def _methods(kind: type) -> set[str]:
-    """Names of what a class and its bases define beside torch's module."""
-    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+def _method_names(cls: type) -> set[str]:
+    """Returns the names of the functions that a class and its bases define, excluding those of nn.Module."""
+    bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
     names = {name for base in bases for name, value in vars(base).items() if isinstance(value, FunctionType)}
     return {name for name in names if not name.startswith("__")} | {"forward"}
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether somebody has put other methods on a module's class, or on the one that it replaces."""
-    kind, replaced = type(module), (replaced_by(type(module)), module.__dict__.get("replaces"))
-    return kind.forward is not _watched[kind, "forward"] or any(old in patched for old in replaced if old is not None)
+    """Whether the class of a module, or the class that it replaces, is patched."""
+    cls, replaced = type(module), (replaced_by(type(module)), module.__dict__.get("replaces"))
+    return cls.forward is not _original_methods[cls, "forward"] or any(
+        other in patched for other in replaced if other is not None
+    )
 
 
 def follow() -> None:
-    """Has operators go by what classes are now."""
-    now = [getattr(kind, name, None) for kind, name in _places]
-    if now == _seen:
+    """Compares all watched methods with the last check, and lets operators use patched classes."""
+    current = [getattr(cls, name, None) for cls, name in _watched_methods]
+    if current == _last_methods:
         return
     Changes.count += 1
-    for place in [place for place, usual in _watched.items() if usual is None]:
-        if _is_its_own(*place):  # what was there before has been taken back
-            _watched[place] = getattr(*place)
+    for key in [key for key, original in _original_methods.items() if original is None]:
+        if _is_original(*key):  # an earlier patch was undone
+            _original_methods[key] = getattr(*key)
     patched.clear()
     patched.update(
-        kind for (kind, name), method in zip(_places, now, strict=True) if method is not _watched[kind, name]
+        cls
+        for (cls, name), method in zip(_watched_methods, current, strict=True)
+        if method is not _original_methods[cls, name]
     )
-    for kind in _kinds:
-        if (old := replaced_by(kind)) is not None:
-            _choose(kind, old in patched)
-    _seen[:] = [getattr(kind, name, None) for kind, name in _places]
+    for cls in _watched_classes:
+        if (replaced := replaced_by(cls)) is not None:
+            _set_forward(cls, replaced in patched)
+    _last_methods[:] = [getattr(cls, name, None) for cls, name in _watched_methods]
 
 
-def _choose(kind: Any, by_class: bool) -> None:
-    """Which forward an operator's class has, unless somebody has put one on the class itself."""
-    if by_class and kind not in _own and kind.forward is _watched[kind, "forward"]:
-        _own[kind] = kind.__dict__.get("forward")
-        kind.forward = kind.by_class
-    elif not by_class and kind in _own:
-        before = _own.pop(kind)
-        if kind.__dict__.get("forward") is not kind.by_class:
-            return  # somebody else has put one there
-        if before is None:
-            del kind.forward
+def _set_forward(cls: Any, by_class: bool) -> None:
+    """Sets the forward of an operator class to `by_class` or to its own, unless the operator class itself was patched."""
+    if by_class and cls not in _own_forwards and cls.forward is _original_methods[cls, "forward"]:
+        _own_forwards[cls] = cls.__dict__.get("forward")
+        cls.forward = cls.by_class
+    elif not by_class and cls in _own_forwards:
+        own = _own_forwards.pop(cls)
+        if cls.__dict__.get("forward") is not cls.by_class:
+            return  # other code has patched the operator's class
+        if own is None:
+            del cls.forward
         else:
-            kind.forward = before
+            cls.forward = own

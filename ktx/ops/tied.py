@@ -1,4 +1,4 @@
-"""An output layer tied to an embedding that is torch's own: Gemma's, for example, which scales what it looks up."""
+"""An output layer tied to an embedding that stays a torch module, such as the scaled embedding of Gemma."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from ktx.weights.base import QuantizedTensor
 
 
 class Tied(Linear):
-    """Its matrix is packed, and packed anew when the embedding's has changed; what is written to it goes to the embedding too, and a gradient as well.
+    """A Linear that packs the weight of an embedding, and packs it again when that weight has changed.
 
-    `origin` is the embedding and the parameter that both have, which is None once one of them was given another.
+    Writes to its weight, and gradients, go to the weight of the embedding.
+
+    Attributes:
+        origin: The embedding, and the shared parameter; None once either of them got another weight.
+        packed_parts: The packed weight.
+        count: The number of edits of the shared parameter when it was packed.
     """
 
     origin: tuple[Any, nn.Parameter | None]
@@ -35,14 +40,14 @@ class Tied(Linear):
         head.tie(embedding)
 
     def tie(self, embedding: Any) -> None:
-        """From now on; the packed matrix is as the embedding's is."""
+        """Ties the layer to an embedding whose weight equals the packed weight."""
         weight = embedding.weight
         if type(weight) is nn.Parameter:
-            weight.__class__ = Live  # which counts what is written to its data
+            weight.__class__ = Live  # which counts writes to its data
         self.origin, self.count = (embedding, weight), edits(weight)
 
     def shared(self) -> Any:
-        """The parameter; None where the layer is tied no more."""
+        """Returns the shared parameter; None if the layer is no longer tied."""
         embedding, weight = self.origin
         if weight is not None and embedding._parameters.get("weight") is not weight:
             self.origin = embedding, None
@@ -61,7 +66,9 @@ class Tied(Linear):
         self.packed_parts = parts
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and value is self.origin[0]._parameters.get("weight"):  # as tie_weights does
+        if name == "weight" and value is self.origin[0]._parameters.get(
+            "weight"
+        ):  # as tie_weights() of transformers does
             self.tie(self.origin[0])
             self.count -= 1
         else:
@@ -76,8 +83,8 @@ class Tied(Linear):
         return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def rows(self) -> Floats:
-        weight, found = self.shared(), super().rows()
-        return found if weight is None else Floats(found.shape, found.read, weight.untyped_storage().data_ptr())
+        weight, view = self.shared(), super().rows()
+        return view if weight is None else Floats(view.shape, view.read, weight.untyped_storage().data_ptr())
 
     def _give(self, weight: QuantizedTensor) -> None:
         shared = self.shared()
@@ -89,14 +96,14 @@ class Tied(Linear):
             self.packed_parts, self.count = [self.packed_from(weight)], edits(shared)
 
     def trained(self, name: str) -> None:
-        """It becomes torch's own, with the embedding's parameter."""
+        """Turns the layer into an nn.Linear that shares the parameter of the embedding."""
         shared: Any = self.shared()
         super().trained(name)
         if shared is not None and name == "weight":
             nn.Module.__setattr__(self, "weight", shared.requires_grad_(True))
 
     def __getstate__(self) -> dict[str, Any]:
-        _ = self.parts  # as they are now
+        _ = self.parts  # packs the weight again if it has changed
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
