@@ -1,4 +1,4 @@
-"""The environment variables ktx reads, in one table."""
+"""The table of environment variables that ktx reads, and their validation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ktx.hardware import ISAS
 
 @dataclass(frozen=True)
 class Variable:
-    """One KTX_* variable: its type, its value when unset, and what it does."""
+    """A KTX_* variable: its type, its default, and its description in Markdown (docs/install.md has the same text)."""
 
     name: str
     kind: type
@@ -29,36 +29,40 @@ VARIABLES = {
             "KTX_ISA",
             str,
             "",
-            f"{', '.join(f'`{name}`' for name in ISAS if name != 'amxmodel')}: lowers the instruction set, never raises it; `amxmodel` is AMX's kernels on tiles in software, for tests",
+            f"{', '.join(f'`{name}`' for name in ISAS if name != 'amxmodel')}: limits the instruction set, never raises"
+            " it; `amxmodel` runs the AMX kernels with tiles emulated in software, for tests",
         ),
-        Variable("KTX_THREADS", int, 0, "size of the worker team; default the usable physical cores"),
+        Variable("KTX_THREADS", int, 0, "number of worker threads; default: the number of usable physical cores"),
         Variable(
             "KTX_NUMA",
             str,
             "auto",
-            "`auto` (default): rows of every matrix are split over the machine's memory nodes; `off`; `fake:N` pretends N nodes, to test",
+            "`auto` (default): rows of every matrix are split over the machine's NUMA nodes; `off`; `fake:N` emulates N"
+            " NUMA nodes, for tests",
         ),
         Variable(
             "KTX_GEMM",
             str,
             "exact",
-            "`exact` (default) or `fast`: many tokens on weights requantised to a scale for 256 columns (AVX-512); `make cpu-check` prints its error",
+            "`exact` (default) or `fast`: large batches use weights requantized to one scale per 256 columns (AVX-512);"
+            " `make cpu-check` prints the error of both",
         ),
         Variable(
             "KTX_GPU",
             str,
             "",
-            "`fake:N` pretends N GPUs in the CPU's memory, for plans and tests; their kernels run in Triton's interpreter (`TRITON_INTERPRET=1`). `split:N` takes the first GPU there is for N",
+            "`fake:N` emulates N GPUs in CPU memory, for plans and tests; their kernels run in Triton's interpreter"
+            " (`TRITON_INTERPRET=1`). `split:N` presents the first GPU as N GPUs",
         ),
         Variable(
-            "KTX_API_KEY", str, "", "keys of `ktx serve`, with spaces between; `ktx bench serve` asks with the first"
+            "KTX_API_KEY", str, "", "API keys of `ktx serve`, separated by spaces; `ktx bench serve` sends the first"
         ),
-        Variable("KTX_PEER_PATH", str, "", "folder in which `ktx bench --peer` finds the peer's library"),
+        Variable("KTX_PEER_PATH", str, "", "folder in which `ktx bench --peer` searches for the peer's library"),
     )
 }
 
 
-ALLOWED = {  # what values match, and that in words; any text where a variable is not named
+ALLOWED = {  # (regular expression, description) of accepted values; variables that are not listed accept any text
     "KTX_ISA": ("|".join(ISAS), ", ".join(ISAS)),
     "KTX_THREADS": (r"0*(\d{1,3}|10[01]\d|102[0-4])", "a number from 1 to 1024, or 0 for the usable cores"),
     "KTX_NUMA": ("auto|off|fake:[1-8]", "auto, off or fake:N with N from 1 to 8"),
@@ -68,7 +72,7 @@ ALLOWED = {  # what values match, and that in words; any text where a variable i
 
 
 def environment(name: str, environ: Mapping[str, str] = os.environ) -> object:
-    """The value of a variable of the table; UsageError for one that it cannot have."""
+    """The value of a variable in VARIABLES, converted to its type. Raises UsageError for an invalid value."""
     variable = VARIABLES[name]
     text = environ.get(name, "")
     if not text:
@@ -81,7 +85,7 @@ def environment(name: str, environ: Mapping[str, str] = os.environ) -> object:
 
 
 def check_environment(environ: Mapping[str, str] = os.environ) -> None:
-    """UsageError for a variable of the table with a value that means nothing; a warning for a KTX_* variable that nobody reads: it is misspelt."""
+    """Raises UsageError for an invalid value of a variable in VARIABLES; warns about unknown KTX_* variables."""
     for name in environ:
         if name in VARIABLES:
             environment(name, environ)
