@@ -52,7 +52,10 @@ def fitting(path: str, values: Any, shape: Sequence[int]) -> torch.Tensor:
     return values.detach().to("cpu")
 
 
-STATE = frozenset(nn.Module().__dict__) - {"_parameters", "_buffers"}  # torch's attributes: hooks, children, mode
+TORCH_ATTRIBUTES = frozenset(nn.Module().__dict__) - {
+    "_parameters",
+    "_buffers",
+}  # torch's attributes: hooks, children, mode
 
 
 class OneMatrix(Parametrizable):
@@ -133,7 +136,7 @@ class OneMatrix(Parametrizable):
             weight = float_module.weight if weight is None else weight
             float_module.weight = weight
             float_module._parameters |= module._parameters  # a bias is a torch parameter already
-            state = {name: value for name, value in module.__dict__.items() if name in STATE}
+            state = {name: value for name, value in module.__dict__.items() if name in TORCH_ATTRIBUTES}
             module.__dict__.clear()
             module.__dict__.update(float_module.__dict__ | state)
             object.__setattr__(module, "__class__", type(float_module))

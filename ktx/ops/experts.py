@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from ktx.ops.expert_lora import ExpertsLora, Some
 
 # Attributes of transformers' modules with the number of experts.
-COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 # Attributes of transformers' modules -> fields of a clamped activation.
-CLAMPED = {"alpha": "alpha", "swiglu_alpha": "alpha", "limit": "limit", "swiglu_limit": "limit"}
-OWN = ("training", "num_experts")  # scalar attributes that are not settings of the replaced module
+CLAMP_FIELDS = {"alpha": "alpha", "swiglu_alpha": "alpha", "limit": "limit", "swiglu_limit": "limit"}
+NOT_SETTINGS = ("training", "num_experts")  # scalar attributes that are not settings of the replaced module
 ACTIVATION = "act_fn"  # transformers' name of the activation module
 
 
@@ -92,7 +92,7 @@ class Experts(Parametrizable):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, gpu_experts: int = 0, **kwargs: Any) -> Experts:
-        count = next((int(getattr(old, name)) for name in COUNTS if hasattr(old, name)), 0)
+        count = next((int(getattr(old, name)) for name in COUNT_ATTRIBUTES if hasattr(old, name)), 0)
         if not count:
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}, which is not an experts module of transformers 5; {KEEP}"
@@ -112,7 +112,9 @@ class Experts(Parametrizable):
         if cls is Experts and isinstance(getattr(old, ACTIVATION, None), nn.Module) and gate.act in PLAIN:
             new.add_module(ACTIVATION, old.act_fn)
         scalars = (bool, int, float, str)
-        new.settings = {n: v for n, v in vars(old).items() if isinstance(v, scalars) and n[0] != "_" and n not in OWN}
+        new.settings = {
+            n: v for n, v in vars(old).items() if isinstance(v, scalars) and n[0] != "_" and n not in NOT_SETTINGS
+        }
         return new
 
     def ready(self) -> None:
@@ -156,9 +158,9 @@ class Experts(Parametrizable):
             self.weights = shared | self.weights | shared
 
     def _pack(self, source: WeightSource, path: str) -> Any:
-        return packed_as(self._held(source.parts(path)), self.quant_target, cpu.pack_experts)
+        return packed_as(self._select(source.parts(path)), self.quant_target, cpu.pack_experts)
 
-    def _held(self, parts: list[QuantizedTensor]) -> list[QuantizedTensor]:
+    def _select(self, parts: list[QuantizedTensor]) -> list[QuantizedTensor]:
         """Selects the experts held here from a layer's stacked experts, or from one part per expert.
 
         Parts are dequantized if their weight types differ.
@@ -367,21 +369,21 @@ class Experts(Parametrizable):
         other, a different value is a UsageError.
         """
         if self.is_ready and not isinstance(value, Dequantized) and name.removesuffix("_bias") in self.stacked():
-            self._assigned(name, value)
+            self._assign_packed(name, value)
         elif name not in self.settings:
             super().__setattr__(name, value)
         elif value != self.settings[name]:
-            if name not in CLAMPED or self.gate.act in PLAIN:
+            if name not in CLAMP_FIELDS or self.gate.act in PLAIN:
                 raise UsageError(
                     f"{self.path}.{name} is {self.settings[name]!r}: packed experts depend on it and cannot change to"
                     f" {value!r}; load the model with another configuration (ktx.load(..., config=...)), or replace"
                     " them with a module of your own"
                 )
-            field: Any = {CLAMPED[name]: float(value)}
+            field: Any = {CLAMP_FIELDS[name]: float(value)}
             self.gate = self.gate._replace(**field)
             self.settings = self.settings | {name: value}
 
-    def _assigned(self, name: str, value: Any) -> None:
+    def _assign_packed(self, name: str, value: Any) -> None:
         """Packs a tensor assigned to a packed parameter."""
         current = self.floats().get(name)
         if current is None or self.parametrized(name):
@@ -397,7 +399,7 @@ class Experts(Parametrizable):
         floats: dict[str, Floats] = {}
         for name, halves in self.stacked().items():
             if self.placement.gpu or self.on_gpu is not None:
-                floats |= self._out_of_reach(name, len(halves))
+                floats |= self._unreadable(name, len(halves))
                 continue
             floats[name] = experts([self.weights[half] for half in halves], self.interleaved, self.transposed)
             biases = [bias for half in halves if (bias := self.biases[half]) is not None]
@@ -418,7 +420,7 @@ class Experts(Parametrizable):
                 states[f"{name}_bias"] = torch.cat(biases)
         return states
 
-    def _out_of_reach(self, name: str, halves: int) -> dict[str, Floats]:
+    def _unreadable(self, name: str, halves: int) -> dict[str, Floats]:
         """Returns the unreadable entries of `floats` for a stacked parameter with experts on a GPU."""
         about = (
             f"{self.path}.{name} is on a GPU, at least in part, and packed experts cannot be read back from there;"

@@ -32,7 +32,7 @@ from ktx.utils.torch_defaults import torch_defaults
 from ktx.weights.base import QuantizedTensor
 
 HELD = "_ktx_experts"  # the attribute of an experts module that holds its packed copy
-OTHERS = "use another experts_implementation (eager, grouped_mm)"
+USE_OTHER = "use another experts_implementation (eager, grouped_mm)"
 
 
 def experts(dtype: str | None = None) -> str:
@@ -85,31 +85,31 @@ class PackedExperts:
             UsageError: no kernel supports the module.
         """
         operator = self.operator
-        if operator is not None and self._stands(dtype):
+        if operator is not None and self._is_current(dtype):
             return operator
         with self.lock:
-            if self.operator is None or not self._stands(dtype):
-                self._make(self.module, dtype)
+            if self.operator is None or not self._is_current(dtype):
+                self._rebuild(self.module, dtype)
             assert self.operator is not None
             return self.operator
 
-    def _stands(self, dtype: str | None) -> bool:
+    def _is_current(self, dtype: str | None) -> bool:
         """Whether the copy has this weight type and the module is unchanged since it was packed."""
         return (
             self.dtype == dtype and self.state.same() and all(edits(tensor) == count for tensor, count in self.counted)
         )
 
     @torch_defaults()
-    def _make(self, module: Any, dtype: str | None) -> None:
+    def _rebuild(self, module: Any, dtype: str | None) -> None:
         self.operator, class_name = None, type(module).__name__
         try:
             operator = Experts.from_hf(module, Context(class_name, module.config, torch.device("cpu"), torch.float32))
         except UsageError as error:  # its remedy is a rule, which transformers' models do not have
-            raise UsageError(str(error).replace(KEEP, OTHERS)) from error
+            raise UsageError(str(error).replace(KEEP, USE_OTHER)) from error
         parameters = _parameters(module, operator)
         operator.pack(
             {name: tensor.detach() for name, tensor in parameters.items()},
-            lambda values: _packed(values, dtype, class_name),
+            lambda values: _pack(values, dtype, class_name),
         )
         operator.ready()
         operator.is_ready = True
@@ -136,21 +136,21 @@ def _parameters(module: nn.Module, operator: Experts) -> dict[str, torch.Tensor]
             if tensor is None:
                 raise UsageError(
                     f"{path} is not a parameter of its module (does an adapter or a parametrization compute it?);"
-                    f" {OTHERS}"
+                    f" {USE_OTHER}"
                 )
             if type(tensor) not in (nn.Parameter, Live):
-                raise UsageError(f"{path} is a {type(tensor).__name__}, ktx packs plain parameters; {OTHERS}")
+                raise UsageError(f"{path} is a {type(tensor).__name__}, ktx packs plain parameters; {USE_OTHER}")
             if tensor.device.type != "cpu":
-                raise UsageError(f"{path} is on {tensor.device}, ktx computes experts on the CPU; {OTHERS}")
+                raise UsageError(f"{path} is on {tensor.device}, ktx computes experts on the CPU; {USE_OTHER}")
             if tensor.dtype not in COMPUTED:
                 raise UsageError(
-                    f"{path} has dtype {tensor.dtype}, ktx packs {', '.join(map(str, COMPUTED))}; {OTHERS}"
+                    f"{path} has dtype {tensor.dtype}, ktx packs {', '.join(map(str, COMPUTED))}; {USE_OTHER}"
                 )
             parameters[full_name] = tensor
     return parameters
 
 
-def _packed(values: torch.Tensor, dtype: str | None, class_name: str) -> cpu.Packed:
+def _pack(values: torch.Tensor, dtype: str | None, class_name: str) -> cpu.Packed:
     """Packs matrices [experts, n, k] as a weight type."""
     if dtype is None:
         return cpu.pack_experts(as_weights(values))
@@ -187,13 +187,13 @@ def forward(
         UsageError: ktx cannot compute the module or the tensors.
     """
     if torch.compiler.is_exporting():
-        raise UsageError(f"{type(module).__name__}: torch.export cannot export experts packed by ktx; {OTHERS}")
+        raise UsageError(f"{type(module).__name__}: torch.export cannot export experts packed by ktx; {USE_OTHER}")
     packed_experts = PackedExperts.of(module)
     operator = packed_experts.current(dtype)
     if hidden_states.dtype not in COMPUTED or hidden_states.device.type != "cpu":
         raise UsageError(
             f"{type(module).__name__}: hidden states are {hidden_states.dtype} on {hidden_states.device}, ktx supports"
-            f" {', '.join(map(str, COMPUTED))} on the CPU; {OTHERS}"
+            f" {', '.join(map(str, COMPUTED))} on the CPU; {USE_OTHER}"
         )
     parameters = [module._parameters[name] for name in packed_experts.names]
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):

@@ -109,15 +109,16 @@ READ_ONLY = (
     " module.weight.data, assign a tensor to module.weight, pass other values to"
     " model.load_state_dict({{...}}, strict=False), or replace the module with ktx.dequantize(module)"
 )
-FROZEN = (
+NOT_TRAINABLE = (
     "{} is packed and cannot be trained: train its module's weight (module.requires_grad_(True)), or an adapter of it"
 )
-ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+ALIAS_OPS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.baddbmm.default)
-_places = itertools.count(-1, -1)  # unique numbers for `Floats.place` of values that are not packed
-_held: WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = WeakValueDictionary()
+ADD_OPS = (torch.ops.aten.add.Tensor, torch.ops.aten.baddbmm.default)
+_next_place = itertools.count(-1, -1)  # unique numbers for `Floats.place` of values that are not packed
+# Dequantized values in memory, by `Floats.place` and dtype.
+_dequantized: WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor] = WeakValueDictionary()
 
 
 class Dequantized(torch.Tensor):
@@ -175,7 +176,7 @@ class Dequantized(torch.Tensor):
         """As torch's; a weight to be trained becomes a float parameter of its module. UsageError where it cannot."""
         if requires_grad:
             if self.train is None:
-                raise UsageError(FROZEN.format(self.label))
+                raise UsageError(NOT_TRAINABLE.format(self.label))
             self.train()
         return self
 
@@ -209,10 +210,10 @@ class Dequantized(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        if func in ALIASES:
+        if func in ALIAS_OPS:
             source = args[0]
             return cls(source.floats, source.dtype, source.label, source.device)
-        if func in SUMS and (total := cls._sum(func, args, kwargs)) is not None:
+        if func in ADD_OPS and (total := cls._sum(func, args, kwargs)) is not None:
             return total
         name = "this weight"
         for i, argument in enumerate(func._schema.arguments):
@@ -264,7 +265,9 @@ class Dequantized(torch.Tensor):
                 total: torch.Tensor = func(base_values, *(other[first:last] for other, _ in versions), **kwargs)
             return total.float()
 
-        return cls(Floats(base.floats.shape, read, next(_places)), base.dtype, f"a sum with {base.label}", base.device)
+        return cls(
+            Floats(base.floats.shape, read, next(_next_place)), base.dtype, f"a sum with {base.label}", base.device
+        )
 
     @classmethod
     def _of_view(cls, view: torch.Tensor, name: str) -> Dequantized:
@@ -285,16 +288,16 @@ class Dequantized(torch.Tensor):
         """The storage of the dequantized values once they are in memory, which safetensors' save_model compares with
         `data_ptr`; before that, an identifier of the packed memory, equal for tied weights.
         """
-        values = _held.get((self.floats.place, self.dtype)) if self.held is None else self.held
-        return _Place(self.floats.place, self.nbytes) if values is None else values.untyped_storage()
+        values = _dequantized.get((self.floats.place, self.dtype)) if self.held is None else self.held
+        return _PackedStorage(self.floats.place, self.nbytes) if values is None else values.untyped_storage()
 
     def data_ptr(self) -> int:
         """The address of the dequantized values, which this tensor caches from now on; tied weights share them."""
         if self.held is None:
             key = self.floats.place, self.dtype
-            values = _held.get(key)
+            values = _dequantized.get(key)
             if values is None:
-                values = _held[key] = self.dequantized()
+                values = _dequantized[key] = self.dequantized()
             self.held = values
         return self.held.data_ptr()
 
@@ -309,7 +312,7 @@ class Dequantized(torch.Tensor):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _PackedStorage:
     """A storage for programs that search for shared memory: equal for weights in the same packed memory."""
 
     place: int

@@ -32,10 +32,10 @@ from ktx.ops.base import Operator
 from ktx.ops.change_counter import Changes, edits
 from ktx.transformers_compat import is_recorder, records
 
-GLOBAL = _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
-SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype)
+GLOBAL_HOOKS = _global_backward_hooks, _global_backward_pre_hooks, _global_forward_hooks, _global_forward_pre_hooks
+SCALAR_TYPES = (bool, int, float, str, bytes, type(None), torch.dtype)
 # Attributes that `State` skips. Of torch's own, parameters, buffers, children and hooks are checked separately.
-IGNORED = frozenset({*nn.Module().__dict__, "training", "path", "placement", "is_ready"})
+IGNORED_ATTRIBUTES = frozenset({*nn.Module().__dict__, "training", "path", "placement", "is_ready"})
 
 
 class State:
@@ -51,7 +51,7 @@ class State:
         derived = {*module.derived, *module.remade} if isinstance(module, Operator) else ()
         snapshot: dict[Any, Any] = {type: type(module)}
         for name, value in module.__dict__.items():
-            if name not in IGNORED and name not in derived:
+            if name not in IGNORED_ATTRIBUTES and name not in derived:
                 snapshot[name] = value
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
@@ -90,7 +90,7 @@ def _same(current: Any, previous: Any) -> bool:
         return True
     if isinstance(current, tuple) and isinstance(previous, tuple):
         return len(current) == len(previous) and all(map(_same, current, previous))
-    return isinstance(current, SCALARS) and type(current) is type(previous) and current == previous
+    return isinstance(current, SCALAR_TYPES) and type(current) is type(previous) and current == previous
 
 
 class UncountedModule:
@@ -100,7 +100,10 @@ class UncountedModule:
         self.module, self.kind, self.own, self.size = module, type(module), module.__dict__, len(module.__dict__)
         dicts = (module._parameters, module._buffers, module.__dict__)
         self.had = [
-            (objects, name, value) for objects in dicts for name, value in objects.items() if name not in IGNORED
+            (objects, name, value)
+            for objects in dicts
+            for name, value in objects.items()
+            if name not in IGNORED_ATTRIBUTES
         ]
 
     def moved(self) -> bool:
@@ -182,7 +185,7 @@ class Guard:
         forward collects outputs.
         """
         registered = (hook for hooks in self.hooks for hook in hooks.values())
-        return any(GLOBAL) or not all(map(is_recorder, registered))
+        return any(GLOBAL_HOOKS) or not all(map(is_recorder, registered))
 
     def worth_another(self) -> bool:
         """Whether a rebuilt fast path might hold; True at most once after each change."""

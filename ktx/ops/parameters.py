@@ -24,12 +24,12 @@ from ktx.ops.float_views import Dequantized, Floats
 
 log = logging.getLogger("ktx.ops.parameters")
 PARAMETRIZATIONS = "parametrizations"  # torch's name for the child
-EXCHANGED = (
+NOT_REMOVABLE = (
     "{}.{} is packed and cannot be removed from its module as a parameter (as torch.func.functional_call and"
     " torch.nn.utils.weight_norm do): write to it in `with ktx.edit(module) as weight:`, or replace a linear layer with"
     " ktx.dequantize(module); torch.nn.utils.parametrizations need neither"
 )
-OFFLOADED = (
+NOT_MOVABLE = (
     "{}.{} is packed and stays where it was loaded: accelerate can neither offload nor move it (cpu_offload,"
     " disk_offload, dispatch_model, AlignDevicesHook(offload=True)); omit that and set the modules' devices when the"
     " model is loaded: ktx.load(..., device=...)"
@@ -53,7 +53,7 @@ class Frozen(dict[str, Any]):
 
 
 def _missing_error(name: str, packed: frozenset[str], path: str) -> Exception:
-    return UsageError(EXCHANGED.format(path, name)) if name in packed else KeyError(name)
+    return UsageError(NOT_REMOVABLE.format(path, name)) if name in packed else KeyError(name)
 
 
 class Owner(Protocol):
@@ -93,7 +93,7 @@ class OfferedParameters(dict[str, Any]):
         if name not in self.names:
             super().__setitem__(name, value)
         elif value is None or value.device != self.owner.placement.torch:
-            raise UsageError(OFFLOADED.format(self.owner.path, name))
+            raise UsageError(NOT_MOVABLE.format(self.owner.path, name))
         elif not isinstance(value, Dequantized):
             self.owner.replaced(name, value)
 

@@ -34,7 +34,7 @@ class Experts(experts.Experts):
 
     def _pack(self, source: WeightSource, path: str) -> Any:
         pack = partial(linear.pack_experts, device=self.placement.torch)
-        return packed_as(self._held(source.parts(path)), self.quant_target, pack)
+        return packed_as(self._select(source.parts(path)), self.quant_target, pack)
 
     def ready(self) -> None:
         self.chosen = torch.zeros(self.total, dtype=torch.int64, device=self.placement.torch)
