@@ -194,9 +194,9 @@ def experts(
     x, ids, weights, pairs = x.contiguous(), ids.contiguous(), weights.contiguous(), tokens * top
     shape = shape_of(pairs, gate.matrices, gate.n, gate.k)
     sorting, groups = group_pairs(ids, first, gate.matrices, shape["PAIRS"]) if shape["SORTED"] else ((ids,) * 4, pairs)
-    hidden = torch.empty(pairs, gate.n, dtype=x.dtype, device=x.device)
+    activated = torch.empty(pairs, gate.n, dtype=x.dtype, device=x.device)
     _gate_up[(triton.cdiv(gate.n, shape["ROWS"]), groups)](
-        x, hidden, sorting, ids, first, gate.matrices, top,
+        x, activated, sorting, ids, first, gate.matrices, top,
         gate.planes, book(gate), gate_bias, gate.row_blocks, up.planes, book(up), up_bias, up.row_blocks,
         gate.n, gate.k, alpha, limit,
         ACT=act, HAS_BIAS=gate_bias is not None, **shape, **decoding(gate, "GATE_"), **decoding(up, "UP_"),
@@ -204,7 +204,7 @@ def experts(
     shape = shape_of(pairs, gate.matrices, down.n, down.k)
     y = torch.empty(pairs, down.n, dtype=torch.float32, device=x.device)
     _down[(triton.cdiv(down.n, shape["ROWS"]), groups)](
-        hidden, y, sorting, ids, first, gate.matrices,
+        activated, y, sorting, ids, first, gate.matrices,
         down.planes, book(down), down_bias, down.row_blocks, down.n, down.k,
         HAS_BIAS=down_bias is not None, **shape, **decoding(down),
     )  # fmt: skip

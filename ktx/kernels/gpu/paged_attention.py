@@ -341,7 +341,7 @@ def _check(
     plan: Plan,
 ) -> None:
     """Raises ValueError unless all tensors fit the plan."""
-    shape, tokens = plan.schedule.shape, plan.schedule.tokens
+    shape, tokens = plan.schedule.shape, plan.schedule.num_tokens
     if (q_rope is None) != (k_rope is None):
         raise ValueError("q_rope and k_rope must come together")
     expected = {
