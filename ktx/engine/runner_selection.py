@@ -73,7 +73,7 @@ def _unsupported_layer(model: Any) -> str:
     """Returns a description of a module or layer that does not use the paged cache; empty if all do."""
     for path, module in model.named_modules():
         is_attention = "attention" in type(module).__name__.lower() and hasattr(module, "layer_idx")
-        if is_attention and not isinstance(module, Recurrent) and not getattr(module, "ours", False):
+        if is_attention and not isinstance(module, Recurrent) and not getattr(module, "uses_ktx_kernel", False):
             return f"{path} is transformers' own {type(module).__name__}"
     layers = KVCache(model.config).layers
     recurrent = {module.layer_idx for module in model.modules() if isinstance(module, Recurrent)}

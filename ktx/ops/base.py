@@ -474,9 +474,7 @@ SHIPPED = {
     "MLP": "ktx.ops.mlp",
 }
 ON_GPU = {  # operator -> dotted path of its GPU class; users' operators set `gpu_form` instead
-    name: module.replace("ktx.ops.", "ktx.ops.gpu.") + f".{name}"
-    for name, module in SHIPPED.items()
-    if name != "Recurrent"
+    name: f"ktx.ops.gpu.{module.rpartition('.')[2]}.{name}" for name, module in SHIPPED.items() if name != "Recurrent"
 }
 _REGISTERED: dict[str, type[Operator]] = {}
 

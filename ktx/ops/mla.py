@@ -88,7 +88,7 @@ class MLA(Operator):
     consumes = ("kv_b_proj",)
     remade = ("block", "expansion")
     reads = frozenset({"scaling", "w_uk_t", "w_uv", "w_uk"})
-    ours = True  # the kernel of ktx computes the attention, see ktx.ops.attention.Attention
+    uses_ktx_kernel = True  # see ktx.ops.attention.Attention
     w_uk_t: Any
     w_uv: Any
     w_uk: Any
@@ -544,7 +544,7 @@ class Expansion(nn.Module):
     def __init__(self, owner: MLA):
         super().__init__()
         self.__dict__["owner"] = owner  # not registered as a child
-        self.path, self.home = f"{owner.path}.kv_b_proj", owner.placement
+        self.path, self.placement = f"{owner.path}.kv_b_proj", owner.placement
         parameters = OfferedParameters()
         parameters.names, parameters.owner = frozenset({"weight"}), self
         self.__dict__["_buffers"] = parameters
