@@ -66,7 +66,7 @@ def _watch_method(cls: type, name: str, original: bool = True) -> None:
 
 
 def _is_original(cls: Any, name: str) -> bool:
-    """Whether a method, with all functions that it wraps, is defined in its class's file, in transformers or in torch."""
+    """Whether a method and the functions that it wraps are defined in its class's file, in transformers or in torch."""
     owner = next(base for base in cls.__mro__ if name in vars(base))
     files = (getattr(sys.modules.get(owner.__module__), "__file__", None) or "", *LIBRARIES)
     method: Any = getattr(cls, name)
@@ -115,7 +115,7 @@ def follow() -> None:
 
 
 def _set_forward(cls: Any, by_class: bool) -> None:
-    """Sets the forward of an operator class to `by_class` or to its own, unless the operator class itself was patched."""
+    """Sets the forward of an operator class to `by_class` or to its own, unless the class itself was patched."""
     if by_class and cls not in _own_forwards and cls.forward is _original_methods[cls, "forward"]:
         _own_forwards[cls] = cls.__dict__.get("forward")
         cls.forward = cls.by_class

@@ -372,24 +372,24 @@ def router(old: Any, path: str, operator: Any) -> None:
         if next(child.parameters(), None) is not None or next(child.buffers(), None) is not None
     }
     count, width = old.weight.shape
-    theirs, ours = randomized_copy(old, children), randomized_copy(operator, children)
-    tensors = [*theirs._parameters.items(), *theirs._buffers.items()]
+    probe, operator_probe = randomized_copy(old, children), randomized_copy(operator, children)
+    tensors = [*probe._parameters.items(), *probe._buffers.items()]
     for _, tensor in tensors:
         if tensor is not None:
             tensor.mul_(0.5)
     for label in ("_parameters", "_buffers"):
-        ours.__dict__[label] = dict(theirs.__dict__[label])
+        operator_probe.__dict__[label] = dict(probe.__dict__[label])
     x = random_tensor(8, width, seed=3) / width**0.5
     correction = (
         {"e_score_correction_bias": random_tensor(count, seed=4) * 0.1} if ROUTER_ARGS[1] in Call.of(old).names else {}
     )
-    found = run_probe(old, path, lambda: theirs(x, **correction))
+    found = run_probe(old, path, lambda: probe(x, **correction))
     if not isinstance(found, tuple) or len(found) != 3:
         raise differs(old, path, "does not return (logits, weights, ids)")
 
     def call_operator() -> Any:
-        ours.ready()
-        return ours(x, **correction)
+        operator_probe.ready()
+        return operator_probe(x, **correction)
 
     expected = run_probe(old, path, call_operator)
     orders = [answer[2].argsort(-1) if answer[2].dtype is torch.int64 else None for answer in (found, expected)]
@@ -438,10 +438,10 @@ def moe(old: Any, path: str, operator: Any) -> None:
     children: dict[str, nn.Module] = {
         name: Stub(stubs.get(name) or unknown_child(name)) for name, child in old._modules.items() if child is not None
     }
-    theirs, ours = randomized_copy(old, children), randomized_copy(operator, children)
+    probe, operator_probe = randomized_copy(old, children), randomized_copy(operator, children)
     x = random_tensor(1, NUM_TOKENS, width, seed=5)
-    found = run_probe(old, path, lambda: theirs(x.clone()))
-    expected = run_probe(old, path, lambda: ours(x.clone()))
+    found = run_probe(old, path, lambda: probe(x.clone()))
+    expected = run_probe(old, path, lambda: operator_probe(x.clone()))
     if isinstance(found, tuple) != isinstance(expected, tuple):
         raise differs(
             old, path, f"returns a {type(found).__name__} where the operator returns a {type(expected).__name__}"

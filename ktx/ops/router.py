@@ -25,7 +25,7 @@ class RoutingSpec:
         scoring: The function from logits to scores: softmax, sigmoid, or softmax over the top-k (softmax_topk).
         groups: How groups of experts are ranked: by their best expert (max), by the sum of their two best (top2), or
             not at all (none).
-        renorm: Whether the weights of the top-k are normalized to sum 1, or the name of the attribute that says so.
+        renorm: Whether the weights of the top-k are normalized to sum 1, or the name of the attribute for it.
         scaled: Whether the weights are multiplied by `routed_scaling_factor`.
         own_dtype: Whether the weights are returned in the dtype of the hidden states, instead of f32.
     """

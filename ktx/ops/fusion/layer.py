@@ -152,19 +152,19 @@ class PrecomputedOutput:
         layer: The layer that computes `out`.
         out: The precomputed output.
         version: The version counter of the input tensor; if it has increased, the input was modified.
-        asked: The other inputs that `out` was computed from.
-        room: The KV cache that the group has written to.
+        inputs: The other inputs that `out` was computed from.
+        target: The KV cache that the group has written to.
         index: The index of the layer in the group.
-        stretch: The group.
+        group: The group.
     """
 
     layer: Layer
     out: torch.Tensor
     version: int
-    asked: LayerInputs
-    room: KVTarget
+    inputs: LayerInputs
+    target: KVTarget
     index: int
-    stretch: FusedLayerGroup
+    group: FusedLayerGroup
 
     def take_if_valid(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> bool:
         """Whether `out` is the output for these inputs; if so, consumes it.
@@ -176,18 +176,18 @@ class PrecomputedOutput:
             hidden_states: The input tensor that carries this object.
             inputs: The other inputs of the layer.
         """
-        mask, embeddings, cache = self.asked
+        mask, embeddings, cache = self.inputs
         if (
             hidden_states._version != self.version
             or recorded(hidden_states)
             or inputs.mask is not mask
             or inputs.cache is not cache
             or not _same_tables(inputs.embeddings, embeddings)
-            or not self.room.fits(self.index, cache, mask)
+            or not self.target.fits(self.index, cache, mask)
         ):
             return False
-        self.room.store_converted(self.index, hidden_states.shape[1])
-        self.stretch.left -= 1
+        self.target.store_converted(self.index, hidden_states.shape[1])
+        self.group.left -= 1
         del hidden_states.ktx_ahead  # type: ignore[attr-defined]  # stored hidden states must not retain later ones
         return True
 
