@@ -1,11 +1,11 @@
-"""A model of real shapes with random weights: a GGUF file and the Hugging Face folder it belongs to, in one directory.
+"""Creates a model of real shapes with random weights: a GGUF file and its Hugging Face folder, in one directory.
 
     python benchmarks/make_model.py --preset v2lite -o /tmp/v2lite
 
 writes /tmp/v2lite/v2lite-Q4_K_M.gguf, config.json and a byte-level tokenizer, which ktx and llama.cpp both load.
-Speed does not depend on what the weights say, so benchmarks need no download; the answers are noise. Every tensor is
-cut out of a small pool of quantised Gaussian rows, so memory stays small and 10 GB take a minute. `--header-only`
-leaves the tensor data a hole in the file: `ktx plan` reads 671B headers without 400 GB of disk.
+Speed does not depend on the values of the weights, so benchmarks need no download; the outputs are noise. Every tensor
+is cut from a small pool of quantized Gaussian rows, so it needs little memory, and 10 GB take a minute. With
+`--header-only` the tensor data is a hole in the file, so that `ktx plan` reads 671B headers without 400 GB of disk.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ktx.quant.quantize import random_rows  # noqa: E402
 from ktx.quant.types import QTYPES, QType  # noqa: E402
 
-POOL = 1 << 22  # weights in a pool: several times a last-level cache once a model repeats it
-CHUNK = 1 << 24
+POOL_WEIGHTS = 1 << 22  # weights in a pool; the tensors cut from it exceed the last-level cache several times
+CHUNK_BYTES = 1 << 24
 SHAPES = Path(__file__).resolve().parent / "shapes"  # the published config.json of each model
 PRESETS = {file.stem: file for file in sorted(SHAPES.glob("*.json"))}
-CHANGES = {  # option -> the key of config.json that it changes
+CONFIG_OPTIONS = {  # option -> the key of config.json that it sets
     "layers": "num_hidden_layers",
     "experts": "n_routed_experts",
     "experts-used": "num_experts_per_tok",
@@ -41,18 +41,13 @@ CHANGES = {  # option -> the key of config.json that it changes
     "ff": "intermediate_size",
     "vocab": "vocab_size",
 }
-FALLBACK = {
-    "Q2_K": "Q4_0",
-    "Q3_K": "Q4_0",
-    "Q4_K": "Q5_0",
-    "Q5_K": "Q5_1",
-    "Q6_K": "Q8_0",
-}  # rows that are no 256-blocks; IQ*: IQ4_NL
+# types for rows that are not multiples of 256; IQ*: IQ4_NL
+FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the file: its rows are shape[-1] long. `role` decides the type under a mix such as Q4_K_M."""
+    """A tensor of the file, with rows of shape[-1]. `role` decides its type in a mix such as Q4_K_M."""
 
     name: str
     shape: tuple[int, ...]
@@ -65,27 +60,30 @@ class Tensor:
 
 
 def configuration(preset: str, changes: dict[str, int | None]) -> dict[str, Any]:
-    """config.json of a preset with other dimensions where asked."""
+    """Returns config.json of a preset, with the given dimensions changed."""
     config: dict[str, Any] = json.loads(PRESETS[preset].read_text())
     for option, value in changes.items():
-        key = CHANGES[option]
+        key = CONFIG_OPTIONS[option]
         if value is not None:
             config["num_experts" if key == "n_routed_experts" and key not in config else key] = value
-    config["num_experts_per_tok"] = min(config["num_experts_per_tok"], experts_of(config))
-    groups, chosen = config.get("n_group", 1), config.get("topk_group", 1)
-    if experts_of(config) % groups or experts_of(config) // groups * chosen < config["num_experts_per_tok"]:
+    config["num_experts_per_tok"] = min(config["num_experts_per_tok"], num_experts(config))
+    num_groups, topk_groups = config.get("n_group", 1), config.get("topk_group", 1)
+    if (
+        num_experts(config) % num_groups
+        or num_experts(config) // num_groups * topk_groups < config["num_experts_per_tok"]
+    ):
         config |= {"n_group": 1, "topk_group": 1}
     if max(config["bos_token_id"], config["eos_token_id"]) >= config["vocab_size"]:
         config |= {"bos_token_id": config["vocab_size"] - 2, "eos_token_id": config["vocab_size"] - 1}
     return config
 
 
-def experts_of(config: dict[str, Any]) -> int:
+def num_experts(config: dict[str, Any]) -> int:
     return config.get("n_routed_experts") or config["num_experts"]
 
 
 def tensors(config: dict[str, Any]) -> Iterator[Tensor]:
-    """Every tensor in file order, as llama.cpp's converter names and shapes it."""
+    """Yields every tensor in file order, with the name and shape that llama.cpp's converter gives it."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     yield Tensor("token_embd.weight", (vocab, hidden), "embedding")
     yield Tensor("output_norm.weight", (hidden,), "norm")
@@ -126,20 +124,20 @@ def _mla(c: dict[str, Any]) -> Iterator[Entry]:
 
 
 def _grouped_query(c: dict[str, Any]) -> Iterator[Entry]:
-    hidden, heads, groups, width = (
+    hidden, heads, kv_heads, width = (
         c[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     )
     yield "attn_norm.weight", (hidden,), "norm"
     yield "attn_q.weight", (heads * width, hidden), "other"
-    yield "attn_k.weight", (groups * width, hidden), "other"
-    yield "attn_v.weight", (groups * width, hidden), "value"
+    yield "attn_k.weight", (kv_heads * width, hidden), "other"
+    yield "attn_v.weight", (kv_heads * width, hidden), "value"
     yield "attn_output.weight", (hidden, heads * width), "other"
     yield "attn_q_norm.weight", (width,), "norm"
     yield "attn_k_norm.weight", (width,), "norm"
 
 
 def _feed_forward(c: dict[str, Any], layer: int) -> Iterator[Entry]:
-    hidden, width, count = c["hidden_size"], c["moe_intermediate_size"], experts_of(c)
+    hidden, width, count = c["hidden_size"], c["moe_intermediate_size"], num_experts(c)
     yield "ffn_norm.weight", (hidden,), "norm"
     if layer < c.get("first_k_dense_replace", 0):
         yield from _gated("", (), c["intermediate_size"], hidden)
@@ -159,14 +157,14 @@ def _gated(suffix: str, lead: tuple[int, ...], width: int, hidden: int) -> Itera
 
 
 def qtype_of(tensor: Tensor, quant: str, layers: int) -> QType:
-    """The type llama-quantize would store a tensor in: of a mix, or of one type for all."""
+    """Returns the type in which llama-quantize stores a tensor, for a mix or a single type."""
     if tensor.role in ("norm", "router", "bias"):
         return QTYPES["F32"]
     name = quant
     if quant == "Q4_K_M":
         name = (
             "Q6_K"
-            if tensor.role == "output" or (tensor.role in ("value", "down") and _more_bits(tensor.layer, layers))
+            if tensor.role == "output" or (tensor.role in ("value", "down") and _needs_more_bits(tensor.layer, layers))
             else "Q4_K"
         )
     if tensor.columns % QTYPES[name].block:
@@ -174,14 +172,14 @@ def qtype_of(tensor: Tensor, quant: str, layers: int) -> QType:
     return QTYPES[name if tensor.columns % QTYPES[name].block == 0 else "F16"]
 
 
-def _more_bits(layer: int, layers: int) -> bool:
-    """llama-quantize's choice: the first and the last eighth, and every third layer between."""
+def _needs_more_bits(layer: int, layers: int) -> bool:
+    """Returns llama-quantize's choice: the first and the last eighth of the layers, and every third in between."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
 def metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    """What llama.cpp needs to know, from config.json."""
+    """Writes the metadata that llama.cpp needs, from config.json."""
     arch = writer.arch
     common = {
         "block_count": "num_hidden_layers",
@@ -193,9 +191,11 @@ def metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
         "expert_used_count": "num_experts_per_tok",
         "expert_feed_forward_length": "moe_intermediate_size",
     }
-    numbers: dict[str, Any] = {key: config[name] for key, name in common.items()} | {"expert_count": experts_of(config)}
-    numbers |= (
-        _deepseek_numbers(config)
+    integers: dict[str, Any] = {key: config[name] for key, name in common.items()} | {
+        "expert_count": num_experts(config)
+    }
+    integers |= (
+        _deepseek_integers(config)
         if arch == "deepseek2"
         else {
             "attention.head_count_kv": config["num_key_value_heads"],
@@ -205,8 +205,8 @@ def metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
         }
     )
     writer.add_quantization_version(2)
-    for key, number in numbers.items():
-        writer.add_uint32(f"{arch}.{key}", number)
+    for key, value in integers.items():
+        writer.add_uint32(f"{arch}.{key}", value)
     writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config["rms_norm_eps"])
     writer.add_float32(f"{arch}.rope.freq_base", config["rope_theta"])
     if arch == "deepseek2":
@@ -217,9 +217,9 @@ def metadata(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
         writer.add_float32(f"{arch}.rope.scaling.yarn_log_multiplier", 0.1 * config["rope_scaling"]["mscale_all_dim"])
 
 
-def _deepseek_numbers(c: dict[str, Any]) -> dict[str, int]:
-    """MLA in its absorbed form: one key/value head whose key is latent and rope, whose value is the latent."""
-    numbers = {
+def _deepseek_integers(c: dict[str, Any]) -> dict[str, int]:
+    """Returns the deepseek2 metadata; MLA is in absorbed form: one head, key = latent and RoPE, value = latent."""
+    integers = {
         "attention.head_count_kv": 1,
         "attention.key_length": c["kv_lora_rank"] + c["qk_rope_head_dim"],
         "attention.value_length": c["kv_lora_rank"],
@@ -233,23 +233,28 @@ def _deepseek_numbers(c: dict[str, Any]) -> dict[str, int]:
         "rope.scaling.original_context_length": c["rope_scaling"]["original_max_position_embeddings"],
     }
     if c["n_group"] > 1:
-        numbers |= {"expert_group_count": c["n_group"], "expert_group_used_count": c["topk_group"]}
-    if c["q_lora_rank"] or c["num_hidden_layers"] not in (26, 27):  # llama.cpp tells the Lite model by its depth
-        numbers["attention.q_lora_rank"] = c["q_lora_rank"] or 0
-    return numbers
+        integers |= {"expert_group_count": c["n_group"], "expert_group_used_count": c["topk_group"]}
+    if c["q_lora_rank"] or c["num_hidden_layers"] not in (
+        26,
+        27,
+    ):  # llama.cpp recognizes the Lite model by its number of layers
+        integers["attention.q_lora_rank"] = c["q_lora_rank"] or 0
+    return integers
 
 
 def vocabulary(config: dict[str, Any]) -> tuple[list[str], list[int]]:
-    """Tokens and their kinds (1 normal, 3 control): special ones at their ids, the 256 bytes, words nobody types."""
+    """Returns tokens and their types (1 normal, 3 control): special tokens, the 256 bytes, unused words."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     if config["vocab_size"] < 260:
         sys.exit(
-            f"make_model.py: a vocabulary of {config['vocab_size']} has no room for 256 bytes and the special tokens"
+            f"make_model.py: a vocabulary of {config['vocab_size']} is too small for 256 bytes and the special tokens"
         )
     special = {config["bos_token_id"]: "<|begin|>", config["eos_token_id"]: "<|end|>"}
-    plain = iter([*bytes_to_unicode().values(), "Ġt", *(f"Ġx{number:05x}" for number in range(config["vocab_size"]))])
-    tokens = [special.get(i) or next(plain) for i in range(config["vocab_size"])]
+    ordinary = iter(
+        [*bytes_to_unicode().values(), "Ġt", *(f"Ġx{number:05x}" for number in range(config["vocab_size"]))]
+    )
+    tokens = [special.get(i) or next(ordinary) for i in range(config["vocab_size"])]
     return tokens, [3 if i in special else 1 for i in range(config["vocab_size"])]
 
 
@@ -261,12 +266,13 @@ TEMPLATE = (
 
 
 def tokenizer(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    tokens, kinds = vocabulary(config)
+    """Writes the tokenizer's metadata."""
+    tokens, types = vocabulary(config)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2" if config["model_type"] == "qwen3_moe" else "deepseek-llm")
     writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(["Ġ t"])  # llama.cpp insists on one
+    writer.add_token_types(types)
+    writer.add_token_merges(["Ġ t"])  # llama.cpp requires at least one
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     writer.add_pad_token_id(config["eos_token_id"])
@@ -275,39 +281,40 @@ def tokenizer(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
 
 
 class Pools:
-    """Quantised Gaussian weights, one pool for each type and spread; a tensor is cut out from a random block on."""
+    """Quantized Gaussian weights, one pool per type and standard deviation; tensors start at a random block."""
 
     def __init__(self, seed: int):
-        self.random, self.made = np.random.default_rng(seed), dict[tuple[str, int], Any]()
+        self.random, self.pools = np.random.default_rng(seed), dict[tuple[str, int], Any]()
 
     def write(self, file: BinaryIO, tensor: Tensor, qtype: QType, nbytes: int) -> None:
+        """Writes a tensor's data to the file."""
         if tensor.role == "norm":
             file.write(np.ones(tensor.shape, np.float32).tobytes())
             return
         key = (qtype.name, 1 if tensor.role == "embedding" else tensor.columns)
-        if key not in self.made:
-            self.made[key] = (
-                random_rows(qtype, max(1, POOL // 2048), 2048, seed=len(self.made), std=key[1] ** -0.5)
+        if key not in self.pools:
+            self.pools[key] = (
+                random_rows(qtype, max(1, POOL_WEIGHTS // 2048), 2048, seed=len(self.pools), std=key[1] ** -0.5)
                 .numpy()
                 .reshape(-1)
             )
-        pool = self.made[key]
-        at = int(self.random.integers(len(pool) // qtype.nbytes)) * qtype.nbytes
+        pool = self.pools[key]
+        offset = int(self.random.integers(len(pool) // qtype.nbytes)) * qtype.nbytes
         while nbytes:
-            piece = pool[at : at + min(nbytes, CHUNK)]
-            file.write(piece.data)
-            nbytes, at = nbytes - len(piece), (at + len(piece)) % len(pool)
+            chunk = pool[offset : offset + min(nbytes, CHUNK_BYTES)]
+            file.write(chunk.data)
+            nbytes, offset = nbytes - len(chunk), (offset + len(chunk)) % len(pool)
 
 
 def write_gguf(path: Path, config: dict[str, Any], quant: str, seed: int = 0, header_only: bool = False) -> int:
-    """Writes the file and returns its size; with `header_only` the data is a hole."""
+    """Writes the GGUF file and returns its size in bytes; with `header_only` the tensor data is a hole."""
     writer = gguf.GGUFWriter(path, "qwen3moe" if config["model_type"] == "qwen3_moe" else "deepseek2")
     writer.add_name(f"{path.stem} (random weights)")
     metadata(writer, config)
     tokenizer(writer, config)
-    plan = [(tensor, qtype_of(tensor, quant, config["num_hidden_layers"])) for tensor in tensors(config)]
-    sizes = [qtype.row_bytes(tensor.columns) * math.prod(tensor.shape[:-1]) for tensor, qtype in plan]
-    for (tensor, qtype), nbytes in zip(plan, sizes, strict=True):
+    typed_tensors = [(tensor, qtype_of(tensor, quant, config["num_hidden_layers"])) for tensor in tensors(config)]
+    sizes = [qtype.row_bytes(tensor.columns) * math.prod(tensor.shape[:-1]) for tensor, qtype in typed_tensors]
+    for (tensor, qtype), nbytes in zip(typed_tensors, sizes, strict=True):
         writer.add_tensor_info(
             tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=gguf.GGMLQuantizationType(qtype.code)
         )
@@ -317,7 +324,7 @@ def write_gguf(path: Path, config: dict[str, Any], quant: str, seed: int = 0, he
     assert writer.fout
     file, pools, align = writer.fout[0], Pools(seed), writer.data_alignment
     start = -(-file.tell() // align) * align
-    for (tensor, qtype), nbytes in zip(plan, sizes, strict=True):
+    for (tensor, qtype), nbytes in zip(typed_tensors, sizes, strict=True):
         if not header_only:
             file.seek(start)
             pools.write(file, tensor, qtype, nbytes)
@@ -328,7 +335,7 @@ def write_gguf(path: Path, config: dict[str, Any], quant: str, seed: int = 0, he
 
 
 def write_folder(folder: Path, config: dict[str, Any], file: Path) -> None:
-    """config.json, generation_config.json and the file's tokenizer in Hugging Face form."""
+    """Writes config.json, generation_config.json and the GGUF's tokenizer in Hugging Face form."""
     from ktx.weights.gguf_header import read_header
     from ktx.weights.gguf_tokenizer import tokenizer_from_gguf
 
@@ -339,16 +346,16 @@ def write_folder(folder: Path, config: dict[str, Any], file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the model; the last line printed is the GGUF file's path."""
+    """Writes the model; the last line of output is the path of the GGUF file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, required=True)
+    parser.add_argument("--preset", choices=PRESETS, required=True, help="model whose shapes to use")
     quants = [name for name, qtype in QTYPES.items() if qtype.code < 1000]
     parser.add_argument(
         "--quant",
         default="Q4_K_M",
         choices=["Q4_K_M", *quants],
         metavar="TYPE",
-        help="Q4_K_M (default) or one type for all matrices: %(choices)s",
+        help="Q4_K_M or one type for all matrices: %(choices)s (default Q4_K_M)",
     )
     parser.add_argument(
         "-o",
@@ -359,22 +366,22 @@ def main(argv: list[str] | None = None) -> int:
         help="folder for the GGUF file, config.json and the tokenizer",
     )
     parser.add_argument(
-        "--header-only", action="store_true", help="leave the tensor data a hole: enough for `ktx plan`"
+        "--header-only", action="store_true", help="write no tensor data, only a hole, which suffices for `ktx plan`"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    for option, key in CHANGES.items():
-        parser.add_argument(f"--{option}", type=int, metavar="N", help=f"{key} instead of the preset's")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (default 0)")
+    for option, key in CONFIG_OPTIONS.items():
+        parser.add_argument(f"--{option}", type=int, metavar="N", help=f"{key} (default: the preset's)")
     args = parser.parse_args(argv)
-    config = configuration(args.preset, {option: getattr(args, option.replace("-", "_")) for option in CHANGES})
+    config = configuration(args.preset, {option: getattr(args, option.replace("-", "_")) for option in CONFIG_OPTIONS})
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"{args.preset}-{args.quant}.gguf"
-    begin = time.perf_counter()
+    start_s = time.perf_counter()
     size = write_gguf(file, config, args.quant, args.seed, args.header_only)
     write_folder(args.out, config, file)
     params = sum(math.prod(tensor.shape) for tensor in tensors(config))
-    hole, taken = " (a hole)" if args.header_only else "", time.perf_counter() - begin
+    note, elapsed_s = " (a hole)" if args.header_only else "", time.perf_counter() - start_s
     layers = config["num_hidden_layers"]
-    print(f"{layers} layers, {params / 1e9:.2f} B weights, {size / 2**30:.2f} GiB{hole}, {taken:.0f} s")
+    print(f"{layers} layers, {params / 1e9:.2f} B weights, {size / 2**30:.2f} GiB{note}, {elapsed_s:.0f} s")
     print(file)
     return 0
 

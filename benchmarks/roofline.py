@@ -1,7 +1,8 @@
-"""The kernels under this machine's roof, as a picture: `python benchmarks/roofline.py -o docs/roofline.png`.
+"""Roofline plot of the CPU kernels: `python benchmarks/roofline.py -o docs/roofline.png`.
 
-Across: operations for each packed byte that is read, which grows with the number of tokens that are multiplied at once. Up: operations a second. The roof is
-the read bandwidth times that, then the peak of the dot product; both are measured right before each point, and their medians are drawn.
+The x axis is the arithmetic intensity, operations per packed byte, which grows with the number of tokens per call; the
+y axis is operations per second. The roof is the read bandwidth times the intensity, up to the peak of the dot product;
+both are measured right before each point, and their medians are plotted.
 """
 
 from __future__ import annotations
@@ -19,14 +20,25 @@ TOKENS = (1, 2, 4, 8, 16, 48, 128, 512)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measures, prints one row a point, and draws."""
+    """Measures the points, prints a row for each, and plots them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PNG")
-    parser.add_argument("--types", nargs="+", default=TYPES, metavar="TYPE")
-    parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS, metavar="N")
-    parser.add_argument("-t", "--threads", type=int, default=0, help="default: usable physical cores")
-    parser.add_argument("-r", "--repeat", type=int, default=3, help="measurements a point, of which the median counts")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the points as JSON lines too")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PNG", help="file to write the plot to")
+    parser.add_argument(
+        "--types", nargs="+", default=TYPES, metavar="TYPE", help=f"weight types (default: {' '.join(TYPES)})"
+    )
+    parser.add_argument(
+        "--tokens",
+        nargs="+",
+        type=int,
+        default=TOKENS,
+        metavar="N",
+        help=f"tokens per call (default: {' '.join(map(str, TOKENS))})",
+    )
+    parser.add_argument("-t", "--threads", type=int, default=0, help="threads (default: usable physical cores)")
+    parser.add_argument(
+        "-r", "--repeat", type=int, default=3, help="measurements per point; the median is reported (default 3)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the points to FILE as JSON lines")
     args = parser.parse_args(argv)
     from ktx.errors import did_you_mean
     from ktx.hardware import default_threads
@@ -34,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
     unknown = [name for name in args.types if name not in QTYPES]
     if unknown:
-        parser.error(f"{unknown[0]!r} is no weight type{did_you_mean(unknown[0], QTYPES)}")
+        parser.error(f"{unknown[0]!r} is not a weight type{did_you_mean(unknown[0], QTYPES)}")
     threads = args.threads or default_threads()
     print(f"{'type':10}{'tokens':>7}{'ops/byte':>10}{'GOPS':>9}{'of the roof':>13}")
     points = [point for name in args.types for point in measure(QTYPES[name], args.tokens, threads, args.repeat)]
@@ -46,39 +58,43 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(qtype: Any, tokens: list[int], threads: int, repeat: int) -> list[dict[str, Any]]:
-    """A point for each number of tokens, on matrices that come from memory."""
+    """Measures a point for each number of tokens, on matrices that are not in the caches."""
     import torch
 
     from ktx.kernels import cpu, microbench
 
     cpu.ops.set_threads(threads)
-    one = cpu.packed_nbytes(qtype, microbench.ROWS, microbench.COLUMNS)
+    matrix_nbytes = cpu.packed_nbytes(qtype, microbench.ROWS, microbench.COLUMNS)
     packed = cpu.pack(
-        microbench.matrices(qtype, max(2, microbench.pass_bytes() // one), microbench.ROWS, microbench.COLUMNS)
+        microbench.matrices(
+            qtype, max(2, microbench.pass_bytes() // matrix_nbytes), microbench.ROWS, microbench.COLUMNS
+        )
     )
     weights, points = microbench.ROWS * microbench.COLUMNS, []
     for count in tokens:
-        some = microbench.split(packed, max(1, min(packed.matrices, 1024 // count)))
-        x, turns = torch.randn(count, microbench.COLUMNS), []
+        matrices = microbench.split(packed, max(1, min(packed.matrices, 1024 // count)))
+        x, samples = torch.randn(count, microbench.COLUMNS), []
         for _ in range(repeat):
             read, peak = (
                 microbench.read_bandwidth(threads, microbench.MIN_PASS_BYTES // 2).gb_s,
                 microbench.peak(qtype, threads),
             )
-            taken = microbench.seconds(lambda some=some, x=x: [cpu.linear(x, matrix) for matrix in some], 1)  # type: ignore[misc]
-            turns.append((2 * count * weights * len(some) / taken / 1e9, read, peak))
-        rate, read, peak = (statistics.median(column) for column in zip(*turns, strict=True))
-        intensity = 2 * count * weights / one
+            call_s = microbench.seconds(
+                lambda matrices=matrices, x=x: [cpu.linear(x, matrix) for matrix in matrices], 1
+            )  # type: ignore[misc]
+            samples.append((2 * count * weights * len(matrices) / call_s / 1e9, read, peak))
+        gops, read, peak = (statistics.median(column) for column in zip(*samples, strict=True))
+        intensity = 2 * count * weights / matrix_nbytes
         roof = min(peak, read * intensity)
         points.append(
-            {"type": qtype.name, "tokens": count, "intensity": intensity, "gops": rate, "read": read, "peak": peak}
+            {"type": qtype.name, "tokens": count, "intensity": intensity, "gops": gops, "read": read, "peak": peak}
         )
-        print(f"{qtype.name:10}{count:>7}{intensity:>10.1f}{rate:>9.0f}{rate / roof:>13.0%}", flush=True)
+        print(f"{qtype.name:10}{count:>7}{intensity:>10.1f}{gops:>9.0f}{gops / roof:>13.0%}", flush=True)
     return points
 
 
 def draw(points: list[dict[str, Any]], threads: int, output: Path) -> None:
-    """Two roofs (int8, bf16 or f32) and a line of points a type, in logarithmic axes."""
+    """Plots the two roofs (int8; bf16 or f32) and a line of points per type, on logarithmic axes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,19 +105,31 @@ def draw(points: list[dict[str, Any]], threads: int, output: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), dpi=130)
     read = statistics.median(p["read"] for p in points)
-    low, high = min(p["intensity"] for p in points) / 1.5, max(p["intensity"] for p in points) * 1.5
-    for floats, label in ((False, "int8"), (True, "float")):
-        peaks = [p["peak"] for p in points if QTYPES[p["type"]].is_float == floats]
+    min_intensity, max_intensity = min(p["intensity"] for p in points) / 1.5, max(p["intensity"] for p in points) * 1.5
+    for is_float, label in ((False, "int8"), (True, "float")):
+        peaks = [p["peak"] for p in points if QTYPES[p["type"]].is_float == is_float]
         if peaks:
             peak = statistics.median(peaks)
-            corner = max(low, peak / read)
-            axes.plot([low, corner, high], [low * read, peak, peak], color="0.35" if not floats else "0.65", lw=1.5)
-            axes.annotate(f"{label} peak {peak:.0f} GOPS", (high, peak), ha="right", va="bottom", fontsize=8)
-    axes.annotate(f"read {read:.0f} GB/s", (low * 1.1, low * read * 1.5), fontsize=8, rotation=0)
+            ridge = max(min_intensity, peak / read)
+            axes.plot(
+                [min_intensity, ridge, max_intensity],
+                [min_intensity * read, peak, peak],
+                color="0.35" if not is_float else "0.65",
+                lw=1.5,
+            )
+            axes.annotate(f"{label} peak {peak:.0f} GOPS", (max_intensity, peak), ha="right", va="bottom", fontsize=8)
+    axes.annotate(f"read {read:.0f} GB/s", (min_intensity * 1.1, min_intensity * read * 1.5), fontsize=8, rotation=0)
     for name in dict.fromkeys(p["type"] for p in points):
-        own = [p for p in points if p["type"] == name]
-        axes.plot([p["intensity"] for p in own], [p["gops"] for p in own], marker="o", ms=4, lw=1, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="operations for each packed byte (1 to 512 tokens)", ylabel="GOPS")
+        points_of_type = [p for p in points if p["type"] == name]
+        axes.plot(
+            [p["intensity"] for p in points_of_type],
+            [p["gops"] for p in points_of_type],
+            marker="o",
+            ms=4,
+            lw=1,
+            label=name,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="operations per packed byte (1 to 512 tokens)", ylabel="GOPS")
     machine = stamp()
     axes.set_title(f"{machine['machine']}, {threads} threads, {machine['date']}", fontsize=9)
     axes.grid(True, which="both", lw=0.3)

@@ -1,8 +1,8 @@
-"""Pictures of the server's page for the docs: the bundled demo model, served by `ktx serve`, in a headless Chromium.
+"""Screenshots of the server's web page for the docs: `ktx serve` with the demo model in a headless Chromium.
 
     python benchmarks/screenshots.py --output docs
 
-needs chromium and chromium-driver, and selenium, which `pip install -e '.[dev]'` brings.
+Needs chromium, chromium-driver and selenium, which `pip install -e '.[dev]'` installs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ WIDTH = 1200
 HEIGHTS = {"page-chat": 720, "page-machine": 1010}
 CONVERSATIONS = (("What is MLA?",), ("What is Q4_K_M?",), ("What is a mixture of experts?", "What does the router do?"))
 THEMES = ("light", "dark")
-ANSWERED = "return !document.querySelector('[aria-busy=true]') && document.querySelectorAll('.answer').length"
+COUNT_ANSWERS = "return !document.querySelector('[aria-busy=true]') && document.querySelectorAll('.answer').length"
 
 
 @contextmanager
 def server(port: int) -> Iterator[str]:
-    """The address of the demo model's server once it answers."""
+    """Runs a server with the demo model; yields its base URL once it answers."""
     base = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "ktx", "serve", "--port", str(port), "--temperature", "0"]
     with subprocess.Popen(command) as process:
@@ -50,6 +50,7 @@ def server(port: int) -> Iterator[str]:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
+    """Yields the driver of a headless Chromium."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--hide-scrollbars"):
@@ -62,20 +63,20 @@ def chromium() -> Iterator[Any]:
 
 
 def ask(driver: Any, question: str) -> None:
-    """Types it and waits for the end of the answer."""
-    before = driver.execute_script(ANSWERED)
+    """Enters a question and waits until its answer is complete."""
+    num_before = driver.execute_script(COUNT_ANSWERS)
     driver.find_element("id", "question").send_keys(question + "\n")
-    WebDriverWait(driver, 120).until(lambda _: driver.execute_script(ANSWERED) == before + 1)
+    WebDriverWait(driver, 120).until(lambda _: driver.execute_script(COUNT_ANSWERS) == num_before + 1)
 
 
-def picture(driver: Any, name: str, output: Path) -> None:
-    """One PNG for each theme."""
-    sized = {"width": WIDTH, "height": HEIGHTS[name], "deviceScaleFactor": 1, "mobile": False}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", sized)
+def save_screenshots(driver: Any, name: str, output: Path) -> None:
+    """Saves a PNG for each theme."""
+    viewport = {"width": WIDTH, "height": HEIGHTS[name], "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", viewport)
     for theme in THEMES:
-        emulated = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
-        time.sleep(1.5)  # the machine tab draws once a second
+        media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        time.sleep(1.5)  # the machine tab is redrawn once per second
         path = output / (f"{name}.png" if theme == "light" else f"{name}-{theme}.png")
         driver.save_screenshot(str(path))
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
@@ -83,8 +84,10 @@ def picture(driver: Any, name: str, output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR", help="(default docs)")
-    parser.add_argument("--port", type=int, default=10077, metavar="N", help="(default 10077)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs"), metavar="DIR", help="folder for the PNG files (default docs)"
+    )
+    parser.add_argument("--port", type=int, default=10077, metavar="N", help="port of the server (default 10077)")
     args = parser.parse_args()
     with server(args.port) as base, chromium() as driver:
         driver.get(base)
@@ -94,13 +97,13 @@ def main() -> None:
             for question in questions:
                 ask(driver, question)
         driver.find_element("id", "question").click()
-        picture(driver, "page-chat", args.output)
+        save_screenshots(driver, "page-chat", args.output)
         driver.find_element("id", "tab-machine").click()
         time.sleep(3)
         driver.find_element("id", "tab-chat").click()
-        ask(driver, CONVERSATIONS[0][0])  # something to see over the last minute
+        ask(driver, CONVERSATIONS[0][0])  # gives the charts of the last minute some data
         driver.find_element("id", "tab-machine").click()
-        picture(driver, "page-machine", args.output)
+        save_screenshots(driver, "page-machine", args.output)
 
 
 if __name__ == "__main__":
