@@ -98,7 +98,7 @@ def share(key: str, count: object, where: str = "gpu_experts") -> PlacementEntry
     return PlacementEntry(key, _pattern(key, where), "", where, experts=count)
 
 
-def streaming(wish: object, where: str = "stream_experts") -> int | None:
+def streaming(value: object, where: str = "stream_experts") -> int | None:
     """Parses `stream_experts`, the min number of tokens from which the CPU's experts are streamed to the GPU.
 
     Returns:
@@ -107,12 +107,12 @@ def streaming(wish: object, where: str = "stream_experts") -> int | None:
     Raises:
         UsageError: the value is neither auto, off nor a number.
     """
-    normalized = "off" if wish is False else "auto" if wish is None else str(wish).strip().lower()
+    normalized = "off" if value is False else "auto" if value is None else str(value).strip().lower()
     if normalized == "auto":
         return None
     if normalized == "off" or re.fullmatch(r"[1-9]\d{0,8}", normalized):
         return 0 if normalized == "off" else int(normalized)
-    raise UsageError(f"{where}: must be auto, off or a number of tokens, found {wish!r}")
+    raise UsageError(f"{where}: must be auto, off or a number of tokens, found {value!r}")
 
 
 def _pattern(key: str, where: str) -> re.Pattern[str]:

@@ -444,9 +444,10 @@ def check_kwargs(cls: type[Operator], rule: Rule) -> None:
     options = {param.name: param for param in parameters[2:]}  # after the old module and the context
     for key, value in rule.kwargs.items():
         if key not in options:
-            known = " ".join(options) or "none"
+            option_names = " ".join(options) or "none"
             raise UsageError(
-                f"{rule.where}: {cls.__name__} has no option {key!r}{did_you_mean(key, options)}; its options: {known}"
+                f"{rule.where}: {cls.__name__} has no option {key!r}{did_you_mean(key, options)};"
+                f" its options: {option_names}"
             )
         default = options[key].default
         if isinstance(default, (bool, int, float, str)) and not _same_kind(value, default):

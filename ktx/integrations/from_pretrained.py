@@ -158,8 +158,8 @@ class KtxQuantizer(HfQuantizer):
         self.ktx_config = quantization_config
         self.call = _call()
         for name, (ignored_values, alternative) in REFUSED.items():
-            given = self.call.get(name)
-            if name in self.call and not any(given is value for value in ignored_values):
+            argument = self.call.get(name)
+            if name in self.call and not any(argument is value for value in ignored_values):
                 raise UsageError(f"from_pretrained: {name} has no effect with KtxConfig; {alternative}")
         if self.call["pretrained_model_name_or_path"] is None:
             raise UsageError("from_pretrained: KtxConfig needs a folder or a hub id, not None")

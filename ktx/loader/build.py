@@ -60,7 +60,7 @@ def plan(
 
     Takes the arguments of `load` and raises the same UsageError for options that are invalid.
     """
-    adapter_files = [read(wish) for wish in wishes(lora)]
+    adapter_files = [read(adapter) for adapter in wishes(lora)]
     streaming(stream_experts)
     targets = targets_of(weight_dtype, moe_dtype)
     placement = placement_options(device, moe_device, shared_device, devices, gpu_experts)
@@ -207,7 +207,7 @@ def prepare(
 
     entries = placement(base_rules.places)
     compute_dtype = dtype or _default_dtype(_names_gpu(base_rules, entries))
-    num_gpus = next((len(place.several) for place in entries if place.several), 0)
+    num_gpus = next((len(entry.several) for entry in entries if entry.several), 0)
     if num_gpus:  # layers are split by bytes, which are taken from a plan on the CPU
         cpu_footprint = footprint(
             *planned([replace(rule, device=None) for rule in base_rules], (), compute_dtype, False), source
@@ -244,9 +244,9 @@ def _default_dtype(gpu: bool) -> torch.dtype:
     return torch.bfloat16 if gpu else torch.float32
 
 
-def _names_gpu(rules: Sequence[Rule], places: Sequence[PlacementEntry]) -> bool:
+def _names_gpu(rules: Sequence[Rule], entries: Sequence[PlacementEntry]) -> bool:
     """Whether rules or device map can place a module on a GPU of this machine."""
-    devices = [*(rule.device for rule in rules), *(place.device for place in places)]
+    devices = [*(rule.device for rule in rules), *(entry.device for entry in entries)]
     return bool(gpus()) and any(name and name.strip() != CPU.name for name in devices)
 
 

@@ -205,7 +205,7 @@ def load(
     known_implementation(attn_implementation)
     if dtype not in (None, *COMPUTED):
         raise UsageError(f"dtype {dtype}: ktx computes in {', '.join(map(str, COMPUTED))}")
-    adapter_files = [read(wish) for wish in wishes(lora)]
+    adapter_files = [read(requested) for requested in wishes(lora)]
     streaming(stream_experts)
     selftest.asked(self_test)
     num_threads = cpu.pool_size(threads)

@@ -178,7 +178,7 @@ class ProgressSink(Protocol):
 
 
 @contextmanager
-def progress_bar(total: int, show: bool | ProgressSink, word: str = "loading") -> Iterator[Callable[[int], None]]:
+def progress_bar(total: int, show: bool | ProgressSink, label: str = "loading") -> Iterator[Callable[[int], None]]:
     """Yields a function that advances a progress bar by a number of bytes; draws nothing if stderr is not a terminal.
 
     The bar shows bytes, GB/s and the remaining time.
@@ -186,11 +186,11 @@ def progress_bar(total: int, show: bool | ProgressSink, word: str = "loading") -
     Args:
         total: bytes in all.
         show: whether to draw the bar; a ProgressSink is called in addition to the bar.
-        word: label of the bar.
+        label: text in front of the bar.
     """
     if not isinstance(show, bool):
         show.total = total
-        with progress_bar(total, True, word) as advance:
+        with progress_bar(total, True, label) as advance:
 
             def advance_both(nbytes: int) -> None:
                 show.advance(nbytes)
@@ -204,7 +204,7 @@ def progress_bar(total: int, show: bool | ProgressSink, word: str = "loading") -
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn(word), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(word, total=total)
+        task = bar.add_task(label, total=total)
         yield lambda nbytes: bar.advance(task, nbytes)

@@ -86,7 +86,7 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def hub_folder(model: str, weights: bool, below: str = "", **asked: Any) -> Path:
+def hub_folder(model: str, weights: bool, subfolder: str = "", **client_options: Any) -> Path:
     """Fetches a hub id's configuration, tokenizer, chat template and settings; returns the local folder.
 
     All files are of one revision.
@@ -94,8 +94,8 @@ def hub_folder(model: str, weights: bool, below: str = "", **asked: Any) -> Path
     Args:
         model: OWNER/NAME or OWNER/NAME@REVISION.
         weights: whether safetensors are fetched too.
-        below: a subfolder of the repository, whose files are fetched instead; the repository's root is returned.
-        asked: further arguments of huggingface_hub.snapshot_download.
+        subfolder: a subfolder of the repository, whose files are fetched instead; the repository's root is returned.
+        client_options: further arguments of huggingface_hub.snapshot_download.
 
     Raises:
         BadFile: the files cannot be fetched.
@@ -105,7 +105,7 @@ def hub_folder(model: str, weights: bool, below: str = "", **asked: Any) -> Path
 
     repo, _, revision = model.partition("@")
     names = [*BESIDE, *(("*.safetensors",) if weights else ())]
-    prefix = f"{glob.escape(below.strip('/'))}/" if below else ""
+    prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
     options: dict[str, Any] = {
         "revision": revision or None,
         "local_files_only": HF_HUB_OFFLINE,  # older clients query the hub for a revision's files even then
@@ -115,7 +115,7 @@ def hub_folder(model: str, weights: bool, below: str = "", **asked: Any) -> Path
             repo,
             allow_patterns=[f"{prefix}{name}" for name in names],
             ignore_patterns=[f"{prefix}*/*.safetensors", f"{prefix}consolidated*"],
-            **options | asked,
+            **options | client_options,
         )
     except Exception as error:  # the hub client's errors have no common base but Exception
         raise BadFile(

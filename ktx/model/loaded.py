@@ -142,13 +142,13 @@ class Model(PreTrainedModel):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's; given weights of packed modules are packed in the float type that they have."""
-        given = dict(state_dict)
+        weights = dict(state_dict)
         for target, origin in dict(self.all_tied_weights_keys or {}).items():
-            if target in given and origin not in given:
-                given[origin] = given[target]
-        result = super().load_state_dict(given, strict, assign)
+            if target in weights and origin not in weights:
+                weights[origin] = weights[target]
+        result = super().load_state_dict(weights, strict, assign)
         if not strict:  # the caller reads the missing keys
-            result.missing_keys.extend(name for name in given if name not in state_dict)
+            result.missing_keys.extend(name for name in weights if name not in state_dict)
         self._rebuild()
         return result
 
@@ -157,7 +157,7 @@ class Model(PreTrainedModel):
         for target, origin in dict(self.all_tied_weights_keys or {}).items():
             modules: list[Any] = [self.get_submodule(name.rpartition(".")[0]) for name in (target, origin)]
             head, embedding = modules
-            tied = isinstance(head, Linear) and any(other is embedding for other in head.ties)
+            tied = isinstance(head, Linear) and any(tied_module is embedding for tied_module in head.ties)
             if tied and isinstance(embedding, Embedding):
                 head.parts = [embedding.packed]
         for module in reversed(list(self.modules())):  # children before their parents

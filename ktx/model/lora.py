@@ -118,7 +118,7 @@ class Adapters:
 
     def checked(self, names: Sequence[str | Use]) -> Uses:
         """Returns adapters with their factors, without duplicates. Raises UsageError for an unknown name."""
-        uses = tuple(dict.fromkeys(Use(one) if isinstance(one, str) else one for one in names))
+        uses = tuple(dict.fromkeys(Use(item) if isinstance(item, str) else item for item in names))
         for name, _ in uses:
             if name not in self.known:
                 loaded = f"; loaded are {', '.join(self.named)}" if self.named else "; none is loaded"
@@ -260,19 +260,19 @@ def wishes(lora: Adapted | Sequence[Adapted] | None) -> list[Wish]:
     return result
 
 
-def read(wish: Wish) -> AdapterFile | GGUFAdapter:
+def read(spec: Wish) -> AdapterFile | GGUFAdapter:
     """Reads an adapter's file, PEFT's or llama.cpp's.
 
     Raises:
         BadFile: the file is missing or broken.
         UsageError: the adapter is not a plain LoRA adapter.
     """
-    path = wish.path
+    path = spec.path
     if not path.exists():
         raise BadFile(f"adapter {path}: no such file or folder")
     if path.is_dir() and not (path / WEIGHTS).exists():
         path = gguf_lora.found_in(path) or path
-    return gguf_lora.read(replace(wish, path=path)) if is_gguf(path) else peft_lora.read(wish)
+    return gguf_lora.read(replace(spec, path=path)) if is_gguf(path) else peft_lora.read(spec)
 
 
 def fitted(model: Any, file: AdapterFile | GGUFAdapter) -> Fitted:

@@ -54,9 +54,9 @@ def tell(notes: list[Note], found: Sequence[Note], instead_of: Sequence[str] = (
         found: the notes to add.
         instead_of: codes whose earlier notes are removed, for example those of a previous engine.
     """
-    new = [note for note in dict.fromkeys(found) if note not in notes]
-    notes[:] = [note for note in notes if note.code not in instead_of or note in found] + new
-    for note in new:
+    unseen = [note for note in dict.fromkeys(found) if note not in notes]
+    notes[:] = [note for note in notes if note.code not in instead_of or note in found] + unseen
+    for note in unseen:
         if note.code not in WARNED:
             log.warning("%s", note.text)
 

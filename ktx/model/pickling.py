@@ -43,12 +43,15 @@ class File:
         stat = os.stat(path)
         return cls(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
 
-    def now(self, why: str) -> File:
-        """Returns the current state of this file. Raises BadFile if it cannot be read; `why` is part of the message."""
+    def now(self, purpose: str) -> File:
+        """Returns the current state of this file.
+
+        `purpose` is part of the message of BadFile, which is raised if the file cannot be read.
+        """
         try:
             return File.of(self.path)
         except OSError as error:
-            raise BadFile(f"{self.path}: {why}, and cannot be read: {error.strerror}") from error
+            raise BadFile(f"{self.path}: {purpose}, and cannot be read: {error.strerror}") from error
 
     def summed(self) -> File:
         """Returns the file with the digest of its content."""

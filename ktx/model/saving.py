@@ -76,7 +76,7 @@ def _written_dtype(
     """Returns the type that a tensor is written in."""
     if not value.is_floating_point():
         return value.dtype
-    return next((own for pattern, own in own_types.items() if re.search(pattern, name)), dtype)
+    return next((override for pattern, override in own_types.items() if re.search(pattern, name)), dtype)
 
 
 def _pieces(
@@ -122,10 +122,10 @@ def _independent(
     return result if shapes == {name: place.shape for name, place in places.items()} else None
 
 
-def _by_expert(own: dict[str, tuple[int, ...]], floats: Floats) -> bool:
+def _by_expert(written_shapes: dict[str, tuple[int, ...]], floats: Floats) -> bool:
     """Whether a parameter with all experts is written as one tensor per expert, named by its number."""
-    numbers = [int(found[2]) for name in own if (found := EXPERT.search(name))]
-    return len(numbers) == len(own) and set(numbers) == set(range(floats.shape[0]))
+    numbers = [int(match[2]) for name in written_shapes if (match := EXPERT.search(name))]
+    return len(numbers) == len(written_shapes) and set(numbers) == set(range(floats.shape[0]))
 
 
 def _shift_expert(name: str, count: int) -> str:

@@ -335,15 +335,15 @@ def _hooked(modules: Mapping[str, nn.Module], tokens: int, look: Callable[[str, 
 def _distinguishing_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Modules whose outputs differ between tokens unless weights are zero: with matrices, or parts of layers."""
     parts: set[nn.Module] = set()
-    found: dict[str, nn.Module] = {}
+    candidates: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList):
             parts.update(part for layer in module for part in layer.children())
         # Of split experts none may have been selected.
         is_split = isinstance(module, Experts) and module.num_experts < module.total
         if (module in parts or isinstance(module, nn.Linear | Operator)) and not is_split:
-            found[path] = module
-    return {path: module for path, module in found.items() if not isinstance(module, RotaryEmbedding)}
+            candidates[path] = module
+    return {path: module for path, module in candidates.items() if not isinstance(module, RotaryEmbedding)}
 
 
 @contextmanager

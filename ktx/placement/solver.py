@@ -332,27 +332,27 @@ def _distribute_layers(model: Footprint, budget: Budget, counts: Callable[[Modul
     )
 
 
-def balanced(weights: Sequence[int], rooms: Sequence[int]) -> list[int]:
+def balanced(weights: Sequence[int], capacities: Sequence[int]) -> list[int]:
     """Returns for each weight, in order, the index of its bin, such that the max relative fill is minimal.
 
     Args:
         weights: bytes of each layer.
-        rooms: capacity of each bin.
+        capacities: capacity of each bin in bytes.
     """
 
     def assign(share: float) -> list[int] | None:
-        assignment, index, free = list[int](), 0, share * rooms[0]
+        assignment, index, free = list[int](), 0, share * capacities[0]
         for weight in weights:
             while weight > free:
                 index += 1
-                if index == len(rooms):
+                if index == len(capacities):
                     return None
-                free = share * rooms[index]
+                free = share * capacities[index]
             assignment.append(index)
             free -= weight
         return assignment
 
-    low, high = 0.0, sum(weights) / min(rooms) + 1.0
+    low, high = 0.0, sum(weights) / min(capacities) + 1.0
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (low, middle) if assign(middle) is not None else (middle, high)
