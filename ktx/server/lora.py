@@ -89,10 +89,10 @@ def resolve_adapters(state: ServerState, model: str, lora: Sequence[LoraUse] | N
     Raises:
         APIError: 400, an id is unknown, or `lora` is given although the model is an adapter.
     """
-    own = state.adapter_of(model)
+    adapter = state.adapter_of(model)
     if lora is None:
-        return tuple(map(Use, own))
-    if own:
+        return tuple(map(Use, adapter))
+    if adapter:
         raise APIError(400, f"lora: the model {model!r} is an adapter; use model {state.models[0]!r}", "lora")
     by_id = {adapter_id: name for name, adapter_id in state.adapters.items()}
     scales = {use.id: use.scale for use in lora}  # the last entry of an adapter wins

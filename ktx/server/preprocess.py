@@ -42,7 +42,7 @@ class ChatInput:
     template_kwargs: dict[str, Any] = field(default_factory=dict)  # passed to the chat template
     response_format: Format | None = None
     thinking: bool | None = None  # None: the model's default
-    answers_in_text: bool = True  # the prompt ends with the start of an assistant message (add_generation_prompt)
+    add_generation_prompt: bool = True  # the prompt ends with the start of an assistant message
     continue_final_message: bool = False  # the answer continues the last message
     template: str | None = None  # name of the chat template, for a model with several
     truncate: int | None = None  # keep this many of the prompt's last tokens
@@ -209,7 +209,7 @@ async def build_engine_input(
         tools,
         template_kwargs,
         force_thinking,
-        chat_input.answers_in_text,
+        chat_input.add_generation_prompt,
         chat_input.continue_final_message,
         chat_input.template,
     )

@@ -43,7 +43,7 @@ async def answer(state: ServerState, fields: ChatCompletionRequest, request: Req
         fields.parallel_tool_calls is not False,
         _template_kwargs(fields),
         structured_output(fields),
-        answers_in_text=fields.add_generation_prompt is not False,
+        add_generation_prompt=fields.add_generation_prompt is not False,
         continue_final_message=fields.continues,
         template=fields.chat_template,
         truncate=fields.truncate_prompt_tokens,

@@ -22,7 +22,7 @@ async def tokenize(state: ServerState, fields: TokenizeRequest) -> dict[str, Any
             [to_template_message(message) for message in fields.messages],
             [tool.model_dump(exclude_none=True) for tool in fields.tools or ()],
             template_kwargs=fields.template_kwargs,
-            answers_in_text=fields.add_generation_prompt is not False,
+            add_generation_prompt=fields.add_generation_prompt is not False,
             continue_final_message=fields.continues,
             template=fields.chat_template,
         )

@@ -17,8 +17,8 @@ from ktx.server.protocol.openai import (
     StrictModel,
     Text,
     Tier,
-    choice_tag,
     check_tool_type,
+    choice_tag,
 )
 
 MAX_ITEMS = 10_000  # items of a conversation
