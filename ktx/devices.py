@@ -1,8 +1,8 @@
-"""Where modules can be: on the CPU or on a GPU.
+"""The devices that modules can be placed on: the CPU and GPUs.
 
-A machine without a GPU can pretend to have some, for plans and tests: `KTX_GPU=fake:2` makes cuda:0 and cuda:1. Their tensors lie in the CPU's
-memory, and Triton's interpreter runs their kernels (TRITON_INTERPRET=1 has to be set before they are imported). A machine with one GPU can
-take it for several: with `KTX_GPU=split:2` cuda:0 and cuda:1 are both the first one.
+Fake GPUs serve plans and tests on a machine without a GPU: `KTX_GPU=fake:2` creates cuda:0 and cuda:1. Their tensors
+are in CPU memory and Triton's interpreter runs their kernels (TRITON_INTERPRET=1 must be set before they are
+imported). One GPU can be presented as several: with `KTX_GPU=split:2`, cuda:0 and cuda:1 are both the first GPU.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ import torch
 from ktx.errors import UsageError
 
 PRETEND = "KTX_GPU"
-MEMORY = 80 << 30  # bytes of a pretended GPU
+FAKE_GPU_BYTES = 80 << 30  # memory of a fake GPU
 
 
 @dataclass(frozen=True)
 class Device:
-    """A place for modules: `name` is cpu or cuda:N, `torch` where its tensors lie; `gpu` says that its kernels are Triton's."""
+    """A device for modules.
+
+    `name` is cpu or cuda:N. `torch` is the device of its tensors. `gpu`: its kernels are Triton's. `pretended`: a fake
+    GPU.
+    """
 
     name: str
     torch: torch.device
@@ -33,9 +37,9 @@ class Device:
 
     @property
     def memory(self) -> tuple[int, int]:
-        """Bytes in all, and bytes that are free, of a GPU."""
+        """(total, free) memory of a GPU in bytes."""
         if self.pretended:
-            return MEMORY, MEMORY
+            return FAKE_GPU_BYTES, FAKE_GPU_BYTES
         free, total = torch.cuda.mem_get_info(self.torch)
         return total, free
 
@@ -44,30 +48,39 @@ CPU = Device("cpu", torch.device("cpu"))
 
 
 def gpus() -> list[Device]:
-    """The GPUs of this machine, or those that it pretends to have. UsageError for a KTX_GPU that cannot be meant."""
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wish := os.environ.get(PRETEND, ""):
-        known = re.fullmatch(r"(fake|split):([1-9]\d?)", wish)
-        if known is None or (known[1] == "split" and not there):
+    """The GPUs of this machine, or those that KTX_GPU defines. Raises UsageError for an invalid KTX_GPU."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if requested := os.environ.get(PRETEND, ""):
+        match = re.fullmatch(r"(fake|split):([1-9]\d?)", requested)
+        if match is None or (match[1] == "split" and not num_gpus):
             raise UsageError(
-                f"{PRETEND}={wish}: give fake:N with N pretended GPUs, split:N to take the one there is for N, or leave it out"
+                f"{PRETEND}={requested}: set fake:N for N fake GPUs, split:N to present an existing GPU as N, or unset"
+                " it"
             )
-        fake = known[1] == "fake"
-        where = torch.device("cpu") if fake else torch.device("cuda", 0)
-        return [Device(f"cuda:{i}", where, True, fake) for i in range(int(known[2]))]
-    return [Device(f"cuda:{i}", torch.device("cuda", i), True) for i in range(there)]
+        fake = match[1] == "fake"
+        device = torch.device("cpu") if fake else torch.device("cuda", 0)
+        return [Device(f"cuda:{i}", device, True, fake) for i in range(int(match[2]))]
+    return [Device(f"cuda:{i}", torch.device("cuda", i), True) for i in range(num_gpus)]
 
 
 def device_of(name: str, where: str = "") -> Device:
-    """The device that a rule or an option names: cpu, cuda or cuda:N. UsageError for one that does not exist here; `where` begins its message."""
-    at = f"{where}: " if where else ""
-    found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name.strip())
-    if found is None:
-        raise UsageError(f"{at}{name!r} is no device; write cpu, cuda or cuda:N")
+    """The device that a rule or an option names.
+
+    Args:
+        name: cpu, cuda or cuda:N.
+        where: the place of the name, as a prefix for messages.
+
+    Raises:
+        UsageError: the name is invalid, or this machine does not have the device.
+    """
+    prefix = f"{where}: " if where else ""
+    match = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", name.strip())
+    if match is None:
+        raise UsageError(f"{prefix}{name!r} is not a device; use cpu, cuda or cuda:N")
     if name.strip() == "cpu":
         return CPU
-    there = gpus()
-    if int(found[1] or 0) >= len(there):
-        many = f"{len(there)} GPUs, cuda:0 to cuda:{len(there) - 1}" if len(there) > 1 else "one GPU, cuda:0"
-        raise UsageError(f"{at}{name}: this machine has {many if there else 'no GPU that torch can use'}")
-    return there[int(found[1] or 0)]
+    available = gpus()
+    if int(match[1] or 0) >= len(available):
+        num = f"{len(available)} GPUs, cuda:0 to cuda:{len(available) - 1}" if len(available) > 1 else "one GPU, cuda:0"
+        raise UsageError(f"{prefix}{name}: this machine has {num if available else 'no GPU that torch can use'}")
+    return available[int(match[1] or 0)]

@@ -1,4 +1,4 @@
-"""What can go wrong for a user, each with the exit status of the command that meets it.
+"""The errors that a user can fix, each with an exit status for commands and an HTTP status for the server.
 
 A message is one line: where (file, tensor, line), what was found, what to do.
 """
@@ -7,10 +7,13 @@ from __future__ import annotations
 
 
 class KtxError(Exception):
-    """Base of every error that is the user's to mend; anything else is a bug in ktx.
+    """Base of every error that a user can fix; any other exception is a bug in ktx.
 
-    `exit_code`: of a command; `status`: of an HTTP answer; `code`: a word for programs that read such an answer;
-    `retry`: seconds after which the same request may succeed.
+    Attributes:
+        exit_code: the exit status of a command.
+        status: the status of an HTTP response.
+        code: the error code in the response, for programs.
+        retry: the number of seconds after which the same request may succeed; None when it cannot.
     """
 
     exit_code = 1
@@ -20,42 +23,42 @@ class KtxError(Exception):
 
 
 class UsageError(KtxError):
-    """A flag, rule or argument that cannot mean anything."""
+    """An invalid flag, rule or argument."""
 
     exit_code = 2
     status = 400
 
 
 class ContextExceeded(UsageError):
-    """A prompt, or a prompt and the answer that is asked for, that the context does not hold."""
+    """A prompt, or a prompt plus its requested output, that is longer than the context."""
 
     code = "context_length_exceeded"
 
 
 class DoesNotFit(KtxError):
-    """The machine has too little memory, or disk, for the request."""
+    """The machine has too little memory or disk space."""
 
     exit_code = 3
 
 
 class BadFile(KtxError):
-    """A file that is missing, damaged, of an unknown kind, or does not belong to this model."""
+    """A file that is missing, damaged, of an unsupported format, or does not belong to this model."""
 
     exit_code = 4
 
 
 class NoGradient(UsageError):
-    """Autograd, or forward-mode differentiation, would record what has no gradient; forward raises it."""
+    """Raised by a forward when autograd or forward-mode differentiation would record an operation without gradient."""
 
 
 class SelfTestFailed(KtxError):
-    """A model that was loaded computes what cannot be right: its cache is not read, or numbers are none."""
+    """The self-test found that a loaded model computes wrong results: a cache that is ignored, or non-finite values."""
 
     exit_code = 4
 
 
 class Overloaded(KtxError):
-    """An engine that takes no request now: the same request may be answered later."""
+    """The engine accepts no request at the moment; the same request may succeed later."""
 
     exit_code = 5
     status = 503
@@ -63,7 +66,7 @@ class Overloaded(KtxError):
 
 
 class QueueFull(Overloaded):
-    """Too many requests at once."""
+    """Too many concurrent requests."""
 
     status = 429
     code = "queue_full"

@@ -1,4 +1,7 @@
-"""What this machine has. No torch here: a plan or a help text must not wait for it."""
+"""Detects the machine's CPUs, memory, caches and limits.
+
+Must not import torch: a plan or a help text must not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ CGROUP = Path("/sys/fs/cgroup")
 CPUS = Path("/sys/devices/system/cpu")
 _AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
-ISAS = {  # the instruction sets of our kernels, the better ones last, and the flags of /proc/cpuinfo they need
-    "amxmodel": frozenset[str](),  # the kernels of amx with its tiles in software, for tests
+ISAS = {  # the instruction sets of the kernels, best last, and the flags of /proc/cpuinfo that they need
+    "amxmodel": frozenset[str](),  # the amx kernels with tiles emulated in software, for tests
     "scalar": frozenset[str](),
     "avx2": _AVX2,
     "avxvnni": _AVX2 | {"avx_vnni"},
@@ -26,7 +29,7 @@ ISAS = {  # the instruction sets of our kernels, the better ones last, and the f
 
 @dataclass(frozen=True)
 class Node:
-    """A NUMA node: its usable cpus and its memory in bytes."""
+    """A NUMA node: its number, usable CPUs, and memory in bytes."""
 
     number: int
     cpus: tuple[int, ...]
@@ -35,13 +38,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Machine:
-    """The hardware as this process may use it; memory in bytes."""
+    """The hardware that this process may use; memory in bytes."""
 
     cpu: str
     flags: frozenset[str]
-    cpus: tuple[int, ...]  # usable logical cpus: affinity
-    cores: int  # usable physical cores, not more than the cgroup's quota
-    quota: float | None  # cpus a cgroup allows, None when unlimited
+    cpus: tuple[int, ...]  # usable logical CPUs, by affinity
+    cores: int  # usable physical cores, at most the cgroup's quota
+    quota: float | None  # CPUs that the cgroup allows, None when unlimited
     memory: int
     available: int
     nodes: tuple[Node, ...] = field(default=())
@@ -49,12 +52,12 @@ class Machine:
 
     @property
     def isa(self) -> str:
-        """The best instruction set our kernels could use, by the kernel's own account of the CPU."""
+        """The best instruction set that the CPU supports according to the operating system."""
         return [name for name, needed in ISAS.items() if needed <= self.flags][-1]
 
 
 def machine() -> Machine:
-    """Reads /proc and /sys; costs a millisecond."""
+    """Detects the hardware from /proc and /sys; takes about a millisecond."""
     info = _cpuinfo()
     cpus = tuple(sorted(os.sched_getaffinity(0)))
     quota = cpu_quota()
@@ -75,27 +78,28 @@ def machine() -> Machine:
 
 
 def default_threads() -> int:
-    """One worker for each usable physical core."""
+    """The default number of worker threads: one per usable physical core."""
     return machine().cores
 
 
 def share_of_cpus(number: int, of: int) -> set[int]:
-    """The cpus of one of several processes that divide this machine: whole cores side by side, on one memory node where they can be.
+    """The CPUs of process `number` out of `of` processes that share this machine.
 
-    All of them when there are more processes than cores, or no share is left for this number.
+    Each gets complete, adjacent cores, on one NUMA node where possible. Returns all usable CPUs when there are more
+    processes than cores, or no share remains for this number.
     """
     usable = sorted(os.sched_getaffinity(0))
-    node = {cpu: place.number for place in _nodes(set(usable)) for cpu in place.cpus}
+    node_of = {cpu: node.number for node in _nodes(set(usable)) for cpu in node.cpus}
     cores: dict[tuple[int, str], list[int]] = {}
     for cpu in usable:
-        cores.setdefault((node.get(cpu, 0), _core_of(cpu)), []).append(cpu)
-    each = len(cores) // of
-    mine = [cores[core] for core in sorted(cores, key=lambda core: (core[0], cores[core]))][number * each :][:each]
-    return {cpu for core in mine for cpu in core} or set(usable)
+        cores.setdefault((node_of.get(cpu, 0), _core_of(cpu)), []).append(cpu)
+    size = len(cores) // of
+    share = [cores[core] for core in sorted(cores, key=lambda core: (core[0], cores[core]))][number * size :][:size]
+    return {cpu for core in share for cpu in core} or set(usable)
 
 
 def memory() -> tuple[int, int]:
-    """(total, available) bytes for this process: the machine's, or its cgroup's if that is less."""
+    """(total, available) memory for this process in bytes: the machine's, or its cgroup's if that is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     info = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if len(line.split()) > 1}
     total, available = info["MemTotal"], info.get("MemAvailable", info["MemFree"])
@@ -105,7 +109,7 @@ def memory() -> tuple[int, int]:
 
 
 def last_level_cache() -> int:
-    """Bytes of the last-level caches of the usable cpus, each counted once; 0 where the system does not say."""
+    """Total size in bytes of the usable CPUs' last-level caches, each counted once; 0 when the system has no data."""
     found: dict[tuple[int, str], int] = {}
     for cpu in os.sched_getaffinity(0):
         caches = [
@@ -119,7 +123,7 @@ def last_level_cache() -> int:
 
 
 def cpu_quota() -> float | None:
-    """CPUs the cgroup (v2 or v1) gives this process; None when it sets no limit."""
+    """The number of CPUs that the cgroup (v2 or v1) allows this process; None when it sets no limit."""
     for folder in _own_cgroups(""):
         text = _first_line(folder / "cpu.max", "")
         if text and not text.startswith("max"):
@@ -130,7 +134,7 @@ def cpu_quota() -> float | None:
 
 
 def amx_permitted() -> bool:
-    """Whether the kernel lets this process use AMX tiles (arch_prctl ARCH_REQ_XCOMP_PERM)."""
+    """Whether the Linux kernel permits this process to use AMX tiles (arch_prctl ARCH_REQ_XCOMP_PERM)."""
     if "amx_tile" not in _cpuinfo().get("flags", "").split():
         return False
     import ctypes
@@ -139,7 +143,7 @@ def amx_permitted() -> bool:
 
 
 def cpufeature_flags() -> str:
-    """What the cpufeature package says of the CPU, or how to get it."""
+    """The CPU features that the cpufeature package reports, or how to install it."""
     import importlib.util
 
     if importlib.util.find_spec("cpufeature") is None:
@@ -151,7 +155,7 @@ def cpufeature_flags() -> str:
 
 
 def _cgroup_memory() -> Iterator[tuple[int, int, int]]:
-    """(limit, used, reclaimable page cache) of each limited cgroup above this process."""
+    """(limit, used, reclaimable page cache) in bytes for each limited cgroup of this process."""
     for folder in _own_cgroups(""):
         limit = _first_line(folder / "memory.max", "max")
         if limit != "max":
@@ -201,14 +205,14 @@ def _nodes(usable: set[int]) -> Iterator[Node]:
 
 
 def _list(text: str) -> Iterator[int]:
-    """Numbers of a kernel list: "0-3,8"."""
+    """The numbers in a kernel list such as "0-3,8"."""
     for part in filter(None, text.split(",")):
         low, _, high = part.partition("-")
         yield from range(int(low), int(high or low) + 1)
 
 
 def _size(text: str) -> int:
-    """Bytes of a kernel size: "32768K"."""
+    """The bytes of a kernel size such as "32768K"."""
     unit = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:], 1)
     number = text.rstrip("KMG")
     return int(number) * unit if number.isdecimal() else 0
@@ -222,7 +226,7 @@ def _first_line(path: Path, default: str) -> str:
 
 
 def format_bytes(nbytes: float) -> str:
-    """Bytes for people: 1.5 GB, by powers of 1000 as disks and downloads count."""
+    """Formats a size for display, by powers of 1000 as disks and downloads do: 1.5 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 999.5 or unit == "GB":
             return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.1f} {unit}"
@@ -234,16 +238,16 @@ MALLOC = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_",
 
 
 def tune_malloc() -> bool:
-    """Tells glibc's malloc to keep what is freed, up to a gigabyte, for the next request. False when the environment has settled that.
+    """Makes glibc's malloc retain up to a gigabyte of freed memory for later allocations.
 
-    Activations of a few megabytes come and go thousands of times in a prompt. By default each is mapped anew, and the system clears every page
-    of it: a seventh of a prompt's time on a virtual machine, whose host takes freed pages away.
+    Returns False when the environment already configures malloc. During a prompt, activations of a few megabytes are
+    allocated and freed thousands of times. By default malloc maps each allocation again and the system clears all of
+    its pages, which takes a seventh of a prompt's time on a virtual machine whose host reclaims freed pages.
     """
     import ctypes
 
     if any(name in os.environ for name in MALLOC):
         return False
-    set_option = getattr(
-        ctypes.CDLL(None), "mallopt", None
-    )  # mallopt(3): M_MMAP_THRESHOLD -3, M_TRIM_THRESHOLD -1, M_TOP_PAD -2
-    return set_option is not None and all(set_option(*pair) for pair in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    # mallopt(3): M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD -1, M_TOP_PAD -2
+    return mallopt is not None and all(mallopt(*pair) for pair in ((-3, 32 << 20), (-1, 1 << 30), (-2, 64 << 20)))

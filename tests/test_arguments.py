@@ -205,9 +205,9 @@ def test_what_a_rule_file_says_is_read_or_refused(tmp_path, text, told):
     "wrong, told",
     [
         ({"devices": {"layrs 0-1": "cpu"}}, "layrs 0-1"),
-        ({"devices": {"all": "tpu"}}, "'tpu' is no device"),
+        ({"devices": {"all": "tpu"}}, "'tpu' is not a device"),
         ({"device": "cuda:77"}, "cuda:77"),
-        ({"moe_device": "nuna"}, "'nuna' is no device"),
+        ({"moe_device": "nuna"}, "'nuna' is not a device"),
         ({"gpu_experts": -1}, "must be a number of experts per layer"),
         ({"gpu_experts": True}, "must be a number of experts per layer"),
         ({"weight_dtype": "int3"}, "int3"),

@@ -23,7 +23,7 @@ def test_pretended_gpus_lie_in_memory(two):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "meta", "mps", "", "cpu:0"])
 def test_a_word_that_is_no_device(two, name):
-    with pytest.raises(UsageError, match="x.yaml:3: .*is no device; write cpu, cuda or cuda:N"):
+    with pytest.raises(UsageError, match="x.yaml:3: .*is not a device; use cpu, cuda or cuda:N"):
         device_of(name, "x.yaml:3")
 
 
@@ -60,5 +60,5 @@ def test_no_gpu_cannot_be_taken_for_several(monkeypatch):
 @pytest.mark.parametrize("wish", ["fake", "fake:0", "fake:1000", "split", "2", "real"])
 def test_a_pretence_that_cannot_be_meant(monkeypatch, wish):
     monkeypatch.setenv("KTX_GPU", wish)
-    with pytest.raises(UsageError, match=f"KTX_GPU={wish}: give fake:N"):
+    with pytest.raises(UsageError, match=f"KTX_GPU={wish}: set fake:N"):
         gpus()

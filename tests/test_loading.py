@@ -146,7 +146,7 @@ def test_registered_short_names(qwen):
             ["r.yaml:4", "model.embed_tokens is a Embedding"],
         ),
         (ktx.Rule(name="lm_head", replace="torch.nn.Linear", where="r.yaml:4"), ["not a subclass of ktx.Operator"]),
-        (ktx.Rule(name="lm_head", replace="Linear", device="gpu0", where="r.yaml:4"), ["r.yaml:4", "is no device"]),
+        (ktx.Rule(name="lm_head", replace="Linear", device="gpu0", where="r.yaml:4"), ["r.yaml:4", "is not a device"]),
     ],
 )
 def test_bad_rules_are_told_before_loading(qwen, rule, words, tmp_path, monkeypatch):
