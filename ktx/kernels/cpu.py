@@ -211,23 +211,25 @@ def pack(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None =
         KtxError: if the matrices differ in shape or type.
     """
     matrices, n, k, qtype = _list_matrices(weight, to)
-    size, nodes = ops.packed_nbytes(qtype.code, n, k), ops.nodes()
-    groups, count = -(-n // GROUP_ROWS), len(matrices)
+    matrix_bytes, nodes = ops.packed_nbytes(qtype.code, n, k), ops.nodes()
+    groups, num_matrices = -(-n // GROUP_ROWS), len(matrices)
     node_ends = [
-        ops.share_of(groups, i + 1) * (size // groups) if count == 1 else count * (i + 1) // nodes * size
+        ops.share_of(groups, i + 1) * (matrix_bytes // groups)
+        if num_matrices == 1
+        else num_matrices * (i + 1) // nodes * matrix_bytes
         for i in range(nodes)
     ]
     ends = tuple(node_ends) if nodes > 1 else ()
-    data = ops.empty_packed(size * count, ends)
+    data = ops.empty_packed(matrix_bytes * num_matrices, ends)
     for i, matrix in enumerate(matrices):
-        _pack_rows(matrix, range(n), qtype if to is not None else None, data[i * size : (i + 1) * size])
-    return Packed(data, qtype, n, k, count, ends)
+        _pack_rows(matrix, range(n), qtype if to is not None else None, data[i * matrix_bytes : (i + 1) * matrix_bytes])
+    return Packed(data, qtype, n, k, num_matrices, ends)
 
 
 def pack_experts(weight: QuantizedTensor | Sequence[QuantizedTensor], to: QType | None = None) -> Packed:
     """Packs as `pack` does, in the order that `experts` reads.
 
-    The share of each NUMA node follows in turn, and consists of that node's rows of every matrix.
+    `data` holds the share of each NUMA node in turn, which consists of that node's rows of every matrix.
     """
     matrices, n, k, qtype = _list_matrices(weight, to)
     matrix_bytes, nodes, groups = ops.packed_nbytes(qtype.code, n, k), ops.nodes(), -(-n // GROUP_ROWS)
@@ -315,8 +317,8 @@ def _dequantized_rows(matrix: QuantizedTensor, rows: torch.Tensor, first_row: in
 def bf16_rows(tokens: int, ranges: Sequence[int] = ()) -> Iterator[None]:
     """Selects the rows that this thread's next calls multiply in bf16, where the CPU has tile registers for that.
 
-    Inside the context, calls with `tokens` rows multiply the `ranges` in bf16 and all other rows in int8. Outside it,
-    the kernels multiply in bf16 the rows that fill pages of 64 tokens: see csrc/cpu/driver/bf16_rows.h.
+    Inside the context, calls with `tokens` rows multiply the `ranges` in bf16, and no other rows. Outside it, the
+    kernels multiply in bf16 the rows that fill pages of 64 tokens: see csrc/cpu/driver/bf16_rows.h.
 
     Args:
         tokens: number of rows of the calls that this applies to.
@@ -341,7 +343,7 @@ def rows_told() -> tuple[int, tuple[int, ...]]:
 def wide_part(first: int, count: int) -> AbstractContextManager[None]:
     """Selects bf16 for calls with only the rows `first` to `first + count` of a batch.
 
-    They are multiplied in bf16 if the current `bf16_rows` selects all of them.
+    These rows are multiplied in bf16 if the current `bf16_rows` selects all of them.
     """
     _, ranges = rows_told()
     inside = any(

@@ -245,7 +245,7 @@ def experts_backward(
             continue
         token, slot = torch.where(ids == expert)
         x_rows, grad_rows, weight = x[token].float(), grad[token].float(), weights[token, slot, None]
-        # For a routing weight of 1.
+        # The gradient of the activations for a routing weight of 1.
         d_hidden = _matmul_chunks(grad_rows, _expert_row_chunks(down, down_code, n_experts, expert, hidden, ff), ff)
         d_x_rows, d_weight_rows = torch.zeros_like(x_rows), x_rows.new_zeros(len(x_rows))
         gate_chunks = _expert_row_chunks(gate, gate_code, n_experts, expert, ff, hidden)
@@ -351,7 +351,7 @@ def _attention_grads(
         scores = by_head(q_rows @ keys_in_range.transpose(2, 3) * scale)
         capped = softcap * torch.tanh(scores / softcap) if softcap else scores
         logits = (capped if additive is None else capped + additive.float()).masked_fill(~visible, -torch.inf)
-        # -inf where a query has no visible keys.
+        # Clamped because the maximum is -inf where a query has no visible keys.
         row_max = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
         sink = None if sinks is None else sinks.float().view(1, heads, 1, 1)
         row_max = row_max if sink is None else torch.maximum(row_max, sink)

@@ -75,7 +75,7 @@ def _attend(
     `partial`.
     """
     block, program, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    begin, end = tl.load(programs + 4 * program), tl.load(programs + 4 * program + 1)
+    program_begin, program_end = tl.load(programs + 4 * program), tl.load(programs + 4 * program + 1)
     first_item, last_item = tl.load(programs + 4 * program + 2), tl.load(programs + 4 * program + 3)
     row, column, value_column = tl.arange(0, ROWS), tl.arange(0, K_BLOCK), tl.arange(0, V_BLOCK)
     rope_column, key = tl.arange(0, ROPE_BLOCK), tl.arange(0, KEYS)
@@ -84,51 +84,58 @@ def _attend(
     v += kv_head * v_strides[1]
     for item in range(first_item, last_item + 1):
         sequence, first_row = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-        start, stop = tl.load(starts + item), tl.load(starts + item + 1)
-        first = tl.load(sequences + 3 * sequence)
-        count = tl.load(sequences + 3 * sequence + 1)
-        past = tl.load(sequences + 3 * sequence + 2) - count
+        tile_begin, tile_end = tl.load(starts + item), tl.load(starts + item + 1)
+        first_query = tl.load(sequences + 3 * sequence)
+        num_tokens = tl.load(sequences + 3 * sequence + 1)
+        num_past = tl.load(sequences + 3 * sequence + 2) - num_tokens
         token, in_group = (
             (first_row + row) // HEADS_PER_BLOCK,
             block * HEADS_PER_BLOCK + (first_row + row) % HEADS_PER_BLOCK,
         )
         head = kv_head * GROUP + in_group
-        row_mask = (token < count) & (in_group < GROUP)
-        q_row = (first + token).to(tl.int64)
-        q_at = q + (q_row * q_strides[0] + head * q_strides[1])[:, None] + column[None, :]
-        query = tl.load(q_at, mask=row_mask[:, None] & (column < K_COLUMNS)[None, :], other=0.0).to(COMPUTE_DTYPE)
+        row_mask = (token < num_tokens) & (in_group < GROUP)
+        q_row = (first_query + token).to(tl.int64)
+        q_ptrs = q + (q_row * q_strides[0] + head * q_strides[1])[:, None] + column[None, :]
+        query = tl.load(q_ptrs, mask=row_mask[:, None] & (column < K_COLUMNS)[None, :], other=0.0).to(COMPUTE_DTYPE)
         if ROPE:
-            qr_at = q_rope + (q_row * qr_strides[0] + head * qr_strides[1])[:, None] + rope_column[None, :]
-            query_rope = tl.load(qr_at, mask=row_mask[:, None] & (rope_column < ROPE)[None, :], other=0.0).to(
+            q_rope_ptrs = q_rope + (q_row * qr_strides[0] + head * qr_strides[1])[:, None] + rope_column[None, :]
+            query_rope = tl.load(q_rope_ptrs, mask=row_mask[:, None] & (rope_column < ROPE)[None, :], other=0.0).to(
                 COMPUTE_DTYPE
             )
 
         # start_key to end_key are visible to some row, common_start to common_end to all rows; this program computes
         # the key blocks first_unit to end_unit of the former.
-        last_token = tl.minimum((first_row + ROWS - 1) // HEADS_PER_BLOCK, count - 1)
-        end_key, common_end = past + last_token + 1, past + first_row // HEADS_PER_BLOCK + 1
+        last_token = tl.minimum((first_row + ROWS - 1) // HEADS_PER_BLOCK, num_tokens - 1)
+        end_key, common_end = num_past + last_token + 1, num_past + first_row // HEADS_PER_BLOCK + 1
         start_key, common_start = 0, 0
         if WINDOW:
             start_key, common_start = tl.maximum(common_end - window, 0), tl.maximum(end_key - window, 0)
         first_block_key = start_key // KEYS * KEYS
-        first_unit, end_unit = tl.maximum(begin, start) - start, tl.minimum(end, stop) - start
+        first_unit, end_unit = (
+            tl.maximum(program_begin, tile_begin) - tile_begin,
+            tl.minimum(program_end, tile_end) - tile_begin,
+        )
 
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.full([ROWS], 0.0, tl.float32)
         sums = tl.full([ROWS, V_BLOCK], 0.0, tl.float32)
-        range_start, range_end = (
+        program_first_key, program_end_key = (
             first_block_key + first_unit * KEYS,
             tl.minimum(first_block_key + end_unit * KEYS, end_key),
         )
         page_table = pages + sequence * max_pages
         if ONE_PAGE:
-            next_page = tl.load(page_table + range_start // PAGE, mask=range_start < range_end, other=0)
-        for first_key in range(range_start, range_end, KEYS):
+            next_page = tl.load(
+                page_table + program_first_key // PAGE, mask=program_first_key < program_end_key, other=0
+            )
+        for first_key in range(program_first_key, program_end_key, KEYS):
             keys = first_key + key
             key_mask = (keys >= start_key) & (keys < end_key)
             if ONE_PAGE:  # prefetch the next page index while this page is used
                 page_index, page_offset = next_page.to(tl.int64), first_key % PAGE
-                next_page = tl.load(page_table + (first_key + KEYS) // PAGE, mask=first_key + KEYS < range_end, other=0)
+                next_page = tl.load(
+                    page_table + (first_key + KEYS) // PAGE, mask=first_key + KEYS < program_end_key, other=0
+                )
                 k_rows = k + page_index * k_strides[0] + page_offset * K_ROW + (key * K_ROW)[:, None]
                 kr_rows = k_rope + page_index * kr_strides[0] + page_offset * KR_ROW + (key * KR_ROW)[:, None]
                 v_rows = v + page_index * v_strides[0] + page_offset * V_ROW + (key * V_ROW)[:, None]
@@ -151,7 +158,7 @@ def _attend(
             # rows to warps as in the next product, and with 64 rows half of the warps would compute the same as the
             # others.
             if (first_key < common_start) | (first_key + KEYS > common_end):
-                causal_end = past + token + 1
+                causal_end = num_past + token + 1
                 visible = keys[None, :] < causal_end[:, None]
                 if WINDOW:
                     visible &= keys[None, :] >= (causal_end - window)[:, None]
@@ -169,22 +176,22 @@ def _attend(
                 sums = tl.dot(probs.to(COMPUTE_DTYPE), values, sums * rescale[:, None], input_precision="ieee")
             row_max = new_max
 
-        if (first_unit == 0) & (end_unit == stop - start):
+        if (first_unit == 0) & (end_unit == tile_end - tile_begin):
             if SINKS:
                 sink = tl.load(sinks + head, mask=row_mask, other=0.0) * 1.4426950408889634
                 safe_max = tl.maximum(row_max, sink)
                 total = total * tl.exp2(row_max - safe_max) + tl.exp2(sink - safe_max)
                 sums *= tl.exp2(row_max - safe_max)[:, None]
             result = sums * (value_scale / tl.where(total == 0, 1.0, total))[:, None]
-            out_at = out + (q_row * out_strides[0] + head * out_strides[1])[:, None] + value_column[None, :]
+            out_ptrs = out + (q_row * out_strides[0] + head * out_strides[1])[:, None] + value_column[None, :]
             out_mask = row_mask[:, None] & (value_column < V_COLUMNS)[None, :]
-            tl.store(out_at, result.to(out.dtype.element_ty), mask=out_mask)
+            tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=out_mask)
         else:
             slot = 2 * program + tl.where(first_unit == 0, 1, 0)
             partial_offset = ((slot * tl.num_programs(2) + kv_head) * tl.num_programs(0) + block) * ROWS + row
             divisor = tl.where(total == 0, 1.0, total)
-            partial_at = partial + partial_offset[:, None] * V_COLUMNS + value_column[None, :]
-            tl.store(partial_at, sums / divisor[:, None], mask=(value_column < V_COLUMNS)[None, :])
+            partial_ptrs = partial + partial_offset[:, None] * V_COLUMNS + value_column[None, :]
+            tl.store(partial_ptrs, sums / divisor[:, None], mask=(value_column < V_COLUMNS)[None, :])
             tl.store(log_weights + partial_offset, tl.where(total == 0, float("-inf"), row_max + tl.log2(divisor)))
 
 

@@ -45,7 +45,7 @@ def _merge(
     kv_head, block = head_block_index // HEAD_BLOCKS, head_block_index % HEAD_BLOCKS
     item = tl.load(merges + 3 * merge)
     if item >= 0:
-        first, last = tl.load(merges + 3 * merge + 1), tl.load(merges + 3 * merge + 2)
+        first_program, last_program = tl.load(merges + 3 * merge + 1), tl.load(merges + 3 * merge + 2)
         sequence, first_row = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
         token, in_group = (
             (first_row + row) // HEADS_PER_BLOCK,
@@ -57,16 +57,16 @@ def _merge(
             if SINKS:
                 row_max, total = tl.load(sinks + kv_head * GROUP + in_group) * 1.4426950408889634, 1.0
             sums = tl.full([COLUMNS], 0.0, tl.float32)
-            for split in range(first, last + 1, SPLITS):
+            for split in range(first_program, last_program + 1, SPLITS):
                 program = split + tl.arange(0, SPLITS)
-                slot = 2 * program + tl.where(program == first, 1, 0)
+                slot = 2 * program + tl.where(program == first_program, 1, 0)
                 offset = (
                     (slot * (tl.num_programs(2) // column_blocks // HEAD_BLOCKS) + kv_head) * HEAD_BLOCKS + block
                 ) * ROWS + row
-                split_mask = program <= last
+                split_mask = program <= last_program
                 log_sums = tl.load(log_weights + offset, mask=split_mask, other=float("-inf"))
-                values_at = partial + offset[:, None] * V_COLUMNS + column[None, :]
-                values = tl.load(values_at, mask=split_mask[:, None] & (column < V_COLUMNS)[None, :], other=0.0)
+                value_ptrs = partial + offset[:, None] * V_COLUMNS + column[None, :]
+                values = tl.load(value_ptrs, mask=split_mask[:, None] & (column < V_COLUMNS)[None, :], other=0.0)
                 new_max = tl.maximum(row_max, tl.max(log_sums, 0))
                 safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
                 factor, rescale = tl.exp2(log_sums - safe_max), tl.exp2(row_max - safe_max)
@@ -75,8 +75,8 @@ def _merge(
                 row_max = new_max
             result = sums * (value_scale / tl.where(total == 0, 1.0, total))
             out_row = (tl.load(sequences + 3 * sequence) + token).to(tl.int64)
-            out_at = out + out_row * out_strides[0] + (kv_head * GROUP + in_group) * out_strides[1] + column
-            tl.store(out_at, result.to(out.dtype.element_ty), mask=column < V_COLUMNS)
+            out_ptrs = out + out_row * out_strides[0] + (kv_head * GROUP + in_group) * out_strides[1] + column
+            tl.store(out_ptrs, result.to(out.dtype.element_ty), mask=column < V_COLUMNS)
 
 
 def merge(

@@ -59,9 +59,9 @@ def _store_rotated(
     sin_high = tl.load(tables[1] + ROPE_DIM // 2 + i, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     rotated_low = (low * cos_low - high * sin_low).to(x.dtype.element_ty)
     rotated_high = (high * cos_high + low * sin_high).to(x.dtype.element_ty)
-    dst_columns = dst + head[:, None] * dst_head_stride + i[None, :]
-    tl.store(dst_columns, _to_pool_dtype(rotated_low, inverse_scale, dst), mask=mask)
-    tl.store(dst_columns + ROPE_DIM // 2, _to_pool_dtype(rotated_high, inverse_scale, dst), mask=mask)
+    dst_ptrs = dst + head[:, None] * dst_head_stride + i[None, :]
+    tl.store(dst_ptrs, _to_pool_dtype(rotated_low, inverse_scale, dst), mask=mask)
+    tl.store(dst_ptrs + ROPE_DIM // 2, _to_pool_dtype(rotated_high, inverse_scale, dst), mask=mask)
     if COLUMNS > ROPE_DIM:
         column = tl.arange(0, BLOCK)
         mask = head_mask[:, None] & ((column >= ROPE_DIM) & (column < COLUMNS))[None, :]
