@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ktx.errors import BadFile, UsageError
-from ktx.hub.file_selection import BESIDE
+from ktx.hub.file_selection import OTHER_FILES
 from ktx.injection.rules import FILES
 from ktx.transformers_compat import config_dict, text_part, writes_text
 from ktx.utils.json_file import read_object
@@ -104,7 +104,7 @@ def hub_folder(model: str, weights: bool, subfolder: str = "", **client_options:
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     repo, _, revision = model.partition("@")
-    names = [*BESIDE, *(("*.safetensors",) if weights else ())]
+    names = [*OTHER_FILES, *(("*.safetensors",) if weights else ())]
     prefix = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
     options: dict[str, Any] = {
         "revision": revision or None,
