@@ -70,6 +70,7 @@ class OneMatrix(Parametrizable):
     lora: Lora | None = None  # set while adapters of the forward apply to it, see ktx.ops.lora
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes `product`, with the parametrizations and LoRA adapters that apply."""
         y = self.changed(x) if PARAMETRIZATIONS in self._modules else self.product(x)
         lora = self.lora  # read once: another thread's step may set it to None
         return y if lora is None else lora(x, y)
@@ -144,6 +145,7 @@ class OneMatrix(Parametrizable):
         getattr(self, name).requires_grad_(True)
 
     def _give(self, weight: QuantizedTensor) -> None:
+        """Packs a weight and assigns it to all modules that share the matrix."""
         packed = self.packed_from(weight)
         for module in self.ties or [self]:
             module.assign(packed)

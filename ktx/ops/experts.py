@@ -92,6 +92,18 @@ class Experts(Parametrizable):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, gpu_experts: int = 0, **kwargs: Any) -> Experts:
+        """Creates the operator that replaces a transformers experts module.
+
+        Args:
+            old: the module, on the meta device.
+            ctx: the operator's path, configuration, device and dtype.
+            gpu_experts: number of experts to place on the layer's GPU, if the others are on the CPU.
+            **kwargs: not used.
+
+        Raises:
+            UsageError: `old` is not an experts module of transformers 5, no kernel has its activation, or the layer has
+                fewer than `gpu_experts` experts.
+        """
         count = next((int(getattr(old, name)) for name in COUNT_ATTRIBUTES if hasattr(old, name)), 0)
         if not count:
             raise UsageError(
@@ -185,6 +197,16 @@ class Experts(Parametrizable):
             )
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Computes the selected experts that are held here.
+
+        Args:
+            hidden: hidden states [T, D]; on another device they are copied to the CPU, and the result back.
+            ids: expert ids of the layer [T, K].
+            weights: routing weights [T, K].
+
+        Returns:
+            [T, D], the weighted sum over the K experts.
+        """
         self.check_class()
         device = hidden.device
         if device.type != "cpu":
@@ -236,6 +258,7 @@ class Experts(Parametrizable):
         }
 
     def _packed(self, name: str, expert: int | None) -> cpu.Packed:
+        """Returns a packed projection; UsageError for an unknown projection or an expert that is not here."""
         if name not in self.weights:
             raise UsageError(
                 f"{self.path}: experts have {' '.join(PROJECTIONS)}, not {name!r}: ktx.edit(experts, name, expert=N)"

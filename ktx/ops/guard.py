@@ -107,6 +107,7 @@ class UncountedModule:
         ]
 
     def moved(self) -> bool:
+        """Whether the class or one of the objects has changed."""
         if type(self.module) is not self.kind or len(self.own) != self.size:
             return True
         return any(objects.get(name) is not value for objects, name, value in self.had)

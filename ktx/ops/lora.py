@@ -57,6 +57,7 @@ class Mapping:
         return self._step()[1]
 
     def _step(self) -> tuple[Spans | None, Spans | None]:
+        """Returns the spans of this thread's step, if it is a step of this mapping."""
         mapping, *spans = getattr(_state, "step", None) or (None, None, None)
         return (spans[0], spans[1]) if mapping is self else (None, None)
 

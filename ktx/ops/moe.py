@@ -38,6 +38,11 @@ class MoE(Operator):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> MoE:
+        """Creates the operator that replaces a transformers MoE block, and keeps its children.
+
+        Raises:
+            UsageError: `old` has no experts, or neither gate nor router.
+        """
         if not hasattr(old, "experts") or not (hasattr(old, "gate") or hasattr(old, "router")):
             raise UsageError(f"{ctx.path} is a {type(old).__name__}, MoE needs experts and a gate or router")
         new: MoE = adopt(cls, old, ctx)
@@ -59,6 +64,7 @@ class MoE(Operator):
         return self.link is None and listened(self)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Computes hidden_states [..., D] -> [..., D]; for classes in RETURNS_ROUTER also the routing weights."""
         if self.training and getattr(self, "jitter_noise", 0.0) > 0:
             if self.link is not None:
                 raise UsageError(

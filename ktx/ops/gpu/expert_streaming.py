@@ -188,6 +188,7 @@ def install(model: Any, requested: object = "auto") -> None:
 
 
 def _install_on(device: Device, blocks: Sequence[MoE], min_tokens: int | None) -> None:
+    """Installs one streamer on the blocks of a device; `min_tokens` None: computed per layer."""
     layers = [block.experts for block in blocks]
     try:
         streamer = Streamer(device.torch, layers, _stream(device, layers))

@@ -43,6 +43,7 @@ class Experts(experts.Experts):
         raise UsageError(f"{self.path}: experts on a GPU cannot be edited; load the model with moe_device='cpu'")
 
     def forward(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Computes hidden [T, D] with ids and weights [T, K], all on the device; returns [T, D]."""
         self.check_class()
         ids, weights = ids.to(torch.int64), weights.to(torch.float32)
         matrices = [self.weights[name] for name in PROJECTIONS]

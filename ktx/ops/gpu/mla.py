@@ -68,6 +68,11 @@ class MLA(mla.MLA):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        """Computes hidden_states [B, S, D] -> [B, S, D] and writes latents and rotated key columns to the cache.
+
+        Raises:
+            UsageError: attention weights, or another attention implementation than ktx's, are requested.
+        """
         if not self.choice.plain(kv_cache):
             raise self._refused()
         columns = self.kv_lora_rank, self.qk_rope_head_dim

@@ -24,6 +24,7 @@ class Router(router.Router):
     def forward(
         self, hidden: torch.Tensor, e_score_correction_bias: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
+        """Routes hidden [..., D]; returns logits f32 [tokens, E], weights [tokens, K] and ids int64 [tokens, K]."""
         none_on_gpu("Router", self.weight, getattr(self, "bias", None))
         flat = hidden.reshape(-1, hidden.shape[-1]).float()
         logits = F.linear(flat, self.weight_f32, self.in_f32)
