@@ -578,7 +578,8 @@ def test_mapped_weights_move_to_memory(tmp_path):
     assert of_the_file() == [(0, (len(content) + 4095) // 4096 * 4096)]
     promote_to_huge_pages(mapped, threading.Event())
     assert mapped.data_ptr() == start and torch.equal(mapped, content)
-    assert of_the_file() == [(PROMOTE_CHUNK_BYTES + 3 * huge, PROMOTE_CHUNK_BYTES + 3 * huge + 4096)]  # less than a huge page stays
+    # Less than a huge page stays in the file.
+    assert of_the_file() == [(PROMOTE_CHUNK_BYTES + 3 * huge, PROMOTE_CHUNK_BYTES + 3 * huge + 4096)]
     with pytest.raises(RuntimeError, match="multiple of a huge page"):
         cpu.ops.to_memory(mapped, 4096, 4096)
     with pytest.raises(RuntimeError, match="cannot be opened"):

@@ -357,7 +357,9 @@ def test_a_row_of_zeros_and_one_large_weight():
         torch.testing.assert_close(got, values, rtol=2e-3, atol=0)
 
 
-@pytest.mark.skipif(cpu.ops.isa() not in ISAS_WITH_FAST or cpu.ops.fast_gemm(), reason="no fast GEMM here, or this is it")
+@pytest.mark.skipif(
+    cpu.ops.isa() not in ISAS_WITH_FAST or cpu.ops.fast_gemm(), reason="no fast GEMM here, or this is it"
+)
 def test_all_this_in_fast_mode():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
