@@ -1,4 +1,4 @@
-"""ktx: very large mixture-of-experts models inside plain PyTorch, on one GPU plus CPU memory or on no GPU at all."""
+"""ktx: very large mixture-of-experts models in plain PyTorch, on one GPU plus CPU memory or without a GPU."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ __all__ = [
     "register",
 ]
 
-# torch's OpenMP threads spin for milliseconds after their work, on the cores where our kernels' threads want to run: prefill lost
-# 15 %. The runtime reads this when torch is imported, so it only helps where ktx comes first; ktx.model.notes says where it did not.
+# torch's OpenMP threads spin for milliseconds after their work, on the cores that ktx's worker threads need, which made
+# prefill 15 % slower. The OpenMP runtime reads OMP_WAIT_POLICY when torch is imported, so this only helps when ktx is
+# imported first; ktx.model.notes reports when it was not.
 _torch_came_first = "torch" in sys.modules and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 experts_interface.install()
 
-_HOMES = {
+_MODULES = {  # public name -> the module that defines it
     "KtxConfig": "ktx.integrations.from_pretrained",
     "Plan": "ktx.injection.inject",
     "Context": "ktx.ops.base",
@@ -59,12 +60,12 @@ _HOMES = {
 
 
 def __dir__() -> list[str]:
-    """What tab completion offers: the public names, also those that are not imported yet."""
+    """The public names, including those that are not imported yet, for tab completion."""
     return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:
-    """Public names are imported when they are asked for, so that `import ktx` costs no torch."""
-    if name not in _HOMES:
+    """Imports a public name on first access, so that `import ktx` does not import torch."""
+    if name not in _MODULES:
         raise AttributeError(f"module 'ktx' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

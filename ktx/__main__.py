@@ -1,4 +1,4 @@
-"""The `ktx` command."""
+"""The `ktx` command: parses the arguments and runs a subcommand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMANDS = ("chat", "serve", "download", "plan", "doctor", "verify", "bench")
 
 
 def build_parser(wanted: Sequence[str] = COMMANDS) -> Parser:
-    """The parser with all sub-commands."""
+    """The parser with the subcommands in `wanted`."""
     import ktx
 
     parser = Parser(prog="ktx", description=ktx.__doc__)
@@ -26,7 +26,7 @@ def build_parser(wanted: Sequence[str] = COMMANDS) -> Parser:
         "--print-completion",
         choices=("bash", "zsh", "tcsh"),
         metavar="SHELL",
-        help="print a completion script for bash, zsh or tcsh and leave",
+        help="print a completion script for bash, zsh or tcsh and exit",
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for name in wanted:
@@ -38,10 +38,14 @@ def build_parser(wanted: Sequence[str] = COMMANDS) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Exit status: 0 done, 1 failed, 2 usage, 3 does not fit in memory, 4 bad file, 130 interrupted."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command.
+
+    Returns:
+        The exit status: 0 success, 1 failure, 2 usage error, 3 does not fit in memory, 4 bad file, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    args = parser.parse_args(words)
+    args = parser.parse_args(arguments)
     if args.print_completion:
         import shtab
 
@@ -54,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_as(prog: str, command: str, argv: Sequence[str] | None = None) -> int:
-    """Runs one command under another name, that of a module."""
+    """Runs one command under another program name, such as `python -m MODULE`."""
     module = importlib.import_module(f"ktx.cli.{command}")
     parser = Parser(prog=prog, description=(module.__doc__ or "").partition(": ")[2])
     module.add_arguments(parser)
@@ -65,13 +69,14 @@ def run_as(prog: str, command: str, argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(args: object) -> int:
-    """Runs a parsed command; an error that is the user's to mend becomes one line."""
+    """Runs a parsed command and returns its exit status; an error that the user can fix is printed as one line."""
     module = importlib.import_module(f"ktx.cli.{args.command}")  # type: ignore[attr-defined]
     debug = getattr(args, "debug", False)
-    _streams()
+    _fix_streams()
     if not debug:
-        _quiet_warnings()
-    # Importing torch and transformers makes a million objects that stay: 0.6 s of collecting by the default.
+        _shorten_warnings()
+    # Importing torch and transformers creates a million permanent objects: with the default thresholds the garbage
+    # collector takes 0.6 s.
     gc.set_threshold(100_000, 20, 100)
     try:
         check_environment()
@@ -83,18 +88,21 @@ def guarded(args: object) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # nobody reads any more: what Python still holds back has nowhere to go
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+    except BrokenPipeError:  # the reader has closed the pipe: discard the output that Python still buffers
+        devnull = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
+            os.dup2(devnull, stream.fileno())
         return 0
     except MemoryError:
-        print("ktx: out of memory; take a smaller quant, a shorter --max-context, or close programs", file=sys.stderr)
+        print(
+            "ktx: out of memory; use a smaller quantization, a shorter --max-context, or close other programs",
+            file=sys.stderr,
+        )
         return 3
 
 
-def _streams() -> None:
-    """Standard streams that can be written to whatever the shell has done: closed ones lead nowhere, and a terminal shows ? for what it cannot."""
+def _fix_streams() -> None:
+    """Makes the standard streams usable: opens closed ones on /dev/null; stdout prints ? for unsupported characters."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -102,8 +110,8 @@ def _streams() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-def _quiet_warnings() -> None:
-    """A warning is one line too."""
+def _shorten_warnings() -> None:
+    """Prints each warning as one line."""
     import warnings
 
     def show(message: object, category: type, *rest: object) -> None:

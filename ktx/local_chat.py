@@ -1,4 +1,4 @@
-"""python -m ktx.local_chat: `ktx chat` under the name and with the flags that KTransformers users know."""
+"""python -m ktx.local_chat: `ktx chat` under the module name, and with the flags, of KTransformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ktx.__main__ import run_as
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the flags of `ktx chat` and runs it."""
+    """Runs `ktx chat` and returns its exit status."""
     return run_as("python -m ktx.local_chat", "chat", argv)
 
 
