@@ -145,6 +145,8 @@ def make_routes(state: ServerState) -> tuple[FastAPI, Metrics]:
 
 
 def _openai(routes: APIRouter, state: ServerState) -> None:
+    """Adds OpenAI's models, chat completions and completions routes, and vLLM's tokenize routes."""
+
     def model(name: str) -> dict[str, Any]:
         """Returns the model with the fields of OpenAI, vLLM (max_model_len) and Anthropic, which share this path."""
         engine, _, _ = state.require_ready()
@@ -199,6 +201,8 @@ def _openai(routes: APIRouter, state: ServerState) -> None:
 
 
 def _adapters(routes: APIRouter, state: ServerState) -> None:
+    """Adds the routes that load, unload and list LoRA adapters."""
+
     @routes.post("/v1/load_lora_adapter")
     async def load_adapter(fields: LoadAdapter) -> Response:
         return await lora.load(state, fields)
@@ -221,6 +225,8 @@ def _adapters(routes: APIRouter, state: ServerState) -> None:
 
 
 def _responses(routes: APIRouter, state: ServerState) -> None:
+    """Adds the routes of OpenAI's Responses API."""
+
     @routes.post("/v1/responses")
     async def respond(fields: ResponsesRequest, request: Request) -> Any:
         return await serving.answer(state, fields, request)
@@ -255,6 +261,8 @@ def _responses(routes: APIRouter, state: ServerState) -> None:
 
 
 def _anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
+    """Adds Anthropic's and Ollama's routes."""
+
     @routes.post("/v1/messages")
     async def anthropic(fields: MessagesRequest, request: Request) -> Any:
         return await messages.answer(state, fields, request)
@@ -296,6 +304,7 @@ def _anthropic_and_ollama(routes: APIRouter, state: ServerState) -> None:
 
 
 def _monitoring(routes: APIRouter, state: ServerState, metrics: Metrics) -> None:
+    """Adds /health, /metrics and /machine."""
     machine = MachineStats(state)
 
     @routes.head("/health", include_in_schema=False)
@@ -314,6 +323,7 @@ def _monitoring(routes: APIRouter, state: ServerState, metrics: Metrics) -> None
 
 
 def _error_response(request: Request, error: APIError) -> JSONResponse:
+    """Returns an error in the format of the route's protocol."""
     message = error.message.encode("utf-8", "replace").decode()[:4096]
     headers = {"retry-after": str(error.retry)} if error.retry else None
     body = error_body(request.url.path, error.status, message, error.code, error.param, error.details)
@@ -321,6 +331,7 @@ def _error_response(request: Request, error: APIError) -> JSONResponse:
 
 
 def _handle_error(request: Request, error: Exception) -> JSONResponse:
+    """Converts an exception to an error response; logs it if it is a bug."""
     api_error = to_api_error(error)
     if api_error.status == 500:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
@@ -351,6 +362,7 @@ async def _handle_invalid_request(request: Request, error: RequestValidationErro
 
 
 async def _handle_http_error(request: Request, error: HTTPException) -> JSONResponse:
+    """Converts Starlette's errors, such as an unknown route."""
     message = str(error.detail)
     if error.status_code == 404:
         message = f"no such route: {request.url.path}"

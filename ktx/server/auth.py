@@ -70,6 +70,7 @@ def owner_of(request: HTTPConnection) -> bytes:
 
 
 def _key(headers: Mapping[bytes, bytes]) -> bytes:
+    """Returns the key of a request: from Authorization, else from X-Api-Key."""
     scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
     return bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
 
@@ -155,6 +156,7 @@ class AuthMiddleware:
 
 
 def _remove_headers(headers: Iterable[tuple[bytes, bytes]], names: Container[bytes]) -> list[tuple[bytes, bytes]]:
+    """Returns the headers without those in `names`."""
     return [(name, value) for name, value in headers if name not in names]
 
 
@@ -238,6 +240,7 @@ def _add_headers(send: Send, extra: list[tuple[bytes, bytes]]) -> Send:
 
 
 def _cors_headers(origin: bytes) -> list[tuple[bytes, bytes]]:
+    """Returns the CORS headers of a response to an allowed origin."""
     return [
         (b"access-control-allow-origin", origin),
         (b"access-control-expose-headers", b", ".join((*request_id.RESPONSE_HEADERS, IGNORED_HEADER.encode()))),
@@ -246,6 +249,7 @@ def _cors_headers(origin: bytes) -> list[tuple[bytes, bytes]]:
 
 
 async def _preflight(send: Send, origin: bytes, headers: Mapping[bytes, bytes]) -> None:
+    """Answers a CORS preflight request."""
     headers_out = [
         (b"access-control-allow-origin", origin),
         (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
@@ -262,6 +266,7 @@ async def _preflight(send: Send, origin: bytes, headers: Mapping[bytes, bytes]) 
 
 
 async def _send_error(send: Send, scope: Scope, error: Rejected, extra: list[tuple[bytes, bytes]]) -> None:
+    """Sends an error response and closes the connection."""
     data = json.dumps(error_body(scope["path"], error.status, error.message, error.code)).encode()
     headers = [
         (b"content-type", b"application/json"),

@@ -82,6 +82,7 @@ class OutputParser:
             yield self.end
 
     def _read(self, events: list[Any]) -> Iterator[TextDelta | ToolCallDelta]:
+        """Converts the parser's events to deltas and accumulates them."""
         for event in merged(events):
             if isinstance(event, CallStart):
                 self._open_call = [event.id, event.name, ""]
@@ -104,6 +105,7 @@ class OutputParser:
                 yield TextDelta(event.text, event.kind, self._take_choices())
 
     def _take_choices(self) -> list[SampledToken]:
+        """Returns the tokens since the last delta and adds them to the token log."""
         choices, self.choices = self.choices, []
         self.token_log += choices
         return choices

@@ -130,6 +130,7 @@ def _cache(engine: Engine) -> dict[str, Any]:
 
 
 def _experts(engine: Engine, stats: StatsSnapshot) -> dict[str, Any]:
+    """Returns the activations of the experts per layer and the time that each NUMA node spent in them."""
     return {
         "layers": list(stats.layers),
         "count": max(map(len, stats.layers.values())),

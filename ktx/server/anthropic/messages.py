@@ -131,6 +131,7 @@ def _continues(message: AnthropicMessage) -> bool:
 
 
 def _format(fields: CountTokensRequest) -> Format | None:
+    """Returns the response format that the request constrains its answer to."""
     output_format = (fields.output_config.format if fields.output_config else None) or fields.output_format
     return (
         Format.model_validate({"type": "json_schema", "json_schema": {"schema": output_format.schema_}})
@@ -140,6 +141,7 @@ def _format(fields: CountTokensRequest) -> Format | None:
 
 
 def _text(block: ContentBlock) -> str:
+    """Returns the text of a text block."""
     return _block_text(block.type, (block.model_extra or {}).get("text"))
 
 
@@ -186,6 +188,7 @@ def _convert_message(message: AnthropicMessage) -> list[dict[str, Any]]:
 
 
 def _tool_result_text(content: Any) -> str:
+    """Returns the text of a tool result. Raises APIError (400) if it has other content."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
@@ -194,6 +197,7 @@ def _tool_result_text(content: Any) -> str:
 
 
 def _usage(finish: Finish | None, num_prompt_tokens: int) -> dict[str, Any]:
+    """Returns the `usage` of a message; without `finish` that of its start."""
     num_cached = finish.finished.usage.cached if finish else 0
     num_output_tokens = finish.finished.usage.answer if finish else 0
     return {
@@ -205,6 +209,7 @@ def _usage(finish: Finish | None, num_prompt_tokens: int) -> dict[str, Any]:
 
 
 def _stop_fields(finish: Finish, stops: frozenset[str]) -> dict[str, Any]:
+    """Returns stop_reason and stop_sequence."""
     stop_string = finish.finished.stop
     if finish.reason == "stop" and stop_string in stops:
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_string}
@@ -214,6 +219,7 @@ def _stop_fields(finish: Finish, stops: frozenset[str]) -> dict[str, Any]:
 async def _complete(
     group: RequestGroup, parser: OutputParser, base: dict[str, Any], stops: frozenset[str]
 ) -> dict[str, Any]:
+    """Collects the output and returns the whole message."""
     blocks: list[dict[str, Any]] = []
     async for _, event in group:
         for delta in parser.feed(event):
@@ -240,6 +246,7 @@ async def _complete(
 async def _stream(
     group: RequestGroup, parser: OutputParser, base: dict[str, Any], stops: frozenset[str]
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Yields the events of a streamed message: each content block is started, extended and stopped."""
     num_prompt_tokens = len(group.requests[0].prompt)
     start = {
         **base,

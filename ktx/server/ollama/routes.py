@@ -49,6 +49,7 @@ def _sampling(fields: OllamaShared) -> tuple[dict[str, Any], int | None]:
 
 
 def _format(fields: OllamaShared) -> Format | None:
+    """Returns the response format that the request constrains its answer to."""
     if not fields.format:
         return None
     if fields.format == "json":
@@ -57,6 +58,7 @@ def _format(fields: OllamaShared) -> Format | None:
 
 
 def _num_logprobs(fields: OllamaShared) -> int | None:
+    """Returns how many alternatives per token the request wants; None: no log probabilities."""
     return (fields.top_logprobs or 0) if fields.logprobs else None
 
 
@@ -173,6 +175,7 @@ async def _answer(
     request: Request,
     include_thinking: bool,
 ) -> Response:
+    """Runs the request and returns its response, as a stream or as one body."""
     check_context_length(state, engine_input.rendered.ids, 1)
     group = await submit(state, [engine_input], name)
     parser = OutputParser(engine_input.parser(state))
@@ -185,10 +188,12 @@ async def _answer(
 
 
 def _logprob_fields(formatter: LogprobFormatter | None, choices: list[SampledToken]) -> dict[str, Any]:
+    """Returns the field `logprobs`, if the request has log probabilities and there are tokens."""
     return {"logprobs": formatter.content(choices)["content"]} if formatter and choices else {}
 
 
 def _finish_fields(finish: Finish, num_prompt_tokens: int) -> dict[str, Any]:
+    """Returns the fields of the last object: reason, token counts and durations in nanoseconds."""
     usage = finish.finished.usage
     return {
         "done": True,
@@ -210,6 +215,7 @@ async def _complete(
     include_thinking: bool,
     formatter: LogprobFormatter | None,
 ) -> dict[str, Any]:
+    """Collects the output and returns the whole response."""
     async for _, event in group:
         for delta in parser.feed(event):
             if isinstance(delta, Finish):
@@ -230,6 +236,7 @@ async def _stream(
     include_thinking: bool,
     formatter: LogprobFormatter | None,
 ) -> AsyncIterator[dict[str, Any]]:
+    """Yields the objects of a streamed response."""
     async for _, event in group:
         for delta in parser.feed(event):
             base, logprobs = {"model": name, "created_at": _now()}, _logprob_fields(formatter, delta.choices)

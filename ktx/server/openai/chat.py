@@ -101,6 +101,7 @@ def to_template_message(message: Message) -> dict[str, Any]:
 
 
 def _part(part: dict[str, Any]) -> dict[str, Any]:
+    """Converts a refusal to a text part; returns other parts unchanged."""
     if part.get("type") != "refusal":
         return part
     if not isinstance(part.get("refusal"), str):
@@ -133,6 +134,7 @@ async def _complete(
     logprobs: bool,
     hide_reasoning: bool,
 ) -> dict[str, Any]:
+    """Collects the output of all choices and returns the whole response."""
     async for index, event in group:
         for delta in parsers[index].feed(event):
             if isinstance(delta, Finish):

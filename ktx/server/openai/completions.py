@@ -119,6 +119,7 @@ def finish_token(event: Finished) -> list[SampledToken]:
 
 
 def _usage(group: RequestGroup, prompts: list[list[int]], finished: dict[int, Finished]) -> dict[str, Any]:
+    """Returns the `usage` of all prompts and choices."""
     num_prompt_tokens, num_output_tokens = (
         sum(map(len, prompts)),
         sum(event.usage.answer for event in finished.values()),
@@ -139,6 +140,7 @@ async def _complete(
     fields: CompletionRequest,
     prompts: list[list[int]],
 ) -> dict[str, Any]:
+    """Collects the output of all choices and returns the whole response."""
     num_choices = len(group.requests)
     texts, choices, finished = (
         [""] * num_choices,
@@ -181,6 +183,7 @@ async def _stream(
     fields: CompletionRequest,
     prompts: list[list[int]],
 ) -> AsyncIterator[tuple[None, Any]]:
+    """Yields the chunks of a streamed response; one with the usage comes last if the request has `include_usage`."""
     include_usage = bool(fields.stream_options and fields.stream_options.include_usage)
     continuous_usage = include_usage and bool(fields.stream_options and fields.stream_options.continuous_usage_stats)
     num_tokens = [0 for _ in group.requests]

@@ -28,11 +28,15 @@ class ContentBlock(StrictModel):
 
 
 class AnthropicMessage(StrictModel):
+    """A message of the conversation."""
+
     role: Literal["user", "assistant", "system"]
     content: Text | Annotated[list[ContentBlock], Field(max_length=4096)]
 
 
 class AnthropicTool(StrictModel):
+    """A tool, in Anthropic's format."""
+
     name: FunctionName
     description: Text | None = None
     input_schema: Object
@@ -47,23 +51,31 @@ class AnthropicTool(StrictModel):
 
 
 class AnthropicChoice(StrictModel):
+    """Which tools the model may or must call."""
+
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = None
     disable_parallel_tool_use: bool | None = None
 
 
 class Thinking(StrictModel):
+    """Turns thinking on or off."""
+
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = None
     display: str | None = None
 
 
 class OutputFormat(StrictModel):
+    """A JSON schema that the answer must match."""
+
     type: Literal["json_schema"]
     schema_: Object = Field(alias="schema")
 
 
 class OutputConfig(StrictModel):
+    """Options of the output."""
+
     effort: Effort | None = None
     format: OutputFormat | None = None
 

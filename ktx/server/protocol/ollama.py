@@ -53,18 +53,24 @@ class OllamaShared(Request):
 
 
 class OllamaCall(StrictModel):
+    """Name and arguments of a tool call."""
+
     name: Annotated[str, Field(max_length=256)]
     arguments: Object | None = None
     index: int | None = None
 
 
 class OllamaToolCall(StrictModel):
+    """A tool call of an assistant message."""
+
     id: Name | None = None
     type: Literal["function"] | None = None
     function: OllamaCall
 
 
 class OllamaMessage(StrictModel):
+    """A message of the conversation."""
+
     role: Literal["system", "user", "assistant", "tool"]
     content: Text | None = ""
     thinking: Text | None = None

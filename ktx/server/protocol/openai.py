@@ -98,6 +98,8 @@ class LoraUse(StrictModel):
 
 
 class Schema(StrictModel):
+    """A named JSON schema."""
+
     name: Name | None = None
     description: Text | None = None
     schema_: Object | None = Field(None, alias="schema")
@@ -132,6 +134,8 @@ def check_tool_type(tool: Any) -> Any:
 
 
 class Function(StrictModel):
+    """A function that the model may call."""
+
     name: FunctionName
     description: Text | None = None
     parameters: Object | None = None
@@ -139,6 +143,8 @@ class Function(StrictModel):
 
 
 class Tool(StrictModel):
+    """A tool; only functions are supported."""
+
     type: Literal["function"]
     function: Function
     cache_control: Object | None = Field(None, exclude=True)  # the prefix cache is automatic
@@ -147,20 +153,28 @@ class Tool(StrictModel):
 
 
 class NamedFunction(StrictModel):
+    """The name of a function."""
+
     name: FunctionName
 
 
 class NamedTool(StrictModel):
+    """A tool_choice that forces one function."""
+
     type: Literal["function"] = "function"
     function: NamedFunction
 
 
 class AllowedTools(StrictModel):
+    """A subset of the tools, and whether one of them must be called."""
+
     mode: Literal["auto", "required"]
     tools: Annotated[list[NamedTool], Field(max_length=512)]
 
 
 class AllowedChoice(StrictModel):
+    """A tool_choice that allows a subset of the tools."""
+
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 
@@ -180,6 +194,8 @@ AnyChoice = Annotated[
 
 
 class StreamOptions(StrictModel):
+    """Options of a streamed response."""
+
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
     continuous_usage_stats: bool | None = None  # vLLM's: each chunk has the usage so far
@@ -238,6 +254,8 @@ class StructuredOutputFields(SamplingFields):
 
 
 class TextPart(StrictModel):
+    """A part of a message's content."""
+
     type: Literal["text", "refusal"]
     text: Text | None = None
     refusal: Text | None = None
@@ -245,12 +263,16 @@ class TextPart(StrictModel):
 
 
 class CalledFunction(StrictModel):
+    """Name and arguments of a tool call."""
+
     name: Annotated[str, Field(max_length=256)]
     arguments: Text | Object | None = None
     parsed_arguments: Any = Field(None, exclude=True)  # of OpenAI's client
 
 
 class ToolCall(StrictModel):
+    """A tool call of an assistant message."""
+
     id: Name | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -259,6 +281,8 @@ class ToolCall(StrictModel):
 
 
 class Message(StrictModel):
+    """A message of the conversation."""
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[TextPart | Object], Field(max_length=4096)] | None = None
     name: Name | None = None

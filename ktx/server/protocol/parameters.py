@@ -30,6 +30,7 @@ class RefusedParameter:
 
 
 def _all(names: str, value: Any) -> dict[str, Any]:
+    """Maps each of the names, which are separated by spaces, to the same value."""
     return dict.fromkeys(names.split(), value)
 
 
@@ -196,6 +197,7 @@ def select_fields(cls: Any, data: Any) -> Any:
 
 
 def _add_alias(selected: dict[str, Any], data: Mapping[str, Any], name: str, value: Any) -> None:
+    """Adds a parameter under our name. Raises an error if both names are set to different values."""
     canonical = ALIASES[name]
     if data.get(canonical) is not None and value is not None and data[canonical] != value:
         raise PydanticCustomError(
@@ -209,6 +211,7 @@ def _add_alias(selected: dict[str, Any], data: Mapping[str, Any], name: str, val
 
 
 def _refuse(name: str, value: Any) -> None:
+    """Raises an error for a refused parameter unless its value is empty or neutral."""
     parameter = REFUSED[name]
     if not any(
         value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

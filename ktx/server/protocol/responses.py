@@ -25,17 +25,23 @@ MAX_ITEMS = 10_000  # items of a conversation
 
 
 class ResponseText(StrictModel):
+    """Options of the answer's text."""
+
     format: Object | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class ResponseReasoning(StrictModel):
+    """Options of the reasoning."""
+
     effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class ResponseTool(StrictModel):
+    """A function that the model may call."""
+
     type: Literal["function"]
     name: FunctionName
     description: Text | None = None
@@ -76,11 +82,15 @@ AnyResponseTool = Annotated[
 
 
 class ResponseChoice(StrictModel):
+    """A tool_choice that forces one function."""
+
     type: Literal["function"]
     name: FunctionName
 
 
 class ResponseAllowed(StrictModel):
+    """A tool_choice that allows a subset of the tools."""
+
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: Annotated[list[ResponseChoice], Field(max_length=512)]

@@ -101,6 +101,7 @@ class ResponseEvents:
         return {"type": shape.part_type, "text": self.text, **fields}
 
     def _begin(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
+        """Starts a text item of a kind and returns its first events."""
         self.open_kind, self.text, self.logprobs = kind, "", []
         shape = self.shapes[kind]
         if kind == "answer":

@@ -9,6 +9,7 @@ from ktx.server.responses.store import ResponseStore, StoredResponse
 
 
 def _find(store: ResponseStore, owner: bytes, response_id: str) -> StoredResponse:
+    """Returns a stored response. Raises APIError (404) if it is not stored."""
     response = store.find(owner, response_id)
     if response is None:
         raise _not_found(response_id)

@@ -144,6 +144,7 @@ def _tool_choice(
 
 
 def _format(fields: ResponseTokensRequest) -> Format | None:
+    """Returns the response format that the request constrains its answer to."""
     params = dict((fields.text.format if fields.text else None) or {})
     if not params or params.get("type") == "text":
         return None
@@ -196,6 +197,7 @@ def _base(fields: ResponsesRequest, model: str, sampling: Any, store: bool) -> d
 
 
 async def _complete(group: RequestGroup, events: ResponseEvents, store_response: Callable[[], None]) -> dict[str, Any]:
+    """Collects the output and returns the whole response."""
     async for _, event in group:
         events.feed(event)
     store_response()
@@ -205,6 +207,7 @@ async def _complete(group: RequestGroup, events: ResponseEvents, store_response:
 async def _stream(
     group: RequestGroup, events: ResponseEvents, store_response: Callable[[], None]
 ) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Yields the events of a streamed response; an error of the engine is an event of its own."""
     yield events.state_event("response.created")
     yield events.state_event("response.in_progress")
     try:

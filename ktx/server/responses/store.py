@@ -126,6 +126,7 @@ class ResponseStore:
         return found
 
     def _drop(self, response_id: str) -> None:
+        """Removes a response from all tables."""
         dropped = self.responses.pop(response_id)
         self.nbytes -= len(dropped.body)
         for item_id in dropped.item_ids:
