@@ -1,4 +1,4 @@
-"""What the clients of soak.py do, one thing after another, and what they find wrong with the answers."""
+"""The clients of soak.py: the actions that they run one after another, and the errors that they find in answers."""
 
 from __future__ import annotations
 
@@ -39,177 +39,193 @@ PATTERN = "(rule|flag)-[0-9]{3}"
 
 @dataclass
 class Tally:
-    """What all clients have done and seen."""
+    """Counts and errors of all clients."""
 
     done: Counter[str] = field(default_factory=Counter)
     statuses: Counter[int] = field(default_factory=Counter)
-    pieces: int = 0
-    firsts: list[float] = field(default_factory=list)  # seconds to the first text of short questions
+    chunks: int = 0
+    firsts: list[float] = field(default_factory=list)  # TTFT in seconds of short questions
     fixed: dict[int, str] = field(default_factory=dict)  # the first answer to each of FIXED
     wrong: list[str] = field(default_factory=list)
 
     @property
     def requests(self) -> int:
+        """Number of actions done."""
         return self.done.total()
 
     def expect(self, good: bool, what: str) -> None:
+        """Records the error `what` unless `good`."""
         if not good:
             self.wrong.append(what[:300])
 
 
 @dataclass
 class Client:
-    """One client with a connection pool and chances of its own."""
+    """A client with its own connection pool and random generator."""
 
     http: httpx.AsyncClient
-    chance: random.Random
+    rng: random.Random
     tally: Tally
 
     async def work(self, until: Callable[[], bool]) -> None:
-        """Does one thing after another. What the server does wrong is counted and never ends a client."""
+        """Runs random actions until `until` returns True; errors of the server are recorded and do not end it."""
         names, weights = list(ACTIONS), [weight for weight, _ in ACTIONS.values()]
         while not until():
-            (name,) = self.chance.choices(names, weights)
+            (name,) = self.rng.choices(names, weights)
             try:
                 await ACTIONS[name][1](self)
             except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
                 self.tally.expect(False, f"{name}: {type(error).__name__}: {error}")
             self.tally.done[name] += 1
 
-    async def post(self, path: str, body: Any, wanted: tuple[int, ...] = (200,)) -> Any:
-        """An answer's JSON."""
+    async def post(self, path: str, body: Any, expected: tuple[int, ...] = (200,)) -> Any:
+        """Sends a request, checks its status and returns the JSON of the response."""
         raw = {"content": body} if isinstance(body, bytes) else {"json": body}
-        answer = await self.http.post(path, **raw)
-        self.seen(path, answer.status_code, wanted, answer.text)
-        return answer.json()
+        response = await self.http.post(path, **raw)
+        self.check_status(path, response.status_code, expected, response.text)
+        return response.json()
 
-    def seen(self, path: str, status: int, wanted: tuple[int, ...], text: str = "") -> None:
+    def check_status(self, path: str, status: int, expected: tuple[int, ...], text: str = "") -> None:
+        """Records a status and checks it against the expected ones."""
         self.tally.statuses[status] += 1
-        self.tally.expect(status in wanted, f"{path}: status {status}, expected {wanted}: {text}")
+        self.tally.expect(status in expected, f"{path}: status {status}, expected {expected}: {text}")
 
-    async def stream(self, protocol: Protocol, body: dict[str, Any], most: int = 1 << 30) -> tuple[str, float]:
-        """The text of a stream, of which at most so many pieces are waited for, and the seconds to the first one."""
-        start, first, text, count = time.monotonic(), 0.0, "", 0
-        async with self.http.stream("POST", protocol.path, json=body) as answer:
-            self.seen(protocol.path, answer.status_code, (200,))
-            async for line in answer.aiter_lines():
+    async def stream(self, protocol: Protocol, body: dict[str, Any], max_chunks: int = 1 << 30) -> tuple[str, float]:
+        """Reads a stream; returns its text and the seconds to the first text.
+
+        After `max_chunks` chunks of text it disconnects.
+        """
+        start_s, ttft_s, text, count = time.monotonic(), 0.0, "", 0
+        async with self.http.stream("POST", protocol.path, json=body) as response:
+            self.check_status(protocol.path, response.status_code, (200,))
+            async for line in response.aiter_lines():
                 for event in protocol.events(line):
                     self.tally.expect("error" not in event or event["error"] is None, f"{protocol.path}: {line}")
-                    piece = protocol.piece(event)
-                    first = first or (time.monotonic() - start if piece else 0.0)
-                    text, count = text + piece, count + bool(piece)
-                if count >= most:
+                    chunk = protocol.event_text(event)
+                    ttft_s = ttft_s or (time.monotonic() - start_s if chunk else 0.0)
+                    text, count = text + chunk, count + bool(chunk)
+                if count >= max_chunks:
                     break
-        self.tally.pieces += count
-        return text, first
+        self.tally.chunks += count
+        return text, ttft_s
 
-    # ---- what there is to do
+    # ---- actions
 
     async def fixed(self) -> None:
-        """The same question and seed as before: the same answer, whole or in pieces."""
-        number = self.chance.randrange(len(FIXED))
-        protocol, text, seed = FIXED[number]
-        stream = self.chance.random() < 0.5
+        """Repeats a question and seed: the answer must be the same, complete or streamed."""
+        index = self.rng.randrange(len(FIXED))
+        protocol, text, seed = FIXED[index]
+        stream = self.rng.random() < 0.5
         body = protocol.body(text, 24, seed, stream)
-        said = (
-            (await self.stream(protocol, body))[0] if stream else protocol.whole(await self.post(protocol.path, body))
+        answer = (
+            (await self.stream(protocol, body))[0]
+            if stream
+            else protocol.answer_text(await self.post(protocol.path, body))
         )
-        before = self.tally.fixed.setdefault(number, said)
-        self.tally.expect(said == before and bool(said), f"{protocol.path}, {text!r}: said {before!r}, then {said!r}")
+        first_answer = self.tally.fixed.setdefault(index, answer)
+        self.tally.expect(
+            answer == first_answer and bool(answer),
+            f"{protocol.path}, {text!r}: answered {first_answer!r}, then {answer!r}",
+        )
 
     async def short(self) -> None:
-        """A short question, whose first token should come soon."""
-        text = f"{self.chance.choice(QUESTIONS)} ({self.chance.randrange(1 << 30)})"
-        _, first = await self.stream(CHAT, CHAT.body(text, self.chance.randint(1, 40), self.chance.randrange(99), True))
-        if first:
-            self.tally.firsts.append(first)
+        """Asks a short question and records its TTFT."""
+        text = f"{self.rng.choice(QUESTIONS)} ({self.rng.randrange(1 << 30)})"
+        _, ttft_s = await self.stream(CHAT, CHAT.body(text, self.rng.randint(1, 40), self.rng.randrange(99), True))
+        if ttft_s:
+            self.tally.firsts.append(ttft_s)
 
     async def leave(self) -> None:
-        """Goes away in the middle: of a stream after some pieces, of a whole answer after some time."""
-        protocol = self.chance.choice(PROTOCOLS)
-        body = protocol.body(f"Tell me all. {self.chance.random()}", 300, 1, self.chance.random() < 0.7)
+        """Disconnects early: from a stream after some chunks, from a complete answer after some time."""
+        protocol = self.rng.choice(PROTOCOLS)
+        body = protocol.body(f"Tell me all. {self.rng.random()}", 300, 1, self.rng.random() < 0.7)
         if body["stream"]:
-            await self.stream(protocol, body, self.chance.randint(1, 12))
+            await self.stream(protocol, body, self.rng.randint(1, 12))
             return
         try:
-            await asyncio.wait_for(self.http.post(protocol.path, json=body), self.chance.uniform(0.01, 0.5))
+            await asyncio.wait_for(self.http.post(protocol.path, json=body), self.rng.uniform(0.01, 0.5))
         except TimeoutError:
             return
 
     async def bad(self) -> None:
-        """What is refused."""
-        path, body, status = self.chance.choice(BAD)
+        """Sends a request that must be refused."""
+        path, body, status = self.rng.choice(BAD)
         await self.post(path, body, (status,))
 
     async def long(self) -> None:
-        """A prompt that fills most of the context, and of the cache half or more."""
-        count = self.chance.randint(1000, 1600)
-        ids = [self.chance.randrange(16, VOCABULARY) for _ in range(count)]
-        limit = self.chance.randint(32, 256)
-        body = {"model": MODEL, "prompt": ids, "max_tokens": limit, "ignore_eos": True}
+        """Sends a prompt that fills most of the context, and at least half of the KV cache."""
+        prompt_tokens = self.rng.randint(1000, 1600)
+        ids = [self.rng.randrange(16, VOCABULARY) for _ in range(prompt_tokens)]
+        max_tokens = self.rng.randint(32, 256)
+        body = {"model": MODEL, "prompt": ids, "max_tokens": max_tokens, "ignore_eos": True}
         usage = (await self.post("/v1/completions", body))["usage"]
-        told = (usage["prompt_tokens"], usage["completion_tokens"])
-        self.tally.expect(told == (count, limit), f"a prompt of {count} and an answer of {limit} tokens: usage {usage}")
+        reported = (usage["prompt_tokens"], usage["completion_tokens"])
+        self.tally.expect(
+            reported == (prompt_tokens, max_tokens),
+            f"a prompt of {prompt_tokens} and an answer of {max_tokens} tokens: usage {usage}",
+        )
 
     async def grammar(self) -> None:
-        """Answers that follow a schema or an expression."""
-        body = CHAT.body(f"Count. {self.chance.random()}", 60, self.chance.randrange(99), False)
-        if self.chance.random() < 0.5:
+        """Requests structured output by a schema or a regular expression."""
+        body = CHAT.body(f"Count. {self.rng.random()}", 60, self.rng.randrange(99), False)
+        if self.rng.random() < 0.5:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
         else:
             body["guided_regex"] = PATTERN
         (choice,) = (await self.post(CHAT.path, body))["choices"]
-        said = choice["message"]["content"]
+        text = choice["message"]["content"]
         if choice["finish_reason"] == "stop":
-            fits = fits_schema(said) if "response_format" in body else bool(re.fullmatch(PATTERN, said))
-            self.tally.expect(fits, f"a grammar let {said!r} pass")
+            is_valid = fits_schema(text) if "response_format" in body else bool(re.fullmatch(PATTERN, text))
+            self.tally.expect(is_valid, f"the output {text!r} violates its grammar")
 
     async def call(self) -> None:
-        """A call of a function that is asked for."""
-        body = CHAT.body(f"Look up. {self.chance.random()}", 120, self.chance.randrange(99), False)
-        choice = self.chance.choice(["required", {"type": "function", "function": {"name": "look_up"}}])
-        (made,) = (await self.post(CHAT.path, body | {"tools": [TOOL], "tool_choice": choice}))["choices"]
-        calls = made["message"].get("tool_calls") or []
-        if made["finish_reason"] != "length":
-            good = bool(calls) and all(fits_schema(one["function"]["arguments"]) for one in calls)
-            self.tally.expect(good, f"a forced call came out as {made}")
+        """Requests a forced tool call."""
+        body = CHAT.body(f"Look up. {self.rng.random()}", 120, self.rng.randrange(99), False)
+        tool_choice = self.rng.choice(["required", {"type": "function", "function": {"name": "look_up"}}])
+        (choice,) = (await self.post(CHAT.path, body | {"tools": [TOOL], "tool_choice": tool_choice}))["choices"]
+        calls = choice["message"].get("tool_calls") or []
+        if choice["finish_reason"] != "length":
+            is_valid = bool(calls) and all(fits_schema(one["function"]["arguments"]) for one in calls)
+            self.tally.expect(is_valid, f"a forced tool call returned {choice}")
 
     async def follow(self) -> None:
-        """A conversation that the server keeps: each answer goes on with the one before it, and is forgotten when that is asked for."""
-        body, asked, before = {"model": MODEL, "max_output_tokens": 16}, 0, None
-        for _ in range(self.chance.randint(2, 4)):
-            said = {"input": f"Tell me more. {self.chance.random()}", "previous_response_id": before}
-            made = await self.post("/v1/responses", body | said)
-            tokens = made["usage"]["input_tokens"]
-            self.tally.expect(tokens > asked, f"/v1/responses: {tokens} tokens where {asked} came before")
-            before, asked = made["id"], tokens
-        kept = await self.http.get(f"/v1/responses/{before}")
-        self.seen("/v1/responses/ID", kept.status_code, (200,), kept.text)
-        self.tally.expect(kept.json() == made, f"/v1/responses/{before}: kept {kept.text[:200]}")
-        if self.chance.random() < 0.5:
-            gone = await self.http.delete(f"/v1/responses/{before}")
-            self.seen("/v1/responses/ID", gone.status_code, (200,), gone.text)
-            again = await self.http.get(f"/v1/responses/{before}")
-            self.seen("/v1/responses/ID", again.status_code, (404,), again.text)
+        """Continues a stored conversation by `previous_response_id`, then reads its last response and may delete it."""
+        body, previous_tokens, previous_id = {"model": MODEL, "max_output_tokens": 16}, 0, None
+        for _ in range(self.rng.randint(2, 4)):
+            turn = {"input": f"Tell me more. {self.rng.random()}", "previous_response_id": previous_id}
+            response = await self.post("/v1/responses", body | turn)
+            tokens = response["usage"]["input_tokens"]
+            self.tally.expect(
+                tokens > previous_tokens, f"/v1/responses: {tokens} input tokens after a turn with {previous_tokens}"
+            )
+            previous_id, previous_tokens = response["id"], tokens
+        stored = await self.http.get(f"/v1/responses/{previous_id}")
+        self.check_status("/v1/responses/ID", stored.status_code, (200,), stored.text)
+        self.tally.expect(stored.json() == response, f"/v1/responses/{previous_id}: stored {stored.text[:200]}")
+        if self.rng.random() < 0.5:
+            deleted = await self.http.delete(f"/v1/responses/{previous_id}")
+            self.check_status("/v1/responses/ID", deleted.status_code, (200,), deleted.text)
+            missing = await self.http.get(f"/v1/responses/{previous_id}")
+            self.check_status("/v1/responses/ID", missing.status_code, (404,), missing.text)
 
     async def look(self) -> None:
-        """What boards and tokenizers ask for."""
-        answer = await self.http.get(
-            self.chance.choice(["/metrics", "/v1/models", "/health", "/tokenizer_info", "/api/tags"])
+        """Requests metrics, models and tokenization."""
+        response = await self.http.get(
+            self.rng.choice(["/metrics", "/v1/models", "/health", "/tokenizer_info", "/api/tags"])
         )
-        self.seen(str(answer.url), answer.status_code, (200,), answer.text)
-        told = await self.post("/tokenize", {"prompt": "a rule file"})
-        back = await self.post("/detokenize", {"tokens": told["tokens"]})
-        self.tally.expect(back["prompt"].endswith("a rule file"), f"/detokenize: {back}")
+        self.check_status(str(response.url), response.status_code, (200,), response.text)
+        tokenized = await self.post("/tokenize", {"prompt": "a rule file"})
+        detokenized = await self.post("/detokenize", {"tokens": tokenized["tokens"]})
+        self.tally.expect(detokenized["prompt"].endswith("a rule file"), f"/detokenize: {detokenized}")
 
 
 def fits_schema(text: str) -> bool:
-    """Whether a text is what SCHEMA allows."""
+    """Returns whether a text is JSON that conforms to SCHEMA."""
     value = json.loads(text)
     return set(value) == {"kind", "count"} and value["kind"] in ("rule", "flag", "weight") and 0 <= value["count"] <= 99
 
 
-ACTIONS: dict[str, tuple[int, Callable[[Client], Awaitable[None]]]] = {  # how often, what
+ACTIONS: dict[str, tuple[int, Callable[[Client], Awaitable[None]]]] = {  # relative frequency and method
     "fixed": (30, Client.fixed),
     "short": (20, Client.short),
     "leave": (14, Client.leave),
@@ -220,16 +236,16 @@ ACTIONS: dict[str, tuple[int, Callable[[Client], Awaitable[None]]]] = {  # how o
     "follow": (4, Client.follow),
     "look": (6, Client.look),
 }
-_ASK = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
+_CHAT_BODY = {"model": MODEL, "messages": [{"role": "user", "content": "x"}]}
 BAD: tuple[tuple[str, Any, int], ...] = (
     ("/v1/chat/completions", b"{", 400),
     ("/v1/chat/completions", b'{"model": "\xff"}', 400),
-    ("/v1/chat/completions", _ASK | {"temperature": "hot"}, 400),
-    ("/v1/chat/completions", _ASK | {"tempurature": 1}, 400),
-    ("/v1/chat/completions", _ASK | {"model": "gpt-9"}, 404),
-    ("/v1/chat/completions", _ASK | {"max_tokens": 100_000}, 400),
-    ("/v1/chat/completions", _ASK | {"guided_regex": "("}, 400),
-    ("/v1/chat/completions", {**_ASK, "messages": [{"role": "user", "content": "x" * 100_000}]}, 400),
+    ("/v1/chat/completions", _CHAT_BODY | {"temperature": "hot"}, 400),
+    ("/v1/chat/completions", _CHAT_BODY | {"tempurature": 1}, 400),
+    ("/v1/chat/completions", _CHAT_BODY | {"model": "gpt-9"}, 404),
+    ("/v1/chat/completions", _CHAT_BODY | {"max_tokens": 100_000}, 400),
+    ("/v1/chat/completions", _CHAT_BODY | {"guided_regex": "("}, 400),
+    ("/v1/chat/completions", {**_CHAT_BODY, "messages": [{"role": "user", "content": "x" * 100_000}]}, 400),
     ("/v1/completions", {"model": MODEL, "prompt": [VOCABULARY + 7]}, 400),
     ("/v1/messages", {"model": MODEL, "messages": []}, 400),
     ("/v1/embeddings", {"model": MODEL, "input": "x"}, 501),

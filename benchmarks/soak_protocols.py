@@ -1,4 +1,4 @@
-"""The protocols that soak.py speaks: how each is asked, and where its answers have their text."""
+"""The protocols of soak.py: the request bodies, and the text in answers and stream events."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ MODEL = "ktx-demo"
 
 @dataclass(frozen=True)
 class Protocol:
-    """`body(text, limit, seed, stream)` asks; `whole` and `piece` find the text in an answer and in an event of a stream."""
+    """One API: its path, its request body and how to extract text.
+
+    `body(text, limit, seed, stream)` builds a request; `answer_text` and `event_text` return the text of a complete
+    answer and of a stream event.
+    """
 
     path: str
     body: Callable[[str, int, int, bool], dict[str, Any]]
-    whole: Callable[[Any], str]
-    piece: Callable[[Any], str]
+    answer_text: Callable[[Any], str]
+    event_text: Callable[[Any], str]
 
     def events(self, line: str) -> list[Any]:
-        """What a line of a stream holds: an event, or nothing."""
+        """Returns the events in a line of a stream: one, or none."""
         line = line.removeprefix("data: ") if not self.path.startswith("/api") else line
         return [json.loads(line)] if line.startswith("{") else []
 
@@ -41,14 +45,14 @@ def _completion(text: str, limit: int, seed: int, stream: bool) -> dict[str, Any
 
 
 def _response(text: str, limit: int, seed: int, stream: bool) -> dict[str, Any]:
-    """It has no seed: the likeliest tokens."""
+    """The API has no seed, so sampling is greedy."""
     return {"model": MODEL, "input": text, "max_output_tokens": limit, "temperature": 0.0, "stream": stream}
 
 
 def _message(text: str, limit: int, seed: int, stream: bool) -> dict[str, Any]:
-    """It has no seed: the likeliest tokens."""
-    said = [{"role": "user", "content": text}]
-    return {"model": MODEL, "messages": said, "max_tokens": limit, "temperature": 0.0, "stream": stream}
+    """The API has no seed, so sampling is greedy."""
+    messages = [{"role": "user", "content": text}]
+    return {"model": MODEL, "messages": messages, "max_tokens": limit, "temperature": 0.0, "stream": stream}
 
 
 def _ollama(text: str, limit: int, seed: int, stream: bool) -> dict[str, Any]:
@@ -56,13 +60,13 @@ def _ollama(text: str, limit: int, seed: int, stream: bool) -> dict[str, Any]:
     return {"model": MODEL, "messages": [{"role": "user", "content": text}], "stream": stream, "options": options}
 
 
-def _said(message: dict[str, Any]) -> str:
-    """Reasoning and answer of a message or of a delta; Ollama calls the first `thinking`."""
+def _message_text(message: dict[str, Any]) -> str:
+    """Returns reasoning and content of a message or a delta; Ollama names the first `thinking`."""
     return "".join(message.get(key) or "" for key in ("reasoning_content", "thinking", "content"))
 
 
 def _choices(value: Any, key: str) -> str:
-    return "".join(_said(choice[key]) for choice in value.get("choices", ()))
+    return "".join(_message_text(choice[key]) for choice in value.get("choices", ()))
 
 
 def _texts(value: Any) -> str:
@@ -79,7 +83,7 @@ def _blocks(value: Any) -> str:
 
 
 def _delta(value: Any) -> str:
-    """Of Responses: a string; of Anthropic's: an object."""
+    """Returns the text of a delta, which is a string in the Responses API and an object in Anthropic's."""
     delta = value.get("delta", "")
     return delta if isinstance(delta, str) else delta.get("text") or delta.get("thinking") or ""
 
@@ -89,6 +93,8 @@ PROTOCOLS = (
     Protocol("/v1/completions", _completion, _texts, _texts),
     Protocol("/v1/responses", _response, _output, _delta),
     Protocol("/v1/messages", _message, _blocks, _delta),
-    Protocol("/api/chat", _ollama, lambda v: _said(v["message"]), lambda v: _said(v.get("message", {}))),
+    Protocol(
+        "/api/chat", _ollama, lambda v: _message_text(v["message"]), lambda v: _message_text(v.get("message", {}))
+    ),
 )
 CHAT = PROTOCOLS[0]

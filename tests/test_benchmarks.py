@@ -104,7 +104,7 @@ def test_a_short_soak_finds_nothing_wrong():
 
     Of sixty first tokens one may be behind two prompts that fill the cache, thirty medians long; one that starves waits for the load's end, some hundreds.
     """
-    long = ("requests that gave", "kinds")
+    long = ("requests preempted", "kinds")
     words = [
         sys.executable,
         "benchmarks/soak.py",
@@ -145,7 +145,7 @@ def checked(soak, wrong=(), firsts=(0.1, 0.1, 0.3), statuses=None, sick=(), slop
     tally.done.update(dict.fromkeys(soak.ACTIONS, 10))
     tally.statuses.update(statuses or {200: 9, 400: 1, 501: 1})
     watch = soak.Watch(None, None, tally, 10.0)
-    watch.sick = list(sick)
+    watch.unhealthy = list(sick)
     watch.samples = [soak.Sample(float(t), 20 * t, 500.0 + slope * t / 50, 9, 4) for t in range(100)]
     watch.samples[0] = soak.Sample(0.0, 0, 100.0, 5, 2)  # the warm-up's growth does not count
     after = soak.Sample(100.0, 2000, 500.0 + 2 * slope, files, threads)
@@ -166,7 +166,7 @@ def checked(soak, wrong=(), firsts=(0.1, 0.1, 0.3), statuses=None, sick=(), slop
         ({"sick": ["503 "]}, "/health"),
         ({"engine_restarts_total": 1.0}, "engine's restarts"),
         ({"kv_cache_usage_perc": 0.01}, "idle at the end"),
-        ({"num_preemptions_total": 0.0}, "requests that gave pages up"),
+        ({"num_preemptions_total": 0.0}, "requests preempted"),
     ],
 )
 def test_a_soak_sees_each_fault(soak, broken, name):
@@ -200,6 +200,6 @@ def test_a_soak_knows_the_text_of_every_protocol(soak):
         "/api/chat": '{"message":{"content":"ab"},"done":false}',
     }
     for protocol in PROTOCOLS:
-        assert protocol.whole(whole[protocol.path]) == "ab"
-        assert [protocol.piece(event) for event in protocol.events(lines[protocol.path])] == ["ab"]
+        assert protocol.answer_text(whole[protocol.path]) == "ab"
+        assert [protocol.event_text(event) for event in protocol.events(lines[protocol.path])] == ["ab"]
         assert protocol.events("data: [DONE]") == protocol.events(": ping") == protocol.events("") == []
