@@ -1,4 +1,4 @@
-"""What differs from one version of transformers to another, in one place: names of arguments, and every import that has moved before or may move again."""
+"""Isolates the differences between transformers versions: argument names, and imports that have moved or may move."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-CACHE_NAMES = (  # what forwards call their cache
+CACHE_NAMES = (  # names of the cache parameter of forward
     "past_key_values",  # 5.17 to 5.23
     "cache_params",  # linear attention, 5.17 to 5.23
-    "cache",  # all of them, from 5.24 on; before, continuous batching passes another object under this name
+    "cache",  # all models, from 5.24 on; in earlier versions continuous batching passes another object by this name
 )
 
 
 @functools.cache
 def usual_cache_name() -> str:
-    """What the installed version calls the cache in a model's forward and in its output."""
+    """The installed version's name of the cache in a model's forward and in its output."""
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     fields = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
@@ -26,7 +26,7 @@ def usual_cache_name() -> str:
 
 @functools.cache
 def cache_name(module: Any) -> str:
-    """The parameter of a module class's forward that takes the cache; "" where it has none."""
+    """The name of the cache parameter of a module class's forward; "" when it has none."""
     parameters = inspect.signature(module.forward).parameters
     return next((name for name in CACHE_NAMES if name in parameters), "")
 
@@ -37,30 +37,38 @@ def cache_aliases(name: str) -> tuple[str, ...]:
 
 
 def cache_argument(module: Any, cache: Any) -> dict[str, Any]:
-    """The cache as a keyword argument of a module's forward. A wrapper that passes on whatever it gets is asked as the models of this version are."""
+    """The cache as a keyword argument for a module's forward.
+
+    A wrapper whose forward has no cache parameter gets the installed version's name.
+    """
     kind: Any = type(module)
     return {cache_name(kind) or usual_cache_name(): cache}
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output; None where it has none."""
+    """The cache in a model's output; None when it has none."""
     return getattr(output, usual_cache_name(), None)
 
 
 def writer_of_text(config: Any) -> Any:
-    """The class that writes text by such a configuration; None where transformers has none."""
+    """The causal language model class for a configuration; None when transformers has none."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
 
 def writes_text(config: Any) -> bool:
-    """Whether transformers has a causal language model of such a configuration."""
+    """Whether transformers has a causal language model for a configuration."""
     return writer_of_text(config) is not None
 
 
 def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
-    """A function from a checkpoint's key to the parameter path of today's modeling code, and converters for what is kept in other tensors, by transformers' own table."""
+    """The key mapping of a model's checkpoints, from transformers' own table.
+
+    Returns:
+        A function that maps a checkpoint key to the parameter path in the current modeling code, and the converters for
+        parameters that checkpoints store in other tensors.
+    """
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
@@ -77,78 +85,95 @@ def checkpoint_renaming(config: Any) -> tuple[Callable[[str], str], list[Any]]:
 
 
 def converted(converter: Any, name: str, tensors: dict[str, list[Any]], config: Any) -> Any:
-    """The parameter `name` that a converter makes of a checkpoint's tensors, given by pattern."""
-    made: Any = tensors
-    about = {"source_patterns": converter.source_patterns, "target_patterns": converter.target_patterns}
+    """Converts checkpoint tensors, by source pattern, to the parameter `name`."""
+    result: Any = tensors
+    patterns = {"source_patterns": converter.source_patterns, "target_patterns": converter.target_patterns}
     for operation in converter.operations:
-        made = operation.convert(made, full_layer_name=name, model=None, config=config, missing_keys=None, **about)
-    values = next(iter(made.values()))
+        result = operation.convert(
+            result, full_layer_name=name, model=None, config=config, missing_keys=None, **patterns
+        )
+    values = next(iter(result.values()))
     return values[0] if isinstance(values, list) else values
 
 
 def text_part(config: Any) -> Any:
-    """The configuration of the language model in one of text and pictures, where transformers has that model by itself; any other as it is.
+    """The language model's configuration within a multimodal one; any other configuration unchanged.
 
-    The output layer is tied where either says so: the whole model goes by its top, which is where `save_pretrained` writes it. A matrix of its own in the file counts all the same.
+    Only when transformers has the language model as a separate class. The output layer is tied when either
+    configuration ties it: the complete model follows the top-level option, which is where `save_pretrained` writes it.
+    An output matrix in the checkpoint is used in any case.
     """
-    part = getattr(config, "sub_configs", {}).get("text_config")
-    if part is None or getattr(writer_of_text(config), "config_class", None) != part:
+    text_class = getattr(config, "sub_configs", {}).get("text_config")
+    if text_class is None or getattr(writer_of_text(config), "config_class", None) != text_class:
         return config
     text = config.get_text_config()
-    text.tie_word_embeddings = any(getattr(of, "tie_word_embeddings", None) for of in (config, text))
+    text.tie_word_embeddings = any(getattr(c, "tie_word_embeddings", None) for c in (config, text))
     return text
 
 
 def dtype_plan(model: Any, dtype: Any) -> dict[str, Any]:
-    """Parameters that the model keeps in another type than `dtype` (routers' correction biases in f32): name pattern -> dtype."""
+    """The dtypes of parameters that the model does not store in `dtype`, by name pattern.
+
+    Routers' correction biases are f32.
+    """
     return dict(model._get_dtype_plan(dtype))
 
 
 def config_dict(source: str) -> dict[str, Any]:
-    """The raw config.json of a folder or hub id."""
+    """The content of config.json of a folder or hub id."""
     from transformers import PreTrainedConfig
 
     return PreTrainedConfig.get_config_dict(source)[0]
 
 
 def keeps_own_cache(model: Any) -> bool:
-    """Whether a model takes no cache but of a kind that only itself makes (MiniMax-Text-01)."""
+    """Whether a model accepts only a cache class of its own (MiniMax-Text-01)."""
     return not model._supports_default_dynamic_cache()
 
 
 @functools.cache
 def _collector() -> Any:
-    """Where transformers keeps what the forward under way collects from its modules; each thread has its own."""
+    """The context variable in which transformers collects module outputs during a forward; per thread."""
     from transformers.utils.output_capturing import _active_collector
 
     return _active_collector
 
 
 def collects(what: str) -> bool:
-    """Whether the forward under way collects outputs of a kind ("attentions") from its modules, by an argument or by its configuration."""
+    """Whether the current forward collects module outputs of kind `what` ("attentions").
+
+    An argument or the configuration requests it.
+    """
     import torch
 
     if torch.compiler.is_compiling():
         from transformers.utils.output_capturing import _active_collector as collector
 
-        wanted = collector.get() if collector.compiling else None  # torch.compile knows no context variables
+        collected = collector.get() if collector.compiling else None  # torch.compile has no context variables
     else:
-        wanted = _collector().get()
-    return wanted is not None and what in wanted
+        collected = _collector().get()
+    return collected is not None and what in collected
 
 
 def records() -> bool:
-    """Whether the forward under way collects outputs of any kind from its modules."""
+    """Whether the current forward collects module outputs of any kind."""
     return bool(_collector().get())
 
 
 def is_recorder(hook: Any) -> bool:
-    """Whether a hook is one that transformers leaves on modules after the first forward that collected outputs: it does nothing in others."""
+    """Whether a hook is transformers' output collector, which stays on modules after the first forward that collects.
+
+    It does nothing in forwards that do not collect outputs.
+    """
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
 def attention_name(config: Any) -> str:
-    """The implementation of attention that a configuration names. Asked at each token: transformers' own property takes thirty times as long as what is behind it."""
+    """The attention implementation of a configuration.
+
+    It is read at each token, so this reads the attribute behind transformers' property, which takes thirty times as
+    long.
+    """
     try:
         found: str = object.__getattribute__(config, "_attn_implementation_internal")
     except AttributeError:
@@ -157,7 +182,7 @@ def attention_name(config: Any) -> str:
 
 
 def attention_function(name: str) -> Callable[..., Any]:
-    """The attention function that transformers knows by a name. KeyError for one that it does not know."""
+    """transformers' attention function of a name. Raises KeyError for an unknown name."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     functions: Any = ALL_ATTENTION_FUNCTIONS
@@ -166,7 +191,10 @@ def attention_function(name: str) -> Callable[..., Any]:
 
 
 def written_form(model: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A function from a model's own parameters to a checkpoint's, as `save_pretrained` writes them: other names, stacked experts apart. It takes some of them too."""
+    """A function that converts a model's state dict, or a part of it, to the form that `save_pretrained` writes.
+
+    Names change, and stacked experts are split.
+    """
     from types import SimpleNamespace
 
     from transformers.conversion_mapping import get_model_conversion_mapping
@@ -178,5 +206,5 @@ def written_form(model: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
         changes = [change for change in changes if type(change).__name__ != "PrefixChange"]  # as transformers does
     if not changes:
         return dict
-    stand_in: Any = SimpleNamespace(_weight_conversions=changes, config=model.config)
-    return lambda state: revert_weight_conversion(stand_in, state)
+    model_stub: Any = SimpleNamespace(_weight_conversions=changes, config=model.config)
+    return lambda state: revert_weight_conversion(model_stub, state)
