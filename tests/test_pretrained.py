@@ -321,7 +321,9 @@ def test_outside_of_from_pretrained():
 @pytest.mark.parametrize("kind", ["AutoModel", "AutoModelForSequenceClassification", "own"])
 def test_other_classes_are_refused_by_name(floats, kind):
     made = type("OwnForCausalLM", (Qwen3MoeForCausalLM,), {}) if kind == "own" else getattr(transformers, kind)
-    with pytest.raises(UsageError, match="KtxConfig loads a Qwen3MoeForCausalLM for this configuration, not a .*call Auto"):
+    with pytest.raises(
+        UsageError, match="KtxConfig loads a Qwen3MoeForCausalLM for this configuration, not a .*call Auto"
+    ):
         made.from_pretrained(floats, quantization_config=quiet())
 
 

@@ -208,7 +208,9 @@ def test_a_number_that_cannot_be_meant_is_an_error(v3, capsys):
 
 def test_where_nothing_can_be_shared_it_is_told_once(v3, monkeypatch):
     for more in ({}, {"device": "cuda", "moe_device": "cuda"}):
-        with pytest.warns(UserWarning, match="gpu_experts: 2 experts per layer on a GPU: no layer has its experts") as told:
+        with pytest.warns(
+            UserWarning, match="gpu_experts: 2 experts per layer on a GPU: no layer has its experts"
+        ) as told:
             model = v3.load(None, gpu_experts=2, **more)
         assert len(told) == 1 and experts_of(model).on_gpu is None
     monkeypatch.delenv("KTX_GPU")

@@ -406,7 +406,11 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         ({"lora_alpha": 1e300}, BadFile, "q_proj contain NaN or infinity, or do so at this scale"),
         ({"rank_pattern": ["q_proj"]}, BadFile, r"rank_pattern is \['q_proj'\], it must be an object"),
         ({"rank_pattern": {"q_proj": "four"}}, BadFile, "r is 'four'"),
-        ({"alpha_pattern": {"(q_proj": 4}}, BadFile, r"alpha_pattern has '\(q_proj', which is not a valid regular expression"),
+        (
+            {"alpha_pattern": {"(q_proj": 4}},
+            BadFile,
+            r"alpha_pattern has '\(q_proj', which is not a valid regular expression",
+        ),
         ({"alpha_pattern": 4}, BadFile, "alpha_pattern is 4"),
     ],
 )

@@ -182,5 +182,7 @@ def test_a_tied_matrix_may_have_the_output_layers_name(tmp_path, monkeypatch, fa
 @pytest.mark.parametrize("family", ["mistral3", "qwen2_5_vl", "llava"])
 def test_a_composite_model_without_a_language_model_by_itself_is_refused(tmp_path, family):
     AutoConfig.for_model(family).save_pretrained(tmp_path)
-    with pytest.raises(BadFile, match=f"{tmp_path}: transformers has no built-in language model for model_type {family}"):
+    with pytest.raises(
+        BadFile, match=f"{tmp_path}: transformers has no built-in language model for model_type {family}"
+    ):
         ktx.plan(tmp_path)
