@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ktx.errors import KtxError, UsageError
 from ktx.hardware import format_bytes
 from ktx.replicas.replica import Replica, ReplicaConfig
-from ktx.replicas.spread import Layout, Node, lay_out
+from ktx.replicas.spread import Node, ReplicaPlacement, place_replicas
 from ktx.replicas.status import ReplicaStatus, StatusActor
 
 BUSY_ERRORS = (BackPressureError,)
@@ -45,11 +45,11 @@ class ClusterConfig:
     address: str | None  # of a running cluster; None: start a cluster on this machine
     replicas: int | None  # None: one per machine
     threads: int | None  # per replica; None: a machine's cores divided among its replicas
-    need: int  # bytes of memory that one replica takes
+    replica_bytes: int  # memory that one replica takes
     replica: ReplicaConfig
-    batch: int  # requests in a replica's batch
-    queue: int  # requests in a replica's queue
-    pages: int  # of a replica's prefix cache
+    max_batch_size: int
+    max_queue: int  # waiting requests of a replica
+    prefix_cache_pages: int
 
 
 class Cluster:
@@ -118,19 +118,19 @@ class Cluster:
 
     def _start(self) -> None:
         config = self.config
-        layout = lay_out(list_nodes(), config.replicas, config.threads, config.need)
-        self.num_replicas = layout.replicas
+        placement = place_replicas(list_nodes(), config.replicas, config.threads, config.replica_bytes)
+        self.num_replicas = placement.replicas
         log.info(
             "starting %d replicas, %d per machine, with %d threads and %s of weights each",
-            layout.replicas,
-            layout.per_node,
-            layout.threads,
-            format_bytes(config.need),
+            placement.replicas,
+            placement.per_node,
+            placement.threads,
+            format_bytes(config.replica_bytes),
         )
         this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.status_actor = StatusActor.options(scheduling_strategy=this_node).remote()  # type: ignore[attr-defined]
-        replica = replace(config.replica, threads=layout.threads, per_node=layout.per_node)
-        app = deployment(config, layout).bind(replica, self.status_actor)
+        replica = replace(config.replica, threads=placement.threads, per_node=placement.per_node)
+        app = deployment(config, placement).bind(replica, self.status_actor)
         target = serve.RunTarget(app, config.app, None, {"log_level": "WARNING", "enable_access_log": False})
         handle = serve.run_many([target], wait_for_applications_running=False)[0]
         self._wait_for_replica()
@@ -186,8 +186,8 @@ class Cluster:
         if self.load_error:
             return f"the model could not be loaded: {self.load_error}"
         total, done = (
-            sum(status.total for status in self.last_statuses),
-            sum(status.done for status in self.last_statuses),
+            sum(status.total_bytes for status in self.last_statuses),
+            sum(status.loaded_bytes for status in self.last_statuses),
         )
         return f"Loading model: {100 * done / total if total else 0:.0f} %"
 
@@ -232,7 +232,7 @@ def list_nodes() -> list[Node]:
             cores, free = ray.get(ref, timeout=120)
         except ray.exceptions.RayTaskError as error:
             raise KtxError(
-                f"{node['NodeManagerAddress']}: ktx does not run there: {error.cause}; install it"
+                f"{node['NodeManagerAddress']}: ktx does not run on this machine: {error.cause}; install ktx there"
             ) from error
         nodes.append(Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"]["CPU"], cores, free))
     return nodes
@@ -246,26 +246,26 @@ def probe_node() -> tuple[int, int]:
     return default_threads(), memory()[1]
 
 
-def deployment(config: ClusterConfig, layout: Layout) -> Any:
+def deployment(config: ClusterConfig, placement: ReplicaPlacement) -> Any:
     """Returns the Ray Serve deployment of the replicas.
 
     The replicas of a remote cluster get this process's KTX_* variables, except the API key.
     """
     env_vars = {name: value for name, value in os.environ.items() if name.startswith("KTX_") and name != "KTX_API_KEY"}
-    options: dict[str, Any] = {"num_cpus": layout.cpus}
+    options: dict[str, Any] = {"num_cpus": placement.cpus}
     if config.address is not None and env_vars:
         options["runtime_env"] = {"env_vars": env_vars}
     router: Any = {
         "request_router_class": "ktx.replicas.router:PrefixRouter",
-        "request_router_kwargs": {"pages": config.pages, "crowd": config.batch},
+        "request_router_kwargs": {"pages": config.prefix_cache_pages, "crowd": config.max_batch_size},
     }
     return serve.deployment(
         Replica,
         name="replica",
-        num_replicas=layout.replicas,
-        max_replicas_per_node=layout.per_node,
-        max_ongoing_requests=config.batch + config.queue + MAX_SHORT_REQUESTS,
-        max_queued_requests=config.queue,
+        num_replicas=placement.replicas,
+        max_replicas_per_node=placement.per_node,
+        max_ongoing_requests=config.max_batch_size + config.max_queue + MAX_SHORT_REQUESTS,
+        max_queued_requests=config.max_queue,
         max_constructor_retry_count=1,
         ray_actor_options=options,
         health_check_period_s=2,

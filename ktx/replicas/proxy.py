@@ -62,9 +62,9 @@ class ReplicaProxy:
         body: dict[str, Any] = {
             "replicas": {"ready": ready, "wanted": self.cluster.num_replicas},
             "loading": {
-                status.name: round(100 * status.done / status.total, 1)
+                status.name: round(100 * status.loaded_bytes / status.total_bytes, 1)
                 for status in statuses
-                if not status.ready and status.total
+                if not status.ready and status.total_bytes
             },
         }
         if await self.cluster.ready():

@@ -18,11 +18,11 @@ class Node:
     address: str
     cpus: float
     cores: int
-    free: int
+    free_bytes: int
 
 
 @dataclass(frozen=True)
-class Layout:
+class ReplicaPlacement:
     """Placement of the replicas: `per_node` on each machine; `threads` and Ray's `cpus` are per replica."""
 
     replicas: int
@@ -31,14 +31,16 @@ class Layout:
     cpus: float
 
 
-def lay_out(nodes: Sequence[Node], replicas: int | None, threads: int | None, need: int) -> Layout:
+def place_replicas(
+    nodes: Sequence[Node], replicas: int | None, threads: int | None, replica_bytes: int
+) -> ReplicaPlacement:
     """Divides every machine equally among its replicas.
 
     Args:
         nodes: the machines.
         replicas: number of replicas; None: one per machine.
         threads: threads per replica; None: the machine's cores divided among its replicas.
-        need: bytes of memory that one replica takes.
+        replica_bytes: memory that one replica takes.
 
     Raises:
         DoesNotFit: a machine does not have enough free memory for its replicas.
@@ -46,15 +48,15 @@ def lay_out(nodes: Sequence[Node], replicas: int | None, threads: int | None, ne
     replicas = replicas or len(nodes)
     per_node = math.ceil(replicas / len(nodes))
     for node in nodes:
-        if per_node * need > node.free:
+        if per_node * replica_bytes > node.free_bytes:
             raise DoesNotFit(
                 f"{replicas} replicas on {len(nodes)} machine{'s' if len(nodes) > 1 else ''}: {per_node}"
-                f" cop{'ies' if per_node > 1 else 'y'} of the weights need {format_bytes(per_node * need)} on"
-                f" {node.address}, {format_bytes(node.free)} are free; use fewer replicas, a smaller quantization or"
-                " more machines (a machine without CPUs in Ray gets no replica)"
+                f" cop{'ies' if per_node > 1 else 'y'} of the weights need {format_bytes(per_node * replica_bytes)} on"
+                f" {node.address}, {format_bytes(node.free_bytes)} are free; use fewer replicas, a smaller quantization"
+                " or more machines (a machine without CPUs in Ray gets no replica)"
             )
     cpus = min(node.cpus for node in nodes) / per_node
-    return Layout(
+    return ReplicaPlacement(
         replicas,
         per_node,
         threads or max(1, min(node.cores for node in nodes) // per_node),

@@ -23,8 +23,8 @@ class ReplicaStatus:
     node: str
     ready: bool = False
     error: str = ""
-    total: int = 0  # bytes of weights to read
-    done: int = 0  # bytes of weights read so far
+    total_bytes: int = 0  # weights to read
+    loaded_bytes: int = 0  # weights read so far
     metrics: bytes = b""
 
 

@@ -13,7 +13,7 @@ from ktx.cli import serve_ray
 from ktx.errors import DoesNotFit
 from ktx.hardware import share_of_cpus
 from ktx.replicas.affinity import KEY_CHARS, MAX_KEYS, UNSENT_TIMEOUT_S, Affinity, prefix_keys
-from ktx.replicas.spread import Node, lay_out
+from ktx.replicas.spread import Node, place_replicas
 
 
 def body(*texts, **more):
@@ -150,15 +150,15 @@ def test_processes_share_a_machines_cores():
 
 def test_copies_that_do_not_fit_are_refused_with_the_numbers():
     nodes = [Node("a", "10.0.0.1", 32.0, 16, 100 << 30), Node("b", "10.0.0.2", 24.0, 12, 60 << 30)]
-    layout = lay_out(nodes, 4, None, 20 << 30)
-    assert (layout.replicas, layout.per_node, layout.threads, layout.cpus) == (4, 2, 6, 12)
-    assert lay_out(nodes, None, None, 20 << 30).replicas == 2 and lay_out(nodes, 3, 5, 0).threads == 5
+    placement = place_replicas(nodes, 4, None, 20 << 30)
+    assert (placement.replicas, placement.per_node, placement.threads, placement.cpus) == (4, 2, 6, 12)
+    assert place_replicas(nodes, None, None, 20 << 30).replicas == 2 and place_replicas(nodes, 3, 5, 0).threads == 5
     with pytest.raises(
         DoesNotFit,
         match=r"4 replicas on 2 machines: 2 copies of the weights need 85.9 GB on 10.0.0.2, 64.4 GB are free",
     ):
-        lay_out(nodes, 4, None, 40 << 30)
-    assert lay_out([Node("a", "x", 2.0, 2, 1 << 30)], 4, None, 0).cpus == 0.5
+        place_replicas(nodes, 4, None, 40 << 30)
+    assert place_replicas([Node("a", "x", 2.0, 2, 1 << 30)], 4, None, 0).cpus == 0.5
 
 
 @pytest.mark.parametrize(
