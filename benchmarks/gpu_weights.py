@@ -110,7 +110,10 @@ def experts_lines(qtype: QType, tokens: tuple[int, ...], repeat: int, copy_gb_s:
         ids = torch.stack([torch.randperm(EXPERTS)[:TOP] for _ in range(count)]).cuda()
         weights = torch.rand(count, TOP, device="cuda")
         rotated_ids = [(ids + i * TOP) % EXPERTS for i in range(EXPERTS // TOP)]
-        calls = [lambda x=x, i=i, w=weights: moe.experts(x, i, w, gate, up, down) for i in rotated_ids]  # type: ignore[misc]
+        calls = [
+            lambda x=x, i=i, w=weights: moe.experts(x, i, w, gate, up, down)  # type: ignore[misc]
+            for i in rotated_ids
+        ]
         call_us = microseconds(calls, repeat)
         x64 = x.double()
         activated = reference.activate(x64 @ values[0].T, x64 @ values[1].T, "silu")

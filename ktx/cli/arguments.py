@@ -341,8 +341,8 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         "--gguf-path",
         dest="weights",
         metavar="PATH",
-        help="weights: a GGUF file (of a split one the first file), the folder of a GGUF file, or safetensors"
-        " (default: those in --model)",
+        help="GGUF file (of a split one the first file), folder of a GGUF file, or safetensors"
+        " (default: the weights in --model)",
     )
     group.add_argument(
         "--rules",
@@ -356,7 +356,7 @@ def model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="TYPE",
         help="quantize float weights while loading, to int8, int4 (groups of 128 weights), int4g64 or int4g32"
-        " (default auto: do not)",
+        " (default auto: keep their types)",
     )
     group.add_argument(
         "--moe-dtype", metavar="TYPE", help="like --dtype, for the weights of routed experts (default: as --dtype)"

@@ -1,4 +1,4 @@
-"""ktx serve: HTTP server with the APIs of OpenAI, Anthropic and Ollama."""
+"""ktx serve: serve a model over HTTP, with the APIs of OpenAI, Anthropic and Ollama."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag(
         network,
         "--allow-unauthenticated",
-        help="allow a --host other than the loopback address without an API key: anyone who reaches it can use it",
+        help="allow a --host other than loopback without an API key: anyone who reaches the address can use the server",
     )
     network.add_argument(
         "--allowed-hosts",
@@ -175,7 +175,7 @@ def running_options(parser: argparse.ArgumentParser, batch: int | str = 4) -> No
         type=positive,
         default=256,
         metavar="N",
-        help="max number of waiting requests; further ones are refused with a request to retry (default 256)",
+        help="max number of waiting requests; further ones get status 429 with Retry-After (default 256)",
     )
     flag(group, "--no-prefix-cache", help="do not reuse the KV cache of earlier requests with the same prompt prefix")
     group.add_argument(
