@@ -88,7 +88,7 @@ class Linear(OneMatrix, nn.Linear):  # type: ignore[override]
         bias = self.bias
         return bias if bias is None else bias.float() if recorded(bias) else in_f32(self, bias)
 
-    def parametrized(self, x: torch.Tensor) -> torch.Tensor:
+    def changed(self, x: torch.Tensor) -> torch.Tensor:
         parametrized = ParametrizedProduct.of(self, "weight")
         y = parametrized.product(x, 0)
         if parametrized.added:
