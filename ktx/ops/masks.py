@@ -54,7 +54,9 @@ class Intervals(torch.Tensor):
         return self.dense is not None and not torch.equal(self.dense, self._compute_dense())
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = tree_map(lambda x: x.materialize() if isinstance(x, cls) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
