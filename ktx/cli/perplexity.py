@@ -96,8 +96,8 @@ class Reference:
         needed_bytes = 2 * model.config.vocab_size * sum(len(window) - 1 for window in all_windows)
         if needed_bytes > MAX_REFERENCE_BYTES:
             raise UsageError(
-                f"{needed_bytes / 1e9:.1f} GB of log-probabilities would have to be stored to compare with {args.against};"
-                " give --tokens"
+                f"{needed_bytes / 1e9:.1f} GB of log-probabilities would have to be stored to compare with"
+                f" {args.against}; give --tokens"
                 f" {int(args.tokens or MAX_REFERENCE_BYTES / 2 / model.config.vocab_size)} or fewer"
             )
         self.log_probs, self.top_tokens = [], []
