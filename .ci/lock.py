@@ -1,7 +1,8 @@
-"""Writes requirements.lock: `python .ci/lock.py TORCH`, by uv's resolver, for every Python and machine that pyproject.toml names under [tool.uv].
+"""Writes requirements.lock with uv's resolver: `python .ci/lock.py TORCH`.
 
-Exact versions of all that ktx, its extras for serving and development, and the build need. Not of torch, which .ci/install_torch.py chooses: the lock is
-what fits that torch.
+The lock covers every Python and platform that pyproject.toml lists under [tool.uv], with exact versions of all
+dependencies of ktx, of its extras for serving and development, and of the build. It excludes torch, which
+.ci/install_torch.py chooses, but all versions are compatible with that torch.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 BUILD = ("pip", "setuptools", "wheel")
-TORCHS_OWN = re.compile(
-    r"(torch|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)=="
-)  # what comes with torch, and only with its CUDA build
-EVERYWHERE = {  # what holds wherever the lock is used
+# torch, and the dependencies of its CUDA builds
+TORCH_PACKAGES = re.compile(r"(torch|nvidia-[a-z0-9-]+|cuda-[a-z0-9-]+)==")
+ALWAYS_TRUE = {  # conditions that hold wherever the lock is used
     "python_full_version < '3.15'",
     "platform_machine == 'x86_64'",
     "sys_platform == 'linux'",
@@ -31,29 +31,30 @@ HEAD = """\
 
 
 def resolved(torch: str) -> str:
-    """uv's lock."""
+    """The requirements that uv resolves, as text."""
     command = ["uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--extra", "dev"]
     command += ["--no-header", "--no-annotate", "pyproject.toml", "-"]
-    given = "\n".join([torch, *BUILD])
+    requirements = "\n".join([torch, *BUILD])
     return subprocess.run(
-        [sys.executable, "-m", *command], input=given, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True
+        [sys.executable, "-m", *command], input=requirements, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True
     ).stdout
 
 
 def shortened(lock: str) -> str:
-    """The lock without torch's own, and without the parts of markers that hold everywhere."""
+    """The lock without torch's packages, and without the conditions that always hold."""
     lines = []
     for line in lock.splitlines():
         pin, _, marker = line.partition(" ; ")
         if " or " not in marker:
-            marker = " and ".join(part for part in marker.split(" and ") if part not in EVERYWHERE)
-        if not TORCHS_OWN.match(pin):
+            marker = " and ".join(part for part in marker.split(" and ") if part not in ALWAYS_TRUE)
+        if not TORCH_PACKAGES.match(pin):
             lines.append(f"{pin} ; {marker}" if marker else pin)
     return "\n".join(lines) + "\n"
 
 
-def main(words: list[str]) -> int:
-    torch = next(word for word in words if word.startswith("torch"))  # others say where pip finds it
+def main(arguments: list[str]) -> int:
+    """Writes the lock and prints the changed lines."""
+    torch = next(arg for arg in arguments if arg.startswith("torch"))  # the other arguments are pip options
     before = LOCK.read_text().splitlines() if LOCK.exists() else []
     text = HEAD + shortened(resolved(torch))
     LOCK.write_text(text)

@@ -71,10 +71,10 @@ def test_the_summary_names_what_broke_and_against_what(tool, tmp_path, monkeypat
     assert table["anyio"] == ["anyio", "99", tool.pins()["anyio"][0]]
     assert lines[6:] == [
         "1 passed, 2 failed, 1 errors, 1 skipped",
-        "broke in tests/models/test_a.py: 2",
+        "failures in tests/models/test_a.py: 2",
         "  test_bad[1]: AssertionError: 1 is not 2",
         "  test_worse: failed on setup: no such name",
-        "broke in tests/hub/test_b.py: 1",
+        "failures in tests/hub/test_b.py: 1",
         "  test_bad: ImportError: gone",
     ]
 
