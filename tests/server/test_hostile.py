@@ -164,7 +164,7 @@ def test_numbers_that_no_json_can_say(http, number):
     ):
         body = json.dumps({"model": NAME, "input": "greet"} | more).replace('"NUMBER"', number)
         answer = http.post("/v1/responses", content=body)
-        assert answer.status_code == 400 and "no JSON" in answer.json()["error"]["message"]
+        assert answer.status_code == 400 and "not valid JSON" in answer.json()["error"]["message"]
     still_well(http)
 
 

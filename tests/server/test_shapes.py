@@ -304,8 +304,8 @@ def test_ollamas_command_line(http):
 
 @pytest.mark.parametrize("keep", [0, 0.0, "0", "0s"])
 def test_ollamas_clients_cannot_unload_the_model(http, keep):
-    assert "as long as it runs" in refused(http, "/api/generate", keep_alive=keep)
-    assert "as long as it runs" in refused(http, "/api/chat", messages=[], keep_alive=keep)
+    assert "cannot unload its model" in refused(http, "/api/generate", keep_alive=keep)
+    assert "cannot unload its model" in refused(http, "/api/chat", messages=[], keep_alive=keep)
     assert sent(http, "/api/generate", prompt="greet", keep_alive=keep, stream=False)["response"]
 
 
