@@ -67,7 +67,7 @@ def _register_flops(table: Any) -> None:
         importlib.import_module("ktx.kernels.flops").register()
 
 
-# module: a name that it defines, and the function to call then
+# Module: a name that it defines, and the function to call then.
 TABLES: dict[str, tuple[str, Callable[[Any], None]]] = {
     "transformers.integrations.moe": ("use_experts_implementation", _register_experts),
     "transformers.quantizers.auto": ("get_hf_quantizer", _register_quantization),

@@ -60,7 +60,7 @@ NEEDED = (  # local variables of from_pretrained in every tested version
     *HUB_ARGUMENTS,
 )
 PLACEMENT_HINT = "use KtxConfig(device=..., moe_device=..., devices=...) for placement"
-# Device maps for which accelerate chooses the devices
+# Device maps for which accelerate chooses the devices.
 AUTO_DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 # Unsupported arguments of from_pretrained: values that have no effect, and the alternative.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -204,11 +204,11 @@ class KtxQuantizer(HfQuantizer):
         if getattr(self.config, "quantization_config", None) is not None:  # the text part's
             del self.config.quantization_config
         self._check_class()
-        self.place = tempfile.TemporaryDirectory(prefix="ktx-")
-        self.empty = Path(self.place.name, EMPTY_CHECKPOINT)
+        self.temp_dir = tempfile.TemporaryDirectory(prefix="ktx-")
+        self.empty_checkpoint = Path(self.temp_dir.name, EMPTY_CHECKPOINT)
         self.folder = self._fetch()
         self._set_tied_embeddings()
-        save_file({}, self.empty)
+        save_file({}, self.empty_checkpoint)
         config.transformers_weights = EMPTY_CHECKPOINT
         if getattr(config, "dtype", None) is None:
             config.dtype = torch.float32  # otherwise transformers reads it from the checkpoint
@@ -258,14 +258,14 @@ class KtxQuantizer(HfQuantizer):
         downloads = next((self.call[name] for name in DOWNLOAD_LOCALS if name in self.call), None)
         if not isinstance(downloads, dict):
             raise _changed(DOWNLOAD_LOCALS)
-        cache = Path(self.place.name, repo_folder_name(repo_id=self.name, repo_type="model"))
-        self.empty = cache / "snapshots" / root.name / subfolder / EMPTY_CHECKPOINT
+        cache = Path(self.temp_dir.name, repo_folder_name(repo_id=self.name, repo_type="model"))
+        self.empty_checkpoint = cache / "snapshots" / root.name / subfolder / EMPTY_CHECKPOINT
         revision = cache / "refs" / str(downloads["revision"] or "main")
-        for path in (self.empty, revision):
+        for path in (self.empty_checkpoint, revision):
             path.parent.mkdir(parents=True, exist_ok=True)
         revision.write_text(root.name)
         self.downloads, self.saved_downloads = downloads, dict(downloads)
-        downloads |= {"cache_dir": self.place.name, "local_files_only": True, "force_download": False}
+        downloads |= {"cache_dir": self.temp_dir.name, "local_files_only": True, "force_download": False}
         if "commit_hash" in downloads:
             downloads["commit_hash"] = root.name
         if self._uses_remote_code():  # load the code from the same revision
@@ -278,14 +278,14 @@ class KtxQuantizer(HfQuantizer):
         """Removes everything that a checkpoint could be loaded into."""
         if self.downloads is not None:
             self.downloads |= self.saved_downloads
-        checkpoint_files[:] = [str(self.empty)]
+        checkpoint_files[:] = [str(self.empty_checkpoint)]
         for container in (model._modules, model._parameters, model._buffers):
             container.clear()
         model.all_tied_weights_keys = {}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Loads the model with ktx.load and moves its state into transformers' model object."""
-        self.place.cleanup()
+        self.temp_dir.cleanup()
         options = self.ktx_config.options() | ({"device": self.device} if self.device else {})
         loaded, _ = load.load(
             self.folder,
@@ -304,7 +304,7 @@ class KtxQuantizer(HfQuantizer):
         loaded.ktx.tokenizer = self._tokenizer(loaded)
         self._check_experts(loaded)
         generation = {"generation_config": model.generation_config} if self.call.get("generation_config") else {}
-        # Set by the folder's code
+        # Set by the folder's code.
         own_methods = {name: model.__dict__[name] for name in ("generate",) if name in model.__dict__}
         model.__class__ = type(loaded)
         model.__dict__.clear()

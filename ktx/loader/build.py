@@ -267,6 +267,6 @@ def _tie(model: nn.Module, plan: Plan, source: WeightSource) -> None:
             step.tensors.insert(0, target)
             continue
         module.tied_to = origin
-        if module.placement != plan.devices[origin.rpartition(".")[0]]:  # the output layer needs its own copy
+        if module.placement != plan.devices[origin.rpartition(".")[0]]:  # it needs its own copy there
             module.copies = True
             step.tensors.insert(0, origin)

@@ -171,9 +171,9 @@ def load(
         dtype: type that the model computes in. Default: bf16 if a part of the model is on a GPU, else f32.
         kv_dtype: type of the KV cache: f16, bf16, f32, q8_0, fp8 or a torch type. Default: f16 in ktx's caches, the
             model's own type in transformers' caches.
-        threads: number of CPU threads. Default: KTX_THREADS, else chosen by the machine.
+        threads: size of the kernels' thread pool. Default: KTX_THREADS, else ktx.hardware.default_threads.
         weight_dtype, moe_dtype: int8, int4, int4g32, int4g64 or int4g128. Quantizes float weights of linear layers and
-            of experts while they are loaded.
+            of experts while they are loaded. Default of `moe_dtype`: `weight_dtype`.
         moe_experts: number of experts per token, at most as many as the model was trained with.
         trust_remote_code: whether Python code from the model's folder may run.
         progress: whether to draw a progress bar on a terminal, or a sink that is called next to the bar.

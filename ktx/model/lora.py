@@ -48,7 +48,7 @@ class Adapters:
 
     known: dict[str, Adapter] = field(default_factory=dict)
     mapping: Mapping = field(default_factory=Mapping)
-    # By module; an operator refers to it as its attribute `lora`
+    # By module; an operator refers to it by its attribute `lora`.
     loras: dict[nn.Module, Lora] = field(default_factory=dict)
     hooks: dict[nn.Module, RemovableHandle] = field(default_factory=dict)  # forward hooks on torch's own modules
     # Parent, name and module of each module with an adapter; None until it is looked up.

@@ -96,7 +96,8 @@ def fault(model: Any, forward: Forward) -> str:
 def judged(attempt: Callable[[int], Fault | None]) -> str:
     """Returns the text of the fault that counts among attempts 0, 1, ...; empty if the first attempt shows none.
 
-    A certain fault counts at once, any other one if most of MAX_PAIRS attempts show one.
+    A certain fault counts at once. Another one counts if most of MAX_PAIRS attempts show one, and if their median
+    distance exceeds MAX_NOISE_FACTOR times the effect of a rounding error or MAX_NOISE_DISTANCE.
     """
     faults: list[Fault] = []
     for index in range(MAX_PAIRS):
@@ -303,7 +304,7 @@ def _first_difference(model: Any, forward: Forward, ids: list[int], bound: float
 def _module_outputs(model: nn.Module, forward: Callable[[], Any], tokens: int) -> dict[str, torch.Tensor]:
     """Returns the output [tokens, D] of every module for the last `tokens` tokens, in order of completion."""
     outputs: dict[str, torch.Tensor] = {}
-    # skipped: a paged cache has no outputs of it
+    # Without Expansion, which forwards with a paged cache do not call.
     modules = {path: module for path, module in model.named_modules() if path and not isinstance(module, Expansion)}
     with _hooked(modules, tokens, lambda path, rows: outputs.update({path: rows.cpu().float()})):
         forward()

@@ -99,7 +99,7 @@ def captured(model: Footprint, parts: Collection[ModuleMemory], kv_layers: Colle
     """Bytes that CUDA graphs of decode steps with up to `batch` tokens retain.
 
     They hold activations, transfers to the CPU in each layer, attention's partial results and logits. Graphs of all
-    sizes share this memory. Their buffers of token ids and page tables are some hundred kilobytes and are not counted.
+    sizes share this memory. Their buffers of row fields and page tables are some hundred kilobytes and are not counted.
     """
     layers = len({part.layer for part in parts if part.layer is not None})
     num_bytes = activations(model, parts, batch, gpu=True) + layers * crossing(model, batch)
