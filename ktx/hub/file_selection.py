@@ -48,6 +48,7 @@ class Quantization:
 
     @property
     def size(self) -> int:
+        """Total size in bytes."""
         return sum(file.size for file in self.files)
 
 

@@ -1,1 +1,1 @@
-
+"""Checkpoint formats: GGUF, safetensors, packed checkpoints and LoRA adapters, read through `WeightSource`."""

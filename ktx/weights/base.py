@@ -91,6 +91,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes, including the scales."""
         return self.data.numel() + (0 if self.scale is None else self.scale.numel() * 4)
 
 

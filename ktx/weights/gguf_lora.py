@@ -127,24 +127,24 @@ class GGUFAdapter:
         return LowRank(a.contiguous(), b.contiguous(), sources[0].embedding)
 
 
-def read(wish: Wish) -> GGUFAdapter:
+def read(requested: Wish) -> GGUFAdapter:
     """Reads a GGUF adapter.
 
     Raises:
         BadFile: the file cannot be read or is damaged.
         UsageError: it is not a plain LoRA.
     """
-    path = str(wish.path)
+    path = str(requested.path)
     try:
-        content = wish.path.read_bytes()
+        content = requested.path.read_bytes()
     except OSError as error:
         raise BadFile(f"adapter {path}: cannot be read: {error.strerror}") from error
     header = parse_header(content, path)
     alpha = _alpha(header)
     digest = hashlib.sha256(content)
-    digest.update(repr(wish.scale).encode())
-    matrices = _matrices(header, content, alpha, wish.scale)
-    adapter = Adapter(wish.name, path, wish.scale, digest.digest()[:16])
+    digest.update(repr(requested.scale).encode())
+    matrices = _matrices(header, content, alpha, requested.scale)
+    adapter = Adapter(requested.name, path, requested.scale, digest.digest()[:16])
     return GGUFAdapter(adapter, architecture(header.metadata, path), matrices)
 
 

@@ -84,6 +84,7 @@ class GGUFNames:
         return self.tensors[tensor].shape
 
     def has(self, *tensors: str) -> bool:
+        """Whether the file contains all of these tensors."""
         return all(tensor in self.tensors for tensor in tensors)
 
 

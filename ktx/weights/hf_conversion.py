@@ -27,6 +27,7 @@ class ConvertedTensor:
 
     @property
     def sources(self) -> list[str]:
+        """The names of the checkpoint tensors."""
         return [name for names in self.groups.values() for name in names]
 
     def values(self, read: Callable[[str], torch.Tensor], config: Any) -> torch.Tensor:

@@ -145,24 +145,24 @@ def _number(text: str) -> float | None:
         return None
 
 
-def read(wish: Wish) -> AdapterFile:
+def read(requested: Wish) -> AdapterFile:
     """Reads a PEFT adapter.
 
     Raises:
         BadFile: a file is missing or damaged.
         UsageError: the adapter is not a plain LoRA.
     """
-    folder = wish.path if wish.path.is_dir() else wish.path.parent
-    file = folder / WEIGHTS if wish.path.is_dir() else wish.path
+    folder = requested.path if requested.path.is_dir() else requested.path.parent
+    file = folder / WEIGHTS if requested.path.is_dir() else requested.path
     if not file.exists():
         pickled = (
             f"; {PICKLED} is a pickle, which can run code: save it again as safetensors" * (folder / PICKLED).exists()
         )
-        raise BadFile(f"adapter {wish.path}: no {file.name}{pickled}")
+        raise BadFile(f"adapter {requested.path}: no {file.name}{pickled}")
     if not (folder / CONFIG).exists():
-        raise BadFile(f"adapter {wish.path}: no {CONFIG} next to {file.name}; it contains the adapter's scale")
+        raise BadFile(f"adapter {requested.path}: no {CONFIG} next to {file.name}; it contains the adapter's scale")
     config = read_object(folder / CONFIG, "adapter configuration")
-    path = str(wish.path)
+    path = str(requested.path)
     _check(config, path)
     content = file.read_bytes()
     try:
@@ -173,15 +173,15 @@ def read(wish: Wish) -> AdapterFile:
         raise BadFile(f"{file}: is not a safetensors file: {error}") from error
     digest = hashlib.sha256(content)
     digest.update(
-        repr((sorted((key, str(value)) for key, value in config.items() if key in READ), wish.scale)).encode()
+        repr((sorted((key, str(value)) for key, value in config.items() if key in READ), requested.scale)).encode()
     )
     copies = {
         match["module"]: tuple(tensors.pop(key).shape)
         for key in list(tensors)
         if "lora_" not in key and (match := BASE_COPY.fullmatch(key))
     }
-    matrices = _matrices(tensors, config, wish.scale, path)
-    return AdapterFile(Adapter(wish.name, path, wish.scale, digest.digest()[:16]), matrices, copies)
+    matrices = _matrices(tensors, config, requested.scale, path)
+    return AdapterFile(Adapter(requested.name, path, requested.scale, digest.digest()[:16]), matrices, copies)
 
 
 def _check(config: Mapping[str, Any], path: str) -> None:

@@ -104,7 +104,7 @@ class SafetensorsSource:
     # ---- names and shapes
 
     @cached_property
-    def made(self) -> dict[str, ConvertedTensor]:
+    def converted(self) -> dict[str, ConvertedTensor]:
         """Parameters converted from other tensors; most checkpoints have only experts, which are read directly."""
         return made_of(self.tensors, self._converters)
 
@@ -118,7 +118,7 @@ class SafetensorsSource:
         fused = re.match(r"^(.+\.self_attn)\.([kv])_b_proj\.weight$", name)
         if fused and f"{fused[1]}.kv_b_proj.weight" in self.tensors:
             return [f"{fused[1]}.kv_b_proj.weight"]
-        return self.made[name].sources if name in self.made else []
+        return self.converted[name].sources if name in self.converted else []
 
     def _expert_sources(self, experts: str, which: str, bias: bool) -> list[str]:
         fused = ("down_proj" if which == "down" else "gate_up_proj") + ("_bias" if bias else "")
@@ -149,7 +149,7 @@ class SafetensorsSource:
     def _shape_of(self, name: str, sources: list[str]) -> tuple[int, ...]:
         if self._is_converted(name, sources):
             empty = partial(torch.empty, device="meta")
-            return tuple(self.made[name].values(lambda key: empty(self.tensors[key].shape), self.config).shape)
+            return tuple(self.converted[name].values(lambda key: empty(self.tensors[key].shape), self.config).shape)
         shape = self.tensors[sources[0]].shape
         if sources == [name] and not self._transposed(name):
             return shape
@@ -175,7 +175,7 @@ class SafetensorsSource:
         return self.config.model_type == "gpt_oss" and EXPERT.match(name) is not None and not name.endswith("_bias")
 
     def _is_converted(self, name: str, sources: list[str]) -> bool:
-        return sources != [name] and "made" in self.__dict__ and name in self.made and not EXPERT.match(name)
+        return sources != [name] and "converted" in self.__dict__ and name in self.converted and not EXPERT.match(name)
 
     # ---- values
 
@@ -187,7 +187,7 @@ class SafetensorsSource:
         if sources == [name] and not EXPERT.match(name):
             return [self.read(name)]
         if self._is_converted(name, sources):
-            values = self.made[name].values(lambda key: self.read(key).dequantize(), self.config)
+            values = self.converted[name].values(lambda key: self.read(key).dequantize(), self.config)
             return [_as_type(values, self.read(sources[0]))]
         if ".self_attn." in name:
             return [self._from_kv_b(name, sources[0])]
