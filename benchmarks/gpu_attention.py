@@ -183,9 +183,9 @@ def limits() -> tuple[float, float]:
     return copy, 2 * 8192**3 / replayed(lambda: a @ b, 9)
 
 
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+def error(result: torch.Tensor, exact: torch.Tensor) -> float:
     """Returns the relative error in the Frobenius norm."""
-    return float((found.double() - exact).norm() / exact.norm())
+    return float((result.double() - exact).norm() / exact.norm())
 
 
 def measure(row: Row, copy: float, product: float) -> dict[str, Any]:

@@ -82,13 +82,13 @@ def measure_experts(qtype: QType, gate: cpu.Packed, count: int, threads: int, re
     }
 
 
-def table_row(name: str, found: dict[str, float]) -> str:
+def table_row(name: str, results: dict[str, float]) -> str:
     """Returns the table row of a type."""
-    cells = [f"{name:9}{found['bits']:>6.2f}"]
+    cells = [f"{name:9}{results['bits']:>6.2f}"]
     for kernel in ("linear", "experts"):
-        cells.append(f"{found[f'{kernel}_1_gb_s']:>12.1f} GB/s {found[f'{kernel}_1_share']:>4.0%}")
-        cells.append(f"{found[f'{kernel}_512_gops']:>9.0f} GOPS {found[f'{kernel}_512_share']:>4.0%}")
-    return "".join(cells) + f"{found['pack_gb_s']:>9.2f} GB/s"
+        cells.append(f"{results[f'{kernel}_1_gb_s']:>12.1f} GB/s {results[f'{kernel}_1_share']:>4.0%}")
+        cells.append(f"{results[f'{kernel}_512_gops']:>9.0f} GOPS {results[f'{kernel}_512_share']:>4.0%}")
+    return "".join(cells) + f"{results['pack_gb_s']:>9.2f} GB/s"
 
 
 def main(argv: list[str] | None = None) -> int:

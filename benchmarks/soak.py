@@ -265,7 +265,7 @@ def checks(
     return [Check(name, str(found), bound, good) for name, found, bound, good in rows]
 
 
-def report(watch: Watch, found: list[Check]) -> None:
+def report(watch: Watch, results: list[Check]) -> None:
     """Prints the requests, the errors and the table of checks."""
     tally = watch.tally
     seconds = watch.samples[-1].seconds
@@ -276,8 +276,8 @@ def report(watch: Watch, found: list[Check]) -> None:
     print("status: " + ", ".join(f"{status} {count} times" for status, count in sorted(tally.statuses.items())))
     for line in [*dict.fromkeys(tally.wrong), *dict.fromkeys(watch.unhealthy)][:20]:
         print(f"  {line}")
-    widths = [max(len(getattr(row, name)) for row in found) + 2 for name in ("name", "found", "bound")]
-    for row in found:
+    widths = [max(len(getattr(row, name)) for row in results) + 2 for name in ("name", "found", "bound")]
+    for row in results:
         cells = zip((row.name, row.found, row.bound), widths, strict=True)
         print("".join(f"{cell:{width}}" for cell, width in cells) + ("ok" if row.good else "FAILED"))
 
@@ -317,9 +317,9 @@ def main(argv: list[str] | None = None) -> int:
     server = Child(SERVER)
     with server as base:
         assert server.process
-        watch, found = asyncio.run(soak(base, psutil.Process(server.process.pid), args))
-    report(watch, found)
-    return 0 if all(row.good for row in found) else 1
+        watch, results = asyncio.run(soak(base, psutil.Process(server.process.pid), args))
+    report(watch, results)
+    return 0 if all(row.good for row in results) else 1
 
 
 if __name__ == "__main__":

@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report. The exit status is 0 even if something is missing, because the report lists it."""
-    found = report(args.quick)
+    report_data = report(args.quick)
     if args.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(report_data, indent=1))
     else:
-        show(found)
+        show(report_data)
     return 0
 
 

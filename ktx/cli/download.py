@@ -125,10 +125,10 @@ def next_command(folder: Path, selection: FileSelection) -> list[str]:
 # ---- output
 
 
-def print_quantizations(found: Sequence[Quantization]) -> None:
+def print_quantizations(quantizations: Sequence[Quantization]) -> None:
     """Prints a table of a repository's quantizations to standard error."""
     table = _table("quantization", "size", "files")
-    for quantization in found:
+    for quantization in quantizations:
         table.add_row(quantization.name, format_bytes(quantization.size), str(len(quantization.files)))
     _console(sys.stderr).print(table)
 

@@ -89,25 +89,25 @@ def prepare(work: Path, seed: int, thinking: float = 0.1) -> Data:
     return Data(stream, items, encode, random.Random(seed), thinking)
 
 
-def rate(done: float, peak: float) -> float:
-    """Returns the learning rate after a fraction ``done`` of the run: a short warm-up, then a cosine down to 3 %."""
-    return peak * min(1.0, done / 0.02 + 1e-3) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * done)))
+def rate(progress: float, peak: float) -> float:
+    """Returns the learning rate after a fraction ``progress`` of the run: a short warm-up, then a cosine down to 3 %."""
+    return peak * min(1.0, progress / 0.02 + 1e-3) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def chat_share(done: float) -> float:
+def chat_share(progress: float) -> float:
     """Returns the fraction of conversations in a batch, which grows during the run."""
-    return 0.25 if done < 0.5 else 0.5 if done < 0.75 else 0.75
+    return 0.25 if progress < 0.5 else 0.5 if progress < 0.75 else 0.75
 
 
-def shape(done: float, step: int, tokens: int) -> tuple[int, int]:
+def shape(progress: float, step: int, tokens: int) -> tuple[int, int]:
     """Returns (rows, length) of a batch: short rows first, because attention is expensive, full contexts later."""
-    length = 256 if done < 0.6 else 512 if step % 8 else 2048
+    length = 256 if progress < 0.6 else 512 if step % 8 else 2048
     return max(1, tokens // length), length
 
 
-def coarse_step(done: float, step: int) -> bool:
+def coarse_step(progress: float, step: int) -> bool:
     """Returns whether a step uses fake-quantized matrices: every second step late in the run, all at its end."""
-    return done > 0.93 or (done > 0.7 and step % 2 == 0)
+    return progress > 0.93 or (progress > 0.7 and step % 2 == 0)
 
 
 class Coarsened:
@@ -142,17 +142,19 @@ def steps(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Runs the training; yields each step and its measurements."""
     for step in range(first, args.steps):
-        done = step / args.steps
+        progress = step / args.steps
         for group in adam.param_groups:
-            group["lr"] = rate(done, args.lr)
-        ids, weight = (part.to(device) for part in data.batch(*shape(done, step, args.tokens), chat_share(done)))
-        with Coarsened(net, coarse_step(done, step)), torch.autocast(device, torch.bfloat16):
+            group["lr"] = rate(progress, args.lr)
+        ids, weight = (
+            part.to(device) for part in data.batch(*shape(progress, step, args.tokens), chat_share(progress))
+        )
+        with Coarsened(net, coarse_step(progress, step)), torch.autocast(device, torch.bfloat16):
             main, mtp = net.losses(ids, weight, with_mtp=step % 3 == 0)
             (main + 0.3 * mtp).backward()
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         adam.step()
         adam.zero_grad(set_to_none=True)
-        overload = net.balance(rate(done, args.balance))
+        overload = net.balance(rate(progress, args.balance))
         yield step, {"loss": main.item(), "mtp": mtp.item(), "norm": float(norm), "overload": overload}
 
 
