@@ -97,8 +97,7 @@ def extrapolated(args: argparse.Namespace, model: Any, seconds: dict[str, float]
     fewer_layers = max(getattr(model.config, "first_k_dense_replace", 0), layers // 2)
     if not 0 < fewer_layers < layers <= args.of:
         raise SystemExit(
-            f"--of {args.of}: the model has {layers} layers; it needs at least two with experts, and at most as many"
-            " as are asked for"
+            f"--of {args.of}: the model has {layers} layers; it needs at least two with experts, and no more than --of"
         )
     with first_layers(model, fewer_layers):
         fewer_seconds = timed(args, model)
