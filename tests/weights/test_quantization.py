@@ -176,7 +176,8 @@ def test_block_fp8_is_computed(fp8, more, capsys):
     assert relative(logits(loaded), logits(model)) < (1e-2 if in_bf16() else 1e-4)
     assert main(["plan", "--model", str(folder)]) == 0
     assert (
-        f"quantized: fp8, e4m3 with one scale per 128 x 128 weights ({folder / 'config.json'}" in capsys.readouterr().out
+        f"quantized: fp8, e4m3 with one scale per 128 x 128 weights ({folder / 'config.json'}"
+        in capsys.readouterr().out
     )
     assert main(["plan", "--model", str(folder), "--json"]) == 0
     assert "quantized: fp8" in json.loads(capsys.readouterr().out)["notes"][0]["text"]
