@@ -142,7 +142,7 @@ def test_verify_agrees_and_notices_damage(folder, tmp_path):
     )
     (tmp_path / "r.yaml").write_text(
         "- match: {name: 'layers.1.self_attn.o_proj'}\n  replace: {class: broken_op.Half}\n"
-        + (ROOT / "optimize_rules" / "qwen3-moe.yaml").read_text()
+        + (ROOT / "optimize_rules" / "moe.yaml").read_text()
     )
     wrong = ktx(
         "verify",

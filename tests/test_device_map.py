@@ -118,7 +118,7 @@ def test_the_map_places_what_no_rule_does(two, tmp_path):
 
 
 def test_a_rule_of_its_own_wins_over_the_map(two, tmp_path):
-    shipped = (rule_folder() / "deepseek-v3.yaml").read_text()
+    shipped = (rule_folder() / "mla-moe.yaml").read_text()
     rules = "".join(f"  {line}\n" for line in shipped.splitlines())
     first = "  - {match: {name: 'shared_experts$'}, replace: {class: MLP}, device: 'cuda:1'}\n"
     file = written(tmp_path, "rules:\n" + first + rules + "devices: {all: cuda:0, shared_experts: cpu}\n")

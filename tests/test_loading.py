@@ -69,7 +69,7 @@ def test_plan_reads_no_weights_and_shows_everything(qwen):
         "Qwen3MoeExperts" in text
         and "Experts" in text
         and "Q8_0" in text
-        and "qwen3-moe.yaml:" in text
+        and "moe.yaml:" in text
         and "model.layers.[0-1].mlp.experts" in text
     )
     assert plan.totals()["cpu"] == sum(step.nbytes for step in plan) > 0
@@ -87,7 +87,7 @@ def test_a_users_operator_in_a_yaml(qwen, tmp_path, monkeypatch):
     rules = tmp_path / "mine.yaml"
     rules.write_text(
         "- match: {name: 'experts$'}\n  replace: {class: my_ops.SkipLow, kwargs: {threshold: THRESHOLD}}\n  recursive: false\n"
-        + (ktx.injection.rules.rule_folder() / "qwen3-moe.yaml").read_text()
+        + (ktx.injection.rules.rule_folder() / "moe.yaml").read_text()
     )
     text = rules.read_text()
     rules.write_text(text.replace("THRESHOLD", "0.0"))
@@ -189,7 +189,7 @@ def test_experts_with_another_gate_are_refused(qwen, gate, monkeypatch):
         monkeypatch.setattr(
             Qwen3MoeExperts, "has_gate", property(lambda self: False, lambda self, value: None), raising=False
         )
-    with pytest.raises(UsageError, match="qwen3-moe.yaml:.*mlp.experts: .*Qwen3MoeExperts"):
+    with pytest.raises(UsageError, match="moe.yaml:.*mlp.experts: .*Qwen3MoeExperts"):
         ktx.plan(qwen[0], qwen[0] / "m.gguf")
 
 

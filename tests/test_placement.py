@@ -285,14 +285,14 @@ def test_the_file_that_is_written_plans_to_the_same_placement(two, tmp_path, cap
     assert main(["plan", *DEMO, "--vram", vram, "--ram", "2G", "--ctx", "2K", "--write", str(file)]) == 0
     out = capsys.readouterr().out
     assert "keys and values" in out and "at most" in out and "(assumed)" in out
-    assert len(file.read_text().splitlines()) < 40 and "rules: deepseek-v3" in file.read_text()
+    assert len(file.read_text().splitlines()) < 40 and "rules: mla-moe" in file.read_text()
     made = fit(demo, Budget(tuple(size(part) for part in vram.split(",")), 2 * GB, 2048))
     assert {step.path: step.device for step in ktx.plan(*DEMO[1::2], rules=file) if step.tensors} == made.devices
 
 
 def test_a_part_of_the_experts_is_written_and_read(two, tmp_path, v3, capsys):
     made = fit(v3, Budget((48 * GB, 24 * GB), 420 * GB))
-    write_file(tmp_path / "v3.yaml", made, str(rule_folder() / "deepseek-v3.yaml"))
+    write_file(tmp_path / "v3.yaml", made, str(rule_folder() / "mla-moe.yaml"))
     folder = tmp_path / "v3"
     plan = ktx.plan(folder, script("plan_v3").write(folder), rules=tmp_path / "v3.yaml")
     assert {step.path: step.device for step in plan if step.tensors} == made.devices
@@ -305,13 +305,13 @@ def test_a_placement_without_room_for_prompts_experts_says_so_in_its_file(tmp_pa
     file = tmp_path / "v3.yaml"
     for stream, word in ((True, None), (False, "off")):
         made = replace(solve(v3, Budget((48 * GB,), 420 * GB)), stream=stream)
-        write_file(file, made, str(rule_folder() / "deepseek-v3.yaml"))
+        write_file(file, made, str(rule_folder() / "mla-moe.yaml"))
         assert load_rules(file).stream_experts == word
 
 
 def test_rules_of_ones_own_are_named_by_their_path(tmp_path, capsys):
     mine = tmp_path / "mine.yaml"
-    mine.write_text((rule_folder() / "deepseek-v3.yaml").read_text())
+    mine.write_text((rule_folder() / "mla-moe.yaml").read_text())
     file = tmp_path / "sub" / "placed.yaml"
     file.parent.mkdir()
     assert main(["plan", *DEMO, "--rules", str(mine), "--ram", "2G", "--write", str(file)]) == 0

@@ -27,7 +27,7 @@ def test_plan_of_671_billion_weights(tmp_path):
         if used < plan_v3.MAX_CPU_S:
             break
     assert used < plan_v3.MAX_CPU_S and peak < plan_v3.MAX_BYTES, f"{used:.1f} s, {peak / 2**20:.0f} MiB"
-    assert "model.layers.[3-60].mlp.experts " in text and "Q4_K+Q6_K" in text and "deepseek-v3.yaml:" in text
+    assert "model.layers.[3-60].mlp.experts " in text and "Q4_K+Q6_K" in text and "mla-moe.yaml:" in text
     assert "total cpu: 405 GB" in text and "/" not in text.splitlines()[1].split()[-1]  # the file's folder is left out
 
 

@@ -130,7 +130,9 @@ def test_a_dotted_class_is_that_class_and_no_namesake():
 @given(st.data())
 def test_a_damaged_rule_file_is_one_line_or_rules(data):
     text = data.draw(
-        st.sampled_from([(rule_folder() / f"{name}.yaml").read_text() for name in ("qwen3-moe", "generic")] + [GOOD])
+        st.sampled_from(
+            [(rule_folder() / f"{name}.yaml").read_text() for name in ("moe", "hybrid", "generic")] + [GOOD]
+        )
     )
     for _ in range(data.draw(st.integers(1, 3))):
         at, cut = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 6))
@@ -142,9 +144,9 @@ def test_a_damaged_rule_file_is_one_line_or_rules(data):
 
 
 def test_every_shipped_file_parses_and_is_short():
-    from ktx.injection.rules import FILES
+    from ktx.families import RULE_ALIASES, RULE_FILES
 
-    assert set(FILES.values()) <= set(shipped())
+    assert {*RULE_FILES.values(), *RULE_ALIASES.values()} <= set(shipped())
     for name in shipped():
         assert parse((rule_folder() / f"{name}.yaml").read_text(), name)
         assert len((rule_folder() / f"{name}.yaml").read_text().splitlines()) <= 40
@@ -238,3 +240,36 @@ def test_rules_import_no_torch_operator_until_planned():
 def test_a_list_of_something_else_is_refused():
     with pytest.raises(UsageError, match="must contain ktx.Rule, found str"):
         load_rules(["deepseek-v3"])
+
+
+def test_a_class_may_be_a_regular_expression():
+    class TinyRMSNorm(nn.Module):
+        pass
+
+    class Derived(TinyRMSNorm):
+        pass
+
+    path = f"{TinyRMSNorm.__module__}.{TinyRMSNorm.__qualname__}"
+    assert Rule(cls=r"\w+RMSNorm").matches("x", TinyRMSNorm) and Rule(cls=r"\w+RMSNorm").matches("x", Derived)
+    assert Rule(cls=re.escape(path)).matches("x", TinyRMSNorm) and Rule(cls=r"(?!Tiny)\w+").matches("x", nn.Linear)
+    for partial in (r"RMSNor[m]", r"\w+RMSNor", r"\w+RMSNorm\w+", r"(?!Tiny)\w+RMSNorm"):
+        assert not Rule(cls=partial).matches("x", TinyRMSNorm), partial
+    own = type("Own", (nn.Linear,), {"forward": lambda self, x: x})  # computes something else than the layer
+    assert not Rule(cls=r"\w*Linear").matches("x", own) and Rule(cls=r"O\w+").matches("x", own)
+    assert Rule(cls="torch.nn.Linear").matches("x", nn.Linear) and not Rule(cls="torch.nn.Linear").matches("x", Derived)
+
+
+@pytest.mark.parametrize("pattern", [r"\w+(", "*Norm", "[a-", "(?P<x>a)(?P<x>b)"])
+def test_a_class_that_is_no_regular_expression_is_an_error_with_its_line(pattern):
+    with pytest.raises(UsageError, match=r"f:2: match.class .* is not a regular expression"):
+        parse(f"-\n  match: {{class: '{pattern}'}}\n  replace: {{class: Linear}}\n", "f")
+    with pytest.raises(UsageError, match=r"mine: match.class .* is not a regular expression"):
+        Rule(cls=pattern, where="mine")
+
+
+@pytest.mark.parametrize("name", ["deepseek-v2", "qwen3-moe", "llama", "gpt-oss", "qwen3_5-moe"])
+def test_shipped_files_are_found_by_their_earlier_names(name):
+    from ktx.families import RULE_ALIASES
+
+    expected = load_rules(RULE_ALIASES[name])
+    assert load_rules(name) == load_rules(f"{name}.yaml") == load_rules(rule_folder() / f"{name}.yaml") == expected

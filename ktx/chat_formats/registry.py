@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ktx.families import CHAT_FORMATS
+
 
 @dataclass(frozen=True)
 class CallFormat:
@@ -35,8 +37,6 @@ class ChatFormat:
     calls_in_thought: bool = False
     prompt_opens: bool = False  # the generation prompt ends inside the reasoning block by default
     marks: tuple[str, ...] = field(default=(), compare=False)  # the family's chat template contains all of them
-    # model_type of config.json, used where no template has the marks
-    model_types: tuple[str, ...] = field(default=(), compare=False)
     # the form of messages that its chat template expects
     argument_text: bool = False  # arguments are JSON text instead of an object, and empty content with calls is None
     developer: bool = False  # supports the role "developer"
@@ -127,7 +127,6 @@ _ROWS = (
         HARMONY,
         ("", ""),
         marks=("<|channel|>",),
-        model_types=("gpt_oss",),
         developer=True,
         thinking_key="thinking",
         one_call=True,
@@ -137,15 +136,12 @@ _ROWS = (
         KIMI,
         calls_in_thought=True,
         marks=("<|tool_call_argument_begin|>",),
-        model_types=("kimi_k2", "kimi_k25", "kimi_linear"),
         ids="named",
     ),
-    ChatFormat(
-        "minimax-m2", MINIMAX, prompt_opens=True, marks=("minimax:tool_call",), model_types=("minimax_m2", "minimax")
-    ),
-    ChatFormat("glm-4.5", PAIRS, marks=("<arg_key>",), model_types=("glm4_moe", "glm4v_moe", "glm_moe_dsa")),
-    ChatFormat("qwen3-coder", TAGS, marks=("<function=", "<parameter="), model_types=("qwen3_5", "qwen3_5_moe")),
-    ChatFormat("deepseek-v3.2", DSML, marks=("｜DSML｜",), model_types=("deepseek_v32",)),
+    ChatFormat("minimax-m2", MINIMAX, prompt_opens=True, marks=("minimax:tool_call",)),
+    ChatFormat("glm-4.5", PAIRS, marks=("<arg_key>",)),
+    ChatFormat("qwen3-coder", TAGS, marks=("<function=", "<parameter=")),
+    ChatFormat("deepseek-v3.2", DSML, marks=("｜DSML｜",)),
     ChatFormat(
         "deepseek-r1",
         DEEPSEEK_V3,
@@ -157,7 +153,6 @@ _ROWS = (
         "deepseek-v3",
         DEEPSEEK_V3,
         marks=("<｜tool▁calls▁begin｜>", "```json"),
-        model_types=("deepseek_v3", "deepseek_v2"),
         argument_text=True,
     ),
     ChatFormat(
@@ -172,15 +167,12 @@ _ROWS = (
         MISTRAL_LIST,
         ("[THINK]", "[/THINK]"),
         marks=("[TOOL_CALLS]",),
-        model_types=("mistral", "mixtral", "mistral3", "ministral3"),
         ids="short",
     ),
-    ChatFormat("llama-4", LLAMA_4, marks=("<|python_start|>",), model_types=("llama4", "llama4_text")),
+    ChatFormat("llama-4", LLAMA_4, marks=("<|python_start|>",)),
     ChatFormat("llama-3", LLAMA_3, marks=("<|python_tag|>",), one_call=True),
     ChatFormat("llama-3", LLAMA_3, marks=("<|start_header_id|>", '"parameters"'), one_call=True),
-    ChatFormat(
-        "qwen3", HERMES, marks=_TOOL_CALL[:1], model_types=("qwen3", "qwen3_moe", "qwen3_next", "qwen2", "qwen2_moe")
-    ),
+    ChatFormat("qwen3", HERMES, marks=_TOOL_CALL[:1]),
     ChatFormat("plain"),
 )
 DIALECTS: dict[str, ChatFormat] = {row.name: row for row in reversed(_ROWS)}
@@ -194,7 +186,7 @@ def dialect_for(chat_template: str | None, model_type: str | None = None) -> Cha
         for row in _ROWS:
             if row.marks and all(mark in chat_template for mark in row.marks):
                 return row
-    return next((row for row in _ROWS if model_type and model_type in row.model_types), DIALECTS["plain"])
+    return DIALECTS[CHAT_FORMATS.get(model_type or "", "plain")]
 
 
 def opened(prompt: str, chat_format: ChatFormat) -> bool:

@@ -19,7 +19,7 @@ from ktx.engine.runner import ModelRunner, SequentialRunner
 from ktx.engine.sampler import SamplingParams
 from ktx.engine.scheduler import ScheduledChunk
 from ktx.errors import UsageError
-from ktx.injection.rules import FILES
+from ktx.families import RULE_FILES
 from ktx.model.self_test import NEAR_HALF, Cached, Fault, away, check, judged, undisturbed
 from ktx.ops.recurrent import Recurrent
 from ktx.utils.torch_defaults import torch_defaults
@@ -41,7 +41,7 @@ def runner_for(model: Any, pages: int, captured: int = 0) -> ModelRunner:
         UsageError: the model cannot continue from a cache.
         SelfTestFailed: the model computes wrong logits on pages.
     """
-    known_family = model.config.model_type in FILES
+    known_family = model.config.model_type in RULE_FILES
     reason = _unsupported_layer(model) or ("" if known_family else _mismatch(ModelRunner(model, 2)))
     if known_family and not reason and model.ktx.self_test:
         check(model, OnPages(ModelRunner(model, 1)))

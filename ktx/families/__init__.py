@@ -33,7 +33,7 @@ def _merged(*tables: Mapping[str, T]) -> dict[str, T]:
 
 
 FAMILIES = _declared()
-BY_MODEL_TYPE: dict[str, Family] = _merged(*({name: family for name in family.model_types} for family in FAMILIES))
+BY_MODEL_TYPE: dict[str, Family] = _merged(*(dict.fromkeys(family.model_types, family) for family in FAMILIES))
 RULE_FILES = {name: family.rules for name, family in BY_MODEL_TYPE.items() if family.rules != "generic"}
 RULE_ALIASES = {family.rules_alias: family.rules for family in FAMILIES if family.rules_alias}
 PRE_NORM_LAYERS = frozenset(name for family in FAMILIES for name in family.layers)
@@ -42,7 +42,7 @@ HALF_TABLES = frozenset(name for family in FAMILIES if family.half_tables for na
 MLA_PAIRING: dict[str, Pairing] = _merged(*(family.mla for family in FAMILIES))
 ROUTERS: dict[str, RoutingSpec] = _merged(*(family.routers for family in FAMILIES))
 CHAT_FORMATS = _merged(
-    *({name: family.chat for name in (*family.model_types, *family.chat_model_types)} for family in FAMILIES if family.chat)
+    *(dict.fromkeys((*family.model_types, *family.chat_model_types), family.chat) for family in FAMILIES if family.chat)
 )
 GGUF_MODEL_TYPES: dict[str, tuple[str, ...]] = {}
 for _family in FAMILIES:

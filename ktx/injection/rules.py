@@ -1,7 +1,8 @@
 """Rule files: parses YAML into rules and a device map.
 
 A rule file is a list. Each item has `match` (`name`, a regular expression searched in the module path, and/or `class`,
-a dotted or short name compared with the module's class and its bases) and `replace` (`class`, an operator's short name
+a dotted or short name, or a regular
+expression for one, compared with the module's class and its bases) and `replace` (`class`, an operator's short name
 or dotted path, or `default` to keep the module; `kwargs`), and optionally `recursive` and `device`. The first rule that
 matches applies. A file may also be a mapping: `devices` is the device map (ktx.injection.device_map), `gpu_experts` the
 number of experts per layer on its GPU, `stream_experts` the min number of tokens from which the other experts are
@@ -16,12 +17,14 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ktx.errors import BadFile, UsageError, did_you_mean
+from ktx.families import RULE_ALIASES, RULE_FILES
 from ktx.injection.device_map import PlacementEntry, place, share, streaming
 
 FILE_KEYS = ("devices", "gpu_experts", "stream_experts", "rules")  # keys of a file that is a mapping
@@ -30,29 +33,7 @@ KEYS: dict[str, dict[str, type]] = {
     "match": {"name": str, "class": str},
     "replace": {"class": str, "kwargs": dict, "device": str},
 }
-FILES = {  # model_type -> rule file; other types get `generic`
-    "deepseek_v2": "deepseek-v2",
-    "deepseek_v3": "deepseek-v3",
-    "kimi_k2": "deepseek-v3",
-    "qwen2_moe": "qwen2-moe",
-    "qwen3_moe": "qwen3-moe",
-    "qwen3_next": "qwen3-next",
-    "qwen3_5_moe_text": "qwen3_5-moe",
-    "qwen3_5_text": "qwen3_5",
-    "mixtral": "mixtral",
-    "dots1": "dots1",
-    "olmoe": "olmoe",
-    "glm4_moe": "glm4-moe",
-    "glm4_moe_lite": "glm4-moe-lite",
-    "minimax_m2": "minimax-m2",
-    "ernie4_5_moe": "ernie4_5-moe",
-    "gpt_oss": "gpt-oss",
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "phi3": "phi3",
-}
+CLASS_PATH = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")  # any other match.class is a regular expression
 
 
 @dataclass(frozen=True)
@@ -72,6 +53,8 @@ class Rule:
             object.__setattr__(self, "name", re.compile(self.name))
         if self.name is None and self.cls is None:
             raise UsageError(f"{self.where}: a rule needs a condition: set match.name or match.class")
+        if self.cls is not None and not CLASS_PATH.fullmatch(self.cls):
+            _compiled(self.cls, f"{self.where}: match.class")
 
     def matches(self, path: str, cls: type) -> bool:
         """Whether the rule applies to a module of class `cls` at `path`."""
@@ -81,7 +64,13 @@ class Rule:
 
 
 def _has_name(cls: type, name: str) -> bool:
-    """Whether `name` is a class's short name, its full path, or a package's path to it (torch.nn.Linear)."""
+    """Whether `name` is a class's short name, its full path, or a package's path to it (torch.nn.Linear).
+
+    A name that is no dotted path is a regular expression: it must match the short name or the full path completely.
+    """
+    if not CLASS_PATH.fullmatch(name):
+        pattern = _compiled(name, "match.class")
+        return any(map(pattern.fullmatch, (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")))
     package, _, short = name.rpartition(".")
     if cls.__name__ != short:
         return False
@@ -300,8 +289,10 @@ def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
     device = next(
         (reader.value(section["device"], str, "device") for section in (sections, replace) if "device" in section), None
     )
+    if cls and not CLASS_PATH.fullmatch(cls):
+        _compiled(cls, f"{reader.at(match['class'])}: match.class")
     return Rule(
-        _pattern(name, match, reader),
+        _compiled(name, f"{reader.at(match['name'])}: match.name") if name else None,
         cls,
         None if new_class in ("default", None) else new_class,
         kwargs or {},
@@ -311,17 +302,15 @@ def _parse_rule(node: yaml.Node, reader: _YamlReader) -> Rule:
     )
 
 
-def _pattern(name: str | None, match: Mapping[str, yaml.Node], reader: _YamlReader) -> re.Pattern[str] | None:
-    if not name:
-        return None
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str, where: str) -> re.Pattern[str]:
+    """Compiles a regular expression; `where` is the prefix of the error message."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # warns of syntax that a later Python may change
-            return re.compile(name)
+            return re.compile(pattern)
     except re.error as error:
-        raise UsageError(
-            f"{reader.at(match['name'])}: match.name {name!r} is not a regular expression: {error}"
-        ) from None
+        raise UsageError(f"{where} {pattern!r} is not a regular expression: {error}") from None
 
 
 # ---- finding rule files
@@ -360,22 +349,24 @@ def load_rules(rules: str | Path | Sequence[Rule] | None, model_type: str = "") 
             )
         return Rules(rules)
     explicit = rules is not None
-    path = _rule_path(rules if explicit else FILES.get(model_type, "generic"))
+    path = _rule_path(rules if explicit else RULE_FILES.get(model_type, "generic"))
     parsed = parse(_read_text(path), str(path), model_type)
     parsed.explicit = parsed.explicit and explicit
     return parsed
 
 
 def _rule_path(rules: object) -> Path:
-    """Returns the path of a rule file: an existing path, or a shipped file by name."""
+    """Returns the path of a rule file: an existing path, or a shipped file by its name or an earlier name."""
     path = Path(str(rules)).expanduser()
     if path.is_file():
         return path
-    shipped_path = rule_folder() / f"{path.name.removesuffix('.yaml').lower()}.yaml"
-    if path.parent != Path(".") or not shipped_path.is_file():
+    name = path.name.removesuffix(".yaml").lower()
+    shipped_path = rule_folder() / f"{RULE_ALIASES.get(name, name)}.yaml"
+    by_name = path.parent == Path(".") or path.parent.resolve() == rule_folder()
+    if not by_name or not shipped_path.is_file():
         raise BadFile(
-            f"{rules}: no such rule file, and no shipped one has this name{did_you_mean(path.stem, shipped())};"
-            f" shipped: {' '.join(shipped())}"
+            f"{rules}: no such rule file, and no shipped one has this name"
+            f"{did_you_mean(path.stem, [*shipped(), *RULE_ALIASES])}; shipped: {' '.join(shipped())}"
         )
     return shipped_path
 

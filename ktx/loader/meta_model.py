@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ktx.errors import BadFile, UsageError
+from ktx.families import RULE_FILES
 from ktx.hub.file_selection import OTHER_FILES
-from ktx.injection.rules import FILES
 from ktx.transformers_compat import config_dict, text_part, writes_text
 from ktx.utils.json_file import read_object
 from ktx.weights.base import WeightSource
@@ -148,7 +148,7 @@ def skeleton(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    if config.model_type in FILES:
+    if config.model_type in RULE_FILES:
         model.config._attn_implementation = attention.NAME
     else:  # an unknown family may read its mask elsewhere too (a sparse indexer), so the mask must be a matrix
         model.config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"

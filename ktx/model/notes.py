@@ -17,9 +17,10 @@ from torch import nn
 
 import ktx
 from ktx.devices import Device
+from ktx.families import RULE_FILES
 from ktx.hardware import format_bytes
 from ktx.injection.inject import Plan
-from ktx.injection.rules import FILES, Rules
+from ktx.injection.rules import Rules
 from ktx.kernels import cpu
 from ktx.ops.base import target_qtype
 
@@ -115,7 +116,7 @@ def notes_of(
     """
     model_type = str(model.config.model_type)  # type: ignore[union-attr]
     notes = []
-    if not rules.explicit and model_type not in FILES:
+    if not rules.explicit and model_type not in RULE_FILES:
         notes.append(
             Note(
                 "generic",

@@ -22,7 +22,7 @@ from torch import nn
 
 from ktx.cache.kv import KVCache
 from ktx.errors import KtxError, SelfTestFailed, UsageError
-from ktx.injection.rules import FILES
+from ktx.families import RULE_FILES
 from ktx.ops.base import Operator
 from ktx.ops.experts import Experts
 from ktx.ops.gpu import offload
@@ -142,7 +142,7 @@ class Cached:
     def __init__(self, model: Any):
         self.model, self.length = model, 0
         self.cache: Any = None
-        self.own, self.has_rules = keeps_own_cache(model), model.config.model_type in FILES
+        self.own, self.has_rules = keeps_own_cache(model), model.config.model_type in RULE_FILES
         self.has_cache = True
 
     def __call__(self, ids: list[int], past: int) -> torch.Tensor:

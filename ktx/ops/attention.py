@@ -21,6 +21,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from ktx.cache.kv import KVType, as_stock
 from ktx.cache.paged import PagedCache
 from ktx.errors import UsageError
+from ktx.families import FUSABLE_ATTENTION, HALF_TABLES
 from ktx.kernels import cpu, reference
 from ktx.kernels.gpu.attention_backend import known_backend
 from ktx.kernels.gradients import backward_only, recorded
@@ -45,20 +46,6 @@ from ktx.ops.norm import RMSNorm
 from ktx.transformers_compat import CACHE_NAMES
 
 NAME = "ktx"
-FUSABLE = (  # attention that is: project, normalize q and k if there are norms, RoPE on halves, cache, attend, project
-    "LlamaAttention",
-    "MistralAttention",
-    "MixtralAttention",
-    "Qwen2Attention",
-    "Qwen2MoeAttention",
-    "Qwen3Attention",
-    "Qwen3MoeAttention",
-    "Dots1Attention",
-    "Glm4MoeAttention",
-    "MiniMaxM2Attention",
-    "GptOssAttention",
-)
-
 # Arguments, besides tensors and mask, that a module may pass to its attention function: `attend` handles them, or they
 # have no effect on the result.
 KNOWN_KWARGS = (
@@ -296,9 +283,9 @@ class Attention(Operator):
                 " (layer_idx)"
             )
         new: Attention = adopt(cls, old, ctx)
-        new.kv_dtype, new.block, new.usual = ctx.kv_dtype, None, type(old).__name__ in FUSABLE
+        new.kv_dtype, new.block, new.usual = ctx.kv_dtype, None, type(old).__name__ in FUSABLE_ATTENTION
         new.backend = known_backend(backend)
-        new.half_tables = type(old).__name__ == "GptOssAttention"
+        new.half_tables = type(old).__name__ in HALF_TABLES
         new.uses_ktx_kernel = hasattr(old, "config") and not unsupported_kwargs(old)
         if hasattr(old, "config"):
             new.choice = Choice(old.config)
@@ -351,7 +338,7 @@ PROJECTIONS, NORMS = ["q_proj", "k_proj", "v_proj", "o_proj"], ["q_norm", "k_nor
 
 
 class AttentionBlock:
-    """Fuses the attention of a FUSABLE module into one kernel call, on a cache that grows in place."""
+    """Fuses the attention of a FUSABLE_ATTENTION module into one kernel call, on a cache that grows in place."""
 
     def __init__(self, owner: Attention, matrices: WeightDescriptor):
         self.owner, self.halved = owner, owner.half_tables

@@ -17,6 +17,7 @@ from ktx.cache.kv import as_stock, values_of
 from ktx.cache.page_pool import PAGE_TOKENS
 from ktx.cache.paged import BatchMetadata, batch_of, gather_pages, paged
 from ktx.errors import UsageError
+from ktx.families import MLA_PAIRING
 from ktx.kernels import cpu
 from ktx.kernels.gpu.attention_backend import known_backend
 from ktx.kernels.gradients import recorded
@@ -56,14 +57,6 @@ if TYPE_CHECKING:
 MIN_EXPANDED_TOKENS = 128
 EXPAND_BYTES = 1 << 28  # memory for the expanded keys and values of the heads that are computed at a time
 # Attention classes that compute as DeepSeek's does, and which columns RoPE rotates as a pair.
-ROPE = {
-    "DeepseekV2Attention": "interleaved",
-    "DeepseekV3Attention": "config",
-    "AXK1Attention": "config",
-    "Glm4MoeLiteAttention": "config",
-    "MiniCPM3Attention": "halves",
-    "YoutuAttention": "config",
-}
 
 
 class MLA(Operator):
@@ -71,7 +64,7 @@ class MLA(Operator):
 
     Options:
         absorb_for_prefill: Use the absorbed form for any number of tokens, which saves memory and costs prefill speed.
-        rope (interleaved, halves, config): The rotary pairs of a class that is not in ROPE; the user asserts that the
+        rope (interleaved, halves, config): The rotary pairs of a class that is not in MLA_PAIRING; the user asserts that the
             class computes as DeepSeek's does.
         backend (triton, flashinfer, auto): The attention kernels on a GPU.
 
@@ -111,7 +104,7 @@ class MLA(Operator):
             raise UsageError(
                 f"{ctx.path} is a {type(old).__name__}: MLA needs an attention with a compressed latent (kv_lora_rank)"
             )
-        pairs = _rotary_pairs(rope or ROPE.get(type(old).__name__, ""), old, ctx)
+        pairs = _rotary_pairs(rope or MLA_PAIRING.get(type(old).__name__, ""), old, ctx)
         new: MLA = adopt(cls, old, ctx)
         del new._modules["kv_b_proj"]
         new.dtype = ctx.dtype
@@ -696,7 +689,7 @@ def _rotary_pairs(rope: str, old: Any, ctx: Context) -> str:
     if rope == "config":
         return "interleaved" if old.config.rope_interleave else "halves"
     if rope not in ("interleaved", "halves"):
-        supported = " ".join(ROPE)
+        supported = " ".join(MLA_PAIRING)
         raise UsageError(
             f"{ctx.path}: {type(old).__name__} may differ from DeepSeek's attention; MLA supports {supported}. If it"
             " does not differ, set the option rope: interleaved, halves or config"

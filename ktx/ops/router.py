@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from ktx.families import ROUTERS, RoutingSpec
 from ktx.kernels import cpu
 from ktx.kernels.gradients import recorded
 from ktx.ops import contract
@@ -17,46 +17,8 @@ from ktx.ops.guard import Inside, listened
 from ktx.weights.base import QuantizedTensor
 
 
-@dataclass(frozen=True)
-class RoutingSpec:
-    """How the routers of a family compute.
-
-    Attributes:
-        scoring: The function from logits to scores: softmax, sigmoid, or softmax over the top-k (softmax_topk).
-        groups: How groups of experts are ranked: by their best expert (max), by the sum of their two best (top2), or
-            not at all (none).
-        renorm: Whether the weights of the top-k are normalized to sum 1, or the name of the attribute for it.
-        scaled: Whether the weights are multiplied by `routed_scaling_factor`.
-        own_dtype: Whether the weights are returned in the dtype of the hidden states, instead of f32.
-    """
-
-    scoring: str
-    groups: str = "none"
-    renorm: bool | str = False
-    scaled: bool = False
-    own_dtype: bool = False
-
-
-STYLES: dict[str, RoutingSpec] = {
-    "DeepseekV2TopkRouter": RoutingSpec("softmax", "max", scaled=True),
-    "DeepseekV3TopkRouter": RoutingSpec("sigmoid", "top2", "norm_topk_prob", scaled=True),
-    "Dots1TopkRouter": RoutingSpec("sigmoid", "top2", "norm_topk_prob", scaled=True),
-    "Glm4MoeTopkRouter": RoutingSpec("sigmoid", "top2", "norm_topk_prob", scaled=True),
-    "Glm4MoeLiteTopkRouter": RoutingSpec("sigmoid", "top2", "norm_topk_prob", scaled=True),
-    "OlmoeTopKRouter": RoutingSpec("softmax", renorm="norm_topk_prob", own_dtype=True),
-    "Qwen2MoeTopKRouter": RoutingSpec("softmax", renorm="norm_topk_prob", own_dtype=True),
-    "Qwen3MoeTopKRouter": RoutingSpec("softmax", renorm="norm_topk_prob", own_dtype=True),
-    "Qwen3_5MoeTopKRouter": RoutingSpec("softmax", renorm=True, own_dtype=True),
-    "Qwen3NextTopKRouter": RoutingSpec("softmax", renorm="norm_topk_prob", own_dtype=True),
-    "MixtralTopKRouter": RoutingSpec("softmax", renorm=True),
-    "MiniMaxM2TopKRouter": RoutingSpec("sigmoid", renorm=True),
-    "Ernie4_5_MoeTopKRouter": RoutingSpec("softmax", renorm=True, own_dtype=True),
-    "GptOssTopKRouter": RoutingSpec("softmax_topk", own_dtype=True),
-}
-
-
 class Router(Operator):
-    """Replaces the routers in STYLES, with the same parameters and the same return value (logits, weights, ids).
+    """Replaces the routers in ROUTERS, with the same parameters and the same return value (logits, weights, ids).
 
     Attributes:
         packed: The packed weight.
@@ -66,9 +28,9 @@ class Router(Operator):
 
     @classmethod
     def from_hf(cls, old: Any, ctx: Context, **kwargs: Any) -> Router:
-        name = known_class(old, STYLES, ctx, "the router {} is not supported")
+        name = known_class(old, ROUTERS, ctx, "the router {} is not supported")
         new: Router = adopt(cls, old, ctx)
-        new.style = STYLES[name]
+        new.style = ROUTERS[name]
         if name == "DeepseekV2TopkRouter" and old.topk_method == "greedy":
             new.style = RoutingSpec("softmax", scaled=True)
         new.packed, new.version, new.inside = None, (), None
@@ -79,7 +41,7 @@ class Router(Operator):
     remade = ("packed", "version", "inside")
     reads = frozenset(
         {"weight", "bias", "e_score_correction_bias", "top_k", "num_group", "topk_group", "routed_scaling_factor"}
-        | {style.renorm for style in STYLES.values() if isinstance(style.renorm, str)}
+        | {style.renorm for style in ROUTERS.values() if isinstance(style.renorm, str)}
     )
     packed: cpu.Packed | None
     inside: Inside | None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ktx.families import PRE_NORM_LAYERS
 from ktx.kernels.fused_steps import run
 from ktx.kernels.gradients import recorded
 from ktx.ops import class_patches, contract
@@ -27,22 +28,6 @@ from ktx.ops.moe import MoE
 from ktx.ops.norm import RMSNorm
 
 CHILDREN = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
-PRE_NORM_LAYERS = (  # layers that compute x = x + attention(norm(x)), then x = x + mlp(norm(x))
-    "DeepseekV2DecoderLayer",
-    "DeepseekV3DecoderLayer",
-    "Dots1DecoderLayer",
-    "Ernie4_5_MoeDecoderLayer",
-    "Glm4MoeDecoderLayer",
-    "Glm4MoeLiteDecoderLayer",
-    "LlamaDecoderLayer",
-    "MiniMaxM2DecoderLayer",
-    "MistralDecoderLayer",
-    "MixtralDecoderLayer",
-    "Qwen2DecoderLayer",
-    "Qwen2MoeDecoderLayer",
-    "Qwen3DecoderLayer",
-    "Qwen3MoeDecoderLayer",
-)
 # Layers of one kernel call. Few tokens may have more layers in a call, up to this product of tokens and layers; it is
 # bounded because a forward can only be cancelled between calls.
 GROUP_LAYERS, MAX_TOKEN_LAYERS = 8, 64
