@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ktx.errors import BadFile, did_you_mean
+from ktx.families import FAMILIES, GGUF_MODEL_TYPES, Family
 from ktx.weights.gguf_header import Header, architecture
 from ktx.weights.gguf_keys import refuse_kind, scalar, scaling_of
 from ktx.weights.gguf_tokenizer import end_tokens
@@ -23,37 +25,32 @@ COMMON = {
     "intermediate_size": "feed_forward_length?",
     "head_dim": "attention.key_length?",
 }
-MOE = {"num_experts_per_tok": "expert_used_count", "moe_intermediate_size": "expert_feed_forward_length?"}
-DEEPSEEK = MOE | {
-    "n_routed_experts": "expert_count",
-    "n_shared_experts": "expert_shared_count?",
-    "first_k_dense_replace": "leading_dense_block_count?",
-    "kv_lora_rank": "attention.kv_lora_rank",
-    "q_lora_rank": "attention.q_lora_rank?",
-    "qk_rope_head_dim": "rope.dimension_count",
-    "routed_scaling_factor": "expert_weights_scale?",
-    "norm_topk_prob": "expert_weights_norm?",
-    "n_group": "expert_group_count?",
-    "topk_group": "expert_group_used_count?",
-}
 REMEDY = "pass the Hugging Face folder to --model and this file to --weights"
-FIXED: dict[str, dict[str, Any]] = {  # fixed in llama.cpp's graph of the architecture, without a metadata key
-    "qwen3_moe": {"norm_topk_prob": True},
-    "qwen2_moe": {"norm_topk_prob": False},
-}
-FAMILIES: dict[str, tuple[str, dict[str, str]]] = {  # GGUF architecture -> (model_type, keys in addition to COMMON)
-    "llama": ("llama", {}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {}),
-    "phi3": ("phi3", {}),
-    "qwen2moe": (
-        "qwen2_moe",
-        MOE | {"num_experts": "expert_count", "shared_expert_intermediate_size": "expert_shared_feed_forward_length?"},
-    ),
-    "qwen3moe": ("qwen3_moe", MOE | {"num_experts": "expert_count"}),
-    "deepseek2": ("deepseek_v3", DEEPSEEK),
-}
-NEEDS_FOLDER = ("qwen3next", "qwen35", "qwen35moe", "glm4moe", "minimax-m2", "ernie4_5-moe", "gpt-oss")
+
+
+def _family(arch: str, metadata: dict[str, Any], path: Path) -> Family:
+    """The family whose configuration the metadata describes.
+
+    Raises:
+        BadFile: the architecture is not supported, or its metadata lacks part of the configuration.
+    """
+    families = [family for family in FAMILIES if family.gguf and family.gguf.arch == arch]
+    complete = [family for family in families if family.gguf and family.gguf.config_keys is not None]
+    if not complete:
+        reason = (
+            "its metadata lacks part of the configuration"
+            if families
+            else f"the architecture is not supported{did_you_mean(arch, GGUF_MODEL_TYPES)}"
+        )
+        raise BadFile(f"{path}: a {arch} file cannot be used alone ({reason}); {REMEDY}")
+    has_experts = bool(metadata.get(f"{arch}.expert_count"))
+    return next(
+        (family for family in complete if has_experts == ("expert_count" in _keys(family).values())), complete[0]
+    )
+
+
+def _keys(family: Family) -> Mapping[str, str]:
+    return (family.gguf.config_keys if family.gguf else None) or {}
 
 
 def config_from_gguf(path: Path) -> Any:
@@ -68,18 +65,14 @@ def config_from_gguf(path: Path) -> Any:
 
     header = whole_header(path)
     arch = architecture(header.metadata, str(path))
-    if arch not in FAMILIES:
-        reason = (
-            "its metadata lacks part of the configuration"
-            if arch in NEEDS_FOLDER
-            else f"the architecture is not supported{did_you_mean(arch, FAMILIES)}"
-        )
-        raise BadFile(f"{path}: a {arch} file cannot be used alone ({reason}); {REMEDY}")
-    model_type, keys = FAMILIES[arch]
+    family = _family(arch, header.metadata, path)
+    model_type = family.model_types[0]
     refuse_kind(header.metadata, str(path))
-    if arch == "llama" and header.metadata.get(f"{arch}.expert_count"):
-        model_type, keys = "mixtral", {"num_experts_per_tok": "expert_used_count", "num_local_experts": "expert_count"}
-    values = {name: value for name, key in (COMMON | keys).items() if (value := _value(header, arch, key)) is not None}
+    values = {
+        name: value
+        for name, key in (COMMON | dict(_keys(family))).items()
+        if (value := _value(header, arch, key)) is not None
+    }
     values |= {
         "vocab_size": _vocabulary(header),
         "tie_word_embeddings": "output.weight" not in header.tensors,
@@ -88,7 +81,7 @@ def config_from_gguf(path: Path) -> Any:
     values["num_hidden_layers"] -= header.metadata.get(f"{arch}.nextn_predict_layers", 0)
     if arch == "deepseek2":
         model_type = _deepseek(header, values)
-    values |= _biases(header, model_type) | FIXED.get(model_type, {})
+    values |= _biases(header, model_type) | dict(family.gguf.fixed if family.gguf else {})
     values |= _rope(header, arch, values)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         values[f"{name}_token_id"] = header.metadata.get(f"tokenizer.ggml.{key}_token_id")

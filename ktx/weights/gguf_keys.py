@@ -11,24 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ktx.errors import BadFile, did_you_mean
+from ktx.families import GGUF_MODEL_TYPES, gguf_of
 
-# GGUF architecture -> supported model types; each has a test that loads a file as llama.cpp's converter writes it
-ARCHITECTURES: dict[str, tuple[str, ...]] = {
-    "deepseek2": ("deepseek_v2", "deepseek_v3"),
-    "ernie4_5-moe": ("ernie4_5_moe",),
-    "glm4moe": ("glm4_moe",),
-    "gpt-oss": ("gpt_oss",),
-    "llama": ("llama", "mistral", "mixtral"),
-    "minimax-m2": ("minimax_m2",),
-    "phi3": ("phi3",),
-    "qwen2": ("qwen2",),
-    "qwen2moe": ("qwen2_moe",),
-    "qwen3": ("qwen3",),
-    "qwen35": ("qwen3_5_text",),
-    "qwen35moe": ("qwen3_5_moe_text",),
-    "qwen3moe": ("qwen3_moe",),
-    "qwen3next": ("qwen3_next",),
-}
 CHECKED_ELSEWHERE = (  # by check_config.py, or by the tensors' shapes; the last five do not affect text models
     "block_count nextn_predict_layers embedding_length attention.head_count attention.head_count_kv "
     "vocab_size context_length feed_forward_length expert_count expert_feed_forward_length "
@@ -57,26 +41,18 @@ UNSET_IF_ZERO = (
     "expert_group_count",
     "expert_group_used_count",
 )
-# Families that always normalize their routing weights, without norm_topk_prob in the configuration
-NORM_TOPK_PROB = {"mixtral": True, "minimax_m2": True, "gpt_oss": True, "ernie4_5_moe": True, "qwen3_5_moe_text": True}
-GATING_FUNCTIONS = {  # values of llama.cpp's enumeration; any other family: 1 (softmax)
-    "deepseek_v3": (2,),
-    "glm4_moe": (2,),
-    "minimax_m2": (2,),
-    "gpt_oss": (1, 3),
-}
 
 
 def refuse_architecture(arch: str, file: str, model_type: str) -> None:
     """Raises BadFile when the architecture is not supported in GGUF, or not for this model type."""
-    if arch not in ARCHITECTURES:
+    if arch not in GGUF_MODEL_TYPES:
         raise BadFile(
-            f"{file}: general.architecture is {arch!r}{did_you_mean(arch, ARCHITECTURES)}, which ktx does not load "
-            f"from GGUF; supported: {', '.join(ARCHITECTURES)}; use the model's safetensors"
+            f"{file}: general.architecture is {arch!r}{did_you_mean(arch, GGUF_MODEL_TYPES)}, which ktx does not load "
+            f"from GGUF; supported: {', '.join(GGUF_MODEL_TYPES)}; use the model's safetensors"
         )
-    if model_type not in ARCHITECTURES[arch]:
+    if model_type not in GGUF_MODEL_TYPES[arch]:
         raise BadFile(
-            f"{file}: general.architecture is {arch!r}, supported for {', '.join(ARCHITECTURES[arch])}, but the "
+            f"{file}: general.architecture is {arch!r}, supported for {', '.join(GGUF_MODEL_TYPES[arch])}, but the "
             f"configuration is of {model_type}; use the folder that the file was converted from, or the model's "
             "safetensors"
         )
@@ -135,9 +111,16 @@ def _if_mla(expected: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _norm_topk_prob(config: Any) -> Any:
-    if config.model_type == "deepseek_v2":
-        return False  # its router never normalizes
-    return NORM_TOPK_PROB.get(config.model_type, getattr(config, "norm_topk_prob", None))
+    family = gguf_of(config.model_type)
+    if family and family.norm_topk_prob is not None:
+        return family.norm_topk_prob
+    return getattr(config, "norm_topk_prob", None)
+
+
+def _gating_functions(config: Any) -> tuple[int, ...]:
+    """The accepted values of llama.cpp's enumeration."""
+    family = gguf_of(config.model_type)
+    return family.gating if family else (1,)
 
 
 def _expert_groups(name: str) -> Callable[[Any], Any]:
@@ -167,7 +150,7 @@ EXPECTED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "expert_used_count": ("experts per token", _first("num_experts_per_tok", "moe_k")),
     "expert_weights_scale": ("scale of routing weights", _first("routed_scaling_factor")),
     "expert_weights_norm": ("normalized routing weights", _norm_topk_prob),
-    "expert_gating_func": ("router's gating function", lambda c: GATING_FUNCTIONS.get(c.model_type, (1,))),
+    "expert_gating_func": ("router's gating function", _gating_functions),
     "expert_group_count": ("expert groups", _expert_groups("n_group")),
     "expert_group_used_count": ("expert groups per token", _expert_groups("topk_group")),
     "leading_dense_block_count": ("leading dense layers", _first("first_k_dense_replace", "moe_layer_start_index")),

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from ktx.errors import BadFile, UsageError
+from ktx.families import GGUF_MODEL_TYPES
 from ktx.quant.types import QTYPES
 from ktx.weights.base import QuantizedTensor, TensorSpec
 from ktx.weights.gguf_header import Header, architecture, parse_header
-from ktx.weights.gguf_keys import ARCHITECTURES
 from ktx.weights.gguf_names import GGUFNames, Recipe
 from ktx.weights.lora import MERGED, Adapter, AdapterFile, LowRank, Wish
 
@@ -77,12 +77,14 @@ class GGUFAdapter:
     def _check(self, config: Any) -> None:
         """Raises BadFile when the adapter's architecture is not the model's."""
         path, model_type = self.adapter.path, config.model_type
-        if self.arch not in ARCHITECTURES and model_type not in {t for types in ARCHITECTURES.values() for t in types}:
+        if self.arch not in GGUF_MODEL_TYPES and model_type not in {
+            t for types in GGUF_MODEL_TYPES.values() for t in types
+        }:
             raise BadFile(
                 f"adapter {path}: general.architecture is {self.arch!r}, which ktx does not load from GGUF; "
                 f"{USE_PEFT_FOLDER}"
             )
-        if model_type not in ARCHITECTURES.get(self.arch, ()):
+        if model_type not in GGUF_MODEL_TYPES.get(self.arch, ()):
             raise BadFile(
                 f"adapter {path}: general.architecture is {self.arch!r}, the model is a {model_type}: it was trained "
                 "on another model"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ktx.families import FAMILIES
 from ktx.weights.base import QuantizedTensor, TensorSpec
 
 Shape = tuple[int, ...]
@@ -272,9 +273,9 @@ def _fused_gate_up(names: GGUFNames, block: str, match: re.Match[str]) -> Recipe
 # ---- linear attention of Qwen3-Next and Qwen3.5, and their norms stored as 1 + w
 
 # Architectures whose files order value heads by their index within a key head: the first value head of each key head,
-# then the second ones, ...
-TILED = ("qwen35", "qwen35moe")
-PLUS_ONE = ("qwen3next", *TILED)
+# then the second ones, ...; and those that store norm weights as 1 + w.
+TILED = tuple(family.gguf.arch for family in FAMILIES if family.gguf and family.gguf.tiled_value_heads)
+PLUS_ONE = tuple(family.gguf.arch for family in FAMILIES if family.gguf and family.gguf.norms_plus_one)
 
 
 def _only_for(

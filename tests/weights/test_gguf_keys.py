@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ktx.errors import BadFile
+from ktx.families import GGUF_MODEL_TYPES
 from ktx.weights.base import open_weights
 from ktx.weights.check_config import gguf_mismatches
-from ktx.weights.gguf_keys import ARCHITECTURES
 from tests.gguf_writer import ARCH, write_gguf
 from tests.models.families import FAMILIES, LINEAR, LLAMA3, YARN, tiny
 from tests.models.test_families import IDS, LONGROPE, load, logits
@@ -222,7 +222,7 @@ def test_layers_for_guesses_are_not_the_models(tmp_path):
 def test_every_architecture_that_is_read_has_a_test():
     tested = {(ARCH[family], family) for family in [*FAMILIES, *CONFIGS]}
     assert tested | {("qwen35moe", "qwen3_5_moe_text")} == {
-        (arch, family) for arch, families in ARCHITECTURES.items() for family in families
+        (arch, family) for arch, families in GGUF_MODEL_TYPES.items() for family in families
     }
 
 
