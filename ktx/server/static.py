@@ -14,15 +14,15 @@ PAGE_DIR = Path(__file__).parent / "page"
 FILES = {"/": "index.html", "/favicon.ico": "icon.svg"} | {
     f"/page/{name}": name
     for name in (
-        "answer.js",
         "api.js",
+        "chat-stream.js",
         "chat.js",
         "dom.js",
+        "format.js",
         "gauges.js",
         "heatmap.js",
         "icon.svg",
         "inline.js",
-        "list.js",
         "machine.css",
         "machine.js",
         "markdown.js",
@@ -30,11 +30,11 @@ FILES = {"/": "index.html", "/favicon.ico": "icon.svg"} | {
         "modules.js",
         "page.js",
         "settings.js",
+        "sidebar.js",
         "store.js",
         "style.css",
         "theme.js",
         "toast.js",
-        "words.js",
     )
 }
 TYPES = {

@@ -112,7 +112,7 @@ def test_what_files_name_is_there():
     }
     assert {f"/{path}" for path in named if path and not path.startswith("#")} <= set(FILES)
     for path in PAGE_DIR.glob("*.js"):
-        imported = re.findall(r"from \"\./([\w.]+)\"", path.read_text())
+        imported = re.findall(r"from \"\./([\w.-]+)\"", path.read_text())
         assert {f"/page/{name}" for name in imported} <= set(FILES), path.name
 
 

@@ -1,11 +1,11 @@
 // The conversation that is shown: asking, stopping, asking again.
 
-import { Answering, emptyAnswer } from "./answer.js";
+import { Answering, emptyAnswer } from "./chat-stream.js";
 import { byId, copy } from "./dom.js";
 import { AnswerView, QuestionView } from "./message.js";
 import * as store from "./store.js";
 import { toast } from "./toast.js";
-import { count } from "./words.js";
+import { count } from "./format.js";
 
 const SAVED_EACH = 2000; // milliseconds while an answer grows
 const NEAR = 80; // pixels from the end within which the view follows it

@@ -1,7 +1,7 @@
 // Numbers of the moment: tokens, requests, cache, memory, bandwidth.
 
 import { draw, make } from "./dom.js";
-import { bytes, count, percent, rate } from "./words.js";
+import { bytes, count, percent, rate } from "./format.js";
 
 const UNKNOWN = "not known";
 const SPARK = { width: 300, height: 56, seconds: 120 };

@@ -1,7 +1,7 @@
 // Which experts are used: layers down, experts across. An expert's colour is its use over an even share of its layer.
 
 import { make } from "./dom.js";
-import { count, percent, seconds } from "./words.js";
+import { count, percent, seconds } from "./format.js";
 
 const LEFT = 36; // pixels for the layers' numbers
 const TOP = 18; // for the experts'

@@ -5,7 +5,7 @@ import { make } from "./dom.js";
 import { Bandwidth, Numbers } from "./gauges.js";
 import { HeatMap } from "./heatmap.js";
 import { Modules } from "./modules.js";
-import { seconds } from "./words.js";
+import { seconds } from "./format.js";
 
 const EACH = 1000; // milliseconds between two questions
 const KEPT = 120; // samples of counters

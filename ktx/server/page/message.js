@@ -1,9 +1,9 @@
 // How a message looks.
 
-import { speed } from "./answer.js";
+import { speed } from "./chat-stream.js";
 import { make } from "./dom.js";
 import { Growing } from "./markdown.js";
-import { count, rate, seconds } from "./words.js";
+import { count, rate, seconds } from "./format.js";
 
 const button = (name, act, more = {}) => make("button", { type: "button", class: "quiet", click: act, ...more }, name);
 

@@ -1,7 +1,7 @@
 // Where each module lives and how many bytes it has: a picture of areas, and a table of it by layer.
 
 import { draw, make } from "./dom.js";
-import { bytes, count, percent, ranges } from "./words.js";
+import { bytes, count, percent, ranges } from "./format.js";
 
 const HEIGHT = 240; // pixels of the picture
 const COLOURS = 8; // classes c0 to c7 of the style sheet

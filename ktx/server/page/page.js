@@ -3,11 +3,11 @@
 import { call } from "./api.js";
 import { Chat } from "./chat.js";
 import { byId } from "./dom.js";
-import { List } from "./list.js";
+import { List } from "./sidebar.js";
 import { Machine } from "./machine.js";
 import { startSettings } from "./settings.js";
 import { shownBefore, writeTheme } from "./store.js";
-import { seconds } from "./words.js";
+import { seconds } from "./format.js";
 
 const THEMES = { "": "as the system", light: "light", dark: "dark" };
 const WAIT = 1000; // milliseconds between two questions after the server's state
